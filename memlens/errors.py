@@ -1,0 +1,111 @@
+"""Every error memlens raises, one class a kind.
+
+Each message is one sentence that says what was wrong, with which value, and what to do. All of them
+inherit from `MemlensError`, and from the built-in exception a caller would expect (`ValueError`,
+`LookupError`, …), so that existing `except` clauses keep working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+__all__ = [
+    "ColumnError",
+    "EmptySetError",
+    "FileFormatError",
+    "InterventionError",
+    "MemlensError",
+    "ModelLoadError",
+    "ModelNotFoundError",
+    "NonFiniteError",
+    "OptionError",
+    "ResultError",
+    "SequenceError",
+    "SilentInterventionError",
+    "SiteError",
+    "UnsupportedModelError",
+    "VocabularyError",
+    "check_option",
+    "near_matches",
+]
+
+
+class MemlensError(Exception):
+    """Base class of every error that memlens raises on purpose."""
+
+
+class ModelNotFoundError(MemlensError, LookupError):
+    """No model has this name: not in the zoo, not a folder, not in the hub or its cache."""
+
+
+class ModelLoadError(MemlensError, RuntimeError):
+    """A model was found but its files could not be read."""
+
+
+class UnsupportedModelError(MemlensError, ValueError):
+    """The architecture is not a causal language model, or the backend cannot run it."""
+
+
+class SequenceError(MemlensError, ValueError):
+    """A sequence is too short, too long, or holds what a target must not hold."""
+
+
+class EmptySetError(SequenceError):
+    """A set of sequences has no rows."""
+
+
+class VocabularyError(SequenceError):
+    """Token ids do not fit the model's vocabulary."""
+
+
+class ColumnError(MemlensError, LookupError):
+    """A table lacks a column that was asked for."""
+
+
+class FileFormatError(MemlensError, ValueError):
+    """A file is not what its name says."""
+
+
+class OptionError(MemlensError, ValueError):
+    """A mode, site, metric, backend or engine that does not exist."""
+
+
+class SiteError(MemlensError, LookupError):
+    """A layer, head, neuron, position or hook name that the model does not have."""
+
+
+class NonFiniteError(MemlensError, ArithmeticError):
+    """NaN or infinity in weights, activations or logits."""
+
+
+class InterventionError(MemlensError, RuntimeError):
+    """A hook of an intervention raised; the message names the intervention and the hook."""
+
+
+class SilentInterventionError(InterventionError):
+    """A hook changed its activation and the model ignored it: every logit stayed bit-identical."""
+
+
+class ResultError(MemlensError, ValueError):
+    """A result file is damaged, of another kind, or from other settings than those asked for."""
+
+
+def near_matches(value: str, known: Iterable[str], n: int = 3) -> str:
+    """Return a hint such as `" Did you mean 'zero' or 'mean'?"`, or an empty string.
+
+    >>> near_matches("zro", ["zero", "mean"])
+    " Did you mean 'zero'?"
+    """
+    close = get_close_matches(value, list(known), n=n, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+def check_option(name: str, value: object, known: Sequence[str]) -> None:
+    """Raise `OptionError` unless `value` is one of `known`.
+
+    >>> check_option("mode", "zero", ["zero", "mean"])
+    """
+    if value not in known:
+        hint = near_matches(str(value), known)
+        raise OptionError(f"{name}={value!r} is not known: choose one of {', '.join(map(repr, known))}.{hint}")
