@@ -1,0 +1,206 @@
+"""The one place where logits at target positions become numbers.
+
+The logits that predict the token at position ``p`` stand at ``p - 1``; callers hand in the logits that
+*predict* the targets, already gathered. Everything is reduced at once, so that no tensor of the size of
+``[sequence, position, vocabulary]`` is ever kept.
+
+Ties: `argmax` is the first of the largest logits (as `torch.argmax` on one row), and `rank` counts the
+tokens with a *strictly* greater logit. So ``rank == 0`` with ``margin == 0`` is a tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from memlens.errors import check_option
+
+__all__ = ["METRICS", "Metric", "TargetStats", "reduce_metric", "target_stats"]
+
+
+@dataclass(frozen=True)
+class TargetStats:
+    """What the model says of each target token, teacher-forced.
+
+    Attributes:
+        logprob: Log-probability of the target, in nats.
+        rank: Zero-based rank of the target: how many tokens have a strictly greater logit.
+        argmax: Id of the token with the greatest logit.
+        entropy: Shannon entropy of the next-token distribution, in nats.
+        margin: Logit of the target minus the greatest other logit; positive where the target is on top.
+        mask: True where a target stands; the other entries mean nothing.
+    """
+
+    logprob: Float[Tensor, "seq target"]
+    rank: Int[Tensor, "seq target"]
+    argmax: Int[Tensor, "seq target"]
+    entropy: Float[Tensor, "seq target"]
+    margin: Float[Tensor, "seq target"]
+    correct: Bool[Tensor, "seq target"]
+    mask: Bool[Tensor, "seq target"]
+
+    @staticmethod
+    def cat(parts: list[TargetStats]) -> TargetStats:
+        """Join along the sequence axis."""
+        return TargetStats(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(TargetStats)))
+
+
+def target_stats(
+    logits: Float[Tensor, "seq target vocab"],
+    ids: Int[Tensor, "seq target"],
+    mask: Bool[Tensor, "seq target"],
+) -> TargetStats:
+    """Reduce logits at target positions to `TargetStats` (on the CPU, computed in at least float32).
+
+    Args:
+        logits: The logits that predict the targets.
+        ids: The target tokens; entries outside `mask` may be anything.
+        mask: True where a target stands.
+
+    >>> stats = target_stats(torch.tensor([[[0.0, 2.0, 1.0]]]), torch.tensor([[2]]), torch.tensor([[True]]))
+    >>> stats.rank.item(), stats.argmax.item(), stats.margin.item()
+    (1, 1, -1.0)
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    safe = ids.clamp_min(0).to(logits.device)[..., None]
+    chosen = logits.gather(-1, safe)
+    logsumexp = logits.logsumexp(-1, keepdim=True)
+    logp = logits - logsumexp
+    argmax = logits.argmax(-1)
+    others = logits.scatter(-1, safe, float("-inf")).amax(-1)
+    return TargetStats(
+        logprob=(chosen - logsumexp)[..., 0].cpu(),
+        rank=(logits > chosen).sum(-1).cpu(),
+        argmax=argmax.cpu(),
+        entropy=torch.special.entr(logp.exp()).sum(-1).cpu(),
+        margin=(chosen[..., 0] - others).cpu(),
+        correct=(argmax == safe[..., 0]).cpu(),
+        mask=mask.cpu(),
+    )
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number per sequence (or per target token) made of `TargetStats`.
+
+    Attributes:
+        name: The name used everywhere.
+        unit: Its unit.
+        meaning: One line that says what it is.
+        per_target: `[seq, target]` values.
+        reduce: From the values and the mask to one number a sequence.
+    """
+
+    name: str
+    unit: str
+    meaning: str
+    per_target: Callable[[TargetStats], Tensor]
+    reduce: Callable[[Tensor, Tensor], Tensor]
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, values, 0).sum(-1) / mask.sum(-1)
+
+
+def _sum(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, values, 0).sum(-1)
+
+
+def _minimum(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, values, torch.inf).amin(-1)
+
+
+def _all(values: Tensor, mask: Tensor) -> Tensor:
+    return (values.bool() | ~mask).all(-1).to(values.dtype)
+
+
+def _leading_run(values: Tensor, mask: Tensor) -> Tensor:
+    return (values * mask).cumprod(-1).sum(-1)
+
+
+def _hits(stats: TargetStats) -> Tensor:
+    return stats.correct.to(stats.logprob.dtype)
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        m.name: m
+        for m in (
+            Metric(
+                "target_logprob",
+                "nats",
+                "mean over the continuation's tokens of their log-probability",
+                lambda s: s.logprob,
+                _mean,
+            ),
+            Metric(
+                "exact_match",
+                "0 or 1",
+                "1 where the arg-max is the target at every position: what greedy decoding gives too",
+                _hits,
+                _all,
+            ),
+            Metric(
+                "matching_prefix",
+                "tokens",
+                "how many of the continuation's first tokens are right in a row",
+                _hits,
+                _leading_run,
+            ),
+            Metric(
+                "target_accuracy",
+                "share",
+                "share of the continuation's tokens that are the arg-max, teacher-forced",
+                _hits,
+                _mean,
+            ),
+            Metric(
+                "target_rank",
+                "rank",
+                "mean over the continuation's tokens of their zero-based rank",
+                lambda s: s.rank.to(s.logprob.dtype),
+                _mean,
+            ),
+            Metric(
+                "completion_entropy",
+                "nats",
+                "sum over the continuation's steps of the next-token entropy, teacher-forced",
+                lambda s: s.entropy,
+                _sum,
+            ),
+            Metric(
+                "margin",
+                "logits",
+                "smallest lead of a target's logit over the best other token's",
+                lambda s: s.margin,
+                _minimum,
+            ),
+        )
+    }
+)
+"""The built-in metrics by name. Each is documented by its `meaning` and `unit`."""
+
+
+def reduce_metric(name: str, stats: TargetStats, *, per_token: bool = False) -> Tensor:
+    """Return a metric per sequence `[seq]`, or per target `[seq, target]` with NaN outside the mask.
+
+    Args:
+        name: A key of `METRICS`.
+        stats: What `target_stats` gave.
+        per_token: Keep the target axis: for `exact_match`, `matching_prefix` and `target_accuracy` that
+            is 0 or 1 a token, for the others the token's own value.
+
+    Raises:
+        OptionError: There is no such metric.
+    """
+    check_option("metric", name, list(METRICS))
+    metric = METRICS[name]
+    values = metric.per_target(stats)
+    if per_token:
+        return torch.where(stats.mask, values, torch.nan)
+    return metric.reduce(values, stats.mask)
