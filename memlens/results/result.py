@@ -1,0 +1,256 @@
+"""`Result`: what every analysis returns."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from memlens.errors import OptionError, ResultError, check_option, near_matches
+from memlens.results.statistics import mean_interval
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+__all__ = ["Result"]
+
+_REFERENCES = ("_baseline", "_corrupt")
+_COMPANIONS = (*_REFERENCES, "_clean")
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A labelled array: one value per sequence and site, with everything needed to tell how it was made.
+
+    Attributes:
+        data: variables named by metric, with dimensions out of `sequence, layer, head, neuron, position,
+            target, stream, intervention`. The coordinate `sequence` holds the ids; other coordinates along
+            `sequence` (`domain`, `copies`, …) serve as groups. `data.attrs` holds `kind`, the facts of the
+            model, `seed`, `created`, and `settings` (a JSON string of every parameter). Where something was
+            changed in the model, the variable `<metric>_baseline` stands beside `<metric>`.
+
+    Raises:
+        ResultError: when `data` has no `sequence` dimension, no variable, or no `kind`.
+
+    Example:
+        >>> data = xr.Dataset({"exact_match": ("sequence", [1.0, 0.0, 1.0])}, {"sequence": ["a", "b", "c"]})
+        >>> result = Result.create(data, kind="recall", settings={"threshold": 1.0}, seed=0)
+        >>> result.metrics, result.settings
+        (['exact_match'], {'threshold': 1.0})
+        >>> float(result["exact_match"].mean().round(2))
+        0.67
+    """
+
+    data: xr.Dataset
+
+    def __post_init__(self) -> None:
+        kind = self.data.attrs.get("kind")
+        if not isinstance(kind, str) or not kind:
+            raise ResultError(f"data.attrs['kind'] is {kind!r}: name the analysis, such as 'head_ablation'.")
+        if not self.data.data_vars:
+            raise ResultError(f"a {kind} result needs at least one variable: the dataset has none.")
+        if "sequence" not in self.data.dims:
+            raise ResultError(f"a {kind} result needs the dimension 'sequence', not {tuple(self.data.dims)}.")
+
+    @classmethod
+    def create(
+        cls,
+        data: xr.Dataset,
+        *,
+        kind: str,
+        settings: Mapping[str, Any] | None = None,
+        **facts: str | int | float | bool | None,
+    ) -> Result:
+        """Return a result from arrays, with its attributes written in the agreed form.
+
+        Args:
+            data: the arrays; not changed.
+            kind: the name of the analysis.
+            settings: every parameter, as JSON types; kept as the attribute `settings`.
+            facts: what `memlens.models.provenance.describe` gives, `seed`, and the like.
+        """
+        from memlens import __version__
+
+        fixed = {
+            "kind": kind,
+            "memlens": __version__,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "settings": json.dumps(dict(settings or {}), default=str),
+        }
+        return cls(data.assign_attrs({**fixed, **facts}))
+
+    @property
+    def kind(self) -> str:
+        """The name of the analysis, such as `head_ablation`."""
+        return self.data.attrs["kind"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every parameter of the analysis."""
+        return json.loads(self.data.attrs.get("settings", "{}"))
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the numeric variables, without the baselines that stand beside them."""
+        names = [str(name) for name, array in self.data.data_vars.items() if array.dtype.kind in "biuf"]
+        return [name for name in names if not self._is_companion(name)]
+
+    def _is_companion(self, name: str) -> bool:
+        return any(name.endswith(tail) and name.removesuffix(tail) in self.data for tail in _COMPANIONS)
+
+    def __getitem__(self, name: str) -> xr.DataArray:
+        """Return one variable or coordinate by name."""
+        if name not in self.data.variables:
+            known = [str(key) for key in self.data.variables]
+            raise ResultError(
+                f"this {self.kind} result has no {name!r}: it has {', '.join(known)}."
+                + near_matches(name, known)
+            )
+        return self.data[name]
+
+    def baseline(self, metric: str) -> xr.DataArray:
+        """Return the values without the intervention (for patching: those of the corrupt run)."""
+        for tail in _REFERENCES:
+            if metric + tail in self.data:
+                return self.data[metric + tail]
+        raise ResultError(f"{metric!r} of this {self.kind} result has no baseline: effects need one.")
+
+    def effect(self, metric: str) -> xr.DataArray:
+        """Return intervened minus baseline, each sequence against itself, in the metric's unit.
+
+        For `target_logprob` and `exact_match` a negative effect means that recall was harmed; for
+        `target_rank` and `completion_entropy` a positive one does. For activation patching the baseline is
+        the corrupt run, so that a positive effect means that recall was restored.
+
+        Raises:
+            ResultError: when the result has no such metric, or no baseline of it.
+        """
+        difference = self[metric].astype(float) - self.baseline(metric).astype(float)
+        return difference.transpose(*self[metric].dims, ...).rename(metric).assign_attrs(self[metric].attrs)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return a tidy table: one row per coordinate, the metrics and baselines as columns."""
+        return self.data.to_dataframe().reset_index()
+
+    def mean_ci(
+        self,
+        dim: str | Iterable[str] = "sequence",
+        *,
+        metric: str | Iterable[str] | None = None,
+        of: str = "value",
+        group: str | None = None,
+        level: float = 0.95,
+        method: str = "auto",
+        n_resamples: int = 2000,
+        seed: int = 0,
+    ) -> xr.Dataset:
+        """Return means with confidence intervals over sequences.
+
+        Args:
+            dim: `"sequence"`, or several dimensions with it: the others (say `target`) are averaged inside
+                each sequence first, because only sequences are independent.
+            metric: one name or several; all metrics by default.
+            of: `"value"`, or `"effect"` for the paired difference to the baseline.
+            group: a coordinate along `sequence`; means are then taken in each group, on a dimension of that
+                name.
+            level: coverage of the interval.
+            method: see `memlens.results.mean_interval`.
+            n_resamples: resamples of the bootstrap.
+            seed: seed of the bootstrap.
+
+        Returns:
+            A dataset with a dimension `statistic` (`mean`, `low`, `high`) and, for each metric, a coordinate
+            `n_<metric>` that counts the sequences behind each mean.
+
+        Raises:
+            OptionError: for an unknown option, or when `dim` lacks `sequence`.
+            ResultError: for an unknown metric, or effects without a baseline.
+
+        Example:
+            >>> data = xr.Dataset(
+            ...     {"m": (("sequence", "layer"), [[0, -1], [0, -3]]), "m_baseline": ("sequence", [0, -1])}
+            ... )
+            >>> found = Result.create(data, kind="sweep").mean_ci(of="effect")
+            >>> found["m"].sel(statistic="mean").values.tolist()
+            [0.5, -1.5]
+        """
+        check_option("of", of, ("value", "effect"))
+        dims = [dim] if isinstance(dim, str) else list(dim)
+        if "sequence" not in dims:
+            raise OptionError(f"dim={dim!r} lacks 'sequence': intervals are over sequences, not over sites.")
+        options = {"level": level, "method": method, "n_resamples": n_resamples, "seed": seed}
+        means: dict[str, xr.DataArray] = {}
+        for name in self._chosen(metric, of):
+            array = self.effect(name) if of == "effect" else self[name]
+            inner = [extra for extra in dims if extra != "sequence" and extra in array.dims]
+            array = array.mean(inner, keep_attrs=True) if inner else array
+            summary = (
+                mean_interval(array, **options) if group is None else self._grouped(array, group, options)
+            )
+            means[name] = summary.rename(n=f"n_{name}")
+        attrs = {**self.data.attrs, "of": of, "level": level, "n_sequences": self.data.sizes["sequence"]}
+        return xr.Dataset(means, attrs=attrs)
+
+    def _chosen(self, metric: str | Iterable[str] | None, of: str) -> list[str]:
+        if metric is not None:
+            return [metric] if isinstance(metric, str) else list(metric)
+        if of == "value":
+            return [name for name in self.metrics if "sequence" in self.data[name].dims]
+        names = [name for name in self.metrics if any(name + tail in self.data for tail in _REFERENCES)]
+        if not names:
+            raise ResultError(f"no metric of this {self.kind} result has a baseline: effects need one.")
+        return names
+
+    def _grouped(self, array: xr.DataArray, group: str, options: dict[str, Any]) -> xr.DataArray:
+        labels = self[group]
+        if labels.dims != ("sequence",):
+            raise ResultError(
+                f"group={group!r} has dimensions {labels.dims}: give one along 'sequence' only."
+            )
+        if options["method"] == "auto":  # one method for all groups, or their bands could not be compared
+            options = {**options, "method": mean_interval(array, **options).attrs["interval_method"]}
+        keys = pd.unique(labels.values)
+        keys = np.sort(keys) if labels.dtype.kind in "biuf" else np.array(sorted(map(str, keys)))
+        same = labels.values if labels.dtype.kind in "biuf" else np.array([str(v) for v in labels.values])
+        parts = [mean_interval(array.isel(sequence=same == key), **options) for key in keys]
+        return xr.concat(parts, dim=pd.Index(keys, name=group), combine_attrs="override", coords=["n"])
+
+    def plot(self, metric: str | None = None, **options: Any) -> go.Figure:
+        """Return the figure of this kind of result; it is not shown. Options: see `memlens.figures`."""
+        from memlens.results.dispatch import plot_result
+
+        return plot_result(self, metric, **options)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a netCDF file, whole or not at all; `memlens.load_result` reads it back exactly."""
+        from memlens.results.storage import save_dataset
+
+        return save_dataset(self.data, path)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} {size}" for name, size in self.data.sizes.items())
+        model = self.data.attrs.get("model", "unknown model")
+        return f"<Result {self.kind} of {model}: {', '.join(self.metrics)} ({sizes})>"
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "kind": self.kind,
+            "model": self.data.attrs.get("model", "unknown"),
+            "metrics": ", ".join(self.metrics),
+            "dimensions": " × ".join(f"{name} {size}" for name, size in self.data.sizes.items()),
+            **{f"setting: {key}": value for key, value in self.settings.items()},
+        }
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(str(key))}</th>"
+            f"<td style='text-align:left'>{html.escape(str(value))}</td></tr>"
+            for key, value in rows.items()
+        )
+        return f"<h4>memlens result</h4><table>{cells}</table>{self.data._repr_html_()}"

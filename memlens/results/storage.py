@@ -1,0 +1,165 @@
+"""Results as netCDF files: written whole or not at all, read back exactly.
+
+The file is plain netCDF-4 (HDF5), so that xarray, R, Julia or `ncdump` read it without memlens. What netCDF
+cannot hold as such is encoded beside a mark that says so: attributes also stand as one JSON string
+(`memlens_attrs`), strings that hold a NUL and object arrays of mixed types as JSON values, half precision as
+single. Numeric arrays carry a checksum (Fletcher-32), so that a damaged file is noticed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from memlens.errors import ResultError
+from memlens.results.result import Result
+
+__all__ = ["decode", "encode", "load_result", "save_dataset"]
+
+FORMAT = "memlens result 1"
+_ATTRS, _DTYPE, _JSON_VALUES = "memlens_attrs", "memlens_dtype", "memlens_json_values"
+_LARGE = 4096
+
+
+def load_result(path: str | Path) -> Result:
+    """Read a result that `Result.save` wrote.
+
+    Args:
+        path: a netCDF file.
+
+    Returns:
+        The result, equal to what was saved in values, dtypes, coordinates and attributes.
+
+    Raises:
+        ResultError: when there is no such file, it is damaged, or memlens did not write it.
+
+    Example:
+        >>> import tempfile
+        >>> data = xr.Dataset({"exact_match": ("sequence", [True, False])}, {"sequence": ["a", "b"]})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Result.create(data, kind="recall").save(Path(folder) / "recall.nc")
+        ...     load_result(path)["exact_match"].values.tolist()
+        [True, False]
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ResultError(f"{path} does not exist: give the path of a file that Result.save wrote.")
+    try:
+        raw = xr.load_dataset(path, engine="h5netcdf")
+    except Exception as error:  # h5py, h5netcdf and xarray each have their own ways to fail on bad bytes
+        raise ResultError(f"{path} is damaged or not netCDF ({error}): compute or copy it again.") from error
+    if raw.attrs.get("memlens_format") != FORMAT:
+        raise ResultError(f"{path} is netCDF but not a memlens result: open it with xarray.open_dataset.")
+    try:
+        return Result(decode(raw))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResultError(f"{path} does not hold a whole result ({error}): compute it again.") from error
+
+
+def save_dataset(data: xr.Dataset, path: str | Path) -> Path:
+    """Write `data` to `path` through a temporary file in the same folder, which is then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    try:
+        encoded = encode(data)
+        encoded.to_netcdf(name, engine="h5netcdf", encoding=_compression(encoded))
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return path
+
+
+def encode(data: xr.Dataset) -> xr.Dataset:
+    """Return `data` in types that netCDF holds; `decode` undoes it."""
+    encoded = data.copy()
+    for name in encoded.variables:
+        encoded[name] = _encode_variable(encoded[name].variable)
+    encoded.attrs = {**_encode_attrs(data.attrs), "memlens_format": FORMAT}
+    return encoded
+
+
+def decode(raw: xr.Dataset) -> xr.Dataset:
+    """Return the dataset that `encode` was given."""
+    data = raw.copy()
+    for name in raw.variables:
+        data[name] = _decode_variable(raw[name].variable)
+        data[name].encoding = {}
+    data.attrs = json.loads(raw.attrs[_ATTRS])
+    data.encoding = {}
+    return data
+
+
+def _encode_variable(variable: xr.Variable) -> xr.Variable:
+    values, marks = np.asarray(variable.values), {}
+    if values.dtype.kind in "OUT":
+        marks[_DTYPE] = values.dtype.str if values.dtype.kind == "U" else "O"
+        flat = [value.item() if isinstance(value, np.generic) else value for value in values.ravel()]
+        if not all(isinstance(value, str) and _is_plain(value) for value in flat):
+            flat, marks[_JSON_VALUES] = [json.dumps(value) for value in flat], 1
+        values = np.array([*flat, None], dtype=object)[:-1].reshape(values.shape)
+    elif values.dtype == np.float16:
+        marks[_DTYPE], values = values.dtype.str, values.astype(np.float32)
+    return xr.Variable(variable.dims, values, {**_encode_attrs(variable.attrs), **marks})
+
+
+def _decode_variable(variable: xr.Variable) -> xr.Variable:
+    attrs, values = dict(variable.attrs), variable.values
+    if _JSON_VALUES in attrs:
+        flat = [json.loads(value) for value in values.ravel()]
+        values = np.array([*flat, None], dtype=object)[:-1].reshape(values.shape)
+    if _DTYPE in attrs:
+        values = values.astype(attrs[_DTYPE])
+    return xr.Variable(variable.dims, values, json.loads(attrs[_ATTRS]))
+
+
+def _encode_attrs(attrs: Mapping[Any, Any]) -> dict[str, str | int | float]:
+    plain = {
+        str(key): value
+        for key, value in attrs.items()
+        if type(value) in (int, float) or (isinstance(value, str) and value and _is_plain(value))
+    }
+    small = {key: value for key, value in plain.items() if type(value) is not int or abs(value) < 2**63}
+    return {**small, _ATTRS: json.dumps(dict(attrs), default=_native)}
+
+
+def _is_plain(text: str) -> bool:
+    """Tell whether HDF5 keeps `text` as it is: no NUL (which ends a string) and no lone surrogate."""
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _native(value: object) -> object:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise ResultError(
+        f"an attribute of type {type(value).__name__} cannot be saved: use text, numbers, lists or dicts."
+    )
+
+
+def _compression(data: xr.Dataset) -> dict[str, dict[str, Any]]:
+    encoding: dict[str, dict[str, Any]] = {}
+    for name, variable in data.variables.items():
+        if variable.dtype.kind in "iufb" and variable.ndim and variable.size:
+            encoding[str(name)] = {"fletcher32": True}
+            if variable.nbytes > _LARGE:
+                encoding[str(name)] |= {"zlib": True, "complevel": 4, "shuffle": True}
+    return encoding
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
