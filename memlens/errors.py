@@ -24,6 +24,7 @@ __all__ = [
     "SequenceError",
     "SilentInterventionError",
     "SiteError",
+    "SourceNotFoundError",
     "UnsupportedModelError",
     "VocabularyError",
     "check_option",
@@ -65,6 +66,10 @@ class ColumnError(MemlensError, LookupError):
 
 class FileFormatError(MemlensError, ValueError):
     """A file is not what its name says."""
+
+
+class SourceNotFoundError(MemlensError, FileNotFoundError):
+    """There is no such file, dataset or zoo list of sequences."""
 
 
 class OptionError(MemlensError, ValueError):
