@@ -138,7 +138,7 @@ def has_site(model: Any, site: str, layer: int = 0) -> bool:
 
 
 @contextmanager
-def attached(model: Any, hooks: Iterable[tuple[Any, HookFn]]) -> Iterator[None]:
+def attached(model: Any, hooks: Iterable[tuple[Any, HookFn]], *, prepend: bool = False) -> Iterator[None]:
     """Put hooks on for the length of a `with` block; they go, and only they, also after an exception.
 
     Unlike ``model.hooks`` a name that the model does not have is an error, and points that are already
@@ -147,6 +147,7 @@ def attached(model: Any, hooks: Iterable[tuple[Any, HookFn]]) -> Iterator[None]:
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
         hooks: Pairs of a hook name or a `HookPoint`, and a hook function.
+        prepend: Run before the hooks that the model already has, not after them.
 
     Raises:
         SiteError: The model has no hook of a given name.
@@ -156,7 +157,7 @@ def attached(model: Any, hooks: Iterable[tuple[Any, HookFn]]) -> Iterator[None]:
     try:
         model.context_level = level
         for point, fn in resolved:
-            point.add_hook(fn, level=level)
+            point.add_hook(fn, level=level, prepend=prepend)
         yield
     finally:
         for point, _ in resolved:
@@ -165,8 +166,13 @@ def attached(model: Any, hooks: Iterable[tuple[Any, HookFn]]) -> Iterator[None]:
 
 
 @contextmanager
-def capturing(model: Any, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def capturing(model: Any, names: Sequence[str], *, before_hooks: bool = False) -> Iterator[dict[str, Tensor]]:
     """Collect the activations at `names` of whatever runs inside the `with` block.
+
+    Args:
+        model: A `HookedTransformer` or `TransformerBridge`.
+        names: Hook names.
+        before_hooks: Collect what stood there before the model's own user hooks changed it.
 
     Yields:
         A dictionary from hook name to activation, filled as the model runs. Activations are cloned, so a
@@ -180,5 +186,5 @@ def capturing(model: Any, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
 
         return fn
 
-    with attached(model, [(name, keep(name)) for name in names]):
+    with attached(model, [(name, keep(name)) for name in names], prepend=before_hooks):
         yield store

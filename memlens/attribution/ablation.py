@@ -1,0 +1,188 @@
+"""Head ablation: what recall loses when one attention head's output is replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memlens.attribution.sources import ActivationSource, mean_head_outputs
+from memlens.errors import SequenceError, SiteError, check_option
+from memlens.models.hooks import check_head, check_layer, hook_name
+from memlens.models.trunk import Trunk
+from memlens.results import Result
+from memlens.sequences import SequenceSet
+from memlens.sweep import Batch, ByBatch, Intervention, sweep
+from memlens.sweep.metrics import MetricLike
+
+__all__ = ["HEAD_MODES", "ablate_heads", "head_ablations"]
+
+HEAD_MODES = ("mean_of_other_heads", "zero", "mean", "resample")
+POSITIONS = ("all", "targets")
+
+Replace = Callable[[Tensor, int, Batch], Tensor]
+"""From `z` `[batch, pos, head, d_head]`, a head and the batch to the head's new output."""
+
+
+def ablate_heads(
+    model: Any,
+    sequences: SequenceSet,
+    *,
+    mode: str = "mean_of_other_heads",
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    positions: str = "all",
+    reference: SequenceSet | None = None,
+    metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
+    seed: int = 0,
+    **options: Any,
+) -> Result:
+    r"""Ablate every attention head alone and measure recall.
+
+    The head's output :math:`z_h` (`[pos, d_head]`, before the output projection) becomes
+
+    - ``"mean_of_other_heads"``: :math:`\frac{1}{H-1}\sum_{h' \ne h} z_{h'}` of the same layer and position
+      (the ablation of arXiv 2603.21658 as second-hand notes report it; site and positions are our choice);
+    - ``"zero"``: 0;
+    - ``"mean"``: its mean over all positions of `reference`;
+    - ``"resample"``: what it gives at the same position of another sequence of `reference`, drawn once.
+
+    With grouped queries, heads are query heads.
+
+    Args:
+        model: A TransformerLens model.
+        sequences: What is recalled.
+        mode: One of the above.
+        layers: Layers to ablate in; all by default.
+        heads: Heads to ablate; all by default.
+        positions: "all", or "targets" for only those that predict a target token.
+        reference: The set for "mean" and "resample"; `sequences` itself by default.
+        metrics: As for `sweep`.
+        seed: For "resample".
+        options: Further options of `sweep`, such as `engine=` or `per_token=`.
+
+    Returns:
+        Kind "head_ablation": each metric `(sequence, layer, head)`, and its baseline `(sequence)`.
+        An effect (`Result.effect`) is intervened minus baseline: negative where the head helped.
+
+    Raises:
+        OptionError: Unknown mode or positions.
+        SiteError: A layer or head that does not exist, or a lone head without others.
+        SequenceError: "resample" with fewer than two reference sequences.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> result = ml.ablate_heads(model, ml.load_sequences("zoo", model)[:2], mode="zero", progress=False)
+        >>> result["target_logprob"].dims
+        ('sequence', 'layer', 'head')
+    """
+    interventions = head_ablations(
+        model,
+        sequences,
+        mode=mode,
+        layers=layers,
+        heads=heads,
+        positions=positions,
+        reference=reference,
+        seed=seed,
+    )
+    settings = {
+        "mode": mode,
+        "positions": positions,
+        "seed": seed,
+        "reference": "sequences" if reference is None else dict(reference.attrs),
+    }
+    return sweep(model, sequences, interventions, metrics, kind="head_ablation", settings=settings, **options)
+
+
+def head_ablations(
+    model: Any,
+    sequences: SequenceSet,
+    *,
+    mode: str = "mean_of_other_heads",
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    positions: str = "all",
+    reference: SequenceSet | None = None,
+    seed: int = 0,
+) -> list[Intervention]:
+    """Return the interventions that `ablate_heads` runs, one a head; see there."""
+    check_option("mode", mode, HEAD_MODES)
+    check_option("positions", positions, POSITIONS)
+    trunk = Trunk(model)
+    layers = list(range(trunk.n_layers) if layers is None else layers)
+    heads = list(range(trunk.n_heads) if heads is None else heads)
+    for layer in layers:
+        check_layer(layer, trunk.n_layers)
+    for head in heads:
+        check_head(head, trunk.n_heads)
+    reference = sequences if reference is None else reference
+    replace = _replacements(model, trunk, mode, layers, reference, len(sequences), seed)
+    return [
+        Intervention(
+            f"{mode} L{layer}H{head}",
+            [(hook_name("z", layer), _edit(replace[layer], head, positions))],
+            {"layer": layer, "head": head},
+        )
+        for layer in layers
+        for head in heads
+    ]
+
+
+def _edit(replace: Replace, head: int, positions: str) -> ByBatch:
+    def make(batch: Batch) -> Callable[..., Tensor]:
+        def fn(z: Tensor, hook: Any) -> Tensor:
+            new = replace(z, head, batch).expand(z[:, :, head].shape)
+            out = z.clone()
+            out[:, :, head] = new if positions == "all" else torch.where(batch.predicts[..., None], new, z[:, :, head])
+            return out
+
+        return fn
+
+    return ByBatch(make)
+
+
+def _replacements(
+    model: Any, trunk: Trunk, mode: str, layers: Sequence[int], reference: SequenceSet, n: int, seed: int
+) -> dict[int, Replace]:
+    if mode == "zero":
+        return dict.fromkeys(layers, lambda z, head, batch: torch.zeros((), dtype=z.dtype, device=z.device))
+    if mode == "mean_of_other_heads":
+        if trunk.n_heads < 2:
+            raise SiteError("mean_of_other_heads needs at least two heads a layer and this model has one: use 'zero'.")
+        return dict.fromkeys(layers, _mean_of_others)
+    if mode == "mean":
+        means = mean_head_outputs(model, reference, layers)
+        return {layer: _constant(means[layer]) for layer in layers}
+    source = ActivationSource(
+        model, reference, [hook_name("z", layer) for layer in layers], other_rows(n, len(reference), seed)
+    )
+    return {layer: _from_source(source, hook_name("z", layer)) for layer in layers}
+
+
+def _mean_of_others(z: Tensor, head: int, batch: Batch) -> Tensor:
+    return (z.sum(2) - z[:, :, head]) / (z.shape[2] - 1)
+
+
+def _constant(values: Tensor) -> Replace:
+    return lambda z, head, batch: values[head]
+
+
+def _from_source(source: ActivationSource, name: str) -> Replace:
+    return lambda z, head, batch: source.of(batch)[name][:, :, head]
+
+
+def other_rows(n: int, n_reference: int, seed: int) -> Tensor:
+    """Return for each of `n` rows a reference row with another number, drawn with a seed.
+
+    Raises:
+        SequenceError: There are fewer than two reference rows.
+    """
+    if n_reference < 2:
+        raise SequenceError(f"resampling needs at least two reference sequences and there is {n_reference}: give more.")
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.arange(n) % n_reference
+    return (own + torch.randint(1, n_reference, (n,), generator=generator)) % n_reference

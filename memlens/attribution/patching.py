@@ -1,0 +1,199 @@
+"""Activation patching: which site, moved from one run into another, carries the recall."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from memlens.attribution.sources import ActivationSource
+from memlens.errors import OptionError, SequenceError, SiteError, check_option
+from memlens.models.hooks import check_layer, has_site, hook_name
+from memlens.models.trunk import Trunk
+from memlens.results import Result
+from memlens.sequences import SequenceSet
+from memlens.sweep import Batch, ByBatch, Intervention, sweep
+from memlens.sweep.measure import measure
+from memlens.sweep.metrics import MetricLike, metric_names
+
+__all__ = ["PATCH_SITES", "activation_patches", "patch_activations"]
+
+PATCH_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
+DIRECTIONS = ("denoising", "noising")
+OVER = ("position", "head", "head_position")
+
+
+def patch_activations(
+    model: Any,
+    clean: SequenceSet,
+    corrupt: SequenceSet,
+    *,
+    site: str = "resid_pre",
+    over: str | None = None,
+    direction: str = "denoising",
+    layers: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
+    **options: Any,
+) -> Result:
+    r"""Move activations between a clean and a corrupt run, one site at a time.
+
+    *Denoising* runs `corrupt` and writes the clean activation: what is enough to restore recall.
+    *Noising* runs `clean` and writes the corrupt one: what recall cannot do without.
+
+    The normalized effect of the first metric :math:`m` is
+
+    .. math:: \frac{m_\text{patched} - m_\text{corrupt}}{m_\text{clean} - m_\text{corrupt}}
+
+    so 1 is the clean run and 0 the corrupt one, in both directions; NaN where both runs are equal.
+
+    Args:
+        model: A TransformerLens model.
+        clean: The sequences as recalled.
+        corrupt: The same targets after another prefix (see `memlens.corrupt`), row by row.
+        site: "resid_pre", "resid_mid" (sequential blocks), "resid_post", "attn_out", "mlp_out" or "z".
+        over: "position" (each layer and position; the default, all heads together for `z`), "head" (`z` of
+            each head at all positions) or "head_position".
+        direction: "denoising" or "noising".
+        layers: All by default.
+        positions: Token positions for "position"; by default all that can reach a target.
+        metrics: As for `sweep`; measured on the clean targets.
+        options: Further options of `sweep`.
+
+    Returns:
+        Kind "activation_patching": each metric `(sequence, layer, position)` (or with `head`), its values
+        `<metric>_clean` and `<metric>_corrupt` `(sequence)`, and `normalized_effect`.
+
+    Raises:
+        OptionError: Unknown site, direction or `over`.
+        SiteError: A layer, a position or (in parallel blocks) a site that does not exist.
+        SequenceError: The two sets do not fit.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> clean = ml.load_sequences("zoo", model)[:2]
+        >>> result = ml.patch_activations(model, clean, ml.corrupt(clean), positions=[0, 31], progress=False)
+        >>> result["normalized_effect"].dims
+        ('sequence', 'layer', 'position')
+    """
+    check_option("direction", direction, DIRECTIONS)
+    _check_pairs(clean, corrupt)
+    source, base = (clean, corrupt) if direction == "denoising" else (corrupt, clean)
+    patches = activation_patches(model, source, site=site, over=over, layers=layers, positions=positions)
+    settings = {
+        "site": site,
+        "over": over or "position",
+        "direction": direction,
+        "corruption": dict(corrupt.attrs),
+    }
+    result = sweep(model, base, patches, metrics, kind="activation_patching", settings=settings, **options)
+    return Result(_with_effect(result, measure(model, source, metrics), metric_names(metrics), direction, clean))
+
+
+def activation_patches(
+    model: Any,
+    source: SequenceSet,
+    *,
+    site: str = "resid_pre",
+    over: str | None = None,
+    layers: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+) -> list[Intervention]:
+    """Return the interventions that write the activations of `source`, row by row; see `patch_activations`."""
+    over = over or "position"
+    check_option("site", site, PATCH_SITES)
+    check_option("over", over, OVER)
+    trunk = Trunk(model)
+    if over != "position" and site != "z":
+        raise OptionError(f"over={over!r} needs site='z': {site!r} has no heads.")
+    if not has_site(model, site):
+        raise SiteError(f"this model's parallel blocks have no site {site!r}: use 'resid_pre' or 'resid_post'.")
+    layers = list(range(trunk.n_layers) if layers is None else layers)
+    for layer in layers:
+        check_layer(layer, trunk.n_layers)
+    places = _checked_positions(source, positions)
+    names = {layer: hook_name(site, layer) for layer in layers}
+    store = ActivationSource(model, source, list(names.values()))
+    cells = ((layer, cell) for layer in layers for cell in _cells(over, range(trunk.n_heads), places))
+    return [
+        Intervention(
+            " ".join([f"{site} L{layer}", *(f"{key}{value}" for key, value in cell.items())]),
+            [(names[layer], _write(store, names[layer], cell))],
+            {"layer": layer, **cell},
+        )
+        for layer, cell in cells
+    ]
+
+
+def _cells(over: str, heads: Iterable[int], positions: Sequence[int]) -> Iterator[dict[str, int]]:
+    if over == "position":
+        yield from ({"position": p} for p in positions)
+    elif over == "head":
+        yield from ({"head": h} for h in heads)
+    else:
+        yield from ({"head": h, "position": p} for h in heads for p in positions)
+
+
+def _write(store: ActivationSource, name: str, cell: dict[str, int]) -> ByBatch:
+    index: tuple[Any, ...] = (slice(None), cell.get("position", slice(None)))
+    if "head" in cell:
+        index = (*index, cell["head"])
+
+    def make(batch: Batch) -> Callable[..., Tensor]:
+        def fn(x: Tensor, hook: Any) -> Tensor:
+            if cell.get("position", 0) >= x.shape[1]:
+                return x  # a batch of shorter sequences has no such position
+            out = x.clone()
+            out[index] = store.of(batch)[name][index].to(x.dtype)
+            return out
+
+        return fn
+
+    return ByBatch(make)
+
+
+def _checked_positions(seqs: SequenceSet, positions: Sequence[int] | None) -> list[int]:
+    last = int(seqs.lengths.max()) - 1  # the last token predicts nothing
+    if positions is None:
+        return list(range(last))
+    for p in positions:
+        if not 0 <= p <= last:
+            raise SiteError(f"position {p} does not exist: the sequences have positions 0 to {last}.")
+    return list(positions)
+
+
+def _check_pairs(clean: SequenceSet, corrupt: SequenceSet) -> None:
+    if len(clean) != len(corrupt):
+        raise SequenceError(f"{len(clean)} clean and {len(corrupt)} corrupt sequences: they must be pairs, row by row.")
+    same = (clean.lengths == corrupt.lengths) & (clean.prefix_len == corrupt.prefix_len)
+    if not bool(same.all()):
+        row = int(torch.nonzero(~same)[0])
+        raise SequenceError(f"pair {row} differs in length or prefix length: clean and corrupt must have one shape.")
+    if not torch.equal(clean.target_ids, corrupt.target_ids):
+        row = int(torch.nonzero((clean.target_ids != corrupt.target_ids).any(-1))[0])
+        raise SequenceError(f"pair {row} has different continuations: corrupt the prefix only (memlens.corrupt).")
+
+
+def _with_effect(
+    result: Result, source: dict[str, np.ndarray], names: Sequence[str], direction: str, clean: SequenceSet
+) -> xr.Dataset:
+    """Name the two runs, add the normalized effect, and the clean tokens' labels."""
+    data = result.data
+    of_source, of_base = ("clean", "corrupt") if direction == "denoising" else ("corrupt", "clean")
+    for name in names:
+        data = data.assign({f"{name}_{of_source}": ("sequence", source[name])})
+        data = data.assign({f"{name}_{of_base}": data[f"{name}_baseline"]})
+    first = names[0]
+    low, high = data[f"{first}_corrupt"], data[f"{first}_clean"]
+    span = high - low
+    effect = ((data[first] - low) / span.where(span != 0)).rename("normalized_effect")
+    data = data.assign(normalized_effect=effect)
+    if "position" in data.dims:
+        in_sequence = data["position"] < xr.DataArray(clean.lengths.numpy() - 1, dims="sequence")
+        data = data.assign({n: data[n].where(in_sequence) for n in (*names, "normalized_effect")})
+    return data

@@ -1,0 +1,88 @@
+"""Weights read from a model's own modules by what they do, so that no architecture needs its own reader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["NormAffine", "output_projection", "read_norm", "target_directions"]
+
+
+@dataclass(frozen=True)
+class NormAffine:
+    r"""A LayerNorm or RMSNorm as ``(x - mean) / scale * weight + bias``; RMSNorm takes no mean away.
+
+    Attributes:
+        weight: :math:`\gamma`, `[d_model]`; ones where the norm has none.
+        bias: :math:`\beta`, `[d_model]`; zeros where the norm has none.
+        centered: Whether the mean over features is taken away (LayerNorm).
+    """
+
+    weight: Float[Tensor, " d_model"]
+    bias: Float[Tensor, " d_model"]
+    centered: bool
+
+    def linear(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Return the part that is linear in `x`, before the division by the scale."""
+        return (x - x.mean(-1, keepdim=True) if self.centered else x) * self.weight
+
+    def inverse_scale(
+        self, x: Float[Tensor, "*batch d_model"], out: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch 1"]:
+        """Return 1 / scale of the norm that made `out` of `x`, by least squares over the features."""
+        linear = self.linear(x)
+        return ((out - self.bias) * linear).sum(-1, keepdim=True) / linear.square().sum(-1, keepdim=True)
+
+
+@torch.no_grad()
+def read_norm(norm: Callable[[Tensor], Tensor], d_model: int, like: Tensor) -> NormAffine:
+    """Read a norm's affine form from what it gives on three known vectors.
+
+    Args:
+        norm: The module.
+        d_model: Its width (even).
+        like: A tensor whose device and dtype to use.
+    """
+    zero = torch.zeros(1, 1, d_model, device=like.device, dtype=like.dtype)
+    large = torch.full_like(zero, 1e3)
+    signs = large.clone()
+    signs[..., 1::2] = -1e3  # mean 0 and root mean square 1e3, so that the norm's epsilon does not count
+    bias = norm(zero)[0, 0]
+    weight = (norm(signs)[0, 0] - bias) * signs[0, 0].sign()
+    centered = bool((norm(large)[0, 0] - bias).abs().max() < 1e-3 * weight.abs().max())
+    return NormAffine(weight, bias, centered)
+
+
+@torch.no_grad()
+def output_projection(
+    model: Any, layer: int
+) -> tuple[Float[Tensor, "head d_head d_model"], Float[Tensor, " d_model"]]:
+    """Return a layer's attention output projection: `W_O` by head, and `b_O` (zeros where there is none)."""
+    attn, cfg = model.blocks[layer].attn, model.cfg
+    weight = next(attn.parameters())
+    if hasattr(model, "original_model"):
+        project = attn.o.original_component
+        zero = torch.zeros(1, cfg.n_heads * cfg.d_head, device=weight.device, dtype=weight.dtype)
+        b_o = project(zero)[0]
+        eye = torch.eye(cfg.n_heads * cfg.d_head, device=weight.device, dtype=weight.dtype)
+        w_o = project(eye) - b_o
+        return w_o.reshape(cfg.n_heads, cfg.d_head, cfg.d_model), b_o
+    return attn.W_O.detach(), attn.b_O.detach()
+
+
+@torch.no_grad()
+def target_directions(
+    model: Any, ids: Tensor, *, centered: bool
+) -> tuple[Float[Tensor, "*batch d_model"], Float[Tensor, "*batch"]]:
+    """Return the unembedding's column of each token and its bias, minus the vocabulary's mean if `centered`."""
+    w_u, zero = model.W_U, torch.zeros(1, 1, model.cfg.d_model)
+    b_u = model.unembed(zero.to(w_u))[0, 0]
+    columns, bias = w_u[:, ids].movedim(0, -1), b_u[ids]
+    if centered:
+        return columns - w_u.mean(1), bias - b_u.mean()
+    return columns, bias

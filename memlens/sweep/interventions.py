@@ -1,0 +1,131 @@
+"""What is changed: `Intervention`, a named list of TransformerLens hooks.
+
+Ablation, bypass, patching, knock-outs and a user's own hooks are all of this one kind, and one engine
+(`memlens.sweep`) runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from memlens.errors import InterventionError
+from memlens.models.hooks import HookFn, layer_of
+
+__all__ = ["Batch", "BatchHook", "ByBatch", "Intervention"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The sequences that a hook is about to see.
+
+    Attributes:
+        rows: Their row numbers in the `SequenceSet`.
+        tokens: Their ids, padded on the right.
+        mask: True where a real token stands.
+        predicts: True at the positions whose logits predict a target token.
+    """
+
+    rows: Int[Tensor, " batch"]
+    tokens: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    predicts: Bool[Tensor, "batch pos"]
+
+
+@runtime_checkable
+class BatchHook(Protocol):
+    """A hook that must know which sequences it sees, as patching does."""
+
+    def bind(self, batch: Batch) -> HookFn:
+        """Return the hook function for one batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """A named edit of a forward pass.
+
+    Attributes:
+        name: What it is called in results and errors.
+        hooks: Pairs of a TransformerLens hook name and a function ``fn(activation, hook)`` that returns
+            the new activation, or None to leave it (or to have edited it in place). The engine stacks
+            many interventions along the batch; each function sees only its own slice, as if it ran alone.
+            A `BatchHook` stands for a function where the edit differs by sequence.
+        coords: Labels of this intervention along the result's dimensions, such as ``{"layer": 3}``.
+
+    Example:
+        >>> import memlens as ml
+        >>> def halve(z, hook):
+        ...     return z / 2
+        >>> edit = ml.Intervention("halve z of layer 3", hooks=[("blocks.3.attn.hook_z", halve)])
+        >>> edit.start_layer
+        3
+    """
+
+    name: str
+    hooks: Sequence[tuple[str, HookFn | BatchHook]]
+    coords: Mapping[str, Hashable] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hooks", tuple((n, fn) for n, fn in self.hooks))
+        for name, fn in self.hooks:
+            if not isinstance(name, str) or not (callable(fn) or isinstance(fn, BatchHook)):
+                raise InterventionError(
+                    f"intervention {self.name!r} holds {(name, fn)!r}: each hook is a pair of a hook name and a function."
+                )
+
+    @property
+    def start_layer(self) -> int | None:
+        """The first block it touches; None where a hook lies outside the blocks."""
+        layers = [layer_of(name) for name, _ in self.hooks]
+        known = [layer for layer in layers if layer is not None]
+        return min(known) if known and len(known) == len(layers) else None
+
+    def bound(self, batch: Batch | None) -> list[tuple[str, HookFn]]:
+        """Return plain hooks for one batch, whose errors name this intervention.
+
+        Raises:
+            InterventionError: A hook needs to know its sequences and `batch` is None.
+        """
+        return [(name, self._named(name, self._plain(name, fn, batch))) for name, fn in self.hooks]
+
+    def __add__(self, other: Intervention) -> Intervention:
+        """Both edits together, this one's hooks first."""
+        return Intervention(
+            f"{self.name} + {other.name}", (*self.hooks, *other.hooks), {**self.coords, **other.coords}
+        )
+
+    def _plain(self, name: str, fn: Any, batch: Batch | None) -> HookFn:
+        if not isinstance(fn, BatchHook):
+            return fn
+        if batch is None:
+            raise InterventionError(
+                f"the hook on {name!r} of intervention {self.name!r} differs by sequence: run it with memlens.sweep."
+            )
+        return fn.bind(batch)
+
+    def _named(self, name: str, fn: HookFn) -> HookFn:
+        def call(activation: Tensor, hook: Any) -> Any:
+            try:
+                return fn(activation, hook=hook)
+            except Exception as error:
+                raise InterventionError(
+                    f"the hook on {name!r} of intervention {self.name!r} raised {type(error).__name__}: {error}"
+                ) from error
+
+        return call
+
+
+@dataclass(frozen=True)
+class ByBatch:
+    """A `BatchHook` from a function that makes the hook function of a batch."""
+
+    make: Callable[[Batch], HookFn]
+
+    def bind(self, batch: Batch) -> HookFn:
+        """Return the hook function for one batch."""
+        return self.make(batch)

@@ -1,0 +1,55 @@
+"""`measure`: the un-intervened numbers, by the same path as a sweep's baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from memlens.errors import EmptySetError
+from memlens.models.trunk import Trunk
+from memlens.sequences import SequenceSet
+from memlens.sweep.engine import Engine, make_batches
+from memlens.sweep.metrics import MetricLike, make_reduce
+from memlens.sweep.planner import Budget
+
+__all__ = ["measure"]
+
+
+@torch.no_grad()
+def measure(
+    model: Any,
+    sequences: SequenceSet,
+    metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
+    *,
+    memory_budget: int | None = None,
+    batch_size: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Return each metric of the model as it is, one number a sequence.
+
+    Args:
+        model: A TransformerLens model.
+        sequences: What is recalled.
+        metrics: As for `sweep`.
+        memory_budget: Bytes for activations.
+        batch_size: Sequences in a batch.
+
+    Raises:
+        EmptySetError: No sequences.
+        NonFiniteError: The model gives NaN or infinity.
+    """
+    if len(sequences) == 0:
+        raise EmptySetError("there are no sequences to measure: give at least one.")
+    trunk = Trunk(model)
+    budget = Budget.of(trunk, sequences, memory_budget, batch_size)
+    engine = Engine(
+        model,
+        make_reduce(metrics, per_token=False),
+        stack_rows=budget.stack_rows,
+        unembed_rows=budget.unembed_rows,
+        probe_tokens=sequences.tokens[:1, :4].to(trunk.device),
+    )
+    parts = [engine.baseline(trunk, b, t, [])[0] for b, t in make_batches(sequences, budget.batch_size, trunk.device)]
+    return {name: torch.cat([p[name] for p in parts]).numpy() for name in parts[0]}

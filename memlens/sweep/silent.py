@@ -1,0 +1,94 @@
+"""A hook that changes nothing is an error.
+
+On some models TransformerLens fires a hook and ignores what is written to it. The first time an
+intervention edits a hook of a model, memlens asks the model itself: it adds noise there, and if every
+logit stays bit-identical, writing to that hook does nothing and `SilentInterventionError` is raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from memlens.errors import SilentInterventionError
+from memlens.models.hooks import HookFn, attached
+
+__all__ = ["EditWatch", "check_hook_is_heard"]
+
+_HEARD: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+
+
+class EditWatch:
+    """Notices which hooks fired and which changed their activation, for hooks not yet known to be heard."""
+
+    def __init__(self, model: Any, probe_tokens: Tensor) -> None:
+        self.model = model
+        self.probe_tokens = probe_tokens
+        self.heard = _HEARD.setdefault(model, set())
+        self.edited: set[str] = set()
+        self.fired: set[str] = set()
+
+    def wrap(self, name: str, fn: HookFn) -> HookFn:
+        """Return `fn`, watched unless the hook is known to be heard."""
+        if name in self.heard:
+            return fn
+
+        def watched(activation: Tensor, hook: Any) -> Any:
+            self.fired.add(name)
+            before = activation.clone()
+            result = fn(activation, hook)
+            after = activation if result is None else result
+            if not (before.shape == after.shape and torch.equal(before, after)):
+                self.edited.add(name)
+            return result
+
+        return watched
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Check every hook of `names` that was edited, once.
+
+        Raises:
+            SilentInterventionError: A hook never ran, or the model ignores what is written to it.
+        """
+        for name in names:
+            if name in self.heard:
+                continue
+            if name not in self.fired:
+                raise SilentInterventionError(
+                    f"the hook {name!r} never ran: this model computes its forward pass without it."
+                )
+            if name in self.edited:
+                check_hook_is_heard(self.model, name, self.probe_tokens)
+                self.heard.add(name)
+
+
+@torch.no_grad()
+def check_hook_is_heard(model: Any, name: str, tokens: Tensor) -> None:
+    """Raise unless noise written to a hook changes at least one bit of the logits.
+
+    Args:
+        model: A TransformerLens model.
+        name: A hook name.
+        tokens: A few token ids, `[1, pos]`.
+
+    Raises:
+        SilentInterventionError: Every logit stayed bit-identical.
+    """
+
+    def disturb(activation: Tensor, hook: Any) -> Tensor:
+        if not activation.is_floating_point():
+            return activation
+        noise = torch.linspace(0.5, 1.5, activation.numel(), device=activation.device).reshape(activation.shape)
+        return activation + noise.to(activation.dtype)
+
+    quiet = model(tokens)
+    with attached(model, [(name, disturb)]):
+        loud = model(tokens)
+    if torch.equal(quiet, loud):
+        raise SilentInterventionError(
+            f"writing to the hook {name!r} changes no logit of this model: the edit would be ignored, so use another site."
+        )

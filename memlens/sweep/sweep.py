@@ -1,0 +1,276 @@
+"""`sweep`: one labelled array from many interventions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from tqdm.auto import tqdm
+
+from memlens.errors import EmptySetError, InterventionError, SequenceError, check_option
+from memlens.models.provenance import describe
+from memlens.models.trunk import Trunk
+from memlens.results import Result
+from memlens.sequences import SequenceSet
+from memlens.sweep.engine import Engine, make_batches
+from memlens.sweep.interventions import Intervention
+from memlens.sweep.metrics import MetricLike, make_reduce, metric_names
+from memlens.sweep.planner import Budget
+
+__all__ = ["ENGINES", "make_result", "sequence_coords", "sweep"]
+
+ENGINES = ("fast", "reference")
+_LOG = logging.getLogger(__name__)
+Values = dict[str, np.ndarray]
+
+
+@torch.no_grad()
+def sweep(
+    model: Any,
+    sequences: SequenceSet,
+    interventions: Sequence[Intervention],
+    metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
+    *,
+    engine: str = "fast",
+    per_token: bool = False,
+    memory_budget: int | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+    kind: str = "sweep",
+    settings: Mapping[str, Any] | None = None,
+) -> Result:
+    """Run every intervention on every sequence and measure it at the target positions.
+
+    The fast engine equals the reference engine (plain `run_with_hooks`, one intervention at a time, full
+    logits) to 1e-5 in float32, for every intervention; hooks outside the blocks run on the reference path.
+
+    Args:
+        model: A `HookedTransformer` or `TransformerBridge`.
+        sequences: What is recalled; targets are the continuations' tokens, teacher-forced.
+        interventions: What is changed. Where all carry the same `coords` keys, these become the
+            dimensions of the result (`layer`, `head`, …); else there is one dimension `intervention`.
+        metrics: Names of `memlens.METRICS`, or functions of (logits, ids, mask) at the target positions
+            that give one number a sequence.
+        engine: "fast" or "reference".
+        per_token: Keep a `target` dimension (built-in metrics only).
+        memory_budget: Bytes that activations may take at a time; by default 1 GiB, on a GPU 40 % of what
+            is free. When the device runs out of memory the portions are halved.
+        batch_size: Sequences in a batch; chosen from the budget by default.
+        progress: Show one bar.
+        kind: What the result calls itself (memlens' own analyses give theirs).
+        settings: Further parameters to record.
+
+    Returns:
+        A `Result` with one value per sequence and intervention for each metric, and the un-intervened
+        value beside it (`<metric>_baseline`).
+
+    Raises:
+        EmptySetError: No sequences, or no interventions.
+        SiteError: A hook name that the model does not have.
+        SilentInterventionError: A hook that edits, and is ignored by the model.
+        InterventionError: A hook raised; the message names it.
+        NonFiniteError: The un-intervened model gives NaN or infinity.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> seqs = ml.load_sequences("zoo", model)[:2]
+        >>> edit = ml.Intervention("no attention in 0", [("blocks.0.hook_attn_out", lambda x, hook: 0 * x)])
+        >>> ml.sweep(model, seqs, [edit], progress=False)["exact_match"].dims
+        ('sequence', 'intervention')
+    """
+    check_option("engine", engine, ENGINES)
+    names = metric_names(metrics)
+    trunk = Trunk(model)
+    _check_inputs(trunk, sequences, interventions)
+    budget = Budget.of(trunk, sequences, memory_budget, batch_size)
+    runner = Engine(
+        model,
+        make_reduce(metrics, per_token=per_token),
+        stack_rows=budget.stack_rows,
+        unembed_rows=budget.unembed_rows,
+        probe_tokens=sequences.tokens[:1, :4].to(trunk.device),
+    )
+    steps = len(interventions) * len(sequences)
+    with tqdm(total=steps, disable=not progress, desc=kind.replace("_", " "), unit="run") as bar:
+        baseline, values = _run(runner, trunk, sequences, interventions, engine, budget, names, bar)
+    _warn_not_finite(values)
+    recorded = {"engine": engine, "metrics": names, "per_token": per_token, **(settings or {})}
+    variables = _label(values, interventions, per_token)
+    for name, array in baseline.items():
+        variables[f"{name}_baseline"] = (("sequence", *(["target"] * per_token)), array)
+    return make_result(kind, model, sequences, variables, _coords(interventions), recorded)
+
+
+def _check_inputs(trunk: Trunk, seqs: SequenceSet, interventions: Sequence[Intervention]) -> None:
+    if len(seqs) == 0:
+        raise EmptySetError("there are no sequences to sweep over: give at least one.")
+    if not interventions:
+        raise EmptySetError("there are no interventions to run: give at least one.")
+    for item in interventions:
+        if not isinstance(item, Intervention):
+            raise InterventionError(f"{item!r} is no Intervention: wrap it in memlens.Intervention(name, hooks).")
+    longest, top = int(seqs.lengths.max()), int(seqs.tokens[seqs.mask].max())
+    if longest > trunk.n_ctx:
+        raise SequenceError(f"a sequence has {longest} tokens and the model's context {trunk.n_ctx}: cut it.")
+    if top >= trunk.d_vocab:
+        raise SequenceError(f"token id {top} lies outside the model's vocabulary of {trunk.d_vocab}: wrong tokenizer?")
+
+
+def _run(
+    runner: Engine,
+    trunk: Trunk,
+    seqs: SequenceSet,
+    interventions: Sequence[Intervention],
+    engine: str,
+    budget: Budget,
+    names: Sequence[str],
+    bar: Any,
+) -> tuple[Values, Values]:
+    """All batches; returns baseline `[seq, …]` and values `[seq, intervention, …]` a metric."""
+    base: dict[str, list[np.ndarray]] = {n: [] for n in names}
+    out: dict[str, list[np.ndarray]] = {n: [] for n in names}
+    for batch, targets in make_batches(seqs, budget.batch_size, trunk.device):
+        layers = sorted({i.start_layer for i in interventions if i.start_layer is not None})
+        if engine == "reference":
+            first, resid = runner.reference(batch, targets, None), {}
+        else:
+            first, resid = runner.baseline(trunk, batch, targets, layers)
+        done: dict[int, dict[str, torch.Tensor]] = {}
+        for start, numbers in _groups(interventions, engine):
+            if start is None:
+                for i in numbers:
+                    done[i] = runner.reference(batch, targets, interventions[i])
+                    bar.update(len(batch.rows))
+                continue
+            for portion in _portions(numbers, max(1, budget.stack_rows // len(batch.rows))):
+                chosen = [interventions[i] for i in portion]
+                results = _halving(runner, trunk, batch, targets, resid[start], chosen)
+                done |= dict(zip(portion, results, strict=True))
+                bar.update(len(portion) * len(batch.rows))
+        for n in names:
+            base[n].append(first[n].numpy())
+            out[n].append(np.stack([done[i][n].numpy() for i in range(len(interventions))], axis=1))
+    return {n: _joined(base[n]) for n in names}, {n: _joined(out[n]) for n in names}
+
+
+def _halving(runner: Engine, trunk: Trunk, batch: Any, targets: Any, resid: Any, chosen: Any) -> list[Any]:
+    """Run a stack; where the device has no memory for it, run its halves."""
+    try:
+        return runner.stacked(trunk, batch, targets, resid, chosen)
+    except torch.OutOfMemoryError:
+        if len(chosen) == 1:
+            raise
+    torch.cuda.empty_cache()
+    half = len(chosen) // 2
+    return [
+        *_halving(runner, trunk, batch, targets, resid, chosen[:half]),
+        *_halving(runner, trunk, batch, targets, resid, chosen[half:]),
+    ]
+
+
+def _groups(interventions: Sequence[Intervention], engine: str) -> Iterator[tuple[int | None, list[int]]]:
+    """Numbers of interventions by start layer; None for those on the reference path."""
+    groups: dict[int | None, list[int]] = {}
+    for i, item in enumerate(interventions):
+        groups.setdefault(item.start_layer if engine == "fast" else None, []).append(i)
+    yield from groups.items()
+
+
+def _portions(numbers: list[int], size: int) -> Iterator[list[int]]:
+    for first in range(0, len(numbers), size):
+        yield numbers[first : first + size]
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Join batches along the sequences; a `target` axis is padded with NaN to the widest."""
+    width = max(p.shape[-1] for p in parts)
+    if any(p.shape[1:] != parts[0].shape[1:] for p in parts):
+        pads = [[(0, 0)] * (p.ndim - 1) + [(0, width - p.shape[-1])] for p in parts]
+        parts = [np.pad(p, pad, constant_values=np.nan) for p, pad in zip(parts, pads, strict=True)]
+    return np.concatenate(parts)
+
+
+def _warn_not_finite(values: Values) -> None:
+    for name, array in values.items():
+        if name == "target_logprob" and np.isnan(array).all(axis=tuple(range(array.ndim))[2:]).any():
+            _LOG.warning("some interventions drive the model to NaN; their values are NaN in the result")
+
+
+def _grid_keys(interventions: Sequence[Intervention]) -> list[str] | None:
+    """The coordinates that all interventions share and that tell them apart; None where there are none."""
+    keys = list(interventions[0].coords)
+    if not keys or any(list(i.coords) != keys for i in interventions):
+        return None
+    cells = {tuple(i.coords.values()) for i in interventions}
+    return keys if len(cells) == len(interventions) else None
+
+
+def _axis(interventions: Sequence[Intervention], key: str) -> list[Hashable]:
+    return list(dict.fromkeys(i.coords[key] for i in interventions))
+
+
+def _coords(interventions: Sequence[Intervention]) -> dict[str, list[Hashable]]:
+    keys = _grid_keys(interventions)
+    if keys is None:
+        return {"intervention": [i.name for i in interventions]}
+    return {key: _axis(interventions, key) for key in keys}
+
+
+def _label(values: Values, interventions: Sequence[Intervention], per_token: bool) -> dict[str, Any]:
+    """Spread `[seq, intervention, …]` over the grid of coordinates; cells without one are NaN."""
+    tail = ("target",) if per_token else ()
+    keys = _grid_keys(interventions)
+    if keys is None:
+        return {name: (("sequence", "intervention", *tail), array) for name, array in values.items()}
+    axes = {key: {value: i for i, value in enumerate(_axis(interventions, key))} for key in keys}
+    index = tuple(np.array([axes[key][i.coords[key]] for i in interventions]) for key in keys)
+    out: dict[str, Any] = {}
+    for name, array in values.items():
+        grid = np.full((len(array), *(len(a) for a in axes.values()), *array.shape[2:]), np.nan, array.dtype)
+        grid[(slice(None), *index)] = array
+        out[name] = (("sequence", *keys, *tail), grid)
+    return out
+
+
+def sequence_coords(seqs: SequenceSet) -> dict[str, Any]:
+    """The coordinates of a `sequence` dimension: ids, lengths, and the table's plain columns."""
+    table = seqs.table
+    coords: dict[str, Any] = {
+        "sequence": table["id"].astype(str).to_numpy(),
+        "prefix_len": ("sequence", seqs.prefix_len.numpy()),
+        "n_targets": ("sequence", seqs.n_targets.numpy()),
+    }
+    for column in table.columns:
+        values = table[column].to_numpy()
+        plain = values.dtype.kind in "biuf" or all(isinstance(v, str) for v in values)
+        if column not in {"id", *coords} and plain:
+            coords[str(column)] = ("sequence", values if values.dtype.kind in "biuf" else values.astype(str))
+    return coords
+
+
+def make_result(
+    kind: str,
+    model: Any,
+    seqs: SequenceSet,
+    variables: Mapping[str, Any],
+    coords: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> Result:
+    """Build a `Result` whose attributes say how it came about."""
+    import json
+
+    about = describe(model)
+    attrs = {
+        **about,
+        "kind": kind,
+        "seed": settings.get("seed", 0),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "settings": json.dumps({**settings, "sequences": dict(seqs.attrs)}, default=str),
+    }
+    return Result(xr.Dataset(dict(variables), {**sequence_coords(seqs), **coords}, attrs))
