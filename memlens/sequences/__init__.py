@@ -1,1 +1,7 @@
-"""To be filled."""
+"""What may have been memorized: sequences, their readers, checks and controls."""
+
+from memlens.sequences.checks import SequenceReport, check_sequences
+from memlens.sequences.readers import load_sequences
+from memlens.sequences.set import SequenceSet
+
+__all__ = ["SequenceReport", "SequenceSet", "check_sequences", "load_sequences"]

@@ -1,0 +1,102 @@
+"""Parquet files of sequences: columns `tokens` and `prefix_len` beside the table's own.
+
+memlens' settings stand in the file's metadata under the key `memlens` (JSON), so that any other program
+reads the file as an ordinary table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from memlens.errors import ColumnError, FileFormatError
+from memlens.sequences.rows import RESERVED_COLUMNS
+from memlens.sequences.set import SequenceSet
+
+__all__ = ["read_parquet", "read_table", "write_parquet"]
+
+_KEY = b"memlens"
+
+
+def write_parquet(seqs: SequenceSet, path: str | Path, **extra: Mapping[str, Any]) -> Path:
+    """Write `seqs` to `path` (whole or not at all); `extra` stands in the metadata beside its attributes."""
+    path = Path(path)
+    table = pa.Table.from_pandas(seqs.table, preserve_index=False)
+    table = table.append_column("tokens", pa.array(seqs.rows(), pa.list_(pa.int64())))
+    table = table.append_column("prefix_len", pa.array(seqs.prefix_len.numpy()))
+    settings = {"attrs": dict(seqs.attrs), "width": seqs.tokens.shape[1], **extra}
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _KEY: json.dumps(settings)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        pq.write_table(table, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_table(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return a parquet file's table, with lists as Python lists, and memlens' settings if it has any.
+
+    Raises:
+        FileFormatError: It is not a parquet file.
+    """
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        raise FileFormatError(f"{path} is not a parquet file: {_first_line(error)}") from error
+    frame = table.to_pandas()
+    for name in table.schema.names:
+        if pa.types.is_nested(table.schema.field(name).type):
+            frame[name] = pd.Series([_plain(v) for v in frame[name]], index=frame.index, dtype=object)
+    metadata = table.schema.metadata or {}
+    return frame, json.loads(metadata[_KEY]) if _KEY in metadata else {}
+
+
+def read_parquet(path: str | Path) -> tuple[SequenceSet, dict[str, Any]]:
+    """Return the set in a parquet file with `tokens` and `prefix_len`, and memlens' settings.
+
+    Raises:
+        FileFormatError: It is not a parquet file.
+        ColumnError: It lacks one of the two columns.
+    """
+    frame, settings = read_table(path)
+    for name in RESERVED_COLUMNS:
+        if name not in frame:
+            raise ColumnError(f"{path} has no column {name!r}: it has {', '.join(map(str, frame.columns))}")
+    seqs = SequenceSet.from_tokens(
+        frame["tokens"].tolist(),
+        frame["prefix_len"].to_numpy(),
+        table=frame.drop(columns=list(RESERVED_COLUMNS)),
+        attrs=settings.get("attrs", {}),
+    )
+    return _widened(seqs, settings.get("width", 0)), settings
+
+
+def _widened(seqs: SequenceSet, width: int) -> SequenceSet:
+    """Restore columns of bare padding, which rows of tokens cannot tell."""
+    missing = width - seqs.tokens.shape[1]
+    if missing <= 0:
+        return seqs
+    tokens = np.pad(seqs.tokens.numpy(), ((0, 0), (0, missing)))
+    mask = np.pad(seqs.mask.numpy(), ((0, 0), (0, missing)))
+    return SequenceSet.from_tokens(tokens, seqs.prefix_len, table=seqs.table, mask=mask, attrs=seqs.attrs)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [_plain(v) for v in value.tolist()]
+    return value
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,243 @@
+"""`SequenceSet`: token ids, how much of each sequence is given, and one row of facts a sequence.
+
+A sequence is a *prefix* (given to the model) and a *continuation* (the target tokens: what the model may
+have memorized). Ragged sets are padded on the right; padding is never read. Nothing here needs a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from memlens.errors import SequenceError
+from memlens.sequences.rows import Rows, check_rows, check_shapes, checked_table, pad, row_index, some, span
+
+__all__ = ["Attr", "SequenceSet"]
+
+Attr = str | int | float | bool
+"""A setting that is kept with a set: something JSON and parquet can hold."""
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceSet:
+    """A set of sequences that a model may have memorized.
+
+    The logits that predict the token at position ``p`` stand at ``p - 1``; target positions are
+    ``prefix_len .. length - 1``.
+
+    Attributes:
+        tokens: Token ids, int64 on the CPU, padded on the right with 0.
+        mask: True where a real token stands.
+        prefix_len: How many tokens are given to the model, at least 1 and less than the length.
+        table: One row a sequence; at least the column `id` (unique strings).
+        attrs: Where the set comes from and how it was made.
+
+    Raises:
+        SequenceError: Shapes that do not fit, a mask that is not right-padded, or a prefix that leaves
+            nothing given or nothing to predict; names the row.
+        VocabularyError: A negative token id; names row and position.
+        ColumnError: The table holds a column that the set itself keeps (`tokens`, `prefix_len`).
+
+    >>> seqs = SequenceSet.from_tokens([[5, 6, 7, 8], [5, 9, 2]], prefix_len=2)
+    >>> seqs.target_ids
+    tensor([[ 7,  8],
+            [ 2, -1]])
+    >>> seqs.target_positions
+    tensor([[ 2,  3],
+            [ 2, -1]])
+    >>> seqs[1].lengths
+    tensor([3])
+    """
+
+    tokens: Int[Tensor, "seq pos"]
+    mask: Bool[Tensor, "seq pos"]
+    prefix_len: Int[Tensor, "seq"]
+    table: pd.DataFrame
+    attrs: Mapping[str, Attr] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_shapes(self.tokens, self.mask, self.prefix_len)
+        mask = self.mask.detach().to("cpu", torch.bool)
+        tokens = self.tokens.detach().to("cpu", torch.int64)
+        object.__setattr__(self, "mask", mask)
+        object.__setattr__(self, "tokens", torch.where(mask, tokens, 0))
+        object.__setattr__(self, "prefix_len", self.prefix_len.detach().to("cpu", torch.int64))
+        object.__setattr__(self, "table", checked_table(self.table, len(self)))
+        object.__setattr__(self, "attrs", dict(self.attrs))
+        check_rows(self.tokens, mask, self.prefix_len)
+
+    @classmethod
+    def from_tokens(
+        cls,
+        tokens: Tensor | np.ndarray | Sequence[Sequence[int]],
+        prefix_len: int | Sequence[int] | np.ndarray | Tensor,
+        *,
+        table: pd.DataFrame | None = None,
+        mask: Tensor | np.ndarray | None = None,
+        attrs: Mapping[str, Attr] | None = None,
+    ) -> SequenceSet:
+        """Make a set of a 2-D array of ids, or of rows of different lengths.
+
+        Args:
+            tokens: `[seq, pos]` integers, or one list of ids a sequence.
+            prefix_len: One number for all, or one a sequence.
+            table: Facts about the sequences; ids "0", "1", … are made where it has no column `id`.
+            mask: True where a real token stands; by default all of an array, and each row's own length.
+            attrs: Kept with the set.
+
+        Raises:
+            SequenceError: As the constructor does.
+        """
+        padded, own_mask = pad(tokens)
+        shape = (padded.shape[0],)
+        prefix = torch.from_numpy(np.broadcast_to(np.array(prefix_len), shape).copy())
+        used = own_mask if mask is None else torch.as_tensor(mask)
+        table = pd.DataFrame(index=range(len(padded))) if table is None else table
+        return cls(padded, used, prefix, table, attrs or {})
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @cached_property
+    def lengths(self) -> Int[Tensor, "seq"]:
+        """Real tokens of each sequence, prefix and continuation."""
+        return self.mask.sum(-1)
+
+    @cached_property
+    def n_targets(self) -> Int[Tensor, "seq"]:
+        """Target tokens of each sequence."""
+        return self.lengths - self.prefix_len
+
+    @property
+    def max_targets(self) -> int:
+        """The longest continuation, in tokens; 0 for an empty set."""
+        return int(self.n_targets.max()) if len(self) else 0
+
+    @property
+    def uniform(self) -> bool:
+        """True when all sequences have one length and one prefix length."""
+        return bool(self.mask.all()) and len(self.prefix_len.unique()) <= 1
+
+    @cached_property
+    def target_mask(self) -> Bool[Tensor, "seq target"]:
+        """True where `target_ids` and `target_positions` hold a target."""
+        return torch.arange(self.max_targets) < self.n_targets[:, None]
+
+    @cached_property
+    def target_positions(self) -> Int[Tensor, "seq target"]:
+        """Position of each target token, -1 outside. The logits that predict it stand one before."""
+        positions = self.prefix_len[:, None] + torch.arange(self.max_targets)
+        return torch.where(self.target_mask, positions, -1)
+
+    @cached_property
+    def target_ids(self) -> Int[Tensor, "seq target"]:
+        """The target tokens, -1 outside."""
+        ids = self.tokens.gather(1, self.target_positions.clamp_min(0))
+        return torch.where(self.target_mask, ids, -1)
+
+    @property
+    def ids(self) -> list[str]:
+        """The sequences' names: the table's column `id`."""
+        return self.table["id"].tolist()
+
+    @property
+    def texts(self) -> list[str] | None:
+        """The table's column `text`, or None."""
+        return self.table["text"].tolist() if "text" in self.table else None
+
+    def rows(self) -> list[list[int]]:
+        """The real tokens of each sequence, without padding.
+
+        >>> SequenceSet.from_tokens([[5, 6, 7], [5, 9]], 1).rows()
+        [[5, 6, 7], [5, 9]]
+        """
+        pairs = zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)
+        return [row[:length] for row, length in pairs]
+
+    def __getitem__(self, rows: Rows) -> SequenceSet:
+        """Return the asked-for sequences, in the order asked for, without columns of bare padding."""
+        index = row_index(rows, len(self))
+        width = int(self.lengths[index].max()) if len(index) else 0
+        return SequenceSet(
+            self.tokens[index, :width],
+            self.mask[index, :width],
+            self.prefix_len[index],
+            self.table.iloc[index.numpy()],
+            self.attrs,
+        )
+
+    def concat(self, other: SequenceSet, *, id_suffix: str = "") -> SequenceSet:
+        """Return this set followed by `other`; attributes that differ are this set's.
+
+        Args:
+            other: The sequences to append.
+            id_suffix: Appended to the ids of `other`, for sets that name their sequences alike.
+
+        Raises:
+            SequenceError: Both sets have a sequence of the same id.
+        """
+        theirs = other.table.assign(id=other.table["id"] + id_suffix)
+        shared = sorted(set(self.ids) & set(theirs["id"]))
+        if shared:
+            raise SequenceError(
+                f"both sets have sequences with the ids {some(shared)}: "
+                "pass id_suffix= to tell the second set's apart"
+            )
+        return SequenceSet.from_tokens(
+            self.rows() + other.rows(),
+            torch.cat([self.prefix_len, other.prefix_len]),
+            table=pd.concat([self.table, theirs], ignore_index=True),
+            attrs={**other.attrs, **self.attrs},
+        )
+
+    def with_table(self, table: pd.DataFrame) -> SequenceSet:
+        """Return the same sequences with another table."""
+        return replace(self, table=table)
+
+    def with_attrs(self, **attrs: Attr) -> SequenceSet:
+        """Return the same sequences with these attributes added or replaced."""
+        return replace(self, attrs={**self.attrs, **attrs})
+
+    def to_parquet(self, path: str | Path) -> Path:
+        """Write the set to one parquet file that `from_parquet` reads back without loss.
+
+        The columns are those of the table and `tokens` (list of int64) and `prefix_len`; the attributes
+        stand in the file's metadata.
+        """
+        from memlens.sequences.parquet import write_parquet
+
+        return write_parquet(self, path)
+
+    @classmethod
+    def from_parquet(cls, path: str | Path) -> SequenceSet:
+        """Read what `to_parquet` wrote, or any parquet file with the columns `tokens` and `prefix_len`.
+
+        Raises:
+            FileFormatError: It is not a parquet file.
+            ColumnError: A column is missing.
+        """
+        from memlens.sequences.parquet import read_parquet
+
+        return read_parquet(path)[0]
+
+    def __repr__(self) -> str:
+        facts = [f"prefix {span(self.prefix_len)}", f"continuation {span(self.n_targets)} tokens"]
+        if source := self.attrs.get("source"):
+            facts.append(f"from {source}")
+        return f"SequenceSet({len(self)} sequences, {', '.join(facts)})"
+
+    def _repr_html_(self) -> str:
+        head = self.table.head(5).assign(
+            prefix_len=self.prefix_len[:5].numpy(), n_targets=self.n_targets[:5].numpy()
+        )
+        more = f"<p>… and {len(self) - 5} more</p>" if len(self) > 5 else ""
+        return f"<p><b>{escape(repr(self))}</b></p>{head.to_html(escape=True, index=False)}{more}"
