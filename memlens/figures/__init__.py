@@ -1,1 +1,30 @@
-"""To be filled."""
+"""One plotly figure for each kind of labelled array.
+
+Every function takes xarray objects (mostly what `Result.mean_ci` returns) and returns a
+`plotly.graph_objects.Figure`; none shows it. `Result.plot` chooses the function by the kind of result.
+"""
+
+from __future__ import annotations
+
+from memlens.figures.heatmaps import heatmap_layer_head, heatmap_layer_position
+from memlens.figures.labels import MetricText, metric_text, plain, unique_tokens, visible
+from memlens.figures.lines import decoding_panels, dots_with_intervals, line_over_layers
+from memlens.figures.panels import attribution_panels, recall_panels
+from memlens.figures.theme import OKABE_ITO, TEMPLATE
+
+__all__ = [
+    "OKABE_ITO",
+    "TEMPLATE",
+    "MetricText",
+    "attribution_panels",
+    "decoding_panels",
+    "dots_with_intervals",
+    "heatmap_layer_head",
+    "heatmap_layer_position",
+    "line_over_layers",
+    "metric_text",
+    "plain",
+    "recall_panels",
+    "unique_tokens",
+    "visible",
+]

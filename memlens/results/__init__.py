@@ -8,8 +8,9 @@ other (memorized against controls), and `overlay` draws several in one figure.
 from __future__ import annotations
 
 from memlens.results.comparison import compare_groups
+from memlens.results.dispatch import overlay
 from memlens.results.result import Result
 from memlens.results.statistics import mean_interval
 from memlens.results.storage import load_result
 
-__all__ = ["Result", "compare_groups", "load_result", "mean_interval"]
+__all__ = ["Result", "compare_groups", "load_result", "mean_interval", "overlay"]

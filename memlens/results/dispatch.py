@@ -1,22 +1,90 @@
-"""From a kind of result to its figure."""
+"""From a kind of result to its figure: which function draws it, and several in one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from memlens.errors import check_option
+import numpy as np
+import xarray as xr
+
+from memlens.errors import ResultError, check_option
+from memlens.results import plots
+from memlens.results.result import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from memlens.results.result import Result
-
-__all__ = ["plot_result"]
-
-_PLOTS: dict[str, Any] = {}
+__all__ = ["KINDS", "overlay", "plot_result"]
 
 
 def plot_result(result: Result, metric: str | None = None, **options: Any) -> go.Figure:
-    """Return the figure of `result`, by its kind."""
-    check_option("kind", result.kind, sorted(_PLOTS))
-    return _PLOTS[result.kind](result, metric, **options)
+    """Return the figure of `result`, by its kind; a kind that is not known is drawn by its dimensions.
+
+    Args:
+        result: any result.
+        metric: one metric; all by default, with a menu.
+        options: `group` (a coordinate along `sequence`), `sequence` (one id), `of`, `title`, and those of
+            `Result.mean_ci`; which of them apply depends on the kind.
+
+    Raises:
+        OptionError: for an option that this kind of figure does not have.
+        SiteError: for a sequence or stream that the result does not have.
+    """
+    plot = _PLOTS.get(result.kind) or _by_dimensions(result)
+    known = set(plot.__kwdefaults__ or {}) | {"level", "method", "n_resamples", "seed"}
+    for name in options:
+        check_option("plot option", name, sorted(known))
+    return plot(result, metric, **options)
+
+
+def overlay(results: Mapping[str, Result], metric: str | None = None, **options: Any) -> go.Figure:
+    """Draw several results of one kind in one figure, one line (or one map) for each.
+
+    Args:
+        results: name in the legend to result, say `{"memorized": a, "control": b}`.
+        metric: as for `Result.plot`.
+        options: as for `Result.plot`, without `group`.
+
+    Raises:
+        ResultError: when the results are of different kinds, or there are none.
+    """
+    kinds = {result.kind for result in results.values()}
+    if len(kinds) != 1:
+        raise ResultError(f"an overlay needs results of one kind, not {sorted(kinds)}.")
+    parts: list[xr.Dataset] = []
+    for name, result in results.items():
+        data = result.data.drop_vars([c for c in result.data.coords if c not in result.data.dims])
+        data = data.assign_coords({d: np.arange(data.sizes[d]) for d in data.dims if d not in data.coords})
+        label = np.full(data.sizes["sequence"], name, dtype=object)
+        parts.append(data.assign_coords(group=("sequence", label)))
+    joined = xr.concat(
+        parts, "sequence", join="outer", data_vars="all", coords="minimal", compat="override",
+        combine_attrs="override",
+    )  # fmt: skip
+    return plot_result(Result(joined), metric, group="group", **options)
+
+
+def _by_dimensions(result: Result) -> Callable[..., go.Figure]:
+    """Choose a figure for a kind without one of its own."""
+    for dims, plot in (
+        (("layer", "head"), plots.plot_head_map),
+        (("layer", "position"), plots.plot_patch_map),
+    ):
+        if plots.with_dims(result, *dims):
+            return plot
+    if plots.with_dims(result, "layer"):
+        return plots.plot_layer_lines
+    return plots.plot_interventions if plots.with_dims(result, "intervention") else plots.plot_recall
+
+
+_PLOTS: dict[str, Callable[..., Any]] = {
+    "residual_decoding": plots.plot_decoding,
+    "head_ablation": plots.plot_head_map,
+    "attention_bypass": plots.plot_layer_lines,
+    "activation_patching": plots.plot_patch_map,
+    "logit_attribution": plots.plot_attribution,
+    "sweep": plots.plot_interventions,
+    "recall": plots.plot_recall,
+}
+KINDS = tuple(_PLOTS)

@@ -1,0 +1,167 @@
+"""Maps with layers going up: layer by head, and layer by position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+from plotly.subplots import make_subplots
+
+from memlens.errors import ResultError
+from memlens.figures import theme
+from memlens.figures.labels import MetricText, metric_text, plain, unique_tokens
+
+__all__ = ["heatmap_layer_head", "heatmap_layer_position", "heatmap_trace", "token_axis"]
+
+
+def heatmap_layer_head(
+    ci: xr.Dataset,
+    *,
+    metrics: Sequence[str] | None = None,
+    signed: bool = True,
+    title: str = "Effect of each head",
+    subtitle: str = "",
+) -> go.Figure:
+    """Draw a map of layer (up) by head, with a menu where there are several metrics.
+
+    Args:
+        ci: variables `[statistic, layer, head]`, as from `Result.mean_ci`; a further dimension (a group)
+            gives maps side by side on one colour scale.
+        metrics: which variables; all by default.
+        signed: red-white-blue around 0, else viridis.
+        title: what is shown.
+        subtitle: on how many sequences, and what sign and colour mean.
+
+    Returns:
+        The figure; hovering shows layer, head, mean, interval and number of sequences.
+    """
+    return _maps(ci, "head", metrics, signed, title, subtitle, {"title": {"text": "head"}})
+
+
+def heatmap_layer_position(
+    ci: xr.Dataset,
+    *,
+    metrics: Sequence[str] | None = None,
+    x: str = "position",
+    signed: bool = True,
+    tokens: Sequence[str] | None = None,
+    boundary: float | None = None,
+    title: str = "Effect of each layer and position",
+    subtitle: str = "",
+) -> go.Figure:
+    """Draw a map of layer (up) by position (right).
+
+    Args:
+        ci: variables `[statistic, layer, x]` with intervals, or `[layer, x]` of one sequence.
+        metrics: which variables; all by default.
+        x: name of the dimension to the right, `position` or `target`.
+        signed: red-white-blue around 0, else viridis.
+        tokens: the token at each place; shown as labels that are unique and escaped.
+        boundary: where the continuation starts; a dashed line is drawn before that position.
+        title: what is shown.
+        subtitle: on how many sequences, and what sign and colour mean.
+    """
+    fig = _maps(ci, x, metrics, signed, title, subtitle, token_axis(tokens, ci.sizes[x], x))
+    if boundary is not None:
+        fig.add_vline(x=boundary - 0.5, line={"dash": "dash", "color": "#1f2933", "width": 1.5})
+        fig.add_annotation(
+            x=boundary - 0.5,
+            y=1,
+            yref="paper",
+            yanchor="bottom",
+            text="prefix | continuation",
+            showarrow=False,
+        )
+    return fig
+
+
+def token_axis(tokens: Sequence[str] | None, count: int, title: str) -> dict[str, Any]:
+    """Return the axis of positions: token labels where known, thinned so that they stay readable."""
+    step = theme.tick_step(count, 64 if tokens is not None else 24)
+    axis: dict[str, Any] = {"title": {"text": title}, "zeroline": False}
+    if tokens is None:
+        return {**axis, "tick0": 0, "dtick": step}
+    labels = unique_tokens(tokens)[::step]
+    places = list(range(0, len(tokens), step))
+    return {**axis, "tickmode": "array", "tickvals": places, "ticktext": labels, "tickangle": -60}
+
+
+def heatmap_trace(
+    array: xr.DataArray, x: str, text: MetricText, *, signed: bool, limit: float | None = None
+) -> go.Heatmap:
+    """Return one map; `array` is `[statistic, layer, x]` with a coordinate `n…`, or `[layer, x]`."""
+    has_interval = "statistic" in array.dims
+    array = array.transpose(*(["statistic"] if has_interval else []), "layer", x)
+    means = array.sel(statistic="mean") if has_interval else array
+    rows, hover = [means.values], f"layer %{{y}} · {x} %{{x}}<br>{text.label}: %{{z:.4g}}"
+    if has_interval:
+        rows += [array.sel(statistic=name).values for name in ("low", "high")]
+        hover += " [%{customdata[1]:.4g}, %{customdata[2]:.4g}]"
+    hover += f" {text.unit}" if text.unit else ""
+    counts = [c for c in array.coords if str(c).startswith("n_") and array[c].dims == means.dims]
+    if has_interval and counts:
+        rows.append(array[counts[0]].values)
+        hover += "<br>n = %{customdata[3]:d} sequences"
+    return go.Heatmap(
+        z=means.values,
+        x=array[x].values if array[x].dtype.kind in "iuf" else [plain(v) for v in array[x].values],
+        y=array["layer"].values,
+        customdata=np.stack(rows, -1).astype(np.float32),
+        hovertemplate=hover + "<extra></extra>",
+        **_colors(means.values, text, signed, limit),
+    )
+
+
+def _colors(values: np.ndarray, text: MetricText, signed: bool, limit: float | None) -> dict[str, Any]:
+    bar = {"title": {"text": text.axis, "side": "right"}, "thickness": 14, "outlinewidth": 0}
+    if not signed:
+        return {"colorscale": theme.magnitude_scale(), "colorbar": bar, "zmax": limit}
+    limit = limit or _limit(values)
+    scale = theme.signed_scale(text.better)
+    return {"colorscale": scale, "zmid": 0, "zmin": -limit, "zmax": limit, "colorbar": bar}
+
+
+def _limit(values: np.ndarray) -> float:
+    finite = np.abs(values[np.isfinite(values)])
+    return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+
+
+def _maps(
+    ci: xr.Dataset,
+    x: str,
+    metrics: Sequence[str] | None,
+    signed: bool,
+    title: str,
+    subtitle: str,
+    x_axis: dict[str, Any],
+) -> go.Figure:
+    names = [str(name) for name in (metrics if metrics is not None else ci.data_vars)]
+    if not names:
+        raise ResultError("a map needs at least one metric: the dataset has none.")
+    first = ci[names[0]]
+    group = next((str(dim) for dim in first.dims if dim not in ("statistic", "layer", x)), None)
+    facets = [plain(value) for value in first[group].values] if group else None
+    fig = make_subplots(1, len(facets) if facets else 1, shared_yaxes=True, subplot_titles=facets)
+    owners: list[int] = []
+    texts = [metric_text(name, ci[name]) for name in names]
+    for owner, (name, text) in enumerate(zip(names, texts, strict=True)):
+        array = ci[name]
+        means = array.sel(statistic="mean") if "statistic" in array.dims else array
+        limit = _limit(means.values) if signed or group else None
+        for column in range(array.sizes[group] if group else 1):
+            part = array.isel({group: column}) if group else array
+            trace = heatmap_trace(part, x, text, signed=signed, limit=limit)
+            trace.showscale = column == 0
+            fig.add_trace(trace, row=1, col=column + 1)
+            owners.append(owner)
+    fig.update_xaxes(**x_axis, showgrid=False)
+    fig.update_yaxes(theme.layer_axis(first["layer"].values, ""), showgrid=False)
+    fig.update_yaxes(title_text="layer", col=1)
+    height = int(np.clip(230 + 24 * ci.sizes["layer"], 340, 760))
+    theme.figure(fig, title=title, subtitle=subtitle, height=height, menu=len(names) > 1)
+    if len(names) > 1:
+        theme.dropdown(fig, [text.label for text in texts], owners, {})
+    return fig

@@ -1,0 +1,110 @@
+"""Text in figures: token labels, and the words for metrics.
+
+Plotly reads a small part of HTML in every label (`<b>`, `<br>`, `<a href>`) and LaTeX between dollar signs.
+Text that comes from sequences is therefore escaped, so that it is shown and never interpreted.
+"""
+
+from __future__ import annotations
+
+import html
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import xarray as xr
+
+__all__ = ["MetricText", "metric_text", "plain", "unique_tokens", "visible"]
+
+_MARKS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "": "∅"}
+_HIDDEN = {"Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp"}
+_JOINERS = "\u200c\u200d"
+
+
+@dataclass(frozen=True)
+class MetricText:
+    """How a metric is spoken of.
+
+    Attributes:
+        label: its name in words.
+        unit: `nats`, `tokens`, …; empty for a plain number.
+        better: 1 where a higher value means better recall, -1 where a lower one does, 0 where unknown.
+    """
+
+    label: str
+    unit: str = ""
+    better: int = 0
+
+    @property
+    def axis(self) -> str:
+        """Label and unit, as on an axis."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+
+_KNOWN = {
+    "target_logprob": MetricText("target log-prob", "nats", 1),
+    "exact_match": MetricText("exact match", "share of sequences", 1),
+    "matching_prefix": MetricText("matching prefix", "tokens", 1),
+    "target_accuracy": MetricText("target accuracy", "share of tokens", 1),
+    "target_rank": MetricText("target rank", "0 = top", -1),
+    "completion_entropy": MetricText("completion entropy", "nats", -1),
+    "margin": MetricText("margin over the best other token", "logits", 1),
+    "memorization_score": MetricText("memorization score M", "share of tokens", 1),
+    "normalized_effect": MetricText("recall restored", "0 = corrupt, 1 = clean", 1),
+    "probability": MetricText("probability of the target", "", 1),
+    "rank": MetricText("rank of the target", "0 = top", -1),
+    "entropy": MetricText("entropy", "nats", -1),
+    "kl_to_final": MetricText("KL to the final layer", "nats", -1),
+    "predicted_probability": MetricText("probability of the final prediction", "", 1),
+    "predicted_rank": MetricText("rank of the final prediction", "0 = top", -1),
+    "heads": MetricText("direct effect on the target logit", "logits", 1),
+    "attn": MetricText("attention", "logits", 1),
+    "mlp": MetricText("MLP", "logits", 1),
+}
+
+
+def metric_text(name: str, array: xr.DataArray | None = None) -> MetricText:
+    """Return label, unit and direction of a metric; `long_name` and `units` of the array come first.
+
+    >>> metric_text("target_logprob").axis
+    'target log-prob (nats)'
+    """
+    known = _KNOWN.get(name, MetricText(name.replace("_", " ")))
+    attrs = {} if array is None else array.attrs
+    label, unit = attrs.get("long_name", known.label), attrs.get("units", known.unit)
+    return MetricText(plain(str(label)), plain(str(unit)), known.better)
+
+
+def plain(text: object) -> str:
+    """Return text that plotly shows letter by letter: no markup, no LaTeX, no hover variables.
+
+    >>> plain("<b>5 & $x$</b>")
+    '&lt;b&gt;5 &amp; &#36;x&#36;&lt;/b&gt;'
+    """
+    return html.escape(str(text), quote=False).replace("$", "&#36;").replace("%{", "&#37;{")
+
+
+def visible(token: str, *, longest: int = 20) -> str:
+    r"""Return a token with its blanks and non-printing letters made visible, cut at `longest` letters.
+
+    >>> visible(" the"), visible("\n"), visible("a\u202eb")
+    ('·the', '↵', 'a\\u202eb')
+    """
+    shown = _MARKS[""] if token == "" else "".join(_visible_letter(letter) for letter in token)
+    return shown if len(shown) <= longest else shown[: longest - 1] + "…"
+
+
+def _visible_letter(letter: str) -> str:
+    if letter in _MARKS:
+        return _MARKS[letter]
+    if letter not in _JOINERS and (unicodedata.category(letter) in _HIDDEN or letter.isspace()):
+        return f"\\u{ord(letter):04x}"
+    return letter
+
+
+def unique_tokens(tokens: Iterable[str], *, start: int = 0) -> list[str]:
+    """Return one label a position, unique by its number, escaped for plotly.
+
+    >>> unique_tokens([" the", "<b>", " the"])
+    ['·the_0', '&lt;b&gt;_1', '·the_2']
+    """
+    return [f"{plain(visible(str(token)))}_{place}" for place, token in enumerate(tokens, start)]

@@ -1,0 +1,146 @@
+"""The one look of all figures, and the conventions that every reader can rely on.
+
+Layers run up in maps and to the right in curves. Signed values use red-white-blue around 0, where red always
+means that recall was harmed and blue that it was helped (the scale is turned for metrics where less is
+better). Magnitudes use viridis. Groups use the colours of Okabe and Ito (2008), which people with any of the
+usual colour vision deficiencies can tell apart, or steps of viridis where the groups are numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.colors as pc
+import plotly.graph_objects as go
+
+from memlens.figures.labels import plain
+
+__all__ = [
+    "OKABE_ITO",
+    "TEMPLATE",
+    "dropdown",
+    "figure",
+    "group_colors",
+    "layer_axis",
+    "magnitude_scale",
+    "signed_scale",
+    "tick_step",
+    "translucent",
+]
+
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+_INK, _GRID = "#1f2933", "#e4e7eb"
+_AXIS: dict[str, Any] = {
+    "gridcolor": _GRID,
+    "zerolinecolor": "#9aa5b1",
+    "linecolor": "#9aa5b1",
+    "ticks": "outside",
+    "tickcolor": "#9aa5b1",
+    "title": {"standoff": 8},
+    "automargin": True,
+}
+TEMPLATE = go.layout.Template(
+    layout={
+        "font": {"family": "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif", "size": 13, "color": _INK},
+        "title": {"x": 0, "xref": "paper", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"},
+        "colorway": list(OKABE_ITO),
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+        "hoverlabel": {"align": "left", "bgcolor": "white", "font": {"color": _INK, "size": 12}},
+        "legend": {"itemsizing": "constant", "bgcolor": "rgba(255,255,255,0)"},
+    }
+)
+
+
+def figure(base: go.Figure, *, title: str, subtitle: str, height: int, menu: bool = False) -> go.Figure:
+    """Give `base` the template, its title and its size, and return it. Title and subtitle are plain text."""
+    base.update_layout(
+        template=TEMPLATE,
+        title={
+            "text": plain(title),
+            "subtitle": {"text": plain(subtitle), "font": {"size": 12, "color": "#52606d"}},
+            "pad": {"t": 14},
+        },
+        margin={"l": 64, "r": 24, "t": 122 if menu else 84, "b": 56},
+        height=height,
+    )
+    return base
+
+
+def signed_scale(better: int) -> str:
+    """Return the colour scale of a signed value: red where recall is harmed.
+
+    >>> signed_scale(1), signed_scale(-1)
+    ('RdBu', 'RdBu_r')
+    """
+    return "RdBu_r" if better < 0 else "RdBu"
+
+
+def magnitude_scale() -> str:
+    """Return the colour scale of values without a sign."""
+    return "Viridis"
+
+
+def group_colors(groups: Sequence[Any]) -> list[str]:
+    """Return a colour for each group: Okabe-Ito for names, steps of viridis for more than three numbers."""
+    numbers = all(isinstance(group, int | float | np.number) for group in groups)
+    if (numbers and len(groups) > 3) or len(groups) > len(OKABE_ITO):
+        return [str(color) for color in pc.sample_colorscale("Viridis", np.linspace(0.0, 0.9, len(groups)))]
+    return list(OKABE_ITO[: len(groups)])
+
+
+def translucent(color: str, alpha: float = 0.18) -> str:
+    """Return `color` (`#rrggbb` or `rgb(...)`) as an `rgba` with the given opacity."""
+    red, green, blue = pc.hex_to_rgb(color) if color.startswith("#") else pc.unlabel_rgb(color)
+    return f"rgba({red:.0f},{green:.0f},{blue:.0f},{alpha})"
+
+
+def tick_step(count: int, most: int = 16) -> int:
+    """Return a step (1, 2, 4, 5, 8, 10, 16, …) that leaves at most `most` ticks.
+
+    >>> tick_step(12), tick_step(32), tick_step(512)
+    (1, 2, 32)
+    """
+    steps = (1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 128, 256, 512, 1024)
+    return next((step for step in steps if count <= step * most), -(-count // most))
+
+
+def layer_axis(layers: np.ndarray, title: str = "layer") -> dict[str, Any]:
+    """Return the axis of layers: whole numbers, thinned where there are many; names stay names."""
+    if layers.dtype.kind not in "iuf":
+        return {"title": {"text": title}, "type": "category"}
+    return {"title": {"text": title}, "tick0": 0, "dtick": tick_step(len(layers)), "zeroline": False}
+
+
+def dropdown(
+    fig: go.Figure, names: Sequence[str], owners: Sequence[int], axis_titles: Mapping[str, Sequence[Any]]
+) -> None:
+    """Add a menu that shows the traces of one metric at a time.
+
+    Args:
+        fig: the figure; traces of the first metric are left visible.
+        names: what the menu shows, one entry a metric.
+        owners: for each trace the number of its metric; -1 for those that always show.
+        axis_titles: layout keys (such as `yaxis.title.text`) with their text for each metric.
+    """
+    visible = iter([owner in (-1, 0) for owner in owners])
+    fig.for_each_trace(lambda trace: trace.update(visible=next(visible)))
+    buttons = [
+        {
+            "label": name,
+            "method": "update",
+            "args": [
+                {"visible": [owner in (-1, place) for owner in owners]},
+                {key: texts[place] for key, texts in axis_titles.items()},
+            ],
+        }
+        for place, name in enumerate(names)
+    ]
+    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom", "pad": {"b": 8}}
+    fig.update_layout(
+        updatemenus=[{**menu, "bgcolor": "white", "bordercolor": "#9aa5b1", "showactive": True}]
+    )
