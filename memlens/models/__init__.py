@@ -1,1 +1,3 @@
-"""To be filled."""
+"""How a model comes in, and how its blocks are run."""
+
+from __future__ import annotations

@@ -1,0 +1,61 @@
+"""Wrap a Hugging Face model as a `TransformerBridge`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from memlens.errors import UnsupportedModelError
+from memlens.models.families import architecture_of
+from memlens.models.quiet import quiet
+from memlens.models.tokenizers import placeholder_tokenizer
+
+__all__ = ["build_bridge", "check_bridge_supports"]
+
+
+def check_bridge_supports(config: Any, name: str) -> None:
+    """Raise `UnsupportedModelError` unless the installed TransformerLens' bridge has an adapter for this config."""
+    architecture = architecture_of(config)
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{name!r} is a {architecture}, for which the installed TransformerLens has no TransformerBridge: "
+            f"upgrade transformer-lens, or use a model of another architecture."
+        )
+
+
+def build_bridge(
+    hf_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    name: str,
+    dtype: torch.dtype,
+    process_weights: bool = False,
+) -> TransformerBridge:
+    """Return the bridge around a Hugging Face model, which it changes in place and keeps as `.original_model`.
+
+    Args:
+        hf_model: The model; its attention is set to run step by step, so that hooks see the pattern.
+        tokenizer: One from `prepare_tokenizer`, or None for a model that takes token ids only.
+        name: What `cfg.model_name` shall say.
+        dtype: The dtype of its weights.
+        process_weights: Fold LayerNorms and center weights (TransformerLens' compatibility mode).
+    """
+    hf_model.config.architectures = hf_model.config.architectures or [type(hf_model).__name__]
+    with quiet():
+        hf_model.set_attn_implementation("eager")
+        bridge = TransformerBridge.boot_transformers(
+            name,
+            hf_model=hf_model,
+            tokenizer=tokenizer or placeholder_tokenizer(),
+            device=next(hf_model.parameters()).device,
+            dtype=dtype,
+        )
+        if process_weights:
+            bridge.enable_compatibility_mode(disable_warnings=True)
+    if tokenizer is None:
+        bridge.tokenizer = None
+    return bridge

@@ -1,0 +1,131 @@
+"""Checks of a model before anything is computed with it: architecture, finite weights, agreement with its source."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from memlens.errors import ModelLoadError, NonFiniteError, UnsupportedModelError
+from memlens.models.families import architecture_of
+
+__all__ = [
+    "check_causal",
+    "check_finite_weights",
+    "first_nonfinite_layer",
+    "nonfinite_error",
+    "verify_against_huggingface",
+]
+
+_OTHER_CAUSAL = {"GPT2LMHeadModel", "OpenAIGPTLMHeadModel"}
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+def check_causal(config: Any, name: str) -> None:
+    """Raise `UnsupportedModelError` unless a config is of a decoder-only causal language model.
+
+    >>> from transformers import GPTNeoXConfig
+    >>> check_causal(GPTNeoXConfig(), "a model")
+    """
+    architecture = architecture_of(config)
+    causal = architecture.endswith("ForCausalLM") or architecture in _OTHER_CAUSAL
+    if not causal or getattr(config, "is_encoder_decoder", False):
+        shown = architecture or getattr(config, "model_type", None) or "unknown"
+        raise UnsupportedModelError(
+            f"{name!r} is a {shown}, which is not a causal language model: memlens needs a decoder that predicts "
+            f"the next token, such as {', '.join(('GPTNeoXForCausalLM', 'LlamaForCausalLM'))}."
+        )
+
+
+def check_finite_weights(model: nn.Module, name: str) -> None:
+    """Raise `NonFiniteError` naming the first layer and parameter that hold NaN or infinity."""
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            found = _LAYER.search(parameter_name)
+            where = f"layer {found[1]}" if found else "outside the layers"
+            n_bad = int((~torch.isfinite(parameter)).sum())
+            raise NonFiniteError(
+                f"The weights of {name!r} hold NaN or infinity, first in {where}, parameter {parameter_name!r} "
+                f"({n_bad} of {parameter.numel()} values): the checkpoint is damaged, or {parameter.dtype} is "
+                f"too narrow for it (try dtype='float32')."
+            )
+
+
+def first_nonfinite_layer(model: Any, tokens: Int[Tensor, "seq pos"]) -> str | None:
+    """Return where the residual stream first holds NaN or infinity: `"embedding"`, `"blocks.3"`, `"unembedding"`.
+
+    Args:
+        model: A TransformerLens model.
+        tokens: Token ids, `[seq, pos]`.
+
+    Returns:
+        The first place in the order of computation, or None if everything is finite, logits included.
+    """
+    finite: dict[str, bool] = {}
+
+    def watch(place: str) -> Any:
+        def hook(activation: Tensor, hook: Any = None) -> None:
+            finite[place] = bool(torch.isfinite(activation).all())
+
+        return hook
+
+    n_layers = model.cfg.n_layers
+    hooks = [("blocks.0.hook_resid_pre", watch("embedding"))]
+    hooks += [(f"blocks.{layer}.hook_resid_post", watch(f"blocks.{layer}")) for layer in range(n_layers)]
+    with torch.no_grad():
+        logits = model.run_with_hooks(tokens.to(model.cfg.device), fwd_hooks=hooks)
+    finite["unembedding"] = bool(torch.isfinite(logits).all())
+    order = ["embedding", *(f"blocks.{layer}" for layer in range(n_layers)), "unembedding"]
+    return next((place for place in order if not finite[place]), None)
+
+
+def nonfinite_error(model: Any, tokens: Int[Tensor, "seq pos"]) -> NonFiniteError:
+    """Return the error to raise when logits turned out not to be finite: it names the first layer."""
+    place = first_nonfinite_layer(model, tokens)
+    where = f"first after {place}" if place else "not reproducibly"
+    return NonFiniteError(
+        f"The logits hold NaN or infinity ({where}; dtype {model.cfg.dtype}): "
+        f"load the model with dtype='float32' or 'bfloat16', or check its weights."
+    )
+
+
+@torch.no_grad()
+def verify_against_huggingface(
+    model: Any, hf_model: nn.Module, tokens: Int[Tensor, "seq pos"], *, tolerance: float = 1e-4
+) -> float:
+    """Check that a TransformerLens model computes what the Hugging Face model computes.
+
+    Both run on the same tokens. Unprocessed weights are compared by logits; processed ones (see `load_model`)
+    by log-probabilities, because centering the unembedding shifts all logits of a position by one constant.
+
+    Args:
+        model: A TransformerLens model.
+        hf_model: The Hugging Face model that it should equal. Not the one a bridge was made from: the bridge
+            changes that one in place, so load it again.
+        tokens: Token ids, `[seq, pos]`.
+        tolerance: Largest allowed difference, relative to the largest logit where that is above 1.
+
+    Returns:
+        The largest absolute difference.
+
+    Raises:
+        ModelLoadError: They differ by more than `tolerance`.
+    """
+    from memlens.models.provenance import describe
+
+    device = next(hf_model.parameters()).device
+    expected = hf_model(tokens.to(device)).logits.float().cpu()
+    actual = model(tokens.to(model.cfg.device)).float().cpu()
+    scale = max(1.0, float(expected.abs().max()))
+    if describe(model)["processed_weights"]:
+        expected, actual = expected.log_softmax(-1), actual.log_softmax(-1)
+    difference = float((expected - actual).abs().max())
+    if not difference <= tolerance * scale:
+        raise ModelLoadError(
+            f"{describe(model)['model']!r} as {type(model).__name__} differs from Hugging Face's model by "
+            f"{difference:.2g} in its logits (allowed: {tolerance * scale:.2g}): use the other backend."
+        )
+    return difference

@@ -1,0 +1,227 @@
+"""`load_model`: from a name, a folder, a file or a loaded model to TransformerLens' own object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from memlens.errors import OptionError, UnsupportedModelError, check_option
+from memlens.models.bridge import build_bridge, check_bridge_supports
+from memlens.models.checks import check_causal, check_finite_weights
+from memlens.models.families import architecture_of, family_of
+from memlens.models.hooked import build_hooked, hooked_obstacle
+from memlens.models.huggingface import load_config, load_weights, parse_dtype
+from memlens.models.names import resolve_source
+from memlens.models.provenance import remember
+from memlens.models.revisions import checkpoint_revision
+from memlens.models.tokenizers import load_tokenizer, prepare_tokenizer
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+__all__ = ["load_model"]
+
+BACKENDS = ("auto", "hooked", "bridge")
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What a call of `load_model` asked for, checked."""
+
+    backend: str
+    dtype: torch.dtype
+    device: torch.device
+    device_map: Any
+    process_weights: bool
+    check_weights: bool
+
+
+def load_model(
+    name: str | Path | nn.Module,
+    *,
+    backend: str = "auto",
+    revision: str | None = None,
+    checkpoint_step: int | None = None,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    process_weights: bool = False,
+    gguf_file: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    check_weights: bool = True,
+) -> HookedTransformer | TransformerBridge:
+    """Load a causal language model as TransformerLens' own object.
+
+    Weights are unprocessed unless asked for: activations and logits equal Hugging Face's.
+
+    Args:
+        name: A bundled model (`"zoo/pythia-s"`), a hub name (`"EleutherAI/pythia-70m"`; the organization may be
+            left out for models of `families_table()`), a local checkpoint folder, a `.gguf` file, a loaded
+            Hugging Face model (a bridge is put around it, in place), or a TransformerLens model (given back).
+        backend: `"hooked"` for `HookedTransformer` (TransformerLens 3.9 with Pythia, GPT-Neo or OLMo), `"bridge"`
+            for `TransformerBridge`, `"auto"` for the first where it can run the model, else the second.
+        revision: Branch, tag or commit on the hub.
+        checkpoint_step: Training step, for models with published checkpoints (Pythia, OLMo); finds the revision.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or a torch dtype.
+        device: Where to; CUDA if there is one, else the CPU.
+        device_map: Spread a large model over devices (see `accelerate`); bridge only, instead of `device`.
+        process_weights: TransformerLens' classic form: LayerNorms folded, weights centered. Predictions stay the
+            same, activations and logits (by a constant at each position) do not.
+        gguf_file: A GGUF file in the folder or repository. Its weights are dequantized.
+        tokenizer: Instead of the checkpoint's own.
+        trust_remote_code: Allow Python code that comes with the checkpoint to run.
+        allow_pickle: Allow weights in `.bin` files, which can run code, where there are no safetensors.
+        check_weights: Look for NaN and infinity in the weights.
+
+    Returns:
+        A `HookedTransformer` or a `TransformerBridge`, in evaluation mode. `.tokenizer` is None where the
+        checkpoint has none.
+
+    Raises:
+        ModelNotFoundError: Nothing has this name, or the repository has no such revision or step.
+        ModelLoadError: The checkpoint's files are damaged, incomplete, or hold no safetensors.
+        UnsupportedModelError: Not a causal language model, or the backend cannot run it.
+        NonFiniteError: NaN or infinity in the weights.
+        OptionError: Options that do not exist or contradict each other.
+
+    Example:
+        >>> from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+        >>> config = GPTNeoXConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        ...                        intermediate_size=32, bos_token_id=0, eos_token_id=0)
+        >>> model = load_model(GPTNeoXForCausalLM(config), device="cpu")
+        >>> type(model).__name__, model.cfg.n_layers
+        ('TransformerBridge', 2)
+    """
+    options = _check_options(backend, dtype, device, device_map, process_weights, check_weights)
+    if isinstance(name, nn.Module):
+        return _from_module(name, options, tokenizer, revision or checkpoint_step or gguf_file)
+    source = resolve_source(name, gguf_file=gguf_file)
+    revision = checkpoint_revision(source, revision=revision, step=checkpoint_step)
+    config = load_config(source, revision=revision, trust_remote_code=trust_remote_code)
+    options = _choose_backend(options, config, source.name)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
+    hf_model = load_weights(
+        source,
+        config,
+        revision=revision,
+        dtype=options.dtype,
+        device=options.device,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+    return _wrap(
+        hf_model, tokenizer, options, name=source.name, revision=_revision_fact(source.local, revision)
+    )
+
+
+def _revision_fact(local: bool, revision: str | None) -> str:
+    return "" if local else revision or "main"
+
+
+def _check_options(
+    backend: str, dtype: Any, device: Any, device_map: Any, process_weights: bool, check_weights: bool
+) -> _Options:
+    check_option("backend", backend, BACKENDS)
+    if device_map is not None and device is not None:
+        raise OptionError(
+            f"device={str(device)!r} and device_map={device_map!r} contradict each other: give one."
+        )
+    if device_map is not None and backend == "hooked":
+        raise OptionError(
+            f"device_map={device_map!r} does not work with HookedTransformer: use backend='bridge', or device=."
+        )
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise OptionError(
+            f"device={device!r} is not a device torch knows: give 'cpu', 'cuda' or 'mps'."
+        ) from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(
+            f"device={str(device)!r} was asked for, but torch finds no CUDA device: use device='cpu'."
+        )
+    return _Options(backend, parse_dtype(dtype), place, device_map, process_weights, check_weights)
+
+
+def _choose_backend(options: _Options, config: PreTrainedConfig, name: str) -> _Options:
+    """Decide between the two classes, before any weight is read."""
+    obstacle = hooked_obstacle(config)
+    if options.backend == "hooked" and obstacle:
+        raise UnsupportedModelError(
+            f"{name!r} cannot be a HookedTransformer: {obstacle}; use backend='bridge'."
+        )
+    hooked = options.backend == "hooked" or (
+        options.backend == "auto" and not obstacle and options.device_map is None
+    )
+    if not hooked:
+        check_bridge_supports(config, name)
+    return replace(options, backend="hooked" if hooked else "bridge")
+
+
+def _from_module(
+    model: nn.Module, options: _Options, tokenizer: PreTrainedTokenizerBase | None, misplaced: Any
+) -> Any:
+    if misplaced:
+        raise OptionError(
+            f"revision, checkpoint_step and gguf_file are for models that are still to be loaded, "
+            f"not for a {type(model).__name__}: leave them out."
+        )
+    if isinstance(model, TransformerBridge) or type(model).__name__ == "HookedTransformer":
+        return model
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"A {type(model).__name__} is no model memlens can use: give a HookedTransformer, a TransformerBridge, "
+            f"or a Hugging Face PreTrainedModel."
+        )
+    name = str(model.config._name_or_path or type(model).__name__)
+    check_causal(model.config, name)
+    options = replace(options, dtype=model.dtype, device=model.device)
+    if options.backend == "auto":
+        options = replace(options, backend="bridge")
+    options = _choose_backend(options, model.config, name)
+    return _wrap(model.eval(), tokenizer, options, name=name, revision="")
+
+
+def _wrap(
+    hf_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: _Options,
+    *,
+    name: str,
+    revision: str,
+) -> Any:
+    """Check the weights and make the TransformerLens model."""
+    if options.check_weights:
+        check_finite_weights(hf_model, name)
+    if tokenizer is not None:
+        tokenizer = prepare_tokenizer(tokenizer)
+    facts = {
+        "model": name,
+        "revision": revision,
+        "family": family_of(hf_model, name=name),
+        "architecture": architecture_of(hf_model),
+        "n_params": hf_model.num_parameters(),
+        "processed_weights": options.process_weights,
+    }
+    common: dict[str, Any] = {
+        "name": name,
+        "dtype": options.dtype,
+        "process_weights": options.process_weights,
+    }
+    model: Any
+    if options.backend == "hooked":
+        model = build_hooked(hf_model, tokenizer, device=options.device, **common)
+    else:
+        model = build_bridge(hf_model, tokenizer, **common)
+    remember(model, **facts)
+    return model

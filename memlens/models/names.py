@@ -1,0 +1,122 @@
+"""What a model's name means: a bundled model, a checkpoint folder, a GGUF file, or a name on the hub."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+from memlens.errors import ModelNotFoundError, OptionError, near_matches
+from memlens.models.families import find_model, known_names
+
+__all__ = ["Source", "has_hooked_transformer", "resolve_source"]
+
+ZOO_PREFIX = "zoo/"
+
+
+@cache
+def has_hooked_transformer() -> bool:
+    """Tell whether the installed TransformerLens still has `HookedTransformer` (3.9 has, 4.0 removed it)."""
+    try:
+        return hasattr(import_module("transformer_lens"), "HookedTransformer")
+    except ImportError:  # what 4.x raises for the removed name
+        return False
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint is.
+
+    Attributes:
+        name: What to call the model in results.
+        location: A folder's path, or a name on the hub; what transformers' `from_pretrained` takes.
+        local: Whether `location` is a folder.
+        gguf_file: Name of the GGUF file in it, or None.
+    """
+
+    name: str
+    location: str
+    local: bool
+    gguf_file: str | None = None
+
+
+def resolve_source(name: str | Path, *, gguf_file: str | None = None) -> Source:
+    """Find out what a name means, without reading any weights and without a network.
+
+    Args:
+        name: `"zoo/<name>"`, a checkpoint folder, a `.gguf` file, or a hub name. A folder that exists wins over
+            a hub name. A hub name in the family table may be given without its organization.
+        gguf_file: A GGUF file inside the folder or hub repository.
+
+    Raises:
+        ModelNotFoundError: The zoo has no such model, the path does not exist, or the folder is no checkpoint.
+    """
+    text = str(name)
+    if text.startswith(ZOO_PREFIX) and isinstance(name, str):
+        return _zoo_source(text)
+    path = Path(text).expanduser()
+    if path.is_file():
+        return _file_source(path, gguf_file)
+    if path.is_dir():
+        return _folder_source(path, gguf_file)
+    if isinstance(name, Path) or _looks_like_path(text):
+        raise ModelNotFoundError(f"{text!r} is neither a folder nor a .gguf file: check the path.")
+    found = find_model(text)
+    hub_name = found[1].name if found is not None else text
+    return Source(name=hub_name, location=hub_name, local=False, gguf_file=gguf_file)
+
+
+def unknown_name_error(name: str, reason: str = "") -> ModelNotFoundError:
+    """Return the error for a name that nothing answers to, with near matches from the table and the zoo."""
+    known = known_names()
+    hint = near_matches(name, [*_zoo_names(), *known, *(n.rpartition("/")[2] for n in known)])
+    why = f" ({reason})" if reason else ""
+    return ModelNotFoundError(
+        f"No model is called {name!r}: it is not in the zoo, not a folder here, and neither the Hugging Face hub "
+        f"nor its local cache gave it{why}; check the name, or give a checkpoint folder.{hint}"
+    )
+
+
+def _looks_like_path(text: str) -> bool:
+    return text.startswith((".", "~", os.sep)) or text.count("/") > 1 or text.endswith(".gguf")
+
+
+def _zoo_names() -> list[str]:
+    """Names in the zoo with their prefix."""
+    zoo = import_module("memlens.models.zoo")
+    return [n if n.startswith(ZOO_PREFIX) else ZOO_PREFIX + n for n in zoo.zoo_names()]
+
+
+def _zoo_source(name: str) -> Source:
+    zoo = import_module("memlens.models.zoo")
+    names = _zoo_names()
+    if name not in names:
+        known = ", ".join(map(repr, names)) or "no model"
+        raise ModelNotFoundError(f"The zoo has no {name!r}: it holds {known}.{near_matches(name, names)}")
+    return Source(name=name, location=str(zoo.zoo_path(name)), local=True)
+
+
+def _file_source(path: Path, gguf_file: str | None) -> Source:
+    if path.suffix.lower() != ".gguf":
+        raise ModelNotFoundError(
+            f"{str(path)!r} is a file, not a checkpoint folder: give its folder (or a file that ends in .gguf)."
+        )
+    if gguf_file is not None and gguf_file != path.name:
+        raise OptionError(f"gguf_file={gguf_file!r} contradicts the path {str(path)!r}: give one of them.")
+    return Source(name=path.stem, location=str(path.parent), local=True, gguf_file=path.name)
+
+
+def _folder_source(path: Path, gguf_file: str | None) -> Source:
+    if gguf_file is not None and not (path / gguf_file).is_file():
+        raise ModelNotFoundError(f"The folder {str(path)!r} has no file {gguf_file!r}: check gguf_file.")
+    if gguf_file is None and not (path / "config.json").is_file():
+        ggufs = sorted(p.name for p in path.glob("*.gguf"))
+        hint = f" It holds {ggufs[0]!r}: give that file." if ggufs else ""
+        raise ModelNotFoundError(
+            f"The folder {str(path)!r} has no config.json, so it is not a Hugging Face checkpoint: "
+            f"give the folder that save_pretrained wrote.{hint}"
+        )
+    name = path.resolve().name if gguf_file is None else Path(gguf_file).stem
+    return Source(name=name, location=str(path), local=True, gguf_file=gguf_file)

@@ -1,0 +1,64 @@
+"""What a result has to say about the model it came from."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from memlens.models.families import architecture_of, family_of
+
+__all__ = ["describe", "remember"]
+
+Fact = str | int | float | bool
+
+_FACTS: WeakKeyDictionary[nn.Module, dict[str, Fact]] = WeakKeyDictionary()
+"""What `load_model` knows of a model and the model itself does not tell; gone with the model."""
+
+
+def remember(model: nn.Module, /, **facts: Fact) -> None:
+    """Keep facts about a model, for `describe`. Later facts replace earlier ones of the same name."""
+    _FACTS.setdefault(model, {}).update(facts)
+
+
+def describe(model: Any) -> dict[str, Fact]:
+    """Return where a model comes from and what it is, in plain values that fit a file's attributes.
+
+    It works for any TransformerLens model; what `load_model` remembered (name, revision) is added.
+
+    Returns:
+        `model` (name), `revision` (`""` for a local folder), `backend`, `family`, `architecture`, `dtype`,
+        `device`, `transformer_lens` and `memlens` (versions), `processed_weights`, `n_params`.
+    """
+    import memlens
+
+    cfg = model.cfg
+    name = str(getattr(cfg, "model_name", "") or "unnamed")
+    facts: dict[str, Fact] = {
+        "model": name,
+        "revision": "",
+        "backend": _backend(model),
+        "family": family_of(model, name=name),
+        "architecture": architecture_of(model),
+        "dtype": str(cfg.dtype).removeprefix("torch."),
+        "device": str(cfg.device),
+        "transformer_lens": version("transformer-lens"),
+        "memlens": memlens.__version__,
+        "processed_weights": _processed(model),
+        "n_params": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    return facts | _FACTS.get(model, {})
+
+
+def _backend(model: Any) -> str:
+    names = {cls.__name__ for cls in type(model).__mro__}
+    return next((n for n in ("HookedTransformer", "TransformerBridge") if n in names), type(model).__name__)
+
+
+def _processed(model: Any) -> bool:
+    """Folded LayerNorms show in the norm's name; the bridge keeps a flag."""
+    if getattr(model, "_weights_processed", False) is True:
+        return True
+    return str(getattr(model.cfg, "normalization_type", "")).endswith("Pre")

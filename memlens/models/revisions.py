@@ -1,0 +1,79 @@
+"""Which revision of a hub repository holds the checkpoint of a training step."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.file_download import repo_folder_name
+
+from memlens.errors import ModelNotFoundError, OptionError
+from memlens.models.names import Source, unknown_name_error
+
+__all__ = ["checkpoint_revision", "list_steps"]
+
+_STEP = re.compile(r"^(?:stage1-)?step(\d+)(?:-tokens\d+B)?$")
+"""Pythia `step1000`; OLMo 1 `step1000-tokens4B`; OLMo 2 `stage1-step1000-tokens5B`; OLMo 3 `stage1-step1000`."""
+
+
+def checkpoint_revision(source: Source, *, revision: str | None, step: int | None) -> str | None:
+    """Return the revision to load: the one asked for, or the one of a training step.
+
+    Raises:
+        OptionError: Both are given, or one of them for a local folder.
+        ModelNotFoundError: No revision of this step; the message lists the nearest.
+    """
+    if source.local and (revision is not None or step is not None):
+        what = f"revision={revision!r}" if revision is not None else f"checkpoint_step={step}"
+        raise OptionError(
+            f"{what} does not go with the local folder {source.location!r}: it holds one checkpoint only."
+        )
+    if step is None:
+        return revision
+    if revision is not None:
+        raise OptionError(
+            f"revision={revision!r} and checkpoint_step={step} contradict each other: give one."
+        )
+    steps = list_steps(source.location)
+    if step in steps:
+        return steps[step]
+    raise ModelNotFoundError(
+        f"{source.name!r} has no checkpoint of step {step}: {_what_there_is(steps, step)}"
+    )
+
+
+def list_steps(repo: str) -> dict[int, str]:
+    """Return the revision of each published training step of a hub repository, in the order of steps.
+
+    Asks the hub; without a network, what the local cache holds.
+    """
+    found = {int(match[1]): name for name in _revisions(repo) if (match := _STEP.match(name))}
+    return dict(sorted(found.items()))
+
+
+def _what_there_is(steps: dict[int, str], wanted: int) -> str:
+    where = "in the local cache (offline)" if is_offline_mode() else "on the hub"
+    if not steps:
+        return f"none of its revisions {where} is called after a training step."
+    nearest = sorted(sorted(steps, key=lambda step: abs(step - wanted))[:4])
+    return f"the nearest of {len(steps)} {where} are {', '.join(map(str, nearest))}."
+
+
+def _revisions(repo: str) -> list[str]:
+    if not is_offline_mode():
+        try:
+            refs = HfApi().list_repo_refs(repo)
+            return [ref.name for ref in [*refs.branches, *refs.tags]]
+        except HfHubHTTPError as error:
+            if getattr(error.response, "status_code", None) in (401, 404):
+                raise unknown_name_error(repo) from error
+        except OSError:  # no network: fall back on the cache
+            pass
+    return _cached_revisions(repo)
+
+
+def _cached_revisions(repo: str) -> list[str]:
+    refs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "refs"
+    return [str(path.relative_to(refs).as_posix()) for path in sorted(refs.rglob("*")) if path.is_file()]
