@@ -1,7 +1,8 @@
 """What may have been memorized: sequences, their readers, checks and controls."""
 
 from memlens.sequences.checks import SequenceReport, check_sequences
+from memlens.sequences.controls import corrupt
 from memlens.sequences.readers import load_sequences
 from memlens.sequences.set import SequenceSet
 
-__all__ = ["SequenceReport", "SequenceSet", "check_sequences", "load_sequences"]
+__all__ = ["SequenceReport", "SequenceSet", "check_sequences", "corrupt", "load_sequences"]

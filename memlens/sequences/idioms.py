@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from memlens.errors import SequenceError, check_option
+from memlens.sequences.drafts import Draft
 from memlens.sequences.rows import some
-from memlens.sequences.tables import Draft, need_tokenizer, texts_of
+from memlens.sequences.tables import need_tokenizer, texts_of
 from memlens.sequences.tokenizing import Tokenizer, encode, first_word_token, split_points
 
 __all__ = ["DEFINITIONS", "read_idioms"]
@@ -87,9 +88,9 @@ def _without_repeats(table: pd.DataFrame) -> pd.DataFrame:
     if repeated.any():
         texts = table.loc[repeated, "text"].tolist()
         warnings.warn(
-            f"{len(texts)} idioms stand in the file again and are left out: {some(texts)}", stacklevel=4
+            f"{len(texts)} idioms stand in the file again and are left out: {some(texts)}", stacklevel=5
         )
-    table = table[~repeated].reset_index(drop=True)
+    table = table.iloc[np.flatnonzero(~repeated)].reset_index(drop=True)
     return table.assign(shared_prompt=table["prompt"].duplicated(keep=False))
 
 
@@ -97,8 +98,9 @@ def _warn_of_defects(table: pd.DataFrame) -> None:
     found = table.loc[table["definition"], "text"].tolist()
     if found:
         warnings.warn(
-            f"{len(found)} rows are dictionary definitions, not idioms (column 'definition'): {some(found, 8)}",
-            stacklevel=4,
+            f"{len(found)} rows are dictionary definitions, not idioms (column 'definition'): "
+            f"{some(found, 8)}",
+            stacklevel=5,
         )
     if set(_FLAGS) <= set(table):
         hard, predictable, similar = (table[flag].astype(bool) for flag in _FLAGS)
@@ -107,5 +109,5 @@ def _warn_of_defects(table: pd.DataFrame) -> None:
             warnings.warn(
                 f"{len(wrong)} rows contradict hard_to_guess = not (prompt_comp_ind or similarity_ind): "
                 f"{some(wrong)}",
-                stacklevel=4,
+                stacklevel=5,
             )

@@ -110,7 +110,7 @@ def checked_table(table: pd.DataFrame, n: int) -> pd.DataFrame:
     if "id" not in table:
         table.insert(0, "id", [str(i) for i in range(n)])
     table["id"] = table["id"].astype(str)
-    repeated = table["id"][table["id"].duplicated()].unique().tolist()
+    repeated = sorted(set(table["id"][table["id"].duplicated()]))
     if repeated:
         raise SequenceError(f"the ids {some(repeated)} stand for more than one sequence: make them unique")
     return table

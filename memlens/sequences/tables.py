@@ -2,52 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from memlens.errors import ColumnError, SequenceError, near_matches
-from memlens.sequences.set import Attr
+from memlens.sequences.columns import CONTINUATION, PROMPT, TEXT, TOKENS, Columns, find_column, listing
+from memlens.sequences.drafts import Draft
 from memlens.sequences.tokenizing import Tokenizer, encode, split_points
 
-__all__ = ["Columns", "Draft", "find_column", "read_frame"]
-
-TOKENS = ("tokens", "input_ids", "token_ids")
-PROMPT = ("prompt", "prefix", "context")
-CONTINUATION = ("continuation", "suffix", "target", "completion")
-TEXT = ("text", "sequence", "content", "sentence")
-ID = ("id", "uid", "sequence_id", "index")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The names of columns a caller gave; None: look for the usual names."""
-
-    tokens: str | None = None
-    prompt: str | None = None
-    continuation: str | None = None
-    text: str | None = None
-    id: str | None = None
-
-
-@dataclass(frozen=True)
-class Draft:
-    """Sequences as read, before any check.
-
-    Attributes:
-        rows: Token ids, one list a row, or a 2-D array.
-        prefix_len: Tokens given to the model, one a row; None where the source does not say.
-        table: The other columns, and `text` where there is one.
-        attrs: What is known of the set.
-    """
-
-    rows: list[list[int]] | np.ndarray
-    prefix_len: np.ndarray | None
-    table: pd.DataFrame
-    attrs: dict[str, Attr] = field(default_factory=dict)
+__all__ = ["need_tokenizer", "read_frame", "texts_of"]
 
 
 def read_frame(frame: pd.DataFrame, columns: Columns, tokenizer: Tokenizer) -> Draft:
@@ -66,29 +31,15 @@ def read_frame(frame: pd.DataFrame, columns: Columns, tokenizer: Tokenizer) -> D
     if "prompt" in given and (prompt := find_column(frame, columns.prompt, PROMPT)):
         continuation = find_column(frame, columns.continuation, CONTINUATION)
         if continuation is None:
-            raise ColumnError(f"a column of continuations is missing beside {prompt!r}: {_listing(frame)}")
+            raise ColumnError(f"a column of continuations is missing beside {prompt!r}: {listing(frame)}")
         return _prompt_rows(frame, prompt, continuation, tokenizer)
     if "text" in given and (name := find_column(frame, columns.text, TEXT)):
         return _text_rows(frame, name, tokenizer)
     hint = near_matches(" ".join(map(str, frame.columns)), (*TOKENS, *PROMPT, *TEXT)) if len(frame) else ""
     raise ColumnError(
-        f"no column of sequences: {_listing(frame)}; name one with tokens_column, text_column, or "
+        f"no column of sequences: {listing(frame)}; name one with tokens_column, text_column, or "
         f"prompt_column and continuation_column.{hint}"
     )
-
-
-def find_column(frame: pd.DataFrame, given: str | None, usual: Sequence[str]) -> str | None:
-    """Return the given column, or the first usual one that is there, or None.
-
-    Raises:
-        ColumnError: The given column is not there.
-    """
-    if given is None:
-        return next((name for name in usual if name in frame), None)
-    if given not in frame:
-        hint = near_matches(given, map(str, frame.columns))
-        raise ColumnError(f"there is no column {given!r}: {_listing(frame)}.{hint}")
-    return given
 
 
 def need_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
@@ -96,10 +47,6 @@ def need_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
     if tokenizer is None:
         raise SequenceError("text needs a tokenizer: pass the model, or tokenizer=")
     return tokenizer
-
-
-def _listing(frame: pd.DataFrame) -> str:
-    return f"the columns are {', '.join(map(str, frame.columns)) or 'none'}"
 
 
 def _token_rows(frame: pd.DataFrame, name: str) -> Draft:
@@ -135,13 +82,11 @@ def _refuse(row: int, name: str, value: Any) -> list[int]:
 def _prefix_column(frame: pd.DataFrame) -> np.ndarray | None:
     if "prefix_len" not in frame:
         return None
-    values = pd.to_numeric(frame["prefix_len"], errors="coerce")
-    bad = np.flatnonzero(values.isna() | (values % 1 != 0))
-    if len(bad):
-        raise SequenceError(
-            f"row {bad[0]} has prefix_len {frame['prefix_len'].iloc[bad[0]]!r}: give a whole number of tokens"
-        )
-    return values.to_numpy(dtype=np.int64)
+    values = frame["prefix_len"].tolist()
+    for row, value in enumerate(values):
+        if not str(value).removesuffix(".0").isdecimal():
+            raise SequenceError(f"row {row} has prefix_len {value!r}: give a whole number of tokens")
+    return np.array([int(float(value)) for value in values], dtype=np.int64)
 
 
 def _prompt_rows(frame: pd.DataFrame, prompt: str, continuation: str, tokenizer: Tokenizer) -> Draft:
