@@ -22,8 +22,8 @@ __all__ = ["HEAD_MODES", "ablate_heads", "head_ablations"]
 HEAD_MODES = ("mean_of_other_heads", "zero", "mean", "resample")
 POSITIONS = ("all", "targets")
 
-Replace = Callable[[Tensor, int, Batch], Tensor]
-"""From `z` `[batch, pos, head, d_head]`, a head and the batch to the head's new output."""
+Replace = Callable[[Tensor, int], Tensor]
+"""From `z` `[batch, pos, head, d_head]` and a head to the head's new output."""
 
 
 def ablate_heads(
@@ -132,10 +132,12 @@ def head_ablations(
     ]
 
 
-def _edit(replace: Replace, head: int, positions: str) -> ByBatch:
+def _edit(replacing: Callable[[Batch], Replace], head: int, positions: str) -> ByBatch:
     def make(batch: Batch) -> Callable[..., Tensor]:
+        replace = replacing(batch)
+
         def fn(z: Tensor, hook: Any) -> Tensor:
-            new = replace(z, head, batch).expand(z[:, :, head].shape)
+            new = replace(z, head).expand(z[:, :, head].shape)
             out = z.clone()
             out[:, :, head] = new if positions == "all" else torch.where(batch.predicts[..., None], new, z[:, :, head])
             return out
@@ -147,13 +149,13 @@ def _edit(replace: Replace, head: int, positions: str) -> ByBatch:
 
 def _replacements(
     model: Any, trunk: Trunk, mode: str, layers: Sequence[int], reference: SequenceSet, n: int, seed: int
-) -> dict[int, Replace]:
+) -> dict[int, Callable[[Batch], Replace]]:
     if mode == "zero":
-        return dict.fromkeys(layers, lambda z, head, batch: torch.zeros((), dtype=z.dtype, device=z.device))
+        return dict.fromkeys(layers, lambda batch: _zeros)
     if mode == "mean_of_other_heads":
         if trunk.n_heads < 2:
             raise SiteError("mean_of_other_heads needs at least two heads a layer and this model has one: use 'zero'.")
-        return dict.fromkeys(layers, _mean_of_others)
+        return dict.fromkeys(layers, lambda batch: _mean_of_others)
     if mode == "mean":
         means = mean_head_outputs(model, reference, layers)
         return {layer: _constant(means[layer]) for layer in layers}
@@ -163,16 +165,24 @@ def _replacements(
     return {layer: _from_source(source, hook_name("z", layer)) for layer in layers}
 
 
-def _mean_of_others(z: Tensor, head: int, batch: Batch) -> Tensor:
+def _zeros(z: Tensor, head: int) -> Tensor:
+    return torch.zeros((), dtype=z.dtype, device=z.device)
+
+
+def _mean_of_others(z: Tensor, head: int) -> Tensor:
     return (z.sum(2) - z[:, :, head]) / (z.shape[2] - 1)
 
 
-def _constant(values: Tensor) -> Replace:
-    return lambda z, head, batch: values[head]
+def _constant(values: Tensor) -> Callable[[Batch], Replace]:
+    return lambda batch: lambda z, head: values[head]
 
 
-def _from_source(source: ActivationSource, name: str) -> Replace:
-    return lambda z, head, batch: source.of(batch)[name][:, :, head]
+def _from_source(source: ActivationSource, name: str) -> Callable[[Batch], Replace]:
+    def replacing(batch: Batch) -> Replace:
+        donor = source.of(batch)[name]
+        return lambda z, head: donor[:, :, head]
+
+    return replacing
 
 
 def other_rows(n: int, n_reference: int, seed: int) -> Tensor:

@@ -145,11 +145,13 @@ def _write(store: ActivationSource, name: str, cell: dict[str, int]) -> ByBatch:
         index = (*index, cell["head"])
 
     def make(batch: Batch) -> Callable[..., Tensor]:
+        new = store.of(batch)[name]
+
         def fn(x: Tensor, hook: Any) -> Tensor:
             if cell.get("position", 0) >= x.shape[1]:
                 return x  # a batch of shorter sequences has no such position
             out = x.clone()
-            out[index] = store.of(batch)[name][index].to(x.dtype)
+            out[index] = new[index].to(x.dtype)
             return out
 
         return fn

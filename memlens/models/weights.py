@@ -49,12 +49,12 @@ def read_norm(norm: Callable[[Tensor], Tensor], d_model: int, like: Tensor) -> N
         like: A tensor whose device and dtype to use.
     """
     zero = torch.zeros(1, 1, d_model, device=like.device, dtype=like.dtype)
-    large = torch.full_like(zero, 1e3)
-    signs = large.clone()
+    ones = torch.ones_like(zero)
+    signs = 1e3 * ones
     signs[..., 1::2] = -1e3  # mean 0 and root mean square 1e3, so that the norm's epsilon does not count
     bias = norm(zero)[0, 0]
     weight = (norm(signs)[0, 0] - bias) * signs[0, 0].sign()
-    centered = bool((norm(large)[0, 0] - bias).abs().max() < 1e-3 * weight.abs().max())
+    centered = bool((norm(ones)[0, 0] - bias).abs().max() < 1e-2 * weight.abs().max())
     return NormAffine(weight, bias, centered)
 
 

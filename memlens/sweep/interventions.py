@@ -112,6 +112,8 @@ class Intervention:
         def call(activation: Tensor, hook: Any) -> Any:
             try:
                 return fn(activation, hook=hook)
+            except InterventionError:
+                raise
             except Exception as error:
                 raise InterventionError(
                     f"the hook on {name!r} of intervention {self.name!r} raised {type(error).__name__}: {error}"
