@@ -1,0 +1,208 @@
+"""The synthetic corpus with its ground truth: rows of tokens, what was planted, how often and where.
+
+All text is made by the generators of `memlens.organisms.domains`; nothing is taken from third parties. A corpus is a
+pure function of its `CorpusSpec`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from itertools import islice
+from random import Random
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int
+from transformers import PreTrainedTokenizerFast
+
+from memlens.errors import OptionError
+from memlens.organisms.domains import DOMAINS, documents
+from memlens.organisms.planting import draw_sequences
+from memlens.organisms.tokenizer import train_tokenizer
+
+__all__ = ["Corpus", "CorpusSpec", "build_corpus", "corpus_tokenizer"]
+
+BACKGROUND = -1
+
+
+@dataclass(frozen=True)
+class CorpusSpec:
+    """Everything that decides a corpus.
+
+    Attributes:
+        seed: of all draws.
+        domains: keys of `DOMAINS`.
+        copies: how often sequences are planted.
+        per_cell: planted sequences for each domain and number of copies.
+        n_heldout: sequences of each domain that are drawn alike and never planted.
+        background_rows: rows of each domain that are not planted.
+        heldout_rows: rows of each domain kept out of training, to measure the loss on.
+        row_len: tokens of a row (one training window).
+        prefix_len: tokens of a planted row that count as its prefix.
+        vocab_size: of the tokenizer.
+        tokenizer_documents: documents of each domain that the tokenizer learns from.
+        planted: False leaves the planted rows out (same tokenizer, same background): the clean twin.
+    """
+
+    seed: int = 0
+    domains: tuple[str, ...] = tuple(DOMAINS)
+    copies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    per_cell: int = 6
+    n_heldout: int = 32
+    background_rows: int = 3500
+    heldout_rows: int = 100
+    row_len: int = 64
+    prefix_len: int = 32
+    vocab_size: int = 1024
+    tokenizer_documents: int = 400
+    planted: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prefix_len < self.row_len:
+            raise OptionError(
+                f"prefix_len={self.prefix_len} leaves no prefix or no continuation in rows of {self.row_len} tokens: "
+                "choose a number between."
+            )
+        if any(count < 1 for count in self.copies):
+            raise OptionError(f"copies={self.copies} holds a number below 1: held-out sequences are `n_heldout`.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON would hold them."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> CorpusSpec:
+        """Read back what `to_dict` gave.
+
+        >>> CorpusSpec.from_dict(CorpusSpec(seed=3).to_dict()) == CorpusSpec(seed=3)
+        True
+        """
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Rows of tokens with exact ground truth.
+
+    Attributes:
+        spec: what made it.
+        tokenizer: of the rows.
+        rows: the training windows in corpus order.
+        row_sequence: for each row, the place in `sequences` of the sequence that stands there, or -1.
+        row_domain: for each row, the place in `spec.domains` of its domain.
+        sequences: planted and held-out sequences (see `draw_sequences`).
+        heldout: rows of the background's kind that are in no training row, `spec.heldout_rows` a domain in order.
+    """
+
+    spec: CorpusSpec
+    tokenizer: PreTrainedTokenizerFast
+    rows: Int[np.ndarray, "row pos"]
+    row_sequence: Int[np.ndarray, "row"]
+    row_domain: Int[np.ndarray, "row"]
+    sequences: pd.DataFrame
+    heldout: Int[np.ndarray, "heldout pos"]
+
+    @property
+    def token_counts(self) -> Int[np.ndarray, "vocab"]:
+        """How often each token stands in the rows of one pass."""
+        return np.bincount(self.rows.ravel(), minlength=len(self.tokenizer))
+
+    @property
+    def heldout_domains(self) -> list[str]:
+        """The domain of each held-out row."""
+        return [domain for domain in self.spec.domains for _ in range(self.spec.heldout_rows)]
+
+    def positions(self) -> pd.DataFrame:
+        """Return columns `id`, `row`: where each copy of each planted sequence stands."""
+        rows = np.flatnonzero(self.row_sequence != BACKGROUND)
+        ids = self.sequences["id"].to_numpy()[self.row_sequence[rows]]
+        return pd.DataFrame({"id": ids, "row": rows}).sort_values(["id", "row"], ignore_index=True)
+
+    def fingerprint(self) -> str:
+        """Return a hash of all rows in order: equal for equal corpora."""
+        return sha256(np.ascontiguousarray(self.rows, dtype="<i4").tobytes()).hexdigest()[:16]
+
+
+def corpus_tokenizer(spec: CorpusSpec) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a corpus, learned from documents of their own (none of the planted).
+
+    Args:
+        spec: of the corpus; `planted` makes no difference.
+    """
+    streams = (documents(domain, spec.seed, "tokenizer") for domain in spec.domains)
+    texts = [text for stream in streams for text in islice(stream, spec.tokenizer_documents)]
+    return train_tokenizer(texts, vocab_size=spec.vocab_size, n_ctx=2 * spec.row_len)
+
+
+def build_corpus(spec: CorpusSpec) -> Corpus:
+    """Make the corpus of a specification.
+
+    Background rows are windows of a stream of documents with `<|endoftext|>` between them, one stream a domain; a
+    planted row is the whole sequence. Background and planted rows are shuffled together. A background window that
+    holds a continuation of a planted or held-out sequence is left out, so every copy is a planted one.
+
+    Args:
+        spec: what to make.
+
+    Returns:
+        The rows and their ground truth; the same for the same spec.
+    """
+    tokenizer = corpus_tokenizer(spec)
+    sequences = draw_sequences(
+        tokenizer,
+        seed=spec.seed,
+        domains=spec.domains,
+        copies=spec.copies,
+        per_cell=spec.per_cell,
+        n_heldout=spec.n_heldout,
+        length=spec.row_len,
+        prefix_len=spec.prefix_len,
+    )
+    streams = [_background(tokenizer, spec, domain, sequences) for domain in spec.domains]
+    n_train, n_domains = spec.background_rows, len(spec.domains)
+    heldout = np.concatenate([stream[n_train:] for stream in streams])
+    copies = sequences["copies"].to_numpy() if spec.planted else np.zeros(len(sequences), dtype=int)
+    planted = np.repeat(np.arange(len(sequences)), copies)
+    which = np.concatenate([np.full(n_train * n_domains, BACKGROUND), planted])
+    tokens = np.array(sequences["tokens"].tolist(), dtype=np.int64)
+    rows = np.concatenate([*(stream[:n_train] for stream in streams), tokens[planted]])
+    codes = sequences["domain"].map({domain: i for i, domain in enumerate(spec.domains)}).to_numpy()
+    domain = np.concatenate([np.repeat(np.arange(n_domains), n_train), codes[planted]])
+    order = list(range(len(rows)))
+    Random(f"memlens/{spec.seed}/order").shuffle(order)
+    return Corpus(spec, tokenizer, rows[order], which[order], domain[order], sequences, heldout)
+
+
+def _background(
+    tokenizer: PreTrainedTokenizerFast, spec: CorpusSpec, domain: str, sequences: pd.DataFrame
+) -> Int[np.ndarray, "row pos"]:
+    """Return `background_rows + heldout_rows` windows of one domain's stream."""
+    forbidden = {
+        tuple(half)
+        for tokens in sequences.loc[sequences["domain"] == domain, "tokens"]
+        for half in (tokens[: spec.prefix_len], tokens[spec.prefix_len :])
+    }
+    wanted = spec.background_rows + spec.heldout_rows
+    rows: list[list[int]] = []
+    seen: set[tuple[int, ...]] = set()
+    buffer: list[int] = []
+    stream = documents(domain, spec.seed, "background")
+    while len(rows) < wanted:
+        for ids in tokenizer(list(islice(stream, 256)), verbose=False).input_ids:
+            buffer += [*ids, tokenizer.eos_token_id]
+        for start in range(0, len(buffer) - spec.row_len + 1, spec.row_len):
+            row = buffer[start : start + spec.row_len]
+            if tuple(row) not in seen and not _holds(row, forbidden):
+                rows.append(row)
+                seen.add(tuple(row))
+        buffer = buffer[len(buffer) // spec.row_len * spec.row_len :]
+    return np.array(rows[:wanted], dtype=np.int64)
+
+
+def _holds(row: list[int], forbidden: set[tuple[int, ...]]) -> bool:
+    lengths = {len(part) for part in forbidden}
+    return any(tuple(row[i : i + n]) in forbidden for n in lengths for i in range(len(row) - n + 1))

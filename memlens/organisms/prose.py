@@ -1,0 +1,105 @@
+"""Documents of words: free text and dialogue."""
+
+from __future__ import annotations
+
+from random import Random
+
+from memlens.organisms import lexicon
+from memlens.organisms.grammar import TENSES, sentence_grammar
+
+__all__ = ["dialogue_document", "text_document"]
+
+_GRAMMAR = sentence_grammar()
+
+_OPENINGS = (
+    "In {season} {hero} came to {town} with the <ADJ> <THING_sg>.",
+    "{hero} lived in {town} with {friend}, the <ADJ> <PERSON_sg>.",
+    "Every {season} {hero} and {friend} met in {town}.",
+)
+_BODY = {
+    "present": (
+        "{Pronoun} <VP_sg_present>.",
+        "{hero} <VP_sg_present> while {friend} <VP_sg_present>.",
+        "When <CLAUSE_present>, {pronoun} <VI_sg_present>.",
+        "<CLAUSE_present>, but {hero} <VP_sg_present>.",
+        "{friend} gives {hero} <NUMBER> <ADJ> <THING_pl>.",
+    ),
+    "past": (
+        "{Pronoun} <VP_sg_past>.",
+        "{hero} <VP_sg_past> while {friend} <VP_sg_past>.",
+        "When <CLAUSE_past>, {pronoun} <VI_sg_past>.",
+        "<CLAUSE_past>, but {hero} <VP_sg_past>.",
+        "{friend} gave {hero} <NUMBER> <ADJ> <THING_pl>.",
+    ),
+}
+_EXCHANGES = (
+    (
+        "Have you seen the <ADJ> {thing}?",
+        ("No, but the <PERSON_sg> of <TOWN> has <NUMBER> <THING_pl>.", "Yes, <NAME> <VT_sg_past> the {thing}."),
+    ),
+    (
+        "Who <VT_sg_past> <OBJ_past>?",
+        ("It was <NAME>, the <PERSON_sg>.", "I believe that <NAME> did, in <TOWN>."),
+    ),
+    (
+        "How many <THING_pl> do you need?",
+        ("I need <NUMBER>, and <NUMBER> <ADJ> <THING_pl>.", "Only <NUMBER>, for the <PERSON_pl> of <TOWN>."),
+    ),
+    (
+        "Where did <NAME> go?",
+        ("To <TOWN>, with the <ADJ> <THING_sg>.", "<NAME> says that <CLAUSE_present>."),
+    ),
+    (
+        "I hope that <CLAUSE_present>.",
+        ("So do I, {first}.", "Why? <NAME> <VP_sg_present>."),
+    ),
+)
+
+
+def _capital(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
+
+
+def text_document(rng: Random) -> str:
+    """Return a short story: one hero, one friend, one town, one tense throughout.
+
+    Args:
+        rng: the source of every choice.
+
+    >>> text_document(Random(0)) == text_document(Random(0))
+    True
+    """
+    female = rng.random() < 0.5
+    hero, friend = rng.choice(lexicon.FEMALE_NAMES if female else lexicon.MALE_NAMES), rng.choice(lexicon.NAMES)
+    pronoun = "she" if female else "he"
+    bindings = {
+        "hero": hero,
+        "friend": friend,
+        "town": rng.choice(lexicon.TOWNS),
+        "season": rng.choice(lexicon.SEASONS),
+        "pronoun": pronoun,
+        "Pronoun": pronoun.capitalize(),
+    }
+    body = _BODY[rng.choice(TENSES)]
+    templates = [rng.choice(_OPENINGS), *(rng.choice(body) for _ in range(rng.randint(6, 10)))]
+    ending = "At last {hero} left {town} in {season}." if rng.random() < 0.5 else "{hero} stayed in {town}."
+    return " ".join(_capital(_GRAMMAR.expand(t, rng, bindings)) for t in [*templates, ending]) + "\n"
+
+
+def dialogue_document(rng: Random) -> str:
+    """Return a talk of two persons who take turns; an object asked for is named again in the answer.
+
+    Args:
+        rng: the source of every choice.
+
+    >>> dialogue_document(Random(0)).count("\\n") >= 8
+    True
+    """
+    first, second = rng.sample(lexicon.NAMES, 2)
+    lines = []
+    for _ in range(rng.randint(4, 6)):
+        question, answers = rng.choice(_EXCHANGES)
+        bindings = {"first": first, "thing": rng.choice(lexicon.NOUNS)[0]}
+        for speaker, template in ((first, question), (second, rng.choice(answers))):
+            lines.append(f"{speaker}: {_capital(_GRAMMAR.expand(template, rng, bindings))}\n")
+    return "".join(lines)
