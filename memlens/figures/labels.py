@@ -65,13 +65,16 @@ _KNOWN = {
 def metric_text(name: str, array: xr.DataArray | None = None) -> MetricText:
     """Return label, unit and direction of a metric; `long_name` and `units` of the array come first.
 
+    An array with the attribute `of="effect"` holds differences, and its label says so.
+
     >>> metric_text("target_logprob").axis
     'target log-prob (nats)'
     """
     known = _KNOWN.get(name, MetricText(name.replace("_", " ")))
     attrs = {} if array is None else array.attrs
     label, unit = attrs.get("long_name", known.label), attrs.get("units", known.unit)
-    return MetricText(plain(str(label)), plain(str(unit)), known.better)
+    change = "change in " if attrs.get("of") == "effect" else ""
+    return MetricText(change + plain(str(label)), plain(str(unit)), known.better)
 
 
 def plain(text: object) -> str:

@@ -111,7 +111,8 @@ def recall_panels(
     fig.update_layout(
         bargap=0.04, legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "xanchor": "left"}
     )
-    return theme.figure(fig, title=title, subtitle=subtitle, height=440)
+    theme.figure(fig, title=title, subtitle=subtitle, height=440)
+    return fig.update_layout(margin_t=112)
 
 
 def _add_curves(fig: go.Figure, ci: xr.Dataset, names: list[str]) -> None:

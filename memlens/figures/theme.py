@@ -65,7 +65,7 @@ def figure(base: go.Figure, *, title: str, subtitle: str, height: int, menu: boo
             "subtitle": {"text": plain(subtitle), "font": {"size": 12, "color": "#52606d"}},
             "pad": {"t": 14},
         },
-        margin={"l": 64, "r": 24, "t": 122 if menu else 84, "b": 56},
+        margin={"l": 64, "r": 24, "t": 136 if menu else 90, "b": 56},
         height=height,
     )
     return base
@@ -117,7 +117,7 @@ def layer_axis(layers: np.ndarray, title: str = "layer") -> dict[str, Any]:
 
 
 def dropdown(
-    fig: go.Figure, names: Sequence[str], owners: Sequence[int], axis_titles: Mapping[str, Sequence[Any]]
+    fig: go.Figure, names: Sequence[str], owners: Sequence[int], layout: Mapping[str, Sequence[Any]]
 ) -> None:
     """Add a menu that shows the traces of one metric at a time.
 
@@ -125,7 +125,7 @@ def dropdown(
         fig: the figure; traces of the first metric are left visible.
         names: what the menu shows, one entry a metric.
         owners: for each trace the number of its metric; -1 for those that always show.
-        axis_titles: layout keys (such as `yaxis.title.text`) with their text for each metric.
+        layout: layout keys (such as `yaxis.title.text`) with what they become for each metric.
     """
     visible = iter([owner in (-1, 0) for owner in owners])
     fig.for_each_trace(lambda trace: trace.update(visible=next(visible)))
@@ -135,12 +135,12 @@ def dropdown(
             "method": "update",
             "args": [
                 {"visible": [owner in (-1, place) for owner in owners]},
-                {key: texts[place] for key, texts in axis_titles.items()},
+                {key: texts[place] for key, texts in layout.items()},
             ],
         }
         for place, name in enumerate(names)
     ]
-    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom", "pad": {"b": 8}}
+    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom", "pad": {"b": 26}}
     fig.update_layout(
         updatemenus=[{**menu, "bgcolor": "white", "bordercolor": "#9aa5b1", "showactive": True}]
     )

@@ -57,7 +57,7 @@ def overlay(results: Mapping[str, Result], metric: str | None = None, **options:
         data = result.data.drop_vars([c for c in result.data.coords if c not in result.data.dims])
         data = data.assign_coords({d: np.arange(data.sizes[d]) for d in data.dims if d not in data.coords})
         label = np.full(data.sizes["sequence"], name, dtype=object)
-        parts.append(data.assign_coords(group=("sequence", label)))
+        parts.append(data.assign_coords(group=("sequence", label, {"keep_order": 1})))
     joined = xr.concat(
         parts, "sequence", join="outer", data_vars="all", coords="minimal", compat="override",
         combine_attrs="override",

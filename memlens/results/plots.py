@@ -24,14 +24,12 @@ __all__ = [
     "with_dims",
 ]
 
-_RED = "red = recall harmed"
-
 
 def _subtitle(result: Result, *, of: str, level: float = 0.95, note: str = "", n: int | None = None) -> str:
     count = result.data.sizes["sequence"] if n is None else n
     what = "mean change (with − without the intervention)" if of == "effect" else "mean"
     parts = [
-        f"{what} over {count} sequences, {level:.0%} intervals",
+        f"{what} over {count} sequences, {level:.0%} interval",
         note,
         str(result.data.attrs.get("model", "")),
     ]
@@ -80,7 +78,7 @@ def plot_head_map(
     of = _of(result, of)
     names = _names(metric) or with_dims(result, "layer", "head")
     heading = title or f"Effect of each head: {_words(result.kind)}"
-    note = _RED if of == "effect" else ""
+    note = "red = recall harmed" if of == "effect" else ""
     if sequence is not None:
         ci = _single(result, names, of, sequence)
         subtitle = f"one sequence, {sequence} · {note}"
@@ -141,6 +139,7 @@ def plot_patch_map(
     if x is None:
         return plot_layer_lines(result, metric, group=group, title=title, **intervals)
     names = _names(metric) or with_dims(result, "layer", x)
+    names = sorted(names, key=lambda name: name != "normalized_effect")  # the one that needs no unit first
     ci, note = _patch_values(result, names, of, group, sequence, intervals)
     heading = title or f"Recall restored by patching each layer and {x}"
     if x == "head":

@@ -134,7 +134,8 @@ class Result:
             ResultError: when the result has no such metric, or no baseline of it.
         """
         difference = self[metric].astype(float) - self.baseline(metric).astype(float)
-        return difference.transpose(*self[metric].dims, ...).rename(metric).assign_attrs(self[metric].attrs)
+        attrs = {**self[metric].attrs, "of": "effect"}
+        return difference.transpose(*self[metric].dims, ...).rename(metric).assign_attrs(attrs)
 
     def to_frame(self) -> pd.DataFrame:
         """Return a tidy table: one row per coordinate, the metrics and baselines as columns."""
@@ -217,9 +218,10 @@ class Result:
             )
         if options["method"] == "auto":  # one method for all groups, or their bands could not be compared
             options = {**options, "method": mean_interval(array, **options).attrs["interval_method"]}
-        keys = pd.unique(labels.values)
-        keys = np.sort(keys) if labels.dtype.kind in "biuf" else np.array(sorted(map(str, keys)))
-        same = labels.values if labels.dtype.kind in "biuf" else np.array([str(v) for v in labels.values])
+        numeric = labels.dtype.kind in "biuf"
+        same = labels.values if numeric else np.array([str(value) for value in labels.values], dtype=object)
+        keys = pd.unique(same)
+        keys = keys if labels.attrs.get("keep_order") else np.sort(keys)
         parts = [mean_interval(array.isel(sequence=same == key), **options) for key in keys]
         return xr.concat(parts, dim=pd.Index(keys, name=group), combine_attrs="override", coords=["n"])
 

@@ -157,6 +157,7 @@ def recall() -> Result:
 ALL = {
     make.__name__: make
     for make in (
-        residual_decoding, head_ablation, attention_bypass, activation_patching, logit_attribution, sweep, recall
+        residual_decoding, head_ablation, attention_bypass, activation_patching,
+        logit_attribution, sweep, recall,
     )
 }  # fmt: skip

@@ -1,0 +1,243 @@
+"""One HTML file that opens from disk without a network.
+
+Plotly's script is embedded once. A content security policy lets only the two scripts of this module run
+(by their hashes) and nothing be loaded, so that even text that slipped through the escaping could neither
+run nor call home. All text goes through jinja2 with autoescape; figures are JSON in which `<`, `>` and `&`
+are written as escapes, so that `</script>` in a token cannot end the block it stands in.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import math
+import os
+import platform
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+import plotly.graph_objects as go
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from memlens.report.methods import flatten, methods_text
+from memlens.report.model import FigureBlock, Finding, Section, TableBlock
+
+__all__ = ["safe_json", "versions_here", "write_atomically", "write_report"]
+
+_PACKAGES = ("memlens", "transformer-lens", "torch", "transformers", "numpy", "xarray", "plotly")
+_TITLE_ROOM = 62
+
+
+def write_report(
+    path: str | Path,
+    *,
+    title: str,
+    findings: Sequence[Finding],
+    sections: Sequence[Section],
+    settings: Mapping[str, Any],
+    lead: str = "",
+    methods: str | None = None,
+    command: str | None = None,
+    seed: int | None = None,
+    versions: Mapping[str, str] | None = None,
+    warnings: Sequence[str] = (),
+    created: str | None = None,
+) -> Path:
+    """Write a self-contained report and return its path.
+
+    Args:
+        path: the `.html` file; written whole or not at all, over an older one.
+        title: the heading.
+        findings: shown first, each with its interval, n and control.
+        sections: figures and tables.
+        settings: every parameter; nested dictionaries become dotted names in the table.
+        lead: one paragraph below the heading.
+        methods: paragraphs on how it was done; made from `settings` by default.
+        command: the command line (or code) that makes it again.
+        seed: the seed; `settings["seed"]` by default.
+        versions: package versions of the run; those installed here by default.
+        warnings: what went wrong or is missing, shown above the findings.
+        created: when, as text; now by default.
+
+    Raises:
+        OSError: when the folder cannot be written.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> found = Finding("Recall", "Half of the sequences are recalled.", 0.5, 0.3, 0.7, "share", 20)
+        >>> path = write_report(
+        ...     folder / "report.html", title="A report", findings=[found], sections=[], settings={"seed": 0}
+        ... )
+        >>> "Half of the sequences" in path.read_text(encoding="utf-8")
+        True
+    """
+    plotly_js, start_js = _plotly_js() if any(s.figures for s in sections) else "", _asset("report.js")
+    numbers = iter(range(1, 10**6))
+    text = _environment().get_template("report.html.j2").render(
+        title=title,
+        lead=lead,
+        findings=findings,
+        warnings=warnings,
+        sections=[_section(section, place, numbers) for place, section in enumerate(sections, 1)],
+        settings=flatten(settings),
+        methods=_paragraphs(methods if methods is not None else methods_text(settings)),
+        command=command,
+        seed=seed if seed is not None else settings.get("seed"),
+        versions=versions if versions is not None else versions_here(),
+        created=created or datetime.now(UTC).isoformat(timespec="seconds"),
+        policy=_policy([script for script in (plotly_js, start_js) if script]),
+        style=Markup(_asset("report.css")),
+        plotly_js=Markup(plotly_js),
+        start_js=Markup(start_js),
+    )  # fmt: skip
+    return write_atomically(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def versions_here() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide the numbers, where installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_atomically(path: str | Path, content: bytes) -> Path:
+    """Write `content` through a temporary file in the same folder, which is then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(content)
+            file.close()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+    return path
+
+
+def safe_json(text: str) -> Markup:
+    r"""Return JSON that can stand inside a `<script>` element, equal to `text` when parsed.
+
+    >>> str(safe_json('"</script><!--"'))
+    '"\\u003c/script\\u003e\\u003c!--"'
+    """
+    marks = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+    return Markup("".join(marks.get(letter, letter) for letter in text))
+
+
+@dataclass(frozen=True)
+class _Figure:
+    id: str
+    number: int
+    heading: str
+    subheading: str
+    json: Markup
+    height: int
+    reading: list[str]
+    caption: str
+
+
+@dataclass(frozen=True)
+class _Table:
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    numeric: list[bool]
+    note: str
+
+
+def _section(section: Section, place: int, numbers: Any) -> dict[str, Any]:
+    return {
+        "id": f"section-{place}",
+        "title": section.title,
+        "lead": _paragraphs(section.lead),
+        "figures": [_figure(block, next(numbers)) for block in section.figures],
+        "tables": [_table(block) for block in section.tables],
+    }
+
+
+def _figure(block: FigureBlock, number: int) -> _Figure:
+    fig = go.Figure(block.figure)
+    heading, subheading = _title_texts(fig)
+    top = fig.layout.margin.t  # pyright: ignore[reportAttributeAccessIssue]
+    fig.update_layout(title=None, width=None, autosize=True, margin_t=max(32, (top or 100) - _TITLE_ROOM))
+    height = int(fig.layout.height or 450) - _TITLE_ROOM  # pyright: ignore
+    fig.update_layout(height=height)
+    return _Figure(
+        f"figure-{number}", number, heading or block.caption or f"Figure {number}", subheading,
+        safe_json(fig.to_json() or "{}"), height, _paragraphs(block.reading), block.caption,
+    )  # fmt: skip
+
+
+def _title_texts(fig: go.Figure) -> tuple[str, str]:
+    """Return title and subtitle as plain text: the page's own headings wrap, plotly's do not."""
+    title: Any = fig.layout["title"]
+    texts = (title.text or "", title.subtitle.text or "")
+    shown = [html.unescape(re.sub(r"<br\s*/?>", " ", text)) for text in texts]
+    return shown[0], shown[1]
+
+
+def _table(block: TableBlock) -> _Table:
+    frame = block.frame.head(block.rows)
+    if not isinstance(frame.index, pd.RangeIndex):
+        frame = frame.reset_index()
+    left = len(block.frame) - len(frame)
+    note = " ".join(part for part in (block.note, f"{left} more rows are not shown." if left else "") if part)
+    numeric = [bool(pd.api.types.is_numeric_dtype(frame.iloc[:, i])) for i in range(frame.shape[1])]
+    rows = [[_cell(value) for value in row] for row in frame.itertuples(index=False, name=None)]
+    return _Table(block.title, [str(name) for name in frame.columns], rows, numeric, note)
+
+
+def _cell(value: object) -> str:
+    if value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [part.strip() for part in text.split("\n\n") if part.strip()]
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("memlens.report", "assets"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _asset(name: str) -> str:
+    return resources.files("memlens.report").joinpath("assets", name).read_text(encoding="utf-8").strip()
+
+
+def _plotly_js() -> str:
+    """Return plotly's script without what would end a `<script>` element early."""
+    return (
+        re.sub(r"<(?=/script|!--)", r"\\x3c", get_plotlyjs(), flags=re.IGNORECASE)
+        .replace("\r\n", "\n")
+        .strip()
+    )
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    rules = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+    return rules + "; font-src data:; base-uri 'none'; form-action 'none'"
