@@ -95,8 +95,8 @@ def _replace_tokens(
             where = [_resolved(p, prefix_len, first, row) for p in positions]
         elif n_tokens > prefix_len - first:
             raise SequenceError(
-                f"row {row} has a prefix of {prefix_len - first} tokens that may be replaced, n_tokens={n_tokens}: "
-                "replace fewer"
+                f"row {row} has a prefix of {prefix_len - first} tokens that may be replaced: "
+                f"n_tokens={n_tokens} is too many"
             )
         else:
             where = rng.choice(np.arange(first, prefix_len), size=n_tokens, replace=False)
@@ -156,8 +156,8 @@ def _exchange_prefixes(tokens: np.ndarray, seqs: SequenceSet, rng: np.random.Gen
         givers = _derangement(original[rows, :prefix_len], rng)
         if givers is None:
             raise SequenceError(
-                f"rows {some(rows.tolist())} have a prefix of {prefix_len} tokens, and too few different ones to give "
-                "each row another's: add sequences of that prefix length"
+                f"rows {some(rows.tolist())} have a prefix of {prefix_len} tokens, and too few different ones "
+                "to give each row another's: add sequences of that prefix length"
             )
         tokens[rows, :prefix_len] = original[rows[givers], :prefix_len]
 

@@ -1,0 +1,129 @@
+"""One teacher-forced pass over a set: what the model says of each target token.
+
+Only target positions are unembedded, a memory budget's worth at a time, and reduced at once: no tensor
+`[sequence, position, vocabulary]` is ever made. Rows of similar length go together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from memlens.errors import UnsupportedModelError
+from memlens.models.checks import nonfinite_error
+from memlens.models.trunk import Trunk
+from memlens.recall.batches import check_batch_size, rows_per_batch, targets_per_chunk, tidy_batches
+from memlens.recall.targets import TargetStats, target_stats
+from memlens.sequences import SequenceSet
+
+__all__ = ["teacher_forced_stats"]
+
+
+def teacher_forced_stats(
+    model: Any,
+    seqs: SequenceSet,
+    *,
+    batch_size: int | None = None,
+    banned: int | None = None,
+    progress: bool = True,
+) -> TargetStats:
+    """Return the statistics of every target token, `[seq, target]`, in the order of the set.
+
+    Args:
+        model: A TransformerLens model.
+        seqs: The set, already checked.
+        batch_size: Sequences a forward pass; chosen to a memory budget by default.
+        banned: A token that decoding may not emit: its logit counts as minus infinity everywhere.
+        progress: Show a progress bar.
+
+    Raises:
+        NonFiniteError: A logit is NaN or infinite; names the first layer and the sequence.
+    """
+    check_batch_size(batch_size)
+    gather = _target_logits(model)
+    device = next(model.parameters()).device
+    size = batch_size or rows_per_batch(model.cfg, int(seqs.lengths.max()), device)
+    stats: TargetStats | None = None
+    bar = tqdm(total=len(seqs), desc="scoring", unit="seq", disable=not progress)
+    with torch.no_grad(), bar:
+        for rows in tidy_batches(seqs.lengths.argsort(stable=True), size):
+            flat = _batch_stats(gather, seqs[rows], targets_per_chunk(model.cfg.d_vocab, device), banned)
+            _check_finite(model, seqs, rows, flat)
+            stats = _scatter(flat, seqs, rows, stats)
+            bar.update(len(rows))
+    assert stats is not None
+    return stats
+
+
+Gather = Callable[[Int[Tensor, "seq pos"]], Callable[[Tensor, Tensor], Float[Tensor, "target vocab"]]]
+"""From tokens to a function from (row, position) pairs to their logits."""
+
+
+def _target_logits(model: Any) -> Gather:
+    try:
+        trunk = Trunk(model)
+    except UnsupportedModelError:
+        return _whole_logits(model)
+
+    def gather(tokens: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        resid = trunk.run(trunk.embed(tokens), 0)
+        return lambda row, position: trunk.unembed(resid[row.to(resid.device), position.to(resid.device)])
+
+    return gather
+
+
+def _whole_logits(model: Any) -> Gather:
+    """The same for models whose blocks cannot be entered: the plain forward pass."""
+
+    def gather(tokens: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        logits = model(tokens.to(next(model.parameters()).device))
+        return lambda row, position: logits[row.to(logits.device), position.to(logits.device)]
+
+    return gather
+
+
+def _batch_stats(gather: Gather, batch: SequenceSet, chunk: int, banned: int | None) -> TargetStats:
+    """Return the batch's targets in one line, `[1, target]`."""
+    logits_at = gather(batch.tokens)
+    row, column = batch.target_mask.nonzero(as_tuple=True)
+    position = batch.target_positions[row, column] - 1
+    ids = batch.target_ids[row, column]
+    parts = []
+    for some_rows, some_positions, some_ids in zip(
+        row.split(chunk), position.split(chunk), ids.split(chunk), strict=True
+    ):
+        logits = logits_at(some_rows, some_positions)
+        if banned is not None:
+            logits = logits.index_fill(-1, torch.tensor([banned], device=logits.device), float("-inf"))
+        every = torch.ones(len(some_ids), 1, dtype=torch.bool)
+        parts.append(target_stats(logits[:, None], some_ids[:, None], every))
+    return TargetStats.cat(parts)
+
+
+def _check_finite(model: Any, seqs: SequenceSet, rows: Tensor, flat: TargetStats) -> None:
+    finite = torch.isfinite(flat.logprob) & torch.isfinite(flat.entropy)
+    if not finite.all():
+        place = int((~finite[:, 0]).nonzero()[0])
+        owners = rows.repeat_interleave(seqs.n_targets[rows])
+        worst = seqs[int(owners[place])]
+        raise nonfinite_error(model, worst.tokens)
+
+
+def _scatter(flat: TargetStats, seqs: SequenceSet, rows: Tensor, into: TargetStats | None) -> TargetStats:
+    """Write a batch's line of targets to their places in `[seq, target]` arrays."""
+    shape = (len(seqs), seqs.max_targets)
+    arrays = {}
+    batch_mask = seqs.target_mask[rows]
+    row, column = batch_mask.nonzero(as_tuple=True)
+    for f in fields(TargetStats):
+        values = getattr(flat, f.name)[:, 0]
+        array = torch.zeros(shape, dtype=values.dtype) if into is None else getattr(into, f.name)
+        array[rows[row], column] = values
+        arrays[f.name] = array
+    return TargetStats(**arrays)

@@ -1,0 +1,129 @@
+"""Matched controls: an optimal assignment of unmemorized sequences to memorized ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
+
+from memlens.sequences import SequenceSet
+
+__all__ = ["Matching", "match_controls", "mean_log_frequency"]
+
+_BLOCK = 1000
+"""Memorized sequences assigned together: within a block the assignment is optimal."""
+
+_POOL = 20_000
+"""Candidates a block chooses from."""
+
+_COVARIATES = ("length", "prefix_len", "frequency")
+
+
+@dataclass(frozen=True, eq=False)
+class Matching:
+    """Memorized sequences, their controls, and how well they match.
+
+    Attributes:
+        memorized: What was matched.
+        pool: What controls were taken from.
+        controls: The controls, in the order of the memorized sequences.
+        covariates: For "memorized", "pool" and "controls" the values matched on, one row a sequence.
+        n_unmatched: Controls that were wanted and could not be had.
+    """
+
+    memorized: SequenceSet
+    pool: SequenceSet
+    controls: SequenceSet
+    covariates: dict[str, pd.DataFrame]
+    n_unmatched: int
+
+    def balance(self) -> pd.DataFrame:
+        """Return the standardized mean differences before and after matching, one row a covariate."""
+        ours, pool, controls = (self.covariates[name] for name in ("memorized", "pool", "controls"))
+        spread = np.sqrt((ours.var(ddof=0) + pool.var(ddof=0)) / 2)
+        columns = {"before": ours.mean() - pool.mean(), "after": ours.mean() - controls.mean()}
+            table = pd.DataFrame({name: _ratio(gap, spread) for name, gap in columns.items()})
+        return table.rename_axis("covariate")
+
+
+def match_controls(
+    memorized: SequenceSet,
+    pool: SequenceSet,
+    token_counts: Int[np.ndarray, "vocab"],
+    *,
+    n_per: int,
+    seed: int,
+) -> Matching:
+    """Assign to each memorized sequence `n_per` sequences of the pool, none twice.
+
+    The cost of a pair is |difference in prefix length| + |difference in continuation length|, in tokens, and
+    then |difference in mean log frequency|, scaled so that all of them together weigh less than one token. Sets beyond a thousand
+    memorized sequences are assigned in random blocks, each optimal on its own share of the pool.
+    """
+    rng = np.random.default_rng(seed)
+    covariates = {"memorized": _covariates(memorized, token_counts), "pool": _covariates(pool, token_counts)}
+    wanted = np.repeat(np.arange(len(memorized)), n_per)
+    pairs = np.concatenate(
+        [
+            _assign(covariates["memorized"], covariates["pool"], ours, theirs)
+            for ours, theirs in _blocks(wanted, len(pool), rng)
+        ]
+    )
+    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+    ours, theirs = covariates["memorized"].iloc[pairs[:, 0]], covariates["pool"].iloc[pairs[:, 1]]
+    controls = pool[pairs[:, 1]]
+    ids = np.array(memorized.ids, dtype=object)[pairs[:, 0]]
+    table = controls.table.assign(
+        matched_to=ids,
+        length_difference=theirs["length"].to_numpy() - ours["length"].to_numpy(),
+        frequency_difference=theirs["frequency"].to_numpy() - ours["frequency"].to_numpy(),
+    )
+    covariates["controls"] = theirs
+    return Matching(memorized, pool, controls.with_table(table), covariates, len(wanted) - len(pairs))
+
+
+def mean_log_frequency(seqs: SequenceSet, counts: Int[np.ndarray, "vocab"]) -> Float[np.ndarray, "seq"]:
+    """Return the mean over each sequence's tokens of ``log(1 + count)``.
+
+    >>> seqs = SequenceSet.from_tokens([[0, 1], [1, 1]], 1)
+    >>> mean_log_frequency(seqs, np.array([0, 1])).round(3).tolist()
+    [0.347, 0.693]
+    """
+    mask = seqs.mask.numpy()
+    logs = np.log1p(counts.astype(float))[seqs.tokens.numpy()]
+    return np.where(mask, logs, 0).sum(-1) / mask.sum(-1)
+
+
+def _covariates(seqs: SequenceSet, counts: np.ndarray) -> pd.DataFrame:
+    values = (seqs.lengths.numpy(), seqs.prefix_len.numpy(), mean_log_frequency(seqs, counts))
+    return pd.DataFrame(dict(zip(_COVARIATES, values, strict=True)))
+
+
+def _blocks(
+    wanted: np.ndarray, n_pool: int, rng: np.random.Generator
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    n_blocks = -(-len(wanted) // _BLOCK)
+    ours = np.array_split(rng.permutation(wanted), n_blocks)
+    theirs = np.array_split(rng.permutation(n_pool), n_blocks)
+    yield from ((a, b[:_POOL]) for a, b in zip(ours, theirs, strict=True) if len(b))
+
+
+def _assign(ours: pd.DataFrame, pool: pd.DataFrame, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return the pairs (memorized, pool) of least total cost."""
+    a, b = ours.iloc[rows].to_numpy(dtype=float), pool.iloc[columns].to_numpy(dtype=float)
+    n_targets = np.abs(np.subtract.outer(a[:, 0] - a[:, 1], b[:, 0] - b[:, 1]))
+    prefix_len = np.abs(np.subtract.outer(a[:, 1], b[:, 1]))
+    frequency = np.abs(np.subtract.outer(a[:, 2], b[:, 2]))
+    # All frequency differences together weigh under half a token, so lengths come first.
+    weight = 1 / (2 * len(rows) * max(float(frequency.max()), 1e-12))
+    chosen = linear_sum_assignment(prefix_len + n_targets + weight * frequency)
+    return np.stack([rows[chosen[0]], columns[chosen[1]]], axis=1)
+
+
+def _ratio(gap: pd.Series, spread: pd.Series) -> pd.Series:
+    """Return gap / spread; equal means differ by 0 even where nothing is spread."""
+    return (gap / spread.where(spread > 0)).where(gap != 0, 0.0)

@@ -1,0 +1,139 @@
+"""`score_recall`: did the model recall each sequence, and how nearly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from memlens.errors import SequenceError
+from memlens.models.provenance import describe
+from memlens.recall.forward import teacher_forced_stats
+from memlens.recall.generation import greedy_continuations
+from memlens.recall.scores import SCORE_COLUMNS, RecallScores
+from memlens.recall.targets import METRICS, TargetStats, reduce_metric
+from memlens.sequences import SequenceSet, check_sequences
+
+__all__ = ["NEAR_TIE", "score_recall"]
+
+NEAR_TIE = 1e-4
+"""Logits this close may change places with the batch size, the device or the library's release."""
+
+
+def score_recall(
+    model: Any,
+    seqs: SequenceSet,
+    *,
+    batch_size: int | None = None,
+    generate: bool = True,
+    ban_eos: bool = False,
+    progress: bool = True,
+) -> RecallScores:
+    """Score how well a model recalls each continuation from its prefix.
+
+    One teacher-forced pass decides the exact match: a greedy continuation equals the truth exactly when the
+    arg-max is right at every target position, given the true tokens before it. Only sequences with an error
+    are decoded, and only from their first error on.
+
+    The columns (`SCORE_COLUMNS`): `exact_match` (0 or 1), `matching_prefix` (tokens), `target_accuracy`
+    (share, teacher-forced), `target_logprob` (mean, nats), `target_rank` (mean, zero-based),
+    `completion_entropy` (sum over the steps, nats), `margin` (smallest lead of a target's logit over the
+    best other token's) and `near_tie` (that lead is under 1e-4 in size, so exact match is a matter of
+    rounding); with `generate` also `memorization_score` (M, the share of positions at which the greedy
+    continuation equals the truth), `generated` (its token ids) and `generated_text`.
+
+    Args:
+        model: A TransformerLens model. Hooks that are set on it act as in any of its forward passes.
+        seqs: The sequences; checked against the model's vocabulary and context first.
+        batch_size: Sequences a forward pass; chosen to a memory budget by default.
+        generate: Decode the sequences with an error, for M.
+        ban_eos: Never emit the end-of-text token, as decoding with a minimum length does: its logit counts
+            as minus infinity in every number.
+        progress: Show progress bars.
+
+    Returns:
+        The scores, in the order of the set.
+
+    Raises:
+        EmptySetError: There are no sequences.
+        VocabularyError: A token id is outside the vocabulary.
+        SequenceError: A sequence is too long, or `ban_eos` meets an end-of-text target or no such token.
+        NonFiniteError: The model gives NaN or infinite logits; names the first layer.
+
+    Source: exact match and completion entropy as in arXiv 2501.05078 (Exact Match, Completion Entropy), M as
+    in arXiv 2603.21658, section 3.2; deciding the exact match without decoding is ours.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> recall = ml.score_recall(model, ml.load_sequences("zoo", model)[:4], progress=False)
+        >>> set(recall.table["exact_match"]) <= {0, 1}
+        True
+    """
+    check_sequences(seqs, model, on_eos="raise" if ban_eos else "keep")
+    banned = _eos(model) if ban_eos else None
+    seqs = seqs.with_table(seqs.table.drop(columns=list(SCORE_COLUMNS), errors="ignore"))
+    stats = teacher_forced_stats(model, seqs, batch_size=batch_size, banned=banned, progress=progress)
+    columns = _teacher_forced_columns(stats)
+    if generate:
+        generated = _generated(model, seqs, stats, batch_size, banned, progress)
+        columns = {**columns, **_generated_columns(model, seqs, generated)}
+    table = seqs.table.assign(**columns)
+    settings = {"generate": generate, "ban_eos": ban_eos, "near_tie_margin": NEAR_TIE}
+    return RecallScores(table, seqs, {**describe(model), **settings, "batch_size": batch_size or 0})
+
+
+def _eos(model: Any) -> int:
+    eos = getattr(getattr(model, "tokenizer", None), "eos_token_id", None)
+    if eos is None:
+        raise SequenceError("ban_eos=True, but the model's tokenizer has no end-of-text token")
+    return int(eos)
+
+
+def _teacher_forced_columns(stats: TargetStats) -> dict[str, Any]:
+    columns = {name: reduce_metric(name, stats).numpy() for name in METRICS}
+    for name in ("exact_match", "matching_prefix"):
+        columns[name] = columns[name].astype(np.int64)
+    margins = torch.where(stats.mask, stats.margin, torch.inf).amin(-1)
+    return {**columns, "near_tie": (margins.abs() < NEAR_TIE).numpy()}
+
+
+def _generated(
+    model: Any,
+    seqs: SequenceSet,
+    stats: TargetStats,
+    batch_size: int | None,
+    banned: int | None,
+    progress: bool,
+) -> Tensor:
+    """Return the greedy continuations `[seq, target]`: the truth where there is no error."""
+    generated = seqs.target_ids.clone()
+    first_error = reduce_metric("matching_prefix", stats).long()
+    rows = (first_error < seqs.n_targets).nonzero()[:, 0]
+    if len(rows):
+        generated[rows] = greedy_continuations(
+            model,
+            seqs,
+            rows,
+            first_error[rows],
+            first_token=stats.argmax[rows, first_error[rows]],
+            batch_size=batch_size,
+            banned=banned,
+            progress=progress,
+        )
+    return generated
+
+
+def _generated_columns(model: Any, seqs: SequenceSet, generated: Tensor) -> dict[str, Any]:
+    mask = seqs.target_mask
+    equal = (generated == seqs.target_ids) & mask
+    lists = [row[:n] for row, n in zip(generated.tolist(), seqs.n_targets.tolist(), strict=True)]
+    columns: dict[str, Any] = {
+        "memorization_score": (equal.sum(-1) / mask.sum(-1)).numpy().astype(np.float64),
+        "generated": pd.Series(lists, dtype=object),
+    }
+    tokenizer = getattr(model, "tokenizer", None)
+    return columns if tokenizer is None else {**columns, "generated_text": tokenizer.batch_decode(lists)}
