@@ -18,11 +18,11 @@ __all__ = ["build_bridge", "check_bridge_supports"]
 
 
 def check_bridge_supports(config: Any, name: str) -> None:
-    """Raise `UnsupportedModelError` unless the installed TransformerLens' bridge has an adapter for this config."""
+    """Raise `UnsupportedModelError` unless the installed bridge has an adapter for this architecture."""
     architecture = architecture_of(config)
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise UnsupportedModelError(
-            f"{name!r} is a {architecture}, for which the installed TransformerLens has no TransformerBridge: "
+            f"{name!r} is a {architecture}, which the installed TransformerLens cannot put a bridge around: "
             f"upgrade transformer-lens, or use a model of another architecture."
         )
 
@@ -35,7 +35,7 @@ def build_bridge(
     dtype: torch.dtype,
     process_weights: bool = False,
 ) -> TransformerBridge:
-    """Return the bridge around a Hugging Face model, which it changes in place and keeps as `.original_model`.
+    """Return the bridge around a Hugging Face model: it changes it in place, keeps it as `.original_model`.
 
     Args:
         hf_model: The model; its attention is set to run step by step, so that hooks see the pattern.

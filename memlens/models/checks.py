@@ -1,4 +1,4 @@
-"""Checks of a model before anything is computed with it: architecture, finite weights, agreement with its source."""
+"""Checks of a model before it is used: architecture, finite weights, agreement with Hugging Face's."""
 
 from __future__ import annotations
 
@@ -35,34 +35,41 @@ def check_causal(config: Any, name: str) -> None:
     if not causal or getattr(config, "is_encoder_decoder", False):
         shown = architecture or getattr(config, "model_type", None) or "unknown"
         raise UnsupportedModelError(
-            f"{name!r} is a {shown}, which is not a causal language model: memlens needs a decoder that predicts "
-            f"the next token, such as {', '.join(('GPTNeoXForCausalLM', 'LlamaForCausalLM'))}."
+            f"{name!r} is a {shown}, which is not a causal language model: memlens needs a decoder that "
+            f"predicts the next token, such as GPTNeoXForCausalLM or LlamaForCausalLM."
         )
 
 
 def check_finite_weights(model: nn.Module, name: str) -> None:
     """Raise `NonFiniteError` naming the first layer and parameter that hold NaN or infinity."""
     for parameter_name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+        if parameter.is_floating_point() and (n_bad := _count_nonfinite(parameter)):
             found = _LAYER.search(parameter_name)
             where = f"layer {found[1]}" if found else "outside the layers"
-            n_bad = int((~torch.isfinite(parameter)).sum())
             raise NonFiniteError(
-                f"The weights of {name!r} hold NaN or infinity, first in {where}, parameter {parameter_name!r} "
-                f"({n_bad} of {parameter.numel()} values): the checkpoint is damaged, or {parameter.dtype} is "
-                f"too narrow for it (try dtype='float32')."
+                f"The weights of {name!r} hold NaN or infinity, first in {where}, in {parameter_name!r} "
+                f"({n_bad} of {parameter.numel()} values): the checkpoint is damaged, "
+                f"or {parameter.dtype} is too narrow for it (try dtype='float32')."
             )
 
 
+def _count_nonfinite(values: Tensor) -> int:
+    """One pass decides for nearly every tensor: a sum is finite only if all its terms are."""
+    if bool(torch.isfinite(values.sum(dtype=torch.float32))):
+        return 0
+    return int((~torch.isfinite(values)).sum())
+
+
 def first_nonfinite_layer(model: Any, tokens: Int[Tensor, "seq pos"]) -> str | None:
-    """Return where the residual stream first holds NaN or infinity: `"embedding"`, `"blocks.3"`, `"unembedding"`.
+    """Return where the residual stream first holds NaN or infinity, e.g. `"embedding"` or `"blocks.3"`.
 
     Args:
         model: A TransformerLens model.
         tokens: Token ids, `[seq, pos]`.
 
     Returns:
-        The first place in the order of computation, or None if everything is finite, logits included.
+        The first place in the order of computation (the last is `"unembedding"`: only the logits are not
+        finite), or None if everything is finite.
     """
     finite: dict[str, bool] = {}
 

@@ -193,7 +193,7 @@ def families_table() -> pd.DataFrame:
 
     Columns: `model` (hub name), `family`, `size`, `architecture`, `corpus`, `license`, `checkpoints` (how
     revisions of training checkpoints are named), `HookedTransformer` and `TransformerBridge` (the releases of
-    TransformerLens in which each class runs it, `""` for none) and `backend` (what `backend="auto"` gives here).
+    TransformerLens in which each class runs it, `""` for none), `backend` (what `backend="auto"` gives here).
 
     >>> table = families_table().set_index("model")
     >>> table.loc["bigcode/starcoder2-3b", "TransformerBridge"]

@@ -1,7 +1,7 @@
 """Make a `HookedTransformer` from a checkpoint of Pythia's, GPT-Neo's or OLMo's kind, by its own config.
 
-TransformerLens has these architectures, but takes the shape of OLMo 1 and 2 from a table of model names and has
-no way in for a local folder of any of them. Here the shape is read from the checkpoint's config.
+TransformerLens has these architectures, but takes the shape of OLMo 1 and 2 from a table of model names
+and has no way in for a local folder of any of them. Here the shape is read from the checkpoint's config.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def build_hooked(
     device: torch.device,
     process_weights: bool = False,
 ) -> HookedTransformer:
-    """Return a `HookedTransformer` with the weights of a Hugging Face model (copied; that model is not changed).
+    """Return a `HookedTransformer` with a copy of a Hugging Face model's weights.
 
     Args:
         hf_model: A model whose config has no `hooked_obstacle`.
@@ -114,14 +114,14 @@ def build_hooked(
 def _load(
     model: Any, weights: dict[str, Tensor], *, process_weights: bool, post_norm: bool, name: str
 ) -> None:
-    """Load converted weights; every parameter must get a value, save biases that the architecture does not have."""
+    """Load converted weights; every parameter must get a value, save biases the architecture lacks."""
     zeros = {key: p for key, p in model.named_parameters() if key.endswith((".b_Q", ".b_K", ".b_V"))}
     weights = {key: torch.zeros_like(p) for key, p in zeros.items()} | weights
     missing = sorted({key for key, _ in model.named_parameters()} - set(weights))
     if missing:
         raise ModelLoadError(
-            f"TransformerLens gave no value for {missing[0]!r} (and {len(missing) - 1} more parameters) of {name!r}: "
-            f"use backend='bridge'."
+            f"TransformerLens gave no value for {missing[0]!r} (and {len(missing) - 1} more parameters) "
+            f"of {name!r}: use backend='bridge'."
         )
     if not process_weights:
         model.load_state_dict(weights, strict=False)
@@ -229,7 +229,7 @@ def _olmo3(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _olmo3_rotary(config: PreTrainedConfig) -> dict[str, Any]:
-    """Rotary settings may differ by the kind of layer: YaRN where attention is global, plain where it slides."""
+    """Settings may differ by the kind of layer: YaRN where attention is global, plain where it slides."""
     rope = getattr(config, "rope_parameters", None) or {}
     everywhere = rope.get("full_attention", rope) or {}
     sliding = rope.get("sliding_attention") or {}

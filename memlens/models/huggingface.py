@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import io
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from typing import Any
 
 import torch
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from memlens.errors import ModelLoadError, ModelNotFoundError, OptionError, UnsupportedModelError
+from memlens.errors import ModelLoadError, OptionError
 from memlens.models.checks import check_causal
-from memlens.models.names import Source, unknown_name_error
+from memlens.models.load_errors import named_errors
+from memlens.models.names import Source
 from memlens.models.quiet import quiet
 
 __all__ = ["load_config", "load_weights", "parse_dtype"]
@@ -49,9 +48,9 @@ def load_config(
     Raises:
         ModelNotFoundError: No repository, or no revision, of this name.
         ModelLoadError: The config is damaged.
-        UnsupportedModelError: Transformers does not know the architecture, or it is not a causal language model.
+        UnsupportedModelError: Transformers does not know the architecture, or it is not a causal one.
     """
-    with quiet(), _named_errors(source, revision):
+    with quiet(), named_errors(source, revision):
         config = AutoConfig.from_pretrained(
             source.location,
             revision=revision or "main",
@@ -79,10 +78,10 @@ def load_weights(
     `allow_pickle`.
 
     Raises:
-        ModelLoadError: No weights, damaged weights, or weights that the config says must be there are missing.
+        ModelLoadError: No weights, damaged ones, or some that the config asks for are missing.
     """
-    with quiet(), _named_errors(source, revision):
-        model, report = AutoModelForCausalLM.from_pretrained(
+    with quiet(), named_errors(source, revision), _no_gguf_bar(source):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.location,
             config=config,
             revision=revision or "main",
@@ -94,6 +93,7 @@ def load_weights(
             output_loading_info=True,
             **_gguf_options(source),
         )
+    model, report = loaded
     _check_complete(source, report)
     if source.gguf_file is not None:
         _forget_quantization(model)
@@ -102,12 +102,17 @@ def load_weights(
     return model.eval().requires_grad_(False)
 
 
+def _no_gguf_bar(source: Source) -> AbstractContextManager[Any]:
+    """Dequantizing draws a bar that no switch turns off; for a hub file the download's bar is worth more."""
+    return redirect_stderr(io.StringIO()) if source.gguf_file and source.local else nullcontext()
+
+
 def _gguf_options(source: Source) -> dict[str, str]:
     return {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
-    """The weights are dequantized: what still says otherwise would make TransformerLens treat them as packed."""
+    """The weights are dequantized: TransformerLens must not take them for packed ones."""
     for holder, attributes in (
         (model.config, ("quantization_config",)),
         (model, ("hf_quantizer", "is_quantized", "quantization_method")),
@@ -126,82 +131,3 @@ def _check_complete(source: Source, report: dict[str, Any]) -> None:
             f"The weights of {source.name!r} lack {missing[0]!r}{more}, which its config asks for: "
             f"the checkpoint and its config.json do not belong together, or the file is incomplete."
         )
-
-
-@contextmanager
-def _named_errors(source: Source, revision: str | None) -> Iterator[None]:
-    """Turn what transformers, the hub and safetensors raise into memlens' errors, keeping the cause."""
-    try:
-        yield
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ModelLoadError(
-            f"The weights of {source.name!r} could not be read ({_first_line(error)}): "
-            f"the file is damaged or incomplete; download or copy it again."
-        ) from error
-    except ImportError as error:
-        raise ModelLoadError(
-            f"{source.name!r} cannot be read without another package: {_first_line(error)}"
-        ) from error
-    except (OSError, ValueError, KeyError) as error:
-        raise _translate(error, source, revision) from error
-
-
-def _translate(error: Exception, source: Source, revision: str | None) -> Exception:
-    chain = list(_causes(error))
-    text = " ".join(map(str, chain))
-    if any(isinstance(e, GatedRepoError) for e in chain):
-        return ModelLoadError(
-            f"{source.name!r} is gated: accept its terms on the hub and log in with `hf auth login`."
-        )
-    if any(isinstance(e, RevisionNotFoundError) for e in chain) or "not a valid git identifier" in text:
-        return ModelNotFoundError(
-            f"{source.name!r} has no revision {revision!r}: check the branch, tag or commit."
-        )
-    if "trust_remote_code" in text or "contains custom code" in text:
-        return UnsupportedModelError(
-            f"{source.name!r} comes with Python code of its own, which memlens does not run unasked: "
-            f"pass trust_remote_code=True if you trust it."
-        )
-    if "model type" in text and ("does not recognize" in text or "Unrecognized" in text):
-        return UnsupportedModelError(
-            f"transformers does not know the architecture of {source.name!r}: {_first_line(error)}"
-        )
-    if "Unrecognized model in" in text:
-        return UnsupportedModelError(
-            f"The config.json of {source.name!r} names no model_type: it is not a language model's."
-        )
-    if _lacks_weights(text):
-        return ModelLoadError(
-            f"{source.name!r} has no safetensors weights: convert them, or pass allow_pickle=True "
-            f"to read a .bin file (only from a source you trust, as it can run code)."
-        )
-    if source.local or _mentions_json(text):
-        return ModelLoadError(f"{source.name!r} could not be read: {_first_line(error)}")
-    if any(isinstance(e, RepositoryNotFoundError) for e in chain):
-        return unknown_name_error(source.name)
-    if isinstance(error, OSError):
-        return unknown_name_error(source.name, "and the hub could not be asked" if _is_offline(text) else "")
-    return ModelLoadError(f"{source.name!r} could not be loaded: {_first_line(error)}")
-
-
-def _lacks_weights(text: str) -> bool:
-    return "model.safetensors" in text or "no file named" in text
-
-
-def _mentions_json(text: str) -> bool:
-    return "not a valid JSON file" in text or "valid JSON" in text
-
-
-def _is_offline(text: str) -> bool:
-    return "offline" in text.lower() or "couldn't connect" in text.lower()
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from memlens.errors import OptionError, UnsupportedModelError, check_option
 from memlens.models.bridge import build_bridge, check_bridge_supports
-from memlens.models.checks import check_causal, check_finite_weights
+from memlens.models.checks import check_causal, check_finite_weights, verify_against_huggingface
 from memlens.models.families import architecture_of, family_of
 from memlens.models.hooked import build_hooked, hooked_obstacle
 from memlens.models.huggingface import load_config, load_weights, parse_dtype
@@ -63,23 +63,26 @@ def load_model(
     Weights are unprocessed unless asked for: activations and logits equal Hugging Face's.
 
     Args:
-        name: A bundled model (`"zoo/pythia-s"`), a hub name (`"EleutherAI/pythia-70m"`; the organization may be
-            left out for models of `families_table()`), a local checkpoint folder, a `.gguf` file, a loaded
-            Hugging Face model (a bridge is put around it, in place), or a TransformerLens model (given back).
-        backend: `"hooked"` for `HookedTransformer` (TransformerLens 3.9 with Pythia, GPT-Neo or OLMo), `"bridge"`
-            for `TransformerBridge`, `"auto"` for the first where it can run the model, else the second.
+        name: A bundled model (`"zoo/pythia-s"`), a hub name (`"EleutherAI/pythia-70m"`; the organization may
+            be left out for models of `families_table()`), a local checkpoint folder, a `.gguf` file, a loaded
+            Hugging Face model (a bridge is put around it, in place, with its dtype), or a TransformerLens
+            model (given back as it is).
+        backend: `"hooked"` for `HookedTransformer` (TransformerLens 3.9 with Pythia, GPT-Neo or OLMo),
+            `"bridge"` for `TransformerBridge`, `"auto"` for the first where it can run the model, else the
+            second. A loaded Hugging Face model becomes a bridge under `"auto"`.
         revision: Branch, tag or commit on the hub.
-        checkpoint_step: Training step, for models with published checkpoints (Pythia, OLMo); finds the revision.
+        checkpoint_step: Training step, for models with published checkpoints (Pythia, OLMo).
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or a torch dtype.
         device: Where to; CUDA if there is one, else the CPU.
         device_map: Spread a large model over devices (see `accelerate`); bridge only, instead of `device`.
-        process_weights: TransformerLens' classic form: LayerNorms folded, weights centered. Predictions stay the
-            same, activations and logits (by a constant at each position) do not.
+        process_weights: TransformerLens' classic form: LayerNorms folded, weights centered. Predictions stay
+            the same; activations do not, and logits differ by a constant at each position.
         gguf_file: A GGUF file in the folder or repository. Its weights are dequantized.
         tokenizer: Instead of the checkpoint's own.
         trust_remote_code: Allow Python code that comes with the checkpoint to run.
         allow_pickle: Allow weights in `.bin` files, which can run code, where there are no safetensors.
-        check_weights: Look for NaN and infinity in the weights.
+        check_weights: Look for NaN and infinity in the weights; for a float32 `HookedTransformer` also
+            compare its logits for a few tokens with Hugging Face's.
 
     Returns:
         A `HookedTransformer` or a `TransformerBridge`, in evaluation mode. `.tokenizer` is None where the
@@ -102,7 +105,21 @@ def load_model(
     """
     options = _check_options(backend, dtype, device, device_map, process_weights, check_weights)
     if isinstance(name, nn.Module):
-        return _from_module(name, options, tokenizer, revision or checkpoint_step or gguf_file)
+        misplaced: dict[str, Any] = {
+            "revision": revision,
+            "checkpoint_step": checkpoint_step,
+            "gguf_file": gguf_file,
+        }
+        misplaced |= {"device_map": device_map}
+        if _is_transformer_lens(name):
+            misplaced |= {
+                "tokenizer": tokenizer,
+                "device": device,
+                "process_weights": process_weights or None,
+            }
+            return _as_it_is(name, backend, misplaced)
+        _refuse(misplaced, name)
+        return _from_huggingface(name.to(options.device) if device is not None else name, options, tokenizer)
     source = resolve_source(name, gguf_file=gguf_file)
     revision = checkpoint_revision(source, revision=revision, step=checkpoint_step)
     config = load_config(source, revision=revision, trust_remote_code=trust_remote_code)
@@ -138,7 +155,7 @@ def _check_options(
         )
     if device_map is not None and backend == "hooked":
         raise OptionError(
-            f"device_map={device_map!r} does not work with HookedTransformer: use backend='bridge', or device=."
+            f"device_map={device_map!r} does not go with HookedTransformer: use backend='bridge', or device=."
         )
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -168,28 +185,42 @@ def _choose_backend(options: _Options, config: PreTrainedConfig, name: str) -> _
     return replace(options, backend="hooked" if hooked else "bridge")
 
 
-def _from_module(
-    model: nn.Module, options: _Options, tokenizer: PreTrainedTokenizerBase | None, misplaced: Any
-) -> Any:
-    if misplaced:
+def _is_transformer_lens(model: nn.Module) -> bool:
+    return isinstance(model, TransformerBridge) or type(model).__name__ == "HookedTransformer"
+
+
+def _refuse(misplaced: dict[str, Any], model: nn.Module) -> None:
+    """An option that cannot act is an error, not a silence."""
+    for option, value in misplaced.items():
+        if value is not None:
+            raise OptionError(
+                f"{option}={value!r} cannot act on a {type(model).__name__} already loaded: leave it out."
+            )
+
+
+def _as_it_is(model: Any, backend: str, misplaced: dict[str, Any]) -> Any:
+    _refuse(misplaced, model)
+    kind = "bridge" if isinstance(model, TransformerBridge) else "hooked"
+    if backend not in ("auto", kind):
         raise OptionError(
-            f"revision, checkpoint_step and gguf_file are for models that are still to be loaded, "
-            f"not for a {type(model).__name__}: leave them out."
+            f"backend={backend!r} was asked for, but this is a {type(model).__name__}: load it by name."
         )
-    if isinstance(model, TransformerBridge) or type(model).__name__ == "HookedTransformer":
-        return model
+    return model
+
+
+def _from_huggingface(model: nn.Module, options: _Options, tokenizer: PreTrainedTokenizerBase | None) -> Any:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"A {type(model).__name__} is no model memlens can use: give a HookedTransformer, a TransformerBridge, "
-            f"or a Hugging Face PreTrainedModel."
+            f"A {type(model).__name__} is no model memlens can use: give a HookedTransformer, a "
+            f"TransformerBridge, or a Hugging Face PreTrainedModel."
         )
     name = str(model.config._name_or_path or type(model).__name__)
     check_causal(model.config, name)
-    options = replace(options, dtype=model.dtype, device=model.device)
-    if options.backend == "auto":
-        options = replace(options, backend="bridge")
-    options = _choose_backend(options, model.config, name)
-    return _wrap(model.eval(), tokenizer, options, name=name, revision="")
+    backend = "bridge" if options.backend == "auto" else options.backend
+    options = replace(options, backend=backend, dtype=model.dtype, device=model.device)
+    return _wrap(
+        model.eval(), tokenizer, _choose_backend(options, model.config, name), name=name, revision=""
+    )
 
 
 def _wrap(
@@ -221,7 +252,11 @@ def _wrap(
     model: Any
     if options.backend == "hooked":
         model = build_hooked(hf_model, tokenizer, device=options.device, **common)
+        remember(model, **facts)
+        if options.check_weights and options.dtype == torch.float32:
+            tokens = torch.arange(min(16, model.cfg.n_ctx, model.cfg.d_vocab))[None]
+            verify_against_huggingface(model, hf_model, tokens, tolerance=1e-3)
     else:
         model = build_bridge(hf_model, tokenizer, **common)
-    remember(model, **facts)
+        remember(model, **facts)
     return model

@@ -46,12 +46,12 @@ def resolve_source(name: str | Path, *, gguf_file: str | None = None) -> Source:
     """Find out what a name means, without reading any weights and without a network.
 
     Args:
-        name: `"zoo/<name>"`, a checkpoint folder, a `.gguf` file, or a hub name. A folder that exists wins over
-            a hub name. A hub name in the family table may be given without its organization.
+        name: `"zoo/<name>"`, a checkpoint folder, a `.gguf` file, or a hub name. An existing folder wins
+            over a hub name. A name in the family table may be given without its organization.
         gguf_file: A GGUF file inside the folder or hub repository.
 
     Raises:
-        ModelNotFoundError: The zoo has no such model, the path does not exist, or the folder is no checkpoint.
+        ModelNotFoundError: No such model in the zoo, no such path, or the folder is no checkpoint.
     """
     text = str(name)
     if text.startswith(ZOO_PREFIX) and isinstance(name, str):
@@ -74,8 +74,8 @@ def unknown_name_error(name: str, reason: str = "") -> ModelNotFoundError:
     hint = near_matches(name, [*_zoo_names(), *known, *(n.rpartition("/")[2] for n in known)])
     why = f" ({reason})" if reason else ""
     return ModelNotFoundError(
-        f"No model is called {name!r}: it is not in the zoo, not a folder here, and neither the Hugging Face hub "
-        f"nor its local cache gave it{why}; check the name, or give a checkpoint folder.{hint}"
+        f"No model is called {name!r}: it is not in the zoo, not a folder here, and neither the Hugging Face "
+        f"hub nor its local cache gave it{why}; check the name, or give a checkpoint folder.{hint}"
     )
 
 
@@ -101,7 +101,7 @@ def _zoo_source(name: str) -> Source:
 def _file_source(path: Path, gguf_file: str | None) -> Source:
     if path.suffix.lower() != ".gguf":
         raise ModelNotFoundError(
-            f"{str(path)!r} is a file, not a checkpoint folder: give its folder (or a file that ends in .gguf)."
+            f"{str(path)!r} is a file, not a checkpoint folder: give its folder, or a file ending in .gguf."
         )
     if gguf_file is not None and gguf_file != path.name:
         raise OptionError(f"gguf_file={gguf_file!r} contradicts the path {str(path)!r}: give one of them.")

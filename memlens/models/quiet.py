@@ -24,9 +24,10 @@ def _not_from_transformer_lens(record: logging.LogRecord) -> bool:
 def quiet() -> Iterator[None]:
     """Silence warnings, log lines below ERROR, prints and progress bars of the loaders.
 
-    The hub's download bars stay: a download may take an hour. What is printed goes to this module's logger at DEBUG. Log levels, handlers, filters, warning filters and
-    progress bars are as before when the block ends, also after an exception. (TransformerLens logs to the root
-    logger, which then gets a handler: that one is taken away again.)
+    The hub's download bars stay: a download may take an hour. What is printed goes to this module's logger at
+    DEBUG. Log levels, handlers, filters, warning filters and progress bars are as before when the block ends,
+    also after an exception. (TransformerLens logs to the root logger, which then gets a handler: that one is
+    taken away again.)
     """
     root = logging.getLogger()
     handlers = list(root.handlers)

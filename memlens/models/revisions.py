@@ -15,7 +15,7 @@ from memlens.models.names import Source, unknown_name_error
 __all__ = ["checkpoint_revision", "list_steps"]
 
 _STEP = re.compile(r"^(?:stage1-)?step(\d+)(?:-tokens\d+B)?$")
-"""Pythia `step1000`; OLMo 1 `step1000-tokens4B`; OLMo 2 `stage1-step1000-tokens5B`; OLMo 3 `stage1-step1000`."""
+"""Pythia `step9`; OLMo 1 `step9-tokens4B`; OLMo 2 `stage1-step9-tokens5B`; OLMo 3 `stage1-step9`."""
 
 
 def checkpoint_revision(source: Source, *, revision: str | None, step: int | None) -> str | None:

@@ -20,7 +20,7 @@ _LOG = logging.getLogger(__name__)
 def load_tokenizer(
     source: Source, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase | None:
-    """Return the checkpoint's tokenizer, or None (with a line in the log) where it has none that can be read."""
+    """Return the checkpoint's tokenizer, or None (with a line in the log) where none can be read."""
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     if source.gguf_file is not None:
         options["gguf_file"] = source.gguf_file
@@ -44,9 +44,9 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     """Return a tokenizer that puts the BOS token in front of text by default, where it has such a token.
 
     TransformerLens wants that form (`to_tokens(..., prepend_bos=False)` takes the token away again) and reads
-    the tokenizer again from the name it came from, which fails for one made in memory or read from a GGUF file.
-    So it is made here, by a round trip through a temporary folder. The one that was given is not changed. Pass
-    `add_special_tokens=False` to get the bare tokens of a text.
+    the tokenizer again from the name it came from, which fails for one made in memory or read from a GGUF
+    file. So it is made here, by a round trip through a temporary folder. The one that was given is not
+    changed. Pass `add_special_tokens=False` to get the bare tokens of a text.
     """
     if tokenizer.bos_token is None or tokenizer.init_kwargs.get("add_bos_token"):
         return tokenizer
