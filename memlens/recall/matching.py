@@ -44,9 +44,9 @@ class Matching:
     def balance(self) -> pd.DataFrame:
         """Return the standardized mean differences before and after matching, one row a covariate."""
         ours, pool, controls = (self.covariates[name] for name in ("memorized", "pool", "controls"))
-        spread = np.sqrt((ours.var(ddof=0) + pool.var(ddof=0)) / 2)
+        spread = ((ours.var(ddof=0) + pool.var(ddof=0)) / 2) ** 0.5
         columns = {"before": ours.mean() - pool.mean(), "after": ours.mean() - controls.mean()}
-            table = pd.DataFrame({name: _ratio(gap, spread) for name, gap in columns.items()})
+        table = pd.DataFrame({name: _ratio(gap, spread) for name, gap in columns.items()})
         return table.rename_axis("covariate")
 
 
@@ -61,8 +61,9 @@ def match_controls(
     """Assign to each memorized sequence `n_per` sequences of the pool, none twice.
 
     The cost of a pair is |difference in prefix length| + |difference in continuation length|, in tokens, and
-    then |difference in mean log frequency|, scaled so that all of them together weigh less than one token. Sets beyond a thousand
-    memorized sequences are assigned in random blocks, each optimal on its own share of the pool.
+    then |difference in mean log frequency|, scaled so that all of them together weigh less than one token.
+    Sets beyond a thousand memorized sequences are assigned in random blocks, each optimal on its own share
+    of the pool.
     """
     rng = np.random.default_rng(seed)
     covariates = {"memorized": _covariates(memorized, token_counts), "pool": _covariates(pool, token_counts)}

@@ -156,7 +156,7 @@ def _exchange_prefixes(tokens: np.ndarray, seqs: SequenceSet, rng: np.random.Gen
         givers = _derangement(original[rows, :prefix_len], rng)
         if givers is None:
             raise SequenceError(
-                f"rows {some(rows.tolist())} have a prefix of {prefix_len} tokens, and too few different ones "
+                f"rows {some(rows.tolist())} have a prefix of {prefix_len} tokens, and too few differ "
                 "to give each row another's: add sequences of that prefix length"
             )
         tokens[rows, :prefix_len] = original[rows[givers], :prefix_len]
