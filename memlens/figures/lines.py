@@ -39,6 +39,7 @@ def line_over_layers(
     for owner, (name, text) in enumerate(zip(names, texts, strict=True)):
         traces = line_traces(ci[name], text)
         if baseline is not None and name in baseline:
+            traces[-1].showlegend = True
             traces += _baseline_traces(baseline[name], ci["layer"].values)
         fig.add_traces(traces)
         owners += [owner] * len(traces)
@@ -149,7 +150,7 @@ def _baseline_traces(array: xr.DataArray, layers: np.ndarray) -> list[go.Scatter
         traces.append(
             go.Scatter(
                 x=[layers[0], layers[-1]], y=[mean, mean], mode="lines",
-                name=name, legendgroup=label or "all",
+                name=name, legendgroup=label or "all", showlegend=True,
                 line={"color": color, "dash": "dash", "width": 1.5},
                 hovertemplate=f"{name}<br>%{{y:.4g}} [{low:.4g}, {high:.4g}]<extra></extra>",
             )

@@ -44,8 +44,7 @@ def attribution_panels(
     fig.update_xaxes(title_text="direct effect (logits)", col=len(widths))
     fig.update_yaxes(theme.layer_axis(ci["layer"].values, ""))
     fig.update_yaxes(title_text="layer", showticklabels=True)
-    fig.update_layout(barmode="group", legend={"x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"})
-    fig.update_layout(legend_orientation="h")
+    fig.update_layout(barmode="group", legend={"x": 1, "xanchor": "right"})
     height = int(np.clip(230 + 28 * ci.sizes["layer"], 360, 900))
     return theme.figure(fig, title=title, subtitle=subtitle, height=height)
 
@@ -58,6 +57,7 @@ def _layer_bars(array: xr.DataArray, name: str, color: str) -> go.Bar:
         x=mean,
         orientation="h",
         name=label,
+        showlegend=True,
         marker_color=color,
         error_x={
             "type": "data",
@@ -108,11 +108,8 @@ def recall_panels(
     last = 2 if ci is not None else 1
     fig.update_xaxes(title_text=text.axis, col=last)
     fig.update_yaxes(title_text="sequences", col=last)
-    fig.update_layout(
-        bargap=0.04, legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "xanchor": "left"}
-    )
-    theme.figure(fig, title=title, subtitle=subtitle, height=440)
-    return fig.update_layout(margin_t=112)
+    fig.update_layout(bargap=0.04)
+    return theme.figure(fig, title=title, subtitle=subtitle, height=460)
 
 
 def _add_curves(fig: go.Figure, ci: xr.Dataset, names: list[str]) -> None:

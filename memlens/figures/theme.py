@@ -2,8 +2,9 @@
 
 Layers run up in maps and to the right in curves. Signed values use red-white-blue around 0, where red always
 means that recall was harmed and blue that it was helped (the scale is turned for metrics where less is
-better). Magnitudes use viridis. Groups use the colours of Okabe and Ito (2008), which people with any of the
-usual colour vision deficiencies can tell apart, or steps of viridis where the groups are numbers.
+better). Magnitudes use viridis. Groups use the colors of Okabe and Ito (2008), which people with any of the
+usual color vision deficiencies can tell apart (gray stands for their black, which a dark page would hide), or
+steps of viridis where the groups are numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = [
     "translucent",
 ]
 
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B7280", "#F0E442")
 _INK, _GRID = "#1f2933", "#e4e7eb"
 _AXIS: dict[str, Any] = {
     "gridcolor": _GRID,
@@ -51,13 +52,23 @@ TEMPLATE = go.layout.Template(
         "xaxis": _AXIS,
         "yaxis": _AXIS,
         "hoverlabel": {"align": "left", "bgcolor": "white", "font": {"color": _INK, "size": 12}},
-        "legend": {"itemsizing": "constant", "bgcolor": "rgba(255,255,255,0)"},
+        "legend": {
+            "itemwidth": 40,
+            "bgcolor": "rgba(255,255,255,0)",
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "y": 0.01,
+            "yref": "container",
+            "yanchor": "bottom",
+        },
     }
 )
 
 
 def figure(base: go.Figure, *, title: str, subtitle: str, height: int, menu: bool = False) -> go.Figure:
     """Give `base` the template, its title and its size, and return it. Title and subtitle are plain text."""
+    legend = any(trace.showlegend for trace in base.select_traces() if "showlegend" in trace)
     base.update_layout(
         template=TEMPLATE,
         title={
@@ -65,14 +76,14 @@ def figure(base: go.Figure, *, title: str, subtitle: str, height: int, menu: boo
             "subtitle": {"text": plain(subtitle), "font": {"size": 12, "color": "#52606d"}},
             "pad": {"t": 14},
         },
-        margin={"l": 64, "r": 24, "t": 136 if menu else 90, "b": 56},
+        margin={"l": 64, "r": 24, "t": 136 if menu else 90, "b": 108 if legend else 56},
         height=height,
     )
     return base
 
 
 def signed_scale(better: int) -> str:
-    """Return the colour scale of a signed value: red where recall is harmed.
+    """Return the color scale of a signed value: red where recall is harmed.
 
     >>> signed_scale(1), signed_scale(-1)
     ('RdBu', 'RdBu_r')
@@ -81,12 +92,12 @@ def signed_scale(better: int) -> str:
 
 
 def magnitude_scale() -> str:
-    """Return the colour scale of values without a sign."""
+    """Return the color scale of values without a sign."""
     return "Viridis"
 
 
 def group_colors(groups: Sequence[Any]) -> list[str]:
-    """Return a colour for each group: Okabe-Ito for names, steps of viridis for more than three numbers."""
+    """Return a color for each group: Okabe-Ito for names, steps of viridis for more than three numbers."""
     numbers = all(isinstance(group, int | float | np.number) for group in groups)
     if (numbers and len(groups) > 3) or len(groups) > len(OKABE_ITO):
         return [str(color) for color in pc.sample_colorscale("Viridis", np.linspace(0.0, 0.9, len(groups)))]

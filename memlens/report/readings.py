@@ -14,7 +14,7 @@ from memlens.results import Result
 __all__ = ["reading"]
 
 
-def reading(result: Result, metric: str | None = None) -> str:
+def reading(result: Result, metric: str | None = None, *, sequence: str | None = None) -> str:
     """Return a few sentences on a result, in the order a reader would ask.
 
     They are descriptions of the numbers, not tests: the largest of many sites is named as such, and how many
@@ -23,6 +23,7 @@ def reading(result: Result, metric: str | None = None) -> str:
     Args:
         result: any result.
         metric: the metric to speak of; the first by default.
+        sequence: the id of the one sequence to speak of; all by default.
 
     Returns:
         Plain text; empty for a kind that has no words yet or a result without the values they need.
@@ -30,9 +31,12 @@ def reading(result: Result, metric: str | None = None) -> str:
     Example:
         >>> data = xr.Dataset({"exact_match": ("sequence", [1.0, 1.0, 0.0, 1.0])})
         >>> reading(Result.create(data, kind="recall"))
-        'The mean exact match of 4 sequences is 0.75 (95 % interval 0.301 to 0.954).'
+        'The exact match, mean over 4 sequences, is 0.75 (95 % interval 0.301 to 0.954).'
     """
     try:
+        if sequence is not None:
+            ids = result["sequence"].values.astype(str)
+            result = Result(result.data.isel(sequence=ids == str(sequence)))
         return _READINGS[result.kind](result, metric) if result.kind in _READINGS else ""
     except (MemlensError, KeyError, ValueError):
         return ""
@@ -44,6 +48,11 @@ def _spoken(row: xr.DataArray, text: MetricText) -> str:
     unit = f" {text.unit}" if text.unit and "=" not in text.unit and "share" not in text.unit else ""
     interval = f" (95 % interval {low:.3g} to {high:.3g})" if np.isfinite([low, high]).all() else ""
     return f"{mean:.3g}{unit}{interval}"
+
+
+def _over(result: Result) -> str:
+    count = result.data.sizes["sequence"]
+    return "in one sequence" if count == 1 else f"mean over {count} sequences"
 
 
 def _extreme(ci: xr.DataArray, better: int, *, harm: bool) -> tuple[xr.DataArray, dict[str, object]]:
@@ -61,6 +70,8 @@ def _where(site: dict[str, object]) -> str:
 
 def _chance(ci: xr.DataArray) -> str:
     low, high = ci.sel(statistic="low"), ci.sel(statistic="high")
+    if not np.isfinite(low.values).any():
+        return ""
     away, sites = int(((low > 0) | (high < 0)).sum()), int(low.size)
     if sites < 2:
         return ""
@@ -75,10 +86,9 @@ def _harm(result: Result, metric: str | None) -> str:
     ci = result.mean_ci(metric=name, of="effect")[name]
     text = metric_text(name)
     row, site = _extreme(ci, text.better, harm=True)
-    count = result.data.sizes["sequence"]
     return (
         f"Recall is harmed most at {_where(site)}: the {text.label} there changes by {_spoken(row, text)}, "
-        f"mean over {count} sequences against the same sequences in the unchanged model.{_chance(ci)}"
+        f"{_over(result)}, against the unchanged model.{_chance(ci)}"
     )
 
 
@@ -101,12 +111,13 @@ def _decoded(result: Result, metric: str | None) -> str:
         "probability"
     ]
     last = odds.isel(layer=-1)
-    text = f"After the last layer the target token has a mean probability of {_spoken(last, MetricText(''))}."
+    text = "After the last layer the target tokens have a mean probability of "
+    text += f"{_spoken(last, MetricText(''))} ({_over(result)})."
     means = odds.sel(statistic="mean").values
     half = odds["layer"].values[means >= 0.5 * means[-1]]
     top = data["layer"].values[np.exp(log_rank.values) < 2]
     text += f" Half of that is first reached after layer {half[0]}." if len(half) else ""
-    text += f" Its geometric mean rank is below 2 from layer {top[0]} on." if len(top) else ""
+    text += f" Their geometric mean rank is below 2 from layer {top[0]} on." if len(top) else ""
     return text
 
 
@@ -126,7 +137,7 @@ def _recalled(result: Result, metric: str | None) -> str:
     name = metric or ("exact_match" if "exact_match" in result.metrics else result.metrics[0])
     text = metric_text(name)
     row = result.mean_ci(metric=name)[name]
-    said = f"The mean {text.label} of {result.data.sizes['sequence']} sequences is {_spoken(row, text)}."
+    said = f"The {text.label}, {_over(result)}, is {_spoken(row, text)}."
     if "copies" not in result.data.coords:
         return said
     grouped = result.mean_ci(metric=name, group="copies")[name]

@@ -224,9 +224,10 @@ def _result_section(path: Path, entry: Mapping[str, Any], warnings: list[str]) -
     try:
         result = load_result(path / f"{_file_name(entry['name'])}.nc")
         for request in entry["figures"] or [asdict(FigureRequest())]:
-            said = request["reading"]
-            words = reading(result, request["options"].get("metric")) if said is None else said
-            figures.append(FigureBlock(result.plot(**request["options"]), words, request["caption"]))
+            options, words = request["options"], request["reading"]
+            if words is None:
+                words = reading(result, options.get("metric"), sequence=options.get("sequence"))
+            figures.append(FigureBlock(result.plot(**options), words, request["caption"]))
     except Exception as error:  # one result that cannot be shown must not cost the others
         _LOG.warning("the result %s cannot be shown: %s", entry["name"], error)
         warnings.append(f"The result {entry['name']!r} cannot be shown: {error}")

@@ -22,7 +22,8 @@
     return change;
   };
   const plots = Array.from(document.querySelectorAll("div.plot"));
-  const config = { responsive: true, displaylogo: false, showTips: false, plotlyServerURL: "" };
+  const config = { responsive: true, displaylogo: false, showTips: false, plotlyServerURL: "",
+    modeBarButtonsToRemove: ["lasso2d", "select2d", "sendDataToCloud", "sendChartToCloud"] };
   plots.forEach(function (div) {
     const spec = JSON.parse(document.getElementById(div.id + "-data").textContent);
     Plotly.newPlot(div, spec.data, spec.layout, config).then(function () {

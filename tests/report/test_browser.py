@@ -1,0 +1,95 @@
+"""The report in a real browser, without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pandas as pd
+import pytest
+
+from memlens.report import FigureRequest, Finding, RunDirectory
+from tests.report import browser, synthetic
+from tests.report.test_render import NASTY
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (browser.CHROMIUM and browser.DRIVER), reason=browser.MISSING),
+]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Page]:
+    folder = tmp_path_factory.mktemp("run")
+    run = RunDirectory(
+        folder / "run", title="Browser <i>test</i>", settings={"seed": 0, "text": NASTY["script"]}
+    )
+    run.add_finding(Finding("A finding", NASTY["script"], 0.5, 0.4, 0.6, "nats", 9, NASTY["quotes"]))
+    for name, make in synthetic.ALL.items():
+        run.add_result(name, make())
+    run.add_result("one", synthetic.residual_decoding(), figures=[FigureRequest({"sequence": "seq-003"})])
+    run.add_table("recall", pd.DataFrame({"name": list(NASTY), "text": list(NASTY.values())}))
+    with browser.browser(folder / "profile") as opened:
+        opened.open(run.finish())
+        opened.wait_for("return document.querySelectorAll('div.plot:not([data-drawn])').length === 0")
+        yield opened
+
+
+def test_every_figure_is_drawn(page: browser.Page) -> None:
+    drawn = page.run(
+        "return Array.from(document.querySelectorAll('div.plot')).map(d => d.dataset.drawn === 'yes' && "
+        "d.querySelector('svg.main-svg').getBoundingClientRect().height > 200)"
+    )
+    assert drawn == [True] * 8
+
+
+def test_console_is_silent(page: browser.Page) -> None:
+    assert page.console() == []
+
+
+def test_nothing_is_requested(page: browser.Page) -> None:
+    requests = page.run("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert [name for name in requests if not name.startswith(("data:", "blob:"))] == []
+
+
+def test_text_of_sequences_is_shown_and_not_run(page: browser.Page) -> None:
+    assert page.run("return window.ran === undefined") is True
+    shown = page.run("return Array.from(document.querySelectorAll('td')).map(d => d.textContent)")
+    assert set(NASTY.values()) <= set(shown)
+    assert page.run("return document.querySelectorAll('main img, main b, main i').length") == 0
+
+
+def test_token_labels_are_text(page: browser.Page) -> None:
+    labels = page.run(
+        "return Array.from(document.querySelectorAll('#figure-8 .xtick')).map(d => d.textContent.trim())"
+    )
+    assert "<b>_4" in labels
+    assert "$x$_11" in labels
+
+
+def _center(page: browser.Page, selector: str) -> tuple[float, float]:
+    """Scroll an element into view and return the middle of it, in the window."""
+    return tuple(
+        page.run(
+            f"const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center'}});"
+            "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]"
+        )
+    )
+
+
+def test_menu_answers_a_click(page: browser.Page) -> None:
+    shown = "return document.getElementById('figure-2').data.map(t => t.visible)"
+    assert page.run(shown) == [True, False, False]
+    page.click(*_center(page, "#figure-2 .updatemenu-header"))
+    page.wait_for("return document.querySelectorAll('#figure-2 .updatemenu-dropdown-button').length === 3")
+    page.click(*_center(page, "#figure-2 .updatemenu-dropdown-button:nth-of-type(2)"))
+    page.wait_for(shown + "[1]")
+    assert page.run(shown) == [False, True, False]
+
+
+def test_hover_tells_the_whole_row(page: browser.Page) -> None:
+    x, y = _center(page, "#figure-4 .plot .heatmaplayer image")
+    page.move(x + 4, y + 4)  # 20 positions and 8 layers: the middle is between two cells
+    text = page.wait_for("return document.querySelector('#figure-4 .hoverlayer').textContent")
+    assert "layer 3" in text
+    assert "position 10" in text
+    assert "n = 48 sequences" in text

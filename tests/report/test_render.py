@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import html
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+from memlens.report import FigureBlock, Finding, Section, TableBlock, write_report
+from memlens.report.methods import flatten, methods_text
+from memlens.report.render import safe_json, write_atomically
+
+NASTY = {
+    "script": "<script>window.ran = 1</script>",
+    "closing": "</script><img src=x onerror='window.ran = 1'><!--",
+    "quotes": "\"double\" & 'single' <b>bold</b>",
+    "emoji": "🦊 and 👩‍👩‍👧",
+    "right-to-left": "עברית مرحبا \u202e turned",
+    "long": "x" * 10_000,
+    "template": "{{ 7 * 7 }} {% raw %}",
+}
+
+
+class Elements(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def _write(folder: Path, **changes: object) -> str:
+    fig = go.Figure(go.Bar(x=list(NASTY.values()), y=[1] * len(NASTY)))
+    fig.update_layout(title={"text": html.escape(NASTY["script"])})
+    fields: dict[str, object] = {
+        "title": NASTY["closing"],
+        "findings": [
+            Finding(NASTY["script"], NASTY["quotes"], 0.5, 0.25, 0.75, "nats", 12, NASTY["template"])
+        ],
+        "sections": [
+            Section(
+                NASTY["script"],
+                NASTY["script"],
+                [FigureBlock(fig, NASTY["closing"], NASTY["script"])],
+                [TableBlock("t", pd.DataFrame({"text": list(NASTY.values()), "<i>": 1.0}))],
+            )
+        ],
+        "settings": {"a": {"b": NASTY["script"]}, "seed": 3},
+        "command": NASTY["closing"],
+    }
+    path = write_report(folder / "sub" / "report.html", **{**fields, **changes})  # type: ignore[arg-type]
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return _write(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def elements(text: str) -> list[tuple[str, dict[str, str | None]]]:
+    parser = Elements()
+    parser.feed(text)
+    return parser.tags
+
+
+def test_only_our_elements_are_there(elements: list[tuple[str, dict[str, str | None]]]) -> None:
+    names = [tag for tag, _ in elements]
+    assert names.count("script") == 3  # the figure's data, plotly, the start
+    assert not {"img", "b", "i", "iframe", "object"} & set(names)
+
+
+def test_nothing_is_loaded(elements: list[tuple[str, dict[str, str | None]]]) -> None:
+    links = [v for _, attrs in elements for k, v in attrs.items() if k in ("src", "href", "srcset", "data")]
+    assert links
+    assert all(link is not None and link.startswith(("#", "data:")) for link in links)
+    policy = next(attrs["content"] for tag, attrs in elements if tag == "meta" and "http-equiv" in attrs)
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    assert "unsafe-inline" not in policy.split("style-src")[0]
+
+
+@pytest.mark.parametrize("name", list(NASTY))
+def test_cells_show_text(text: str, name: str) -> None:
+    assert f'<div class="cell"><bdi>{html.escape(NASTY[name])}'.replace("&#x27;", "&#39;").replace(
+        "&quot;", "&#34;"
+    ) in text.replace("&quot;", "&#34;")
+
+
+def test_plotly_is_there_once_and_the_file_is_small(text: str) -> None:
+    assert len(re.findall(r"plotly\.js v\d", text)) == 1
+    assert len(text.encode()) < 8_000_000
+
+
+def test_figure_data_survives(text: str) -> None:
+    found = re.search(r'<script type="application/json" id="figure-1-data">(.*?)</script>', text, re.DOTALL)
+    assert found is not None
+    assert "<" not in found[1]
+    assert json.loads(found[1])["data"][0]["x"] == list(NASTY.values())
+
+
+def test_findings_come_first_with_their_numbers(text: str) -> None:
+    assert "0.5 [0.25, 0.75] nats, n = 12" in text
+    assert text.index('id="findings"') < text.index('id="section-1"') < text.index('id="methods"')
+
+
+def test_every_entry_of_the_contents_leads_somewhere(
+    elements: list[tuple[str, dict[str, str | None]]],
+) -> None:
+    ids = {attrs.get("id") for _, attrs in elements}
+    targets = [a["href"] for t, a in elements if t == "a" and (a.get("href") or "").startswith("#")]
+    assert len(targets) == 5
+    assert all((target or "")[1:] in ids for target in targets)
+
+
+def test_report_without_figures_has_no_plotly(tmp_path: Path) -> None:
+    text = _write(tmp_path, sections=[])
+    assert len(text) < 100_000
+
+
+def test_long_tables_are_cut_and_say_so(tmp_path: Path) -> None:
+    block = TableBlock("long", pd.DataFrame({"n": range(150)}), rows=40)
+    text = _write(tmp_path, sections=[Section("s", tables=[block])])
+    assert "110 more rows are not shown." in text
+    assert text.count('<td class="numeric">') == 40
+
+
+def test_lone_surrogates_do_not_stop_the_report(tmp_path: Path) -> None:
+    assert "\\ud800" in _write(tmp_path, lead="broken \ud800 text")
+
+
+@pytest.mark.parametrize("raw", ["</script>", "<!--", "&lt;", "\u2028", 'a"b'])
+def test_safe_json_parses_to_the_same(raw: str) -> None:
+    safe = str(safe_json(json.dumps(raw, ensure_ascii=False)))
+    assert json.loads(safe) == raw
+    assert not set("<>&\u2028") & set(safe)
+
+
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_atomically(tmp_path / "a.html", b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.html"]
+    assert path.read_bytes() == b"old"
+
+
+def test_methods_say_only_what_is_known() -> None:
+    said = methods_text(
+        {"model": "m", "backend": "TransformerBridge", "transformer_lens": "4.3", "n_sequences": 7}
+    )
+    assert "The model is m, a TransformerBridge of TransformerLens 4.3." in said
+    assert "It was measured on 7 sequences." in said
+    assert "seed" not in said
+    assert flatten({"a": {"b": {"c": 1}}, "d": {}}) == {"a.b.c": "1", "d": "{}"}
