@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,16 @@ from memlens.models.quiet import quiet
 from memlens.models.tokenizers import placeholder_tokenizer
 
 __all__ = ["build_bridge", "check_bridge_supports"]
+
+_REFUSALS = (
+    AssertionError,
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    NotImplementedError,
+    RuntimeError,
+)
 
 
 def check_bridge_supports(config: Any, name: str) -> None:
@@ -43,9 +55,12 @@ def build_bridge(
         name: What `cfg.model_name` shall say.
         dtype: The dtype of its weights.
         process_weights: Fold LayerNorms and center weights (TransformerLens' compatibility mode).
+
+    Raises:
+        UnsupportedModelError: TransformerLens cannot put a bridge around this variant of the architecture.
     """
     hf_model.config.architectures = hf_model.config.architectures or [type(hf_model).__name__]
-    with quiet():
+    with quiet(), _readable_refusal(name):
         hf_model.set_attn_implementation("eager")
         bridge = TransformerBridge.boot_transformers(
             name,
@@ -59,3 +74,16 @@ def build_bridge(
     if tokenizer is None:
         bridge.tokenizer = None
     return bridge
+
+
+@contextmanager
+def _readable_refusal(name: str) -> Iterator[None]:
+    """Adapters assume what a family's published models have, and fail in any way on a variant."""
+    try:
+        yield
+    except _REFUSALS as error:
+        reason = f"{type(error).__name__}: {error}".strip(": ")
+        raise UnsupportedModelError(
+            f"TransformerLens could not put a bridge around {name!r} ({reason}): its config has an option "
+            f"that TransformerLens' adapter for this architecture does not know."
+        ) from error

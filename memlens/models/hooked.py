@@ -108,7 +108,7 @@ def build_hooked(
             model, weights, process_weights=process_weights, post_norm=architecture in _POST_NORM, name=name
         )
         model.to(device, print_details=False)
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 
 def _load(

@@ -99,7 +99,7 @@ def load_weights(
         _forget_quantization(model)
     if device_map is None:
         model.to(device)
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 
 def _no_gguf_bar(source: Source) -> AbstractContextManager[Any]:

@@ -27,6 +27,7 @@ def load_tokenizer(
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
+            _check_has_words(tokenizer)
             return prepare_tokenizer(tokenizer)
     except (
         Exception
@@ -38,6 +39,12 @@ def load_tokenizer(
             reason[0] if reason else type(error).__name__,
         )
         return None
+
+
+def _check_has_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    """For a folder without tokenizer files transformers makes one up, with special tokens only."""
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise ValueError("no vocabulary")
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
