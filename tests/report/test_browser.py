@@ -30,13 +30,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Page]:
     run.add_table("recall", pd.DataFrame({"name": list(NASTY), "text": list(NASTY.values())}))
     with browser.browser(folder / "profile") as opened:
         opened.open(run.finish())
-        opened.wait_for("return document.querySelectorAll('div.plot:not([data-drawn])').length === 0")
+        opened.wait_for("return document.querySelectorAll('div.chart:not([data-drawn])').length === 0")
         yield opened
 
 
 def test_every_figure_is_drawn(page: browser.Page) -> None:
     drawn = page.run(
-        "return Array.from(document.querySelectorAll('div.plot')).map(d => d.dataset.drawn === 'yes' && "
+        "return Array.from(document.querySelectorAll('div.chart')).map(d => d.dataset.drawn === 'yes' && "
         "d.querySelector('svg.main-svg').getBoundingClientRect().height > 200)"
     )
     assert drawn == [True] * 8
@@ -70,7 +70,7 @@ def _center(page: browser.Page, selector: str) -> tuple[float, float]:
     """Scroll an element into view and return the middle of it, in the window."""
     return tuple(
         page.run(
-            f"const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center'}});"
+            f"const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center', behavior: 'instant'}});"
             "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]"
         )
     )
@@ -87,7 +87,7 @@ def test_menu_answers_a_click(page: browser.Page) -> None:
 
 
 def test_hover_tells_the_whole_row(page: browser.Page) -> None:
-    x, y = _center(page, "#figure-4 .plot .heatmaplayer image")
+    x, y = _center(page, "#figure-4 .heatmaplayer image")
     page.move(x + 4, y + 4)  # 20 positions and 8 layers: the middle is between two cells
     text = page.wait_for("return document.querySelector('#figure-4 .hoverlayer').textContent")
     assert "layer 3" in text

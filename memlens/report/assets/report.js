@@ -21,7 +21,7 @@
     });
     return change;
   };
-  const plots = Array.from(document.querySelectorAll("div.plot"));
+  const plots = Array.from(document.querySelectorAll("div.chart"));
   const config = { responsive: true, displaylogo: false, showTips: false, plotlyServerURL: "",
     modeBarButtonsToRemove: ["lasso2d", "select2d", "sendDataToCloud", "sendChartToCloud"] };
   plots.forEach(function (div) {
