@@ -6,11 +6,64 @@ The names below are loaded on first use, so that `import memlens` stays fast.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from memlens import errors
+
+if TYPE_CHECKING:
+    from memlens.attribution import (
+        ablate_heads,
+        activation_patches,
+        attribute_logits,
+        bypass_attention,
+        bypass_intervention,
+        bypassed,
+        decode_residual,
+        head_ablations,
+        patch_activations,
+    )
+    from memlens.figures import overlay
+    from memlens.models.families import families_table
+    from memlens.models.loading import load_model
+    from memlens.models.trunk import Trunk
+    from memlens.recall.scores import RecallScores
+    from memlens.recall.score import score_recall
+    from memlens.recall.targets import METRICS
+    from memlens.results import Result, compare_groups, load_result
+    from memlens.sequences import SequenceSet, check_sequences, corrupt, load_sequences
+    from memlens.sweep import BatchHook, Intervention, Plan, applied, measure, plan, sweep
 
 __version__ = "0.1.0"
 
-_HOMES: dict[str, str] = {}
+_HOMES: dict[str, str] = {
+    name: module
+    for module, names in {
+        "memlens.attribution": (
+            "ablate_heads",
+            "activation_patches",
+            "attribute_logits",
+            "bypass_attention",
+            "bypass_intervention",
+            "bypassed",
+            "decode_residual",
+            "head_ablations",
+            "patch_activations",
+        ),
+        "memlens.figures": ("overlay",),
+        "memlens.models.families": ("families_table",),
+        "memlens.models.loading": ("load_model",),
+        "memlens.models.trunk": ("Trunk",),
+        "memlens.recall.scores": ("RecallScores",),
+        "memlens.recall.score": ("score_recall",),
+        "memlens.recall.targets": ("METRICS",),
+        "memlens.results": ("Result", "compare_groups", "load_result"),
+        "memlens.sequences": ("SequenceSet", "check_sequences", "corrupt", "load_sequences"),
+        "memlens.sweep": ("BatchHook", "Intervention", "Plan", "applied", "measure", "plan", "sweep"),
+    }.items()
+    for name in names
+}
+
+__all__ = ["__version__", "errors", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -139,7 +139,9 @@ def _edit(replacing: Callable[[Batch], Replace], head: int, positions: str) -> B
         def fn(z: Tensor, hook: Any) -> Tensor:
             new = replace(z, head).expand(z[:, :, head].shape)
             out = z.clone()
-            out[:, :, head] = new if positions == "all" else torch.where(batch.predicts[..., None], new, z[:, :, head])
+            out[:, :, head] = (
+                new if positions == "all" else torch.where(batch.predicts[..., None], new, z[:, :, head])
+            )
             return out
 
         return fn
@@ -154,7 +156,9 @@ def _replacements(
         return dict.fromkeys(layers, lambda batch: _zeros)
     if mode == "mean_of_other_heads":
         if trunk.n_heads < 2:
-            raise SiteError("mean_of_other_heads needs at least two heads a layer and this model has one: use 'zero'.")
+            raise SiteError(
+                "mean_of_other_heads needs at least two heads a layer and this model has one: use 'zero'."
+            )
         return dict.fromkeys(layers, lambda batch: _mean_of_others)
     if mode == "mean":
         means = mean_head_outputs(model, reference, layers)
@@ -192,7 +196,9 @@ def other_rows(n: int, n_reference: int, seed: int) -> Tensor:
         SequenceError: There are fewer than two reference rows.
     """
     if n_reference < 2:
-        raise SequenceError(f"resampling needs at least two reference sequences and there is {n_reference}: give more.")
+        raise SequenceError(
+            f"resampling needs at least two reference sequences and there is {n_reference}: give more."
+        )
     generator = torch.Generator().manual_seed(seed)
     own = torch.arange(n) % n_reference
     return (own + torch.randint(1, n_reference, (n,), generator=generator)) % n_reference

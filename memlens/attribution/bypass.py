@@ -64,10 +64,13 @@ def bypass_attention(
     """
     layers = range(len(model.blocks)) if layers is None else layers
     interventions = [
-        bypass_intervention(model, [layer], mode=mode, heads=heads, coords={"layer": layer}) for layer in layers
+        bypass_intervention(model, [layer], mode=mode, heads=heads, coords={"layer": layer})
+        for layer in layers
     ]
     settings = {"mode": mode, "heads": None if heads is None else list(heads)}
-    return sweep(model, sequences, interventions, metrics, kind="attention_bypass", settings=settings, **options)
+    return sweep(
+        model, sequences, interventions, metrics, kind="attention_bypass", settings=settings, **options
+    )
 
 
 def bypass_intervention(
@@ -100,9 +103,13 @@ def bypass_intervention(
     for head in heads or []:
         check_head(head, trunk.n_heads)
     if heads is not None and mode == "zero":
-        raise OptionError("heads= goes with mode='identity': ablate single heads to zero with ablate_heads(mode='zero').")
+        raise OptionError(
+            "heads= goes with mode='identity': ablate single heads to zero with ablate_heads(mode='zero')."
+        )
     hooks = [
-        hook for layer in layers for hook in (_zero(layer) if mode == "zero" else _identity(trunk, layer, heads))
+        hook
+        for layer in layers
+        for hook in (_zero(layer) if mode == "zero" else _identity(trunk, layer, heads))
     ]
     return Intervention(f"bypass {','.join(map(str, layers))} ({mode})", hooks, coords or {})
 

@@ -83,7 +83,13 @@ def decode_residual(
     parts = [
         _decode(trunk, item, names, shape)
         for item in at_targets(
-            trunk, sequences, names, cache=cache, batch_size=batch_size, progress=progress, desc="decode residual"
+            trunk,
+            sequences,
+            names,
+            cache=cache,
+            batch_size=batch_size,
+            progress=progress,
+            desc="decode residual",
         )
     ]
     values = {key: _joined([p[key] for p in parts]) for key in parts[0]}
@@ -92,13 +98,17 @@ def decode_residual(
         key: (tail, array if len(streams) > 1 else array[:, 0]) for key, array in values.items()
     }
     phases = promotion_layers(
-        torch.from_numpy(values["predicted_rank"][:, 0]), torch.from_numpy(values["predicted_probability"][:, 0])
+        torch.from_numpy(values["predicted_rank"][:, 0]),
+        torch.from_numpy(values["predicted_probability"][:, 0]),
     )
     variables |= {key: (("sequence", "target"), array.numpy()) for key, array in phases.items()}
     labels = _token_labels(model, sequences)
     if labels is not None:
         variables["token"] = (("sequence", "target"), labels)
-    coords: dict[str, Any] = {"layer": list(range(trunk.n_layers)), "target": list(range(sequences.max_targets))}
+    coords: dict[str, Any] = {
+        "layer": list(range(trunk.n_layers)),
+        "target": list(range(sequences.max_targets)),
+    }
     if len(streams) > 1:
         coords["stream"] = list(streams)
     settings = {"lens": "logit lens: final norm and unembedding", "streams": list(streams)}

@@ -14,7 +14,13 @@ from memlens.attribution.activations import AtTargets, at_targets
 from memlens.errors import check_option
 from memlens.models.hooks import hook_name
 from memlens.models.trunk import Trunk
-from memlens.models.weights import NormAffine, output_projection, read_norm, target_directions
+from memlens.models.weights import (
+    NormAffine,
+    attention_post_norm,
+    output_projection,
+    read_norm,
+    target_directions,
+)
 from memlens.results import Result
 from memlens.sequences import SequenceSet
 from memlens.sweep.sweep import make_result
@@ -78,7 +84,13 @@ def attribute_logits(
     parts = [
         _attribute(trunk, writers, norm, item, centered=baseline == "mean_logit")
         for item in at_targets(
-            trunk, sequences, names, cache=cache, batch_size=batch_size, progress=progress, desc="attribute logits"
+            trunk,
+            sequences,
+            names,
+            cache=cache,
+            batch_size=batch_size,
+            progress=progress,
+            desc="attribute logits",
         )
     ]
     dims = {"head": ("layer", "head"), "attn": ("layer",), "attn_bias": ("layer",), "mlp": ("layer",)}
@@ -95,22 +107,18 @@ class _Writer:
     def __init__(self, trunk: Trunk, layer: int) -> None:
         self.layer = layer
         self.w_o, self.b_o = output_projection(trunk.model, layer)
-        block = trunk.model.blocks[layer]
-        self.post = _post_norm(block)
+        self.post = attention_post_norm(trunk.model, layer)
         self.affine = None if self.post is None else read_norm(self.post, trunk.d_model, self.b_o)
 
-    def heads(self, z: Float[Tensor, "batch target head d_head"]) -> Float[Tensor, "batch target head d_model"]:
+    def heads(
+        self, z: Float[Tensor, "batch target head d_head"]
+    ) -> Float[Tensor, "batch target head d_model"]:
         """Return each head's part of `hook_attn_out`."""
         out = einsum(z, self.w_o, "b t h d, h d m -> b t h m")
         if self.post is None or self.affine is None:
             return out
         raw = out.sum(2) + self.b_o
         return self.affine.linear(out) * self.affine.inverse_scale(raw, self.post(raw))[:, :, None]
-
-
-def _post_norm(block: Any) -> Any:
-    """The norm between attention and residual (OLMo 2 and 3), or None."""
-    return getattr(block, "ln1_post", None)
 
 
 def _attribute(

@@ -92,7 +92,9 @@ def patch_activations(
         "corruption": dict(corrupt.attrs),
     }
     result = sweep(model, base, patches, metrics, kind="activation_patching", settings=settings, **options)
-    return Result(_with_effect(result, measure(model, source, metrics), metric_names(metrics), direction, clean))
+    return Result(
+        _with_effect(result, measure(model, source, metrics), metric_names(metrics), direction, clean)
+    )
 
 
 def activation_patches(
@@ -112,7 +114,9 @@ def activation_patches(
     if over != "position" and site != "z":
         raise OptionError(f"over={over!r} needs site='z': {site!r} has no heads.")
     if not has_site(model, site):
-        raise SiteError(f"this model's parallel blocks have no site {site!r}: use 'resid_pre' or 'resid_post'.")
+        raise SiteError(
+            f"this model's parallel blocks have no site {site!r}: use 'resid_pre' or 'resid_post'."
+        )
     layers = list(range(trunk.n_layers) if layers is None else layers)
     for layer in layers:
         check_layer(layer, trunk.n_layers)
@@ -171,14 +175,20 @@ def _checked_positions(seqs: SequenceSet, positions: Sequence[int] | None) -> li
 
 def _check_pairs(clean: SequenceSet, corrupt: SequenceSet) -> None:
     if len(clean) != len(corrupt):
-        raise SequenceError(f"{len(clean)} clean and {len(corrupt)} corrupt sequences: they must be pairs, row by row.")
+        raise SequenceError(
+            f"{len(clean)} clean and {len(corrupt)} corrupt sequences: they must be pairs, row by row."
+        )
     same = (clean.lengths == corrupt.lengths) & (clean.prefix_len == corrupt.prefix_len)
     if not bool(same.all()):
         row = int(torch.nonzero(~same)[0])
-        raise SequenceError(f"pair {row} differs in length or prefix length: clean and corrupt must have one shape.")
+        raise SequenceError(
+            f"pair {row} differs in length or prefix length: clean and corrupt must have one shape."
+        )
     if not torch.equal(clean.target_ids, corrupt.target_ids):
         row = int(torch.nonzero((clean.target_ids != corrupt.target_ids).any(-1))[0])
-        raise SequenceError(f"pair {row} has different continuations: corrupt the prefix only (memlens.corrupt).")
+        raise SequenceError(
+            f"pair {row} has different continuations: corrupt the prefix only (memlens.corrupt)."
+        )
 
 
 def _with_effect(

@@ -56,14 +56,24 @@ SITES: Mapping[str, Site] = MappingProxyType(
     {
         s.name: s
         for s in (
-            Site("resid_pre", "blocks.{layer}.hook_resid_pre", "batch pos d_model", "residual at a block's input"),
+            Site(
+                "resid_pre",
+                "blocks.{layer}.hook_resid_pre",
+                "batch pos d_model",
+                "residual at a block's input",
+            ),
             Site(
                 "resid_mid",
                 "blocks.{layer}.hook_resid_mid",
                 "batch pos d_model",
                 "residual between attention and MLP (sequential blocks only)",
             ),
-            Site("resid_post", "blocks.{layer}.hook_resid_post", "batch pos d_model", "residual at a block's output"),
+            Site(
+                "resid_post",
+                "blocks.{layer}.hook_resid_post",
+                "batch pos d_model",
+                "residual at a block's output",
+            ),
             Site(
                 "attn_out",
                 "blocks.{layer}.hook_attn_out",
@@ -81,7 +91,9 @@ SITES: Mapping[str, Site] = MappingProxyType(
             Site("v", "blocks.{layer}.attn.hook_v", "batch pos kv_head d_head", "values"),
             Site("z", "blocks.{layer}.attn.hook_z", "batch pos head d_head", "each head's mixed values"),
             Site("pattern", "blocks.{layer}.attn.hook_pattern", "batch head query key", "attention weights"),
-            Site("mlp_post", "blocks.{layer}.mlp.hook_post", "batch pos d_mlp", "the MLP's hidden activations"),
+            Site(
+                "mlp_post", "blocks.{layer}.mlp.hook_post", "batch pos d_mlp", "the MLP's hidden activations"
+            ),
         )
     }
 )

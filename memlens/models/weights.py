@@ -10,7 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["NormAffine", "output_projection", "read_norm", "target_directions"]
+from memlens.models.hooks import hook_name
+
+__all__ = ["NormAffine", "attention_post_norm", "output_projection", "read_norm", "target_directions"]
+
+
+_POST_NORM_ARCHITECTURES = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,17 @@ def output_projection(
         w_o = project(eye) - b_o
         return w_o.reshape(cfg.n_heads, cfg.d_head, cfg.d_model), b_o
     return attn.W_O.detach(), attn.b_O.detach()
+
+
+def attention_post_norm(model: Any, layer: int) -> Any:
+    """Return the norm between a block's attention and the residual (OLMo 2 and 3), or None."""
+    block = model.blocks[layer]
+    if hasattr(model, "original_model"):
+        part = model.hook_dict[hook_name("attn_out", layer)].name.split(".")[2]
+        return None if part.startswith("attn") else getattr(block, part)
+    if getattr(model.cfg, "original_architecture", None) in _POST_NORM_ARCHITECTURES:
+        return block.ln1
+    return getattr(block, "ln1_post", None)
 
 
 @torch.no_grad()

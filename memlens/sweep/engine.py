@@ -123,7 +123,9 @@ class Engine:
         self.watch.settle(name for hooks in bound for name, _ in hooks)
         values = self._reduce_final(trunk, final, targets, copies=len(interventions))
         size = len(batch.rows)
-        return [{m: v[i * size : (i + 1) * size] for m, v in values.items()} for i in range(len(interventions))]
+        return [
+            {m: v[i * size : (i + 1) * size] for m, v in values.items()} for i in range(len(interventions))
+        ]
 
     def _run_stacked(
         self, trunk: Trunk, start: int, resid: Tensor, bound: Sequence[Sequence[tuple[str, HookFn]]]
@@ -141,7 +143,9 @@ class Engine:
         with attached(self.model, hooks):
             return trunk.run(resid.repeat(len(bound), 1, 1), start)
 
-    def _reduce_final(self, trunk: Trunk, final: Tensor, targets: Targets, *, copies: int) -> dict[str, Tensor]:
+    def _reduce_final(
+        self, trunk: Trunk, final: Tensor, targets: Targets, *, copies: int
+    ) -> dict[str, Tensor]:
         """Unembed the target positions of final residuals in portions and reduce them at once."""
         positions, ids, mask = (t.repeat(copies, 1) for t in (targets.positions, targets.ids, targets.mask))
         rows = torch.arange(len(final), device=final.device)[:, None]

@@ -51,5 +51,8 @@ def measure(
         unembed_rows=budget.unembed_rows,
         probe_tokens=sequences.tokens[:1, :4].to(trunk.device),
     )
-    parts = [engine.baseline(trunk, b, t, [])[0] for b, t in make_batches(sequences, budget.batch_size, trunk.device)]
+    parts = [
+        engine.baseline(trunk, b, t, [])[0]
+        for b, t in make_batches(sequences, budget.batch_size, trunk.device)
+    ]
     return {name: torch.cat([p[name] for p in parts]).numpy() for name in parts[0]}

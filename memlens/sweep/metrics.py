@@ -23,7 +23,9 @@ def metric_names(metrics: Sequence[MetricLike]) -> list[str]:
         OptionError: An unknown name, two metrics of one name, or none at all.
     """
     if isinstance(metrics, str) or not metrics:
-        raise OptionError(f"metrics={metrics!r}: give a sequence with at least one metric, such as ('exact_match',).")
+        raise OptionError(
+            f"metrics={metrics!r}: give a sequence with at least one metric, such as ('exact_match',)."
+        )
     names = [m if isinstance(m, str) else getattr(m, "__name__", type(m).__name__) for m in metrics]
     for metric in metrics:
         if isinstance(metric, str):
@@ -56,5 +58,7 @@ def make_reduce(
 def _checked(name: str, value: Tensor, n: int) -> Tensor:
     if not isinstance(value, torch.Tensor) or value.shape != (n,):
         shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise OptionError(f"metric {name!r} gave {shape}: it must give a tensor of shape ({n},), one number a sequence.")
+        raise OptionError(
+            f"metric {name!r} gave {shape}: it must give a tensor of shape ({n},), one number a sequence."
+        )
     return value.detach().float().cpu()

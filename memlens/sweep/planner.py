@@ -128,7 +128,9 @@ def plan(
     blocks = n * (layers + sum(layers - (i.start_layer or 0) for i in interventions))
     targets = int(sequences.n_targets.sum()) * (1 + len(interventions))
     seconds = _calibrated(trunk, sequences, budget, blocks, targets) if calibrate else None
-    return Plan(n, len(interventions), blocks, n * layers * (1 + len(interventions)), targets, budget.bytes, seconds)
+    return Plan(
+        n, len(interventions), blocks, n * layers * (1 + len(interventions)), targets, budget.bytes, seconds
+    )
 
 
 @torch.no_grad()

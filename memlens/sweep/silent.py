@@ -82,7 +82,9 @@ def check_hook_is_heard(model: Any, name: str, tokens: Tensor) -> None:
     def disturb(activation: Tensor, hook: Any) -> Tensor:
         if not activation.is_floating_point():
             return activation
-        noise = torch.linspace(0.5, 1.5, activation.numel(), device=activation.device).reshape(activation.shape)
+        noise = torch.linspace(0.5, 1.5, activation.numel(), device=activation.device).reshape(
+            activation.shape
+        )
         return activation + noise.to(activation.dtype)
 
     quiet = model(tokens)

@@ -114,12 +114,16 @@ def _check_inputs(trunk: Trunk, seqs: SequenceSet, interventions: Sequence[Inter
         raise EmptySetError("there are no interventions to run: give at least one.")
     for item in interventions:
         if not isinstance(item, Intervention):
-            raise InterventionError(f"{item!r} is no Intervention: wrap it in memlens.Intervention(name, hooks).")
+            raise InterventionError(
+                f"{item!r} is no Intervention: wrap it in memlens.Intervention(name, hooks)."
+            )
     longest, top = int(seqs.lengths.max()), int(seqs.tokens[seqs.mask].max())
     if longest > trunk.n_ctx:
         raise SequenceError(f"a sequence has {longest} tokens and the model's context {trunk.n_ctx}: cut it.")
     if top >= trunk.d_vocab:
-        raise SequenceError(f"token id {top} lies outside the model's vocabulary of {trunk.d_vocab}: wrong tokenizer?")
+        raise SequenceError(
+            f"token id {top} lies outside the model's vocabulary of {trunk.d_vocab}: wrong tokenizer?"
+        )
 
 
 def _run(
