@@ -1,0 +1,155 @@
+"""Hub names, revisions and training checkpoints, from a hub cache made by the test, without a network."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import RepositoryNotFoundError
+from transformers import AutoModelForCausalLM
+
+from memlens.errors import ModelLoadError, ModelNotFoundError, OptionError
+from memlens.models import revisions
+from memlens.models.checks import verify_against_huggingface
+from memlens.models.loading import load_model
+from memlens.models.names import has_hooked_transformer
+from memlens.models.provenance import describe
+from tests.models.hub_cache import put_in_cache
+from tests.tiny import random_tokens
+
+REAL_NAMES = [
+    ("EleutherAI/pythia-70m", "gpt_neox", "pythia"),
+    ("EleutherAI/gpt-neo-125m", "gpt_neo", "gpt-neo"),
+    ("allenai/OLMo-1B-hf", "olmo", "olmo1"),
+    ("allenai/OLMo-2-0425-1B", "olmo2", "olmo2"),
+    ("allenai/Olmo-3-1025-7B", "olmo3", "olmo3"),
+    ("openlm-research/open_llama_3b", "llama", "openllama"),
+    ("bigcode/starcoderbase-1b", "gpt_bigcode", "starcoder"),
+    ("bigcode/starcoder2-3b", "starcoder2", "starcoder2"),
+]
+HOOKED = {"pythia", "gpt-neo", "olmo1", "olmo2", "olmo3"}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty hub cache, in the place of the user's."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("repo", "tiny", "family"), REAL_NAMES)
+def test_real_names(repo, tiny, family, cache):
+    snapshot = put_in_cache(cache, repo, tiny)
+    model = load_model(repo, device="cpu")
+    hf_model = AutoModelForCausalLM.from_pretrained(snapshot).eval()
+    assert verify_against_huggingface(model, hf_model, random_tokens(2, 40)) < 1e-5
+    facts = describe(model)
+    hooked = family in HOOKED and has_hooked_transformer()
+    assert facts["backend"] == ("HookedTransformer" if hooked else "TransformerBridge")
+    assert (facts["model"], facts["family"], facts["revision"]) == (repo, family, "main")
+    assert model.to_tokens("w3", prepend_bos=False).tolist() == [[3]]
+
+
+def test_name_without_organization(cache):
+    put_in_cache(cache, "EleutherAI/pythia-70m", "gpt_neox")
+    assert describe(load_model("pythia-70m", device="cpu"))["model"] == "EleutherAI/pythia-70m"
+
+
+CHECKPOINTS = [
+    ("EleutherAI/pythia-70m", "gpt_neox", ["step512", "step3000", "step143000"]),
+    ("allenai/OLMo-1B-hf", "olmo", ["step512-tokens2B", "step3000-tokens12B", "step20000-tokens84B"]),
+    (
+        "allenai/OLMo-2-0425-1B",
+        "olmo2",
+        ["stage1-step512-tokens2B", "stage1-step3000-tokens7B", "stage2-ingredient1-step3000-tokens7B"],
+    ),
+    ("allenai/Olmo-3-1025-7B", "olmo3", ["stage1-step512", "stage1-step3000", "stage2-step3000"]),
+]
+
+
+@pytest.mark.parametrize(("repo", "tiny", "names"), CHECKPOINTS)
+def test_checkpoint_step(repo, tiny, names, cache):
+    for seed, revision in enumerate(["main", *names]):
+        put_in_cache(cache, repo, tiny, revision=revision, seed=seed)
+    by_step = load_model(repo, checkpoint_step=3000, device="cpu")
+    by_name = load_model(repo, revision=names[1], device="cpu")
+    tokens = random_tokens()
+    assert describe(by_step)["revision"] == names[1]
+    assert (by_step(tokens) == by_name(tokens)).all()
+    assert (by_step(tokens) - load_model(repo, device="cpu")(tokens)).abs().max() > 0.1
+    with pytest.raises(
+        ModelNotFoundError, match=r"no checkpoint of step 3001: the nearest of [23] .* 512, 3000"
+    ):
+        load_model(repo, checkpoint_step=3001)
+    with pytest.raises(OptionError, match="contradict"):
+        load_model(repo, checkpoint_step=3000, revision="main")
+
+
+def test_no_checkpoints(cache):
+    put_in_cache(cache, "openlm-research/open_llama_3b", "llama")
+    with pytest.raises(ModelNotFoundError, match="none of its revisions"):
+        load_model("openlm-research/open_llama_3b", checkpoint_step=1000)
+
+
+def test_unknown_revision(cache):
+    put_in_cache(cache, "EleutherAI/pythia-70m", "gpt_neox")
+    with pytest.raises(ModelNotFoundError, match="pythia-70m"):
+        load_model("EleutherAI/pythia-70m", revision="step7")
+
+
+@pytest.mark.parametrize("name", ["EleutherAI/pythia-71m", "pythia-7Om", "EleutherAI/pythia 70m"])
+def test_unknown_name_gives_near_matches(name, cache):
+    with pytest.raises(ModelNotFoundError, match=r"Did you mean .*pythia-70m"):
+        load_model(name)
+
+
+def test_name_that_is_not_in_the_cache(cache):
+    with pytest.raises(ModelNotFoundError, match="could not be asked"):
+        load_model("EleutherAI/pythia-70m")
+
+
+def test_steps_listed_on_the_hub(monkeypatch):
+    refs = [SimpleNamespace(name=n) for n in ("main", "step10", "step2", "step1-tokens1B", "v0")]
+    monkeypatch.setattr(revisions, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(
+        revisions.HfApi,
+        "list_repo_refs",
+        lambda self, repo: SimpleNamespace(branches=refs[:3], tags=refs[3:]),
+    )
+    assert list(revisions.list_steps("a/b").items()) == [(1, "step1-tokens1B"), (2, "step2"), (10, "step10")]
+
+
+def test_steps_of_a_repository_that_does_not_exist(monkeypatch):
+    def refuse(self, repo):
+        response = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
+        raise RepositoryNotFoundError("no such repository", response=response)
+
+    monkeypatch.setattr(revisions, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(revisions.HfApi, "list_repo_refs", refuse)
+    with pytest.raises(ModelNotFoundError, match="pythia-70m"):
+        revisions.list_steps("EleutherAI/pythia-7Om")
+
+
+def test_steps_fall_back_on_the_cache(cache, monkeypatch):
+    def no_network(self, repo):
+        raise OSError("no route")
+
+    put_in_cache(cache, "EleutherAI/pythia-70m", "gpt_neox", revision="step64")
+    monkeypatch.setattr(revisions, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(revisions.HfApi, "list_repo_refs", no_network)
+    assert revisions.list_steps("EleutherAI/pythia-70m") == {64: "step64"}
+
+
+def test_pickled_weights_only_when_asked(cache, tmp_path_factory):
+    import torch
+
+    snapshot = put_in_cache(cache, "openlm-research/open_llama_3b", "llama")
+    model = AutoModelForCausalLM.from_pretrained(snapshot)
+    torch.save(model.state_dict(), snapshot / "pytorch_model.bin")
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match="allow_pickle=True"):
+        load_model("openlm-research/open_llama_3b")
+    loaded = load_model("openlm-research/open_llama_3b", allow_pickle=True, device="cpu")
+    assert verify_against_huggingface(loaded, model.eval(), random_tokens()) < 1e-5
