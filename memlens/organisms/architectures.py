@@ -11,7 +11,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
 from memlens.errors import OptionError, check_option
 
-__all__ = ["ARCHITECTURES", "ModelSpec", "build_model"]
+__all__ = ["ARCHITECTURES", "ModelSpec", "architecture_facts", "build_model"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ModelSpec:
 
 
 def _gpt_neox(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
-    """Pythia's kind: rotary positions on a quarter of each head, attention and MLP in parallel, untied embeddings."""
+    """Pythia's kind: rotary positions on a quarter of each head, parallel blocks, untied embeddings."""
     config = GPTNeoXConfig(
         vocab_size=vocab_size,
         hidden_size=spec.d_model,
@@ -49,7 +49,7 @@ def _gpt_neox(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
         num_attention_heads=spec.n_heads,
         intermediate_size=4 * spec.d_model,
         max_position_embeddings=spec.n_ctx,
-        rotary_pct=0.25,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
         use_parallel_residual=True,
         tie_word_embeddings=False,
         hidden_act="gelu",

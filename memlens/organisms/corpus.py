@@ -1,7 +1,7 @@
 """The synthetic corpus with its ground truth: rows of tokens, what was planted, how often and where.
 
-All text is made by the generators of `memlens.organisms.domains`; nothing is taken from third parties. A corpus is a
-pure function of its `CorpusSpec`.
+All text is made by the generators of `memlens.organisms.domains`; nothing is taken from third parties. A
+corpus is a pure function of its `CorpusSpec`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from memlens.organisms.domains import DOMAINS, documents
 from memlens.organisms.planting import draw_sequences
 from memlens.organisms.tokenizer import train_tokenizer
 
-__all__ = ["Corpus", "CorpusSpec", "build_corpus", "corpus_tokenizer"]
+__all__ = ["Corpus", "CorpusSpec", "build_corpus", "corpus_tokenizer", "fingerprint"]
 
 BACKGROUND = -1
 
@@ -64,11 +64,13 @@ class CorpusSpec:
     def __post_init__(self) -> None:
         if not 0 < self.prefix_len < self.row_len:
             raise OptionError(
-                f"prefix_len={self.prefix_len} leaves no prefix or no continuation in rows of {self.row_len} tokens: "
-                "choose a number between."
+                f"prefix_len={self.prefix_len} leaves no prefix or no continuation in rows of {self.row_len} "
+                "tokens: choose a number between."
             )
         if any(count < 1 for count in self.copies):
-            raise OptionError(f"copies={self.copies} holds a number below 1: held-out sequences are `n_heldout`.")
+            raise OptionError(
+                f"copies={self.copies} holds a number below 1: held-out sequences are `n_heldout`."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON would hold them."""
@@ -81,7 +83,7 @@ class CorpusSpec:
         >>> CorpusSpec.from_dict(CorpusSpec(seed=3).to_dict()) == CorpusSpec(seed=3)
         True
         """
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        return cls(**{**fields, "domains": tuple(fields["domains"]), "copies": tuple(fields["copies"])})
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +97,8 @@ class Corpus:
         row_sequence: for each row, the place in `sequences` of the sequence that stands there, or -1.
         row_domain: for each row, the place in `spec.domains` of its domain.
         sequences: planted and held-out sequences (see `draw_sequences`).
-        heldout: rows of the background's kind that are in no training row, `spec.heldout_rows` a domain in order.
+        heldout: rows of the background's kind that are in no training row, `spec.heldout_rows` a domain in
+            order.
     """
 
     spec: CorpusSpec
@@ -111,6 +114,13 @@ class Corpus:
         """How often each token stands in the rows of one pass."""
         return np.bincount(self.rows.ravel(), minlength=len(self.tokenizer))
 
+    def domain_counts(self) -> dict[str, Int[np.ndarray, "vocab"]]:
+        """Return `token_counts` of each domain's rows alone."""
+        return {
+            domain: np.bincount(self.rows[self.row_domain == i].ravel(), minlength=len(self.tokenizer))
+            for i, domain in enumerate(self.spec.domains)
+        }
+
     @property
     def heldout_domains(self) -> list[str]:
         """The domain of each held-out row."""
@@ -124,7 +134,16 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """Return a hash of all rows in order: equal for equal corpora."""
-        return sha256(np.ascontiguousarray(self.rows, dtype="<i4").tobytes()).hexdigest()[:16]
+        return fingerprint(self.rows)
+
+
+def fingerprint(rows: Int[np.ndarray, "row pos"]) -> str:
+    """Return a hash of token ids in order.
+
+    >>> fingerprint(np.array([[1, 2]])) == fingerprint(np.array([[2, 1]]))
+    False
+    """
+    return sha256(np.ascontiguousarray(rows, dtype="<i4").tobytes()).hexdigest()[:16]
 
 
 def corpus_tokenizer(spec: CorpusSpec) -> PreTrainedTokenizerFast:
@@ -141,9 +160,10 @@ def corpus_tokenizer(spec: CorpusSpec) -> PreTrainedTokenizerFast:
 def build_corpus(spec: CorpusSpec) -> Corpus:
     """Make the corpus of a specification.
 
-    Background rows are windows of a stream of documents with `<|endoftext|>` between them, one stream a domain; a
-    planted row is the whole sequence. Background and planted rows are shuffled together. A background window that
-    holds a continuation of a planted or held-out sequence is left out, so every copy is a planted one.
+    Background rows are windows of a stream of documents with `<|endoftext|>` between them, one stream a
+    domain; a planted row is the whole sequence. Background and planted rows are shuffled together. A
+    background window that holds a continuation of a planted or held-out sequence is left out, so every copy
+    is a planted one.
 
     Args:
         spec: what to make.
@@ -170,7 +190,7 @@ def build_corpus(spec: CorpusSpec) -> Corpus:
     which = np.concatenate([np.full(n_train * n_domains, BACKGROUND), planted])
     tokens = np.array(sequences["tokens"].tolist(), dtype=np.int64)
     rows = np.concatenate([*(stream[:n_train] for stream in streams), tokens[planted]])
-    codes = sequences["domain"].map({domain: i for i, domain in enumerate(spec.domains)}).to_numpy()
+    codes = np.array([spec.domains.index(domain) for domain in sequences["domain"]])
     domain = np.concatenate([np.repeat(np.arange(n_domains), n_train), codes[planted]])
     order = list(range(len(rows)))
     Random(f"memlens/{spec.seed}/order").shuffle(order)

@@ -1,7 +1,8 @@
-"""A probabilistic context-free grammar whose productions are templates, and the one of English-like sentences.
+"""A probabilistic context-free grammar of templates, and the one of English-like sentences.
 
 Number and tense are carried in the names of the symbols (`NP_sg`, `VP_pl_past`), so agreement holds across
-relative clauses of any length; names bound for a whole document (`{hero}`, `{town}`) give structure across sentences.
+relative clauses of any length; names bound for a whole document (`{hero}`, `{town}`) give structure across
+sentences.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class Grammar:
     """Rules of a template grammar.
 
     Attributes:
-        rules: for each symbol, the weights and templates it may become. `<SYMBOL>` in a template is expanded in turn,
-            `{name}` is filled from the bindings of the document.
+        rules: for each symbol, the weights and templates it may become. `<SYMBOL>` in a template is expanded
+            in turn, `{name}` is filled from the bindings of the document.
     """
 
     rules: Mapping[str, Sequence[tuple[float, str]]]
@@ -71,8 +72,12 @@ def _verb_form(verb: tuple[str, str, str], number: str, tense: str) -> str:
 def _verbs(number: str, tense: str) -> dict[str, list[tuple[float, str]]]:
     key = f"{number}_{tense}"
     groups = {"VT": lexicon.TRANSITIVE, "VI": lexicon.INTRANSITIVE, "VS": lexicon.SPEECH}
-    rules = {f"{name}_{key}": _equal(_verb_form(v, number, tense) for v in verbs) for name, verbs in groups.items()}
-    rules[f"BE_{key}"] = _equal([{"sg_present": "is", "pl_present": "are", "sg_past": "was", "pl_past": "were"}[key]])
+    rules = {
+        f"{name}_{key}": _equal(_verb_form(v, number, tense) for v in verbs) for name, verbs in groups.items()
+    }
+    rules[f"BE_{key}"] = _equal(
+        [{"sg_present": "is", "pl_present": "are", "sg_past": "was", "pl_past": "were"}[key]]
+    )
     rules[f"VP_{key}"] = [
         (4.0, f"<VT_{key}> <OBJ_{tense}>"),
         (2.0, f"<VI_{key}> <WHERE>"),
@@ -112,8 +117,10 @@ def sentence_grammar() -> Grammar:
         "NAME": _equal(lexicon.NAMES),
         "TOWN": _equal(lexicon.TOWNS),
         "SEASON": _equal(lexicon.SEASONS),
-        "NUMBER": _equal("two three four five six seven eight nine ten twelve".split()),
-        "WHERE": _equal(["in <TOWN>", "near <TOWN>", "by the <THING_sg>", "under the <ADJ> <THING_sg>", "all day"]),
+        "NUMBER": _equal(lexicon.NUMERALS),
+        "WHERE": _equal(
+            ["in <TOWN>", "near <TOWN>", "by the <THING_sg>", "under the <ADJ> <THING_sg>", "all day"]
+        ),
     }
     for number in _NUMBERS:
         rules |= _nouns(number)

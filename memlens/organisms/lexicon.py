@@ -15,6 +15,7 @@ __all__ = [
     "MALE_NAMES",
     "NAMES",
     "NOUNS",
+    "NUMERALS",
     "PERSONS",
     "SEASONS",
     "SPEECH",
@@ -23,13 +24,17 @@ __all__ = [
 ]
 
 
+def _words(words: str) -> tuple[str, ...]:
+    return tuple(words.split())
+
+
 def _pairs(words: str) -> tuple[tuple[str, str], ...]:
     """`"lamp box/boxes"` → `(("lamp", "lamps"), ("box", "boxes"))`."""
     return tuple((w.split("/")[0], w.split("/")[1]) if "/" in w else (w, w + "s") for w in words.split())
 
 
 def _verbs(words: str) -> tuple[tuple[str, str, str], ...]:
-    """`"mend/ed take/took"`: plural, singular and past; an ending after `/` that starts with `+` is added."""
+    """`"mend/+ed take/took"` → plural, singular and past; what follows `+` is added to the plural."""
     forms = []
     for word in words.split():
         plural, past = word.split("/")
@@ -39,50 +44,53 @@ def _verbs(words: str) -> tuple[tuple[str, str, str], ...]:
     return tuple(forms)
 
 
-FEMALE_NAMES = tuple("Mara Elske Jorun Sanne Ilvy Petra Runa Dalia Wenda Orla Tilda Bryn Noor Vesna Hedda".split())
-MALE_NAMES = tuple("Tobin Aldo Kasper Bram Eskil Joost Milo Otto Rurik Stellan Tamas Ulf Viggo Anton Leif".split())
+FEMALE_NAMES = _words("Mara Elske Jorun Sanne Ilvy Petra Runa Dalia Wenda Orla Tilda Bryn Noor Vesna Hedda")
+MALE_NAMES = _words("Tobin Aldo Kasper Bram Eskil Joost Milo Otto Rurik Stellan Tamas Ulf Viggo Anton Leif")
 NAMES = FEMALE_NAMES + MALE_NAMES
 
-TOWNS = tuple(
-    "Velden Harrow Ostby Kelmar Dunmere Tarn Brask Lowick Sandvig Eltham Norrby Pell Grava Wick Morven Asker".split()
+TOWNS = _words(
+    "Velden Harrow Ostby Kelmar Dunmere Tarn Brask Lowick Sandvig Eltham Norrby Pell Grava Wick Morven Asker"
 )
 
 SEASONS = ("spring", "summer", "autumn", "winter")
 
 NOUNS = _pairs(
-    "lantern kettle ladder basket anchor barrel bottle bridge bucket candle carpet chain clock cloak coin compass/compasses "
-    "cup drum engine feather fence flute gate glove hammer harp hat helmet hook horn jar kite knot lamp letter lock "
-    "map mirror needle net oar oven paddle page pillow pipe plate pot ribbon ring rope saddle sail shield shovel spoon "
-    "stool stove table tent torch/torches tower trunk wagon wheel whistle window bell boat book boot box/boxes "
-    "brush/brushes"
+    "lantern kettle ladder basket anchor barrel bottle bridge bucket candle carpet chain clock cloak coin "
+    "compass/compasses cup drum engine feather fence flute gate glove hammer harp hat helmet hook horn "
+    "jar kite knot lamp letter lock map mirror needle net oar oven paddle page pillow pipe plate pot "
+    "ribbon ring rope saddle sail shield shovel spoon stool stove table tent torch/torches tower trunk "
+    "wagon wheel whistle window bell boat book boot box/boxes brush/brushes"
 )
 
 PERSONS = _pairs(
-    "baker miller sailor weaver farmer teacher painter hunter smith clerk guard doctor singer tailor mason captain "
-    "cook gardener judge pilot"
+    "baker miller sailor weaver farmer teacher painter hunter smith clerk guard doctor singer tailor "
+    "mason captain cook gardener judge pilot"
 )
 
 TRANSITIVE = _verbs(
-    "mend/+ed carry/carried paint/+ed find/found hide/hid sell/sold buy/bought lose/lost keep/kept clean/+ed "
-    "borrow/+ed break/broke lift/+ed watch/+ed trade/+d need/+ed want/+ed bring/brought steal/stole move/+d draw/drew "
-    "wash/+ed follow/+ed admire/+d"
+    "mend/+ed carry/carried paint/+ed find/found hide/hid sell/sold buy/bought lose/lost keep/kept "
+    "clean/+ed borrow/+ed break/broke lift/+ed watch/+ed trade/+d need/+ed want/+ed bring/brought "
+    "steal/stole move/+d draw/drew wash/+ed follow/+ed admire/+d"
 )
 
 INTRANSITIVE = _verbs(
-    "sleep/slept laugh/+ed wait/+ed sing/sang work/+ed rest/+ed wander/+ed smile/+d shout/+ed fall/fell return/+ed "
-    "dance/+d"
+    "sleep/slept laugh/+ed wait/+ed sing/sang work/+ed rest/+ed wander/+ed smile/+d shout/+ed fall/fell "
+    "return/+ed dance/+d"
 )
 
 SPEECH = _verbs("say/said think/thought hope/+d believe/+d know/knew claim/+ed")
 
-ADJECTIVES = tuple(
-    "old copper silver wooden heavy tiny broken bright dusty round narrow golden painted rusty blue red green white "
-    "black hollow cracked polished cheap rare strange quiet warm cold smooth plain crooked famous".split()
+ADJECTIVES = _words(
+    "old copper silver wooden heavy tiny broken bright dusty round narrow golden painted rusty blue red "
+    "green white black hollow cracked polished cheap rare strange quiet warm cold smooth plain crooked "
+    "famous"
 )
 
-ADVERBS = tuple("slowly quietly often rarely gladly soon again never always twice".split())
+NUMERALS = _words("two three four five six seven eight nine ten twelve")
 
-IDENTIFIERS = tuple(
-    "total count price rate index value items names rows limit offset width height score level start end size key "
-    "result cache queue buffer weight delta".split()
+ADVERBS = _words("slowly quietly often rarely gladly soon again never always twice")
+
+IDENTIFIERS = _words(
+    "total count price rate index value items names rows limit offset width height score level start end "
+    "size key result cache queue buffer weight delta"
 )

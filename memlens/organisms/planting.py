@@ -25,9 +25,9 @@ def draw_sequences(
 ) -> pd.DataFrame:
     """Draw the planted and the held-out sequences: the first `length` tokens of fresh documents.
 
-    Which of a domain's sequences get how many copies is chance alone, so sequences with different copies do not
-    differ in kind. No two share their prefix or their continuation. Prefix and continuation are both whole in the
-    text: encoding the text, or the text of the prefix, gives the tokens back.
+    Which of a domain's sequences get how many copies is chance alone, so sequences with different copies do
+    not differ in kind. No two share their prefix or their continuation. Prefix and continuation are both
+    whole in the text: encoding the text, or the text of the prefix, gives the tokens back.
 
     Args:
         tokenizer: of the corpus.
@@ -64,7 +64,7 @@ def _candidates(
         prefix, continuation = tuple(ids[:prefix_len]), tuple(ids[prefix_len:])
         if len(ids) < length or prefix in prefixes or continuation in continuations:
             continue
-        text = tokenizer.decode(ids)
+        text = str(tokenizer.decode(ids))
         if not (_survives(tokenizer, ids) and _survives(tokenizer, ids[:prefix_len])):
             continue
         prefixes.add(prefix)

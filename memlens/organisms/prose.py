@@ -35,7 +35,10 @@ _BODY = {
 _EXCHANGES = (
     (
         "Have you seen the <ADJ> {thing}?",
-        ("No, but the <PERSON_sg> of <TOWN> has <NUMBER> <THING_pl>.", "Yes, <NAME> <VT_sg_past> the {thing}."),
+        (
+            "No, but the <PERSON_sg> of <TOWN> has <NUMBER> <THING_pl>.",
+            "Yes, <NAME> <VT_sg_past> the {thing}.",
+        ),
     ),
     (
         "Who <VT_sg_past> <OBJ_past>?",
@@ -70,7 +73,8 @@ def text_document(rng: Random) -> str:
     True
     """
     female = rng.random() < 0.5
-    hero, friend = rng.choice(lexicon.FEMALE_NAMES if female else lexicon.MALE_NAMES), rng.choice(lexicon.NAMES)
+    hero = rng.choice(lexicon.FEMALE_NAMES if female else lexicon.MALE_NAMES)
+    friend = rng.choice(lexicon.NAMES)
     pronoun = "she" if female else "he"
     bindings = {
         "hero": hero,
@@ -87,12 +91,12 @@ def text_document(rng: Random) -> str:
 
 
 def dialogue_document(rng: Random) -> str:
-    """Return a talk of two persons who take turns; an object asked for is named again in the answer.
+    r"""Return a talk of two persons who take turns; an object asked for is named again in the answer.
 
     Args:
         rng: the source of every choice.
 
-    >>> dialogue_document(Random(0)).count("\\n") >= 8
+    >>> dialogue_document(Random(0)).count("\n") >= 8
     True
     """
     first, second = rng.sample(lexicon.NAMES, 2)

@@ -52,7 +52,7 @@ def code_document(rng: Random) -> str:
     """
     functions = []
     for _ in range(rng.randint(1, 3)):
-        arguments = rng.sample(lexicon.IDENTIFIERS, rng.randint(1, 3))
+        arguments: list[str] = rng.sample(lexicon.IDENTIFIERS, rng.randint(1, 3))
         known = list(arguments)
         body = "".join(_statement(known, "    ", rng) for _ in range(rng.randint(4, 8)))
         name = f"{rng.choice(lexicon.TRANSITIVE)[0]}_{rng.choice(lexicon.IDENTIFIERS)}"
@@ -72,9 +72,10 @@ def arithmetic_document(rng: Random) -> str:
     lines = []
     for _ in range(rng.randint(10, 16)):
         kind = rng.choices("+-*", (5, 3, 2))[0]
-        a, b = (rng.randint(2, 9), rng.randint(2, 99)) if kind == "*" else (rng.randint(1, 99), rng.randint(1, 99))
+        low, high = (2, 9) if kind == "*" else (1, 99)
+        a, b = rng.randint(low, high), rng.randint(low, 99)
         a, b = (max(a, b), min(a, b)) if kind == "-" else (a, b)
-        result = a + b if kind == "+" else a - b if kind == "-" else a * b
+        result = {"+": a + b, "-": a - b, "*": a * b}[kind]
         lines.append(f"{a} {kind} {b} = {result}\n")
     return "".join(lines)
 

@@ -13,12 +13,14 @@ __all__ = ["END_OF_TEXT", "load_tokenizer", "train_tokenizer"]
 END_OF_TEXT = "<|endoftext|>"
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 1024, n_ctx: int = 128) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], *, vocab_size: int = 1024, n_ctx: int = 128
+) -> PreTrainedTokenizerFast:
     """Learn a byte-level BPE tokenizer.
 
-    Each digit is a token of its own, so that sums can be learned. All 256 bytes are in the vocabulary: any text
-    is encoded and decoded back without loss. `<|endoftext|>` is token 0 and stands for every special token, as in
-    Pythia's tokenizer; none is added to a text.
+    Each digit is a token of its own, so that sums can be learned. All 256 bytes are in the vocabulary: any
+    text is encoded and decoded back without loss. `<|endoftext|>` is token 0 and stands for every special
+    token, as in Pythia's tokenizer; none is added to a text.
 
     Args:
         texts: the documents to learn from.

@@ -1,7 +1,8 @@
 """Training an organism: plain PyTorch, seeded, resumable.
 
-The order of the rows is a pure function of the seed and the step, and the model has no dropout, so a run that was
-interrupted goes on from its checkpoint as if nothing had happened (bit for bit on the CPU with the same number of threads).
+The order of the rows is a pure function of the seed and the step, and the model has no dropout, so a run
+that was interrupted goes on from its checkpoint as if nothing had happened (bit for bit on the CPU with the
+same number of threads).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from memlens.errors import EmptySetError, ResultError
+from memlens.organisms.corpus import fingerprint
 
 __all__ = ["TrainLog", "TrainSpec", "pass_order", "rows_of_step", "train"]
 
@@ -98,7 +100,7 @@ class TrainLog:
 
 
 def pass_order(seed: int, number: int, n_rows: int) -> list[int]:
-    """Return the order in which a pass reads the rows: corpus order in pass 0, shuffled anew in each later one.
+    """Return the order in which a pass reads the rows: corpus order in pass 0, a new shuffle in later ones.
 
     >>> pass_order(0, 0, 4)
     [0, 1, 2, 3]
@@ -121,7 +123,9 @@ def rows_of_step(spec: TrainSpec, step: int, n_rows: int) -> list[int]:
     [3, 4, 5]
     """
     places = range(step * spec.batch_size, (step + 1) * spec.batch_size)
-    orders = {number: pass_order(spec.seed, number, n_rows) for number in {place // n_rows for place in places}}
+    orders = {
+        number: pass_order(spec.seed, number, n_rows) for number in {place // n_rows for place in places}
+    }
     return [orders[place // n_rows][place % n_rows] for place in places]
 
 
@@ -168,20 +172,24 @@ def train(
     last = run.n_steps if stop_after is None else min(run.n_steps, len(run.losses) + stop_after)
     orders = _Orders(spec, len(rows))
     begun, earlier = time.perf_counter(), run.seconds
-    with tqdm(total=run.n_steps, initial=len(run.losses), disable=not progress, desc="train", unit="step") as bar:
+    with tqdm(
+        total=run.n_steps, initial=len(run.losses), disable=not progress, desc="train", unit="step"
+    ) as bar:
         while len(run.losses) < last:
             loss = run.step(data[orders.rows(len(run.losses))])
             run.seconds = earlier + time.perf_counter() - begun
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            if checkpoint is not None and (len(run.losses) % checkpoint_every == 0 or len(run.losses) == last):
+            if checkpoint is not None and (
+                len(run.losses) % checkpoint_every == 0 or len(run.losses) == last
+            ):
                 run.save(checkpoint)
     model.to("cpu").eval()  # pyright: ignore[reportArgumentType]
     return TrainLog(run.losses, run.seconds, finished=len(run.losses) == run.n_steps)
 
 
 def _settings(spec: TrainSpec, rows: Int[np.ndarray, "row pos"]) -> dict[str, Any]:
-    return {**spec.to_dict(), "rows": list(rows.shape), "checksum": int(rows.astype(np.int64).sum())}
+    return {**spec.to_dict(), "rows": list(rows.shape), "fingerprint": fingerprint(rows)}
 
 
 class _Orders:
@@ -205,10 +213,15 @@ class _Orders:
 class _Run:
     """A model, its optimizer, and how far they got."""
 
-    def __init__(self, model: PreTrainedModel, spec: TrainSpec, n_steps: int, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, spec: TrainSpec, n_steps: int, settings: dict[str, Any]
+    ) -> None:
         matrices = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": spec.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": spec.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         self.model, self.spec, self.n_steps, self.settings = model, spec, n_steps, settings
         self.optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas)
         self.losses: list[float] = []
@@ -239,13 +252,13 @@ class _Run:
             settings = state["settings"]
         except Exception as error:
             raise ResultError(
-                f"the training checkpoint {path} cannot be read ({error}): delete it, or start over with resume=False."
+                f"the training checkpoint {path} cannot be read ({error}): start over with resume=False."
             ) from error
         if settings != self.settings:
             changed = sorted(key for key in self.settings if settings.get(key) != self.settings[key])
             raise ResultError(
-                f"the training checkpoint {path} is of a run with another {', '.join(changed)}: start over with "
-                "resume=False, or write elsewhere."
+                f"the training checkpoint {path} is of a run with another {', '.join(changed)}: "
+                "start over with resume=False, or write elsewhere."
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

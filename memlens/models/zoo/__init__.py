@@ -1,0 +1,80 @@
+"""Where the zoo's models lie: bundled in this folder, or trained on demand into the user's cache.
+
+Each model is an ordinary Hugging Face checkpoint folder. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from memlens.errors import ModelNotFoundError, near_matches
+
+__all__ = ["is_zoo_name", "zoo_cache", "zoo_names", "zoo_path"]
+
+_PREFIX = "zoo/"
+_BUNDLED = Path(__file__).parent
+
+
+def zoo_cache() -> Path:
+    """Return the folder of models trained on demand: `$MEMLENS_CACHE/zoo`, or `~/.cache/memlens/zoo`.
+
+    The folder need not exist.
+    """
+    root = os.environ.get("MEMLENS_CACHE")
+    return (Path(root).expanduser() if root else Path.home() / ".cache" / "memlens") / "zoo"
+
+
+def is_zoo_name(name: str) -> bool:
+    """Tell whether a name asks for the zoo: `"zoo/<name>"`, existing or not.
+
+    >>> is_zoo_name("zoo/pythia-s"), is_zoo_name("EleutherAI/pythia-70m")
+    (True, False)
+    """
+    return name.startswith(_PREFIX)
+
+
+def zoo_names() -> list[str]:
+    """Return the names of all models there are, without the prefix: bundled ones first, then the cache's.
+
+    >>> "pythia-s" in zoo_names()
+    True
+    """
+    found = [folder.name for root in (_BUNDLED, zoo_cache()) for folder in _checkpoints(root)]
+    return list(dict.fromkeys(found))
+
+
+def zoo_path(name: str) -> Path:
+    """Return the checkpoint folder of a zoo model; a bundled one comes before one in the cache.
+
+    Args:
+        name: `"zoo/pythia-s"` or `"pythia-s"`.
+
+    Raises:
+        ModelNotFoundError: there is no such model.
+
+    >>> (zoo_path("zoo/pythia-s") / "config.json").exists()
+    True
+    """
+    short = name.removeprefix(_PREFIX)
+    for root in (_BUNDLED, zoo_cache()):
+        for folder in _checkpoints(root):
+            if folder.name == short:
+                return folder
+    known = [_PREFIX + known for known in zoo_names()]
+    raise ModelNotFoundError(
+        f"The zoo has no {name!r}: it holds {', '.join(known) or 'no model'}; "
+        f"train others with `memlens zoo train`.{near_matches(_PREFIX + short, known)}"
+    )
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    """Folders that hold a finished checkpoint; a run in progress lies in `<name>.partial`."""
+    if not root.is_dir():
+        return []
+    folders = sorted(path for path in root.iterdir() if path.suffix != ".partial")
+    return [
+        path
+        for path in folders
+        if (path / "config.json").is_file() and (path / "model.safetensors").is_file()
+    ]

@@ -1,0 +1,130 @@
+"""What an organism memorized and what it learned besides, measured on its folder with plain transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from statsmodels.stats.proportion import proportion_confint
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from memlens.errors import FileFormatError
+
+__all__ = ["entropy", "evaluate_zoo_model", "language_losses", "load_organism", "read_training"]
+
+_BATCH = 64
+
+
+def load_organism(folder: str | Path) -> PreTrainedModel:
+    """Return the model of a checkpoint folder as a Hugging Face model: float32, CPU, evaluation mode."""
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+    return model.eval()
+
+
+def read_training(folder: str | Path) -> dict[str, Any]:
+    """Return what `training.json` of an organism's folder tells: specification, corpus, losses, versions.
+
+    Raises:
+        FileFormatError: the folder has no such file, so it is not an organism's.
+    """
+    path = Path(folder) / "training.json"
+    if not path.is_file():
+        raise FileFormatError(f"{path.parent} has no training.json: it is not the folder of a zoo model.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def evaluate_zoo_model(folder: str | Path) -> pd.DataFrame:
+    """Measure the memorization curve of a zoo model on the sequences of its `sequences.parquet`.
+
+    A sequence counts as exactly matched when the model's most likely token is the right one at every
+    position of the continuation, given all tokens before it: the greedy continuation of the prefix is then
+    the continuation.
+
+    Args:
+        folder: of the checkpoint, as `memlens.models.zoo.zoo_path` gives it.
+
+    Returns:
+        One row for each domain (and `"all"`) and number of copies: `domain`, `copies`, `n` (sequences),
+        `exact_match` (share), `low` and `high` (95 % Wilson interval), `token_accuracy` (share of the
+        continuations' tokens). `attrs` holds `heldout_loss` and `unigram_entropy` over all domains (nats a
+        token; see `language_losses`).
+
+    Raises:
+        FileFormatError: the folder is not a zoo model's.
+    """
+    losses = language_losses(folder).set_index("domain")
+    sequences = pd.read_parquet(Path(folder) / "sequences.parquet")
+    scored = _score(load_organism(folder), sequences)
+    both = pd.concat([scored, scored.assign(domain="all")])
+    groups = both.groupby(["domain", "copies"], sort=False)
+    cells = groups.agg(n=("exact", "size"), hits=("exact", "sum"), token_accuracy=("accuracy", "mean"))
+    cells = cells.sort_index().reindex(losses.index, level="domain").reset_index()
+    low, high = proportion_confint(cells["hits"].to_numpy(), cells["n"].to_numpy(), method="wilson")
+    cells = cells.assign(exact_match=cells["hits"] / cells["n"], low=low, high=high)
+    columns = ["domain", "copies", "n", "exact_match", "low", "high", "token_accuracy"]
+    curve = pd.DataFrame({column: cells[column] for column in columns})
+    curve.attrs.update({key: float(losses.at["all", key]) for key in ("heldout_loss", "unigram_entropy")})
+    return curve
+
+
+def language_losses(folder: str | Path) -> pd.DataFrame:
+    """Measure how well a zoo model predicts text of its corpus' kind that it never saw.
+
+    Args:
+        folder: of the checkpoint.
+
+    Returns:
+        One row for each domain, then `"all"`: `domain`, `n` (rows), `heldout_loss` (mean cross-entropy over
+            the
+        positions after a row's first) and `unigram_entropy` (of the frequencies of the domain's tokens in the
+        corpus: what a model that knows nothing but these frequencies would need), both in nats a token.
+
+    Raises:
+        FileFormatError: the folder is not a zoo model's.
+    """
+    counts = {domain: np.array(c) for domain, c in read_training(folder)["corpus"]["token_counts"].items()}
+    heldout = pd.read_parquet(Path(folder) / "heldout.parquet")
+    loss = _row_losses(load_organism(folder), np.array(heldout["tokens"].tolist()))
+    table = heldout.assign(loss=loss).groupby("domain", sort=False)["loss"].agg(["size", "mean"])
+    rows = [
+        (d, int(table.at[d, "size"]), float(table.at[d, "mean"]), entropy(counts[d])) for d in table.index
+    ]
+    rows.append(("all", len(heldout), float(loss.mean()), entropy(sum(counts.values(), np.zeros(1)))))
+    return pd.DataFrame(rows, columns=["domain", "n", "heldout_loss", "unigram_entropy"])
+
+
+def entropy(counts: Int[np.ndarray, "vocab"] | Float[np.ndarray, "vocab"]) -> float:
+    """Return the entropy of relative frequencies, `-Σ p log p`, in nats.
+
+    >>> round(entropy(np.array([5, 5, 0])), 4)
+    0.6931
+    """
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+@torch.no_grad()
+def _score(model: PreTrainedModel, sequences: pd.DataFrame) -> pd.DataFrame:
+    """Return columns `domain`, `copies`, `exact`, `accuracy`, a row a sequence."""
+    tokens = torch.tensor(np.array(sequences["tokens"].tolist()))
+    lengths = torch.tensor(sequences["prefix_len"].to_numpy())
+    is_target = torch.arange(1, tokens.shape[1]) >= lengths[:, None]
+    right = torch.cat([model(b).logits[:, :-1].argmax(-1) == b[:, 1:] for b in tokens.split(_BATCH)])
+    return sequences[["domain", "copies"]].assign(
+        exact=(right | ~is_target).all(1).numpy(),
+        accuracy=((right & is_target).sum(1) / is_target.sum(1)).numpy(),
+    )
+
+
+@torch.no_grad()
+def _row_losses(model: PreTrainedModel, rows: Int[np.ndarray, "row pos"]) -> Float[np.ndarray, "row"]:
+    losses = []
+    for batch in torch.from_numpy(rows).split(_BATCH):
+        logits = model(batch).logits[:, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits.mT, batch[:, 1:], reduction="none").mean(1))
+    return torch.cat(losses).double().numpy()

@@ -1,0 +1,262 @@
+"""The zoo's builder: which organisms there are, how one is trained and written, and its untrained twin."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import tokenizers
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import memlens
+from memlens.errors import ModelNotFoundError, OptionError, ResultError, near_matches
+from memlens.models.zoo import zoo_cache
+from memlens.organisms.architectures import ModelSpec, architecture_facts, build_model
+from memlens.organisms.card import render_card
+from memlens.organisms.corpus import Corpus, CorpusSpec, build_corpus
+from memlens.organisms.evaluate import evaluate_zoo_model, language_losses, read_training
+from memlens.organisms.train import TrainLog, TrainSpec, train
+
+__all__ = ["ZOO", "OrganismSpec", "evaluate_zoo_model", "train_organism", "train_zoo_model", "untrained_twin"]
+
+_LOG = logging.getLogger(__name__)
+_CHECKPOINT = "training-state.pt"
+
+
+@dataclass(frozen=True)
+class OrganismSpec:
+    """Everything that decides an organism.
+
+    Attributes:
+        name: without the prefix `zoo/`.
+        model: its shape.
+        corpus: what it reads.
+        training: how.
+    """
+
+    name: str
+    model: ModelSpec = field(default_factory=ModelSpec)
+    corpus: CorpusSpec = field(default_factory=CorpusSpec)
+    training: TrainSpec = field(default_factory=TrainSpec)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the specifications as JSON would hold them."""
+        return {
+            "model": asdict(self.model),
+            "corpus": self.corpus.to_dict(),
+            "training": self.training.to_dict(),
+        }
+
+
+ZOO: dict[str, OrganismSpec] = {"pythia-s": OrganismSpec("pythia-s")}
+
+
+def train_zoo_model(
+    name: str = "pythia-s",
+    out: str | Path | None = None,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    device: str | None = None,
+    progress: bool = True,
+    resume: bool = True,
+) -> Path:
+    """Train a model of the zoo and write its checkpoint folder, with its ground truth and card.
+
+    Args:
+        name: a key of `ZOO`, with or without `zoo/`.
+        out: the folder to write; None: `<cache>/<name>`, where `load_model("zoo/<name>")` looks after the
+            bundled ones.
+        seed: of corpus, weights and order.
+        steps: fewer or more steps than the recipe's.
+        device: None takes a GPU where there is one.
+        progress: show a bar.
+        resume: go on with a run that was interrupted, and return at once where the same run is finished
+            already. False starts over, and replaces a model that stands in `out`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelNotFoundError: the zoo has no recipe of this name.
+        OptionError: `steps` below 1.
+        ResultError: `out` holds something else, and `resume` is True.
+    """
+    short = name.removeprefix("zoo/")
+    if short not in ZOO:
+        known = ", ".join(repr(key) for key in ZOO)
+        raise ModelNotFoundError(
+            f"The zoo has no recipe for {name!r}: it has {known}.{near_matches(short, ZOO)}"
+        )
+    if steps is not None and steps < 1:
+        raise OptionError(f"steps={steps} trains nothing: give 1 or more, or leave it out.")
+    recipe = ZOO[short]
+    spec = replace(
+        recipe,
+        corpus=replace(recipe.corpus, seed=seed),
+        training=replace(recipe.training, seed=seed, steps=steps),
+    )
+    folder = Path(out) if out is not None else zoo_cache() / short
+    return train_organism(spec, folder, device=device, progress=progress, resume=resume)
+
+
+def train_organism(
+    spec: OrganismSpec,
+    out: str | Path,
+    *,
+    device: str | None = None,
+    progress: bool = True,
+    resume: bool = True,
+    checkpoint_every: int = 200,
+) -> Path:
+    """Train an organism of any specification and write its folder.
+
+    The work lies in `<out>.partial` until it is finished, and is then moved in one step.
+
+    Args:
+        spec: what to train.
+        out: the folder to write.
+        device: None takes a GPU where there is one.
+        progress: show a bar.
+        resume: see `train_zoo_model`.
+        checkpoint_every: steps between two writes of the training state.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ResultError: `out` holds something else, and `resume` is True.
+    """
+    out = Path(out)
+    if out.exists() and resume:
+        _check_same(spec, out)
+        return out
+    partial = out.with_name(out.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    _LOG.info("making the corpus of %s", spec.name)
+    corpus = build_corpus(spec.corpus)
+    model = build_model(spec.model, len(corpus.tokenizer), seed=spec.training.seed)
+    log = train(
+        model,
+        corpus.rows,
+        spec.training,
+        checkpoint=partial / _CHECKPOINT,
+        checkpoint_every=checkpoint_every,
+        device=device,
+        progress=progress,
+        resume=resume,
+    )
+    _write(partial, spec, corpus, model, log, device)
+    (partial / _CHECKPOINT).unlink()
+    if out.exists():
+        shutil.rmtree(out)
+    os.replace(partial, out)
+    return out
+
+
+def untrained_twin(folder: str | Path, seed: int | None = None) -> PreTrainedModel:
+    """Return a model of a zoo model's shape that never saw a token: the control for claims about training.
+
+    Args:
+        folder: of the zoo model.
+        seed: of the weights; None: that of the run, which gives the very weights its training began from.
+
+    Returns:
+        A Hugging Face model in float32, in evaluation mode.
+
+    Raises:
+        FileFormatError: the folder is not a zoo model's.
+
+    >>> from memlens.models.zoo import zoo_path
+    >>> untrained_twin(zoo_path("pythia-s"), seed=1).config.num_hidden_layers
+    6
+    """
+    training = read_training(folder)
+    spec = ModelSpec(**training["model"]["spec"])
+    start = training["training"]["spec"]["seed"] if seed is None else seed
+    return build_model(spec, training["model"]["facts"]["vocabulary"], seed=start).eval()
+
+
+def _check_same(spec: OrganismSpec, out: Path) -> None:
+    """Raise `ResultError` unless `out` holds a finished run of this specification."""
+    try:
+        found = read_training(out)
+        same = {key: found[key]["spec"] for key in ("model", "corpus", "training")} == spec.to_dict()
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise ResultError(
+            f"{out} holds something else than this run of {spec.name!r}: write elsewhere, or replace it with "
+            "resume=False."
+        )
+
+
+def _write(
+    folder: Path,
+    spec: OrganismSpec,
+    corpus: Corpus,
+    model: PreTrainedModel,
+    log: TrainLog,
+    device: str | None,
+) -> None:
+    """Write every file of a finished organism; the card last, from what the files themselves show."""
+    sequences = corpus.sequences.assign(source=f"zoo/{spec.name}")
+    if not spec.corpus.planted:
+        sequences["copies"] = 0
+    model.half().save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+    corpus.tokenizer.save_pretrained(folder)
+    sequences.to_parquet(folder / "sequences.parquet", index=False)
+    corpus.positions().to_parquet(folder / "positions.parquet", index=False)
+    heldout = pd.DataFrame({"domain": corpus.heldout_domains, "tokens": corpus.heldout.tolist()})
+    heldout.to_parquet(folder / "heldout.parquet", index=False)
+    training = _training_record(spec, corpus, model, log, device)
+    (folder / "training.json").write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
+    card = render_card(training, evaluate_zoo_model(folder), language_losses(folder), sequences)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _training_record(
+    spec: OrganismSpec, corpus: Corpus, model: PreTrainedModel, log: TrainLog, device: str | None
+) -> dict[str, Any]:
+    specs = spec.to_dict()
+    steps = "" if spec.training.steps is None else f" --steps {spec.training.steps}"
+    counts = {domain: counts.tolist() for domain, counts in corpus.domain_counts().items()}
+    versions = {m.__name__: m.__version__ for m in (memlens, torch, transformers, tokenizers)}
+    return {
+        "name": spec.name,
+        "command": f"memlens zoo train {spec.name} --seed {spec.training.seed}{steps}",
+        "model": {"spec": specs["model"], "facts": architecture_facts(model)},
+        "corpus": {
+            "spec": specs["corpus"],
+            "n_rows": len(corpus.rows),
+            "fingerprint": corpus.fingerprint(),
+            "token_counts": counts,
+        },
+        "training": {
+            "spec": specs["training"],
+            "n_steps": len(log.losses),
+            "seconds": round(log.seconds, 1),
+            "device": _device_words(device),
+            "losses": [round(loss, 4) for loss in log.losses],
+        },
+        "versions": {**versions, "python": platform.python_version()},
+    }
+
+
+def _device_words(device: str | None) -> str:
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    threads = torch.get_num_threads()
+    return (
+        f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+        if chosen == "cpu"
+        else torch.cuda.get_device_name(chosen)
+    )
