@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from memlens.errors import SequenceError
@@ -97,8 +96,13 @@ def _teacher_forced_columns(stats: TargetStats) -> dict[str, Any]:
     columns = {name: reduce_metric(name, stats).numpy() for name in METRICS}
     for name in ("exact_match", "matching_prefix"):
         columns[name] = columns[name].astype(np.int64)
-    margins = torch.where(stats.mask, stats.margin, torch.inf).amin(-1)
-    return {**columns, "near_tie": (margins.abs() < NEAR_TIE).numpy()}
+    columns["target_accuracy"] = _share(stats.correct, stats.mask)
+    return {**columns, "near_tie": np.abs(columns["margin"]) < NEAR_TIE}
+
+
+def _share(right: Tensor, mask: Tensor) -> np.ndarray:
+    """Return the share of targets that are right in double precision: thresholds are compared with it."""
+    return ((right & mask).sum(-1).double() / mask.sum(-1)).numpy()
 
 
 def _generated(
@@ -128,11 +132,9 @@ def _generated(
 
 
 def _generated_columns(model: Any, seqs: SequenceSet, generated: Tensor) -> dict[str, Any]:
-    mask = seqs.target_mask
-    equal = (generated == seqs.target_ids) & mask
     lists = [row[:n] for row, n in zip(generated.tolist(), seqs.n_targets.tolist(), strict=True)]
     columns: dict[str, Any] = {
-        "memorization_score": (equal.sum(-1) / mask.sum(-1)).numpy().astype(np.float64),
+        "memorization_score": _share(generated == seqs.target_ids, seqs.target_mask),
         "generated": pd.Series(lists, dtype=object),
     }
     tokenizer = getattr(model, "tokenizer", None)

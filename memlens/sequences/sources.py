@@ -96,7 +96,7 @@ def _is_text(content: Any) -> bool:
 
 
 def _dataset_frame(dataset: Any, limit: int | None) -> pd.DataFrame:
-    if not hasattr(dataset, "to_pandas"):
+    if not hasattr(dataset, "select"):
         if limit is None:
             raise SequenceError("a streamed dataset has no end: say how many rows to read with limit=")
         return pd.DataFrame(list(islice(dataset, limit)))
