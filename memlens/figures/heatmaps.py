@@ -64,7 +64,7 @@ def heatmap_layer_position(
         title: what is shown.
         subtitle: on how many sequences, and what sign and colour mean.
     """
-    fig = _maps(ci, x, metrics, signed, title, subtitle, token_axis(tokens, ci.sizes[x], x))
+    fig = _maps(ci, x, metrics, signed, title, subtitle, token_axis(tokens, ci[x].values, x))
     if boundary is not None:
         fig.add_vline(x=boundary - 0.5, line={"dash": "dash", "color": "#1f2933", "width": 1.5})
         fig.add_annotation(
@@ -78,15 +78,14 @@ def heatmap_layer_position(
     return fig
 
 
-def token_axis(tokens: Sequence[str] | None, count: int, title: str) -> dict[str, Any]:
+def token_axis(tokens: Sequence[str] | None, places: np.ndarray, title: str) -> dict[str, Any]:
     """Return the axis of positions: token labels where known, thinned so that they stay readable."""
-    step = theme.tick_step(count, 64 if tokens is not None else 24)
+    step = theme.tick_step(len(places), 64 if tokens is not None else 24)
     axis: dict[str, Any] = {"title": {"text": title}, "zeroline": False}
     if tokens is None:
         return {**axis, "tick0": 0, "dtick": step}
-    labels = unique_tokens(tokens)[::step]
-    places = list(range(0, len(tokens), step))
-    return {**axis, "tickmode": "array", "tickvals": places, "ticktext": labels, "tickangle": -60}
+    labels, shown = unique_tokens(tokens, places.tolist())[::step], places[::step].tolist()
+    return {**axis, "tickmode": "array", "tickvals": shown, "ticktext": labels, "tickangle": -60}
 
 
 def heatmap_trace(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import xarray as xr
@@ -56,6 +56,7 @@ _KNOWN = {
     "kl_to_final": MetricText("KL to the final layer", "nats", -1),
     "predicted_probability": MetricText("probability of the final prediction", "", 1),
     "predicted_rank": MetricText("rank of the final prediction", "0 = top", -1),
+    "head_logit": MetricText("direct effect on the target logit", "logits", 1),
     "heads": MetricText("direct effect on the target logit", "logits", 1),
     "attn": MetricText("attention", "logits", 1),
     "mlp": MetricText("MLP", "logits", 1),
@@ -104,10 +105,11 @@ def _visible_letter(letter: str) -> str:
     return letter
 
 
-def unique_tokens(tokens: Iterable[str], *, start: int = 0) -> list[str]:
-    """Return one label a position, unique by its number, escaped for plotly.
+def unique_tokens(tokens: Sequence[str], places: Iterable[int] | None = None) -> list[str]:
+    """Return one label a position, unique by its number (0, 1, … unless given), escaped for plotly.
 
     >>> unique_tokens([" the", "<b>", " the"])
     ['·the_0', '&lt;b&gt;_1', '·the_2']
     """
-    return [f"{plain(visible(str(token)))}_{place}" for place, token in enumerate(tokens, start)]
+    numbers = range(len(tokens)) if places is None else places
+    return [f"{plain(visible(str(token)))}_{place}" for place, token in zip(numbers, tokens, strict=True)]

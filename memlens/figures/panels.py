@@ -23,8 +23,8 @@ def attribution_panels(
     """Draw the heads' direct effects as a map and the layers' attention and MLP as bars beside it.
 
     Args:
-        ci: `heads` `[statistic, layer, head]` (may be missing) and `attn`, `mlp` `[statistic, layer]`, in
-            logits; positive pushes toward the target.
+        ci: `head_logit` `[statistic, layer, head]` (may be missing) and `attn`, `mlp` `[statistic, layer]`,
+            in logits; positive pushes toward the target.
         title: what is shown.
         subtitle: on how many sequences.
     """
@@ -32,7 +32,7 @@ def attribution_panels(
     widths = [0.56, 0.44] if maps else [1.0]
     fig = make_subplots(1, len(widths), shared_yaxes=True, column_widths=widths, horizontal_spacing=0.2)
     if maps:
-        trace = heatmap_trace(ci[maps[0]], "head", metric_text("heads"), signed=True)
+        trace = heatmap_trace(ci[maps[0]], "head", metric_text("head_logit"), signed=True)
         trace.update(colorbar={"x": 0.46, "xanchor": "left", "title": {"text": "logits", "side": "top"}})
         fig.add_trace(trace, row=1, col=1)
         fig.update_xaxes(

@@ -95,11 +95,14 @@ def _harm(result: Result, metric: str | None) -> str:
 def _restored(result: Result, metric: str | None) -> str:
     name = metric or ("normalized_effect" if "normalized_effect" in result.metrics else result.metrics[0])
     of = "effect" if f"{name}_corrupt" in result.data else "value"
+    noising = result.settings.get("direction") == "noising"
     ci = result.mean_ci(metric=name, of=of)[name]
     text = metric_text(name)
-    row, site = _extreme(ci, text.better, harm=False)
+    row, site = _extreme(ci, text.better, harm=noising)
     scale = " (0 is the corrupt run, 1 the clean one)" if name == "normalized_effect" else ""
-    return f"Most is restored at {_where(site)}: {text.label} {_spoken(row, text)}{scale}.{_chance(ci)}"
+    what = "Least is left" if noising else "Most is restored"
+    said = f"{what} at {_where(site)}: {text.label} {_spoken(row, text)}{scale}, {_over(result)}."
+    return said if noising else said + _chance(ci)
 
 
 def _decoded(result: Result, metric: str | None) -> str:
@@ -124,7 +127,7 @@ def _decoded(result: Result, metric: str | None) -> str:
 def _attributed(result: Result, metric: str | None) -> str:
     said = []
     for name, array in result.data.data_vars.items():
-        if "layer" not in array.dims or array.dtype.kind not in "fiu":
+        if "head" not in array.dims and name not in ("attn", "mlp"):
             continue
         dims = ["sequence", *(dim for dim in ("target", "position") if dim in array.dims)]
         row, site = _extreme(result.mean_ci(dims, metric=str(name))[str(name)], 1, harm=False)

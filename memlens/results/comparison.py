@@ -27,10 +27,11 @@ def compare_groups(
     """Compare the mean of `a` with the mean of `b` at every site.
 
     The difference is `mean(a) - mean(b)` over sequences, in the metric's unit, with a percentile bootstrap
-    interval. Where both results have a coordinate `match` along `sequence`, sequences with the same `match`
-    are pairs and the pairs are resampled; else the two groups are resampled on their own. `p` is from a
-    two-sided permutation test (signs of the pairs, or labels of the sequences) and cannot be below
-    `1 / (n_permutations + 1)`; `p_corrected` is Benjamini and Hochberg's over all sites.
+    interval. Where `b` has a coordinate `match` (or `matched_to`, as matched controls have) along `sequence`,
+    its sequences are set against those of `a` with the same `match`, or with that id; several controls of one
+    sequence are averaged first, and the pairs are resampled. Else the two groups are resampled on their own.
+    `p` is from a two-sided permutation test (signs of the pairs, or labels of the sequences) and cannot be
+    below `1 / (n_permutations + 1)`; `p_corrected` is Benjamini and Hochberg's over all sites.
 
     Args:
         a: the first group, say the memorized sequences.
@@ -59,10 +60,10 @@ def compare_groups(
     check_option("of", of, ("value", "effect"))
     first, second = (_table(result, metric, of) for result in (a, b))
     _check_sites(first, second, metric)
-    pairs = _pairs(first, second)
+    pairs = _paired(first, second)
     paired = pairs is not None
     if pairs is not None:
-        first, second = first.isel(sequence=pairs[0]), second.isel(sequence=pairs[1])
+        first, second = pairs
     x, y = (part.values.reshape(part.sizes["sequence"], -1) for part in (first, second))
     if paired:
         interval = _paired_interval(x - y, level, n_resamples, seed)
@@ -93,19 +94,21 @@ def _check_sites(first: xr.DataArray, second: xr.DataArray, metric: str) -> None
         )
 
 
-def _pairs(first: xr.DataArray, second: xr.DataArray) -> tuple[list[int], list[int]] | None:
-    """Return rows of `first` and `second` with the same `match`, or None where they cannot be paired."""
-    if "match" not in first.coords or "match" not in second.coords:
+def _paired(first: xr.DataArray, second: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray] | None:
+    """Return both with one row a pair, or None where `second` does not say what it is matched to."""
+    link = next((name for name in ("match", "matched_to") if name in second.coords), None)
+    own = next((name for name in ("match", "sequence") if name in first.coords), None)
+    if link is None or own is None:
         return None
-    rows = {key: row for row, key in enumerate(first["match"].values.tolist())}
-    found = [
-        (rows[key], row)
-        for row, key in enumerate(second["match"].values.tolist())
-        if rows.get(key) is not None
-    ]
-    if len(found) < 2:
-        raise ResultError(f"the coordinates 'match' share {len(found)} values: pairing needs at least two.")
-    return [left for left, _ in found], [right for _, right in found]
+    rows = {str(key): row for row, key in enumerate(first[own].values.tolist())}
+    links = np.array([str(key) for key in second[link].values.tolist()])
+    keys = [key for key in dict.fromkeys(links.tolist()) if key in rows]
+    if len(keys) < 2:
+        raise ResultError(
+            f"{link!r} of the second result names {len(keys)} sequences of the first: pairing needs two or more."
+        )
+    controls = [second.isel(sequence=links == key).mean("sequence") for key in keys]
+    return first.isel(sequence=[rows[key] for key in keys]), xr.concat(controls, "sequence", coords="minimal")
 
 
 Interval = tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from memlens.errors import ResultError, check_option
-from memlens.results import plots
+from memlens.results import plots, token_plots
 from memlens.results.result import Result
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _by_dimensions(result: Result) -> Callable[..., go.Figure]:
     """Choose a figure for a kind without one of its own."""
     for dims, plot in (
         (("layer", "head"), plots.plot_head_map),
-        (("layer", "position"), plots.plot_patch_map),
+        (("layer", "position"), token_plots.plot_patch_map),
     ):
         if plots.with_dims(result, *dims):
             return plot
@@ -79,10 +79,10 @@ def _by_dimensions(result: Result) -> Callable[..., go.Figure]:
 
 
 _PLOTS: dict[str, Callable[..., Any]] = {
-    "residual_decoding": plots.plot_decoding,
+    "residual_decoding": token_plots.plot_decoding,
     "head_ablation": plots.plot_head_map,
     "attention_bypass": plots.plot_layer_lines,
-    "activation_patching": plots.plot_patch_map,
+    "activation_patching": token_plots.plot_patch_map,
     "logit_attribution": plots.plot_attribution,
     "sweep": plots.plot_interventions,
     "recall": plots.plot_recall,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import xarray as xr
 
-from memlens.errors import OptionError, SiteError, check_option
+from memlens.errors import OptionError, SiteError
 from memlens.results.result import Result
 
 if TYPE_CHECKING:
@@ -15,18 +14,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "plot_attribution",
-    "plot_decoding",
     "plot_head_map",
     "plot_interventions",
     "plot_layer_lines",
-    "plot_patch_map",
     "plot_recall",
     "with_dims",
 ]
 
 
-def _subtitle(result: Result, *, of: str, level: float = 0.95, note: str = "", n: int | None = None) -> str:
-    count = result.data.sizes["sequence"] if n is None else n
+def subtitle_of(result: Result, *, of: str, level: float = 0.95, note: str = "") -> str:
+    """Say what the numbers are, on how many sequences, of which model."""
+    count = result.data.sizes["sequence"]
     what = "mean change (with − without the intervention)" if of == "effect" else "mean"
     parts = [
         f"{what} over {count} sequences, {level:.0%} interval",
@@ -36,14 +34,16 @@ def _subtitle(result: Result, *, of: str, level: float = 0.95, note: str = "", n
     return " · ".join(part for part in parts if part)
 
 
-def _one(result: Result, sequence: str) -> xr.Dataset:
+def one(result: Result, sequence: str) -> xr.Dataset:
+    """Return the values of one sequence, by its id."""
     ids = [str(value) for value in result["sequence"].values] if "sequence" in result.data.coords else []
     if str(sequence) not in ids:
         raise SiteError(f"sequence={sequence!r} is not in this result: take one of its {len(ids)} ids.")
     return result.data.isel(sequence=ids.index(str(sequence)))
 
 
-def _names(metric: str | None) -> list[str] | None:
+def asked(metric: str | None) -> list[str] | None:
+    """Return the metric as a list, None where all are wanted."""
     return None if metric is None else [metric]
 
 
@@ -76,21 +76,33 @@ def plot_head_map(
     from memlens import figures
 
     of = _of(result, of)
-    names = _names(metric) or with_dims(result, "layer", "head")
+    names = asked(metric) or with_dims(result, "layer", "head")
     heading = title or f"Effect of each head: {_words(result.kind)}"
     note = "red = recall harmed" if of == "effect" else ""
     if sequence is not None:
-        ci = _single(result, names, of, sequence)
+        ci = single(result, names, ("layer", "head"), of, sequence)
         subtitle = f"one sequence, {sequence} · {note}"
     else:
-        ci = result.mean_ci(metric=names, of=of, group=group, **intervals)
-        subtitle = _subtitle(result, of=of, note=note, level=ci.attrs["level"])
+        ci = means(result, names, ("layer", "head"), of=of, group=group, **intervals)
+        subtitle = subtitle_of(result, of=of, note=note, level=ci.attrs["level"])
     return figures.heatmap_layer_head(ci, signed=of == "effect", title=heading, subtitle=subtitle)
 
 
-def _single(result: Result, names: list[str], of: str, sequence: str) -> xr.Dataset:
+def means(result: Result, names: list[str], shown: tuple[str, ...], **options: Any) -> xr.Dataset:
+    """Return means over sequences on the dimensions that are shown; others are averaged inside each."""
+    return result.mean_ci(("sequence", *_hidden(result, names, shown)), metric=names, **options)
+
+
+def _hidden(result: Result, names: list[str], shown: tuple[str, ...]) -> list[str]:
+    every = [str(dim) for name in names for dim in result[name].dims]
+    return [dim for dim in dict.fromkeys(every) if dim not in ("sequence", *shown)]
+
+
+def single(result: Result, names: list[str], shown: tuple[str, ...], of: str, sequence: str) -> xr.Dataset:
+    """Return effects or values of one sequence, on the dimensions that are shown."""
     arrays = {name: result.effect(name) if of == "effect" else result[name] for name in names}
-    return _one(Result(xr.Dataset(arrays, attrs=result.data.attrs)), sequence)
+    row = one(Result(xr.Dataset(arrays, attrs=result.data.attrs)), sequence)
+    return row.mean(_hidden(result, names, shown), keep_attrs=True)
 
 
 def plot_layer_lines(
@@ -105,129 +117,21 @@ def plot_layer_lines(
     """Draw curves over layers, with the unchanged model's value as a dashed line."""
     from memlens import figures
 
-    names = _names(metric) or with_dims(result, "layer")
-    ci = result.mean_ci(metric=names, of=of, group=group, **intervals)
+    names = asked(metric) or with_dims(result, "layer")
+    ci = means(result, names, ("layer",), of=of, group=group, **intervals)
     base = None
     if of == "value":
         stems = [name for name in names if f"{name}_baseline" in result.data]
         if stems:
             wanted = [f"{name}_baseline" for name in stems]
-            base = result.mean_ci(metric=wanted, group=group, **intervals)
+            base = means(result, wanted, (), group=group, **intervals)
             base = base.rename(dict(zip(wanted, stems, strict=True)))
     return figures.line_over_layers(
         ci,
         baseline=base,
         title=title or f"Each layer in turn: {_words(result.kind)}",
-        subtitle=_subtitle(result, of=of, level=ci.attrs["level"]),
+        subtitle=subtitle_of(result, of=of, level=ci.attrs["level"]),
     )
-
-
-def plot_patch_map(
-    result: Result,
-    metric: str | None,
-    *,
-    of: str | None = None,
-    group: str | None = None,
-    sequence: str | None = None,
-    title: str | None = None,
-    **intervals: Any,
-) -> go.Figure:
-    """Draw what patching each layer and position (or head) restores."""
-    from memlens import figures
-
-    x = next((d for d in ("position", "head", "target") if with_dims(result, "layer", d)), None)
-    if x is None:
-        return plot_layer_lines(result, metric, group=group, title=title, **intervals)
-    names = _names(metric) or with_dims(result, "layer", x)
-    names = sorted(names, key=lambda name: name != "normalized_effect")  # the one that needs no unit first
-    ci, note = _patch_values(result, names, of, group, sequence, intervals)
-    heading = title or f"Recall restored by patching each layer and {x}"
-    if x == "head":
-        return figures.heatmap_layer_head(ci, metrics=names, title=heading, subtitle=note)
-    boundary, tokens = _boundary(result, sequence), None
-    if sequence is not None and "token" in result.data.variables:
-        row = _one(result, sequence)["token"]
-        tokens = [str(value) for value in row.values] if row.dims == (x,) else None
-    return figures.heatmap_layer_position(
-        ci, metrics=names, x=x, tokens=tokens, boundary=boundary if x == "position" else None,
-        title=heading, subtitle=note,
-    )  # fmt: skip
-
-
-def _patch_values(
-    result: Result, names: list[str], of: str | None, group: str | None, sequence: str | None, intervals: Any
-) -> tuple[xr.Dataset, str]:
-    """Return what each metric has to show: its effect where it has a baseline, else its value."""
-    parts: dict[str, xr.DataArray] = {}
-    for name in names:
-        paired = any(name + tail in result.data for tail in ("_baseline", "_corrupt"))
-        which = of or ("effect" if paired else "value")
-        if sequence is not None:
-            parts[name] = _single(result, [name], which, sequence)[name]
-        else:
-            parts[name] = result.mean_ci(metric=name, of=which, group=group, **intervals)[name]
-    note = "blue = recall restored · " + str(result.data.attrs.get("model", ""))
-    if sequence is not None:
-        return xr.Dataset(parts), f"one sequence, {sequence} · {note}"
-    return xr.Dataset(
-        parts
-    ), f"mean over {result.data.sizes['sequence']} sequences, intervals on hover · {note}"
-
-
-def _boundary(result: Result, sequence: str | None) -> float | None:
-    """Return the first position of the continuation, where all the shown sequences share it."""
-    if "prefix_len" not in result.data.variables:
-        found = result.data.attrs.get("prefix_len", result.settings.get("prefix_len"))
-        return float(found) if isinstance(found, int | float) else None
-    lengths = _one(result, sequence)["prefix_len"] if sequence is not None else result.data["prefix_len"]
-    values = np.unique(lengths.values)
-    return float(values[0]) if len(values) == 1 else None
-
-
-def plot_decoding(
-    result: Result,
-    metric: str | None,
-    *,
-    stream: str = "resid_post",
-    group: str | None = None,
-    sequence: str | None = None,
-    title: str | None = None,
-    **intervals: Any,
-) -> go.Figure:
-    """Draw the target's probability and rank over layers, or the map of one sequence."""
-    from memlens import figures
-
-    data = result.data
-    if "stream" in data.dims:
-        check_option("stream", stream, [str(value) for value in data["stream"].values])
-        data = data.sel(stream=stream)
-    if sequence is not None:
-        return _decoding_map(Result(data), metric, sequence, title)
-    derived = xr.Dataset(
-        {"probability": data["probability"], "rank": np.log(data["rank"] + 1.0)}, attrs=data.attrs
-    )
-    ci = Result(derived).mean_ci(("sequence", "target"), group=group, **{"method": "bootstrap", **intervals})
-    ci["rank"] = np.exp(ci["rank"])
-    return figures.decoding_panels(
-        ci,
-        title=title or "The target token, decoded after each layer",
-        subtitle=_subtitle(result, of="value", level=ci.attrs["level"]),
-    )
-
-
-def _decoding_map(result: Result, metric: str | None, sequence: str, title: str | None) -> go.Figure:
-    from memlens import figures
-
-    row = _one(result, sequence)
-    x = "target" if "target" in row.dims else "position"
-    names = [metric] if metric else [n for n in result.metrics if set(row[n].dims) == {"layer", x}]
-    labels = row["token"] if "token" in row.variables else None
-    tokens = [str(v) for v in labels.values] if labels is not None and labels.dims == (x,) else None
-    return figures.heatmap_layer_position(
-        row[names], metrics=names, x=x, signed=False, tokens=tokens,
-        title=title or "Each target token, decoded after each layer",
-        subtitle=f"one sequence, {sequence} · {result.data.attrs.get('model', '')}",
-    )  # fmt: skip
 
 
 def plot_attribution(
@@ -244,13 +148,12 @@ def plot_attribution(
     if group is not None:
         raise OptionError("group= is not drawn for logit attribution: select one group's sequences first.")
     names = [*with_dims(result, "layer", "head")[:1], *(n for n in ("attn", "mlp") if n in result.data)]
-    dims = ["sequence", *(d for d in ("target", "position") if d in result.data.dims)]
-    ci = result.mean_ci(dims, metric=names, **intervals)
+    ci = means(result, names, ("layer", "head"), **intervals)
     note = "blue = pushes toward the target"
     return figures.attribution_panels(
         ci,
         title=title or "What writes the target's logit",
-        subtitle=_subtitle(result, of="value", note=note, level=ci.attrs["level"]),
+        subtitle=subtitle_of(result, of="value", note=note, level=ci.attrs["level"]),
     )
 
 
@@ -268,13 +171,13 @@ def plot_interventions(
     from memlens import figures
 
     of = _of(result, of)
-    names = _names(metric) or with_dims(result, "intervention")
-    ci = result.mean_ci(metric=names, of=of, group=group, **intervals)
+    names = asked(metric) or with_dims(result, "intervention")
+    ci = means(result, names, ("intervention",), of=of, group=group, **intervals)
     return figures.dots_with_intervals(
         ci,
         most=most,
         title=title or "Every intervention",
-        subtitle=_subtitle(result, of=of, level=ci.attrs["level"]),
+        subtitle=subtitle_of(result, of=of, level=ci.attrs["level"]),
     )
 
 
@@ -297,7 +200,10 @@ def plot_recall(
         wanted = [name for name in ("exact_match", histogram) if name in shares] or shares
         ci = result.mean_ci(metric=list(dict.fromkeys(wanted)), group=group, **intervals)
     return figures.recall_panels(
-        result[histogram], ci, title=title or "What the model recalls", subtitle=_subtitle(result, of="value")
+        result[histogram],
+        ci,
+        title=title or "What the model recalls",
+        subtitle=subtitle_of(result, of="value"),
     )
 
 

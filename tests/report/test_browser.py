@@ -70,7 +70,8 @@ def _center(page: browser.Page, selector: str) -> tuple[float, float]:
     """Scroll an element into view and return the middle of it, in the window."""
     return tuple(
         page.run(
-            f"const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center', behavior: 'instant'}});"
+            f"const e = document.querySelector({selector!r});"
+            "e.scrollIntoView({block: 'center', behavior: 'instant'});"
             "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]"
         )
     )

@@ -1,0 +1,132 @@
+"""What results with a token dimension show: patching and decoding, with the sequence's tokens as labels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from memlens.errors import check_option
+from memlens.results.plots import asked, means, one, plot_layer_lines, single, subtitle_of, with_dims
+from memlens.results.result import Result
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+__all__ = ["plot_decoding", "plot_patch_map"]
+
+
+def plot_patch_map(
+    result: Result,
+    metric: str | None,
+    *,
+    of: str | None = None,
+    group: str | None = None,
+    sequence: str | None = None,
+    title: str | None = None,
+    **intervals: Any,
+) -> go.Figure:
+    """Draw what patching each layer and position (or head) restores."""
+    from memlens import figures
+
+    x = next((d for d in ("head", "position", "target") if with_dims(result, "layer", d)), None)
+    if x is None:
+        return plot_layer_lines(result, metric, group=group, title=title, **intervals)
+    names = asked(metric) or with_dims(result, "layer", x)
+    names = sorted(names, key=lambda name: name != "normalized_effect")  # the one that needs no unit first
+    ci, note = _patch_values(result, names, x, of, group, sequence, intervals)
+    noising = result.settings.get("direction") == "noising"
+    heading = title or f"Recall {'left after' if noising else 'restored by'} patching each layer and {x}"
+    if x == "head":
+        return figures.heatmap_layer_head(ci, metrics=names, title=heading, subtitle=note)
+    boundary, tokens = _boundary(result, sequence), None
+    if sequence is not None and "token" in result.data.variables:
+        row = one(result, sequence)["token"]
+        tokens = [str(value) for value in row.sel({x: ci[x]}).values] if row.dims == (x,) else None
+    return figures.heatmap_layer_position(
+        ci, metrics=names, x=x, tokens=tokens, boundary=boundary if x == "position" else None,
+        title=heading, subtitle=note,
+    )  # fmt: skip
+
+
+def _patch_values(
+    result: Result,
+    names: list[str],
+    x: str,
+    of: str | None,
+    group: str | None,
+    sequence: str | None,
+    intervals: dict[str, Any],
+) -> tuple[xr.Dataset, str]:
+    """Return what each metric has to show: its effect where it has a baseline, else its value."""
+    parts: dict[str, xr.DataArray] = {}
+    for name in names:
+        paired = any(name + tail in result.data for tail in ("_baseline", "_corrupt"))
+        which = of or ("effect" if paired else "value")
+        if sequence is not None:
+            parts[name] = single(result, [name], ("layer", x), which, sequence)[name]
+        else:
+            parts[name] = means(result, [name], ("layer", x), of=which, group=group, **intervals)[name]
+    count = result.data.sizes["sequence"]
+    who = f"mean over {count} sequences" if sequence is None else f"one sequence, {sequence}"
+    scale = "blue = more recall, red = less"
+    return xr.Dataset(parts), " · ".join((who, scale, str(result.data.attrs.get("model", ""))))
+
+
+def _boundary(result: Result, sequence: str | None) -> float | None:
+    """Return the first position of the continuation, where all the shown sequences share it."""
+    if "prefix_len" not in result.data.variables:
+        found = result.data.attrs.get("prefix_len", result.settings.get("prefix_len"))
+        return float(found) if isinstance(found, int | float) else None
+    lengths = one(result, sequence)["prefix_len"] if sequence is not None else result.data["prefix_len"]
+    values = np.unique(lengths.values)
+    return float(values[0]) if len(values) == 1 else None
+
+
+def plot_decoding(
+    result: Result,
+    metric: str | None,
+    *,
+    stream: str = "resid_post",
+    group: str | None = None,
+    sequence: str | None = None,
+    title: str | None = None,
+    **intervals: Any,
+) -> go.Figure:
+    """Draw the target's probability and rank over layers, or the map of one sequence."""
+    from memlens import figures
+
+    data = result.data
+    if "stream" in data.dims:
+        check_option("stream", stream, [str(value) for value in data["stream"].values])
+        data = data.sel(stream=stream)
+    if sequence is not None:
+        return _decoding_map(Result(data), metric, sequence, title)
+    derived = xr.Dataset(
+        {"probability": data["probability"], "rank": np.log(data["rank"] + 1.0)}, attrs=data.attrs
+    )
+    ci = Result(derived).mean_ci(("sequence", "target"), group=group, **{"method": "bootstrap", **intervals})
+    ci["rank"] = np.exp(ci["rank"])
+    return figures.decoding_panels(
+        ci,
+        title=title or "The target token, decoded after each layer",
+        subtitle=subtitle_of(result, of="value", level=ci.attrs["level"]),
+    )
+
+
+def _decoding_map(result: Result, metric: str | None, sequence: str, title: str | None) -> go.Figure:
+    from memlens import figures
+
+    row = one(result, sequence)
+    x = "target" if "target" in row.dims else "position"
+    names = [metric] if metric else [n for n in result.metrics if set(row[n].dims) == {"layer", x}]
+    places = row[names].dropna(x, how="all")[x]  # a ragged set has empty targets at the end
+    row = row.sel({x: places})
+    labels = row["token"] if "token" in row.variables else None
+    tokens = [str(v) for v in labels.values] if labels is not None and labels.dims == (x,) else None
+    return figures.heatmap_layer_position(
+        row[names], metrics=names, x=x, signed=False, tokens=tokens,
+        title=title or "Each target token, decoded after each layer",
+        subtitle=f"one sequence, {sequence} · {result.data.attrs.get('model', '')}",
+    )  # fmt: skip
