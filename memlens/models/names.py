@@ -10,6 +10,7 @@ from pathlib import Path
 
 from memlens.errors import ModelNotFoundError, OptionError, near_matches
 from memlens.models.families import find_model, known_names
+from memlens.models.zoo import is_zoo_name, zoo_names, zoo_path
 
 __all__ = ["Source", "has_hooked_transformer", "resolve_source"]
 
@@ -54,7 +55,7 @@ def resolve_source(name: str | Path, *, gguf_file: str | None = None) -> Source:
         ModelNotFoundError: No such model in the zoo, no such path, or the folder is no checkpoint.
     """
     text = str(name)
-    if text.startswith(ZOO_PREFIX) and isinstance(name, str):
+    if isinstance(name, str) and is_zoo_name(name):
         return _zoo_source(text)
     path = Path(text).expanduser()
     if path.is_file():
@@ -71,7 +72,8 @@ def resolve_source(name: str | Path, *, gguf_file: str | None = None) -> Source:
 def unknown_name_error(name: str, reason: str = "") -> ModelNotFoundError:
     """Return the error for a name that nothing answers to, with near matches from the table and the zoo."""
     known = known_names()
-    hint = near_matches(name, [*_zoo_names(), *known, *(n.rpartition("/")[2] for n in known)])
+    zoo = [ZOO_PREFIX + n for n in zoo_names()]
+    hint = near_matches(name, [*zoo, *known, *(n.rpartition("/")[2] for n in known)])
     why = f" ({reason})" if reason else ""
     return ModelNotFoundError(
         f"No model is called {name!r}: it is not in the zoo, not a folder here, and neither the Hugging Face "
@@ -83,19 +85,8 @@ def _looks_like_path(text: str) -> bool:
     return text.startswith((".", "~", os.sep)) or text.count("/") > 1 or text.endswith(".gguf")
 
 
-def _zoo_names() -> list[str]:
-    """Names in the zoo with their prefix."""
-    zoo = import_module("memlens.models.zoo")
-    return [n if n.startswith(ZOO_PREFIX) else ZOO_PREFIX + n for n in zoo.zoo_names()]
-
-
 def _zoo_source(name: str) -> Source:
-    zoo = import_module("memlens.models.zoo")
-    names = _zoo_names()
-    if name not in names:
-        known = ", ".join(map(repr, names)) or "no model"
-        raise ModelNotFoundError(f"The zoo has no {name!r}: it holds {known}.{near_matches(name, names)}")
-    return Source(name=name, location=str(zoo.zoo_path(name)), local=True)
+    return Source(name=name, location=str(zoo_path(name)), local=True)
 
 
 def _file_source(path: Path, gguf_file: str | None) -> Source:

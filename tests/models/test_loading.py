@@ -13,6 +13,7 @@ from memlens.errors import OptionError, UnsupportedModelError
 from memlens.models.checks import verify_against_huggingface
 from memlens.models.loading import load_model
 from memlens.models.names import has_hooked_transformer
+from memlens.models.provenance import describe
 from tests.tiny import FAMILIES, HOOKED_FAMILIES, N_CTX, random_tokens, tiny_tokenizer, write_tiny
 
 BOTH = [(f, b) for f in FAMILIES for b in ("hooked", "bridge") if b == "bridge" or f in HOOKED_FAMILIES]
@@ -130,6 +131,14 @@ def test_what_hooked_cannot_run_goes_to_the_bridge(family, overrides, reason, tm
 def test_hooked_backend_needs_the_class(tiny_folder):
     with pytest.raises(UnsupportedModelError, match="has no HookedTransformer"):
         load_model(tiny_folder("gpt_neox"), backend="hooked")
+
+
+def test_zoo_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEMLENS_CACHE", str(tmp_path))
+    folder = write_tiny("gpt_neox", tmp_path / "zoo" / "tiny")
+    model = load_model("zoo/tiny", device="cpu")
+    assert describe(model)["model"] == "zoo/tiny"
+    assert verify_against_huggingface(model, huggingface(folder), random_tokens()) < 1e-5
 
 
 def test_transformer_lens_model_comes_back_as_it_is(tiny_model):
