@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         decode_residual,
         head_ablations,
         patch_activations,
+        promotion_layers,
     )
     from memlens.figures import overlay
     from memlens.models.families import families_table
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from memlens.recall.targets import METRICS
     from memlens.results import Result, compare_groups, load_result
     from memlens.sequences import SequenceSet, check_sequences, corrupt, load_sequences
-    from memlens.sweep import BatchHook, Intervention, Plan, applied, measure, plan, sweep
+    from memlens.sweeps import BatchHook, Intervention, Plan, applied, measure, plan, sweep
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ _HOMES: dict[str, str] = {
             "decode_residual",
             "head_ablations",
             "patch_activations",
+            "promotion_layers",
         ),
         "memlens.figures": ("overlay",),
         "memlens.models.families": ("families_table",),
@@ -58,7 +60,7 @@ _HOMES: dict[str, str] = {
         "memlens.recall.targets": ("METRICS",),
         "memlens.results": ("Result", "compare_groups", "load_result"),
         "memlens.sequences": ("SequenceSet", "check_sequences", "corrupt", "load_sequences"),
-        "memlens.sweep": ("BatchHook", "Intervention", "Plan", "applied", "measure", "plan", "sweep"),
+        "memlens.sweeps": ("BatchHook", "Intervention", "Plan", "applied", "measure", "plan", "sweep"),
     }.items()
     for name in names
 }

@@ -14,8 +14,8 @@ from memlens.models.hooks import check_head, check_layer, hook_name
 from memlens.models.trunk import Trunk
 from memlens.results import Result
 from memlens.sequences import SequenceSet
-from memlens.sweep import Batch, ByBatch, Intervention, sweep
-from memlens.sweep.metrics import MetricLike
+from memlens.sweeps import Batch, ByBatch, Intervention, sweep
+from memlens.sweeps.metrics import MetricLike
 
 __all__ = ["HEAD_MODES", "ablate_heads", "head_ablations"]
 

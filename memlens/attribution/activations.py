@@ -15,7 +15,7 @@ from memlens.errors import EmptySetError, SequenceError, SiteError
 from memlens.models.hooks import capturing
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
-from memlens.sweep.engine import Targets, make_batches
+from memlens.sweeps.engine import Targets, make_batches
 
 __all__ = ["AtTargets", "at_targets"]
 

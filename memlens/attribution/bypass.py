@@ -14,8 +14,8 @@ from memlens.models.hooks import HookFn, check_head, check_layer, hook_name
 from memlens.models.trunk import Trunk
 from memlens.results import Result
 from memlens.sequences import SequenceSet
-from memlens.sweep import Intervention, applied, sweep
-from memlens.sweep.metrics import MetricLike
+from memlens.sweeps import Intervention, applied, sweep
+from memlens.sweeps.metrics import MetricLike
 
 __all__ = ["BYPASS_MODES", "bypass_attention", "bypass_intervention", "bypassed"]
 

@@ -16,7 +16,7 @@ from memlens.models.hooks import has_site, hook_name
 from memlens.models.trunk import Trunk
 from memlens.results import Result
 from memlens.sequences import SequenceSet
-from memlens.sweep.sweep import make_result
+from memlens.sweeps.run import make_result
 
 __all__ = ["STREAMS", "decode_residual", "promotion_layers"]
 

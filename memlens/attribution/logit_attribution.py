@@ -23,7 +23,7 @@ from memlens.models.weights import (
 )
 from memlens.results import Result
 from memlens.sequences import SequenceSet
-from memlens.sweep.sweep import make_result
+from memlens.sweeps.run import make_result
 
 __all__ = ["attribute_logits"]
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from memlens.attribution.sources import ActivationSource
 from memlens.errors import OptionError, SequenceError, SiteError, check_option
-from memlens.models.hooks import check_layer, has_site, hook_name
-from memlens.models.trunk import Trunk
+from memlens.models.hooks import HookFn, check_layer, has_site, hook_name
+from memlens.models.trunk import Trunk, is_bridge
 from memlens.results import Result
 from memlens.sequences import SequenceSet
-from memlens.sweep import Batch, ByBatch, Intervention, sweep
-from memlens.sweep.measure import measure
-from memlens.sweep.metrics import MetricLike, metric_names
+from memlens.sweeps import Batch, BatchHook, ByBatch, Intervention, sweep
+from memlens.sweeps.measure import measure
+from memlens.sweeps.metrics import MetricLike, metric_names
 
 __all__ = ["PATCH_SITES", "activation_patches", "patch_activations"]
 
@@ -127,7 +127,7 @@ def activation_patches(
     return [
         Intervention(
             " ".join([f"{site} L{layer}", *(f"{key}{value}" for key, value in cell.items())]),
-            [(names[layer], _write(store, names[layer], cell))],
+            _writes(trunk, site, layer, store, cell),
             {"layer": layer, **cell},
         )
         for layer, cell in cells
@@ -143,7 +143,25 @@ def _cells(over: str, heads: Iterable[int], positions: Sequence[int]) -> Iterato
         yield from ({"head": h, "position": p} for h in heads for p in positions)
 
 
-def _write(store: ActivationSource, name: str, cell: dict[str, int]) -> ByBatch:
+def _writes(
+    trunk: Trunk, site: str, layer: int, store: ActivationSource, cell: dict[str, int]
+) -> list[tuple[str, HookFn | BatchHook]]:
+    name = hook_name(site, layer)
+    if site != "resid_mid" or not is_bridge(trunk.model):
+        return [(name, _write(store, name, cell))]
+    # The bridge's hook_resid_mid stands on the MLP's branch alone. The sum itself is set by way of its
+    # second summand: resid_mid = resid_pre + attn_out.
+    pre: list[Tensor] = []
+
+    def remember(x: Tensor, hook: Any) -> None:
+        pre[:] = [x]
+
+    write = _write(store, name, cell, less=pre)
+    return [(hook_name("resid_pre", layer), remember), (hook_name("attn_out", layer), write)]
+
+
+def _write(store: ActivationSource, name: str, cell: dict[str, int], less: Sequence[Tensor] = ()) -> ByBatch:
+    """Write the source's activation at a cell, less what `less` holds by then."""
     index: tuple[Any, ...] = (slice(None), cell.get("position", slice(None)))
     if "head" in cell:
         index = (*index, cell["head"])
@@ -155,7 +173,7 @@ def _write(store: ActivationSource, name: str, cell: dict[str, int]) -> ByBatch:
             if cell.get("position", 0) >= x.shape[1]:
                 return x  # a batch of shorter sequences has no such position
             out = x.clone()
-            out[index] = new[index].to(x.dtype)
+            out[index] = (new[index] - sum(t[index] for t in less)).to(x.dtype)
             return out
 
         return fn

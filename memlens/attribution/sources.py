@@ -12,8 +12,8 @@ from torch import Tensor
 from memlens.models.hooks import capturing, hook_name
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
-from memlens.sweep.engine import make_batches
-from memlens.sweep.interventions import Batch
+from memlens.sweeps.engine import make_batches
+from memlens.sweeps.interventions import Batch
 
 __all__ = ["ActivationSource", "mean_head_outputs"]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +22,9 @@ from memlens.errors import UnsupportedModelError
 from memlens.models.hooks import check_layer
 
 __all__ = ["Trunk", "is_bridge"]
+
+
+_EXTRA_OUTPUTS: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 
 
 def is_bridge(model: Any) -> bool:
@@ -130,10 +134,15 @@ class _BridgeRunner:
                 f"{type(hf).__name__} has no inner decoder that memlens can enter at a block: use engine='reference'."
             )
         self.norm: nn.Module = _inner_norm(model, self.base)
-        self.extra_outputs = self._probe_block_output()
+
+    @property
+    def extra_outputs(self) -> int | None:
+        """How many outputs a block hands on beside the residual (None: a bare tensor); asked once a model."""
+        if self.model not in _EXTRA_OUTPUTS:
+            _EXTRA_OUTPUTS[self.model] = self._probe_block_output()
+        return _EXTRA_OUTPUTS[self.model]
 
     def _probe_block_output(self) -> int | None:
-        """How many outputs a block hands on beside the residual (None: a bare tensor); asked once."""
         seen: list[int | None] = []
 
         def look(_module: nn.Module, _args: Any, out: Any) -> None:

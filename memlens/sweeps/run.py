@@ -13,14 +13,15 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from memlens.errors import EmptySetError, InterventionError, SequenceError, check_option
+from memlens.models.hooks import resolve_hook
 from memlens.models.provenance import describe
 from memlens.models.trunk import Trunk
 from memlens.results import Result
 from memlens.sequences import SequenceSet
-from memlens.sweep.engine import Engine, make_batches
-from memlens.sweep.interventions import Intervention
-from memlens.sweep.metrics import MetricLike, make_reduce, metric_names
-from memlens.sweep.planner import Budget
+from memlens.sweeps.engine import Engine, make_batches
+from memlens.sweeps.interventions import Intervention
+from memlens.sweeps.metrics import MetricLike, make_reduce, metric_names
+from memlens.sweeps.planner import Budget
 
 __all__ = ["ENGINES", "make_result", "sequence_coords", "sweep"]
 
@@ -117,6 +118,9 @@ def _check_inputs(trunk: Trunk, seqs: SequenceSet, interventions: Sequence[Inter
             raise InterventionError(
                 f"{item!r} is no Intervention: wrap it in memlens.Intervention(name, hooks)."
             )
+    known = trunk.model.hook_dict
+    for name in {name for item in interventions for name, _ in item.hooks if name not in known}:
+        resolve_hook(trunk.model, name)
     longest, top = int(seqs.lengths.max()), int(seqs.tokens[seqs.mask].max())
     if longest > trunk.n_ctx:
         raise SequenceError(f"a sequence has {longest} tokens and the model's context {trunk.n_ctx}: cut it.")

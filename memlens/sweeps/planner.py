@@ -12,7 +12,7 @@ import torch
 from memlens.errors import EmptySetError
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
-from memlens.sweep.interventions import Intervention
+from memlens.sweeps.interventions import Intervention
 
 __all__ = ["Budget", "Plan", "plan"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from memlens.models.hooks import attached
-from memlens.sweep.interventions import Intervention
-from memlens.sweep.silent import EditWatch
+from memlens.sweeps.interventions import Intervention
+from memlens.sweeps.silent import EditWatch
 
 __all__ = ["applied"]
 

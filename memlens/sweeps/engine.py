@@ -21,8 +21,8 @@ from memlens.errors import NonFiniteError
 from memlens.models.hooks import HookFn, attached, capturing, hook_name, resolve_hook
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
-from memlens.sweep.interventions import Batch, Intervention
-from memlens.sweep.silent import EditWatch
+from memlens.sweeps.interventions import Batch, Intervention
+from memlens.sweeps.silent import EditWatch
 
 __all__ = ["Engine", "Reduce", "Targets"]
 
@@ -134,12 +134,14 @@ class Engine:
             with attached(self.model, self._watched(bound[0])):
                 return trunk.run(resid.clone(), start)
         size = len(resid)
-        by_name: dict[str, list[tuple[slice, HookFn]]] = {}
+        chains: dict[Any, dict[int, list[HookFn]]] = {}
         for i, hooks in enumerate(bound):
-            for name, fn in hooks:
-                rows = slice(i * size, (i + 1) * size)
-                by_name.setdefault(name, []).append((rows, self.watch.wrap(name, fn)))
-        hooks = [(self._point(n), _on_slices(parts, size * len(bound))) for n, parts in by_name.items()]
+            for point, fn in self._watched(hooks):
+                chains.setdefault(point, {}).setdefault(i, []).append(fn)
+        hooks = [
+            (point, _on_slices([(slice(i * size, (i + 1) * size), _chain(fns)) for i, fns in parts.items()], len(bound) * size))
+            for point, parts in chains.items()
+        ]
         with attached(self.model, hooks):
             return trunk.run(resid.repeat(len(bound), 1, 1), start)
 
@@ -170,17 +172,36 @@ class _NotStackableError(Exception):
     """A hooked activation does not have the batch as its first axis."""
 
 
-def _on_slices(parts: Sequence[tuple[slice, HookFn]], rows: int) -> HookFn:
-    """One hook that lets each function see and change only its own rows."""
+def _chain(fns: Sequence[HookFn]) -> HookFn:
+    """Several functions of one intervention on one hook, each seeing what the one before gave."""
 
-    def call(activation: Tensor, hook: Any) -> Tensor:
+    def call(activation: Tensor, hook: Any) -> Tensor | None:
+        value, changed = activation, False
+        for fn in fns:
+            new = fn(value, hook)
+            value, changed = (value, changed) if new is None else (new, True)
+        return value if changed else None
+
+    return call
+
+
+def _on_slices(parts: Sequence[tuple[slice, HookFn]], rows: int) -> HookFn:
+    """One hook that lets each function see and change only its own rows.
+
+    A function that edits in place reaches whatever else reads the activation, as it does when it runs
+    alone; a function that returns a new activation does not.
+    """
+
+    def call(activation: Tensor, hook: Any) -> Tensor | None:
         if activation.shape[0] != rows:
             raise _NotStackableError
+        new = [(part, fn(activation[part], hook)) for part, fn in parts]
+        returned = [(part, value) for part, value in new if value is not None]
+        if not returned:
+            return None
         out = activation.clone()
-        for part, fn in parts:
-            new = fn(out[part], hook)
-            if new is not None:
-                out[part] = new
+        for part, value in returned:
+            out[part] = value
         return out
 
     return call
