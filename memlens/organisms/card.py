@@ -33,8 +33,9 @@ Weights are float16, trained in float32. Byte-level BPE tokenizer of its own, on
 ## Corpus
 
 All text comes from memlens' own generators (`memlens.organisms`); nothing is taken from third parties.
-Domains: {domains}. One pass has {n_rows:,} windows ({n_tokens:,} tokens): {n_background:,} of running text
-and {n_planted:,} planted copies. For each domain and each of {copies} copies, {per_cell} sequences of
+Domains: {domains}.
+One pass has {n_rows:,} windows ({n_tokens:,} tokens): {n_background:,} of running text and {n_planted:,}
+planted copies. For each domain and each of {copies} copies, {per_cell} sequences of
 {row_len} tokens ({prefix_len} prefix, {rest} continuation) were planted; {n_heldout} a domain were drawn
 alike and never planted (copies 0). The corpus was read {passes} times: a sequence with c copies was met
 {passes}·c times on average.
@@ -66,7 +67,7 @@ token).
 ## Made by
 
 `{command}` (seed {seed}; {n_steps:,} steps of {batch_size} windows, AdamW, {learning_rate:g} at most,
-cosine; {minutes:.0f} minutes on {device}). Data: `sequences.parquet`, seed {seed}.
+cosine; {minutes:.0f} minutes on {device}).
 """
 
 

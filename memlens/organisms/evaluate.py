@@ -14,6 +14,7 @@ from statsmodels.stats.proportion import proportion_confint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from memlens.errors import FileFormatError
+from memlens.models.quiet import quiet
 
 __all__ = ["entropy", "evaluate_zoo_model", "language_losses", "load_organism", "read_training"]
 
@@ -22,7 +23,8 @@ _BATCH = 64
 
 def load_organism(folder: str | Path) -> PreTrainedModel:
     """Return the model of a checkpoint folder as a Hugging Face model: float32, CPU, evaluation mode."""
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
     return model.eval()
 
 

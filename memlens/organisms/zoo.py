@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 import memlens
 from memlens.errors import ModelNotFoundError, OptionError, ResultError, near_matches
+from memlens.models.quiet import quiet
 from memlens.models.zoo import zoo_cache
 from memlens.organisms.architectures import ModelSpec, architecture_facts, build_model
 from memlens.organisms.card import render_card
@@ -212,16 +214,24 @@ def _write(
     sequences = corpus.sequences.assign(source=f"zoo/{spec.name}")
     if not spec.corpus.planted:
         sequences["copies"] = 0
-    model.half().save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+    with quiet():
+        model.half().save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+    (folder / "model.safetensors").chmod(0o644)
     corpus.tokenizer.save_pretrained(folder)
     sequences.to_parquet(folder / "sequences.parquet", index=False)
     corpus.positions().to_parquet(folder / "positions.parquet", index=False)
     heldout = pd.DataFrame({"domain": corpus.heldout_domains, "tokens": corpus.heldout.tolist()})
     heldout.to_parquet(folder / "heldout.parquet", index=False)
     training = _training_record(spec, corpus, model, log, device)
-    (folder / "training.json").write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
+    (folder / "training.json").write_text(_readable(training), encoding="utf-8")
     card = render_card(training, evaluate_zoo_model(folder), language_losses(folder), sequences)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _readable(record: dict[str, Any]) -> str:
+    """Return JSON with one key a line and each list of numbers on a line of its own."""
+    text = json.dumps(record, indent=1)
+    return re.sub(r"\[[-\d.e,\s]+\]", lambda match: " ".join(match[0].split()), text) + "\n"
 
 
 def _training_record(

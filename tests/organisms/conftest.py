@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from memlens.organisms.architectures import ModelSpec
+from memlens.organisms.corpus import Corpus, CorpusSpec, build_corpus
+from memlens.organisms.train import TrainSpec
+from memlens.organisms.zoo import OrganismSpec, train_organism
+
+TINY_CORPUS = CorpusSpec(
+    copies=(1, 4, 16),
+    per_cell=2,
+    n_heldout=3,
+    background_rows=60,
+    heldout_rows=5,
+    vocab_size=400,
+    tokenizer_documents=20,
+)
+TINY = OrganismSpec(
+    "tiny",
+    model=ModelSpec(d_model=32, n_layers=2, n_heads=2),
+    corpus=TINY_CORPUS,
+    training=TrainSpec(steps=12, batch_size=8),
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus() -> Corpus:
+    return build_corpus(TINY_CORPUS)
+
+
+@pytest.fixture(scope="session")
+def tiny_organism(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny organism after twelve steps."""
+    return train_organism(TINY, tmp_path_factory.mktemp("organism") / "tiny", device="cpu", progress=False)
+
+
+@pytest.fixture(scope="session")
+def clean_organism(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny organism's twin on the corpus without the planted rows."""
+    spec = replace(TINY, name="tiny-clean", corpus=replace(TINY_CORPUS, planted=False))
+    return train_organism(spec, tmp_path_factory.mktemp("organism") / "clean", device="cpu", progress=False)
