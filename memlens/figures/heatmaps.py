@@ -164,7 +164,8 @@ def _maps(
     fig.update_xaxes(**x_axis, showgrid=False)
     fig.update_yaxes(theme.layer_axis(first["layer"].values, ""), showgrid=False)
     fig.update_yaxes(title_text="layer", col=1)
-    height = int(np.clip(230 + 24 * ci.sizes["layer"], 340, 760))
+    labels = 60 if "ticktext" in x_axis else 0
+    height = int(np.clip(250 + 24 * ci.sizes["layer"], 360, 760)) + labels
     theme.figure(fig, title=title, subtitle=subtitle, height=height, menu=len(names) > 1)
     if len(names) > 1:
         theme.dropdown(fig, [text.label for text in texts], owners, {})

@@ -50,6 +50,10 @@ def _spoken(row: xr.DataArray, text: MetricText) -> str:
     return f"{mean:.3g}{unit}{interval}"
 
 
+def _includes_zero(row: xr.DataArray) -> bool:
+    return bool(row.sel(statistic="low") <= 0 <= row.sel(statistic="high"))
+
+
 def _over(result: Result) -> str:
     count = result.data.sizes["sequence"]
     return "in one sequence" if count == 1 else f"mean over {count} sequences"
@@ -83,12 +87,13 @@ def _chance(ci: xr.DataArray) -> str:
 
 def _harm(result: Result, metric: str | None) -> str:
     name = metric or next(n for n in result.metrics if f"{n}_baseline" in result.data)
-    ci = result.mean_ci(metric=name, of="effect")[name]
+    ci = result.mean_ci(("sequence", "target"), metric=name, of="effect")[name]
     text = metric_text(name)
     row, site = _extreme(ci, text.better, harm=True)
+    unsure = " That interval includes 0: this may be no effect at all." if _includes_zero(row) else ""
     return (
         f"Recall is harmed most at {_where(site)}: the {text.label} there changes by {_spoken(row, text)}, "
-        f"{_over(result)}, against the unchanged model.{_chance(ci)}"
+        f"{_over(result)}, against the unchanged model.{unsure}{_chance(ci)}"
     )
 
 
@@ -96,7 +101,7 @@ def _restored(result: Result, metric: str | None) -> str:
     name = metric or ("normalized_effect" if "normalized_effect" in result.metrics else result.metrics[0])
     of = "effect" if f"{name}_corrupt" in result.data else "value"
     noising = result.settings.get("direction") == "noising"
-    ci = result.mean_ci(metric=name, of=of)[name]
+    ci = result.mean_ci(("sequence", "target"), metric=name, of=of)[name]
     text = metric_text(name)
     row, site = _extreme(ci, text.better, harm=noising)
     scale = " (0 is the corrupt run, 1 the clean one)" if name == "normalized_effect" else ""
@@ -118,7 +123,8 @@ def _decoded(result: Result, metric: str | None) -> str:
     text += f"{_spoken(last, MetricText(''))} ({_over(result)})."
     means = odds.sel(statistic="mean").values
     half = odds["layer"].values[means >= 0.5 * means[-1]]
-    top = data["layer"].values[np.exp(log_rank.values) < 2]
+    stays = np.logical_and.accumulate(np.exp(log_rank.values[::-1]) < 2)[::-1]
+    top = data["layer"].values[stays]
     text += f" Half of that is first reached after layer {half[0]}." if len(half) else ""
     text += f" Their geometric mean rank is below 2 from layer {top[0]} on." if len(top) else ""
     return text

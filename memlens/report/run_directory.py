@@ -227,6 +227,7 @@ def _result_section(path: Path, entry: Mapping[str, Any], warnings: list[str]) -
             options, words = request["options"], request["reading"]
             if words is None:
                 words = reading(result, options.get("metric"), sequence=options.get("sequence"))
+                words += f" The values of {options['group']} are drawn apart." if "group" in options else ""
             figures.append(FigureBlock(result.plot(**options), words, request["caption"]))
     except Exception as error:  # one result that cannot be shown must not cost the others
         _LOG.warning("the result %s cannot be shown: %s", entry["name"], error)

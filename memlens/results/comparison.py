@@ -105,7 +105,7 @@ def _paired(first: xr.DataArray, second: xr.DataArray) -> tuple[xr.DataArray, xr
     keys = [key for key in dict.fromkeys(links.tolist()) if key in rows]
     if len(keys) < 2:
         raise ResultError(
-            f"{link!r} of the second result names {len(keys)} sequences of the first: pairing needs two or more."
+            f"{link!r} of the second result names {len(keys)} sequences of the first: pairs need two or more."
         )
     controls = [second.isel(sequence=links == key).mean("sequence") for key in keys]
     return first.isel(sequence=[rows[key] for key in keys]), xr.concat(controls, "sequence", coords="minimal")

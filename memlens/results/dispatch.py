@@ -62,6 +62,9 @@ def overlay(results: Mapping[str, Result], metric: str | None = None, **options:
         parts, "sequence", join="outer", data_vars="all", coords="minimal", compat="override",
         combine_attrs="override",
     )  # fmt: skip
+    if "title" not in options:
+        counts = ", ".join(f"{name}: {result.data.sizes['sequence']}" for name, result in results.items())
+        options["title"] = f"{joined.attrs['kind'].replace('_', ' ').capitalize()} ({counts} sequences)"
     return plot_result(Result(joined), metric, group="group", **options)
 
 

@@ -127,6 +127,23 @@ def test_reading_names_the_worst_head() -> None:
     assert f"layer {layer}, head {head}" in ranks
 
 
+def test_reading_of_decoding_names_the_layer_from_which_the_rank_stays_low() -> None:
+    result = synthetic.residual_decoding()
+    ranks = np.array([0.0, 9, 9, 9, 0, 0, 0, 0])  # on top early on, but it does not stay there
+    result.data["rank"][:] = ranks[None, :, None]
+    assert "rank is below 2 from layer 4 on" in reading(result)
+
+
+def test_reading_says_so_when_nothing_is_shown_to_matter() -> None:
+    result = synthetic.attention_bypass()
+    noise = np.random.default_rng(0).normal(0, 1, result["target_logprob"].shape)
+    result.data["target_logprob"][:] = (
+        result["target_logprob_baseline"].values[:, None] + noise - noise.mean(0)
+    )
+    assert "includes 0" in reading(result)
+    assert "includes 0" not in reading(synthetic.attention_bypass())
+
+
 def test_unknown_kind_has_no_reading() -> None:
     result = synthetic.recall()
     assert reading(Result(result.data.assign_attrs(kind="new"))) == ""
