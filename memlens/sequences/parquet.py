@@ -33,7 +33,9 @@ def write_parquet(seqs: SequenceSet, path: str | Path, **extra: Mapping[str, Any
     table = table.append_column("tokens", pa.array(seqs.rows(), pa.list_(pa.int64())))
     table = table.append_column("prefix_len", pa.array(seqs.prefix_len.numpy()))
     settings = {"attrs": dict(seqs.attrs), "width": seqs.tokens.shape[1], **extra}
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _KEY: json.dumps(settings)})
+    table = table.replace_schema_metadata(
+        {**(table.schema.metadata or {}), _KEY: json.dumps(settings, default=_native)}
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -90,6 +92,11 @@ def _widened(seqs: SequenceSet, width: int) -> SequenceSet:
     tokens = np.pad(seqs.tokens.numpy(), ((0, 0), (0, missing)))
     mask = np.pad(seqs.mask.numpy(), ((0, 0), (0, missing)))
     return SequenceSet.from_tokens(tokens, seqs.prefix_len, table=seqs.table, mask=mask, attrs=seqs.attrs)
+
+
+def _native(value: Any) -> Any:
+    """Turn a NumPy scalar among the attributes into Python's own."""
+    return value.item()
 
 
 def _plain(value: Any) -> Any:

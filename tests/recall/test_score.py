@@ -10,13 +10,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from memlens.errors import EmptySetError, NonFiniteError, OptionError, SequenceError, VocabularyError
+from memlens.errors import (
+    EmptySetError,
+    NonFiniteError,
+    OptionError,
+    SequenceError,
+    UnsupportedModelError,
+    VocabularyError,
+)
 from memlens.models.loading import load_model
 from memlens.recall import forward as forward_module
 from memlens.recall import greedy_continuations, score_recall
 from memlens.sequences import SequenceSet
 from tests.recall.sets import graded, plain_greedy
-from tests.tiny import D_VOCAB, FAMILIES, HOOKED_FAMILIES, random_tokens
+from tests.tiny import D_VOCAB, FAMILIES, HOOKED_FAMILIES, N_CTX, random_tokens
 
 BOTH = [(f, "bridge") for f in FAMILIES] + [(f, "hooked") for f in HOOKED_FAMILIES]
 Models = Callable[..., Any]
@@ -133,6 +140,29 @@ def test_an_all_right_set_is_not_decoded(tiny_model: Models) -> None:
         recall = score_recall(model, seqs, progress=False)
     assert recall.table["memorization_score"].tolist() == [1.0] * len(seqs)
     assert [w for w in widths if w > 1] == [seqs.tokens.shape[1]]
+
+
+def test_models_that_cannot_be_entered_at_a_block_are_scored_by_whole_passes(
+    tiny_model: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", "bridge")
+    seqs = graded(model)
+    expected = score_recall(model, seqs, progress=False).table
+
+    def refuse(model: Any) -> None:
+        raise UnsupportedModelError("no inner decoder")
+
+    monkeypatch.setattr(forward_module, "Trunk", refuse)
+    pd.testing.assert_frame_equal(score_recall(model, seqs, progress=False).table, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_context_s_length_is_known_for_every_family(tiny_model: Models, family: str) -> None:
+    model = tiny_model(family, "bridge")
+    full = SequenceSet.from_tokens(random_tokens(1, N_CTX), 60)
+    assert len(score_recall(model, full, progress=False)) == 1
+    with pytest.raises(SequenceError, match=r"65 tokens, .* holds 64"):
+        score_recall(model, SequenceSet.from_tokens(random_tokens(1, N_CTX + 1), 60), progress=False)
 
 
 def test_greedy_continuations_of_chosen_rows_from_nothing_known(tiny_model: Models) -> None:

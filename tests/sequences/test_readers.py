@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +275,8 @@ def test_short_rows_raise_or_are_dropped() -> None:
 def test_repeated_names_are_told_apart_and_duplicates_reported() -> None:
     frame = pd.DataFrame({"tokens": [[1, 2], [3, 4], [1, 2]], "id": ["a", "b", "a"]})
     model = model_with(tiny_tokenizer())
-    with pytest.warns(UserWarning, match="3 rows have 2 ids") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         seqs = load_sequences(frame, model, prefix_len=1)
     assert seqs.ids == ["a", "b", "a-2"]
     messages = [str(w.message) for w in caught]

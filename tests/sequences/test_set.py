@@ -92,6 +92,11 @@ def test_padding_is_never_part_of_the_content(tmp_path: Path) -> None:
     assert_same(SequenceSet.from_parquet(a.to_parquet(tmp_path / "a.parquet")), a)
 
 
+def test_numpy_attributes_are_saved_as_plain_numbers(tmp_path: Path) -> None:
+    seqs = SequenceSet.from_tokens([[1, 2]], 1, attrs={"n": np.int64(3), "x": np.float32(0.5)})
+    assert SequenceSet.from_parquet(seqs.to_parquet(tmp_path / "a.parquet")).attrs == {"n": 3, "x": 0.5}
+
+
 def test_concat_appends_and_refuses_shared_ids() -> None:
     a = SequenceSet.from_tokens([[1, 2, 3]], 1, attrs={"name": "a"})
     b = SequenceSet.from_tokens([[4, 5], [6, 7]], 1, attrs={"name": "b", "k": 1})
