@@ -73,7 +73,7 @@ def build_model(spec: ModelSpec, vocab_size: int, *, seed: int) -> PreTrainedMod
 
     >>> tiny = ModelSpec(d_model=16, n_layers=1, n_heads=2)
     >>> build_model(tiny, 300, seed=0).num_parameters()
-    12976
+    12912
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
