@@ -13,7 +13,7 @@ import pandas as pd
 from memlens.errors import FileFormatError, SourceNotFoundError, near_matches
 from memlens.sequences.parquet import read_table
 
-__all__ = ["SUFFIXES", "read_file", "zoo_file"]
+__all__ = ["SUFFIXES", "read_file", "zoo_file", "zoo_folder"]
 
 SUFFIXES = (".npy", ".jsonl", ".csv", ".parquet")
 
@@ -37,6 +37,11 @@ def read_file(path: Path) -> tuple[Any, dict[str, Any]]:
     return readers[path.suffix.lower()](path), {}
 
 
+def zoo_folder() -> Path:
+    """Return the folder of the bundled models."""
+    return Path(str(resources.files("memlens"))) / "models" / "zoo"
+
+
 def zoo_file(name: str) -> Path:
     """Return the planted list that is shipped with a model of the zoo.
 
@@ -46,7 +51,7 @@ def zoo_file(name: str) -> Path:
     Raises:
         SourceNotFoundError: There is no such model, or it has no list.
     """
-    zoo = Path(str(resources.files("memlens"))) / "models" / "zoo"
+    zoo = zoo_folder()
     path = zoo / name.removeprefix("zoo/") / "sequences.parquet"
     if not path.is_file():
         known = sorted(f"zoo/{p.parent.name}" for p in zoo.glob("*/sequences.parquet"))

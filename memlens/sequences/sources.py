@@ -12,11 +12,12 @@ from torch import Tensor
 
 from memlens.errors import SequenceError, SourceNotFoundError
 from memlens.sequences.drafts import Draft
-from memlens.sequences.files import read_file, zoo_file
+from memlens.sequences.files import read_file, zoo_file, zoo_folder
 from memlens.sequences.idioms import read_idioms
 from memlens.sequences.rows import some
 from memlens.sequences.set import SequenceSet
 from memlens.sequences.tables import Columns, read_frame
+from memlens.sequences.tokenizing import tokenizer_attrs
 
 __all__ = ["open_source", "read_content"]
 
@@ -29,7 +30,7 @@ def open_source(source: Any, model: Any, split: str, limit: int | None) -> tuple
     if isinstance(source, str) and (source == "zoo" or source.startswith("zoo/")):
         name = _zoo_name(source, model)
         content, settings = read_file(zoo_file(name))
-        return content, settings.get("attrs", {}), name
+        return content, {**_tokenizer_of(zoo_file(name).parent), **settings.get("attrs", {})}, name
     if isinstance(source, str) and source.startswith("hf:"):
         return _hub_dataset(source.removeprefix("hf:"), split), {}, source
     if isinstance(source, str | Path):
@@ -45,9 +46,17 @@ def _zoo_name(source: str, model: Any) -> str:
     """Return "zoo/NAME"; for a bare "zoo" the model's own list where it is of the zoo."""
     if source != "zoo":
         return source
-    path = str(getattr(getattr(model, "tokenizer", None), "name_or_path", ""))
-    parts = Path(path).parts
-    return f"zoo/{parts[-1]}" if "zoo" in parts[:-1] else DEFAULT_ZOO
+    folder = Path(str(getattr(getattr(model, "tokenizer", None), "name_or_path", "")))
+    return f"zoo/{folder.name}" if folder.parent == zoo_folder() else DEFAULT_ZOO
+
+
+def _tokenizer_of(folder: Path) -> dict[str, Any]:
+    """Return what identifies the tokenizer of a zoo model, so that its list is refused for other models."""
+    if not (folder / "tokenizer.json").is_file():
+        return {}
+    from transformers import AutoTokenizer
+
+    return {**tokenizer_attrs(AutoTokenizer.from_pretrained(folder)), "tokenizer": f"zoo/{folder.name}"}
 
 
 def _hub_dataset(name: str, split: str) -> Any:

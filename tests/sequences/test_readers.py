@@ -189,6 +189,12 @@ def test_zoo_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.name_or_path = str(tmp_path / "models" / "zoo" / "other")
     assert load_sequences("zoo", model_with(tokenizer)).ids == ["other-0"]
+    tiny_tokenizer().save_pretrained(tmp_path / "models" / "zoo" / "other")
+    assert load_sequences("zoo/other", model_with(tiny_tokenizer())).attrs["tokenizer"] == "zoo/other"
+    with pytest.raises(
+        VocabularyError, match=r"made with the tokenizer zoo/other \(101 entries\), the model has"
+    ):
+        load_sequences("zoo/other", model_with(byte_level()))
     with pytest.raises(
         SourceNotFoundError, match=r"'zoo/pythia-z'.*zoo/other, zoo/pythia-s.*Did you mean 'zoo/pythia-s'"
     ):
