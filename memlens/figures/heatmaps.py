@@ -38,7 +38,7 @@ def heatmap_layer_head(
     Returns:
         The figure; hovering shows layer, head, mean, interval and number of sequences.
     """
-    return _maps(ci, "head", metrics, signed, title, subtitle, {"title": {"text": "head"}})
+    return _maps(ci, "head", metrics, signed, title, subtitle, token_axis(None, ci["head"].values, "head"))
 
 
 def heatmap_layer_position(

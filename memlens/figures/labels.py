@@ -17,6 +17,7 @@ __all__ = ["MetricText", "metric_text", "plain", "unique_tokens", "visible"]
 
 _MARKS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "": "∅"}
 _HIDDEN = {"Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp"}
+_LONGEST_NAME = 40
 _JOINERS = "\u200c\u200d"
 
 
@@ -64,16 +65,21 @@ _KNOWN = {
 
 
 def metric_text(name: str, array: xr.DataArray | None = None) -> MetricText:
-    """Return label, unit and direction of a metric; `long_name` and `units` of the array come first.
+    """Return label, unit and direction of a metric.
+
+    Names that memlens does not know are spoken of by the array's `long_name` where it is short, with its
+    `units`.
 
     An array with the attribute `of="effect"` holds differences, and its label says so.
 
     >>> metric_text("target_logprob").axis
     'target log-prob (nats)'
     """
-    known = _KNOWN.get(name, MetricText(name.replace("_", " ")))
     attrs = {} if array is None else array.attrs
-    label, unit = attrs.get("long_name", known.label), attrs.get("units", known.unit)
+    long_name = str(attrs.get("long_name", ""))
+    words = long_name if 0 < len(long_name) <= _LONGEST_NAME else name.replace("_", " ")
+    known = _KNOWN.get(name) or MetricText(words, str(attrs.get("units", "")))
+    label, unit = known.label, known.unit
     change = "change in " if attrs.get("of") == "effect" else ""
     return MetricText(change + plain(str(label)), plain(str(unit)), known.better)
 

@@ -72,7 +72,7 @@ def decoding_panels(
     fig.update_xaxes(theme.layer_axis(ci["layer"].values, ""))
     fig.update_xaxes(title_text="layer", row=2)
     fig.update_yaxes(title_text="mean probability", rangemode="tozero", row=1)
-    fig.update_yaxes(title_text="geometric mean rank", type="log", autorange="reversed", dtick=1, row=2)
+    fig.update_yaxes(title_text="geometric mean rank", type="log", autorange="reversed", row=2)
     return theme.figure(fig, title=title, subtitle=subtitle, height=620)
 
 

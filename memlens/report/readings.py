@@ -14,7 +14,9 @@ from memlens.results import Result
 __all__ = ["reading"]
 
 
-def reading(result: Result, metric: str | None = None, *, sequence: str | None = None) -> str:
+def reading(
+    result: Result, metric: str | None = None, *, sequence: str | None = None, stream: str = "resid_post"
+) -> str:
     """Return a few sentences on a result, in the order a reader would ask.
 
     They are descriptions of the numbers, not tests: the largest of many sites is named as such, and how many
@@ -24,6 +26,7 @@ def reading(result: Result, metric: str | None = None, *, sequence: str | None =
         result: any result.
         metric: the metric to speak of; the first by default.
         sequence: the id of the one sequence to speak of; all by default.
+        stream: which stream to speak of, where several were decoded.
 
     Returns:
         Plain text; empty for a kind that has no words yet or a result without the values they need.
@@ -37,6 +40,8 @@ def reading(result: Result, metric: str | None = None, *, sequence: str | None =
         if sequence is not None:
             ids = result["sequence"].values.astype(str)
             result = Result(result.data.isel(sequence=ids == str(sequence)))
+        if "stream" in result.data.dims:
+            result = Result(result.data.sel(stream=stream))
         return _READINGS[result.kind](result, metric) if result.kind in _READINGS else ""
     except (MemlensError, KeyError, ValueError):
         return ""
@@ -112,7 +117,6 @@ def _restored(result: Result, metric: str | None) -> str:
 
 def _decoded(result: Result, metric: str | None) -> str:
     data = result.data
-    data = data.sel(stream="resid_post") if "stream" in data.dims else data
     ranks = Result(xr.Dataset({"rank": np.log(data["rank"] + 1.0)}, attrs=data.attrs))
     log_rank = ranks.mean_ci(("sequence", "target"), metric="rank")["rank"].sel(statistic="mean")
     odds = Result(data).mean_ci(("sequence", "target"), metric="probability", method="bootstrap")[

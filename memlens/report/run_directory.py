@@ -226,7 +226,8 @@ def _result_section(path: Path, entry: Mapping[str, Any], warnings: list[str]) -
         for request in entry["figures"] or [asdict(FigureRequest())]:
             options, words = request["options"], request["reading"]
             if words is None:
-                words = reading(result, options.get("metric"), sequence=options.get("sequence"))
+                chosen = {key: options[key] for key in ("metric", "sequence", "stream") if key in options}
+                words = reading(result, **chosen)
                 words += f" The values of {options['group']} are drawn apart." if "group" in options else ""
             figures.append(FigureBlock(result.plot(**options), words, request["caption"]))
     except Exception as error:  # one result that cannot be shown must not cost the others

@@ -27,7 +27,7 @@ def subtitle_of(result: Result, *, of: str, level: float = 0.95, note: str = "")
     count = result.data.sizes["sequence"]
     what = "mean change (with − without the intervention)" if of == "effect" else "mean"
     parts = [
-        f"{what} over {count} sequences, {level:.0%} interval",
+        f"{what} over {count} sequences, {100 * level:g} % interval",
         note,
         str(result.data.attrs.get("model", "")),
     ]

@@ -78,7 +78,8 @@ def mean_interval(
             f"{values.name or 'the array'} has no dimension {dim!r}: its dimensions are {values.dims}."
         )
     values = values.transpose(dim, ...)
-    table = np.asarray(values.values, dtype=np.float64).reshape(values.sizes[dim], -1)
+    sites = int(np.prod(values.shape[1:]))
+    table = np.asarray(values.values, dtype=np.float64).reshape(values.sizes[dim], sites)
     if method == "auto":
         method = "wilson" if is_binary(table) else "bootstrap"
     n = np.isfinite(table).sum(0)

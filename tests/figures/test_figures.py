@@ -222,6 +222,20 @@ def test_letters_of_all_scripts_stay() -> None:
         assert figures.visible(token) == token
 
 
+def test_few_heads_have_whole_numbers() -> None:
+    ci = synthetic.head_ablation(3, 4).mean_ci(metric="target_logprob", of="effect", n_resamples=50)
+    assert figures.heatmap_layer_head(ci).layout.xaxis.dtick == 1
+
+
+def test_unknown_metrics_are_spoken_of_by_their_own_attributes() -> None:
+    array = xr.DataArray(0.0, attrs={"long_name": "my metric", "units": "bits"})
+    assert figures.metric_text("mine", array).axis == "my metric (bits)"
+    wordy = array.assign_attrs(long_name="what this is, said at some length in a whole sentence")
+    assert figures.metric_text("mine", wordy).axis == "mine (bits)"
+    assert figures.metric_text("target_logprob", wordy).axis == "target log-prob (nats)"
+    assert figures.metric_text("margin", array.assign_attrs(of="effect")).label.startswith("change in margin")
+
+
 def test_colors_tell_groups_apart() -> None:
     assert len(set(theme.group_colors(["a", "b", "c", "d", "e", "f", "g", "h"]))) == 8
     assert len(set(theme.group_colors(list(range(9))))) == 9
@@ -244,4 +258,4 @@ def test_many_heads_and_positions_stay_light() -> None:
     ci = synthetic.head_ablation(48, 128).mean_ci(metric="target_logprob", of="effect", n_resamples=50)
     fig = figures.heatmap_layer_head(ci, metrics=["target_logprob"])
     assert len(fig.to_json()) < 400_000
-    assert 128 / fig.layout.xaxis.dtick <= 24 if fig.layout.xaxis.dtick else True
+    assert 128 / fig.layout.xaxis.dtick <= 24

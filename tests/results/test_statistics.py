@@ -101,6 +101,13 @@ def test_resample_weights_keep_the_mean() -> None:
     assert np.abs(bootstrap_means(np.full((9, 2), 3.0), 50, 0) - 3).max() < 1e-12
 
 
+def test_no_sequences_give_nan() -> None:
+    found = mean_interval(xr.DataArray(np.zeros((0, 3)), dims=("sequence", "layer")))
+    assert found.shape == (3, 3)
+    assert np.isnan(found).all()
+    assert found["n"].values.tolist() == [0, 0, 0]
+
+
 def test_binary_needs_values() -> None:
     assert not is_binary(np.array([np.nan]))
     assert not is_binary(np.array([], dtype=bool))
