@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from statsmodels.stats.multitest import multipletests
 
 from memlens.errors import ResultError, check_option
 from memlens.results.result import Result
@@ -147,6 +146,8 @@ def _share_as_extreme(samples: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 
 def _corrected(p: np.ndarray) -> np.ndarray:
+    from statsmodels.stats.multitest import multipletests  # takes most of a second to import
+
     known = np.isfinite(p)
     out = np.full_like(p, np.nan)
     if known.any():

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from scipy import stats
-from statsmodels.stats.proportion import proportion_confint
 
 from memlens.errors import OptionError, ResultError, check_option
 
@@ -148,6 +146,8 @@ def _bootstrap(
 def _wilson(
     table: np.ndarray, n: np.ndarray, level: float, n_resamples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    from statsmodels.stats.proportion import proportion_confint  # takes most of a second to import
+
     if not is_binary(table) and np.isfinite(table).any():
         raise OptionError("method='wilson' needs values that are all 0 or 1: use method='bootstrap'.")
     hits = np.where(np.isfinite(table), table, 0.0).sum(0)
@@ -159,6 +159,8 @@ def _wilson(
 def _student(
     table: np.ndarray, n: np.ndarray, level: float, n_resamples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    from scipy import stats
+
     means = _column_means(table, n)
     squares = np.where(np.isfinite(table), (table - means) ** 2, 0.0).sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
