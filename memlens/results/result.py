@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,11 +78,9 @@ class Result:
             settings: every parameter, as JSON types; kept as the attribute `settings`.
             facts: what `memlens.models.provenance.describe` gives, `seed`, and the like.
         """
-        from memlens import __version__
-
         fixed = {
             "kind": kind,
-            "memlens": __version__,
+            "memlens": metadata.version("memlens"),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "settings": json.dumps(dict(settings or {}), default=str),
         }
