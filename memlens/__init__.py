@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from memlens.recall.targets import METRICS
     from memlens.results import Result, compare_groups, load_result
     from memlens.sequences import SequenceSet, check_sequences, corrupt, load_sequences
+    from memlens.studies import LocalizeOptions, localize
     from memlens.sweeps import BatchHook, Intervention, Plan, applied, measure, plan, sweep
 
 __version__ = "0.1.0"
@@ -60,6 +61,7 @@ _HOMES: dict[str, str] = {
         "memlens.recall.targets": ("METRICS",),
         "memlens.results": ("Result", "compare_groups", "load_result"),
         "memlens.sequences": ("SequenceSet", "check_sequences", "corrupt", "load_sequences"),
+        "memlens.studies": ("LocalizeOptions", "localize"),
         "memlens.sweeps": ("BatchHook", "Intervention", "Plan", "applied", "measure", "plan", "sweep"),
     }.items()
     for name in names

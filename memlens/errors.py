@@ -113,4 +113,6 @@ def check_option(name: str, value: object, known: Sequence[str]) -> None:
     """
     if value not in known:
         hint = near_matches(str(value), known)
-        raise OptionError(f"{name}={value!r} is not known: choose one of {', '.join(map(repr, known))}.{hint}")
+        raise OptionError(
+            f"{name}={value!r} is not known: choose one of {', '.join(map(repr, known))}.{hint}"
+        )

@@ -16,7 +16,7 @@ from memlens.models.hooks import has_site, hook_name
 from memlens.models.trunk import Trunk
 from memlens.results import Result
 from memlens.sequences import SequenceSet
-from memlens.sweeps.run import make_result
+from memlens.sweeps.run import make_result, token_labels
 
 __all__ = ["STREAMS", "decode_residual", "promotion_layers"]
 
@@ -102,7 +102,7 @@ def decode_residual(
         torch.from_numpy(values["predicted_probability"][:, 0]),
     )
     variables |= {key: (("sequence", "target"), array.numpy()) for key, array in phases.items()}
-    labels = _token_labels(model, sequences)
+    labels = token_labels(model, sequences.target_ids, sequences.target_mask)
     if labels is not None:
         variables["token"] = (("sequence", "target"), labels)
     coords: dict[str, Any] = {
@@ -193,13 +193,6 @@ def promotion_layers(
 def _first(flags: Bool[Tensor, "*batch layer target"]) -> Float[Tensor, "*batch target"]:
     index: Int[Tensor, "*batch target"] = flags.int().argmax(-2)
     return torch.where(flags.any(-2), index.float(), torch.nan)
-
-
-def _token_labels(model: Any, seqs: SequenceSet) -> np.ndarray | None:
-    if getattr(model, "tokenizer", None) is None:
-        return None
-    ids = seqs.target_ids.tolist()
-    return np.array([[model.tokenizer.decode([i]) if i >= 0 else "" for i in row] for row in ids])
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

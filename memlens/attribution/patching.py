@@ -19,6 +19,7 @@ from memlens.sequences import SequenceSet
 from memlens.sweeps import Batch, BatchHook, ByBatch, Intervention, sweep
 from memlens.sweeps.measure import measure
 from memlens.sweeps.metrics import MetricLike, metric_names
+from memlens.sweeps.run import token_labels
 
 __all__ = ["PATCH_SITES", "activation_patches", "patch_activations"]
 
@@ -207,6 +208,14 @@ def _check_pairs(clean: SequenceSet, corrupt: SequenceSet) -> None:
         raise SequenceError(
             f"pair {row} has different continuations: corrupt the prefix only (memlens.corrupt)."
         )
+
+
+def _with_tokens(data: xr.Dataset, model: Any, clean: SequenceSet) -> xr.Dataset:
+    """Add the clean tokens at the patched positions as text, where the model has a tokenizer."""
+    labels = token_labels(model, clean.tokens, clean.mask)
+    if labels is None or "position" not in data.dims:
+        return data
+    return data.assign(token=(("sequence", "position"), labels[:, data["position"].values]))
 
 
 def _with_effect(

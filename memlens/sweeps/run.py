@@ -23,7 +23,7 @@ from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.metrics import MetricLike, make_reduce, metric_names
 from memlens.sweeps.planner import Budget
 
-__all__ = ["ENGINES", "make_result", "sequence_coords", "sweep"]
+__all__ = ["ENGINES", "make_result", "sequence_coords", "sweep", "token_labels"]
 
 ENGINES = ("fast", "reference")
 _LOG = logging.getLogger(__name__)
@@ -262,6 +262,21 @@ def sequence_coords(seqs: SequenceSet) -> dict[str, Any]:
     return coords
 
 
+def token_labels(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray | None:
+    """Return each token as text, "" outside the mask; None for a model without a tokenizer."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        return None
+    known = {i: tokenizer.decode([i]) for i in ids[mask].unique().tolist()}
+    flags = mask.tolist()
+    return np.array(
+        [
+            [known[i] if real else "" for i, real in zip(row, flag, strict=True)]
+            for row, flag in zip(ids.tolist(), flags, strict=True)
+        ]
+    )
+
+
 def make_result(
     kind: str,
     model: Any,
@@ -281,4 +296,5 @@ def make_result(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "settings": json.dumps({**settings, "sequences": dict(seqs.attrs)}, default=str),
     }
-    return Result(xr.Dataset(dict(variables), {**sequence_coords(seqs), **coords}, attrs))
+    labels = {name: c for name, c in sequence_coords(seqs).items() if name not in variables}
+    return Result(xr.Dataset(dict(variables), {**labels, **coords}, attrs))

@@ -66,7 +66,14 @@ def test_zoo_name_that_does_not_exist():
         load_model("zoo/pythia-xs")
 
 
-@pytest.mark.parametrize("config", [BertConfig(architectures=["BertForMaskedLM"]), BertConfig(), T5Config(architectures=["T5ForConditionalGeneration"])])
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(architectures=["BertForMaskedLM"]),
+        BertConfig(),
+        T5Config(architectures=["T5ForConditionalGeneration"]),
+    ],
+)
 def test_not_causal(config, tmp_path):
     config.save_pretrained(tmp_path)
     architecture = "T5" if isinstance(config, T5Config) else "Bert"

@@ -1,0 +1,260 @@
+"""The main job: where does this model recall these sequences?
+
+Score, decode, attribute, ablate, bypass, patch; every effect beside matched controls that the model does not
+recall, depth beside an untrained twin, and every chosen site chosen on one half of the sequences and
+reported on the other.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memlens.attribution import (
+    ablate_heads,
+    attribute_logits,
+    bypass_attention,
+    decode_residual,
+    patch_activations,
+)
+from memlens.errors import MemlensError
+from memlens.models.provenance import describe
+from memlens.organisms.untrained import untrained_like
+from memlens.recall.score import score_recall
+from memlens.recall.scores import RecallScores
+from memlens.report import FigureRequest, Finding, RunDirectory
+from memlens.results import Result
+from memlens.sequences import SequenceSet, corrupt
+from memlens.studies import findings as find
+
+__all__ = ["LocalizeOptions", "LocalizedRun", "localize"]
+
+_LOG = logging.getLogger(__name__)
+MEMORIZED, CONTROL, UNTRAINED = "memorized", "matched control", "untrained twin"
+
+
+@dataclass(frozen=True)
+class LocalizeOptions:
+    """What `localize` is free to choose; all of it is recorded.
+
+    Attributes:
+        max_sequences: Memorized sequences that are examined; a random choice where there are more.
+        max_patched: Sequences for activation patching, the dearest part.
+        max_positions: Positions for activation patching, spread evenly where there are more.
+        head_mode: How heads are ablated.
+        bypass_mode: How attention is bypassed.
+        patch_site: What is patched.
+        corrupted_position: Which prefix token is replaced for patching, counted from the prefix' end. By default
+            the last, -1; where only one token is to be recalled, the one before it, -2, because the last is
+            itself the place where the prediction is made.
+        untrained_control: Also run on freshly drawn weights.
+        seed: Seed of every random choice.
+    """
+
+    max_sequences: int = 64
+    max_patched: int = 16
+    max_positions: int = 48
+    head_mode: str = "mean_of_other_heads"
+    bypass_mode: str = "identity"
+    patch_site: str = "resid_pre"
+    corrupted_position: int | None = None
+    untrained_control: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LocalizedRun:
+    """What a run gave.
+
+    Attributes:
+        report: The HTML file.
+        findings: In order.
+        failures: Steps that failed, with their messages; the others are in the report.
+    """
+
+    report: Path
+    findings: list[Finding]
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def localize(
+    model: Any,
+    sequences: SequenceSet,
+    out: str | Path,
+    *,
+    options: LocalizeOptions | None = None,
+    title: str | None = None,
+    command: str | None = None,
+    progress: bool = True,
+) -> LocalizedRun:
+    """Find where a model recalls sequences, and write results and report to a folder.
+
+    Args:
+        model: A TransformerLens model.
+        sequences: What it may have memorized.
+        out: The folder; results are saved there one by one, as soon as they are there.
+        options: See `LocalizeOptions`.
+        title: Heading of the report.
+        command: The command line that makes it again, for the report.
+        progress: Show progress bars.
+
+    Returns:
+        The report's path, the findings, and what failed. A step that fails is named in the report and does not
+        stop those that do not need it.
+
+    Raises:
+        EmptySetError, SequenceError, VocabularyError: The sequences do not fit; before any forward pass.
+
+    Example:
+        >>> import memlens as ml, tempfile
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> run = ml.localize(model, ml.load_sequences("zoo", model), tempfile.mkdtemp())  # doctest: +SKIP
+        >>> run.report.name  # doctest: +SKIP
+        'report.html'
+    """
+    return _Localization(model, sequences, Path(out), options or LocalizeOptions(), progress).run(title, command)
+
+
+class _Localization:
+    def __init__(
+        self, model: Any, seqs: SequenceSet, out: Path, options: LocalizeOptions, progress: bool
+    ) -> None:
+        self.model, self.seqs, self.out, self.options, self.progress = model, seqs, out, options, progress
+        self.findings: list[Finding] = []
+        self.failures: dict[str, str] = {}
+
+    def run(self, title: str | None, command: str | None) -> LocalizedRun:
+        recall = score_recall(self.model, self.seqs, progress=self.progress)
+        settings = {"study": "localize", **asdict(self.options)}
+        settings |= {"model": describe(self.model), "sequences": dict(self.seqs.attrs)}
+        title = title or f"Where {describe(self.model)['model']} recalls {len(self.seqs)} sequences"
+        self.folder = RunDirectory(self.out, title=title, settings=settings, command=command)
+        self._keep_recall(recall)
+        memorized = recall.memorized()
+        if len(memorized) < 2:
+            self.findings[-1:] = [find.nothing_recalled(recall)]
+            self.folder.add_finding(self.findings[-1])
+            return LocalizedRun(self.folder.finish(), self.findings, self.failures)
+        memorized = self._some(memorized, self.options.max_sequences)
+        groups = self._groups(recall, memorized)
+        self.twin = untrained_like(self.model, seed=self.options.seed) if self.options.untrained_control else None
+        self._step("decoding", lambda: self._decode(recall, groups))
+        self._step("head ablation", lambda: self._ablate(groups))
+        self._step("attention bypass", lambda: self._bypass(groups))
+        self._step("activation patching", lambda: self._patch(groups))
+        self._step("logit attribution", lambda: self._attribute(groups))
+        return LocalizedRun(self.folder.finish(), self.findings, self.failures)
+
+    def _step(self, name: str, work: Callable[[], None]) -> None:
+        """Run a step; if it fails, note it and go on: what is saved stays, what is left still runs."""
+        try:
+            work()
+        except (MemlensError, RuntimeError, ValueError) as error:
+            _LOG.warning("%s failed: %s", name, error)
+            self.failures[name] = str(error)
+            self.folder.add_failure(name, error)
+
+    def _find(self, finding: Finding) -> None:
+        self.findings.append(finding)
+        self.folder.add_finding(finding)
+
+    def _some(self, seqs: SequenceSet, most: int) -> SequenceSet:
+        if len(seqs) <= most:
+            return seqs
+        rng = np.random.default_rng(self.options.seed)
+        return seqs[np.sort(rng.choice(len(seqs), most, replace=False))]
+
+    def _keep_recall(self, recall: RecallScores) -> None:
+        recall.save(self.out / "recall.parquet")
+        self.folder.add_result("recall", recall.to_result(), title="What is recalled", figures=[FigureRequest()])
+        self.folder.add_table("recall_summary", recall.summary().astype({"group": str}), title="Recall, by group")
+        self._find(find.recalled(recall))
+
+    def _groups(self, recall: RecallScores, memorized: SequenceSet) -> dict[str, SequenceSet]:
+        try:
+            controls = recall.matched_controls(seed=self.options.seed)
+        except MemlensError as error:
+            _LOG.warning("no matched controls: %s", error)
+            self.failures["matched controls"] = str(error)
+            self.folder.add_failure("matched controls", error)
+            return {MEMORIZED: memorized}
+        if "matched_to" in controls.table:
+            wanted = controls.table["matched_to"].isin(memorized.table["id"]).to_numpy()
+            controls = controls[np.flatnonzero(wanted)]
+        return {MEMORIZED: memorized, CONTROL: controls}
+
+    def _decode(self, recall: RecallScores, groups: Mapping[str, SequenceSet]) -> None:
+        everything = {**groups, "all not recalled": recall.unmemorized(1.0)}
+        decoded = {
+            name: decode_residual(self.model, seqs, progress=self.progress)
+            for name, seqs in everything.items()
+            if len(seqs)
+        }
+        for name, result in decoded.items():
+            figures = [FigureRequest()]
+            if name == MEMORIZED:
+                figures.append(FigureRequest({"sequence": str(result["sequence"].values[0])}))
+            self.folder.add_result(f"decoding {name}", result, title=f"Residual decoding: {name}", figures=figures)
+        self._find(find.promoted(decoded, self.options.seed))
+
+    def _ablate(self, groups: Mapping[str, SequenceSet]) -> None:
+        results = {
+            name: ablate_heads(self.model, seqs, mode=self.options.head_mode, seed=self.options.seed, progress=self.progress)
+            for name, seqs in groups.items()
+        }
+        self._save("head ablation", results)
+        self._find(find.strongest_head(results, self.options.seed))
+        self.folder.add_table(
+            "heads", find.head_table(results, self.options.seed), title="The heads that matter most for recall"
+        )
+
+    def _bypass(self, groups: Mapping[str, SequenceSet]) -> None:
+        options: dict[str, Any] = {"mode": self.options.bypass_mode, "progress": self.progress}
+        results = {name: bypass_attention(self.model, seqs, **options) for name, seqs in groups.items()}
+        if self.twin is not None:
+            results[UNTRAINED] = bypass_attention(self.twin, groups[MEMORIZED], **options)
+        self._save("attention bypass", results)
+        self._find(find.bypassed_layer(results, self.options.seed))
+
+    def _patch(self, groups: Mapping[str, SequenceSet]) -> None:
+        place = self.options.corrupted_position
+        if place is None:
+            place = -2 if max(seqs.max_targets for seqs in groups.values()) == 1 else -1
+        results: dict[str, Result] = {}
+        corrupted: dict[str, np.ndarray] = {}
+        for name, seqs in groups.items():
+            usable = seqs[np.flatnonzero(seqs.prefix_len.numpy() >= -place)]
+            clean = self._some(usable, self.options.max_patched)
+            dirty = corrupt(clean, "replace_token", positions=[place], seed=self.options.seed)
+            corrupted[name] = clean.prefix_len.numpy() + place
+            results[name] = patch_activations(
+                self.model,
+                clean,
+                dirty,
+                site=self.options.patch_site,
+                positions=self._positions(clean, corrupted[name]),
+                progress=self.progress,
+            )
+        first = str(results[MEMORIZED]["sequence"].values[0])
+        self._save("activation patching", results, extra=[FigureRequest({"sequence": first})])
+        self._find(find.restoring_layer(results, corrupted[MEMORIZED], self.options.seed))
+
+    def _positions(self, seqs: SequenceSet, always: np.ndarray) -> list[int]:
+        """At most `max_positions` positions, spread evenly from the first changed one, and `always`."""
+        first, last = int(always.min()), int(seqs.lengths.max()) - 2
+        spread = np.linspace(first, last, min(last - first + 1, self.options.max_positions)).round().astype(int)
+        return np.union1d(spread, always).tolist()
+
+    def _attribute(self, groups: Mapping[str, SequenceSet]) -> None:
+        results = {name: attribute_logits(self.model, seqs, progress=self.progress) for name, seqs in groups.items()}
+        self._save("logit attribution", results)
+
+    def _save(self, title: str, results: Mapping[str, Result], extra: list[FigureRequest] | None = None) -> None:
+        for name, result in results.items():
+            figures = [FigureRequest(), *((extra or []) if name == MEMORIZED else [])]
+            self.folder.add_result(f"{title} {name}", result, title=f"{title.capitalize()}: {name}", figures=figures)

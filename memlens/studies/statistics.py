@@ -1,0 +1,112 @@
+"""Choosing on one half of the sequences and reporting on the other, and intervals for medians."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float, Int
+from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
+
+from memlens.results import Result
+
+__all__ = ["Estimate", "chosen_site", "halves", "mean_estimate", "median_estimate", "ratio_estimate", "share_estimate"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval over `n` sequences; NaN where there is none.
+
+    Attributes:
+        value: The estimate.
+        low: Lower end.
+        high: Upper end.
+        n: Sequences behind it.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+def halves(n: int, seed: int) -> tuple[Int[np.ndarray, "a"], Int[np.ndarray, "b"]]:
+    """Return two random halves of `range(n)`, sorted; the first is the one to choose on.
+
+    >>> a, b = halves(5, seed=0)
+    >>> sorted([*a, *b]), len(b)
+    ([0, 1, 2, 3, 4], 3)
+    """
+    order = np.random.default_rng(seed).permutation(n)
+    return np.sort(order[: n // 2]), np.sort(order[n // 2 :])
+
+
+def chosen_site(
+    result: Result, metric: str, rows: Int[np.ndarray, "row"], *, of: str = "effect", largest: bool = False
+) -> dict[str, int]:
+    """Return the site with the smallest (or largest) mean over some sequences, as coordinates.
+
+    Args:
+        result: A result with `sequence` and site dimensions.
+        metric: Which metric.
+        rows: The sequences to choose on.
+        of: "effect" (intervened minus baseline) or "value".
+        largest: Take the largest mean, not the smallest.
+    """
+    array = result.effect(metric) if of == "effect" else result[metric]
+    means = array.isel(sequence=rows).mean("sequence", skipna=True)
+    filled = means.fillna(-np.inf if largest else np.inf).values
+    place = np.unravel_index(int(filled.argmax() if largest else filled.argmin()), filled.shape)
+    return {str(dim): int(means[dim].values[i]) for dim, i in zip(means.dims, place, strict=True)}
+
+
+def mean_estimate(array: xr.DataArray, *, seed: int = 0) -> Estimate:
+    """Return the mean over sequences of a one-dimensional array, with a percentile bootstrap interval."""
+    return _estimate(array.values.astype(float), np.mean, seed)
+
+
+def share_estimate(array: xr.DataArray) -> Estimate:
+    """Return the share of ones over sequences, with Wilson's interval."""
+    values = array.values[np.isfinite(array.values)]
+    if len(values) == 0:
+        return Estimate(np.nan, np.nan, np.nan, 0)
+    low, high = proportion_confint(int(values.sum()), len(values), method="wilson")
+    return Estimate(float(values.mean()), float(low), float(high), len(values))
+
+
+def median_estimate(values: Float[np.ndarray, "seq"], *, seed: int = 0) -> Estimate:
+    """Return the median over sequences, with a percentile bootstrap interval."""
+    return _estimate(np.asarray(values, float), np.median, seed)
+
+
+def ratio_estimate(part: xr.DataArray, whole: xr.DataArray, *, seed: int = 0) -> Estimate:
+    """Return sum(part) / sum(whole) over sequences, with a percentile bootstrap interval over sequences.
+
+    A mean of ratios would be ruled by the sequences whose `whole` is near 0.
+    """
+    a, b = part.values.astype(float), whole.values.astype(float)
+    kept = np.isfinite(a) & np.isfinite(b)
+    a, b = a[kept], b[kept]
+    if len(a) < 2:
+        return Estimate(np.nan, np.nan, np.nan, len(a))
+    rows = np.random.default_rng(seed).integers(0, len(a), (2000, len(a)))
+    low, high = np.percentile(a[rows].sum(1) / b[rows].sum(1), [2.5, 97.5])
+    return Estimate(float(a.sum() / b.sum()), float(low), float(high), len(a))
+
+
+def _estimate(values: np.ndarray, statistic: object, seed: int) -> Estimate:
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        return Estimate(np.nan, np.nan, np.nan, 0)
+    value = float(statistic(values))  # type: ignore[operator]
+    if len(values) < 2 or np.ptp(values) == 0:
+        return Estimate(value, value if len(values) > 1 else np.nan, value if len(values) > 1 else np.nan, len(values))
+    found = stats.bootstrap(
+        (values,), statistic, method="percentile", n_resamples=2000, vectorized=True, rng=np.random.default_rng(seed)
+    )
+    return Estimate(value, float(found.confidence_interval.low), float(found.confidence_interval.high), len(values))
