@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from memlens.models.families import families_table
     from memlens.models.loading import load_model
     from memlens.models.trunk import Trunk
-    from memlens.recall.scores import RecallScores
     from memlens.recall.score import score_recall
+    from memlens.recall.scores import RecallScores
     from memlens.recall.targets import METRICS
     from memlens.results import Result, compare_groups, load_result
     from memlens.sequences import SequenceSet, check_sequences, corrupt, load_sequences

@@ -12,7 +12,15 @@ from statsmodels.stats.proportion import proportion_confint
 from memlens.recall.scores import RecallScores
 from memlens.report import Finding
 from memlens.results import Result, compare_groups
-from memlens.studies.statistics import Estimate, chosen_site, halves, mean_estimate, median_estimate, ratio_estimate, share_estimate
+from memlens.studies.statistics import (
+    Estimate,
+    chosen_site,
+    halves,
+    mean_estimate,
+    median_estimate,
+    ratio_estimate,
+    share_estimate,
+)
 
 __all__ = [
     "bypassed_layer",
@@ -56,10 +64,10 @@ def nothing_recalled(recall: RecallScores) -> Finding:
     """The finding when there is nothing to localize."""
     found = recalled(recall)
     best = recall.table["matching_prefix"].max()
-    statement = (
-        f"{found.statement} That is too few to localize anything; the longest run of right tokens is {best:.0f}."
+    statement = f"{found.statement} That is too few to localize anything; the longest run of right tokens is {best:.0f}."
+    return Finding(
+        found.title, statement, found.estimate, found.low, found.high, found.unit, found.n, found.control
     )
-    return Finding(found.title, statement, found.estimate, found.low, found.high, found.unit, found.n, found.control)
 
 
 def promoted(decoded: Mapping[str, Result], seed: int) -> Finding:
@@ -109,7 +117,11 @@ def head_table(results: Mapping[str, Result], seed: int, most: int = 20) -> pd.D
     """The heads with the most harmful ablation, beside the matched controls and corrected for all heads."""
     result = results[MEMORIZED]
     ci = result.mean_ci("sequence", metric="target_logprob", of="effect", seed=seed)["target_logprob"]
-    frame = ci.to_dataframe("effect").reset_index().pivot(index=["layer", "head"], columns="statistic", values="effect")
+    frame = (
+        ci.to_dataframe("effect")
+        .reset_index()
+        .pivot(index=["layer", "head"], columns="statistic", values="effect")
+    )
     exact = result["exact_match"].mean("sequence").to_dataframe("exact_match_left")["exact_match_left"]
     frame = frame[["mean", "low", "high"]].add_prefix("effect_").join(exact)
     if CONTROL in results and results[CONTROL].data.sizes["sequence"] > 1:
@@ -157,7 +169,9 @@ def restoring_layer(results: Mapping[str, Result], corrupted: np.ndarray, seed: 
     half = next((i for i, share in enumerate(shares) if share.value < 0.5), None)
     main = shares[-1 if half is None else half]
     layer = int(gained["layer"].values[-1 if half is None else half])
-    ending = "the last layer, so it stays at its place" if half is None else "the first where it is under half"
+    ending = (
+        "the last layer, so it stays at its place" if half is None else "the first where it is under half"
+    )
     return Finding(
         "How deep the cue stays at its place",
         f"One token of the prefix was replaced. Writing the clean residual back at its position restores "
@@ -192,5 +206,7 @@ def _left(result: Result, site: Mapping[str, int], rows: np.ndarray) -> Estimate
 
 
 def _others(found: Mapping[str, Estimate], skip: str | None, unit: str) -> str | None:
-    parts = [f"{name} {estimate} {unit}, n = {estimate.n}" for name, estimate in found.items() if name != skip]
+    parts = [
+        f"{name} {estimate} {unit}, n = {estimate.n}" for name, estimate in found.items() if name != skip
+    ]
     return "; ".join(parts) or None

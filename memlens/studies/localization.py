@@ -117,7 +117,9 @@ def localize(
         >>> run.report.name  # doctest: +SKIP
         'report.html'
     """
-    return _Localization(model, sequences, Path(out), options or LocalizeOptions(), progress).run(title, command)
+    return _Localization(model, sequences, Path(out), options or LocalizeOptions(), progress).run(
+        title, command
+    )
 
 
 class _Localization:
@@ -142,7 +144,9 @@ class _Localization:
             return LocalizedRun(self.folder.finish(), self.findings, self.failures)
         memorized = self._some(memorized, self.options.max_sequences)
         groups = self._groups(recall, memorized)
-        self.twin = untrained_like(self.model, seed=self.options.seed) if self.options.untrained_control else None
+        self.twin = (
+            untrained_like(self.model, seed=self.options.seed) if self.options.untrained_control else None
+        )
         self._step("decoding", lambda: self._decode(recall, groups))
         self._step("head ablation", lambda: self._ablate(groups))
         self._step("attention bypass", lambda: self._bypass(groups))
@@ -171,8 +175,12 @@ class _Localization:
 
     def _keep_recall(self, recall: RecallScores) -> None:
         recall.save(self.out / "recall.parquet")
-        self.folder.add_result("recall", recall.to_result(), title="What is recalled", figures=[FigureRequest()])
-        self.folder.add_table("recall_summary", recall.summary().astype({"group": str}), title="Recall, by group")
+        self.folder.add_result(
+            "recall", recall.to_result(), title="What is recalled", figures=[FigureRequest()]
+        )
+        self.folder.add_table(
+            "recall_summary", recall.summary().astype({"group": str}), title="Recall, by group"
+        )
         self._find(find.recalled(recall))
 
     def _groups(self, recall: RecallScores, memorized: SequenceSet) -> dict[str, SequenceSet]:
@@ -199,18 +207,24 @@ class _Localization:
             figures = [FigureRequest()]
             if name == MEMORIZED:
                 figures.append(FigureRequest({"sequence": str(result["sequence"].values[0])}))
-            self.folder.add_result(f"decoding {name}", result, title=f"Residual decoding: {name}", figures=figures)
+            self.folder.add_result(
+                f"decoding {name}", result, title=f"Residual decoding: {name}", figures=figures
+            )
         self._find(find.promoted(decoded, self.options.seed))
 
     def _ablate(self, groups: Mapping[str, SequenceSet]) -> None:
         results = {
-            name: ablate_heads(self.model, seqs, mode=self.options.head_mode, seed=self.options.seed, progress=self.progress)
+            name: ablate_heads(
+                self.model, seqs, mode=self.options.head_mode, seed=self.options.seed, progress=self.progress
+            )
             for name, seqs in groups.items()
         }
         self._save("head ablation", results)
         self._find(find.strongest_head(results, self.options.seed))
         self.folder.add_table(
-            "heads", find.head_table(results, self.options.seed), title="The heads that matter most for recall"
+            "heads",
+            find.head_table(results, self.options.seed),
+            title="The heads that matter most for recall",
         )
 
     def _bypass(self, groups: Mapping[str, SequenceSet]) -> None:
@@ -247,14 +261,22 @@ class _Localization:
     def _positions(self, seqs: SequenceSet, always: np.ndarray) -> list[int]:
         """At most `max_positions` positions, spread evenly from the first changed one, and `always`."""
         first, last = int(always.min()), int(seqs.lengths.max()) - 2
-        spread = np.linspace(first, last, min(last - first + 1, self.options.max_positions)).round().astype(int)
+        spread = (
+            np.linspace(first, last, min(last - first + 1, self.options.max_positions)).round().astype(int)
+        )
         return np.union1d(spread, always).tolist()
 
     def _attribute(self, groups: Mapping[str, SequenceSet]) -> None:
-        results = {name: attribute_logits(self.model, seqs, progress=self.progress) for name, seqs in groups.items()}
+        results = {
+            name: attribute_logits(self.model, seqs, progress=self.progress) for name, seqs in groups.items()
+        }
         self._save("logit attribution", results)
 
-    def _save(self, title: str, results: Mapping[str, Result], extra: list[FigureRequest] | None = None) -> None:
+    def _save(
+        self, title: str, results: Mapping[str, Result], extra: list[FigureRequest] | None = None
+    ) -> None:
         for name, result in results.items():
             figures = [FigureRequest(), *((extra or []) if name == MEMORIZED else [])]
-            self.folder.add_result(f"{title} {name}", result, title=f"{title.capitalize()}: {name}", figures=figures)
+            self.folder.add_result(
+                f"{title} {name}", result, title=f"{title.capitalize()}: {name}", figures=figures
+            )

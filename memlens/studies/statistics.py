@@ -12,7 +12,15 @@ from statsmodels.stats.proportion import proportion_confint
 
 from memlens.results import Result
 
-__all__ = ["Estimate", "chosen_site", "halves", "mean_estimate", "median_estimate", "ratio_estimate", "share_estimate"]
+__all__ = [
+    "Estimate",
+    "chosen_site",
+    "halves",
+    "mean_estimate",
+    "median_estimate",
+    "ratio_estimate",
+    "share_estimate",
+]
 
 
 @dataclass(frozen=True)
@@ -105,8 +113,17 @@ def _estimate(values: np.ndarray, statistic: object, seed: int) -> Estimate:
         return Estimate(np.nan, np.nan, np.nan, 0)
     value = float(statistic(values))  # type: ignore[operator]
     if len(values) < 2 or np.ptp(values) == 0:
-        return Estimate(value, value if len(values) > 1 else np.nan, value if len(values) > 1 else np.nan, len(values))
+        return Estimate(
+            value, value if len(values) > 1 else np.nan, value if len(values) > 1 else np.nan, len(values)
+        )
     found = stats.bootstrap(
-        (values,), statistic, method="percentile", n_resamples=2000, vectorized=True, rng=np.random.default_rng(seed)
+        (values,),
+        statistic,
+        method="percentile",
+        n_resamples=2000,
+        vectorized=True,
+        rng=np.random.default_rng(seed),
     )
-    return Estimate(value, float(found.confidence_interval.low), float(found.confidence_interval.high), len(values))
+    return Estimate(
+        value, float(found.confidence_interval.low), float(found.confidence_interval.high), len(values)
+    )

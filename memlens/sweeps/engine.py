@@ -139,7 +139,13 @@ class Engine:
             for point, fn in self._watched(hooks):
                 chains.setdefault(point, {}).setdefault(i, []).append(fn)
         hooks = [
-            (point, _on_slices([(slice(i * size, (i + 1) * size), _chain(fns)) for i, fns in parts.items()], len(bound) * size))
+            (
+                point,
+                _on_slices(
+                    [(slice(i * size, (i + 1) * size), _chain(fns)) for i, fns in parts.items()],
+                    len(bound) * size,
+                ),
+            )
             for point, parts in chains.items()
         ]
         with attached(self.model, hooks):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -293,7 +293,7 @@ def make_result(
         **about,
         "kind": kind,
         "seed": settings.get("seed", 0),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": json.dumps({**settings, "sequences": dict(seqs.attrs)}, default=str),
     }
     labels = {name: c for name, c in sequence_coords(seqs).items() if name not in variables}

@@ -29,7 +29,9 @@ def test_position_zero_is_unchanged(tiny_model: Any, family: str, backend: str) 
 
 
 @pytest.mark.parametrize(("family", "backend"), CASES)
-def test_all_layers_bypassed_leaves_the_current_token_only(tiny_model: Any, family: str, backend: str) -> None:
+def test_all_layers_bypassed_leaves_the_current_token_only(
+    tiny_model: Any, family: str, backend: str
+) -> None:
     model = tiny_model(family, backend)
     with torch.no_grad(), ml.bypassed(model, range(len(model.blocks))):
         one, other = model(TOKENS), model(OTHER)

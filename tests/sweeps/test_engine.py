@@ -11,14 +11,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import memlens as ml
-from memlens.errors import EmptySetError, InterventionError, NonFiniteError, OptionError, SequenceError, SiteError
+from memlens.errors import (
+    EmptySetError,
+    InterventionError,
+    NonFiniteError,
+    OptionError,
+    SequenceError,
+    SiteError,
+)
 from memlens.models.hooks import SITES, has_site, hook_name
 from memlens.sweeps import ByBatch
 from tests.small import CASES, ragged
 
 METRICS = ("target_logprob", "margin", "completion_entropy", "target_rank", "matching_prefix", "exact_match")
 RELAXED = settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=6,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 
@@ -185,14 +194,18 @@ def test_custom_metric_and_composition(tiny_model: Any) -> None:
     both = ml.Intervention("both", [*a.hooks, *b.hooks])
     got = ml.sweep(model, seqs, [a + b], (last_logit,), progress=False)
     want = ml.sweep(model, seqs, [both], (last_logit,), progress=False, engine="reference")
-    assert np.allclose(got["last_logit"], want["last_logit"].values.reshape(got["last_logit"].shape), atol=1e-5)
+    assert np.allclose(
+        got["last_logit"], want["last_logit"].values.reshape(got["last_logit"].shape), atol=1e-5
+    )
     assert (a + b).coords == {"x": 1, "y": 2}
 
 
 def test_coordinates_become_dimensions(tiny_model: Any) -> None:
     model, seqs = tiny_model("gpt_neox", "bridge"), ragged()
     edits = [
-        ml.Intervention(f"{layer}{gain}", [(f"blocks.{layer}.hook_mlp_out", scaled(gain))], {"layer": layer, "gain": gain})
+        ml.Intervention(
+            f"{layer}{gain}", [(f"blocks.{layer}.hook_mlp_out", scaled(gain))], {"layer": layer, "gain": gain}
+        )
         for layer in (2, 0)
         for gain in (0.0, 0.5)
     ][:3]
@@ -201,7 +214,9 @@ def test_coordinates_become_dimensions(tiny_model: Any) -> None:
     assert result.data.layer.values.tolist() == [2, 0]
     assert bool(result["target_logprob"].sel(layer=0, gain=0.5).isnull().all())
     alone = ml.sweep(model, seqs, edits[2:], progress=False)
-    assert np.allclose(result["target_logprob"].sel(layer=0, gain=0.0), alone["target_logprob"][:, 0, 0], atol=1e-6)
+    assert np.allclose(
+        result["target_logprob"].sel(layer=0, gain=0.0), alone["target_logprob"][:, 0, 0], atol=1e-6
+    )
 
 
 def test_hooks_are_gone_after_an_error(tiny_model: Any) -> None:
@@ -212,9 +227,15 @@ def test_hooks_are_gone_after_an_error(tiny_model: Any) -> None:
         raise ValueError("my mistake")
 
     for engine in ("fast", "reference"):
-        with pytest.raises(InterventionError, match=r"blocks\.1\.hook_mlp_out.*'mine'.*ValueError: my mistake"):
+        with pytest.raises(
+            InterventionError, match=r"blocks\.1\.hook_mlp_out.*'mine'.*ValueError: my mistake"
+        ):
             ml.sweep(
-                model, seqs, [ml.Intervention("mine", [("blocks.1.hook_mlp_out", broken)])], engine=engine, progress=False
+                model,
+                seqs,
+                [ml.Intervention("mine", [("blocks.1.hook_mlp_out", broken)])],
+                engine=engine,
+                progress=False,
             )
     assert not any(point.has_hooks() for point in model.hook_dict.values())
     assert all("forward" not in block.__dict__ for block in model.blocks)
