@@ -87,7 +87,7 @@ def _from_cache(cache: Any, name: str, seqs: SequenceSet) -> Tensor:
         ) from error
     if value.shape[0] != len(seqs) or value.shape[1] < int(seqs.lengths.max()):
         raise SequenceError(
-            f"the cache's {name!r} has the shape {tuple(value.shape)} and the set {tuple(seqs.tokens.shape)}: "
-            "make the cache from sequences.tokens."
+            f"the cache's {name!r} has the shape {tuple(value.shape)} and the set "
+            f"{tuple(seqs.tokens.shape)}: make the cache from sequences.tokens."
         )
     return value

@@ -36,7 +36,8 @@ def bypass_attention(
 
     - ``"identity"``: the attention matrix of every head becomes the identity, so that
       :math:`z_{h,t} = v_{h,t}`; value and output projections, biases, norms and the MLP stay
-      (arXiv 2501.05078, as its released code does it). It is written on values, which every architecture obeys.
+      (arXiv 2501.05078, as its released code does it). It is written on values, which every architecture
+      obeys.
     - ``"zero"``: the attention adds nothing to the residual, its bias included (ours, as a control).
 
     Args:

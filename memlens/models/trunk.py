@@ -131,7 +131,8 @@ class _BridgeRunner:
         self.base: Any = hf.base_model
         if self.base is hf or not hasattr(model, "ln_final") or not hasattr(model, "unembed"):
             raise UnsupportedModelError(
-                f"{type(hf).__name__} has no inner decoder that memlens can enter at a block: use engine='reference'."
+                f"{type(hf).__name__} has no inner decoder that memlens can enter at a block: "
+                "use engine='reference'."
             )
         self.norm: nn.Module = _inner_norm(model, self.base)
 
@@ -206,6 +207,7 @@ def _inner_norm(model: Any, base: nn.Module) -> nn.Module:
     inside = {id(m) for m in base.modules()}
     if id(model.ln_final) not in inside:
         raise UnsupportedModelError(
-            f"the final norm of {type(model.original_model).__name__} lies outside its decoder: use engine='reference'."
+            f"the final norm of {type(model.original_model).__name__} lies outside its decoder: "
+            "use engine='reference'."
         )
     return model.ln_final

@@ -64,7 +64,10 @@ def nothing_recalled(recall: RecallScores) -> Finding:
     """The finding when there is nothing to localize."""
     found = recalled(recall)
     best = recall.table["matching_prefix"].max()
-    statement = f"{found.statement} That is too few to localize anything; the longest run of right tokens is {best:.0f}."
+    statement = (
+        f"{found.statement} That is too few to localize anything; the longest run of right tokens is "
+        f"{best:.0f}."
+    )
     return Finding(
         found.title, statement, found.estimate, found.low, found.high, found.unit, found.n, found.control
     )
@@ -77,8 +80,8 @@ def promoted(decoded: Mapping[str, Result], seed: int) -> Finding:
     main = found[MEMORIZED]
     return Finding(
         "When the prediction is made",
-        f"For recalled sequences the predicted token becomes the top one for good after layer {main.value:.3g} "
-        f"of 0 to {layers - 1} (median over sequences of each sequence's median token).",
+        "For recalled sequences the predicted token becomes the top one for good after layer "
+        f"{main.value:.3g} of 0 to {layers - 1} (median over sequences of each sequence's median token).",
         main.value,
         main.low,
         main.high,
@@ -102,8 +105,8 @@ def strongest_head(results: Mapping[str, Result], seed: int) -> Finding:
     others = {n: _at(r, site, None, seed) for n, r in results.items() if n != MEMORIZED}
     return Finding(
         "Which head matters most",
-        f"Ablating head {site['head']} of layer {site['layer']} changes the target log-probability by {main} nats a "
-        f"token and leaves {exact} of the sequences recalled ({_HALVES}).",
+        f"Ablating head {site['head']} of layer {site['layer']} changes the target log-probability by {main} "
+        f"nats a token and leaves {exact} of the sequences recalled ({_HALVES}).",
         main.value,
         main.low,
         main.high,
@@ -142,8 +145,8 @@ def bypassed_layer(results: Mapping[str, Result], seed: int) -> Finding:
     others = {n: _at(r, site, None, seed) for n, r in results.items() if n != MEMORIZED}
     return Finding(
         "Which layer's attention recall needs",
-        f"Bypassing the attention of layer {site['layer']} changes the target log-probability by {main} nats a token "
-        f"and leaves {exact} of the sequences recalled ({_HALVES}).",
+        f"Bypassing the attention of layer {site['layer']} changes the target log-probability by {main} nats "
+        f"a token and leaves {exact} of the sequences recalled ({_HALVES}).",
         main.value,
         main.low,
         main.high,
@@ -175,7 +178,8 @@ def restoring_layer(results: Mapping[str, Result], corrupted: np.ndarray, seed: 
     return Finding(
         "How deep the cue stays at its place",
         f"One token of the prefix was replaced. Writing the clean residual back at its position restores "
-        f"{shares[0]} of the lost log-probability at layer 0 and {main} at the input of layer {layer}, {ending}.",
+        f"{shares[0]} of the lost log-probability at layer 0 and {main} at the input of layer {layer}, "
+        f"{ending}.",
         main.value,
         main.low,
         main.high,

@@ -49,8 +49,8 @@ class LocalizeOptions:
         head_mode: How heads are ablated.
         bypass_mode: How attention is bypassed.
         patch_site: What is patched.
-        corrupted_position: Which prefix token is replaced for patching, counted from the prefix' end. By default
-            the last, -1; where only one token is to be recalled, the one before it, -2, because the last is
+        corrupted_position: Which prefix token is replaced for patching, counted from the prefix' end. By
+            default the last, -1; where only one token is to be recalled, the one before it, -2, because the last is
             itself the place where the prediction is made.
         untrained_control: Also run on freshly drawn weights.
         seed: Seed of every random choice.
@@ -104,8 +104,8 @@ def localize(
         progress: Show progress bars.
 
     Returns:
-        The report's path, the findings, and what failed. A step that fails is named in the report and does not
-        stop those that do not need it.
+        The report's path, the findings, and what failed. A step that fails is named in the report and does
+        not stop those that do not need it.
 
     Raises:
         EmptySetError, SequenceError, VocabularyError: The sequences do not fit; before any forward pass.

@@ -92,5 +92,6 @@ def check_hook_is_heard(model: Any, name: str, tokens: Tensor) -> None:
         loud = model(tokens)
     if torch.equal(quiet, loud):
         raise SilentInterventionError(
-            f"writing to the hook {name!r} changes no logit of this model: the edit would be ignored, so use another site."
+            f"writing to the hook {name!r} changes no logit of this model: the edit would be ignored, "
+            "so use another site."
         )

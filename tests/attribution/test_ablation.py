@@ -113,7 +113,7 @@ def test_positions_targets_differs_from_all(tiny_model: Any) -> None:
 
 def test_bad_input(tiny_model: Any) -> None:
     model, seqs = tiny_model("gpt_neox", "bridge"), ragged()
-    with pytest.raises(OptionError, match="mode='maen'.*mean"):
+    with pytest.raises(OptionError, match=r"mode='maen'.*mean"):
         ml.ablate_heads(model, seqs, mode="maen")
     with pytest.raises(OptionError, match="positions='last'"):
         ml.ablate_heads(model, seqs, positions="last")

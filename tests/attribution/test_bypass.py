@@ -95,7 +95,7 @@ def test_bypass_attention_dims_and_settings(tiny_model: Any) -> None:
 
 def test_bad_input(tiny_model: Any) -> None:
     model = tiny_model("gpt_neox", "bridge")
-    with pytest.raises(OptionError, match="mode='identiy'.*identity"):
+    with pytest.raises(OptionError, match=r"mode='identiy'.*identity"):
         ml.bypass_intervention(model, [0], mode="identiy")
     with pytest.raises(OptionError, match="heads= goes with mode='identity'"):
         ml.bypass_intervention(model, [0], mode="zero", heads=[1])

@@ -131,7 +131,7 @@ def test_bad_input(tiny_model: Any) -> None:
         ml.patch_activations(model, clean, corrupt, site="resid")
     with pytest.raises(OptionError, match="over='head' needs site='z'"):
         ml.patch_activations(model, clean, corrupt, over="head")
-    with pytest.raises(OptionError, match="direction='denoise'.*denoising"):
+    with pytest.raises(OptionError, match=r"direction='denoise'.*denoising"):
         ml.patch_activations(model, clean, corrupt, direction="denoise")
     with pytest.raises(SiteError, match="parallel blocks have no site 'resid_mid'"):
         ml.patch_activations(model, clean, corrupt, site="resid_mid")
