@@ -24,6 +24,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_importing_memlens_imports_nothing_heavy() -> None:
-    code = "import sys, memlens; print([m for m in ('torch', 'transformers', 'plotly', 'xarray') if m in sys.modules])"
+    heavy = ("torch", "transformers", "plotly", "xarray")
+    code = f"import sys, memlens; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
