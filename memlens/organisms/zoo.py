@@ -158,7 +158,8 @@ def train_organism(
         resume=resume,
     )
     _write(partial, spec, corpus, model, log, device)
-    (partial / _CHECKPOINT).unlink()
+    for left in (partial / _CHECKPOINT, *partial.glob(".*.part")):  # the latter of runs that were killed
+        left.unlink()
     if out.exists():
         shutil.rmtree(out)
     os.replace(partial, out)

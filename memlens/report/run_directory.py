@@ -32,9 +32,10 @@ from typing import Any
 import pandas as pd
 
 from memlens.errors import ResultError
+from memlens.files import write_atomically
 from memlens.report.model import FigureBlock, Finding, Section, TableBlock
 from memlens.report.readings import reading
-from memlens.report.render import versions_here, write_atomically, write_report
+from memlens.report.render import versions_here, write_report
 from memlens.results import Result, load_result
 
 __all__ = ["FigureRequest", "RunDirectory", "report_from_directory", "save_run"]
