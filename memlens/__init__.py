@@ -65,7 +65,43 @@ _HOMES: dict[str, str] = {
     for name in names
 }
 
-__all__ = ["__version__", "errors", *_HOMES]
+__all__ = [
+    "METRICS",
+    "BatchHook",
+    "Intervention",
+    "LocalizeOptions",
+    "Plan",
+    "RecallScores",
+    "Result",
+    "SequenceSet",
+    "Trunk",
+    "__version__",
+    "ablate_heads",
+    "activation_patches",
+    "applied",
+    "attribute_logits",
+    "bypass_attention",
+    "bypass_intervention",
+    "bypassed",
+    "check_sequences",
+    "compare_groups",
+    "corrupt",
+    "decode_residual",
+    "errors",
+    "families_table",
+    "head_ablations",
+    "load_model",
+    "load_result",
+    "load_sequences",
+    "localize",
+    "measure",
+    "overlay",
+    "patch_activations",
+    "plan",
+    "promotion_layers",
+    "score_recall",
+    "sweep",
+]
 
 
 def __getattr__(name: str) -> Any:

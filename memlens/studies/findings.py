@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 import xarray as xr
-from statsmodels.stats.proportion import proportion_confint
 
 from memlens.recall.scores import RecallScores
 from memlens.report import Finding
@@ -39,24 +38,26 @@ _HALVES = "chosen on one half of the sequences, measured on the other"
 def recalled(recall: RecallScores) -> Finding:
     """How many sequences are recalled exactly, and how that depends on copies where they are known."""
     hits = recall.table["exact_match"].to_numpy(float)
-    low, high = proportion_confint(int(hits.sum()), len(hits), method="wilson")
+    share = share_estimate(xr.DataArray(hits, dims="sequence"))
     return Finding(
         "What is recalled",
         f"The model recalls {int(hits.sum())} of {len(hits)} sequences exactly.",
-        float(hits.mean()),
-        float(low),
-        float(high),
+        share.value,
+        share.low,
+        share.high,
         "share of sequences",
-        len(hits),
+        share.n,
         _by_copies(recall.table),
     )
 
 
 def _by_copies(table: pd.DataFrame) -> str | None:
-    if "copies" not in table or table["copies"].nunique() < 2:
+    if "copies" not in table:
         return None
-    rates = table.groupby("copies")["exact_match"].mean()
-    text = ", ".join(f"{rate:.2f} at {copies}" for copies, rate in rates.items())
+    groups = table.groupby("copies")["exact_match"]
+    if groups.ngroups < 2:
+        return None
+    text = ", ".join(f"{hits.mean():.2f} at {copies}" for copies, hits in groups)
     return f"by copies in the training corpus: {text}"
 
 
