@@ -71,6 +71,7 @@ class RunDirectory:
         settings: every parameter of the run.
         lead: a paragraph below the heading.
         command: the command line that makes it again.
+        fresh: start over: delete the files that an older `run.json` names, and nothing else.
 
     Example:
         >>> import tempfile, xarray as xr
@@ -90,15 +91,27 @@ class RunDirectory:
         settings: Mapping[str, Any] | None = None,
         lead: str | None = None,
         command: str | None = None,
+        fresh: bool = False,
     ) -> None:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            self._clear()
         self._run = _read_run(self.path)
         given = {"title": title, "lead": lead, "command": command}
         self._run.update({key: value for key, value in given.items() if value is not None})
         self._run["settings"] = {**self._run["settings"], **(settings or {})}
         self._run.update(finished=False, versions=versions_here())
         self._write()
+
+    def _clear(self) -> None:
+        """Delete what the folder's `run.json` names, then `run.json` itself."""
+        old = _read_run(self.path)
+        for part, suffix in (("results", ".nc"), ("tables", ".parquet")):
+            for entry in old[part]:
+                (self.path / f"{_file_name(entry['name'])}{suffix}").unlink(missing_ok=True)
+        for name in ("run.json", "report.html"):
+            (self.path / name).unlink(missing_ok=True)
 
     def add_result(
         self,

@@ -22,13 +22,16 @@ from memlens.attribution import (
     decode_residual,
     patch_activations,
 )
-from memlens.errors import MemlensError
+from memlens.attribution.ablation import HEAD_MODES
+from memlens.attribution.bypass import BYPASS_MODES
+from memlens.attribution.patching import PATCH_SITES
+from memlens.errors import MemlensError, OptionError, check_option
 from memlens.models.provenance import describe
 from memlens.organisms.untrained import untrained_like
 from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
-from memlens.report import FigureRequest, Finding, RunDirectory
-from memlens.results import Result
+from memlens.report import FigureRequest, Finding, RunDirectory, reading
+from memlens.results import Result, join_groups
 from memlens.sequences import SequenceSet, corrupt
 from memlens.studies import findings as find
 
@@ -65,6 +68,14 @@ class LocalizeOptions:
     corrupted_position: int | None = None
     untrained_control: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_option("head_mode", self.head_mode, HEAD_MODES)
+        check_option("bypass_mode", self.bypass_mode, BYPASS_MODES)
+        check_option("patch_site", self.patch_site, PATCH_SITES)
+        for name in ("max_sequences", "max_patched", "max_positions"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name}={getattr(self, name)} leaves nothing to examine: give 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -135,7 +146,7 @@ class _Localization:
         settings = {"study": "localize", **asdict(self.options)}
         settings |= {"model": describe(self.model), "sequences": dict(self.seqs.attrs)}
         title = title or f"Where {describe(self.model)['model']} recalls {len(self.seqs)} sequences"
-        self.folder = RunDirectory(self.out, title=title, settings=settings, command=command)
+        self.folder = RunDirectory(self.out, title=title, settings=settings, command=command, fresh=True)
         self._keep_recall(recall)
         memorized = recall.memorized()
         if len(memorized) < 2:
@@ -203,13 +214,7 @@ class _Localization:
             for name, seqs in everything.items()
             if len(seqs)
         }
-        for name, result in decoded.items():
-            figures = [FigureRequest()]
-            if name == MEMORIZED:
-                figures.append(FigureRequest({"sequence": str(result["sequence"].values[0])}))
-            self.folder.add_result(
-                f"decoding {name}", result, title=f"Residual decoding: {name}", figures=figures
-            )
+        self._save("residual_decoding", "How the prediction unfolds over layers", decoded, one_sequence=True)
         self._find(find.promoted(decoded, self.options.seed))
 
     def _ablate(self, groups: Mapping[str, SequenceSet]) -> None:
@@ -219,7 +224,7 @@ class _Localization:
             )
             for name, seqs in groups.items()
         }
-        self._save("head ablation", results)
+        self._save("head_ablation", "Which heads matter", results)
         self._find(find.strongest_head(results, self.options.seed))
         self.folder.add_table(
             "heads",
@@ -232,7 +237,7 @@ class _Localization:
         results = {name: bypass_attention(self.model, seqs, **options) for name, seqs in groups.items()}
         if self.twin is not None:
             results[UNTRAINED] = bypass_attention(self.twin, groups[MEMORIZED], **options)
-        self._save("attention bypass", results)
+        self._save("attention_bypass", "Which layer's attention matters", results)
         self._find(find.bypassed_layer(results, self.options.seed))
 
     def _patch(self, groups: Mapping[str, SequenceSet]) -> None:
@@ -254,8 +259,7 @@ class _Localization:
                 positions=self._positions(clean, corrupted[name]),
                 progress=self.progress,
             )
-        first = str(results[MEMORIZED]["sequence"].values[0])
-        self._save("activation patching", results, extra=[FigureRequest({"sequence": first})])
+        self._save("activation_patching", "Where the cue stands", results, one_sequence=True)
         self._find(find.restoring_layer(results, corrupted[MEMORIZED], self.options.seed))
 
     def _positions(self, seqs: SequenceSet, always: np.ndarray) -> list[int]:
@@ -270,13 +274,17 @@ class _Localization:
         results = {
             name: attribute_logits(self.model, seqs, progress=self.progress) for name, seqs in groups.items()
         }
-        self._save("logit attribution", results)
+        for name, result in results.items():
+            title = f"What writes the target's logit: {name}"
+            self.folder.add_result(f"logit_attribution_{name}", result, title=title, figures=[FigureRequest()])
 
     def _save(
-        self, title: str, results: Mapping[str, Result], extra: list[FigureRequest] | None = None
+        self, name: str, title: str, results: Mapping[str, Result], *, one_sequence: bool = False
     ) -> None:
-        for name, result in results.items():
-            figures = [FigureRequest(), *((extra or []) if name == MEMORIZED else [])]
-            self.folder.add_result(
-                f"{title} {name}", result, title=f"{title.capitalize()}: {name}", figures=figures
-            )
+        """Save the groups as one result, with a figure that sets them side by side."""
+        words = "\n\n".join(f"{group.capitalize()}: {reading(result)}" for group, result in results.items())
+        figures = [FigureRequest({"group": "group"}, reading=words)]
+        if one_sequence:
+            first = str(results[MEMORIZED]["sequence"].values[0])
+            figures.append(FigureRequest({"sequence": first}))
+        self.folder.add_result(name, join_groups(results), title=title, figures=figures)
