@@ -1,11 +1,11 @@
-"""The folder of a run: every result is on disk as soon as it is there, and the report can be made from it.
+"""The folder of a run: every result is on disk as soon as it is there, and the report can be made from it::
 
     DIR/run.json            what the folder holds (below)
     DIR/<name>.nc           one result each
     DIR/<name>.parquet      one table each (recall.parquet: the recall scores)
     DIR/report.html         made by `finish` or `report_from_directory`
 
-`run.json`:
+`run.json` holds::
 
     {"format": "memlens run 1", "title": str, "lead": str, "command": str | null, "created": str,
      "finished": bool, "settings": {...}, "versions": {package: version},
