@@ -1,4 +1,6 @@
-"""The folder of a run: every result is on disk as soon as it is there, and the report can be made from it::
+"""The folder of a run: every result is on disk as soon as it is there, and the report can be made from it.
+
+The folder holds::
 
     DIR/run.json            what the folder holds (below)
     DIR/<name>.nc           one result each
