@@ -20,7 +20,13 @@ author = "The memlens developers"
 project_copyright = "2026, The memlens developers"
 version = release = memlens.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode", "myst_nb"]
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+    "myst_nb",
+]
 exclude_patterns = ["_build"]
 default_role = "code"
 
@@ -86,12 +92,13 @@ def write_api_pages() -> None:
     out = HERE / "reference"
     out.mkdir(parents=True, exist_ok=True)
     for name, purpose in FOLDERS.items():
-        page = f"# {name}: {purpose}\n\n{inspect.getdoc(importlib.import_module(f'memlens.{name}')) or ''}\n\n"
+        about = inspect.getdoc(importlib.import_module(f"memlens.{name}")) or ""
+        page = f"# {name}: {purpose}\n\n{about}\n\n"
         (out / f"{name}.md").write_text(page + modules_of(f"memlens.{name}"), encoding="utf-8")
 
 
 def write_tutorials() -> None:
-    """Copies of the notebooks whose figures are HTML, since the pages cannot show plotly's own output type."""
+    """Copies of the notebooks with figures as HTML: the pages cannot show plotly's own output type."""
     import plotly.graph_objects as go
     from plotly.offline import get_plotlyjs
 
