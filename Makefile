@@ -34,7 +34,7 @@ demo: $(USER) ## Find where the bundled model recalls what was planted in it; wr
 install: $(DEVELOPER) ## Make the environment with everything for development
 
 test: $(DEVELOPER) ## Run the whole test suite, the slow tests and the docstrings' examples included
-	$(RUN) pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(RUN) pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 notebooks: $(DEVELOPER) ## Run the tutorials
 	$(RUN) pytest --nbmake --nbmake-timeout=900 tutorials
