@@ -16,8 +16,8 @@ $(error TL=$(TL) is not known: give TL=3 (TransformerLens 3.9, the default) or T
 endif
 
 BIN := $(VENV)/bin
-USER := $(VENV)/.installed
-DEVELOPER := $(VENV)/.installed-dev
+READY := $(VENV)/.installed
+DEV_READY := $(VENV)/.installed-dev
 # More threads than free cores make small models many times slower.
 RUN := OMP_NUM_THREADS=1 $(BIN)/python -m
 
@@ -28,32 +28,32 @@ RUN := OMP_NUM_THREADS=1 $(BIN)/python -m
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | awk -F': ' '{printf "make %-10s %s\n", $$1, $$2}'
 
-demo: $(USER) ## Find where the bundled model recalls what was planted in it; write a report
+demo: $(READY) ## Find where the bundled model recalls what was planted in it; write a report
 	$(BIN)/memlens demo
 
-install: $(DEVELOPER) ## Make the environment with everything for development
+install: $(DEV_READY) ## Make the environment with everything for development
 
-test: $(DEVELOPER) ## Run the whole test suite, the slow tests and the docstrings' examples included
+test: $(DEV_READY) ## Run the whole test suite, the slow tests and the docstrings' examples included
 	$(RUN) pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-notebooks: $(DEVELOPER) ## Run the tutorials
+notebooks: $(DEV_READY) ## Run the tutorials
 	$(RUN) pytest --nbmake --nbmake-timeout=900 tutorials
 
-lint: $(DEVELOPER) ## Check style and formatting
+lint: $(DEV_READY) ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(DEVELOPER) ## Mend what ruff can mend
+format: $(DEV_READY) ## Mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: $(DEVELOPER) ## Check the types
+types: $(DEV_READY) ## Check the types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-contract: $(DEVELOPER) ## Check that folders import only from folders to their left
+contract: $(DEV_READY) ## Check that folders import only from folders to their left
 	$(BIN)/lint-imports
 
-docs: $(DEVELOPER) ## Build the documentation into docs/_build/html
+docs: $(DEV_READY) ## Build the documentation into docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 clean: ## Remove environments, caches and everything built
@@ -65,10 +65,10 @@ $(VENV)/pyvenv.cfg:
 	@$(PYTHON3) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "memlens needs Python 3.11 or newer and $(PYTHON3) is %d.%d: name another one, as in make demo PYTHON3=python3.12" % sys.version_info[:2])'
 	$(PYTHON3) -m venv $(VENV)
 
-$(USER): pyproject.toml $(CONSTRAINTS) | $(VENV)/pyvenv.cfg
+$(READY): pyproject.toml $(CONSTRAINTS) | $(VENV)/pyvenv.cfg
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e .
 	@touch $@
 
-$(DEVELOPER): pyproject.toml $(CONSTRAINTS) | $(VENV)/pyvenv.cfg
+$(DEV_READY): pyproject.toml $(CONSTRAINTS) | $(VENV)/pyvenv.cfg
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,docs,export]'
-	@touch $(USER) $@
+	@touch $(READY) $@
