@@ -53,8 +53,8 @@ class LocalizeOptions:
         bypass_mode: How attention is bypassed.
         patch_site: What is patched.
         corrupted_position: Which prefix token is replaced for patching, counted from the prefix' end. By
-            default the last, -1; where only one token is to be recalled, the one before it, -2, because the last is
-            itself the place where the prediction is made.
+            default the one before the last, -2: at the last, -1, the first target is predicted, so that restoring
+            the residual there restores that prediction at any depth and says nothing of where the cue went.
         untrained_control: Also run on freshly drawn weights.
         seed: Seed of every random choice.
     """
@@ -65,7 +65,7 @@ class LocalizeOptions:
     head_mode: str = "mean_of_other_heads"
     bypass_mode: str = "identity"
     patch_site: str = "resid_pre"
-    corrupted_position: int | None = None
+    corrupted_position: int = -2
     untrained_control: bool = True
     seed: int = 0
 
@@ -242,8 +242,6 @@ class _Localization:
 
     def _patch(self, groups: Mapping[str, SequenceSet]) -> None:
         place = self.options.corrupted_position
-        if place is None:
-            place = -2 if max(seqs.max_targets for seqs in groups.values()) == 1 else -1
         results: dict[str, Result] = {}
         corrupted: dict[str, np.ndarray] = {}
         for name, seqs in groups.items():
