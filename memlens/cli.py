@@ -38,13 +38,21 @@ _PIPE_WIDTH = 200
 _OUT = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 _ERR = Console(stderr=True, soft_wrap=True, highlight=False)
 
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub name, checkpoint folder, .gguf file or zoo name.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="Hub name, checkpoint folder, .gguf file or zoo name.")
+]
 SequencesOption = Annotated[
     str, typer.Option("--sequences", "-s", help=".npy, .jsonl, .csv or .parquet file, hf:NAME, or zoo.")
 ]
-PrefixOption = Annotated[int | None, typer.Option(help="Tokens given to the model (default: the file's own, or 32).")]
-TargetsOption = Annotated[int | None, typer.Option(help="Keep only the first so many tokens of each continuation.")]
-TargetOption = Annotated[str, typer.Option(help="For the idiom file: first_token of the last word, or the word.")]
+PrefixOption = Annotated[
+    int | None, typer.Option(help="Tokens given to the model (default: the file's own, or 32).")
+]
+TargetsOption = Annotated[
+    int | None, typer.Option(help="Keep only the first so many tokens of each continuation.")
+]
+TargetOption = Annotated[
+    str, typer.Option(help="For the idiom file: first_token of the last word, or the word.")
+]
 BackendOption = Annotated[str, typer.Option(help="auto, hooked or bridge.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, mps (default: cuda where there is one).")]
@@ -64,7 +72,9 @@ def main() -> None:
         _ERR.print(Text.assemble(("error: ", "bold red"), str(error)))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        _ERR.print("stopped; results that were finished are in the output folder, `memlens report DIR` shows them.")
+        _ERR.print(
+            "stopped; results that were finished are in the output folder, `memlens report DIR` shows them."
+        )
         raise SystemExit(130) from None
 
 
@@ -99,9 +109,13 @@ def run_localize(
     limit: LimitOption = None,
     max_sequences: Annotated[int, typer.Option(help="Memorized sequences to examine.")] = 64,
     max_patched: Annotated[int, typer.Option(help="Sequences for activation patching.")] = 16,
-    head_mode: Annotated[str, typer.Option(help="mean_of_other_heads, zero, mean or resample.")] = "mean_of_other_heads",
+    head_mode: Annotated[
+        str, typer.Option(help="mean_of_other_heads, zero, mean or resample.")
+    ] = "mean_of_other_heads",
     bypass_mode: Annotated[str, typer.Option(help="identity or zero.")] = "identity",
-    patch_site: Annotated[str, typer.Option(help="resid_pre, resid_post, attn_out, mlp_out or z.")] = "resid_pre",
+    patch_site: Annotated[
+        str, typer.Option(help="resid_pre, resid_post, attn_out, mlp_out or z.")
+    ] = "resid_pre",
     untrained_control: Annotated[bool, typer.Option(help="Also run on freshly drawn weights.")] = True,
     backend: BackendOption = "auto",
     dtype: DtypeOption = "float32",
@@ -205,7 +219,9 @@ def plan(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder that a run wrote.")],
-    out: Annotated[Path | None, typer.Option(help="The HTML file (default: report.html in the folder).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file (default: report.html in the folder).")
+    ] = None,
 ) -> None:
     """Make the report of a run's folder again, finished or not.
 
@@ -259,7 +275,9 @@ def zoo_train(
     from memlens.organisms.evaluate import evaluate_zoo_model
     from memlens.organisms.zoo import train_zoo_model
 
-    folder = train_zoo_model(name, out, seed=seed, steps=steps, device=device, progress=not quiet, resume=resume)
+    folder = train_zoo_model(
+        name, out, seed=seed, steps=steps, device=device, progress=not quiet, resume=resume
+    )
     curve = evaluate_zoo_model(folder)
     _print_table(curve[curve["domain"] == "all"], "Exact match by copies in the corpus")
     _OUT.print(f"model: {folder}")
@@ -272,7 +290,12 @@ def _load(
 
     with _ERR.status(f"loading {name}"):
         return ml.load_model(
-            name, backend=backend, dtype=dtype, device=device, revision=revision, checkpoint_step=checkpoint_step
+            name,
+            backend=backend,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            checkpoint_step=checkpoint_step,
         )
 
 
@@ -298,7 +321,9 @@ def _print_run(run: LocalizedRun, seconds: float) -> None:
 def _print_table(frame: pd.DataFrame, title: str) -> None:
     table = Table(title=title)
     for column in frame.columns:
-        table.add_column(str(column), justify="right" if frame[column].dtype.kind in "if" else "left", overflow="fold")
+        table.add_column(
+            str(column), justify="right" if frame[column].dtype.kind in "if" else "left", overflow="fold"
+        )
     for row in frame.itertuples(index=False):
         table.add_row(*(Text(_cell(value)) for value in row))
     _OUT.print(table)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Where files are, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing", "write_atomically"]
+__all__ = ["replacing", "write_atomically", "zoo_folders"]
 
 
 @contextmanager
@@ -49,6 +49,16 @@ def write_atomically(path: str | Path, content: bytes) -> Path:
     with replacing(path) as part:
         part.write_bytes(content)
     return Path(path)
+
+
+def zoo_folders() -> tuple[Path, Path]:
+    """Return where models of the zoo are looked for: bundled with the package, then trained on demand.
+
+    The second is `$MEMLENS_CACHE/zoo`, or `~/.cache/memlens/zoo`; it need not exist.
+    """
+    bundled = Path(__file__).parent / "models" / "zoo"
+    root = os.environ.get("MEMLENS_CACHE")
+    return bundled, (Path(root).expanduser() if root else Path.home() / ".cache" / "memlens") / "zoo"
 
 
 def _umask() -> int:

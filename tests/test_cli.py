@@ -38,14 +38,27 @@ def test_help_names_every_command_with_an_example() -> None:
     shown = runner.invoke(cli.app, ["--help"]).output
     for name in ("demo", "score", "run", "report", "models", "plan", "zoo"):
         assert name in shown
-    for command in (["demo"], ["score"], ["run", "localize"], ["report"], ["plan"], ["models"], ["zoo", "train"]):
+    for command in (
+        ["demo"],
+        ["score"],
+        ["run", "localize"],
+        ["report"],
+        ["plan"],
+        ["models"],
+        ["zoo", "train"],
+    ):
         assert "Example: memlens" in runner.invoke(cli.app, [*command, "--help"]).output
 
 
 def test_models_lists_families_and_zoo() -> None:
     code, out, _ = call("models")
     assert code == 0
-    for name in ("EleutherAI/pythia-12b", "openlm-research/open_llama_7b", "bigcode/starcoder2-3b", "zoo/pythia-s"):
+    for name in (
+        "EleutherAI/pythia-12b",
+        "openlm-research/open_llama_7b",
+        "bigcode/starcoder2-3b",
+        "zoo/pythia-s",
+    ):
         assert name in out
 
 
@@ -96,7 +109,10 @@ def test_plan_names_each_analysis(tiny_folder: Any, tmp_path: Path) -> None:
     [
         (["score", "-m", "zoo/pythia-z", "-s", "zoo"], "Did you mean 'zoo/pythia-s'"),
         (["score", "-m", "zoo/pythia-s", "-s", "missing.npy"], "missing.npy"),
-        (["run", "localize", "-m", "zoo/pythia-s", "-s", "zoo", "--out", "x", "--backend", "hook"], "backend='hook'"),
+        (
+            ["run", "localize", "-m", "zoo/pythia-s", "-s", "zoo", "--out", "x", "--backend", "hook"],
+            "backend='hook'",
+        ),
         (["zoo", "train", "pythia-xxl"], "pythia-xxl"),
     ],
 )
@@ -111,7 +127,17 @@ def test_foreseen_errors_are_one_line(args: list[str], words: str, tmp_path: Pat
 
 def test_unknown_option_values_are_found_before_the_model_runs(tmp_path: Path) -> None:
     code, _, err = call(
-        "run", "localize", "-m", "zoo/pythia-s", "-s", "zoo", "--out", str(tmp_path / "x"), "--head-mode", "zro", "-q"
+        "run",
+        "localize",
+        "-m",
+        "zoo/pythia-s",
+        "-s",
+        "zoo",
+        "--out",
+        str(tmp_path / "x"),
+        "--head-mode",
+        "zro",
+        "-q",
     )
     assert code == 2
     assert "'zero'" in err

@@ -63,7 +63,7 @@ def bypass_attention(
         >>> result["exact_match"].dims
         ('sequence', 'layer')
     """
-    layers = range(len(model.blocks)) if layers is None else layers
+    layers = range(Trunk(model).n_layers) if layers is None else layers
     interventions = [
         bypass_intervention(model, [layer], mode=mode, heads=heads, coords={"layer": layer})
         for layer in layers

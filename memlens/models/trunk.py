@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from memlens.errors import UnsupportedModelError
 from memlens.models.hooks import check_layer
 
-__all__ = ["Trunk", "is_bridge"]
+__all__ = ["Trunk", "check_model", "is_bridge"]
 
 
 _EXTRA_OUTPUTS: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
@@ -30,6 +30,14 @@ _EXTRA_OUTPUTS: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 def is_bridge(model: Any) -> bool:
     """Whether the model is a `TransformerBridge` (else it is taken for a `HookedTransformer`)."""
     return hasattr(model, "original_model")
+
+
+def check_model(model: Any) -> None:
+    """Raise `UnsupportedModelError` unless this is a TransformerLens model with blocks."""
+    if not hasattr(model, "blocks") or not hasattr(model, "cfg"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no TransformerLens model: load it with memlens.load_model first."
+        )
 
 
 class Trunk:
@@ -51,10 +59,7 @@ class Trunk:
     """
 
     def __init__(self, model: Any) -> None:
-        if not hasattr(model, "blocks") or not hasattr(model, "cfg"):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} is no TransformerLens model: load it with memlens.load_model first."
-            )
+        check_model(model)
         self.model = model
         cfg = model.cfg
         self.n_layers: int = len(model.blocks)

@@ -274,7 +274,9 @@ class _Localization:
         }
         for name, result in results.items():
             title = f"What writes the target's logit: {name}"
-            self.folder.add_result(f"logit_attribution_{name}", result, title=title, figures=[FigureRequest()])
+            self.folder.add_result(
+                f"logit_attribution_{name}", result, title=title, figures=[FigureRequest()]
+            )
 
     def _save(
         self, name: str, title: str, results: Mapping[str, Result], *, one_sequence: bool = False

@@ -34,7 +34,9 @@ def planted(pythia: Any) -> ml.SequenceSet:
 
 
 @pytest.fixture(scope="module")
-def run(pythia: Any, planted: ml.SequenceSet, tmp_path_factory: pytest.TempPathFactory) -> localization.LocalizedRun:
+def run(
+    pythia: Any, planted: ml.SequenceSet, tmp_path_factory: pytest.TempPathFactory
+) -> localization.LocalizedRun:
     folder = tmp_path_factory.mktemp("run")
     return ml.localize(pythia, planted, folder, options=SMALL, progress=False, command="memlens demo")
 
@@ -52,7 +54,9 @@ def test_five_findings_with_numbers_and_controls(run: localization.LocalizedRun)
     assert "untrained twin" in (run.findings[3].control or "")
 
 
-def test_what_is_recalled_is_what_was_planted_often(run: localization.LocalizedRun, planted: ml.SequenceSet) -> None:
+def test_what_is_recalled_is_what_was_planted_often(
+    run: localization.LocalizedRun, planted: ml.SequenceSet
+) -> None:
     table = ml.RecallScores.load(run.report.parent / "recall.parquet").table
     copies = planted.table["copies"].to_numpy()
     assert (table["exact_match"].to_numpy() == (copies == 256)).mean() > 0.95
@@ -72,17 +76,25 @@ def test_results_are_saved_and_labelled(run: localization.LocalizedRun) -> None:
     assert recorded["command"] == "memlens demo"
 
 
-def test_finding_equals_a_plain_computation(run: localization.LocalizedRun, pythia: Any, planted: ml.SequenceSet) -> None:
+def test_finding_equals_a_plain_computation(
+    run: localization.LocalizedRun, pythia: Any, planted: ml.SequenceSet
+) -> None:
     """The head finding, by hand: one plain forward with and without the head, on the reported half."""
     heads = ml.load_result(run.report.parent / "head_ablation.nc")
-    ids = [i for i, g in zip(heads["sequence"].values, heads["group"].values, strict=True) if g == "memorized"]
+    ids = [
+        i for i, g in zip(heads["sequence"].values, heads["group"].values, strict=True) if g == "memorized"
+    ]
     choose, report = halves(len(ids), SMALL.seed)
     rows = [planted.ids.index(i) for i in ids]
-    effect = ml.ablate_heads(pythia, planted[rows], engine="reference", progress=False).effect("target_logprob")
+    effect = ml.ablate_heads(pythia, planted[rows], engine="reference", progress=False).effect(
+        "target_logprob"
+    )
     means = effect.isel(sequence=choose).mean("sequence").values
     layer, head = np.unravel_index(means.argmin(), means.shape)
     assert f"head {head} of layer {layer}" in run.findings[2].statement
-    assert run.findings[2].estimate == pytest.approx(float(effect.isel(sequence=report)[:, layer, head].mean()), abs=1e-4)
+    assert run.findings[2].estimate == pytest.approx(
+        float(effect.isel(sequence=report)[:, layer, head].mean()), abs=1e-4
+    )
 
 
 def test_report_shows_everything(run: localization.LocalizedRun) -> None:
@@ -90,7 +102,9 @@ def test_report_shows_everything(run: localization.LocalizedRun) -> None:
     for finding in run.findings:
         assert html.escape(finding.title).replace("&#x27;", "&#39;") in text
     assert "memlens demo" in text
-    assert report_from_directory(run.report.parent).read_text(encoding="utf-8").count("<h2") == text.count("<h2")
+    assert report_from_directory(run.report.parent).read_text(encoding="utf-8").count("<h2") == text.count(
+        "<h2"
+    )
 
 
 def test_a_step_that_fails_loses_nothing(
@@ -137,7 +151,9 @@ def test_wrong_vocabulary_is_refused_before_anything_is_written(pythia: Any, tmp
     assert not (tmp_path / "new").exists()
 
 
-def test_one_target_corrupts_the_token_before_the_last(pythia: Any, planted: ml.SequenceSet, tmp_path: Path) -> None:
+def test_one_target_corrupts_the_token_before_the_last(
+    pythia: Any, planted: ml.SequenceSet, tmp_path: Path
+) -> None:
     short = ml.load_sequences("zoo", pythia, max_targets=1)
     few = short[np.flatnonzero(np.isin(short.table["copies"].to_numpy(), [1, 256]))]
     run = ml.localize(pythia, few, tmp_path, options=SMALL, progress=False)
@@ -173,14 +189,17 @@ def test_chosen_site_and_estimates() -> None:
     share = share_estimate(xr.DataArray([1.0] * 8, dims="sequence"))
     assert (share.value, share.high) == (1.0, pytest.approx(1.0))
     assert 0.6 < share.low < 0.7
-    ratio = ratio_estimate(xr.DataArray([1.0, 0.0], dims="sequence"), xr.DataArray([1.0, 3.0], dims="sequence"))
+    ratio = ratio_estimate(
+        xr.DataArray([1.0, 0.0], dims="sequence"), xr.DataArray([1.0, 3.0], dims="sequence")
+    )
     assert ratio.value == 0.25
 
 
 def test_head_table_is_sorted_and_corrected(run: localization.LocalizedRun) -> None:
     heads = ml.load_result(run.report.parent / "head_ablation.nc")
     groups = {
-        name: Result(heads.data.isel(sequence=heads["group"].values == name)) for name in ("memorized", "matched control")
+        name: Result(heads.data.isel(sequence=heads["group"].values == name))
+        for name in ("memorized", "matched control")
     }
     table = findings.head_table(groups, 0, most=10)
     assert table["effect_mean"].is_monotonic_increasing

@@ -18,6 +18,7 @@ from memlens.errors import (
     OptionError,
     SequenceError,
     SiteError,
+    UnsupportedModelError,
 )
 from memlens.models.hooks import SITES, has_site, hook_name
 from memlens.sweeps import ByBatch
@@ -253,6 +254,8 @@ def test_bad_input_is_refused_before_any_forward(tiny_model: Any, monkeypatch: p
         ml.sweep(model, seqs[[]], [edit])
     with pytest.raises(OptionError, match=r"metric='exact_mach'.*exact_match"):
         ml.sweep(model, seqs, [edit], ("exact_mach",))
+    with pytest.raises(OptionError, match="batch_size=0"):
+        ml.sweep(model, seqs, [edit], batch_size=0)
     with pytest.raises(OptionError, match="engine='fsat'"):
         ml.sweep(model, seqs, [edit], engine="fsat")
     with pytest.raises(SiteError, match=r"'blocks\.0\.hook_mlp_uot'.*Did you mean"):
@@ -264,6 +267,20 @@ def test_bad_input_is_refused_before_any_forward(tiny_model: Any, monkeypatch: p
     with pytest.raises(InterventionError, match="is no Intervention"):
         ml.sweep(model, seqs, [("blocks.0.hook_mlp_out", scaled(0.0))])
     assert not ran
+
+
+@pytest.mark.parametrize("model", ["zoo/pythia-s", None])
+def test_a_name_is_no_model(model: Any) -> None:
+    seqs = ragged()
+    for work in (
+        ml.score_recall,
+        ml.decode_residual,
+        ml.ablate_heads,
+        ml.bypass_attention,
+        ml.attribute_logits,
+    ):
+        with pytest.raises(UnsupportedModelError, match=r"memlens\.load_model"):
+            work(model, seqs)
 
 
 def test_not_finite_logits_name_the_layer(tiny_folder: Any) -> None:
