@@ -10,14 +10,12 @@ from typing import Any
 import torch
 
 from memlens.errors import EmptySetError
+from memlens.models.memory import check_batch_size, default_budget, logits_bytes, row_bytes
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
 from memlens.sweeps.interventions import Intervention
 
 __all__ = ["Budget", "Plan", "plan"]
-
-_DEFAULT_CPU_BYTES = 2**30
-_FREE_SHARE = 0.4
 
 
 @dataclass(frozen=True)
@@ -39,22 +37,14 @@ class Budget:
     @staticmethod
     def of(trunk: Trunk, seqs: SequenceSet, memory_budget: int | None, batch_size: int | None) -> Budget:
         """Cut a memory budget (bytes) into sizes; by default 1 GiB, or 40 % of a GPU's free memory."""
-        total = memory_budget or _default_bytes(trunk.device)
-        width = int(seqs.lengths.max())
-        item = trunk.dtype.itemsize
-        d_mlp = getattr(trunk.model.cfg, "d_mlp", None) or 4 * trunk.d_model
-        row = item * width * (12 * trunk.d_model + 3 * d_mlp + 4 * trunk.n_heads * width)
-        kept = item * width * trunk.d_model * trunk.n_layers
-        logits = 5 * max(item, 4) * trunk.d_vocab
-        rows = max(1, int(total * 0.6) // row)
+        check_batch_size(batch_size)
+        total = memory_budget or default_budget(trunk.device)
+        width, itemsize = int(seqs.lengths.max()), trunk.dtype.itemsize
+        kept = itemsize * width * trunk.d_model * trunk.n_layers
+        rows = max(1, int(total * 0.6) // row_bytes(trunk.model.cfg, width, itemsize))
         size = batch_size or max(1, min(len(seqs), 64, rows, int(total * 0.25) // kept))
-        return Budget(total, size, max(rows, size), max(1, int(total * 0.15) // logits))
-
-
-def _default_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * _FREE_SHARE)
-    return _DEFAULT_CPU_BYTES
+        targets = max(1, int(total * 0.15) // logits_bytes(trunk.d_vocab, itemsize))
+        return Budget(total, size, max(rows, size), targets)
 
 
 @dataclass(frozen=True)
