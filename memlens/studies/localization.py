@@ -53,8 +53,9 @@ class LocalizeOptions:
         bypass_mode: How attention is bypassed.
         patch_site: What is patched.
         corrupted_position: Which prefix token is replaced for patching, counted from the prefix' end. By
-            default the one before the last, -2: at the last, -1, the first target is predicted, so that restoring
-            the residual there restores that prediction at any depth and says nothing of where the cue went.
+            default the one before the last, -2: at the last, -1, the first target is predicted, so that
+            restoring the residual there restores that prediction at any depth and says nothing of where the
+            cue went.
         untrained_control: Also run on freshly drawn weights.
         seed: Seed of every random choice.
     """
