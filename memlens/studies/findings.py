@@ -98,23 +98,7 @@ def _stable(result: Result) -> np.ndarray:
 
 def strongest_head(results: Mapping[str, Result], seed: int) -> Finding:
     """The head whose ablation harms recall most."""
-    result = results[MEMORIZED]
-    choose, measure = halves(result.data.sizes["sequence"], seed)
-    site = chosen_site(result, "target_logprob", choose)
-    main = _at(result, site, measure, seed)
-    exact = _left(result, site, measure)
-    others = {n: _at(r, site, None, seed) for n, r in results.items() if n != MEMORIZED}
-    return Finding(
-        "Which head matters most",
-        f"Ablating head {site['head']} of layer {site['layer']} changes the target log-probability by {main} "
-        f"nats a token and leaves {exact} of the sequences recalled ({_HALVES}).",
-        main.value,
-        main.low,
-        main.high,
-        "nats a token",
-        main.n,
-        _others(others, None, "nats a token"),
-    )
+    return _most_harmful(results, seed, "Which head matters most", "Ablating head {head} of layer {layer}")
 
 
 def head_table(results: Mapping[str, Result], seed: int, most: int = 20) -> pd.DataFrame:
@@ -138,6 +122,13 @@ def head_table(results: Mapping[str, Result], seed: int, most: int = 20) -> pd.D
 
 def bypassed_layer(results: Mapping[str, Result], seed: int) -> Finding:
     """The layer whose attention, bypassed, harms recall most."""
+    return _most_harmful(
+        results, seed, "Which layer's attention recall needs", "Bypassing the attention of layer {layer}"
+    )
+
+
+def _most_harmful(results: Mapping[str, Result], seed: int, title: str, intervention: str) -> Finding:
+    """The site at which the intervention (a template over coordinates) costs the most log-probability."""
     result = results[MEMORIZED]
     choose, measure = halves(result.data.sizes["sequence"], seed)
     site = chosen_site(result, "target_logprob", choose)
@@ -145,9 +136,9 @@ def bypassed_layer(results: Mapping[str, Result], seed: int) -> Finding:
     exact = _left(result, site, measure)
     others = {n: _at(r, site, None, seed) for n, r in results.items() if n != MEMORIZED}
     return Finding(
-        "Which layer's attention recall needs",
-        f"Bypassing the attention of layer {site['layer']} changes the target log-probability by {main} nats "
-        f"a token and leaves {exact} of the sequences recalled ({_HALVES}).",
+        title,
+        f"{intervention.format(**site)} changes the target log-probability by {main} nats a token and leaves "
+        f"{exact} of the sequences recalled ({_HALVES}).",
         main.value,
         main.low,
         main.high,
