@@ -117,6 +117,14 @@ def write_tutorials() -> None:
     (HERE / "_static" / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
 
 
+def plain_returns(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Keep napoleon from reading the words before a colon in a `Returns:` section as a type."""
+    for before, line in zip(range(len(lines)), lines[1:], strict=False):
+        if lines[before].strip() in ("Returns:", "Yields:") and ":" in line:
+            indent = len(line) - len(line.lstrip())
+            lines[before + 1] = f"{line[:indent]}: {line[indent:]}"
+
+
 def fill_in(app: Any, docname: str, source: list[str]) -> None:
     """Put the table of public names where a page asks for it."""
     source[0] = re.sub(r"^@PUBLIC_NAMES@$", lambda _: public_names(), source[0], flags=re.MULTILINE)
@@ -127,5 +135,6 @@ write_tutorials()
 
 
 def setup(app: Any) -> None:
-    """Connect the hook above."""
+    """Connect the hooks above."""
+    app.connect("autodoc-process-docstring", plain_returns, priority=400)  # before napoleon
     app.connect("source-read", fill_in)
