@@ -242,7 +242,7 @@ def models() -> None:
     from memlens.models.zoo import zoo_names
 
     columns = ["model", "size", "family", "backend", "corpus", "license"]
-    _print_table(families_table()[columns], "Families")
+    _print_table(families_table().filter(columns), "Families")
     _OUT.print("zoo: " + ", ".join(f"zoo/{name.removeprefix('zoo/')}" for name in zoo_names()))
 
 
@@ -279,7 +279,7 @@ def zoo_train(
         name, out, seed=seed, steps=steps, device=device, progress=not quiet, resume=resume
     )
     curve = evaluate_zoo_model(folder)
-    _print_table(curve[curve["domain"] == "all"], "Exact match by copies in the corpus")
+    _print_table(curve.loc[curve["domain"] == "all"], "Exact match by copies in the corpus")
     _OUT.print(f"model: {folder}")
 
 
