@@ -57,7 +57,7 @@ docs: $(DEV_READY) ## Build the documentation into docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 clean: ## Remove environments, caches and everything built
-	rm -rf .venv .venv-tl4 build dist docs/_build docs/jupyter_execute
+	rm -rf .venv .venv-tl4 build dist docs/_build docs/reference docs/tutorials docs/_static/plotly.min.js
 	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find memlens tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
