@@ -18,6 +18,7 @@ from memlens.models.provenance import describe
 from memlens.models.trunk import Trunk
 from memlens.results import Result
 from memlens.sequences import SequenceSet
+from memlens.sequences.checks import check_is_set
 from memlens.sweeps.engine import Engine, make_batches
 from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.metrics import MetricLike, make_reduce, metric_names
@@ -109,8 +110,13 @@ def sweep(
 
 
 def _check_inputs(trunk: Trunk, seqs: SequenceSet, interventions: Sequence[Intervention]) -> None:
+    check_is_set(seqs)
     if len(seqs) == 0:
         raise EmptySetError("there are no sequences to sweep over: give at least one.")
+    if isinstance(interventions, Intervention):
+        raise InterventionError(
+            f"interventions is one Intervention ({interventions.name!r}): give a list of it."
+        )
     if not interventions:
         raise EmptySetError("there are no interventions to run: give at least one.")
     for item in interventions:
