@@ -66,9 +66,11 @@ $(VENV)/pyvenv.cfg:
 	$(PYTHON3) -m venv $(VENV)
 
 $(READY): pyproject.toml $(CONSTRAINTS) | $(VENV)/pyvenv.cfg
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e .
+	@echo "installing into $(VENV); this takes some minutes"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e .
 	@touch $@
 
 $(DEV_READY): pyproject.toml $(CONSTRAINTS) | $(VENV)/pyvenv.cfg
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,docs,export]'
+	@echo "installing into $(VENV); this takes some minutes"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,docs,export]'
 	@touch $(READY) $@
