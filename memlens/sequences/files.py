@@ -27,7 +27,9 @@ def read_file(path: Path) -> tuple[Any, dict[str, Any]]:
     """
     if path.suffix.lower() not in SUFFIXES:
         known = ", ".join(SUFFIXES)
-        raise FileFormatError(f"{path}: the suffix {path.suffix!r} is not known; use one of {known}")
+        raise FileFormatError(
+            f"{path}: the suffix {path.suffix!r} is not known; use one of {known}, or give texts as a list"
+        )
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise SourceNotFoundError(f"there is no file {path}.{near_matches(path.name, siblings)}")
