@@ -47,12 +47,12 @@ def measure(
     engine = Engine(
         model,
         make_reduce(metrics, per_token=False),
-        stack_rows=budget.stack_rows,
+        chunk_tokens=budget.chunk_tokens,
         unembed_rows=budget.unembed_rows,
         probe_tokens=sequences.tokens[:1, :4].to(trunk.device),
     )
     parts = [
-        engine.baseline(trunk, b, t, [])[0]
+        engine.baseline(trunk, b, t).values
         for b, t in make_batches(sequences, budget.batch_size, trunk.device)
     ]
     return {name: torch.cat([p[name] for p in parts]).numpy() for name in parts[0]}

@@ -18,6 +18,8 @@ __all__ = ["Budget", "Plan", "plan"]
 
 _DEFAULT_CPU_BYTES = 2**30
 _FREE_SHARE = 0.4
+_WELL_FILLED = 4096
+"""On a processor a larger stack gains nothing and leaves its caches."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,15 @@ class Budget:
     Attributes:
         bytes: What the activations of one stacked forward may take.
         batch_size: Sequences in a batch.
-        stack_rows: Rows (sequences times interventions) in one stacked forward.
+        stack_tokens: Positions (of all sequences and interventions) in one stacked forward.
+        chunk_tokens: Positions that run through a block at a time.
         unembed_rows: Target positions unembedded at a time.
     """
 
     bytes: int
     batch_size: int
-    stack_rows: int
+    stack_tokens: int
+    chunk_tokens: int
     unembed_rows: int
 
     @staticmethod
@@ -43,12 +47,15 @@ class Budget:
         width = int(seqs.lengths.max())
         item = trunk.dtype.itemsize
         d_mlp = getattr(trunk.model.cfg, "d_mlp", None) or 4 * trunk.d_model
-        row = item * width * (12 * trunk.d_model + 3 * d_mlp + 4 * trunk.n_heads * width)
-        kept = item * width * trunk.d_model * trunk.n_layers
+        position = item * (20 * trunk.d_model + 2 * d_mlp + 2 * trunk.n_heads * width)
+        kept = item * width * trunk.d_model * 4 * trunk.n_layers
         logits = 5 * max(item, 4) * trunk.d_vocab
-        rows = max(1, int(total * 0.6) // row)
+        tokens = max(
+            1, min(int(total * 0.6) // position, _WELL_FILLED if trunk.device.type == "cpu" else 2**31)
+        )
+        rows = max(1, tokens // width)
         size = batch_size or max(1, min(len(seqs), 64, rows, int(total * 0.25) // kept))
-        return Budget(total, size, max(rows, size), max(1, int(total * 0.15) // logits))
+        return Budget(total, size, max(tokens, size * width), tokens, max(1, int(total * 0.15) // logits))
 
 
 def _default_bytes(device: torch.device) -> int:
@@ -135,7 +142,7 @@ def plan(
 
 @torch.no_grad()
 def _calibrated(trunk: Trunk, seqs: SequenceSet, budget: Budget, blocks: int, targets: int) -> float:
-    rows = min(len(seqs), budget.stack_rows, 16)
+    rows = min(len(seqs), 16)
     part = seqs[:rows]
     resid = trunk.embed(part.tokens.to(trunk.device))
     block = _fastest(lambda: trunk.run(resid)) / (rows * trunk.n_layers)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import memlens as ml
 from memlens.errors import EmptySetError, InterventionError, NonFiniteError, OptionError, SequenceError, SiteError
+from memlens.models.functional import FunctionalBlocks
 from memlens.models.hooks import SITES, has_site, hook_name
 from memlens.sweeps import ByBatch
 from tests.small import CASES, ragged
@@ -95,20 +96,25 @@ def test_tiny_budget_changes_nothing(tiny_model: Any) -> None:
     assert largest_difference(large, small) < 1e-5
 
 
-def test_out_of_memory_is_halved(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("runs", "site"), [(ml.Trunk, "q"), (FunctionalBlocks, "z")])
+def test_out_of_memory_is_halved(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch, runs: type, site: str
+) -> None:
     model, seqs = tiny_model("gpt_neox", "bridge"), ragged()
-    want = ml.ablate_heads(model, seqs, progress=False)
+    edits = [ml.Intervention(f"edit {i}", [(hook_name(site, 0), scaled(i / 4))]) for i in range(7)]
+    want = ml.sweep(model, seqs, edits, progress=False)
     seen: list[int] = []
-    plain = ml.Trunk.run
+    plain = runs.run
 
-    def short_of_memory(self: Any, resid: torch.Tensor, *args: Any) -> torch.Tensor:
-        seen.append(len(resid))
-        if len(resid) > 2 * len(seqs):
+    def short_of_memory(self: Any, *args: Any) -> torch.Tensor:
+        rows = next(len(a) for a in args if isinstance(a, torch.Tensor))
+        seen.append(rows)
+        if rows > 2 * len(seqs):
             raise torch.OutOfMemoryError("no room")
-        return plain(self, resid, *args)
+        return plain(self, *args)
 
-    monkeypatch.setattr(ml.Trunk, "run", short_of_memory)
-    got = ml.ablate_heads(model, seqs, progress=False)
+    monkeypatch.setattr(runs, "run", short_of_memory)
+    got = ml.sweep(model, seqs, edits, progress=False)
     assert max(seen) > 2 * len(seqs)
     assert largest_difference(got, want) < 1e-5
 
