@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from memlens.errors import OptionError, check_option
-from memlens.recall.targets import METRICS, TargetStats, reduce_metric, target_stats
+from memlens.recall.targets import METRICS, LazyTargetStats, reduce_metric
 
 __all__ = ["MetricLike", "make_reduce", "metric_names"]
 
@@ -46,7 +45,7 @@ def make_reduce(
     def reduce(logits: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
         if built_in:
-            stats = _in_double(target_stats(logits, ids, mask))
+            stats = LazyTargetStats(logits, ids, mask)
             out |= {name: reduce_metric(name, stats, per_token=per_token) for name in built_in}
         for name, metric in zip(names, metrics, strict=True):
             if not isinstance(metric, str):
@@ -54,12 +53,6 @@ def make_reduce(
         return {name: out[name] for name in names}
 
     return reduce
-
-
-def _in_double(stats: TargetStats) -> TargetStats:
-    """So that sums over many targets keep the precision of each."""
-    wide = {"logprob": stats.logprob, "entropy": stats.entropy, "margin": stats.margin}
-    return replace(stats, **{name: value.double() for name, value in wide.items()})
 
 
 def _checked(name: str, value: Tensor, n: int) -> Tensor:
