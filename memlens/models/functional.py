@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memlens.errors import UnsupportedModelError
-from memlens.models.block_weights import BlockWeights, Norm, read_block
+from memlens.models.block_weights import BlockWeights, read_block
 from memlens.models.trunk import Trunk
 
 __all__ = ["FunctionalBlocks", "KeysValues"]
@@ -89,7 +89,7 @@ class FunctionalBlocks:
             layer: The block.
             resid: Its input at the positions after those of `past`.
             past: Keys and values of the positions before.
-            queries: The positions of `resid`, counted from its own first, whose output is wanted; all by default.
+            queries: The positions whose output is wanted, counted from the first of `resid`; all by default.
         """
         block = self.blocks[layer]
         first = 0 if past is None else past[0].shape[2]
@@ -171,7 +171,8 @@ class FunctionalBlocks:
         cos, sin = (t[places] for t in block.around.rotary)
         if places.ndim == 2:  # places differ by row
             cos, sin = cos[:, None], sin[:, None]
-        return _rotated(x, cos.to(x.dtype), sin.to(x.dtype))
+        _rotate(x, cos.to(x.dtype), sin.to(x.dtype))
+        return x
 
     def _attend(self, block: BlockWeights, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
         if self.n_kv != self.n_heads:
@@ -181,15 +182,14 @@ class FunctionalBlocks:
         return z.transpose(1, 2).flatten(-2)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first features, the halves against each other."""
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate the first features in place, the halves against each other."""
     width = cos.shape[-1]
     half = width // 2
     low, high = x[..., :half], x[..., half:width]
-    out = x.clone()
-    out[..., :half] = low * cos[..., :half] - high * sin[..., :half]
-    out[..., half:width] = high * cos[..., half:] + low * sin[..., half:]
-    return out
+    turned = low * cos[..., :half] - high * sin[..., :half]
+    high.mul_(cos[..., half:]).add_(low * sin[..., half:])
+    low.copy_(turned)
 
 
 def _picked(x: Tensor, queries: Tensor) -> Tensor:

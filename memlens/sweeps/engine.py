@@ -235,7 +235,7 @@ class Engine:
         ids, mask = (t.repeat(copies, 1) for t in (targets.ids, targets.mask))
         step = max(1, self.unembed_rows // max(1, ids.shape[1]))
         parts = [
-            self.reduce(trunk.unembed(rows[i : i + step]), ids[i : i + step], mask[i : i + step])
+            self.reduce(_logits(trunk, rows[i : i + step], mask[i : i + step]), ids[i : i + step], mask[i : i + step])
             for i in range(0, len(rows), step)
         ]
         return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
@@ -257,6 +257,16 @@ def _at_targets(final: Tensor, targets: Targets) -> Tensor:
     """Final residuals at the predicting positions, `[copies * batch, target, d_model]`."""
     positions = targets.positions.repeat(len(final) // len(targets.positions), 1)
     return final[torch.arange(len(final), device=final.device)[:, None], positions]
+
+
+def _logits(trunk: Trunk, rows: Tensor, mask: Tensor) -> Tensor:
+    """The logits where a target stands; 0 elsewhere."""
+    if bool(mask.all()):
+        return trunk.unembed(rows)
+    some = trunk.unembed(rows[mask])
+    logits = some.new_zeros((*mask.shape, some.shape[-1]))
+    logits[mask] = some
+    return logits
 
 
 def _unstacked(values: dict[str, Tensor], copies: int) -> list[dict[str, Tensor]]:

@@ -11,9 +11,9 @@ import torch
 from memlens.errors import EmptySetError
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
+from memlens.sweeps.budget import Budget
 from memlens.sweeps.engine import Engine, make_batches
 from memlens.sweeps.metrics import MetricLike, make_reduce
-from memlens.sweeps.planner import Budget
 
 __all__ = ["measure"]
 

@@ -18,10 +18,10 @@ from memlens.models.provenance import describe
 from memlens.models.trunk import Trunk
 from memlens.results import Result
 from memlens.sequences import SequenceSet
+from memlens.sweeps.budget import Budget
 from memlens.sweeps.engine import Engine
 from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.metrics import MetricLike, make_reduce, metric_names
-from memlens.sweeps.planner import Budget
 from memlens.sweeps.schedule import run_batches
 
 __all__ = ["ENGINES", "make_result", "sequence_coords", "sweep", "token_labels"]

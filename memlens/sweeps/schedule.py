@@ -11,17 +11,14 @@ from torch import Tensor
 
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
+from memlens.sweeps.budget import Budget, Numbered, portions
 from memlens.sweeps.engine import Baseline, Engine, NotCarriedError, make_batches
 from memlens.sweeps.entries import entry_of
 from memlens.sweeps.interventions import Intervention
-from memlens.sweeps.planner import Budget
 
-__all__ = ["portions", "run_batches"]
+__all__ = ["run_batches"]
 
 Values = dict[str, Tensor]
-Numbered = list[tuple[int, Intervention]]
-_WORTHWHILE_TOKENS = 512
-"""A stack of fewer positions does not use the processor well: it takes in the next position's starts."""
 
 
 def run_batches(
@@ -68,7 +65,7 @@ def _fast(
     own = {i for i, _ in carried}
     stacked = [x for x in items if x[0] not in own and x[1].start_layer is not None]
     if base.cone is not None:
-        for part in portions(carried, size, base.cone.stop, budget.stack_tokens):
+        for _, part in portions(carried, size, base.cone.stop, budget.stack_tokens):
             try:
                 yield part, _halving(lambda some: _from_starts(runner, trunk, base, some), part)
             except NotCarriedError:
@@ -90,36 +87,6 @@ def _from_starts(runner: Engine, trunk: Trunk, base: Baseline, items: Numbered) 
         assert entry is not None
         starts.append(runner.start(base, item, entry))
     return runner.downstream(trunk, base, starts)
-
-
-def portions(items: Numbered, size: int, stop: int, tokens: int) -> Iterator[Numbered]:
-    """Cut interventions into portions of like first positions, and of at most `tokens` positions.
-
-    Args:
-        items: Numbered interventions that each edit one point.
-        size: Sequences in the batch.
-        stop: Positions that are computed end here.
-        tokens: Greatest number of positions of a portion, over all its rows.
-    """
-
-    def key(x: tuple[int, Intervention]) -> tuple[int, int]:
-        return min(x[1].first_position, stop - 1), x[1].start_layer or 0
-
-    part: Numbered = []
-    first = 0
-    for x in sorted(items, key=key):
-        here = key(x)[0]
-        if part:
-            load = len(part) * size * (stop - first)
-            full = load + size * (stop - first) > tokens
-            if full or (here > first and load >= _WORTHWHILE_TOKENS):
-                yield part
-                part = []
-        if not part:
-            first = here
-        part.append(x)
-    if part:
-        yield part
 
 
 def _halving(run: Callable[[Numbered], list[Values]], items: Numbered) -> list[Values]:
