@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from memlens.errors import UnsupportedModelError
 from memlens.models.weights import attention_post_norm, read_norm
 
-__all__ = ["BlockWeights", "Linear", "Norm", "Surroundings", "read_block"]
+__all__ = ["BlockWeights", "Linear", "Norm", "Surroundings", "read_block", "read_unembedding"]
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,18 @@ def read_block(model: Any, layer: int, around: Surroundings, *, parallel: bool) 
     )
 
 
+def read_unembedding(model: Any) -> tuple[Norm, Linear]:
+    """Read the final norm and the unembedding.
+
+    Raises:
+        UnsupportedModelError: The unembedding is not of a known form.
+    """
+    norm = _norm(model.ln_final, model.cfg.d_model, model.cfg, next(model.parameters()))
+    if hasattr(model, "original_model"):
+        return norm, _linear(model.unembed)
+    return norm, Linear(model.unembed.W_U.detach().T, model.unembed.b_U.detach())
+
+
 def _norm(module: Any, width: int, cfg: Any, like: Tensor) -> Norm:
     affine = read_norm(module, width, like)
     inner = getattr(module, "original_component", module)
@@ -163,7 +175,8 @@ def _hooked_attention(model: Any, attn: Any) -> tuple[Linear, Linear, float, flo
         return getattr(attn, f"{own}W_{name}").detach(), getattr(attn, f"{own}b_{name}").detach()
 
     parts = [part(name) for name in "QKV"]
-    weight = torch.cat([w.transpose(1, 2).reshape(-1, w.shape[1]) for w, _ in parts])
+    # laid out input by output, since that way the copy reads and writes whole rows
+    weight = torch.cat([w.transpose(0, 1).flatten(1) for w, _ in parts], 1).T
     bias = torch.cat([b.reshape(-1) for _, b in parts])
     w_o = attn.W_O.detach().reshape(-1, model.cfg.d_model).T
     clip = getattr(model.cfg, "clip_qkv", None)

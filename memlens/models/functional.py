@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memlens.errors import UnsupportedModelError
-from memlens.models.block_weights import BlockWeights, read_block
+from memlens.models.block_weights import BlockWeights, read_block, read_unembedding
 from memlens.models.trunk import Trunk
 
 __all__ = ["FunctionalBlocks", "KeysValues"]
 
 KeysValues = tuple[Float[Tensor, "row kv_head pos d_head"], Float[Tensor, "row kv_head pos d_head"]]
 """Keys (rotated) and values of one layer."""
+
+_UNEMBEDS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+"""Models whose own unembedding was compared: it can take longer than a block, so it is asked once."""
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
@@ -48,6 +52,7 @@ class FunctionalBlocks:
         self.blocks: Mapping[int, BlockWeights] = {
             layer: read_block(trunk.model, layer, around[layer], parallel=trunk.parallel) for layer in layers
         }
+        self.final_norm, self.unembedding = read_unembedding(trunk.model)
 
     @staticmethod
     def of(trunk: Trunk, resid: Mapping[int, Tensor]) -> FunctionalBlocks | None:
@@ -64,9 +69,14 @@ class FunctionalBlocks:
         try:
             blocks = FunctionalBlocks(trunk, layers[:-1], resid[layers[0]].shape[1])
             close = all(_close(blocks.run(n, resid[n]), resid[n + 1]) for n in layers[:-1])
+            close = close and _unembeds(blocks, resid[layers[-1]][:, -1])
         except (AttributeError, KeyError, RuntimeError, TypeError, UnsupportedModelError):
             return None
         return blocks if close else None
+
+    def unembed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        """Return the logits of final residuals."""
+        return self.unembedding(self.final_norm(resid))
 
     def keys_values(self, layer: int, resid: Float[Tensor, "row pos d_model"], first: int = 0) -> KeysValues:
         """Return a layer's keys and values of residuals that stand at positions ``first ..``."""
@@ -202,6 +212,13 @@ def _has_hooks(model: Any) -> bool:
         return True
     hooks = (h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
     return any(not getattr(h, "__module__", "").startswith("transformer_lens") for h in hooks)
+
+
+def _unembeds(blocks: FunctionalBlocks, resid: Tensor) -> bool:
+    model = blocks.trunk.model
+    if model not in _UNEMBEDS:
+        _UNEMBEDS[model] = _close(blocks.unembed(resid), blocks.trunk.unembed(resid))
+    return _UNEMBEDS[model]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

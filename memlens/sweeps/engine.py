@@ -134,9 +134,9 @@ class Engine:
         if not bool(torch.isfinite(final[batch.mask]).all()):
             raise NonFiniteError(_where_not_finite(trunk, batch))
         resid = {layer: store[name] for name, layer in names.items()} | {trunk.n_layers: final}
+        cone = self._cone(trunk, resid, batch, targets)
         values = self._reduce_rows(trunk, _at_targets(final, targets), targets, copies=1)
-        acts = {name: store[name] for name in wanted}
-        return Baseline(batch, targets, values, resid, acts, self._cone(trunk, resid, batch, targets))
+        return Baseline(batch, targets, values, resid, {name: store[name] for name in wanted}, cone)
 
     def _cone(self, trunk: Trunk, resid: dict[int, Tensor], batch: Batch, targets: Targets) -> Cone | None:
         width = resid[trunk.n_layers].shape[1]
@@ -234,8 +234,9 @@ class Engine:
         """Unembed final residuals in portions and reduce them at once."""
         ids, mask = (t.repeat(copies, 1) for t in (targets.ids, targets.mask))
         step = max(1, self.unembed_rows // max(1, ids.shape[1]))
+        unembed = trunk.unembed if self._blocks is None else self._blocks.unembed
         parts = [
-            self.reduce(_logits(trunk, rows[i : i + step], mask[i : i + step]), ids[i : i + step], mask[i : i + step])
+            self.reduce(_logits(unembed, rows[i : i + step], mask[i : i + step]), ids[i : i + step], mask[i : i + step])
             for i in range(0, len(rows), step)
         ]
         return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
@@ -259,11 +260,11 @@ def _at_targets(final: Tensor, targets: Targets) -> Tensor:
     return final[torch.arange(len(final), device=final.device)[:, None], positions]
 
 
-def _logits(trunk: Trunk, rows: Tensor, mask: Tensor) -> Tensor:
+def _logits(unembed: Callable[[Tensor], Tensor], rows: Tensor, mask: Tensor) -> Tensor:
     """The logits where a target stands; 0 elsewhere."""
     if bool(mask.all()):
-        return trunk.unembed(rows)
-    some = trunk.unembed(rows[mask])
+        return unembed(rows)
+    some = unembed(rows[mask])
     logits = some.new_zeros((*mask.shape, some.shape[-1]))
     logits[mask] = some
     return logits
