@@ -14,7 +14,7 @@ from memlens.models.hooks import HookFn, check_head, check_layer, hook_name
 from memlens.models.trunk import Trunk
 from memlens.results import Result
 from memlens.sequences import SequenceSet
-from memlens.sweeps import Intervention, applied, sweep
+from memlens.sweeps import Intervention, Reads, applied, sweep
 from memlens.sweeps.metrics import MetricLike
 
 __all__ = ["BYPASS_MODES", "bypass_attention", "bypass_intervention", "bypassed"]
@@ -152,7 +152,7 @@ def _identity(trunk: Trunk, layer: int, heads: Sequence[int] | None) -> list[tup
             v = v.repeat_interleave(groups, dim=2)
         return mix(z, v)
 
-    return [(hook_name("v", layer), remember), (hook_name("z", layer), write)]
+    return [(hook_name("v", layer), Reads(remember)), (hook_name("z", layer), write)]
 
 
 def _written(heads: Sequence[int] | None) -> Callable[[Tensor, Tensor], Tensor]:

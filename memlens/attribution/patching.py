@@ -16,7 +16,7 @@ from memlens.models.hooks import HookFn, check_layer, has_site, hook_name
 from memlens.models.trunk import Trunk, is_bridge
 from memlens.results import Result
 from memlens.sequences import SequenceSet
-from memlens.sweeps import Batch, BatchHook, ByBatch, Intervention, sweep
+from memlens.sweeps import Batch, BatchHook, ByBatch, Intervention, Reads, sweep
 from memlens.sweeps.measure import measure
 from memlens.sweeps.metrics import MetricLike, metric_names
 from memlens.sweeps.run import token_labels
@@ -130,6 +130,7 @@ def activation_patches(
             " ".join([f"{site} L{layer}", *(f"{key}{value}" for key, value in cell.items())]),
             _writes(trunk, site, layer, store, cell),
             {"layer": layer, **cell},
+            first_position=cell.get("position", 0),
         )
         for layer, cell in cells
     ]
@@ -158,7 +159,7 @@ def _writes(
         pre[:] = [x]
 
     write = _write(store, name, cell, less=pre)
-    return [(hook_name("resid_pre", layer), remember), (hook_name("attn_out", layer), write)]
+    return [(hook_name("resid_pre", layer), Reads(remember)), (hook_name("attn_out", layer), write)]
 
 
 def _write(store: ActivationSource, name: str, cell: dict[str, int], less: Sequence[Tensor] = ()) -> ByBatch:

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from memlens.errors import UnsupportedModelError
+from memlens.models.block_weights import Surroundings, bridge_surroundings, hooked_surroundings
 from memlens.models.hooks import check_layer
 
 __all__ = ["Trunk", "check_model", "is_bridge"]
@@ -112,6 +113,14 @@ class Trunk:
         logits = self.model.unembed(self.model.ln_final(flat))
         return logits.reshape(*resid.shape[:-1], logits.shape[-1])
 
+    def surroundings(self, width: int) -> list[Surroundings]:
+        """Return what each block is given beside the residual, for `width` positions.
+
+        Raises:
+            UnsupportedModelError: Positions enter in a way that has no such form.
+        """
+        return self._run.surroundings(width)
+
     def final_norm(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """Return the final norm of residuals."""
         return self.model.ln_final(resid.reshape(1, -1, self.d_model)).reshape(resid.shape)
@@ -126,6 +135,9 @@ class _HookedRunner:
 
     def run(self, resid: Tensor, start: int, stop: int) -> Tensor:
         return self.model(resid, start_at_layer=start, stop_at_layer=stop)
+
+    def surroundings(self, width: int) -> list[Surroundings]:
+        return hooked_surroundings(self.model, width)
 
 
 class _BridgeRunner:
@@ -195,6 +207,23 @@ class _BridgeRunner:
             return self._forward(start, stop, inputs_embeds=resid)
         finally:
             handle.remove()
+
+    def surroundings(self, width: int) -> list[Surroundings]:
+        """Blocks that do not run are still given their masks and rotations."""
+        _ = self.extra_outputs  # asking for it runs the blocks, so it must be known before
+        given: list[tuple[Tensor | None, Any]] = []
+
+        def look(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+            given.append((kwargs.get("attention_mask"), kwargs.get("position_embeddings")))
+
+        handles = [b.register_forward_pre_hook(look, with_kwargs=True) for b in self.blocks]
+        try:
+            device = next(self.model.parameters()).device
+            self.embed(torch.zeros((1, width), dtype=torch.long, device=device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return bridge_surroundings(self.model, given, width)
 
 
 def _pass_through(extra_outputs: int | None) -> Callable[..., Any]:

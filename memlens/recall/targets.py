@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from types import MappingProxyType
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from memlens.errors import check_option
 
-__all__ = ["METRICS", "Metric", "TargetStats", "reduce_metric", "target_stats"]
+__all__ = ["METRICS", "LazyTargetStats", "Metric", "TargetStats", "reduce_metric", "target_stats"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,81 @@ class TargetStats:
         return TargetStats(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(TargetStats)))
 
 
+class LazyTargetStats:
+    """What `TargetStats` holds, each computed from the logits when first asked for (on the logits' device).
+
+    Sums over the vocabulary are taken relative to the greatest logit and their logarithm in float64, so
+    that a log-probability or an entropy is as exact as the logits, not as coarse as a float32 of its size.
+
+    Args:
+        logits: The logits that predict the targets.
+        ids: The target tokens; entries outside `mask` may be anything.
+        mask: True where a target stands.
+    """
+
+    def __init__(
+        self,
+        logits: Float[Tensor, "seq target vocab"],
+        ids: Int[Tensor, "seq target"],
+        mask: Bool[Tensor, "seq target"],
+    ) -> None:
+        self._logits = logits if logits.dtype == torch.float64 else logits.float()
+        self._ids = ids.clamp_min(0).to(logits.device)[..., None]
+        self.mask = mask.cpu()
+
+    @cached_property
+    def _top(self) -> tuple[Tensor, Tensor]:
+        return self._logits.max(-1)
+
+    @cached_property
+    def _chosen(self) -> Tensor:
+        return self._logits.gather(-1, self._ids)
+
+    @cached_property
+    def _shifted(self) -> Tensor:
+        return (self._logits - self._top[0][..., None]).clamp_(min=-1e4)  # a banned token's is -inf
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        return self._shifted.exp()
+
+    @cached_property
+    def _total(self) -> Tensor:
+        return self._weights.sum(-1).double()
+
+    @cached_property
+    def logprob(self) -> Float[Tensor, "seq target"]:
+        """Log-probability of the target, in nats."""
+        return ((self._chosen[..., 0] - self._top[0]).double() - self._total.log()).cpu()
+
+    @cached_property
+    def rank(self) -> Int[Tensor, "seq target"]:
+        """How many tokens have a strictly greater logit."""
+        return (self._logits > self._chosen).sum(-1).cpu()
+
+    @cached_property
+    def argmax(self) -> Int[Tensor, "seq target"]:
+        """Id of the token with the greatest logit."""
+        return self._top[1].cpu()
+
+    @cached_property
+    def entropy(self) -> Float[Tensor, "seq target"]:
+        """Shannon entropy of the next-token distribution, in nats."""
+        mean = (self._weights * self._shifted).sum(-1).double() / self._total
+        return (self._total.log() - mean).cpu()
+
+    @cached_property
+    def margin(self) -> Float[Tensor, "seq target"]:
+        """Logit of the target minus the greatest other logit."""
+        others = self._logits.scatter(-1, self._ids, float("-inf")).amax(-1)
+        return (self._chosen[..., 0] - others).double().cpu()
+
+    @cached_property
+    def correct(self) -> Bool[Tensor, "seq target"]:
+        """Whether the target is the arg-max."""
+        return (self._top[1] == self._ids[..., 0]).cpu()
+
+
 def target_stats(
     logits: Float[Tensor, "seq target vocab"],
     ids: Int[Tensor, "seq target"],
@@ -66,22 +142,8 @@ def target_stats(
     >>> stats.rank.item(), stats.argmax.item(), stats.margin.item()
     (1, 1, -1.0)
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    safe = ids.clamp_min(0).to(logits.device)[..., None]
-    chosen = logits.gather(-1, safe)
-    logsumexp = logits.logsumexp(-1, keepdim=True)
-    logp = logits - logsumexp
-    argmax = logits.argmax(-1)
-    others = logits.scatter(-1, safe, float("-inf")).amax(-1)
-    return TargetStats(
-        logprob=(chosen - logsumexp)[..., 0].cpu(),
-        rank=(logits > chosen).sum(-1).cpu(),
-        argmax=argmax.cpu(),
-        entropy=torch.special.entr(logp.exp()).sum(-1).cpu(),
-        margin=(chosen[..., 0] - others).cpu(),
-        correct=(argmax == safe[..., 0]).cpu(),
-        mask=mask.cpu(),
-    )
+    lazy = LazyTargetStats(logits, ids, mask)
+    return TargetStats(**{f.name: getattr(lazy, f.name) for f in fields(TargetStats)})
 
 
 @dataclass(frozen=True)
@@ -99,7 +161,7 @@ class Metric:
     name: str
     unit: str
     meaning: str
-    per_target: Callable[[TargetStats], Tensor]
+    per_target: Callable[[TargetStats | LazyTargetStats], Tensor]
     reduce: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -123,8 +185,8 @@ def _leading_run(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).cumprod(-1).sum(-1)
 
 
-def _hits(stats: TargetStats) -> Tensor:
-    return stats.correct.to(stats.logprob.dtype)
+def _hits(stats: TargetStats | LazyTargetStats) -> Tensor:
+    return stats.correct.double()
 
 
 METRICS: Mapping[str, Metric] = MappingProxyType(
@@ -163,7 +225,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
                 "target_rank",
                 "rank",
                 "mean over the continuation's tokens of their zero-based rank",
-                lambda s: s.rank.to(s.logprob.dtype),
+                lambda s: s.rank.double(),
                 _mean,
             ),
             Metric(
@@ -186,7 +248,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 """The built-in metrics by name. Each is documented by its `meaning` and `unit`."""
 
 
-def reduce_metric(name: str, stats: TargetStats, *, per_token: bool = False) -> Tensor:
+def reduce_metric(name: str, stats: TargetStats | LazyTargetStats, *, per_token: bool = False) -> Tensor:
     """Return a metric per sequence `[seq]`, or per target `[seq, target]` with NaN outside the mask.
 
     Args:

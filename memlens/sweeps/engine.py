@@ -3,8 +3,11 @@
 *Reference*: one full `run_with_hooks` forward for each intervention, full logits.
 
 *Fast*: one baseline pass keeps the residual at each block's input; an intervention that first touches
-layer ``l`` starts there; interventions of one start layer are stacked along the batch; only positions
-that predict a target are unembedded, and reduced at once.
+layer ``l`` starts there, or after ``l`` where its edit can be carried through the block by itself
+(`memlens.sweeps.entries`); interventions are stacked along the batch; blocks that no hook touches run
+only where something changed (`memlens.sweeps.cone`); only positions that predict a target are
+unembedded, and reduced at once. Where the model's blocks have a form that is not known, or a user's own
+hooks listen, every block from ``l`` on is the model's own.
 """
 
 from __future__ import annotations
@@ -18,13 +21,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memlens.errors import NonFiniteError
+from memlens.models.functional import FunctionalBlocks
 from memlens.models.hooks import HookFn, attached, capturing, hook_name, resolve_hook
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
+from memlens.sweeps.cone import Cone
+from memlens.sweeps.entries import Entry, Start, changed_from, edited, entry_of, start_of
 from memlens.sweeps.interventions import Batch, Intervention
 from memlens.sweeps.silent import EditWatch
 
-__all__ = ["Engine", "Reduce", "Targets"]
+__all__ = ["Baseline", "Engine", "Reduce", "Targets", "make_batches"]
 
 Reduce = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 """From logits `[seq, target, vocab]`, ids and mask `[seq, target]` to one tensor a metric, `[seq, …]`."""
@@ -43,6 +49,27 @@ class Targets:
     positions: Tensor
     ids: Tensor
     mask: Tensor
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One batch as it is.
+
+    Attributes:
+        batch: The sequences.
+        targets: Their targets.
+        values: The un-intervened metrics.
+        resid: The residual at the input of blocks (`n_layers`: after the last).
+        acts: The activations that interventions edit or read.
+        cone: The unhooked blocks on what changes; None where the model's own must run.
+    """
+
+    batch: Batch
+    targets: Targets
+    values: dict[str, Tensor]
+    resid: dict[int, Tensor]
+    acts: dict[str, Tensor]
+    cone: Cone | None
 
 
 def make_batches(seqs: SequenceSet, size: int, device: torch.device) -> Iterator[tuple[Batch, Targets]]:
@@ -68,18 +95,20 @@ class Engine:
     Args:
         model: A TransformerLens model.
         reduce: What to make of the logits at target positions.
-        stack_rows: Greatest number of rows in one stacked forward.
+        chunk_tokens: Greatest number of positions that run through a block at a time.
         unembed_rows: Greatest number of target positions unembedded at a time.
         probe_tokens: A few token ids for the check that hooks are heard.
     """
 
     def __init__(
-        self, model: Any, reduce: Reduce, *, stack_rows: int, unembed_rows: int, probe_tokens: Tensor
+        self, model: Any, reduce: Reduce, *, chunk_tokens: int, unembed_rows: int, probe_tokens: Tensor
     ) -> None:
         self.model, self.reduce = model, reduce
-        self.stack_rows, self.unembed_rows = stack_rows, unembed_rows
+        self.chunk_tokens, self.unembed_rows = chunk_tokens, unembed_rows
         self.watch = EditWatch(model, probe_tokens)
         self._points: dict[str, Any] = {}
+        self._blocks: FunctionalBlocks | None = None
+        self._width = 0
 
     def reference(
         self, batch: Batch, targets: Targets, intervention: Intervention | None
@@ -93,46 +122,94 @@ class Engine:
         return self.reduce(logits[rows, targets.positions], targets.ids, targets.mask)
 
     def baseline(
-        self, trunk: Trunk, batch: Batch, targets: Targets, layers: Sequence[int]
-    ) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-        """The un-intervened metrics, and the residual at the input of each of `layers`."""
+        self, trunk: Trunk, batch: Batch, targets: Targets, interventions: Sequence[Intervention] = ()
+    ) -> Baseline:
+        """Run a batch as it is, and keep what the interventions need of it."""
+        starts = [i.start_layer for i in interventions if i.start_layer is not None]
+        layers = range(min(starts, default=trunk.n_layers), trunk.n_layers)
+        wanted = {n for i in interventions if (e := entry_of(i)) for n in e.captured(trunk.parallel)}
         names = {hook_name("resid_pre", layer): layer for layer in layers}
-        with capturing(self.model, list(names), before_hooks=True) as store:
+        with capturing(self.model, sorted({*names, *wanted}), before_hooks=True) as store:
             final = trunk.run(trunk.embed(batch.tokens))
         if not bool(torch.isfinite(final[batch.mask]).all()):
             raise NonFiniteError(_where_not_finite(trunk, batch))
-        resid = {layer: store[name] for name, layer in names.items()}
-        return self._reduce_final(trunk, final, targets, copies=1), resid
+        resid = {layer: store[name] for name, layer in names.items()} | {trunk.n_layers: final}
+        cone = self._cone(trunk, resid, batch, targets)
+        values = self._reduce_rows(trunk, _at_targets(final, targets), targets, copies=1)
+        return Baseline(batch, targets, values, resid, {name: store[name] for name in wanted}, cone)
+
+    def _cone(self, trunk: Trunk, resid: dict[int, Tensor], batch: Batch, targets: Targets) -> Cone | None:
+        width = resid[trunk.n_layers].shape[1]
+        if width > self._width:
+            self._blocks = FunctionalBlocks.of(trunk, {n: r[:1] for n, r in resid.items()})
+            self._width = width
+        if self._blocks is None:
+            return None
+        stop = int(torch.nonzero(batch.predicts.any(0)).max()) + 1
+        return Cone(self._blocks, resid, targets.positions, stop, self.chunk_tokens)
+
+    def start(self, base: Baseline, intervention: Intervention, entry: Entry) -> Start | None:
+        """Evaluate an intervention that edits one point on the baseline; None where it changes nothing.
+
+        Raises:
+            NotCarriedError: The edit has another shape than the activation.
+        """
+        assert base.cone is not None
+        hooks = [
+            (name, self._point(name), self.watch.wrap(name, fn))
+            for name, fn in intervention.bound(base.batch)
+        ]
+        new = edited(hooks, entry, base.acts)
+        self.watch.settle(name for name, _, _ in hooks)
+        if new.shape != base.acts[entry.name].shape:
+            raise NotCarriedError
+        return start_of(entry, new, base.acts, base.resid, base.cone.blocks, base.cone.stop)
+
+    def downstream(
+        self, trunk: Trunk, base: Baseline, starts: Sequence[Start | None]
+    ) -> list[dict[str, Tensor]]:
+        """The metrics of what follows from some starts; the baseline's where there is none."""
+        assert base.cone is not None
+        changed = [s for s in starts if s is not None]
+        if not changed:
+            return [base.values for _ in starts]
+        final = base.cone.final(changed)
+        values = self._reduce_rows(trunk, final, base.targets, copies=len(changed))
+        each = iter(_unstacked(values, len(changed)))
+        return [base.values if s is None else next(each) for s in starts]
 
     def stacked(
-        self,
-        trunk: Trunk,
-        batch: Batch,
-        targets: Targets,
-        resid: Float[Tensor, "batch pos d_model"],
-        interventions: Sequence[Intervention],
+        self, trunk: Trunk, base: Baseline, interventions: Sequence[Intervention]
     ) -> list[dict[str, Tensor]]:
-        """Interventions that all start at the layer of `resid`, in one forward along the batch."""
-        start = interventions[0].start_layer
-        assert start is not None
-        bound = [i.bound(batch) for i in interventions]
+        """Interventions that touch the same first and last layer, in one forward along the batch."""
+        first, last = interventions[0].start_layer, interventions[0].last_layer
+        assert first is not None
+        assert last is not None
+        bound = [i.bound(base.batch) for i in interventions]
+        stop = trunk.n_layers if base.cone is None else last + 1
         try:
-            final = self._run_stacked(trunk, start, resid, bound)
+            out = self._run_stacked(trunk, first, stop, base.resid[first], bound)
         except _NotStackableError:
-            return [self.stacked(trunk, batch, targets, resid, [i])[0] for i in interventions]
+            return [self.stacked(trunk, base, [i])[0] for i in interventions]
         self.watch.settle(name for hooks in bound for name, _ in hooks)
-        values = self._reduce_final(trunk, final, targets, copies=len(interventions))
-        size = len(batch.rows)
-        return [
-            {m: v[i * size : (i + 1) * size] for m, v in values.items()} for i in range(len(interventions))
-        ]
+        if base.cone is None or stop == trunk.n_layers:
+            rows = _at_targets(out, base.targets)
+            return _unstacked(self._reduce_rows(trunk, rows, base.targets, copies=len(bound)), len(bound))
+        old = base.resid[stop][:, : base.cone.stop]
+        parts = out[:, : base.cone.stop].chunk(len(bound))
+        return self.downstream(trunk, base, [changed_from(stop, old, part) for part in parts])
 
     def _run_stacked(
-        self, trunk: Trunk, start: int, resid: Tensor, bound: Sequence[Sequence[tuple[str, HookFn]]]
+        self,
+        trunk: Trunk,
+        start: int,
+        stop: int,
+        resid: Tensor,
+        bound: Sequence[Sequence[tuple[str, HookFn]]],
     ) -> Tensor:
         if len(bound) == 1:
             with attached(self.model, self._watched(bound[0])):
-                return trunk.run(resid.clone(), start)
+                return trunk.run(resid.clone(), start, stop)
         size = len(resid)
         chains: dict[Any, dict[int, list[HookFn]]] = {}
         for i, hooks in enumerate(bound):
@@ -149,19 +226,22 @@ class Engine:
             for point, parts in chains.items()
         ]
         with attached(self.model, hooks):
-            return trunk.run(resid.repeat(len(bound), 1, 1), start)
+            return trunk.run(resid.repeat(len(bound), 1, 1), start, stop)
 
-    def _reduce_final(
-        self, trunk: Trunk, final: Tensor, targets: Targets, *, copies: int
+    def _reduce_rows(
+        self, trunk: Trunk, rows: Float[Tensor, "row target d_model"], targets: Targets, *, copies: int
     ) -> dict[str, Tensor]:
-        """Unembed the target positions of final residuals in portions and reduce them at once."""
-        positions, ids, mask = (t.repeat(copies, 1) for t in (targets.positions, targets.ids, targets.mask))
-        rows = torch.arange(len(final), device=final.device)[:, None]
-        chosen = final[rows, positions]
-        step = max(1, self.unembed_rows // max(1, positions.shape[1]))
+        """Unembed final residuals in portions and reduce them at once."""
+        ids, mask = (t.repeat(copies, 1) for t in (targets.ids, targets.mask))
+        step = max(1, self.unembed_rows // max(1, ids.shape[1]))
+        unembed = trunk.unembed if self._blocks is None else self._blocks.unembed
         parts = [
-            self.reduce(trunk.unembed(chosen[i : i + step]), ids[i : i + step], mask[i : i + step])
-            for i in range(0, len(chosen), step)
+            self.reduce(
+                _logits(unembed, rows[i : i + step], mask[i : i + step]),
+                ids[i : i + step],
+                mask[i : i + step],
+            )
+            for i in range(0, len(rows), step)
         ]
         return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
@@ -172,6 +252,31 @@ class Engine:
 
     def _watched(self, hooks: Sequence[tuple[str, HookFn]]) -> list[tuple[Any, HookFn]]:
         return [(self._point(name), self.watch.wrap(name, fn)) for name, fn in hooks]
+
+
+class NotCarriedError(Exception):
+    """An edit cannot be carried to the residual by itself: its block has to run."""
+
+
+def _at_targets(final: Tensor, targets: Targets) -> Tensor:
+    """Final residuals at the predicting positions, `[copies * batch, target, d_model]`."""
+    positions = targets.positions.repeat(len(final) // len(targets.positions), 1)
+    return final[torch.arange(len(final), device=final.device)[:, None], positions]
+
+
+def _logits(unembed: Callable[[Tensor], Tensor], rows: Tensor, mask: Tensor) -> Tensor:
+    """The logits where a target stands; 0 elsewhere."""
+    if bool(mask.all()):
+        return unembed(rows)
+    some = unembed(rows[mask])
+    logits = some.new_zeros((*mask.shape, some.shape[-1]))
+    logits[mask] = some
+    return logits
+
+
+def _unstacked(values: dict[str, Tensor], copies: int) -> list[dict[str, Tensor]]:
+    parts = {name: value.chunk(copies) for name, value in values.items()}
+    return [{name: part[i] for name, part in parts.items()} for i in range(copies)]
 
 
 class _NotStackableError(Exception):

@@ -16,7 +16,7 @@ from torch import Tensor
 from memlens.errors import InterventionError
 from memlens.models.hooks import HookFn, layer_of
 
-__all__ = ["Batch", "BatchHook", "ByBatch", "Intervention"]
+__all__ = ["Batch", "BatchHook", "ByBatch", "Intervention", "Reads"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,20 @@ class BatchHook(Protocol):
 
 
 @dataclass(frozen=True)
+class Reads:
+    """A hook function that only looks at its activation, as bypass looks at the values it will write.
+
+    It tells the engine that this hook changes nothing, so that the blocks around it need not run.
+    """
+
+    look: HookFn
+
+    def __call__(self, activation: Tensor, hook: Any) -> None:
+        """Show the activation to the function."""
+        self.look(activation, hook)
+
+
+@dataclass(frozen=True)
 class Intervention:
     """A named edit of a forward pass.
 
@@ -56,6 +70,8 @@ class Intervention:
             many interventions along the batch; each function sees only its own slice, as if it ran alone.
             A `BatchHook` stands for a function where the edit differs by sequence.
         coords: Labels of this intervention along the result's dimensions, such as ``{"layer": 3}``.
+        first_position: The first position it changes, where that is known: the engine then puts
+            interventions of like positions together. It changes the speed, never the result.
 
     Example:
         >>> import memlens as ml
@@ -69,6 +85,7 @@ class Intervention:
     name: str
     hooks: Sequence[tuple[str, HookFn | BatchHook]]
     coords: Mapping[str, Hashable] = field(default_factory=dict)
+    first_position: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hooks", tuple((n, fn) for n, fn in self.hooks))
@@ -86,6 +103,12 @@ class Intervention:
         known = [layer for layer in layers if layer is not None]
         return min(known) if known and len(known) == len(layers) else None
 
+    @property
+    def last_layer(self) -> int | None:
+        """The last block it touches; None where a hook lies outside the blocks."""
+        layers = [layer_of(name) for name, _ in self.hooks]
+        return None if self.start_layer is None else max(layer for layer in layers if layer is not None)
+
     def bound(self, batch: Batch | None) -> list[tuple[str, HookFn]]:
         """Return plain hooks for one batch, whose errors name this intervention.
 
@@ -97,7 +120,10 @@ class Intervention:
     def __add__(self, other: Intervention) -> Intervention:
         """Both edits together, this one's hooks first."""
         return Intervention(
-            f"{self.name} + {other.name}", (*self.hooks, *other.hooks), {**self.coords, **other.coords}
+            f"{self.name} + {other.name}",
+            (*self.hooks, *other.hooks),
+            {**self.coords, **other.coords},
+            min(self.first_position, other.first_position),
         )
 
     def _plain(self, name: str, fn: Any, batch: Batch | None) -> HookFn:

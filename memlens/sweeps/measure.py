@@ -11,9 +11,9 @@ import torch
 from memlens.errors import EmptySetError
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
+from memlens.sweeps.budget import Budget
 from memlens.sweeps.engine import Engine, make_batches
 from memlens.sweeps.metrics import MetricLike, make_reduce
-from memlens.sweeps.planner import Budget
 
 __all__ = ["measure"]
 
@@ -47,12 +47,12 @@ def measure(
     engine = Engine(
         model,
         make_reduce(metrics, per_token=False),
-        stack_rows=budget.stack_rows,
+        chunk_tokens=budget.chunk_tokens,
         unembed_rows=budget.unembed_rows,
         probe_tokens=sequences.tokens[:1, :4].to(trunk.device),
     )
     parts = [
-        engine.baseline(trunk, b, t, [])[0]
+        engine.baseline(trunk, b, t).values
         for b, t in make_batches(sequences, budget.batch_size, trunk.device)
     ]
     return {name: torch.cat([p[name] for p in parts]).numpy() for name in parts[0]}

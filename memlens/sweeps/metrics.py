@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memlens.errors import OptionError, check_option
-from memlens.recall.targets import METRICS, reduce_metric, target_stats
+from memlens.recall.targets import METRICS, LazyTargetStats, reduce_metric
 
 __all__ = ["MetricLike", "make_reduce", "metric_names"]
 
@@ -45,7 +45,7 @@ def make_reduce(
     def reduce(logits: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
         if built_in:
-            stats = target_stats(logits, ids, mask)
+            stats = LazyTargetStats(logits, ids, mask)
             out |= {name: reduce_metric(name, stats, per_token=per_token) for name in built_in}
         for name, metric in zip(names, metrics, strict=True):
             if not isinstance(metric, str):

@@ -10,41 +10,15 @@ from typing import Any
 import torch
 
 from memlens.errors import EmptySetError
-from memlens.models.memory import check_batch_size, default_budget, logits_bytes, row_bytes
+from memlens.models.functional import FunctionalBlocks
+from memlens.models.hooks import capturing, hook_name
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
+from memlens.sweeps.budget import Budget, portions, position_bytes
+from memlens.sweeps.entries import entry_of
 from memlens.sweeps.interventions import Intervention
 
-__all__ = ["Budget", "Plan", "plan"]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much is run at a time.
-
-    Attributes:
-        bytes: What the activations of one stacked forward may take.
-        batch_size: Sequences in a batch.
-        stack_rows: Rows (sequences times interventions) in one stacked forward.
-        unembed_rows: Target positions unembedded at a time.
-    """
-
-    bytes: int
-    batch_size: int
-    stack_rows: int
-    unembed_rows: int
-
-    @staticmethod
-    def of(trunk: Trunk, seqs: SequenceSet, memory_budget: int | None, batch_size: int | None) -> Budget:
-        """Cut a memory budget (bytes) into sizes; by default 1 GiB, or 40 % of a GPU's free memory."""
-        check_batch_size(batch_size)
-        total = memory_budget or default_budget(trunk.device)
-        width, itemsize = int(seqs.lengths.max()), trunk.dtype.itemsize
-        kept = itemsize * width * trunk.d_model * trunk.n_layers
-        rows = max(1, int(total * 0.6) // row_bytes(trunk.model.cfg, width, itemsize))
-        size = batch_size or max(1, min(len(seqs), 64, rows, int(total * 0.25) // kept))
-        targets = max(1, int(total * 0.15) // logits_bytes(trunk.d_vocab, itemsize))
-        return Budget(total, size, max(rows, size), targets)
+__all__ = ["Plan", "plan"]
 
 
 @dataclass(frozen=True)
@@ -56,8 +30,12 @@ class Plan:
         n_interventions: Interventions.
         block_forwards: Blocks times sequences that the fast engine runs (the baseline included).
         reference_block_forwards: The same for the reference engine.
+        block_positions: Blocks times positions that it runs: a block that runs on half of the positions
+            counts half of them, and the last block the positions that it is queried for.
         unembedded_positions: Target positions that are unembedded.
-        bytes: Memory budget for activations.
+        block_flops: Floating-point operations of matrix products in blocks.
+        unembed_flops: The same of unembedding.
+        bytes: Memory that activations take at most, beside the weights.
         expected_seconds: Time, from a short calibration run; None without one.
     """
 
@@ -65,7 +43,10 @@ class Plan:
     n_interventions: int
     block_forwards: int
     reference_block_forwards: int
+    block_positions: int
     unembedded_positions: int
+    block_flops: float
+    unembed_flops: float
     bytes: int
     expected_seconds: float | None
 
@@ -75,7 +56,8 @@ class Plan:
         return (
             f"{self.n_interventions} interventions on {self.n_sequences} sequences: {self.block_forwards:,} "
             f"block-forwards ({share:.1f} times fewer than one full forward each), "
-            f"{self.unembedded_positions:,} positions unembedded, {self.bytes / 2**20:.0f} MiB{seconds}"
+            f"{self.unembedded_positions:,} positions unembedded, "
+            f"{(self.block_flops + self.unembed_flops) / 1e9:,.0f} GFLOP, {self.bytes / 2**20:.0f} MiB{seconds}"
         )
 
 
@@ -96,10 +78,10 @@ def plan(
         interventions: What it would run.
         memory_budget: Bytes for activations.
         batch_size: Sequences in a batch.
-        calibrate: Time one block and one unembedding on a few sequences to estimate the seconds.
+        calibrate: Time blocks and unembedding on a few sequences to estimate the seconds.
 
     Returns:
-        Block-forwards (one block on one sequence), unembedded positions, bytes and expected seconds.
+        Block-forwards (one block on one sequence), unembedded positions, operations, bytes and seconds.
 
     Example:
         >>> import memlens as ml
@@ -108,30 +90,136 @@ def plan(
         >>> edits = [ml.bypass_intervention(model, [layer]) for layer in range(6)]
         >>> cost = ml.plan(model, seqs, edits, calibrate=False)
         >>> cost.block_forwards, cost.reference_block_forwards
-        (108, 168)
+        (84, 168)
     """
     if len(sequences) == 0:
         raise EmptySetError("there are no sequences to plan for: give at least one.")
     trunk = Trunk(model)
-    n, layers = len(sequences), trunk.n_layers
     budget = Budget.of(trunk, sequences, memory_budget, batch_size)
-    blocks = n * (layers + sum(layers - (i.start_layer or 0) for i in interventions))
-    targets = int(sequences.n_targets.sum()) * (1 + len(interventions))
-    seconds = _calibrated(trunk, sequences, budget, blocks, targets) if calibrate else None
+    count = _Count(trunk, carries=_carries(trunk, sequences))
+    for first in range(0, len(sequences), budget.batch_size):
+        count.batch(sequences[first : first + budget.batch_size], interventions, budget)
+    seconds = _calibrated(trunk, sequences, count) if calibrate else None
     return Plan(
-        n, len(interventions), blocks, n * layers * (1 + len(interventions)), targets, budget.bytes, seconds
+        n_sequences=len(sequences),
+        n_interventions=len(interventions),
+        block_forwards=count.blocks,
+        reference_block_forwards=len(sequences) * trunk.n_layers * (1 + len(interventions)),
+        block_positions=round(count.positions),
+        unembedded_positions=count.targets,
+        block_flops=count.flops,
+        unembed_flops=2.0 * trunk.d_model * trunk.d_vocab * count.targets,
+        bytes=count.kept + count.working,
+        expected_seconds=seconds,
     )
 
 
+class _Count:
+    """Adds up what the engine will do, by the same rules by which it does it."""
+
+    def __init__(self, trunk: Trunk, *, carries: bool) -> None:
+        cfg = trunk.model.cfg
+        self.trunk, self.carries = trunk, carries
+        d_mlp = getattr(cfg, "d_mlp", None) or 4 * trunk.d_model
+        kv = 2 * trunk.n_kv_heads * trunk.d_head
+        self.kv_weights = kv * trunk.d_model
+        self.mlp_weights = (3 if getattr(cfg, "gated_mlp", False) else 2) * d_mlp * trunk.d_model
+        self.weights = self.kv_weights + 2 * trunk.d_model * trunk.n_heads * trunk.d_head + self.mlp_weights
+        self.blocks, self.targets = 0, 0
+        self.positions, self.flops = 0.0, 0.0
+        self.kept, self.working = 0, 0
+
+    def batch(self, part: SequenceSet, interventions: Sequence[Intervention], budget: Budget) -> None:
+        """Add one batch of sequences."""
+        size, width = len(part), int(part.lengths.max())
+        targets = part.target_positions[part.target_mask]
+        stop, asked = int(targets.max()), size * part.max_targets
+        n_layers = self.trunk.n_layers
+        self._run(n_layers, size, size * width, width)
+        self.targets += int(part.n_targets.sum()) * (1 + len(interventions))
+        items = list(enumerate(interventions))
+        carried = [x for x in items if self.carries and entry_of(x[1]) is not None]
+        names = {i for i, _ in carried}
+        load = 0
+        for first, some in portions(carried, size, stop, budget.stack_tokens):
+            load = max(load, len(some) * size * (stop - first))
+            for _, item in some:
+                self._carried(item, size, size * (stop - first), asked, stop)
+        for i, item in items:
+            if i not in names:
+                self._stacked(item, size, size * width, asked, width)
+                load = max(load, min(budget.stack_tokens, len(items) * size * width))
+        self._memory(part, load, budget, interventions)
+
+    def _carried(self, item: Intervention, size: int, positions: int, asked: int, keys: int) -> None:
+        entry = entry_of(item)
+        assert entry is not None
+        if entry.runs_mlp(self.trunk.parallel):
+            self.flops += 2.0 * positions * self.mlp_weights
+            self.positions += positions * self.mlp_weights / self.weights
+        self._downstream(entry.next_layer(), size, positions, asked, keys)
+
+    def _stacked(self, item: Intervention, size: int, positions: int, asked: int, keys: int) -> None:
+        n_layers = self.trunk.n_layers
+        first, last = item.start_layer, item.last_layer
+        if first is None or last is None or not self.carries:
+            self._run(n_layers - (first or 0), size, positions, keys)
+            return
+        self._run(last + 1 - first, size, positions, keys)
+        self._downstream(last + 1, size, positions, asked, keys)
+
+    def _downstream(self, layer: int, size: int, positions: int, asked: int, keys: int) -> None:
+        left = self.trunk.n_layers - layer
+        if left <= 0:
+            return
+        self._run(left - 1, size, positions, keys)
+        self._run(1, size, min(asked, positions), keys)
+        more = positions - min(asked, positions)
+        self.flops += 2.0 * more * self.kv_weights
+        self.positions += more * self.kv_weights / self.weights
+
+    def _run(self, blocks: int, size: int, positions: int, keys: int) -> None:
+        """Add whole blocks: their weights, and scores and mixing over the keys."""
+        self.blocks += blocks * size
+        self.positions += blocks * positions
+        attention = 2 * keys * self.trunk.n_heads * self.trunk.d_head
+        self.flops += 2.0 * blocks * positions * (self.weights + attention)
+
+    def _memory(
+        self, part: SequenceSet, load: int, budget: Budget, interventions: Sequence[Intervention]
+    ) -> None:
+        trunk, width = self.trunk, int(part.lengths.max())
+        item = trunk.dtype.itemsize
+        entries = [e for i in interventions if self.carries and (e := entry_of(i))]
+        captured = {name for e in entries for name in e.captured(trunk.parallel)}
+        first = min(
+            (i.start_layer for i in interventions if i.start_layer is not None), default=trunk.n_layers
+        )
+        layers = len(captured | {hook_name("resid_pre", n) for n in range(first, trunk.n_layers)}) + 1
+        self.kept = max(self.kept, item * len(part) * width * trunk.d_model * layers)
+        logits = 4 * max(item, 4) * trunk.d_vocab * min(budget.unembed_rows, load)
+        self.working = max(self.working, load * position_bytes(trunk, width), logits)
+
+
 @torch.no_grad()
-def _calibrated(trunk: Trunk, seqs: SequenceSet, budget: Budget, blocks: int, targets: int) -> float:
-    rows = min(len(seqs), budget.stack_rows, 16)
+def _carries(trunk: Trunk, seqs: SequenceSet) -> bool:
+    """Whether the engine's own form of the blocks gives what the model gives, on a few tokens."""
+    names = {hook_name("resid_pre", layer): layer for layer in range(trunk.n_layers)}
+    with capturing(trunk.model, list(names)) as store:
+        final = trunk.run(trunk.embed(seqs.tokens[:1, :8]))
+    resid = {layer: store[name] for name, layer in names.items()} | {trunk.n_layers: final}
+    return FunctionalBlocks.of(trunk, resid) is not None
+
+
+@torch.no_grad()
+def _calibrated(trunk: Trunk, seqs: SequenceSet, count: _Count) -> float:
+    rows = min(len(seqs), 16)
     part = seqs[:rows]
     resid = trunk.embed(part.tokens.to(trunk.device))
-    block = _fastest(lambda: trunk.run(resid)) / (rows * trunk.n_layers)
+    block = _fastest(lambda: trunk.run(resid)) / (resid.shape[0] * resid.shape[1] * trunk.n_layers)
     few = resid[:, : min(resid.shape[1], 8)]
     unembed = _fastest(lambda: trunk.unembed(few).logsumexp(-1).sum().item()) / (rows * few.shape[1])
-    return blocks * block + targets * unembed
+    return count.positions * block + count.targets * unembed
 
 
 def _fastest(work: Any, repeats: int = 3) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,10 +19,11 @@ from memlens.models.trunk import Trunk
 from memlens.results import Result
 from memlens.sequences import SequenceSet
 from memlens.sequences.checks import check_is_set
-from memlens.sweeps.engine import Engine, make_batches
+from memlens.sweeps.budget import Budget
+from memlens.sweeps.engine import Engine
 from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.metrics import MetricLike, make_reduce, metric_names
-from memlens.sweeps.planner import Budget
+from memlens.sweeps.schedule import run_batches
 
 __all__ = ["ENGINES", "make_result", "sequence_coords", "sweep", "token_labels"]
 
@@ -94,13 +95,13 @@ def sweep(
     runner = Engine(
         model,
         make_reduce(metrics, per_token=per_token),
-        stack_rows=budget.stack_rows,
+        chunk_tokens=budget.chunk_tokens,
         unembed_rows=budget.unembed_rows,
         probe_tokens=sequences.tokens[:1, :4].to(trunk.device),
     )
     steps = len(interventions) * len(sequences)
     with tqdm(total=steps, disable=not progress, desc=kind.replace("_", " "), unit="run") as bar:
-        baseline, values = _run(runner, trunk, sequences, interventions, engine, budget, names, bar)
+        baseline, values = run_batches(runner, trunk, sequences, interventions, engine, budget, bar)
     _warn_not_finite(values)
     recorded = {"engine": engine, "metrics": names, "per_token": per_token, **(settings or {})}
     variables = _label(values, interventions, per_token)
@@ -134,80 +135,6 @@ def _check_inputs(trunk: Trunk, seqs: SequenceSet, interventions: Sequence[Inter
         raise SequenceError(
             f"token id {top} lies outside the model's vocabulary of {trunk.d_vocab}: wrong tokenizer?"
         )
-
-
-def _run(
-    runner: Engine,
-    trunk: Trunk,
-    seqs: SequenceSet,
-    interventions: Sequence[Intervention],
-    engine: str,
-    budget: Budget,
-    names: Sequence[str],
-    bar: Any,
-) -> tuple[Values, Values]:
-    """All batches; returns baseline `[seq, …]` and values `[seq, intervention, …]` a metric."""
-    base: dict[str, list[np.ndarray]] = {n: [] for n in names}
-    out: dict[str, list[np.ndarray]] = {n: [] for n in names}
-    for batch, targets in make_batches(seqs, budget.batch_size, trunk.device):
-        layers = sorted({i.start_layer for i in interventions if i.start_layer is not None})
-        if engine == "reference":
-            first, resid = runner.reference(batch, targets, None), {}
-        else:
-            first, resid = runner.baseline(trunk, batch, targets, layers)
-        done: dict[int, dict[str, torch.Tensor]] = {}
-        for start, numbers in _groups(interventions, engine):
-            if start is None:
-                for i in numbers:
-                    done[i] = runner.reference(batch, targets, interventions[i])
-                    bar.update(len(batch.rows))
-                continue
-            for portion in _portions(numbers, max(1, budget.stack_rows // len(batch.rows))):
-                chosen = [interventions[i] for i in portion]
-                results = _halving(runner, trunk, batch, targets, resid[start], chosen)
-                done |= dict(zip(portion, results, strict=True))
-                bar.update(len(portion) * len(batch.rows))
-        for n in names:
-            base[n].append(first[n].numpy())
-            out[n].append(np.stack([done[i][n].numpy() for i in range(len(interventions))], axis=1))
-    return {n: _joined(base[n]) for n in names}, {n: _joined(out[n]) for n in names}
-
-
-def _halving(runner: Engine, trunk: Trunk, batch: Any, targets: Any, resid: Any, chosen: Any) -> list[Any]:
-    """Run a stack; where the device has no memory for it, run its halves."""
-    try:
-        return runner.stacked(trunk, batch, targets, resid, chosen)
-    except torch.OutOfMemoryError:
-        if len(chosen) == 1:
-            raise
-    torch.cuda.empty_cache()
-    half = len(chosen) // 2
-    return [
-        *_halving(runner, trunk, batch, targets, resid, chosen[:half]),
-        *_halving(runner, trunk, batch, targets, resid, chosen[half:]),
-    ]
-
-
-def _groups(interventions: Sequence[Intervention], engine: str) -> Iterator[tuple[int | None, list[int]]]:
-    """Numbers of interventions by start layer; None for those on the reference path."""
-    groups: dict[int | None, list[int]] = {}
-    for i, item in enumerate(interventions):
-        groups.setdefault(item.start_layer if engine == "fast" else None, []).append(i)
-    yield from groups.items()
-
-
-def _portions(numbers: list[int], size: int) -> Iterator[list[int]]:
-    for first in range(0, len(numbers), size):
-        yield numbers[first : first + size]
-
-
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    """Join batches along the sequences; a `target` axis is padded with NaN to the widest."""
-    width = max(p.shape[-1] for p in parts)
-    if any(p.shape[1:] != parts[0].shape[1:] for p in parts):
-        pads = [[(0, 0)] * (p.ndim - 1) + [(0, width - p.shape[-1])] for p in parts]
-        parts = [np.pad(p, pad, constant_values=np.nan) for p, pad in zip(parts, pads, strict=True)]
-    return np.concatenate(parts)
 
 
 def _warn_not_finite(values: Values) -> None:

@@ -29,6 +29,7 @@ class EditWatch:
         self.model = model
         self.probe_tokens = probe_tokens
         self.heard = _HEARD.setdefault(model, set())
+        self._quiet: Tensor | None = None
         self.edited: set[str] = set()
         self.fired: set[str] = set()
 
@@ -62,18 +63,22 @@ class EditWatch:
                     f"the hook {name!r} never ran: this model computes its forward pass without it."
                 )
             if name in self.edited:
-                check_hook_is_heard(self.model, name, self.probe_tokens)
+                if self._quiet is None:
+                    with torch.no_grad():
+                        self._quiet = self.model(self.probe_tokens)
+                check_hook_is_heard(self.model, name, self.probe_tokens, self._quiet)
                 self.heard.add(name)
 
 
 @torch.no_grad()
-def check_hook_is_heard(model: Any, name: str, tokens: Tensor) -> None:
+def check_hook_is_heard(model: Any, name: str, tokens: Tensor, quiet: Tensor | None = None) -> None:
     """Raise unless noise written to a hook changes at least one bit of the logits.
 
     Args:
         model: A TransformerLens model.
         name: A hook name.
         tokens: A few token ids, `[1, pos]`.
+        quiet: The logits without noise, where they are known.
 
     Raises:
         SilentInterventionError: Every logit stayed bit-identical.
@@ -87,7 +92,7 @@ def check_hook_is_heard(model: Any, name: str, tokens: Tensor) -> None:
         )
         return activation + noise.to(activation.dtype)
 
-    quiet = model(tokens)
+    quiet = model(tokens) if quiet is None else quiet
     with attached(model, [(name, disturb)]):
         loud = model(tokens)
     if torch.equal(quiet, loud):

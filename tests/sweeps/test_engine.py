@@ -20,6 +20,7 @@ from memlens.errors import (
     SiteError,
     UnsupportedModelError,
 )
+from memlens.models.functional import FunctionalBlocks
 from memlens.models.hooks import SITES, has_site, hook_name
 from memlens.sweeps import ByBatch
 from tests.small import CASES, ragged
@@ -105,20 +106,25 @@ def test_tiny_budget_changes_nothing(tiny_model: Any) -> None:
     assert largest_difference(large, small) < 1e-5
 
 
-def test_out_of_memory_is_halved(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("runs", "site"), [(ml.Trunk, "q"), (FunctionalBlocks, "z")])
+def test_out_of_memory_is_halved(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch, runs: type, site: str
+) -> None:
     model, seqs = tiny_model("gpt_neox", "bridge"), ragged()
-    want = ml.ablate_heads(model, seqs, progress=False)
+    edits = [ml.Intervention(f"edit {i}", [(hook_name(site, 0), scaled(i / 4))]) for i in range(7)]
+    want = ml.sweep(model, seqs, edits, progress=False)
     seen: list[int] = []
-    plain = ml.Trunk.run
+    plain = runs.run
 
-    def short_of_memory(self: Any, resid: torch.Tensor, *args: Any) -> torch.Tensor:
-        seen.append(len(resid))
-        if len(resid) > 2 * len(seqs):
+    def short_of_memory(self: Any, *args: Any) -> torch.Tensor:
+        rows = next(len(a) for a in args if isinstance(a, torch.Tensor))
+        seen.append(rows)
+        if rows > 2 * len(seqs):
             raise torch.OutOfMemoryError("no room")
-        return plain(self, resid, *args)
+        return plain(self, *args)
 
-    monkeypatch.setattr(ml.Trunk, "run", short_of_memory)
-    got = ml.ablate_heads(model, seqs, progress=False)
+    monkeypatch.setattr(runs, "run", short_of_memory)
+    got = ml.sweep(model, seqs, edits, progress=False)
     assert max(seen) > 2 * len(seqs)
     assert largest_difference(got, want) < 1e-5
 
@@ -297,7 +303,7 @@ def test_plan_counts_blocks(tiny_model: Any) -> None:
     model, seqs = tiny_model("gpt_neox", "bridge"), ragged()
     edits = [ml.bypass_intervention(model, [layer]) for layer in range(3)]
     cost = ml.plan(model, seqs, edits)
-    assert cost.block_forwards == len(seqs) * (3 + 3 + 2 + 1)
+    assert cost.block_forwards == len(seqs) * (3 + 2 + 1 + 0)  # a bypassed block does not run itself
     assert cost.reference_block_forwards == len(seqs) * 3 * 4
     assert cost.unembedded_positions == 4 * int(seqs.n_targets.sum())
     assert cost.expected_seconds is not None

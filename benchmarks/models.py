@@ -1,0 +1,51 @@
+"""The models: random weights of Pythia's shapes, and the bundled zoo's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+import memlens as ml
+
+SHAPES: dict[str, tuple[int, int, int]] = {
+    "pythia-70m": (6, 512, 8),
+    "pythia-160m": (12, 768, 12),
+    "pythia-410m": (24, 1024, 16),
+    "pythia-1.4b": (24, 2048, 16),
+}
+"""Layers, width and heads."""
+
+
+def build(name: str, backend: str, *, dtype: str = "float32", device: str | None = None) -> Any:
+    """Return `zoo/pythia-s`, or a model of this shape with random weights (one seed for all)."""
+    if name.startswith("zoo/"):
+        return ml.load_model(name, backend=backend, dtype=dtype, device=device)
+    layers, width, heads = SHAPES[name]
+    config = GPTNeoXConfig(
+        vocab_size=50304,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        max_position_embeddings=2048,
+        rotary_pct=0.25,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    return ml.load_model(model, backend=backend, dtype=dtype, device=device)
+
+
+@torch.no_grad()
+def recalled(model: Any, n: int, prefix: int, targets: int, *, seed: int = 0) -> ml.SequenceSet:
+    """Random prefixes with the continuations that this very model gives greedily: all are "memorized"."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, model.cfg.d_vocab, (n, prefix), generator=generator)
+    for _ in range(targets):
+        logits = model(tokens.to(model.cfg.device))[:, -1]
+        logits[:, 0] = float("-inf")  # end of text would stop the generating side early
+        tokens = torch.cat([tokens, logits.argmax(-1)[:, None].cpu()], 1)
+    return ml.SequenceSet.from_tokens(tokens, prefix)

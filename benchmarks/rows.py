@@ -1,0 +1,125 @@
+"""The rows of the table: each one a piece of work, done by memlens and by its peer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import memlens as ml
+from benchmarks import peers
+from benchmarks.models import recalled
+from memlens.sweeps import Intervention
+
+Work = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        name: What is done.
+        peer_name: By what else.
+        ours: memlens' side; gives `[site, …]`.
+        peer: The other side on `peer_sites` of the sites.
+        share: Which share of the sites the peer runs; its time is divided by it.
+        difference: Largest difference of both results.
+        sequences: What it runs on.
+        interventions: What is run, for the count of operations.
+    """
+
+    name: str
+    peer_name: str
+    ours: Work
+    peer: Work
+    share: float
+    difference: Callable[[Any, Any], float]
+    sequences: ml.SequenceSet
+    interventions: Callable[[], list[Intervention]]
+
+
+def patching(model: Any, *, heads: bool, layers: Sequence[int] | None = None) -> Row:
+    """Rows 1 and 2: residual or head patching with a last-token metric, one pair of 32 tokens."""
+    clean = recalled(model, 1, 32, 1)
+    corrupt = ml.corrupt(clean, "shuffle_prefix", seed=0)
+    site, over = ("z", "head") if heads else ("resid_pre", "position")
+    function = "get_act_patch_attn_head_out_all_pos" if heads else "get_act_patch_resid_pre"
+    options: dict[str, Any] = {"metrics": ("target_logprob",), "progress": False}
+
+    def ours() -> np.ndarray:
+        result = ml.patch_activations(model, clean, corrupt, site=site, over=over, **options)
+        return result["target_logprob"].values[0]
+
+    return Row(
+        f"{'all heads' if heads else 'residual, layer x position,'} patched, 1 pair of 32 tokens",
+        f"transformer_lens.patching.{function}",
+        ours,
+        lambda: peers.patch_with_transformer_lens(model, function, f"hook_{site}", clean, corrupt),
+        1.0,
+        lambda a, b: float(np.abs(a - b).max()),
+        corrupt,
+        lambda: ml.activation_patches(model, clean, site=site, over=over),
+    )
+
+
+def heads_ablated(model: Any, n: int, *, generate: bool, peer_sites: int | None = None) -> Row:
+    """Rows 3 to 5: every head ablated, exact match (and log-probability), `n` sequences of 32 + 32 tokens."""
+    seqs = recalled(model, n, 32, 32)
+    every = [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+    sites = every[:: max(1, len(every) // (peer_sites or len(every)))]
+    metrics = ("exact_match",) if generate else ("target_logprob", "exact_match")
+
+    def ours() -> ml.Result:
+        return ml.ablate_heads(model, seqs, mode="zero", metrics=metrics, progress=False)
+
+    def peer() -> Any:
+        if generate:
+            return peers.generated(model, seqs, [[peers.zero_head(*site)] for site in sites])
+        return peers.heads_teacher_forced(model, seqs, sites)
+
+    def difference(result: ml.Result, other: Any) -> float:
+        mine = [result[m].values[:, [s[0] for s in sites], [s[1] for s in sites]].T for m in metrics]
+        theirs = [other] if generate else list(other)
+        return max(float(np.abs(a - b).max()) for a, b in zip(mine, theirs, strict=True))
+
+    return Row(
+        f"all heads ablated, {n} x (32 + 32) tokens",
+        "one cached greedy generate a head" if generate else "one run_with_hooks a head",
+        ours,
+        peer,
+        len(sites) / len(every),
+        difference,
+        seqs,
+        lambda: ml.head_ablations(model, seqs, mode="zero"),
+    )
+
+
+def layers_bypassed(model: Any, n: int, peer_sites: int | None = None) -> Row:
+    """Row 6: each layer's attention bypassed, exact match, `n` sequences of 32 + 32 tokens."""
+    seqs = recalled(model, n, 32, 32)
+    layers = list(range(model.cfg.n_layers))
+    some = layers[:: max(1, len(layers) // (peer_sites or len(layers)))]
+    return Row(
+        f"each layer bypassed, {n} x (32 + 32) tokens",
+        "one cached greedy generate a layer",
+        lambda: ml.bypass_attention(model, seqs, metrics=("exact_match",), progress=False),
+        lambda: peers.generated(model, seqs, [peers.identity_attention(layer) for layer in some]),
+        len(some) / len(layers),
+        lambda result, other: float(np.abs(result["exact_match"].values[:, some].T - other).max()),
+        seqs,
+        lambda: [ml.bypass_intervention(model, [layer]) for layer in layers],
+    )
+
+
+ROWS: dict[str, Callable[[Any], Row]] = {
+    "patch_residual": lambda model: patching(model, heads=False),
+    "patch_heads": lambda model: patching(model, heads=True),
+    "ablate_8_forward": lambda model: heads_ablated(model, 8, generate=False, peer_sites=36),
+    "ablate_8_generate": lambda model: heads_ablated(model, 8, generate=True, peer_sites=12),
+    "ablate_1_generate": lambda model: heads_ablated(model, 1, generate=True, peer_sites=36),
+    "bypass_64_generate": lambda model: layers_bypassed(model, 64, peer_sites=3),
+}
+"""The table's rows by name."""

@@ -1,0 +1,111 @@
+"""Run the benchmark table: `python -m benchmarks.run --model pythia-160m --repeats 3 --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import memlens as ml
+from benchmarks.models import build
+from benchmarks.rows import ROWS, Row
+from benchmarks.timing import Clock, interleaved, matrix_rate
+
+COLUMNS = [
+    "model",
+    "backend",
+    "work",
+    "against",
+    "ratio",
+    "seconds",
+    "peer_seconds",
+    "difference",
+    "share_of_floor",
+]
+
+
+@torch.no_grad()
+def measured(model: Any, row: Row, repeats: int, clock: Clock) -> dict[str, Any]:
+    """Time one row and compare both sides' results."""
+    timed = interleaved(row.ours, row.peer, repeats, clock)
+    return {
+        "work": row.name,
+        "against": row.peer_name,
+        "ratio": timed.ratio / row.share,
+        "seconds": float(np.median(timed.ours)),
+        "peer_seconds": float(np.median(timed.peer)) / row.share,
+        "peer_share_measured": row.share,
+        "difference": row.difference(timed.our_result, timed.peer_result),
+        "share_of_floor": floor_seconds(model, row, clock) / float(np.median(timed.ours)),
+    }
+
+
+def floor_seconds(model: Any, row: Row, clock: Clock) -> float:
+    """The operations that must be done, at the machine's own rate for those shapes."""
+    cost = ml.plan(model, row.sequences, row.interventions(), calibrate=False)
+    width, hidden = model.cfg.d_model, 4 * model.cfg.d_model
+    shapes = [(width, 3 * width), (width, width), (width, hidden), (hidden, width)]
+    dtype = next(model.parameters()).dtype
+    rate = matrix_rate(shapes, 2048, dtype, str(model.cfg.device), clock)
+    final = matrix_rate([(width, model.cfg.d_vocab)], 512, dtype, str(model.cfg.device), clock)
+    return cost.block_flops / rate + cost.unembed_flops / final
+
+
+def main() -> None:
+    """Parse the command line, run, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", nargs="+", default=["pythia-160m"], help="shapes, or zoo/pythia-s")
+    parser.add_argument("--backend", nargs="+", default=["hooked", "bridge"])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--clock", default="wall", choices=["wall", "cpu"], help="cpu: with one thread, busy machine"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    found = []
+    for name in args.model:
+        for backend in args.backend:
+            model = build(name, backend, dtype=args.dtype, device=args.device)
+            for key in args.rows:
+                row = measured(model, ROWS[key](model), args.repeats, Clock(args.clock))
+                found.append({"model": name, "backend": backend, "row": key, **row})
+                print(line(found[-1]), flush=True)
+    write(args.out, found, vars(args))
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of the Markdown table."""
+    return "| " + " | ".join(cell(row[c]) for c in COLUMNS) + " |"
+
+
+def cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def write(out: Path, rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    """Write the table as Markdown and as JSON."""
+    out.mkdir(parents=True, exist_ok=True)
+    machine = {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+        "processor": platform.processor() or platform.machine(),
+        "settings": {k: str(v) for k, v in settings.items()},
+    }
+    (out / "table.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+    head = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    (out / "table.md").write_text("\n".join([*head, *map(line, rows)]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

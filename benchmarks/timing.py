@@ -1,0 +1,68 @@
+"""Interleaved timing, and the machine's own matrix-multiply rate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of both sides in each repeat, and what they gave last."""
+
+    ours: list[float]
+    peer: list[float]
+    our_result: Any
+    peer_result: Any
+
+    @property
+    def ratio(self) -> float:
+        """Median over the repeats of peer / ours."""
+        return float(np.median(np.array(self.peer) / np.array(self.ours)))
+
+
+class Clock:
+    """Seconds of the wall, or ("cpu") of this process' processor time: right with one thread on a busy machine."""
+
+    def __init__(self, kind: str = "wall") -> None:
+        self.now = time.perf_counter if kind == "wall" else time.process_time
+
+    def __call__(self, work: Callable[[], Any]) -> tuple[float, Any]:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = self.now()
+        result = work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return self.now() - start, result
+
+
+def interleaved(ours: Callable[[], Any], peer: Callable[[], Any], repeats: int, clock: Clock) -> Timed:
+    """Run A B A B …; with several repeats the median leaves the first runs' warming up out."""
+    a, b, x, y = [], [], None, None
+    for _ in range(repeats):
+        seconds, x = clock(ours)
+        a.append(seconds)
+        seconds, y = clock(peer)
+        b.append(seconds)
+    return Timed(a, b, x, y)
+
+
+def matrix_rate(
+    shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype, device: str, clock: Clock
+) -> float:
+    """Return the machine's FLOP/s on products `[rows, in] x [in, out]`, weighted by their operations."""
+    flops, seconds = 0.0, 0.0
+    for inside, outside in shapes:
+        x = torch.randn(rows, inside, dtype=dtype, device=device)
+        w = torch.randn(outside, inside, dtype=dtype, device=device)
+        F.linear(x, w)
+        seconds += float(np.median([clock(lambda x=x, w=w: F.linear(x, w))[0] for _ in range(5)]))
+        flops += 2.0 * rows * inside * outside
+    return flops / seconds

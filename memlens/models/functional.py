@@ -1,0 +1,225 @@
+"""A model's blocks as plain functions of the residual, at some positions only.
+
+`FunctionalBlocks` computes what the model's own blocks compute where nothing is hooked, with three
+freedoms that a module's forward does not have: positions before the first changed one are not computed
+(their keys and values come from outside), in the last block only chosen positions are queried, and
+attention runs through the fused kernel. `FunctionalBlocks.of` compares each block with the model's own
+and gives None where they differ, or where the model has a form it does not know: then the model runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from memlens.errors import UnsupportedModelError
+from memlens.models.block_weights import BlockWeights, read_block, read_unembedding
+from memlens.models.trunk import Trunk
+
+__all__ = ["FunctionalBlocks", "KeysValues"]
+
+KeysValues = tuple[Float[Tensor, "row kv_head pos d_head"], Float[Tensor, "row kv_head pos d_head"]]
+"""Keys (rotated) and values of one layer."""
+
+_UNEMBEDS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+"""Models whose own unembedding was compared: it can take longer than a block, so it is asked once."""
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+class FunctionalBlocks:
+    """Blocks as functions; see the module's docstring.
+
+    Args:
+        trunk: The model.
+        layers: Which blocks.
+        width: The greatest number of positions.
+
+    Raises:
+        UnsupportedModelError: A block has a form that is not known.
+    """
+
+    def __init__(self, trunk: Trunk, layers: Sequence[int], width: int) -> None:
+        self.trunk = trunk
+        self.n_heads, self.n_kv, self.d_head = trunk.n_heads, trunk.n_kv_heads, trunk.d_head
+        around = trunk.surroundings(width)
+        self.blocks: Mapping[int, BlockWeights] = {
+            layer: read_block(trunk.model, layer, around[layer], parallel=trunk.parallel) for layer in layers
+        }
+        self.final_norm, self.unembedding = read_unembedding(trunk.model)
+
+    @staticmethod
+    def of(trunk: Trunk, resid: Mapping[int, Tensor]) -> FunctionalBlocks | None:
+        """Return the blocks, or None where they would not give what the model gives.
+
+        Args:
+            trunk: The model.
+            resid: The model's own residual `[batch, pos, d_model]` at the input of consecutive layers; the
+                last is the output of the last block compared.
+        """
+        layers = sorted(resid)
+        if _has_hooks(trunk.model):
+            return None
+        try:
+            blocks = FunctionalBlocks(trunk, layers[:-1], resid[layers[0]].shape[1])
+            close = all(_close(blocks.run(n, resid[n]), resid[n + 1]) for n in layers[:-1])
+            close = close and _unembeds(blocks, resid[layers[-1]][:, -1])
+        except (AttributeError, KeyError, RuntimeError, TypeError, UnsupportedModelError):
+            return None
+        return blocks if close else None
+
+    def unembed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        """Return the logits of final residuals."""
+        return self.unembedding(self.final_norm(resid))
+
+    def keys_values(self, layer: int, resid: Float[Tensor, "row pos d_model"], first: int = 0) -> KeysValues:
+        """Return a layer's keys and values of residuals that stand at positions ``first ..``."""
+        block = self.blocks[layer]
+        x = resid if block.attn_norm is None else block.attn_norm(resid)
+        split = self.n_heads * self.d_head
+        kv = block.qkv.rows(slice(split, None))(x)
+        return self._keys_values(block, kv, torch.arange(first, first + x.shape[1], device=x.device))
+
+    def run(
+        self,
+        layer: int,
+        resid: Float[Tensor, "row pos d_model"],
+        past: KeysValues | None = None,
+        queries: Int[Tensor, "row query"] | None = None,
+    ) -> Float[Tensor, "row query d_model"]:
+        """Return a block's output.
+
+        Args:
+            layer: The block.
+            resid: Its input at the positions after those of `past`.
+            past: Keys and values of the positions before.
+            queries: The positions whose output is wanted, counted from the first of `resid`; all by default.
+        """
+        block = self.blocks[layer]
+        first = 0 if past is None else past[0].shape[2]
+        x = resid if block.attn_norm is None else block.attn_norm(resid)
+        places = torch.arange(first, first + x.shape[1], device=x.device)
+        split = self.n_heads * self.d_head
+        if queries is None:
+            q, kv = block.qkv(x).split([split, block.qkv.weight.shape[0] - split], dim=-1)
+            visible, asked = block.around.visible[first : first + x.shape[1], : first + x.shape[1]], places
+        else:
+            kv = block.qkv.rows(slice(split, None))(x)
+            resid = _picked(resid, queries)
+            q = block.qkv.rows(slice(0, split))(_picked(x, queries))
+            asked = places[queries]
+            visible = block.around.visible[:, : first + x.shape[1]][asked][:, None]
+        k, v = self._keys_values(block, kv, places)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        z = self._attend(block, self._queries(block, q, asked), k, v, visible)
+        return self.add(layer, resid, block.o(z))
+
+    def add(
+        self, layer: int, resid: Float[Tensor, "*batch d_model"], attn: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """Return a block's output from its input and its attention's projected output, before a post-norm."""
+        block = self.blocks[layer]
+        attn = attn if block.attn_post_norm is None else block.attn_post_norm(attn)
+        if not block.parallel:
+            return self.add_mlp(layer, attn.add_(resid))
+        assert block.mlp_norm is not None
+        return block.mlp(block.mlp_norm(resid)).add_(attn).add_(resid)
+
+    def add_mlp(
+        self, layer: int, resid_mid: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """Return a sequential block's output from the residual between attention and MLP."""
+        block = self.blocks[layer]
+        out = block.mlp(resid_mid if block.mlp_norm is None else block.mlp_norm(resid_mid))
+        out = out if block.mlp_post_norm is None else block.mlp_post_norm(out)
+        return out.add_(resid_mid)
+
+    def attention_output(
+        self, layer: int, z: Float[Tensor, "*batch head d_head"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """Return what attention adds to the residual from each head's mixed values."""
+        block = self.blocks[layer]
+        out = block.o(z.flatten(-2))
+        return out if block.attn_post_norm is None else block.attn_post_norm(out)
+
+    def head_output_change(
+        self, layer: int, dz: Float[Tensor, "*batch head d_head"], heads: slice
+    ) -> Float[Tensor, "*batch d_model"] | None:
+        """Return what a change of some heads' `z` adds to the residual; None where that is not linear."""
+        block = self.blocks[layer]
+        if block.attn_post_norm is not None:
+            return None
+        columns = slice(heads.start * self.d_head, heads.stop * self.d_head)
+        return F.linear(dz.flatten(-2), block.o.weight[:, columns])
+
+    def _queries(self, block: BlockWeights, q: Tensor, places: Tensor) -> Tensor:
+        return self._shaped(block, q, block.q_norm, places, self.n_heads, rotate=True)
+
+    def _keys_values(self, block: BlockWeights, kv: Tensor, places: Tensor) -> KeysValues:
+        k, v = kv.chunk(2, dim=-1)
+        return (
+            self._shaped(block, k, block.k_norm, places, self.n_kv, rotate=True),
+            self._shaped(block, v, None, places, self.n_kv, rotate=False),
+        )
+
+    def _shaped(
+        self, block: BlockWeights, x: Tensor, norm: Any, places: Tensor, heads: int, *, rotate: bool
+    ) -> Tensor:
+        """Norm, clip, split into heads and rotate: `[row, head, pos, d_head]`."""
+        x = x if norm is None else norm(x)
+        x = x if block.clip is None else x.clamp(-block.clip, block.clip)
+        x = x.unflatten(-1, (heads, self.d_head)).transpose(1, 2)
+        if not rotate or block.around.rotary is None:
+            return x
+        cos, sin = (t[places] for t in block.around.rotary)
+        if places.ndim == 2:  # places differ by row
+            cos, sin = cos[:, None], sin[:, None]
+        _rotate(x, cos.to(x.dtype), sin.to(x.dtype))
+        return x
+
+    def _attend(self, block: BlockWeights, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        if self.n_kv != self.n_heads:
+            groups = self.n_heads // self.n_kv
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=block.scale)
+        return z.transpose(1, 2).flatten(-2)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate the first features in place, the halves against each other."""
+    width = cos.shape[-1]
+    half = width // 2
+    low, high = x[..., :half], x[..., half:width]
+    turned = low * cos[..., :half] - high * sin[..., :half]
+    high.mul_(cos[..., half:]).add_(low * sin[..., half:])
+    low.copy_(turned)
+
+
+def _picked(x: Tensor, queries: Tensor) -> Tensor:
+    return x[torch.arange(len(x), device=x.device)[:, None], queries]
+
+
+def _has_hooks(model: Any) -> bool:
+    """Whether a user's hook listens inside the model: then only its own forward is the truth."""
+    if any(point.fwd_hooks for point in model.hook_dict.values()):
+        return True
+    hooks = (h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    return any(not getattr(h, "__module__", "").startswith("transformer_lens") for h in hooks)
+
+
+def _unembeds(blocks: FunctionalBlocks, resid: Tensor) -> bool:
+    model = blocks.trunk.model
+    if model not in _UNEMBEDS:
+        _UNEMBEDS[model] = _close(blocks.unembed(resid), blocks.trunk.unembed(resid))
+    return _UNEMBEDS[model]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= _TOLERANCE[a.dtype] * b.abs().max())

@@ -1,0 +1,110 @@
+"""In what order and in what portions a sweep's interventions run over its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memlens.models.trunk import Trunk
+from memlens.sequences import SequenceSet
+from memlens.sweeps.budget import Budget, Numbered, portions
+from memlens.sweeps.engine import Baseline, Engine, NotCarriedError, make_batches
+from memlens.sweeps.entries import entry_of
+from memlens.sweeps.interventions import Intervention
+
+__all__ = ["run_batches"]
+
+Values = dict[str, Tensor]
+
+
+def run_batches(
+    runner: Engine,
+    trunk: Trunk,
+    seqs: SequenceSet,
+    interventions: Sequence[Intervention],
+    engine: str,
+    budget: Budget,
+    bar: Any,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Run all batches; return the baseline `[seq, …]` and values `[seq, intervention, …]` of each metric."""
+    base: list[Values] = []
+    out: list[list[Values]] = []
+    for batch, targets in make_batches(seqs, budget.batch_size, trunk.device):
+        done: dict[int, Values] = {}
+        if engine == "reference":
+            base.append(runner.reference(batch, targets, None))
+            plain = list(enumerate(interventions))
+        else:
+            kept = runner.baseline(trunk, batch, targets, interventions)
+            base.append(kept.values)
+            plain = [(i, item) for i, item in enumerate(interventions) if item.start_layer is None]
+            for part, values in _fast(runner, trunk, kept, list(enumerate(interventions)), budget):
+                done |= {i: v for (i, _), v in zip(part, values, strict=True)}
+                bar.update(len(part) * len(batch.rows))
+        for i, item in plain:
+            done[i] = runner.reference(batch, targets, item)
+            bar.update(len(batch.rows))
+        out.append([done[i] for i in range(len(interventions))])
+    names = list(base[0])
+    return (
+        {n: _joined([b[n].numpy() for b in base]) for n in names},
+        {n: _joined([np.stack([v[n].numpy() for v in row], axis=1) for row in out]) for n in names},
+    )
+
+
+def _fast(
+    runner: Engine, trunk: Trunk, base: Baseline, items: Numbered, budget: Budget
+) -> Iterator[tuple[Numbered, list[Values]]]:
+    """Yield portions of interventions with their metrics; those outside the blocks are left out."""
+    size = len(base.batch.rows)
+    carried = [x for x in items if base.cone is not None and entry_of(x[1]) is not None]
+    own = {i for i, _ in carried}
+    stacked = [x for x in items if x[0] not in own and x[1].start_layer is not None]
+    if base.cone is not None:
+        for _, part in portions(carried, size, base.cone.stop, budget.stack_tokens):
+            try:
+                yield part, _halving(lambda some: _from_starts(runner, trunk, base, some), part)
+            except NotCarriedError:
+                stacked += part
+    groups: dict[Any, Numbered] = {}
+    for x in stacked:
+        groups.setdefault((x[1].start_layer, x[1].last_layer), []).append(x)
+    step = max(1, budget.stack_tokens // base.batch.tokens.numel())
+    for group in groups.values():
+        for i in range(0, len(group), step):
+            part = group[i : i + step]
+            yield part, _halving(lambda some: runner.stacked(trunk, base, [x for _, x in some]), part)
+
+
+def _from_starts(runner: Engine, trunk: Trunk, base: Baseline, items: Numbered) -> list[Values]:
+    starts = []
+    for _, item in items:
+        entry = entry_of(item)
+        assert entry is not None
+        starts.append(runner.start(base, item, entry))
+    return runner.downstream(trunk, base, starts)
+
+
+def _halving(run: Callable[[Numbered], list[Values]], items: Numbered) -> list[Values]:
+    """Run a portion; where the device has no memory for it, run its halves."""
+    try:
+        return run(items)
+    except torch.OutOfMemoryError:
+        if len(items) == 1:
+            raise
+    torch.cuda.empty_cache()
+    half = len(items) // 2
+    return [*_halving(run, items[:half]), *_halving(run, items[half:])]
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Join batches along the sequences; a `target` axis is padded with NaN to the widest."""
+    width = max(p.shape[-1] for p in parts)
+    if any(p.shape[1:] != parts[0].shape[1:] for p in parts):
+        pads = [[(0, 0)] * (p.ndim - 1) + [(0, width - p.shape[-1])] for p in parts]
+        parts = [np.pad(p, pad, constant_values=np.nan) for p, pad in zip(parts, pads, strict=True)]
+    return np.concatenate(parts)
