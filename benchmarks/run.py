@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def write(out: Path, rows: list[dict[str, Any]], settings: dict[str, Any]) -> No
     """Write the table as Markdown and as JSON."""
     out.mkdir(parents=True, exist_ok=True)
     machine = {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "processor": platform.processor() or platform.machine(),
         "settings": {k: str(v) for k, v in settings.items()},

@@ -76,7 +76,7 @@ def bypass_attention(
 
 def bypass_intervention(
     model: Any,
-    layers: Sequence[int],
+    layers: int | Sequence[int],
     *,
     mode: str = "identity",
     heads: Sequence[int] | None = None,
@@ -86,7 +86,7 @@ def bypass_intervention(
 
     Args:
         model: A TransformerLens model.
-        layers: The blocks bypassed together.
+        layers: The block, or the blocks bypassed together.
         mode: "identity" or "zero"; see `bypass_attention`.
         heads: Only these heads ("identity" only); all by default.
         coords: Labels for the result.
@@ -97,6 +97,7 @@ def bypass_intervention(
     """
     check_option("mode", mode, BYPASS_MODES)
     trunk = Trunk(model)
+    layers = [layers] if isinstance(layers, int) else list(layers)
     if not layers:
         raise OptionError("layers=[] bypasses nothing: give at least one layer.")
     for layer in layers:
@@ -117,7 +118,7 @@ def bypass_intervention(
 
 @contextmanager
 def bypassed(
-    model: Any, layers: Sequence[int], *, mode: str = "identity", heads: Sequence[int] | None = None
+    model: Any, layers: int | Sequence[int], *, mode: str = "identity", heads: Sequence[int] | None = None
 ) -> Iterator[Any]:
     """Hold a bypass for the length of a `with` block: forward or generation, cached or not.
 

@@ -12,13 +12,13 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
-from memlens.errors import EmptySetError, InterventionError, SequenceError, check_option
+from memlens.errors import EmptySetError, InterventionError, check_option
 from memlens.models.hooks import resolve_hook
 from memlens.models.provenance import describe
 from memlens.models.trunk import Trunk
 from memlens.results import Result
 from memlens.sequences import SequenceSet
-from memlens.sequences.checks import check_is_set
+from memlens.sequences.checks import check_sequences
 from memlens.sweeps.budget import Budget
 from memlens.sweeps.engine import Engine
 from memlens.sweeps.interventions import Intervention
@@ -111,9 +111,7 @@ def sweep(
 
 
 def _check_inputs(trunk: Trunk, seqs: SequenceSet, interventions: Sequence[Intervention]) -> None:
-    check_is_set(seqs)
-    if len(seqs) == 0:
-        raise EmptySetError("there are no sequences to sweep over: give at least one.")
+    check_sequences(seqs, trunk.model, on_eos="keep")
     if isinstance(interventions, Intervention):
         raise InterventionError(
             f"interventions is one Intervention ({interventions.name!r}): give a list of it."
@@ -128,13 +126,6 @@ def _check_inputs(trunk: Trunk, seqs: SequenceSet, interventions: Sequence[Inter
     known = trunk.model.hook_dict
     for name in {name for item in interventions for name, _ in item.hooks if name not in known}:
         resolve_hook(trunk.model, name)
-    longest, top = int(seqs.lengths.max()), int(seqs.tokens[seqs.mask].max())
-    if longest > trunk.n_ctx:
-        raise SequenceError(f"a sequence has {longest} tokens and the model's context {trunk.n_ctx}: cut it.")
-    if top >= trunk.d_vocab:
-        raise SequenceError(
-            f"token id {top} lies outside the model's vocabulary of {trunk.d_vocab}: wrong tokenizer?"
-        )
 
 
 def _warn_not_finite(values: Values) -> None:

@@ -93,6 +93,16 @@ def test_bypass_attention_dims_and_settings(tiny_model: Any) -> None:
     assert result["target_logprob"].sel(layer=2).values == pytest.approx(want, abs=1e-5)
 
 
+def test_one_layer_may_be_a_number(tiny_model: Any) -> None:
+    model = tiny_model("gpt_neox", "bridge")
+    with torch.no_grad():
+        with ml.bypassed(model, 1):
+            one = model(TOKENS)
+        with ml.bypassed(model, [1]):
+            listed = model(TOKENS)
+    assert torch.equal(one, listed)
+
+
 def test_bad_input(tiny_model: Any) -> None:
     model = tiny_model("gpt_neox", "bridge")
     with pytest.raises(OptionError, match=r"mode='identiy'.*identity"):

@@ -153,5 +153,10 @@ def test_bad_input(tiny_model: Any) -> None:
         ml.decode_residual(model, seqs, streams=("resid_mid",))
     with pytest.raises(EmptySetError):
         ml.decode_residual(model, seqs[[]], progress=False)
+    for work in (ml.decode_residual, ml.attribute_logits):
+        with pytest.raises(SequenceError, match="token id 5000"):
+            work(model, ml.SequenceSet.from_tokens([[1, 5000, 2]], 1))
+        with pytest.raises(SequenceError, match="65 tokens"):
+            work(model, ml.SequenceSet.from_tokens([list(range(65))], 1))
     with pytest.raises(OptionError, match="baseline='mean'"):
         ml.attribute_logits(model, seqs, baseline="mean")
