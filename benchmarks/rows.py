@@ -41,7 +41,7 @@ class Row:
     interventions: Callable[[], list[Intervention]]
 
 
-def patching(model: Any, *, heads: bool, layers: Sequence[int] | None = None) -> Row:
+def patching(model: Any, *, heads: bool) -> Row:
     """Rows 1 and 2: residual or head patching with a last-token metric, one pair of 32 tokens."""
     clean = recalled(model, 1, 32, 1)
     corrupt = ml.corrupt(clean, "shuffle_prefix", seed=0)
@@ -117,9 +117,9 @@ def layers_bypassed(model: Any, n: int, peer_sites: int | None = None) -> Row:
 ROWS: dict[str, Callable[[Any], Row]] = {
     "patch_residual": lambda model: patching(model, heads=False),
     "patch_heads": lambda model: patching(model, heads=True),
-    "ablate_8_forward": lambda model: heads_ablated(model, 8, generate=False, peer_sites=36),
-    "ablate_8_generate": lambda model: heads_ablated(model, 8, generate=True, peer_sites=12),
-    "ablate_1_generate": lambda model: heads_ablated(model, 1, generate=True, peer_sites=36),
-    "bypass_64_generate": lambda model: layers_bypassed(model, 64, peer_sites=3),
+    "ablate_8_forward": lambda model: heads_ablated(model, 8, generate=False, peer_sites=16),
+    "ablate_8_generate": lambda model: heads_ablated(model, 8, generate=True, peer_sites=4),
+    "ablate_1_generate": lambda model: heads_ablated(model, 1, generate=True, peer_sites=6),
+    "bypass_64_generate": lambda model: layers_bypassed(model, 64, peer_sites=2),
 }
 """The table's rows by name."""

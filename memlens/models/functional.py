@@ -27,8 +27,8 @@ __all__ = ["FunctionalBlocks", "KeysValues"]
 KeysValues = tuple[Float[Tensor, "row kv_head pos d_head"], Float[Tensor, "row kv_head pos d_head"]]
 """Keys (rotated) and values of one layer."""
 
-_UNEMBEDS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-"""Models whose own unembedding was compared: it can take longer than a block, so it is asked once."""
+_COMPARED: WeakKeyDictionary[Any, tuple[tuple[int, ...], dict[int, int]]] = WeakKeyDictionary()
+"""Models that were compared: their modules, and by layer the width up to which they agree."""
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
@@ -66,13 +66,24 @@ class FunctionalBlocks:
         layers = sorted(resid)
         if _has_hooks(trunk.model):
             return None
+        width = resid[layers[0]].shape[1]
+        modules, known = _COMPARED.get(trunk.model, (None, {}))
+        present = tuple(map(id, trunk.model.modules()))
+        known = known if modules == present else {}
         try:
-            blocks = FunctionalBlocks(trunk, layers[:-1], resid[layers[0]].shape[1])
-            close = all(_close(blocks.run(n, resid[n]), resid[n + 1]) for n in layers[:-1])
-            close = close and _unembeds(blocks, resid[layers[-1]][:, -1])
+            blocks = FunctionalBlocks(trunk, layers[:-1], width)
+            new = [n for n in layers[:-1] if known.get(n, 0) < width]
+            close = all(_close(blocks.run(n, resid[n]), resid[n + 1]) for n in new)
+            if not known:
+                final = resid[layers[-1]][:, -1]
+                close = close and _close(blocks.unembed(final), trunk.unembed(final))
         except (AttributeError, KeyError, RuntimeError, TypeError, UnsupportedModelError):
             return None
-        return blocks if close else None
+        if not close:
+            return None
+        known |= dict.fromkeys([trunk.n_layers, *new], width)
+        _COMPARED[trunk.model] = present, known
+        return blocks
 
     def unembed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """Return the logits of final residuals."""
@@ -212,13 +223,6 @@ def _has_hooks(model: Any) -> bool:
         return True
     hooks = (h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
     return any(not getattr(h, "__module__", "").startswith("transformer_lens") for h in hooks)
-
-
-def _unembeds(blocks: FunctionalBlocks, resid: Tensor) -> bool:
-    model = blocks.trunk.model
-    if model not in _UNEMBEDS:
-        _UNEMBEDS[model] = _close(blocks.unembed(resid), blocks.trunk.unembed(resid))
-    return _UNEMBEDS[model]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

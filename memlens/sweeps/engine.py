@@ -135,7 +135,7 @@ class Engine:
             raise NonFiniteError(_where_not_finite(trunk, batch))
         resid = {layer: store[name] for name, layer in names.items()} | {trunk.n_layers: final}
         cone = self._cone(trunk, resid, batch, targets)
-        values = self._reduce_rows(trunk, _at_targets(final, targets), targets, copies=1)
+        values = self.reduced(trunk, targets, _at_targets(final, targets))[0]
         return Baseline(batch, targets, values, resid, {name: store[name] for name in wanted}, cone)
 
     def _cone(self, trunk: Trunk, resid: dict[int, Tensor], batch: Batch, targets: Targets) -> Cone | None:
@@ -165,23 +165,23 @@ class Engine:
             raise NotCarriedError
         return start_of(entry, new, base.acts, base.resid, base.cone.blocks, base.cone.stop)
 
-    def downstream(
-        self, trunk: Trunk, base: Baseline, starts: Sequence[Start | None]
-    ) -> list[dict[str, Tensor]]:
-        """The metrics of what follows from some starts; the baseline's where there is none."""
+    def downstream(self, base: Baseline, starts: Sequence[Start | None]) -> Tensor:
+        """The final residuals that follow from some starts, `[start * batch, target, d_model]`.
+
+        Where a start is None they are the baseline's.
+        """
         assert base.cone is not None
         changed = [s for s in starts if s is not None]
-        if not changed:
-            return [base.values for _ in starts]
-        final = base.cone.final(changed)
-        values = self._reduce_rows(trunk, final, base.targets, copies=len(changed))
-        each = iter(_unstacked(values, len(changed)))
-        return [base.values if s is None else next(each) for s in starts]
+        if len(changed) == len(starts):
+            return base.cone.final(changed)
+        each = iter(base.cone.final(changed).chunk(len(changed)) if changed else ())
+        own = _at_targets(base.resid[base.cone.n_layers], base.targets)
+        return torch.cat([own if s is None else next(each) for s in starts])
 
     def stacked(
         self, trunk: Trunk, base: Baseline, interventions: Sequence[Intervention]
-    ) -> list[dict[str, Tensor]]:
-        """Interventions that touch the same first and last layer, in one forward along the batch."""
+    ) -> Tensor:
+        """The same for interventions of one first and last layer, in one forward along the batch."""
         first, last = interventions[0].start_layer, interventions[0].last_layer
         assert first is not None
         assert last is not None
@@ -190,14 +190,13 @@ class Engine:
         try:
             out = self._run_stacked(trunk, first, stop, base.resid[first], bound)
         except _NotStackableError:
-            return [self.stacked(trunk, base, [i])[0] for i in interventions]
+            return torch.cat([self.stacked(trunk, base, [i]) for i in interventions])
         self.watch.settle(name for hooks in bound for name, _ in hooks)
         if base.cone is None or stop == trunk.n_layers:
-            rows = _at_targets(out, base.targets)
-            return _unstacked(self._reduce_rows(trunk, rows, base.targets, copies=len(bound)), len(bound))
+            return _at_targets(out, base.targets)
         old = base.resid[stop][:, : base.cone.stop]
         parts = out[:, : base.cone.stop].chunk(len(bound))
-        return self.downstream(trunk, base, [changed_from(stop, old, part) for part in parts])
+        return self.downstream(base, [changed_from(stop, old, part) for part in parts])
 
     def _run_stacked(
         self,
@@ -228,10 +227,11 @@ class Engine:
         with attached(self.model, hooks):
             return trunk.run(resid.repeat(len(bound), 1, 1), start, stop)
 
-    def _reduce_rows(
-        self, trunk: Trunk, rows: Float[Tensor, "row target d_model"], targets: Targets, *, copies: int
-    ) -> dict[str, Tensor]:
-        """Unembed final residuals in portions and reduce them at once."""
+    def reduced(
+        self, trunk: Trunk, targets: Targets, rows: Float[Tensor, "row target d_model"]
+    ) -> list[dict[str, Tensor]]:
+        """Unembed final residuals in portions and reduce them at once; one dictionary a batch of rows."""
+        copies = len(rows) // len(targets.ids)
         ids, mask = (t.repeat(copies, 1) for t in (targets.ids, targets.mask))
         step = max(1, self.unembed_rows // max(1, ids.shape[1]))
         unembed = trunk.unembed if self._blocks is None else self._blocks.unembed
@@ -243,7 +243,8 @@ class Engine:
             )
             for i in range(0, len(rows), step)
         ]
-        return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        values = {name: torch.cat([p[name] for p in parts]).chunk(copies) for name in parts[0]}
+        return [{name: value[i] for name, value in values.items()} for i in range(copies)]
 
     def _point(self, name: str) -> Any:
         if name not in self._points:
@@ -272,11 +273,6 @@ def _logits(unembed: Callable[[Tensor], Tensor], rows: Tensor, mask: Tensor) -> 
     logits = some.new_zeros((*mask.shape, some.shape[-1]))
     logits[mask] = some
     return logits
-
-
-def _unstacked(values: dict[str, Tensor], copies: int) -> list[dict[str, Tensor]]:
-    parts = {name: value.chunk(copies) for name, value in values.items()}
-    return [{name: part[i] for name, part in parts.items()} for i in range(copies)]
 
 
 class _NotStackableError(Exception):

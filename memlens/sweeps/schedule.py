@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,8 +42,9 @@ def run_batches(
             kept = runner.baseline(trunk, batch, targets, interventions)
             base.append(kept.values)
             plain = [(i, item) for i, item in enumerate(interventions) if item.start_layer is None]
-            for part, values in _fast(runner, trunk, kept, list(enumerate(interventions)), budget):
-                done |= {i: v for (i, _), v in zip(part, values, strict=True)}
+            rows = _fast(runner, trunk, kept, list(enumerate(interventions)), budget)
+            for part, final in _gathered(rows, targets.mask.numel(), budget.unembed_rows):
+                done |= dict(zip(part, runner.reduced(trunk, targets, final), strict=True))
                 bar.update(len(part) * len(batch.rows))
         for i, item in plain:
             done[i] = runner.reference(batch, targets, item)
@@ -58,8 +59,8 @@ def run_batches(
 
 def _fast(
     runner: Engine, trunk: Trunk, base: Baseline, items: Numbered, budget: Budget
-) -> Iterator[tuple[Numbered, list[Values]]]:
-    """Yield portions of interventions with their metrics; those outside the blocks are left out."""
+) -> Iterator[tuple[Numbered, Tensor]]:
+    """Yield portions of interventions with their final residuals; those outside the blocks are left out."""
     size = len(base.batch.rows)
     carried = [x for x in items if base.cone is not None and entry_of(x[1]) is not None]
     own = {i for i, _ in carried}
@@ -67,7 +68,7 @@ def _fast(
     if base.cone is not None:
         for _, part in portions(carried, size, base.cone.stop, budget.stack_tokens):
             try:
-                yield part, _halving(lambda some: _from_starts(runner, trunk, base, some), part)
+                yield part, _halving(lambda some: _from_starts(runner, base, some), part)
             except NotCarriedError:
                 stacked += part
     groups: dict[Any, Numbered] = {}
@@ -80,16 +81,32 @@ def _fast(
             yield part, _halving(lambda some: runner.stacked(trunk, base, [x for _, x in some]), part)
 
 
-def _from_starts(runner: Engine, trunk: Trunk, base: Baseline, items: Numbered) -> list[Values]:
+def _from_starts(runner: Engine, base: Baseline, items: Numbered) -> Tensor:
     starts = []
     for _, item in items:
         entry = entry_of(item)
         assert entry is not None
         starts.append(runner.start(base, item, entry))
-    return runner.downstream(trunk, base, starts)
+    return runner.downstream(base, starts)
 
 
-def _halving(run: Callable[[Numbered], list[Values]], items: Numbered) -> list[Values]:
+def _gathered(
+    rows: Iterable[tuple[Numbered, Tensor]], each: int, wanted: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Join portions until they fill an unembedding: it reads a large matrix for however few positions."""
+    numbers: list[int] = []
+    parts: list[Tensor] = []
+    for part, final in rows:
+        numbers += [i for i, _ in part]
+        parts.append(final)
+        if len(numbers) * each >= wanted:
+            yield numbers, torch.cat(parts)
+            numbers, parts = [], []
+    if parts:
+        yield numbers, torch.cat(parts)
+
+
+def _halving(run: Callable[[Numbered], Tensor], items: Numbered) -> Tensor:
     """Run a portion; where the device has no memory for it, run its halves."""
     try:
         return run(items)
@@ -98,7 +115,7 @@ def _halving(run: Callable[[Numbered], list[Values]], items: Numbered) -> list[V
             raise
     torch.cuda.empty_cache()
     half = len(items) // 2
-    return [*_halving(run, items[:half]), *_halving(run, items[half:])]
+    return torch.cat([_halving(run, items[:half]), _halving(run, items[half:])])
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
