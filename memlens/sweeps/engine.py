@@ -178,9 +178,7 @@ class Engine:
         own = _at_targets(base.resid[base.cone.n_layers], base.targets)
         return torch.cat([own if s is None else next(each) for s in starts])
 
-    def stacked(
-        self, trunk: Trunk, base: Baseline, interventions: Sequence[Intervention]
-    ) -> Tensor:
+    def stacked(self, trunk: Trunk, base: Baseline, interventions: Sequence[Intervention]) -> Tensor:
         """The same for interventions of one first and last layer, in one forward along the batch."""
         first, last = interventions[0].start_layer, interventions[0].last_layer
         assert first is not None
