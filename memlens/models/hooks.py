@@ -132,16 +132,21 @@ def check_head(head: int, n_heads: int) -> None:
         raise SiteError(f"head {head} does not exist: each layer has heads 0 to {n_heads - 1}.")
 
 
-def resolve_hook(model: Any, name: str) -> Any:
+def resolve_hook(model: Any, name: str, known: Mapping[str, Any] | None = None) -> Any:
     """Return the model's `HookPoint` of this name.
+
+    Args:
+        model: A `HookedTransformer` or `TransformerBridge`.
+        name: A hook name.
+        known: The model's `hook_dict`, where the caller has it: the bridge makes it anew at each access.
 
     Raises:
         SiteError: The model has no hook of this name; near matches are given.
     """
-    known = model.hook_dict
-    if name not in known:
-        raise SiteError(f"the model has no hook named {name!r}.{near_matches(name, known)}")
-    return known[name]
+    points = model.hook_dict if known is None else known
+    if name not in points:
+        raise SiteError(f"the model has no hook named {name!r}.{near_matches(name, points)}")
+    return points[name]
 
 
 def has_site(model: Any, site: str, layer: int = 0) -> bool:
@@ -164,7 +169,9 @@ def attached(model: Any, hooks: Iterable[tuple[Any, HookFn]], *, prepend: bool =
     Raises:
         SiteError: The model has no hook of a given name.
     """
-    resolved = [(resolve_hook(model, p) if isinstance(p, str) else p, fn) for p, fn in hooks]
+    hooks = list(hooks)
+    known = model.hook_dict if any(isinstance(p, str) for p, _ in hooks) else {}
+    resolved = [(resolve_hook(model, p, known) if isinstance(p, str) else p, fn) for p, fn in hooks]
     level = model.context_level + 1
     try:
         model.context_level = level
