@@ -33,6 +33,10 @@ _COMPARED: WeakKeyDictionary[Any, tuple[tuple[int, ...], dict[int, int]]] = Weak
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
+_LIBRARIES = ("transformer_lens.", "transformers.")
+"""Whose own hooks collect and change nothing (transformers' stay on after a run that asks for attentions)."""
+
+
 class FunctionalBlocks:
     """Blocks as functions; see the module's docstring.
 
@@ -222,7 +226,7 @@ def _has_hooks(model: Any) -> bool:
     if any(point.fwd_hooks for point in model.hook_dict.values()):
         return True
     hooks = (h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
-    return any(not getattr(h, "__module__", "").startswith("transformer_lens") for h in hooks)
+    return any(not getattr(h, "__module__", "").startswith(_LIBRARIES) for h in hooks)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
