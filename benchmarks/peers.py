@@ -26,7 +26,9 @@ def patch_with_transformer_lens(
         return logits[0, -1].log_softmax(-1)[answer]
 
     device = model.cfg.device
-    _, cache = model.run_with_cache(clean.tokens[:, given].to(device), names_filter=lambda n: n.endswith(site))
+    _, cache = model.run_with_cache(
+        clean.tokens[:, given].to(device), names_filter=lambda n: n.endswith(site)
+    )
     with contextlib.redirect_stderr(io.StringIO()):
         found = getattr(patching, function)(model, corrupt.tokens[:, given].to(device), cache, metric)
     return found.cpu().numpy()

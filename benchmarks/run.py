@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,17 @@ from benchmarks.models import build
 from benchmarks.rows import ROWS, Row
 from benchmarks.timing import Clock, interleaved, matrix_rate
 
-COLUMNS = ["model", "backend", "work", "against", "ratio", "seconds", "peer_seconds", "difference", "share_of_floor"]
+COLUMNS = [
+    "model",
+    "backend",
+    "work",
+    "against",
+    "ratio",
+    "seconds",
+    "peer_seconds",
+    "difference",
+    "share_of_floor",
+]
 
 
 @torch.no_grad()
@@ -55,7 +65,9 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: with one thread, busy machine")
+    parser.add_argument(
+        "--clock", default="wall", choices=["wall", "cpu"], help="cpu: with one thread, busy machine"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
@@ -85,7 +97,7 @@ def write(out: Path, rows: list[dict[str, Any]], settings: dict[str, Any]) -> No
     """Write the table as Markdown and as JSON."""
     out.mkdir(parents=True, exist_ok=True)
     machine = {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "processor": platform.processor() or platform.machine(),
         "settings": {k: str(v) for k, v in settings.items()},

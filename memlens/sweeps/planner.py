@@ -14,7 +14,7 @@ from memlens.models.functional import FunctionalBlocks
 from memlens.models.hooks import capturing, hook_name
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
-from memlens.sweeps.budget import Budget, portions, position_bytes
+from memlens.sweeps.budget import REDUCED_ROWS, Budget, portions, position_bytes
 from memlens.sweeps.entries import entry_of
 from memlens.sweeps.interventions import Intervention
 
@@ -192,10 +192,12 @@ class _Count:
         item = trunk.dtype.itemsize
         entries = [e for i in interventions if self.carries and (e := entry_of(i))]
         captured = {name for e in entries for name in e.captured(trunk.parallel)}
-        first = min((i.start_layer for i in interventions if i.start_layer is not None), default=trunk.n_layers)
+        first = min(
+            (i.start_layer for i in interventions if i.start_layer is not None), default=trunk.n_layers
+        )
         layers = len(captured | {hook_name("resid_pre", n) for n in range(first, trunk.n_layers)}) + 1
         self.kept = max(self.kept, item * len(part) * width * trunk.d_model * layers)
-        logits = 4 * max(item, 4) * trunk.d_vocab * min(budget.unembed_rows, load)
+        logits = max(item, 4) * trunk.d_vocab * min(budget.unembed_rows + 2 * REDUCED_ROWS, load)
         self.working = max(self.working, load * position_bytes(trunk, width), logits)
 
 
