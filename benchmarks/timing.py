@@ -28,7 +28,7 @@ class Timed:
 
 
 class Clock:
-    """Seconds of the wall, or ("cpu") of this process' processor time: right with one thread on a busy machine."""
+    """Seconds of the wall, or of this process' processor time ("cpu"): for one thread on a busy machine."""
 
     def __init__(self, kind: str = "wall") -> None:
         self.now = time.perf_counter if kind == "wall" else time.process_time

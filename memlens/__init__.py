@@ -23,14 +23,13 @@ if TYPE_CHECKING:
         patch_activations,
         promotion_layers,
     )
-    from memlens.figures import overlay
     from memlens.models.families import families_table
     from memlens.models.loading import load_model
     from memlens.models.trunk import Trunk
-    from memlens.recall.scores import RecallScores
     from memlens.recall.score import score_recall
+    from memlens.recall.scores import RecallScores
     from memlens.recall.targets import METRICS
-    from memlens.results import Result, compare_groups, load_result
+    from memlens.results import Result, compare_groups, load_result, overlay
     from memlens.sequences import SequenceSet, check_sequences, corrupt, load_sequences
     from memlens.studies import LocalizeOptions, localize
     from memlens.sweeps import BatchHook, Intervention, Plan, applied, measure, plan, sweep
@@ -52,14 +51,13 @@ _HOMES: dict[str, str] = {
             "patch_activations",
             "promotion_layers",
         ),
-        "memlens.figures": ("overlay",),
         "memlens.models.families": ("families_table",),
         "memlens.models.loading": ("load_model",),
         "memlens.models.trunk": ("Trunk",),
         "memlens.recall.scores": ("RecallScores",),
         "memlens.recall.score": ("score_recall",),
         "memlens.recall.targets": ("METRICS",),
-        "memlens.results": ("Result", "compare_groups", "load_result"),
+        "memlens.results": ("Result", "compare_groups", "load_result", "overlay"),
         "memlens.sequences": ("SequenceSet", "check_sequences", "corrupt", "load_sequences"),
         "memlens.studies": ("LocalizeOptions", "localize"),
         "memlens.sweeps": ("BatchHook", "Intervention", "Plan", "applied", "measure", "plan", "sweep"),
@@ -67,7 +65,43 @@ _HOMES: dict[str, str] = {
     for name in names
 }
 
-__all__ = ["__version__", "errors", *_HOMES]
+__all__ = [
+    "METRICS",
+    "BatchHook",
+    "Intervention",
+    "LocalizeOptions",
+    "Plan",
+    "RecallScores",
+    "Result",
+    "SequenceSet",
+    "Trunk",
+    "__version__",
+    "ablate_heads",
+    "activation_patches",
+    "applied",
+    "attribute_logits",
+    "bypass_attention",
+    "bypass_intervention",
+    "bypassed",
+    "check_sequences",
+    "compare_groups",
+    "corrupt",
+    "decode_residual",
+    "errors",
+    "families_table",
+    "head_ablations",
+    "load_model",
+    "load_result",
+    "load_sequences",
+    "localize",
+    "measure",
+    "overlay",
+    "patch_activations",
+    "plan",
+    "promotion_layers",
+    "score_recall",
+    "sweep",
+]
 
 
 def __getattr__(name: str) -> Any:

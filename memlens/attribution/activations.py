@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from memlens.errors import EmptySetError, SequenceError, SiteError
+from memlens.errors import SequenceError, SiteError
 from memlens.models.hooks import capturing
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
+from memlens.sequences.checks import check_sequences
 from memlens.sweeps.engine import Targets, make_batches
 
 __all__ = ["AtTargets", "at_targets"]
@@ -62,8 +63,7 @@ def at_targets(
         SequenceError: The cache is of another number of sequences or positions.
         SiteError: The cache lacks an activation.
     """
-    if len(seqs) == 0:
-        raise EmptySetError("there are no sequences to look at: give at least one.")
+    check_sequences(seqs, trunk.model, on_eos="keep")
     last = f"blocks.{trunk.n_layers - 1}.hook_resid_post"
     with tqdm(total=len(seqs), disable=not progress, desc=desc, unit="seq") as bar:
         for batch, targets in make_batches(seqs, batch_size, trunk.device):
@@ -87,7 +87,7 @@ def _from_cache(cache: Any, name: str, seqs: SequenceSet) -> Tensor:
         ) from error
     if value.shape[0] != len(seqs) or value.shape[1] < int(seqs.lengths.max()):
         raise SequenceError(
-            f"the cache's {name!r} has the shape {tuple(value.shape)} and the set {tuple(seqs.tokens.shape)}: "
-            "make the cache from sequences.tokens."
+            f"the cache's {name!r} has the shape {tuple(value.shape)} and the set "
+            f"{tuple(seqs.tokens.shape)}: make the cache from sequences.tokens."
         )
     return value

@@ -36,7 +36,8 @@ def bypass_attention(
 
     - ``"identity"``: the attention matrix of every head becomes the identity, so that
       :math:`z_{h,t} = v_{h,t}`; value and output projections, biases, norms and the MLP stay
-      (arXiv 2501.05078, as its released code does it). It is written on values, which every architecture obeys.
+      (arXiv 2501.05078, as its released code does it). It is written on values, which every architecture
+      obeys.
     - ``"zero"``: the attention adds nothing to the residual, its bias included (ours, as a control).
 
     Args:
@@ -62,7 +63,7 @@ def bypass_attention(
         >>> result["exact_match"].dims
         ('sequence', 'layer')
     """
-    layers = range(len(model.blocks)) if layers is None else layers
+    layers = range(Trunk(model).n_layers) if layers is None else layers
     interventions = [
         bypass_intervention(model, [layer], mode=mode, heads=heads, coords={"layer": layer})
         for layer in layers
@@ -75,7 +76,7 @@ def bypass_attention(
 
 def bypass_intervention(
     model: Any,
-    layers: Sequence[int],
+    layers: int | Sequence[int],
     *,
     mode: str = "identity",
     heads: Sequence[int] | None = None,
@@ -85,7 +86,7 @@ def bypass_intervention(
 
     Args:
         model: A TransformerLens model.
-        layers: The blocks bypassed together.
+        layers: The block, or the blocks bypassed together.
         mode: "identity" or "zero"; see `bypass_attention`.
         heads: Only these heads ("identity" only); all by default.
         coords: Labels for the result.
@@ -96,6 +97,7 @@ def bypass_intervention(
     """
     check_option("mode", mode, BYPASS_MODES)
     trunk = Trunk(model)
+    layers = [layers] if isinstance(layers, int) else list(layers)
     if not layers:
         raise OptionError("layers=[] bypasses nothing: give at least one layer.")
     for layer in layers:
@@ -116,7 +118,7 @@ def bypass_intervention(
 
 @contextmanager
 def bypassed(
-    model: Any, layers: Sequence[int], *, mode: str = "identity", heads: Sequence[int] | None = None
+    model: Any, layers: int | Sequence[int], *, mode: str = "identity", heads: Sequence[int] | None = None
 ) -> Iterator[Any]:
     """Hold a bypass for the length of a `with` block: forward or generation, cached or not.
 

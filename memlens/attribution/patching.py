@@ -107,7 +107,7 @@ def activation_patches(
     layers: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
 ) -> list[Intervention]:
-    """Return the interventions that write the activations of `source`, row by row; see `patch_activations`."""
+    """Return the interventions that write `source`'s activations, row by row; see `patch_activations`."""
     over = over or "position"
     check_option("site", site, PATCH_SITES)
     check_option("over", over, OVER)

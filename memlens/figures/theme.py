@@ -9,8 +9,8 @@ steps of viridis where the groups are numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import plotly.colors as pc
@@ -68,7 +68,8 @@ TEMPLATE = go.layout.Template(
 
 def figure(base: go.Figure, *, title: str, subtitle: str, height: int, menu: bool = False) -> go.Figure:
     """Give `base` the template, its title and its size, and return it. Title and subtitle are plain text."""
-    legend = any(trace.showlegend for trace in base.select_traces() if "showlegend" in trace)
+    traces = cast("Iterable[Any]", base.select_traces())
+    legend = any(trace.showlegend for trace in traces if "showlegend" in trace)
     base.update_layout(
         template=TEMPLATE,
         title={

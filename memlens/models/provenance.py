@@ -32,8 +32,6 @@ def describe(model: Any) -> dict[str, Fact]:
         `model` (name), `revision` (`""` for a local folder), `backend`, `family`, `architecture`, `dtype`,
         `device`, `transformer_lens` and `memlens` (versions), `processed_weights`, `n_params`.
     """
-    import memlens
-
     cfg = model.cfg
     name = str(getattr(cfg, "model_name", "") or "unnamed")
     facts: dict[str, Fact] = {
@@ -45,7 +43,7 @@ def describe(model: Any) -> dict[str, Fact]:
         "dtype": str(cfg.dtype).removeprefix("torch."),
         "device": str(cfg.device),
         "transformer_lens": version("transformer-lens"),
-        "memlens": memlens.__version__,
+        "memlens": version("memlens"),
         "processed_weights": _processed(model),
         "n_params": sum(parameter.numel() for parameter in model.parameters()),
     }

@@ -32,9 +32,12 @@ def quiet() -> Iterator[None]:
     root = logging.getLogger()
     handlers = list(root.handlers)
     verbosity = transformers_logging.get_verbosity()
+    hub = logging.getLogger("huggingface_hub")
+    hub_level = hub.level
     printed = io.StringIO()
     root.addFilter(_not_from_transformer_lens)
     transformers_logging.set_verbosity_error()
+    hub.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), redirect_stdout(printed), _no_loading_bars():
             warnings.simplefilter("ignore")
@@ -44,6 +47,7 @@ def quiet() -> Iterator[None]:
         for handler in [h for h in root.handlers if h not in handlers]:
             root.removeHandler(handler)
         transformers_logging.set_verbosity(verbosity)
+        hub.setLevel(hub_level)
         if printed.getvalue().strip():
             _LOG.debug("printed while loading: %s", printed.getvalue().strip())
 

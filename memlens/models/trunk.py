@@ -22,7 +22,7 @@ from memlens.errors import UnsupportedModelError
 from memlens.models.block_weights import Surroundings, bridge_surroundings, hooked_surroundings
 from memlens.models.hooks import check_layer
 
-__all__ = ["Trunk", "is_bridge"]
+__all__ = ["Trunk", "check_model", "is_bridge"]
 
 
 _EXTRA_OUTPUTS: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
@@ -31,6 +31,14 @@ _EXTRA_OUTPUTS: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 def is_bridge(model: Any) -> bool:
     """Whether the model is a `TransformerBridge` (else it is taken for a `HookedTransformer`)."""
     return hasattr(model, "original_model")
+
+
+def check_model(model: Any) -> None:
+    """Raise `UnsupportedModelError` unless this is a TransformerLens model with blocks."""
+    if not hasattr(model, "blocks") or not hasattr(model, "cfg"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no TransformerLens model: load it with memlens.load_model first."
+        )
 
 
 class Trunk:
@@ -52,10 +60,7 @@ class Trunk:
     """
 
     def __init__(self, model: Any) -> None:
-        if not hasattr(model, "blocks") or not hasattr(model, "cfg"):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} is no TransformerLens model: load it with memlens.load_model first."
-            )
+        check_model(model)
         self.model = model
         cfg = model.cfg
         self.n_layers: int = len(model.blocks)
@@ -143,7 +148,8 @@ class _BridgeRunner:
         self.base: Any = hf.base_model
         if self.base is hf or not hasattr(model, "ln_final") or not hasattr(model, "unembed"):
             raise UnsupportedModelError(
-                f"{type(hf).__name__} has no inner decoder that memlens can enter at a block: use engine='reference'."
+                f"{type(hf).__name__} has no inner decoder that memlens can enter at a block: "
+                "use engine='reference'."
             )
         self.norm: nn.Module = _inner_norm(model, self.base)
 
@@ -235,6 +241,7 @@ def _inner_norm(model: Any, base: nn.Module) -> nn.Module:
     inside = {id(m) for m in base.modules()}
     if id(model.ln_final) not in inside:
         raise UnsupportedModelError(
-            f"the final norm of {type(model.original_model).__name__} lies outside its decoder: use engine='reference'."
+            f"the final norm of {type(model.original_model).__name__} lies outside its decoder: "
+            "use engine='reference'."
         )
     return model.ln_final

@@ -95,7 +95,7 @@ def attention_post_norm(model: Any, layer: int) -> Any:
 def target_directions(
     model: Any, ids: Tensor, *, centered: bool
 ) -> tuple[Float[Tensor, "*batch d_model"], Float[Tensor, "*batch"]]:
-    """Return the unembedding's column of each token and its bias, minus the vocabulary's mean if `centered`."""
+    """Return the unembedding's column and bias of each token, minus the vocabulary's mean if `centered`."""
     w_u, zero = model.W_U, torch.zeros(1, 1, model.cfg.d_model)
     b_u = model.unembed(zero.to(w_u))[0, 0]
     columns, bias = w_u[:, ids].movedim(0, -1), b_u[ids]

@@ -81,10 +81,10 @@ def language_losses(folder: str | Path) -> pd.DataFrame:
         folder: of the checkpoint.
 
     Returns:
-        One row for each domain, then `"all"`: `domain`, `n` (rows), `heldout_loss` (mean cross-entropy over
-            the
-        positions after a row's first) and `unigram_entropy` (of the frequencies of the domain's tokens in the
-        corpus: what a model that knows nothing but these frequencies would need), both in nats a token.
+        One row for each domain, then `"all"`: `domain`, `n` (rows), `heldout_loss` (mean cross-entropy
+        over the positions after a row's first) and `unigram_entropy` (of the frequencies of the domain's
+        tokens in the corpus: what a model that knows nothing but these frequencies would need), both in nats
+        a token.
 
     Raises:
         FileFormatError: the folder is not a zoo model's.

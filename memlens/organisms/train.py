@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from memlens.errors import EmptySetError, ResultError
+from memlens.files import replacing
 from memlens.organisms.corpus import fingerprint
 
 __all__ = ["TrainLog", "TrainSpec", "pass_order", "rows_of_step", "train"]
@@ -240,11 +240,10 @@ class _Run:
         return self.losses[-1]
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save({**state, "losses": self.losses, "seconds": self.seconds, "settings": self.settings}, part)
-        os.replace(part, path)
+        state |= {"losses": self.losses, "seconds": self.seconds, "settings": self.settings}
+        with replacing(path) as part:
+            torch.save(state, part)
 
     def load(self, path: Path) -> None:
         try:

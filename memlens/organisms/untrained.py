@@ -1,4 +1,4 @@
-"""The untrained twin of any loaded model: same architecture, random weights. The control for claims of depth."""
+"""The untrained twin of a loaded model: same architecture, random weights; a control for claims of depth."""
 
 from __future__ import annotations
 

@@ -9,16 +9,14 @@ import platform
 import re
 import shutil
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import tokenizers
 import torch
-import transformers
 from transformers import PreTrainedModel
 
-import memlens
 from memlens.errors import ModelNotFoundError, OptionError, ResultError, near_matches
 from memlens.models.quiet import quiet
 from memlens.models.zoo import zoo_cache
@@ -158,7 +156,8 @@ def train_organism(
         resume=resume,
     )
     _write(partial, spec, corpus, model, log, device)
-    (partial / _CHECKPOINT).unlink()
+    for left in (partial / _CHECKPOINT, *partial.glob(".*.part")):  # the latter of runs that were killed
+        left.unlink()
     if out.exists():
         shutil.rmtree(out)
     os.replace(partial, out)
@@ -240,7 +239,7 @@ def _training_record(
     specs = spec.to_dict()
     steps = "" if spec.training.steps is None else f" --steps {spec.training.steps}"
     counts = {domain: counts.tolist() for domain, counts in corpus.domain_counts().items()}
-    versions = {m.__name__: m.__version__ for m in (memlens, torch, transformers, tokenizers)}
+    versions = {name: version(name) for name in ("memlens", "torch", "transformers", "tokenizers")}
     return {
         "name": spec.name,
         "command": f"memlens zoo train {spec.name} --seed {spec.training.seed}{steps}",

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 
 from memlens.errors import UnsupportedModelError
 from memlens.models.checks import nonfinite_error
+from memlens.models.memory import check_batch_size
 from memlens.models.trunk import Trunk
-from memlens.recall.batches import check_batch_size, rows_per_batch, targets_per_chunk, tidy_batches
+from memlens.recall.batches import rows_per_batch, targets_per_chunk
 from memlens.recall.targets import TargetStats, target_stats
 from memlens.sequences import SequenceSet
 
@@ -52,7 +53,7 @@ def teacher_forced_stats(
     stats: TargetStats | None = None
     bar = tqdm(total=len(seqs), desc="scoring", unit="seq", disable=not progress)
     with torch.no_grad(), bar:
-        for rows in tidy_batches(seqs.lengths.argsort(stable=True), size):
+        for rows in seqs.lengths.argsort(stable=True).split(size):
             flat = _batch_stats(gather, seqs[rows], targets_per_chunk(model.cfg.d_vocab, device), banned)
             _check_finite(model, seqs, rows, flat)
             stats = _scatter(flat, seqs, rows, stats)

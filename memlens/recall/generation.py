@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from memlens.models.trunk import Trunk, is_bridge
-from memlens.recall.batches import memory_budget, tidy_batches
+from memlens.recall.batches import memory_budget
 from memlens.sequences import SequenceSet
 
 __all__ = ["greedy_continuations"]
@@ -57,7 +57,7 @@ def greedy_continuations(
     size = batch_size or _rows_per_cache(model, int(seqs.lengths.max()))
     order = known.argsort(stable=True)
     with torch.no_grad(), tqdm(total=len(rows), desc="decoding", unit="seq", disable=not progress) as bar:
-        for chunk in tidy_batches(order, size):
+        for chunk in order.split(size):
             tokens[chunk] = _decode(model, tokens[chunk], known[chunk], seqs.lengths[rows[chunk]], banned)
             bar.update(len(chunk))
     return _targets_of(tokens, seqs, rows)

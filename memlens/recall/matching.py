@@ -60,10 +60,10 @@ def match_controls(
 ) -> Matching:
     """Assign to each memorized sequence `n_per` sequences of the pool, none twice.
 
-    The cost of a pair is |difference in prefix length| + |difference in continuation length|, in tokens, and
-    then |difference in mean log frequency|, scaled so that all of them together weigh less than one token.
-    Sets beyond a thousand memorized sequences are assigned in random blocks, each optimal on its own share
-    of the pool.
+    The cost of a pair is the difference in prefix length plus that in continuation length (absolute, in
+    tokens), and then the difference in mean log frequency, scaled so that all of these together weigh less
+    than one token. Sets beyond a thousand memorized sequences are assigned in random blocks, each optimal on
+    its own share of the pool.
     """
     rng = np.random.default_rng(seed)
     covariates = {"memorized": _covariates(memorized, token_counts), "pool": _covariates(pool, token_counts)}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memlens.errors import SequenceError
 from memlens.models.provenance import describe
+from memlens.models.trunk import check_model
 from memlens.recall.forward import teacher_forced_stats
 from memlens.recall.generation import greedy_continuations
 from memlens.recall.scores import SCORE_COLUMNS, RecallScores
@@ -72,6 +73,7 @@ def score_recall(
         >>> set(recall.table["exact_match"]) <= {0, 1}
         True
     """
+    check_model(model)
     check_sequences(seqs, model, on_eos="raise" if ban_eos else "keep")
     banned = _eos(model) if ban_eos else None
     seqs = seqs.with_table(seqs.table.drop(columns=list(SCORE_COLUMNS), errors="ignore"))

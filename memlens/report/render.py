@@ -12,10 +12,8 @@ import base64
 import hashlib
 import html
 import math
-import os
 import platform
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,10 +27,11 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from memlens.files import write_atomically
 from memlens.report.methods import flatten, methods_text
 from memlens.report.model import FigureBlock, Finding, Section, TableBlock
 
-__all__ = ["safe_json", "versions_here", "write_atomically", "write_report"]
+__all__ = ["safe_json", "versions_here", "write_report"]
 
 _PACKAGES = ("memlens", "transformer-lens", "torch", "transformers", "numpy", "xarray", "plotly")
 _TITLE_ROOM = 62
@@ -73,6 +72,7 @@ def write_report(
         OSError: when the folder cannot be written.
 
     Example:
+        >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
         >>> found = Finding("Recall", "Half of the sequences are recalled.", 0.5, 0.3, 0.7, "share", 20)
         >>> path = write_report(
@@ -112,22 +112,6 @@ def versions_here() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def write_atomically(path: str | Path, content: bytes) -> Path:
-    """Write `content` through a temporary file in the same folder, which is then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(content)
-            file.close()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-    return path
 
 
 def safe_json(text: str) -> Markup:

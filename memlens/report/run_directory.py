@@ -1,11 +1,13 @@
 """The folder of a run: every result is on disk as soon as it is there, and the report can be made from it.
 
+The folder holds::
+
     DIR/run.json            what the folder holds (below)
     DIR/<name>.nc           one result each
     DIR/<name>.parquet      one table each (recall.parquet: the recall scores)
     DIR/report.html         made by `finish` or `report_from_directory`
 
-`run.json`:
+`run.json` holds::
 
     {"format": "memlens run 1", "title": str, "lead": str, "command": str | null, "created": str,
      "finished": bool, "settings": {...}, "versions": {package: version},
@@ -32,9 +34,10 @@ from typing import Any
 import pandas as pd
 
 from memlens.errors import ResultError
+from memlens.files import write_atomically
 from memlens.report.model import FigureBlock, Finding, Section, TableBlock
 from memlens.report.readings import reading
-from memlens.report.render import versions_here, write_atomically, write_report
+from memlens.report.render import versions_here, write_report
 from memlens.results import Result, load_result
 
 __all__ = ["FigureRequest", "RunDirectory", "report_from_directory", "save_run"]
@@ -70,6 +73,7 @@ class RunDirectory:
         settings: every parameter of the run.
         lead: a paragraph below the heading.
         command: the command line that makes it again.
+        fresh: start over: delete the files that an older `run.json` names, and nothing else.
 
     Example:
         >>> import tempfile, xarray as xr
@@ -89,15 +93,27 @@ class RunDirectory:
         settings: Mapping[str, Any] | None = None,
         lead: str | None = None,
         command: str | None = None,
+        fresh: bool = False,
     ) -> None:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            self._clear()
         self._run = _read_run(self.path)
         given = {"title": title, "lead": lead, "command": command}
         self._run.update({key: value for key, value in given.items() if value is not None})
         self._run["settings"] = {**self._run["settings"], **(settings or {})}
         self._run.update(finished=False, versions=versions_here())
         self._write()
+
+    def _clear(self) -> None:
+        """Delete what the folder's `run.json` names, then `run.json` itself."""
+        old = _read_run(self.path)
+        for part, suffix in (("results", ".nc"), ("tables", ".parquet")):
+            for entry in old[part]:
+                (self.path / f"{_file_name(entry['name'])}{suffix}").unlink(missing_ok=True)
+        for name in ("run.json", "report.html"):
+            (self.path / name).unlink(missing_ok=True)
 
     def add_result(
         self,

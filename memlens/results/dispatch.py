@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import xarray as xr
-
-from memlens.errors import ResultError, check_option
+from memlens.errors import check_option
 from memlens.results import plots, token_plots
+from memlens.results.groups import join_groups
 from memlens.results.result import Result
 
 if TYPE_CHECKING:
@@ -49,23 +47,11 @@ def overlay(results: Mapping[str, Result], metric: str | None = None, **options:
     Raises:
         ResultError: when the results are of different kinds, or there are none.
     """
-    kinds = {result.kind for result in results.values()}
-    if len(kinds) != 1:
-        raise ResultError(f"an overlay needs results of one kind, not {sorted(kinds)}.")
-    parts: list[xr.Dataset] = []
-    for name, result in results.items():
-        data = result.data.drop_vars([c for c in result.data.coords if c not in result.data.dims])
-        data = data.assign_coords({d: np.arange(data.sizes[d]) for d in data.dims if d not in data.coords})
-        label = np.full(data.sizes["sequence"], name, dtype=object)
-        parts.append(data.assign_coords(group=("sequence", label, {"keep_order": 1})))
-    joined = xr.concat(
-        parts, "sequence", join="outer", data_vars="all", coords="minimal", compat="override",
-        combine_attrs="override",
-    )  # fmt: skip
+    joined = join_groups(results)
     if "title" not in options:
         counts = ", ".join(f"{name}: {result.data.sizes['sequence']}" for name, result in results.items())
-        options["title"] = f"{joined.attrs['kind'].replace('_', ' ').capitalize()} ({counts} sequences)"
-    return plot_result(Result(joined), metric, group="group", **options)
+        options["title"] = f"{joined.kind.replace('_', ' ').capitalize()} ({counts} sequences)"
+    return plot_result(joined, metric, group="group", **options)
 
 
 def _by_dimensions(result: Result) -> Callable[..., go.Figure]:

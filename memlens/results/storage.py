@@ -9,8 +9,6 @@ single. Numeric arrays carry a checksum (Fletcher-32), so that a damaged file is
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import numpy as np
 import xarray as xr
 
 from memlens.errors import ResultError
+from memlens.files import replacing
 from memlens.results.result import Result
 
 __all__ = ["decode", "encode", "load_result", "save_dataset"]
@@ -64,19 +63,11 @@ def load_result(path: str | Path) -> Result:
 
 
 def save_dataset(data: xr.Dataset, path: str | Path) -> Path:
-    """Write `data` to `path` through a temporary file in the same folder, which is then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    try:
+    """Write `data` to `path`, whole or not at all."""
+    with replacing(path) as part:
         encoded = encode(data)
-        encoded.to_netcdf(name, engine="h5netcdf", encoding=_compression(encoded))
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-    return path
+        encoded.to_netcdf(part, engine="h5netcdf", encoding=_compression(encoded))
+    return Path(path)
 
 
 def encode(data: xr.Dataset) -> xr.Dataset:
@@ -157,9 +148,3 @@ def _compression(data: xr.Dataset) -> dict[str, dict[str, Any]]:
             if variable.nbytes > _LARGE:
                 encoding[str(name)] |= {"zlib": True, "complevel": 4, "shuffle": True}
     return encoding
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

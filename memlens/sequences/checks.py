@@ -18,7 +18,7 @@ from memlens.sequences.rows import some, span
 from memlens.sequences.set import SequenceSet
 from memlens.sequences.tokenizing import tokenizer_attrs
 
-__all__ = ["SequenceReport", "check_sequences"]
+__all__ = ["SequenceReport", "check_is_set", "check_sequences"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ def check_sequences(
     >>> print(check_sequences(SequenceSet.from_tokens([[5, 6, 7], [5, 6, 7]], 2), d_vocab=10))
     2 sequences, 6 tokens (length 3, prefix 2); 1 repeat an earlier one: '1'
     """
+    check_is_set(seqs)
     check_option("on_eos", on_eos, ["raise", "keep"])
     tokenizer = getattr(model, "tokenizer", None)
     cfg = getattr(model, "cfg", None)
@@ -105,6 +106,17 @@ def check_sequences(
     if n_ctx is not None:
         _check_context(seqs, n_ctx)
     return _report(seqs, d_vocab or 0, _eos_rows(seqs, eos, on_eos))
+
+
+def check_is_set(seqs: object) -> None:
+    """Raise `SequenceError` where something else stands for a set of sequences: texts, ids, a table.
+
+    >>> check_is_set(SequenceSet.from_tokens([[5, 6, 7]], 2))
+    """
+    if not isinstance(seqs, SequenceSet):
+        raise SequenceError(
+            f"a {type(seqs).__name__} is no SequenceSet: read it with memlens.load_sequences first"
+        )
 
 
 def eos_mask(seqs: SequenceSet, eos_token_id: int | Collection[int] | None) -> Tensor:

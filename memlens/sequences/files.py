@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from memlens.errors import FileFormatError, SourceNotFoundError, near_matches
+from memlens.files import zoo_folders
 from memlens.sequences.parquet import read_table
 
-__all__ = ["SUFFIXES", "read_file", "zoo_file", "zoo_folder"]
+__all__ = ["SUFFIXES", "read_file", "zoo_file"]
 
 SUFFIXES = (".npy", ".jsonl", ".csv", ".parquet")
 
@@ -27,7 +27,9 @@ def read_file(path: Path) -> tuple[Any, dict[str, Any]]:
     """
     if path.suffix.lower() not in SUFFIXES:
         known = ", ".join(SUFFIXES)
-        raise FileFormatError(f"{path}: the suffix {path.suffix!r} is not known; use one of {known}")
+        raise FileFormatError(
+            f"{path}: the suffix {path.suffix!r} is not known; use one of {known}, or give texts as a list"
+        )
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise SourceNotFoundError(f"there is no file {path}.{near_matches(path.name, siblings)}")
@@ -37,13 +39,8 @@ def read_file(path: Path) -> tuple[Any, dict[str, Any]]:
     return readers[path.suffix.lower()](path), {}
 
 
-def zoo_folder() -> Path:
-    """Return the folder of the bundled models."""
-    return Path(str(resources.files("memlens"))) / "models" / "zoo"
-
-
 def zoo_file(name: str) -> Path:
-    """Return the planted list that is shipped with a model of the zoo.
+    """Return the planted list of a model of the zoo: shipped with it, or trained on demand.
 
     Args:
         name: "zoo/pythia-s", for instance.
@@ -51,13 +48,15 @@ def zoo_file(name: str) -> Path:
     Raises:
         SourceNotFoundError: There is no such model, or it has no list.
     """
-    zoo = zoo_folder()
-    path = zoo / name.removeprefix("zoo/") / "sequences.parquet"
-    if not path.is_file():
-        known = sorted(f"zoo/{p.parent.name}" for p in zoo.glob("*/sequences.parquet"))
-        listing = f"the zoo has {', '.join(known)}" if known else "the zoo of this installation is empty"
-        raise SourceNotFoundError(f"no planted sequences for {name!r}: {listing}.{near_matches(name, known)}")
-    return path
+    short = name.removeprefix("zoo/")
+    for folder in zoo_folders():
+        path = folder / short / "sequences.parquet"
+        if path.is_file():
+            return path
+    found = (p.parent.name for folder in zoo_folders() for p in folder.glob("*/sequences.parquet"))
+    known = sorted({f"zoo/{found_name}" for found_name in found})
+    listing = f"the zoo has {', '.join(known)}" if known else "the zoo of this installation is empty"
+    raise SourceNotFoundError(f"no planted sequences for {name!r}: {listing}.{near_matches(name, known)}")
 
 
 def _read_npy(path: Path) -> np.ndarray:

@@ -7,7 +7,6 @@ reads the file as an ordinary table.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from memlens.errors import ColumnError, FileFormatError
+from memlens.files import replacing
 from memlens.sequences.rows import RESERVED_COLUMNS
 from memlens.sequences.set import SequenceSet
 
@@ -28,7 +28,6 @@ _KEY = b"memlens"
 
 def write_parquet(seqs: SequenceSet, path: str | Path, **extra: Mapping[str, Any]) -> Path:
     """Write `seqs` to `path` (whole or not at all); `extra` stands in the metadata beside its attributes."""
-    path = Path(path)
     table = pa.Table.from_pandas(seqs.table, preserve_index=False)
     table = table.append_column("tokens", pa.array(seqs.rows(), pa.list_(pa.int64())))
     table = table.append_column("prefix_len", pa.array(seqs.prefix_len.numpy()))
@@ -36,14 +35,9 @@ def write_parquet(seqs: SequenceSet, path: str | Path, **extra: Mapping[str, Any
     table = table.replace_schema_metadata(
         {**(table.schema.metadata or {}), _KEY: json.dumps(settings, default=_native)}
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        pq.write_table(table, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    with replacing(path) as part:
+        pq.write_table(table, part)
+    return Path(path)
 
 
 def read_table(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:

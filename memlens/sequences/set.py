@@ -240,4 +240,5 @@ class SequenceSet:
             prefix_len=self.prefix_len[:5].numpy(), n_targets=self.n_targets[:5].numpy()
         )
         more = f"<p>… and {len(self) - 5} more</p>" if len(self) > 5 else ""
-        return f"<p><b>{escape(repr(self))}</b></p>{head.to_html(escape=True, index=False)}{more}"
+        short = head.map(lambda value: value if len(str(value)) <= 60 else f"{str(value)[:60]}…")
+        return f"<p><b>{escape(repr(self))}</b></p>{short.to_html(escape=True, index=False)}{more}"

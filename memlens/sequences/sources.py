@@ -11,8 +11,9 @@ import pandas as pd
 from torch import Tensor
 
 from memlens.errors import SequenceError, SourceNotFoundError
+from memlens.files import zoo_folders
 from memlens.sequences.drafts import Draft
-from memlens.sequences.files import read_file, zoo_file, zoo_folder
+from memlens.sequences.files import read_file, zoo_file
 from memlens.sequences.idioms import read_idioms
 from memlens.sequences.rows import some
 from memlens.sequences.set import SequenceSet
@@ -47,7 +48,7 @@ def _zoo_name(source: str, model: Any) -> str:
     if source != "zoo":
         return source
     folder = Path(str(getattr(getattr(model, "tokenizer", None), "name_or_path", "")))
-    return f"zoo/{folder.name}" if folder.parent == zoo_folder() else DEFAULT_ZOO
+    return f"zoo/{folder.name}" if folder.parent in zoo_folders() else DEFAULT_ZOO
 
 
 def _tokenizer_of(folder: Path) -> dict[str, Any]:

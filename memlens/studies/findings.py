@@ -7,12 +7,19 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 import xarray as xr
-from statsmodels.stats.proportion import proportion_confint
 
 from memlens.recall.scores import RecallScores
 from memlens.report import Finding
 from memlens.results import Result, compare_groups
-from memlens.studies.statistics import Estimate, chosen_site, halves, mean_estimate, median_estimate, ratio_estimate, share_estimate
+from memlens.studies.statistics import (
+    Estimate,
+    chosen_site,
+    halves,
+    mean_estimate,
+    median_estimate,
+    ratio_estimate,
+    share_estimate,
+)
 
 __all__ = [
     "bypassed_layer",
@@ -31,24 +38,26 @@ _HALVES = "chosen on one half of the sequences, measured on the other"
 def recalled(recall: RecallScores) -> Finding:
     """How many sequences are recalled exactly, and how that depends on copies where they are known."""
     hits = recall.table["exact_match"].to_numpy(float)
-    low, high = proportion_confint(int(hits.sum()), len(hits), method="wilson")
+    share = share_estimate(xr.DataArray(hits, dims="sequence"))
     return Finding(
         "What is recalled",
         f"The model recalls {int(hits.sum())} of {len(hits)} sequences exactly.",
-        float(hits.mean()),
-        float(low),
-        float(high),
+        share.value,
+        share.low,
+        share.high,
         "share of sequences",
-        len(hits),
+        share.n,
         _by_copies(recall.table),
     )
 
 
 def _by_copies(table: pd.DataFrame) -> str | None:
-    if "copies" not in table or table["copies"].nunique() < 2:
+    if "copies" not in table:
         return None
-    rates = table.groupby("copies")["exact_match"].mean()
-    text = ", ".join(f"{rate:.2f} at {copies}" for copies, rate in rates.items())
+    groups = table.groupby("copies")["exact_match"]
+    if groups.ngroups < 2:
+        return None
+    text = ", ".join(f"{hits.mean():.2f} at {copies}" for copies, hits in groups)
     return f"by copies in the training corpus: {text}"
 
 
@@ -57,9 +66,12 @@ def nothing_recalled(recall: RecallScores) -> Finding:
     found = recalled(recall)
     best = recall.table["matching_prefix"].max()
     statement = (
-        f"{found.statement} That is too few to localize anything; the longest run of right tokens is {best:.0f}."
+        f"{found.statement} That is too few to localize anything; the longest run of right tokens is "
+        f"{best:.0f}."
     )
-    return Finding(found.title, statement, found.estimate, found.low, found.high, found.unit, found.n, found.control)
+    return Finding(
+        found.title, statement, found.estimate, found.low, found.high, found.unit, found.n, found.control
+    )
 
 
 def promoted(decoded: Mapping[str, Result], seed: int) -> Finding:
@@ -69,8 +81,8 @@ def promoted(decoded: Mapping[str, Result], seed: int) -> Finding:
     main = found[MEMORIZED]
     return Finding(
         "When the prediction is made",
-        f"For recalled sequences the predicted token becomes the top one for good after layer {main.value:.3g} "
-        f"of 0 to {layers - 1} (median over sequences of each sequence's median token).",
+        "For recalled sequences the predicted token becomes the top one for good after layer "
+        f"{main.value:.3g} of 0 to {layers - 1} (median over sequences of each sequence's median token).",
         main.value,
         main.low,
         main.high,
@@ -86,30 +98,18 @@ def _stable(result: Result) -> np.ndarray:
 
 def strongest_head(results: Mapping[str, Result], seed: int) -> Finding:
     """The head whose ablation harms recall most."""
-    result = results[MEMORIZED]
-    choose, measure = halves(result.data.sizes["sequence"], seed)
-    site = chosen_site(result, "target_logprob", choose)
-    main = _at(result, site, measure, seed)
-    exact = _left(result, site, measure)
-    others = {n: _at(r, site, None, seed) for n, r in results.items() if n != MEMORIZED}
-    return Finding(
-        "Which head matters most",
-        f"Ablating head {site['head']} of layer {site['layer']} changes the target log-probability by {main} nats a "
-        f"token and leaves {exact} of the sequences recalled ({_HALVES}).",
-        main.value,
-        main.low,
-        main.high,
-        "nats a token",
-        main.n,
-        _others(others, None, "nats a token"),
-    )
+    return _most_harmful(results, seed, "Which head matters most", "Ablating head {head} of layer {layer}")
 
 
 def head_table(results: Mapping[str, Result], seed: int, most: int = 20) -> pd.DataFrame:
     """The heads with the most harmful ablation, beside the matched controls and corrected for all heads."""
     result = results[MEMORIZED]
     ci = result.mean_ci("sequence", metric="target_logprob", of="effect", seed=seed)["target_logprob"]
-    frame = ci.to_dataframe("effect").reset_index().pivot(index=["layer", "head"], columns="statistic", values="effect")
+    frame = (
+        ci.to_dataframe("effect")
+        .reset_index()
+        .pivot(index=["layer", "head"], columns="statistic", values="effect")
+    )
     exact = result["exact_match"].mean("sequence").to_dataframe("exact_match_left")["exact_match_left"]
     frame = frame[["mean", "low", "high"]].add_prefix("effect_").join(exact)
     if CONTROL in results and results[CONTROL].data.sizes["sequence"] > 1:
@@ -122,6 +122,13 @@ def head_table(results: Mapping[str, Result], seed: int, most: int = 20) -> pd.D
 
 def bypassed_layer(results: Mapping[str, Result], seed: int) -> Finding:
     """The layer whose attention, bypassed, harms recall most."""
+    return _most_harmful(
+        results, seed, "Which layer's attention recall needs", "Bypassing the attention of layer {layer}"
+    )
+
+
+def _most_harmful(results: Mapping[str, Result], seed: int, title: str, intervention: str) -> Finding:
+    """The site at which the intervention (a template over coordinates) costs the most log-probability."""
     result = results[MEMORIZED]
     choose, measure = halves(result.data.sizes["sequence"], seed)
     site = chosen_site(result, "target_logprob", choose)
@@ -129,9 +136,9 @@ def bypassed_layer(results: Mapping[str, Result], seed: int) -> Finding:
     exact = _left(result, site, measure)
     others = {n: _at(r, site, None, seed) for n, r in results.items() if n != MEMORIZED}
     return Finding(
-        "Which layer's attention recall needs",
-        f"Bypassing the attention of layer {site['layer']} changes the target log-probability by {main} nats a token "
-        f"and leaves {exact} of the sequences recalled ({_HALVES}).",
+        title,
+        f"{intervention.format(**site)} changes the target log-probability by {main} nats a token and leaves "
+        f"{exact} of the sequences recalled ({_HALVES}).",
         main.value,
         main.low,
         main.high,
@@ -157,11 +164,14 @@ def restoring_layer(results: Mapping[str, Result], corrupted: np.ndarray, seed: 
     half = next((i for i, share in enumerate(shares) if share.value < 0.5), None)
     main = shares[-1 if half is None else half]
     layer = int(gained["layer"].values[-1 if half is None else half])
-    ending = "the last layer, so it stays at its place" if half is None else "the first where it is under half"
+    ending = (
+        "the last layer, so it stays at its place" if half is None else "the first where it is under half"
+    )
     return Finding(
         "How deep the cue stays at its place",
         f"One token of the prefix was replaced. Writing the clean residual back at its position restores "
-        f"{shares[0]} of the lost log-probability at layer 0 and {main} at the input of layer {layer}, {ending}.",
+        f"{shares[0]} of the lost log-probability at layer 0 and {main} at the input of layer {layer}, "
+        f"{ending}.",
         main.value,
         main.low,
         main.high,
@@ -192,5 +202,7 @@ def _left(result: Result, site: Mapping[str, int], rows: np.ndarray) -> Estimate
 
 
 def _others(found: Mapping[str, Estimate], skip: str | None, unit: str) -> str | None:
-    parts = [f"{name} {estimate} {unit}, n = {estimate.n}" for name, estimate in found.items() if name != skip]
+    parts = [
+        f"{name} {estimate} {unit}, n = {estimate.n}" for name, estimate in found.items() if name != skip
+    ]
     return "; ".join(parts) or None

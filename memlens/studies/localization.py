@@ -22,13 +22,16 @@ from memlens.attribution import (
     decode_residual,
     patch_activations,
 )
-from memlens.errors import MemlensError
+from memlens.attribution.ablation import HEAD_MODES
+from memlens.attribution.bypass import BYPASS_MODES
+from memlens.attribution.patching import PATCH_SITES
+from memlens.errors import MemlensError, OptionError, check_option
 from memlens.models.provenance import describe
 from memlens.organisms.untrained import untrained_like
 from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
-from memlens.report import FigureRequest, Finding, RunDirectory
-from memlens.results import Result
+from memlens.report import FigureRequest, Finding, RunDirectory, reading
+from memlens.results import Result, join_groups
 from memlens.sequences import SequenceSet, corrupt
 from memlens.studies import findings as find
 
@@ -49,9 +52,10 @@ class LocalizeOptions:
         head_mode: How heads are ablated.
         bypass_mode: How attention is bypassed.
         patch_site: What is patched.
-        corrupted_position: Which prefix token is replaced for patching, counted from the prefix' end. By default
-            the last, -1; where only one token is to be recalled, the one before it, -2, because the last is
-            itself the place where the prediction is made.
+        corrupted_position: Which prefix token is replaced for patching, counted from the prefix' end. By
+            default the one before the last, -2: at the last, -1, the first target is predicted, so that
+            restoring the residual there restores that prediction at any depth and says nothing of where the
+            cue went.
         untrained_control: Also run on freshly drawn weights.
         seed: Seed of every random choice.
     """
@@ -62,9 +66,17 @@ class LocalizeOptions:
     head_mode: str = "mean_of_other_heads"
     bypass_mode: str = "identity"
     patch_site: str = "resid_pre"
-    corrupted_position: int | None = None
+    corrupted_position: int = -2
     untrained_control: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_option("head_mode", self.head_mode, HEAD_MODES)
+        check_option("bypass_mode", self.bypass_mode, BYPASS_MODES)
+        check_option("patch_site", self.patch_site, PATCH_SITES)
+        for name in ("max_sequences", "max_patched", "max_positions"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name}={getattr(self, name)} leaves nothing to examine: give 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -104,8 +116,8 @@ def localize(
         progress: Show progress bars.
 
     Returns:
-        The report's path, the findings, and what failed. A step that fails is named in the report and does not
-        stop those that do not need it.
+        The report's path, the findings, and what failed. A step that fails is named in the report and does
+        not stop those that do not need it.
 
     Raises:
         EmptySetError, SequenceError, VocabularyError: The sequences do not fit; before any forward pass.
@@ -117,7 +129,9 @@ def localize(
         >>> run.report.name  # doctest: +SKIP
         'report.html'
     """
-    return _Localization(model, sequences, Path(out), options or LocalizeOptions(), progress).run(title, command)
+    return _Localization(model, sequences, Path(out), options or LocalizeOptions(), progress).run(
+        title, command
+    )
 
 
 class _Localization:
@@ -133,7 +147,7 @@ class _Localization:
         settings = {"study": "localize", **asdict(self.options)}
         settings |= {"model": describe(self.model), "sequences": dict(self.seqs.attrs)}
         title = title or f"Where {describe(self.model)['model']} recalls {len(self.seqs)} sequences"
-        self.folder = RunDirectory(self.out, title=title, settings=settings, command=command)
+        self.folder = RunDirectory(self.out, title=title, settings=settings, command=command, fresh=True)
         self._keep_recall(recall)
         memorized = recall.memorized()
         if len(memorized) < 2:
@@ -142,7 +156,9 @@ class _Localization:
             return LocalizedRun(self.folder.finish(), self.findings, self.failures)
         memorized = self._some(memorized, self.options.max_sequences)
         groups = self._groups(recall, memorized)
-        self.twin = untrained_like(self.model, seed=self.options.seed) if self.options.untrained_control else None
+        self.twin = (
+            untrained_like(self.model, seed=self.options.seed) if self.options.untrained_control else None
+        )
         self._step("decoding", lambda: self._decode(recall, groups))
         self._step("head ablation", lambda: self._ablate(groups))
         self._step("attention bypass", lambda: self._bypass(groups))
@@ -171,8 +187,12 @@ class _Localization:
 
     def _keep_recall(self, recall: RecallScores) -> None:
         recall.save(self.out / "recall.parquet")
-        self.folder.add_result("recall", recall.to_result(), title="What is recalled", figures=[FigureRequest()])
-        self.folder.add_table("recall_summary", recall.summary().astype({"group": str}), title="Recall, by group")
+        self.folder.add_result(
+            "recall", recall.to_result(), title="What is recalled", figures=[FigureRequest()]
+        )
+        self.folder.add_table(
+            "recall_summary", recall.summary().astype({"group": str}), title="Recall, by group"
+        )
         self._find(find.recalled(recall))
 
     def _groups(self, recall: RecallScores, memorized: SequenceSet) -> dict[str, SequenceSet]:
@@ -195,22 +215,22 @@ class _Localization:
             for name, seqs in everything.items()
             if len(seqs)
         }
-        for name, result in decoded.items():
-            figures = [FigureRequest()]
-            if name == MEMORIZED:
-                figures.append(FigureRequest({"sequence": str(result["sequence"].values[0])}))
-            self.folder.add_result(f"decoding {name}", result, title=f"Residual decoding: {name}", figures=figures)
+        self._save("residual_decoding", "How the prediction unfolds over layers", decoded, one_sequence=True)
         self._find(find.promoted(decoded, self.options.seed))
 
     def _ablate(self, groups: Mapping[str, SequenceSet]) -> None:
         results = {
-            name: ablate_heads(self.model, seqs, mode=self.options.head_mode, seed=self.options.seed, progress=self.progress)
+            name: ablate_heads(
+                self.model, seqs, mode=self.options.head_mode, seed=self.options.seed, progress=self.progress
+            )
             for name, seqs in groups.items()
         }
-        self._save("head ablation", results)
+        self._save("head_ablation", "Which heads matter", results)
         self._find(find.strongest_head(results, self.options.seed))
         self.folder.add_table(
-            "heads", find.head_table(results, self.options.seed), title="The heads that matter most for recall"
+            "heads",
+            find.head_table(results, self.options.seed),
+            title="The heads that matter most for recall",
         )
 
     def _bypass(self, groups: Mapping[str, SequenceSet]) -> None:
@@ -218,13 +238,11 @@ class _Localization:
         results = {name: bypass_attention(self.model, seqs, **options) for name, seqs in groups.items()}
         if self.twin is not None:
             results[UNTRAINED] = bypass_attention(self.twin, groups[MEMORIZED], **options)
-        self._save("attention bypass", results)
+        self._save("attention_bypass", "Which layer's attention matters", results)
         self._find(find.bypassed_layer(results, self.options.seed))
 
     def _patch(self, groups: Mapping[str, SequenceSet]) -> None:
         place = self.options.corrupted_position
-        if place is None:
-            place = -2 if max(seqs.max_targets for seqs in groups.values()) == 1 else -1
         results: dict[str, Result] = {}
         corrupted: dict[str, np.ndarray] = {}
         for name, seqs in groups.items():
@@ -240,21 +258,34 @@ class _Localization:
                 positions=self._positions(clean, corrupted[name]),
                 progress=self.progress,
             )
-        first = str(results[MEMORIZED]["sequence"].values[0])
-        self._save("activation patching", results, extra=[FigureRequest({"sequence": first})])
+        self._save("activation_patching", "Where the cue stands", results, one_sequence=True)
         self._find(find.restoring_layer(results, corrupted[MEMORIZED], self.options.seed))
 
     def _positions(self, seqs: SequenceSet, always: np.ndarray) -> list[int]:
         """At most `max_positions` positions, spread evenly from the first changed one, and `always`."""
         first, last = int(always.min()), int(seqs.lengths.max()) - 2
-        spread = np.linspace(first, last, min(last - first + 1, self.options.max_positions)).round().astype(int)
+        spread = (
+            np.linspace(first, last, min(last - first + 1, self.options.max_positions)).round().astype(int)
+        )
         return np.union1d(spread, always).tolist()
 
     def _attribute(self, groups: Mapping[str, SequenceSet]) -> None:
-        results = {name: attribute_logits(self.model, seqs, progress=self.progress) for name, seqs in groups.items()}
-        self._save("logit attribution", results)
-
-    def _save(self, title: str, results: Mapping[str, Result], extra: list[FigureRequest] | None = None) -> None:
+        results = {
+            name: attribute_logits(self.model, seqs, progress=self.progress) for name, seqs in groups.items()
+        }
         for name, result in results.items():
-            figures = [FigureRequest(), *((extra or []) if name == MEMORIZED else [])]
-            self.folder.add_result(f"{title} {name}", result, title=f"{title.capitalize()}: {name}", figures=figures)
+            title = f"What writes the target's logit: {name}"
+            self.folder.add_result(
+                f"logit_attribution_{name}", result, title=title, figures=[FigureRequest()]
+            )
+
+    def _save(
+        self, name: str, title: str, results: Mapping[str, Result], *, one_sequence: bool = False
+    ) -> None:
+        """Save the groups as one result, with a figure that sets them side by side."""
+        words = "\n\n".join(f"{group.capitalize()}: {reading(result)}" for group, result in results.items())
+        figures = [FigureRequest({"group": "group"}, reading=words)]
+        if one_sequence:
+            first = str(results[MEMORIZED]["sequence"].values[0])
+            figures.append(FigureRequest({"sequence": first}))
+        self.folder.add_result(name, join_groups(results), title=title, figures=figures)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 from scipy import stats
-from statsmodels.stats.proportion import proportion_confint
 
 from memlens.results import Result
+from memlens.results.statistics import mean_interval
 
-__all__ = ["Estimate", "chosen_site", "halves", "mean_estimate", "median_estimate", "ratio_estimate", "share_estimate"]
+__all__ = [
+    "Estimate",
+    "chosen_site",
+    "halves",
+    "mean_estimate",
+    "median_estimate",
+    "ratio_estimate",
+    "share_estimate",
+]
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ def halves(n: int, seed: int) -> tuple[Int[np.ndarray, "a"], Int[np.ndarray, "b"
     """Return two random halves of `range(n)`, sorted; the first is the one to choose on.
 
     >>> a, b = halves(5, seed=0)
-    >>> sorted([*a, *b]), len(b)
+    >>> sorted([*a.tolist(), *b.tolist()]), len(b)
     ([0, 1, 2, 3, 4], 3)
     """
     order = np.random.default_rng(seed).permutation(n)
@@ -72,11 +82,9 @@ def mean_estimate(array: xr.DataArray, *, seed: int = 0) -> Estimate:
 
 def share_estimate(array: xr.DataArray) -> Estimate:
     """Return the share of ones over sequences, with Wilson's interval."""
-    values = array.values[np.isfinite(array.values)]
-    if len(values) == 0:
-        return Estimate(np.nan, np.nan, np.nan, 0)
-    low, high = proportion_confint(int(values.sum()), len(values), method="wilson")
-    return Estimate(float(values.mean()), float(low), float(high), len(values))
+    interval = mean_interval(array, method="wilson")
+    mean, low, high = interval.values.tolist()
+    return Estimate(mean, low, high, int(interval["n"]))
 
 
 def median_estimate(values: Float[np.ndarray, "seq"], *, seed: int = 0) -> Estimate:
@@ -99,14 +107,23 @@ def ratio_estimate(part: xr.DataArray, whole: xr.DataArray, *, seed: int = 0) ->
     return Estimate(float(a.sum() / b.sum()), float(low), float(high), len(a))
 
 
-def _estimate(values: np.ndarray, statistic: object, seed: int) -> Estimate:
+def _estimate(values: np.ndarray, statistic: Callable[..., Any], seed: int) -> Estimate:
     values = values[np.isfinite(values)]
     if len(values) == 0:
         return Estimate(np.nan, np.nan, np.nan, 0)
-    value = float(statistic(values))  # type: ignore[operator]
+    value = float(statistic(values))
     if len(values) < 2 or np.ptp(values) == 0:
-        return Estimate(value, value if len(values) > 1 else np.nan, value if len(values) > 1 else np.nan, len(values))
+        return Estimate(
+            value, value if len(values) > 1 else np.nan, value if len(values) > 1 else np.nan, len(values)
+        )
     found = stats.bootstrap(
-        (values,), statistic, method="percentile", n_resamples=2000, vectorized=True, rng=np.random.default_rng(seed)
+        (values,),
+        statistic,
+        method="percentile",
+        n_resamples=2000,
+        vectorized=True,
+        rng=np.random.default_rng(seed),
     )
-    return Estimate(value, float(found.confidence_interval.low), float(found.confidence_interval.high), len(values))
+    return Estimate(
+        value, float(found.confidence_interval.low), float(found.confidence_interval.high), len(values)
+    )

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
+from memlens.models.memory import check_batch_size, default_budget, logits_bytes
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
 from memlens.sweeps.interventions import Intervention
@@ -19,8 +18,6 @@ REDUCED_ROWS = 64
 Numbered = list[tuple[int, Intervention]]
 """Interventions with their place in the user's list."""
 
-_DEFAULT_CPU_BYTES = 2**30
-_FREE_SHARE = 0.4
 _WELL_FILLED = 2048
 """On a processor a larger stack is no faster and takes more memory."""
 _WELL_UNEMBEDDED = 256
@@ -50,11 +47,12 @@ class Budget:
     @staticmethod
     def of(trunk: Trunk, seqs: SequenceSet, memory_budget: int | None, batch_size: int | None) -> Budget:
         """Cut a memory budget (bytes) into sizes; by default 1 GiB, or 40 % of a GPU's free memory."""
-        total = memory_budget or _default_bytes(trunk.device)
+        check_batch_size(batch_size)
+        total = memory_budget or default_budget(trunk.device)
         width = int(seqs.lengths.max())
         item = trunk.dtype.itemsize
         kept = item * width * trunk.d_model * 4 * trunk.n_layers
-        logits = 5 * max(item, 4) * trunk.d_vocab
+        logits = logits_bytes(trunk.d_vocab, item)
         on_cpu = trunk.device.type == "cpu"
         tokens = max(1, int(total * 0.6) // position_bytes(trunk, width))
         unembed = max(1, int(total * 0.15) // logits)
@@ -68,12 +66,6 @@ def position_bytes(trunk: Trunk, width: int) -> int:
     """What one position of a stack takes while a block runs on it."""
     d_mlp = getattr(trunk.model.cfg, "d_mlp", None) or 4 * trunk.d_model
     return trunk.dtype.itemsize * (6 * trunk.d_model + 2 * d_mlp + trunk.n_heads * width)
-
-
-def _default_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * _FREE_SHARE)
-    return _DEFAULT_CPU_BYTES
 
 
 def portions(items: Numbered, size: int, stop: int, tokens: int) -> Iterator[tuple[int, Numbered]]:

@@ -91,10 +91,15 @@ class Cone:
         for i in range(0, copies, step):
             rows = active[i * size : (i + step) * size]
             n = len(rows) // size
-            past = None if first == 0 else tuple(t[:, :, :first].repeat(n, 1, 1, 1) for t in self._kv(layer))
+            past = None if first == 0 else self._past(layer, first, n)
             asked = None if queries is None else queries.repeat(n, 1)
             parts.append(self.blocks.run(layer, rows, past, asked))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _past(self, layer: int, first: int, copies: int) -> KeysValues:
+        """Keys and values of the unchanged positions, for `copies` interventions."""
+        keys, values = (t[:, :, :first].repeat(copies, 1, 1, 1) for t in self._kv(layer))
+        return keys, values
 
     def _kv(self, layer: int) -> KeysValues:
         if layer not in self._kept:

@@ -92,7 +92,8 @@ class Intervention:
         for name, fn in self.hooks:
             if not isinstance(name, str) or not (callable(fn) or isinstance(fn, BatchHook)):
                 raise InterventionError(
-                    f"intervention {self.name!r} holds {(name, fn)!r}: each hook is a pair of a hook name and a function."
+                    f"intervention {self.name!r} holds {(name, fn)!r}: each hook is a pair of a hook name "
+                    "and a function."
                 )
 
     @property
@@ -130,7 +131,8 @@ class Intervention:
             return fn
         if batch is None:
             raise InterventionError(
-                f"the hook on {name!r} of intervention {self.name!r} differs by sequence: run it with memlens.sweep."
+                f"the hook on {name!r} of intervention {self.name!r} differs by sequence: "
+                "run it with memlens.sweep."
             )
         return fn.bind(batch)
 
@@ -142,7 +144,8 @@ class Intervention:
                 raise
             except Exception as error:
                 raise InterventionError(
-                    f"the hook on {name!r} of intervention {self.name!r} raised {type(error).__name__}: {error}"
+                    f"the hook on {name!r} of intervention {self.name!r} raised "
+                    f"{type(error).__name__}: {error}"
                 ) from error
 
         return call

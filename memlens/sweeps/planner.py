@@ -57,7 +57,8 @@ class Plan:
             f"{self.n_interventions} interventions on {self.n_sequences} sequences: {self.block_forwards:,} "
             f"block-forwards ({share:.1f} times fewer than one full forward each), "
             f"{self.unembedded_positions:,} positions unembedded, "
-            f"{(self.block_flops + self.unembed_flops) / 1e9:,.0f} GFLOP, {self.bytes / 2**20:.0f} MiB{seconds}"
+            f"{(self.block_flops + self.unembed_flops) / 1e9:,.0f} GFLOP, "
+            f"{self.bytes / 2**20:.0f} MiB{seconds}"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,13 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
-from memlens.errors import EmptySetError, InterventionError, SequenceError, check_option
+from memlens.errors import EmptySetError, InterventionError, check_option
 from memlens.models.hooks import resolve_hook
 from memlens.models.provenance import describe
 from memlens.models.trunk import Trunk
 from memlens.results import Result
 from memlens.sequences import SequenceSet
+from memlens.sequences.checks import check_sequences
 from memlens.sweeps.budget import Budget
 from memlens.sweeps.engine import Engine
 from memlens.sweeps.interventions import Intervention
@@ -110,8 +111,11 @@ def sweep(
 
 
 def _check_inputs(trunk: Trunk, seqs: SequenceSet, interventions: Sequence[Intervention]) -> None:
-    if len(seqs) == 0:
-        raise EmptySetError("there are no sequences to sweep over: give at least one.")
+    check_sequences(seqs, trunk.model, on_eos="keep")
+    if isinstance(interventions, Intervention):
+        raise InterventionError(
+            f"interventions is one Intervention ({interventions.name!r}): give a list of it."
+        )
     if not interventions:
         raise EmptySetError("there are no interventions to run: give at least one.")
     for item in interventions:
@@ -122,13 +126,6 @@ def _check_inputs(trunk: Trunk, seqs: SequenceSet, interventions: Sequence[Inter
     known = trunk.model.hook_dict
     for name in {name for item in interventions for name, _ in item.hooks if name not in known}:
         resolve_hook(trunk.model, name)
-    longest, top = int(seqs.lengths.max()), int(seqs.tokens[seqs.mask].max())
-    if longest > trunk.n_ctx:
-        raise SequenceError(f"a sequence has {longest} tokens and the model's context {trunk.n_ctx}: cut it.")
-    if top >= trunk.d_vocab:
-        raise SequenceError(
-            f"token id {top} lies outside the model's vocabulary of {trunk.d_vocab}: wrong tokenizer?"
-        )
 
 
 def _warn_not_finite(values: Values) -> None:
@@ -220,7 +217,7 @@ def make_result(
         **about,
         "kind": kind,
         "seed": settings.get("seed", 0),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": json.dumps({**settings, "sequences": dict(seqs.attrs)}, default=str),
     }
     labels = {name: c for name, c in sequence_coords(seqs).items() if name not in variables}

@@ -92,10 +92,11 @@ def check_hook_is_heard(model: Any, name: str, tokens: Tensor, quiet: Tensor | N
         )
         return activation + noise.to(activation.dtype)
 
-    quiet = model(tokens) if quiet is None else quiet
+    before: Tensor = model(tokens) if quiet is None else quiet
     with attached(model, [(name, disturb)]):
         loud = model(tokens)
-    if torch.equal(quiet, loud):
+    if torch.equal(before, loud):
         raise SilentInterventionError(
-            f"writing to the hook {name!r} changes no logit of this model: the edit would be ignored, so use another site."
+            f"writing to the hook {name!r} changes no logit of this model: the edit would be ignored, "
+            "so use another site."
         )

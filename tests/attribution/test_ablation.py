@@ -80,7 +80,8 @@ def test_resample_takes_another_sequence(tiny_model: Any) -> None:
 def test_resample_is_seeded(tiny_model: Any) -> None:
     model, seqs = tiny_model("gpt_neox", "bridge"), ragged(6)
     first, again, other = (
-        ml.ablate_heads(model, seqs, mode="resample", seed=s, progress=False)["target_logprob"].values for s in (3, 3, 4)
+        ml.ablate_heads(model, seqs, mode="resample", seed=s, progress=False)["target_logprob"].values
+        for s in (3, 3, 4)
     )
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -88,7 +89,9 @@ def test_resample_is_seeded(tiny_model: Any) -> None:
 
 def test_heads_that_are_equal_already_change_nothing(tiny_folder: Any) -> None:
     model = ml.load_model(tiny_folder("llama"), backend="bridge")
-    equal = ml.Intervention("equal", [("blocks.1.attn.hook_z", lambda z, hook: z.mean(2, keepdim=True).expand_as(z))])
+    equal = ml.Intervention(
+        "equal", [("blocks.1.attn.hook_z", lambda z, hook: z.mean(2, keepdim=True).expand_as(z))]
+    )
     ablated = [
         ml.Intervention(e.name, [*equal.hooks, *e.hooks])
         for e in ml.head_ablations(model, ragged(), layers=[1], heads=range(HEADS))
@@ -102,13 +105,15 @@ def test_positions_targets_differs_from_all(tiny_model: Any) -> None:
     everywhere = ml.ablate_heads(model, seqs, mode="zero", progress=False)["target_logprob"]
     targets = ml.ablate_heads(model, seqs, mode="zero", positions="targets", progress=False)["target_logprob"]
     last = len(model.blocks) - 1
-    assert float(abs(everywhere - targets).sel(layer=last).max()) < 1e-5  # the last block's prefix reaches no target
+    assert (
+        float(abs(everywhere - targets).sel(layer=last).max()) < 1e-5
+    )  # the last block's prefix reaches no target
     assert float(abs(everywhere - targets).sel(layer=0).max()) > 1e-4
 
 
 def test_bad_input(tiny_model: Any) -> None:
     model, seqs = tiny_model("gpt_neox", "bridge"), ragged()
-    with pytest.raises(OptionError, match="mode='maen'.*mean"):
+    with pytest.raises(OptionError, match=r"mode='maen'.*mean"):
         ml.ablate_heads(model, seqs, mode="maen")
     with pytest.raises(OptionError, match="positions='last'"):
         ml.ablate_heads(model, seqs, positions="last")

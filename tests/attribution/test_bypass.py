@@ -29,7 +29,9 @@ def test_position_zero_is_unchanged(tiny_model: Any, family: str, backend: str) 
 
 
 @pytest.mark.parametrize(("family", "backend"), CASES)
-def test_all_layers_bypassed_leaves_the_current_token_only(tiny_model: Any, family: str, backend: str) -> None:
+def test_all_layers_bypassed_leaves_the_current_token_only(
+    tiny_model: Any, family: str, backend: str
+) -> None:
     model = tiny_model(family, backend)
     with torch.no_grad(), ml.bypassed(model, range(len(model.blocks))):
         one, other = model(TOKENS), model(OTHER)
@@ -91,9 +93,19 @@ def test_bypass_attention_dims_and_settings(tiny_model: Any) -> None:
     assert result["target_logprob"].sel(layer=2).values == pytest.approx(want, abs=1e-5)
 
 
+def test_one_layer_may_be_a_number(tiny_model: Any) -> None:
+    model = tiny_model("gpt_neox", "bridge")
+    with torch.no_grad():
+        with ml.bypassed(model, 1):
+            one = model(TOKENS)
+        with ml.bypassed(model, [1]):
+            listed = model(TOKENS)
+    assert torch.equal(one, listed)
+
+
 def test_bad_input(tiny_model: Any) -> None:
     model = tiny_model("gpt_neox", "bridge")
-    with pytest.raises(OptionError, match="mode='identiy'.*identity"):
+    with pytest.raises(OptionError, match=r"mode='identiy'.*identity"):
         ml.bypass_intervention(model, [0], mode="identiy")
     with pytest.raises(OptionError, match="heads= goes with mode='identity'"):
         ml.bypass_intervention(model, [0], mode="zero", heads=[1])

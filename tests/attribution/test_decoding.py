@@ -45,7 +45,9 @@ def test_a_middle_layer_by_hand(tiny_model: Any) -> None:
     with torch.no_grad():
         _, cache = model.run_with_cache(seqs.tokens)
         hf = model.original_model
-        here = hf.lm_head(hf.transformer.ln_f(cache["blocks.1.hook_resid_post"][row, position - 1][None, None]))[0, 0]
+        here = hf.lm_head(
+            hf.transformer.ln_f(cache["blocks.1.hook_resid_post"][row, position - 1][None, None])
+        )[0, 0]
         final = model(seqs.tokens)[row, position - 1].log_softmax(-1)
     logp = here.log_softmax(-1)
     cell = data.isel(sequence=row, target=t).sel(layer=1)
@@ -108,7 +110,10 @@ def test_attribution_adds_up(tiny_model: Any, family: str, backend: str, baselin
     places = range(int(seqs.prefix_len[row]), int(seqs.lengths[row]))
     want = np.mean(
         [
-            (logits[row, p - 1, seqs.tokens[row, p]] - (logits[row, p - 1].mean() if baseline == "mean_logit" else 0)).item()
+            (
+                logits[row, p - 1, seqs.tokens[row, p]]
+                - (logits[row, p - 1].mean() if baseline == "mean_logit" else 0)
+            ).item()
             for p in places
         ]
     )
@@ -148,5 +153,10 @@ def test_bad_input(tiny_model: Any) -> None:
         ml.decode_residual(model, seqs, streams=("resid_mid",))
     with pytest.raises(EmptySetError):
         ml.decode_residual(model, seqs[[]], progress=False)
+    for work in (ml.decode_residual, ml.attribute_logits):
+        with pytest.raises(SequenceError, match="token id 5000"):
+            work(model, ml.SequenceSet.from_tokens([[1, 5000, 2]], 1))
+        with pytest.raises(SequenceError, match="65 tokens"):
+            work(model, ml.SequenceSet.from_tokens([list(range(65))], 1))
     with pytest.raises(OptionError, match="baseline='mean'"):
         ml.attribute_logits(model, seqs, baseline="mean")

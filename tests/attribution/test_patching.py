@@ -19,7 +19,9 @@ def test_patching_everything_from_clean_gives_clean(tiny_model: Any, family: str
     corrupt = corrupted(clean)
     patches = ml.activation_patches(model, clean, site="resid_pre", layers=[0, 2])
     whole = [
-        ml.Intervention(f"all of {layer}", [h for p in patches if p.coords["layer"] == layer for h in p.hooks])
+        ml.Intervention(
+            f"all of {layer}", [h for p in patches if p.coords["layer"] == layer for h in p.hooks]
+        )
         for layer in (0, 2)
     ]
     result = ml.sweep(model, corrupt, whole, progress=False)
@@ -49,7 +51,9 @@ def test_one_cell_by_hand(tiny_model: Any, site: str) -> None:
         logp = model.run_with_hooks(tokens, fwd_hooks=[(name, patch)])[0].log_softmax(-1)
     start = int(clean.prefix_len[row])
     want = np.mean([logp[p - 1, tokens[0, p]].item() for p in range(start, tokens.shape[1])])
-    assert float(result["target_logprob"].sel(layer=1, position=position)[row]) == pytest.approx(want, abs=1e-5)
+    assert float(result["target_logprob"].sel(layer=1, position=position)[row]) == pytest.approx(
+        want, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt_neox_sequential", "gpt_neo", "olmo", "olmo2", "olmo3"])
@@ -77,7 +81,9 @@ def test_both_directions_meet(tiny_model: Any) -> None:
     for name in ("target_logprob_clean", "target_logprob_corrupt"):
         assert into_corrupt[name].values == pytest.approx(into_clean[name].values, abs=1e-5)
     swapped = ml.patch_activations(model, corrupted(clean), clean, progress=False)
-    assert swapped["target_logprob"].values == pytest.approx(into_clean["target_logprob"].values, abs=1e-5, nan_ok=True)
+    assert swapped["target_logprob"].values == pytest.approx(
+        into_clean["target_logprob"].values, abs=1e-5, nan_ok=True
+    )
 
 
 def test_normalized_effect(tiny_model: Any) -> None:
@@ -112,7 +118,9 @@ def test_heads_together_are_the_layer(tiny_model: Any) -> None:
     ]
     values = ml.sweep(model, corrupt, joint, progress=False)["target_logprob"]
     assert np.allclose(values[:, 0], values[:, 1], atol=1e-5)
-    single = ml.patch_activations(model, clean, corrupt, site="z", over="head_position", layers=[1], positions=[3])
+    single = ml.patch_activations(
+        model, clean, corrupt, site="z", over="head_position", layers=[1], positions=[3]
+    )
     assert single["target_logprob"].dims == ("sequence", "layer", "head", "position")
 
 
@@ -123,7 +131,7 @@ def test_bad_input(tiny_model: Any) -> None:
         ml.patch_activations(model, clean, corrupt, site="resid")
     with pytest.raises(OptionError, match="over='head' needs site='z'"):
         ml.patch_activations(model, clean, corrupt, over="head")
-    with pytest.raises(OptionError, match="direction='denoise'.*denoising"):
+    with pytest.raises(OptionError, match=r"direction='denoise'.*denoising"):
         ml.patch_activations(model, clean, corrupt, direction="denoise")
     with pytest.raises(SiteError, match="parallel blocks have no site 'resid_mid'"):
         ml.patch_activations(model, clean, corrupt, site="resid_mid")

@@ -12,7 +12,7 @@ import pytest
 
 from memlens.report import FigureBlock, Finding, Section, TableBlock, write_report
 from memlens.report.methods import flatten, methods_text
-from memlens.report.render import safe_json, write_atomically
+from memlens.report.render import safe_json
 
 NASTY = {
     "script": "<script>window.ran = 1</script>",
@@ -139,19 +139,6 @@ def test_safe_json_parses_to_the_same(raw: str) -> None:
     safe = str(safe_json(json.dumps(raw, ensure_ascii=False)))
     assert json.loads(safe) == raw
     assert not set("<>&\u2028") & set(safe)
-
-
-def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_atomically(tmp_path / "a.html", b"old")
-
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, b"new")
-    assert [file.name for file in tmp_path.iterdir()] == ["a.html"]
-    assert path.read_bytes() == b"old"
 
 
 def test_methods_say_only_what_is_known() -> None:

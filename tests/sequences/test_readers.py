@@ -20,7 +20,7 @@ from memlens.errors import (
     SourceNotFoundError,
     VocabularyError,
 )
-from memlens.sequences import SequenceSet, files, load_sequences
+from memlens.sequences import SequenceSet, files, load_sequences, sources
 from tests.sequences.vocabularies import byte_level, characters, metaspace, model_with
 from tests.tiny import tiny_tokenizer
 
@@ -181,7 +181,9 @@ def test_zoo_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path.parent.mkdir(parents=True)
         frame = pd.DataFrame({"id": [f"{name}-{i}" for i in range(len(rows))], "tokens": rows})
         frame.assign(prefix_len=2, text="t", domain="code", copies=4, source=f"zoo/{name}").to_parquet(path)
-    monkeypatch.setattr(files.resources, "files", lambda package: tmp_path)
+    bundled = tmp_path / "models" / "zoo"
+    for module in (files, sources):
+        monkeypatch.setattr(module, "zoo_folders", lambda: (bundled, tmp_path / "cache"))
     seqs = load_sequences("zoo")
     assert seqs.ids == ["pythia-s-0", "pythia-s-1"]
     assert seqs.attrs["source"] == "zoo/pythia-s"
@@ -195,8 +197,11 @@ def test_zoo_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         VocabularyError, match=r"made with the tokenizer zoo/other \(101 entries\), the model has"
     ):
         load_sequences("zoo/other", model_with(byte_level()))
+    (tmp_path / "cache" / "grown").mkdir(parents=True)
+    (bundled / "other" / "sequences.parquet").replace(tmp_path / "cache" / "grown" / "sequences.parquet")
+    assert load_sequences("zoo/grown").ids == ["other-0"]  # trained on demand, not shipped
     with pytest.raises(
-        SourceNotFoundError, match=r"'zoo/pythia-z'.*zoo/other, zoo/pythia-s.*Did you mean 'zoo/pythia-s'"
+        SourceNotFoundError, match=r"'zoo/pythia-z'.*zoo/grown, zoo/pythia-s.*Did you mean 'zoo/pythia-s'"
     ):
         load_sequences("zoo/pythia-z")
 

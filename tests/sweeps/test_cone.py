@@ -61,7 +61,9 @@ def test_instruments_equal_the_reference(tiny_model: Any, family: str, backend: 
     edits = [
         i
         for site, over in sites
-        for i in ml.activation_patches(model, clean, site=site, over=over, layers=[0, 2], positions=[0, 7, 17])
+        for i in ml.activation_patches(
+            model, clean, site=site, over=over, layers=[0, 2], positions=[0, 7, 17]
+        )
     ]
     edits += ml.head_ablations(model, clean, mode="mean", layers=[1], positions="targets")
     edits += [ml.bypass_intervention(model, layers) for layers in ([0], [2], [0, 1])]

@@ -11,7 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import memlens as ml
-from memlens.errors import EmptySetError, InterventionError, NonFiniteError, OptionError, SequenceError, SiteError
+from memlens.errors import (
+    EmptySetError,
+    InterventionError,
+    NonFiniteError,
+    OptionError,
+    SequenceError,
+    SiteError,
+    UnsupportedModelError,
+)
 from memlens.models.functional import FunctionalBlocks
 from memlens.models.hooks import SITES, has_site, hook_name
 from memlens.sweeps import ByBatch
@@ -19,7 +27,9 @@ from tests.small import CASES, ragged
 
 METRICS = ("target_logprob", "margin", "completion_entropy", "target_rank", "matching_prefix", "exact_match")
 RELAXED = settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=6,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 
@@ -191,14 +201,18 @@ def test_custom_metric_and_composition(tiny_model: Any) -> None:
     both = ml.Intervention("both", [*a.hooks, *b.hooks])
     got = ml.sweep(model, seqs, [a + b], (last_logit,), progress=False)
     want = ml.sweep(model, seqs, [both], (last_logit,), progress=False, engine="reference")
-    assert np.allclose(got["last_logit"], want["last_logit"].values.reshape(got["last_logit"].shape), atol=1e-5)
+    assert np.allclose(
+        got["last_logit"], want["last_logit"].values.reshape(got["last_logit"].shape), atol=1e-5
+    )
     assert (a + b).coords == {"x": 1, "y": 2}
 
 
 def test_coordinates_become_dimensions(tiny_model: Any) -> None:
     model, seqs = tiny_model("gpt_neox", "bridge"), ragged()
     edits = [
-        ml.Intervention(f"{layer}{gain}", [(f"blocks.{layer}.hook_mlp_out", scaled(gain))], {"layer": layer, "gain": gain})
+        ml.Intervention(
+            f"{layer}{gain}", [(f"blocks.{layer}.hook_mlp_out", scaled(gain))], {"layer": layer, "gain": gain}
+        )
         for layer in (2, 0)
         for gain in (0.0, 0.5)
     ][:3]
@@ -207,7 +221,9 @@ def test_coordinates_become_dimensions(tiny_model: Any) -> None:
     assert result.data.layer.values.tolist() == [2, 0]
     assert bool(result["target_logprob"].sel(layer=0, gain=0.5).isnull().all())
     alone = ml.sweep(model, seqs, edits[2:], progress=False)
-    assert np.allclose(result["target_logprob"].sel(layer=0, gain=0.0), alone["target_logprob"][:, 0, 0], atol=1e-6)
+    assert np.allclose(
+        result["target_logprob"].sel(layer=0, gain=0.0), alone["target_logprob"][:, 0, 0], atol=1e-6
+    )
 
 
 def test_hooks_are_gone_after_an_error(tiny_model: Any) -> None:
@@ -218,9 +234,15 @@ def test_hooks_are_gone_after_an_error(tiny_model: Any) -> None:
         raise ValueError("my mistake")
 
     for engine in ("fast", "reference"):
-        with pytest.raises(InterventionError, match=r"blocks\.1\.hook_mlp_out.*'mine'.*ValueError: my mistake"):
+        with pytest.raises(
+            InterventionError, match=r"blocks\.1\.hook_mlp_out.*'mine'.*ValueError: my mistake"
+        ):
             ml.sweep(
-                model, seqs, [ml.Intervention("mine", [("blocks.1.hook_mlp_out", broken)])], engine=engine, progress=False
+                model,
+                seqs,
+                [ml.Intervention("mine", [("blocks.1.hook_mlp_out", broken)])],
+                engine=engine,
+                progress=False,
             )
     assert not any(point.has_hooks() for point in model.hook_dict.values())
     assert all("forward" not in block.__dict__ for block in model.blocks)
@@ -238,6 +260,8 @@ def test_bad_input_is_refused_before_any_forward(tiny_model: Any, monkeypatch: p
         ml.sweep(model, seqs[[]], [edit])
     with pytest.raises(OptionError, match=r"metric='exact_mach'.*exact_match"):
         ml.sweep(model, seqs, [edit], ("exact_mach",))
+    with pytest.raises(OptionError, match="batch_size=0"):
+        ml.sweep(model, seqs, [edit], batch_size=0)
     with pytest.raises(OptionError, match="engine='fsat'"):
         ml.sweep(model, seqs, [edit], engine="fsat")
     with pytest.raises(SiteError, match=r"'blocks\.0\.hook_mlp_uot'.*Did you mean"):
@@ -249,6 +273,20 @@ def test_bad_input_is_refused_before_any_forward(tiny_model: Any, monkeypatch: p
     with pytest.raises(InterventionError, match="is no Intervention"):
         ml.sweep(model, seqs, [("blocks.0.hook_mlp_out", scaled(0.0))])
     assert not ran
+
+
+@pytest.mark.parametrize("model", ["zoo/pythia-s", None])
+def test_a_name_is_no_model(model: Any) -> None:
+    seqs = ragged()
+    for work in (
+        ml.score_recall,
+        ml.decode_residual,
+        ml.ablate_heads,
+        ml.bypass_attention,
+        ml.attribute_logits,
+    ):
+        with pytest.raises(UnsupportedModelError, match=r"memlens\.load_model"):
+            work(model, seqs)
 
 
 def test_not_finite_logits_name_the_layer(tiny_folder: Any) -> None:

@@ -68,5 +68,12 @@ def test_context_refuses_hooks_by_sequence(tiny_model: Any) -> None:
 def test_every_site_used_here_is_heard(tiny_model: Any, family: str) -> None:
     model = tiny_model(family, "bridge")
     tokens = torch.tensor([[1, 2, 3, 4]])
-    for site in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post", "attn.hook_z", "attn.hook_v"):
+    for site in (
+        "hook_resid_pre",
+        "hook_attn_out",
+        "hook_mlp_out",
+        "hook_resid_post",
+        "attn.hook_z",
+        "attn.hook_v",
+    ):
         assert check_hook_is_heard(model, f"blocks.1.{site}", tokens) is None

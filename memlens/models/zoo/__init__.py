@@ -5,15 +5,14 @@ Each model is an ordinary Hugging Face checkpoint folder. Nothing heavy is impor
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from memlens.errors import ModelNotFoundError, near_matches
+from memlens.files import zoo_folders
 
 __all__ = ["is_zoo_name", "zoo_cache", "zoo_names", "zoo_path"]
 
 _PREFIX = "zoo/"
-_BUNDLED = Path(__file__).parent
 
 
 def zoo_cache() -> Path:
@@ -21,8 +20,7 @@ def zoo_cache() -> Path:
 
     The folder need not exist.
     """
-    root = os.environ.get("MEMLENS_CACHE")
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "memlens") / "zoo"
+    return zoo_folders()[1]
 
 
 def is_zoo_name(name: str) -> bool:
@@ -40,7 +38,7 @@ def zoo_names() -> list[str]:
     >>> "pythia-s" in zoo_names()
     True
     """
-    found = [folder.name for root in (_BUNDLED, zoo_cache()) for folder in _checkpoints(root)]
+    found = [folder.name for root in zoo_folders() for folder in _checkpoints(root)]
     return list(dict.fromkeys(found))
 
 
@@ -57,7 +55,7 @@ def zoo_path(name: str) -> Path:
     True
     """
     short = name.removeprefix(_PREFIX)
-    for root in (_BUNDLED, zoo_cache()):
+    for root in zoo_folders():
         for folder in _checkpoints(root):
             if folder.name == short:
                 return folder

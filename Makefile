@@ -1,0 +1,76 @@
+# memlens: `make help` lists the targets. Needed: python3 (3.11 or newer), make and a package index.
+# `TL=4` runs any target in a second environment, on TransformerLens 4.x.
+
+TL ?= 3
+PYTHON3 ?= python3
+WORKERS ?= 2
+
+ifeq ($(TL),3)
+VENV := .venv
+CONSTRAINTS := constraints.txt
+else ifeq ($(TL),4)
+VENV := .venv-tl4
+CONSTRAINTS := constraints-tl4.txt
+else
+$(error TL=$(TL) is not known: give TL=3 (TransformerLens 3.9, the default) or TL=4)
+endif
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+DEV_READY := $(VENV)/.installed-dev
+# More threads than free cores make small models many times slower.
+RUN := OMP_NUM_THREADS=1 $(BIN)/python -m
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo install test notebooks lint format types contract docs clean
+
+help: ## List the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | awk -F': ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+demo: $(READY) ## Find where the bundled model recalls what was planted in it; write a report
+	$(BIN)/memlens demo
+
+install: $(DEV_READY) ## Make the environment with everything for development
+
+test: $(DEV_READY) ## Run the whole test suite, the slow tests and the docstrings' examples included
+	$(RUN) pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+notebooks: $(DEV_READY) ## Run the tutorials
+	$(RUN) pytest --nbmake --nbmake-timeout=900 tutorials
+
+lint: $(DEV_READY) ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(DEV_READY) ## Mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(DEV_READY) ## Check the types
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+contract: $(DEV_READY) ## Check that folders import only from folders to their left
+	$(BIN)/lint-imports
+
+docs: $(DEV_READY) ## Build the documentation into docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+clean: ## Remove environments, caches and everything built
+	rm -rf .venv .venv-tl4 build dist docs/_build docs/reference docs/tutorials docs/_static/plotly.min.js
+	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find memlens tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON3) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "memlens needs Python 3.11 or newer and $(PYTHON3) is %d.%d: name another one, as in make demo PYTHON3=python3.12" % sys.version_info[:2])'
+	$(PYTHON3) -m venv $(VENV)
+
+$(READY): pyproject.toml $(CONSTRAINTS) | $(VENV)/pyvenv.cfg
+	@echo "installing into $(VENV); this takes some minutes"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e .
+	@touch $@
+
+$(DEV_READY): pyproject.toml $(CONSTRAINTS) | $(VENV)/pyvenv.cfg
+	@echo "installing into $(VENV); this takes some minutes"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,docs,export]'
+	@touch $(READY) $@

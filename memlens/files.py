@@ -1,0 +1,67 @@
+"""Where files are, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["replacing", "write_atomically", "zoo_folders"]
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a new file beside `path` to write to; at the end it takes `path`'s place in one step.
+
+    Where the body raises, the new file is removed and what stood at `path` before stays as it was. Missing
+    parent folders are made, and the file has the permissions of any new file.
+
+    Args:
+        path: The file to make or replace.
+
+    Yields:
+        An empty file in the same folder, so that the last step is a rename and not a copy.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with replacing(Path(folder) / "a" / "note.txt") as part:
+        ...         _ = part.write_text("whole")
+        ...     [file.name for file in (Path(folder) / "a").iterdir()]
+        ['note.txt']
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        part.chmod(0o666 & ~_umask())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, content: bytes) -> Path:
+    """Write `content` to `path`, whole or not at all (see `replacing`), and return the path."""
+    with replacing(path) as part:
+        part.write_bytes(content)
+    return Path(path)
+
+
+def zoo_folders() -> tuple[Path, Path]:
+    """Return where models of the zoo are looked for: bundled with the package, then trained on demand.
+
+    The second is `$MEMLENS_CACHE/zoo`, or `~/.cache/memlens/zoo`; it need not exist.
+    """
+    bundled = Path(__file__).parent / "models" / "zoo"
+    root = os.environ.get("MEMLENS_CACHE")
+    return bundled, (Path(root).expanduser() if root else Path.home() / ".cache" / "memlens") / "zoo"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

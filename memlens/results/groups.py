@@ -1,0 +1,54 @@
+"""Several results of one kind as one, with the group as a coordinate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import xarray as xr
+
+from memlens.errors import ResultError
+from memlens.results.result import Result
+
+__all__ = ["join_groups"]
+
+
+def join_groups(results: Mapping[str, Result]) -> Result:
+    """Join results of one kind along `sequence`, with a coordinate `group` that holds their names.
+
+    The facts of the model and the settings are the first result's. An id that stands in several groups gets
+    the group's name as a suffix in the later ones.
+
+    Args:
+        results: Name of the group to result, say `{"memorized": a, "control": b}`.
+
+    Returns:
+        One result; ``result.plot(group="group")`` draws the groups beside each other.
+
+    Raises:
+        ResultError: When the results are of different kinds, or there are none.
+
+    Example:
+        >>> data = xr.Dataset({"exact_match": ("sequence", [1.0, 0.0])}, {"sequence": ["a", "b"]})
+        >>> one = Result.create(data, kind="recall")
+        >>> join_groups({"first": one, "second": one})["sequence"].values.tolist()
+        ['a', 'b', 'a (second)', 'b (second)']
+    """
+    kinds = {result.kind for result in results.values()}
+    if len(kinds) != 1:
+        raise ResultError(f"groups can be joined for results of one kind, not {sorted(kinds)}.")
+    seen: set[str] = set()
+    parts: list[xr.Dataset] = []
+    for name, result in results.items():
+        data = result.data.drop_vars([c for c in result.data.coords if c not in result.data.dims])
+        data = data.assign_coords({d: np.arange(data.sizes[d]) for d in data.dims if d not in data.coords})
+        ids = [str(i) for i in data["sequence"].values]
+        ids = [f"{i} ({name})" if i in seen else i for i in ids]
+        seen.update(ids)
+        label = np.full(len(ids), name, dtype=object)
+        parts.append(data.assign_coords(sequence=ids, group=("sequence", label, {"keep_order": 1})))
+    joined = xr.concat(
+        parts, "sequence", join="outer", data_vars="all", coords="minimal", compat="override",
+        combine_attrs="override",
+    )  # fmt: skip
+    return Result(joined)

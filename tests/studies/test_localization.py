@@ -1,0 +1,207 @@
+"""The main job on the bundled model, and what it does when a part fails."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import memlens as ml
+from memlens.errors import NonFiniteError, VocabularyError
+from memlens.report import report_from_directory
+from memlens.results import Result
+from memlens.studies import findings, localization
+from memlens.studies.statistics import chosen_site, halves, mean_estimate, ratio_estimate, share_estimate
+
+SMALL = ml.LocalizeOptions(max_sequences=6, max_patched=3, max_positions=6)
+
+
+@pytest.fixture(scope="module")
+def pythia() -> Any:
+    return ml.load_model("zoo/pythia-s")
+
+
+@pytest.fixture(scope="module")
+def planted(pythia: Any) -> ml.SequenceSet:
+    seqs = ml.load_sequences("zoo", pythia)
+    copies = seqs.table["copies"].to_numpy()
+    return seqs[np.flatnonzero(np.isin(copies, [1, 256]))]
+
+
+@pytest.fixture(scope="module")
+def run(
+    pythia: Any, planted: ml.SequenceSet, tmp_path_factory: pytest.TempPathFactory
+) -> localization.LocalizedRun:
+    folder = tmp_path_factory.mktemp("run")
+    return ml.localize(pythia, planted, folder, options=SMALL, progress=False, command="memlens demo")
+
+
+def test_five_findings_with_numbers_and_controls(run: localization.LocalizedRun) -> None:
+    assert run.failures == {}
+    assert len(run.findings) == 5
+    for finding in run.findings:
+        assert finding.estimate is not None
+        assert finding.low is not None
+        assert finding.high is not None
+        assert finding.low <= finding.estimate <= finding.high
+    for finding in run.findings[1:]:
+        assert "matched control" in (finding.control or "")
+    assert "untrained twin" in (run.findings[3].control or "")
+
+
+def test_what_is_recalled_is_what_was_planted_often(
+    run: localization.LocalizedRun, planted: ml.SequenceSet
+) -> None:
+    table = ml.RecallScores.load(run.report.parent / "recall.parquet").table
+    copies = planted.table["copies"].to_numpy()
+    assert (table["exact_match"].to_numpy() == (copies == 256)).mean() > 0.95
+    assert run.findings[0].estimate == pytest.approx(table["exact_match"].mean())
+
+
+def test_results_are_saved_and_labelled(run: localization.LocalizedRun) -> None:
+    folder = run.report.parent
+    heads = ml.load_result(folder / "head_ablation.nc")
+    assert heads["target_logprob"].dims == ("sequence", "layer", "head")
+    assert set(np.unique(heads["group"])) == {"memorized", "matched control"}
+    bypass = ml.load_result(folder / "attention_bypass.nc")
+    assert set(np.unique(bypass["group"])) == {"memorized", "matched control", "untrained twin"}
+    recorded = json.loads((folder / "run.json").read_text())
+    assert recorded["settings"]["max_sequences"] == 6
+    assert recorded["settings"]["model"]["model"] == "zoo/pythia-s"
+    assert recorded["command"] == "memlens demo"
+
+
+def test_finding_equals_a_plain_computation(
+    run: localization.LocalizedRun, pythia: Any, planted: ml.SequenceSet
+) -> None:
+    """The head finding, by hand: one plain forward with and without the head, on the reported half."""
+    heads = ml.load_result(run.report.parent / "head_ablation.nc")
+    ids = [
+        i for i, g in zip(heads["sequence"].values, heads["group"].values, strict=True) if g == "memorized"
+    ]
+    choose, report = halves(len(ids), SMALL.seed)
+    rows = [planted.ids.index(i) for i in ids]
+    effect = ml.ablate_heads(pythia, planted[rows], engine="reference", progress=False).effect(
+        "target_logprob"
+    )
+    means = effect.isel(sequence=choose).mean("sequence").values
+    layer, head = np.unravel_index(means.argmin(), means.shape)
+    assert f"head {head} of layer {layer}" in run.findings[2].statement
+    assert run.findings[2].estimate == pytest.approx(
+        float(effect.isel(sequence=report)[:, layer, head].mean()), abs=1e-4
+    )
+
+
+def test_report_shows_everything(run: localization.LocalizedRun) -> None:
+    text = run.report.read_text(encoding="utf-8")
+    for finding in run.findings:
+        assert html.escape(finding.title).replace("&#x27;", "&#39;") in text
+    assert "memlens demo" in text
+    assert report_from_directory(run.report.parent).read_text(encoding="utf-8").count("<h2") == text.count(
+        "<h2"
+    )
+
+
+def test_a_step_that_fails_loses_nothing(
+    pythia: Any, planted: ml.SequenceSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise NonFiniteError("layer 3 is NaN")
+
+    monkeypatch.setattr(localization, "bypass_attention", broken)
+    run = ml.localize(pythia, planted, tmp_path, options=SMALL, progress=False)
+    assert run.failures == {"attention bypass": "layer 3 is NaN"}
+    assert [f.title for f in run.findings] == [
+        "What is recalled",
+        "When the prediction is made",
+        "Which head matters most",
+        "How deep the cue stays at its place",
+    ]
+    assert (tmp_path / "head_ablation.nc").exists()
+    assert (tmp_path / "activation_patching.nc").exists()
+    assert "layer 3 is NaN" in run.report.read_text(encoding="utf-8")
+
+
+def test_nothing_recalled_still_gives_a_report(pythia: Any, planted: ml.SequenceSet, tmp_path: Path) -> None:
+    rare = planted[np.flatnonzero(planted.table["copies"].to_numpy() == 1)]
+    run = ml.localize(pythia, rare, tmp_path, progress=False)
+    assert len(run.findings) == 1
+    assert "too few to localize" in run.findings[0].statement
+    assert run.report.exists()
+
+
+def test_a_second_run_replaces_the_first(pythia: Any, planted: ml.SequenceSet, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    ml.localize(pythia, planted, tmp_path, options=SMALL, progress=False)
+    rare = planted[np.flatnonzero(planted.table["copies"].to_numpy() == 1)]
+    ml.localize(pythia, rare, tmp_path, progress=False)
+    assert not (tmp_path / "head_ablation.nc").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_wrong_vocabulary_is_refused_before_anything_is_written(pythia: Any, tmp_path: Path) -> None:
+    seqs = ml.SequenceSet.from_tokens([[1, 2, 5000]], 1)
+    with pytest.raises(VocabularyError, match="5000"):
+        ml.localize(pythia, seqs, tmp_path / "new", progress=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_one_target_corrupts_the_token_before_the_last(
+    pythia: Any, planted: ml.SequenceSet, tmp_path: Path
+) -> None:
+    short = ml.load_sequences("zoo", pythia, max_targets=1)
+    few = short[np.flatnonzero(np.isin(short.table["copies"].to_numpy(), [1, 256]))]
+    run = ml.localize(pythia, few, tmp_path, options=SMALL, progress=False)
+    assert run.failures == {}
+    patched = ml.load_result(tmp_path / "activation_patching.nc")
+    memorized = patched.data.isel(sequence=patched["group"].values == "memorized")
+    at_layer_0 = memorized["normalized_effect"].sel(layer=0)
+    assert np.nanmin(at_layer_0.sel(position=30)) == pytest.approx(1, abs=1e-3)
+    assert float(np.nanmax(abs(at_layer_0.sel(position=31)))) == pytest.approx(0, abs=1e-3)
+
+
+def test_halves_are_disjoint_and_seeded() -> None:
+    a, b = halves(9, 3)
+    assert sorted([*a, *b]) == list(range(9))
+    assert np.array_equal(halves(9, 3)[0], a)
+    assert not np.array_equal(halves(9, 4)[0], a)
+
+
+def test_chosen_site_and_estimates() -> None:
+    values = np.zeros((4, 2, 3))
+    values[:2, 1, 2] = -1
+    values[2:, 0, 0] = -5
+    data = xr.Dataset(
+        {"m": (("sequence", "layer", "head"), values), "m_baseline": ("sequence", np.zeros(4))},
+        {"sequence": list("abcd"), "layer": [4, 7], "head": [0, 1, 2]},
+    )
+    result = Result.create(data, kind="head_ablation")
+    assert chosen_site(result, "m", np.array([0, 1])) == {"layer": 7, "head": 2}
+    assert chosen_site(result, "m", np.array([2, 3])) == {"layer": 4, "head": 0}
+    estimate = mean_estimate(xr.DataArray([1.0, 2.0, 3.0, np.nan], dims="sequence"))
+    assert (estimate.value, estimate.n) == (2.0, 3)
+    assert estimate.low < 2 < estimate.high
+    share = share_estimate(xr.DataArray([1.0] * 8, dims="sequence"))
+    assert (share.value, share.high) == (1.0, pytest.approx(1.0))
+    assert 0.6 < share.low < 0.7
+    ratio = ratio_estimate(
+        xr.DataArray([1.0, 0.0], dims="sequence"), xr.DataArray([1.0, 3.0], dims="sequence")
+    )
+    assert ratio.value == 0.25
+
+
+def test_head_table_is_sorted_and_corrected(run: localization.LocalizedRun) -> None:
+    heads = ml.load_result(run.report.parent / "head_ablation.nc")
+    groups = {
+        name: Result(heads.data.isel(sequence=heads["group"].values == name))
+        for name in ("memorized", "matched control")
+    }
+    table = findings.head_table(groups, 0, most=10)
+    assert table["effect_mean"].is_monotonic_increasing
+    assert (table["effect_low"] <= table["effect_mean"]).all()
+    assert table["p_corrected"].between(0, 1).all()

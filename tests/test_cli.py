@@ -1,0 +1,160 @@
+"""The command line, as a user calls it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import memlens as ml
+from memlens import cli
+
+runner = CliRunner()
+
+
+def call(*args: str) -> tuple[int, str, str]:
+    """Run the command as `main` does, in this process."""
+    from contextlib import redirect_stderr, redirect_stdout
+    from io import StringIO
+
+    out, err = StringIO(), StringIO()
+    code = 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["memlens", *args])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_help_names_every_command_with_an_example() -> None:
+    shown = runner.invoke(cli.app, ["--help"]).output
+    for name in ("demo", "score", "run", "report", "models", "plan", "zoo"):
+        assert name in shown
+    for command in (
+        ["demo"],
+        ["score"],
+        ["run", "localize"],
+        ["report"],
+        ["plan"],
+        ["models"],
+        ["zoo", "train"],
+    ):
+        assert "Example: memlens" in runner.invoke(cli.app, [*command, "--help"]).output
+
+
+def test_models_lists_families_and_zoo() -> None:
+    code, out, _ = call("models")
+    assert code == 0
+    for name in (
+        "EleutherAI/pythia-12b",
+        "openlm-research/open_llama_7b",
+        "bigcode/starcoder2-3b",
+        "zoo/pythia-s",
+    ):
+        assert name in out
+
+
+def test_score_writes_a_table(tmp_path: Path) -> None:
+    file = tmp_path / "table.parquet"
+    code, out, _ = call("score", "-m", "zoo/pythia-s", "-s", "zoo", "--limit", "12", "--out", str(file), "-q")
+    assert code == 0
+    table = pd.read_parquet(file)
+    assert len(table) == 12
+    assert {"exact_match", "memorization_score", "target_logprob", "copies"} <= set(table.columns)
+    assert "exact_match" in out
+
+
+def test_localize_on_a_checkpoint_folder_and_report(tiny_folder: Any, tmp_path: Path) -> None:
+    """Any folder and any file: a tiny random model 'recalls' what it generates itself."""
+    folder = tiny_folder("llama")
+    model = ml.load_model(folder)
+    rows = np.random.default_rng(0).integers(0, 100, (24, 14))
+    generated = ml.score_recall(model, ml.SequenceSet.from_tokens(rows, 8), progress=False)
+    own = np.concatenate([rows[:, :8], np.stack(generated.table["generated"].tolist())], axis=1)
+    np.save(tmp_path / "rows.npy", np.concatenate([own[:12], rows[12:]]))
+    out = tmp_path / "run"
+    code, shown, _ = call(
+        "run", "localize", "-m", str(folder), "-s", str(tmp_path / "rows.npy"), "--prefix-len", "8",
+        "--out", str(out), "--max-patched", "3", "-q",
+    )  # fmt: skip
+    assert code == 0
+    assert "recalls 12 of 24 sequences exactly" in shown
+    assert f"report: {out / 'report.html'}" in shown
+    (out / "report.html").unlink()
+    code, shown, _ = call("report", str(out))
+    assert code == 0
+    assert (out / "report.html").stat().st_size < 8e6
+
+
+def test_plan_names_each_analysis(tiny_folder: Any, tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).integers(0, 100, (4, 12)))
+    code, out, _ = call(
+        "plan", "-m", str(tiny_folder("gpt_neox")), "-s", str(tmp_path / "rows.npy"), "--prefix-len", "6"
+    )
+    assert code == 0
+    assert "ablate each head: 12 interventions on 4 sequences" in out
+    assert "bypass each layer: 3 interventions" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["score", "-m", "zoo/pythia-z", "-s", "zoo"], "Did you mean 'zoo/pythia-s'"),
+        (["score", "-m", "zoo/pythia-s", "-s", "missing.npy"], "missing.npy"),
+        (
+            ["run", "localize", "-m", "zoo/pythia-s", "-s", "zoo", "--out", "x", "--backend", "hook"],
+            "backend='hook'",
+        ),
+        (["zoo", "train", "pythia-xxl"], "pythia-xxl"),
+    ],
+)
+def test_foreseen_errors_are_one_line(args: list[str], words: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(*args)
+    assert code == 2
+    assert words in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_unknown_option_values_are_found_before_the_model_runs(tmp_path: Path) -> None:
+    code, _, err = call(
+        "run",
+        "localize",
+        "-m",
+        "zoo/pythia-s",
+        "-s",
+        "zoo",
+        "--out",
+        str(tmp_path / "x"),
+        "--head-mode",
+        "zro",
+        "-q",
+    )
+    assert code == 2
+    assert "'zero'" in err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_demo_as_a_user_runs_it(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "memlens", "demo", "--out", str(tmp_path / "demo"), "-q"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line[:2] for line in done.stdout.splitlines() if line[:2] in ("1.", "2.", "3.", "4.", "5.")] == [
+        "1.", "2.", "3.", "4.", "5.",
+    ]  # fmt: skip
+    assert done.stdout.rstrip().endswith("report.html")
+    assert (tmp_path / "demo" / "report.html").exists()
