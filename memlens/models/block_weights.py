@@ -115,18 +115,20 @@ def read_block(model: Any, layer: int, around: Surroundings, *, parallel: bool) 
     """
     block = model.blocks[layer]
     bridge = hasattr(model, "original_model")
-    post = attention_post_norm(model, layer) is not None
-    if post and parallel:
-        raise UnsupportedModelError("a parallel block with a norm after its attention.")
     like = next(model.parameters())
-    first, second = (_norm(getattr(block, n), model.cfg.d_model, model.cfg, like) for n in ("ln1", "ln2"))
+    attn_norm, attn_post, mlp_norm, mlp_post = (
+        None if module is None else _norm(module, model.cfg.d_model, model.cfg, like)
+        for module in _block_norms(model, layer)
+    )
+    if attn_post is not None and parallel:
+        raise UnsupportedModelError("a parallel block with a norm after its attention.")
     qkv, o, scale, clip = (_bridge_attention if bridge else _hooked_attention)(model, block.attn)
     q_norm, k_norm = (_inner_norm(block.attn, n, model.cfg, like) for n in ("q_norm", "k_norm"))
     return BlockWeights(
-        attn_norm=None if post else first,
-        attn_post_norm=first if post else None,
-        mlp_norm=None if post else second,
-        mlp_post_norm=second if post else None,
+        attn_norm=attn_norm,
+        attn_post_norm=attn_post,
+        mlp_norm=mlp_norm,
+        mlp_post_norm=mlp_post,
         qkv=qkv,
         q_norm=q_norm,
         k_norm=k_norm,
@@ -137,6 +139,20 @@ def read_block(model: Any, layer: int, around: Surroundings, *, parallel: bool) 
         parallel=parallel,
         around=around,
     )
+
+
+def _block_norms(model: Any, layer: int) -> tuple[Any, Any, Any, Any]:
+    """The norms before and after attention and before and after the MLP; None where there is none.
+
+    Releases of TransformerLens differ in the name of a post-norm: `ln1` and `ln2`, or these with `_post`.
+    """
+    block = model.blocks[layer]
+    first, second = getattr(block, "ln1", None), getattr(block, "ln2", None)
+    post = attention_post_norm(model, layer)
+    if post is None:
+        return first, None, second, None
+    mlp_post = getattr(block, "ln2_post", second)
+    return None if first is post else first, post, None if second is mlp_post else second, mlp_post
 
 
 def read_unembedding(model: Any) -> tuple[Norm, Linear]:

@@ -10,13 +10,18 @@ from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
 from memlens.sweeps.interventions import Intervention
 
-__all__ = ["Budget", "Numbered", "portions"]
+__all__ = ["REDUCED_ROWS", "Budget", "Numbered", "portions", "position_bytes"]
+
+REDUCED_ROWS = 64
+"""Target positions reduced at a time, so that what is made of their logits stays small."""
 
 Numbered = list[tuple[int, Intervention]]
 """Interventions with their place in the user's list."""
 
-_WELL_FILLED = 4096
-"""On a processor a larger stack gains nothing and leaves its caches."""
+_WELL_FILLED = 2048
+"""On a processor a larger stack is no faster and takes more memory."""
+_WELL_UNEMBEDDED = 256
+"""The same of target positions."""
 _WORTHWHILE = 512
 """A smaller stack does not use the processor well: it takes in the next position's interventions."""
 
@@ -52,7 +57,7 @@ class Budget:
         tokens = max(1, int(total * 0.6) // position_bytes(trunk, width))
         unembed = max(1, int(total * 0.15) // logits)
         if on_cpu:
-            tokens, unembed = min(tokens, _WELL_FILLED), min(unembed, _WORTHWHILE)
+            tokens, unembed = min(tokens, _WELL_FILLED), min(unembed, _WELL_UNEMBEDDED)
         size = batch_size or max(1, min(len(seqs), 64, tokens // width, int(total * 0.25) // kept))
         return Budget(total, size, max(tokens, size * width), tokens, unembed)
 

@@ -25,6 +25,7 @@ from memlens.models.functional import FunctionalBlocks
 from memlens.models.hooks import HookFn, attached, capturing, hook_name, resolve_hook
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
+from memlens.sweeps.budget import REDUCED_ROWS
 from memlens.sweeps.cone import Cone
 from memlens.sweeps.entries import Entry, Start, changed_from, edited, entry_of, start_of
 from memlens.sweeps.interventions import Batch, Intervention
@@ -231,16 +232,13 @@ class Engine:
         """Unembed final residuals in portions and reduce them at once; one dictionary a batch of rows."""
         copies = len(rows) // len(targets.ids)
         ids, mask = (t.repeat(copies, 1) for t in (targets.ids, targets.mask))
-        step = max(1, self.unembed_rows // max(1, ids.shape[1]))
+        step, few = (max(1, n // max(1, ids.shape[1])) for n in (self.unembed_rows, REDUCED_ROWS))
         unembed = trunk.unembed if self._blocks is None else self._blocks.unembed
-        parts = [
-            self.reduce(
-                _logits(unembed, rows[i : i + step], mask[i : i + step]),
-                ids[i : i + step],
-                mask[i : i + step],
-            )
-            for i in range(0, len(rows), step)
-        ]
+        parts = []
+        for some in torch.arange(len(rows)).split(step):
+            logits = _logits(unembed, rows[some], mask[some])
+            each = zip(logits.split(few), ids[some].split(few), mask[some].split(few), strict=True)
+            parts += [self.reduce(*part) for part in each]
         values = {name: torch.cat([p[name] for p in parts]).chunk(copies) for name in parts[0]}
         return [{name: value[i] for name, value in values.items()} for i in range(copies)]
 
