@@ -26,7 +26,7 @@ def resident(field: str) -> int:
 
 @torch.no_grad()
 def one_side(side: str, name: str, backend: str) -> dict[str, int]:
-    """Peak bytes of "sweep", or of an unfiltered "cache" of the same sequences, above what was held before."""
+    """Peak bytes of a "sweep", or of an unfiltered "cache" of the same sequences, above those before."""
     torch.set_num_threads(1)
     model = build(name, backend)
     seqs = recalled(model, 8, 32, 32)
