@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from memlens.errors import EmptySetError
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
+from memlens.sequences.checks import check_sequences
 from memlens.sweeps.budget import Budget
 from memlens.sweeps.engine import Engine, make_batches
 from memlens.sweeps.metrics import MetricLike, make_reduce
@@ -38,10 +38,10 @@ def measure(
 
     Raises:
         EmptySetError: No sequences.
+        SequenceError, VocabularyError: A sequence does not fit the model.
         NonFiniteError: The model gives NaN or infinity.
     """
-    if len(sequences) == 0:
-        raise EmptySetError("there are no sequences to measure: give at least one.")
+    check_sequences(sequences, model, on_eos="keep")
     trunk = Trunk(model)
     budget = Budget.of(trunk, sequences, memory_budget, batch_size)
     engine = Engine(
