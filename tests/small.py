@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+import memlens as ml
 from memlens.sequences import SequenceSet
 from tests.tiny import D_VOCAB, FAMILIES, HOOKED_FAMILIES
 
@@ -28,3 +30,26 @@ def corrupted(seqs: SequenceSet, seed: int = 1) -> SequenceSet:
         for row, p in zip(seqs.rows(), seqs.prefix_len.tolist(), strict=True)
     ]
     return SequenceSet.from_tokens(rows, seqs.prefix_len)
+
+
+COUNTED = ("target_rank", "exact_match", "matching_prefix", "target_accuracy")
+"""Metrics that step where two logits change places: rounding alone may do that where they are all but equal."""
+
+
+def largest_difference(a: ml.Result, b: ml.Result) -> float:
+    """The largest difference of two results, over all variables that do not count tokens."""
+    names = [n for n in a.data.data_vars if str(n).removesuffix("_baseline") not in COUNTED]
+    return max(float(np.nanmax(np.abs(a.data[n].values - b.data[n].values))) for n in names)
+
+
+def near_ties(logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A metric: how many other tokens' logits stand within 2e-5 of their target's."""
+    chosen = logits.gather(-1, ids[..., None])
+    close = ((logits - chosen).abs() < 2e-5).sum(-1) - 1
+    return (close * mask).sum(-1)
+
+
+def counts_agree(a: ml.Result, b: ml.Result, ties: ml.Result) -> bool:
+    """Whether metrics that count tokens are equal wherever no target is all but tied with another token."""
+    clear = ties["near_ties"] == 0
+    return all(bool(((a[m] == b[m]) | a[m].isnull() | ~clear).all()) for m in COUNTED if m in a.data)

@@ -15,14 +15,10 @@ from memlens.models.hooks import capturing, has_site, hook_name
 from memlens.models.trunk import Trunk
 from memlens.sweeps import Reads
 from memlens.sweeps.entries import entry_of
-from tests.small import CASES, corrupted, ragged
+from tests.small import CASES, corrupted, largest_difference, ragged
 from tests.tiny import random_tokens
 
 METRICS = ("target_logprob", "margin", "completion_entropy")
-
-
-def largest_difference(a: ml.Result, b: ml.Result) -> float:
-    return max(float(np.nanmax(np.abs(a.data[m].values - b.data[m].values))) for m in METRICS)
 
 
 @torch.no_grad()

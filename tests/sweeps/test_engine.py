@@ -23,7 +23,7 @@ from memlens.errors import (
 from memlens.models.functional import FunctionalBlocks
 from memlens.models.hooks import SITES, has_site, hook_name
 from memlens.sweeps import ByBatch
-from tests.small import CASES, ragged
+from tests.small import CASES, counts_agree, largest_difference, near_ties, ragged
 
 METRICS = ("target_logprob", "margin", "completion_entropy", "target_rank", "matching_prefix", "exact_match")
 RELAXED = settings(
@@ -65,10 +65,6 @@ def edits(draw: Any, model: Any) -> list[ml.Intervention]:
     return found
 
 
-def largest_difference(a: ml.Result, b: ml.Result) -> float:
-    return max(float(np.nanmax(np.abs(a.data[m].values - b.data[m].values))) for m in a.data.data_vars)
-
-
 @pytest.mark.parametrize(("family", "backend"), CASES)
 @RELAXED
 @given(data=st.data())
@@ -84,6 +80,8 @@ def test_fast_equals_reference(tiny_model: Any, family: str, backend: str, data:
     fast = ml.sweep(model, seqs, interventions, METRICS, **options)
     plain = ml.sweep(model, seqs, interventions, METRICS, engine="reference", **options)
     assert largest_difference(fast, plain) < 1e-5
+    ties = ml.sweep(model, seqs, interventions, [near_ties], engine="reference", progress=False)
+    assert counts_agree(fast, plain, ties)
     assert list(fast.data.dims) == list(plain.data.dims)
 
 
