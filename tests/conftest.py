@@ -15,8 +15,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 
 from tests.tiny import write_tiny
+
+# The same examples on every run; `pytest --hypothesis-profile=explore` draws new ones.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("explore", max_examples=200)
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session", autouse=True)

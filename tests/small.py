@@ -33,7 +33,7 @@ def corrupted(seqs: SequenceSet, seed: int = 1) -> SequenceSet:
 
 
 COUNTED = ("target_rank", "exact_match", "matching_prefix", "target_accuracy")
-"""Metrics that step where two logits change places: rounding alone may do that where they are all but equal."""
+"""Metrics that step where two logits change places, as rounding may make all but equal ones do."""
 
 
 def largest_difference(a: ml.Result, b: ml.Result) -> float:
