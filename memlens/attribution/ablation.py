@@ -5,25 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from memlens.attribution.sources import ActivationSource, mean_head_outputs
-from memlens.errors import SequenceError, SiteError, check_option
+from memlens.attribution.replacing import Replace, replacements, replacing
+from memlens.errors import SiteError, check_option
 from memlens.models.hooks import check_head, check_layer, hook_name
 from memlens.models.trunk import Trunk
 from memlens.results import Result
 from memlens.sequences import SequenceSet
-from memlens.sweeps import Batch, ByBatch, Intervention, sweep
+from memlens.sweeps import Batch, Intervention, sweep
 from memlens.sweeps.metrics import MetricLike
 
 __all__ = ["HEAD_MODES", "ablate_heads", "head_ablations"]
 
 HEAD_MODES = ("mean_of_other_heads", "zero", "mean", "resample")
 POSITIONS = ("all", "targets")
-
-Replace = Callable[[Tensor, int], Tensor]
-"""From `z` `[batch, pos, head, d_head]` and a head to the head's new output."""
 
 
 def ablate_heads(
@@ -124,7 +120,7 @@ def head_ablations(
     return [
         Intervention(
             f"{mode} L{layer}H{head}",
-            [(hook_name("z", layer), _edit(replace[layer], head, positions))],
+            [(hook_name("z", layer), replacing(replace[layer], head, positions))],
             {"layer": layer, "head": head},
         )
         for layer in layers
@@ -132,73 +128,17 @@ def head_ablations(
     ]
 
 
-def _edit(replacing: Callable[[Batch], Replace], head: int, positions: str) -> ByBatch:
-    def make(batch: Batch) -> Callable[..., Tensor]:
-        replace = replacing(batch)
-
-        def fn(z: Tensor, hook: Any) -> Tensor:
-            new = replace(z, head).expand(z[:, :, head].shape)
-            out = z.clone()
-            out[:, :, head] = (
-                new if positions == "all" else torch.where(batch.predicts[..., None], new, z[:, :, head])
-            )
-            return out
-
-        return fn
-
-    return ByBatch(make)
-
-
 def _replacements(
     model: Any, trunk: Trunk, mode: str, layers: Sequence[int], reference: SequenceSet, n: int, seed: int
 ) -> dict[int, Callable[[Batch], Replace]]:
-    if mode == "zero":
-        return dict.fromkeys(layers, lambda batch: _zeros)
-    if mode == "mean_of_other_heads":
-        if trunk.n_heads < 2:
-            raise SiteError(
-                "mean_of_other_heads needs at least two heads a layer and this model has one: use 'zero'."
-            )
-        return dict.fromkeys(layers, lambda batch: _mean_of_others)
-    if mode == "mean":
-        means = mean_head_outputs(model, reference, layers)
-        return {layer: _constant(means[layer]) for layer in layers}
-    source = ActivationSource(
-        model, reference, [hook_name("z", layer) for layer in layers], other_rows(n, len(reference), seed)
-    )
-    return {layer: _from_source(source, hook_name("z", layer)) for layer in layers}
-
-
-def _zeros(z: Tensor, head: int) -> Tensor:
-    return torch.zeros((), dtype=z.dtype, device=z.device)
-
-
-def _mean_of_others(z: Tensor, head: int) -> Tensor:
-    return (z.sum(2) - z[:, :, head]) / (z.shape[2] - 1)
-
-
-def _constant(values: Tensor) -> Callable[[Batch], Replace]:
-    return lambda batch: lambda z, head: values[head]
-
-
-def _from_source(source: ActivationSource, name: str) -> Callable[[Batch], Replace]:
-    def replacing(batch: Batch) -> Replace:
-        donor = source.of(batch)[name]
-        return lambda z, head: donor[:, :, head]
-
-    return replacing
-
-
-def other_rows(n: int, n_reference: int, seed: int) -> Tensor:
-    """Return for each of `n` rows a reference row with another number, drawn with a seed.
-
-    Raises:
-        SequenceError: There are fewer than two reference rows.
-    """
-    if n_reference < 2:
-        raise SequenceError(
-            f"resampling needs at least two reference sequences and there is {n_reference}: give more."
+    if mode != "mean_of_other_heads":
+        return replacements(model, "z", mode, layers, reference, n, seed)
+    if trunk.n_heads < 2:
+        raise SiteError(
+            "mean_of_other_heads needs at least two heads a layer and this model has one: use 'zero'."
         )
-    generator = torch.Generator().manual_seed(seed)
-    own = torch.arange(n) % n_reference
-    return (own + torch.randint(1, n_reference, (n,), generator=generator)) % n_reference
+    return dict.fromkeys(layers, lambda batch: _mean_of_others)
+
+
+def _mean_of_others(z: Tensor, head: int | None) -> Tensor:
+    return (z.sum(2) - z[:, :, head]) / (z.shape[2] - 1)

@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memlens.models.hooks import capturing, hook_name
+from memlens.models.hooks import capturing
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
 from memlens.sweeps.engine import make_batches
 from memlens.sweeps.interventions import Batch
 
-__all__ = ["ActivationSource", "mean_head_outputs"]
+__all__ = ["ActivationSource", "mean_activations"]
 
 
 class ActivationSource:
@@ -33,12 +33,16 @@ class ActivationSource:
     ) -> None:
         self.trunk, self.source, self.names = Trunk(model), source, list(names)
         self.rows = torch.arange(len(source)) if rows is None else rows
-        self._key: tuple[int, ...] | None = None
+        self._key: tuple[Any, ...] | None = None
         self._store: dict[str, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it is, without what it happens to hold."""
+        return {**self.__dict__, "_key": None, "_store": {}}
 
     def of(self, batch: Batch) -> dict[str, Tensor]:
         """Return ``{name: [batch, pos, …]}``; a shorter source row is repeated from its start."""
-        key = tuple(batch.rows.tolist())
+        key = (self.trunk.dtype, *batch.rows.tolist())
         if key != self._key:
             rows = self.rows[batch.rows]
             lengths = self.source.lengths[rows]
@@ -52,18 +56,17 @@ class ActivationSource:
 
 
 @torch.no_grad()
-def mean_head_outputs(
-    model: Any, sequences: SequenceSet, layers: Sequence[int], batch_size: int = 32
-) -> dict[int, Float[Tensor, "head d_head"]]:
-    """Return each head's mean `z` over all real positions of a set, by layer."""
+def mean_activations(
+    model: Any, sequences: SequenceSet, names: Sequence[str], batch_size: int = 32
+) -> dict[str, Float[Tensor, "..."]]:
+    """Return the mean of each activation over all real positions of a set, by hook name."""
     trunk = Trunk(model)
-    names = {layer: hook_name("z", layer) for layer in layers}
-    sums: dict[int, Tensor] = {}
+    sums: dict[str, Tensor] = {}
     for batch, _ in make_batches(sequences, batch_size, trunk.device):
-        with capturing(model, list(names.values())) as store:
+        with capturing(model, names) as store:
             trunk.run(trunk.embed(batch.tokens))
-        for layer, name in names.items():
+        for name in names:
             part = store[name][batch.mask].sum(0, dtype=torch.float64)
-            sums[layer] = sums.get(layer, torch.zeros_like(part)) + part
+            sums[name] = sums.get(name, torch.zeros_like(part)) + part
     n = int(sequences.mask.sum())
-    return {layer: (total / n).to(trunk.dtype) for layer, total in sums.items()}
+    return {name: (total / n).to(trunk.dtype) for name, total in sums.items()}
