@@ -8,11 +8,19 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from memlens.errors import UnsupportedModelError
 from memlens.models.hooks import hook_name
 
-__all__ = ["NormAffine", "attention_post_norm", "output_projection", "read_norm", "target_directions"]
+__all__ = [
+    "NormAffine",
+    "attention_post_norm",
+    "output_projection",
+    "read_norm",
+    "target_directions",
+    "value_vectors",
+]
 
 
 _POST_NORM_ARCHITECTURES = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
@@ -102,3 +110,29 @@ def target_directions(
     if centered:
         return columns - w_u.mean(1), bias - b_u.mean()
     return columns, bias
+
+
+@torch.no_grad()
+def value_vectors(model: Any, layer: int) -> Float[Tensor, "neuron d_model"]:
+    """Return a layer's value vectors: what each hidden unit of the MLP writes, by unit of its activation.
+
+    They are the rows of the MLP's output matrix, before any norm between the MLP and the residual.
+
+    Raises:
+        UnsupportedModelError: The MLP has no single output matrix, as a mixture of experts has none.
+    """
+    mlp = model.blocks[layer].mlp
+    if hasattr(model, "original_model"):
+        project = getattr(getattr(mlp, "out", None), "original_component", None)
+        if isinstance(project, nn.Linear):
+            return project.weight.detach().T
+        if project is not None:
+            weight = next(project.parameters())
+            eye = torch.eye(model.cfg.d_mlp, device=weight.device, dtype=weight.dtype)
+            return project(eye) - project(torch.zeros_like(eye[:1]))
+    elif isinstance(getattr(mlp, "W_out", None), Tensor) and mlp.W_out.ndim == 2:
+        return mlp.W_out.detach()
+    raise UnsupportedModelError(
+        f"the MLP of layer {layer} is a {type(mlp).__name__} without one output matrix: its neurons have no "
+        "value vectors, so ablate the whole MLP instead (ablate_mlps)."
+    )
