@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-import xarray as xr
 from torch import Tensor
 
+from memlens.attribution.pairs import DIRECTIONS, check_pairs, checked_positions, compare_runs
 from memlens.attribution.sources import ActivationSource
-from memlens.errors import OptionError, SequenceError, SiteError, check_option
+from memlens.errors import OptionError, SiteError, check_option
 from memlens.models.hooks import HookFn, check_layer, has_site, hook_name
 from memlens.models.trunk import Trunk, is_bridge
 from memlens.results import Result
@@ -19,12 +17,10 @@ from memlens.sequences import SequenceSet
 from memlens.sweeps import Batch, BatchHook, ByBatch, Intervention, Reads, sweep
 from memlens.sweeps.measure import measure
 from memlens.sweeps.metrics import MetricLike, metric_names
-from memlens.sweeps.run import token_labels
 
 __all__ = ["PATCH_SITES", "activation_patches", "patch_activations"]
 
 PATCH_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
-DIRECTIONS = ("denoising", "noising")
 OVER = ("position", "head", "head_position")
 
 
@@ -83,7 +79,7 @@ def patch_activations(
         ('sequence', 'layer', 'position')
     """
     check_option("direction", direction, DIRECTIONS)
-    _check_pairs(clean, corrupt)
+    check_pairs(clean, corrupt)
     source, base = (clean, corrupt) if direction == "denoising" else (corrupt, clean)
     patches = activation_patches(model, source, site=site, over=over, layers=layers, positions=positions)
     settings = {
@@ -93,9 +89,8 @@ def patch_activations(
         "corruption": dict(corrupt.attrs),
     }
     result = sweep(model, base, patches, metrics, kind="activation_patching", settings=settings, **options)
-    return Result(
-        _with_effect(result, measure(model, source, metrics), metric_names(metrics), direction, clean)
-    )
+    of_source = measure(model, source, metrics)
+    return compare_runs(result, model, of_source, metric_names(metrics), direction, clean)
 
 
 def activation_patches(
@@ -121,7 +116,7 @@ def activation_patches(
     layers = list(range(trunk.n_layers) if layers is None else layers)
     for layer in layers:
         check_layer(layer, trunk.n_layers)
-    places = _checked_positions(source, positions)
+    places = checked_positions(source, positions)
     names = {layer: hook_name(site, layer) for layer in layers}
     store = ActivationSource(model, source, list(names.values()))
     cells = ((layer, cell) for layer in layers for cell in _cells(over, range(trunk.n_heads), places))
@@ -181,59 +176,3 @@ def _write(store: ActivationSource, name: str, cell: dict[str, int], less: Seque
         return fn
 
     return ByBatch(make)
-
-
-def _checked_positions(seqs: SequenceSet, positions: Sequence[int] | None) -> list[int]:
-    last = int(seqs.lengths.max()) - 1  # the last token predicts nothing
-    if positions is None:
-        return list(range(last))
-    for p in positions:
-        if not 0 <= p <= last:
-            raise SiteError(f"position {p} does not exist: the sequences have positions 0 to {last}.")
-    return list(positions)
-
-
-def _check_pairs(clean: SequenceSet, corrupt: SequenceSet) -> None:
-    if len(clean) != len(corrupt):
-        raise SequenceError(
-            f"{len(clean)} clean and {len(corrupt)} corrupt sequences: they must be pairs, row by row."
-        )
-    same = (clean.lengths == corrupt.lengths) & (clean.prefix_len == corrupt.prefix_len)
-    if not bool(same.all()):
-        row = int(torch.nonzero(~same)[0])
-        raise SequenceError(
-            f"pair {row} differs in length or prefix length: clean and corrupt must have one shape."
-        )
-    if not torch.equal(clean.target_ids, corrupt.target_ids):
-        row = int(torch.nonzero((clean.target_ids != corrupt.target_ids).any(-1))[0])
-        raise SequenceError(
-            f"pair {row} has different continuations: corrupt the prefix only (memlens.corrupt)."
-        )
-
-
-def _with_tokens(data: xr.Dataset, model: Any, clean: SequenceSet) -> xr.Dataset:
-    """Add the clean tokens at the patched positions as text, where the model has a tokenizer."""
-    labels = token_labels(model, clean.tokens, clean.mask)
-    if labels is None or "position" not in data.dims:
-        return data
-    return data.assign(token=(("sequence", "position"), labels[:, data["position"].values]))
-
-
-def _with_effect(
-    result: Result, source: dict[str, np.ndarray], names: Sequence[str], direction: str, clean: SequenceSet
-) -> xr.Dataset:
-    """Name the two runs, add the normalized effect, and the clean tokens' labels."""
-    data = result.data
-    of_source, of_base = ("clean", "corrupt") if direction == "denoising" else ("corrupt", "clean")
-    for name in names:
-        data = data.assign({f"{name}_{of_source}": ("sequence", source[name])})
-        data = data.assign({f"{name}_{of_base}": data[f"{name}_baseline"]})
-    first = names[0]
-    low, high = data[f"{first}_corrupt"], data[f"{first}_clean"]
-    span = high - low
-    effect = ((data[first] - low) / span.where(span != 0)).rename("normalized_effect")
-    data = data.assign(normalized_effect=effect)
-    if "position" in data.dims:
-        in_sequence = data["position"] < xr.DataArray(clean.lengths.numpy() - 1, dims="sequence")
-        data = data.assign({n: data[n].where(in_sequence) for n in (*names, "normalized_effect")})
-    return data
