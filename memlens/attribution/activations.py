@@ -16,7 +16,7 @@ from memlens.models.hooks import capturing
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
 from memlens.sequences.checks import check_sequences
-from memlens.sweeps.engine import Targets, make_batches
+from memlens.sweeps.batches import Targets, make_batches
 
 __all__ = ["AtTargets", "at_targets"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from memlens.models.hooks import capturing
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
-from memlens.sweeps.engine import make_batches
+from memlens.sweeps.batches import make_batches
 from memlens.sweeps.interventions import Batch
 
 __all__ = ["ActivationSource", "mean_activations"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,11 +71,29 @@ def build_bridge(
             device=next(hf_model.parameters()).device,
             dtype=dtype,
         )
+        _rotate_in_the_weights_dtype(bridge)
         if process_weights:
             bridge.enable_compatibility_mode(disable_warnings=True)
     if tokenizer is None:
         bridge.tokenizer = None
     return bridge
+
+
+def _rotate_in_the_weights_dtype(bridge: TransformerBridge) -> None:
+    """Cast rotated queries and keys back, as Hugging Face does.
+
+    OLMo's rotations are float32 whatever the weights are; the bridge leaves queries and keys so, and in 16
+    bits attention then fails.
+    """
+    for block in bridge.blocks:
+        for name in ("hook_rot_q", "hook_rot_k"):
+            point = getattr(getattr(block, "attn", None), name, None)
+            if point is not None:
+                point.register_forward_hook(partial(_cast, next(block.parameters())))
+
+
+def _cast(like: Tensor, module: Any, args: Any, output: Tensor) -> Tensor:
+    return output.to(like.dtype)
 
 
 @contextmanager

@@ -33,8 +33,8 @@ _COMPARED: WeakKeyDictionary[Any, tuple[tuple[int, ...], dict[int, int]]] = Weak
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
-_LIBRARIES = ("transformer_lens.", "transformers.")
-"""Whose own hooks collect and change nothing (transformers' stay on after a run that asks for attentions)."""
+_LIBRARIES = ("transformer_lens.", "transformers.", "memlens.")
+"""Whose own hooks collect and change nothing that blocks as functions do not do too."""
 
 
 class FunctionalBlocks:
@@ -196,8 +196,12 @@ class FunctionalBlocks:
         cos, sin = (t[places] for t in block.around.rotary)
         if places.ndim == 2:  # places differ by row
             cos, sin = cos[:, None], sin[:, None]
-        _rotate(x, cos.to(x.dtype), sin.to(x.dtype))
-        return x
+        if cos.dtype == x.dtype:
+            _rotate(x, cos, sin)
+            return x
+        wide = x.to(cos.dtype)  # a model may rotate in more bits than its weights have
+        _rotate(wide, cos, sin)
+        return wide.to(x.dtype)
 
     def _attend(self, block: BlockWeights, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
         if self.n_kv != self.n_heads:
@@ -226,7 +230,11 @@ def _has_hooks(model: Any) -> bool:
     if any(point.fwd_hooks for point in model.hook_dict.values()):
         return True
     hooks = (h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
-    return any(not getattr(h, "__module__", "").startswith(_LIBRARIES) for h in hooks)
+    return any(not _module_of(h).startswith(_LIBRARIES) for h in hooks)
+
+
+def _module_of(hook: Any) -> str:
+    return getattr(getattr(hook, "func", hook), "__module__", "")
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -12,7 +12,7 @@ hooks listen, every block from ``l`` on is the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,31 +25,19 @@ from memlens.models.functional import FunctionalBlocks
 from memlens.models.hooks import HookFn, attached, capturing, hook_name, resolve_hook
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
-from memlens.sweeps.budget import REDUCED_ROWS
+from memlens.sweeps.batches import Targets, at_targets
+from memlens.sweeps.budget import REDUCED_ROWS, Budget
 from memlens.sweeps.cone import Cone
 from memlens.sweeps.entries import Entry, Start, changed_from, edited, entry_of, start_of
 from memlens.sweeps.interventions import Batch, Intervention
+from memlens.sweeps.metrics import MetricLike, make_reduce
 from memlens.sweeps.silent import EditWatch
+from memlens.sweeps.stacking import NotStackableError, stacked_hooks
 
-__all__ = ["Baseline", "Engine", "Reduce", "Targets", "make_batches"]
+__all__ = ["Baseline", "Engine", "NotCarriedError", "Reduce"]
 
 Reduce = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 """From logits `[seq, target, vocab]`, ids and mask `[seq, target]` to one tensor a metric, `[seq, …]`."""
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Where the targets of a batch are predicted, and which they are.
-
-    Attributes:
-        positions: Positions of the predicting logits, `[batch, target]`; 0 outside the mask.
-        ids: Target ids; 0 outside the mask.
-        mask: True where a target stands.
-    """
-
-    positions: Tensor
-    ids: Tensor
-    mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -73,23 +61,6 @@ class Baseline:
     cone: Cone | None
 
 
-def make_batches(seqs: SequenceSet, size: int, device: torch.device) -> Iterator[tuple[Batch, Targets]]:
-    """Cut a set into batches, each padded only to its own longest sequence."""
-    for first in range(0, len(seqs), size):
-        rows = torch.arange(first, min(first + size, len(seqs)))
-        part = seqs[rows]
-        width = int(part.lengths.max())
-        mask = part.target_mask
-        positions = torch.where(mask, part.target_positions - 1, 0)
-        predicts = torch.zeros(len(part), width, dtype=torch.bool)
-        predicts[torch.arange(len(part))[:, None].expand_as(mask)[mask], positions[mask]] = True
-        batch = Batch(
-            rows, part.tokens[:, :width].to(device), part.mask[:, :width].to(device), predicts.to(device)
-        )
-        ids = torch.where(mask, part.target_ids, 0)
-        yield batch, Targets(positions.to(device), ids.to(device), mask.to(device))
-
-
 class Engine:
     """Runs interventions over one batch after another; see the module's docstring.
 
@@ -109,7 +80,20 @@ class Engine:
         self.watch = EditWatch(model, probe_tokens)
         self._points: dict[str, Any] = {}
         self._blocks: FunctionalBlocks | None = None
-        self._width = 0
+        self._width, self._first = 0, 0  # what the blocks cover
+
+    @staticmethod
+    def of(
+        trunk: Trunk, seqs: SequenceSet, metrics: Sequence[MetricLike], budget: Budget, *, per_token: bool
+    ) -> Engine:
+        """An engine that measures these metrics within a budget."""
+        return Engine(
+            trunk.model,
+            make_reduce(metrics, per_token=per_token),
+            chunk_tokens=budget.chunk_tokens,
+            unembed_rows=budget.unembed_rows,
+            probe_tokens=seqs.tokens[:1, :4].to(trunk.device),
+        )
 
     def reference(
         self, batch: Batch, targets: Targets, intervention: Intervention | None
@@ -136,14 +120,14 @@ class Engine:
             raise NonFiniteError(_where_not_finite(trunk, batch))
         resid = {layer: store[name] for name, layer in names.items()} | {trunk.n_layers: final}
         cone = self._cone(trunk, resid, batch, targets)
-        values = self.reduced(trunk, targets, _at_targets(final, targets))[0]
+        values = self.reduced(trunk, targets, at_targets(final, targets))[0]
         return Baseline(batch, targets, values, resid, {name: store[name] for name in wanted}, cone)
 
     def _cone(self, trunk: Trunk, resid: dict[int, Tensor], batch: Batch, targets: Targets) -> Cone | None:
-        width = resid[trunk.n_layers].shape[1]
-        if width > self._width:
+        width, first = resid[trunk.n_layers].shape[1], min(resid)
+        if width > self._width or first < self._first:
             self._blocks = FunctionalBlocks.of(trunk, {n: r[:1] for n, r in resid.items()})
-            self._width = width
+            self._width, self._first = width, first
         if self._blocks is None:
             return None
         stop = int(torch.nonzero(batch.predicts.any(0)).max()) + 1
@@ -176,7 +160,7 @@ class Engine:
         if len(changed) == len(starts):
             return base.cone.final(changed)
         each = iter(base.cone.final(changed).chunk(len(changed)) if changed else ())
-        own = _at_targets(base.resid[base.cone.n_layers], base.targets)
+        own = at_targets(base.resid[base.cone.n_layers], base.targets)
         return torch.cat([own if s is None else next(each) for s in starts])
 
     def stacked(self, trunk: Trunk, base: Baseline, interventions: Sequence[Intervention]) -> Tensor:
@@ -188,11 +172,11 @@ class Engine:
         stop = trunk.n_layers if base.cone is None else last + 1
         try:
             out = self._run_stacked(trunk, first, stop, base.resid[first], bound)
-        except _NotStackableError:
+        except NotStackableError:
             return torch.cat([self.stacked(trunk, base, [i]) for i in interventions])
         self.watch.settle(name for hooks in bound for name, _ in hooks)
         if base.cone is None or stop == trunk.n_layers:
-            return _at_targets(out, base.targets)
+            return at_targets(out, base.targets)
         old = base.resid[stop][:, : base.cone.stop]
         parts = out[:, : base.cone.stop].chunk(len(bound))
         return self.downstream(base, [changed_from(stop, old, part) for part in parts])
@@ -208,21 +192,7 @@ class Engine:
         if len(bound) == 1:
             with attached(self.model, self._watched(bound[0])):
                 return trunk.run(resid.clone(), start, stop)
-        size = len(resid)
-        chains: dict[Any, dict[int, list[HookFn]]] = {}
-        for i, hooks in enumerate(bound):
-            for point, fn in self._watched(hooks):
-                chains.setdefault(point, {}).setdefault(i, []).append(fn)
-        hooks = [
-            (
-                point,
-                _on_slices(
-                    [(slice(i * size, (i + 1) * size), _chain(fns)) for i, fns in parts.items()],
-                    len(bound) * size,
-                ),
-            )
-            for point, parts in chains.items()
-        ]
+        hooks = stacked_hooks([self._watched(hooks) for hooks in bound], len(resid))
         with attached(self.model, hooks):
             return trunk.run(resid.repeat(len(bound), 1, 1), start, stop)
 
@@ -255,12 +225,6 @@ class NotCarriedError(Exception):
     """An edit cannot be carried to the residual by itself: its block has to run."""
 
 
-def _at_targets(final: Tensor, targets: Targets) -> Tensor:
-    """Final residuals at the predicting positions, `[copies * batch, target, d_model]`."""
-    positions = targets.positions.repeat(len(final) // len(targets.positions), 1)
-    return final[torch.arange(len(final), device=final.device)[:, None], positions]
-
-
 def _logits(unembed: Callable[[Tensor], Tensor], rows: Tensor, mask: Tensor) -> Tensor:
     """The logits where a target stands; 0 elsewhere."""
     if bool(mask.all()):
@@ -269,45 +233,6 @@ def _logits(unembed: Callable[[Tensor], Tensor], rows: Tensor, mask: Tensor) -> 
     logits = some.new_zeros((*mask.shape, some.shape[-1]))
     logits[mask] = some
     return logits
-
-
-class _NotStackableError(Exception):
-    """A hooked activation does not have the batch as its first axis."""
-
-
-def _chain(fns: Sequence[HookFn]) -> HookFn:
-    """Several functions of one intervention on one hook, each seeing what the one before gave."""
-
-    def call(activation: Tensor, hook: Any) -> Tensor | None:
-        value, changed = activation, False
-        for fn in fns:
-            new = fn(value, hook)
-            value, changed = (value, changed) if new is None else (new, True)
-        return value if changed else None
-
-    return call
-
-
-def _on_slices(parts: Sequence[tuple[slice, HookFn]], rows: int) -> HookFn:
-    """One hook that lets each function see and change only its own rows.
-
-    A function that edits in place reaches whatever else reads the activation, as it does when it runs
-    alone; a function that returns a new activation does not.
-    """
-
-    def call(activation: Tensor, hook: Any) -> Tensor | None:
-        if activation.shape[0] != rows:
-            raise _NotStackableError
-        new = [(part, fn(activation[part], hook)) for part, fn in parts]
-        returned = [(part, value) for part, value in new if value is not None]
-        if not returned:
-            return None
-        out = activation.clone()
-        for part, value in returned:
-            out[part] = value
-        return out
-
-    return call
 
 
 def _where_not_finite(trunk: Trunk, batch: Batch) -> str:

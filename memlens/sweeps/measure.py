@@ -11,9 +11,10 @@ import torch
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
 from memlens.sequences.checks import check_sequences
+from memlens.sweeps.batches import make_batches
 from memlens.sweeps.budget import Budget
-from memlens.sweeps.engine import Engine, make_batches
-from memlens.sweeps.metrics import MetricLike, make_reduce
+from memlens.sweeps.engine import Engine
+from memlens.sweeps.metrics import MetricLike
 
 __all__ = ["measure"]
 
@@ -44,13 +45,7 @@ def measure(
     check_sequences(sequences, model, on_eos="keep")
     trunk = Trunk(model)
     budget = Budget.of(trunk, sequences, memory_budget, batch_size)
-    engine = Engine(
-        model,
-        make_reduce(metrics, per_token=False),
-        chunk_tokens=budget.chunk_tokens,
-        unembed_rows=budget.unembed_rows,
-        probe_tokens=sequences.tokens[:1, :4].to(trunk.device),
-    )
+    engine = Engine.of(trunk, sequences, metrics, budget, per_token=False)
     parts = [
         engine.baseline(trunk, b, t).values
         for b, t in make_batches(sequences, budget.batch_size, trunk.device)

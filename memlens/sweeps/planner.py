@@ -18,7 +18,7 @@ from memlens.sweeps.budget import REDUCED_ROWS, Budget, portions, position_bytes
 from memlens.sweeps.entries import entry_of
 from memlens.sweeps.interventions import Intervention
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "intervention_flops", "plan"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,20 @@ def plan(
     )
 
 
+def intervention_flops(
+    trunk: Trunk, seqs: SequenceSet, interventions: Sequence[Intervention], *, fast: bool
+) -> list[float]:
+    """Return what each intervention costs on a sequence of the set's mean length: FLOP of matrix products."""
+    width, asked = (max(1, round(float(n.double().mean()))) for n in (seqs.lengths - 1, seqs.n_targets))
+    unembed = 2.0 * trunk.d_model * trunk.d_vocab * asked
+    count, costs = _Count(trunk, carries=fast), []
+    for item in interventions:
+        before = count.flops
+        count.item(item, width, asked, whole=not fast)
+        costs.append(count.flops - before + unembed)
+    return costs
+
+
 class _Count:
     """Adds up what the engine will do, by the same rules by which it does it."""
 
@@ -151,6 +165,15 @@ class _Count:
                 self._stacked(item, size, size * width, asked, width)
                 load = max(load, min(budget.stack_tokens, len(items) * size * width))
         self._memory(part, load, budget, interventions)
+
+    def item(self, item: Intervention, width: int, asked: int, *, whole: bool) -> None:
+        """Add one intervention on one sequence; `whole`: as the reference engine runs it."""
+        if whole:
+            self._run(self.trunk.n_layers, 1, width, width)
+        elif entry_of(item) is None:
+            self._stacked(item, 1, width, asked, width)
+        else:
+            self._carried(item, 1, max(asked, width - item.first_position), asked, width)
 
     def _carried(self, item: Intervention, size: int, positions: int, asked: int, keys: int) -> None:
         entry = entry_of(item)

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import xarray as xr
 from tqdm.auto import tqdm
 
 from memlens.errors import EmptySetError, InterventionError, check_option
 from memlens.models.hooks import resolve_hook
-from memlens.models.provenance import describe
 from memlens.models.trunk import Trunk
 from memlens.results import Result
 from memlens.sequences import SequenceSet
 from memlens.sequences.checks import check_sequences
 from memlens.sweeps.budget import Budget
 from memlens.sweeps.engine import Engine
+from memlens.sweeps.fingerprint import fingerprint, model_fingerprint, sequences_fingerprint
 from memlens.sweeps.interventions import Intervention
-from memlens.sweeps.metrics import MetricLike, make_reduce, metric_names
-from memlens.sweeps.schedule import run_batches
+from memlens.sweeps.labels import coords_of, labelled, make_result, sequence_coords, token_labels
+from memlens.sweeps.metrics import MetricLike, metric_names
+from memlens.sweeps.planner import intervention_flops
+from memlens.sweeps.precision import agreement_with_float32
+from memlens.sweeps.schedule import joined, run_batches
+from memlens.sweeps.shards import Shard, ShardStore, cut
 
 __all__ = ["ENGINES", "make_result", "sequence_coords", "sweep", "token_labels"]
 
 ENGINES = ("fast", "reference")
 _LOG = logging.getLogger(__name__)
+_SHARD_FLOPS = {"cpu": 1e12, "cuda": 1e15}
+"""What a persisted part costs at most: some ten seconds."""
 Values = dict[str, np.ndarray]
 
 
@@ -44,6 +49,8 @@ def sweep(
     memory_budget: int | None = None,
     batch_size: int | None = None,
     progress: bool = True,
+    out: str | Path | None = None,
+    check_dtype: bool | None = None,
     kind: str = "sweep",
     settings: Mapping[str, Any] | None = None,
 ) -> Result:
@@ -64,7 +71,11 @@ def sweep(
         memory_budget: Bytes that activations may take at a time; by default 1 GiB, on a GPU 40 % of what
             is free. When the device runs out of memory the portions are halved.
         batch_size: Sequences in a batch; chosen from the budget by default.
-        progress: Show one bar.
+        progress: Show one bar; it counts floating-point operations, so that its time left is true.
+        out: A folder that keeps every finished part, and at the end `result.nc`. The same call does only
+            what is missing, however the last one ended; values are those of an unbroken run.
+        check_dtype: Also run a sample in float32 and record the largest differences as the setting
+            `float32_agreement`; by default where the weights have 16 bits.
         kind: What the result calls itself (memlens' own analyses give theirs).
         settings: Further parameters to record.
 
@@ -78,6 +89,7 @@ def sweep(
         SilentInterventionError: A hook that edits, and is ignored by the model.
         InterventionError: A hook raised; the message names it.
         NonFiniteError: The un-intervened model gives NaN or infinity.
+        ResultError: `out` holds another sweep, or a damaged part.
 
     Example:
         >>> import memlens as ml
@@ -92,22 +104,83 @@ def sweep(
     trunk = Trunk(model)
     _check_inputs(trunk, sequences, interventions)
     budget = Budget.of(trunk, sequences, memory_budget, batch_size)
-    runner = Engine(
-        model,
-        make_reduce(metrics, per_token=per_token),
-        chunk_tokens=budget.chunk_tokens,
-        unembed_rows=budget.unembed_rows,
-        probe_tokens=sequences.tokens[:1, :4].to(trunk.device),
-    )
-    steps = len(interventions) * len(sequences)
-    with tqdm(total=steps, disable=not progress, desc=kind.replace("_", " "), unit="run") as bar:
-        baseline, values = run_batches(runner, trunk, sequences, interventions, engine, budget, bar)
+    runner = Engine.of(trunk, sequences, metrics, budget, per_token=per_token)
+    costs = intervention_flops(trunk, sequences, interventions, fast=engine == "fast")
+    store = None
+    shards = [Shard(range(len(sequences)), range(len(interventions)))]
+    if out is not None:
+        about = _about(model, sequences, interventions, metrics, engine=engine, per_token=per_token)
+        most = _SHARD_FLOPS.get(trunk.device.type, _SHARD_FLOPS["cuda"])
+        store = ShardStore(out, about, cut(len(sequences), costs, budget.batch_size, most))
+        shards = store.shards
+    parts = []
+    with tqdm(
+        total=sum(costs) * len(sequences),
+        disable=not progress,
+        desc=f"{kind.replace('_', ' ')}: {len(interventions):,} x {len(sequences):,}",
+        unit="FLOP",
+        unit_scale=True,
+    ) as bar:
+        for shard in shards:
+            done = None if store is None else store.load(shard)
+            some = [(costs[i], interventions[i]) for i in shard.items]
+            if done is not None:
+                bar.update(sum(cost for cost, _ in some) * len(shard.rows))
+                bar.initial = bar.n  # what was done before counts for no speed
+            else:
+                done = run_batches(runner, trunk, sequences, some, engine, budget, bar, shard.rows)
+                if store is not None:
+                    store.save(shard, *done)
+            parts.append((shard, *done))
+    baseline, values = _assembled(parts)
     _warn_not_finite(values)
-    recorded = {"engine": engine, "metrics": names, "per_token": per_token, **(settings or {})}
-    variables = _label(values, interventions, per_token)
+    recorded: dict[str, Any] = {
+        "engine": engine,
+        "metrics": names,
+        "per_token": per_token,
+        **(settings or {}),
+    }
+    if trunk.dtype.itemsize < 4 if check_dtype is None else check_dtype:
+        recorded["float32_agreement"] = agreement_with_float32(
+            trunk, sequences, interventions, metrics, baseline, values, per_token=per_token
+        )
+    variables = labelled(values, interventions, per_token)
     for name, array in baseline.items():
         variables[f"{name}_baseline"] = (("sequence", *(["target"] * per_token)), array)
-    return make_result(kind, model, sequences, variables, _coords(interventions), recorded)
+    result = make_result(kind, model, sequences, variables, coords_of(interventions), recorded)
+    if out is not None:
+        result.save(Path(out) / "result.nc")
+    return result
+
+
+def _about(
+    model: Any,
+    seqs: SequenceSet,
+    interventions: Sequence[Intervention],
+    metrics: Sequence[MetricLike],
+    **options: Any,
+) -> dict[str, str]:
+    """What a persisted sweep is of; each part is compared by itself, so that an error can name it."""
+    return {
+        "the model": model_fingerprint(model),
+        "the sequences": sequences_fingerprint(seqs),
+        "the interventions": fingerprint(list(interventions), model),
+        "the metrics": fingerprint(list(metrics), model),
+        "the options": fingerprint(options),
+    }
+
+
+def _assembled(parts: Sequence[tuple[Shard, Values, Values]]) -> tuple[Values, Values]:
+    """Join parts, which stand in order of their sequences and then of their interventions."""
+    rows: dict[range, list[tuple[Values, Values]]] = {}
+    for shard, base, values in parts:
+        rows.setdefault(shard.rows, []).append((base, values))
+    names = list(parts[0][1])
+    base = {n: joined([some[0][0][n] for some in rows.values()]) for n in names}
+    values = {
+        n: joined([np.concatenate([v[n] for _, v in some], 1) for some in rows.values()]) for n in names
+    }
+    return base, values
 
 
 def _check_inputs(trunk: Trunk, seqs: SequenceSet, interventions: Sequence[Intervention]) -> None:
@@ -132,93 +205,3 @@ def _warn_not_finite(values: Values) -> None:
     for name, array in values.items():
         if name == "target_logprob" and np.isnan(array).all(axis=tuple(range(array.ndim))[2:]).any():
             _LOG.warning("some interventions drive the model to NaN; their values are NaN in the result")
-
-
-def _grid_keys(interventions: Sequence[Intervention]) -> list[str] | None:
-    """The coordinates that all interventions share and that tell them apart; None where there are none."""
-    keys = list(interventions[0].coords)
-    if not keys or any(list(i.coords) != keys for i in interventions):
-        return None
-    cells = {tuple(i.coords.values()) for i in interventions}
-    return keys if len(cells) == len(interventions) else None
-
-
-def _axis(interventions: Sequence[Intervention], key: str) -> list[Hashable]:
-    return list(dict.fromkeys(i.coords[key] for i in interventions))
-
-
-def _coords(interventions: Sequence[Intervention]) -> dict[str, list[Hashable]]:
-    keys = _grid_keys(interventions)
-    if keys is None:
-        return {"intervention": [i.name for i in interventions]}
-    return {key: _axis(interventions, key) for key in keys}
-
-
-def _label(values: Values, interventions: Sequence[Intervention], per_token: bool) -> dict[str, Any]:
-    """Spread `[seq, intervention, …]` over the grid of coordinates; cells without one are NaN."""
-    tail = ("target",) if per_token else ()
-    keys = _grid_keys(interventions)
-    if keys is None:
-        return {name: (("sequence", "intervention", *tail), array) for name, array in values.items()}
-    axes = {key: {value: i for i, value in enumerate(_axis(interventions, key))} for key in keys}
-    index = tuple(np.array([axes[key][i.coords[key]] for i in interventions]) for key in keys)
-    out: dict[str, Any] = {}
-    for name, array in values.items():
-        grid = np.full((len(array), *(len(a) for a in axes.values()), *array.shape[2:]), np.nan, array.dtype)
-        grid[(slice(None), *index)] = array
-        out[name] = (("sequence", *keys, *tail), grid)
-    return out
-
-
-def sequence_coords(seqs: SequenceSet) -> dict[str, Any]:
-    """The coordinates of a `sequence` dimension: ids, lengths, and the table's plain columns."""
-    table = seqs.table
-    coords: dict[str, Any] = {
-        "sequence": table["id"].astype(str).to_numpy(),
-        "prefix_len": ("sequence", seqs.prefix_len.numpy()),
-        "n_targets": ("sequence", seqs.n_targets.numpy()),
-    }
-    for column in table.columns:
-        values = table[column].to_numpy()
-        plain = values.dtype.kind in "biuf" or all(isinstance(v, str) for v in values)
-        if column not in {"id", *coords} and plain:
-            coords[str(column)] = ("sequence", values if values.dtype.kind in "biuf" else values.astype(str))
-    return coords
-
-
-def token_labels(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray | None:
-    """Return each token as text, "" outside the mask; None for a model without a tokenizer."""
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        return None
-    known = {i: tokenizer.decode([i]) for i in ids[mask].unique().tolist()}
-    flags = mask.tolist()
-    return np.array(
-        [
-            [known[i] if real else "" for i, real in zip(row, flag, strict=True)]
-            for row, flag in zip(ids.tolist(), flags, strict=True)
-        ]
-    )
-
-
-def make_result(
-    kind: str,
-    model: Any,
-    seqs: SequenceSet,
-    variables: Mapping[str, Any],
-    coords: Mapping[str, Any],
-    settings: Mapping[str, Any],
-) -> Result:
-    """Build a `Result` whose attributes say how it came about."""
-    import json
-
-    about = describe(model)
-    attrs = {
-        **about,
-        "kind": kind,
-        "seed": settings.get("seed", 0),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": json.dumps({**settings, "sequences": dict(seqs.attrs)}, default=str),
-    }
-    labels = {name: c for name, c in sequence_coords(seqs).items() if name not in variables}
-    return Result(xr.Dataset(dict(variables), {**labels, **coords}, attrs))

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
+from memlens.sweeps.batches import make_batches
 from memlens.sweeps.budget import Budget, Numbered, portions
-from memlens.sweeps.engine import Baseline, Engine, NotCarriedError, make_batches
+from memlens.sweeps.engine import Baseline, Engine, NotCarriedError
 from memlens.sweeps.entries import entry_of
 from memlens.sweeps.interventions import Intervention
 
-__all__ = ["run_batches"]
+__all__ = ["joined", "run_batches"]
 
 Values = dict[str, Tensor]
 
@@ -25,15 +26,28 @@ def run_batches(
     runner: Engine,
     trunk: Trunk,
     seqs: SequenceSet,
-    interventions: Sequence[Intervention],
+    costed: Sequence[tuple[float, Intervention]],
     engine: str,
     budget: Budget,
     bar: Any,
+    rows: range,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Run all batches; return the baseline `[seq, …]` and values `[seq, intervention, …]` of each metric."""
+    """Run all batches; return the baseline `[seq, …]` and values `[seq, intervention, …]` of each metric.
+
+    Args:
+        runner: The engine.
+        trunk: The model.
+        seqs: The set.
+        costed: Interventions, and what each adds to the bar for one sequence.
+        engine: "fast" or "reference".
+        budget: How much is run at a time.
+        bar: What shows the progress.
+        rows: Which sequences of the set.
+    """
     base: list[Values] = []
     out: list[list[Values]] = []
-    for batch, targets in make_batches(seqs, budget.batch_size, trunk.device):
+    costs, interventions = [cost for cost, _ in costed], [item for _, item in costed]
+    for batch, targets in make_batches(seqs, budget.batch_size, trunk.device, rows):
         done: dict[int, Values] = {}
         if engine == "reference":
             base.append(runner.reference(batch, targets, None))
@@ -42,18 +56,18 @@ def run_batches(
             kept = runner.baseline(trunk, batch, targets, interventions)
             base.append(kept.values)
             plain = [(i, item) for i, item in enumerate(interventions) if item.start_layer is None]
-            rows = _fast(runner, trunk, kept, list(enumerate(interventions)), budget)
-            for part, final in _gathered(rows, targets.mask.numel(), budget.unembed_rows):
+            finals = _fast(runner, trunk, kept, list(enumerate(interventions)), budget)
+            for part, final in _gathered(finals, targets.mask.numel(), budget.unembed_rows):
                 done |= dict(zip(part, runner.reduced(trunk, targets, final), strict=True))
-                bar.update(len(part) * len(batch.rows))
+                bar.update(sum(costs[i] for i in part) * len(batch.rows))
         for i, item in plain:
             done[i] = runner.reference(batch, targets, item)
-            bar.update(len(batch.rows))
+            bar.update(costs[i] * len(batch.rows))
         out.append([done[i] for i in range(len(interventions))])
     names = list(base[0])
     return (
-        {n: _joined([b[n].numpy() for b in base]) for n in names},
-        {n: _joined([np.stack([v[n].numpy() for v in row], axis=1) for row in out]) for n in names},
+        {n: joined([b[n].numpy() for b in base]) for n in names},
+        {n: joined([np.stack([v[n].numpy() for v in row], axis=1) for row in out]) for n in names},
     )
 
 
@@ -118,7 +132,7 @@ def _halving(run: Callable[[Numbered], Tensor], items: Numbered) -> Tensor:
     return torch.cat([_halving(run, items[:half]), _halving(run, items[half:])])
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
+def joined(parts: list[np.ndarray]) -> np.ndarray:
     """Join batches along the sequences; a `target` axis is padded with NaN to the widest."""
     width = max(p.shape[-1] for p in parts)
     if any(p.shape[1:] != parts[0].shape[1:] for p in parts):

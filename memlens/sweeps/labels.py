@@ -1,0 +1,110 @@
+"""Labels: how a sweep's numbers become a `Result` with dimensions, coordinates and attributes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from memlens.models.provenance import describe
+from memlens.results import Result
+from memlens.sequences import SequenceSet
+from memlens.sweeps.interventions import Intervention
+
+__all__ = ["coords_of", "labelled", "make_result", "sequence_coords", "token_labels"]
+
+Values = dict[str, np.ndarray]
+
+
+def _grid_keys(interventions: Sequence[Intervention]) -> list[str] | None:
+    """The coordinates that all interventions share and that tell them apart; None where there are none."""
+    keys = list(interventions[0].coords)
+    if not keys or any(list(i.coords) != keys for i in interventions):
+        return None
+    cells = {tuple(i.coords.values()) for i in interventions}
+    return keys if len(cells) == len(interventions) else None
+
+
+def _axis(interventions: Sequence[Intervention], key: str) -> list[Hashable]:
+    return list(dict.fromkeys(i.coords[key] for i in interventions))
+
+
+def coords_of(interventions: Sequence[Intervention]) -> dict[str, list[Hashable]]:
+    """Return the coordinates of a sweep's dimensions beside `sequence`."""
+    keys = _grid_keys(interventions)
+    if keys is None:
+        return {"intervention": [i.name for i in interventions]}
+    return {key: _axis(interventions, key) for key in keys}
+
+
+def labelled(values: Values, interventions: Sequence[Intervention], per_token: bool) -> dict[str, Any]:
+    """Spread `[seq, intervention, …]` over the grid of coordinates; cells without one are NaN."""
+    tail = ("target",) if per_token else ()
+    keys = _grid_keys(interventions)
+    if keys is None:
+        return {name: (("sequence", "intervention", *tail), array) for name, array in values.items()}
+    axes = {key: {value: i for i, value in enumerate(_axis(interventions, key))} for key in keys}
+    index = tuple(np.array([axes[key][i.coords[key]] for i in interventions]) for key in keys)
+    out: dict[str, Any] = {}
+    for name, array in values.items():
+        grid = np.full((len(array), *(len(a) for a in axes.values()), *array.shape[2:]), np.nan, array.dtype)
+        grid[(slice(None), *index)] = array
+        out[name] = (("sequence", *keys, *tail), grid)
+    return out
+
+
+def sequence_coords(seqs: SequenceSet) -> dict[str, Any]:
+    """The coordinates of a `sequence` dimension: ids, lengths, and the table's plain columns."""
+    table = seqs.table
+    coords: dict[str, Any] = {
+        "sequence": table["id"].astype(str).to_numpy(),
+        "prefix_len": ("sequence", seqs.prefix_len.numpy()),
+        "n_targets": ("sequence", seqs.n_targets.numpy()),
+    }
+    for column in table.columns:
+        values = table[column].to_numpy()
+        plain = values.dtype.kind in "biuf" or all(isinstance(v, str) for v in values)
+        if column not in {"id", *coords} and plain:
+            coords[str(column)] = ("sequence", values if values.dtype.kind in "biuf" else values.astype(str))
+    return coords
+
+
+def token_labels(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray | None:
+    """Return each token as text, "" outside the mask; None for a model without a tokenizer."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        return None
+    known = {i: tokenizer.decode([i]) for i in ids[mask].unique().tolist()}
+    flags = mask.tolist()
+    return np.array(
+        [
+            [known[i] if real else "" for i, real in zip(row, flag, strict=True)]
+            for row, flag in zip(ids.tolist(), flags, strict=True)
+        ]
+    )
+
+
+def make_result(
+    kind: str,
+    model: Any,
+    seqs: SequenceSet,
+    variables: Mapping[str, Any],
+    coords: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> Result:
+    """Build a `Result` whose attributes say how it came about."""
+    about = describe(model)
+    attrs = {
+        **about,
+        "kind": kind,
+        "seed": settings.get("seed", 0),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": json.dumps({**settings, "sequences": dict(seqs.attrs)}, default=str),
+    }
+    labels = {name: c for name, c in sequence_coords(seqs).items() if name not in variables}
+    return Result(xr.Dataset(dict(variables), {**labels, **coords}, attrs))
