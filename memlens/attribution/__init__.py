@@ -1,20 +1,35 @@
-"""Where recall is stored: decode, patch, ablate, bypass, attribute."""
+"""Where recall is stored: decode, patch, ablate, bypass, knock out, perturb, attribute."""
 
 from memlens.attribution.ablation import ablate_heads, head_ablations
 from memlens.attribution.bypass import bypass_attention, bypass_intervention, bypassed
 from memlens.attribution.decoding import decode_residual, promotion_layers
 from memlens.attribution.logit_attribution import attribute_logits
+from memlens.attribution.mlps import ablate_mlps, mlp_ablations
+from memlens.attribution.neuron_choice import dominant_neurons
+from memlens.attribution.neuron_edits import neuron_knock_out
+from memlens.attribution.neurons import knock_out_neurons
+from memlens.attribution.noise import embedding_noise
 from memlens.attribution.patching import activation_patches, patch_activations
+from memlens.attribution.perturbation import perturb_residual
+from memlens.attribution.prefix_perturbation import perturb_prefix
 
 __all__ = [
     "ablate_heads",
+    "ablate_mlps",
     "activation_patches",
     "attribute_logits",
     "bypass_attention",
     "bypass_intervention",
     "bypassed",
     "decode_residual",
+    "dominant_neurons",
+    "embedding_noise",
     "head_ablations",
+    "knock_out_neurons",
+    "mlp_ablations",
+    "neuron_knock_out",
     "patch_activations",
+    "perturb_prefix",
+    "perturb_residual",
     "promotion_layers",
 ]
