@@ -3,6 +3,7 @@
 from memlens.attribution.ablation import ablate_heads, head_ablations
 from memlens.attribution.bypass import bypass_attention, bypass_intervention, bypassed
 from memlens.attribution.decoding import decode_residual, promotion_layers
+from memlens.attribution.gradients import attribute_ablation, attribute_gradients
 from memlens.attribution.logit_attribution import attribute_logits
 from memlens.attribution.mlps import ablate_mlps, mlp_ablations
 from memlens.attribution.neuron_choice import dominant_neurons
@@ -10,6 +11,7 @@ from memlens.attribution.neuron_edits import neuron_knock_out
 from memlens.attribution.neurons import knock_out_neurons
 from memlens.attribution.noise import embedding_noise
 from memlens.attribution.patching import activation_patches, patch_activations
+from memlens.attribution.path_patching import patch_paths, path_patches
 from memlens.attribution.perturbation import perturb_residual
 from memlens.attribution.prefix_perturbation import perturb_prefix
 
@@ -17,6 +19,8 @@ __all__ = [
     "ablate_heads",
     "ablate_mlps",
     "activation_patches",
+    "attribute_ablation",
+    "attribute_gradients",
     "attribute_logits",
     "bypass_attention",
     "bypass_intervention",
@@ -29,6 +33,8 @@ __all__ = [
     "mlp_ablations",
     "neuron_knock_out",
     "patch_activations",
+    "patch_paths",
+    "path_patches",
     "perturb_prefix",
     "perturb_residual",
     "promotion_layers",
