@@ -72,6 +72,9 @@ class Intervention:
         coords: Labels of this intervention along the result's dimensions, such as ``{"layer": 3}``.
         first_position: The first position it changes, where that is known: the engine then puts
             interventions of like positions together. It changes the speed, never the result.
+        observed: Gives further numbers by name, `[batch]` each, once the hooks have run on a batch: what
+            hooks that look have seen. They stand in the result beside the metrics; all interventions of a
+            sweep must give the same names.
 
     Example:
         >>> import memlens as ml
@@ -86,6 +89,7 @@ class Intervention:
     hooks: Sequence[tuple[str, HookFn | BatchHook]]
     coords: Mapping[str, Hashable] = field(default_factory=dict)
     first_position: int = 0
+    observed: Callable[[Batch], Mapping[str, Tensor]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hooks", tuple((n, fn) for n, fn in self.hooks))
@@ -124,6 +128,7 @@ class Intervention:
             (*self.hooks, *other.hooks),
             {**self.coords, **other.coords},
             min(self.first_position, other.first_position),
+            _both(self.observed, other.observed),
         )
 
     def _plain(self, name: str, fn: Any, batch: Batch | None) -> HookFn:
@@ -149,6 +154,15 @@ class Intervention:
                 ) from error
 
         return call
+
+
+def _both(
+    first: Callable[[Batch], Mapping[str, Tensor]] | None,
+    second: Callable[[Batch], Mapping[str, Tensor]] | None,
+) -> Callable[[Batch], Mapping[str, Tensor]] | None:
+    if first is None or second is None:
+        return first or second
+    return lambda batch: {**first(batch), **second(batch)}
 
 
 @dataclass(frozen=True)

@@ -44,17 +44,18 @@ def coords_of(interventions: Sequence[Intervention]) -> dict[str, list[Hashable]
 
 def labelled(values: Values, interventions: Sequence[Intervention], per_token: bool) -> dict[str, Any]:
     """Spread `[seq, intervention, …]` over the grid of coordinates; cells without one are NaN."""
-    tail = ("target",) if per_token else ()
     keys = _grid_keys(interventions)
+    dims = ("sequence", "intervention") if keys is None else ("sequence", *keys)
+    tails = {name: ("target",) if per_token and array.ndim > 2 else () for name, array in values.items()}
     if keys is None:
-        return {name: (("sequence", "intervention", *tail), array) for name, array in values.items()}
+        return {name: ((*dims, *tails[name]), array) for name, array in values.items()}
     axes = {key: {value: i for i, value in enumerate(_axis(interventions, key))} for key in keys}
     index = tuple(np.array([axes[key][i.coords[key]] for i in interventions]) for key in keys)
     out: dict[str, Any] = {}
     for name, array in values.items():
         grid = np.full((len(array), *(len(a) for a in axes.values()), *array.shape[2:]), np.nan, array.dtype)
         grid[(slice(None), *index)] = array
-        out[name] = (("sequence", *keys, *tail), grid)
+        out[name] = ((*dims, *tails[name]), grid)
     return out
 
 

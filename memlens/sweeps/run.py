@@ -175,10 +175,10 @@ def _assembled(parts: Sequence[tuple[Shard, Values, Values]]) -> tuple[Values, V
     rows: dict[range, list[tuple[Values, Values]]] = {}
     for shard, base, values in parts:
         rows.setdefault(shard.rows, []).append((base, values))
-    names = list(parts[0][1])
-    base = {n: joined([some[0][0][n] for some in rows.values()]) for n in names}
+    _, bases, found = parts[0]
+    base = {n: joined([some[0][0][n] for some in rows.values()]) for n in bases}
     values = {
-        n: joined([np.concatenate([v[n] for _, v in some], 1) for some in rows.values()]) for n in names
+        n: joined([np.concatenate([v[n] for _, v in some], 1) for some in rows.values()]) for n in found
     }
     return base, values
 

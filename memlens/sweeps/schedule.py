@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memlens.errors import InterventionError
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
 from memlens.sweeps.batches import make_batches
 from memlens.sweeps.budget import Budget, Numbered, portions
 from memlens.sweeps.engine import Baseline, Engine, NotCarriedError
 from memlens.sweeps.entries import entry_of
-from memlens.sweeps.interventions import Intervention
+from memlens.sweeps.interventions import Batch, Intervention
 
 __all__ = ["joined", "run_batches"]
 
@@ -63,12 +64,34 @@ def run_batches(
         for i, item in plain:
             done[i] = runner.reference(batch, targets, item)
             bar.update(costs[i] * len(batch.rows))
-        out.append([done[i] for i in range(len(interventions))])
-    names = list(base[0])
+        out.append([done[i] | _observed(item, batch) for i, item in enumerate(interventions)])
+    _check_names(out, interventions)
     return (
-        {n: joined([b[n].numpy() for b in base]) for n in names},
-        {n: joined([np.stack([v[n].numpy() for v in row], axis=1) for row in out]) for n in names},
+        {n: joined([b[n].numpy() for b in base]) for n in base[0]},
+        {n: joined([np.stack([v[n].numpy() for v in row], axis=1) for row in out]) for n in out[0][0]},
     )
+
+
+def _observed(item: Intervention, batch: Batch) -> Values:
+    """What an intervention's own hooks have seen of a batch they ran on."""
+    found = {} if item.observed is None else item.observed(batch)
+    for name, value in found.items():
+        if value.shape != batch.rows.shape:
+            raise InterventionError(
+                f"intervention {item.name!r} observed {name!r} of shape {tuple(value.shape)}: "
+                f"it must be ({len(batch.rows)},), one number a sequence."
+            )
+    return {name: value.detach().float().cpu() for name, value in found.items()}
+
+
+def _check_names(out: list[list[Values]], interventions: Sequence[Intervention]) -> None:
+    for row in out:
+        for item, values in zip(interventions, row, strict=True):
+            if values.keys() != row[0].keys():
+                raise InterventionError(
+                    f"interventions {interventions[0].name!r} and {item.name!r} observe different things: "
+                    "sweep them apart."
+                )
 
 
 def _fast(
