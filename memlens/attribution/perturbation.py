@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Bool, Float
@@ -93,27 +92,26 @@ def perturb_residual(
         >>> model = ml.load_model("zoo/pythia-s")
         >>> seqs = ml.load_sequences("zoo", model)[:2]
         >>> result = ml.perturb_residual(model, seqs, alphas=[0, 0.5], progress=False)
-        >>> result["similarity"].dims, result["similarity"].sel(alpha=0).values.min().round(5)
-        (('sequence', 'alpha', 'layer'), 1.0)
+        >>> result["similarity"].dims, bool((abs(result["recovery"].sel(alpha=0)) < 1e-5).all())
+        (('sequence', 'alpha', 'layer'), True)
     """
     alphas = [float(alpha) for alpha in alphas]
     _check(alphas, n_draws, similarity_at)
     check_layer(layer, Trunk(model).n_layers)
     layers = range(layer, Trunk(model).n_layers)
-    curves = _Similarities(model, sequences, hook_name(site, layer), layers, similarity_at)
-    shape = (len(sequences), len(alphas), n_draws, len(layers) + 1)
-    found = np.full(shape, np.nan, np.float32)
+    places = [hook_name(site, layer), *(hook_name("resid_post", n) for n in layers)]
+    clean = ActivationSource(model, sequences, list(dict.fromkeys(places)))
     interventions = []
     for draw in range(n_draws):
         source = NoiseSource(seed, draw)  # shared, so that each batch's noise is drawn once
-        for i, alpha in enumerate(alphas):
+        for alpha in alphas:
             coords = {"alpha": alpha} | ({"draw": draw} if n_draws > 1 else {})
             noise = residual_noise(
                 model, source, alpha=alpha, layer=layer, site=site, positions=positions, scale=scale,
                 coords=coords,
             )  # fmt: skip
-            looks = curves.hooks(found[:, i, draw]) if recovery else []
-            interventions.append(Intervention(noise.name, [*noise.hooks, *looks], coords))
+            looks = _Similarities(clean, places, similarity_at).intervention()
+            interventions.append(noise + looks if recovery else noise)
     settings = {
         "alphas": alphas, "layer": layer, "site": site, "positions": positions, "scale": scale,
         "n_draws": n_draws, "seed": seed, "recovery": recovery, "similarity": "cosine",
@@ -122,30 +120,42 @@ def perturb_residual(
     result = sweep(
         model, sequences, interventions, metrics, kind="residual_perturbation", settings=settings, **options
     )
-    return Result(_with_recovery(result.data, found, layers, n_draws)) if recovery else result
+    return Result(_with_recovery(result.data, layers)) if recovery else result
 
 
 class _Similarities:
-    """Hooks that look at the residual of a disturbed run and compare it with the clean one."""
+    """Looks at the residual of one disturbed run and compares it with the clean one.
 
-    def __init__(
-        self, model: Any, sequences: SequenceSet, noisy: str, layers: Sequence[int], positions: str
-    ) -> None:
-        self.names = [noisy, *(hook_name("resid_post", layer) for layer in layers)]
-        self.source = ActivationSource(model, sequences, list(dict.fromkeys(self.names)))
-        self.positions = positions
+    Args:
+        clean: The clean residual.
+        places: Where to look, the noise's own place first; a hook may stand twice.
+        positions: Which positions are averaged over.
+    """
 
-    def hooks(self, into: Float[np.ndarray, "seq place"]) -> list[tuple[str, ByBatch]]:
-        """Return the hooks of one intervention; they write to `into`, the noise's own place first."""
-        return [(name, self._look(name, into[:, place])) for place, name in enumerate(self.names)]
+    def __init__(self, clean: ActivationSource, places: Sequence[str], positions: str) -> None:
+        self.clean, self.places, self.positions = clean, list(places), positions
+        self._seen: dict[str, Tensor] = {}
 
-    def _look(self, name: str, into: Float[np.ndarray, " seq"]) -> ByBatch:
+    def __getstate__(self) -> dict[str, Any]:
+        """What it is, without what it happens to hold."""
+        return {**self.__dict__, "_seen": {}}
+
+    def intervention(self) -> Intervention:
+        """Return the looking as an intervention that changes nothing."""
+        hooks = [(name, self._look(name)) for name in dict.fromkeys(self.places)]
+        return Intervention("similarity", hooks, observed=self.observed)
+
+    def observed(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the similarities of the batch that was run last."""
+        return {f"similarity {i}": self._seen[name] for i, name in enumerate(self.places)}
+
+    def _look(self, name: str) -> ByBatch:
         def make(batch: Batch) -> HookFn:
-            clean, at = self.source.of(batch)[name], where(batch, self.positions)
+            clean, at = self.clean.of(batch)[name], where(batch, self.positions)
             assert at is not None
 
             def look(x: Tensor, hook: Any) -> None:
-                into[batch.rows.numpy()] = _mean_cosine(clean, x, at).cpu().numpy()
+                self._seen[name] = _mean_cosine(clean, x, at)
 
             return look
 
@@ -162,16 +172,16 @@ def _mean_cosine(
     return torch.where(at, cosine, 0).sum(1) / at.sum(1)
 
 
-def _with_recovery(data: xr.Dataset, found: np.ndarray, layers: Sequence[int], n_draws: int) -> xr.Dataset:
-    found = found if n_draws > 1 else found[:, :, 0]
-    dims = ("sequence", "alpha", "draw") if n_draws > 1 else ("sequence", "alpha")
-    at_noise, curve = found[..., 0], found[..., 1:]
-    order = (0, 1, 3, 2) if n_draws > 1 else (0, 1, 2)
-    return data.assign(
-        similarity=(("sequence", "alpha", "layer", *dims[2:]), curve.transpose(order)),
-        similarity_at_noise=(dims, at_noise),
-        recovery=(dims, curve[..., -1] - at_noise),
-    ).assign_coords(layer=list(layers))
+def _with_recovery(data: xr.Dataset, layers: Sequence[int]) -> xr.Dataset:
+    """Put the similarities of all places into one array, and take their difference."""
+    parts = [data[f"similarity {i}"] for i in range(len(layers) + 1)]
+    curve = xr.concat(parts[1:], "layer").assign_coords(layer=list(layers))
+    rest = [dim for dim in parts[0].dims if dim not in ("sequence", "alpha")]
+    return data.drop_vars([str(part.name) for part in parts]).assign(
+        similarity=curve.transpose("sequence", "alpha", "layer", *rest),
+        similarity_at_noise=parts[0],
+        recovery=parts[-1] - parts[0],
+    )
 
 
 def _check(alphas: Sequence[float], n_draws: int, similarity_at: str) -> None:
