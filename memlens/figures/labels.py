@@ -61,6 +61,12 @@ _KNOWN = {
     "heads": MetricText("direct effect on the target logit", "logits", 1),
     "attn": MetricText("attention", "logits", 1),
     "mlp": MetricText("MLP", "logits", 1),
+    "prediction_flipped": MetricText("prediction flipped", "share of sequences", -1),
+    "target_missed": MetricText("first target missed", "share of sequences", -1),
+    "similarity": MetricText("similarity to the clean residual", "cosine", 1),
+    "similarity_at_noise": MetricText("similarity right after the noise", "cosine", 1),
+    "recovery": MetricText("similarity regained", "cosine", 1),
+    "dominance": MetricText("dominance", "coefficient × norm"),
 }
 
 

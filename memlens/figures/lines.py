@@ -21,15 +21,19 @@ def line_over_layers(
     *,
     baseline: xr.Dataset | None = None,
     metrics: Sequence[str] | None = None,
+    x: str = "layer",
+    x_title: str = "",
     title: str = "Each layer in turn",
     subtitle: str = "",
 ) -> go.Figure:
-    """Draw the mean over layers with its interval as a band, one line a group.
+    """Draw the mean over layers (or another dimension) with its interval as a band, one line a group.
 
     Args:
         ci: variables `[statistic, layer]`, or with one more dimension for groups.
         baseline: the same variables without `layer`; drawn as dashed lines.
         metrics: which variables; all by default. Several give a menu.
+        x: name of the dimension to the right.
+        x_title: what it is called; its name by default.
         title: what is shown.
         subtitle: on how many sequences.
     """
@@ -37,13 +41,14 @@ def line_over_layers(
     texts = [metric_text(name, ci[name]) for name in names]
     fig, owners = go.Figure(), []
     for owner, (name, text) in enumerate(zip(names, texts, strict=True)):
-        traces = line_traces(ci[name], text)
+        traces = line_traces(ci[name], text, x)
         if baseline is not None and name in baseline:
             traces[-1].showlegend = True
-            traces += _baseline_traces(baseline[name], ci["layer"].values)
+            traces += _baseline_traces(baseline[name], ci[x].values)
         fig.add_traces(traces)
         owners += [owner] * len(traces)
-    fig.update_xaxes(theme.layer_axis(ci["layer"].values))
+    numbers = theme.layer_axis(ci[x].values) if x == "layer" else {"zeroline": False}
+    fig.update_xaxes({**numbers, "title": {"text": x_title or x}})
     fig.update_yaxes(title_text=texts[0].axis)
     theme.figure(fig, title=title, subtitle=subtitle, height=440, menu=len(names) > 1)
     if len(names) > 1:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memlens.errors import check_option
-from memlens.results import plots, token_plots
+from memlens.results import edit_plots, plots, token_plots
 from memlens.results.groups import join_groups
 from memlens.results.result import Result
 
@@ -71,6 +71,10 @@ _PLOTS: dict[str, Callable[..., Any]] = {
     "residual_decoding": token_plots.plot_decoding,
     "head_ablation": plots.plot_head_map,
     "attention_bypass": plots.plot_layer_lines,
+    "mlp_ablation": plots.plot_layer_lines,
+    "neuron_knockout": edit_plots.plot_knock_outs,
+    "residual_perturbation": edit_plots.plot_strengths,
+    "prefix_perturbation": edit_plots.plot_strengths,
     "activation_patching": token_plots.plot_patch_map,
     "logit_attribution": plots.plot_attribution,
     "sweep": plots.plot_interventions,
