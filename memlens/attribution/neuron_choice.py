@@ -172,7 +172,7 @@ def value_norms(model: Any, layers: Sequence[int]) -> Float[Tensor, "layer neuro
 def _first_targets(seqs: SequenceSet) -> SequenceSet:
     """The sequences up to their first target: nothing after it is needed."""
     rows = [row[: p + 1] for row, p in zip(seqs.rows(), seqs.prefix_len.tolist(), strict=True)]
-    return SequenceSet.from_tokens(rows, seqs.prefix_len, table=seqs.table, attrs=seqs.attrs)
+    return SequenceSet.from_tokens(rows, seqs.prefix_len.numpy(), table=seqs.table, attrs=seqs.attrs)
 
 
 def _most_dominant(
