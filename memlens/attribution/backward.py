@@ -187,15 +187,14 @@ def _gradients(values: Tensor, leaves: Sequence[Tensor], spots: Sequence[Spot]) 
 
 @contextmanager
 def _parameters_at_rest(model: nn.Module) -> Iterator[None]:
-    """No parameter is differentiated inside the block, and a surrounding inference mode is off."""
+    """No parameter is differentiated inside the block."""
     inner = getattr(model, "original_model", None)
     modules = [model, *([inner] if isinstance(inner, nn.Module) else [])]
     held = {id(p): (p, p.requires_grad) for m in modules for p in m.parameters()}
     try:
         for p, _ in held.values():
             p.requires_grad_(False)
-        with torch.inference_mode(False):
-            yield
+        yield
     finally:
         for p, wanted in held.values():
             p.requires_grad_(wanted)

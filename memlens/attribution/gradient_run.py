@@ -108,6 +108,7 @@ class GradientRun:
             return 1
         return 1 + self.steps * (len(self.layers) if self.path == "site" else 1)
 
+    @torch.inference_mode(False)
     def estimate(
         self, deltas: Deltas, embedded: Callable[[Batch], Tensor] | None, cells: Cells, progress: bool
     ) -> tuple[str, np.ndarray, np.ndarray]:
