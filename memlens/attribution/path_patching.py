@@ -200,8 +200,9 @@ def _paths(
     asked = [("receiver", r, 1) for r in ends if receivers is not None] + asked
     for name, head, part in asked:
         if all(pair[part] != head for pair in pairs):
+            label = head[0] if part and receiver_input == "mlp" else head
             raise SiteError(
-                f"{name} {head} takes part in no path: a head reaches only the layers after its own "
+                f"{name} {label} takes part in no path: a head reaches only the layers after its own "
                 "(and its own layer's MLP where blocks are sequential)."
             )
     return pairs
