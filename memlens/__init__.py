@@ -12,7 +12,9 @@ from memlens import errors
 
 if TYPE_CHECKING:
     from memlens.attribution import (
+        ablate_head_pairs,
         ablate_heads,
+        ablate_heads_cumulatively,
         ablate_mlps,
         activation_patches,
         attribute_ablation,
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
         dominant_neurons,
         embedding_noise,
         head_ablations,
+        head_set_ablations,
         knock_out_neurons,
         mlp_ablations,
         neuron_knock_out,
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
         perturb_prefix,
         perturb_residual,
         promotion_layers,
+        rank_heads,
     )
     from memlens.models.families import families_table
     from memlens.models.loading import load_model
@@ -52,7 +56,9 @@ _HOMES: dict[str, str] = {
     name: module
     for module, names in {
         "memlens.attribution": (
+            "ablate_head_pairs",
             "ablate_heads",
+            "ablate_heads_cumulatively",
             "ablate_mlps",
             "activation_patches",
             "attribute_ablation",
@@ -65,6 +71,7 @@ _HOMES: dict[str, str] = {
             "dominant_neurons",
             "embedding_noise",
             "head_ablations",
+            "head_set_ablations",
             "knock_out_neurons",
             "mlp_ablations",
             "neuron_knock_out",
@@ -74,6 +81,7 @@ _HOMES: dict[str, str] = {
             "perturb_prefix",
             "perturb_residual",
             "promotion_layers",
+            "rank_heads",
         ),
         "memlens.models.families": ("families_table",),
         "memlens.models.loading": ("load_model",),
@@ -100,7 +108,9 @@ __all__ = [
     "SequenceSet",
     "Trunk",
     "__version__",
+    "ablate_head_pairs",
     "ablate_heads",
+    "ablate_heads_cumulatively",
     "ablate_mlps",
     "activation_patches",
     "applied",
@@ -119,6 +129,7 @@ __all__ = [
     "errors",
     "families_table",
     "head_ablations",
+    "head_set_ablations",
     "knock_out_neurons",
     "load_model",
     "load_result",
@@ -135,6 +146,7 @@ __all__ = [
     "perturb_residual",
     "plan",
     "promotion_layers",
+    "rank_heads",
     "score_recall",
     "sweep",
 ]

@@ -4,6 +4,12 @@ from memlens.attribution.ablation import ablate_heads, head_ablations
 from memlens.attribution.bypass import bypass_attention, bypass_intervention, bypassed
 from memlens.attribution.decoding import decode_residual, promotion_layers
 from memlens.attribution.gradients import attribute_ablation, attribute_gradients
+from memlens.attribution.head_sets import (
+    ablate_head_pairs,
+    ablate_heads_cumulatively,
+    head_set_ablations,
+    rank_heads,
+)
 from memlens.attribution.logit_attribution import attribute_logits
 from memlens.attribution.mlps import ablate_mlps, mlp_ablations
 from memlens.attribution.neuron_choice import dominant_neurons
@@ -16,7 +22,9 @@ from memlens.attribution.perturbation import perturb_residual
 from memlens.attribution.prefix_perturbation import perturb_prefix
 
 __all__ = [
+    "ablate_head_pairs",
     "ablate_heads",
+    "ablate_heads_cumulatively",
     "ablate_mlps",
     "activation_patches",
     "attribute_ablation",
@@ -29,6 +37,7 @@ __all__ = [
     "dominant_neurons",
     "embedding_noise",
     "head_ablations",
+    "head_set_ablations",
     "knock_out_neurons",
     "mlp_ablations",
     "neuron_knock_out",
@@ -38,4 +47,5 @@ __all__ = [
     "perturb_prefix",
     "perturb_residual",
     "promotion_layers",
+    "rank_heads",
 ]

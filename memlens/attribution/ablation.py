@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from memlens.attribution.replacing import Replace, replacements, replacing
@@ -16,7 +17,7 @@ from memlens.sequences import SequenceSet
 from memlens.sweeps import Batch, Intervention, sweep
 from memlens.sweeps.metrics import MetricLike
 
-__all__ = ["HEAD_MODES", "ablate_heads", "head_ablations"]
+__all__ = ["HEAD_MODES", "ablate_heads", "head_ablations", "head_replacements"]
 
 HEAD_MODES = ("mean_of_other_heads", "zero", "mean", "resample")
 POSITIONS = ("all", "targets")
@@ -116,7 +117,7 @@ def head_ablations(
     for head in heads:
         check_head(head, trunk.n_heads)
     reference = sequences if reference is None else reference
-    replace = _replacements(model, trunk, mode, layers, reference, len(sequences), seed)
+    replace = head_replacements(model, trunk, mode, layers, reference, len(sequences), seed)
     return [
         Intervention(
             f"{mode} L{layer}H{head}",
@@ -128,9 +129,10 @@ def head_ablations(
     ]
 
 
-def _replacements(
+def head_replacements(
     model: Any, trunk: Trunk, mode: str, layers: Sequence[int], reference: SequenceSet, n: int, seed: int
 ) -> dict[int, Callable[[Batch], Replace]]:
+    """Return by layer what replaces the output of a head, or of several together; see `ablate_heads`."""
     if mode != "mean_of_other_heads":
         return replacements(model, "z", mode, layers, reference, n, seed)
     if trunk.n_heads < 2:
@@ -140,5 +142,9 @@ def _replacements(
     return dict.fromkeys(layers, lambda batch: _mean_of_others)
 
 
-def _mean_of_others(z: Tensor, head: int | None) -> Tensor:
-    return (z.sum(2) - z[:, :, head]) / (z.shape[2] - 1)
+def _mean_of_others(z: Tensor, head: Any) -> Tensor:
+    """The mean of the heads that stay; zero where none does."""
+    if isinstance(head, int):
+        return (z.sum(2) - z[:, :, head]) / (z.shape[2] - 1)
+    left = z.shape[2] - len(head)
+    return ((z.sum(2) - z[:, :, head].sum(2)) / left if left else torch.zeros_like(z[:, :, 0]))[:, :, None]

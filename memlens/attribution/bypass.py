@@ -17,9 +17,10 @@ from memlens.sequences import SequenceSet
 from memlens.sweeps import Intervention, Reads, applied, sweep
 from memlens.sweeps.metrics import MetricLike
 
-__all__ = ["BYPASS_MODES", "bypass_attention", "bypass_intervention", "bypassed"]
+__all__ = ["BYPASS_MODES", "SPANS", "bypass_attention", "bypass_intervention", "bypassed", "spans"]
 
 BYPASS_MODES = ("identity", "zero")
+SPANS = ("layer", "window", "suffix", "prefix")
 
 
 def bypass_attention(
@@ -29,10 +30,14 @@ def bypass_attention(
     mode: str = "identity",
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
+    span: str = "layer",
+    width: int = 2,
+    over: str | None = None,
+    strengths: Sequence[float] | None = None,
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
     **options: Any,
 ) -> Result:
-    r"""Bypass the attention of each block alone and measure recall.
+    r"""Bypass the attention of each block, window or suffix of blocks, or head, and measure recall.
 
     - ``"identity"``: the attention matrix of every head becomes the identity, so that
       :math:`z_{h,t} = v_{h,t}`; value and output projections, biases, norms and the MLP stay
@@ -40,20 +45,31 @@ def bypass_attention(
       obeys.
     - ``"zero"``: the attention adds nothing to the residual, its bias included (ours, as a control).
 
+    With a strength :math:`a` the attention matrix is :math:`(1-a)A + aI`: :math:`z_{h,t}` becomes
+    :math:`(1-a)z_{h,t} + a\,v_{h,t}` (of "zero": :math:`1-a` times what attention adds).
+
     Args:
         model: A TransformerLens model.
         sequences: What is recalled.
         mode: One of the above.
-        layers: The blocks, each bypassed alone; all by default.
-        heads: Only these heads ("identity" only); all by default.
+        layers: The blocks at which a bypass stands or begins (a "prefix": ends); all by default.
+        heads: Only these heads ("identity" only); all by default. With grouped queries, query heads.
+        span: What is bypassed together: the block alone ("layer"), `width` consecutive blocks from it on
+            ("window"; those that would pass the last block are left out), it and all later blocks
+            ("suffix"), or all blocks up to and with it ("prefix").
+        width: Blocks in a window.
+        over: "head" bypasses each of `heads` alone ("identity" only).
+        strengths: Strengths :math:`a` from 0 to 1 that are tried each; full strength alone by default.
         metrics: As for `sweep`.
         options: Further options of `sweep`.
 
     Returns:
-        Kind "attention_bypass": each metric `(sequence, layer)`, and its baseline `(sequence)`.
+        Kind "attention_bypass": each metric `(sequence, layer)`, with `head` and `strength` after it where
+        they were asked for, and its baseline `(sequence)`.
 
     Raises:
-        OptionError: Unknown mode, or heads with mode "zero".
+        OptionError: Unknown mode, span or `over`, heads with mode "zero", a strength outside 0 to 1, or a
+            window wider than the model is deep.
         SiteError: A layer or head that does not exist.
 
     Example:
@@ -63,15 +79,75 @@ def bypass_attention(
         >>> result["exact_match"].dims
         ('sequence', 'layer')
     """
-    layers = range(Trunk(model).n_layers) if layers is None else layers
+    check_option("over", over, (None, "head"))
+    trunk = Trunk(model)
+    each = [heads] if over is None else [[h] for h in (range(trunk.n_heads) if heads is None else heads)]
     interventions = [
-        bypass_intervention(model, [layer], mode=mode, heads=heads, coords={"layer": layer})
-        for layer in layers
+        bypass_intervention(
+            model,
+            spanned,
+            mode=mode,
+            heads=some,
+            strength=1.0 if strength is None else strength,
+            coords={
+                "layer": layer,
+                **({} if over is None or some is None else {"head": some[0]}),
+                **({} if strength is None else {"strength": strength}),
+            },
+        )
+        for layer, spanned in spans(trunk.n_layers, span=span, width=width, layers=layers).items()
+        for some in each
+        for strength in (strengths or [None])
     ]
-    settings = {"mode": mode, "heads": None if heads is None else list(heads)}
+    settings = {
+        "mode": mode,
+        "heads": None if heads is None else list(heads),
+        "span": span,
+        "width": width if span == "window" else None,
+        "over": over,
+        "strengths": None if strengths is None else list(strengths),
+    }
     return sweep(
         model, sequences, interventions, metrics, kind="attention_bypass", settings=settings, **options
     )
+
+
+def spans(
+    n_layers: int, *, span: str = "layer", width: int = 2, layers: Sequence[int] | None = None
+) -> dict[int, list[int]]:
+    """Return which blocks are taken together, by the block that names them.
+
+    Args:
+        n_layers: How many blocks the model has.
+        span: "layer", "window", "suffix" or "prefix"; see `bypass_attention`.
+        width: Blocks in a window.
+        layers: The naming blocks; all by default.
+
+    Raises:
+        OptionError: An unknown span, or a window wider than the model is deep.
+        SiteError: A layer that does not exist.
+
+    >>> spans(4, span="window", width=3)
+    {0: [0, 1, 2], 1: [1, 2, 3]}
+    >>> spans(4, span="suffix", layers=[2])
+    {2: [2, 3]}
+    """
+    check_option("span", span, SPANS)
+    if not 1 <= width <= n_layers:
+        raise OptionError(
+            f"width={width} is no window of a model with {n_layers} layers: give 1 to {n_layers}."
+        )
+    layers = range(n_layers) if layers is None else layers
+    for layer in layers:
+        check_layer(layer, n_layers)
+    ends: dict[str, Callable[[int], range]] = {
+        "layer": lambda layer: range(layer, layer + 1),
+        "window": lambda layer: range(layer, layer + width),
+        "suffix": lambda layer: range(layer, n_layers),
+        "prefix": lambda layer: range(layer + 1),
+    }
+    found = {layer: list(ends[span](layer)) for layer in layers}
+    return {layer: blocks for layer, blocks in found.items() if blocks[-1] < n_layers}
 
 
 def bypass_intervention(
@@ -80,6 +156,7 @@ def bypass_intervention(
     *,
     mode: str = "identity",
     heads: Sequence[int] | None = None,
+    strength: float = 1.0,
     coords: dict[str, Any] | None = None,
 ) -> Intervention:
     """Return the joint bypass of some layers as one `Intervention`.
@@ -89,10 +166,11 @@ def bypass_intervention(
         layers: The block, or the blocks bypassed together.
         mode: "identity" or "zero"; see `bypass_attention`.
         heads: Only these heads ("identity" only); all by default.
+        strength: How much of it, 0 to 1; see `bypass_attention`.
         coords: Labels for the result.
 
     Raises:
-        OptionError: Unknown mode, no layers, or heads with mode "zero".
+        OptionError: Unknown mode, no layers, heads with mode "zero", or a strength outside 0 to 1.
         SiteError: A layer or head that does not exist.
     """
     check_option("mode", mode, BYPASS_MODES)
@@ -100,6 +178,8 @@ def bypass_intervention(
     layers = [layers] if isinstance(layers, int) else list(layers)
     if not layers:
         raise OptionError("layers=[] bypasses nothing: give at least one layer.")
+    if not 0 <= strength <= 1:
+        raise OptionError(f"strength={strength} is no share: give a number from 0 to 1.")
     for layer in layers:
         check_layer(layer, trunk.n_layers)
     for head in heads or []:
@@ -111,16 +191,35 @@ def bypass_intervention(
     hooks = [
         hook
         for layer in layers
-        for hook in (_zero(layer) if mode == "zero" else _identity(trunk, layer, heads))
+        for hook in (_zero(layer, strength) if mode == "zero" else _identity(trunk, layer, heads, strength))
     ]
-    return Intervention(f"bypass {','.join(map(str, layers))} ({mode})", hooks, coords or {})
+    what = mode if strength == 1 else f"{mode} x {strength:g}"
+    return Intervention(f"bypass {','.join(map(str, layers))} ({what})", hooks, coords or {})
 
 
 @contextmanager
 def bypassed(
-    model: Any, layers: int | Sequence[int], *, mode: str = "identity", heads: Sequence[int] | None = None
+    model: Any,
+    layers: int | Sequence[int],
+    *,
+    mode: str = "identity",
+    heads: Sequence[int] | None = None,
+    strength: float = 1.0,
 ) -> Iterator[Any]:
-    """Hold a bypass for the length of a `with` block: forward or generation, cached or not.
+    """Hold a bypass for the length of a `with` block.
+
+    A token that sees itself alone needs no cache and no padding mask, so a forward, generation with or
+    without a cache, left-padded batches, and a prompt fed in chunks all give the same tokens.
+
+    Args:
+        model: A TransformerLens model.
+        layers: The block, or the blocks bypassed together.
+        mode: "identity" or "zero"; see `bypass_attention`.
+        heads: Only these heads ("identity" only); all by default.
+        strength: How much of it, 0 to 1.
+
+    Yields:
+        The model.
 
     Example:
         >>> import memlens as ml, torch
@@ -130,19 +229,21 @@ def bypassed(
         >>> tuple(logits.shape)[:2]
         (1, 3)
     """
-    with applied(model, bypass_intervention(model, layers, mode=mode, heads=heads)):
+    with applied(model, bypass_intervention(model, layers, mode=mode, heads=heads, strength=strength)):
         yield model
 
 
-def _zero(layer: int) -> list[tuple[str, HookFn]]:
-    return [(hook_name("attn_out", layer), lambda x, hook: torch.zeros_like(x))]
+def _zero(layer: int, strength: float) -> list[tuple[str, HookFn]]:
+    return [(hook_name("attn_out", layer), lambda x, hook: x * (1 - strength))]
 
 
-def _identity(trunk: Trunk, layer: int, heads: Sequence[int] | None) -> list[tuple[str, HookFn]]:
+def _identity(
+    trunk: Trunk, layer: int, heads: Sequence[int] | None, strength: float
+) -> list[tuple[str, HookFn]]:
     """Remember the values, and write them where the mixed values would stand."""
     kept: list[Tensor] = []
     groups = trunk.n_heads // trunk.n_kv_heads
-    mix = _written(heads)
+    chosen: Any = slice(None) if heads is None else list(heads)
 
     def remember(v: Tensor, hook: Any) -> None:
         kept[:] = [v]
@@ -151,19 +252,9 @@ def _identity(trunk: Trunk, layer: int, heads: Sequence[int] | None) -> list[tup
         v = kept.pop()
         if v.shape[2] != z.shape[2]:
             v = v.repeat_interleave(groups, dim=2)
-        return mix(z, v)
-
-    return [(hook_name("v", layer), Reads(remember)), (hook_name("z", layer), write)]
-
-
-def _written(heads: Sequence[int] | None) -> Callable[[Tensor, Tensor], Tensor]:
-    if heads is None:
-        return lambda z, v: v.to(z.dtype)
-    chosen = list(heads)
-
-    def mix(z: Tensor, v: Tensor) -> Tensor:
+        v = v[:, :, chosen].to(z.dtype)
         out = z.clone()
-        out[:, :, chosen] = v[:, :, chosen]
+        out[:, :, chosen] = v if strength == 1 else torch.lerp(z[:, :, chosen], v, strength)
         return out
 
-    return mix
+    return [(hook_name("v", layer), Reads(remember)), (hook_name("z", layer), write)]

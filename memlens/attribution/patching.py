@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -20,14 +21,16 @@ from memlens.sweeps.metrics import MetricLike, metric_names
 
 __all__ = ["PATCH_SITES", "activation_patches", "patch_activations"]
 
-PATCH_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
+PATCH_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern")
+_HEAD_AXIS = {"z": 2, "q": 2, "k": 2, "v": 2, "pattern": 1}
+"""Sites that tell heads apart, and on which axis; `pattern` has the query position on axis 2."""
 OVER = ("position", "head", "head_position")
 
 
 def patch_activations(
     model: Any,
     clean: SequenceSet,
-    corrupt: SequenceSet,
+    corrupt: SequenceSet | Intervention,
     *,
     site: str = "resid_pre",
     over: str | None = None,
@@ -51,10 +54,14 @@ def patch_activations(
     Args:
         model: A TransformerLens model.
         clean: The sequences as recalled.
-        corrupt: The same targets after another prefix (see `memlens.corrupt`), row by row.
-        site: "resid_pre", "resid_mid" (sequential blocks), "resid_post", "attn_out", "mlp_out" or "z".
-        over: "position" (each layer and position; the default, all heads together for `z`), "head" (`z` of
-            each head at all positions) or "head_position".
+        corrupt: The same targets after another prefix (see `memlens.corrupt`), row by row; or an edit that
+            corrupts the clean run, such as `memlens.embedding_noise`.
+        site: "resid_pre", "resid_mid" (sequential blocks), "resid_post", "attn_out", "mlp_out"; of heads
+            "z", "q", "k", "v" (before rotary; `k` and `v` have the key-value heads), or "pattern" (the
+            attention weights, where the model obeys what is written to them).
+        over: "position" (each layer and position; the default, all heads together), or for sites that have
+            heads "head" (each head at all positions) or "head_position". A position of `pattern` is the
+            query's.
         direction: "denoising" or "noising".
         layers: All by default.
         positions: Token positions for "position"; by default all that can reach a target.
@@ -79,18 +86,46 @@ def patch_activations(
         ('sequence', 'layer', 'position')
     """
     check_option("direction", direction, DIRECTIONS)
-    check_pairs(clean, corrupt)
-    source, base = (clean, corrupt) if direction == "denoising" else (corrupt, clean)
-    patches = activation_patches(model, source, site=site, over=over, layers=layers, positions=positions)
-    settings = {
-        "site": site,
-        "over": over or "position",
-        "direction": direction,
-        "corruption": dict(corrupt.attrs),
-    }
-    result = sweep(model, base, patches, metrics, kind="activation_patching", settings=settings, **options)
-    of_source = measure(model, source, metrics)
+    settings: dict[str, Any] = {"site": site, "over": over or "position", "direction": direction}
+    cells: dict[str, Any] = {"site": site, "over": over, "layers": layers, "positions": positions}
+    run: dict[str, Any] = {"kind": "activation_patching", **options}
+    if isinstance(corrupt, Intervention):
+        settings["corruption"] = corrupt.name
+        result, of_source = _under_edit(model, clean, corrupt, direction, cells, metrics, settings, run)
+    else:
+        check_pairs(clean, corrupt)
+        settings["corruption"] = dict(corrupt.attrs)
+        source, base = (clean, corrupt) if direction == "denoising" else (corrupt, clean)
+        patches = activation_patches(model, source, **cells)
+        result = sweep(model, base, patches, metrics, settings=settings, **run)
+        of_source = measure(model, source, metrics)
     return compare_runs(result, model, of_source, metric_names(metrics), direction, clean)
+
+
+def _under_edit(
+    model: Any,
+    clean: SequenceSet,
+    corrupt: Intervention,
+    direction: str,
+    cells: dict[str, Any],
+    metrics: Sequence[MetricLike],
+    settings: dict[str, Any],
+    run: dict[str, Any],
+) -> tuple[Result, dict[str, np.ndarray]]:
+    """Patch between a clean run and the same run under an edit; the result, and the source run's metrics."""
+    denoising = direction == "denoising"
+    patches = activation_patches(model, clean, under=None if denoising else corrupt, **cells)
+    if denoising:
+        patches = [replace(corrupt + patch, name=patch.name, coords=patch.coords) for patch in patches]
+    result = sweep(model, clean, patches, metrics, settings=settings, **run)
+    quick = {n: v for n, v in run.items() if n in ("engine", "memory_budget", "batch_size")}
+    edited = sweep(model, clean, [replace(corrupt, coords={})], metrics, progress=False, **quick)
+    of_edit = {n: edited[n].values[:, 0] for n in metric_names(metrics)}
+    if not denoising:
+        return result, of_edit
+    of_clean = {n: edited.baseline(n).values for n in of_edit}
+    base = {f"{n}_baseline": result.data[f"{n}_baseline"].copy(data=v) for n, v in of_edit.items()}
+    return Result(result.data.assign(base)), of_clean
 
 
 def activation_patches(
@@ -101,14 +136,18 @@ def activation_patches(
     over: str | None = None,
     layers: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
+    under: Intervention | None = None,
 ) -> list[Intervention]:
-    """Return the interventions that write `source`'s activations, row by row; see `patch_activations`."""
+    """Return the interventions that write `source`'s activations, row by row; see `patch_activations`.
+
+    With `under` the activations are those of the run on `source` under that edit.
+    """
     over = over or "position"
     check_option("site", site, PATCH_SITES)
     check_option("over", over, OVER)
     trunk = Trunk(model)
-    if over != "position" and site != "z":
-        raise OptionError(f"over={over!r} needs site='z': {site!r} has no heads.")
+    if over != "position" and site not in _HEAD_AXIS:
+        raise OptionError(f"over={over!r} needs a site with heads, such as site='z': {site!r} has none.")
     if not has_site(model, site):
         raise SiteError(
             f"this model's parallel blocks have no site {site!r}: use 'resid_pre' or 'resid_post'."
@@ -118,8 +157,9 @@ def activation_patches(
         check_layer(layer, trunk.n_layers)
     places = checked_positions(source, positions)
     names = {layer: hook_name(site, layer) for layer in layers}
-    store = ActivationSource(model, source, list(names.values()))
-    cells = ((layer, cell) for layer in layers for cell in _cells(over, range(trunk.n_heads), places))
+    store = ActivationSource(model, source, list(names.values()), under=under)
+    heads = range(trunk.n_kv_heads if site in ("k", "v") else trunk.n_heads)
+    cells = ((layer, cell) for layer in layers for cell in _cells(over, heads, places))
     return [
         Intervention(
             " ".join([f"{site} L{layer}", *(f"{key}{value}" for key, value in cell.items())]),
@@ -145,7 +185,7 @@ def _writes(
 ) -> list[tuple[str, HookFn | BatchHook]]:
     name = hook_name(site, layer)
     if site != "resid_mid" or not is_bridge(trunk.model):
-        return [(name, _write(store, name, cell))]
+        return [(name, _write(store, name, site, cell))]
     # The bridge's hook_resid_mid stands on the MLP's branch alone. The sum itself is set by way of its
     # second summand: resid_mid = resid_pre + attn_out.
     pre: list[Tensor] = []
@@ -153,21 +193,23 @@ def _writes(
     def remember(x: Tensor, hook: Any) -> None:
         pre[:] = [x]
 
-    write = _write(store, name, cell, less=pre)
+    write = _write(store, name, site, cell, less=pre)
     return [(hook_name("resid_pre", layer), Reads(remember)), (hook_name("attn_out", layer), write)]
 
 
-def _write(store: ActivationSource, name: str, cell: dict[str, int], less: Sequence[Tensor] = ()) -> ByBatch:
+def _write(
+    store: ActivationSource, name: str, site: str, cell: dict[str, int], less: Sequence[Tensor] = ()
+) -> ByBatch:
     """Write the source's activation at a cell, less what `less` holds by then."""
-    index: tuple[Any, ...] = (slice(None), cell.get("position", slice(None)))
-    if "head" in cell:
-        index = (*index, cell["head"])
+    every, head, place = slice(None), cell.get("head", slice(None)), cell.get("position", slice(None))
+    axis = _HEAD_AXIS.get(site)
+    index = (every, head, place) if axis == 1 else (every, place, head) if axis == 2 else (every, place)
 
     def make(batch: Batch) -> Callable[..., Tensor]:
-        new = store.of(batch)[name]
+        new, width = store.of(batch)[name], batch.tokens.shape[1]
 
         def fn(x: Tensor, hook: Any) -> Tensor:
-            if cell.get("position", 0) >= x.shape[1]:
+            if cell.get("position", 0) >= width:
                 return x  # a batch of shorter sequences has no such position
             out = x.clone()
             out[index] = (new[index] - sum(t[index] for t in less)).to(x.dtype)

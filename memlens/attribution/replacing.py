@@ -20,8 +20,8 @@ __all__ = ["POSITIONS", "Replace", "other_rows", "replacements", "replacing", "w
 POSITIONS = ("all", "prompt", "targets", "last_prompt")
 """Every position; those given to the model; those that predict a target; the one that predicts the first."""
 
-Replace = Callable[[Tensor, int | None], Tensor]
-"""From an activation and a head (None: all of it) to what stands in its place."""
+Replace = Callable[[Tensor, int | list[int] | None], Tensor]
+"""From an activation and a head, or several (None: all of it), to what stands in their place."""
 
 
 def where(batch: Batch, positions: str) -> Bool[Tensor, "batch pos"] | None:
@@ -36,12 +36,12 @@ def where(batch: Batch, positions: str) -> Bool[Tensor, "batch pos"] | None:
     return None
 
 
-def replacing(by: Callable[[Batch], Replace], head: int | None, positions: str) -> ByBatch:
-    """Return the hook that replaces an activation, or one head of it.
+def replacing(by: Callable[[Batch], Replace], head: int | list[int] | None, positions: str) -> ByBatch:
+    """Return the hook that replaces an activation, or some heads of it at once.
 
     Args:
         by: Gives the replacement for a batch.
-        head: The head; None for the whole activation.
+        head: The head or the heads; None for the whole activation.
         positions: One of `POSITIONS`.
     """
 
@@ -51,7 +51,7 @@ def replacing(by: Callable[[Batch], Replace], head: int | None, positions: str) 
         def fn(x: Tensor, hook: Any) -> Tensor:
             old = x if head is None else x[:, :, head]
             new = replace(x, head).to(x.dtype).expand(old.shape)
-            new = new if at is None else torch.where(at[..., None], new, old)
+            new = new if at is None else torch.where(at[(..., *[None] * (old.ndim - 2))], new, old)
             if head is None:
                 return new.clone()
             out = x.clone()
@@ -91,7 +91,7 @@ def replacements(
     return {layer: _from_source(source, name) for layer, name in names.items()}
 
 
-def _zeros(x: Tensor, head: int | None) -> Tensor:
+def _zeros(x: Tensor, head: Any) -> Tensor:
     return torch.zeros((), dtype=x.dtype, device=x.device)
 
 

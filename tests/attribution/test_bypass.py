@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import memlens as ml
 from memlens.errors import OptionError, SiteError
+from memlens.models.hooks import hook_name
 from tests.small import CASES, ragged
+from tests.tiny import FAMILIES, HOOKED_FAMILIES
 
 TOKENS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79]])
 OTHER = torch.tensor([[27, 18, 28, 18, 28, 45, 89, 79]])
@@ -63,16 +67,125 @@ def test_one_head_only(tiny_model: Any) -> None:
     assert torch.equal(z[:, :, :3], plain[names[0]][:, :, :3])
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "gpt_neo", "llama_gqa", "gpt_bigcode"])
-def test_cached_generation_equals_uncached(tiny_model: Any, family: str) -> None:
+BYPASSES: dict[str, dict[str, Any]] = {
+    "identity": {},
+    "half": {"strength": 0.5},
+    "one head": {"heads": [1]},
+    "zero": {"mode": "zero"},
+}
+
+
+def greedy(model: Any, tokens: torch.Tensor, n: int, banned: Sequence[int] = ()) -> torch.Tensor:
+    """Greedy tokens, each from a plain forward on all tokens before it."""
+    for _ in range(n):
+        logits = model(tokens)[:, -1:]
+        logits[..., list(banned)] = -torch.inf
+        tokens = torch.cat([tokens, logits.argmax(-1)], dim=1)
+    return tokens
+
+
+@pytest.mark.parametrize("how", BYPASSES)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_generation_cached_left_padded_and_in_chunks(tiny_model: Any, family: str, how: str) -> None:
+    """All of them give the tokens of plain forwards on unpadded rows."""
     model = tiny_model(family, "bridge")
-    options = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6}
-    with torch.no_grad(), ml.bypassed(model, [1]):
-        cached = model.original_model.generate(TOKENS, use_cache=True, **options)
-        plain = TOKENS
-        for _ in range(6):
-            plain = torch.cat([plain, model(plain)[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(cached, plain)
+    hf, n = model.original_model, 6
+    options: dict[str, Any] = {
+        "max_new_tokens": n,
+        "do_sample": False,
+        "min_new_tokens": n,
+        "pad_token_id": 0,
+    }
+    rows = [[3, 14, 15, 92, 65, 35, 89, 79], [27, 18, 28, 45, 90]]
+    with ml.bypassed(model, [1], **BYPASSES[how]):
+        alone = [greedy(model, torch.tensor([row]), n, [hf.config.eos_token_id])[0] for row in rows]
+        cached = hf.generate(torch.tensor([rows[0]]), use_cache=True, **options)
+        padded = torch.tensor([rows[0], [0] * 3 + rows[1]])
+        mask = torch.tensor([[1] * 8, [0] * 3 + [1] * 5])
+        both = hf.generate(padded, attention_mask=mask, use_cache=True, **options)
+        first = hf(torch.tensor([rows[0][:5]]), use_cache=True)
+        second = hf(torch.tensor([rows[0][5:]]), past_key_values=first.past_key_values, use_cache=True)
+        whole = hf(torch.tensor([rows[0]]))
+    assert torch.equal(cached[0], alone[0])
+    assert torch.equal(both[0], alone[0])
+    assert torch.equal(both[1, 3:], alone[1])
+    chunks = torch.cat([first.logits, second.logits], 1)
+    assert torch.allclose(chunks, whole.logits, atol=1e-5)
+    assert not torch.allclose(chunks, hf(torch.tensor([rows[0]])).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", HOOKED_FAMILIES)
+@torch.no_grad()
+def test_cached_generation_of_a_hooked_transformer(tiny_model: Any, family: str) -> None:
+    model = tiny_model(family, "hooked")
+    options: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "stop_at_eos": False,
+        "verbose": False,
+    }
+    with ml.bypassed(model, [1]):
+        cached = model.generate(TOKENS, use_past_kv_cache=True, **options)
+        assert torch.equal(cached, greedy(model, TOKENS, 6))
+
+
+@pytest.mark.parametrize(("family", "backend"), CASES)
+@torch.no_grad()
+def test_strength_mixes_the_attention_matrix_with_the_identity(
+    tiny_model: Any, family: str, backend: str
+) -> None:
+    model, a = tiny_model(family, backend), 0.3
+    names = [hook_name(site, 1) for site in ("pattern", "v", "z")]
+    with ml.bypassed(model, [1], strength=a):
+        _, cache = model.run_with_cache(TOKENS, names_filter=names)
+    pattern, v, z = (cache[name] for name in names)
+    v = v.repeat_interleave(z.shape[2] // v.shape[2], 2)
+    mixed = (1 - a) * pattern + a * torch.eye(pattern.shape[-1])
+    assert torch.allclose(torch.einsum("bhqk,bkhd->bqhd", mixed, v), z, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "backend"), CASES)
+@torch.no_grad()
+def test_parallel_blocks_change_by_what_attention_changes(tiny_model: Any, family: str, backend: str) -> None:
+    """Where attention and MLP read the same input; in sequential blocks the MLP sees the change too."""
+    model = tiny_model(family, backend)
+    names = [hook_name(site, 1) for site in ("attn_out", "resid_post")]
+    _, plain = model.run_with_cache(TOKENS, names_filter=names)
+    with ml.bypassed(model, [1]):
+        _, other = model.run_with_cache(TOKENS, names_filter=names)
+    attn, block = (other[name] - plain[name] for name in names)
+    assert torch.allclose(attn, block, atol=1e-6) == ml.Trunk(model).parallel
+
+
+def test_spans(tiny_model: Any) -> None:
+    model, seqs = tiny_model("gpt_neox", "bridge"), ragged()
+    for span, width, expected in (
+        ("window", 2, {0: [0, 1], 1: [1, 2]}),
+        ("suffix", 2, {0: [0, 1, 2], 1: [1, 2], 2: [2]}),
+        ("prefix", 2, {0: [0], 1: [0, 1], 2: [0, 1, 2]}),
+    ):
+        result = ml.bypass_attention(model, seqs, span=span, width=width, progress=False)
+        assert result["layer"].values.tolist() == list(expected)
+        for layer, blocks in expected.items():
+            joint = ml.bypass_intervention(model, blocks)
+            want = ml.sweep(model, seqs, [joint], engine="reference", progress=False)["target_logprob"][:, 0]
+            assert np.allclose(result["target_logprob"].sel(layer=layer), want, atol=1e-5)
+        assert result.settings["span"] == span
+
+
+def test_heads_and_strengths_are_dimensions(tiny_model: Any) -> None:
+    model, seqs = tiny_model("llama_gqa", "bridge"), ragged()
+    result = ml.bypass_attention(
+        model, seqs, layers=[1], over="head", heads=[0, 3], strengths=(0.0, 0.5, 1.0), progress=False
+    )
+    values = result["target_logprob"]
+    assert values.dims == ("sequence", "layer", "head", "strength")
+    none = values.sel(strength=0.0)
+    assert np.allclose(none, result.baseline("target_logprob").values[:, None, None], atol=1e-6)
+    one = ml.bypass_intervention(model, [1], heads=[3])
+    want = ml.sweep(model, seqs, [one], engine="reference", progress=False)["target_logprob"][:, 0]
+    assert np.allclose(values.sel(layer=1, head=3, strength=1.0), want, atol=1e-5)
 
 
 def test_zero_takes_the_bias_too(tiny_model: Any) -> None:
@@ -109,6 +222,12 @@ def test_bad_input(tiny_model: Any) -> None:
         ml.bypass_intervention(model, [0], mode="identiy")
     with pytest.raises(OptionError, match="heads= goes with mode='identity'"):
         ml.bypass_intervention(model, [0], mode="zero", heads=[1])
+    with pytest.raises(OptionError, match=r"strength=1.5 is no share"):
+        ml.bypass_intervention(model, [0], strength=1.5)
+    with pytest.raises(OptionError, match=r"width=4 is no window of a model with 3 layers"):
+        ml.bypass_attention(model, ragged(), span="window", width=4)
+    with pytest.raises(OptionError, match=r"span='windows'.*window"):
+        ml.bypass_attention(model, ragged(), span="windows")
     with pytest.raises(OptionError, match="at least one layer"):
         ml.bypass_intervention(model, [])
     with pytest.raises(SiteError, match="layer 9 does not exist"):

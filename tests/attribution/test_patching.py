@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import memlens as ml
-from memlens.errors import OptionError, SequenceError, SiteError
+from memlens.errors import OptionError, SequenceError, SilentInterventionError, SiteError
+from memlens.models.hooks import hook_name
 from tests.small import CASES, corrupted, ragged
 
 
@@ -124,12 +125,71 @@ def test_heads_together_are_the_layer(tiny_model: Any) -> None:
     assert single["target_logprob"].dims == ("sequence", "layer", "head", "position")
 
 
+@pytest.mark.parametrize("site", ["q", "k", "v", "pattern"])
+@pytest.mark.parametrize(("family", "backend"), CASES)
+def test_inside_attention(tiny_model: Any, family: str, backend: str, site: str) -> None:
+    """Patches of all heads of a site together are what a plain hook with the clean cache does."""
+    model, clean = tiny_model(family, backend), ragged()
+    corrupt = corrupted(clean)
+    if site == "pattern" and (family, backend) == ("gpt_neo", "bridge"):
+        with pytest.raises(SilentInterventionError, match="hook_pattern"):
+            ml.patch_activations(model, clean, corrupt, site=site, layers=[1], progress=False)
+        return
+    name = hook_name(site, 1)
+    axis = 1 if site == "pattern" else 2
+    options: dict[str, Any] = {"site": site, "layers": [1], "metrics": ("target_logprob",), "progress": False}
+    by_head = ml.patch_activations(model, clean, corrupt, over="head", **options)
+    by_place = ml.patch_activations(model, clean, corrupt, positions=[2, 9], **options)
+    both = ml.patch_activations(model, clean, corrupt, over="head_position", positions=[9], **options)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(clean.tokens, names_filter=[name])
+    heads = cache[name].shape[axis]
+    assert by_head.data.sizes["head"] == (model.cfg.n_heads if site in ("q", "pattern") else heads)
+
+    def patch(*index: Any) -> ml.Intervention:
+        def fn(x: torch.Tensor, hook: Any) -> torch.Tensor:
+            x = x.clone()
+            x[index] = cache[name][index]
+            return x
+
+        return ml.Intervention(str(index), [(name, fn)])
+
+    every = slice(None)
+    place = (every, every, 9) if site == "pattern" else (every, 9)
+    head = (every, heads - 1) if axis == 1 else (every, every, heads - 1)
+    cell = (every, heads - 1, 9) if axis == 1 else (every, 9, heads - 1)
+    plain = ml.sweep(
+        model, corrupt, [patch(*place), patch(*head), patch(*cell)], engine="reference", progress=False
+    )["target_logprob"].values
+    assert np.allclose(by_place["target_logprob"][:, 0, 1], plain[:, 0], atol=1e-5, equal_nan=True)
+    assert np.allclose(by_head["target_logprob"][:, 0, -1], plain[:, 1], atol=1e-5)
+    assert np.allclose(both["target_logprob"][:, 0, -1, 0], plain[:, 2], atol=1e-5, equal_nan=True)
+    assert float(abs(by_head.effect("target_logprob")).max()) > 1e-5
+
+
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+@pytest.mark.parametrize("site", ["resid_pre", "resid_post", "z"])
+def test_corrupted_by_an_edit(tiny_model: Any, site: str, direction: str) -> None:
+    model, clean = tiny_model("llama_gqa", "bridge"), ragged()
+    first = ml.Intervention("halved", [("blocks.0.hook_resid_pre", lambda x, hook: x.flip(-1))])
+    options: dict[str, Any] = {"site": site, "direction": direction, "progress": False}
+    result = ml.patch_activations(model, clean, first, **options)
+    whole = ml.sweep(model, clean, [first], engine="reference", progress=False)
+    assert np.allclose(result["target_logprob_clean"], whole.baseline("target_logprob"), atol=1e-5)
+    assert np.allclose(result["target_logprob_corrupt"], whole["target_logprob"][:, 0], atol=1e-5)
+    plain = ml.patch_activations(model, clean, first, engine="reference", **options)
+    for name in ("target_logprob", "normalized_effect"):
+        assert np.allclose(result[name], plain[name], atol=1e-4, equal_nan=True)
+    base = "corrupt" if direction == "denoising" else "clean"
+    assert np.allclose(result.baseline("target_logprob"), result[f"target_logprob_{base}"])
+
+
 def test_bad_input(tiny_model: Any) -> None:
     model, clean = tiny_model("gpt_neox", "bridge"), ragged()
     corrupt = corrupted(clean)
     with pytest.raises(OptionError, match="site='resid'"):
         ml.patch_activations(model, clean, corrupt, site="resid")
-    with pytest.raises(OptionError, match="over='head' needs site='z'"):
+    with pytest.raises(OptionError, match="over='head' needs a site with heads"):
         ml.patch_activations(model, clean, corrupt, over="head")
     with pytest.raises(OptionError, match=r"direction='denoise'.*denoising"):
         ml.patch_activations(model, clean, corrupt, direction="denoise")
