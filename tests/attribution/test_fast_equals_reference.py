@@ -31,6 +31,18 @@ def patch(site: str, **options: Any) -> Run:
     )
 
 
+def mlps(mode: str, positions: str = "all") -> Run:
+    return lambda model, seqs, **kw: ml.ablate_mlps(model, seqs, mode=mode, positions=positions, **kw)
+
+
+def knock_out(**options: Any) -> Run:
+    return lambda model, seqs, **kw: ml.knock_out_neurons(model, seqs, top_k=[2, 9], **options, **kw)
+
+
+def noise(**options: Any) -> Run:
+    return lambda model, seqs, **kw: ml.perturb_residual(model, seqs, alphas=[0, 0.4], **options, **kw)
+
+
 INSTRUMENTS: dict[str, Run] = {
     **{f"ablate {mode}": ablation(mode) for mode in ("mean_of_other_heads", "zero", "mean", "resample")},
     "ablate at targets": ablation("zero", "targets"),
@@ -40,6 +52,14 @@ INSTRUMENTS: dict[str, Run] = {
     **{f"patch {site}": patch(site) for site in ("resid_pre", "resid_post", "attn_out", "mlp_out", "z")},
     "patch resid_mid": patch("resid_mid"),
     "patch noising": patch("resid_pre", direction="noising"),
+    **{f"ablate MLPs {mode}": mlps(mode) for mode in ("zero", "mean", "resample")},
+    "ablate MLPs at the last prompt position": mlps("zero", "last_prompt"),
+    "knock out neurons": knock_out(windows=[1, 2]),
+    "knock out all but some neurons": knock_out(windows=1, keep=True, positions="targets"),
+    "knock out controls to their means": knock_out(windows=1, selection="norm_matched", replace="mean"),
+    "noise": noise(recovery=False),
+    "noise and similarities": noise(layer=1, scale="std", positions="all"),
+    "noise on the embeddings": noise(site="resid_pre", recovery=False),
     "patch z by head": patch("z", over="head"),
     "patch z by head and position": patch("z", over="head_position", positions=[3, 7]),
 }
