@@ -17,7 +17,7 @@ from memlens.models.trunk import Trunk
 from memlens.models.weights import value_vectors
 from memlens.sweeps import Batch, BatchHook, ByBatch, Intervention
 
-__all__ = ["neuron_knock_out"]
+__all__ = ["knock_out", "neuron_knock_out"]
 
 
 def neuron_knock_out(
@@ -56,17 +56,35 @@ def neuron_knock_out(
     check_option("positions", positions, POSITIONS)
     if not neurons:
         raise OptionError("neurons={} knocks out nothing: give the neurons of at least one layer.")
-    hooks = []
+    chosen: dict[int, Tensor] = {}
     for layer, listed in neurons.items():
         check_layer(layer, Trunk(model).n_layers)
-        chosen = torch.as_tensor(np.asarray(listed, dtype=np.int64))
-        width = int(value_vectors(model, layer).shape[0])
-        if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < width:
-            wrong = int(chosen.min()) if int(chosen.min()) < 0 else int(chosen.max())
-            raise SiteError(f"neuron {wrong} does not exist: layer {layer} has neurons 0 to {width - 1}.")
-        value = None if means is None else means[layer]
-        hooks.append((hook_name("mlp_post", layer), _cut(chosen, keep, positions, value)))
-    return Intervention(name or f"knock-out in {','.join(map(str, neurons))}", hooks, coords or {})
+        chosen[layer] = torch.as_tensor(np.asarray(listed, dtype=np.int64))
+        _check_neurons(chosen[layer], layer, len(value_vectors(model, layer)))
+    name = name or f"knock-out in {','.join(map(str, chosen))}"
+    return knock_out(chosen, keep, positions, means or {}, name, coords or {})
+
+
+def knock_out(
+    neurons: Mapping[int, Int[Tensor, "*seq k"]],
+    keep: bool,
+    positions: str,
+    means: Mapping[int, Tensor],
+    name: str,
+    coords: Mapping[str, Hashable],
+) -> Intervention:
+    """Return the knock-out of neurons that are known to exist; see `neuron_knock_out`."""
+    hooks = [
+        (hook_name("mlp_post", layer), _cut(chosen, keep, positions, means.get(layer)))
+        for layer, chosen in neurons.items()
+    ]
+    return Intervention(name, hooks, coords)
+
+
+def _check_neurons(chosen: Int[Tensor, "*seq k"], layer: int, width: int) -> None:
+    if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < width:
+        wrong = int(chosen.min()) if int(chosen.min()) < 0 else int(chosen.max())
+        raise SiteError(f"neuron {wrong} does not exist: layer {layer} has neurons 0 to {width - 1}.")
 
 
 def _cut(

@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from memlens.attribution.neuron_choice import (
     chosen_neurons,
     measure_dominance,
 )
-from memlens.attribution.neuron_edits import neuron_knock_out
+from memlens.attribution.neuron_edits import knock_out
 from memlens.attribution.replacing import POSITIONS
 from memlens.attribution.sources import mean_activations
 from memlens.errors import OptionError, check_option
@@ -196,28 +197,28 @@ def _knock_outs(
     layers = sorted({c["layer"] + i for c in cells for i in range(c["window"])})
     most = max(1, *grid.top_k)
     found = measure_dominance(model, sequences, most, layers, measured_at=grid.measured_at, progress=progress)
-    means = None
+    means: dict[int, Tensor] = {}
     if grid.replace == "mean":
         names = {layer: hook_name("mlp_post", layer) for layer in layers}
         by_name = mean_activations(model, sequences if reference is None else reference, list(names.values()))
         means = {layer: by_name[name] for layer, name in names.items()}
-    sets: dict[tuple[str, int, int], np.ndarray] = {}
+    sets: dict[tuple[str, int, int], Tensor] = {}
     for c in cells:
         key = c["selection"], c["k"], c["draw"]
         if key not in sets:
-            sets[key] = chosen_neurons(found, c["k"], c["selection"], draw=c["draw"], seed=grid.seed)
+            chosen = chosen_neurons(found, c["k"], c["selection"], draw=c["draw"], seed=grid.seed)
+            sets[key] = torch.from_numpy(chosen.astype(np.int64))
     return [
-        neuron_knock_out(
-            model,
+        knock_out(
             {
                 layer: sets[c["selection"], c["k"], c["draw"]][:, layers.index(layer)]
                 for layer in range(c["layer"], c["layer"] + c["window"])
             },
-            keep=grid.keep,
-            positions=grid.positions,
-            means=means,
-            name=_name(grid, c),
-            coords=grid.coords(c),
+            grid.keep,
+            grid.positions,
+            means,
+            _name(grid, c),
+            grid.coords(c),
         )
         for c in cells
     ]
