@@ -6,6 +6,7 @@ import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -181,7 +182,12 @@ def knock_out_neurons(
         },
         **options,
     )
-    return Result(_with_first_target(found, sequences)) if with_first else found
+    if not with_first:
+        return found
+    result = Result(_with_first_target(found, sequences))
+    if options.get("out") is not None:
+        result.save(Path(options["out"]) / "result.nc")
+    return result
 
 
 def _knock_outs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,7 +121,12 @@ def perturb_residual(
     result = sweep(
         model, sequences, interventions, metrics, kind="residual_perturbation", settings=settings, **options
     )
-    return Result(_with_recovery(result.data, layers)) if recovery else result
+    if not recovery:
+        return result
+    result = Result(_with_recovery(result.data, layers))
+    if options.get("out") is not None:
+        result.save(Path(options["out"]) / "result.nc")
+    return result
 
 
 class _Similarities:

@@ -14,7 +14,7 @@ import torch
 import memlens as ml
 from memlens.attribution.neuron_choice import Dominance, chosen_neurons, measure_dominance
 from memlens.attribution.neurons import _Grid
-from memlens.errors import OptionError, SiteError
+from memlens.errors import OptionError, ResultError, SiteError
 from memlens.models.weights import value_vectors
 from tests.small import CASES, ragged
 
@@ -303,6 +303,23 @@ def test_results_draw_and_save(tiny_model: Any, tmp_path: Path) -> None:
         result.plot(k=5)
     again = ml.load_result(result.save(tmp_path / "knock-out.nc"))
     assert again.data.identical(result.data)
+
+
+def test_knock_outs_persist(tiny_model: Any, tmp_path: Path) -> None:
+    model, seqs = tiny_model("gpt_neo", "bridge"), ragged(6)
+    options: dict[str, Any] = {
+        "top_k": [2, 5], "windows": [1, 2], "selection": ["dominant", "random"], "replace": "mean",
+        "batch_size": 3, "out": tmp_path, "progress": False,
+    }  # fmt: skip
+    first = ml.knock_out_neurons(model, seqs, **options)
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.npz")}
+    again = ml.knock_out_neurons(model, seqs, **options)
+    assert len(stamps) == 2
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    assert np.array_equal(first["prediction_flipped"], again["prediction_flipped"], equal_nan=True)
+    assert ml.load_result(tmp_path / "result.nc").data.identical(again.data)
+    with pytest.raises(ResultError, match="the interventions differ"):
+        ml.knock_out_neurons(model, seqs, seed=1, **options)
 
 
 def test_bad_input(tiny_model: Any) -> None:

@@ -197,6 +197,7 @@ def test_similarities_persist_with_the_sweep(tiny_model: Any, tmp_path: Path) ->
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
     assert bool(again["similarity"].notnull().all())
     assert largest_difference(whole, again) < 1e-6
+    assert ml.load_result(tmp_path / "result.nc").data.identical(again.data)
 
 
 def test_half_precision_keeps_its_own_similarities() -> None:
