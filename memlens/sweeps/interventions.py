@@ -100,6 +100,10 @@ class Intervention:
                     "and a function."
                 )
 
+    def __repr__(self) -> str:
+        places = ", ".join(dict.fromkeys(name for name, _ in self.hooks))
+        return f"Intervention({self.name!r}, {len(self.hooks)} hooks: {places})"
+
     @property
     def start_layer(self) -> int | None:
         """The first block it touches; None where a hook lies outside the blocks."""
