@@ -6,10 +6,11 @@ Every function takes xarray objects (mostly what `Result.mean_ci` returns) and r
 
 from __future__ import annotations
 
-from memlens.figures.heatmaps import heatmap_layer_head, heatmap_layer_position
+from memlens.figures.heatmaps import heatmap_layer_head, heatmap_layer_position, heatmap_paths
 from memlens.figures.labels import MetricText, metric_text, plain, unique_tokens, visible
 from memlens.figures.lines import decoding_panels, dots_with_intervals, line_over_layers
 from memlens.figures.panels import attribution_panels, recall_panels
+from memlens.figures.scatter import scatter_agreement
 from memlens.figures.theme import OKABE_ITO, TEMPLATE
 
 __all__ = [
@@ -21,10 +22,12 @@ __all__ = [
     "dots_with_intervals",
     "heatmap_layer_head",
     "heatmap_layer_position",
+    "heatmap_paths",
     "line_over_layers",
     "metric_text",
     "plain",
     "recall_panels",
+    "scatter_agreement",
     "unique_tokens",
     "visible",
 ]

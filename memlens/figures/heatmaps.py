@@ -1,4 +1,4 @@
-"""Maps with layers going up: layer by head, and layer by position."""
+"""Maps with layers going up: layer by head, layer by position, and sender by receiver."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memlens.errors import ResultError
 from memlens.figures import theme
 from memlens.figures.labels import MetricText, metric_text, plain, unique_tokens
 
-__all__ = ["heatmap_layer_head", "heatmap_layer_position", "heatmap_trace", "token_axis"]
+__all__ = ["heatmap_layer_head", "heatmap_layer_position", "heatmap_paths", "heatmap_trace", "token_axis"]
 
 
 def heatmap_layer_head(
@@ -78,6 +78,28 @@ def heatmap_layer_position(
     return fig
 
 
+def heatmap_paths(
+    ci: xr.Dataset,
+    *,
+    metrics: Sequence[str] | None = None,
+    signed: bool = True,
+    title: str = "Effect of each path",
+    subtitle: str = "",
+) -> go.Figure:
+    """Draw a map of sender (up) by receiver (right).
+
+    Args:
+        ci: variables `[statistic, sender, receiver]` with intervals, or `[sender, receiver]` of one sequence;
+            both named, such as `L3H2`.
+        metrics: which variables; all by default.
+        signed: red-white-blue around 0, else viridis.
+        title: what is shown.
+        subtitle: on how many sequences, and what sign and colour mean.
+    """
+    axis = token_axis(None, ci["receiver"].values, "receiver")
+    return _maps(ci, "receiver", metrics, signed, title, subtitle, axis, y="sender")
+
+
 def token_axis(tokens: Sequence[str] | None, places: np.ndarray, title: str) -> dict[str, Any]:
     """Return the axis of positions: token labels where known, thinned so that they stay readable."""
     step = theme.tick_step(len(places), 64 if tokens is not None else 24)
@@ -89,13 +111,19 @@ def token_axis(tokens: Sequence[str] | None, places: np.ndarray, title: str) -> 
 
 
 def heatmap_trace(
-    array: xr.DataArray, x: str, text: MetricText, *, signed: bool, limit: float | None = None
+    array: xr.DataArray,
+    x: str,
+    text: MetricText,
+    *,
+    signed: bool,
+    limit: float | None = None,
+    y: str = "layer",
 ) -> go.Heatmap:
-    """Return one map; `array` is `[statistic, layer, x]` with a coordinate `n…`, or `[layer, x]`."""
+    """Return one map; `array` is `[statistic, y, x]` with a coordinate `n…`, or `[y, x]`."""
     has_interval = "statistic" in array.dims
-    array = array.transpose(*(["statistic"] if has_interval else []), "layer", x)
+    array = array.transpose(*(["statistic"] if has_interval else []), y, x)
     means = array.sel(statistic="mean") if has_interval else array
-    rows, hover = [means.values], f"layer %{{y}} · {x} %{{x}}<br>{text.label}: %{{z:.4g}}"
+    rows, hover = [means.values], f"{y} %{{y}} · {x} %{{x}}<br>{text.label}: %{{z:.4g}}"
     if has_interval:
         rows += [array.sel(statistic=name).values for name in ("low", "high")]
         hover += " [%{customdata[1]:.4g}, %{customdata[2]:.4g}]"
@@ -107,7 +135,7 @@ def heatmap_trace(
     return go.Heatmap(
         z=means.values,
         x=array[x].values if array[x].dtype.kind in "iuf" else [plain(v) for v in array[x].values],
-        y=array["layer"].values,
+        y=array[y].values,
         customdata=np.stack(rows, -1).astype(np.float32),
         hovertemplate=hover + "<extra></extra>",
         **_colors(means.values, text, signed, limit),
@@ -141,12 +169,13 @@ def _maps(
     title: str,
     subtitle: str,
     x_axis: dict[str, Any],
+    y: str = "layer",
 ) -> go.Figure:
     names = [str(name) for name in (metrics if metrics is not None else ci.data_vars)]
     if not names:
         raise ResultError("a map needs at least one metric: the dataset has none.")
     first = ci[names[0]]
-    group = next((str(dim) for dim in first.dims if dim not in ("statistic", "layer", x)), None)
+    group = next((str(dim) for dim in first.dims if dim not in ("statistic", y, x)), None)
     facets = [plain(value) for value in first[group].values] if group else None
     fig = make_subplots(1, len(facets) if facets else 1, shared_yaxes=True, subplot_titles=facets)
     owners: list[int] = []
@@ -157,15 +186,15 @@ def _maps(
         limit = _limit(means.values) if signed or group else None
         for column in range(array.sizes[group] if group else 1):
             part = array.isel({group: column}) if group else array
-            trace = heatmap_trace(part, x, text, signed=signed, limit=limit)
+            trace = heatmap_trace(part, x, text, signed=signed, limit=limit, y=y)
             trace.showscale = column == 0
             fig.add_trace(trace, row=1, col=column + 1)
             owners.append(owner)
     fig.update_xaxes(**x_axis, showgrid=False)
-    fig.update_yaxes(theme.layer_axis(first["layer"].values, ""), showgrid=False)
-    fig.update_yaxes(title_text="layer", col=1)
+    fig.update_yaxes(theme.layer_axis(first[y].values, ""), showgrid=False)
+    fig.update_yaxes(title_text=y, col=1)
     labels = 60 if "ticktext" in x_axis else 0
-    height = int(np.clip(250 + 24 * ci.sizes["layer"], 360, 760)) + labels
+    height = int(np.clip(250 + 24 * ci.sizes[y], 360, 760)) + labels
     theme.figure(fig, title=title, subtitle=subtitle, height=height, menu=len(names) > 1)
     if len(names) > 1:
         theme.dropdown(fig, [text.label for text in texts], owners, {})

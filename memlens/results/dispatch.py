@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memlens.errors import check_option
-from memlens.results import edit_plots, plots, token_plots
+from memlens.results import edit_plots, plots, site_plots, token_plots
 from memlens.results.groups import join_groups
 from memlens.results.result import Result
 
@@ -76,6 +76,10 @@ _PLOTS: dict[str, Callable[..., Any]] = {
     "residual_perturbation": edit_plots.plot_strengths,
     "prefix_perturbation": edit_plots.plot_strengths,
     "activation_patching": token_plots.plot_patch_map,
+    "path_patching": site_plots.plot_paths,
+    "gradient_attribution": site_plots.plot_gradients,
+    "neuron_ablation": site_plots.plot_sites,
+    "neuron_patching": site_plots.plot_sites,
     "logit_attribution": plots.plot_attribution,
     "sweep": plots.plot_interventions,
     "recall": plots.plot_recall,
