@@ -48,7 +48,7 @@ def attribute_gradients(
     direction: str = "denoising",
     method: str = "attribution_patching",
     path: str = "site",
-    steps: int = 16,
+    steps: int = 8,
     layers: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
     metric: MetricLike = "target_logprob",
@@ -148,8 +148,8 @@ def attribute_ablation(
     mode: str = "zero",
     positions: str = "all",
     reference: SequenceSet | None = None,
-    method: str = "attribution_patching",
-    steps: int = 16,
+    method: str = "integrated_gradients",
+    steps: int = 8,
     layers: Sequence[int] | None = None,
     metric: MetricLike = "target_logprob",
     batch_size: int | None = None,
@@ -161,12 +161,16 @@ def attribute_ablation(
     The estimate is :math:`\hat m = m + (a' - a) \cdot g`, where :math:`a'` is what the ablation puts in the
     place of :math:`a`: 0 ("zero"), its mean over all positions of `reference` ("mean"), what it is at the
     same position of another sequence ("resample"), or the mean of the layer's other heads
-    ("mean_of_other_heads"); see `ablate_heads`. :math:`g` is the gradient at the run without any change, or
-    (``method="integrated_gradients"``) its mean along the straight line on which the *whole layer* is ablated
-    together: then the cells of a layer sum to the effect of ablating all of it.
+    ("mean_of_other_heads"); see `ablate_heads`. :math:`g` is the mean gradient along the straight line on
+    which the *whole layer* is ablated together ("integrated_gradients", the default: then the cells of a
+    layer sum to the effect of ablating all of it), or the gradient at the run without any change
+    ("attribution_patching").
 
     An ablation is a large step, and the metric is far from linear along it: expect an order of the sites and
-    not their sizes.
+    not their sizes. Where recall is all but certain, the log-probability is flat and its gradient next to
+    nothing, so that the one-pass estimate says little of recalled sequences: with 16 of them in
+    `zoo/pythia-s`, its rank correlation with exact head ablation is about 0.1, that of integrated gradients
+    with 8 steps 0.94.
 
     Args:
         model: A TransformerLens model; it may be in a `torch.no_grad` block.
@@ -177,7 +181,7 @@ def attribute_ablation(
         mode: What stands in the activation's place.
         positions: "all", "prompt", "targets" or "last_prompt", as for `ablate_heads`.
         reference: The set for "mean" and "resample"; `sequences` itself by default.
-        method: "attribution_patching" (one pass) or "integrated_gradients" (`steps` passes a layer).
+        method: "integrated_gradients" (`steps` passes a layer) or "attribution_patching" (one pass).
         steps: Points on the path; for integrated gradients.
         layers: All by default.
         metric: As for `attribute_gradients`.

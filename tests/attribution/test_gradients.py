@@ -255,7 +255,9 @@ def test_ablation_is_the_slope_of_exact_ablation(
     (edit,) = ml.head_ablations(model, seqs, mode=mode, layers=[1], heads=[2], positions="targets")
     pair = [partly(edit, STEP), partly(edit, -STEP)]
     exact = ml.sweep(model, seqs, pair, ["target_logprob"], progress=False)["target_logprob"].values
-    result = attribute_ablation(model, seqs, mode=mode, positions="targets", layers=[1], progress=False)
+    result = attribute_ablation(
+        model, seqs, mode=mode, positions="targets", layers=[1], method="attribution_patching", progress=False
+    )
     assert result["target_logprob"].dims == ("sequence", "layer", "head")
     got = result.effect("target_logprob").sel(layer=1, head=2).values
     assert got == pytest.approx((exact[:, 0] - exact[:, 1]) / (2 * STEP), abs=1e-5, rel=5e-3)
