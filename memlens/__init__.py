@@ -12,6 +12,7 @@ from memlens import errors
 
 if TYPE_CHECKING:
     from memlens.attribution import (
+        Screening,
         ablate_head_pairs,
         ablate_heads,
         ablate_heads_cumulatively,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         perturb_residual,
         promotion_layers,
         rank_heads,
+        screen_then_verify,
     )
     from memlens.models.families import families_table
     from memlens.models.loading import load_model
@@ -56,6 +58,7 @@ _HOMES: dict[str, str] = {
     name: module
     for module, names in {
         "memlens.attribution": (
+            "Screening",
             "ablate_head_pairs",
             "ablate_heads",
             "ablate_heads_cumulatively",
@@ -82,6 +85,7 @@ _HOMES: dict[str, str] = {
             "perturb_residual",
             "promotion_layers",
             "rank_heads",
+            "screen_then_verify",
         ),
         "memlens.models.families": ("families_table",),
         "memlens.models.loading": ("load_model",),
@@ -105,6 +109,7 @@ __all__ = [
     "Plan",
     "RecallScores",
     "Result",
+    "Screening",
     "SequenceSet",
     "Trunk",
     "__version__",
@@ -148,6 +153,7 @@ __all__ = [
     "promotion_layers",
     "rank_heads",
     "score_recall",
+    "screen_then_verify",
     "sweep",
 ]
 

@@ -20,8 +20,10 @@ from memlens.attribution.patching import activation_patches, patch_activations
 from memlens.attribution.path_patching import patch_paths, path_patches
 from memlens.attribution.perturbation import perturb_residual
 from memlens.attribution.prefix_perturbation import perturb_prefix
+from memlens.attribution.screening import Screening, screen_then_verify
 
 __all__ = [
+    "Screening",
     "ablate_head_pairs",
     "ablate_heads",
     "ablate_heads_cumulatively",
@@ -48,4 +50,5 @@ __all__ = [
     "perturb_residual",
     "promotion_layers",
     "rank_heads",
+    "screen_then_verify",
 ]
