@@ -76,7 +76,7 @@ class BlockWeights:
         attn_post_norm: Between attention and the residual; None where there is none.
         mlp_norm: Before the MLP.
         mlp_post_norm: Between the MLP and the residual.
-        qkv: Queries, keys and values in one map, in this order, head by head.
+        qkv: Gives queries, keys and values in one map, in this order, head by head: a copy, not to be kept.
         q_norm: Norm of all queries of a position together.
         k_norm: Norm of all keys of a position together.
         clip: Bound of queries, keys and values; None for no bound.
@@ -90,7 +90,7 @@ class BlockWeights:
     attn_post_norm: Callable[[Tensor], Tensor] | None
     mlp_norm: Callable[[Tensor], Tensor] | None
     mlp_post_norm: Callable[[Tensor], Tensor] | None
-    qkv: Linear
+    qkv: Callable[[], Linear]
     q_norm: Callable[[Tensor], Tensor] | None
     k_norm: Callable[[Tensor], Tensor] | None
     clip: float | None
@@ -184,29 +184,34 @@ def _inner_norm(attn: Any, name: str, cfg: Any, like: Tensor) -> Norm | None:
     return _norm(module, weight.numel(), cfg, like)
 
 
-def _hooked_attention(model: Any, attn: Any) -> tuple[Linear, Linear, float, float | None]:
+def _hooked_attention(model: Any, attn: Any) -> tuple[Callable[[], Linear], Linear, float, float | None]:
     def part(name: str) -> tuple[Tensor, Tensor]:
         weight = getattr(attn, f"_W_{name}", None)
         own = "_" if weight is not None else ""
         return getattr(attn, f"{own}W_{name}").detach(), getattr(attn, f"{own}b_{name}").detach()
 
-    parts = [part(name) for name in "QKV"]
-    # laid out input by output, since that way the copy reads and writes whole rows
-    weight = torch.cat([w.transpose(0, 1).flatten(1) for w, _ in parts], 1).T
-    bias = torch.cat([b.reshape(-1) for _, b in parts])
+    def qkv() -> Linear:
+        parts = [part(name) for name in "QKV"]
+        # laid out input by output, since that way the copy reads and writes whole rows
+        weight = torch.cat([w.transpose(0, 1).flatten(1) for w, _ in parts], 1).T
+        return Linear(weight, torch.cat([b.reshape(-1) for _, b in parts]))
+
     w_o = attn.W_O.detach().reshape(-1, model.cfg.d_model).T
     clip = getattr(model.cfg, "clip_qkv", None)
-    return Linear(weight, bias), Linear(w_o, attn.b_O.detach()), 1 / float(attn.attn_scale), clip
+    return qkv, Linear(w_o, attn.b_O.detach()), 1 / float(attn.attn_scale), clip
 
 
-def _bridge_attention(model: Any, attn: Any) -> tuple[Linear, Linear, float, float | None]:
+def _bridge_attention(model: Any, attn: Any) -> tuple[Callable[[], Linear], Linear, float, float | None]:
     hf = attn.original_component
-    parts = [_linear(getattr(attn, name)) for name in "qkv"]
-    weight = torch.cat([p.weight for p in parts])
-    biases = [torch.zeros_like(p.weight[:, 0]) if p.bias is None else p.bias for p in parts]
-    bias = None if all(p.bias is None for p in parts) else torch.cat(biases)
+
+    def qkv() -> Linear:
+        parts = [_linear(getattr(attn, name)) for name in "qkv"]
+        weight = torch.cat([p.weight for p in parts])
+        biases = [torch.zeros_like(p.weight[:, 0]) if p.bias is None else p.bias for p in parts]
+        return Linear(weight, None if all(p.bias is None for p in parts) else torch.cat(biases))
+
     clip = getattr(getattr(hf, "config", None), "clip_qkv", None)
-    return Linear(weight, bias), _linear(attn.o), float(getattr(hf, "scaling", 1.0)), clip
+    return qkv, _linear(attn.o), float(getattr(hf, "scaling", 1.0)), clip
 
 
 def _linear(component: Any) -> Linear:
