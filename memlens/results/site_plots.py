@@ -44,7 +44,7 @@ def plot_gradients(
     x = next((d for d in ("head", "position") if with_dims(result, "layer", d)), None)
     if x is None:
         return plot_layer_lines(
-            result,
+            _without_ratio(result),
             metric,
             of=of or "effect",
             group=group,
@@ -70,7 +70,7 @@ def plot_sites(
     """Draw the largest effects of many sites as dots with their intervals."""
     names = asked(metric) or [n for n in with_dims(result, "layer") if n != "normalized_effect"]
     dims = [d for d in ("layer", "head", "neuron", "position") if d in result[names[0]].dims]
-    flat = Result(_named(result, {"intervention": dims}).data.drop_vars("normalized_effect", errors="ignore"))
+    flat = _without_ratio(_named(result, {"intervention": dims}))
     heading = title or (
         "Estimated effects" if result.kind == "gradient_attribution" else "Effects of single sites"
     )
@@ -142,6 +142,11 @@ def plot_screening(
     said = f"recall of the exact top k {recall['value']:.2f} [{recall['low']:.2f}, {recall['high']:.2f}]"
     subtitle = " · ".join((f"{table['n'].max()} sequences", said, str(attrs.get("model", ""))))
     return figures.scatter_agreement(sites, metric=metric, title=title, subtitle=subtitle)
+
+
+def _without_ratio(result: Result) -> Result:
+    """Leave out the normalized effect, which is no change of a metric."""
+    return Result(result.data.drop_vars("normalized_effect", errors="ignore"))
 
 
 def _named(result: Result, flat: Mapping[str, list[str]]) -> Result:

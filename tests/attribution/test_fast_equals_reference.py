@@ -43,6 +43,13 @@ def noise(**options: Any) -> Run:
     return lambda model, seqs, **kw: ml.perturb_residual(model, seqs, alphas=[0, 0.4], **options, **kw)
 
 
+def paths(receiver_input: str, receivers: list[Any] | None = None, mlps: str = "recomputed") -> Run:
+    return lambda model, seqs, **kw: ml.patch_paths(
+        model, seqs, corrupted(seqs), senders=[(0, 1), (0, 3)], receivers=receivers,
+        receiver_input=receiver_input, mlps=mlps, **kw
+    )  # fmt: skip
+
+
 INSTRUMENTS: dict[str, Run] = {
     **{f"ablate {mode}": ablation(mode) for mode in ("mean_of_other_heads", "zero", "mean", "resample")},
     "ablate at targets": ablation("zero", "targets"),
@@ -60,6 +67,12 @@ INSTRUMENTS: dict[str, Run] = {
     "noise": noise(recovery=False),
     "noise and similarities": noise(layer=1, scale="std", positions="all"),
     "noise on the embeddings": noise(site="resid_pre", recovery=False),
+    "paths to the logits": paths("logits"),
+    "paths to the logits, MLPs frozen": paths("logits", mlps="frozen"),
+    "paths into queries": paths("q", [(n, h) for n in (1, 2) for h in range(4)]),
+    "paths into keys": paths("k", [(1, 0), (2, 0)], "frozen"),
+    "paths into values": paths("v", [(2, 0)]),
+    "paths into MLPs": paths("mlp", [1, 2]),
     "patch z by head": patch("z", over="head"),
     "patch z by head and position": patch("z", over="head_position", positions=[3, 7]),
 }

@@ -373,6 +373,22 @@ def test_a_site_that_the_model_ignores_is_an_error(tiny_model: Any) -> None:
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
+@pytest.mark.parametrize(
+    ("site", "over", "kind"),
+    [("resid_pre", "position", "heatmap"), ("z", "head", "heatmap"), ("mlp_out", "layer", "scatter"),
+     ("mlp_post", "neuron", "scatter"), ("mlp_post", "neuron_position", "scatter")],
+)  # fmt: skip
+def test_figures(tiny_model: Any, site: str, over: str, kind: str) -> None:
+    model, clean = tiny_model("olmo", "bridge"), ragged(2)
+    patched = attribute_gradients(model, clean, corrupted(clean), site=site, over=over, progress=False)
+    ablated = attribute_ablation(model, clean, site=site, over=over, progress=False)
+    for result, word in ((patched, "patching"), (ablated, "ablating")):
+        fig = result.plot()
+        assert {trace.type for trace in fig.data} == {kind}
+        assert "stimated" in fig.layout.title.text
+        assert kind == "scatter" or word in fig.layout.title.text
+
+
 def test_bad_input(tiny_model: Any) -> None:
     model, clean = tiny_model("gpt_neox", "bridge"), ragged()
     corrupt = corrupted(clean)

@@ -202,6 +202,22 @@ def test_parallel_blocks_do_not_reach_their_own_mlp(tiny_model: Any) -> None:
         path_patches(model, clean, clean, senders=[(1, 0)], receivers=[1], receiver_input="mlp")
 
 
+@pytest.mark.parametrize(("receiver_input", "shape"), [("logits", (3, 4)), ("v", (8, 4)), ("mlp", (12, 3))])
+def test_figures(tiny_model: Any, receiver_input: str, shape: tuple[int, int]) -> None:
+    model, clean = tiny_model("llama_gqa", "bridge"), ragged(2)
+    result = patch_paths(model, clean, corrupted(clean), receiver_input=receiver_input, progress=False)
+    fig = result.plot()
+    assert fig.data[0].z.shape == shape
+    assert "2 sequences" in fig.layout.title.subtitle.text
+    one = result.plot("target_logprob", sequence="1")
+    want = result.effect("target_logprob")[1].values
+    got = one.data[0].z
+    assert np.nansum(got) == pytest.approx(np.nansum(want), abs=1e-4)
+    if receiver_input == "v":
+        assert list(fig.data[0].y[:2]) == ["L0H0", "L0H1"]
+        assert list(fig.data[0].x) == ["L1H0", "L1H1", "L2H0", "L2H1"]
+
+
 def test_nothing_is_left_on_the_model(tiny_model: Any) -> None:
     model, clean = tiny_model("olmo", "bridge"), ragged(2)
     patch_paths(model, clean, corrupted(clean), senders=[(0, 0)], receiver_input="q", progress=False)
