@@ -82,22 +82,26 @@ def heatmap_paths(
     ci: xr.Dataset,
     *,
     metrics: Sequence[str] | None = None,
+    x: str = "receiver",
+    y: str = "sender",
     signed: bool = True,
     title: str = "Effect of each path",
     subtitle: str = "",
 ) -> go.Figure:
-    """Draw a map of sender (up) by receiver (right).
+    """Draw a map of sender (up) by receiver (right), or of other named places.
 
     Args:
         ci: variables `[statistic, sender, receiver]` with intervals, or `[sender, receiver]` of one sequence;
             both named, such as `L3H2`.
         metrics: which variables; all by default.
+        x: the dimension to the right.
+        y: the dimension up.
         signed: red-white-blue around 0, else viridis.
         title: what is shown.
         subtitle: on how many sequences, and what sign and colour mean.
     """
-    axis = token_axis(None, ci["receiver"].values, "receiver")
-    return _maps(ci, "receiver", metrics, signed, title, subtitle, axis, y="sender")
+    axis = token_axis(None, ci[x].values, x.replace("_", " "))
+    return _maps(ci, x, metrics, signed, title, subtitle, axis, y=y)
 
 
 def token_axis(tokens: Sequence[str] | None, places: np.ndarray, title: str) -> dict[str, Any]:
@@ -192,7 +196,7 @@ def _maps(
             owners.append(owner)
     fig.update_xaxes(**x_axis, showgrid=False)
     fig.update_yaxes(theme.layer_axis(first[y].values, ""), showgrid=False)
-    fig.update_yaxes(title_text=y, col=1)
+    fig.update_yaxes(title_text=y.replace("_", " "), col=1)
     labels = 60 if "ticktext" in x_axis else 0
     height = int(np.clip(250 + 24 * ci.sizes[y], 360, 760)) + labels
     theme.figure(fig, title=title, subtitle=subtitle, height=height, menu=len(names) > 1)

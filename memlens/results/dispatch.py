@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memlens.errors import check_option
-from memlens.results import edit_plots, plots, site_plots, token_plots
+from memlens.results import edit_plots, head_plots, plots, site_plots, token_plots
 from memlens.results.groups import join_groups
 from memlens.results.result import Result
 
@@ -70,7 +70,9 @@ def _by_dimensions(result: Result) -> Callable[..., go.Figure]:
 _PLOTS: dict[str, Callable[..., Any]] = {
     "residual_decoding": token_plots.plot_decoding,
     "head_ablation": plots.plot_head_map,
-    "attention_bypass": plots.plot_layer_lines,
+    "head_pair_ablation": head_plots.plot_pairs,
+    "cumulative_head_ablation": head_plots.plot_cumulative,
+    "attention_bypass": head_plots.plot_bypass,
     "mlp_ablation": plots.plot_layer_lines,
     "neuron_knockout": edit_plots.plot_knock_outs,
     "residual_perturbation": edit_plots.plot_strengths,

@@ -188,6 +188,16 @@ def test_heads_and_strengths_are_dimensions(tiny_model: Any) -> None:
     assert np.allclose(values.sel(layer=1, head=3, strength=1.0), want, atol=1e-5)
 
 
+def test_figures(tiny_model: Any) -> None:
+    model, seqs = tiny_model("gpt_neox", "bridge"), ragged()
+    parts = ml.bypass_attention(model, seqs, strengths=(0.5, 1.0), progress=False)
+    lines = [t for t in parts.plot("target_logprob").data if t.mode == "lines+markers"]
+    assert [t.name for t in lines] == ["strength 0.5", "strength 1"]
+    heads = ml.bypass_attention(model, seqs, over="head", progress=False)
+    shown = np.array(heads.plot("target_logprob").data[0].z, dtype=float)
+    assert np.allclose(shown, heads.effect("target_logprob").mean("sequence"))
+
+
 def test_zero_takes_the_bias_too(tiny_model: Any) -> None:
     model = tiny_model("gpt_neox", "bridge")
     with torch.no_grad(), ml.bypassed(model, [1], mode="zero"):

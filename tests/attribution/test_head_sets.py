@@ -133,6 +133,20 @@ def test_recall_of_the_zoo_goes_sooner_by_rank_than_by_chance() -> None:
     assert bool((exact.where(exact["n_ablated"] < n, drop=True) == 1).all())
 
 
+def test_figures(tiny_model: Any) -> None:
+    model, seqs = tiny_model("gpt_neox", "bridge"), ragged()
+    pairs = ml.ablate_head_pairs(model, seqs, [(0, 1), (2, 3), (2, 0)], progress=False)
+    figure = pairs.plot()
+    assert list(figure.data[0].x) == ["L0H1", "L2H3", "L2H0"]
+    assert np.allclose(
+        np.array(figure.data[0].z, dtype=float), pairs["interaction"].mean("sequence"), equal_nan=True
+    )
+    lost = ml.ablate_heads_cumulatively(model, seqs, [(0, 1), (2, 3)], n_random=1, progress=False)
+    lines = [trace for trace in lost.plot("target_logprob").data if trace.mode == "lines+markers"]
+    assert [trace.name for trace in lines] == ["ranked", "random 0"]
+    assert np.allclose(lines[0].y, lost["target_logprob"].sel(order="ranked").mean("sequence"))
+
+
 def test_bad_input(tiny_model: Any) -> None:
     model, seqs = tiny_model("gpt_neox", "bridge"), ragged()
     with pytest.raises(OptionError, match="makes no pair"):
