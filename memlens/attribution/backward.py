@@ -118,10 +118,13 @@ def run_backward(
     hooks = [(s.write, _taking(taken, s.write, shift)) for s in spots]
     hooks += [(s.read, _looking(seen, s.read)) for s in spots if s.read != s.write]
     with _parameters_at_rest(trunk.model), torch.set_grad_enabled(bool(spots)), attached(trunk.model, hooks):
-        values = _metric(trunk, targets, trunk.run(resid.clone(), start), metric)
+        final = trunk.run(resid.clone(), start)
         for s in spots:
             if s.write not in taken:
                 raise SilentInterventionError(f"the hook {s.write!r} never ran: there is no gradient there.")
+        if spots and not final.requires_grad:
+            raise _ignored(spots[0])
+        values = _metric(trunk, targets, final, metric)
         gradients = _gradients(values, [taken[s.write] for s in spots], spots)
     every = {**{name: leaf.detach() for name, leaf in taken.items()}, **seen}
     return Pass(
@@ -179,10 +182,14 @@ def _gradients(values: Tensor, leaves: Sequence[Tensor], spots: Sequence[Spot]) 
     found = torch.autograd.grad(values.sum(), leaves, allow_unused=True)
     for s, gradient in zip(spots, found, strict=True):
         if gradient is None:
-            raise SilentInterventionError(
-                f"writing to the hook {s.write!r} changes no logit of this model: use another site."
-            )
+            raise _ignored(s)
     return [g for g in found if g is not None]
+
+
+def _ignored(s: Spot) -> SilentInterventionError:
+    return SilentInterventionError(
+        f"writing to the hook {s.write!r} changes no logit of this model: use another site."
+    )
 
 
 @contextmanager

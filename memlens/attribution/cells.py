@@ -27,7 +27,7 @@ def check_over(site: str, over: str | None) -> str:
     ('head', 'neuron', 'layer')
     """
     axes = SITES[site].shape.split()
-    own = next((part for part, names in _PARTS.items() if axes[2] in names), None)
+    own = next((part for part, names in _PARTS.items() if set(names) & set(axes)), None)
     if over is None:
         return own or "layer"
     check_option("over", over, OVER)
@@ -65,11 +65,13 @@ class Cells:
         }
 
     def reduce(self, products: Mapping[int, Tensor]) -> np.ndarray:
-        """Sum elementwise products `[batch, pos, …]` of each layer to `[batch, layer, …]`."""
+        """Sum elementwise products, in the activation's shape, of each layer to `[batch, layer, …]`."""
         return np.stack([self._sum(p) for p in products.values()], axis=1)
 
     def _sum(self, x: Tensor) -> np.ndarray:
-        kept = x.sum(-1) if "d_head" in SITES[self.site].shape else x  # [batch, pos] with heads or features
+        x = x.transpose(1, 2) if self.site == "pattern" else x  # heads first, then queries
+        parted = len(SITES[self.site].shape.split()) == 4
+        kept = x.sum(-1) if parted else x  # [batch, pos] and heads or features
         if self.over in ("head", "neuron"):
             return _array(kept.sum(1))
         if self.over == "layer":

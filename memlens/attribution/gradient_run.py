@@ -37,6 +37,7 @@ GRADIENT_SITES = (
     "q",
     "k",
     "v",
+    "pattern",
 )
 GRADIENT_METHODS = ("attribution_patching", "integrated_gradients")
 PATHS = ("site", "embedding")

@@ -80,7 +80,8 @@ def attribute_gradients(
         model: A TransformerLens model; it may be in a `torch.no_grad` block.
         clean: The sequences as recalled.
         corrupt: The same targets after another prefix, row by row.
-        site: One of `GRADIENT_SITES`. `k` and `v` have one entry a key-value head.
+        site: One of `GRADIENT_SITES`. `k` and `v` have the key-value heads; a position of "pattern" is the
+            query's.
         over: "position" (each layer and position; the default), "layer", "head" or "head_position" (sites
             with heads), "neuron" or "neuron_position" (`mlp_post`); what is not named is summed.
         direction: "denoising" patches clean into corrupt, "noising" the reverse.
@@ -175,7 +176,7 @@ def attribute_ablation(
     Args:
         model: A TransformerLens model; it may be in a `torch.no_grad` block.
         sequences: What is recalled.
-        site: "z", "mlp_post" (neurons), "mlp_out", "attn_out", or another of `GRADIENT_SITES`.
+        site: "z", "mlp_post" (neurons), "mlp_out", "attn_out", or another of `GRADIENT_SITES` but "pattern".
         over: As for `attribute_gradients`; by default "head" for sites with heads, "neuron" for `mlp_post`,
             "layer" for others.
         mode: What stands in the activation's place.
@@ -208,6 +209,7 @@ def attribute_ablation(
         >>> neurons.effect("target_logprob").dims
         ('sequence', 'layer', 'neuron')
     """
+    check_option("site", site, [s for s in GRADIENT_SITES if s != "pattern"])
     check_option("mode", mode, ABLATION_MODES)
     check_option("positions", positions, POSITIONS)
     run = GradientRun.of(model, sequences, site, layers, metric, method, "site", steps, batch_size)

@@ -12,6 +12,7 @@ import xarray as xr
 from memlens.errors import SequenceError, SiteError
 from memlens.results import Result
 from memlens.sequences import SequenceSet
+from memlens.sequences.checks import check_is_set
 from memlens.sweeps.run import token_labels
 
 __all__ = ["DIRECTIONS", "check_pairs", "checked_positions", "compare_runs"]
@@ -36,6 +37,8 @@ def checked_positions(seqs: SequenceSet, positions: Sequence[int] | None) -> lis
 
 def check_pairs(clean: SequenceSet, corrupt: SequenceSet) -> None:
     """Raise `SequenceError` unless rows are pairs of one length, one prefix length and the same targets."""
+    check_is_set(clean)
+    check_is_set(corrupt)
     if len(clean) != len(corrupt):
         raise SequenceError(
             f"{len(clean)} clean and {len(corrupt)} corrupt sequences: they must be pairs, row by row."

@@ -27,9 +27,10 @@ CELLS = {
     "q": ("head", (slice(None), slice(None), 2)),
     "k": ("head", (slice(None), slice(None), 0)),
     "v": ("head_position", (slice(None), 3, 0)),
+    "pattern": ("head", (slice(None), 1)),
 }
 LABEL = {"resid_pre": (3,), "resid_post": (5,), "attn_out": (2,), "mlp_out": (), "mlp_post": (7,), "z": (1,),
-         "q": (2,), "k": (0,), "v": (0, 3)}  # fmt: skip
+         "q": (2,), "k": (0,), "v": (0, 3), "pattern": (1,)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,14 @@ def wide_model(tiny_folder: Any) -> Callable[[str, str], Any]:
 
 
 def name_of(site: str, layer: int) -> str:
-    part = {"z": "attn.", "q": "attn.", "k": "attn.", "v": "attn.", "mlp_post": "mlp."}.get(site, "")
+    part = {
+        "z": "attn.",
+        "q": "attn.",
+        "k": "attn.",
+        "v": "attn.",
+        "pattern": "attn.",
+        "mlp_post": "mlp.",
+    }.get(site, "")
     return f"blocks.{layer}.{part}hook_{'post' if site == 'mlp_post' else site}"
 
 
@@ -75,6 +83,8 @@ def toward(store: ActivationSource, name: str, index: Any, share: float) -> ml.I
 def test_is_the_slope_of_exact_patching(wide_model: Any, family: str, backend: str, site: str) -> None:
     model, clean = wide_model(family, backend), ragged()
     corrupt = corrupted(clean)
+    if (family, backend, site) == ("gpt_neo", "bridge", "pattern"):
+        pytest.skip("this bridge ignores what is written to its pattern")
     over, index = CELLS[site]
     layer = 1
     name = name_of(site, layer)
@@ -206,11 +216,12 @@ def test_the_paths_meet_at_the_first_blocks_input(tiny_model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("site", "over"), [("resid_pre", "position"), ("z", "head"), ("z", "head_position"), ("z", "position")]
-)
+    ("site", "over"), [("resid_pre", "position"), ("z", "head"), ("z", "head_position"), ("z", "position"),
+     ("q", "head"), ("k", "head"), ("v", "head_position"), ("pattern", "head"), ("pattern", "head_position")],
+)  # fmt: skip
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 def test_has_the_labels_of_patching(tiny_model: Any, site: str, over: str, direction: str) -> None:
-    model, clean = tiny_model("gpt_neox", "bridge"), ragged()
+    model, clean = tiny_model("llama_gqa", "bridge"), ragged()
     options: dict[str, Any] = {"site": site, "over": over, "direction": direction, "progress": False}
     exact = ml.patch_activations(model, clean, corrupted(clean), **options)
     cheap = attribute_gradients(model, clean, corrupted(clean), **options)
@@ -361,15 +372,8 @@ def test_other_widths(tiny_folder: Any, tiny_model: Any, dtype: str) -> None:
 
 def test_a_site_that_the_model_ignores_is_an_error(tiny_model: Any) -> None:
     model, clean = tiny_model("gpt_neo", "bridge"), ragged(2)
-    from memlens.attribution.backward import Spot, differentiable, run_backward
-    from memlens.sweeps.batches import make_batches
-
-    trunk = ml.Trunk(model)
-    ((batch, targets),) = make_batches(clean, 2, trunk.device)
-    ignored = Spot(1, "blocks.1.attn.hook_pattern", "blocks.1.attn.hook_pattern")
-    resid = trunk.embed(batch.tokens)
     with pytest.raises(SilentInterventionError, match="hook_pattern"):
-        run_backward(trunk, targets, resid, 0, differentiable("target_logprob")[1], [ignored])
+        attribute_gradients(model, clean, corrupted(clean), site="pattern", over="head", progress=False)
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
@@ -420,6 +424,10 @@ def test_bad_input(tiny_model: Any) -> None:
         run(metric=lambda logits, ids, mask: logits.sum())
     with pytest.raises(OptionError, match="the metric has no gradient"):
         run(metric=lambda logits, ids, mask: logits.argmax(-1).double().mean(-1))
+    with pytest.raises(SequenceError, match="a list is no SequenceSet"):
+        attribute_gradients(model, clean, corrupt.rows())  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="site='pattern'"):
+        attribute_ablation(model, clean, site="pattern")
     with pytest.raises(SequenceError, match="4 clean and 3 corrupt"):
         attribute_gradients(model, clean, corrupt[:3])
     with pytest.raises(SiteError, match="mean_of_other_heads needs site='z'"):
