@@ -79,7 +79,8 @@ def bypass_attention(
         >>> result["exact_match"].dims
         ('sequence', 'layer')
     """
-    check_option("over", over, (None, "head"))
+    if over is not None:
+        check_option("over", over, ("head",))
     trunk = Trunk(model)
     each = [heads] if over is None else [[h] for h in (range(trunk.n_heads) if heads is None else heads)]
     interventions = [

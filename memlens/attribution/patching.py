@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from memlens.attribution.pairs import DIRECTIONS, check_pairs, checked_positions, compare_runs

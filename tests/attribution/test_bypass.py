@@ -12,6 +12,7 @@ import torch
 import memlens as ml
 from memlens.errors import OptionError, SiteError
 from memlens.models.hooks import hook_name
+from memlens.models.weights import attention_post_norm, output_projection
 from tests.small import CASES, ragged
 from tests.tiny import FAMILIES, HOOKED_FAMILIES
 
@@ -156,6 +157,35 @@ def test_parallel_blocks_change_by_what_attention_changes(tiny_model: Any, famil
         _, other = model.run_with_cache(TOKENS, names_filter=names)
     attn, block = (other[name] - plain[name] for name in names)
     assert torch.allclose(attn, block, atol=1e-6) == ml.Trunk(model).parallel
+
+
+@pytest.mark.parametrize(("family", "backend"), CASES)
+@torch.no_grad()
+def test_what_bypass_adds_is_linear_in_the_values(
+    tiny_folder: Any, tiny_model: Any, family: str, backend: str
+) -> None:
+    """The change of attention is sum_h (I - A_h) V_h W_O,h: biases cancel, since rows of A sum to 1."""
+    tiny_model(family, backend)  # skips what the installed release does not have
+    model = ml.load_model(tiny_folder(family), backend=backend, dtype="float64", device="cpu")
+    if attention_post_norm(model, 1) is not None:
+        pytest.skip("a norm stands between attention and the residual")
+    names = [hook_name(site, 1) for site in ("pattern", "v", "attn_out")]
+    _, plain = model.run_with_cache(TOKENS, names_filter=names)
+    with ml.bypassed(model, [1]):
+        _, other = model.run_with_cache(TOKENS, names_filter=names)
+    pattern, v, _ = (plain[name] for name in names)
+    w_o, _ = output_projection(model, 1)
+    v = v.repeat_interleave(w_o.shape[0] // v.shape[2], 2)
+    eye = torch.eye(pattern.shape[-1], dtype=pattern.dtype)
+    want = torch.einsum("bhqk,bkhd,hdm->bqm", eye - pattern, v, w_o)
+    error = (other[names[2]] - plain[names[2]] - want).abs().max()
+    assert float(error) < (1e-12 if pattern.dtype == torch.float64 and exact_rows(pattern) else 1e-6)
+    assert float(want.abs().max()) > 1e-3
+
+
+def exact_rows(pattern: torch.Tensor) -> bool:
+    """Whether the softmax was taken in float64: some architectures always take it in float32."""
+    return float((pattern.sum(-1) - 1).abs().max()) < 1e-13
 
 
 def test_spans(tiny_model: Any) -> None:

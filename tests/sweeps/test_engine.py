@@ -23,7 +23,7 @@ from memlens.errors import (
 from memlens.models.functional import FunctionalBlocks
 from memlens.models.hooks import SITES, has_site, hook_name
 from memlens.sweeps import ByBatch
-from tests.small import CASES, counts_agree, largest_difference, near_ties, ragged
+from tests.small import CASES, corrupted, counts_agree, largest_difference, near_ties, ragged
 
 METRICS = ("target_logprob", "margin", "completion_entropy", "target_rank", "matching_prefix", "exact_match")
 RELAXED = settings(
@@ -83,6 +83,30 @@ def test_fast_equals_reference(tiny_model: Any, family: str, backend: str, data:
     ties = ml.sweep(model, seqs, interventions, [near_ties], engine="reference", progress=False)
     assert counts_agree(fast, plain, ties)
     assert list(fast.data.dims) == list(plain.data.dims)
+
+
+TOLERANCES = {"float64": 1e-6, "bfloat16": 0.1, "float16": 0.02}
+"""Of log-probabilities; architectures that take a softmax in float32 whatever the weights bound float64's."""
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("family", "backend"), CASES)
+def test_dtypes(tiny_folder: Any, tiny_model: Any, family: str, backend: str, dtype: str) -> None:
+    """In 16 bits both engines round on their own ways; neither may stand far from the other."""
+    tiny_model(family, backend)  # skips what the installed release does not have
+    model = ml.load_model(tiny_folder(family), backend=backend, dtype=dtype, device="cpu")
+    seqs = ragged()
+    edits = [
+        *ml.head_ablations(model, seqs, layers=[0, 2], heads=[1]),
+        *ml.activation_patches(model, corrupted(seqs), layers=[1], positions=[0, 9]),
+        ml.bypass_intervention(model, [1]),
+        ml.Intervention("k", [(hook_name("k", 1), rolled)]),
+    ]
+    options: dict[str, Any] = {"metrics": ("target_logprob",), "progress": False, "check_dtype": False}
+    fast = ml.sweep(model, seqs, edits, **options)
+    plain = ml.sweep(model, seqs, edits, engine="reference", **options)
+    assert largest_difference(fast, plain) < TOLERANCES[dtype]
+    assert float(abs(plain.effect("target_logprob")).max()) > 1e-3
 
 
 @pytest.mark.parametrize(("family", "backend"), CASES)

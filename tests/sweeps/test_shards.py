@@ -208,6 +208,22 @@ def test_a_file_that_was_being_written_is_no_part(tiny_model: Any, tmp_path: Pat
     assert same(run(model, tmp_path), first)
 
 
+@pytest.mark.parametrize("engine", ["fast", "reference"])
+@pytest.mark.usefixtures("many_parts")
+def test_one_bar_counts_to_its_end(
+    tiny_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str
+) -> None:
+    model = tiny_model("llama", "bridge")
+    run(model, tmp_path, engine=engine)
+    next(iter(tmp_path.glob("*.npz"))).unlink()
+    capsys.readouterr()
+    run(model, tmp_path, engine=engine, progress=True)
+    lines = capsys.readouterr().err.replace("\n", "\r").split("\r")
+    shown = [line for line in lines if "FLOP" in line]
+    assert all(line.startswith("sweep: 57 x 4: ") for line in shown)  # one bar and no other
+    assert "100%" in shown[-1]
+
+
 def test_cut_covers_everything_once() -> None:
     shards = cut(5, [float(i % 7) for i in range(100)], 2, 30.0)
     cells = [(r, i) for s in shards for r in s.rows for i in s.items]
