@@ -1,16 +1,25 @@
 """Did the model recall it: metrics, the memorization score, and the sets that follow."""
 
+from memlens.recall.columns import COLUMNS, METRIC_GROUPS
 from memlens.recall.generation import greedy_continuations
+from memlens.recall.sampling import Sampling, samples_needed
 from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
 from memlens.recall.targets import METRICS, TargetStats, reduce_metric, target_stats
+from memlens.recall.trivial import TrivialRules, trivial_continuations
 
 __all__ = [
+    "COLUMNS",
     "METRICS",
+    "METRIC_GROUPS",
     "RecallScores",
+    "Sampling",
     "TargetStats",
+    "TrivialRules",
     "greedy_continuations",
     "reduce_metric",
+    "samples_needed",
     "score_recall",
     "target_stats",
+    "trivial_continuations",
 ]

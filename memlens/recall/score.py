@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,14 @@ from torch import Tensor
 from memlens.errors import SequenceError
 from memlens.models.provenance import describe
 from memlens.models.trunk import check_model
-from memlens.recall.forward import teacher_forced_stats
+from memlens.recall.columns import METRIC_GROUPS, SCORE_COLUMNS
+from memlens.recall.extras import Extras
+from memlens.recall.forward import teacher_forced
 from memlens.recall.generation import greedy_continuations
-from memlens.recall.scores import SCORE_COLUMNS, RecallScores
+from memlens.recall.sampling import Sampling
+from memlens.recall.scores import RecallScores
 from memlens.recall.targets import METRICS, TargetStats, reduce_metric
+from memlens.recall.trivial import TrivialRules
 from memlens.sequences import SequenceSet, check_sequences
 
 __all__ = ["NEAR_TIE", "score_recall"]
@@ -30,6 +35,12 @@ def score_recall(
     batch_size: int | None = None,
     generate: bool = True,
     ban_eos: bool = False,
+    metrics: Collection[str] = METRIC_GROUPS,
+    min_k: float = 0.2,
+    sampling: Sampling | None = None,
+    n_samples: int = 100,
+    probability: float = 0.5,
+    rules: TrivialRules | None = None,
     progress: bool = True,
 ) -> RecallScores:
     """Score how well a model recalls each continuation from its prefix.
@@ -45,6 +56,13 @@ def score_recall(
     rounding); with `generate` also `memorization_score` (M, the share of positions at which the greedy
     continuation equals the truth), `generated` (its token ids) and `generated_text`.
 
+    Further columns come in groups, all of them from the same passes: `likelihood` (`nll`, `perplexity`,
+    `min_k`, `min_k_plus_plus`, and with a tokenizer `zlib_ratio`; see `memlens.recall.likelihood`),
+    `sampling` (`sample_logprob`, `samples_needed`, `np_discoverable`; see `Sampling` and `samples_needed`),
+    `near_verbatim` (with `generate`: `edit_distance`, `edit_similarity`, `longest_run` and where it begins;
+    see `near_verbatim_columns`) and `trivial` (`copied_share`, `type_token_ratio`, `repeated_share`,
+    `step_share` and the flag `trivial`; see `trivial_continuations`).
+
     Args:
         model: A TransformerLens model. Hooks that are set on it act as in any of its forward passes.
         seqs: The sequences; checked against the model's vocabulary and context first.
@@ -52,6 +70,13 @@ def score_recall(
         generate: Decode the sequences with an error, for M.
         ban_eos: Never emit the end-of-text token, as decoding with a minimum length does: its logit counts
             as minus infinity in every number.
+        metrics: The groups of further columns, out of `METRIC_GROUPS`; all by default, none with ().
+        min_k: Share of the targets that `min_k` and `min_k_plus_plus` average over.
+        sampling: Temperature, top-k and top-p of the group `sampling`; the model's own distribution by
+            default.
+        n_samples: n of `np_discoverable`.
+        probability: p of `samples_needed` and `np_discoverable`.
+        rules: Thresholds of the flag `trivial`.
         progress: Show progress bars.
 
     Returns:
@@ -61,6 +86,7 @@ def score_recall(
         EmptySetError: There are no sequences.
         VocabularyError: A token id is outside the vocabulary.
         SequenceError: A sequence is too long, or `ban_eos` meets an end-of-text target or no such token.
+        OptionError: An unknown group, or a number out of range.
         NonFiniteError: The model gives NaN or infinite logits; names the first layer.
 
     Source: exact match and completion entropy as in arXiv 2501.05078 (Exact Match, Completion Entropy), M as
@@ -75,16 +101,21 @@ def score_recall(
     """
     check_model(model)
     check_sequences(seqs, model, on_eos="raise" if ban_eos else "keep")
+    extras = Extras(metrics, min_k, sampling or Sampling(), n_samples, probability, rules or TrivialRules())
     banned = _eos(model) if ban_eos else None
     seqs = seqs.with_table(seqs.table.drop(columns=list(SCORE_COLUMNS), errors="ignore"))
-    stats = teacher_forced_stats(model, seqs, batch_size=batch_size, banned=banned, progress=progress)
-    columns = _teacher_forced_columns(stats)
+    stats, sampled = teacher_forced(
+        model, seqs, extras.reducers(), batch_size=batch_size, banned=banned, progress=progress
+    )
+    columns = {**_teacher_forced_columns(stats), **extras.columns(model, seqs, stats, sampled)}
     if generate:
         generated = _generated(model, seqs, stats, batch_size, banned, progress)
-        columns = {**columns, **_generated_columns(model, seqs, generated)}
-    table = seqs.table.assign(**columns)
-    settings = {"generate": generate, "ban_eos": ban_eos, "near_tie_margin": NEAR_TIE}
-    return RecallScores(table, seqs, {**describe(model), **settings, "batch_size": batch_size or 0})
+        columns |= _generated_columns(model, seqs, generated)
+        columns |= extras.generated_columns(seqs, columns["generated"])
+    ordered = {name: columns[name] for name in SCORE_COLUMNS if name in columns}
+    settings = {"generate": generate, "ban_eos": ban_eos, "near_tie_margin": NEAR_TIE, **extras.settings()}
+    attrs = {**describe(model), **settings, "batch_size": batch_size or 0}
+    return RecallScores(seqs.table.assign(**ordered), seqs, attrs)
 
 
 def _eos(model: Any) -> int:

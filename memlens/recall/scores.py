@@ -13,6 +13,7 @@ import pandas as pd
 from jaxtyping import Int
 
 from memlens.errors import EmptySetError, FileFormatError, OptionError, SequenceError
+from memlens.recall.columns import COLUMNS, LABELS, SCORE_COLUMNS
 from memlens.recall.matching import Matching, match_controls
 from memlens.recall.summary import summarize
 from memlens.recall.targets import METRICS
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from memlens.results import Result
 
 __all__ = ["SCORE_COLUMNS", "RecallScores"]
-
-SCORE_COLUMNS = (*METRICS, "near_tie", "memorization_score", "generated", "generated_text")
-"""The columns that scoring adds to a set's table."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,9 +187,9 @@ class RecallScores:
 
         from memlens.results import Result
 
-        metrics = [*METRICS, "memorization_score", "near_tie"]
+        metrics = [*METRICS, "memorization_score", "near_tie", *COLUMNS]
         arrays = {
-            name: ("sequence", self.table[name].to_numpy(dtype=float), _labels(name))
+            name: ("sequence", self.table[name].to_numpy(dtype=float), LABELS.get(name, {}))
             for name in metrics
             if name in self.table
         }
@@ -243,11 +241,6 @@ class RecallScores:
         scored = [c for c in ("id", "text", "domain", "copies", *SCORE_COLUMNS) if c in self.table]
         head = self.table[scored].head(5).to_html(escape=True, index=False)
         return f"<p><b>{escape(repr(self))}</b></p>{head}"
-
-
-def _labels(name: str) -> dict[str, str]:
-    metric = METRICS.get(name)
-    return {"units": metric.unit, "long_name": metric.meaning} if metric else {}
 
 
 def _token_counts(seqs: SequenceSet) -> np.ndarray:

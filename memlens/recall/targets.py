@@ -33,6 +33,7 @@ class TargetStats:
         rank: Zero-based rank of the target: how many tokens have a strictly greater logit.
         argmax: Id of the token with the greatest logit.
         entropy: Shannon entropy of the next-token distribution, in nats.
+        spread: Standard deviation of log p under the next-token distribution, in nats; its mean is -entropy.
         margin: Logit of the target minus the greatest other logit; positive where the target is on top.
         mask: True where a target stands; the other entries mean nothing.
     """
@@ -41,6 +42,7 @@ class TargetStats:
     rank: Int[Tensor, "seq target"]
     argmax: Int[Tensor, "seq target"]
     entropy: Float[Tensor, "seq target"]
+    spread: Float[Tensor, "seq target"]
     margin: Float[Tensor, "seq target"]
     correct: Bool[Tensor, "seq target"]
     mask: Bool[Tensor, "seq target"]
@@ -113,6 +115,13 @@ class LazyTargetStats:
         """Shannon entropy of the next-token distribution, in nats."""
         mean = (self._weights * self._shifted).sum(-1).double() / self._total
         return (self._total.log() - mean).cpu()
+
+    @cached_property
+    def spread(self) -> Float[Tensor, "seq target"]:
+        """Standard deviation of log p under the next-token distribution, in nats."""
+        mean = (self._weights * self._shifted).sum(-1, keepdim=True) / self._total[..., None]
+        squares = (self._weights * (self._shifted - mean).square()).sum(-1).double() / self._total
+        return squares.sqrt().cpu()
 
     @cached_property
     def margin(self) -> Float[Tensor, "seq target"]:
