@@ -93,7 +93,7 @@ def demo(
     start = time.perf_counter()
     model = ml.load_model("zoo/pythia-s")
     sequences = ml.load_sequences("zoo", model)
-    options = ml.LocalizeOptions(max_sequences=32, max_patched=8, seed=seed)
+    options = ml.LocalizeOptions(max_sequences=32, max_patched=32, seed=seed)
     run = ml.localize(model, sequences, out, options=options, command=_command(), progress=not quiet)
     _print_run(run, time.perf_counter() - start)
 
@@ -108,7 +108,7 @@ def run_localize(
     target: TargetOption = "first_token",
     limit: LimitOption = None,
     max_sequences: Annotated[int, typer.Option(help="Memorized sequences to examine.")] = 64,
-    max_patched: Annotated[int, typer.Option(help="Sequences for activation patching.")] = 16,
+    max_patched: Annotated[int, typer.Option(help="Sequences for activation patching.")] = 32,
     head_mode: Annotated[
         str, typer.Option(help="mean_of_other_heads, zero, mean or resample.")
     ] = "mean_of_other_heads",

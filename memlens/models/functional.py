@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memlens.errors import UnsupportedModelError
-from memlens.models.block_weights import BlockWeights, Linear, read_block, read_unembedding
+from memlens.models.block_weights import BlockWeights, read_block, read_unembedding
 from memlens.models.trunk import Trunk
 
 __all__ = ["FunctionalBlocks", "KeysValues"]
@@ -57,7 +57,6 @@ class FunctionalBlocks:
             layer: read_block(trunk.model, layer, around[layer], parallel=trunk.parallel) for layer in layers
         }
         self.final_norm, self.unembedding = read_unembedding(trunk.model)
-        self._qkv_of: tuple[int, Linear] | None = None
 
     @staticmethod
     def of(trunk: Trunk, resid: Mapping[int, Tensor]) -> FunctionalBlocks | None:
@@ -99,7 +98,7 @@ class FunctionalBlocks:
         block = self.blocks[layer]
         x = resid if block.attn_norm is None else block.attn_norm(resid)
         split = self.n_heads * self.d_head
-        kv = self._qkv(layer).rows(slice(split, None))(x)
+        kv = block.qkv().rows(slice(split, None))(x)
         return self._keys_values(block, kv, torch.arange(first, first + x.shape[1], device=x.device))
 
     def run(
@@ -117,25 +116,33 @@ class FunctionalBlocks:
             past: Keys and values of the positions before.
             queries: The positions whose output is wanted, counted from the first of `resid`; all by default.
         """
+        attn = self._attention(layer, resid, past, queries)
+        return self.add(layer, resid if queries is None else _picked(resid, queries), attn)
+
+    def _attention(
+        self, layer: int, resid: Tensor, past: KeysValues | None, queries: Tensor | None
+    ) -> Float[Tensor, "row query d_model"]:
+        """Attention's projected output; what it takes on the way is free before the MLP runs."""
         block = self.blocks[layer]
         first = 0 if past is None else past[0].shape[2]
         x = resid if block.attn_norm is None else block.attn_norm(resid)
         places = torch.arange(first, first + x.shape[1], device=x.device)
-        split, qkv = self.n_heads * self.d_head, self._qkv(layer)
+        split, qkv = self.n_heads * self.d_head, block.qkv()
         if queries is None:
             q, kv = qkv(x).split([split, qkv.weight.shape[0] - split], dim=-1)
             visible, asked = block.around.visible[first : first + x.shape[1], : first + x.shape[1]], places
         else:
             kv = qkv.rows(slice(split, None))(x)
-            resid = _picked(resid, queries)
             q = qkv.rows(slice(0, split))(_picked(x, queries))
             asked = places[queries]
             visible = block.around.visible[:, : first + x.shape[1]][asked][:, None]
+        del qkv, x
         k, v = self._keys_values(block, kv, places)
+        q = self._queries(block, q, asked)
+        del kv
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        z = self._attend(block, self._queries(block, q, asked), k, v, visible)
-        return self.add(layer, resid, block.o(z))
+        return block.o(self._attend(block, q, k, v, visible))
 
     def add(
         self, layer: int, resid: Float[Tensor, "*batch d_model"], attn: Float[Tensor, "*batch d_model"]
@@ -174,13 +181,6 @@ class FunctionalBlocks:
             return None
         columns = slice(heads.start * self.d_head, heads.stop * self.d_head)
         return F.linear(dz.flatten(-2), block.o.weight[:, columns])
-
-    def _qkv(self, layer: int) -> Linear:
-        """A layer's map to queries, keys and values; only that of the layer last asked for is kept."""
-        if self._qkv_of is None or self._qkv_of[0] != layer:
-            self._qkv_of = None  # the old copy goes before the new one comes
-            self._qkv_of = layer, self.blocks[layer].qkv()
-        return self._qkv_of[1]
 
     def _queries(self, block: BlockWeights, q: Tensor, places: Tensor) -> Tensor:
         return self._shaped(block, q, block.q_norm, places, self.n_heads, rotate=True)

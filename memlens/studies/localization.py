@@ -47,7 +47,7 @@ class LocalizeOptions:
 
     Attributes:
         max_sequences: Memorized sequences that are examined; a random choice where there are more.
-        max_patched: Sequences for activation patching, the dearest part.
+        max_patched: Sequences for activation patching.
         max_positions: Positions for activation patching, spread evenly where there are more.
         head_mode: How heads are ablated.
         bypass_mode: How attention is bypassed.
@@ -61,7 +61,7 @@ class LocalizeOptions:
     """
 
     max_sequences: int = 64
-    max_patched: int = 16
+    max_patched: int = 32
     max_positions: int = 48
     head_mode: str = "mean_of_other_heads"
     bypass_mode: str = "identity"
