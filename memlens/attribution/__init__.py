@@ -2,7 +2,7 @@
 
 from memlens.attribution.ablation import ablate_heads, head_ablations
 from memlens.attribution.bypass import bypass_attention, bypass_intervention, bypassed
-from memlens.attribution.decoding import decode_residual, promotion_layers
+from memlens.attribution.decoding import decode_residual
 from memlens.attribution.gradients import attribute_ablation, attribute_gradients
 from memlens.attribution.head_sets import (
     ablate_head_pairs,
@@ -10,6 +10,8 @@ from memlens.attribution.head_sets import (
     head_set_ablations,
     rank_heads,
 )
+from memlens.attribution.lens_training import train_tuned_lens
+from memlens.attribution.lenses import TunedLens
 from memlens.attribution.logit_attribution import attribute_logits
 from memlens.attribution.mlps import ablate_mlps, mlp_ablations
 from memlens.attribution.neuron_choice import dominant_neurons
@@ -20,10 +22,12 @@ from memlens.attribution.patching import activation_patches, patch_activations
 from memlens.attribution.path_patching import patch_paths, path_patches
 from memlens.attribution.perturbation import perturb_residual
 from memlens.attribution.prefix_perturbation import perturb_prefix
+from memlens.attribution.promotion import promotion_layers, promotion_summary
 from memlens.attribution.screening import Screening, screen_then_verify
 
 __all__ = [
     "Screening",
+    "TunedLens",
     "ablate_head_pairs",
     "ablate_heads",
     "ablate_heads_cumulatively",
@@ -49,6 +53,8 @@ __all__ = [
     "perturb_prefix",
     "perturb_residual",
     "promotion_layers",
+    "promotion_summary",
     "rank_heads",
     "screen_then_verify",
+    "train_tuned_lens",
 ]
