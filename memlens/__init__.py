@@ -13,6 +13,7 @@ from memlens import errors
 if TYPE_CHECKING:
     from memlens.attribution import (
         Screening,
+        TunedLens,
         ablate_head_pairs,
         ablate_heads,
         ablate_heads_cumulatively,
@@ -38,15 +39,21 @@ if TYPE_CHECKING:
         perturb_prefix,
         perturb_residual,
         promotion_layers,
+        promotion_summary,
         rank_heads,
         screen_then_verify,
+        train_tuned_lens,
     )
     from memlens.models.families import families_table
     from memlens.models.loading import load_model
     from memlens.models.trunk import Trunk
+    from memlens.recall.compression import prompt_compression
+    from memlens.recall.extraction import extraction_curve
+    from memlens.recall.sampling import Sampling, samples_needed
     from memlens.recall.score import score_recall
     from memlens.recall.scores import RecallScores
     from memlens.recall.targets import METRICS
+    from memlens.recall.trivial import TrivialRules, trivial_continuations
     from memlens.results import Result, compare_groups, load_result, overlay
     from memlens.sequences import SequenceSet, check_sequences, corrupt, load_sequences
     from memlens.studies import LocalizeOptions, localize
@@ -59,6 +66,7 @@ _HOMES: dict[str, str] = {
     for module, names in {
         "memlens.attribution": (
             "Screening",
+            "TunedLens",
             "ablate_head_pairs",
             "ablate_heads",
             "ablate_heads_cumulatively",
@@ -84,12 +92,18 @@ _HOMES: dict[str, str] = {
             "perturb_prefix",
             "perturb_residual",
             "promotion_layers",
+            "promotion_summary",
             "rank_heads",
             "screen_then_verify",
+            "train_tuned_lens",
         ),
         "memlens.models.families": ("families_table",),
         "memlens.models.loading": ("load_model",),
         "memlens.models.trunk": ("Trunk",),
+        "memlens.recall.compression": ("prompt_compression",),
+        "memlens.recall.extraction": ("extraction_curve",),
+        "memlens.recall.sampling": ("Sampling", "samples_needed"),
+        "memlens.recall.trivial": ("TrivialRules", "trivial_continuations"),
         "memlens.recall.scores": ("RecallScores",),
         "memlens.recall.score": ("score_recall",),
         "memlens.recall.targets": ("METRICS",),
@@ -109,9 +123,12 @@ __all__ = [
     "Plan",
     "RecallScores",
     "Result",
+    "Sampling",
     "Screening",
     "SequenceSet",
+    "TrivialRules",
     "Trunk",
+    "TunedLens",
     "__version__",
     "ablate_head_pairs",
     "ablate_heads",
@@ -132,6 +149,7 @@ __all__ = [
     "dominant_neurons",
     "embedding_noise",
     "errors",
+    "extraction_curve",
     "families_table",
     "head_ablations",
     "head_set_ablations",
@@ -151,10 +169,15 @@ __all__ = [
     "perturb_residual",
     "plan",
     "promotion_layers",
+    "promotion_summary",
+    "prompt_compression",
     "rank_heads",
+    "samples_needed",
     "score_recall",
     "screen_then_verify",
     "sweep",
+    "train_tuned_lens",
+    "trivial_continuations",
 ]
 
 
