@@ -75,7 +75,8 @@ def trivial_continuations(
     - `step_share`: with the best P, the share that goes on in constant steps,
       ``t[j] - t[j-P] == t[j-P] - t[j-2P]``, where at least one of these steps is not 0. It is taken of token
       ids, and of the text, cut into numbers, words and other signs (where only numbers may step, the rest
-      must stay equal, and the share is of characters without white space); the greater of the two counts. So "row 1, row 2, row 3" is explained whole.
+      must stay equal, and the share is of characters without white space); the greater of the two counts.
+      So "row 1, row 2, row 3" is explained whole.
     - `trivial`: one of them passes its threshold.
 
     Args:
