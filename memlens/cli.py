@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memlens.errors import MemlensError
+from memlens.lens_cli import lens_app
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +34,7 @@ run_app = typer.Typer(help="Run a study and write its results and report to a fo
 zoo_app = typer.Typer(help="The bundled models with known memories.", no_args_is_help=True)
 app.add_typer(run_app, name="run")
 app.add_typer(zoo_app, name="zoo")
+app.add_typer(lens_app, name="lens")
 
 _PIPE_WIDTH = 200
 _OUT = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)

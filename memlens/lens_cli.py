@@ -1,0 +1,155 @@
+"""The command line's `memlens lens`: tuned lenses."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from memlens.sequences import SequenceSet
+
+__all__ = ["lens_app"]
+
+lens_app = typer.Typer(help="Tuned lenses: affine translators for residual decoding.", no_args_is_help=True)
+
+_OUT = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+@lens_app.callback()
+def lens() -> None:
+    """Tuned lenses: affine translators for residual decoding."""
+
+
+@lens_app.command("train")
+def lens_train(
+    model: Annotated[str, typer.Argument(help="Hub name, checkpoint folder, .gguf file or zoo name.")],
+    out: Annotated[Path, typer.Option(help="Folder for the lens.")],
+    text: Annotated[Path | None, typer.Option(help="A text file (UTF-8), cut into windows.")] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="Token ids: .npy, or another file of sequences.")
+    ] = None,
+    zoo_corpus: Annotated[
+        bool, typer.Option("--zoo-corpus", help="What a zoo model was trained on, without what was planted.")
+    ] = False,
+    steps: Annotated[int, typer.Option(help="Updates.")] = 250,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate (default: 1 for sgd, 1e-3 for adam).")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows of an update.")] = 16,
+    optimizer: Annotated[str, typer.Option(help="sgd or adam.")] = "sgd",
+    weight_decay: Annotated[float, typer.Option(help="Pull towards the logit lens.")] = 1e-3,
+    holdout: Annotated[float, typer.Option(help="Share of the windows that is held out.")] = 0.1,
+    window: Annotated[int, typer.Option(help="Tokens of a window of text.")] = 128,
+    limit: Annotated[int | None, typer.Option(help="Use only the first so many windows.")] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Also write config.json and params.pt as tuned-lens does.")
+    ] = False,
+    backend: Annotated[str, typer.Option(help="auto, hooked or bridge.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, mps (default: cuda if there is one).")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+) -> None:
+    """Train a tuned lens on text that is not to be decoded later; write it, and what it gained.
+
+    Example: memlens lens train zoo/pythia-s --zoo-corpus --steps 100 --out my-lens
+    """
+    import memlens as ml
+
+    given = [text is not None, tokens is not None, zoo_corpus]
+    if sum(given) != 1:
+        raise OptionError(
+            f"{sum(given)} sources of text were given: give one of --text, --tokens, --zoo-corpus."
+        )
+    loaded = ml.load_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
+    if text is not None:
+        rows = text_windows(loaded, text, window)
+    elif tokens is not None:
+        rows = ml.load_sequences(str(tokens), loaded, prefix_len=1)
+    else:
+        rows = zoo_rows(model)
+    trained = ml.train_tuned_lens(
+        loaded,
+        rows if limit is None else rows[:limit],
+        steps=steps,
+        lr=lr,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        weight_decay=weight_decay,
+        holdout=holdout,
+        seed=seed,
+        progress=not quiet,
+    )
+    folder = trained.save(out)
+    if published:
+        trained.save(out, layout="published")
+    _print_gain(trained)
+    _OUT.print(f"lens: {folder}")
+
+
+def text_windows(model: Any, path: Path, window: int) -> SequenceSet:
+    """Return a text file as windows of token ids; what is left over at the end is dropped.
+
+    Raises:
+        OptionError: A window of fewer than two tokens.
+        SourceNotFoundError: No such file.
+        FileFormatError: The file is not UTF-8.
+        SequenceError: The model has no tokenizer, or the text has fewer than two windows.
+    """
+    from memlens.sequences import SequenceSet
+    from memlens.sequences.tokenizing import encode
+
+    if window < 2:
+        raise OptionError(f"window={window} leaves nothing to predict: give 2 tokens or more.")
+    if not path.is_file():
+        raise SourceNotFoundError(f"there is no text file {path}: give the path of one.")
+    if getattr(model, "tokenizer", None) is None:
+        raise SequenceError("the model has no tokenizer for --text: give token ids with --tokens.")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path} is not UTF-8 text: give token ids with --tokens.") from error
+    ids = encode(model.tokenizer, [content])[0]
+    rows = [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)]
+    if len(rows) < 2:
+        raise SequenceError(
+            f"{path} has {len(ids)} tokens, fewer than two windows of {window}: give more text or --window."
+        )
+    return SequenceSet.from_tokens(rows, prefix_len=1)
+
+
+def zoo_rows(name: str) -> np.ndarray:
+    """Return the rows that a zoo model was trained on, made anew from its recipe, without planted ones.
+
+    Raises:
+        ModelNotFoundError: The zoo has no such model.
+        FileFormatError: The model's folder does not tell its recipe.
+    """
+    from memlens.models.zoo import zoo_path
+    from memlens.organisms.corpus import BACKGROUND, CorpusSpec, build_corpus
+    from memlens.organisms.evaluate import read_training
+
+    spec = CorpusSpec.from_dict(read_training(zoo_path(name))["corpus"]["spec"])
+    corpus = build_corpus(spec)
+    return corpus.rows[corpus.row_sequence == BACKGROUND]
+
+
+def _print_gain(trained: Any) -> None:
+    table = Table(title="Divergence from the model on held-out text (nats a token)")
+    for column in ("after block", "logit lens", "tuned lens"):
+        table.add_column(column, justify="right")
+    for layer, before, after, _ in trained.heldout_kl().itertuples(index=False):
+        table.add_row("embedding" if layer < 0 else str(layer), f"{before:.4g}", f"{after:.4g}")
+    _OUT.print(table)
