@@ -13,7 +13,7 @@ from memlens.sweeps.interventions import Intervention
 __all__ = ["Budget", "Numbered", "portions", "position_bytes"]
 
 _REDUCED = 16
-"""Target positions reduced at a time on a processor: what is made of their logits then stays in its caches."""
+"""Target positions reduced at a time on a processor: what is made of their logits stays in its caches."""
 
 Numbered = list[tuple[int, Intervention]]
 """Interventions with their place in the user's list."""
