@@ -1,6 +1,8 @@
 """Did the model recall it: metrics, the memorization score, and the sets that follow."""
 
 from memlens.recall.columns import COLUMNS, METRIC_GROUPS
+from memlens.recall.compression import prompt_compression
+from memlens.recall.extraction import extraction_curve
 from memlens.recall.generation import greedy_continuations
 from memlens.recall.sampling import Sampling, samples_needed
 from memlens.recall.score import score_recall
@@ -16,7 +18,9 @@ __all__ = [
     "Sampling",
     "TargetStats",
     "TrivialRules",
+    "extraction_curve",
     "greedy_continuations",
+    "prompt_compression",
     "reduce_metric",
     "samples_needed",
     "score_recall",

@@ -22,7 +22,7 @@ from memlens.sequences import SequenceSet
 
 __all__ = ["TrivialRules", "trivial_columns", "trivial_continuations"]
 
-_UNITS = re.compile(r"\d+|[^\W\d]+|\s+|.", re.DOTALL)
+_UNITS = re.compile(r"\d+|[^\W\d]+|[^\s\w]")
 _LONGEST_NUMBER = 15  # digits; longer ones are compared as text
 
 
@@ -74,8 +74,8 @@ def trivial_continuations(
       that equal the token P before (which may be in the prefix).
     - `step_share`: with the best P, the share that goes on in constant steps,
       ``t[j] - t[j-P] == t[j-P] - t[j-2P]``, where at least one of these steps is not 0. It is taken of token
-      ids, and of the text, cut into numbers, words and other signs (where only numbers may step, and the rest
-      must stay equal); the greater of the two counts. So "row 1, row 2, row 3" is explained whole.
+      ids, and of the text, cut into numbers, words and other signs (where only numbers may step, the rest
+      must stay equal, and the share is of characters without white space); the greater of the two counts. So "row 1, row 2, row 3" is explained whole.
     - `trivial`: one of them passes its threshold.
 
     Args:
@@ -106,7 +106,8 @@ def trivial_columns(seqs: SequenceSet, tokenizer: Any, rules: TrivialRules) -> d
     run = longest_common_runs(truth, prefixes)[0]
     start, end = seqs.prefix_len.numpy(), seqs.lengths.numpy()
     tokens, numeric = seqs.tokens.numpy(), seqs.mask.numpy()
-    repeated, step = _patterns(tokens, numeric, start, end, rules.max_period)
+    ones = np.ones_like(tokens)
+    repeated, step = _patterns(tokens, numeric, ones, start, end, rules.max_period)
     if tokenizer is not None:
         step = np.maximum(step, _text_steps(prefixes, seqs.rows(), tokenizer, rules.max_period))
     columns = {
@@ -131,49 +132,52 @@ def _flag(columns: dict[str, np.ndarray], run: np.ndarray, n: np.ndarray, rules:
 def _patterns(
     values: Int[np.ndarray, "seq pos"],
     numeric: Bool[np.ndarray, "seq pos"],
+    weight: Int[np.ndarray, "seq pos"],
     start: Int[np.ndarray, "seq"],
     end: Int[np.ndarray, "seq"],
     max_period: int,
 ) -> tuple[Float[np.ndarray, "seq"], Float[np.ndarray, "seq"]]:
-    """Return the best shares of the places from `start` to `end` that repeat, and that step.
+    """Return the best shares, by weight, of the places from `start` to `end` that repeat, and that step.
 
     Only where `numeric` holds at all three places may a step differ from 0.
     """
     place = np.arange(values.shape[1])
-    inside = (place >= start[:, None]) & (place < end[:, None])
-    size = np.maximum(inside.sum(1), 1)
+    weight = weight * ((place >= start[:, None]) & (place < end[:, None]))
+    size = np.maximum(weight.sum(1), 1)
     repeated, stepping = np.zeros(len(values)), np.zeros(len(values))
     for period in range(1, min(max_period, values.shape[1] - 1) + 1):
         same = values[:, period:] == values[:, :-period]
-        repeated = np.maximum(repeated, (same & inside[:, period:]).sum(1) / size)
+        repeated = np.maximum(repeated, (same * weight[:, period:]).sum(1) / size)
         if 2 * period >= values.shape[1]:
             continue
         steps = values[:, period:] - values[:, :-period]
         numbers = numeric[:, 2 * period :] & numeric[:, period:-period] & numeric[:, : -2 * period]
         constant = (steps[:, period:] == steps[:, :-period]) & (numbers | (steps[:, period:] == 0))
-        constant &= inside[:, 2 * period :]
-        moves = (constant & (steps[:, period:] != 0)).any(1)
-        stepping = np.maximum(stepping, np.where(moves, constant.sum(1) / size, 0))
+        explained = constant * weight[:, 2 * period :]
+        moves = (explained * (steps[:, period:] != 0)).any(1)
+        stepping = np.maximum(stepping, np.where(moves, explained.sum(1) / size, 0))
     return repeated, stepping
 
 
 def _text_steps(
     prefixes: Sequence[Sequence[int]], rows: Sequence[Sequence[int]], tokenizer: Any, max_period: int
 ) -> Float[np.ndarray, "seq"]:
-    """Return `step_share` of the texts, cut into numbers, words, white space and signs."""
+    """Return `step_share` of the texts, cut into numbers, words and signs."""
     cuts = [len(text) for text in tokenizer.batch_decode(list(prefixes))]
     cut_up = [list(_UNITS.finditer(text)) for text in tokenizer.batch_decode(list(rows))]
     width = max(map(len, cut_up), default=0)
-    values, numeric = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), bool)
+    values, weight = (np.zeros((len(rows), width), np.int64) for _ in range(2))
+    numeric = np.zeros((len(rows), width), bool)
     start, end = (np.zeros(len(rows), np.int64) for _ in range(2))
     known: dict[str, int] = {}
     for i, (units, cut) in enumerate(zip(cut_up, cuts, strict=True)):
         for j, unit in enumerate(units):
             word = unit.group()
+            weight[i, j] = len(word)
             numeric[i, j] = word.isascii() and word.isdigit() and len(word) <= _LONGEST_NUMBER
             # Words get negative numbers, so that none equals a number.
             values[i, j] = int(word) if numeric[i, j] else known.setdefault(word, -1 - len(known))
         # A unit that the cut goes through belongs to the continuation.
         start[i] = next((j for j, unit in enumerate(units) if unit.end() > cut), len(units))
         end[i] = len(units)
-    return _patterns(values, numeric, start, end, max_period)[1]
+    return _patterns(values, numeric, weight, start, end, max_period)[1]

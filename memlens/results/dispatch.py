@@ -77,6 +77,8 @@ _PLOTS: dict[str, Callable[..., Any]] = {
     "neuron_knockout": edit_plots.plot_knock_outs,
     "residual_perturbation": edit_plots.plot_strengths,
     "prefix_perturbation": edit_plots.plot_strengths,
+    "extraction_curve": edit_plots.plot_strengths,
+    "prompt_compression": edit_plots.plot_strengths,
     "activation_patching": token_plots.plot_patch_map,
     "path_patching": site_plots.plot_paths,
     "gradient_attribution": site_plots.plot_gradients,

@@ -13,7 +13,13 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_knock_outs", "plot_strengths"]
 
-_STRENGTHS = {"alpha": "noise strength α", "replaced": "replaced prefix tokens"}
+_STRENGTHS = {
+    "alpha": "noise strength α",
+    "replaced": "replaced prefix tokens",
+    "prefix_len": "prefix tokens given",
+    "prompt_tokens": "prompt tokens kept",
+    "tokens_back": "tokens before the continuation",
+}
 
 
 def plot_knock_outs(
