@@ -58,12 +58,17 @@ def main() -> None:
         print(json.dumps(one_side(args.side, args.model, args.backend[0])))
         return
     for backend in args.backend:
-        found = {side: measured(side, args.model, backend) for side in ("sweep", "cache")}
-        sweep, cache = found["sweep"], found["cache"]
-        print(
-            f"{args.model} {backend}: sweep {sweep['peak'] / 2**20:.0f} MiB "
-            f"(planned {sweep['planned'] / 2**20:.0f}), unfiltered cache {cache['peak'] / 2**20:.0f} MiB"
-        )
+        print(line(args.model, backend), flush=True)
+
+
+def line(model: str, backend: str) -> str:
+    """Both sides of one backend, each in its own process, as one line."""
+    sweep, cache = (measured(side, model, backend) for side in ("sweep", "cache"))
+    return (
+        f"{model} {backend}: head sweep of 8 x (32 + 32) tokens {sweep['peak'] / 2**20:.0f} MiB beside the "
+        f"weights (planned {sweep['planned'] / 2**20:.0f}), unfiltered run_with_cache "
+        f"{cache['peak'] / 2**20:.0f} MiB"
+    )
 
 
 def measured(side: str, model: str, backend: str) -> dict[str, int]:

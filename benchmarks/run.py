@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import memlens as ml
+from benchmarks.memory import line as memory_line
 from benchmarks.models import build
 from benchmarks.rows import ROWS, Row
 from benchmarks.timing import Clock, interleaved, matrix_rate
@@ -70,6 +71,9 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument(
+        "--memory", action="store_true", help="also peak memory, each side in its own process"
+    )
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -81,7 +85,11 @@ def main() -> None:
                 row = measured(model, ROWS[key](model), args.repeats, Clock(args.clock))
                 found.append({"model": name, "backend": backend, "row": key, **row})
                 print(line(found[-1]), flush=True)
-    write(args.out, found, vars(args))
+    memory = []
+    if args.memory:
+        memory = [memory_line(name, backend) for name in args.model for backend in args.backend]
+        print("\n".join(memory))
+    write(args.out, found, memory, vars(args))
 
 
 def line(row: dict[str, Any]) -> str:
@@ -93,7 +101,7 @@ def cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def write(out: Path, rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+def write(out: Path, rows: list[dict[str, Any]], memory: list[str], settings: dict[str, Any]) -> None:
     """Write the table as Markdown and as JSON."""
     out.mkdir(parents=True, exist_ok=True)
     machine = {
@@ -102,9 +110,11 @@ def write(out: Path, rows: list[dict[str, Any]], settings: dict[str, Any]) -> No
         "processor": platform.processor() or platform.machine(),
         "settings": {k: str(v) for k, v in settings.items()},
     }
-    (out / "table.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+    (out / "table.json").write_text(
+        json.dumps({"machine": machine, "rows": rows, "memory": memory}, indent=1)
+    )
     head = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    (out / "table.md").write_text("\n".join([*head, *map(line, rows)]) + "\n")
+    (out / "table.md").write_text("\n".join([*head, *map(line, rows), "", *memory]) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,8 @@ from memlens.attribution.ablation import ablate_heads, head_ablations
 from memlens.attribution.bypass import bypass_attention, bypass_intervention, bypassed
 from memlens.attribution.decoding import decode_residual
 from memlens.attribution.gradients import attribute_ablation, attribute_gradients
-from memlens.attribution.head_sets import (
-    ablate_head_pairs,
-    ablate_heads_cumulatively,
-    head_set_ablations,
-    rank_heads,
-)
+from memlens.attribution.head_pairs import ablate_head_pairs
+from memlens.attribution.head_sets import ablate_heads_cumulatively, head_set_ablations, rank_heads
 from memlens.attribution.lens_training import train_tuned_lens
 from memlens.attribution.lenses import TunedLens
 from memlens.attribution.logit_attribution import attribute_logits

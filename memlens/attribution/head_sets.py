@@ -1,9 +1,8 @@
-"""Heads ablated together: pairs, and more and more of a ranking until recall goes."""
+"""Heads ablated together: any sets, and more and more of a ranking until recall goes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,10 @@ from memlens.models.trunk import Trunk
 from memlens.results import Result
 from memlens.sequences import SequenceSet
 from memlens.sweeps import Intervention, sweep
-from memlens.sweeps.metrics import MetricLike, metric_names
+from memlens.sweeps.metrics import MetricLike
+from memlens.sweeps.run import kept
 
-__all__ = ["ablate_head_pairs", "ablate_heads_cumulatively", "head_set_ablations", "rank_heads"]
+__all__ = ["Head", "ablate_heads_cumulatively", "head_label", "head_set_ablations", "rank_heads"]
 
 Head = tuple[int, int]
 """Layer and head."""
@@ -77,103 +77,6 @@ def head_set_ablations(
         ]
         found.append(Intervention(name, hooks))
     return found
-
-
-def ablate_head_pairs(
-    model: Any,
-    sequences: SequenceSet,
-    heads: Sequence[Head],
-    *,
-    mode: str = "mean_of_other_heads",
-    positions: str = "all",
-    reference: SequenceSet | None = None,
-    metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
-    seed: int = 0,
-    **options: Any,
-) -> Result:
-    r"""Ablate every pair of some heads, and each of them alone.
-
-    The interaction of heads a and b in a metric :math:`m` is
-
-    .. math:: m_{ab} - m_a - m_b + m_0
-
-    0 where their effects add up; negative where losing both hurts more than the sum (each stands in for the
-    other), positive where it hurts less (they work in one chain).
-
-    Args:
-        model: A TransformerLens model.
-        sequences: What is recalled.
-        heads: The heads `(layer, head)`; the pairs of n heads are n (n - 1) / 2.
-        mode: See `ablate_heads` and `head_set_ablations`.
-        positions: See `ablate_heads`.
-        reference: The set for "mean" and "resample"; `sequences` itself by default.
-        metrics: As for `sweep`.
-        seed: For "resample".
-        options: Further options of `sweep`.
-
-    Returns:
-        Kind "head_pair_ablation": each metric `(sequence, head_a, head_b)`, symmetric, single heads on the
-        diagonal; `interaction` of the first metric, NaN on the diagonal; heads are labelled `L3H2`.
-
-    Raises:
-        OptionError: Fewer than two heads.
-        SiteError: A head that does not exist, or stands in `heads` twice.
-
-    Example:
-        >>> import memlens as ml
-        >>> model = ml.load_model("zoo/pythia-s")
-        >>> seqs = ml.load_sequences("zoo", model)[:2]
-        >>> pairs = ml.ablate_head_pairs(model, seqs, [(0, 1), (2, 0), (2, 3)], progress=False)
-        >>> pairs["interaction"].dims, pairs["interaction"]["head_a"].values.tolist()
-        (('sequence', 'head_a', 'head_b'), ['L0H1', 'L2H0', 'L2H3'])
-    """
-    heads = [(int(layer), int(head)) for layer, head in heads]
-    if len(heads) < 2:
-        raise OptionError(f"heads={heads} makes no pair: give at least two heads as (layer, head).")
-    if len(set(heads)) < len(heads):
-        raise SiteError(f"heads={heads} holds a head twice: give each once.")
-    labels = [_label(h) for h in heads]
-    cells = [(i, i) for i in range(len(heads))] + list(combinations(range(len(heads)), 2))
-    sets = {
-        " + ".join(labels[i] for i in sorted(set(cell))): [heads[i] for i in sorted(set(cell))]
-        for cell in cells
-    }
-    edits = head_set_ablations(
-        model, sequences, sets, mode=mode, positions=positions, reference=reference, seed=seed
-    )
-    result = sweep(
-        model,
-        sequences,
-        edits,
-        metrics,
-        kind="head_pair_ablation",
-        settings={"mode": mode, "positions": positions, "seed": seed, "heads": labels},
-        **options,
-    )
-    return Result(_squared(result, metric_names(metrics), cells, labels))
-
-
-def _squared(
-    result: Result, names: Sequence[str], cells: Sequence[tuple[int, int]], labels: list[str]
-) -> xr.Dataset:
-    """From a list of pairs to a symmetric square of heads, with the interaction."""
-    data = result.data.drop_dims("intervention")
-    a, b = (np.array(side) for side in zip(*cells, strict=True))
-    squares: dict[str, Any] = {}
-    for name in names:
-        values = result[name].values
-        square = np.full((len(values), len(labels), len(labels), *values.shape[2:]), np.nan)
-        square[:, a, b] = values
-        square[:, b, a] = values
-        squares[name] = (("sequence", "head_a", "head_b", *result[name].dims[2:]), square)
-    data = data.assign(squares).assign_coords(head_a=labels, head_b=labels)
-    both = data[names[0]]
-    alone = both.values[:, range(len(labels)), range(len(labels))]
-    first = both.copy(data=np.broadcast_to(alone[:, :, None], both.shape))
-    second = both.copy(data=np.broadcast_to(alone[:, None], both.shape))
-    interaction = both - first - second + result.baseline(names[0])
-    off = xr.DataArray(~np.eye(len(labels), dtype=bool), dims=("head_a", "head_b"))
-    return data.assign(interaction=interaction.where(off).transpose(*both.dims))
 
 
 def rank_heads(result: Result, metric: str | None = None) -> list[Head]:
@@ -284,12 +187,12 @@ def ablate_heads_cumulatively(
         "positions": positions,
         "seed": seed,
         "n_random": n_random,
-        "ranking": [_label(h) for h in ranked[: max(counts)]],
+        "ranking": [head_label(h) for h in ranked[: max(counts)]],
     }
     result = sweep(
         model, sequences, edits, metrics, kind="cumulative_head_ablation", settings=settings, **options
     )
-    return Result(result.data.assign(_until_lost(result)))
+    return kept(Result(result.data.assign(_until_lost(result))), options.get("out"))
 
 
 def _until_lost(result: Result) -> dict[str, xr.DataArray]:
@@ -307,5 +210,6 @@ def _counts(n: int) -> list[int]:
     return sorted(found)
 
 
-def _label(head: Head) -> str:
+def head_label(head: Head) -> str:
+    """Return what a head is called, such as `L3H2`."""
     return f"L{head[0]}H{head[1]}"

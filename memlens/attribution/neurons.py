@@ -6,7 +6,6 @@ import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from memlens.results import Result
 from memlens.sequences import SequenceSet
 from memlens.sweeps import Intervention, sweep
 from memlens.sweeps.metrics import MetricLike
+from memlens.sweeps.run import kept
 
 __all__ = ["knock_out_neurons"]
 
@@ -184,10 +184,7 @@ def knock_out_neurons(
     )
     if not with_first:
         return found
-    result = Result(_with_first_target(found, sequences))
-    if options.get("out") is not None:
-        result.save(Path(options["out"]) / "result.nc")
-    return result
+    return kept(Result(_with_first_target(found, sequences)), options.get("out"))
 
 
 def _knock_outs(

@@ -77,7 +77,8 @@ def compare_runs(
     data = result.data
     of_source, of_base = ("clean", "corrupt") if direction == "denoising" else ("corrupt", "clean")
     for name in names:
-        data = data.assign({f"{name}_{of_source}": ("sequence", source[name])})
+        dims = ("sequence", "target")[: source[name].ndim]
+        data = data.assign({f"{name}_{of_source}": (dims, source[name])})
         data = data.assign({f"{name}_{of_base}": data[f"{name}_baseline"]})
     first = names[0]
     low, high = data[f"{first}_corrupt"], data[f"{first}_clean"]

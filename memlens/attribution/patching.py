@@ -19,6 +19,7 @@ from memlens.sequences import SequenceSet
 from memlens.sweeps import Batch, BatchHook, ByBatch, Intervention, Reads, sweep
 from memlens.sweeps.measure import measure
 from memlens.sweeps.metrics import MetricLike, metric_names
+from memlens.sweeps.run import kept
 
 __all__ = ["PATCH_SITES", "activation_patches", "patch_activations"]
 
@@ -99,8 +100,9 @@ def patch_activations(
         source, base = (clean, corrupt) if direction == "denoising" else (corrupt, clean)
         patches = activation_patches(model, source, **cells)
         result = sweep(model, base, patches, metrics, settings=settings, **run)
-        of_source = measure(model, source, metrics)
-    return compare_runs(result, model, of_source, metric_names(metrics), direction, clean)
+        of_source = measure(model, source, metrics, per_token=options.get("per_token", False))
+    whole = compare_runs(result, model, of_source, metric_names(metrics), direction, clean)
+    return kept(whole, options.get("out"))
 
 
 def _under_edit(
@@ -119,7 +121,7 @@ def _under_edit(
     if denoising:
         patches = [replace(corrupt + patch, name=patch.name, coords=patch.coords) for patch in patches]
     result = sweep(model, clean, patches, metrics, settings=settings, **run)
-    quick = {n: v for n, v in run.items() if n in ("engine", "memory_budget", "batch_size")}
+    quick = {n: v for n, v in run.items() if n in ("engine", "memory_budget", "batch_size", "per_token")}
     edited = sweep(model, clean, [replace(corrupt, coords={})], metrics, progress=False, **quick)
     of_edit = {n: edited[n].values[:, 0] for n in metric_names(metrics)}
     if not denoising:

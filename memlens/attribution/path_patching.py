@@ -19,6 +19,7 @@ from memlens.sequences.checks import check_sequences
 from memlens.sweeps import Batch, ByBatch, Intervention, sweep
 from memlens.sweeps.measure import measure
 from memlens.sweeps.metrics import MetricLike, metric_names
+from memlens.sweeps.run import kept
 
 __all__ = ["RECEIVER_INPUTS", "patch_paths", "path_patches"]
 
@@ -115,8 +116,9 @@ def patch_paths(
         "corruption": dict(corrupt.attrs),
     }
     result = sweep(model, base, patches, metrics, kind="path_patching", settings=settings, **options)
-    of_source = measure(model, source, metrics)
-    return compare_runs(result, model, of_source, metric_names(metrics), direction, clean)
+    of_source = measure(model, source, metrics, per_token=options.get("per_token", False))
+    whole = compare_runs(result, model, of_source, metric_names(metrics), direction, clean)
+    return kept(whole, options.get("out"))
 
 
 def path_patches(

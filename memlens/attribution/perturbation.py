@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from memlens.results import Result
 from memlens.sequences import SequenceSet
 from memlens.sweeps import Batch, ByBatch, Intervention, sweep
 from memlens.sweeps.metrics import MetricLike
+from memlens.sweeps.run import kept
 
 __all__ = ["SIMILARITY_AT", "perturb_residual"]
 
@@ -123,10 +123,7 @@ def perturb_residual(
     )
     if not recovery:
         return result
-    result = Result(_with_recovery(result.data, layers))
-    if options.get("out") is not None:
-        result.save(Path(options["out"]) / "result.nc")
-    return result
+    return kept(Result(_with_recovery(result.data, layers)), options.get("out"))
 
 
 class _Similarities:

@@ -75,7 +75,7 @@ def perturb_prefix(
     names = metric_names(metrics)
     counts = _checked(sequences, counts, strategy, n_draws)
     variants = list(replaced_prefixes(sequences, counts, strategy=strategy, n_draws=n_draws, seed=seed))
-    limits = {"batch_size": batch_size, "memory_budget": memory_budget}
+    limits: dict[str, Any] = {"batch_size": batch_size, "memory_budget": memory_budget}
     found = {name: np.full((len(sequences), len(counts), n_draws), np.nan) for name in names}
     with tqdm(
         total=(len(variants) + 1) * len(sequences),

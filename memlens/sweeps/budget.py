@@ -10,10 +10,10 @@ from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
 from memlens.sweeps.interventions import Intervention
 
-__all__ = ["REDUCED_ROWS", "Budget", "Numbered", "portions", "position_bytes"]
+__all__ = ["Budget", "Numbered", "portions", "position_bytes"]
 
-REDUCED_ROWS = 64
-"""Target positions reduced at a time, so that what is made of their logits stays small."""
+_REDUCED = 16
+"""Target positions reduced at a time on a processor: what is made of their logits stays in its caches."""
 
 Numbered = list[tuple[int, Intervention]]
 """Interventions with their place in the user's list."""
@@ -36,6 +36,7 @@ class Budget:
         stack_tokens: Positions (of all sequences and interventions) in one stacked forward.
         chunk_tokens: Positions that run through a block at a time.
         unembed_rows: Target positions unembedded at a time.
+        reduced_rows: Target positions whose logits are made into metrics at a time.
     """
 
     bytes: int
@@ -43,6 +44,7 @@ class Budget:
     stack_tokens: int
     chunk_tokens: int
     unembed_rows: int
+    reduced_rows: int
 
     @staticmethod
     def of(trunk: Trunk, seqs: SequenceSet, memory_budget: int | None, batch_size: int | None) -> Budget:
@@ -59,7 +61,8 @@ class Budget:
         if on_cpu:
             tokens, unembed = min(tokens, _WELL_FILLED), min(unembed, _WELL_UNEMBEDDED)
         size = batch_size or max(1, min(len(seqs), 64, tokens // width, int(total * 0.25) // kept))
-        return Budget(total, size, max(tokens, size * width), tokens, unembed)
+        reduced = min(unembed, _REDUCED) if on_cpu else unembed
+        return Budget(total, size, max(tokens, size * width), tokens, unembed, reduced)
 
 
 def position_bytes(trunk: Trunk, width: int) -> int:

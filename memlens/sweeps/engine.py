@@ -26,7 +26,7 @@ from memlens.models.hooks import HookFn, attached, capturing, hook_name, resolve
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
 from memlens.sweeps.batches import Targets, at_targets
-from memlens.sweeps.budget import REDUCED_ROWS, Budget
+from memlens.sweeps.budget import Budget
 from memlens.sweeps.cone import Cone
 from memlens.sweeps.entries import Entry, Start, changed_from, edited, entry_of, start_of
 from memlens.sweeps.interventions import Batch, Intervention
@@ -69,14 +69,22 @@ class Engine:
         reduce: What to make of the logits at target positions.
         chunk_tokens: Greatest number of positions that run through a block at a time.
         unembed_rows: Greatest number of target positions unembedded at a time.
+        reduced_rows: Greatest number of target positions reduced at a time.
         probe_tokens: A few token ids for the check that hooks are heard.
     """
 
     def __init__(
-        self, model: Any, reduce: Reduce, *, chunk_tokens: int, unembed_rows: int, probe_tokens: Tensor
+        self,
+        model: Any,
+        reduce: Reduce,
+        *,
+        chunk_tokens: int,
+        unembed_rows: int,
+        reduced_rows: int,
+        probe_tokens: Tensor,
     ) -> None:
-        self.model, self.reduce = model, reduce
-        self.chunk_tokens, self.unembed_rows = chunk_tokens, unembed_rows
+        self.model, self.reduce, self.chunk_tokens = model, reduce, chunk_tokens
+        self.unembed_rows, self.reduced_rows = unembed_rows, reduced_rows
         self.watch = EditWatch(model, probe_tokens)
         self._points: dict[str, Any] = {}
         self._blocks: FunctionalBlocks | None = None
@@ -92,6 +100,7 @@ class Engine:
             make_reduce(metrics, per_token=per_token),
             chunk_tokens=budget.chunk_tokens,
             unembed_rows=budget.unembed_rows,
+            reduced_rows=budget.reduced_rows,
             probe_tokens=seqs.tokens[:1, :4].to(trunk.device),
         )
 
@@ -202,7 +211,7 @@ class Engine:
         """Unembed final residuals in portions and reduce them at once; one dictionary a batch of rows."""
         copies = len(rows) // len(targets.ids)
         ids, mask = (t.repeat(copies, 1) for t in (targets.ids, targets.mask))
-        step, few = (max(1, n // max(1, ids.shape[1])) for n in (self.unembed_rows, REDUCED_ROWS))
+        step, few = (max(1, n // max(1, ids.shape[1])) for n in (self.unembed_rows, self.reduced_rows))
         unembed = trunk.unembed if self._blocks is None else self._blocks.unembed
         parts = []
         for some in torch.arange(len(rows)).split(step):

@@ -15,6 +15,7 @@ from memlens.sweeps.batches import make_batches
 from memlens.sweeps.budget import Budget
 from memlens.sweeps.engine import Engine
 from memlens.sweeps.metrics import MetricLike
+from memlens.sweeps.schedule import joined
 
 __all__ = ["measure"]
 
@@ -25,15 +26,17 @@ def measure(
     sequences: SequenceSet,
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
     *,
+    per_token: bool = False,
     memory_budget: int | None = None,
     batch_size: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return each metric of the model as it is, one number a sequence.
+    """Return each metric of the model as it is, one number a sequence (or `[seq, target]`).
 
     Args:
         model: A TransformerLens model.
         sequences: What is recalled.
         metrics: As for `sweep`.
+        per_token: Keep a `target` axis, NaN after a sequence's last target (built-in metrics only).
         memory_budget: Bytes for activations.
         batch_size: Sequences in a batch.
 
@@ -45,9 +48,9 @@ def measure(
     check_sequences(sequences, model, on_eos="keep")
     trunk = Trunk(model)
     budget = Budget.of(trunk, sequences, memory_budget, batch_size)
-    engine = Engine.of(trunk, sequences, metrics, budget, per_token=False)
+    engine = Engine.of(trunk, sequences, metrics, budget, per_token=per_token)
     parts = [
         engine.baseline(trunk, b, t).values
         for b, t in make_batches(sequences, budget.batch_size, trunk.device)
     ]
-    return {name: torch.cat([p[name] for p in parts]).numpy() for name in parts[0]}
+    return {name: joined([p[name].numpy() for p in parts]) for name in parts[0]}

@@ -14,7 +14,7 @@ from memlens.models.functional import FunctionalBlocks
 from memlens.models.hooks import capturing, hook_name
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
-from memlens.sweeps.budget import REDUCED_ROWS, Budget, portions, position_bytes
+from memlens.sweeps.budget import Budget, portions, position_bytes
 from memlens.sweeps.entries import entry_of
 from memlens.sweeps.interventions import Intervention
 
@@ -221,7 +221,8 @@ class _Count:
         )
         layers = len(captured | {hook_name("resid_pre", n) for n in range(first, trunk.n_layers)}) + 1
         self.kept = max(self.kept, item * len(part) * width * trunk.d_model * layers)
-        logits = max(item, 4) * trunk.d_vocab * min(budget.unembed_rows + 2 * REDUCED_ROWS, load)
+        reduced = max(budget.reduced_rows, part.max_targets)
+        logits = max(item, 4) * trunk.d_vocab * min(budget.unembed_rows + 2 * reduced, load)
         self.working = max(self.working, load * position_bytes(trunk, width), logits)
 
 

@@ -28,7 +28,7 @@ from memlens.sweeps.precision import agreement_with_float32
 from memlens.sweeps.schedule import joined, run_batches
 from memlens.sweeps.shards import Shard, ShardStore, cut
 
-__all__ = ["ENGINES", "make_result", "sequence_coords", "sweep", "token_labels"]
+__all__ = ["ENGINES", "kept", "make_result", "sequence_coords", "sweep", "token_labels"]
 
 ENGINES = ("fast", "reference")
 _LOG = logging.getLogger(__name__)
@@ -147,7 +147,14 @@ def sweep(
     variables = labelled(values, interventions, per_token)
     for name, array in baseline.items():
         variables[f"{name}_baseline"] = (("sequence", *(["target"] * per_token)), array)
-    result = make_result(kind, model, sequences, variables, coords_of(interventions), recorded)
+    return kept(make_result(kind, model, sequences, variables, coords_of(interventions), recorded), out)
+
+
+def kept(result: Result, out: str | Path | None) -> Result:
+    """Return a result, saved as `result.nc` where the sweep has a folder `out`.
+
+    An analysis that adds to what `sweep` gave hands the whole on by this too.
+    """
     if out is not None:
         result.save(Path(out) / "result.nc")
     return result

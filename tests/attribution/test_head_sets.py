@@ -133,6 +133,14 @@ def test_recall_of_the_zoo_goes_sooner_by_rank_than_by_chance() -> None:
     assert bool((exact.where(exact["n_ablated"] < n, drop=True) == 1).all())
 
 
+def test_whole_results_are_kept_in_a_folder(tiny_model: Any, tmp_path: Any) -> None:
+    model, seqs, heads = tiny_model("gpt_neox", "bridge"), ragged(), [(0, 1), (2, 3)]
+    pairs = ml.ablate_head_pairs(model, seqs, heads, out=tmp_path / "a", progress=False)
+    lost = ml.ablate_heads_cumulatively(model, seqs, heads, out=tmp_path / "b", progress=False)
+    assert ml.load_result(tmp_path / "a" / "result.nc").data.identical(pairs.data)
+    assert ml.load_result(tmp_path / "b" / "result.nc").data.identical(lost.data)
+
+
 def test_figures(tiny_model: Any) -> None:
     model, seqs = tiny_model("gpt_neox", "bridge"), ragged()
     pairs = ml.ablate_head_pairs(model, seqs, [(0, 1), (2, 3), (2, 0)], progress=False)

@@ -87,6 +87,23 @@ def test_both_directions_meet(tiny_model: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("corruption", ["prefix", "edit"])
+def test_per_token_and_kept_in_a_folder(tiny_model: Any, tmp_path: Any, corruption: str) -> None:
+    model, clean = tiny_model("gpt_neox", "bridge"), ragged()
+    edit = ml.Intervention("flipped", [("blocks.0.hook_resid_pre", lambda x, hook: x.flip(-1))])
+    corrupt = corrupted(clean) if corruption == "prefix" else edit
+    options: dict[str, Any] = {"layers": [1], "metrics": ("target_logprob",), "progress": False}
+    whole = ml.patch_activations(model, clean, corrupt, **options)
+    each = ml.patch_activations(model, clean, corrupt, per_token=True, out=tmp_path, **options)
+    assert each["target_logprob"].dims == ("sequence", "layer", "position", "target")
+    for name in ("target_logprob", "target_logprob_clean", "target_logprob_corrupt"):
+        assert np.allclose(each[name].mean("target"), whole[name], atol=1e-6, equal_nan=True)
+    low, high = each["target_logprob_corrupt"], each["target_logprob_clean"]
+    want = ((each["target_logprob"] - low) / (high - low)).transpose(*each["target_logprob"].dims)
+    assert np.allclose(each["normalized_effect"].transpose(*want.dims), want, equal_nan=True)
+    assert ml.load_result(tmp_path / "result.nc").data.identical(each.data)
+
+
 def test_normalized_effect(tiny_model: Any) -> None:
     model, clean = tiny_model("gpt_neox", "bridge"), ragged()
     corrupt = corrupted(clean)
