@@ -2,7 +2,9 @@
 
 from memlens.recall.columns import COLUMNS, METRIC_GROUPS
 from memlens.recall.compression import prompt_compression
+from memlens.recall.duplicates import count_duplicates
 from memlens.recall.extraction import extraction_curve
+from memlens.recall.frequency import InfiniGram, token_counts
 from memlens.recall.generation import greedy_continuations
 from memlens.recall.sampling import Sampling, samples_needed
 from memlens.recall.score import score_recall
@@ -14,10 +16,12 @@ __all__ = [
     "COLUMNS",
     "METRICS",
     "METRIC_GROUPS",
+    "InfiniGram",
     "RecallScores",
     "Sampling",
     "TargetStats",
     "TrivialRules",
+    "count_duplicates",
     "extraction_curve",
     "greedy_continuations",
     "prompt_compression",
@@ -25,5 +29,6 @@ __all__ = [
     "samples_needed",
     "score_recall",
     "target_stats",
+    "token_counts",
     "trivial_continuations",
 ]
