@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from memlens.errors import MemlensError
+from memlens.errors import MemlensError, check_option
 from memlens.lens_cli import lens_app
 
 if TYPE_CHECKING:
@@ -161,6 +161,18 @@ def score(
     target: TargetOption = "first_token",
     limit: LimitOption = None,
     generate: Annotated[bool, typer.Option(help="Decode the sequences with an error, for M.")] = True,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="all, none, or some of likelihood, sampling, near_verbatim, trivial (with commas)."
+        ),
+    ] = "all",
+    temperature: Annotated[float, typer.Option(help="Of the samples that np_discoverable counts.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Tokens that may be sampled (default: all).")] = None,
+    top_p: Annotated[float, typer.Option(help="Probability that may be sampled.")] = 1.0,
+    n_samples: Annotated[int, typer.Option(help="n of (n, p)-discoverable.")] = 100,
+    probability: Annotated[float, typer.Option(help="p of (n, p)-discoverable.")] = 0.5,
+    min_k: Annotated[float, typer.Option(help="Share of the targets that Min-K % averages over.")] = 0.2,
     backend: BackendOption = "auto",
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
@@ -173,12 +185,28 @@ def score(
     Example: memlens score --model zoo/pythia-s --sequences zoo --out recall.parquet
     """
     import memlens as ml
+    from memlens.recall import METRIC_GROUPS
 
+    named = {"all": list(METRIC_GROUPS), "none": []}
+    groups = named.get(metrics, [group.strip() for group in metrics.split(",")])
+    for group in groups:
+        check_option("metrics", group, ["all", "none", *METRIC_GROUPS])
+    sampling = ml.Sampling(temperature, top_k, top_p)
     loaded = _load(model, backend, dtype, device, revision, checkpoint_step)
     seqs = ml.load_sequences(
         sequences, loaded, prefix_len=prefix_len, max_targets=max_targets, target=target, limit=limit
     )
-    recall = ml.score_recall(loaded, seqs, generate=generate, progress=not quiet)
+    recall = ml.score_recall(
+        loaded,
+        seqs,
+        generate=generate,
+        metrics=groups,
+        sampling=sampling,
+        n_samples=n_samples,
+        probability=probability,
+        min_k=min_k,
+        progress=not quiet,
+    )
     path = recall.save(out)
     _print_table(recall.summary(), "Recall (means with 95 % intervals)")
     _OUT.print(f"table: {path}")

@@ -72,6 +72,30 @@ def test_score_writes_a_table(tmp_path: Path) -> None:
     assert "exact_match" in out
 
 
+def test_score_s_metrics_are_chosen_and_recorded(tmp_path: Path) -> None:
+    base = ("score", "-m", "zoo/pythia-s", "-s", "zoo", "--limit", "6", "-q", "--no-generate", "--out")
+    code, out, _ = call(*base, str(tmp_path / "all.parquet"))
+    assert code == 0
+    everything = ml.RecallScores.load(tmp_path / "all.parquet")
+    assert {"nll", "min_k_plus_plus", "zlib_ratio", "np_discoverable", "trivial"} <= set(everything.table)
+    assert "min_k_plus_plus" in out
+    options = ("--metrics", "sampling", "--temperature", "0.5", "--top-k", "7", "--n-samples", "9")
+    code, out, _ = call(*base, str(tmp_path / "some.parquet"), *options)
+    assert code == 0
+    some = ml.RecallScores.load(tmp_path / "some.parquet")
+    assert "nll" not in some.table
+    assert [some.attrs[k] for k in ("metrics", "temperature", "top_k", "n_samples")] == [
+        "sampling",
+        0.5,
+        7,
+        9,
+    ]
+    assert not some.table["sample_logprob"].equals(everything.table["sample_logprob"])
+    code, out, _ = call(*base, str(tmp_path / "none.parquet"), "--metrics", "none")
+    assert code == 0
+    assert "trivial" not in out
+
+
 def test_localize_on_a_checkpoint_folder_and_report(tiny_folder: Any, tmp_path: Path) -> None:
     """Any folder and any file: a tiny random model 'recalls' what it generates itself."""
     folder = tiny_folder("llama")
@@ -109,6 +133,8 @@ def test_plan_names_each_analysis(tiny_folder: Any, tmp_path: Path) -> None:
     [
         (["score", "-m", "zoo/pythia-z", "-s", "zoo"], "Did you mean 'zoo/pythia-s'"),
         (["score", "-m", "zoo/pythia-s", "-s", "missing.npy"], "missing.npy"),
+        (["score", "-m", "zoo/pythia-s", "-s", "zoo", "--metrics", "samplin"], "Did you mean 'sampling'"),
+        (["score", "-m", "zoo/pythia-s", "-s", "zoo", "--top-p", "0"], "top_p=0"),
         (
             ["run", "localize", "-m", "zoo/pythia-s", "-s", "zoo", "--out", "x", "--backend", "hook"],
             "backend='hook'",
