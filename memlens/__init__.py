@@ -48,7 +48,9 @@ if TYPE_CHECKING:
     from memlens.models.loading import load_model
     from memlens.models.trunk import Trunk
     from memlens.recall.compression import prompt_compression
+    from memlens.recall.duplicates import count_duplicates
     from memlens.recall.extraction import extraction_curve
+    from memlens.recall.frequency import InfiniGram, token_counts
     from memlens.recall.sampling import Sampling, samples_needed
     from memlens.recall.score import score_recall
     from memlens.recall.scores import RecallScores
@@ -104,6 +106,8 @@ _HOMES: dict[str, str] = {
         "memlens.recall.extraction": ("extraction_curve",),
         "memlens.recall.sampling": ("Sampling", "samples_needed"),
         "memlens.recall.trivial": ("TrivialRules", "trivial_continuations"),
+        "memlens.recall.duplicates": ("count_duplicates",),
+        "memlens.recall.frequency": ("InfiniGram", "token_counts"),
         "memlens.recall.scores": ("RecallScores",),
         "memlens.recall.score": ("score_recall",),
         "memlens.recall.targets": ("METRICS",),
@@ -118,6 +122,7 @@ _HOMES: dict[str, str] = {
 __all__ = [
     "METRICS",
     "BatchHook",
+    "InfiniGram",
     "Intervention",
     "LocalizeOptions",
     "Plan",
@@ -145,6 +150,7 @@ __all__ = [
     "check_sequences",
     "compare_groups",
     "corrupt",
+    "count_duplicates",
     "decode_residual",
     "dominant_neurons",
     "embedding_noise",
@@ -176,6 +182,7 @@ __all__ = [
     "score_recall",
     "screen_then_verify",
     "sweep",
+    "token_counts",
     "train_tuned_lens",
     "trivial_continuations",
 ]
