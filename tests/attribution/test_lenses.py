@@ -288,3 +288,14 @@ def test_bad_training_is_told_before_it_runs(tiny_model: Any) -> None:
         ml.train_tuned_lens(model, [[1, 5000], [1, 2]])
     with pytest.raises(NonFiniteError, match="smaller lr"):
         ml.train_tuned_lens(model, seqs, lr=1e38, clip=1e38, steps=9, progress=False)
+
+
+def test_sixteen_bits(tiny_folder: Any) -> None:
+    """Translators stay in float32, and the last layer stays exact."""
+    model = ml.load_model(tiny_folder("llama"), dtype="bfloat16", device="cpu")
+    lens = ml.train_tuned_lens(model, ragged(), steps=3, batch_size=2, progress=False)
+    assert lens.weight.dtype == torch.float32
+    assert float(lens.weight[1].abs().max()) > 0
+    data = ml.decode_residual(model, ragged(), lens=lens, progress=False).data
+    assert float(data.kl_to_final.isel(layer=-1).max()) == 0
+    assert float(data.predicted_rank.isel(layer=-1).max()) == 0
