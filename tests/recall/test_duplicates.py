@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import memlens as ml
@@ -31,6 +31,7 @@ def plain_count(ngram: list[int], documents: list[list[int]]) -> int:
     return sum(doc[i : i + n] == ngram for doc in documents for i in range(len(doc) - n + 1))
 
 
+@settings(deadline=None)
 @given(ngrams, st.lists(st.lists(ids, max_size=20), max_size=6), st.integers(1, 30))
 def test_counts_equal_a_plain_search_whatever_the_blocks(
     wanted: list[list[int]], documents: list[list[int]], block: int

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memlens.recall import near_verbatim as module
@@ -27,6 +27,7 @@ def plain_distance(a: list[int], b: list[int]) -> int:
     return table[-1][-1]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(few, few), min_size=1, max_size=6))
 def test_columns_equal_a_plain_table_and_difflib(pairs: list[tuple[list[int], list[int]]]) -> None:
     generated, truth = (list(side) for side in zip(*pairs, strict=True))

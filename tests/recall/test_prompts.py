@@ -100,7 +100,7 @@ def test_both_definitions_of_compression_by_decoding_every_length(
     tiny_model: Models, method: str, backend: str
 ) -> None:
     model = tiny_model("gpt_neox", backend)
-    seqs = short_targets(model, 14)
+    seqs = short_targets(model, 10)
     found = prompt_compression(model, seqs, method, progress=False)
     not_monotone = 0
     for i, (prefix, continuation) in enumerate(halves(seqs)):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
@@ -31,6 +31,7 @@ def plain_shares(row: list[int], prefix_len: int, max_period: int) -> tuple[floa
     return max(repeated), max(stepping)
 
 
+@settings(deadline=None)
 @given(st.lists(rows_of_few, min_size=1, max_size=5), st.integers(1, 12), st.data())
 def test_shares_equal_a_plain_loop(rows: list[list[int]], max_period: int, data: st.DataObject) -> None:
     cuts = [data.draw(st.integers(1, len(row) - 1)) for row in rows]
