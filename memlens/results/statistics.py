@@ -122,7 +122,8 @@ def quantile_interval(samples: np.ndarray, level: float) -> tuple[np.ndarray, np
         return low, high
     low, high = np.full((2, samples.shape[1]), np.nan)
     known = ~np.isnan(samples).all(0)
-    low[known], high[known] = np.nanquantile(samples[:, known], tails, axis=0)
+    if known.any():
+        low[known], high[known] = np.nanquantile(samples[:, known], tails, axis=0)
     return low, high
 
 

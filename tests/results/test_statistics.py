@@ -10,7 +10,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from memlens.errors import OptionError, ResultError
 from memlens.results import mean_interval
-from memlens.results.statistics import bootstrap_means, is_binary
+from memlens.results.statistics import bootstrap_means, is_binary, quantile_interval
 
 
 def _array(values: np.ndarray) -> xr.DataArray:
@@ -126,3 +126,8 @@ def test_binary_needs_values() -> None:
 def test_bad_options(options: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         mean_interval(_array(np.array([0.5, 2.0])), **options)  # type: ignore[arg-type]
+
+
+def test_columns_without_values_have_no_interval() -> None:
+    low, high = quantile_interval(np.full((5, 3), np.nan), 0.95)
+    assert np.isnan(low).tolist() == np.isnan(high).tolist() == [True] * 3
