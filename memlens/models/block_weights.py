@@ -164,7 +164,7 @@ def read_unembedding(model: Any) -> tuple[Norm, Linear]:
     norm = _norm(model.ln_final, model.cfg.d_model, model.cfg, next(model.parameters()))
     if hasattr(model, "original_model"):
         return norm, _linear(model.unembed)
-    bias = model.unembed.b_U.detach()  # zeros in a model that has none; adding them to the vocabulary takes time
+    bias = model.unembed.b_U.detach()  # zeros in a model that has none: not worth their time
     return norm, Linear(model.unembed.W_U.detach().T, bias if bool(bias.any()) else None)
 
 
