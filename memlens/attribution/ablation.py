@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memlens.attribution.replacing import Replace, replacements, replacing
+from memlens.attribution.replacing import Replace, replacement_settings, replacements, replacing
 from memlens.errors import SiteError, check_option
-from memlens.models.hooks import check_head, check_layer, hook_name
+from memlens.models.hooks import check_head, chosen_layers, hook_name
 from memlens.models.trunk import Trunk
 from memlens.results import Result
 from memlens.sequences import SequenceSet
@@ -86,12 +86,7 @@ def ablate_heads(
         reference=reference,
         seed=seed,
     )
-    settings = {
-        "mode": mode,
-        "positions": positions,
-        "seed": seed,
-        "reference": "sequences" if reference is None else dict(reference.attrs),
-    }
+    settings = replacement_settings(mode, positions, reference, seed)
     return sweep(model, sequences, interventions, metrics, kind="head_ablation", settings=settings, **options)
 
 
@@ -110,10 +105,8 @@ def head_ablations(
     check_option("mode", mode, HEAD_MODES)
     check_option("positions", positions, POSITIONS)
     trunk = Trunk(model)
-    layers = list(range(trunk.n_layers) if layers is None else layers)
+    layers = chosen_layers(layers, trunk.n_layers)
     heads = list(range(trunk.n_heads) if heads is None else heads)
-    for layer in layers:
-        check_layer(layer, trunk.n_layers)
     for head in heads:
         check_head(head, trunk.n_heads)
     reference = sequences if reference is None else reference

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memlens.errors import OptionError, check_option
-from memlens.models.hooks import HookFn, check_head, check_layer, hook_name
+from memlens.models.hooks import HookFn, check_head, check_layer, chosen_layers, hook_name
 from memlens.models.trunk import Trunk
 from memlens.results import Result
 from memlens.sequences import SequenceSet
@@ -138,9 +138,7 @@ def spans(
         raise OptionError(
             f"width={width} is no window of a model with {n_layers} layers: give 1 to {n_layers}."
         )
-    layers = range(n_layers) if layers is None else layers
-    for layer in layers:
-        check_layer(layer, n_layers)
+    layers = chosen_layers(layers, n_layers)
     ends: dict[str, Callable[[int], range]] = {
         "layer": lambda layer: range(layer, layer + 1),
         "window": lambda layer: range(layer, layer + width),

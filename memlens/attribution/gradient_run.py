@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from memlens.attribution.backward import Spot, differentiable, run_backward, spot
 from memlens.attribution.cells import Cells
 from memlens.errors import OptionError, SiteError, check_option
-from memlens.models.hooks import check_layer, has_site
+from memlens.models.hooks import chosen_layers, has_site
 from memlens.models.memory import check_batch_size, default_budget, logits_bytes, row_bytes
 from memlens.models.trunk import Trunk
 from memlens.sequences import SequenceSet
@@ -96,9 +96,7 @@ class GradientRun:
         trunk = Trunk(model)
         if not has_site(model, site):
             raise SiteError(f"this model has no site {site!r}: parallel blocks have no 'resid_mid'.")
-        wanted = list(range(trunk.n_layers) if layers is None else layers)
-        for layer in wanted:
-            check_layer(layer, trunk.n_layers)
+        wanted = chosen_layers(layers, trunk.n_layers)
         size = batch_size or _batch_size(trunk, seqs)
         return GradientRun(trunk, seqs, site, wanted, metric, method, path, steps, size)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from memlens.attribution.cells import Cells, check_over
 from memlens.attribution.gradient_run import GRADIENT_METHODS, GRADIENT_SITES, GradientRun
 from memlens.attribution.pairs import DIRECTIONS, check_pairs, checked_positions, compare_runs
-from memlens.attribution.replacing import POSITIONS, replacements, where
+from memlens.attribution.replacing import POSITIONS, replacement_settings, replacements, where
 from memlens.attribution.sources import ActivationSource
 from memlens.errors import SiteError, check_option
 from memlens.models.hooks import hook_name
@@ -232,7 +232,7 @@ def attribute_ablation(
         return found
 
     name, values, effects = run.estimate(deltas, None, cells, progress)
-    settings = {"mode": mode, "positions": positions, "seed": seed}
+    settings = replacement_settings(mode, positions, reference, seed)
     return _result(model, sequences, name, values, effects, cells, run, settings)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from memlens.attribution.head_sets import Head, head_label, head_set_ablations
+from memlens.attribution.replacing import replacement_settings
 from memlens.errors import OptionError, SiteError
 from memlens.results import Result
 from memlens.sequences import SequenceSet
@@ -88,7 +89,7 @@ def ablate_head_pairs(
         edits,
         metrics,
         kind="head_pair_ablation",
-        settings={"mode": mode, "positions": positions, "seed": seed, "heads": labels},
+        settings={**replacement_settings(mode, positions, reference, seed), "heads": labels},
         **options,
     )
     return kept(Result(_squared(result, metric_names(metrics), cells, labels)), options.get("out"))

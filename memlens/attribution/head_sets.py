@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 
 from memlens.attribution.ablation import HEAD_MODES, head_replacements
-from memlens.attribution.replacing import POSITIONS, replacing
+from memlens.attribution.replacing import POSITIONS, replacement_settings, replacing
 from memlens.errors import OptionError, ResultError, SiteError, check_option
 from memlens.models.hooks import check_head, check_layer, hook_name
 from memlens.models.trunk import Trunk
@@ -183,9 +183,7 @@ def ablate_heads_cumulatively(
         for e in edits
     ]
     settings = {
-        "mode": mode,
-        "positions": positions,
-        "seed": seed,
+        **replacement_settings(mode, positions, reference, seed),
         "n_random": n_random,
         "ranking": [head_label(h) for h in ranked[: max(counts)]],
     }

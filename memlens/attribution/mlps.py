@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from memlens.attribution.replacing import POSITIONS, replacements, replacing
+from memlens.attribution.replacing import POSITIONS, replacement_settings, replacements, replacing
 from memlens.errors import check_option
-from memlens.models.hooks import check_layer, hook_name
+from memlens.models.hooks import chosen_layers, hook_name
 from memlens.models.trunk import Trunk
 from memlens.results import Result
 from memlens.sequences import SequenceSet
@@ -70,12 +70,7 @@ def ablate_mlps(
     interventions = mlp_ablations(
         model, sequences, mode=mode, layers=layers, positions=positions, reference=reference, seed=seed
     )
-    settings = {
-        "mode": mode,
-        "positions": positions,
-        "seed": seed,
-        "reference": "sequences" if reference is None else dict(reference.attrs),
-    }
+    settings = replacement_settings(mode, positions, reference, seed)
     return sweep(model, sequences, interventions, metrics, kind="mlp_ablation", settings=settings, **options)
 
 
@@ -92,9 +87,7 @@ def mlp_ablations(
     """Return the interventions that `ablate_mlps` runs, one a layer; see there."""
     check_option("mode", mode, MLP_MODES)
     check_option("positions", positions, POSITIONS)
-    layers = list(range(Trunk(model).n_layers) if layers is None else layers)
-    for layer in layers:
-        check_layer(layer, Trunk(model).n_layers)
+    layers = chosen_layers(layers, Trunk(model).n_layers)
     reference = sequences if reference is None else reference
     by = replacements(model, "mlp_out", mode, layers, reference, len(sequences), seed)
     return [

@@ -25,7 +25,7 @@ from memlens.attribution.neuron_edits import knock_out
 from memlens.attribution.replacing import POSITIONS
 from memlens.attribution.sources import mean_activations
 from memlens.errors import OptionError, check_option
-from memlens.models.hooks import check_layer, hook_name
+from memlens.models.hooks import chosen_layers, hook_name
 from memlens.models.trunk import Trunk
 from memlens.models.weights import value_vectors
 from memlens.results import Result
@@ -144,9 +144,7 @@ def knock_out_neurons(
         (('sequence', 'layer', 'window', 'k'), 0.0)
     """
     n_layers = Trunk(model).n_layers
-    starts = list(range(n_layers) if layers is None else layers)
-    for layer in starts:
-        check_layer(layer, n_layers)
+    starts = chosen_layers(layers, n_layers)
     if not starts:
         raise OptionError("layers=[] knocks out nothing: give at least one layer.")
     width = int(value_vectors(model, 0).shape[0])

@@ -12,7 +12,7 @@ from torch import Tensor
 from memlens.attribution.pairs import DIRECTIONS, check_pairs, checked_positions, compare_runs
 from memlens.attribution.sources import ActivationSource
 from memlens.errors import OptionError, SiteError, check_option
-from memlens.models.hooks import HookFn, check_layer, has_site, hook_name
+from memlens.models.hooks import HookFn, chosen_layers, has_site, hook_name
 from memlens.models.trunk import Trunk, is_bridge
 from memlens.results import Result
 from memlens.sequences import SequenceSet
@@ -155,9 +155,7 @@ def activation_patches(
         raise SiteError(
             f"this model's parallel blocks have no site {site!r}: use 'resid_pre' or 'resid_post'."
         )
-    layers = list(range(trunk.n_layers) if layers is None else layers)
-    for layer in layers:
-        check_layer(layer, trunk.n_layers)
+    layers = chosen_layers(layers, trunk.n_layers)
     places = checked_positions(source, positions)
     names = {layer: hook_name(site, layer) for layer in layers}
     store = ActivationSource(model, source, list(names.values()), under=under)

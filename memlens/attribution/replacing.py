@@ -15,10 +15,23 @@ from memlens.models.hooks import hook_name
 from memlens.sequences import SequenceSet
 from memlens.sweeps import Batch, ByBatch
 
-__all__ = ["POSITIONS", "Replace", "other_rows", "replacements", "replacing", "where"]
+__all__ = ["POSITIONS", "Replace", "other_rows", "replacement_settings", "replacements", "replacing", "where"]
 
 POSITIONS = ("all", "prompt", "targets", "last_prompt")
 """Every position; those given to the model; those that predict a target; the one that predicts the first."""
+
+
+def replacement_settings(
+    mode: str, positions: str, reference: SequenceSet | None, seed: int
+) -> dict[str, Any]:
+    """Return what an ablation records of how it replaces."""
+    return {
+        "mode": mode,
+        "positions": positions,
+        "seed": seed,
+        "reference": "sequences" if reference is None else dict(reference.attrs),
+    }
+
 
 Replace = Callable[[Tensor, int | list[int] | None], Tensor]
 """From an activation and a head, or several (None: all of it), to what stands in their place."""

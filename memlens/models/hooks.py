@@ -25,6 +25,7 @@ __all__ = [
     "capturing",
     "check_head",
     "check_layer",
+    "chosen_layers",
     "has_site",
     "hook_name",
     "layer_of",
@@ -124,6 +125,18 @@ def check_layer(layer: int, n_layers: int) -> None:
     """Raise `SiteError` unless the model has this layer."""
     if not 0 <= layer < n_layers:
         raise SiteError(f"layer {layer} does not exist: the model has layers 0 to {n_layers - 1}.")
+
+
+def chosen_layers(layers: Sequence[int] | None, n_layers: int) -> list[int]:
+    """Return the layers asked for, all of them by default.
+
+    Raises:
+        SiteError: The model has no such layer.
+    """
+    chosen = list(range(n_layers) if layers is None else layers)
+    for layer in chosen:
+        check_layer(layer, n_layers)
+    return chosen
 
 
 def check_head(head: int, n_heads: int) -> None:
