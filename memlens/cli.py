@@ -20,7 +20,7 @@ from memlens.lens_cli import lens_app
 if TYPE_CHECKING:
     import pandas as pd
 
-    from memlens.studies import LocalizedRun
+    from memlens.studies import StudyRun
 
 __all__ = ["app", "main"]
 
@@ -333,7 +333,7 @@ def _command() -> str:
     return shlex.join(["memlens", *sys.argv[1:]])
 
 
-def _print_run(run: LocalizedRun, seconds: float) -> None:
+def _print_run(run: StudyRun, seconds: float) -> None:
     for number, finding in enumerate(run.findings, 1):
         _OUT.print(Text.assemble((f"{number}. {finding.title}: ", "bold"), finding.statement))
         if finding.number:
