@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from memlens.recall.targets import METRICS
     from memlens.recall.trivial import TrivialRules, trivial_continuations
     from memlens.results import Result, compare_groups, load_result, overlay
-    from memlens.sequences import SequenceSet, check_sequences, corrupt, load_sequences
+    from memlens.sequences import SequenceSet, check_sequences, corrupt, load_sequences, natural_controls
     from memlens.studies import LocalizeOptions, localize
     from memlens.sweeps import BatchHook, Intervention, Plan, applied, measure, plan, sweep
 
@@ -112,7 +112,13 @@ _HOMES: dict[str, str] = {
         "memlens.recall.score": ("score_recall",),
         "memlens.recall.targets": ("METRICS",),
         "memlens.results": ("Result", "compare_groups", "load_result", "overlay"),
-        "memlens.sequences": ("SequenceSet", "check_sequences", "corrupt", "load_sequences"),
+        "memlens.sequences": (
+            "SequenceSet",
+            "check_sequences",
+            "corrupt",
+            "load_sequences",
+            "natural_controls",
+        ),
         "memlens.studies": ("LocalizeOptions", "localize"),
         "memlens.sweeps": ("BatchHook", "Intervention", "Plan", "applied", "measure", "plan", "sweep"),
     }.items()
@@ -166,6 +172,7 @@ __all__ = [
     "localize",
     "measure",
     "mlp_ablations",
+    "natural_controls",
     "neuron_knock_out",
     "overlay",
     "patch_activations",

@@ -10,12 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError
+from memlens.errors import OptionError
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from memlens.sequences import SequenceSet
 
 __all__ = ["lens_app"]
 
@@ -67,6 +65,7 @@ def lens_train(
     Example: memlens lens train zoo/pythia-s --zoo-corpus --steps 100 --out my-lens
     """
     import memlens as ml
+    from memlens.sequences import text_windows
 
     given = [text is not None, tokens is not None, zoo_corpus]
     if sum(given) != 1:
@@ -75,7 +74,7 @@ def lens_train(
         )
     loaded = ml.load_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
     if text is not None:
-        rows = text_windows(loaded, text, window)
+        rows = text_windows(getattr(loaded, "tokenizer", None), text, window)
     elif tokens is not None:
         rows = ml.load_sequences(str(tokens), loaded, prefix_len=1)
     else:
@@ -97,37 +96,6 @@ def lens_train(
         trained.save(out, layout="published")
     _print_gain(trained)
     _OUT.print(f"lens: {folder}")
-
-
-def text_windows(model: Any, path: Path, window: int) -> SequenceSet:
-    """Return a text file as windows of token ids; what is left over at the end is dropped.
-
-    Raises:
-        OptionError: A window of fewer than two tokens.
-        SourceNotFoundError: No such file.
-        FileFormatError: The file is not UTF-8.
-        SequenceError: The model has no tokenizer, or the text has fewer than two windows.
-    """
-    from memlens.sequences import SequenceSet
-    from memlens.sequences.tokenizing import encode
-
-    if window < 2:
-        raise OptionError(f"window={window} leaves nothing to predict: give 2 tokens or more.")
-    if not path.is_file():
-        raise SourceNotFoundError(f"there is no text file {path}: give the path of one.")
-    if getattr(model, "tokenizer", None) is None:
-        raise SequenceError("the model has no tokenizer for --text: give token ids with --tokens.")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{path} is not UTF-8 text: give token ids with --tokens.") from error
-    ids = encode(model.tokenizer, [content])[0]
-    rows = [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)]
-    if len(rows) < 2:
-        raise SequenceError(
-            f"{path} has {len(ids)} tokens, fewer than two windows of {window}: give more text or --window."
-        )
-    return SequenceSet.from_tokens(rows, prefix_len=1)
 
 
 def zoo_rows(name: str) -> np.ndarray:

@@ -34,9 +34,7 @@ def planted(pythia: Any) -> ml.SequenceSet:
 
 
 @pytest.fixture(scope="module")
-def run(
-    pythia: Any, planted: ml.SequenceSet, tmp_path_factory: pytest.TempPathFactory
-) -> StudyRun:
+def run(pythia: Any, planted: ml.SequenceSet, tmp_path_factory: pytest.TempPathFactory) -> StudyRun:
     folder = tmp_path_factory.mktemp("run")
     return ml.localize(pythia, planted, folder, options=SMALL, progress=False, command="memlens demo")
 
@@ -54,9 +52,7 @@ def test_five_findings_with_numbers_and_controls(run: StudyRun) -> None:
     assert "untrained twin" in (run.findings[3].control or "")
 
 
-def test_what_is_recalled_is_what_was_planted_often(
-    run: StudyRun, planted: ml.SequenceSet
-) -> None:
+def test_what_is_recalled_is_what_was_planted_often(run: StudyRun, planted: ml.SequenceSet) -> None:
     table = ml.RecallScores.load(run.report.parent / "recall.parquet").table
     copies = planted.table["copies"].to_numpy()
     assert (table["exact_match"].to_numpy() == (copies == 256)).mean() > 0.95
@@ -76,9 +72,7 @@ def test_results_are_saved_and_labelled(run: StudyRun) -> None:
     assert recorded["command"] == "memlens demo"
 
 
-def test_finding_equals_a_plain_computation(
-    run: StudyRun, pythia: Any, planted: ml.SequenceSet
-) -> None:
+def test_finding_equals_a_plain_computation(run: StudyRun, pythia: Any, planted: ml.SequenceSet) -> None:
     """The head finding, by hand: one plain forward with and without the head, on the reported half."""
     heads = ml.load_result(run.report.parent / "head_ablation.nc")
     ids = [
