@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from memlens.errors import EmptySetError, FileFormatError, OptionError, SequenceError, SourceNotFoundError
 from memlens.sequences.set import SequenceSet
@@ -62,9 +61,9 @@ def natural_controls(
 ) -> SequenceSet:
     """Cut prompts from running text that are as long as those of a set; the next token is the target.
 
-    The model has no reason to have stored them, so what is found for recalled sequences and for these alike is
-    no sign of recall. Where a tokenizer is given, a prompt begins and its target begins with a word, as those
-    of idioms do (the token starts with white space and a letter), so that word pieces are no easy targets.
+    The model has no reason to have stored them, so what is found for recalled sequences and for these alike
+    is no sign of recall. Where a tokenizer is given, prompts and targets begin with a word, as those of
+    idioms do (the token starts with white space and a letter), so that word pieces are no easy targets.
 
     Args:
         text: Running text; prefix lengths make no difference. Rows must be longer than the prompts of `like`.
