@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from memlens.recall.trivial import TrivialRules, trivial_continuations
     from memlens.results import Result, compare_groups, load_result, overlay
     from memlens.sequences import SequenceSet, check_sequences, corrupt, load_sequences, natural_controls
-    from memlens.studies import LocalizeOptions, localize
+    from memlens.studies import IdiomOptions, LocalizeOptions, localize, study_idioms
     from memlens.sweeps import BatchHook, Intervention, Plan, applied, measure, plan, sweep
 
 __version__ = "0.1.0"
@@ -119,7 +119,12 @@ _HOMES: dict[str, str] = {
             "load_sequences",
             "natural_controls",
         ),
-        "memlens.studies": ("LocalizeOptions", "localize"),
+        "memlens.studies": (
+            "IdiomOptions",
+            "LocalizeOptions",
+            "localize",
+            "study_idioms",
+        ),
         "memlens.sweeps": ("BatchHook", "Intervention", "Plan", "applied", "measure", "plan", "sweep"),
     }.items()
     for name in names
@@ -128,6 +133,7 @@ _HOMES: dict[str, str] = {
 __all__ = [
     "METRICS",
     "BatchHook",
+    "IdiomOptions",
     "InfiniGram",
     "Intervention",
     "LocalizeOptions",
@@ -188,6 +194,7 @@ __all__ = [
     "samples_needed",
     "score_recall",
     "screen_then_verify",
+    "study_idioms",
     "sweep",
     "token_counts",
     "train_tuned_lens",

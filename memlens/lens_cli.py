@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from memlens.console import OUT
 from memlens.errors import OptionError
 
 if TYPE_CHECKING:
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["lens_app"]
 
 lens_app = typer.Typer(help="Tuned lenses: affine translators for residual decoding.", no_args_is_help=True)
-
-_OUT = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 @lens_app.callback()
@@ -95,7 +92,7 @@ def lens_train(
     if published:
         trained.save(out, layout="published")
     _print_gain(trained)
-    _OUT.print(f"lens: {folder}")
+    OUT.print(f"lens: {folder}")
 
 
 def zoo_rows(name: str) -> np.ndarray:
@@ -120,4 +117,4 @@ def _print_gain(trained: Any) -> None:
         table.add_column(column, justify="right")
     for layer, before, after, _ in trained.heldout_kl().itertuples(index=False):
         table.add_row("embedding" if layer < 0 else str(layer), f"{before:.4g}", f"{after:.4g}")
-    _OUT.print(table)
+    OUT.print(table)
