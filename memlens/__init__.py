@@ -47,17 +47,23 @@ if TYPE_CHECKING:
     from memlens.models.families import families_table
     from memlens.models.loading import load_model
     from memlens.models.trunk import Trunk
+    from memlens.recall.calibration import calibrate_criteria
     from memlens.recall.compression import prompt_compression
+    from memlens.recall.criteria import CriteriaOptions, score_criteria
+    from memlens.recall.criteria_scores import CriteriaScores
     from memlens.recall.duplicates import count_duplicates
     from memlens.recall.extraction import extraction_curve
     from memlens.recall.frequency import InfiniGram, token_counts
+    from memlens.recall.ngrams import NgramReference
     from memlens.recall.sampling import Sampling, samples_needed
     from memlens.recall.score import score_recall
     from memlens.recall.scores import RecallScores
     from memlens.recall.targets import METRICS
     from memlens.recall.trivial import TrivialRules, trivial_continuations
     from memlens.results import Result, compare_groups, load_result, overlay
+    from memlens.results.agreement import roc_area
     from memlens.sequences import SequenceSet, check_sequences, corrupt, load_sequences
+    from memlens.sequences.idioms import idiom_defects
     from memlens.studies import LocalizeOptions, localize
     from memlens.sweeps import BatchHook, Intervention, Plan, applied, measure, plan, sweep
 
@@ -102,7 +108,11 @@ _HOMES: dict[str, str] = {
         "memlens.models.families": ("families_table",),
         "memlens.models.loading": ("load_model",),
         "memlens.models.trunk": ("Trunk",),
+        "memlens.recall.calibration": ("calibrate_criteria",),
         "memlens.recall.compression": ("prompt_compression",),
+        "memlens.recall.criteria": ("CriteriaOptions", "score_criteria"),
+        "memlens.recall.criteria_scores": ("CriteriaScores",),
+        "memlens.recall.ngrams": ("NgramReference",),
         "memlens.recall.extraction": ("extraction_curve",),
         "memlens.recall.sampling": ("Sampling", "samples_needed"),
         "memlens.recall.trivial": ("TrivialRules", "trivial_continuations"),
@@ -112,6 +122,8 @@ _HOMES: dict[str, str] = {
         "memlens.recall.score": ("score_recall",),
         "memlens.recall.targets": ("METRICS",),
         "memlens.results": ("Result", "compare_groups", "load_result", "overlay"),
+        "memlens.results.agreement": ("roc_area",),
+        "memlens.sequences.idioms": ("idiom_defects",),
         "memlens.sequences": ("SequenceSet", "check_sequences", "corrupt", "load_sequences"),
         "memlens.studies": ("LocalizeOptions", "localize"),
         "memlens.sweeps": ("BatchHook", "Intervention", "Plan", "applied", "measure", "plan", "sweep"),
@@ -122,9 +134,12 @@ _HOMES: dict[str, str] = {
 __all__ = [
     "METRICS",
     "BatchHook",
+    "CriteriaOptions",
+    "CriteriaScores",
     "InfiniGram",
     "Intervention",
     "LocalizeOptions",
+    "NgramReference",
     "Plan",
     "RecallScores",
     "Result",
@@ -147,6 +162,7 @@ __all__ = [
     "bypass_attention",
     "bypass_intervention",
     "bypassed",
+    "calibrate_criteria",
     "check_sequences",
     "compare_groups",
     "corrupt",
@@ -159,6 +175,7 @@ __all__ = [
     "families_table",
     "head_ablations",
     "head_set_ablations",
+    "idiom_defects",
     "knock_out_neurons",
     "load_model",
     "load_result",
@@ -178,7 +195,9 @@ __all__ = [
     "promotion_summary",
     "prompt_compression",
     "rank_heads",
+    "roc_area",
     "samples_needed",
+    "score_criteria",
     "score_recall",
     "screen_then_verify",
     "sweep",
