@@ -131,9 +131,7 @@ def _statistics(cells: Float[np.ndarray, "sample 4"]) -> Float[np.ndarray, "samp
 def _groups(score: Any, label: Any) -> tuple[np.ndarray, np.ndarray]:
     score, label = np.asarray(score, dtype=float), np.asarray(label, dtype=bool)
     if score.shape != label.shape or score.ndim != 1:
-        raise ResultError(
-            f"scores have the shape {score.shape}, labels {label.shape}: give one each"
-        )
+        raise ResultError(f"scores have the shape {score.shape}, labels {label.shape}: give one each")
     known: Bool[np.ndarray, "row"] = ~np.isnan(score)
     positive, negative = score[known & label], score[known & ~label]
     if not len(positive) or not len(negative):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,9 @@ def natural_controls(
         seed: Of the places.
 
     Returns:
-        Sequences of one target each, none twice; the table has `text_row`, `start`, `prompt`, `target` and
-        `text`, and the other columns of `text` but its own text.
+        Sequences of one target each, none twice; the table has `text_row`, `start`, the other columns of
+        the text's table, and with a tokenizer `text`, `prompt` and `target` (the word that the target
+        begins).
 
     Raises:
         EmptySetError: No place in the text fits.
@@ -94,7 +95,7 @@ def natural_controls(
     places = np.full((n, 2), -1)
     for length in np.unique(lengths):
         wanted = np.flatnonzero(lengths == length)
-        free = np.argwhere(begins[:, : begins.shape[1] - length] & begins[:, length:])
+        free = np.argwhere(begins[:, : max(0, begins.shape[1] - length)] & begins[:, length:])
         chosen = free[np.sort(rng.choice(len(free), min(len(wanted), len(free)), replace=False))]
         places[wanted[: len(chosen)]] = chosen
     kept = places[:, 0] >= 0
@@ -127,14 +128,19 @@ def _cut(
     ids = [f"{text.ids[r]}:{s}+{n}" for (r, s), n in zip(places, lengths, strict=True)]
     table = table.assign(id=ids, text_row=places[:, 0], start=places[:, 1])
     if tokenizer is not None:
-        table = table.assign(**dict(_spelled(rows, tokenizer)))
+        ends = [tokens[r, s + n : int(text.lengths[r])] for (r, s), n in zip(places, lengths, strict=True)]
+        table = table.assign(**_spelled(rows, ends, tokenizer))
     attrs = {**text.attrs, "cut_seed": seed, "control": "natural text"}
     return SequenceSet.from_tokens(rows, lengths, table=table, attrs=attrs)
 
 
-def _spelled(rows: list[list[int]], tokenizer: Any) -> Iterator[tuple[str, list[str]]]:
+def _spelled(rows: list[list[int]], ends: list[np.ndarray], tokenizer: Any) -> dict[str, list[str]]:
+    """Return the texts of prompts, of the whole words that the targets begin, and of the sequences."""
     prompts = tokenizer.batch_decode([row[:-1] for row in rows])
-    targets = tokenizer.batch_decode([row[-1:] for row in rows])
-    yield "prompt", [prompt.strip() for prompt in prompts]
-    yield "target", [target.strip() for target in targets]
-    yield "text", [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
+    # No word has more than eight tokens; what follows the first word is left off.
+    words = tokenizer.batch_decode([end[:8].tolist() for end in ends])
+    return {
+        "prompt": [prompt.strip() for prompt in prompts],
+        "target": [re.split(r"[^\w'-]", word.strip(), maxsplit=1)[0] for word in words],
+        "text": tokenizer.batch_decode(rows),
+    }

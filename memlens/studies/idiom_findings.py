@@ -26,6 +26,7 @@ __all__ = [
     "recalled",
     "resid_post",
     "rises_with_frequency",
+    "share_of",
     "spoken",
     "with_corrected_p",
 ]
@@ -54,7 +55,7 @@ def resid_post(result: Result) -> Result:
 
 def recalled(name: str, table: pd.DataFrame) -> Finding:
     """The share of items whose target is the model's prediction."""
-    share = _share(table["exact_match"])
+    share = share_of(table["exact_match"])
     return Finding(
         f"{name.capitalize()}: what is recalled",
         f"The model predicts the target of {int(share.value * share.n + 0.5)} of {len(table)} {name}.",
@@ -95,7 +96,7 @@ def recall_by_subset(table: pd.DataFrame) -> pd.DataFrame:
             subsets |= {f"{column} {value}": values == value for value in sorted(set(values))}
     rows = []
     for label, chosen in subsets.items():
-        share = _share(table.loc[chosen, "exact_match"])
+        share = share_of(table.loc[chosen, "exact_match"])
         rows.append((label, share.n, share.value, share.low, share.high))
     return pd.DataFrame(rows, columns=["subset", "n", "recalled", "low", "high"])
 
@@ -117,7 +118,7 @@ def recall_by_frequency(table: pd.DataFrame, column: str, *, bins: int = 10) -> 
     rows = []
     for value in np.unique(label[np.isfinite(values)]):
         chosen = label == value
-        share = _share(hits[chosen])
+        share = share_of(hits[chosen])
         ends = float(values[chosen].min()), float(values[chosen].max())
         rows.append((*ends, share.n, share.value, share.low, share.high))
     return pd.DataFrame(rows, columns=["from", "to", "n", "recalled", "low", "high"])
@@ -159,7 +160,10 @@ def _spearman(x: np.ndarray, y: np.ndarray, seed: int) -> Estimate:
     return Estimate(float(found.statistic), float(low), float(high), len(x))
 
 
-def _share(hits: Any) -> Estimate:
+def share_of(hits: Any) -> Estimate:
+    """Return the share of ones with Wilson's interval; NaN where there are none to count."""
+    if not len(hits):
+        return Estimate(np.nan, np.nan, np.nan, 0)
     return share_estimate(xr.DataArray(np.asarray(hits, dtype=float), dims="sequence"))
 
 

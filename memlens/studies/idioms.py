@@ -21,6 +21,7 @@ from memlens.recall.score import score_recall
 from memlens.report import FigureRequest
 from memlens.sequences import SequenceSet, natural_controls
 from memlens.studies import idiom_findings as find
+from memlens.studies.idiom_criteria import study_criteria
 from memlens.studies.idiom_options import IdiomOptions
 from memlens.studies.running import StudyDirectory, StudyRun
 from memlens.studies.unfolding import Unfolding
@@ -206,7 +207,18 @@ class _IdiomStudy:
         self.folder.find(find.rises_with_frequency(name, table, column, self.options.seed))
 
     def _criteria(self, name: str, part: Unfolding) -> None:
-        raise NotImplementedError
+        assert part.recall is not None
+        study_criteria(
+            self.folder,
+            name,
+            part.items,
+            part.recall.table["exact_match"].to_numpy(bool),
+            part.natural,
+            self.references,
+            self.model,
+            seed=self.options.seed,
+            progress=self.progress,
+        )
 
 
 def _frequency_column(table: pd.DataFrame) -> str | None:
