@@ -104,7 +104,10 @@ def run_idioms(
         typer.Option(help="Model that the recall criteria ask (more than once for several)."),
     ] = None,
     lens: Annotated[Path | None, typer.Option(help="Folder of a tuned lens.")] = None,
-    train_lens: Annotated[bool, typer.Option(help="Train a tuned lens on the text if none is given.")] = True,
+    train_lens: Annotated[
+        bool | None,
+        typer.Option(help="Train a tuned lens on the text (default: for the zoo; long for large models)."),
+    ] = None,
     lens_steps: Annotated[int, typer.Option(help="Updates of that training.")] = 250,
     limit: LimitOption = None,
     max_items: Annotated[
@@ -156,7 +159,7 @@ def run_idioms(
         **given,
         references=[load(name, backend, dtype, device, None, None) for name in reference or []],
         lens=lens,
-        train_lens=train_lens,
+        train_lens=idioms == "zoo" if train_lens is None else train_lens,
         options=options,
         command=command_line(),
         progress=not quiet,

@@ -34,6 +34,7 @@ class IdiomOptions:
         replace: By what: "zero", or "mean" over all positions of the knocked-out set.
         n_draws: Draws of the controls.
         lens_steps: Updates of the tuned lens, where one is trained.
+        lens_batch_size: Rows of an update.
         lens_window: Tokens of its training rows, at most.
         criteria: Score the recall criteria where there are reference models.
         control_n: Natural-text prompts; None takes as many as there are items.
@@ -56,6 +57,7 @@ class IdiomOptions:
     replace: str = "zero"
     n_draws: int = 1
     lens_steps: int = 250
+    lens_batch_size: int = 16
     lens_window: int = 64
     criteria: bool = True
     control_n: int | None = None
@@ -73,7 +75,15 @@ class IdiomOptions:
             raise OptionError(f"selections={self.selections} lacks 'dominant': controls alone say nothing.")
         check_option("positions", self.positions, POSITIONS)
         check_option("replace", self.replace, ("zero", "mean"))
-        for name in ("max_items", "max_others", "n_draws", "lens_steps", "n_resamples", "control_n"):
+        for name in (
+            "max_items",
+            "max_others",
+            "n_draws",
+            "lens_steps",
+            "lens_batch_size",
+            "n_resamples",
+            "control_n",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name}={value} leaves nothing to do: give 1 or more.")

@@ -145,6 +145,7 @@ class _IdiomStudy:
             self.model,
             SequenceSet.from_tokens(rows, 1),
             steps=self.options.lens_steps,
+            batch_size=self.options.lens_batch_size,
             seed=self.options.seed,
             progress=self.progress,
         )
