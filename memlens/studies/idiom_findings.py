@@ -14,11 +14,12 @@ from memlens.report import Finding
 from memlens.results import Result, compare_groups
 from memlens.results.comparison import corrected
 from memlens.studies.idiom_options import IdiomOptions
-from memlens.studies.statistics import Estimate, share_estimate
+from memlens.studies.statistics import Estimate, mean_estimate, share_estimate
 
 __all__ = [
     "boosting",
     "boundary",
+    "decoded_in_words",
     "matched_promotion",
     "matched_table",
     "recall_by_frequency",
@@ -170,6 +171,23 @@ def share_of(hits: Any) -> Estimate:
 # ---- the two phases --------------------------------------------------------------------------------------
 
 
+def decoded_in_words(decoded: Mapping[str, Result]) -> str:
+    """Say of each group how sure the model is in the end, and from which layer its prediction is on top."""
+    parts = []
+    for group, result in decoded.items():
+        data = resid_post(result).data
+        final = mean_estimate(data["predicted_probability"].isel(layer=-1).mean("target"))
+        rank = data["predicted_rank"].transpose("sequence", "layer", "target").values
+        ranks = np.nanmean(np.log1p(rank), axis=(0, 2))
+        stays = np.logical_and.accumulate(np.exp(ranks[::-1]) < 2)[::-1]
+        first = f"{data['layer'].values[stays][0]} on" if stays.any() else "no layer on"
+        parts.append(
+            f"{group[:1].upper()}{group[1:]} (n = {final.n}): the predicted token ends with a mean "
+            f"probability of {final}; its geometric mean rank is below 2 (1 is the top) from layer {first}."
+        )
+    return "\n\n".join(parts)
+
+
 def boundary(name: str, lens: str, phases: pd.DataFrame, n_layers: int) -> Finding:
     """The layer at which a group's predictions are on top: the first of median rank 0."""
     rows = _quantity(phases, "boundary")
@@ -247,17 +265,19 @@ def matched_promotion(name: str, table: pd.DataFrame) -> Finding:
     """Whether recalled items are promoted earlier than others that the model is as sure of."""
     rows = table[table["quantity"] == "stable_promotion"]
     main = rows.iloc[0]
-    words = "earlier" if main["high"] < 0 else "later" if main["low"] > 0 else "neither earlier nor later"
+    clear = main["p"] < 0.05  # the bootstrap alone is too sure of few pairs
+    words = "earlier" if clear and main["high"] < 0 else "later" if clear and main["low"] > 0 else None
+    words = words or "not clearly earlier or later"
     others = [
         f"against {row.control}: {row.difference:.3g} [{row.low:.3g}, {row.high:.3g}] layers, "
-        f"{row.pairs} pairs"
+        f"p = {row.p:.2g}, {row.pairs} pairs"
         for row in rows.iloc[1:].itertuples()
     ]
     return Finding(
         f"{name.capitalize()}: recalled beside matched predictions",
         f"Of pairs alike in prompt length and final probability, the prediction of the recalled item is on "
-        f"top for good {words} than that of the one from {main['control']} (difference in layers). Early "
-        "promotion alone is no sign of recall.",
+        f"top for good {words} than that of the one from {main['control']} (difference in layers; sign-flip "
+        f"test p = {main['p']:.2g}). Early promotion alone is no sign of recall.",
         float(main["difference"]),
         float(main["low"]),
         float(main["high"]),

@@ -109,7 +109,7 @@ class Unfolding:
         figures = [
             FigureRequest(
                 {"group": "group", "token": "predicted", "stream": stream, "title": title},
-                reading=self._words(self.decoded) if stream == "resid_post" else "",
+                reading=find.decoded_in_words(self.decoded) if stream == "resid_post" else "",
             )
             for stream, title in _STREAM_TITLES.items()
             if stream in streams
@@ -125,9 +125,11 @@ class Unfolding:
         """Part 2 and 3 again through the tuned lens."""
         if self.lens is None:
             return
-        joined = join_groups(self._decoded(self.groups, ["resid_post"], self.lens))
+        decoded = self._decoded(self.groups, ["resid_post"], self.lens)
+        joined = join_groups(decoded)
         figure = FigureRequest(
-            {"group": "group", "token": "predicted", "title": _STREAM_TITLES["resid_post"]}
+            {"group": "group", "token": "predicted", "title": _STREAM_TITLES["resid_post"]},
+            reading=find.decoded_in_words(decoded),
         )
         self.folder.add_result(
             f"{self.name}_decoding_tuned",
@@ -149,12 +151,18 @@ class Unfolding:
             if len(pairs) < 2:
                 continue
             mine, theirs = self._matched_results(other, pairs)
-            matched = join_groups({RECALLED: mine, f"matched {other}": theirs})
+            groups = {RECALLED: mine, f"matched {other}": theirs}
+            matched = join_groups(groups)
+            title = "Matched pairs: the predicted token, decoded after each block"
+            figure = FigureRequest(
+                {"group": "group", "token": "predicted", "title": title},
+                reading=find.decoded_in_words(groups),
+            )
             self.folder.add_result(
                 f"{self.name}_matched_{other.replace(' ', '_')}",
                 matched,
                 title=self._title(f"beside {other}, matched"),
-                figures=[FigureRequest({"group": "group", "token": "predicted"})],
+                figures=[figure],
             )
             tables.append(find.matched_table(mine, theirs, other, self.options))
         if balances:
@@ -291,9 +299,6 @@ class Unfolding:
         theirs = find.resid_post(self.decoded[other]).data.isel(sequence=pairs.theirs)
         links = mine["sequence"].values
         return mine, Result(theirs.assign_coords(matched_to=("sequence", links)))
-
-    def _words(self, decoded: Mapping[str, Result]) -> str:
-        return "\n\n".join(f"{group.capitalize()}: {reading(result)}" for group, result in decoded.items())
 
     def _title(self, rest: str) -> str:
         return f"{self.name.capitalize()} {rest}"
