@@ -26,7 +26,7 @@ from memlens.console import (
     load,
     print_run,
 )
-from memlens.errors import OptionError
+from memlens.errors import OptionError, SourceNotFoundError
 
 __all__ = ["run_app"]
 
@@ -103,6 +103,9 @@ def run_idioms(
         list[str] | None,
         typer.Option(help="Model that the recall criteria ask (more than once for several)."),
     ] = None,
+    reference_text: Annotated[
+        Path | None, typer.Option(help="Text file whose word n-grams are a reference too.")
+    ] = None,
     lens: Annotated[Path | None, typer.Option(help="Folder of a tuned lens.")] = None,
     train_lens: Annotated[
         bool | None,
@@ -157,7 +160,10 @@ def run_idioms(
         given.pop("idioms"),
         out,
         **given,
-        references=[load(name, backend, dtype, device, None, None) for name in reference or []],
+        references=[
+            *(load(name, backend, dtype, device, None, None) for name in reference or []),
+            *_counted(reference_text, idioms, loaded),
+        ],
         lens=lens,
         train_lens=idioms == "zoo" if train_lens is None else train_lens,
         options=options,
@@ -174,6 +180,25 @@ def _numbers(name: str, given: str | None) -> tuple[int, ...] | None:
         return tuple(int(number) for number in given.split(","))
     except ValueError:
         raise OptionError(f"--{name} {given!r} is no list of whole numbers: give 1,10,100.") from None
+
+
+def _counted(text: Path | None, idioms: str, model: Any) -> list[Any]:
+    """Return n-gram references: of a text file, and for the zoo's own lists of the corpus they stand in."""
+    import memlens as ml
+    from memlens.organisms.zoo import zoo_corpus
+
+    found = []
+    if text is not None:
+        if not text.is_file():
+            raise SourceNotFoundError(f"there is no text file {text}: give the path of one.")
+        found.append(ml.NgramReference(text.read_text(encoding="utf-8").splitlines()))
+    if idioms == "zoo":
+        corpus = zoo_corpus(str(getattr(model.tokenizer, "name_or_path", "")))
+        longest = 10  # tokens: the expressions are shorter
+        found.append(
+            ml.NgramReference(corpus.rows, order=longest, tokenizer=corpus.tokenizer, name="training corpus")
+        )
+    return found
 
 
 def _read(name: str, source: str, model: Any, limit: int | None) -> Any:
