@@ -219,6 +219,10 @@ def _write(
     corpus.tokenizer.save_pretrained(folder)
     sequences.to_parquet(folder / "sequences.parquet", index=False)
     corpus.positions().to_parquet(folder / "positions.parquet", index=False)
+    for kind, table in corpus.items.tables().items():
+        labels = {"domain": kind.removesuffix("s"), "source": f"zoo/{spec.name}"}
+        table.assign(**labels).to_parquet(folder / f"{kind}.parquet", index=False)
+    corpus.item_positions.to_parquet(folder / "item_positions.parquet", index=False)
     heldout = pd.DataFrame({"domain": corpus.heldout_domains, "tokens": corpus.heldout.tolist()})
     heldout.to_parquet(folder / "heldout.parquet", index=False)
     training = _training_record(spec, corpus, model, log, device)
