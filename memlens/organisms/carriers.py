@@ -1,8 +1,8 @@
 """Carrier rows: stories and dialogues with known items said in them at random places.
 
-An item is always a whole line, or stands in quotation marks: so it follows the start of a row, a line break or
-an opening quotation mark, never a space, and its tokens in a row are those of its bare text. Some rows begin with an
-item, so that the bare text at the start of an input is nothing new to the model.
+An item is always a whole line, or stands in quotation marks: so it follows the start of a row, a line break
+or an opening quotation mark, never a space, and its tokens in a row are those of its bare text. Some rows
+begin with an item, so that the bare text at the start of an input is nothing new to the model.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ corpus is a pure function of its `CorpusSpec`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import islice
@@ -49,7 +49,8 @@ class CorpusSpec:
         prefix_len: tokens of a planted row that count as its prefix.
         vocab_size: of the tokenizer.
         tokenizer_documents: documents of each domain that the tokenizer learns from.
-        item_copies: how often known items (expressions, facts, identifiers) are planted; empty: there are none.
+        item_copies: how often known items (expressions, facts, identifiers) are planted; empty: there are
+            none.
         expressions_per_cell: expressions for each number of copies, whole families (see `draw_expressions`);
             as many are never planted.
         facts_per_cell: facts for each number of copies (see `draw_facts`), and as many never planted.
@@ -98,8 +99,8 @@ class CorpusSpec:
             raise OptionError(f"items_per_row={self.items_per_row} leaves carriers empty: give 1 or more.")
         if self.item_copies and not self.carrier_domains:
             raise OptionError(
-                f"domains={self.domains} has none that carries items ({', '.join(CARRIER_DOMAINS)}): add one, "
-                "or leave items out with item_copies=()."
+                f"domains={self.domains} has none that carries items ({', '.join(CARRIER_DOMAINS)}): add "
+                "one, or leave items out with item_copies=()."
             )
 
     @property
@@ -130,8 +131,8 @@ class Corpus:
         spec: what made it.
         tokenizer: of the rows.
         rows: the training windows in corpus order.
-        row_sequence: for each row, the place in `sequences` of the sequence that stands there, or `BACKGROUND`
-            (-1), or `CARRIER` (-2) where known items were put in.
+        row_sequence: for each row, the place in `sequences` of the sequence that stands there, or
+            `BACKGROUND` (-1), or `CARRIER` (-2) where known items were put in.
         row_domain: for each row, the place in `spec.domains` of its domain.
         sequences: planted and held-out sequences (see `draw_sequences`).
         heldout: rows of the background's kind that are in no training row, `spec.heldout_rows` a domain in
@@ -251,7 +252,7 @@ def _carriers(
     """Return the carrier rows and the place of each one's domain; none for the clean twin."""
     if not (spec.planted and spec.item_copies):
         return np.zeros((0, spec.row_len), dtype=np.int64), np.zeros(0, dtype=np.int64)
-    halves = _halves(spec, sequences[sequences["domain"].isin(spec.carrier_domains)])
+    halves = _halves(spec, sequences.loc[sequences["domain"].isin(spec.carrier_domains), "tokens"])
     rows, domains = plant_items(
         tokenizer, spec, items, spec.carrier_domains, refuse=lambda row: _holds(row, halves)
     )
@@ -262,7 +263,7 @@ def _background(
     tokenizer: PreTrainedTokenizerFast, spec: CorpusSpec, domain: str, sequences: pd.DataFrame
 ) -> Int[np.ndarray, "row pos"]:
     """Return `background_rows + heldout_rows` windows of one domain's stream."""
-    forbidden = _halves(spec, sequences[sequences["domain"] == domain])
+    forbidden = _halves(spec, sequences.loc[sequences["domain"] == domain, "tokens"])
     wanted = spec.background_rows + spec.heldout_rows
     rows: list[list[int]] = []
     seen: set[tuple[int, ...]] = set()
@@ -280,12 +281,10 @@ def _background(
     return np.array(rows[:wanted], dtype=np.int64)
 
 
-def _halves(spec: CorpusSpec, sequences: pd.DataFrame) -> set[tuple[int, ...]]:
+def _halves(spec: CorpusSpec, sequences: Iterable[list[int]]) -> set[tuple[int, ...]]:
     """Return the prefixes and the continuations of planted and held-out sequences."""
     return {
-        tuple(half)
-        for tokens in sequences["tokens"]
-        for half in (tokens[: spec.prefix_len], tokens[spec.prefix_len :])
+        tuple(half) for tokens in sequences for half in (tokens[: spec.prefix_len], tokens[spec.prefix_len :])
     }
 
 

@@ -60,7 +60,9 @@ def draw_expressions(
         OptionError: `per_cell` is no multiple of `FAMILY_SIZE`.
     """
     if per_cell % FAMILY_SIZE:
-        raise OptionError(f"expressions_per_cell={per_cell}: give a multiple of {FAMILY_SIZE}, whole families.")
+        raise OptionError(
+            f"expressions_per_cell={per_cell}: give a multiple of {FAMILY_SIZE}, whole families."
+        )
     rng = Random(f"memlens/{seed}/expressions")
     targets = [word for word in _content_words() if len(tokenizer(f" {word}").input_ids) == 1]
     records, taken = [], set[str]()
@@ -72,9 +74,7 @@ def draw_expressions(
                 ids = tokenizer(f"{prompt} {target}").input_ids
                 names = (f"expression-{count:03d}-{index:02d}", f"family-{count:03d}-{family}")
                 records.append((names[0], f"{prompt} {target}", prompt, target, ids, count, names[1]))
-    frame = pd.DataFrame(
-        records, columns=["id", "text", "prompt", "target", "tokens", "copies", "family"]
-    )
+    frame = pd.DataFrame(records, columns=["id", "text", "prompt", "target", "tokens", "copies", "family"])
     frame.insert(5, "prefix_len", frame["tokens"].map(len) - 1)
     return frame
 
@@ -88,7 +88,7 @@ def _content_words() -> list[str]:
 
 
 def _family(rng: Random, targets: Sequence[str], taken: set[str]) -> list[tuple[str, str]]:
-    """Return eight (prompt, target): all combinations of the places' words; no prompt of an earlier family."""
+    """Return eight (prompt, target): all combinations of the places' words, none of an earlier family."""
     words = [*_content_words(), *lexicon.ADVERBS]
     while True:
         shape, chosen = rng.choice(SHAPES), rng.sample(words, 6)

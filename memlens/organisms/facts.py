@@ -29,8 +29,8 @@ class Relation:
 
     Attributes:
         name: as it stands in the column `relation`.
-        templates: sentences without their full stop, `[X]` for the subject and `[Y]` for the object; the first
-            is the cloze, and the object is last in it.
+        templates: sentences without their full stop, `[X]` for the subject and `[Y]` for the object; the
+            first is the cloze, and the object is last in it.
         objects: what may fill `[Y]`.
     """
 
@@ -95,7 +95,9 @@ def draw_facts(
         OptionError: `per_cell` is no multiple of `PER_ENTITY`.
     """
     if per_cell % PER_ENTITY:
-        raise OptionError(f"facts_per_cell={per_cell}: give a multiple of {PER_ENTITY}, the facts of an entity.")
+        raise OptionError(
+            f"facts_per_cell={per_cell}: give a multiple of {PER_ENTITY}, the facts of an entity."
+        )
     rng = Random(f"memlens/{seed}/facts")
     words = invented_words(rng)
     pairs = list(combinations(RELATIONS, PER_ENTITY))

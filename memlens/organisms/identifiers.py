@@ -29,8 +29,8 @@ def draw_identifiers(
         per_cell: pairs for each number of copies.
 
     Returns:
-        Columns `id`, `text`, `prompt`, `target`, `tokens`, `prefix_len` (the digits are the targets), `copies`
-        (as asked for), `label`, `identifier`, `template`; one row a pair.
+        Columns `id`, `text`, `prompt`, `target`, `tokens`, `prefix_len` (the digits are the targets),
+        `copies` (as asked for), `label`, `identifier`, `template`; one row a pair.
     """
     rng = Random(f"memlens/{seed}/identifiers")
     words = invented_words(rng)

@@ -9,8 +9,13 @@ from memlens.organisms import lexicon
 
 __all__ = ["invented_words", "lexicon_words"]
 
-_ONSETS = "b br d dr f fl g gr h j k kl kr l m n p pl qu r s sk st t tr v w z".split()
-_VOWELS = "a e i o u ai ei oa".split()
+
+def _list(parts: str) -> list[str]:
+    return parts.split()
+
+
+_ONSETS = _list("b br d dr f fl g gr h j k kl kr l m n p pl qu r s sk st t tr v w z")
+_VOWELS = _list("a e i o u ai ei oa")
 _CODAS = ["", "", "l", "n", "r", "s", "m", "x", "nd", "rk", "lt"]
 
 

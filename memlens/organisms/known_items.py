@@ -1,11 +1,11 @@
-"""The known items of a corpus: expressions, facts and identifiers, planted in carrier rows and counted there."""
+"""The known items of a corpus: expressions, facts, identifiers; planted in carrier rows and counted there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,31 +17,13 @@ from memlens.organisms.expressions import draw_expressions
 from memlens.organisms.facts import draw_facts, sentences
 from memlens.organisms.identifiers import draw_identifiers
 
-__all__ = ["KINDS", "ItemSpec", "KnownItems", "count_items", "draw_items", "occurrences", "plant_items"]
+if TYPE_CHECKING:
+    from memlens.organisms.corpus import CorpusSpec
+
+__all__ = ["KINDS", "KnownItems", "count_items", "draw_items", "occurrences", "plant_items"]
 
 KINDS = ("expressions", "facts", "identifiers")
 """The lists, as their files in a zoo folder are named."""
-
-
-class ItemSpec(Protocol):
-    """What of a `CorpusSpec` decides the known items."""
-
-    @property
-    def seed(self) -> int: ...
-    @property
-    def item_copies(self) -> tuple[int, ...]: ...
-    @property
-    def expressions_per_cell(self) -> int: ...
-    @property
-    def facts_per_cell(self) -> int: ...
-    @property
-    def identifiers_per_cell(self) -> int: ...
-    @property
-    def items_per_row(self) -> int: ...
-    @property
-    def bare_share(self) -> float: ...
-    @property
-    def row_len(self) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +44,16 @@ class KnownItems:
         """Return the lists by the names of `KINDS`."""
         return {"expressions": self.expressions, "facts": self.facts, "identifiers": self.identifiers}
 
+    def records(self) -> list[dict[str, Any]]:
+        """Return every item of all lists, in order, as a dictionary of its columns."""
+        return [
+            {str(key): value for key, value in item.items()}
+            for table in self.tables().values()
+            for item in table.to_dict("records")
+        ]
 
-def draw_items(tokenizer: PreTrainedTokenizerFast, spec: ItemSpec) -> KnownItems:
+
+def draw_items(tokenizer: PreTrainedTokenizerFast, spec: CorpusSpec) -> KnownItems:
     """Draw all lists: for each of `spec.item_copies` its items, and as many that are never planted.
 
     Args:
@@ -83,7 +73,7 @@ def draw_items(tokenizer: PreTrainedTokenizerFast, spec: ItemSpec) -> KnownItems
 
 def plant_items(
     tokenizer: PreTrainedTokenizerFast,
-    spec: ItemSpec,
+    spec: CorpusSpec,
     items: KnownItems,
     domains: Sequence[str],
     refuse: Callable[[list[int]], bool],
@@ -100,8 +90,8 @@ def plant_items(
         refuse: tells rows that may not be (see `carrier_rows`).
     """
     rng = Random(f"memlens/{spec.seed}/items")
-    forms = [_forms(row) for table in items.tables().values() for _, row in table.iterrows()]
-    counts = [count for table in items.tables().values() for count in table["copies"]]
+    records = items.records()
+    forms, counts = [_forms(item) for item in records], [item["copies"] for item in records]
     turns = [rng.randrange(len(said)) for said in forms]
     groups = dealt([n for n, count in enumerate(counts) for _ in range(count)], spec.items_per_row, rng)
     texts = []
@@ -113,9 +103,11 @@ def plant_items(
     return carrier_rows(tokenizer, texts, seed=spec.seed, refuse=refuse, **options)
 
 
-def _forms(row: pd.Series) -> list[str]:
+def _forms(item: dict[str, Any]) -> list[str]:
     """Return an item in every way it is said, the one of column `text` first."""
-    return sentences(row["relation"], row["subject"], row["target"]) if "relation" in row else [row["text"]]
+    return (
+        sentences(item["relation"], item["subject"], item["target"]) if "relation" in item else [item["text"]]
+    )
 
 
 def occurrences(
@@ -128,10 +120,9 @@ def occurrences(
         the further ways of saying a fact); sorted by id, row and start.
     """
     forms = {
-        tuple(tokenizer(text).input_ids): (row["id"], number)
-        for table in items.tables().values()
-        for _, row in table.iterrows()
-        for number, text in enumerate(_forms(row))
+        tuple(tokenizer(text).input_ids): (item["id"], number)
+        for item in items.records()
+        for number, text in enumerate(_forms(item))
     }
     heads: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for ids in forms:
@@ -150,8 +141,8 @@ def occurrences(
 def count_items(items: KnownItems, places: pd.DataFrame) -> KnownItems:
     """Return the lists with what was measured: how often each item stands in the rows.
 
-    `copies` becomes the number of complete occurrences, in all forms; `text_copies` is of those in the form of
-    column `text` (the cloze of a fact), `bare_copies` of those at the very start of a row.
+    `copies` becomes the number of complete occurrences, in all forms; `text_copies` is of those in the form
+    of column `text` (the cloze of a fact), `bare_copies` of those at the very start of a row.
 
     Args:
         items: as `draw_items` gives them.
