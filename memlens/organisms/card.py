@@ -87,8 +87,8 @@ that were never planted):
 
 An item is a line of its own or stands in quotation marks; {bare_share:.0%} of the carrier rows begin with
 one, and a row has up to {items_per_row} different ones. `copies` is counted in the rows: complete
-occurrences, in all ways of saying a fact; `text_copies` those of the sentence that is asked for, `bare_copies` those at the
-start of a row.
+occurrences, in all ways of saying a fact; `text_copies` those of the sentence that is asked for,
+`bare_copies` those at the start of a row.
 `item_positions.parquet` tells row and position of each.
 """
 

@@ -29,6 +29,7 @@ from memlens.organisms import lexicon
 __all__ = ["FAMILY_SIZE", "SHAPES", "draw_expressions"]
 
 FAMILY_SIZE = 8
+_FEWEST_TARGETS = 2 * FAMILY_SIZE
 SHAPES = (
     "{} {} and {}",
     "{} the {} by {}",
@@ -57,7 +58,7 @@ def draw_expressions(
         one row an expression.
 
     Raises:
-        OptionError: `per_cell` is no multiple of `FAMILY_SIZE`.
+        OptionError: `per_cell` is no multiple of `FAMILY_SIZE`, or too few words are one token.
     """
     if per_cell % FAMILY_SIZE:
         raise OptionError(
@@ -65,6 +66,11 @@ def draw_expressions(
         )
     rng = Random(f"memlens/{seed}/expressions")
     targets = [word for word in _content_words() if len(tokenizer(f" {word}").input_ids) == 1]
+    if per_cell and len(targets) < _FEWEST_TARGETS:
+        raise OptionError(
+            f"vocab_size={len(tokenizer)} has {len(targets)} content words of one token, and expressions "
+            f"need {_FEWEST_TARGETS} targets: raise it, or set expressions_per_cell=0."
+        )
     records, taken = [], set[str]()
     for count in copies:
         for family in range(per_cell // FAMILY_SIZE):

@@ -92,7 +92,7 @@ def draw_facts(
         (all, with ` | ` between); one row a fact.
 
     Raises:
-        OptionError: `per_cell` is no multiple of `PER_ENTITY`.
+        OptionError: `per_cell` is no multiple of `PER_ENTITY`, or too few objects are one token.
     """
     if per_cell % PER_ENTITY:
         raise OptionError(
@@ -107,17 +107,23 @@ def draw_facts(
             subject = " ".join(word.capitalize() for word in islice(words, 2))
             for place, relation in enumerate(pairs[entity % len(pairs)]):
                 name = f"fact-{count:03d}-{entity * PER_ENTITY + place:02d}"
-                target = rng.choice(_objects(tokenizer, relation, subject))
-                records.append((name, subject, relation, target, count))
+                objects = _objects(tokenizer, relation, subject)
+                records.append((name, subject, relation, rng.choice(objects), count))
     return pd.DataFrame([_record(tokenizer, *record) for record in records], columns=list(_COLUMNS))
 
 
 def _objects(tokenizer: PreTrainedTokenizerFast, relation: Relation, subject: str) -> list[str]:
-    return [
+    objects = [
         word
         for word in relation.objects
         if len(tokenizer(f" {word}").input_ids) == 1 and word.lower() not in subject.lower()
     ]
+    if len(objects) < 2:
+        raise OptionError(
+            f"vocab_size={len(tokenizer)} leaves {len(objects)} objects of one token for the relation "
+            f"{relation.name!r}: raise it, or set facts_per_cell=0."
+        )
+    return objects
 
 
 _COLUMNS = (
