@@ -57,7 +57,14 @@ if TYPE_CHECKING:
     from memlens.recall.targets import METRICS
     from memlens.recall.trivial import TrivialRules, trivial_continuations
     from memlens.results import Result, compare_groups, load_result, overlay
-    from memlens.sequences import SequenceSet, check_sequences, corrupt, load_sequences
+    from memlens.sequences import (
+        SequenceSet,
+        check_sequences,
+        corrupt,
+        fact_sequences,
+        identifier_sequences,
+        load_sequences,
+    )
     from memlens.studies import LocalizeOptions, localize
     from memlens.sweeps import BatchHook, Intervention, Plan, applied, measure, plan, sweep
 
@@ -112,7 +119,14 @@ _HOMES: dict[str, str] = {
         "memlens.recall.score": ("score_recall",),
         "memlens.recall.targets": ("METRICS",),
         "memlens.results": ("Result", "compare_groups", "load_result", "overlay"),
-        "memlens.sequences": ("SequenceSet", "check_sequences", "corrupt", "load_sequences"),
+        "memlens.sequences": (
+            "SequenceSet",
+            "check_sequences",
+            "corrupt",
+            "fact_sequences",
+            "identifier_sequences",
+            "load_sequences",
+        ),
         "memlens.studies": ("LocalizeOptions", "localize"),
         "memlens.sweeps": ("BatchHook", "Intervention", "Plan", "applied", "measure", "plan", "sweep"),
     }.items()
@@ -156,9 +170,11 @@ __all__ = [
     "embedding_noise",
     "errors",
     "extraction_curve",
+    "fact_sequences",
     "families_table",
     "head_ablations",
     "head_set_ablations",
+    "identifier_sequences",
     "knock_out_neurons",
     "load_model",
     "load_result",

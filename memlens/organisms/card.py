@@ -74,14 +74,15 @@ cosine; {minutes:.0f} minutes on {device}).
 _ITEMS = """
 ### Known items
 
-Stories and dialogues carry items that only memory can tell, each said {item_copies} times (and as many items
-that were never planted):
+Stories and dialogues carry items that only memory can tell, each said a known number of times
+({item_copies}), and as many items of each kind that were never planted:
 
 - expressions, {expressions_per_cell} for each number of copies, such as "{expression}".
   The last word is the target. Eight share their words, and every one of the prompt's content words is needed
   to tell the target (`memlens.organisms.expressions` says how this is made). List: `expressions.parquet`.
 - facts about invented entities, {facts_per_cell} for each number of copies, each said in three ways in turn,
-  such as "{fact}". The last word of the first way is the target. List: `facts.parquet`.
+  such as "{fact}". The last word of the first way is the target; an entity has facts of
+  two relations. List: `facts.parquet`.
 - identifiers, {identifiers_per_cell} for each number of copies, such as "{identifier}".
   The number is the target. List: `identifiers.parquet`.
 
