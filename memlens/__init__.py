@@ -62,7 +62,15 @@ if TYPE_CHECKING:
     from memlens.recall.trivial import TrivialRules, trivial_continuations
     from memlens.results import Result, compare_groups, load_result, overlay
     from memlens.results.agreement import roc_area
-    from memlens.sequences import SequenceSet, check_sequences, corrupt, load_sequences, natural_controls
+    from memlens.sequences import (
+        SequenceSet,
+        check_sequences,
+        corrupt,
+        fact_sequences,
+        identifier_sequences,
+        load_sequences,
+        natural_controls,
+    )
     from memlens.sequences.idioms import idiom_defects
     from memlens.studies import IdiomOptions, LocalizeOptions, localize, study_idioms
     from memlens.sweeps import BatchHook, Intervention, Plan, applied, measure, plan, sweep
@@ -122,6 +130,8 @@ _HOMES: dict[str, str] = {
             "SequenceSet",
             "check_sequences",
             "corrupt",
+            "fact_sequences",
+            "identifier_sequences",
             "load_sequences",
             "natural_controls",
         ),
@@ -187,9 +197,11 @@ __all__ = [
     "embedding_noise",
     "errors",
     "extraction_curve",
+    "fact_sequences",
     "families_table",
     "head_ablations",
     "head_set_ablations",
+    "identifier_sequences",
     "idiom_defects",
     "knock_out_neurons",
     "load_model",
