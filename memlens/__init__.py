@@ -49,7 +49,8 @@ if TYPE_CHECKING:
     from memlens.models.trunk import Trunk
     from memlens.recall.calibration import calibrate_criteria
     from memlens.recall.compression import prompt_compression
-    from memlens.recall.criteria import CriteriaOptions, score_criteria
+    from memlens.recall.criteria import score_criteria
+    from memlens.recall.criteria_options import CriteriaOptions
     from memlens.recall.criteria_scores import CriteriaScores
     from memlens.recall.duplicates import count_duplicates
     from memlens.recall.extraction import extraction_curve
@@ -110,7 +111,8 @@ _HOMES: dict[str, str] = {
         "memlens.models.trunk": ("Trunk",),
         "memlens.recall.calibration": ("calibrate_criteria",),
         "memlens.recall.compression": ("prompt_compression",),
-        "memlens.recall.criteria": ("CriteriaOptions", "score_criteria"),
+        "memlens.recall.criteria": ("score_criteria",),
+        "memlens.recall.criteria_options": ("CriteriaOptions",),
         "memlens.recall.criteria_scores": ("CriteriaScores",),
         "memlens.recall.ngrams": ("NgramReference",),
         "memlens.recall.extraction": ("extraction_curve",),
