@@ -91,7 +91,7 @@ def score_criteria(
         corpus_counts: How often words occur in running text: for substitutes and common targets. By default
             substitutes are matched on the frequencies in the given sequences.
         embeddings: A mapping from words to vectors, or a TransformerLens model whose token embeddings
-            (minus their mean) are averaged over a word's tokens.
+            (without their mean and first principal direction) are averaged over a word's tokens.
         ngrams: For the baselines; by default the first `NgramReference` among the references.
         corpus: Token ids, or a counter such as `InfiniGram`, for `corpus_share`; needs `tokenizer`.
         tokenizer: The corpus's, and the one that `sequences` without text columns are decoded with.

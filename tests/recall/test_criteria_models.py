@@ -95,6 +95,8 @@ def test_similarity_from_a_model_s_embeddings(tiny_model: Any) -> None:
     table = ml.score_criteria(TEXTS, model, embeddings=model, progress=False).table
     matrix = model.W_E.detach().double()
     matrix = matrix - matrix.mean(0)
+    top = torch.linalg.eigh(matrix.T @ matrix)[1][:, -1]
+    matrix = matrix - torch.outer(matrix @ top, top)
     cosines = [float(torch.cosine_similarity(matrix[i], matrix[9], 0)) for i in (5, 6)]
     assert table["max_similarity"][1] == pytest.approx(max(cosines), abs=1e-5)
     assert table["similar_word"][1] == f"w{5 + int(np.argmax(cosines))}"
