@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ import pandas as pd
 
 from memlens.errors import ColumnError, EmptySetError, OptionError, SequenceError
 from memlens.recall.criteria_edits import Swaps, make_edits, word_counts
+from memlens.recall.criteria_options import CriteriaOptions
 from memlens.recall.criteria_scores import CriteriaScores
 from memlens.recall.criteria_tables import (
     answer_columns,
@@ -37,70 +38,11 @@ from memlens.recall.criteria_tables import (
 from memlens.recall.criteria_text import corpus_columns, text_columns
 from memlens.recall.duplicates import Corpus, NgramCounter
 from memlens.recall.ngrams import NgramReference
-from memlens.recall.references import Named, as_references, is_probed
+from memlens.recall.references import Named, as_references, is_probed, name_of
 from memlens.sequences import SequenceSet
 from memlens.sequences.tokenizing import Tokenizer
 
-__all__ = ["NEUTRAL_CONTEXTS", "SHIFTED_CONTEXTS", "CriteriaOptions", "score_criteria"]
-
-NEUTRAL_CONTEXTS = (
-    "As people often say,",
-    "Here is one more example:",
-    "She wrote these words on the board:",
-)
-"""Lead-ins that say nothing of a topic."""
-
-SHIFTED_CONTEXTS = (
-    "The recipe asks for two cups of flour and a little salt.",
-    "Rain is expected in the north, with strong winds along the coast.",
-    "The committee approved the annual budget for public transport.",
-)
-"""Lead-ins about something else."""
-
-
-@dataclass(frozen=True)
-class CriteriaOptions:
-    """How the criteria are tested (see `score_criteria`).
-
-    Attributes:
-        max_suffix: K, the most last words that are tried as a part; a proper part has fewer than all.
-        suffix_threshold: Some last words suffice where the target is the prediction (None), or where it has
-            at least this probability.
-        min_references: m, how many references must agree that an edited prompt still gives the target.
-        substitutes: How many words are tried in each word's place.
-        pool: They are drawn from so many words above and below it in frequency.
-        neutral_contexts: Lead-ins that say nothing of a topic.
-        shifted_contexts: Lead-ins about something else.
-        common_zipf: With `corpus_counts`: a target of at least this Zipf frequency (log10 of occurrences in
-            a billion words) is common.
-        prepend_bos: Ask models with the beginning-of-text token in front.
-        allow_probed_reference: Take the probed model as a reference too, with a warning.
-        batch_size: Prompts a forward pass; chosen to a memory budget by default.
-        seed: Of the substitutions.
-
-    Raises:
-        OptionError: A number out of range.
-    """
-
-    max_suffix: int = 4
-    suffix_threshold: float | None = None
-    min_references: int = 1
-    substitutes: int = 1
-    pool: int = 10
-    neutral_contexts: tuple[str, ...] = NEUTRAL_CONTEXTS
-    shifted_contexts: tuple[str, ...] = SHIFTED_CONTEXTS
-    common_zipf: float = 5.5
-    prepend_bos: bool = False
-    allow_probed_reference: bool = False
-    batch_size: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in {"max_suffix": 1, "min_references": 1, "substitutes": 0, "pool": 1}.items():
-            if getattr(self, name) < least:
-                raise OptionError(f"{name}={getattr(self, name)} is below {least}")
-        if self.suffix_threshold is not None and not 0 < self.suffix_threshold <= 1:
-            raise OptionError(f"suffix_threshold={self.suffix_threshold} is not a probability in (0, 1]")
+__all__ = ["score_criteria"]
 
 
 def score_criteria(
@@ -129,8 +71,8 @@ def score_criteria(
       costs most log-probability, with its place `crucial_place` and the change `crucial_effect` (nats).
     - `substitution_share`: the same after putting a word of like frequency in one word's place.
     - `lexical_leak`: the target, or a word of the same plain stem (regular English endings only), stands in
-      the prompt: `leak_word`. `max_similarity`: largest cosine between the target and a word of the prompt,
-      other than a leak, and `similar_word`.
+      the prompt: `leak_word`. `max_similarity`: largest cosine between the target and a word of the prompt
+      (1 where the target stands in it), and `similar_word`.
     - `common_target`: on the stop list, or above `common_zipf`; `target_frequency`, per million words.
     - `context_share`: share of lead-ins that keep it; `neutral_share` and `shifted_share` of each kind.
     - `corpus_share`: count(prompt + target) / count(prompt) in the corpus; `corpus_count`: count(prompt).
@@ -149,7 +91,7 @@ def score_criteria(
         corpus_counts: How often words occur in running text: for substitutes and common targets. By default
             substitutes are matched on the frequencies in the given sequences.
         embeddings: A mapping from words to vectors, or a TransformerLens model whose token embeddings
-            (minus their mean) are averaged over a word's tokens.
+            (without their mean and first principal direction) are averaged over a word's tokens.
         ngrams: For the baselines; by default the first `NgramReference` among the references.
         corpus: Token ids, or a counter such as `InfiniGram`, for `corpus_share`; needs `tokenizer`.
         tokenizer: The corpus's, and the one that `sequences` without text columns are decoded with.
@@ -197,7 +139,7 @@ def score_criteria(
         "n_prompts": len(edits.drop_duplicates(["prompt", "target"])),
         "probed_is_reference": circular,
         "corpus_counts": corpus_counts is not None,
-        "embeddings": _kind(embeddings),
+        "embeddings": name_of(embeddings) or _kind(embeddings),
         "corpus": _kind(corpus),
         "ngrams": ngrams.name if ngrams is not None else "",
     }

@@ -149,7 +149,7 @@ class CriteriaScores:
         return write_table(self.table, path, criteria=dict(self.settings))
 
     def __repr__(self) -> str:
-        n = int(self.passes()["all"].sum())
+        n = int(self.passes()["all"].to_numpy().sum())
         names = ", ".join(self.settings.get("references", []))
         return f"CriteriaScores({len(self)} sequences, {n} pass all criteria; references: {names})"
 

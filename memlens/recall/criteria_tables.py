@@ -49,9 +49,9 @@ def edit_share(edits: pd.DataFrame, values: np.ndarray, kinds: Collection[str], 
 def part_columns(edits: pd.DataFrame, kept: np.ndarray, n: int) -> dict[str, np.ndarray]:
     """Return what follows from which edits keep the target: the shares, and the fewest last words."""
     suffixes = ((edits["kind"] == "suffix") & (kept == 1)).to_numpy()
-    fewest = edits[suffixes].groupby("row")["index"].min().reindex(range(n))
+    rows, words = edits["row"].to_numpy(dtype=np.int64), edits["index"].to_numpy(dtype=float)
     return {
-        "sufficient_suffix": fewest.to_numpy(dtype=float),
+        "sufficient_suffix": -_largest(rows[suffixes], -words[suffixes], n),
         "deletion_share": edit_share(edits, kept, ["deletion"], n),
         "substitution_share": edit_share(edits, kept, ["substitution"], n),
         "context_share": edit_share(edits, kept, CONTEXTS, n),
@@ -91,9 +91,17 @@ def _crucial(edits: pd.DataFrame, mean: np.ndarray, full: np.ndarray) -> dict[st
 def logprob_columns(edits: pd.DataFrame, logprob: Answers, n: int) -> dict[str, np.ndarray]:
     """Return what `CriteriaScores.score` is made of, in nats."""
     mean = mean_over_references(logprob)
-    parts = edits.assign(mean=mean)[edits["kind"].isin(PARTS).to_numpy()]
+    parts = edits["kind"].isin(PARTS).to_numpy() & np.isfinite(mean)
+    rows = edits["row"].to_numpy(dtype=np.int64)[parts]
     return {
         "whole_logprob": edit_share(edits, mean, ("full", *CONTEXTS), n),
-        "part_logprob_max": parts.groupby("row")["mean"].max().reindex(range(n)).to_numpy(dtype=float),
+        "part_logprob_max": _largest(rows, mean[parts], n),
         "part_logprob_mean": edit_share(edits, mean, PARTS, n),
     }
+
+
+def _largest(rows: np.ndarray, values: np.ndarray, n: int) -> Float[np.ndarray, "row"]:
+    """Return each row's largest value, NaN where a row has none."""
+    largest = np.full(n, -np.inf)
+    np.maximum.at(largest, rows, values)
+    return np.where(np.isneginf(largest), np.nan, largest)

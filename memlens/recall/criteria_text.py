@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from memlens.errors import SequenceError
 from memlens.recall.duplicates import Corpus, NgramCounter, count_ngrams
@@ -136,11 +137,22 @@ def _of_mapping(words: Sequence[str], embeddings: Mapping[str, Any]) -> dict[str
 
 
 def _of_model(words: Sequence[str], model: Any) -> dict[str, np.ndarray]:
-    """Average a word's token embeddings, after taking the mean over the vocabulary away from each.
+    """Average a word's token embeddings, without what they have in common.
 
-    Token embeddings share a large common part, without which unrelated words have cosines near 0.
+    The mean over the vocabulary and the first principal direction are taken away ("all but the top", Mu and
+    Viswanath, arXiv 1702.01417, with one direction): the latter says mostly how frequent a token is, and
+    makes all frequent words alike.
     """
-    matrix = model.W_E.detach().float().cpu().numpy()
-    matrix = matrix - matrix.mean(0)
+    matrix = _without_top(model.W_E.detach().float().cpu().numpy())
     rows = encode(need_tokenizer(model.tokenizer), [f" {word}" for word in words])
     return {word: matrix[row].mean(0).astype(float) for word, row in zip(words, rows, strict=True) if row}
+
+
+def _without_top(matrix: Float[np.ndarray, "vocab dim"]) -> Float[np.ndarray, "vocab dim"]:
+    from scipy.sparse.linalg import svds
+
+    matrix = matrix - matrix.mean(0)
+    start = np.ones(min(matrix.shape), dtype=matrix.dtype)  # else the solver draws one at random
+    found: Any = svds(matrix, k=1, v0=start)
+    direction = found[2][0]
+    return matrix - np.outer(matrix @ direction, direction)

@@ -95,8 +95,14 @@ class NgramReference:
             texts: The prompts.
             targets: The words that follow.
             order: Longest n-gram used; 1 gives the share of the word in the corpus, smoothed.
+
+        Raises:
+            OptionError: An order outside 1 … the reference's own.
         """
-        return self._score(texts, targets, order or self.order)[0]
+        used = self.order if order is None else order
+        if not 1 <= used <= self.order:
+            raise OptionError(f"order={used}: this reference counted n-grams of 1 to {self.order} words")
+        return self._score(texts, targets, used)[0]
 
     def answer(
         self,
@@ -111,13 +117,15 @@ class NgramReference:
         return Answers(top1, np.log(probability), 0)
 
     def baselines(self, prompts: Sequence[str], targets: Sequence[str]) -> dict[str, np.ndarray]:
-        """Return `unigram_prob`, `bigram_prob`, `trigram_prob`, and `pmi` in nats.
+        """Return `unigram_prob`, `bigram_prob`, `trigram_prob`, and `pmi` in nats; NaN beyond the order.
 
         The pointwise mutual information of the last word before the target and the target is
         log p(target | last) - log p(target), both smoothed as above, so that it is finite.
         """
         columns = {
             f"{name}_prob": self.probability(prompts, targets, order=n)
+            if n <= self.order
+            else np.full(len(prompts), np.nan)
             for n, name in enumerate(("unigram", "bigram", "trigram"), 1)
         }
         return {**columns, "pmi": np.log(columns["bigram_prob"] / columns["unigram_prob"])}
@@ -164,7 +172,7 @@ class NgramReference:
         return bare_word(word, lowercase=self.lowercase)
 
     def _blocks(self, corpus: Any) -> Iterable[np.ndarray]:
-        rows = corpus if isinstance(corpus, np.ndarray) else list(corpus)
+        rows: Any = corpus if isinstance(corpus, np.ndarray) else list(corpus)
         if len(rows) and isinstance(rows[0], str):
             rows = self._texts(rows)
         for block, n_starts in corpus_blocks(rows):

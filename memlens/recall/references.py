@@ -21,7 +21,16 @@ from memlens.sequences import SequenceSet, check_sequences
 from memlens.sequences.tables import need_tokenizer
 from memlens.sequences.tokenizing import Tokenizer, bos_id, encode, first_word_token, split_points
 
-__all__ = ["Answers", "ModelReference", "Named", "Reference", "as_references", "is_probed", "target_rows"]
+__all__ = [
+    "Answers",
+    "ModelReference",
+    "Named",
+    "Reference",
+    "as_references",
+    "is_probed",
+    "name_of",
+    "target_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -158,11 +167,12 @@ def is_probed(reference: Any, probed: Any) -> bool:
     model = getattr(reference, "model", reference)
     if model is probed or reference is probed:
         return True
-    name = probed if isinstance(probed, str) else _name_of(probed)
-    return name != "unnamed" and name in {getattr(reference, "name", None), _name_of(model)}
+    name = probed if isinstance(probed, str) else name_of(probed)
+    return name != "unnamed" and name in {getattr(reference, "name", None), name_of(model)}
 
 
-def _name_of(model: Any) -> str | None:
+def name_of(model: Any) -> str | None:
+    """Return the name of a model or a reference; None for things without one."""
     return str(describe(model)["model"]) if hasattr(model, "cfg") else getattr(model, "name", None)
 
 

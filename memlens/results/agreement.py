@@ -113,10 +113,14 @@ def agreement(
     draws = np.random.default_rng(seed).multinomial(len(found), cells / max(len(found), 1), n_resamples)
     values, samples = _statistics(cells[None].astype(float))[0], _statistics(draws.astype(float))
     low, high = quantile_interval(samples, level)
-    columns = {"n": len(found), "n_found": int(found.sum()), "n_true": int(truth.sum())}
+    numbers: dict[str, float] = {"n": len(found), "n_found": int(found.sum()), "n_true": int(truth.sum())}
     for i, name in enumerate(AGREEMENT):
-        columns |= {name: values[i], f"{name}_low": low[i], f"{name}_high": high[i]}
-    return {name: value if isinstance(value, int) else float(value) for name, value in columns.items()}
+        numbers |= {
+            name: float(values[i]),
+            f"{name}_low": float(low[i]),
+            f"{name}_high": float(high[i]),
+        }
+    return numbers
 
 
 def _statistics(cells: Float[np.ndarray, "sample 4"]) -> Float[np.ndarray, "sample 3"]:
@@ -168,17 +172,15 @@ def _solved(area: float, m: int, n: int, level: float) -> tuple[float, float]:
     """Return where |area - t| is z times Hanley and McNeil's standard error at t."""
     from scipy import optimize, stats
 
-    z = stats.norm.ppf((1 + level) / 2)
+    z = float(stats.norm.ppf((1 + level) / 2))
 
     def excess(t: float) -> float:
         q1, q2 = t / (2 - t), 2 * t * t / (1 + t)
         variance = (t * (1 - t) + (m - 1) * (q1 - t * t) + (n - 1) * (q2 - t * t)) / (m * n)
         return (area - t) ** 2 - z * z * variance
 
-    inner = 1e-9
-    if area == 1.0:
-        return float(optimize.brentq(excess, inner, 1 - inner)), 1.0  # pyright: ignore[reportArgumentType]
-    return 0.0, float(optimize.brentq(excess, inner, 1 - inner))  # pyright: ignore[reportArgumentType]
+    end: Any = optimize.brentq(excess, 1e-9, 1 - 1e-9)
+    return (float(end), 1.0) if area == 1.0 else (0.0, float(end))
 
 
 def _bootstrap_area(

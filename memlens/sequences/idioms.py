@@ -127,7 +127,7 @@ def _with_words(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _with_defects(table: pd.DataFrame) -> pd.DataFrame:
     words = [text.split() for text in table["text"]]
-    endings = pd.Series([" ".join(map(bare_word, row[-3:])) for row in words], dtype=object)
+    endings = pd.Series([" ".join(row[-3:]).lower() for row in words], dtype=object)
     source_ids = table["source_id"] if "source_id" in table else pd.Series(range(len(table)))
     contradicts = np.zeros(len(table), dtype=bool)
     if set(_FLAGS) <= set(table):
