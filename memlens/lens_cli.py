@@ -102,12 +102,10 @@ def zoo_rows(name: str) -> np.ndarray:
         ModelNotFoundError: The zoo has no such model.
         FileFormatError: The model's folder does not tell its recipe.
     """
-    from memlens.models.zoo import zoo_path
-    from memlens.organisms.corpus import BACKGROUND, CorpusSpec, build_corpus
-    from memlens.organisms.evaluate import read_training
+    from memlens.organisms.corpus import BACKGROUND
+    from memlens.organisms.zoo import zoo_corpus
 
-    spec = CorpusSpec.from_dict(read_training(zoo_path(name))["corpus"]["spec"])
-    corpus = build_corpus(spec)
+    corpus = zoo_corpus(name)
     return corpus.rows[corpus.row_sequence == BACKGROUND]
 
 

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from memlens.errors import ModelNotFoundError, OptionError, ResultError, near_matches
-from memlens.models.zoo import zoo_cache
+from memlens.models.zoo import zoo_cache, zoo_path
 from memlens.organisms.architectures import ModelSpec, architecture_facts, build_model
 from memlens.organisms.corpus import CARRIER, Corpus, CorpusSpec, build_corpus
 from memlens.organisms.evaluate import evaluate_zoo_model, read_training
@@ -32,6 +32,7 @@ __all__ = [
     "train_zoo_model",
     "untrained_twin",
     "write_card",
+    "zoo_corpus",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -168,6 +169,20 @@ def train_organism(
         shutil.rmtree(out)
     os.replace(partial, out)
     return out
+
+
+def zoo_corpus(name: str = "pythia-s") -> Corpus:
+    """Return the corpus that a zoo model was trained on, made anew from its recipe.
+
+    Args:
+        name: A model of the zoo, with or without `zoo/`, or its folder.
+
+    Raises:
+        ModelNotFoundError: The zoo has no such model.
+        FileFormatError: The model's folder does not tell its recipe.
+    """
+    folder = Path(name) if Path(name).is_dir() else zoo_path(name)
+    return build_corpus(CorpusSpec.from_dict(read_training(folder)["corpus"]["spec"]))
 
 
 def untrained_twin(folder: str | Path, seed: int | None = None) -> PreTrainedModel:
