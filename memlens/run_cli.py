@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -146,6 +147,7 @@ def run_idioms(
         windows=_numbers("windows", windows),
         selections=("dominant", "random", "norm_matched") if controls else ("dominant",),
         lens_steps=lens_steps,
+        criteria=_criteria(idioms, seed),
         seed=seed,
     )
     loaded = load(model, backend, dtype, device, revision, checkpoint_step)
@@ -182,6 +184,19 @@ def _numbers(name: str, given: str | None) -> tuple[int, ...] | None:
         raise OptionError(f"--{name} {given!r} is no list of whole numbers: give 1,10,100.") from None
 
 
+def _criteria(idioms: str, seed: int) -> Any:
+    """Return how the criteria are tested: what is planted in the zoo's corpus stands on lines of its own."""
+    import memlens as ml
+
+    options = ml.CriteriaOptions(seed=seed)
+    if idioms != "zoo":
+        return options
+    kinds = ("neutral_contexts", "shifted_contexts")
+    # Parts of a planted expression leave two targets by construction: half is no answer.
+    options = replace(options, part_threshold=0.5)
+    return replace(options, **{kind: tuple(f"{lead}\n" for lead in getattr(options, kind)) for kind in kinds})
+
+
 def _counted(text: Path | None, idioms: str, model: Any) -> list[Any]:
     """Return n-gram references: of a text file, and for the zoo's own lists of the corpus they stand in."""
     import memlens as ml
@@ -194,7 +209,7 @@ def _counted(text: Path | None, idioms: str, model: Any) -> list[Any]:
         found.append(ml.NgramReference(text.read_text(encoding="utf-8").splitlines()))
     if idioms == "zoo":
         corpus = zoo_corpus(str(getattr(model.tokenizer, "name_or_path", "")))
-        longest = 10  # tokens: the expressions are shorter
+        longest = 22  # tokens: the longest prompt of the lists has 21
         found.append(
             ml.NgramReference(corpus.rows, order=longest, tokenizer=corpus.tokenizer, name="training corpus")
         )

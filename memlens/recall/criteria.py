@@ -124,7 +124,7 @@ def score_criteria(
     edits, top1, logprob, passes = _ask(frame, found, corpus_counts, options, progress)
     ngrams = ngrams or next((r.reference for r in found if isinstance(r.reference, NgramReference)), None)
     n = len(frame)
-    kept = keeps(edits, top1, logprob, least=options.min_references, threshold=options.suffix_threshold)
+    kept = keeps(edits, top1, logprob, least=options.min_references, threshold=options.part_threshold)
     columns = {
         **answer_columns(edits, top1, logprob, n, options.max_suffix),
         **part_columns(edits, kept, n),
@@ -234,7 +234,7 @@ def _by_reference(
     parts, n = [], len(frame)
     for i, reference in enumerate(references):
         own = {"top1": top1[[i]], "logprob": logprob[[i]]}
-        kept = keeps(edits, **own, least=1, threshold=options.suffix_threshold)
+        kept = keeps(edits, **own, least=1, threshold=options.part_threshold)
         columns = answer_columns(edits, **own, n=n, max_suffix=options.max_suffix)
         columns |= part_columns(edits, kept, n) | logprob_columns(edits, logprob[[i]], n)
         parts.append(pd.DataFrame({"id": frame["id"], "reference": reference.name, **columns}))

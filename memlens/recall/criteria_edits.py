@@ -66,7 +66,8 @@ def _substitutions(row: int, words: Sequence[str], target: str, swaps: Swaps) ->
 def _leads(row: int, prompt: str, contexts: Mapping[str, Sequence[str]]) -> Iterator[Edit]:
     for kind, leads in contexts.items():
         for i, lead in enumerate(leads):
-            yield row, kind, i, "", lead, f"{lead} {prompt}"
+            gap = "" if lead[-1:].isspace() else " "
+            yield row, kind, i, "", lead, f"{lead}{gap}{prompt}"
 
 
 def word_counts(texts: Sequence[str]) -> Counter[str]:

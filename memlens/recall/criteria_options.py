@@ -29,8 +29,8 @@ class CriteriaOptions:
 
     Attributes:
         max_suffix: K, the most last words that are tried as a part; a proper part has fewer than all.
-        suffix_threshold: Some last words suffice where the target is the prediction (None), or where it has
-            at least this probability.
+        part_threshold: A part of the prompt (some last words, a deletion, a substitution) still gives the
+            target where it is the prediction (None), or where it is more likely than this.
         min_references: m, how many references must agree that an edited prompt still gives the target.
         substitutes: How many words are tried in each word's place.
         pool: They are drawn from so many words above and below it in frequency.
@@ -48,7 +48,7 @@ class CriteriaOptions:
     """
 
     max_suffix: int = 4
-    suffix_threshold: float | None = None
+    part_threshold: float | None = None
     min_references: int = 1
     substitutes: int = 1
     pool: int = 10
@@ -64,5 +64,5 @@ class CriteriaOptions:
         for name, least in {"max_suffix": 1, "min_references": 1, "substitutes": 0, "pool": 1}.items():
             if getattr(self, name) < least:
                 raise OptionError(f"{name}={getattr(self, name)} is below {least}")
-        if self.suffix_threshold is not None and not 0 < self.suffix_threshold <= 1:
-            raise OptionError(f"suffix_threshold={self.suffix_threshold} is not a probability in (0, 1]")
+        if self.part_threshold is not None and not 0 < self.part_threshold < 1:
+            raise OptionError(f"part_threshold={self.part_threshold} is not a probability in (0, 1)")

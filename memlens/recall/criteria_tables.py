@@ -28,13 +28,13 @@ def keeps(
 ) -> Float[np.ndarray, "edit"]:
     """Return 1 where at least `least` references still give the target, else 0; NaN where none was asked.
 
-    A reference gives the target where it is its prediction; of suffixes, where `threshold` is a number,
-    where the target has at least that probability.
+    A reference gives the target where it is its prediction; after a part of the prompt (suffix, deletion,
+    substitution), where `threshold` is a number, where the target is more likely than that.
     """
     gives = top1 == 1
     if threshold is not None:
-        likely = np.nan_to_num(logprob, nan=-np.inf) >= np.log(threshold)
-        gives = np.where((edits["kind"] == "suffix").to_numpy(), likely, gives)
+        likely = np.nan_to_num(logprob, nan=-np.inf) > np.log(threshold)
+        gives = np.where(edits["kind"].isin(PARTS).to_numpy(), likely, gives)
     return np.where(np.isfinite(top1).any(0), gives.sum(0) >= least, np.nan)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from memlens.recall.calibration import IDIOM_FLAGS, calibrate_criteria
-from memlens.recall.criteria import CriteriaOptions, score_criteria
+from memlens.recall.criteria import score_criteria
+from memlens.recall.criteria_options import CriteriaOptions
 from memlens.recall.criteria_scores import CriteriaScores
 from memlens.report import Finding
 from memlens.results.agreement import RocArea, roc_area
@@ -35,7 +36,7 @@ def study_criteria(
     references: Sequence[Any],
     probed: Any,
     *,
-    seed: int,
+    criteria: CriteriaOptions,
     progress: bool,
 ) -> None:
     """Score the criteria of items and of natural text; add tables and findings to the folder.
@@ -48,12 +49,12 @@ def study_criteria(
         natural: Prompts from natural text, to set the score against; None leaves the ROC area out.
         references: What the criteria ask; not the probed model.
         probed: The model that is studied.
-        seed: Of substitutions.
+        criteria: How they are tested.
         progress: Show progress bars.
     """
     options: dict[str, Any] = {
         "probed": probed,
-        "options": CriteriaOptions(seed=seed),
+        "options": criteria,
         "progress": progress,
     }
     scores = score_criteria(items, references, **options)
@@ -72,7 +73,7 @@ def study_criteria(
     title = f"{name.capitalize()}: how many pass each criterion"
     folder.add_table(f"{name}_criteria_passed", passed, title=title, note=note, section=section)
     if {flag.removeprefix("not ") for flag in IDIOM_FLAGS.values()} <= set(scores.table):
-        agreement = calibrate_criteria(scores, seed=seed)
+        agreement = calibrate_criteria(scores, seed=criteria.seed)
         title = f"{name.capitalize()}: agreement of the criteria with the file's flags"
         folder.add_table(f"{name}_calibration", agreement, title=title, section=section)
     area = None

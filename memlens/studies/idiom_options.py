@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from memlens.attribution.decoding import STREAMS
 from memlens.attribution.neuron_choice import SELECTIONS
 from memlens.attribution.promotion import NEAR_RANK
 from memlens.attribution.replacing import POSITIONS
 from memlens.errors import OptionError, check_option
+from memlens.recall.criteria_options import CriteriaOptions
 
 __all__ = ["IdiomOptions"]
 
@@ -36,7 +37,7 @@ class IdiomOptions:
         lens_steps: Updates of the tuned lens, where one is trained.
         lens_batch_size: Rows of an update.
         lens_window: Tokens of its training rows, at most.
-        criteria: Score the recall criteria where there are reference models.
+        criteria: How the recall criteria are tested, where there are references; None leaves them out.
         control_n: Natural-text prompts; None takes as many as there are items.
         n_resamples: Of every bootstrap.
         seed: Of every random choice.
@@ -59,7 +60,7 @@ class IdiomOptions:
     lens_steps: int = 250
     lens_batch_size: int = 16
     lens_window: int = 64
-    criteria: bool = True
+    criteria: CriteriaOptions | None = field(default_factory=CriteriaOptions)
     control_n: int | None = None
     n_resamples: int = 2000
     seed: int = 0

@@ -165,7 +165,7 @@ class _IdiomStudy:
             return
         table = part.recall.table
         self.folder.step(f"{name}: frequency", lambda: self._frequency(name, table))
-        if self.references and self.options.criteria:
+        if self.references and self.options.criteria is not None:
             self.folder.step(f"{name}: criteria", lambda: self._criteria(name, part))
 
     def identifiers(self, seqs: SequenceSet) -> None:
@@ -209,6 +209,7 @@ class _IdiomStudy:
 
     def _criteria(self, name: str, part: Unfolding) -> None:
         assert part.recall is not None
+        assert self.options.criteria is not None
         study_criteria(
             self.folder,
             name,
@@ -217,7 +218,7 @@ class _IdiomStudy:
             part.natural,
             self.references,
             self.model,
-            seed=self.options.seed,
+            criteria=self.options.criteria,
             progress=self.progress,
         )
 

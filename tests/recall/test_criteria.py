@@ -132,7 +132,7 @@ def test_a_probability_in_place_of_the_prediction() -> None:
     reference = Rule(lambda p, t: len(p.split()) >= 2)
     texts = frame("turn a blind eye")
     for threshold, fewest in ((None, 2), (0.05, 1), (0.5, 2), (0.9, np.nan)):
-        options = ml.CriteriaOptions(suffix_threshold=threshold)
+        options = ml.CriteriaOptions(part_threshold=threshold)
         found = score(texts, reference, options=options).table["sufficient_suffix"][0]
         np.testing.assert_equal(found, fewest)
 
@@ -268,8 +268,8 @@ def test_bad_tables_and_options() -> None:
         score(frame("a b"), [])
     with pytest.raises(OptionError, match="max_suffix=0"):
         ml.CriteriaOptions(max_suffix=0)
-    with pytest.raises(OptionError, match=r"suffix_threshold=1\.5"):
-        ml.CriteriaOptions(suffix_threshold=1.5)
+    with pytest.raises(OptionError, match=r"part_threshold=1\.5"):
+        ml.CriteriaOptions(part_threshold=1.5)
     with pytest.raises(OptionError, match="max_deletion=2"):
         score(frame("a b"), never).passes(max_deletion=2)
 
