@@ -33,8 +33,9 @@ def dealt(items: Sequence[int], size: int, rng: Random) -> list[list[int]]:
         size: of a group.
         rng: the source of every choice.
 
-    >>> [len(set(group)) for group in dealt([1, 1, 1, 2, 2, 3], 2, Random(0))]
-    [2, 2, 2]
+    >>> groups = dealt([1, 1, 1, 2, 2, 3], 2, Random(0))
+    >>> all(len(set(group)) == len(group) for group in groups), sum(map(len, groups))
+    (True, 6)
     """
     pool, groups = deque(rng.sample(list(items), len(items))), []
     while pool:
