@@ -13,6 +13,7 @@ from memlens import errors
 if TYPE_CHECKING:
     from memlens.attribution import (
         Screening,
+        TransformersBypass,
         TunedLens,
         ablate_head_pairs,
         ablate_heads,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         attribute_gradients,
         attribute_logits,
         bypass_attention,
+        bypass_in_transformers,
         bypass_intervention,
         bypassed,
         decode_residual,
@@ -68,6 +70,7 @@ _HOMES: dict[str, str] = {
     for module, names in {
         "memlens.attribution": (
             "Screening",
+            "TransformersBypass",
             "TunedLens",
             "ablate_head_pairs",
             "ablate_heads",
@@ -78,6 +81,7 @@ _HOMES: dict[str, str] = {
             "attribute_gradients",
             "attribute_logits",
             "bypass_attention",
+            "bypass_in_transformers",
             "bypass_intervention",
             "bypassed",
             "decode_residual",
@@ -131,6 +135,7 @@ __all__ = [
     "Sampling",
     "Screening",
     "SequenceSet",
+    "TransformersBypass",
     "TrivialRules",
     "Trunk",
     "TunedLens",
@@ -145,6 +150,7 @@ __all__ = [
     "attribute_gradients",
     "attribute_logits",
     "bypass_attention",
+    "bypass_in_transformers",
     "bypass_intervention",
     "bypassed",
     "check_sequences",

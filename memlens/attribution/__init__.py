@@ -20,9 +20,11 @@ from memlens.attribution.perturbation import perturb_residual
 from memlens.attribution.prefix_perturbation import perturb_prefix
 from memlens.attribution.promotion import promotion_layers, promotion_summary
 from memlens.attribution.screening import Screening, screen_then_verify
+from memlens.attribution.serving import TransformersBypass, bypass_in_transformers
 
 __all__ = [
     "Screening",
+    "TransformersBypass",
     "TunedLens",
     "ablate_head_pairs",
     "ablate_heads",
@@ -33,6 +35,7 @@ __all__ = [
     "attribute_gradients",
     "attribute_logits",
     "bypass_attention",
+    "bypass_in_transformers",
     "bypass_intervention",
     "bypassed",
     "decode_residual",
