@@ -241,8 +241,8 @@ def _redirect(module: Any, held: _Held) -> None:
     def after(_module: nn.Module, _args: Any, _out: Any) -> None:
         if not held.fired:
             raise SilentInterventionError(
-                f"{type(module).__name__} did not ask transformers' registry for its attention, so the bypass "
-                "had no effect: load the model with memlens.load_model and use memlens.bypassed."
+                f"{type(module).__name__} did not ask transformers' registry for its attention, so the "
+                "bypass had no effect: load the model with memlens.load_model and use memlens.bypassed."
             )
 
     held.handles = [

@@ -1,4 +1,4 @@
-"""The bypass of a plain Hugging Face model: the tokens it gives through TransformerLens, nothing left behind."""
+"""The bypass of a plain Hugging Face model: the same tokens as through TransformerLens, nothing left on."""
 
 from __future__ import annotations
 
