@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memlens.errors import MemlensError, check_option
+from memlens.generate_cli import generate
 from memlens.lens_cli import lens_app
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ zoo_app = typer.Typer(help="The bundled models with known memories.", no_args_is
 app.add_typer(run_app, name="run")
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(lens_app, name="lens")
+app.command()(generate)
 
 _PIPE_WIDTH = 200
 _OUT = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
