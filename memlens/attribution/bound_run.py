@@ -148,6 +148,10 @@ def _bound_block(
     projected = change.norm(dim=-1)
     after = norm_between(block.attn_post_norm, base.projected, edited.projected)
     path = 1 if block.parallel else 1 + norms.mlp_path(base, edited)
+
+    def longest(trace: BlockTrace) -> Tensor:
+        return trace.projected.norm(dim=-1).masked_fill(~real, 0).amax(-1).clamp_min(1e-300)
+
     values = {
         "measured_B1": projected,
         "bound_B1": moved,
@@ -162,7 +166,7 @@ def _bound_block(
     for name, value in values.items():
         out.tokens.setdefault(name, {})[layer] = value.masked_fill(~real, torch.nan)
     whole = {
-        "identity_error": error / projected.masked_fill(~real, 0).amax(-1),
+        "identity_error": error / torch.maximum(longest(base), longest(edited)),
         "total_measured_B1": _total(change, real),
         "total_bound_B1": total.log10(),
         "diagonal_mass": 1 - shared.mean(1).masked_fill(~real, 0).sum(-1) / real.sum(-1),

@@ -64,8 +64,8 @@ def attention_bypass_bounds(
     - B5: the last residual changes by :math:`\le \|\Delta \mathrm{block}_l\| \prod_{m>l} K_m` over all tokens
       together, a logit vector by that times :math:`L_{final} \|W_U\|`; :math:`K_m` bounds the stretch of a
       later block on the line between both runs (`lipschitz.BlockNorms.block_stretch`). For real depths it
-      says nothing: it is given as :math:`\log_{10}`, and `vacuous` is 1 where a bound from the final norm alone,
-      :math:`2 \sqrt d\, \|\gamma_{final}\|_\infty \|W_U\|`, is no weaker.
+      says nothing: it is given as :math:`\log_{10}`, and `vacuous` is 1 where a bound from the final norm
+      alone, :math:`2 \sqrt d\, \|\gamma_{final}\|_\infty \|W_U\|`, is no weaker.
     - B6, what to use in its place: the measured `amplification` of each later block, the change of the
       predictions, and on request an estimate of the norm of all later blocks' Jacobian.
 
@@ -90,7 +90,7 @@ def attention_bypass_bounds(
           `(sequence, bound, layer, position)` for the bounds B1 to B4;
         - `total_measured`, `total_limit_log10` and `total_slack_log10` `(sequence, total, layer)` for
           "B1", "B5 residual" and "B5 logits" (the largest over targets); `vacuous` `(sequence, layer)`;
-        - `identity_error` `(sequence, layer)`, the largest error of D1 over the largest change;
+        - `identity_error` `(sequence, layer)`, the largest error of D1 over attention's largest output;
         - `amplification` and `amplification_limit_log10` `(sequence, layer, later)`: the change after block
           `later` over that before it, and :math:`K` of that block;
         - `logit_change` (the norm), `logit_change_limit` (:math:`L_{final} \|W_U\| \|\Delta x_L\|`),

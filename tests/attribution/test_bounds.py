@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import memlens as ml
@@ -75,7 +75,12 @@ def own_model(tiny_folder: Any, tiny_model: Any) -> Callable[[str, str], Any]:
     return model_of
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=4,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data())
 @pytest.mark.parametrize(("family", "backend"), CASES)
 def test_no_measured_value_passes_its_bound(own_model: Any, family: str, backend: str, data: Any) -> None:
