@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from memlens.models.functional import FunctionalBlocks
@@ -49,6 +50,11 @@ class BlockTrace:
 
     def __getitem__(self, rows: slice) -> BlockTrace:
         return BlockTrace(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+    def where(self, chosen: Bool[Tensor, " row"], other: BlockTrace) -> BlockTrace:
+        """Return these rows where `chosen`, else the other's."""
+        pairs = ((getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
+        return BlockTrace(*(torch.where(chosen.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
 
     def repeated(self, times: int) -> BlockTrace:
         """Return all rows `times` times, one copy of all after the other."""

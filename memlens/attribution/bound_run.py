@@ -18,6 +18,8 @@ from memlens.sweeps.batches import Targets
 
 __all__ = ["BatchBounds", "Known", "bound_batch"]
 
+_ROUNDINGS = 32
+
 
 @dataclass(frozen=True)
 class Known:
@@ -85,6 +87,10 @@ def bound_batch(
             edits = _carried(known, layer, base, both[slice(n, None)], edits, real, out)
         if layer in layers:
             edited = trace_block(known.blocks, layer, resid, bypass=True)
+            rounding = _rounding(base, edited, real)
+            none = _total(edited.out - base.out, real) <= rounding
+            edited = base.where(none, edited)
+            out.rows.setdefault("rounding", {})[layer] = rounding
             _bound_block(known, layer, base, edited, real, out)
             start = _total(edited.out - base.out, real)
             edits = _Edits(
@@ -250,6 +256,12 @@ def _bound_logits(
         }
         for name, value in whole.items():
             out.rows.setdefault(name, {})[layer] = value
+
+
+def _rounding(base: BlockTrace, edited: BlockTrace, real: Tensor) -> Float[Tensor, " row"]:
+    """How large a change may be that is none: what float arithmetic leaves of equal sums."""
+    largest = [_total(x, real) for t in (base, edited) for x in (t.resid, t.projected, t.out)]
+    return _ROUNDINGS * torch.finfo(base.out.dtype).eps * torch.stack(largest).amax(0)
 
 
 def _kl(a: Tensor, b: Tensor) -> Tensor:

@@ -90,6 +90,8 @@ def attention_bypass_bounds(
           `(sequence, bound, layer, position)` for the bounds B1 to B4;
         - `total_measured`, `total_limit_log10` and `total_slack_log10` `(sequence, total, layer)` for
           "B1", "B5 residual" and "B5 logits" (the largest over targets); `vacuous` `(sequence, layer)`;
+        - `rounding` `(sequence, layer)`: a change of the block's output (over all tokens) of no more than this
+          is counted as none;
         - `identity_error` `(sequence, layer)`, the largest error of D1 over attention's largest output;
         - `amplification` and `amplification_limit_log10` `(sequence, layer, later)`: the change after block
           `later` over that before it, and :math:`K` of that block;
@@ -186,7 +188,7 @@ def _variables(
     variables: dict[str, Any] = {
         "measured": (by_token, measured, {"long_name": "change by the bypass"}),
         "limit": (by_token, limit, {"long_name": "bound of the change"}),
-        "slack": (by_token, _ratio(limit, measured), {"long_name": "bound over measured"}),
+        "slack": (by_token, _ratio(limit, measured, rows["rounding"]), {"long_name": "bound over measured"}),
         "total_measured": (by_total, total),
         "total_limit_log10": (by_total, total_limit),
         "total_slack_log10": (by_total, total_slack),
@@ -239,8 +241,7 @@ def _later(
     return out
 
 
-def _ratio(limit: np.ndarray, measured: np.ndarray) -> np.ndarray:
+def _ratio(limit: np.ndarray, measured: np.ndarray, rounding: np.ndarray) -> np.ndarray:
     """Limit over measured; NaN where the change is no more than rounding."""
-    largest = np.nanmax(measured, axis=(2, 3), keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(measured > 1e-12 * largest, limit / measured, np.nan)
+        return np.where(measured > rounding[:, None, :, None], limit / measured, np.nan)

@@ -172,8 +172,8 @@ class BlockNorms:
 
         with :math:`c` the factor of the scores, :math:`\rho` the largest query, key and (centered) value on
         the line between both inputs, and :math:`\lambda` the stretch of queries and keys. The first term
-        moves values under fixed weights (:math:`\|A\| \le \sqrt T`), the second moves the weights: the change of
-        a softmax average is a covariance of scores and values.
+        moves values under fixed weights (:math:`\|A\| \le \sqrt T`), the second moves the weights: the
+        change of a softmax average is a covariance of scores and values.
 
         Args:
             a: The block on one input.
