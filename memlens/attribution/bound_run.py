@@ -78,7 +78,7 @@ def bound_batch(
         layers: The layers that are bypassed, each alone.
         power_iterations: Steps of the estimate of a local norm; 0 for none.
     """
-    out, edits = BatchBounds(), _Edits([], {}, resid[:0])
+    out, edits = BatchBounds(), _Edits([], {}, resid[:0], real[:0, 0])
     n = len(resid)
     for layer in range(known.blocks.trunk.n_layers):
         both = trace_block(known.blocks, layer, torch.cat([resid, edits.resid]))
@@ -97,6 +97,7 @@ def bound_batch(
                 [*edits.layers, layer],
                 {**edits.log_bound, layer: start.log10()},
                 torch.cat([edits.resid, edited.out]),
+                torch.cat([edits.none, none]),
             )
             if power_iterations:
                 put = out.rows.setdefault("local_norm", {})
@@ -108,11 +109,19 @@ def bound_batch(
 
 @dataclass(frozen=True)
 class _Edits:
-    """Bypasses under way: their residuals, stacked, and the logarithm of what bounds their differences."""
+    """Bypasses under way.
+
+    Attributes:
+        layers: Which blocks were bypassed, each alone.
+        log_bound: By layer, the logarithm of what bounds the difference of its residual.
+        resid: Their residuals, stacked.
+        none: True for rows that the bypass did not change.
+    """
 
     layers: list[int]
     log_bound: dict[int, Tensor]
     resid: Float[Tensor, "edit*row pos d_model"]
+    none: Bool[Tensor, "edit*row"]
 
 
 def _carried(
@@ -127,6 +136,7 @@ def _carried(
     """Take all bypasses through a later block (B5), and measure what it did to them (B6)."""
     times, n = len(edits.layers), len(real)
     same, reals = base.repeated(times), real.repeat(times, 1)
+    edited = same.where(edits.none, edited)  # rows of one batch may differ in their rounding
     stretch = known.norms[layer].block_stretch(same, edited, reals).log10().split(n)
     before = _total(edited.resid - same.resid, reals).split(n)
     after = _total(edited.out - same.out, reals).split(n)
@@ -135,7 +145,7 @@ def _carried(
         bounds[start] = edits.log_bound[start] + stretch[i]
         out.later.setdefault("amplification", {})[start, layer] = after[i] / before[i]
         out.later.setdefault("amplification_bound_log10", {})[start, layer] = stretch[i]
-    return _Edits(edits.layers, bounds, edited.out)
+    return _Edits(edits.layers, bounds, edited.out, edits.none)
 
 
 def _bound_block(

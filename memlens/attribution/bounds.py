@@ -90,8 +90,8 @@ def attention_bypass_bounds(
           `(sequence, bound, layer, position)` for the bounds B1 to B4;
         - `total_measured`, `total_limit_log10` and `total_slack_log10` `(sequence, total, layer)` for
           "B1", "B5 residual" and "B5 logits" (the largest over targets); `vacuous` `(sequence, layer)`;
-        - `rounding` `(sequence, layer)`: a change of the block's output (over all tokens) of no more than this
-          is counted as none;
+        - `rounding` `(sequence, layer)`: a change of the block's output (over all tokens) of no more than
+          this is counted as none;
         - `identity_error` `(sequence, layer)`, the largest error of D1 over attention's largest output;
         - `amplification` and `amplification_limit_log10` `(sequence, layer, later)`: the change after block
           `later` over that before it, and :math:`K` of that block;
