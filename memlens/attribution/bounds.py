@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from memlens.attribution.bound_run import BatchBounds, Known, bound_batch
+from memlens.attribution.bypass_predictor import check_readable, some_layers
 from memlens.errors import OptionError, UnsupportedModelError
 from memlens.models.functional import FunctionalBlocks
-from memlens.models.hooks import chosen_layers
 from memlens.models.huggingface import parse_dtype
 from memlens.models.trunk import Trunk
 from memlens.results import Result
@@ -103,9 +103,10 @@ def attention_bypass_bounds(
         - `local_norm` `(sequence, layer)`, an estimate, where `power_iterations` is not 0.
 
     Raises:
-        OptionError: Another dtype, or negative `power_iterations`.
+        OptionError: Another dtype, no layers, or negative `power_iterations`.
         SiteError: A layer that does not exist.
-        UnsupportedModelError: Blocks whose parts are not known, or that hooks change.
+        UnsupportedModelError: Blocks whose parts are not known, or that hooks change, or a bridge with
+            processed weights.
         EmptySetError: No sequences.
 
     Example:
@@ -120,7 +121,8 @@ def attention_bypass_bounds(
         raise OptionError(f"dtype={str(dtype)!r} rounds too much for a bound: choose float64 or float32.")
     if power_iterations < 0:
         raise OptionError(f"power_iterations={power_iterations}: give 0 for no estimate, or more.")
-    chosen = chosen_layers(layers, Trunk(model).n_layers)
+    check_readable(model)
+    chosen = some_layers(layers, Trunk(model).n_layers)
     check_sequences(sequences, model, on_eos="keep")
     parts: list[BatchBounds] = []
     with in_dtype(model, wide), tqdm(total=len(sequences), disable=not progress, desc="bounds") as bar:

@@ -14,11 +14,12 @@ from tqdm.auto import tqdm
 
 from memlens.attribution.agreement import rank_correlation, standard_interval
 from memlens.attribution.lipschitz import product_norm
-from memlens.errors import ResultError
+from memlens.errors import OptionError, ResultError, UnsupportedModelError
 from memlens.figures.labels import metric_text
 from memlens.models.functional import FunctionalBlocks
 from memlens.models.hooks import attached, chosen_layers, hook_name
-from memlens.models.trunk import Trunk
+from memlens.models.provenance import describe
+from memlens.models.trunk import Trunk, is_bridge
 from memlens.results import Result
 from memlens.results.statistics import bootstrap_means
 from memlens.sequences import SequenceSet
@@ -57,8 +58,9 @@ def bypass_predictor(
         `relative_predictor`, the mean of the predictor over the norm of the residual at the block's input.
 
     Raises:
+        OptionError: No layers.
         SiteError: A layer that does not exist.
-        UnsupportedModelError: Blocks whose parts are not known.
+        UnsupportedModelError: Blocks whose parts are not known, or a bridge with processed weights.
         EmptySetError: No sequences.
 
     Example:
@@ -69,7 +71,8 @@ def bypass_predictor(
         ('sequence', 'layer')
     """
     trunk = Trunk(model)
-    chosen = chosen_layers(layers, trunk.n_layers)
+    check_readable(model)
+    chosen = some_layers(layers, trunk.n_layers)
     check_sequences(sequences, model, on_eos="keep")
     gains = ov_gains(model, chosen)
     parts: list[dict[str, Tensor]] = []
@@ -81,6 +84,23 @@ def bypass_predictor(
         name: (("sequence", "layer"), torch.cat([p[name] for p in parts]).cpu().numpy()) for name in parts[0]
     }
     return make_result("bypass_predictor", model, sequences, variables, {"layer": chosen}, {"layers": chosen})
+
+
+def check_readable(model: Any) -> None:
+    """Raise `UnsupportedModelError` for a bridge whose weights TransformerLens has processed."""
+    if is_bridge(model) and describe(model)["processed_weights"]:
+        raise UnsupportedModelError(
+            "the weights of this TransformerBridge are processed, and no longer those that its blocks were read "
+            "from: load it with process_weights=False."
+        )
+
+
+def some_layers(layers: Sequence[int] | None, n_layers: int) -> list[int]:
+    """Return the layers asked for, all by default; none is an `OptionError`."""
+    chosen = chosen_layers(layers, n_layers)
+    if not chosen:
+        raise OptionError("layers=[] leaves nothing to look at: give at least one layer.")
+    return chosen
 
 
 @torch.no_grad()
@@ -123,7 +143,7 @@ def _of_batch(
     hooks = [(hook_name("pattern", layer), diagonal(layer)) for layer in layers]
     hooks += [(hook_name("resid_pre", layer), length(layer)) for layer in layers]
     with attached(trunk.model, hooks):
-        trunk.run(trunk.embed(tokens), stop=max(layers, default=-1) + 1)
+        trunk.run(trunk.embed(tokens), stop=max(layers) + 1)
     count = predicts.sum(-1)
 
     def average(values: Tensor) -> Tensor:

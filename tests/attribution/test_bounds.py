@@ -113,6 +113,15 @@ def test_bounds_hold_for_variants(tmp_path: Any, variant: str) -> None:
     assert float(found.measured.max()) > 1e-3
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt_neo", "olmo2"])
+def test_bounds_hold_with_folded_norms(tiny_folder: Any, tiny_model: Any, family: str) -> None:
+    plain = tiny_model(family, "hooked")
+    model = ml.load_model(tiny_folder(family), backend="hooked", device="cpu", process_weights=True)
+    found, want = (bounds(m, ragged()) for m in (model, plain))
+    assert_nothing_passes_its_bound(found)
+    assert np.allclose(found.kl, want.kl, rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize(("family", "backend"), CASES)
 @torch.no_grad()
 def test_what_is_measured_is_what_the_bypassed_model_does(own_model: Any, family: str, backend: str) -> None:
@@ -243,10 +252,15 @@ def test_figures(tiny_model: Any) -> None:
         result.plot(group="domain")
 
 
-def test_bad_input(tiny_model: Any) -> None:
+def test_bad_input(tiny_folder: Any, tiny_model: Any) -> None:
     model = tiny_model("gpt_neox", "bridge")
+    folded = ml.load_model(tiny_folder("gpt_neox"), backend="bridge", device="cpu", process_weights=True)
+    with pytest.raises(UnsupportedModelError, match="load it with process_weights=False"):
+        bounds(folded, ragged())
     with pytest.raises(SiteError, match="layer 7 does not exist"):
         bounds(model, ragged(), layers=[7])
+    with pytest.raises(OptionError, match=r"layers=\[\] leaves nothing"):
+        bounds(model, ragged(), layers=[])
     with pytest.raises(OptionError, match="dtype='bfloat16' rounds too much"):
         bounds(model, ragged(), dtype="bfloat16")
     with pytest.raises(OptionError, match="power_iterations=-1"):
