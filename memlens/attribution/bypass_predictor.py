@@ -90,8 +90,8 @@ def check_readable(model: Any) -> None:
     """Raise `UnsupportedModelError` for a bridge whose weights TransformerLens has processed."""
     if is_bridge(model) and describe(model)["processed_weights"]:
         raise UnsupportedModelError(
-            "the weights of this TransformerBridge are processed, and no longer those that its blocks were read "
-            "from: load it with process_weights=False."
+            "the weights of this TransformerBridge are processed, and cannot be read as its blocks use them: "
+            "load it with process_weights=False."
         )
 
 
