@@ -32,6 +32,7 @@ from memlens.console import (
     print_table,
 )
 from memlens.errors import MemlensError, check_option
+from memlens.generate_cli import generate
 from memlens.lens_cli import lens_app
 from memlens.run_cli import run_app
 
@@ -47,6 +48,7 @@ zoo_app = typer.Typer(help="The bundled models with known memories.", no_args_is
 app.add_typer(run_app, name="run")
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(lens_app, name="lens")
+app.command()(generate)
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def call(*args: str) -> tuple[int, str, str]:
 
 def test_help_names_every_command_with_an_example() -> None:
     shown = runner.invoke(cli.app, ["--help"]).output
-    for name in ("demo", "score", "run", "report", "models", "plan", "zoo"):
+    for name in ("demo", "score", "run", "report", "models", "plan", "generate", "zoo"):
         assert name in shown
     for command in (
         ["demo"],

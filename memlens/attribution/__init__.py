@@ -1,7 +1,9 @@
 """Where recall is stored: decode, patch, ablate, bypass, knock out, perturb, attribute."""
 
 from memlens.attribution.ablation import ablate_heads, head_ablations
+from memlens.attribution.bounds import attention_bypass_bounds
 from memlens.attribution.bypass import bypass_attention, bypass_intervention, bypassed
+from memlens.attribution.bypass_predictor import PredictorAgreement, bypass_predictor, predictor_agreement
 from memlens.attribution.decoding import decode_residual
 from memlens.attribution.gradients import attribute_ablation, attribute_gradients
 from memlens.attribution.head_pairs import ablate_head_pairs
@@ -20,20 +22,26 @@ from memlens.attribution.perturbation import perturb_residual
 from memlens.attribution.prefix_perturbation import perturb_prefix
 from memlens.attribution.promotion import promotion_layers, promotion_summary
 from memlens.attribution.screening import Screening, screen_then_verify
+from memlens.attribution.serving import TransformersBypass, bypass_in_transformers
 
 __all__ = [
+    "PredictorAgreement",
     "Screening",
+    "TransformersBypass",
     "TunedLens",
     "ablate_head_pairs",
     "ablate_heads",
     "ablate_heads_cumulatively",
     "ablate_mlps",
     "activation_patches",
+    "attention_bypass_bounds",
     "attribute_ablation",
     "attribute_gradients",
     "attribute_logits",
     "bypass_attention",
+    "bypass_in_transformers",
     "bypass_intervention",
+    "bypass_predictor",
     "bypassed",
     "decode_residual",
     "dominant_neurons",
@@ -48,6 +56,7 @@ __all__ = [
     "path_patches",
     "perturb_prefix",
     "perturb_residual",
+    "predictor_agreement",
     "promotion_layers",
     "promotion_summary",
     "rank_heads",

@@ -11,7 +11,14 @@ from jaxtyping import Bool, Float, Int
 
 from memlens.results.statistics import bootstrap_means
 
-__all__ = ["Verified", "agreement_table", "rank_correlation", "recall_of_top", "share_interval"]
+__all__ = [
+    "Verified",
+    "agreement_table",
+    "rank_correlation",
+    "recall_of_top",
+    "share_interval",
+    "standard_interval",
+]
 
 
 @dataclass(frozen=True)
@@ -104,10 +111,14 @@ def agreement_table(data: Verified, *, level: float, n_resamples: int, seed: int
         if part.any():
             value = float(rank_correlation(means[0][part], means[1][part]))
             spread = rank_correlation(samples[0][:, part], samples[1][:, part])
-            rows[f"rank correlation, {name}"] = value, *_interval(value, spread, level, -1.0), int(part.sum())
+            rows[f"rank correlation, {name}"] = (
+                value,
+                *standard_interval(value, spread, level, -1.0),
+                int(part.sum()),
+            )
     value, missed = recall_of_top(data.score(means[1]), data.screened, rest)
     spread, _ = recall_of_top(data.score(samples[1]), data.screened, rest)
-    low, high = _interval(float(value), spread, level, 0.0)
+    low, high = standard_interval(float(value), spread, level, 0.0)
     if 0 < drawn < rest:
         least, most = share_interval(int(missed), drawn, level)
         low = np.fmin(low, max(0.0, 1 - most * rest / k))
@@ -122,7 +133,7 @@ def agreement_table(data: Verified, *, level: float, n_resamples: int, seed: int
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high", "n_sites"])
 
 
-def _interval(value: float, samples: np.ndarray, level: float, least: float) -> tuple[float, float]:
+def standard_interval(value: float, samples: np.ndarray, level: float, least: float) -> tuple[float, float]:
     """Return value ± the bootstrap's standard error times the normal quantile, within `least` and 1.
 
     A percentile interval would not do: the noise of a resample is shared by estimate and exact effect, which

@@ -164,6 +164,38 @@ class FunctionalBlocks:
         out = out if block.mlp_post_norm is None else block.mlp_post_norm(out)
         return out.add_(resid_mid)
 
+    def attention_parts(
+        self, layer: int, x: Float[Tensor, "row pos d_model"]
+    ) -> tuple[Float[Tensor, "row pos q_width"], Float[Tensor, "row pos kv_width"], Tensor, KeysValues]:
+        """Return a layer's queries and keys as projected, its queries as used, and its keys and values.
+
+        Args:
+            layer: The block.
+            x: What attention reads (after the norm before it), from position 0 on.
+        """
+        block = self.blocks[layer]
+        split, qkv = self.n_heads * self.d_head, block.qkv()
+        q, kv = qkv(x).split([split, qkv.weight.shape[0] - split], dim=-1)
+        places = torch.arange(x.shape[1], device=x.device)
+        raw = q.clone(), kv.chunk(2, dim=-1)[0].clone()  # rotation works in place
+        return *raw, self._queries(block, q, places), self._keys_values(block, kv, places)
+
+    def mix(
+        self, layer: int, q: Float[Tensor, "row head pos d_head"], kv: KeysValues
+    ) -> Float[Tensor, "row pos z_width"]:
+        """Return each head's mixed values, side by side, of queries and keys from position 0 on."""
+        block, width = self.blocks[layer], q.shape[2]
+        return self._attend(block, q, *kv, block.around.visible[:width, :width])
+
+    def pattern(
+        self, layer: int, q: Float[Tensor, "row head pos d_head"], k: Float[Tensor, "row kv_head pos d_head"]
+    ) -> Float[Tensor, "row head query key"]:
+        """Return the attention weights of queries and keys from position 0 on."""
+        block, width = self.blocks[layer], q.shape[2]
+        k = k.repeat_interleave(self.n_heads // self.n_kv, 1)
+        scores = q @ k.transpose(-1, -2) * block.scale
+        return scores.masked_fill(~block.around.visible[:width, :width], -torch.inf).softmax(-1)
+
     def attention_output(
         self, layer: int, z: Float[Tensor, "*batch head d_head"]
     ) -> Float[Tensor, "*batch d_model"]:
@@ -201,6 +233,7 @@ class FunctionalBlocks:
         x = x.unflatten(-1, (heads, self.d_head)).transpose(1, 2)
         if not rotate or block.around.rotary is None:
             return x
+        x = x.clone() if x.requires_grad else x  # autograd allows no rotation in place of a view
         cos, sin = (t[places] for t in block.around.rotary)
         if places.ndim == 2:  # places differ by row
             cos, sin = cos[:, None], sin[:, None]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memlens.errors import check_option
-from memlens.results import edit_plots, head_plots, plots, site_plots, token_plots
+from memlens.results import bound_plots, edit_plots, head_plots, plots, site_plots, token_plots
 from memlens.results.groups import join_groups
 from memlens.results.result import Result
 
@@ -73,6 +73,8 @@ _PLOTS: dict[str, Callable[..., Any]] = {
     "head_pair_ablation": head_plots.plot_pairs,
     "cumulative_head_ablation": head_plots.plot_cumulative,
     "attention_bypass": head_plots.plot_bypass,
+    "bypass_bounds": bound_plots.plot_bounds,
+    "bypass_predictor": plots.plot_layer_lines,
     "mlp_ablation": plots.plot_layer_lines,
     "neuron_knockout": edit_plots.plot_knock_outs,
     "residual_perturbation": edit_plots.plot_strengths,
