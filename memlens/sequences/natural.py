@@ -15,6 +15,9 @@ from memlens.sequences.tokenizing import Tokenizer, encode
 
 __all__ = ["natural_controls", "text_windows"]
 
+_SPACES = ("Ġ", "▁")
+"""How byte-level and SentencePiece vocabularies write the space in front of a word."""
+
 
 def text_windows(tokenizer: Tokenizer, path: str | Path, window: int = 128) -> SequenceSet:
     """Return a text file as windows of token ids; what is left over at the end is dropped.
@@ -114,8 +117,14 @@ def _word_starts(text: SequenceSet, tokenizer: Tokenizer) -> np.ndarray:
     if tokenizer is None:
         return text.mask.numpy()
     ids, places = np.unique(text.tokens.numpy(), return_inverse=True)
-    spelled = tokenizer.batch_decode([[int(i)] for i in ids])
-    starts = np.array([word[:1].isspace() and word.strip()[:1].isalpha() for word in spelled])
+    pieces = [str(piece) for piece in tokenizer.convert_ids_to_tokens(ids.tolist())]
+    marked = any(piece.startswith(_SPACES) for piece in pieces)  # else its tokens are whole words
+    starts = np.array(
+        [
+            piece.startswith(_SPACES) == marked and piece.lstrip("".join(_SPACES))[:1].isalpha()
+            for piece in pieces
+        ]
+    )
     return starts[places.reshape(text.tokens.shape)] & text.mask.numpy()
 
 
