@@ -44,7 +44,7 @@ def study_criteria(
     Args:
         folder: Where they go.
         name: Of the items, such as "idioms".
-        items: With the columns `prompt` and `target`.
+        items: With the columns `prompt` and `target`, or of tokens of the probed model.
         recalled: Whether the probed model recalls each.
         natural: Prompts from natural text, to set the score against; None leaves the ROC area out.
         references: What the criteria ask; not the probed model.
@@ -55,6 +55,7 @@ def study_criteria(
     options: dict[str, Any] = {
         "probed": probed,
         "options": criteria,
+        "tokenizer": getattr(probed, "tokenizer", None),
         "progress": progress,
     }
     scores = score_criteria(items, references, **options)
