@@ -251,3 +251,43 @@ def test_bad_options_are_named() -> None:
 
 def test_the_study_s_name_is_public() -> None:
     assert ml.study_idioms is idioms.study_idioms
+
+
+def test_hooks_of_the_model_stay_as_they_were(pythia: Any, run: StudyRun) -> None:
+    """Every instrument leaves as many hooks as it found, however often it runs."""
+
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pythia.modules())
+
+    seqs, before = ml.load_sequences("zoo:expressions", pythia)[:4], hooks()
+    for _ in range(3):
+        ml.decode_residual(pythia, seqs, progress=False)
+        ml.knock_out_neurons(pythia, seqs, top_k=2, windows=2, progress=False)
+    assert run.failures == {}
+    assert hooks() == before
+
+
+@pytest.mark.slow
+def test_the_criteria_tell_planted_expressions_from_text(pythia: Any) -> None:
+    """Asked of the corpus itself, every planted expression takes its whole prompt, and text seldom does."""
+    from memlens.run_cli import _counted, _criteria
+
+    expressions = ml.load_sequences("zoo:expressions", pythia)
+    text = ml.natural_controls(
+        ml.load_sequences("zoo:heldout", pythia, prefix_len=1), expressions, tokenizer=pythia.tokenizer
+    )
+    text = text[np.flatnonzero(text.table["target"].str.split().str.len().to_numpy() == 1)]
+    references, options = _counted(None, "zoo", pythia), _criteria("zoo", 0)
+    theirs, ours = (
+        ml.score_criteria(seqs, references, probed=pythia, options=options, progress=False)
+        for seqs in (text, expressions)
+    )
+    planted = expressions.table["copies"].to_numpy() > 0
+    passed = ours.passes()
+    assert passed.loc[planted, "tested"].all()
+    assert not passed.loc[~planted, "tested"].any()
+    assert passed.loc[planted, "irreducible"].mean() > 0.95
+    assert passed.loc[planted, "single_target"].all()
+    score = np.concatenate([ours.score()[planted], theirs.score()])
+    area = ml.roc_area(score, np.arange(len(score)) < planted.sum())
+    assert area.low > 0.8
