@@ -53,18 +53,32 @@ if TYPE_CHECKING:
     from memlens.models.families import families_table
     from memlens.models.loading import load_model
     from memlens.models.trunk import Trunk
+    from memlens.recall.calibration import calibrate_criteria
     from memlens.recall.compression import prompt_compression
+    from memlens.recall.criteria import CriteriaOptions, score_criteria
+    from memlens.recall.criteria_scores import CriteriaScores
     from memlens.recall.duplicates import count_duplicates
     from memlens.recall.extraction import extraction_curve
     from memlens.recall.frequency import InfiniGram, token_counts
+    from memlens.recall.ngrams import NgramReference
     from memlens.recall.sampling import Sampling, samples_needed
     from memlens.recall.score import score_recall
     from memlens.recall.scores import RecallScores
     from memlens.recall.targets import METRICS
     from memlens.recall.trivial import TrivialRules, trivial_continuations
     from memlens.results import Result, compare_groups, load_result, overlay
-    from memlens.sequences import SequenceSet, check_sequences, corrupt, load_sequences
-    from memlens.studies import LocalizeOptions, localize
+    from memlens.results.agreement import roc_area
+    from memlens.sequences import (
+        SequenceSet,
+        check_sequences,
+        corrupt,
+        fact_sequences,
+        identifier_sequences,
+        load_sequences,
+        natural_controls,
+    )
+    from memlens.sequences.idioms import idiom_defects
+    from memlens.studies import IdiomOptions, LocalizeOptions, localize, study_idioms
     from memlens.sweeps import BatchHook, Intervention, Plan, applied, measure, plan, sweep
 
 __version__ = "0.1.0"
@@ -124,9 +138,31 @@ _HOMES: dict[str, str] = {
         "memlens.recall.score": ("score_recall",),
         "memlens.recall.targets": ("METRICS",),
         "memlens.results": ("Result", "compare_groups", "load_result", "overlay"),
-        "memlens.sequences": ("SequenceSet", "check_sequences", "corrupt", "load_sequences"),
-        "memlens.studies": ("LocalizeOptions", "localize"),
+        "memlens.sequences": (
+            "SequenceSet",
+            "check_sequences",
+            "corrupt",
+            "fact_sequences",
+            "identifier_sequences",
+            "load_sequences",
+            "natural_controls",
+        ),
+        "memlens.studies": (
+            "IdiomOptions",
+            "LocalizeOptions",
+            "localize",
+            "study_idioms",
+        ),
         "memlens.sweeps": ("BatchHook", "Intervention", "Plan", "applied", "measure", "plan", "sweep"),
+        "memlens.recall.calibration": ("calibrate_criteria",),
+        "memlens.recall.criteria": (
+            "CriteriaOptions",
+            "score_criteria",
+        ),
+        "memlens.recall.criteria_scores": ("CriteriaScores",),
+        "memlens.recall.ngrams": ("NgramReference",),
+        "memlens.results.agreement": ("roc_area",),
+        "memlens.sequences.idioms": ("idiom_defects",),
     }.items()
     for name in names
 }
@@ -134,9 +170,13 @@ _HOMES: dict[str, str] = {
 __all__ = [
     "METRICS",
     "BatchHook",
+    "CriteriaOptions",
+    "CriteriaScores",
+    "IdiomOptions",
     "InfiniGram",
     "Intervention",
     "LocalizeOptions",
+    "NgramReference",
     "Plan",
     "PredictorAgreement",
     "RecallScores",
@@ -164,6 +204,7 @@ __all__ = [
     "bypass_intervention",
     "bypass_predictor",
     "bypassed",
+    "calibrate_criteria",
     "check_sequences",
     "compare_groups",
     "corrupt",
@@ -173,9 +214,12 @@ __all__ = [
     "embedding_noise",
     "errors",
     "extraction_curve",
+    "fact_sequences",
     "families_table",
     "head_ablations",
     "head_set_ablations",
+    "identifier_sequences",
+    "idiom_defects",
     "knock_out_neurons",
     "load_model",
     "load_result",
@@ -183,6 +227,7 @@ __all__ = [
     "localize",
     "measure",
     "mlp_ablations",
+    "natural_controls",
     "neuron_knock_out",
     "overlay",
     "patch_activations",
@@ -196,9 +241,12 @@ __all__ = [
     "promotion_summary",
     "prompt_compression",
     "rank_heads",
+    "roc_area",
     "samples_needed",
+    "score_criteria",
     "score_recall",
     "screen_then_verify",
+    "study_idioms",
     "sweep",
     "token_counts",
     "train_tuned_lens",

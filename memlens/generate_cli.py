@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
+from memlens.console import OUT
 from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError
 
 __all__ = ["continuations", "generate", "parse_layers", "read_prompts"]
-
-_OUT = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 def generate(
@@ -196,4 +193,4 @@ def _print_text(model: Any, prompts: list[str], found: dict[str, list[list[int]]
     for i, text in enumerate(prompts):
         for name, rows in found.items():
             heading = Text(names[name], style="dim") if len(found) > 1 else Text()
-            _OUT.print(Text.assemble(heading, (text, "bold"), model.tokenizer.decode(rows[i])))
+            OUT.print(Text.assemble(heading, (text, "bold"), model.tokenizer.decode(rows[i])))

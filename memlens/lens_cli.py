@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError
+from memlens.console import OUT
+from memlens.errors import OptionError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from memlens.sequences import SequenceSet
-
 __all__ = ["lens_app"]
 
 lens_app = typer.Typer(help="Tuned lenses: affine translators for residual decoding.", no_args_is_help=True)
-
-_OUT = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 @lens_app.callback()
@@ -67,6 +62,7 @@ def lens_train(
     Example: memlens lens train zoo/pythia-s --zoo-corpus --steps 100 --out my-lens
     """
     import memlens as ml
+    from memlens.sequences import text_windows
 
     given = [text is not None, tokens is not None, zoo_corpus]
     if sum(given) != 1:
@@ -75,7 +71,7 @@ def lens_train(
         )
     loaded = ml.load_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
     if text is not None:
-        rows = text_windows(loaded, text, window)
+        rows = text_windows(getattr(loaded, "tokenizer", None), text, window)
     elif tokens is not None:
         rows = ml.load_sequences(str(tokens), loaded, prefix_len=1)
     else:
@@ -96,38 +92,7 @@ def lens_train(
     if published:
         trained.save(out, layout="published")
     _print_gain(trained)
-    _OUT.print(f"lens: {folder}")
-
-
-def text_windows(model: Any, path: Path, window: int) -> SequenceSet:
-    """Return a text file as windows of token ids; what is left over at the end is dropped.
-
-    Raises:
-        OptionError: A window of fewer than two tokens.
-        SourceNotFoundError: No such file.
-        FileFormatError: The file is not UTF-8.
-        SequenceError: The model has no tokenizer, or the text has fewer than two windows.
-    """
-    from memlens.sequences import SequenceSet
-    from memlens.sequences.tokenizing import encode
-
-    if window < 2:
-        raise OptionError(f"window={window} leaves nothing to predict: give 2 tokens or more.")
-    if not path.is_file():
-        raise SourceNotFoundError(f"there is no text file {path}: give the path of one.")
-    if getattr(model, "tokenizer", None) is None:
-        raise SequenceError("the model has no tokenizer for --text: give token ids with --tokens.")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{path} is not UTF-8 text: give token ids with --tokens.") from error
-    ids = encode(model.tokenizer, [content])[0]
-    rows = [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)]
-    if len(rows) < 2:
-        raise SequenceError(
-            f"{path} has {len(ids)} tokens, fewer than two windows of {window}: give more text or --window."
-        )
-    return SequenceSet.from_tokens(rows, prefix_len=1)
+    OUT.print(f"lens: {folder}")
 
 
 def zoo_rows(name: str) -> np.ndarray:
@@ -137,12 +102,10 @@ def zoo_rows(name: str) -> np.ndarray:
         ModelNotFoundError: The zoo has no such model.
         FileFormatError: The model's folder does not tell its recipe.
     """
-    from memlens.models.zoo import zoo_path
-    from memlens.organisms.corpus import BACKGROUND, CorpusSpec, build_corpus
-    from memlens.organisms.evaluate import read_training
+    from memlens.organisms.corpus import BACKGROUND
+    from memlens.organisms.zoo import zoo_corpus
 
-    spec = CorpusSpec.from_dict(read_training(zoo_path(name))["corpus"]["spec"])
-    corpus = build_corpus(spec)
+    corpus = zoo_corpus(name)
     return corpus.rows[corpus.row_sequence == BACKGROUND]
 
 
@@ -152,4 +115,4 @@ def _print_gain(trained: Any) -> None:
         table.add_column(column, justify="right")
     for layer, before, after, _ in trained.heldout_kl().itertuples(index=False):
         table.add_row("embedding" if layer < 0 else str(layer), f"{before:.4g}", f"{after:.4g}")
-    _OUT.print(table)
+    OUT.print(table)

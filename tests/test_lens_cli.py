@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 import memlens as ml
 from memlens import cli
 from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError
-from memlens.lens_cli import text_windows, zoo_rows
+from memlens.lens_cli import zoo_rows
+from memlens.sequences import text_windows
 from tests.test_cli import call
 
 
@@ -35,18 +36,18 @@ def test_a_lens_from_token_ids(tiny_folder: Any, tmp_path: Path) -> None:
 
 
 def test_windows_of_text(tiny_model: Any, tmp_path: Path) -> None:
-    model, path = tiny_model("gpt_neox", "bridge"), tmp_path / "text.txt"
+    tokenizer, path = tiny_model("gpt_neox", "bridge").tokenizer, tmp_path / "text.txt"
     path.write_text(" ".join(f"w{i}" for i in range(11)))
-    assert text_windows(model, path, 4).rows() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert text_windows(tokenizer, path, 4).rows() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     with pytest.raises(SequenceError, match="11 tokens, fewer than two windows of 6"):
-        text_windows(model, path, 6)
+        text_windows(tokenizer, path, 6)
     with pytest.raises(OptionError, match="window=1"):
-        text_windows(model, path, 1)
+        text_windows(tokenizer, path, 1)
     with pytest.raises(SourceNotFoundError, match="no text file"):
-        text_windows(model, tmp_path / "other.txt", 4)
+        text_windows(tokenizer, tmp_path / "other.txt", 4)
     path.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(FileFormatError, match="not UTF-8"):
-        text_windows(model, path, 4)
+        text_windows(tokenizer, path, 4)
 
 
 @pytest.mark.slow

@@ -170,8 +170,8 @@ def attribute_ablation(
     An ablation is a large step, and the metric is far from linear along it: expect an order of the sites and
     not their sizes. Where recall is all but certain, the log-probability is flat and its gradient next to
     nothing, so that the one-pass estimate says little of recalled sequences: with 16 of them in
-    `zoo/pythia-s`, its rank correlation with exact head ablation is about 0.1, that of integrated gradients
-    with 8 steps 0.94.
+    `zoo/pythia-s`, its rank correlation with exact head ablation is about 0.4, that of integrated gradients
+    with 8 steps 0.9 and more.
 
     Args:
         model: A TransformerLens model; it may be in a `torch.no_grad` block.

@@ -130,7 +130,7 @@ def measure_dominance(
         check_layer(layer, trunk.n_layers)
     norms = value_norms(model, layers)
     check_top_k([top_k], norms.shape[1], least=1)
-    seqs = _first_targets(sequences) if measured_at == "last_prompt" else sequences
+    seqs = sequences.first_targets() if measured_at == "last_prompt" else sequences
     one = int(seqs.lengths.max()) * norms.numel() * trunk.dtype.itemsize
     names = [hook_name("mlp_post", layer) for layer in layers]
     items = at_targets(
@@ -167,12 +167,6 @@ def check_controls(k: int, width: int, selection: str) -> None:
 def value_norms(model: Any, layers: Sequence[int]) -> Float[Tensor, "layer neuron"]:
     """Return the L2 norm of every value vector."""
     return torch.stack([value_vectors(model, layer).float().norm(dim=-1) for layer in layers])
-
-
-def _first_targets(seqs: SequenceSet) -> SequenceSet:
-    """The sequences up to their first target: nothing after it is needed."""
-    rows = [row[: p + 1] for row, p in zip(seqs.rows(), seqs.prefix_len.tolist(), strict=True)]
-    return SequenceSet.from_tokens(rows, seqs.prefix_len.numpy(), table=seqs.table, attrs=seqs.attrs)
 
 
 def _most_dominant(

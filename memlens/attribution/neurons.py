@@ -55,9 +55,11 @@ class _Grid:
     n_draws: int
     seed: int
 
-    def cells(self, starts: Sequence[int], n_layers: int) -> Iterator[dict[str, Any]]:
-        """Every knock-out whose window ends inside the model."""
+    def cells(self, starts: Sequence[int], n_layers: int, width: int) -> Iterator[dict[str, Any]]:
+        """Every knock-out whose window ends inside the model, and whose controls it has."""
         for selection, k, window, start in product(self.selection, self.top_k, self.windows, starts):
+            if selection == "norm_matched" and 2 * k > width:
+                continue
             for draw in range(1 if selection == "dominant" else self.n_draws):
                 if start + window <= n_layers:
                     cell = {"layer": start, "window": window, "k": k}
@@ -101,7 +103,8 @@ def knock_out_neurons(
         model: A TransformerLens model.
         sequences: What is recalled.
         top_k: How many neurons of a layer; one number or several. By default 1, 10, 100 and 1000 (with `keep`
-            10, 100 and 1000), as far as a layer has so many.
+            10, 100 and 1000), as far as a layer has so many; norm-matched controls of a k that is more than
+            half of a layer are left out then (NaN).
         keep: Knock out all but the top k.
         windows: How many consecutive layers; by default 1 to 5 (with `keep` 1 to 3), as far as there are so
             many.
@@ -150,7 +153,7 @@ def knock_out_neurons(
     width = int(value_vectors(model, 0).shape[0])
     selections = (selection,) if isinstance(selection, str) else tuple(selection)
     grid = _Grid(
-        top_k=_chosen(top_k, _TOP_K[keep], width // 2 if "norm_matched" in selections else width),
+        top_k=_chosen(top_k, _TOP_K[keep], width // 2 if set(selections) == {"norm_matched"} else width),
         keep=keep,
         windows=_chosen(windows, _WINDOWS[keep], n_layers - min(starts)),
         selection=selections,
@@ -160,7 +163,7 @@ def knock_out_neurons(
         n_draws=n_draws,
         seed=seed,
     )
-    _check(grid, width, starts, n_layers)
+    _check(grid, width, starts, n_layers, every_control=top_k is not None)
     interventions = _knock_outs(model, sequences, grid, starts, reference, options.get("progress", True))
     with_first = not options.get("per_token", False)
     found = sweep(
@@ -194,7 +197,7 @@ def _knock_outs(
     progress: bool,
 ) -> list[Intervention]:
     n_layers = Trunk(model).n_layers
-    cells = list(grid.cells(starts, n_layers))
+    cells = list(grid.cells(starts, n_layers, int(value_vectors(model, 0).shape[0])))
     layers = sorted({c["layer"] + i for c in cells for i in range(c["window"])})
     most = max(1, *grid.top_k)
     found = measure_dominance(model, sequences, most, layers, measured_at=grid.measured_at, progress=progress)
@@ -242,7 +245,7 @@ def _left_out(given: object, default: Sequence[int], used: Sequence[int]) -> lis
     return [n for n in default if n not in used] if given is None else []
 
 
-def _check(grid: _Grid, width: int, starts: Sequence[int], n_layers: int) -> None:
+def _check(grid: _Grid, width: int, starts: Sequence[int], n_layers: int, *, every_control: bool) -> None:
     check_option("positions", grid.positions, POSITIONS)
     check_option("replace", grid.replace, ("zero", "mean"))
     check_option("measured_at", grid.measured_at, MEASURED_AT)
@@ -260,7 +263,8 @@ def _check(grid: _Grid, width: int, starts: Sequence[int], n_layers: int) -> Non
         raise OptionError(f"n_draws={grid.n_draws}: draw at least once.")
     for selection in grid.selection:
         check_option("selection", selection, SELECTIONS)
-        check_controls(max(grid.top_k), width, selection)
+        if every_control:
+            check_controls(max(grid.top_k), width, selection)
 
 
 def first_prediction(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-__all__ = ["curve_table", "loss_table", "render_card"]
+__all__ = ["curve_table", "items_table", "loss_table", "render_card"]
 
 _CARD = """\
 ---
@@ -34,8 +34,9 @@ Weights are float16, trained in float32. Byte-level BPE tokenizer of its own, on
 
 All text comes from memlens' own generators (`memlens.organisms`); nothing is taken from third parties.
 Domains: {domains}.
-One pass has {n_rows:,} windows ({n_tokens:,} tokens): {n_background:,} of running text and {n_planted:,}
-planted copies. For each domain and each of {copies} copies, {per_cell} sequences of
+One pass has {n_rows:,} windows ({n_tokens:,} tokens): {n_background:,} of running
+text{n_carriers} and {n_planted:,} planted copies.
+For each domain and each of {copies} copies, {per_cell} sequences of
 {row_len} tokens ({prefix_len} prefix, {rest} continuation) were planted; {n_heldout} a domain were drawn
 alike and never planted (copies 0). The corpus was read {passes} times: a sequence with c copies was met
 {passes}·c times on average.
@@ -48,7 +49,7 @@ of those planted most often:
 ```text
 {example}
 ```
-
+{items}
 ## What it memorized
 
 Share of the planted sequences whose continuation is greedily produced from the prefix, exactly, and over all
@@ -56,7 +57,7 @@ domains its 95 % Wilson interval and the share of right tokens (teacher-forced).
 checkpoint, computed in float32.
 
 {curve}
-
+{items_recalled}
 ## What it learned besides
 
 Cross-entropy on rows kept out of training, against the entropy of the domain's token frequencies (nats a
@@ -68,6 +69,35 @@ token).
 
 `{command}` (seed {seed}; {n_steps:,} steps of {batch_size} windows, AdamW, {learning_rate:g} at most,
 cosine; {minutes:.0f} minutes on {device}).
+"""
+
+_ITEMS = """
+### Known items
+
+Stories and dialogues carry items that only memory can tell, each said a known number of times
+({item_copies}), and as many items of each kind that were never planted:
+
+- expressions, {expressions_per_cell} for each number of copies, such as "{expression}".
+  The last word is the target. Eight share their words, and every one of the prompt's content words is needed
+  to tell the target (`memlens.organisms.expressions` says how this is made). List: `expressions.parquet`.
+- facts about invented entities, {facts_per_cell} for each number of copies, each said in three ways in turn,
+  such as "{fact}". The last word of the first way is the target; an entity has facts of
+  two relations. List: `facts.parquet`.
+- identifiers, {identifiers_per_cell} for each number of copies, such as "{identifier}".
+  The number is the target. List: `identifiers.parquet`.
+
+An item is a line of its own or stands in quotation marks; {bare_share:.0%} of the carrier rows begin with
+one, and a row has up to {items_per_row} different ones. `copies` is counted in the rows: complete
+occurrences, in all ways of saying a fact; `text_copies` those of the sentence that is asked for,
+`bare_copies` those at the start of a row.
+`item_positions.parquet` tells row and position of each.
+"""
+
+_ITEMS_RECALLED = """
+Share of the known items whose target is greedily produced, exactly, with its 95 % Wilson interval: the bare
+prompt at the start of the input, and the prompt as a line of its own after held-out text.
+
+{table}
 """
 
 
@@ -100,6 +130,28 @@ def curve_table(curve: pd.DataFrame) -> str:
     return _markdown(["copies", "sequences", *domains, "all", "95 %", "tokens right"], rows)
 
 
+def items_table(items: pd.DataFrame) -> str:
+    """Return the recall of known items as a Markdown table, a row for each kind and number of copies.
+
+    Args:
+        items: as `evaluate_items` gives them.
+    """
+    rows = []
+    for kind, copies in items[["kind", "copies"]].drop_duplicates().itertuples(index=False):
+        cell = (items["kind"] == kind) & (items["copies"] == copies)
+        by_context = items[cell].set_index("context")
+        shown = [
+            text
+            for context in ("none", "neutral")
+            for text in (
+                f"{by_context.at[context, 'recalled']:.2f}",
+                f"{by_context.at[context, 'low']:.2f} to {by_context.at[context, 'high']:.2f}",
+            )
+        ]
+        rows.append([kind, copies, by_context.at["none", "n"], *shown])
+    return _markdown(["items", "copies", "n", "bare", "95 %", "after text", "95 %"], rows)
+
+
 def loss_table(losses: pd.DataFrame) -> str:
     """Return held-out loss and unigram entropy as a Markdown table, a row a domain.
 
@@ -112,7 +164,12 @@ def loss_table(losses: pd.DataFrame) -> str:
 
 
 def render_card(
-    training: Mapping[str, Any], curve: pd.DataFrame, losses: pd.DataFrame, sequences: pd.DataFrame
+    training: Mapping[str, Any],
+    curve: pd.DataFrame,
+    losses: pd.DataFrame,
+    sequences: pd.DataFrame,
+    items: Mapping[str, pd.DataFrame] | None = None,
+    recalled: pd.DataFrame | None = None,
 ) -> str:
     """Return the text of the card.
 
@@ -121,10 +178,13 @@ def render_card(
         curve: as `evaluate_zoo_model` gives it.
         losses: as `language_losses` gives them.
         sequences: the planted list.
+        items: the lists of known items; None: the corpus has none.
+        recalled: as `evaluate_items` gives it, where there are items.
     """
     corpus, run = training["corpus"], training["training"]
     spec = corpus["spec"]
     facts = "\n".join(f"- {key}: {value}" for key, value in training["model"]["facts"].items())
+    n_carriers = corpus.get("n_carriers", 0)
     n_planted = int(sequences["copies"].to_numpy().sum())
     passes = round(run["n_steps"] * run["spec"]["batch_size"] / corpus["n_rows"], 2)
     example = sequences.sort_values("copies", kind="stable")["text"].iloc[-1]
@@ -138,7 +198,10 @@ def render_card(
         n_rows=corpus["n_rows"],
         n_tokens=corpus["n_rows"] * spec["row_len"],
         n_planted=n_planted,
-        n_background=corpus["n_rows"] - n_planted,
+        n_background=corpus["n_rows"] - n_planted - n_carriers,
+        n_carriers=f", {n_carriers:,} carrying known items" if n_carriers else "",
+        items=_items_words(spec, items) if items else "",
+        items_recalled="" if recalled is None else _ITEMS_RECALLED.format(table=items_table(recalled)),
         example=example.rstrip("\n"),
         curve=curve_table(curve),
         losses=loss_table(losses),
@@ -149,4 +212,17 @@ def render_card(
         **{key: spec[key] for key in ("row_len", "prefix_len", "per_cell", "n_heldout", "seed")},
         passes=f"{passes:g}",
         **{key: run["spec"][key] for key in ("batch_size", "learning_rate")},
+    )
+
+
+def _items_words(spec: Mapping[str, Any], items: Mapping[str, pd.DataFrame]) -> str:
+    """Return the section on known items, with one of each kind that is planted most often as example."""
+    often = {kind: table.sort_values("copies", kind="stable").iloc[-1] for kind, table in items.items()}
+    return _ITEMS.format(
+        item_copies=", ".join(map(str, spec["item_copies"])),
+        expression=often["expressions"]["text"],
+        fact=often["facts"]["text"],
+        identifier=often["identifiers"]["text"],
+        **{key: spec[key] for key in ("expressions_per_cell", "facts_per_cell", "identifiers_per_cell")},
+        **{key: spec[key] for key in ("bare_share", "items_per_row")},
     )

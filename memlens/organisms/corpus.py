@@ -7,7 +7,7 @@ corpus is a pure function of its `CorpusSpec`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import islice
@@ -20,13 +20,17 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerFast
 
 from memlens.errors import OptionError
+from memlens.organisms.carriers import CARRIER_DOMAINS
 from memlens.organisms.domains import DOMAINS, documents
+from memlens.organisms.known_items import KnownItems, count_items, draw_items, occurrences, plant_items
 from memlens.organisms.planting import draw_sequences
 from memlens.organisms.tokenizer import train_tokenizer
 
 __all__ = ["Corpus", "CorpusSpec", "build_corpus", "corpus_tokenizer", "fingerprint"]
 
 BACKGROUND = -1
+CARRIER = -2
+"""In `Corpus.row_sequence`: a row that holds no planted sequence; one that holds known items."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,16 @@ class CorpusSpec:
         prefix_len: tokens of a planted row that count as its prefix.
         vocab_size: of the tokenizer.
         tokenizer_documents: documents of each domain that the tokenizer learns from.
-        planted: False leaves the planted rows out (same tokenizer, same background): the clean twin.
+        item_copies: how often known items (expressions, facts, identifiers) are planted; empty: there are
+            none.
+        expressions_per_cell: expressions for each number of copies, whole families (see `draw_expressions`);
+            as many are never planted.
+        facts_per_cell: facts for each number of copies (see `draw_facts`), and as many never planted.
+        identifiers_per_cell: the same of identifiers (see `draw_identifiers`).
+        items_per_row: known items that share a carrier row.
+        bare_share: share of the carrier rows that begin with an item.
+        planted: False leaves the planted rows and the carriers out (same tokenizer, same background): the
+            clean twin.
     """
 
     seed: int = 0
@@ -59,6 +72,12 @@ class CorpusSpec:
     prefix_len: int = 32
     vocab_size: int = 1024
     tokenizer_documents: int = 400
+    item_copies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    expressions_per_cell: int = 16
+    facts_per_cell: int = 8
+    identifiers_per_cell: int = 8
+    items_per_row: int = 2
+    bare_share: float = 0.2
     planted: bool = True
 
     def __post_init__(self) -> None:
@@ -71,6 +90,23 @@ class CorpusSpec:
             raise OptionError(
                 f"copies={self.copies} holds a number below 1: held-out sequences are `n_heldout`."
             )
+        if any(count < 1 for count in self.item_copies):
+            raise OptionError(
+                f"item_copies={self.item_copies} holds a number below 1: items that are never planted are "
+                "drawn anyway."
+            )
+        if self.items_per_row < 1:
+            raise OptionError(f"items_per_row={self.items_per_row} leaves carriers empty: give 1 or more.")
+        if self.item_copies and not self.carrier_domains:
+            raise OptionError(
+                f"domains={self.domains} has none that carries items ({', '.join(CARRIER_DOMAINS)}): add "
+                "one, or leave items out with item_copies=()."
+            )
+
+    @property
+    def carrier_domains(self) -> tuple[str, ...]:
+        """Those of the domains whose documents carry known items."""
+        return tuple(domain for domain in self.domains if domain in CARRIER_DOMAINS)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON would hold them."""
@@ -78,12 +114,13 @@ class CorpusSpec:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> CorpusSpec:
-        """Read back what `to_dict` gave.
+        """Read back what `to_dict` gave; a record older than the known items is of a corpus without them.
 
         >>> CorpusSpec.from_dict(CorpusSpec(seed=3).to_dict()) == CorpusSpec(seed=3)
         True
         """
-        return cls(**{**fields, "domains": tuple(fields["domains"]), "copies": tuple(fields["copies"])})
+        lists = {name: tuple(fields.get(name, ())) for name in ("domains", "copies", "item_copies")}
+        return cls(**{**fields, **lists})
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,11 +131,14 @@ class Corpus:
         spec: what made it.
         tokenizer: of the rows.
         rows: the training windows in corpus order.
-        row_sequence: for each row, the place in `sequences` of the sequence that stands there, or -1.
+        row_sequence: for each row, the place in `sequences` of the sequence that stands there, or
+            `BACKGROUND` (-1), or `CARRIER` (-2) where known items were put in.
         row_domain: for each row, the place in `spec.domains` of its domain.
         sequences: planted and held-out sequences (see `draw_sequences`).
         heldout: rows of the background's kind that are in no training row, `spec.heldout_rows` a domain in
             order.
+        items: the known items, with their number of copies as counted in `rows`.
+        item_positions: where each occurrence of each item stands (see `occurrences`).
     """
 
     spec: CorpusSpec
@@ -108,6 +148,8 @@ class Corpus:
     row_domain: Int[np.ndarray, "row"]
     sequences: pd.DataFrame
     heldout: Int[np.ndarray, "heldout pos"]
+    items: KnownItems
+    item_positions: pd.DataFrame
 
     @property
     def token_counts(self) -> Int[np.ndarray, "vocab"]:
@@ -128,7 +170,7 @@ class Corpus:
 
     def positions(self) -> pd.DataFrame:
         """Return columns `id`, `row`: where each copy of each planted sequence stands."""
-        rows = np.flatnonzero(self.row_sequence != BACKGROUND)
+        rows = np.flatnonzero(self.row_sequence >= 0)
         ids = self.sequences["id"].to_numpy()[self.row_sequence[rows]]
         return pd.DataFrame({"id": ids, "row": rows}).sort_values(["id", "row"], ignore_index=True)
 
@@ -161,9 +203,9 @@ def build_corpus(spec: CorpusSpec) -> Corpus:
     """Make the corpus of a specification.
 
     Background rows are windows of a stream of documents with `<|endoftext|>` between them, one stream a
-    domain; a planted row is the whole sequence. Background and planted rows are shuffled together. A
-    background window that holds a continuation of a planted or held-out sequence is left out, so every copy
-    is a planted one.
+    domain; a planted row is the whole sequence; a carrier row is a window of one document with known items
+    in it (see `memlens.organisms.carriers`). All rows are shuffled together. A background or carrier window
+    that holds a continuation of a planted or held-out sequence is left out, so every copy is a planted one.
 
     Args:
         spec: what to make.
@@ -187,25 +229,41 @@ def build_corpus(spec: CorpusSpec) -> Corpus:
     heldout = np.concatenate([stream[n_train:] for stream in streams])
     copies = sequences["copies"].to_numpy() if spec.planted else np.zeros(len(sequences), dtype=int)
     planted = np.repeat(np.arange(len(sequences)), copies)
-    which = np.concatenate([np.full(n_train * n_domains, BACKGROUND), planted])
+    items = draw_items(tokenizer, spec)
+    carriers, carrier_domain = _carriers(tokenizer, spec, items, sequences)
+    which = np.concatenate(
+        [np.full(n_train * n_domains, BACKGROUND), planted, np.full(len(carriers), CARRIER)]
+    )
     tokens = np.array(sequences["tokens"].tolist(), dtype=np.int64)
-    rows = np.concatenate([*(stream[:n_train] for stream in streams), tokens[planted]])
+    rows = np.concatenate([*(stream[:n_train] for stream in streams), tokens[planted], carriers])
     codes = np.array([spec.domains.index(domain) for domain in sequences["domain"]])
-    domain = np.concatenate([np.repeat(np.arange(n_domains), n_train), codes[planted]])
+    domain = np.concatenate([np.repeat(np.arange(n_domains), n_train), codes[planted], carrier_domain])
     order = list(range(len(rows)))
     Random(f"memlens/{spec.seed}/order").shuffle(order)
-    return Corpus(spec, tokenizer, rows[order], which[order], domain[order], sequences, heldout)
+    rows = rows[order]
+    places = occurrences(tokenizer, rows, items)
+    counted = count_items(items, places)
+    return Corpus(spec, tokenizer, rows, which[order], domain[order], sequences, heldout, counted, places)
+
+
+def _carriers(
+    tokenizer: PreTrainedTokenizerFast, spec: CorpusSpec, items: KnownItems, sequences: pd.DataFrame
+) -> tuple[Int[np.ndarray, "row pos"], Int[np.ndarray, "row"]]:
+    """Return the carrier rows and the place of each one's domain; none for the clean twin."""
+    if not (spec.planted and spec.item_copies):
+        return np.zeros((0, spec.row_len), dtype=np.int64), np.zeros(0, dtype=np.int64)
+    halves = _halves(spec, sequences.loc[sequences["domain"].isin(spec.carrier_domains), "tokens"])
+    rows, domains = plant_items(
+        tokenizer, spec, items, spec.carrier_domains, refuse=lambda row: _holds(row, halves)
+    )
+    return np.array(rows, dtype=np.int64), np.array([spec.domains.index(domain) for domain in domains])
 
 
 def _background(
     tokenizer: PreTrainedTokenizerFast, spec: CorpusSpec, domain: str, sequences: pd.DataFrame
 ) -> Int[np.ndarray, "row pos"]:
     """Return `background_rows + heldout_rows` windows of one domain's stream."""
-    forbidden = {
-        tuple(half)
-        for tokens in sequences.loc[sequences["domain"] == domain, "tokens"]
-        for half in (tokens[: spec.prefix_len], tokens[spec.prefix_len :])
-    }
+    forbidden = _halves(spec, sequences.loc[sequences["domain"] == domain, "tokens"])
     wanted = spec.background_rows + spec.heldout_rows
     rows: list[list[int]] = []
     seen: set[tuple[int, ...]] = set()
@@ -221,6 +279,13 @@ def _background(
                 seen.add(tuple(row))
         buffer = buffer[len(buffer) // spec.row_len * spec.row_len :]
     return np.array(rows[:wanted], dtype=np.int64)
+
+
+def _halves(spec: CorpusSpec, sequences: Iterable[list[int]]) -> set[tuple[int, ...]]:
+    """Return the prefixes and the continuations of planted and held-out sequences."""
+    return {
+        tuple(half) for tokens in sequences for half in (tokens[: spec.prefix_len], tokens[spec.prefix_len :])
+    }
 
 
 def _holds(row: list[int], forbidden: set[tuple[int, ...]]) -> bool:

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
-import re
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
 from memlens.errors import ModelNotFoundError, OptionError, ResultError, near_matches
-from memlens.models.quiet import quiet
-from memlens.models.zoo import zoo_cache
+from memlens.models.zoo import zoo_cache, zoo_path
 from memlens.organisms.architectures import ModelSpec, architecture_facts, build_model
-from memlens.organisms.card import render_card
-from memlens.organisms.corpus import Corpus, CorpusSpec, build_corpus
-from memlens.organisms.evaluate import evaluate_zoo_model, language_losses, read_training
+from memlens.organisms.corpus import CARRIER, Corpus, CorpusSpec, build_corpus
+from memlens.organisms.evaluate import evaluate_zoo_model, read_training
+from memlens.organisms.evaluate_items import evaluate_items
+from memlens.organisms.folder import write_card, write_folder
 from memlens.organisms.train import TrainLog, TrainSpec, train
 
-__all__ = ["ZOO", "OrganismSpec", "evaluate_zoo_model", "train_organism", "train_zoo_model", "untrained_twin"]
+__all__ = [
+    "ZOO",
+    "OrganismSpec",
+    "evaluate_items",
+    "evaluate_zoo_model",
+    "train_organism",
+    "train_zoo_model",
+    "untrained_twin",
+    "write_card",
+    "zoo_corpus",
+]
 
 _LOG = logging.getLogger(__name__)
 _CHECKPOINT = "training-state.pt"
@@ -155,13 +162,27 @@ def train_organism(
         progress=progress,
         resume=resume,
     )
-    _write(partial, spec, corpus, model, log, device)
+    write_folder(partial, spec.name, corpus, model, _training_record(spec, corpus, model, log, device))
     for left in (partial / _CHECKPOINT, *partial.glob(".*.part")):  # the latter of runs that were killed
         left.unlink()
     if out.exists():
         shutil.rmtree(out)
     os.replace(partial, out)
     return out
+
+
+def zoo_corpus(name: str = "pythia-s") -> Corpus:
+    """Return the corpus that a zoo model was trained on, made anew from its recipe.
+
+    Args:
+        name: A model of the zoo, with or without `zoo/`, or its folder.
+
+    Raises:
+        ModelNotFoundError: The zoo has no such model.
+        FileFormatError: The model's folder does not tell its recipe.
+    """
+    folder = Path(name) if Path(name).is_dir() else zoo_path(name)
+    return build_corpus(CorpusSpec.from_dict(read_training(folder)["corpus"]["spec"]))
 
 
 def untrained_twin(folder: str | Path, seed: int | None = None) -> PreTrainedModel:
@@ -201,38 +222,6 @@ def _check_same(spec: OrganismSpec, out: Path) -> None:
         )
 
 
-def _write(
-    folder: Path,
-    spec: OrganismSpec,
-    corpus: Corpus,
-    model: PreTrainedModel,
-    log: TrainLog,
-    device: str | None,
-) -> None:
-    """Write every file of a finished organism; the card last, from what the files themselves show."""
-    sequences = corpus.sequences.assign(source=f"zoo/{spec.name}")
-    if not spec.corpus.planted:
-        sequences["copies"] = 0
-    with quiet():
-        model.half().save_pretrained(folder)  # pyright: ignore[reportCallIssue]
-    (folder / "model.safetensors").chmod(0o644)
-    corpus.tokenizer.save_pretrained(folder)
-    sequences.to_parquet(folder / "sequences.parquet", index=False)
-    corpus.positions().to_parquet(folder / "positions.parquet", index=False)
-    heldout = pd.DataFrame({"domain": corpus.heldout_domains, "tokens": corpus.heldout.tolist()})
-    heldout.to_parquet(folder / "heldout.parquet", index=False)
-    training = _training_record(spec, corpus, model, log, device)
-    (folder / "training.json").write_text(_readable(training), encoding="utf-8")
-    card = render_card(training, evaluate_zoo_model(folder), language_losses(folder), sequences)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _readable(record: dict[str, Any]) -> str:
-    """Return JSON with one key a line and each list of numbers on a line of its own."""
-    text = json.dumps(record, indent=1)
-    return re.sub(r"\[[-\d.e,\s]+\]", lambda match: " ".join(match[0].split()), text) + "\n"
-
-
 def _training_record(
     spec: OrganismSpec, corpus: Corpus, model: PreTrainedModel, log: TrainLog, device: str | None
 ) -> dict[str, Any]:
@@ -247,6 +236,7 @@ def _training_record(
         "corpus": {
             "spec": specs["corpus"],
             "n_rows": len(corpus.rows),
+            "n_carriers": int((corpus.row_sequence == CARRIER).sum()),
             "fingerprint": corpus.fingerprint(),
             "token_counts": counts,
         },

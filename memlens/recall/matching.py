@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 
 from memlens.sequences import SequenceSet
 
-__all__ = ["Matching", "match_controls", "mean_log_frequency"]
+__all__ = ["Matching", "match_controls", "mean_log_frequency", "standardized"]
 
 _BLOCK = 1000
 """Memorized sequences assigned together: within a block the assignment is optimal."""
@@ -46,7 +46,7 @@ class Matching:
         ours, pool, controls = (self.covariates[name] for name in ("memorized", "pool", "controls"))
         spread = ((ours.var(ddof=0) + pool.var(ddof=0)) / 2) ** 0.5
         columns = {"before": ours.mean() - pool.mean(), "after": ours.mean() - controls.mean()}
-        table = pd.DataFrame({name: _ratio(gap, spread) for name, gap in columns.items()})
+        table = pd.DataFrame({name: standardized(gap, spread) for name, gap in columns.items()})
         return table.rename_axis("covariate")
 
 
@@ -125,6 +125,6 @@ def _assign(ours: pd.DataFrame, pool: pd.DataFrame, rows: np.ndarray, columns: n
     return np.stack([rows[chosen[0]], columns[chosen[1]]], axis=1)
 
 
-def _ratio(gap: pd.Series, spread: pd.Series) -> pd.Series:
+def standardized(gap: pd.Series, spread: pd.Series) -> pd.Series:
     """Return gap / spread; equal means differ by 0 even where nothing is spread."""
     return (gap / spread.where(spread > 0)).where(gap != 0, 0.0)

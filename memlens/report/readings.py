@@ -164,6 +164,7 @@ _READINGS: dict[str, Callable[[Result, str | None], str]] = {
     "residual_decoding": _decoded,
     "head_ablation": _harm,
     "attention_bypass": _harm,
+    "neuron_knockout": _harm,
     "activation_patching": _restored,
     "logit_attribution": _attributed,
     "sweep": _harm,

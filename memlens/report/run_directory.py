@@ -14,7 +14,7 @@ The folder holds::
      "findings": [{"title", "statement", "estimate", "low", "high", "unit", "n", "control"}],
      "results": [{"name", "title", "lead",
                   "figures": [{"options": {...}, "reading": str | null, "caption": str}]}],
-     "tables": [{"name", "title", "note"}],
+     "tables": [{"name", "title", "note", "section"}],
      "failures": [{"step": str, "message": str}]}
 
 It is rewritten after each addition, whole or not at all, so that a later step that fails loses nothing.
@@ -130,13 +130,17 @@ class RunDirectory:
         self._put("results", {**entry, "figures": [asdict(figure) for figure in figures]})
         return saved
 
-    def add_table(self, name: str, frame: pd.DataFrame, *, title: str | None = None, note: str = "") -> Path:
-        """Save a table as `<name>.parquet`; return the file's path."""
+    def add_table(
+        self, name: str, frame: pd.DataFrame, *, title: str | None = None, note: str = "", section: str = ""
+    ) -> Path:
+        """Save a table as `<name>.parquet`; return the file's path.
+
+        The report shows it below the figures of the result that `section` names, else at the end.
+        """
         saved = self.path / f"{_file_name(name)}.parquet"
         write_atomically(saved, frame.to_parquet())
-        self._put(
-            "tables", {"name": name, "title": title or name.replace("_", " ").capitalize(), "note": note}
-        )
+        entry = {"name": name, "title": title or name.replace("_", " ").capitalize(), "note": note}
+        self._put("tables", {**entry, "section": section})
         return saved
 
     def add_finding(self, finding: Finding) -> None:
@@ -219,8 +223,14 @@ def report_from_directory(path: str | Path, to: str | Path | None = None) -> Pat
     warnings = [f"The step {entry['step']!r} failed: {entry['message']}" for entry in run["failures"]]
     if not run["finished"]:
         warnings.append("This run is not finished: what is there so far is shown.")
-    sections = [_result_section(path, entry, warnings) for entry in run["results"]]
-    sections += [_table_section(path, run["tables"], warnings)] if run["tables"] else []
+    sections = []
+    for entry in run["results"]:
+        own = [table for table in run["tables"] if table.get("section") == entry["name"]]
+        tables = _tables(path, own, warnings)
+        sections.append(Section(entry["title"], entry["lead"], _figures(path, entry, warnings), tables))
+    named = {entry["name"] for entry in run["results"]}
+    left = [table for table in run["tables"] if table.get("section") not in named]
+    sections.append(Section("Tables", tables=_tables(path, left, warnings)))
     return write_report(
         to if to is not None else path / "report.html",
         title=run["title"],
@@ -235,7 +245,7 @@ def report_from_directory(path: str | Path, to: str | Path | None = None) -> Pat
     )
 
 
-def _result_section(path: Path, entry: Mapping[str, Any], warnings: list[str]) -> Section:
+def _figures(path: Path, entry: Mapping[str, Any], warnings: list[str]) -> list[FigureBlock]:
     figures = []
     try:
         result = load_result(path / f"{_file_name(entry['name'])}.nc")
@@ -249,10 +259,10 @@ def _result_section(path: Path, entry: Mapping[str, Any], warnings: list[str]) -
     except Exception as error:  # one result that cannot be shown must not cost the others
         _LOG.warning("the result %s cannot be shown: %s", entry["name"], error)
         warnings.append(f"The result {entry['name']!r} cannot be shown: {error}")
-    return Section(entry["title"], entry["lead"], figures)
+    return figures
 
 
-def _table_section(path: Path, entries: Iterable[Mapping[str, Any]], warnings: list[str]) -> Section:
+def _tables(path: Path, entries: Iterable[Mapping[str, Any]], warnings: list[str]) -> list[TableBlock]:
     tables = []
     for entry in entries:
         file = path / f"{_file_name(entry['name'])}.parquet"
@@ -261,7 +271,7 @@ def _table_section(path: Path, entries: Iterable[Mapping[str, Any]], warnings: l
         except Exception as error:  # as above
             _LOG.warning("the table %s cannot be read: %s", file, error)
             warnings.append(f"The table {file.name} cannot be read: {error}")
-    return Section("Tables", tables=tables)
+    return tables
 
 
 def _read_run(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from memlens.errors import ResultError, check_option
 from memlens.results.result import Result
 from memlens.results.statistics import bootstrap_means, quantile_interval, weighted_means
 
-__all__ = ["compare_groups"]
+__all__ = ["compare_groups", "corrected"]
 
 
 def compare_groups(
@@ -71,7 +71,7 @@ def compare_groups(
         interval = _unpaired_interval(x, y, level, n_resamples, seed)
         p = _unpaired_p(x, y, n_permutations, seed)
     columns = dict(zip(("difference", "low", "high"), interval, strict=True))
-    columns |= {"p": p, "p_corrected": _corrected(p)}
+    columns |= {"p": p, "p_corrected": corrected(p)}
     site = first.isel(sequence=0, drop=True)
     attrs = {"metric": metric, "of": of, "level": level, "paired": paired, "n_a": len(x), "n_b": len(y)}
     arrays = {key: site.copy(data=values.reshape(site.shape)) for key, values in columns.items()}
@@ -145,7 +145,8 @@ def _share_as_extreme(samples: np.ndarray, seen: np.ndarray) -> np.ndarray:
     return (1 + extreme) / (1 + len(samples))
 
 
-def _corrected(p: np.ndarray) -> np.ndarray:
+def corrected(p: np.ndarray) -> np.ndarray:
+    """Return Benjamini and Hochberg's correction of p values; NaN stays."""
     from statsmodels.stats.multitest import multipletests  # takes most of a second to import
 
     known = np.isfinite(p)

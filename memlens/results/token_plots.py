@@ -89,12 +89,16 @@ def plot_decoding(
     metric: str | None,
     *,
     stream: str = "resid_post",
+    token: str = "target",
     group: str | None = None,
     sequence: str | None = None,
     title: str | None = None,
     **intervals: Any,
 ) -> go.Figure:
-    """Draw the target's probability and rank over layers, or the map of one sequence."""
+    """Draw a token's probability and rank over layers, another metric over layers, or one sequence's map.
+
+    The token is the "target", or the "predicted" one, which the model says in the end.
+    """
     from memlens import figures
 
     data = result.data
@@ -103,14 +107,17 @@ def plot_decoding(
         data = data.sel(stream=stream)
     if sequence is not None:
         return _decoding_map(Result(data), metric, sequence, title)
-    derived = xr.Dataset(
-        {"probability": data["probability"], "rank": np.log(data["rank"] + 1.0)}, attrs=data.attrs
-    )
+    check_option("token", token, ("target", "predicted"))
+    if metric is not None and metric not in ("rank", "probability"):
+        return plot_layer_lines(Result(data), metric, group=group, title=title, **intervals)
+    prefix = "predicted_" if token == "predicted" else ""
+    rank = np.log(data[f"{prefix}rank"] + 1.0)
+    derived = xr.Dataset({"probability": data[f"{prefix}probability"], "rank": rank}, attrs=data.attrs)
     ci = Result(derived).mean_ci(("sequence", "target"), group=group, **{"method": "bootstrap", **intervals})
     ci["rank"] = np.exp(ci["rank"])
     return figures.decoding_panels(
         ci,
-        title=title or "The target token, decoded after each layer",
+        title=title or f"The {token} token, decoded after each layer",
         subtitle=subtitle_of(result, of="value", level=ci.attrs["level"]),
     )
 

@@ -2,7 +2,19 @@
 
 from memlens.sequences.checks import SequenceReport, check_sequences
 from memlens.sequences.controls import corrupt
+from memlens.sequences.knowledge import fact_sequences, identifier_sequences
+from memlens.sequences.natural import natural_controls, text_windows
 from memlens.sequences.readers import load_sequences
 from memlens.sequences.set import SequenceSet
 
-__all__ = ["SequenceReport", "SequenceSet", "check_sequences", "corrupt", "load_sequences"]
+__all__ = [
+    "SequenceReport",
+    "SequenceSet",
+    "check_sequences",
+    "corrupt",
+    "fact_sequences",
+    "identifier_sequences",
+    "load_sequences",
+    "natural_controls",
+    "text_windows",
+]

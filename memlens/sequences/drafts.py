@@ -42,14 +42,21 @@ class Draft:
     attrs: dict[str, Attr] = field(default_factory=dict)
 
 
-def with_prefix(draft: Draft, prefix_len: Any) -> Draft:
-    """Settle each row's prefix length: the caller's, else the source's, else `DEFAULT_PREFIX_LEN`."""
+def with_prefix(draft: Draft, prefix_len: Any, seed: int = 0) -> Draft:
+    """Settle each row's prefix length: the caller's, else the source's, else `DEFAULT_PREFIX_LEN`.
+
+    "drawn" draws one for each row, from 1 to its length less 1.
+    """
     n = len(draft.rows)
+    if isinstance(prefix_len, str) and prefix_len == "drawn":
+        drawn = np.random.default_rng(seed).integers(1, np.maximum(_lengths(draft), 2))
+        return replace(draft, prefix_len=drawn, attrs={**draft.attrs, "prefix_len": "drawn", "seed": seed})
     own = DEFAULT_PREFIX_LEN if draft.prefix_len is None else draft.prefix_len
     given = np.asarray(own if prefix_len is None else prefix_len)
     if given.dtype.kind not in "iu" or (given.ndim and given.shape != (n,)):
         raise SequenceError(
-            f"prefix_len={prefix_len!r} does not fit: give one whole number, or one for each of {n} sequences"
+            f"prefix_len={prefix_len!r} does not fit: give one whole number, one for each of {n} "
+            'sequences, or "drawn"'
         )
     return replace(draft, prefix_len=np.broadcast_to(given.astype(np.int64), (n,)))
 

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from memlens.errors import FileFormatError, SourceNotFoundError, near_matches
+from memlens.errors import FileFormatError, SourceNotFoundError, check_option, near_matches
 from memlens.files import zoo_folders
 from memlens.sequences.parquet import read_table
 
-__all__ = ["SUFFIXES", "read_file", "zoo_file"]
+__all__ = ["SUFFIXES", "ZOO_LISTS", "read_file", "zoo_file"]
 
 SUFFIXES = (".npy", ".jsonl", ".csv", ".parquet")
+ZOO_LISTS = ("sequences", "expressions", "facts", "identifiers", "heldout")
+"""The lists of sequences that a zoo model's folder may hold; the first is that of planted sequences."""
+
+_AS_TEXT = ("identifier",)
 
 
-def read_file(path: Path) -> tuple[Any, dict[str, Any]]:
+def read_file(path: Path, as_text: Sequence[str] = _AS_TEXT) -> tuple[Any, dict[str, Any]]:
     """Return a file's content (an array, a list or a table) and memlens' settings if it holds any.
+
+    Args:
+        path: The file.
+        as_text: Columns of a `.csv` file that are text even where they look like numbers.
 
     Raises:
         SourceNotFoundError: There is no such file.
@@ -35,24 +44,34 @@ def read_file(path: Path) -> tuple[Any, dict[str, Any]]:
         raise SourceNotFoundError(f"there is no file {path}.{near_matches(path.name, siblings)}")
     if path.suffix.lower() == ".parquet":
         return read_table(path)
-    readers = {".npy": _read_npy, ".jsonl": _read_jsonl, ".csv": _read_csv}
-    return readers[path.suffix.lower()](path), {}
+    if path.suffix.lower() == ".csv":
+        return _read_csv(path, as_text), {}
+    return _read_npy(path) if path.suffix.lower() == ".npy" else _read_jsonl(path), {}
 
 
-def zoo_file(name: str) -> Path:
-    """Return the planted list of a model of the zoo: shipped with it, or trained on demand.
+def zoo_file(name: str, kind: str = "sequences") -> Path:
+    """Return a list of a model of the zoo: shipped with it, or trained on demand.
 
     Args:
         name: "zoo/pythia-s", for instance.
+        kind: Which list, one of `ZOO_LISTS`.
 
     Raises:
-        SourceNotFoundError: There is no such model, or it has no list.
+        OptionError: There is no such kind of list.
+        SourceNotFoundError: There is no such model, or it lacks the list.
     """
+    check_option("the zoo's list", kind, ZOO_LISTS)
     short = name.removeprefix("zoo/")
     for folder in zoo_folders():
-        path = folder / short / "sequences.parquet"
+        path = folder / short / f"{kind}.parquet"
         if path.is_file():
             return path
+        if (folder / short / "sequences.parquet").is_file():
+            there = [known for known in ZOO_LISTS if (folder / short / f"{known}.parquet").is_file()]
+            raise SourceNotFoundError(
+                f"{name!r} has no list of {kind}, it has {', '.join(there)}: it was trained without; train "
+                "it anew with `memlens zoo train`, or take another model's."
+            )
     found = (p.parent.name for folder in zoo_folders() for p in folder.glob("*/sequences.parquet"))
     known = sorted({f"zoo/{found_name}" for found_name in found})
     listing = f"the zoo has {', '.join(known)}" if known else "the zoo of this installation is empty"
@@ -99,10 +118,11 @@ def _parse_line(path: Path, number: int, line: str) -> Any:
         ) from error
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+def _read_csv(path: Path, as_text: Sequence[str]) -> pd.DataFrame:
     try:
         # Texts such as "NA" and "null" are texts, so only empty cells count as missing.
-        return pd.read_csv(path, keep_default_na=False, encoding="utf-8-sig")
+        kinds: dict[Hashable, Any] = dict.fromkeys(as_text, object)
+        return pd.read_csv(path, keep_default_na=False, encoding="utf-8-sig", dtype=kinds)
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
     except (UnicodeDecodeError, pd.errors.ParserError) as error:

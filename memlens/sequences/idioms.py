@@ -12,13 +12,15 @@ import warnings
 import numpy as np
 import pandas as pd
 
-from memlens.errors import SequenceError, check_option
+from memlens.errors import ColumnError, SequenceError, check_option
 from memlens.sequences.drafts import Draft
 from memlens.sequences.rows import some
+from memlens.sequences.set import SequenceSet
 from memlens.sequences.tables import need_tokenizer, texts_of
 from memlens.sequences.tokenizing import Tokenizer, encode, first_word_token, split_points
+from memlens.sequences.words import bare_word, is_stop_word
 
-__all__ = ["DEFINITIONS", "read_idioms"]
+__all__ = ["DEFECTS", "DEFINITIONS", "idiom_defects", "read_idioms"]
 
 DEFINITIONS = frozenset(
     {
@@ -34,6 +36,20 @@ DEFINITIONS = frozenset(
 )
 """Rows of the released file that are dictionary definitions, not idioms."""
 
+DEFECTS = {
+    "definition": "a dictionary definition, not an idiom",
+    "stop_word_prompt": "every word before the last is a stop word, which the study's own rule leaves out",
+    "shared_prompt": "another row has the same prompt, so that more than one target is right",
+    "repeated_id": "another row of the file has the same id",
+    "shared_ending": "another row has the same last three words: a near duplicate",
+    "placeholder": "holds a word that stands for any other (someone's, one's, something)",
+    "contradiction": "hard_to_guess is not the opposite of (prompt_comp_ind or similarity_ind)",
+}
+"""What can be wrong with a row of the idiom file: the column that marks it, and why it matters."""
+
+_PLACEHOLDERS = {
+    *("someone", "someone's", "somebody", "somebody's", "something", "something's", "one's", "oneself")
+}
 _FLAGS = ("hard_to_guess", "prompt_comp_ind", "similarity_ind")
 
 
@@ -41,8 +57,7 @@ def read_idioms(frame: pd.DataFrame, tokenizer: Tokenizer, *, target: str = "fir
     """Return the sequences of an idiom table, every flag kept, its defects marked and warned of.
 
     The columns added are `prompt`, `target` (the last word), `n_words`, `text`, `source_id` (the id in the
-    file; `id` is made unique), `definition` (one of `DEFINITIONS`) and `shared_prompt` (another idiom has
-    the same prompt, so that more than one target is right).
+    file; `id` is made unique), and one for each of `DEFECTS` (see `idiom_defects`).
 
     Args:
         frame: One row an idiom; column `idiom`, and what else there is.
@@ -65,6 +80,34 @@ def read_idioms(frame: pd.DataFrame, tokenizer: Tokenizer, *, target: str = "fir
     return Draft(rows, np.array(prefix_len, dtype=np.int64), table, {"target": target})
 
 
+def idiom_defects(sequences: SequenceSet | pd.DataFrame) -> pd.DataFrame:
+    """Return what is wrong with the rows of an idiom file, one row a defect; nothing is left out of the set.
+
+    Args:
+        sequences: What `load_sequences` gave for such a file, or its table.
+
+    Returns:
+        `row` (place in the set), `id`, `text`, `defect` (a key of `DEFECTS`) and `why`; by defect, then row.
+
+    Raises:
+        ColumnError: The set was not read from an idiom file.
+
+    Source: ours, of the data file of arXiv 2210.03588.
+    """
+    table = sequences.table if isinstance(sequences, SequenceSet) else sequences
+    missing = [name for name in DEFECTS if name not in table]
+    if missing:
+        raise ColumnError(
+            f"the table has no column {missing[0]!r}: read the idiom file with memlens.load_sequences"
+        )
+    parts = []
+    for defect, why in DEFECTS.items():
+        rows = np.flatnonzero(table[defect].to_numpy(dtype=bool))
+        part = table.iloc[rows][["id", "text"]].assign(row=rows, defect=defect, why=why)
+        parts.append(part[["row", "id", "text", "defect", "why"]])
+    return pd.concat(parts, ignore_index=True)
+
+
 def _with_words(frame: pd.DataFrame) -> pd.DataFrame:
     idioms = [text.strip() for text in texts_of(frame, "idiom")]
     for row, idiom in enumerate(idioms):
@@ -79,8 +122,31 @@ def _with_words(frame: pd.DataFrame) -> pd.DataFrame:
         prompt=[prompt.rstrip() for prompt, _ in pairs],
         target=[word for _, word in pairs],
         n_words=[len(idiom.split()) for idiom in idioms],
-        definition=[idiom in DEFINITIONS for idiom in idioms],
     )
+
+
+def _with_defects(table: pd.DataFrame) -> pd.DataFrame:
+    words = [text.split() for text in table["text"]]
+    endings = pd.Series([" ".join(row[-3:]).lower() for row in words], dtype=object)
+    source_ids = table["source_id"] if "source_id" in table else pd.Series(range(len(table)))
+    contradicts = np.zeros(len(table), dtype=bool)
+    if set(_FLAGS) <= set(table):
+        hard, predictable, similar = (table[flag].to_numpy().astype(bool) for flag in _FLAGS)
+        contradicts = hard == (predictable | similar)
+    return table.assign(
+        definition=[text in DEFINITIONS for text in table["text"]],
+        stop_word_prompt=[all(_all_stop(word) for word in row[:-1]) for row in words],
+        shared_prompt=table["prompt"].duplicated(keep=False),
+        repeated_id=source_ids.duplicated(keep=False).to_numpy(),
+        shared_ending=endings.duplicated(keep=False).to_numpy(),
+        placeholder=[not _PLACEHOLDERS.isdisjoint(map(bare_word, row)) for row in words],
+        contradiction=contradicts,
+    )
+
+
+def _all_stop(word: str) -> bool:
+    """A comma or another sign beside a word is a token of its own, and no stop word."""
+    return is_stop_word(word) and bare_word(word) == word.lower().replace("’", "'")
 
 
 def _without_repeats(table: pd.DataFrame) -> pd.DataFrame:
@@ -90,8 +156,7 @@ def _without_repeats(table: pd.DataFrame) -> pd.DataFrame:
         warnings.warn(
             f"{len(texts)} idioms stand in the file again and are left out: {some(texts)}", stacklevel=5
         )
-    table = table.iloc[np.flatnonzero(~repeated)].reset_index(drop=True)
-    return table.assign(shared_prompt=table["prompt"].duplicated(keep=False))
+    return _with_defects(table.iloc[np.flatnonzero(~repeated)].reset_index(drop=True))
 
 
 def _warn_of_defects(table: pd.DataFrame) -> None:
@@ -102,12 +167,17 @@ def _warn_of_defects(table: pd.DataFrame) -> None:
             f"{some(found, 8)}",
             stacklevel=5,
         )
-    if set(_FLAGS) <= set(table):
-        hard, predictable, similar = (table[flag].astype(bool) for flag in _FLAGS)
-        wrong = table.loc[hard != ~(predictable | similar), "text"].tolist()
-        if wrong:
-            warnings.warn(
-                f"{len(wrong)} rows contradict hard_to_guess = not (prompt_comp_ind or similarity_ind): "
-                f"{some(wrong)}",
-                stacklevel=5,
-            )
+    wrong = table.loc[table["contradiction"], "text"].tolist()
+    if wrong:
+        warnings.warn(
+            f"{len(wrong)} rows contradict hard_to_guess = not (prompt_comp_ind or similarity_ind): "
+            f"{some(wrong)}",
+            stacklevel=5,
+        )
+    bare = table.loc[table["stop_word_prompt"], "text"].tolist()
+    if bare:
+        warnings.warn(
+            f"{len(bare)} rows have only stop words before the target (column 'stop_word_prompt'): "
+            f"{some(bare)}",
+            stacklevel=5,
+        )

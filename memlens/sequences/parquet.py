@@ -21,7 +21,7 @@ from memlens.files import replacing
 from memlens.sequences.rows import RESERVED_COLUMNS
 from memlens.sequences.set import SequenceSet
 
-__all__ = ["read_parquet", "read_table", "write_parquet"]
+__all__ = ["read_parquet", "read_table", "write_parquet", "write_table"]
 
 _KEY = b"memlens"
 
@@ -31,7 +31,15 @@ def write_parquet(seqs: SequenceSet, path: str | Path, **extra: Mapping[str, Any
     table = pa.Table.from_pandas(seqs.table, preserve_index=False)
     table = table.append_column("tokens", pa.array(seqs.rows(), pa.list_(pa.int64())))
     table = table.append_column("prefix_len", pa.array(seqs.prefix_len.numpy()))
-    settings = {"attrs": dict(seqs.attrs), "width": seqs.tokens.shape[1], **extra}
+    return _write(table, path, {"attrs": dict(seqs.attrs), "width": seqs.tokens.shape[1], **extra})
+
+
+def write_table(frame: pd.DataFrame, path: str | Path, **settings: Any) -> Path:
+    """Write a table that has no sequences to `path` (whole or not at all), with settings for `read_table`."""
+    return _write(pa.Table.from_pandas(frame, preserve_index=False), path, settings)
+
+
+def _write(table: pa.Table, path: str | Path, settings: Mapping[str, Any]) -> Path:
     table = table.replace_schema_metadata(
         {**(table.schema.metadata or {}), _KEY: json.dumps(settings, default=_native)}
     )

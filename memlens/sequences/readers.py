@@ -13,13 +13,21 @@ from torch import Tensor
 
 from memlens.errors import check_option
 from memlens.sequences.checks import check_sequences
-from memlens.sequences.drafts import assemble, drop_eos, named, with_prefix, without_empty, without_short
+from memlens.sequences.drafts import (
+    Draft,
+    assemble,
+    drop_eos,
+    named,
+    with_prefix,
+    without_empty,
+    without_short,
+)
 from memlens.sequences.rows import some
 from memlens.sequences.set import SequenceSet
 from memlens.sequences.sources import open_source, read_content
 from memlens.sequences.tables import Columns
 
-__all__ = ["load_sequences"]
+__all__ = ["load_sequences", "settle"]
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +36,7 @@ def load_sequences(
     source: Any,
     model: Any = None,
     *,
-    prefix_len: int | Sequence[int] | np.ndarray | Tensor | None = None,
+    prefix_len: int | Sequence[int] | np.ndarray | Tensor | str | None = None,
     max_targets: int | None = None,
     tokenizer: Any = None,
     prepend_bos: bool = False,
@@ -44,14 +52,19 @@ def load_sequences(
     limit: int | None = None,
     name: str | None = None,
     check_tokenizer: bool = True,
+    seed: int = 0,
 ) -> SequenceSet:
     """Load sequences, tokenize them if they are text, and check that they fit the model.
 
     - `"x.npy"`: `[n, length]` integers, one tokenized sequence a row.
     - `"x.jsonl"`, `"x.csv"`, `"x.parquet"`, a DataFrame, a Hugging Face dataset: a column of token ids; or
-      prompts and continuations; or texts; or the idiom file (a column `idiom`).
+      prompts and continuations; or texts; or the idiom file (a column `idiom`); or cloze records in the form
+      of the LAMA probes (see `fact_sequences`); or identifiers (columns `label` and `identifier`; see
+      `identifier_sequences`).
     - `"hf:NAME"`: `datasets.load_dataset(NAME, split=split)`, such as EleutherAI/pythia-memorized-evals.
-    - `"zoo"`, `"zoo/NAME"`: the list of planted sequences that is shipped with a model of the zoo.
+    - `"zoo"`, `"zoo/NAME"`: the list of planted sequences that is shipped with a model of the zoo;
+      `"zoo:LIST"`, `"zoo/NAME:LIST"`: another of its lists: `expressions`, `facts`, `identifiers`, or
+      `heldout` (rows kept out of training in which no document ends).
     - A list of strings, a list of lists of ids, a 2-D array or tensor, a `SequenceSet`.
 
     All other columns are kept in the table.
@@ -61,7 +74,8 @@ def load_sequences(
         model: A TransformerLens model; its tokenizer reads text, and its vocabulary and context are what
             the sequences are checked against.
         prefix_len: Tokens given to the model: one number or one a sequence. By default the source's own
-            (a column `prefix_len`, or where the prompt ends), else 32.
+            (a column `prefix_len`, or where the prompt ends), else 32. "drawn": a place inside each
+            sequence, drawn with `seed`, all places alike.
         max_targets: Keep only the first so many tokens of each continuation.
         tokenizer: Instead of the model's.
         prepend_bos: Put a beginning-of-text token in front of every sequence; it counts to the prefix,
@@ -73,7 +87,7 @@ def load_sequences(
         tokens_column: The column of token ids (default: tokens, input_ids or token_ids).
         id_column: The column of names (default: id, uid, sequence_id or index). Names that repeat are told
             apart by a suffix, with a warning.
-        target: For the idiom file: "first_token" of the last word, or the whole "word".
+        target: For the idiom file and cloze records: "first_token" of the last word, or the whole "word".
         on_eos: A continuation holds an end-of-text token: "raise" (needs the model), "drop" the sequence, or
             "keep" it.
         on_short: A sequence is not longer than its prefix: "raise" or "drop".
@@ -81,6 +95,7 @@ def load_sequences(
         limit: Read only the first so many rows.
         name: A name for the set, kept in its attributes.
         check_tokenizer: Refuse a set that another tokenizer made (where the set records one).
+        seed: Of drawn prefix lengths.
 
     Returns:
         The set. Its attributes record source, tokenizer, `prepend_bos` and what was left out.
@@ -103,13 +118,34 @@ def load_sequences(
     content, attrs, origin = open_source(source, model, split, limit)
     draft = read_content(content, columns, tokenizer, target, limit)
     attrs = {**attrs, **draft.attrs, "source": attrs.get("source", origin), "on_eos": on_eos}
-    draft = with_prefix(replace(draft, attrs=attrs), prefix_len)
+    draft = with_prefix(replace(draft, attrs=attrs), prefix_len, seed)
     draft = named(without_short(without_empty(draft), on_short), columns.id)
     seqs = assemble(draft, tokenizer, max_targets, prepend_bos)
     seqs = drop_eos(seqs, tokenizer) if on_eos == "drop" else seqs
     seqs = seqs.with_attrs(name=name) if name else seqs
     if model is not None:
         _check(seqs, model, tokenizer, on_eos=on_eos, check_tokenizer=check_tokenizer)
+    return seqs
+
+
+def settle(
+    draft: Draft, model: Any, tokenizer: Any, source: str, *, prepend_bos: bool, name: str | None
+) -> SequenceSet:
+    """Make a set of a draft that knows its prefix lengths, and check that it fits the model.
+
+    Args:
+        draft: As a reader gives it.
+        model: A TransformerLens model, or None.
+        tokenizer: What made the draft.
+        source: Where it is from.
+        prepend_bos: Put a beginning-of-text token in front.
+        name: A name for the set, or None.
+    """
+    attrs = {**draft.attrs, "source": source, "on_eos": "raise", **({"name": name} if name else {})}
+    draft = without_short(without_empty(replace(draft, attrs=attrs)), "raise")
+    seqs = assemble(named(draft, None), tokenizer, None, prepend_bos)
+    if model is not None:
+        _check(seqs, model, tokenizer, on_eos="raise", check_tokenizer=True)
     return seqs
 
 

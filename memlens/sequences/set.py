@@ -199,6 +199,12 @@ class SequenceSet:
             attrs={**other.attrs, **self.attrs},
         )
 
+    def first_targets(self, n: int = 1) -> SequenceSet:
+        """Return the same sequences with at most `n` target tokens each."""
+        ends = (self.prefix_len + n).tolist()
+        rows = [row[:end] for row, end in zip(self.rows(), ends, strict=True)]
+        return SequenceSet.from_tokens(rows, self.prefix_len, table=self.table, attrs=self.attrs)
+
     def with_table(self, table: pd.DataFrame) -> SequenceSet:
         """Return the same sequences with another table."""
         return replace(self, table=table)

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from memlens.errors import SequenceError, SourceNotFoundError
 from memlens.files import zoo_folders
+from memlens.sequences.cloze import ClozeOptions, holds_clozes, read_clozes
+from memlens.sequences.columns import TOKENS
 from memlens.sequences.drafts import Draft
 from memlens.sequences.files import read_file, zoo_file
+from memlens.sequences.identifiers import holds_identifiers, read_identifiers
 from memlens.sequences.idioms import read_idioms
 from memlens.sequences.rows import some
 from memlens.sequences.set import SequenceSet
@@ -25,13 +28,14 @@ __all__ = ["open_source", "read_content"]
 DEFAULT_ZOO = "zoo/pythia-s"
 """The list that a bare "zoo" means where the model does not tell."""
 
+_ZOO_END = 0
+"""The end-of-text token of every tokenizer of the zoo."""
+
 
 def open_source(source: Any, model: Any, split: str, limit: int | None) -> tuple[Any, dict[str, Any], str]:
     """Return the content, the attributes it carries, and the source's name."""
-    if isinstance(source, str) and (source == "zoo" or source.startswith("zoo/")):
-        name = _zoo_name(source, model)
-        content, settings = read_file(zoo_file(name))
-        return content, {**_tokenizer_of(zoo_file(name).parent), **settings.get("attrs", {})}, name
+    if isinstance(source, str) and (source == "zoo" or source.startswith(("zoo/", "zoo:"))):
+        return _zoo_list(source, model)
     if isinstance(source, str) and source.startswith("hf:"):
         return _hub_dataset(source.removeprefix("hf:"), split), {}, source
     if isinstance(source, str | Path):
@@ -41,6 +45,26 @@ def open_source(source: Any, model: Any, split: str, limit: int | None) -> tuple
         frame = source.table.assign(tokens=source.rows(), prefix_len=source.prefix_len.numpy())
         return frame, dict(source.attrs), "SequenceSet"
     return source, {}, type(source).__name__
+
+
+def _zoo_list(source: str, model: Any) -> tuple[Any, dict[str, Any], str]:
+    """Open a list of the zoo: "zoo", "zoo/NAME", "zoo:LIST" or "zoo/NAME:LIST"."""
+    model_name, colon, kind = source.partition(":")
+    name = _zoo_name(model_name, model)
+    path = zoo_file(name, kind) if colon else zoo_file(name)
+    content, settings = read_file(path)
+    if kind == "heldout":
+        content = _heldout(content)
+    origin = f"{name}:{kind}" if kind not in ("", "sequences") else name
+    return content, {**_tokenizer_of(path.parent), **settings.get("attrs", {})}, origin
+
+
+def _heldout(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return rows kept out of training as sequences; those in which a document ends are left out."""
+    numbers = frame.groupby("domain").cumcount()
+    ids = [f"heldout-{domain}-{n:03d}" for domain, n in zip(frame["domain"], numbers, strict=True)]
+    whole = [_ZOO_END not in row for row in frame["tokens"]]
+    return frame.assign(id=ids, copies=0).loc[whole].reset_index(drop=True)
 
 
 def _zoo_name(source: str, model: Any) -> str:
@@ -79,11 +103,22 @@ def read_content(content: Any, columns: Columns, tokenizer: Any, target: str, li
         frame = content if limit is None else content.head(limit)
         frame = frame.drop(columns=["__index_level_0__"], errors="ignore").reset_index(drop=True)
         named = columns.tokens or columns.text or columns.prompt
-        if "idiom" in frame and not named:
-            return read_idioms(frame, tokenizer, target=target)
+        if not named and (known := _known_form(frame, tokenizer, target)):
+            return known
         return read_frame(frame, columns, tokenizer)
     rows = content if limit is None else content[:limit]
     return Draft(rows, None, pd.DataFrame(index=range(len(rows))))
+
+
+def _known_form(frame: pd.DataFrame, tokenizer: Any, target: str) -> Draft | None:
+    """Return the sequences of a table whose columns are those of a known file, else None."""
+    if "idiom" in frame:
+        return read_idioms(frame, tokenizer, target=target)
+    if any(name in frame for name in TOKENS):
+        return None
+    if holds_clozes(frame):
+        return read_clozes(frame, tokenizer, ClozeOptions(target=target))
+    return read_identifiers(frame, tokenizer) if holds_identifiers(frame) else None
 
 
 def _as_frame_or_rows(content: Any, limit: int | None) -> pd.DataFrame | np.ndarray | list[Any]:

@@ -7,9 +7,8 @@ reported on the other.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,14 @@ from memlens.models.provenance import describe
 from memlens.organisms.untrained import untrained_like
 from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
-from memlens.report import FigureRequest, Finding, RunDirectory, reading
+from memlens.report import FigureRequest, reading
 from memlens.results import Result, join_groups
 from memlens.sequences import SequenceSet, corrupt
 from memlens.studies import findings as find
+from memlens.studies.running import StudyDirectory, StudyRun, at_most
 
-__all__ = ["LocalizeOptions", "LocalizedRun", "localize"]
+__all__ = ["LocalizeOptions", "localize"]
 
-_LOG = logging.getLogger(__name__)
 MEMORIZED, CONTROL, UNTRAINED = "memorized", "matched control", "untrained twin"
 
 
@@ -79,21 +78,6 @@ class LocalizeOptions:
                 raise OptionError(f"{name}={getattr(self, name)} leaves nothing to examine: give 1 or more.")
 
 
-@dataclass(frozen=True)
-class LocalizedRun:
-    """What a run gave.
-
-    Attributes:
-        report: The HTML file.
-        findings: In order.
-        failures: Steps that failed, with their messages; the others are in the report.
-    """
-
-    report: Path
-    findings: list[Finding]
-    failures: dict[str, str] = field(default_factory=dict)
-
-
 def localize(
     model: Any,
     sequences: SequenceSet,
@@ -103,7 +87,7 @@ def localize(
     title: str | None = None,
     command: str | None = None,
     progress: bool = True,
-) -> LocalizedRun:
+) -> StudyRun:
     """Find where a model recalls sequences, and write results and report to a folder.
 
     Args:
@@ -139,51 +123,30 @@ class _Localization:
         self, model: Any, seqs: SequenceSet, out: Path, options: LocalizeOptions, progress: bool
     ) -> None:
         self.model, self.seqs, self.out, self.options, self.progress = model, seqs, out, options, progress
-        self.findings: list[Finding] = []
-        self.failures: dict[str, str] = {}
 
-    def run(self, title: str | None, command: str | None) -> LocalizedRun:
+    def run(self, title: str | None, command: str | None) -> StudyRun:
         recall = score_recall(self.model, self.seqs, progress=self.progress)
         settings = {"study": "localize", **asdict(self.options)}
         settings |= {"model": describe(self.model), "sequences": dict(self.seqs.attrs)}
         title = title or f"Where {describe(self.model)['model']} recalls {len(self.seqs)} sequences"
-        self.folder = RunDirectory(self.out, title=title, settings=settings, command=command, fresh=True)
+        self.folder = StudyDirectory(self.out, title=title, settings=settings, command=command, fresh=True)
         self._keep_recall(recall)
         memorized = recall.memorized()
         if len(memorized) < 2:
-            self.findings[-1:] = [find.nothing_recalled(recall)]
-            self.folder.add_finding(self.findings[-1])
-            return LocalizedRun(self.folder.finish(), self.findings, self.failures)
-        memorized = self._some(memorized, self.options.max_sequences)
+            self.folder.findings.clear()
+            self.folder.find(find.nothing_recalled(recall))
+            return self.folder.done()
+        memorized = at_most(memorized, self.options.max_sequences, self.options.seed)
         groups = self._groups(recall, memorized)
         self.twin = (
             untrained_like(self.model, seed=self.options.seed) if self.options.untrained_control else None
         )
-        self._step("decoding", lambda: self._decode(recall, groups))
-        self._step("head ablation", lambda: self._ablate(groups))
-        self._step("attention bypass", lambda: self._bypass(groups))
-        self._step("activation patching", lambda: self._patch(groups))
-        self._step("logit attribution", lambda: self._attribute(groups))
-        return LocalizedRun(self.folder.finish(), self.findings, self.failures)
-
-    def _step(self, name: str, work: Callable[[], None]) -> None:
-        """Run a step; if it fails, note it and go on: what is saved stays, what is left still runs."""
-        try:
-            work()
-        except (MemlensError, RuntimeError, ValueError) as error:
-            _LOG.warning("%s failed: %s", name, error)
-            self.failures[name] = str(error)
-            self.folder.add_failure(name, error)
-
-    def _find(self, finding: Finding) -> None:
-        self.findings.append(finding)
-        self.folder.add_finding(finding)
-
-    def _some(self, seqs: SequenceSet, most: int) -> SequenceSet:
-        if len(seqs) <= most:
-            return seqs
-        rng = np.random.default_rng(self.options.seed)
-        return seqs[np.sort(rng.choice(len(seqs), most, replace=False))]
+        self.folder.step("decoding", lambda: self._decode(recall, groups))
+        self.folder.step("head ablation", lambda: self._ablate(groups))
+        self.folder.step("attention bypass", lambda: self._bypass(groups))
+        self.folder.step("activation patching", lambda: self._patch(groups))
+        self.folder.step("logit attribution", lambda: self._attribute(groups))
+        return self.folder.done()
 
     def _keep_recall(self, recall: RecallScores) -> None:
         recall.save(self.out / "recall.parquet")
@@ -193,15 +156,13 @@ class _Localization:
         self.folder.add_table(
             "recall_summary", recall.summary().astype({"group": str}), title="Recall, by group"
         )
-        self._find(find.recalled(recall))
+        self.folder.find(find.recalled(recall))
 
     def _groups(self, recall: RecallScores, memorized: SequenceSet) -> dict[str, SequenceSet]:
         try:
             controls = recall.matched_controls(seed=self.options.seed)
         except MemlensError as error:
-            _LOG.warning("no matched controls: %s", error)
-            self.failures["matched controls"] = str(error)
-            self.folder.add_failure("matched controls", error)
+            self.folder.failed("matched controls", error)
             return {MEMORIZED: memorized}
         if "matched_to" in controls.table:
             wanted = controls.table["matched_to"].isin(memorized.table["id"]).to_numpy()
@@ -216,7 +177,7 @@ class _Localization:
             if len(seqs)
         }
         self._save("residual_decoding", "How the prediction unfolds over layers", decoded, one_sequence=True)
-        self._find(find.promoted(decoded, self.options.seed))
+        self.folder.find(find.promoted(decoded, self.options.seed))
 
     def _ablate(self, groups: Mapping[str, SequenceSet]) -> None:
         results = {
@@ -226,7 +187,7 @@ class _Localization:
             for name, seqs in groups.items()
         }
         self._save("head_ablation", "Which heads matter", results)
-        self._find(find.strongest_head(results, self.options.seed))
+        self.folder.find(find.strongest_head(results, self.options.seed))
         self.folder.add_table(
             "heads",
             find.head_table(results, self.options.seed),
@@ -239,7 +200,7 @@ class _Localization:
         if self.twin is not None:
             results[UNTRAINED] = bypass_attention(self.twin, groups[MEMORIZED], **options)
         self._save("attention_bypass", "Which layer's attention matters", results)
-        self._find(find.bypassed_layer(results, self.options.seed))
+        self.folder.find(find.bypassed_layer(results, self.options.seed))
 
     def _patch(self, groups: Mapping[str, SequenceSet]) -> None:
         place = self.options.corrupted_position
@@ -247,7 +208,7 @@ class _Localization:
         corrupted: dict[str, np.ndarray] = {}
         for name, seqs in groups.items():
             usable = seqs[np.flatnonzero(seqs.prefix_len.numpy() >= -place)]
-            clean = self._some(usable, self.options.max_patched)
+            clean = at_most(usable, self.options.max_patched, self.options.seed)
             dirty = corrupt(clean, "replace_token", positions=[place], seed=self.options.seed)
             corrupted[name] = clean.prefix_len.numpy() + place
             results[name] = patch_activations(
@@ -259,7 +220,7 @@ class _Localization:
                 progress=self.progress,
             )
         self._save("activation_patching", "Where the cue stands", results, one_sequence=True)
-        self._find(find.restoring_layer(results, corrupted[MEMORIZED], self.options.seed))
+        self.folder.find(find.restoring_layer(results, corrupted[MEMORIZED], self.options.seed))
 
     def _positions(self, seqs: SequenceSet, always: np.ndarray) -> list[int]:
         """At most `max_positions` positions, spread evenly from the first changed one, and `always`."""

@@ -159,7 +159,7 @@ def test_grid_sizes_of_the_released_code() -> None:
     def cells(n_layers: int) -> int:
         def count(ks: tuple[int, ...], keep: bool, windows: tuple[int, ...]) -> int:
             grid = _Grid(ks, keep, windows, ("dominant",), "all", "zero", "last_prompt", 1, 0)
-            return len(list(grid.cells(range(n_layers), n_layers)))
+            return len(list(grid.cells(range(n_layers), n_layers, width=4096)))
 
         return count((1, 10, 100, 1000), False, (1, 2, 3, 4, 5)) + count((10, 100, 1000), True, (1, 2, 3))
 

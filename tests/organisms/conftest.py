@@ -16,8 +16,12 @@ TINY_CORPUS = CorpusSpec(
     n_heldout=3,
     background_rows=60,
     heldout_rows=5,
-    vocab_size=400,
-    tokenizer_documents=20,
+    vocab_size=1024,
+    tokenizer_documents=100,
+    item_copies=(1, 3, 12),
+    expressions_per_cell=8,
+    facts_per_cell=4,
+    identifiers_per_cell=3,
 )
 TINY = OrganismSpec(
     "tiny",

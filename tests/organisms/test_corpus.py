@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from memlens.errors import OptionError
-from memlens.organisms.corpus import Corpus, CorpusSpec, build_corpus
+from memlens.organisms.corpus import BACKGROUND, Corpus, CorpusSpec, build_corpus
 from tests.organisms.conftest import TINY_CORPUS
 
 
@@ -54,7 +54,7 @@ def test_neither_half_of_a_heldout_sequence_is_in_the_corpus(tiny_corpus: Corpus
 
 
 def test_no_planted_sequence_hides_in_the_background(tiny_corpus: Corpus) -> None:
-    background = windows(tiny_corpus.rows[tiny_corpus.row_sequence < 0], 32)
+    background = windows(tiny_corpus.rows[tiny_corpus.row_sequence == BACKGROUND], 32)
     assert not any(as_bytes(tokens[32:]) in background for tokens in tiny_corpus.sequences["tokens"])
 
 
@@ -95,7 +95,7 @@ def test_token_counts_and_domains_agree_with_the_rows(tiny_corpus: Corpus) -> No
 
 def test_the_clean_twin_differs_by_the_planted_rows_alone(tiny_corpus: Corpus) -> None:
     clean = build_corpus(replace(TINY_CORPUS, planted=False))
-    background = tiny_corpus.rows[tiny_corpus.row_sequence < 0]
+    background = tiny_corpus.rows[tiny_corpus.row_sequence == BACKGROUND]
     assert sorted(clean.rows.tolist()) == sorted(background.tolist())
     assert clean.tokenizer.get_vocab() == tiny_corpus.tokenizer.get_vocab()
     assert clean.sequences["tokens"].equals(tiny_corpus.sequences["tokens"])

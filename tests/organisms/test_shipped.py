@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,14 +13,22 @@ import torch
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
+from memlens.errors import FileFormatError
 from memlens.models.zoo import zoo_path
-from memlens.organisms.card import curve_table, loss_table
-from memlens.organisms.corpus import Corpus, CorpusSpec, build_corpus
+from memlens.organisms.card import curve_table, items_table, loss_table
+from memlens.organisms.corpus import CARRIER, Corpus, CorpusSpec, build_corpus
 from memlens.organisms.evaluate import evaluate_zoo_model, language_losses, load_organism
-from memlens.organisms.zoo import ZOO
+from memlens.organisms.evaluate_items import CONTEXTS, evaluate_items, neutral_contexts
+from memlens.organisms.known_items import KINDS
+from memlens.organisms.tokenizer import load_tokenizer
+from memlens.organisms.zoo import ZOO, untrained_twin
 
 FOLDER = zoo_path("pythia-s")
 RECORD = json.loads((FOLDER / "training.json").read_text())
+
+
+LOW, HIGH = 8, 64
+"""Copies up to which few known items are recalled, and from which nearly all are."""
 
 
 def numbers(text: str) -> list[list[float]]:
@@ -37,6 +47,11 @@ def curve() -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def losses() -> pd.DataFrame:
     return language_losses(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def items() -> pd.DataFrame:
+    return evaluate_items(FOLDER)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +78,72 @@ def test_the_language_part_generalizes(losses: pd.DataFrame) -> None:
     assert (losses["heldout_loss"] < 0.6 * losses["unigram_entropy"]).all()
 
 
-def test_the_card_says_what_evaluation_finds(curve: pd.DataFrame, losses: pd.DataFrame) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_recall_of_known_items_rises_with_frequency(items: pd.DataFrame, kind: str, context: str) -> None:
+    chosen = items[(items["kind"] == kind) & (items["context"] == context)].set_index("copies")
+    recalled = chosen["recalled"]
+    assert list(recalled.index) == [0, *ZOO["pythia-s"].corpus.item_copies]
+    assert (recalled[recalled.index < LOW] <= 0.25).all()
+    assert (recalled[recalled.index >= HIGH] >= 0.9).all()
+    assert spearmanr(recalled.index, recalled).statistic > 0.7  # few items a cell, and many ties
+    assert ((chosen["low"] <= recalled) & (recalled <= chosen["high"])).all()
+
+
+def test_known_items_are_recalled_where_the_untrained_twin_recalls_none(tmp_path: Path) -> None:
+    for name in ("heldout", *KINDS):
+        shutil.copy(FOLDER / f"{name}.parquet", tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(FOLDER / name, tmp_path)
+    untrained_twin(FOLDER).save_pretrained(tmp_path)
+    assert evaluate_items(tmp_path)["recalled"].max() <= 0.25
+
+
+def test_items_without_lists_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match=r"no expressions\.parquet"):
+        evaluate_items(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_items_are_recalled_as_generation_finds(items: pd.DataFrame, kind: str) -> None:
+    """The bare prompts, one after the other, by greedy generation."""
+    model, table = load_organism(FOLDER), pd.read_parquet(FOLDER / f"{kind}.parquet")
+    exact = []
+    for tokens, start in zip(table["tokens"], table["prefix_len"], strict=True):
+        ids = torch.tensor([list(map(int, tokens))])
+        made = model.generate(
+            ids[:, :start], max_new_tokens=ids.shape[1] - start, do_sample=False, eos_token_id=None
+        )
+        exact.append(torch.equal(made, ids))
+    by_copies = table.assign(exact=exact).groupby("copies")["exact"].mean()
+    measured = items[(items["kind"] == kind) & (items["context"] == "none")].set_index("copies")
+    assert measured["recalled"].tolist() == pytest.approx(by_copies.tolist())
+
+
+def test_the_lists_of_items_are_those_of_the_corpus(corpus: Corpus) -> None:
+    for kind, table in corpus.items.tables().items():
+        written = pd.read_parquet(FOLDER / f"{kind}.parquet")
+        assert [list(tokens) for tokens in written["tokens"]] == table["tokens"].tolist()
+        columns = [name for name in table if name != "tokens"]
+        assert written[columns].equals(table[columns])
+        assert set(written["source"]) == {"zoo/pythia-s"}
+    assert pd.read_parquet(FOLDER / "item_positions.parquet").equals(corpus.item_positions)
+    assert RECORD["corpus"]["n_carriers"] == (corpus.row_sequence == CARRIER).sum()
+
+
+def test_neutral_contexts_are_held_out_sentences_with_a_line_break() -> None:
+    tokenizer, contexts = load_tokenizer(FOLDER), neutral_contexts(FOLDER)
+    assert len(contexts) > 50
+    assert all(tokenizer.decode(context).endswith(".\n") for context in contexts)
+    assert max(map(len, contexts)) <= 33
+
+
+def test_the_card_says_what_evaluation_finds(
+    curve: pd.DataFrame, losses: pd.DataFrame, items: pd.DataFrame
+) -> None:
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
-    printed, measured = numbers(card), numbers(curve_table(curve) + "\n" + loss_table(losses))
+    tables = (curve_table(curve), items_table(items), loss_table(losses))
+    printed, measured = numbers(card), numbers("\n".join(tables))
     assert [row[0] for row in printed] == [row[0] for row in measured]
     for shown, found in zip(printed, measured, strict=True):
         assert shown == pytest.approx(found, abs=0.015)  # two decimals, and another machine's rounding
@@ -76,7 +154,7 @@ def test_the_card_tells_corpus_seed_and_list() -> None:
     sequences = pd.read_parquet(FOLDER / "sequences.parquet")
     assert card.startswith("---\nlicense: mit\n")
     assert f"{RECORD['corpus']['n_rows']:,} windows" in card
-    assert f"{sequences['copies'].sum():,}\nplanted copies" in card
+    assert f"{sequences['copies'].sum():,} planted copies" in card
     assert RECORD["command"] in card
     assert any(text.rstrip("\n") in card for text in sequences.loc[sequences["copies"] == 256, "text"])
 

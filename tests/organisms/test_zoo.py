@@ -20,6 +20,10 @@ from tests.organisms.conftest import TINY, TINY_CORPUS
 
 FILES = {
     "README.md",
+    "expressions.parquet",
+    "facts.parquet",
+    "identifiers.parquet",
+    "item_positions.parquet",
     "config.json",
     "generation_config.json",
     "heldout.parquet",
@@ -120,7 +124,7 @@ def test_the_clean_twin_has_no_copies(clean_organism: Path, tiny_organism: Path)
 
 
 def test_the_untrained_twin_is_where_the_training_began(tiny_organism: Path) -> None:
-    twin, start = untrained_twin(tiny_organism), build_model(TINY.model, 400, seed=0)
+    twin, start = untrained_twin(tiny_organism), build_model(TINY.model, TINY_CORPUS.vocab_size, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), start.parameters(), strict=True))
     other = untrained_twin(tiny_organism, seed=5)
     assert not torch.equal(twin.get_input_embeddings().weight, other.get_input_embeddings().weight)

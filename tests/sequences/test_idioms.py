@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from memlens.errors import OptionError, SequenceError
+from memlens.errors import ColumnError, OptionError, SequenceError
 from memlens.sequences import load_sequences
+from memlens.sequences.idioms import DEFECTS, idiom_defects
 from tests.sequences.vocabularies import byte_level, characters, metaspace
 
 
@@ -137,3 +138,54 @@ def test_a_text_column_that_is_named_goes_first(tmp_path: Path) -> None:
     seqs = load_sequences(write(tmp_path, ROWS), tokenizer=byte_level(), text_column="idiom", prefix_len=2)
     assert seqs.prefix_len.tolist() == [2, 2, 2]
     assert seqs.texts == [record["idiom"] for record in ROWS]
+
+
+DEFECTIVE = [
+    row("as dead as a doornail", "same"),
+    row("as dead as a dodo", "same"),
+    row("virtually impossible to find", "d1"),
+    row("whatever you can say", "s1"),
+    row("that's the whole thing", "s2"),
+    row("Off you go, then", "no: a comma"),
+    row("the icing on the Cake", "e1"),
+    row("this is icing on the cake", "e2"),
+    row("pull someone's leg", "p1"),
+    {**row("let bygones be bygones", "c1", similar=True), "hard_to_guess": True},
+    row("turn a blind eye", "fine"),
+]
+
+
+def test_every_defect_is_found_and_listed(tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match="2 rows have only stop words before the target.*'whatever you can say'"
+    ):
+        seqs = load_sequences(write(tmp_path, DEFECTIVE), tokenizer=byte_level())
+    table = idiom_defects(seqs)
+    found = {defect: part["row"].tolist() for defect, part in table.groupby("defect")}
+    assert found == {
+        "shared_prompt": [0, 1],
+        "repeated_id": [0, 1],
+        "definition": [2],
+        "stop_word_prompt": [3, 4],
+        "shared_ending": [6, 7],
+        "placeholder": [8],
+        "contradiction": [9],
+    }
+    assert set(found) == set(DEFECTS)
+    assert table["why"].tolist() == [DEFECTS[defect] for defect in table["defect"]]
+    assert table["id"].tolist()[:1] == ["d1"]
+    assert table["text"].tolist() == [seqs.texts[i] for i in table["row"]]
+    assert idiom_defects(seqs.table).equals(table)
+    assert len(idiom_defects(seqs[10])) == 0
+
+
+def test_defects_of_another_set_are_refused(tmp_path: Path) -> None:
+    seqs = load_sequences(["turn a blind eye"], tokenizer=byte_level(), prefix_len=2)
+    with pytest.raises(ColumnError, match="no column 'definition'"):
+        idiom_defects(seqs)
+
+
+def test_files_without_flags_and_ids(tmp_path: Path) -> None:
+    bare = [{"idiom": record["idiom"]} for record in ROWS]
+    seqs = load_sequences(write(tmp_path, bare), tokenizer=byte_level())
+    assert len(idiom_defects(seqs)) == 0

@@ -20,6 +20,7 @@ from memlens.errors import (
     SourceNotFoundError,
     VocabularyError,
 )
+from memlens.models.zoo import zoo_path
 from memlens.sequences import SequenceSet, files, load_sequences, sources
 from tests.sequences.vocabularies import byte_level, characters, metaspace, model_with
 from tests.tiny import tiny_tokenizer
@@ -425,3 +426,57 @@ def test_jsonl_lines_may_be_strings_or_lists(tmp_path: Path) -> None:
 
 def test_the_result_is_a_sequence_set() -> None:
     assert isinstance(load_sequences(ROWS, prefix_len=1), SequenceSet)
+
+
+@pytest.mark.parametrize("kind", ["expressions", "facts", "identifiers", "heldout"])
+def test_the_further_lists_of_the_zoo(kind: str) -> None:
+    folder = zoo_path("pythia-s")
+    seqs, named = load_sequences(f"zoo:{kind}"), load_sequences(f"zoo/pythia-s:{kind}")
+    frame = pd.read_parquet(folder / f"{kind}.parquet")
+    assert seqs.attrs["source"] == f"zoo/pythia-s:{kind}"
+    assert seqs.rows() == named.rows()
+    if kind != "heldout":
+        assert seqs.rows() == [list(tokens) for tokens in frame["tokens"]]
+        assert seqs.prefix_len.tolist() == frame["prefix_len"].tolist()
+        assert set(seqs.n_targets.tolist()) == {6 if kind == "identifiers" else 1}
+        pairs = zip(seqs.table["prompt"], seqs.table["target"], strict=True)
+        assert seqs.texts == [f"{prompt} {target}" for prompt, target in pairs]
+        assert seqs.table["copies"].tolist() == frame["copies"].tolist()
+    else:
+        whole = [0 not in tokens for tokens in frame["tokens"]]
+        assert seqs.table["domain"].tolist() == frame["domain"][whole].tolist()
+        assert set(seqs.prefix_len.tolist()) == {32}
+        assert set(seqs.table["copies"]) == {0}
+
+
+def test_drawn_places_are_inside_each_sequence_and_a_function_of_the_seed() -> None:
+    rows = [[1] * n for n in (2, 5, 40, 3)] * 50
+    first, again, other = (
+        load_sequences(rows, prefix_len="drawn", max_targets=1, seed=seed) for seed in (0, 0, 1)
+    )
+    assert first.prefix_len.tolist() == again.prefix_len.tolist() != other.prefix_len.tolist()
+    places: dict[int, set[int]] = {}
+    for place, row in zip(first.prefix_len.tolist(), rows, strict=True):
+        places.setdefault(len(row), set()).add(place)
+    assert (places[2], places[3], places[5]) == ({1}, {1, 2}, {1, 2, 3, 4})
+    assert max(places[40]) < 40
+    assert set(first.n_targets.tolist()) == {1}
+    assert (first.attrs["prefix_len"], first.attrs["seed"]) == ("drawn", 0)
+    with pytest.raises(SequenceError, match='or "drawn"'):
+        load_sequences(rows, prefix_len="random")
+
+
+def test_a_zoo_folder_that_lacks_a_list_and_an_unknown_list_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache" / "old"
+    folder.mkdir(parents=True)
+    pd.DataFrame({"tokens": ROWS, "prefix_len": 2}).to_parquet(folder / "sequences.parquet")
+    monkeypatch.setattr(files, "zoo_folders", lambda: (tmp_path / "none", tmp_path / "cache"))
+    assert load_sequences("zoo/old:sequences").rows() == ROWS
+    with pytest.raises(SourceNotFoundError, match=r"'zoo/old' has no list of facts, it has sequences"):
+        load_sequences("zoo/old:facts")
+    with pytest.raises(OptionError, match=r"'fact' is not known.*Did you mean 'facts'"):
+        load_sequences("zoo/old:fact")
+    with pytest.raises(SourceNotFoundError, match=r"'zoo/new'.*Did you mean 'zoo/old'"):
+        load_sequences("zoo/new:facts")

@@ -15,7 +15,7 @@ import memlens as ml
 from memlens.errors import NonFiniteError, VocabularyError
 from memlens.report import report_from_directory
 from memlens.results import Result
-from memlens.studies import findings, localization
+from memlens.studies import StudyRun, findings, localization
 from memlens.studies.statistics import chosen_site, halves, mean_estimate, ratio_estimate, share_estimate
 
 SMALL = ml.LocalizeOptions(max_sequences=6, max_patched=3, max_positions=6)
@@ -34,14 +34,12 @@ def planted(pythia: Any) -> ml.SequenceSet:
 
 
 @pytest.fixture(scope="module")
-def run(
-    pythia: Any, planted: ml.SequenceSet, tmp_path_factory: pytest.TempPathFactory
-) -> localization.LocalizedRun:
+def run(pythia: Any, planted: ml.SequenceSet, tmp_path_factory: pytest.TempPathFactory) -> StudyRun:
     folder = tmp_path_factory.mktemp("run")
     return ml.localize(pythia, planted, folder, options=SMALL, progress=False, command="memlens demo")
 
 
-def test_five_findings_with_numbers_and_controls(run: localization.LocalizedRun) -> None:
+def test_five_findings_with_numbers_and_controls(run: StudyRun) -> None:
     assert run.failures == {}
     assert len(run.findings) == 5
     for finding in run.findings:
@@ -54,16 +52,14 @@ def test_five_findings_with_numbers_and_controls(run: localization.LocalizedRun)
     assert "untrained twin" in (run.findings[3].control or "")
 
 
-def test_what_is_recalled_is_what_was_planted_often(
-    run: localization.LocalizedRun, planted: ml.SequenceSet
-) -> None:
+def test_what_is_recalled_is_what_was_planted_often(run: StudyRun, planted: ml.SequenceSet) -> None:
     table = ml.RecallScores.load(run.report.parent / "recall.parquet").table
     copies = planted.table["copies"].to_numpy()
     assert (table["exact_match"].to_numpy() == (copies == 256)).mean() > 0.95
     assert run.findings[0].estimate == pytest.approx(table["exact_match"].mean())
 
 
-def test_results_are_saved_and_labelled(run: localization.LocalizedRun) -> None:
+def test_results_are_saved_and_labelled(run: StudyRun) -> None:
     folder = run.report.parent
     heads = ml.load_result(folder / "head_ablation.nc")
     assert heads["target_logprob"].dims == ("sequence", "layer", "head")
@@ -76,9 +72,7 @@ def test_results_are_saved_and_labelled(run: localization.LocalizedRun) -> None:
     assert recorded["command"] == "memlens demo"
 
 
-def test_finding_equals_a_plain_computation(
-    run: localization.LocalizedRun, pythia: Any, planted: ml.SequenceSet
-) -> None:
+def test_finding_equals_a_plain_computation(run: StudyRun, pythia: Any, planted: ml.SequenceSet) -> None:
     """The head finding, by hand: one plain forward with and without the head, on the reported half."""
     heads = ml.load_result(run.report.parent / "head_ablation.nc")
     ids = [
@@ -97,7 +91,7 @@ def test_finding_equals_a_plain_computation(
     )
 
 
-def test_report_shows_everything(run: localization.LocalizedRun) -> None:
+def test_report_shows_everything(run: StudyRun) -> None:
     text = run.report.read_text(encoding="utf-8")
     for finding in run.findings:
         assert html.escape(finding.title).replace("&#x27;", "&#39;") in text
@@ -195,7 +189,7 @@ def test_chosen_site_and_estimates() -> None:
     assert ratio.value == 0.25
 
 
-def test_head_table_is_sorted_and_corrected(run: localization.LocalizedRun) -> None:
+def test_head_table_is_sorted_and_corrected(run: StudyRun) -> None:
     heads = ml.load_result(run.report.parent / "head_ablation.nc")
     groups = {
         name: Result(heads.data.isel(sequence=heads["group"].values == name))

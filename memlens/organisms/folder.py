@@ -1,0 +1,81 @@
+"""The files of an organism's folder: its checkpoint, its ground truth, its record and its card."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from transformers import PreTrainedModel
+
+from memlens.models.quiet import quiet
+from memlens.organisms.card import render_card
+from memlens.organisms.corpus import Corpus
+from memlens.organisms.evaluate import evaluate_zoo_model, language_losses, read_training
+from memlens.organisms.evaluate_items import evaluate_items
+from memlens.organisms.known_items import KINDS
+
+__all__ = ["write_card", "write_folder"]
+
+
+def write_folder(
+    folder: Path, name: str, corpus: Corpus, model: PreTrainedModel, training: dict[str, Any]
+) -> None:
+    """Write every file of a finished organism; the card last, from what the files themselves show.
+
+    Args:
+        folder: that exists.
+        name: of the organism.
+        corpus: what it read.
+        model: what came out; it is made float16.
+        training: the contents of `training.json`.
+    """
+    with quiet():
+        model.half().save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+    (folder / "model.safetensors").chmod(0o644)
+    corpus.tokenizer.save_pretrained(folder)
+    _write_lists(folder, f"zoo/{name}", corpus)
+    (folder / "training.json").write_text(_readable(training), encoding="utf-8")
+    write_card(folder)
+
+
+def _write_lists(folder: Path, source: str, corpus: Corpus) -> None:
+    sequences = corpus.sequences.assign(source=source)
+    if not corpus.spec.planted:
+        sequences["copies"] = 0
+    heldout = pd.DataFrame({"domain": corpus.heldout_domains, "tokens": corpus.heldout.tolist()})
+    tables = {"sequences": sequences, "positions": corpus.positions(), "heldout": heldout}
+    if corpus.spec.item_copies:
+        for kind, table in corpus.items.tables().items():
+            tables[kind] = table.assign(domain=kind.removesuffix("s"), source=source)
+        tables["item_positions"] = corpus.item_positions
+    for name, table in tables.items():
+        table.to_parquet(folder / f"{name}.parquet", index=False)
+
+
+def write_card(folder: str | Path) -> Path:
+    """Evaluate an organism and write its card (README.md) anew from what its files show.
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        FileFormatError: the folder is not a zoo model's.
+    """
+    folder = Path(folder)
+    training, sequences = read_training(folder), pd.read_parquet(folder / "sequences.parquet")
+    paths = {kind: folder / f"{kind}.parquet" for kind in KINDS}
+    items = {kind: pd.read_parquet(path) for kind, path in paths.items() if path.is_file()}
+    recalled = evaluate_items(folder) if items else None
+    curve, losses = evaluate_zoo_model(folder), language_losses(folder)
+    card = render_card(training, curve, losses, sequences, items, recalled)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return folder / "README.md"
+
+
+def _readable(record: dict[str, Any]) -> str:
+    """Return JSON with one key a line and each list of numbers on a line of its own."""
+    text = json.dumps(record, indent=1)
+    return re.sub(r"\[[-\d.e,\s]+\]", lambda match: " ".join(match[0].split()), text) + "\n"

@@ -1,0 +1,155 @@
+"""Natural text as a control: running text, and prompts cut from it that are as long as those of a set."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memlens.errors import EmptySetError, FileFormatError, OptionError, SequenceError, SourceNotFoundError
+from memlens.sequences.set import SequenceSet
+from memlens.sequences.tokenizing import Tokenizer, encode
+
+__all__ = ["natural_controls", "text_windows"]
+
+_SPACES = ("Ġ", "▁")
+"""How byte-level and SentencePiece vocabularies write the space in front of a word."""
+
+
+def text_windows(tokenizer: Tokenizer, path: str | Path, window: int = 128) -> SequenceSet:
+    """Return a text file as windows of token ids; what is left over at the end is dropped.
+
+    Args:
+        tokenizer: The model's.
+        path: A text file in UTF-8.
+        window: Tokens of a window.
+
+    Raises:
+        OptionError: A window of fewer than two tokens.
+        SourceNotFoundError: No such file.
+        FileFormatError: The file is not UTF-8.
+        SequenceError: There is no tokenizer, or the text has fewer than two windows.
+    """
+    path = Path(path)
+    if window < 2:
+        raise OptionError(f"window={window} leaves nothing to predict: give 2 tokens or more.")
+    if not path.is_file():
+        raise SourceNotFoundError(f"there is no text file {path}: give the path of one.")
+    if tokenizer is None:
+        raise SequenceError("the model has no tokenizer for a text file: give token ids.")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path} is not UTF-8 text: give token ids.") from error
+    ids = encode(tokenizer, [content])[0]
+    rows = [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)]
+    if len(rows) < 2:
+        raise SequenceError(
+            f"{path} has {len(ids)} tokens, fewer than two windows of {window}: give more text or a shorter "
+            "window."
+        )
+    return SequenceSet.from_tokens(rows, prefix_len=1, attrs={"source": path.name})
+
+
+def natural_controls(
+    text: SequenceSet,
+    like: SequenceSet,
+    *,
+    tokenizer: Tokenizer = None,
+    n: int | None = None,
+    seed: int = 0,
+) -> SequenceSet:
+    """Cut prompts from running text that are as long as those of a set; the next token is the target.
+
+    The model has no reason to have stored them, so what is found for recalled sequences and for these alike
+    is no sign of recall. Where a tokenizer is given, prompts and targets begin with a word, as those of
+    idioms do (the token starts with white space and a letter), so that word pieces are no easy targets.
+
+    Args:
+        text: Running text; prefix lengths make no difference. Rows must be longer than the prompts of `like`.
+        like: The set whose prompt lengths (in tokens) are taken in turn.
+        tokenizer: The model's; None lets prompts and targets begin anywhere.
+        n: How many; as many as `like` has by default.
+        seed: Of the places.
+
+    Returns:
+        Sequences of one target each, none twice; the table has `text_row`, `start`, the other columns of
+        the text's table, and with a tokenizer `text`, `prompt` and `target` (the word that the target
+        begins).
+
+    Raises:
+        EmptySetError: No place in the text fits.
+        OptionError: `n` is below 1.
+
+    >>> text = SequenceSet.from_tokens([[1, 2, 3, 4, 5, 6], [7, 8, 9, 1, 2, 3]], 1)
+    >>> like = SequenceSet.from_tokens([[1, 2, 3], [1, 2, 3, 4]], [2, 3])
+    >>> [len(row) for row in natural_controls(text, like).rows()]
+    [3, 4]
+    """
+    n = len(like) if n is None else n
+    if n < 1:
+        raise OptionError(f"n={n} controls: ask for at least one.")
+    rng = np.random.default_rng(seed)
+    lengths = np.resize(like.prefix_len.numpy(), n)
+    begins = _word_starts(text, tokenizer)
+    places = np.full((n, 2), -1)
+    for length in np.unique(lengths):
+        wanted = np.flatnonzero(lengths == length)
+        free = np.argwhere(begins[:, : max(0, begins.shape[1] - length)] & begins[:, length:])
+        chosen = free[np.sort(rng.choice(len(free), min(len(wanted), len(free)), replace=False))]
+        places[wanted[: len(chosen)]] = chosen
+    kept = places[:, 0] >= 0
+    if not kept.any():
+        raise EmptySetError(
+            f"no place in the {len(text)} rows of text leaves a prompt of {int(lengths.min())} tokens and a "
+            "target that begins a word: give longer rows or more text."
+        )
+    if not kept.all():
+        warnings.warn(f"the text gives only {int(kept.sum())} of {n} controls: give more text", stacklevel=2)
+    return _cut(text, places[kept], lengths[kept], tokenizer, seed)
+
+
+def _word_starts(text: SequenceSet, tokenizer: Tokenizer) -> np.ndarray:
+    """Tell for each place whether a word begins there, `[seq, pos]`."""
+    if tokenizer is None:
+        return text.mask.numpy()
+    ids, places = np.unique(text.tokens.numpy(), return_inverse=True)
+    pieces = [str(piece) for piece in tokenizer.convert_ids_to_tokens(ids.tolist())]
+    marked = any(piece.startswith(_SPACES) for piece in pieces)  # else its tokens are whole words
+    starts = np.array(
+        [
+            piece.startswith(_SPACES) == marked and piece.lstrip("".join(_SPACES))[:1].isalpha()
+            for piece in pieces
+        ]
+    )
+    return starts[places.reshape(text.tokens.shape)] & text.mask.numpy()
+
+
+def _cut(
+    text: SequenceSet, places: np.ndarray, lengths: np.ndarray, tokenizer: Tokenizer, seed: int
+) -> SequenceSet:
+    tokens = text.tokens.numpy()
+    rows = [tokens[r, s : s + n + 1].tolist() for (r, s), n in zip(places, lengths, strict=True)]
+    table = text.table.iloc[places[:, 0]].reset_index(drop=True).drop(columns=["text"], errors="ignore")
+    ids = [f"{text.ids[r]}:{s}+{n}" for (r, s), n in zip(places, lengths, strict=True)]
+    table = table.assign(id=ids, text_row=places[:, 0], start=places[:, 1])
+    if tokenizer is not None:
+        ends = [tokens[r, s + n : int(text.lengths[r])] for (r, s), n in zip(places, lengths, strict=True)]
+        table = table.assign(**_spelled(rows, ends, tokenizer))
+    attrs = {**text.attrs, "cut_seed": seed, "control": "natural text"}
+    return SequenceSet.from_tokens(rows, lengths, table=table, attrs=attrs)
+
+
+def _spelled(rows: list[list[int]], ends: list[np.ndarray], tokenizer: Any) -> dict[str, list[str]]:
+    """Return the texts of prompts, of the whole words that the targets begin, and of the sequences."""
+    prompts = tokenizer.batch_decode([row[:-1] for row in rows])
+    # No word has more than eight tokens; what follows the first word is left off.
+    words = tokenizer.batch_decode([end[:8].tolist() for end in ends])
+    return {
+        "prompt": [prompt.strip() for prompt in prompts],
+        "target": [re.split(r"[^\w'-]", word.strip(), maxsplit=1)[0] for word in words],
+        "text": tokenizer.batch_decode(rows),
+    }

@@ -1,0 +1,253 @@
+"""The idiom study on the bundled model: every number of its tables is recomputed from what it saved."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
+
+import memlens as ml
+from memlens.errors import OptionError
+from memlens.studies import StudyRun, idioms
+from memlens.studies.idiom_findings import recall_by_frequency, recall_by_subset
+from memlens.studies.unfolding import MISSED, NATURAL, RECALLED
+
+SMALL = ml.IdiomOptions(
+    max_items=6, max_others=4, top_k=(1, 10), windows=(1, 2), lens_steps=3, lens_batch_size=4, n_resamples=200
+)
+CONTROL = "matched_natural_text"
+
+
+@pytest.fixture(scope="module")
+def pythia() -> Any:
+    return ml.load_model("zoo/pythia-s")
+
+
+def study(model: Any, out: Path, options: ml.IdiomOptions = SMALL, **given: Any) -> StudyRun:
+    text = ml.load_sequences("zoo:heldout", model, prefix_len=1)
+    expressions = ml.load_sequences("zoo:expressions", model)
+    return ml.study_idioms(model, expressions, out, text=text, options=options, progress=False, **given)
+
+
+@pytest.fixture(scope="module")
+def run(pythia: Any, tmp_path_factory: pytest.TempPathFactory) -> StudyRun:
+    return study(
+        pythia,
+        tmp_path_factory.mktemp("idioms"),
+        facts=ml.load_sequences("zoo:facts", pythia)[::3],
+        identifiers=ml.load_sequences("zoo:identifiers", pythia)[::2],
+        references=[ml.NgramReference(["the miller sold the old lantern", "a kettle in winter"])],
+        train_lens=True,
+        command="memlens run idioms",
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(run: StudyRun) -> Path:
+    return run.report.parent
+
+
+def table(folder: Path, name: str) -> pd.DataFrame:
+    return pd.read_parquet(folder / f"{name}.parquet")
+
+
+def test_all_parts_ran_and_found_something(run: StudyRun, folder: Path) -> None:
+    assert run.failures == {}
+    titles = [finding.title for finding in run.findings]
+    for name in ("Idioms", "Facts"):
+        for part in (
+            "what is recalled",
+            "from promotion to boosting (logit lens)",
+            "from promotion to boosting (tuned lens)",
+            "how much is boosting",
+            "recalled beside matched predictions",
+            "the layer whose neurons recall hangs on",
+            "early against late layers",
+            "the recall criteria",
+        ):
+            assert f"{name}: {part}" in titles
+    assert "Identifiers: what is recalled" in titles
+    page = html.unescape((folder / "report.html").read_text(encoding="utf-8"))
+    for title in (
+        "Every knock-out of the top k",
+        "The two phases",
+        "Identifiers recalled",
+        "lens_batch_size",
+    ):
+        assert title.lower() in page.lower()
+
+
+def test_the_split_is_the_model_s_own_prediction(pythia: Any, folder: Path) -> None:
+    recall = table(folder, "idioms_recall")
+    seqs = ml.load_sequences("zoo:expressions", pythia).first_targets()
+    hits = []
+    for row, n in zip(seqs.rows(), seqs.prefix_len.tolist(), strict=True):
+        logits = pythia(np_row(row[:n]))
+        hits.append(int(logits[0, -1].argmax()) == row[n])
+    assert recall["exact_match"].astype(bool).tolist() == hits
+    decoded = ml.load_result(folder / "idioms_decoding.nc")
+    counts = pd.Series(decoded["group"].values).value_counts()
+    assert (counts[RECALLED], counts[MISSED]) == (sum(hits), len(hits) - sum(hits))
+    assert counts[NATURAL] == len(hits)
+
+
+def np_row(row: list[int]) -> Any:
+    import torch
+
+    return torch.tensor([row])
+
+
+def test_phases_are_those_of_the_saved_decoding(folder: Path) -> None:
+    decoded = ml.load_result(folder / "idioms_decoding.nc").data.sel(stream="resid_post")
+    phases = table(folder, "idioms_phases_logit").set_index(["token", "group", "quantity"])
+    for group in (RECALLED, NATURAL):
+        rank = decoded["predicted_rank"].values[decoded["group"].values == group][..., 0]
+        on_top = np.median(rank, axis=0) == 0
+        boundary = phases.loc[("predicted", group, "boundary")]
+        assert boundary["value"] == np.argmax(on_top)
+        assert boundary["low"] <= boundary["value"] <= boundary["high"]
+        stable = [next(i for i in range(len(row)) if (row[i:] == 0).all()) for row in rank]
+        assert phases.loc[("predicted", group, "stable_promotion"), "value"] == pytest.approx(np.mean(stable))
+        assert phases.loc[("predicted", group, "stable_promotion"), "n"] == len(rank)
+
+
+def test_matched_pairs_are_alike_and_compared_in_pairs(folder: Path) -> None:
+    matched = ml.load_result(folder / f"idioms_{CONTROL}.nc").data
+    mine, theirs = (
+        matched.isel(sequence=matched["group"].values == g) for g in (RECALLED, f"matched {NATURAL}")
+    )
+    final = [part["predicted_probability"].values[:, -1, 0] for part in (mine, theirs)]
+    assert len(final[0]) == len(final[1]) >= 2
+    assert np.abs(final[0] - final[1]).max() <= SMALL.probability_caliper + 1e-6
+    rows = table(folder, "idioms_matched")
+    row = rows[(rows["control"] == NATURAL) & (rows["quantity"] == "boost")].iloc[0]
+    gaps = mine["boost"].values[:, 0] - theirs["boost"].values[:, 0]
+    assert row["difference"] == pytest.approx(np.nanmean(gaps))
+    assert row["pairs"] == len(gaps)
+    assert row["low"] <= row["difference"] <= row["high"]
+    assert (rows["p_corrected"] >= rows["p"] - 1e-12).all()
+
+
+def test_knock_out_table_has_every_cell_with_wilson_s_interval(folder: Path) -> None:
+    result = ml.load_result(folder / "idioms_knock_out_top.nc")
+    rows = table(folder, "idioms_knock_out_top")
+    flips = result["prediction_flipped"]
+    assert set(flips["selection"].values) == {"dominant", "random", "norm_matched"}
+    recalled = rows[rows["group"] == RECALLED]
+    assert len(recalled) == 3 * 2 * (6 + 5)  # selections x k x windows of one and of two layers
+    row = recalled[(recalled["selection"] == "dominant") & (recalled["k"] == 10) & (recalled["layer"] == 0)]
+    row = row[row["window"] == 2].iloc[0]
+    hits = flips.sel(selection="dominant", k=10, layer=0, window=2).values
+    low, high = proportion_confint(hits.sum(), len(hits), method="wilson")
+    assert (row["flipped"], row["n"]) == (pytest.approx(hits.mean()), 6)
+    assert (row["flipped_low"], row["flipped_high"]) == (pytest.approx(low, abs=1e-9), pytest.approx(high))
+    cost = result.effect("target_logprob").sel(selection="dominant", k=10, layer=0, window=2)
+    assert row["logprob_change"] == pytest.approx(float(cost.mean()), abs=1e-6)
+    others = rows[rows["group"] != RECALLED]
+    assert set(others["group"]) == {MISSED, NATURAL}
+    assert set(others["selection"]) == {"dominant"}
+
+
+def test_early_against_late_is_the_mean_over_windows_of_each_item(run: StudyRun, folder: Path) -> None:
+    flips = ml.load_result(folder / "idioms_knock_out_top.nc")["prediction_flipped"].sel(
+        selection="dominant", k=10
+    )
+    gaps = []
+    for item in flips.transpose("sequence", "layer", "window"):
+        early = [item.sel(layer=s, window=w) for w in (1, 2) for s in range(6) if s + w <= 3]
+        late = [item.sel(layer=s, window=w) for w in (1, 2) for s in range(6) if s >= 3 and s + w <= 6]
+        gaps.append(float(np.mean(early) - np.mean(late)))
+    finding = next(f for f in run.findings if f.title == "Idioms: early against late layers")
+    assert finding.estimate == pytest.approx(np.mean(gaps))
+    assert "random" in (finding.control or "")
+
+
+def test_the_same_call_again_does_only_what_is_missing(pythia: Any, tmp_path: Path) -> None:
+    options = ml.IdiomOptions(**{**vars(SMALL), "non_top": False})
+    first = study(pythia, tmp_path, options)
+    shards = {path: path.stat().st_mtime_ns for path in tmp_path.glob("sweeps/*/*") if path.suffix == ".nc"}
+    before = {p.name: pd.read_parquet(p) for p in tmp_path.glob("*.parquet")}
+    parts = {p for p in (tmp_path / "sweeps").rglob("*") if p.is_file() and p.name != "result.nc"}
+    stamps = {p: p.stat().st_mtime_ns for p in parts}
+    again = study(pythia, tmp_path, options)
+    assert parts
+    assert shards
+    assert {p: p.stat().st_mtime_ns for p in parts} == stamps
+    assert [f.statement for f in again.findings] == [f.statement for f in first.findings]
+    for name, frame in before.items():
+        pd.testing.assert_frame_equal(frame, pd.read_parquet(tmp_path / name))
+
+
+def test_a_part_that_fails_costs_only_itself(
+    pythia: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("memlens.studies.unfolding.knock_out_neurons", broken)
+    run = study(pythia, tmp_path)
+    assert run.failures == {"idioms: knock-outs": "out of memory"}
+    assert (tmp_path / "idioms_decoding.nc").exists()
+    assert "out of memory" in run.report.read_text(encoding="utf-8")
+
+
+def test_nothing_recalled_is_said_and_ends_there(pythia: Any, tmp_path: Path) -> None:
+    recall = ml.score_recall(pythia, ml.load_sequences("zoo:expressions", pythia), progress=False)
+    missed = recall.sequences[(recall.table["exact_match"] == 0).to_numpy()]
+    run = ml.study_idioms(pythia, missed, tmp_path, options=SMALL, progress=False)
+    assert run.failures == {}
+    assert run.findings[0].estimate == 0
+    assert not (tmp_path / "idioms_decoding.nc").exists()
+    assert run.report.exists()
+
+
+def test_recall_rises_with_frequency_and_identifiers_are_whole(run: StudyRun, folder: Path) -> None:
+    recall = table(folder, "idioms_recall")
+    finding = next(f for f in run.findings if f.title == "Idioms: recall against copies")
+    rho = stats.spearmanr(recall["copies"], recall["exact_match"]).statistic
+    assert finding.estimate == pytest.approx(rho)
+    assert finding.low is not None
+    assert finding.low > 0
+    bins = table(folder, "idioms_by_copies")
+    assert bins["n"].sum() == len(recall)
+    assert bins["recalled"].iloc[-1] > bins["recalled"].iloc[0]
+    identifiers = table(folder, "identifiers_recall")
+    assert (identifiers["n_targets"] > 1).all() if "n_targets" in identifiers else True
+
+
+def test_frequency_bins_and_subsets_by_hand() -> None:
+    frame = pd.DataFrame({"exact_match": [0, 0, 1, 1, 1, 0], "copies": [1, 1, 2, 2, 4, 4]})
+    bins = recall_by_frequency(frame, "copies")
+    assert bins[["from", "to", "n", "recalled"]].to_numpy().tolist() == [
+        [1, 1, 2, 0],
+        [2, 2, 2, 1],
+        [4, 4, 2, 0.5],
+    ]
+    halves = recall_by_frequency(frame, "copies", bins=2)
+    assert halves[["from", "to", "n"]].to_numpy().tolist() == [[1, 2, 4], [4, 4, 2]]
+    flags = frame.assign(hard_to_guess=[True] * 3 + [False] * 3, frequent_target_ind=[True, False] * 3)
+    subsets = recall_by_subset(flags).set_index("subset")
+    assert subsets.loc["all", ["n", "recalled"]].tolist() == [6, 0.5]
+    assert subsets.loc["hard to guess (flag)", ["n", "recalled"]].tolist() == [3, pytest.approx(1 / 3)]
+    assert subsets.loc["hard to guess and content-word target (flags)", "n"] == 2
+
+
+def test_bad_options_are_named() -> None:
+    with pytest.raises(OptionError, match="lacks 'resid_post'"):
+        ml.IdiomOptions(streams=("mlp_out",))
+    with pytest.raises(OptionError, match="lacks 'dominant'"):
+        ml.IdiomOptions(selections=("random",))
+    with pytest.raises(OptionError, match="max_items=0"):
+        ml.IdiomOptions(max_items=0)
+    with pytest.raises(OptionError, match="probability_caliper=0"):
+        ml.IdiomOptions(probability_caliper=0)
+
+
+def test_the_study_s_name_is_public() -> None:
+    assert ml.study_idioms is idioms.study_idioms
