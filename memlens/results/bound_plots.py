@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xarray as xr
 
 from memlens.errors import OptionError
@@ -19,6 +20,7 @@ _LINES = {
     "attention, measured": ("measured", "B1"),
     "B1: what heads mix": ("limit", "B1"),
     "B2: attention to others": ("limit", "B2"),
+    "after its norm, measured": ("measured", "B3"),
     "B3: weights alone": ("limit", "B3"),
     "block, measured": ("measured", "B4"),
     "B4: the block": ("limit", "B4"),
@@ -67,8 +69,16 @@ def plot_bounds(
 
 
 def _stacked(ci: xr.Dataset) -> xr.Dataset:
-    """One line for each bound, and one for each of the two that are measured."""
-    parts = [ci[name].sel(bound=bound).drop_vars("bound") for name, bound in _LINES.values()]
+    """One line for each bound, and one for each quantity that is measured.
+
+    What a block adds is what attention gives where no norm stands after it, and in a parallel block the
+    output changes by that alone: such lines would hide each other.
+    """
+    measured = ci["measured"].sel(statistic="mean")
+    same = {b for b in ("B3", "B4") if np.allclose(measured.sel(bound=b), measured.sel(bound="B1"))}
+    hidden = {("measured", b) for b in same} | ({("limit", "B4")} & {("limit", b) for b in same})
+    shown = {label: line for label, line in _LINES.items() if line not in hidden}
+    parts = [ci[name].sel(bound=bound).drop_vars("bound") for name, bound in shown.values()]
     plain = [p.drop_vars([c for c in p.coords if str(c).startswith("n_")]) for p in parts]
-    lines = xr.concat(plain, dim=xr.DataArray(list(_LINES), dims="line", name="line"))
+    lines = xr.concat(plain, dim=xr.DataArray(list(shown), dims="line", name="line"))
     return xr.Dataset({"change": lines.transpose("statistic", "line", "layer")}, attrs=ci.attrs)

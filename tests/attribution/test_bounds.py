@@ -244,6 +244,13 @@ def test_figures(tiny_model: Any) -> None:
     assert np.allclose(lines["B2: attention to others"], want)
     assert (lines["attention, measured"] <= lines["B1: what heads mix"]).all()
     assert fig.layout.yaxis.type == "log"
+    assert set(lines) == {
+        "attention, measured", "B1: what heads mix", "B2: attention to others", "B3: weights alone"
+    }  # fmt: skip
+    olmo2 = ml.attention_bypass_bounds(tiny_model("olmo2", "bridge"), ragged(), progress=False)
+    lines = {t.name: np.array(t.y, dtype=float) for t in olmo2.plot().data if t.mode == "lines+markers"}
+    assert (lines["after its norm, measured"] <= lines["B3: weights alone"]).all()
+    assert (lines["block, measured"] <= lines["B4: the block"]).all()
     slack = {t.name for t in result.plot("slack").data if t.mode == "lines+markers"}
     assert slack == {"B1", "B2", "B3", "B4"}
     assert result.plot("total_limit_log10").layout.yaxis.type == "linear"
