@@ -114,9 +114,15 @@ def run_idioms(
     ] = None,
     lens_steps: Annotated[int, typer.Option(help="Updates of that training.")] = 250,
     limit: LimitOption = None,
+    leave_out: Annotated[
+        str, typer.Option(help="Items with one of these columns true, such as definition,shared_prompt.")
+    ] = "",
     max_items: Annotated[
         int | None, typer.Option(help="Recalled items for the knock-outs (default: all).")
     ] = None,
+    max_controls: Annotated[
+        int, typer.Option(help="Of these, the items with random and norm-matched controls.")
+    ] = 30,
     max_others: Annotated[int, typer.Option(help="Items of each control group for the knock-outs.")] = 30,
     knock_out: Annotated[bool, typer.Option(help="Run the knock-out grid.")] = True,
     controls: Annotated[bool, typer.Option(help="Random and norm-matched neurons beside.")] = True,
@@ -140,7 +146,9 @@ def run_idioms(
 
     start = time.perf_counter()
     options = ml.IdiomOptions(
+        leave_out=tuple(leave_out.split(",")) if leave_out else (),
         max_items=max_items,
+        max_controls=max_controls,
         max_others=max_others,
         knock_out=knock_out,
         top_k=_numbers("top-k", top_k),

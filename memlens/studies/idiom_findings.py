@@ -29,6 +29,7 @@ __all__ = [
     "rises_with_frequency",
     "share_of",
     "spoken",
+    "unmatched",
     "with_corrected_p",
 ]
 
@@ -259,6 +260,16 @@ def matched_table(mine: Result, theirs: Result, control: str, options: IdiomOpti
 def with_corrected_p(table: pd.DataFrame) -> pd.DataFrame:
     """Add `p_corrected`, Benjamini and Hochberg's over all rows."""
     return table.assign(p_corrected=corrected(table["p"].to_numpy(float)))
+
+
+def unmatched(name: str, options: IdiomOptions) -> Finding:
+    """The finding where too few items have a control that is alike."""
+    return Finding(
+        f"{name.capitalize()}: recalled beside matched predictions",
+        f"Fewer than two recalled {name} have a control within the calipers ({options.length_caliper:g} "
+        f"tokens, {options.probability_caliper:g} of probability), so nothing is said of how they differ from "
+        "other predictions that the model is as sure of.",
+    )
 
 
 def matched_promotion(name: str, table: pd.DataFrame) -> Finding:

@@ -19,12 +19,17 @@ class IdiomOptions:
     """What `study_idioms` is free to choose; all of it is recorded.
 
     Attributes:
+        leave_out: Columns of the items' table; items for which one of them is true are left out, such as
+            "definition" and "shared_prompt" of the idiom file.
         streams: What is decoded; a stream that the model's blocks do not have is left out.
         near_rank: Largest zero-based rank that counts as near the top.
         length_caliper: Largest difference in prompt length (tokens) of a matched pair.
         probability_caliper: Largest difference in the final probability of the predicted token.
         max_items: Recalled items that are knocked out: a random choice where there are more; None takes all.
             (The released code of arXiv 2210.03588 takes 30.)
+        max_controls: Of these, the items whose random and norm-matched neurons are knocked out beside; a
+            random choice where there are more; None takes all. With all of them the controls cost twice
+            what they are set beside.
         max_others: Items of each control group that are knocked out.
         knock_out: Run the knock-out grid at all (it is the longest part by far).
         top_k: Neurons of a layer that are knocked out; None: 1, 10, 100, 1000 as far as a layer has them.
@@ -43,11 +48,13 @@ class IdiomOptions:
         seed: Of every random choice.
     """
 
+    leave_out: tuple[str, ...] = ()
     streams: tuple[str, ...] = STREAMS
     near_rank: int = NEAR_RANK
     length_caliper: float = 1.0
     probability_caliper: float = 0.1
     max_items: int | None = None
+    max_controls: int | None = 30
     max_others: int = 30
     knock_out: bool = True
     top_k: tuple[int, ...] | None = None
@@ -78,6 +85,7 @@ class IdiomOptions:
         check_option("replace", self.replace, ("zero", "mean"))
         for name in (
             "max_items",
+            "max_controls",
             "max_others",
             "n_draws",
             "lens_steps",

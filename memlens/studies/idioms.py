@@ -12,14 +12,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from memlens.attribution import TunedLens, train_tuned_lens
 from memlens.attribution.lenses import as_lens
+from memlens.errors import ColumnError
 from memlens.models.provenance import describe
 from memlens.recall.score import score_recall
 from memlens.report import FigureRequest
 from memlens.sequences import SequenceSet, natural_controls
+from memlens.sequences.idioms import DEFECTS, idiom_defects
 from memlens.studies import idiom_findings as find
 from memlens.studies.idiom_criteria import study_criteria
 from memlens.studies.idiom_options import IdiomOptions
@@ -82,6 +85,7 @@ def study_idioms(
     Raises:
         EmptySetError, SequenceError, VocabularyError: The sequences do not fit; before any forward pass.
         ResultError: The lens is of another model.
+        ColumnError: `leave_out` names a column that is not there.
 
     Example:
         >>> import memlens as ml, tempfile
@@ -100,6 +104,9 @@ def study_idioms(
         **{name: dict(seqs.attrs) for name, seqs in given.items() if seqs is not None},
         "lens": "trained on the text" if lens is None and train_lens else str(lens or "none"),
     }
+    for column in chosen.leave_out:
+        if not any(column in seqs.table for seqs in (idioms, facts) if seqs is not None):
+            raise ColumnError(f"leave_out names {column!r}, a column that neither idioms nor facts have.")
     own_lens = None if lens is None else as_lens(lens, model)
     folder = StudyDirectory(
         out,
@@ -156,6 +163,12 @@ class _IdiomStudy:
 
     def items(self, name: str, items: SequenceSet) -> None:
         """Parts 1 to 4 for one set of items, its recall by frequency, and its criteria."""
+        if set(DEFECTS) <= set(items.table):
+            self.folder.add_table(
+                f"{name}_defects", idiom_defects(items), title=f"{name.capitalize()}: defects of the file",
+                section=f"{name}_recall",
+            )  # fmt: skip
+        items = _without(items, self.options.leave_out)
         part = Unfolding(
             self.model, name, items, self._natural(items), self.lens, self.folder, self.options,
             progress=self.progress,
@@ -221,6 +234,15 @@ class _IdiomStudy:
             criteria=self.options.criteria,
             progress=self.progress,
         )
+
+
+def _without(items: SequenceSet, columns: Sequence[str]) -> SequenceSet:
+    """Leave out the items for which one of the columns that the table has is true."""
+    out = np.zeros(len(items), dtype=bool)
+    for column in columns:
+        if column in items.table:
+            out |= items.table[column].to_numpy(bool)
+    return items[np.flatnonzero(~out)].with_attrs(left_out=int(out.sum())) if out.any() else items
 
 
 def _frequency_column(table: pd.DataFrame) -> str | None:

@@ -6,15 +6,16 @@ idioms and facts are such sets.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 
 from memlens.attribution import TunedLens, decode_residual, knock_out_neurons, promotion_summary
-from memlens.errors import EmptySetError
 from memlens.models.hooks import has_site
 from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
@@ -169,11 +170,8 @@ class Unfolding:
             balance = pd.concat(balances, ignore_index=True)
             self._table("balance", balance, "How alike the matched pairs are", "decoding")
         if not tables:
-            raise EmptySetError(
-                "fewer than two recalled items have a control within the calipers "
-                f"({self.options.length_caliper:g} tokens, {self.options.probability_caliper:g} of "
-                "probability): widen them."
-            )
+            self.folder.find(find.unmatched(self.name, self.options))
+            return
         table = find.with_corrected_p(pd.concat(tables, ignore_index=True))
         self._table("matched", table, "Recalled minus matched control", "decoding")
         self.folder.find(find.matched_promotion(self.name, table))
@@ -183,11 +181,15 @@ class Unfolding:
         if not self.options.knock_out:
             return
         chosen = at_most(self.groups[RECALLED], self.options.max_items, self.options.seed)
+        beside = at_most(chosen, self.options.max_controls, self.options.seed)
+        controls = tuple(name for name in self.options.selections if name != "dominant")
         others = self._other_items()
         for keep in (False, True)[: 1 + self.options.non_top]:
             word = "non_top" if keep else "top"
-            result = self._knocked_out(chosen, RECALLED, keep, self.options.selections)
-            dominant = {RECALLED: _only(result, "dominant")}
+            result = self._knocked_out(chosen, RECALLED, keep, ("dominant",))
+            dominant = {RECALLED: result}
+            if controls:
+                result = _with_controls(result, self._knocked_out(beside, "controls", keep, controls))
             for name, seqs in others.items():
                 dominant[name] = self._knocked_out(seqs, name, keep, ("dominant",))
             self._keep_knock_outs(word, result, dominant)
@@ -195,7 +197,8 @@ class Unfolding:
     def _keep_knock_outs(self, word: str, result: Result, dominant: Mapping[str, Result]) -> None:
         of_all = largest_shared_k(result)
         what = "the top k" if word == "top" else "all but the top k"
-        figures = [FigureRequest({"selection": "dominant"}, reading=reading(_only(result, "dominant")))]
+        alone = {"selection": "dominant"} if len(self.options.selections) > 1 else {}
+        figures = [FigureRequest(alone, reading=reading(dominant[RECALLED]))]
         if len(self.options.selections) > 1:
             figures.append(FigureRequest({"k": of_all}, reading=controls_in_words(result, of_all)))
         self.folder.add_result(
@@ -318,8 +321,18 @@ _STREAM_TITLES = {
 }
 
 
-def _only(result: Result, selection: str) -> Result:
-    """Return one selection's knock-outs; its first draw, which is the only one of the dominant neurons."""
-    data = result.data
-    data = data.sel(selection=selection, drop=True) if "selection" in data.dims else data
-    return Result(data.isel(draw=0, drop=True) if "draw" in data.dims else data)
+def _with_controls(dominant: Result, controls: Result) -> Result:
+    """Join the knock-outs of dominant neurons with those of others, which fewer items may have (NaN)."""
+    data = controls.data
+    if "selection" not in data.dims:
+        data = data.expand_dims(selection=controls.settings["selection"])
+    keep = [name for name in dominant.data.data_vars if "layer" in dominant[str(name)].dims]
+    first = dominant.data.expand_dims(selection=["dominant"])
+    parts = [part[keep].drop_vars([c for c in part.coords if c not in part.dims]) for part in (first, data)]
+    if "draw" in parts[1].dims:
+        parts[0] = parts[0].expand_dims(draw=[0])
+    joined = xr.concat(parts, "selection", join="outer", combine_attrs="override")
+    joined = joined.sel(sequence=dominant["sequence"].values)
+    joined = joined.merge(dominant.data.drop_vars(keep), combine_attrs="override", compat="override")
+    settings = {**dominant.settings, "selection": joined["selection"].values.tolist()}
+    return Result(joined.assign_attrs(dominant.data.attrs | {"settings": json.dumps(settings)}))

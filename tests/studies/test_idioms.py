@@ -13,13 +13,20 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 import memlens as ml
-from memlens.errors import OptionError
+from memlens.errors import ColumnError, OptionError
 from memlens.studies import StudyRun, idioms
 from memlens.studies.idiom_findings import recall_by_frequency, recall_by_subset
 from memlens.studies.unfolding import MISSED, NATURAL, RECALLED
 
 SMALL = ml.IdiomOptions(
-    max_items=6, max_others=4, top_k=(1, 10), windows=(1, 2), lens_steps=3, lens_batch_size=4, n_resamples=200
+    max_items=6,
+    max_controls=5,
+    max_others=4,
+    top_k=(1, 10),
+    windows=(1, 2),
+    lens_steps=3,
+    lens_batch_size=4,
+    n_resamples=200,
 )
 CONTROL = "matched_natural_text"
 
@@ -149,6 +156,11 @@ def test_knock_out_table_has_every_cell_with_wilson_s_interval(folder: Path) -> 
     assert (row["flipped_low"], row["flipped_high"]) == (pytest.approx(low, abs=1e-9), pytest.approx(high))
     cost = result.effect("target_logprob").sel(selection="dominant", k=10, layer=0, window=2)
     assert row["logprob_change"] == pytest.approx(float(cost.mean()), abs=1e-6)
+    random = recalled[(recalled["selection"] == "random") & (recalled["k"] == 10)]
+    assert (random["n"] == 5).all()
+    again = flips.sel(selection="random", k=10, layer=2, window=1)
+    cell = random[(random["layer"] == 2) & (random["window"] == 1)].iloc[0]
+    assert cell["flipped"] == pytest.approx(float(again.mean(skipna=True)))
     others = rows[rows["group"] != RECALLED]
     assert set(others["group"]) == {MISSED, NATURAL}
     assert set(others["selection"]) == {"dominant"}
@@ -236,6 +248,24 @@ def test_frequency_bins_and_subsets_by_hand() -> None:
     assert subsets.loc["all", ["n", "recalled"]].tolist() == [6, 0.5]
     assert subsets.loc["hard to guess (flag)", ["n", "recalled"]].tolist() == [3, pytest.approx(1 / 3)]
     assert subsets.loc["hard to guess and content-word target (flags)", "n"] == 2
+
+
+def test_items_are_left_out_by_their_columns(pythia: Any, tmp_path: Path) -> None:
+    texts = ml.load_sequences("zoo:expressions", pythia).table["text"].tolist()[130:]
+    pd.DataFrame({"idiom": [*texts, "for a very long time"]}).to_json(
+        tmp_path / "idioms.jsonl", orient="records", lines=True
+    )
+    with pytest.warns(UserWarning, match="1 rows are dictionary definitions"):
+        seqs = ml.load_sequences(tmp_path / "idioms.jsonl", pythia)
+    options = ml.IdiomOptions(**{**vars(SMALL), "knock_out": False, "leave_out": ("definition",)})
+    run = ml.study_idioms(pythia, seqs, tmp_path / "run", options=options, progress=False)
+    assert run.failures == {}
+    assert any("Fewer than two recalled idioms have a control" in f.statement for f in run.findings)
+    assert len(table(tmp_path / "run", "idioms_recall")) == len(texts) == len(seqs) - 1
+    defects = table(tmp_path / "run", "idioms_defects")
+    assert "for a very long time" in defects["text"].tolist()
+    with pytest.raises(ColumnError, match="'definitoin'"):
+        ml.study_idioms(pythia, seqs, tmp_path, options=ml.IdiomOptions(leave_out=("definitoin",)))
 
 
 def test_bad_options_are_named() -> None:
