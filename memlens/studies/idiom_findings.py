@@ -267,7 +267,7 @@ def unmatched(name: str, options: IdiomOptions) -> Finding:
     return Finding(
         f"{name.capitalize()}: recalled beside matched predictions",
         f"Fewer than two recalled {name} have a control within the calipers ({options.length_caliper:g} "
-        f"tokens, {options.probability_caliper:g} of probability), so nothing is said of how they differ from "
+        f"tokens, {options.probability_caliper:g} of probability): nothing is said of how they differ from "
         "other predictions that the model is as sure of.",
     )
 
