@@ -17,9 +17,19 @@ from memlens.sequences import SequenceSet
 from memlens.sweeps import Intervention, Reads, applied, sweep
 from memlens.sweeps.metrics import MetricLike
 
-__all__ = ["BYPASS_MODES", "SPANS", "bypass_attention", "bypass_intervention", "bypassed", "spans"]
+__all__ = [
+    "BYPASS_MODES",
+    "CONTROL_MODES",
+    "SPANS",
+    "bypass_attention",
+    "bypass_intervention",
+    "bypassed",
+    "spans",
+]
 
 BYPASS_MODES = ("identity", "zero")
+CONTROL_MODES = ("uniform", "first_token")
+"""What else the attention matrix may become, as a control: they need the whole text at once."""
 SPANS = ("layer", "window", "suffix", "prefix")
 
 
@@ -44,6 +54,11 @@ def bypass_attention(
       (arXiv 2501.05078, as its released code does it). It is written on values, which every architecture
       obeys.
     - ``"zero"``: the attention adds nothing to the residual, its bias included (ours, as a control).
+    - ``"uniform"``: every row of the attention matrix is the same for all tokens before and at its place,
+      :math:`z_{h,t} = \frac{1}{t+1} \sum_{s \le t} v_{h,s}` (ours, as a control; a sliding window is not
+      heeded).
+    - ``"first_token"``: every token attends to the first one alone, :math:`z_{h,t} = v_{h,0}` (ours, as a
+      control: many heads rest there).
 
     With a strength :math:`a` the attention matrix is :math:`(1-a)A + aI`: :math:`z_{h,t}` becomes
     :math:`(1-a)z_{h,t} + a\,v_{h,t}` (of "zero": :math:`1-a` times what attention adds).
@@ -53,12 +68,12 @@ def bypass_attention(
         sequences: What is recalled.
         mode: One of the above.
         layers: The blocks at which a bypass stands or begins (a "prefix": ends); all by default.
-        heads: Only these heads ("identity" only); all by default. With grouped queries, query heads.
+        heads: Only these heads (not with "zero"); all by default. With grouped queries, query heads.
         span: What is bypassed together: the block alone ("layer"), `width` consecutive blocks from it on
             ("window"; those that would pass the last block are left out), it and all later blocks
             ("suffix"), or all blocks up to and with it ("prefix").
         width: Blocks in a window.
-        over: "head" bypasses each of `heads` alone ("identity" only).
+        over: "head" bypasses each of `heads` alone (not with "zero").
         strengths: Strengths :math:`a` from 0 to 1 that are tried each; full strength alone by default.
         metrics: As for `sweep`.
         options: Further options of `sweep`.
@@ -163,8 +178,8 @@ def bypass_intervention(
     Args:
         model: A TransformerLens model.
         layers: The block, or the blocks bypassed together.
-        mode: "identity" or "zero"; see `bypass_attention`.
-        heads: Only these heads ("identity" only); all by default.
+        mode: See `bypass_attention`.
+        heads: Only these heads (not with "zero"); all by default.
         strength: How much of it, 0 to 1; see `bypass_attention`.
         coords: Labels for the result.
 
@@ -172,7 +187,7 @@ def bypass_intervention(
         OptionError: Unknown mode, no layers, heads with mode "zero", or a strength outside 0 to 1.
         SiteError: A layer or head that does not exist.
     """
-    check_option("mode", mode, BYPASS_MODES)
+    check_option("mode", mode, (*BYPASS_MODES, *CONTROL_MODES))
     trunk = Trunk(model)
     layers = [layers] if isinstance(layers, int) else list(layers)
     if not layers:
@@ -190,7 +205,9 @@ def bypass_intervention(
     hooks = [
         hook
         for layer in layers
-        for hook in (_zero(layer, strength) if mode == "zero" else _identity(trunk, layer, heads, strength))
+        for hook in (
+            _zero(layer, strength) if mode == "zero" else _on_values(trunk, layer, mode, heads, strength)
+        )
     ]
     what = mode if strength == 1 else f"{mode} x {strength:g}"
     return Intervention(f"bypass {','.join(map(str, layers))} ({what})", hooks, coords or {})
@@ -228,6 +245,7 @@ def bypassed(
         >>> tuple(logits.shape)[:2]
         (1, 3)
     """
+    check_option("mode", mode, BYPASS_MODES)
     with applied(model, bypass_intervention(model, layers, mode=mode, heads=heads, strength=strength)):
         yield model
 
@@ -236,10 +254,26 @@ def _zero(layer: int, strength: float) -> list[tuple[str, HookFn]]:
     return [(hook_name("attn_out", layer), lambda x, hook: x * (1 - strength))]
 
 
-def _identity(
-    trunk: Trunk, layer: int, heads: Sequence[int] | None, strength: float
+def _uniform(v: Tensor) -> Tensor:
+    """The mean of the values up to each position, summed in float32 at least."""
+    count = torch.arange(1, v.shape[1] + 1, device=v.device)[:, None, None]
+    wide = v if v.dtype == torch.float64 else v.float()
+    return wide.cumsum(1) / count
+
+
+_MIXED: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda v: v,
+    "uniform": _uniform,
+    "first_token": lambda v: v[:, :1].expand_as(v),
+}
+"""What each mode makes of the values `[batch, pos, head, d_head]`."""
+
+
+def _on_values(
+    trunk: Trunk, layer: int, mode: str, heads: Sequence[int] | None, strength: float
 ) -> list[tuple[str, HookFn]]:
-    """Remember the values, and write them where the mixed values would stand."""
+    """Remember the values, and write what the mode makes of them where the mixed values would stand."""
+    mixed = _MIXED[mode]
     kept: list[Tensor] = []
     groups = trunk.n_heads // trunk.n_kv_heads
     chosen: Any = slice(None) if heads is None else list(heads)
@@ -248,7 +282,7 @@ def _identity(
         kept[:] = [v]
 
     def write(z: Tensor, hook: Any) -> Tensor:
-        v = kept.pop()
+        v = mixed(kept.pop())
         if v.shape[2] != z.shape[2]:
             v = v.repeat_interleave(groups, dim=2)
         v = v[:, :, chosen].to(z.dtype)

@@ -56,6 +56,37 @@ def test_identity_is_the_output_projection_of_the_values(tiny_model: Any, family
         assert torch.equal(z[:, :, head], v[:, :, head // group])
 
 
+@pytest.mark.parametrize("mode", ["uniform", "first_token", "identity"])
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_modes_are_attention_patterns(tiny_model: Any, backend: str, mode: str) -> None:
+    """The same logits as writing the pattern, where the model heeds what is written there."""
+    if backend == "hooked" and "gpt_neox" not in HOOKED_FAMILIES:
+        pytest.skip("this TransformerLens has no HookedTransformer")
+    model = tiny_model("gpt_neox", backend)
+    n = TOKENS.shape[1]
+    first = torch.zeros(n, n).index_fill(1, torch.tensor([0]), 1.0)
+    patterns = {
+        "uniform": torch.ones(n, n).tril() / torch.arange(1, n + 1)[:, None],
+        "first_token": first,
+        "identity": torch.eye(n),
+    }
+
+    def write(pattern: torch.Tensor, hook: Any) -> torch.Tensor:
+        return patterns[mode].expand_as(pattern).to(pattern.dtype)
+
+    with torch.no_grad():
+        expected = model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.1.attn.hook_pattern", write)])
+        with ml.applied(model, ml.bypass_intervention(model, [1], mode=mode)):
+            found = model(TOKENS)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_controls_that_need_the_whole_text_are_not_held(tiny_model: Any) -> None:
+    model = tiny_model("gpt_neox", "bridge")
+    with pytest.raises(OptionError, match="uniform"), ml.bypassed(model, [0], mode="uniform"):
+        pass
+
+
 def test_one_head_only(tiny_model: Any) -> None:
     model = tiny_model("llama_gqa", "bridge")
     names = ["blocks.1.attn.hook_z", "blocks.1.attn.hook_v"]

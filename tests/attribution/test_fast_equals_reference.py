@@ -56,6 +56,8 @@ INSTRUMENTS: dict[str, Run] = {
     "bypass identity": bypass("identity"),
     "bypass one head": bypass("identity", [1]),
     "bypass zero": bypass("zero"),
+    "bypass uniform": bypass("uniform"),
+    "bypass to the first token": bypass("first_token"),
     **{f"patch {site}": patch(site) for site in ("resid_pre", "resid_post", "attn_out", "mlp_out", "z")},
     "patch resid_mid": patch("resid_mid"),
     "patch noising": patch("resid_pre", direction="noising"),
