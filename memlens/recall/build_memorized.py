@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Int
 from tqdm.auto import tqdm
 
@@ -19,6 +20,7 @@ from memlens.errors import OptionError, SequenceError, check_option
 from memlens.models.memory import check_batch_size
 from memlens.models.trunk import check_model
 from memlens.recall.batches import rows_per_batch
+from memlens.recall.columns import SCORE_COLUMNS
 from memlens.recall.memorized_set import MemorizedSet, assemble_sets
 from memlens.recall.scan import Kept, PredictableRule, ScanRules, scan_block
 from memlens.recall.scan_store import ScanStore, model_name, numerics
@@ -27,6 +29,9 @@ from memlens.recall.windows import Block, Windows, open_windows
 from memlens.sequences import SequenceSet, check_sequences
 
 __all__ = ["build_memorized_set"]
+
+_OWN = ("id", "text", "row", "start", "role", "matched_to", "length_difference", "frequency_difference")
+"""Columns that the scan itself gives."""
 
 
 def build_memorized_set(
@@ -91,9 +96,10 @@ def build_memorized_set(
         progress: Show a progress bar.
 
     Returns:
-        The three sets (columns `row`, `start`, the scores of `score_recall`, how trivial; of controls also
-        `matched_to` and the differences), counts, settings. The sets are empty where nothing is memorized,
-        with a warning.
+        The three sets, counts and settings. The sets' tables have the columns of a `SequenceSet` that was
+        scanned, `row` and `start`, the scores of `score_recall`, how trivial a continuation is, and of
+        controls `matched_to` and the differences. With a warning, all sets are empty where nothing is
+        memorized.
 
     Raises:
         OptionError: A number out of range.
@@ -143,7 +149,7 @@ def build_memorized_set(
         "source": _source_name(token_source),
         "source_kind": windows.kind,
         "token_counts": "counted in the scan" if token_counts is None else "given",
-        **numerics(model, size),
+        **numerics(model, min(size, block_size)),
     }
     store = None if out is None else ScanStore(out, _about(model, windows, settings))
     scan = _Scan(model, windows, scan_rules, batch_size, store)
@@ -188,8 +194,8 @@ class _Scan:
         store = self.store if block.whole else None
         if store is not None and (known := store.load(number, block)) is not None:
             return known
-        names = _names(self.windows, block)
-        found = scan_block(self.model, block, names, kept, self.rules, self.batch_size)
+        facts = _facts(self.windows, block)
+        found = scan_block(self.model, block, facts, kept, self.rules, self.batch_size)
         if store is not None:
             store.save(number, block, *found)
         return found
@@ -238,7 +244,14 @@ def _about(model: Any, windows: Windows, settings: Mapping[str, Any]) -> dict[st
     return {**about, "weights": model_name(model), "n_rows": windows.n_rows}
 
 
-def _names(windows: Windows, block: Block) -> list[str]:
-    rows, starts = block.row.tolist(), block.start.tolist()
-    names = [windows.names[row] if windows.names else f"row-{row}" for row in rows]
-    return [name if start == 0 else f"{name}+{start}" for name, start in zip(names, starts, strict=True)]
+def _facts(windows: Windows, block: Block) -> pd.DataFrame:
+    """Return a name for each window, where it stands, and what the source says of its row."""
+    if windows.table is None:
+        names, facts = [f"row-{row}" for row in block.row.tolist()], pd.DataFrame(index=range(len(block)))
+    else:
+        facts = windows.table.iloc[block.row].reset_index(drop=True)
+        names = facts["id"].tolist()
+        facts = facts.drop(columns=[*_OWN, *SCORE_COLUMNS], errors="ignore")
+    starts = block.start.tolist()
+    ids = [name if start == 0 else f"{name}+{start}" for name, start in zip(names, starts, strict=True)]
+    return pd.DataFrame({"id": ids, "row": block.row, "start": block.start}).join(facts)

@@ -83,7 +83,7 @@ class MemorizedSet:
             "format": _FORMAT,
             "counts": dict(self.counts),
             "settings": dict(self.settings),
-            "balance": json.loads(self.matching.to_json(orient="records", double_precision=15)),
+            "balance": self.matching.to_dict(orient="records"),
         }
         write_atomically(folder / _FILE, json.dumps(content, indent=1).encode())
         return folder
@@ -108,7 +108,9 @@ class MemorizedSet:
         if not known:
             raise FileFormatError(f"{path} has the format {content['format']!r}, not {_FORMAT!r}")
         sets = (SequenceSet.from_parquet(path.parent / f"{role}.parquet") for role in ROLES)
-        return cls(*sets, *parts)
+        return cls(
+            **dict(zip(ROLES, sets, strict=True)), counts=parts[0], settings=parts[1], matching=parts[2]
+        )
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{len(getattr(self, role))} {role}" for role in ROLES)
@@ -133,7 +135,8 @@ def assemble_sets(
     """
     length = settings["prefix_len"] + settings["suffix_len"]
     empty = SequenceSet.from_tokens(np.zeros((0, length), np.int64), settings["prefix_len"])
-    sets, tables = dict.fromkeys(ROLES, empty), [pd.DataFrame(columns=_BALANCE)]
+    sets: dict[str, SequenceSet] = dict.fromkeys(ROLES, empty)
+    tables = [pd.DataFrame(columns=_BALANCE)]
     memorized = kept.candidates("memorized")
     if memorized is None:
         warnings.warn(f"none of {kept.counts['windows']} windows is memorized: no set is made", stacklevel=3)
@@ -146,7 +149,9 @@ def assemble_sets(
                     sets["memorized"], pool, token_counts, n_per=1, seed=settings["seed"], also=also
                 )
                 sets[role] = matching.controls
-                tables.append(matching.balance().reset_index().assign(controls=role)[_BALANCE])
+                tables.append(
+                    matching.balance().reset_index().assign(controls=role).reindex(columns=_BALANCE)
+                )
     counts = {**kept.counts, **{role: len(seqs) for role, seqs in sets.items()}}
     counts["beyond_n"] = kept.counts["memorized_found"] - counts["memorized"]
     balance = pd.concat(tables[1:] or tables, ignore_index=True)

@@ -144,8 +144,9 @@ class Kept:
         """Add what `scan_block` gave."""
         self.counts.update(counts)
         for role in ROLES:
-            if (rows := (found.table["role"] == role).to_numpy()).any():
-                self.sets[role].append(found[rows].with_table(found.table[rows].drop(columns="role")))
+            if (rows := found.table["role"].to_numpy() == role).any():
+                chosen = found[rows]
+                self.sets[role].append(chosen.with_table(chosen.table.drop(columns="role")))
         for *key, role in zip(*_keys(found), found.table["role"], strict=True):
             self.seen.add(role == "memorized", *key)
 
@@ -161,9 +162,17 @@ class Kept:
 
 
 def scan_block(
-    model: Any, block: Block, names: list[str], kept: Kept, rules: ScanRules, batch_size: int | None
+    model: Any, block: Block, facts: pd.DataFrame, kept: Kept, rules: ScanRules, batch_size: int | None
 ) -> tuple[SequenceSet, dict[str, int]]:
     """Score a block's windows and choose among them.
+
+    Args:
+        model: A TransformerLens model.
+        block: The windows.
+        facts: One row a window, with its `id`.
+        kept: What the blocks before gave.
+        rules: How windows are told apart.
+        batch_size: Windows a forward pass.
 
     Returns:
         What is kept, with the columns `role`, `row`, `start`, the scores and how trivial it is; and how many
@@ -173,8 +182,7 @@ def scan_block(
         VocabularyError: An id is outside the model's vocabulary; names the row of the source.
     """
     _check_vocabulary(model, block)
-    table = pd.DataFrame({"id": names, "row": block.row, "start": block.start})
-    seqs = SequenceSet.from_tokens(block.tokens, rules.prefix_len, table=table)
+    seqs = SequenceSet.from_tokens(block.tokens, rules.prefix_len, table=facts)
     counts = {"rows": block.n_rows, "rows_too_short": block.n_short, "windows": len(block)}
     ended = eos_mask(seqs, rules.eos)
     counts["end_of_text"] = int(ended.sum())
@@ -202,15 +210,12 @@ def _chosen(
 ) -> tuple[SequenceSet, dict[str, int]]:
     room = {role: rules.pool_size - kept.size(role) for role in ROLES[1:]}
     wanted = ["memorized", *(role for role, free in room.items() if free > 0)]
-    roles = seqs.table["role"]
-    exact = int((roles == "memorized").sum())
-    counts |= {
-        "exact_match": exact,
-        "not_exact": len(seqs) - exact,
-        "between": int((roles == "between").sum()),
-    }
-    full = int((~roles.isin(["between", *wanted])).sum())
-    seqs = seqs[roles.isin(wanted)]
+    roles = seqs.table["role"].to_numpy(dtype=object)
+    tally = Counter(roles.tolist())
+    exact, between = tally["memorized"], tally["between"]
+    counts |= {"exact_match": exact, "not_exact": len(seqs) - exact, "between": between}
+    full = sum(tally[role] for role in ROLES if role not in wanted)
+    seqs = seqs[np.isin(roles.astype(str), wanted)]
     tally = Counter({"pool_full": full})
     if len(seqs):
         tokenizer = getattr(model, "tokenizer", None)

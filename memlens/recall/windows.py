@@ -67,7 +67,7 @@ class Windows:
     Attributes:
         kind: What the source is: "array", "rows" or "stream".
         n_rows: How many rows (of an array: windows) there are; None where only reading to the end tells.
-        names: The rows' names where the source has some.
+        table: The rows' facts where the source has some: that of a `SequenceSet`.
         read: From numbers of rows to their windows; of a stream None.
         stream: The rows, from the first; of anything else None.
         cut: From rows and their numbers to windows.
@@ -75,7 +75,7 @@ class Windows:
 
     kind: str
     n_rows: int | None
-    names: Sequence[str] | None
+    table: pd.DataFrame | None
     read: Read | None
     stream: Callable[[], Iterator[Any]] | None
     cut: Callable[[Iterable[Any], np.ndarray], Block]
@@ -134,7 +134,7 @@ def open_windows(source: Any, length: int, stride: int | None, tokens_column: st
         source = source.detach().cpu().numpy()
     if isinstance(source, np.ndarray):
         return _of_array(source, length, stride)
-    names = source.ids if isinstance(source, SequenceSet) else None
+    table = source.table if isinstance(source, SequenceSet) else None
     if isinstance(source, SequenceSet):
         source = source.rows()
     elif isinstance(source, pd.DataFrame):
@@ -146,11 +146,11 @@ def open_windows(source: Any, length: int, stride: int | None, tokens_column: st
             f"a {type(source).__name__} is no corpus: give an array of ids, a .npy file, a SequenceSet, a "
             "dataset, or an iterable of rows"
         )
-    return _of_rows(source, length, stride, tokens_column, names)
+    return _of_rows(source, length, stride, tokens_column, table)
 
 
 def _of_rows(
-    source: Any, length: int, stride: int | None, tokens_column: str | None, names: Sequence[str] | None
+    source: Any, length: int, stride: int | None, tokens_column: str | None, table: pd.DataFrame | None
 ) -> Windows:
     def cut(rows: Iterable[Any], numbers: np.ndarray) -> Block:
         pairs = zip(rows, numbers.tolist(), strict=True)
@@ -159,9 +159,9 @@ def _of_rows(
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
         n_rows = len(source)
         return Windows(
-            "rows", n_rows, names, lambda rows: cut((source[row] for row in rows.tolist()), rows), None, cut
+            "rows", n_rows, table, lambda rows: cut((source[row] for row in rows.tolist()), rows), None, cut
         )
-    return Windows("stream", None, names, None, lambda: iter(source), cut)
+    return Windows("stream", None, None, None, lambda: iter(source), cut)
 
 
 def shuffled(index: Int[np.ndarray, "index"], n: int, seed: int) -> Int[np.ndarray, "index"]:
