@@ -170,5 +170,6 @@ def _finished(model: Any, seqs: SequenceSet, settings: Mapping[str, Any]) -> Seq
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is not None:
         attrs = {**tokenizer_attrs(tokenizer), **attrs}
-        seqs = seqs.with_table(seqs.table.assign(text=tokenizer.batch_decode(seqs.rows())))
+        texts = tokenizer.batch_decode(seqs.rows()) if len(seqs) else []
+        seqs = seqs.with_table(seqs.table.assign(text=texts))
     return seqs.with_attrs(**attrs, prepend_bos=False)
