@@ -36,8 +36,10 @@ class PredictableRule:
     A window is predictable where greedy decoding does not give its continuation, `measure` is at least
     `threshold`, and the teacher-forced `target_accuracy` is under `below`. It is a statement on this model's
     predictions alone. It does not show that the text was not in training, nor that none of its tokens is
-    recalled: shorter memorized phrases inside a window count, too. `below` leaves out what is nearly an exact
-    match, most of which is memorized in part. All of it is ours.
+    recalled: what is memorized in part is predicted well, too, and `below` leaves out the worst of it only
+    (in the zoo, where copies are known, 6 % of the predictable windows were planted eight times or more, 13 %
+    with `below=0.9`). Where that matters, scan text that the model cannot have seen for controls. Definition
+    and thresholds are ours.
 
     Attributes:
         measure: "target_accuracy" (share of the continuation's tokens that are the arg-max, teacher-forced)
@@ -51,7 +53,7 @@ class PredictableRule:
 
     measure: str = "target_accuracy"
     threshold: float | None = None
-    below: float = 0.9
+    below: float = 0.75
 
     def __post_init__(self) -> None:
         check_option("measure", self.measure, list(_THRESHOLDS))

@@ -46,15 +46,15 @@ def model() -> Any:
 def planted(model: Any) -> SequenceSet:
     """Planted rows from no copy to very many, and text that was not trained on."""
     zoo = load_sequences("zoo", model)
-    zoo = zoo[(zoo.table["domain"].isin(["text", "code", "table"])).to_numpy()][::2]
-    return zoo.concat(load_sequences("zoo:heldout", model)[:150])
+    zoo = zoo[(zoo.table["domain"].isin(["text", "code", "table"])).to_numpy()][::3]
+    return zoo.concat(load_sequences("zoo:heldout", model)[:84])
 
 
 @pytest.fixture(scope="module")
 def corpus(planted: SequenceSet) -> np.ndarray:
-    """The rows as uint16, twenty of them twice."""
+    """The rows as uint16, some of them twice."""
     rows = planted.tokens.numpy().astype(np.uint16)
-    return np.concatenate([rows, rows[60:100]])
+    return np.concatenate([rows, rows[60:80]])
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_controls_are_disjoint_matched_and_what_they_are_called(found: Memorized
         assert controls.lengths.eq(64).all()
         assert not controls.table["exact_match"].any()
     assert (found.unmemorized.table["target_accuracy"] < 0.5).all()
-    assert found.predictable.table["target_accuracy"].between(0.5, 0.9, inclusive="left").all()
+    assert found.predictable.table["target_accuracy"].between(0.5, 0.75, inclusive="left").all()
 
 
 def test_balance_is_that_of_the_sets(found: MemorizedSet) -> None:
@@ -188,17 +188,17 @@ def test_every_form_of_source_gives_the_same_windows(
 
 def test_strides_and_short_rows(model: Any, planted: SequenceSet) -> None:
     memorized = build(model, planted).memorized.rows()
-    ragged = [[7] * 3 + memorized[0], memorized[1] + [9] * 2, [5, 6]]
+    ragged = [[7] * 40 + memorized[0], memorized[1] + [9] * 2, [5, 6]]
     first = build(model, ragged)
     assert tokens(first.memorized) == [tuple(memorized[1])]
     assert (first.counts["rows"], first.counts["rows_too_short"], first.counts["windows"]) == (3, 1, 2)
-    every = build(model, ragged, stride=1)
-    assert every.counts["windows"] == 4 + 3
+    every = build(model, ragged, stride=20)
+    assert every.counts["windows"] == 3 + 1
     assert {tuple(memorized[0]), tuple(memorized[1])} <= set(tokens(every.memorized))
-    assert "row-0+3" in every.memorized.ids
-    array = np.array([[7] * 3 + memorized[0], memorized[1] + [9] * 3])
-    assert "row-0+3" in build(model, array, stride=3).memorized.ids
-    assert build(model, array, stride=3).counts["windows"] == 4
+    assert "row-0+40" in every.memorized.ids
+    array = np.array([[7] * 40 + memorized[0], memorized[1] + [9] * 40])
+    assert "row-0+40" in build(model, array, stride=40).memorized.ids
+    assert build(model, array, stride=40).counts["windows"] == 4
 
 
 def test_same_continuation_after_another_prefix(model: Any, found: MemorizedSet) -> None:
