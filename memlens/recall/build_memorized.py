@@ -74,10 +74,11 @@ def build_memorized_set(
             length are shuffled within blocks only; a resumed scan needs the same rows from the first on.
         prefix_len: Tokens given to the model.
         suffix_len: Tokens that must match.
-        n: Stop after the block with the n-th memorized sequence; None for all of the source.
+        n: Stop after the block with the n-th memorized sequence; None for all of the source. Controls are
+            found on the way, so there may be too few where nearly all is memorized.
         seed: Of the order of windows, and of ties between controls.
-        batch_size: Windows a forward pass; chosen to a memory budget by default. Exact matches with a lead
-            of rounding size (`near_tie`) may hang on it.
+        batch_size: Windows a forward pass; chosen to a memory budget by default, and kept where a scan goes
+            on. Exact matches with a lead of rounding size (`near_tie`) may hang on it.
         out: A folder in which finished blocks are kept, and the set in the end. The same call goes on with an
             interrupted scan, or with a finished one where `n` or `max_rows` is greater.
         max_rows: Read at most so many rows (of an array: windows).
@@ -127,36 +128,28 @@ def build_memorized_set(
     _check_numbers(model, numbers, below)
     _check_counts(model, token_counts)
     windows = _windows(model, token_source, prefix_len + suffix_len, stride, tokens_column)
-    eos = getattr(getattr(model, "tokenizer", None), "eos_token_id", None)
-    scan_rules = ScanRules(
-        prefix_len,
-        below,
-        predictable or PredictableRule(),
-        rules or TrivialRules(),
-        keep_trivial,
-        eos if on_eos == "drop" else None,
-        pool_size,
-    )
-    size = batch_size or rows_per_batch(model.cfg, prefix_len + suffix_len, next(model.parameters()).device)
+    predictable, rules = predictable or PredictableRule(), rules or TrivialRules()
+    eos = getattr(getattr(model, "tokenizer", None), "eos_token_id", None) if on_eos == "drop" else None
+    size = min(batch_size or _batch_size(model, prefix_len + suffix_len, out), block_size)
     settings = {
         **numbers,
         "seed": seed,
         "below": below,
         "keep_trivial": keep_trivial,
         "on_eos": on_eos,
-        **scan_rules.predictable.settings(),
-        **scan_rules.trivial.settings(),
+        **predictable.settings(),
+        **rules.settings(),
         "source": _source_name(token_source),
         "source_kind": windows.kind,
         "token_counts": "counted in the scan" if token_counts is None else "given",
-        **numerics(model, min(size, block_size)),
+        **numerics(model, size),
     }
     store = None if out is None else ScanStore(out, _about(model, windows, settings))
-    scan = _Scan(model, windows, scan_rules, batch_size, store)
+    scan_rules = ScanRules(prefix_len, below, predictable, rules, keep_trivial, eos, pool_size)
+    scan = _Scan(model, windows, scan_rules, size, store)
     kept, counted = scan.run(seed, block_size, max_rows, n, progress)
-    found = assemble_sets(
-        model, kept, counted if token_counts is None else np.asarray(token_counts), settings
-    )
+    counts = counted if token_counts is None else np.asarray(token_counts)
+    found = assemble_sets(model, kept, counts, settings)
     if out is not None:
         found.save(out)
     return found
@@ -169,7 +162,7 @@ class _Scan:
     model: Any
     windows: Windows
     rules: ScanRules
-    batch_size: int | None
+    batch_size: int
     store: ScanStore | None
 
     def run(
@@ -221,6 +214,12 @@ def _check_counts(model: Any, token_counts: Any) -> None:
             f"token_counts has shape {np.shape(token_counts)}: give one count for each of the "
             f"{model.cfg.d_vocab} ids of the model's vocabulary"
         )
+
+
+def _batch_size(model: Any, length: int, out: str | Path | None) -> int:
+    """Return what fits, or what an interrupted scan began with: memory may have been freer then."""
+    begun = None if out is None else ScanStore.begun(out).get("batch_size")
+    return begun or rows_per_batch(model.cfg, length, next(model.parameters()).device)
 
 
 def _windows(model: Any, source: Any, length: int, stride: int | None, tokens_column: str | None) -> Windows:

@@ -164,7 +164,7 @@ class Kept:
 
 
 def scan_block(
-    model: Any, block: Block, facts: pd.DataFrame, kept: Kept, rules: ScanRules, batch_size: int | None
+    model: Any, block: Block, facts: pd.DataFrame, kept: Kept, rules: ScanRules, batch_size: int
 ) -> tuple[SequenceSet, dict[str, int]]:
     """Score a block's windows and choose among them.
 

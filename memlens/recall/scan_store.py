@@ -50,6 +50,14 @@ class ScanStore:
         else:
             write_atomically(self.manifest, content.encode())
 
+    @staticmethod
+    def begun(folder: str | Path) -> dict[str, Any]:
+        """Return what the scan in a folder is about; nothing where there is none that can be read."""
+        try:
+            return dict(json.loads((Path(folder) / "manifest.json").read_text())["about"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
     def _compare(self, about: Mapping[str, Any]) -> None:
         try:
             found = json.loads(self.manifest.read_text())

@@ -1,7 +1,7 @@
 """Prefixes and suffixes in two `.npy` files, as in the lm-extraction-benchmark.
 
-Its `train_prefix.npy` and `train_suffix.npy` are two arrays of uint16, `[15000, 50]` each: row i of the one is
-continued by row i of the other.
+Its `train_prefix.npy` and `train_suffix.npy` are two arrays of uint16, `[15000, 50]` each: row i of the one
+is continued by row i of the other.
 """
 
 from __future__ import annotations

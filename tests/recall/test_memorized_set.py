@@ -270,6 +270,17 @@ def test_a_finished_scan_is_made_longer(model: Any, corpus: np.ndarray, tmp_path
     assert_equal_sets(build(model, corpus, out=out, n=3), short)
 
 
+def test_a_scan_goes_on_with_its_own_batches(
+    model: Any, corpus: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "scan"
+    monkeypatch.setattr(module, "rows_per_batch", lambda *_: 24)
+    build(model, corpus, out=out, n=1)
+    monkeypatch.setattr(module, "rows_per_batch", lambda *_: 48)
+    assert build(model, corpus, out=out).settings["batch_size"] == 24
+    assert build(model, corpus[:64]).settings["batch_size"] == 48
+
+
 def test_another_scan_is_refused(model: Any, corpus: np.ndarray, tmp_path: Path) -> None:
     out = tmp_path / "scan"
     build(model, corpus, out=out, n=3)
