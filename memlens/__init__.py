@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from memlens.models.families import families_table
     from memlens.models.loading import load_model
     from memlens.models.trunk import Trunk
+    from memlens.recall.build_memorized import build_memorized_set
     from memlens.recall.calibration import calibrate_criteria
     from memlens.recall.compression import prompt_compression
     from memlens.recall.criteria import CriteriaOptions, score_criteria
@@ -60,8 +61,10 @@ if TYPE_CHECKING:
     from memlens.recall.duplicates import count_duplicates
     from memlens.recall.extraction import extraction_curve
     from memlens.recall.frequency import InfiniGram, token_counts
+    from memlens.recall.memorized_set import MemorizedSet
     from memlens.recall.ngrams import NgramReference
     from memlens.recall.sampling import Sampling, samples_needed
+    from memlens.recall.scan import PredictableRule
     from memlens.recall.score import score_recall
     from memlens.recall.scores import RecallScores
     from memlens.recall.targets import METRICS
@@ -128,6 +131,9 @@ _HOMES: dict[str, str] = {
         "memlens.models.families": ("families_table",),
         "memlens.models.loading": ("load_model",),
         "memlens.models.trunk": ("Trunk",),
+        "memlens.recall.build_memorized": ("build_memorized_set",),
+        "memlens.recall.memorized_set": ("MemorizedSet",),
+        "memlens.recall.scan": ("PredictableRule",),
         "memlens.recall.compression": ("prompt_compression",),
         "memlens.recall.extraction": ("extraction_curve",),
         "memlens.recall.sampling": ("Sampling", "samples_needed"),
@@ -176,8 +182,10 @@ __all__ = [
     "InfiniGram",
     "Intervention",
     "LocalizeOptions",
+    "MemorizedSet",
     "NgramReference",
     "Plan",
+    "PredictableRule",
     "PredictorAgreement",
     "RecallScores",
     "Result",
@@ -199,6 +207,7 @@ __all__ = [
     "attribute_ablation",
     "attribute_gradients",
     "attribute_logits",
+    "build_memorized_set",
     "bypass_attention",
     "bypass_in_transformers",
     "bypass_intervention",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,16 +57,21 @@ def match_controls(
     *,
     n_per: int,
     seed: int,
+    also: Sequence[str] = (),
 ) -> Matching:
     """Assign to each memorized sequence `n_per` sequences of the pool, none twice.
 
     The cost of a pair is the difference in prefix length plus that in continuation length (absolute, in
     tokens), and then the difference in mean log frequency, scaled so that all of these together weigh less
-    than one token. Sets beyond a thousand memorized sequences are assigned in random blocks, each optimal on
-    its own share of the pool.
+    than one token. Columns of both tables that `also` names count beside frequency, all of them and frequency
+    then in standard deviations of memorized and pool together. Sets beyond a thousand memorized sequences
+    are assigned in random blocks, each optimal on its own share of the pool.
     """
     rng = np.random.default_rng(seed)
-    covariates = {"memorized": _covariates(memorized, token_counts), "pool": _covariates(pool, token_counts)}
+    covariates = {
+        "memorized": _covariates(memorized, token_counts, also),
+        "pool": _covariates(pool, token_counts, also),
+    }
     wanted = np.repeat(np.arange(len(memorized)), n_per)
     pairs = np.concatenate(
         [
@@ -99,9 +104,10 @@ def mean_log_frequency(seqs: SequenceSet, counts: Int[np.ndarray, "vocab"]) -> F
     return np.where(mask, logs, 0).sum(-1) / mask.sum(-1)
 
 
-def _covariates(seqs: SequenceSet, counts: np.ndarray) -> pd.DataFrame:
+def _covariates(seqs: SequenceSet, counts: np.ndarray, also: Sequence[str]) -> pd.DataFrame:
     values = (seqs.lengths.numpy(), seqs.prefix_len.numpy(), mean_log_frequency(seqs, counts))
-    return pd.DataFrame(dict(zip(_COVARIATES, values, strict=True)))
+    table = pd.DataFrame(dict(zip(_COVARIATES, values, strict=True)))
+    return table.assign(**{name: seqs.table[name].to_numpy(dtype=float) for name in also})
 
 
 def _blocks(
@@ -118,10 +124,15 @@ def _assign(ours: pd.DataFrame, pool: pd.DataFrame, rows: np.ndarray, columns: n
     a, b = ours.iloc[rows].to_numpy(dtype=float), pool.iloc[columns].to_numpy(dtype=float)
     n_targets = np.abs(np.subtract.outer(a[:, 0] - a[:, 1], b[:, 0] - b[:, 1]))
     prefix_len = np.abs(np.subtract.outer(a[:, 1], b[:, 1]))
-    frequency = np.abs(np.subtract.outer(a[:, 2], b[:, 2]))
-    # All frequency differences together weigh under half a token, so lengths come first.
-    weight = 1 / (2 * len(rows) * max(float(frequency.max()), 1e-12))
-    chosen = linear_sum_assignment(prefix_len + n_targets + weight * frequency)
+    fine = np.abs(np.subtract.outer(a[:, 2], b[:, 2]))
+    if a.shape[1] > 3:
+        spread = np.maximum(np.concatenate([a, b])[:, 2:].std(0), 1e-12)
+        fine = fine / spread[0]
+        for i, each in enumerate(spread[1:], start=3):
+            fine += np.abs(np.subtract.outer(a[:, i], b[:, i])) / each
+    # All of these differences together weigh under half a token, so lengths come first.
+    weight = 1 / (2 * len(rows) * max(float(fine.max()), 1e-12))
+    chosen = linear_sum_assignment(prefix_len + n_targets + weight * fine)
     return np.stack([rows[chosen[0]], columns[chosen[1]]], axis=1)
 
 

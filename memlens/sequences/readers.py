@@ -57,6 +57,8 @@ def load_sequences(
     """Load sequences, tokenize them if they are text, and check that they fit the model.
 
     - `"x.npy"`: `[n, length]` integers, one tokenized sequence a row.
+    - `("prefix.npy", "suffix.npy")`: two such files, row by row the two halves of a sequence, as the
+      lm-extraction-benchmark's `train_prefix.npy` and `train_suffix.npy`.
     - `"x.jsonl"`, `"x.csv"`, `"x.parquet"`, a DataFrame, a Hugging Face dataset: a column of token ids; or
       prompts and continuations; or texts; or the idiom file (a column `idiom`); or cloze records in the form
       of the LAMA probes (see `fact_sequences`); or identifiers (columns `label` and `identifier`; see

@@ -18,6 +18,7 @@ from memlens.sequences.drafts import Draft
 from memlens.sequences.files import read_file, zoo_file
 from memlens.sequences.identifiers import holds_identifiers, read_identifiers
 from memlens.sequences.idioms import read_idioms
+from memlens.sequences.pairs import is_pair, read_pair
 from memlens.sequences.rows import some
 from memlens.sequences.set import SequenceSet
 from memlens.sequences.tables import Columns, read_frame
@@ -38,6 +39,8 @@ def open_source(source: Any, model: Any, split: str, limit: int | None) -> tuple
         return _zoo_list(source, model)
     if isinstance(source, str) and source.startswith("hf:"):
         return _hub_dataset(source.removeprefix("hf:"), split), {}, source
+    if is_pair(source):
+        return read_pair(*source), {}, " + ".join(Path(part).name for part in source)
     if isinstance(source, str | Path):
         content, settings = read_file(Path(source).expanduser())
         return content, settings.get("attrs", {}), Path(source).name
