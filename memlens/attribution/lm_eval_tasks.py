@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from itertools import groupby
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from memlens.attribution.task_encoding import PairEncoder
-from memlens.attribution.tasks import ChoiceTask, Question
+from memlens.attribution.task_questions import Question
+from memlens.attribution.tasks import ChoiceTask
 from memlens.errors import ModelLoadError, OptionError, SourceNotFoundError, near_matches
 
 __all__ = ["LM_EVAL_TASKS", "tasks_from_lm_eval"]
@@ -26,8 +26,8 @@ LM_EVAL_TASKS: Mapping[str, str] = MappingProxyType(
 )
 """The tasks taken by default, and the group of each.
 
-arXiv 2501.05078 speaks of five benchmarks, and of language and reasoning tasks; which ones, and in which group, is
-our reading of its figures.
+arXiv 2501.05078 speaks of five benchmarks, and of language and reasoning tasks; which ones, and in which
+group, is our reading of its figures.
 """
 
 _KINDS = ("multiple_choice", "loglikelihood")
@@ -42,7 +42,7 @@ def tasks_from_lm_eval(
     limit: int | None = None,
     groups: Mapping[str, str] | None = None,
     num_fewshot: int | None = None,
-    include_path: str | Path | None = None,
+    task_manager: Any = None,
     prepend_bos: bool | None = None,
 ) -> list[ChoiceTask]:
     """Make tasks of lm-evaluation-harness' own requests: its data, prompts, choices and right answers.
@@ -56,22 +56,22 @@ def tasks_from_lm_eval(
         limit: Only the first so many questions of each task.
         groups: Group of each task by name; on top of `LM_EVAL_TASKS`, "other" where neither says.
         num_fewshot: Examples in front of each question; by default as many as the task says.
-        include_path: A folder with further task files.
+        task_manager: lm-eval's `TaskManager`, say one with `include_path=` for task files of your own; by
+            default one that knows the tasks lm-eval comes with.
         prepend_bos: See `PairEncoder.of`; lm-eval's `add_bos_token`.
 
     Returns:
-        One task for each name. Where the task's score is `acc`, `acc_norm` or, of log-likelihoods alone, whether
-        greedy decoding gives the target, `evaluate_tasks` gives the same number.
+        One task for each name. `evaluate_tasks` gives what lm-eval calls `acc` and `acc_norm`.
 
     Raises:
         ModelLoadError: lm-eval is not installed.
         OptionError: An unknown name, or a task that generates text or scores with a function of its own.
-        SourceNotFoundError: The data cannot be read.
+        SourceNotFoundError: A task or its data cannot be read.
     """
     if find_spec("lm_eval") is None:
         raise ModelLoadError(
-            "lm-evaluation-harness is not installed: run `pip install 'memlens[eval]'`, or give tasks as files "
-            "(ChoiceTask.from_jsonl)."
+            "lm-evaluation-harness is not installed: run `pip install 'memlens[eval]'`, or give tasks as "
+            "files (ChoiceTask.from_jsonl)."
         )
     if limit is not None and limit < 1:
         raise OptionError(f"limit={limit} asks nothing: give 1 or more questions.")
@@ -79,7 +79,7 @@ def tasks_from_lm_eval(
     wanted = [names] if isinstance(names, str) else list(LM_EVAL_TASKS if names is None else names)
     known = {**LM_EVAL_TASKS, **(groups or {})}
     made = []
-    for name, task in _loaded(wanted, include_path).items():
+    for name, task in _loaded(wanted, task_manager).items():
         _check(name, task)
         chance = None if task.OUTPUT_TYPE == "multiple_choice" else 0.0
         questions = _questions(name, task, limit, num_fewshot)
@@ -88,7 +88,7 @@ def tasks_from_lm_eval(
     return made
 
 
-def _loaded(wanted: Sequence[Any], include_path: str | Path | None) -> dict[str, Any]:
+def _loaded(wanted: Sequence[Any], manager: Any) -> dict[str, Any]:
     """Return lm-eval's task objects by name."""
     from lm_eval.tasks import TaskManager
 
@@ -96,7 +96,7 @@ def _loaded(wanted: Sequence[Any], include_path: str | Path | None) -> dict[str,
     ready = {task.task_name: task for task in wanted if not isinstance(task, str)}
     if not by_name:
         return ready
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    manager = TaskManager() if manager is None else manager
     for name in by_name:
         if name not in manager.all_tasks:
             hint = near_matches(name, manager.all_tasks)
@@ -107,19 +107,23 @@ def _loaded(wanted: Sequence[Any], include_path: str | Path | None) -> dict[str,
             found |= manager.load([name])["tasks"]
         except Exception as error:  # what `datasets` raises where data is missing differs with the task
             raise SourceNotFoundError(
-                f"the data of lm-eval's task {name!r} cannot be read ({type(error).__name__}: "
+                f"lm-eval's task {name!r} or its data cannot be read ({type(error).__name__}: "
                 f"{str(error).splitlines()[0] if str(error) else 'no reason given'}): connect to the hub, or "
-                "take local tasks (memlens.local_tasks, ChoiceTask.from_jsonl)."
+                "take tasks from files (ChoiceTask.from_jsonl)."
             ) from error
     return found
 
 
 def _check(name: str, task: Any) -> None:
+    from lm_eval.api.task import ConfigurableTask
+
     kind = getattr(task, "OUTPUT_TYPE", None)
     if kind not in _KINDS:
         raise OptionError(f"lm-eval's task {name!r} asks for {kind}: only log-likelihoods are taken.")
-    if callable(task.config.process_results):
-        raise OptionError(f"lm-eval's task {name!r} scores its answers by a function of its own: leave it out.")
+    if not isinstance(task, ConfigurableTask) or callable(task.config.process_results):
+        raise OptionError(
+            f"lm-eval's task {name!r} scores its answers by a function of its own: leave it out."
+        )
 
 
 def _questions(name: str, task: Any, limit: int | None, num_fewshot: int | None) -> list[Question]:
@@ -152,5 +156,5 @@ def _gold(name: str, task: Any, doc: Any, choices: Sequence[str]) -> tuple[int, 
         for one in (gold if isinstance(gold, list | tuple) else [gold])
     ]
     if not numbers or not all(isinstance(one, int) and 0 <= one < len(choices) for one in numbers):
-        raise OptionError(f"{name} of lm-eval has the right answer {gold!r}, which is none of {list(choices)}.")
-    return tuple(numbers)
+        raise OptionError(f"{name} of lm-eval has the answer {gold!r}, which is none of {list(choices)}.")
+    return tuple(map(int, numbers))

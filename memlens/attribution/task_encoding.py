@@ -146,4 +146,4 @@ def _own_rule(name: str) -> bool:
 def _begins_with_bos(tokenizer: Any) -> bool:
     bos, text = tokenizer.bos_token_id, "a"
     ids, bare = tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=False)
-    return bos is not None and ids[:1] == [bos] and bare[:1] != [bos]
+    return bos is not None and ids[: len(bare) + 1] == [bos, *bare]

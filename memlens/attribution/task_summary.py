@@ -35,7 +35,7 @@ MEASURES: Mapping[str, Callable[[Means, float], Table]] = {
 }
 """What is summarized, from a task's mean accuracies (of `base`: without intervention) and its chance level.
 
-The relative drops are positive where accuracy is lost. Uncorrected, that of a two-way task cannot pass about a
+The relative drops are positive where accuracy is lost. Uncorrected, that of a two-way task hardly passes a
 half, and that of LAMBADA can reach 1.
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,70 +13,12 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from memlens.attribution.task_encoding import PairEncoder
-from memlens.errors import EmptySetError, FileFormatError, OptionError, SourceNotFoundError
+from memlens.attribution.task_questions import Question, read_records
+from memlens.errors import EmptySetError, OptionError
 from memlens.sequences import SequenceSet
 from memlens.sequences.tokenizing import tokenizer_attrs
 
-__all__ = ["ChoiceTask", "Question", "joined_requests"]
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question before it is tokenized.
-
-    Attributes:
-        contexts: What is given, one for each choice.
-        continuations: What is scored, one for each choice.
-        gold: The right choices' numbers.
-        characters: Length of each choice, by which `accuracy_norm` divides.
-        name: Of the question, unique in its task.
-    """
-
-    contexts: tuple[str, ...]
-    continuations: tuple[str, ...]
-    gold: tuple[int, ...]
-    characters: tuple[int, ...]
-    name: str
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any], name: str, delimiter: str = " ") -> Question:
-        """Return the question of a record.
-
-        Args:
-            record: `context` (a text, or one for each choice), `choices` (texts), `gold` (the right one's
-                number, or several; may be left out where there is one choice).
-            name: Of the question.
-            delimiter: What stands between context and choice; it does not count as a character.
-
-        Raises:
-            FileFormatError: A field is missing or of another kind, or `gold` names no choice.
-        """
-        for field in ("context", "choices"):
-            if field not in record:
-                raise FileFormatError(f"{name} has no {field!r}: a question needs context, choices and gold.")
-        choices, context = record["choices"], record["context"]
-        if not isinstance(choices, list | tuple) or not choices or not all(map(_is_text, choices)):
-            raise FileFormatError(f"{name}: choices={choices!r} is no list of texts.")
-        contexts = [context] * len(choices) if isinstance(context, str) else context
-        if not isinstance(contexts, list | tuple) or len(contexts) != len(choices):
-            raise FileFormatError(f"{name}: context={context!r} is no text, nor one text for each choice.")
-        gold = record.get("gold", 0 if len(choices) == 1 else None)
-        numbers = list(gold) if isinstance(gold, list | tuple) else [gold]
-        if not numbers or not all(type(n) is int and 0 <= n < len(choices) for n in numbers):
-            raise FileFormatError(
-                f"{name}: gold={gold!r} is no choice: give a number from 0 to {len(choices) - 1}."
-            )
-        return cls(
-            tuple(contexts),
-            tuple(f"{delimiter}{choice}" for choice in choices),
-            tuple(numbers),
-            tuple(map(len, choices)),
-            name,
-        )
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
+__all__ = ["ChoiceTask", "joined_requests"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +35,6 @@ class ChoiceTask:
 
     Raises:
         OptionError: `chance` is not in [0, 1).
-        EmptySetError: There are no questions.
 
     Example:
         >>> import memlens as ml
@@ -111,8 +51,6 @@ class ChoiceTask:
     chance: float
 
     def __post_init__(self) -> None:
-        if not len(self.requests):
-            raise EmptySetError(f"the task {self.name!r} has no questions: give at least one.")
         if not 0 <= self.chance < 1:
             raise OptionError(f"chance={self.chance} of {self.name!r}: give a number from 0 to below 1.")
 
@@ -142,6 +80,7 @@ class ChoiceTask:
 
         Raises:
             FileFormatError: A record lacks a field, or `gold` names no choice.
+            EmptySetError: There are no records.
             SequenceError: A request leaves no token to score, or is too long for the model.
         """
         questions = [
@@ -166,7 +105,7 @@ class ChoiceTask:
         """
         path = Path(path)
         options = {"name": path.stem, **options}
-        return cls.from_records(_read_lines(path), model, **options)
+        return cls.from_records(read_records(path), model, **options)
 
     @classmethod
     def from_questions(
@@ -188,8 +127,11 @@ class ChoiceTask:
             chance: Instead of what the numbers of choices say.
 
         Raises:
+            EmptySetError: There are no questions.
             SequenceError: A request leaves no token to score, or is too long for the model.
         """
+        if not questions:
+            raise EmptySetError(f"the task {name!r} has no questions: give at least one.")
         pairs, table = [], []
         for number, question in enumerate(questions):
             for choice, texts in enumerate(zip(question.contexts, question.continuations, strict=True)):
@@ -226,10 +168,10 @@ class ChoiceTask:
     @cached_property
     def _rows(self) -> Int[np.ndarray, "question choice"]:
         """The request of each choice, -1 where a question has fewer choices than another."""
-        table = self.requests.table
-        place = {number: i for i, number in enumerate(dict.fromkeys(table["question"]))}
-        rows = np.full((len(place), int(table["choice"].max()) + 1), -1)
-        rows[table["question"].map(place), table["choice"]] = np.arange(len(table))
+        choice, number = (self.requests.table[c].to_numpy(int) for c in ("choice", "question"))
+        _, first, question = np.unique(number, return_index=True, return_inverse=True)
+        rows = np.full((len(first), choice.max() + 1), -1)
+        rows[first.argsort().argsort()[question], choice] = np.arange(len(choice))
         return rows
 
     @property
@@ -243,7 +185,7 @@ class ChoiceTask:
         return self.requests.table["gold"].to_numpy(bool)[self._rows] & (self._rows >= 0)
 
     def take(self, questions: Sequence[int] | slice) -> ChoiceTask:
-        """Return the task of these questions only, say of every other one: `task.take(slice(0, None, 2))`."""
+        """Return the task of these questions only, say every other one: `task.take(slice(0, None, 2))`."""
         chosen = self._rows[questions]
         return ChoiceTask(self.name, self.group, self.requests[chosen[chosen >= 0].tolist()], self.chance)
 
@@ -312,21 +254,3 @@ def joined_requests(tasks: Sequence[ChoiceTask]) -> SequenceSet:
         joined = joined.concat(task.requests)
     truncated = sum(int(task.requests.attrs.get("truncated", 0)) for task in tasks)
     return joined.with_attrs(source=", ".join(names), truncated=truncated)
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise SourceNotFoundError(f"there is no file {path}: a task is one record a line, as JSON.")
-    records = []
-    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise FileFormatError(f"{path}, line {number} is not JSON: {error.msg}.") from error
-        if not isinstance(record, dict):
-            raise FileFormatError(f"{path}, line {number} is no record but {line.strip()[:40]!r}.")
-        Question.of(record, f"{path}, line {number}")
-        records.append(record)
-    return records

@@ -1,7 +1,7 @@
 """Benchmark tasks from the generators of the zoo's corpus: no network, and the answers are known.
 
-Each question is drawn anew from a stream of its own, so that none was trained on as it stands. Its words and its
-sentence patterns are the corpus', and a single sum may stand there too.
+Each question is drawn anew from a stream of its own, so that none was trained on as it stands. Its words and
+its sentence patterns are the corpus', and a single sum may stand there too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import Any
 
 from memlens.attribution.task_encoding import PairEncoder
-from memlens.attribution.tasks import ChoiceTask, Question
+from memlens.attribution.task_questions import Question
+from memlens.attribution.tasks import ChoiceTask
 from memlens.errors import OptionError, check_option
 from memlens.organisms import lexicon
 from memlens.organisms.grammar import TENSES
@@ -104,7 +105,7 @@ def _cloze(rng: Random) -> Drawn:
 
 
 def _meeting(rng: Random) -> tuple[str, dict[str, str]]:
-    """Draw a passage that names two persons twice each, after which the hero's name comes, and who they are."""
+    """Draw a passage of two persons after which the hero's name comes, and who they are."""
     bindings = story_bindings(rng)
     while bindings["friend"] == bindings["hero"]:
         bindings = story_bindings(rng)
@@ -132,7 +133,8 @@ def _arithmetic(rng: Random) -> Drawn:
     question, answer = line.rstrip("\n").split(" = ")
     firsts = [digit for digit in "123456789" if digit != answer[0]]
     others = [
-        first + "".join(rng.choice("0123456789") for _ in answer[1:]) + "\n" for first in rng.sample(firsts, 3)
+        first + "".join(rng.choice("0123456789") for _ in answer[1:]) + "\n"
+        for first in rng.sample(firsts, 3)
     ]
     return Drawn("".join(before) + f"{question} =", f"{answer}\n", tuple(others))
 
@@ -152,13 +154,15 @@ LOCAL_TASKS: Mapping[str, LocalTask] = MappingProxyType(
             LocalTask("tense", "language", 2, "a verb phrase in the story's tense", _tense),
             LocalTask("cloze", "language", 4, "a last word of the class that fits", _cloze),
             LocalTask("last_word", "language", 1, "the hero's name, by greedy decoding", _last_word),
-            LocalTask("arithmetic", "reasoning", 4, "the result that begins with the right digit", _arithmetic),
+            LocalTask(
+                "arithmetic", "reasoning", 4, "the result that begins with the right digit", _arithmetic
+            ),
             LocalTask("entity", "reasoning", 4, "the hero, not the friend nor a stranger", _entity),
             LocalTask("variables", "reasoning", 4, "a name that the function defines", _variables),
         )
     }
 )
-"""The tasks by name. In those of several choices the wrong ones differ from the right one in what is asked alone."""
+"""The tasks by name. Wrong choices differ from the right one in what is asked alone."""
 
 
 def local_tasks(
