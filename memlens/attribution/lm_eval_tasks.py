@@ -1,4 +1,4 @@
-"""lm-evaluation-harness' tasks as `ChoiceTask`s, so that one sweep answers them under every intervention."""
+"""Tasks of lm-evaluation-harness, each as a `ChoiceTask`: one sweep answers them under every intervention."""
 
 from __future__ import annotations
 
