@@ -12,6 +12,7 @@ from memlens import errors
 
 if TYPE_CHECKING:
     from memlens.attribution import (
+        ChoiceTask,
         PredictorAgreement,
         Screening,
         TransformersBypass,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         decode_residual,
         dominant_neurons,
         embedding_noise,
+        evaluate_tasks,
         head_ablations,
         head_set_ablations,
         knock_out_neurons,
@@ -48,11 +50,14 @@ if TYPE_CHECKING:
         promotion_summary,
         rank_heads,
         screen_then_verify,
+        task_summary,
+        tasks_from_lm_eval,
         train_tuned_lens,
     )
     from memlens.models.families import families_table
     from memlens.models.loading import load_model
     from memlens.models.trunk import Trunk
+    from memlens.organisms.local_tasks import local_tasks
     from memlens.recall.build_memorized import build_memorized_set
     from memlens.recall.calibration import calibrate_criteria
     from memlens.recall.compression import prompt_compression
@@ -90,6 +95,7 @@ _HOMES: dict[str, str] = {
     name: module
     for module, names in {
         "memlens.attribution": (
+            "ChoiceTask",
             "PredictorAgreement",
             "Screening",
             "TransformersBypass",
@@ -111,6 +117,7 @@ _HOMES: dict[str, str] = {
             "decode_residual",
             "dominant_neurons",
             "embedding_noise",
+            "evaluate_tasks",
             "head_ablations",
             "head_set_ablations",
             "knock_out_neurons",
@@ -126,6 +133,8 @@ _HOMES: dict[str, str] = {
             "promotion_summary",
             "rank_heads",
             "screen_then_verify",
+            "task_summary",
+            "tasks_from_lm_eval",
             "train_tuned_lens",
         ),
         "memlens.models.families": ("families_table",),
@@ -169,6 +178,7 @@ _HOMES: dict[str, str] = {
         "memlens.recall.ngrams": ("NgramReference",),
         "memlens.results.agreement": ("roc_area",),
         "memlens.sequences.idioms": ("idiom_defects",),
+        "memlens.organisms.local_tasks": ("local_tasks",),
     }.items()
     for name in names
 }
@@ -176,6 +186,7 @@ _HOMES: dict[str, str] = {
 __all__ = [
     "METRICS",
     "BatchHook",
+    "ChoiceTask",
     "CriteriaOptions",
     "CriteriaScores",
     "IdiomOptions",
@@ -222,6 +233,7 @@ __all__ = [
     "dominant_neurons",
     "embedding_noise",
     "errors",
+    "evaluate_tasks",
     "extraction_curve",
     "fact_sequences",
     "families_table",
@@ -233,6 +245,7 @@ __all__ = [
     "load_model",
     "load_result",
     "load_sequences",
+    "local_tasks",
     "localize",
     "measure",
     "mlp_ablations",
@@ -257,6 +270,8 @@ __all__ = [
     "screen_then_verify",
     "study_idioms",
     "sweep",
+    "task_summary",
+    "tasks_from_lm_eval",
     "token_counts",
     "train_tuned_lens",
     "trivial_continuations",

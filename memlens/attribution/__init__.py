@@ -10,6 +10,7 @@ from memlens.attribution.head_pairs import ablate_head_pairs
 from memlens.attribution.head_sets import ablate_heads_cumulatively, head_set_ablations, rank_heads
 from memlens.attribution.lens_training import train_tuned_lens
 from memlens.attribution.lenses import TunedLens
+from memlens.attribution.lm_eval_tasks import LM_EVAL_TASKS, tasks_from_lm_eval
 from memlens.attribution.logit_attribution import attribute_logits
 from memlens.attribution.mlps import ablate_mlps, mlp_ablations
 from memlens.attribution.neuron_choice import dominant_neurons
@@ -23,8 +24,13 @@ from memlens.attribution.prefix_perturbation import perturb_prefix
 from memlens.attribution.promotion import promotion_layers, promotion_summary
 from memlens.attribution.screening import Screening, screen_then_verify
 from memlens.attribution.serving import TransformersBypass, bypass_in_transformers
+from memlens.attribution.task_evaluation import evaluate_tasks
+from memlens.attribution.task_summary import task_summary
+from memlens.attribution.tasks import ChoiceTask
 
 __all__ = [
+    "LM_EVAL_TASKS",
+    "ChoiceTask",
     "PredictorAgreement",
     "Screening",
     "TransformersBypass",
@@ -46,6 +52,7 @@ __all__ = [
     "decode_residual",
     "dominant_neurons",
     "embedding_noise",
+    "evaluate_tasks",
     "head_ablations",
     "head_set_ablations",
     "knock_out_neurons",
@@ -61,5 +68,7 @@ __all__ = [
     "promotion_summary",
     "rank_heads",
     "screen_then_verify",
+    "task_summary",
+    "tasks_from_lm_eval",
     "train_tuned_lens",
 ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from random import Random
 
 from memlens.organisms import lexicon
 from memlens.organisms.grammar import TENSES, sentence_grammar
 
-__all__ = ["dialogue_document", "text_document"]
+__all__ = ["dialogue_document", "story_bindings", "story_sentence", "text_document"]
 
 _GRAMMAR = sentence_grammar()
 
@@ -63,6 +64,43 @@ def _capital(sentence: str) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
+def story_bindings(rng: Random) -> dict[str, str]:
+    """Draw who a story is about: `hero` with the pronoun, `friend`, `town` and `season`.
+
+    Args:
+        rng: the source of every choice.
+
+    >>> story_bindings(Random(0))["pronoun"] in ("he", "she")
+    True
+    """
+    female = rng.random() < 0.5
+    hero = rng.choice(lexicon.FEMALE_NAMES if female else lexicon.MALE_NAMES)
+    friend = rng.choice(lexicon.NAMES)
+    pronoun = "she" if female else "he"
+    return {
+        "hero": hero,
+        "friend": friend,
+        "town": rng.choice(lexicon.TOWNS),
+        "season": rng.choice(lexicon.SEASONS),
+        "pronoun": pronoun,
+        "Pronoun": pronoun.capitalize(),
+    }
+
+
+def story_sentence(template: str, rng: Random, bindings: Mapping[str, str]) -> str:
+    """Return an expansion of a template of `memlens.organisms.grammar.sentence_grammar`.
+
+    Args:
+        template: with `<SYMBOL>` and `{name}` places.
+        rng: the source of every choice.
+        bindings: the values of `{name}` places.
+
+    >>> story_sentence("{hero} <BE_sg_past> here.", Random(0), {"hero": "Mara"})
+    'Mara was here.'
+    """
+    return _GRAMMAR.expand(template, rng, bindings)
+
+
 def text_document(rng: Random) -> str:
     """Return a short story: one hero, one friend, one town, one tense throughout.
 
@@ -72,18 +110,7 @@ def text_document(rng: Random) -> str:
     >>> text_document(Random(0)) == text_document(Random(0))
     True
     """
-    female = rng.random() < 0.5
-    hero = rng.choice(lexicon.FEMALE_NAMES if female else lexicon.MALE_NAMES)
-    friend = rng.choice(lexicon.NAMES)
-    pronoun = "she" if female else "he"
-    bindings = {
-        "hero": hero,
-        "friend": friend,
-        "town": rng.choice(lexicon.TOWNS),
-        "season": rng.choice(lexicon.SEASONS),
-        "pronoun": pronoun,
-        "Pronoun": pronoun.capitalize(),
-    }
+    bindings = story_bindings(rng)
     body = _BODY[rng.choice(TENSES)]
     templates = [rng.choice(_OPENINGS), *(rng.choice(body) for _ in range(rng.randint(6, 10)))]
     ending = "At last {hero} left {town} in {season}." if rng.random() < 0.5 else "{hero} stayed in {town}."

@@ -7,7 +7,7 @@ from random import Random
 
 from memlens.organisms import lexicon
 
-__all__ = ["arithmetic_document", "code_document", "table_document"]
+__all__ = ["arithmetic_document", "code_document", "code_lines", "sum_line", "table_document"]
 
 _OPERATORS = ("+", "-", "*", "//")
 _COMPARISONS = ("<", ">", "==", "!=")
@@ -50,14 +50,28 @@ def code_document(rng: Random) -> str:
     >>> compile(code_document(Random(0)), "toy", "exec") is not None
     True
     """
-    functions = []
-    for _ in range(rng.randint(1, 3)):
-        arguments: list[str] = rng.sample(lexicon.IDENTIFIERS, rng.randint(1, 3))
-        known = list(arguments)
-        body = "".join(_statement(known, "    ", rng) for _ in range(rng.randint(4, 8)))
-        name = f"{rng.choice(lexicon.TRANSITIVE)[0]}_{rng.choice(lexicon.IDENTIFIERS)}"
-        functions.append(f"def {name}({', '.join(arguments)}):\n{body}    return {rng.choice(known)}\n")
-    return "\n".join(functions)
+    return "\n".join(_function(rng) for _ in range(rng.randint(1, 3)))
+
+
+def _function(rng: Random) -> str:
+    lines, known = code_lines(rng)
+    return "".join(lines) + f"    return {rng.choice(known)}\n"
+
+
+def code_lines(rng: Random) -> tuple[list[str], list[str]]:
+    """Return the lines of a function up to its last, and the names defined there.
+
+    Args:
+        rng: the source of every choice.
+
+    >>> code_lines(Random(0))[0][0].startswith("def ")
+    True
+    """
+    arguments: list[str] = rng.sample(lexicon.IDENTIFIERS, rng.randint(1, 3))
+    known = list(arguments)
+    body = [_statement(known, "    ", rng) for _ in range(rng.randint(4, 8))]
+    name = f"{rng.choice(lexicon.TRANSITIVE)[0]}_{rng.choice(lexicon.IDENTIFIERS)}"
+    return [f"def {name}({', '.join(arguments)}):\n", *body], known
 
 
 def arithmetic_document(rng: Random) -> str:
@@ -69,15 +83,24 @@ def arithmetic_document(rng: Random) -> str:
     >>> all(eval(s.replace("=", "==")) for s in arithmetic_document(Random(0)).splitlines())
     True
     """
-    lines = []
-    for _ in range(rng.randint(10, 16)):
-        kind = rng.choices("+-*", (5, 3, 2))[0]
-        low, high = (2, 9) if kind == "*" else (1, 99)
-        a, b = rng.randint(low, high), rng.randint(low, 99)
-        a, b = (max(a, b), min(a, b)) if kind == "-" else (a, b)
-        result = {"+": a + b, "-": a - b, "*": a * b}[kind]
-        lines.append(f"{a} {kind} {b} = {result}\n")
-    return "".join(lines)
+    return "".join(sum_line(rng) for _ in range(rng.randint(10, 16)))
+
+
+def sum_line(rng: Random) -> str:
+    """Return one sum, difference or product, with its result.
+
+    Args:
+        rng: the source of every choice.
+
+    >>> eval(sum_line(Random(0)).replace("=", "=="))
+    True
+    """
+    kind = rng.choices("+-*", (5, 3, 2))[0]
+    low, high = (2, 9) if kind == "*" else (1, 99)
+    a, b = rng.randint(low, high), rng.randint(low, 99)
+    a, b = (max(a, b), min(a, b)) if kind == "-" else (a, b)
+    result = {"+": a + b, "-": a - b, "*": a * b}[kind]
+    return f"{a} {kind} {b} = {result}\n"
 
 
 _COLUMNS: dict[str, Callable[[Random], str]] = {
