@@ -58,7 +58,8 @@ def study_idioms(
     2. Decoding over layers by the logit lens (after each block, attention and MLP) and by a tuned lens.
     3. The two phases as numbers, and recalled items against their matched controls.
     4. Knock-outs of the most dominant neurons over layers x window, with random and norm-matched controls.
-    5. The same for facts. 6. Recall of identifiers against how often they are met.
+    5. The same for facts.
+    6. Recall of identifiers against how often they are met.
     7. The recall criteria, where there are reference models.
 
     Args:
@@ -70,7 +71,7 @@ def study_idioms(
         text: Running natural text, for controls and for training the lens.
         facts: Cloze statements whose object is the target.
         identifiers: (label, identifier) pairs; the whole identifier is the continuation.
-        references: Models (not this one) or `NgramReference`s that the recall criteria ask.
+        references: Models (not this one) and `NgramReference` objects that the recall criteria ask.
         lens: A tuned lens or its folder.
         train_lens: Train one on `text` (kept in the folder `lens`) where none is given.
         options: See `IdiomOptions`.
