@@ -158,6 +158,11 @@ def run_idioms(
         criteria=_criteria(idioms, seed),
         seed=seed,
     )
+    if reference_text is not None and str(reference_text) == text:
+        raise OptionError(
+            f"--text and --reference-text are both {text}: n-grams that know the controls and not the "
+            "items say nothing of the items; count them in another text."
+        )
     loaded = load(model, backend, dtype, device, revision, checkpoint_step)
     sources = {"idioms": idioms, "text": text, "facts": facts, "identifiers": identifiers}
     if idioms == "zoo":

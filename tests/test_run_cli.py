@@ -31,10 +31,11 @@ def sources(tiny_folder: Any, tmp_path: Path) -> tuple[Path, Path, Path]:
 
 def test_idioms_from_files_without_knock_outs(sources: tuple[Path, Path, Path], tmp_path: Path) -> None:
     folder, items, text = sources
-    out = tmp_path / "run"
+    out, other = tmp_path / "run", tmp_path / "other.txt"
+    other.write_text("w1 w2 w3 w4 w5")
     code, shown, error = call(
         "run", "idioms", "-m", str(folder), "--idioms", str(items), "--text", str(text), "--out", str(out),
-        "--reference-text", str(text), "--no-knock-out", "--train-lens", "--lens-steps", "2", "-q",
+        "--reference-text", str(other), "--no-knock-out", "--train-lens", "--lens-steps", "2", "-q",
     )  # fmt: skip
     assert code == 0, shown + error
     assert "predicts the target of 12 of 24 idioms" in " ".join(shown.split())
@@ -58,6 +59,9 @@ def test_the_grid_is_chosen_and_bad_numbers_are_one_line(
     assert result.data["window"].values.tolist() == [1]
     assert "selection" not in result.data.dims
     assert result.data.sizes["sequence"] == 3
+    code, _, error = call(*base, "--text", "a.txt", "--reference-text", "a.txt")
+    assert code == 2
+    assert "are both a.txt" in " ".join(error.split())
     code, _, error = call(*base, "--top-k", "1,x")
     assert code == 2
     assert "--top-k '1,x' is no list of whole numbers" in " ".join(error.split())

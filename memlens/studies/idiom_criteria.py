@@ -142,7 +142,11 @@ def _finding(name: str, passed: pd.DataFrame, area: RocArea | None, scores: Crit
         f"references ({references}), so that a part that suffices could have been found; "
         f"{int(rows.loc['all', 'passed'])} pass tested or not."
     )
-    control = f"of those that pass and are tested {strict['recalled']:.3g} are recalled by the studied model"
+    control = None
+    if strict["passed"]:
+        control = (
+            f"of those that pass and are tested {strict['recalled']:.3g} are recalled by the studied model"
+        )
     if area is None:
         return Finding(
             f"{name.capitalize()}: the recall criteria", statement, strict["share"], strict["low"],
