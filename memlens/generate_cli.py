@@ -11,16 +11,14 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from memlens.console import OUT
+from memlens.console import OUT, BackendOption, DeviceOption, DtypeOption, ModelOption, RevisionOption
 from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError
 
 __all__ = ["continuations", "generate", "parse_layers", "read_prompts"]
 
 
 def generate(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="Hub name, checkpoint folder, .gguf file or zoo name.")
-    ],
+    model: ModelOption,
     prompt: Annotated[list[str] | None, typer.Option(help="A text to continue; may be given often.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="A text file, one prompt a line, or .jsonl with 'prompt' or 'text'.")
@@ -35,12 +33,10 @@ def generate(
     prepend_bos: Annotated[
         bool, typer.Option("--prepend-bos", help="Put the beginning-of-text token before every prompt.")
     ] = False,
-    backend: Annotated[str, typer.Option(help="auto, hooked or bridge.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, mps (default: cuda if there is one).")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
+    revision: RevisionOption = None,
 ) -> None:
     """Continue prompts greedily, with the attention of some layers bypassed.
 

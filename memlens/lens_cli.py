@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from memlens.console import OUT
+from memlens.console import (
+    OUT,
+    BackendOption,
+    DeviceOption,
+    DtypeOption,
+    QuietOption,
+    RevisionOption,
+    SeedOption,
+)
 from memlens.errors import OptionError
 
 if TYPE_CHECKING:
@@ -48,14 +56,12 @@ def lens_train(
     published: Annotated[
         bool, typer.Option("--published", help="Also write config.json and params.pt as tuned-lens does.")
     ] = False,
-    backend: Annotated[str, typer.Option(help="auto, hooked or bridge.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, mps (default: cuda if there is one).")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
+    revision: RevisionOption = None,
+    seed: SeedOption = 0,
+    quiet: QuietOption = False,
 ) -> None:
     """Train a tuned lens on text that is not to be decoded later; write it, and what it gained.
 

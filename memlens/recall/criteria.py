@@ -217,7 +217,8 @@ def _ask(
     which = asked.ngroup().to_numpy()
     unique = edits.iloc[np.unique(which, return_index=True)[1]]
     texts, words = unique["prompt"].tolist(), unique["target"].tolist()
-    answers = [r.answer(texts, words, batch_size=options.batch_size, progress=progress) for r in references]
+    asking = {"batch_size": options.batch_size, "progress": progress}
+    answers = [r.reference.answer(texts, words, **asking) for r in references]
     top1 = np.stack([answer.top1 for answer in answers])[:, which]
     logprob = np.stack([answer.logprob for answer in answers])[:, which]
     return edits, top1, logprob, {r.name: a.n_passes for r, a in zip(references, answers, strict=True)}

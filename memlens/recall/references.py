@@ -195,14 +195,3 @@ class Named:
 
     reference: Reference
     name: str
-
-    def answer(
-        self,
-        prompts: Sequence[str],
-        targets: Sequence[str],
-        *,
-        batch_size: int | None = None,
-        progress: bool = False,
-    ) -> Answers:
-        """Return the reference's answers."""
-        return self.reference.answer(prompts, targets, batch_size=batch_size, progress=progress)

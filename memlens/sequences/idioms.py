@@ -159,25 +159,16 @@ def _without_repeats(table: pd.DataFrame) -> pd.DataFrame:
     return _with_defects(table.iloc[np.flatnonzero(~repeated)].reset_index(drop=True))
 
 
+_WARNED = (
+    ("definition", "are dictionary definitions, not idioms (column 'definition')", 8),
+    ("contradiction", "contradict hard_to_guess = not (prompt_comp_ind or similarity_ind)", 5),
+    ("stop_word_prompt", "have only stop words before the target (column 'stop_word_prompt')", 5),
+)
+"""Defects that are warned of: column, what it says of the rows, how many are named."""
+
+
 def _warn_of_defects(table: pd.DataFrame) -> None:
-    found = table.loc[table["definition"], "text"].tolist()
-    if found:
-        warnings.warn(
-            f"{len(found)} rows are dictionary definitions, not idioms (column 'definition'): "
-            f"{some(found, 8)}",
-            stacklevel=5,
-        )
-    wrong = table.loc[table["contradiction"], "text"].tolist()
-    if wrong:
-        warnings.warn(
-            f"{len(wrong)} rows contradict hard_to_guess = not (prompt_comp_ind or similarity_ind): "
-            f"{some(wrong)}",
-            stacklevel=5,
-        )
-    bare = table.loc[table["stop_word_prompt"], "text"].tolist()
-    if bare:
-        warnings.warn(
-            f"{len(bare)} rows have only stop words before the target (column 'stop_word_prompt'): "
-            f"{some(bare)}",
-            stacklevel=5,
-        )
+    for column, what, shown in _WARNED:
+        found = table.loc[table[column], "text"].tolist()
+        if found:
+            warnings.warn(f"{len(found)} rows {what}: {some(found, shown)}", stacklevel=5)

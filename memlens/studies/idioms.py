@@ -116,8 +116,7 @@ def study_idioms(
         command=command,
         fresh=True,
     )
-    study = _IdiomStudy(model, folder, chosen, text, list(references), progress=progress)
-    study.lens = own_lens
+    study = _IdiomStudy(model, folder, chosen, text, own_lens, list(references), progress=progress)
     if own_lens is None and train_lens and text is not None:
         folder.step("training the tuned lens", study.train_lens)
     study.items("idioms", idioms)
@@ -135,13 +134,13 @@ class _IdiomStudy:
         folder: StudyDirectory,
         options: IdiomOptions,
         text: SequenceSet | None,
+        lens: TunedLens | None,
         references: list[Any],
         *,
         progress: bool,
     ) -> None:
         self.model, self.folder, self.options, self.text = model, folder, options, text
-        self.references, self.progress = references, progress
-        self.lens: TunedLens | None = None
+        self.lens, self.references, self.progress = lens, references, progress
 
     def train_lens(self) -> None:
         """Train a tuned lens on the natural text; it is kept beside the results."""

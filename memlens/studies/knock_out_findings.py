@@ -92,8 +92,8 @@ def _strongest(
     name: str, k: int, flips: Mapping[str, xr.DataArray], dominant: Mapping[str, Result], seed: int
 ) -> Finding:
     """The single layer whose dominant neurons flip most predictions."""
-    main = flips["dominant"].sel(window=int(flips["dominant"]["window"].min()))
     window = int(flips["dominant"]["window"].min())
+    main = flips["dominant"].sel(window=window)
     choose, measure = halves(main.sizes["sequence"], seed)
     layer = chosen_site(_as_result(main), "flipped", choose, of="value", largest=True)["layer"]
     here = share_estimate(main.sel(layer=layer).isel(sequence=measure))
