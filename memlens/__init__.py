@@ -50,10 +50,10 @@ if TYPE_CHECKING:
         promotion_summary,
         rank_heads,
         screen_then_verify,
-        task_summary,
         tasks_from_lm_eval,
         train_tuned_lens,
     )
+    from memlens.attribution.layer_sets import LayerSetSearch, search_layer_sets
     from memlens.models.families import families_table
     from memlens.models.loading import load_model
     from memlens.models.trunk import Trunk
@@ -76,6 +76,8 @@ if TYPE_CHECKING:
     from memlens.recall.trivial import TrivialRules, trivial_continuations
     from memlens.results import Result, compare_groups, load_result, overlay
     from memlens.results.agreement import roc_area
+    from memlens.results.task_summary import task_summary
+    from memlens.results.tradeoff import edit_tradeoff
     from memlens.sequences import (
         SequenceSet,
         check_sequences,
@@ -133,7 +135,6 @@ _HOMES: dict[str, str] = {
             "promotion_summary",
             "rank_heads",
             "screen_then_verify",
-            "task_summary",
             "tasks_from_lm_eval",
             "train_tuned_lens",
         ),
@@ -177,8 +178,14 @@ _HOMES: dict[str, str] = {
         "memlens.recall.criteria_scores": ("CriteriaScores",),
         "memlens.recall.ngrams": ("NgramReference",),
         "memlens.results.agreement": ("roc_area",),
+        "memlens.results.task_summary": ("task_summary",),
         "memlens.sequences.idioms": ("idiom_defects",),
         "memlens.organisms.local_tasks": ("local_tasks",),
+        "memlens.attribution.layer_sets": (
+            "LayerSetSearch",
+            "search_layer_sets",
+        ),
+        "memlens.results.tradeoff": ("edit_tradeoff",),
     }.items()
     for name in names
 }
@@ -192,6 +199,7 @@ __all__ = [
     "IdiomOptions",
     "InfiniGram",
     "Intervention",
+    "LayerSetSearch",
     "LocalizeOptions",
     "MemorizedSet",
     "NgramReference",
@@ -231,6 +239,7 @@ __all__ = [
     "count_duplicates",
     "decode_residual",
     "dominant_neurons",
+    "edit_tradeoff",
     "embedding_noise",
     "errors",
     "evaluate_tasks",
@@ -268,6 +277,7 @@ __all__ = [
     "score_criteria",
     "score_recall",
     "screen_then_verify",
+    "search_layer_sets",
     "study_idioms",
     "sweep",
     "task_summary",

@@ -25,7 +25,6 @@ from memlens.attribution.promotion import promotion_layers, promotion_summary
 from memlens.attribution.screening import Screening, screen_then_verify
 from memlens.attribution.serving import TransformersBypass, bypass_in_transformers
 from memlens.attribution.task_evaluation import evaluate_tasks
-from memlens.attribution.task_summary import task_summary
 from memlens.attribution.tasks import ChoiceTask
 
 __all__ = [
@@ -68,7 +67,6 @@ __all__ = [
     "promotion_summary",
     "rank_heads",
     "screen_then_verify",
-    "task_summary",
     "tasks_from_lm_eval",
     "train_tuned_lens",
 ]

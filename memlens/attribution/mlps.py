@@ -1,4 +1,4 @@
-"""Ablation of whole MLPs: what recall loses when a layer's MLP output is replaced."""
+"""Ablation of whole branches: what recall loses when a layer's MLP or attention output is replaced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memlens.sequences import SequenceSet
 from memlens.sweeps import Intervention, sweep
 from memlens.sweeps.metrics import MetricLike
 
-__all__ = ["MLP_MODES", "ablate_mlps", "mlp_ablations"]
+__all__ = ["MLP_MODES", "ablate_mlps", "branch_ablations", "mlp_ablations"]
 
 MLP_MODES = ("zero", "mean", "resample")
 
@@ -85,16 +85,60 @@ def mlp_ablations(
     seed: int = 0,
 ) -> list[Intervention]:
     """Return the interventions that `ablate_mlps` runs, one a layer; see there."""
+    return branch_ablations(
+        model,
+        sequences,
+        "mlp_out",
+        mode=mode,
+        layers=layers,
+        positions=positions,
+        reference=reference,
+        seed=seed,
+    )
+
+
+def branch_ablations(
+    model: Any,
+    sequences: SequenceSet,
+    branch: str,
+    *,
+    mode: str = "zero",
+    layers: Sequence[int] | None = None,
+    positions: str = "all",
+    reference: SequenceSet | None = None,
+    seed: int = 0,
+) -> list[Intervention]:
+    """Return one intervention a layer that replaces what its MLP, or its attention, adds to the residual.
+
+    Args:
+        model: A TransformerLens model.
+        sequences: What the interventions will run on.
+        branch: "mlp_out" or "attn_out".
+        mode: See `ablate_mlps`.
+        layers: See there.
+        positions: See there.
+        reference: See there.
+        seed: For "resample".
+
+    Raises:
+        OptionError: Unknown branch, mode or positions.
+        SiteError: A layer that does not exist.
+        SequenceError: "resample" with fewer than two reference sequences.
+    """
+    check_option("branch", branch, tuple(_BRANCHES))
     check_option("mode", mode, MLP_MODES)
     check_option("positions", positions, POSITIONS)
     layers = chosen_layers(layers, Trunk(model).n_layers)
     reference = sequences if reference is None else reference
-    by = replacements(model, "mlp_out", mode, layers, reference, len(sequences), seed)
+    by = replacements(model, branch, mode, layers, reference, len(sequences), seed)
     return [
         Intervention(
-            f"{mode} MLP {layer}",
-            [(hook_name("mlp_out", layer), replacing(by[layer], None, positions))],
+            f"{mode} {_BRANCHES[branch]} {layer}",
+            [(hook_name(branch, layer), replacing(by[layer], None, positions))],
             {"layer": layer},
         )
         for layer in layers
     ]
+
+
+_BRANCHES = {"mlp_out": "MLP", "attn_out": "attention"}

@@ -6,6 +6,7 @@ Every function takes xarray objects (mostly what `Result.mean_ci` returns) and r
 
 from __future__ import annotations
 
+from memlens.figures.frontier import frontier_panels
 from memlens.figures.heatmaps import heatmap_layer_head, heatmap_layer_position, heatmap_paths
 from memlens.figures.labels import MetricText, metric_text, plain, unique_tokens, visible
 from memlens.figures.lines import decoding_panels, dots_with_intervals, line_over_layers
@@ -20,6 +21,7 @@ __all__ = [
     "attribution_panels",
     "decoding_panels",
     "dots_with_intervals",
+    "frontier_panels",
     "heatmap_layer_head",
     "heatmap_layer_position",
     "heatmap_paths",

@@ -67,6 +67,11 @@ _KNOWN = {
     "similarity_at_noise": MetricText("similarity right after the noise", "cosine", 1),
     "recovery": MetricText("similarity regained", "cosine", 1),
     "dominance": MetricText("dominance", "coefficient × norm"),
+    "accuracy": MetricText("accuracy", "share of questions", 1),
+    "accuracy_norm": MetricText("accuracy by length", "share of questions", 1),
+    "accuracy_chance_corrected": MetricText("accuracy corrected for chance", "0 = guessing", 1),
+    "relative_drop": MetricText("relative drop in accuracy", "share", -1),
+    "relative_drop_chance_corrected": MetricText("relative drop, corrected for chance", "share", -1),
 }
 
 

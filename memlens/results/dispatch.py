@@ -6,7 +6,16 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memlens.errors import check_option
-from memlens.results import bound_plots, edit_plots, head_plots, plots, site_plots, token_plots
+from memlens.results import (
+    bound_plots,
+    edit_plots,
+    frontier,
+    head_plots,
+    plots,
+    site_plots,
+    task_plots,
+    token_plots,
+)
 from memlens.results.groups import join_groups
 from memlens.results.result import Result
 
@@ -75,6 +84,10 @@ _PLOTS: dict[str, Callable[..., Any]] = {
     "attention_bypass": head_plots.plot_bypass,
     "bypass_bounds": bound_plots.plot_bounds,
     "bypass_predictor": plots.plot_layer_lines,
+    "bypass_sets": task_plots.plot_sets,
+    "bypass_controls": task_plots.plot_edits,
+    "bypass_frontier": frontier.plot_frontier,
+    "task_accuracy": task_plots.plot_tasks,
     "mlp_ablation": plots.plot_layer_lines,
     "neuron_knockout": edit_plots.plot_knock_outs,
     "residual_perturbation": edit_plots.plot_strengths,

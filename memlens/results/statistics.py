@@ -8,12 +8,24 @@ skipped. All methods are vectorised over sites: a bootstrap is one matrix produc
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
+from jaxtyping import Int
 
 from memlens.errors import OptionError, ResultError, check_option
 
-__all__ = ["METHODS", "STATISTICS", "bootstrap_means", "is_binary", "mean_interval", "quantile_interval"]
+__all__ = [
+    "METHODS",
+    "STATISTICS",
+    "bootstrap_means",
+    "halves",
+    "is_binary",
+    "mean_interval",
+    "quantile_interval",
+    "wilson_interval",
+]
 
 STATISTICS = ("mean", "low", "high")
 METHODS = ("auto", "bootstrap", "wilson", "t")
@@ -127,6 +139,29 @@ def quantile_interval(samples: np.ndarray, level: float) -> tuple[np.ndarray, np
     return low, high
 
 
+def wilson_interval(hits: Any, n: Any, level: float = 0.95) -> tuple[Any, Any]:
+    """Return Wilson's score interval of a proportion: `hits` out of `n`, numbers or arrays.
+
+    >>> low, high = wilson_interval(8, 10)
+    >>> round(float(low), 2), round(float(high), 2)
+    (0.49, 0.94)
+    """
+    from statsmodels.stats.proportion import proportion_confint  # takes most of a second to import
+
+    return proportion_confint(hits, n, alpha=1 - level, method="wilson")
+
+
+def halves(n: int, seed: int) -> tuple[Int[np.ndarray, "a"], Int[np.ndarray, "b"]]:
+    """Return two random halves of `range(n)`, sorted; the first is the one to choose on.
+
+    >>> a, b = halves(5, seed=0)
+    >>> sorted([*a.tolist(), *b.tolist()]), len(b)
+    ([0, 1, 2, 3, 4], 3)
+    """
+    order = np.random.default_rng(seed).permutation(n)
+    return np.sort(order[: n // 2]), np.sort(order[n // 2 :])
+
+
 def _column_means(table: np.ndarray, n: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(np.isfinite(table), table, 0.0).sum(0) / n
@@ -147,12 +182,10 @@ def _bootstrap(
 def _wilson(
     table: np.ndarray, n: np.ndarray, level: float, n_resamples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    from statsmodels.stats.proportion import proportion_confint  # takes most of a second to import
-
     if not is_binary(table) and np.isfinite(table).any():
         raise OptionError("method='wilson' needs values that are all 0 or 1: use method='bootstrap'.")
     hits = np.where(np.isfinite(table), table, 0.0).sum(0)
-    low, high = proportion_confint(hits, np.maximum(n, 1), alpha=1 - level, method="wilson")
+    low, high = wilson_interval(hits, np.maximum(n, 1), level)
     low, high = np.where(n > 0, low, np.nan), np.where(n > 0, high, np.nan)
     return _column_means(table, n), low, high
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 from memlens.results import Result
-from memlens.results.statistics import mean_interval
+from memlens.results.statistics import halves, mean_interval
 
 __all__ = [
     "Estimate",
@@ -43,17 +43,6 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
-
-
-def halves(n: int, seed: int) -> tuple[Int[np.ndarray, "a"], Int[np.ndarray, "b"]]:
-    """Return two random halves of `range(n)`, sorted; the first is the one to choose on.
-
-    >>> a, b = halves(5, seed=0)
-    >>> sorted([*a.tolist(), *b.tolist()]), len(b)
-    ([0, 1, 2, 3, 4], 3)
-    """
-    order = np.random.default_rng(seed).permutation(n)
-    return np.sort(order[: n // 2]), np.sort(order[n // 2 :])
 
 
 def chosen_site(

@@ -12,10 +12,10 @@ import pandas as pd
 from jaxtyping import Float
 
 from memlens.errors import OptionError, ResultError
-from memlens.results import Result
+from memlens.results.result import Result
 from memlens.results.statistics import bootstrap_means, quantile_interval
 
-__all__ = ["MEASURES", "task_summary"]
+__all__ = ["MEASURES", "TaskTables", "task_summary", "task_tables"]
 
 Table = Float[np.ndarray, "resample site"]
 Means = Mapping[str, Table]
@@ -41,7 +41,7 @@ half, and that of LAMBADA can reach 1.
 
 
 @dataclass(frozen=True)
-class _Task:
+class TaskTables:
     """The questions of one task.
 
     Attributes:
@@ -55,6 +55,7 @@ class _Task:
     tables: Mapping[str, Float[np.ndarray, "question site"]]
 
     def measured(self, resample: Callable[[np.ndarray], np.ndarray]) -> dict[str, Table]:
+        """Return every measure of `MEASURES`, from means that `resample` takes of each table."""
         means = {name: resample(table) for name, table in self.tables.items()}
         return {name: measure(means, self.chance) for name, measure in MEASURES.items()}
 
@@ -91,11 +92,9 @@ def task_summary(
         >>> table["scope"].tolist(), table["measure"].unique().tolist()[:2]
         (['task', 'task', 'task', 'group', 'group', 'group'], ['accuracy', 'accuracy_norm'])
     """
-    if result.kind != "task_accuracy":
-        raise ResultError(f"a {result.kind} result is no evaluation of tasks: give what evaluate_tasks gave.")
     if not 0 < level < 1:
         raise OptionError(f"level={level!r} is not a coverage: give a number between 0 and 1, such as 0.95.")
-    tasks = _tasks(result)
+    tasks = task_tables(result)
     values = {name: task.measured(lambda table: table.mean(0, keepdims=True)) for name, task in tasks.items()}
     drawn = {
         name: task.measured(lambda table, n=number: bootstrap_means(table, n_resamples, seed + n))
@@ -132,8 +131,14 @@ def _sites(result: Result) -> Iterable[tuple[Any, ...]]:
     return product(*(accuracy[dim].values.tolist() for dim in accuracy.dims[1:]))
 
 
-def _tasks(result: Result) -> dict[str, _Task]:
-    """Take a result apart, task by task."""
+def task_tables(result: Result) -> dict[str, TaskTables]:
+    """Take a result of `evaluate_tasks` apart, task by task.
+
+    Raises:
+        ResultError: It is no result of `evaluate_tasks`.
+    """
+    if result.kind != "task_accuracy":
+        raise ResultError(f"a {result.kind} result is no evaluation of tasks: give what evaluate_tasks gave.")
     data, found = result.data, {}
     for name in dict.fromkeys(data["task"].values.tolist()):
         part = data.isel(sequence=np.flatnonzero(data["task"].values == name))
@@ -144,5 +149,5 @@ def _tasks(result: Result) -> dict[str, _Task]:
             tables["base"] = np.broadcast_to(base, tables["accuracy"].shape)
         else:
             tables["base"] = tables["accuracy"]
-        found[name] = _Task(str(part["task_group"].values[0]), float(part["chance"].values[0]), tables)
+        found[name] = TaskTables(str(part["task_group"].values[0]), float(part["chance"].values[0]), tables)
     return found
