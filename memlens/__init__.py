@@ -88,7 +88,15 @@ if TYPE_CHECKING:
         natural_controls,
     )
     from memlens.sequences.idioms import idiom_defects
-    from memlens.studies import IdiomOptions, LocalizeOptions, localize, study_idioms
+    from memlens.studies import (
+        BypassInputs,
+        BypassOptions,
+        IdiomOptions,
+        LocalizeOptions,
+        localize,
+        study_attention_bypass,
+        study_idioms,
+    )
     from memlens.sweeps import BatchHook, Intervention, Plan, applied, measure, plan, sweep
 
 __version__ = "0.1.0"
@@ -164,9 +172,12 @@ _HOMES: dict[str, str] = {
             "natural_controls",
         ),
         "memlens.studies": (
+            "BypassInputs",
+            "BypassOptions",
             "IdiomOptions",
             "LocalizeOptions",
             "localize",
+            "study_attention_bypass",
             "study_idioms",
         ),
         "memlens.sweeps": ("BatchHook", "Intervention", "Plan", "applied", "measure", "plan", "sweep"),
@@ -193,6 +204,8 @@ _HOMES: dict[str, str] = {
 __all__ = [
     "METRICS",
     "BatchHook",
+    "BypassInputs",
+    "BypassOptions",
     "ChoiceTask",
     "CriteriaOptions",
     "CriteriaScores",
@@ -278,6 +291,7 @@ __all__ = [
     "score_recall",
     "screen_then_verify",
     "search_layer_sets",
+    "study_attention_bypass",
     "study_idioms",
     "sweep",
     "task_summary",

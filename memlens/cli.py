@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from memlens.bypass_cli import run_bypass
 from memlens.console import (
     ERR,
     OUT,
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 zoo_app = typer.Typer(help="The bundled models with known memories.", no_args_is_help=True)
 app.add_typer(run_app, name="run")
+run_app.command("bypass")(run_bypass)
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(lens_app, name="lens")
 app.command()(generate)

@@ -1,0 +1,236 @@
+"""Findings of the attention-bypass study, each one sentence with its number, interval and control."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from memlens.attribution.layer_sets import LayerSetSearch
+from memlens.report import Finding
+from memlens.results import Result
+from memlens.results.tradeoff import Tradeoff
+from memlens.studies import findings as common
+from memlens.studies.bypass_controls import MEMORIZED, UNTRAINED
+from memlens.studies.bypass_options import BypassInputs, BypassOptions
+from memlens.studies.bypass_tables import GAP
+from memlens.studies.statistics import mean_estimate, share_estimate
+
+__all__ = [
+    "best_set",
+    "blocks_in_words",
+    "by_quartile",
+    "needed_block",
+    "recited",
+    "scaling",
+    "selective_block",
+]
+
+
+def recited(swept: Mapping[str, Result], inputs: BypassInputs) -> Finding:
+    """How much of each group the unchanged model recites."""
+    shares = {name: share_estimate(result.baseline("exact_match")) for name, result in swept.items()}
+    main = shares[MEMORIZED]
+    n = len(inputs.memorized)
+    rest = [f"{name} {share}, n = {share.n}" for name, share in shares.items() if name != MEMORIZED]
+    return Finding(
+        "What is recited",
+        f"{n} sequences were given as memorized; of the {main.n} that are examined the unchanged model "
+        f"recites "
+        f"{main.value:.3g} exactly.",
+        main.value,
+        main.low,
+        main.high,
+        "share of sequences",
+        main.n,
+        "exact match of the others: " + "; ".join(rest) if rest else None,
+    )
+
+
+def blocks_in_words(result: Result) -> str:
+    """What the bypass of each block leaves, in one sentence."""
+    exact = result["exact_match"].mean("sequence")
+    kept = ", ".join(f"{float(value):.2f}" for value in exact.values)
+    return f"Exact match with the attention of block 0, 1, … bypassed: {kept}."
+
+
+def needed_block(swept: Mapping[str, Result], seed: int) -> Finding:
+    """The block whose bypass harms recitation most."""
+    return common.bypassed_layer(swept, seed)
+
+
+def selective_block(
+    choosing: Tradeoff, scoring: Tradeoff, swept: Mapping[str, Result], options: BypassOptions
+) -> Finding:
+    """The single block with the best selectivity."""
+    place = int(np.nanargmax(choosing.selectivity))
+    row = scoring.table().iloc[place]
+    layer = int(row["layer"])
+    others = np.delete(scoring.selectivity, place)
+    elsewhere = []
+    for name, result in swept.items():
+        if name != MEMORIZED:
+            change = mean_estimate(result.effect("target_logprob").sel(layer=layer), seed=options.seed)
+            elsewhere.append(f"{name} {change} nats a token")
+    control = f"the other blocks have {np.mean(others):.3g} on average, {np.max(others):.3g} at best"
+    if elsewhere:
+        control += "; log-probability of other text under the same bypass: " + ", ".join(elsewhere)
+    return Finding(
+        "The most selective block",
+        f"Bypassing the attention of block {layer} removes {row['removed']:.2f} "
+        f"[{row['removed_low']:.2f}, {row['removed_high']:.2f}] of recitation and costs {row['cost']:.2f} "
+        f"[{row['cost_low']:.2f}, {row['cost_high']:.2f}] of the accuracy above chance "
+        f"({_cost_words(options, row)}; chosen on one half of the data, measured on the other).",
+        float(row["selectivity"]),
+        float(row["selectivity_low"]),
+        float(row["selectivity_high"]),
+        "selectivity (share removed less share lost)",
+        None,
+        control,
+    )
+
+
+def _cost_words(options: BypassOptions, row: Any) -> str:
+    return f"most on {row['worst_task']}" if options.over == "max" else "the mean over tasks"
+
+
+def best_set(
+    best: pd.DataFrame, areas: pd.DataFrame, search: LayerSetSearch, elsewhere: Mapping[str, Result]
+) -> Finding:
+    """The most selective set of blocks, beside random sets of its size and single blocks."""
+    rows = best.set_index("search")
+    top, single = rows.loc["any"], rows.loc["single block"]
+    area = areas.set_index("family")
+    parts = []
+    if top["random_sets"]:
+        parts.append(
+            f"{int(top['random_sets'])} other sets of {int(top['size'])}: {top['random_mean']:.3g} on "
+            f"average, "
+            f"{top['random_share']:.2f} of them do as well"
+        )
+    parts.append(f"the best single block ({single['layers']}) has {single['selectivity']:.3g}")
+    for name, result in elsewhere.items():
+        if name != MEMORIZED:
+            change = mean_estimate(result.effect("target_logprob").isel(intervention=0))
+            parts.append(f"{name} text changes by {change} nats a token")
+    families = "; ".join(
+        f"{name} {row['area']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" for name, row in area.iterrows()
+    )
+    return Finding(
+        "The most selective set of blocks",
+        f"Of {len(search.sets)} sets, bypassing {_blocks(str(top['layers']))} is best on one half of the "
+        f"data; "
+        f"on the other it removes {top['removed']:.2f} [{top['removed_low']:.2f}, "
+        f"{top['removed_high']:.2f}] of "
+        f"recitation and costs {top['cost']:.2f} [{top['cost_low']:.2f}, {top['cost_high']:.2f}]. Area under "
+        f"the frontier by family of sets: {families}.",
+        float(top["selectivity"]),
+        float(top["selectivity_low"]),
+        float(top["selectivity_high"]),
+        "selectivity",
+        None,
+        "; ".join(parts),
+    )
+
+
+def _blocks(label: str) -> str:
+    return f"block {label}" if label.isdigit() else f"blocks {label}"
+
+
+def by_quartile(table: pd.DataFrame, swept: Mapping[str, Result]) -> list[Finding]:
+    """Late against early blocks, and language against reasoning, raw and corrected for chance."""
+    rows = table.set_index(["what", "measure", "part"]).sort_index()
+    parts = sorted(set(table["part"]))
+    first, last = parts[0], parts[-1]
+
+    def spoken(what: str, measure: str, part: int) -> str:
+        if (what, measure, part) not in rows.index:
+            return "not known"
+        row = rows.loc[(what, measure, part)]
+        return f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+    corrected = "relative_drop_chance_corrected"
+    groups = [what for what in dict.fromkeys(table["what"]) if what not in ("recitation", GAP)]
+    costs = {
+        part: ", ".join(f"{group} {spoken(group, corrected, part)}" for group in groups)
+        for part in (first, last)
+    }
+    row = rows.loc[("recitation", "relative_drop", last)]
+    found = [
+        Finding(
+            "Late against early blocks",
+            f"One block of the last part of depth (blocks {row['layers']}) takes {row['mean']:.2f} of "
+            f"recitation "
+            f"on average and costs {costs[last]}; one of the first part takes "
+            f"{spoken('recitation', 'relative_drop', first)} and costs {costs[first]} (drops corrected for "
+            "chance).",
+            float(row["mean"]),
+            float(row["low"]),
+            float(row["high"]),
+            "share of recitation, last part",
+            swept[MEMORIZED].data.sizes["sequence"],
+            _stack_control(swept),
+        )
+    ]
+    if GAP in set(table["what"]):
+        row = rows.loc[(GAP, "relative_drop", first)]
+        all_parts = "; ".join(
+            f"part {part}: raw {spoken(GAP, 'relative_drop', part)}, corrected {spoken(GAP, corrected, part)}"
+            for part in parts
+        )
+        found.append(
+            Finding(
+                "Language against reasoning",
+                "Language tasks lose more than reasoning tasks where the difference is positive. Difference "
+                "of "
+                f"the mean relative drops by part of depth: {all_parts}.",
+                float(row["mean"]),
+                float(row["low"]),
+                float(row["high"]),
+                "difference of raw drops, first part",
+                None,
+                "the same difference corrected for chance: tasks with few choices cannot lose all of their "
+                "accuracy, so the raw one is partly made by the number of choices",
+            )
+        )
+    return found
+
+
+def _stack_control(swept: Mapping[str, Result]) -> str | None:
+    if UNTRAINED not in swept:
+        return None
+    size = np.abs(swept[UNTRAINED].effect("target_logprob")).mean("sequence")
+    return (
+        "untrained weights: the same bypass changes the log-probability by "
+        f"{float(size.isel(layer=0)):.2g} nats a token (in size) at the first block and by "
+        f"{float(size.isel(layer=-1)):.2g} at the last, so depth alone orders the effects there too"
+        if float(size.isel(layer=0)) > float(size.isel(layer=-1))
+        else "untrained weights: the first block's bypass changes no more than the last one's"
+    )
+
+
+def scaling(table: pd.DataFrame, parts: int) -> Finding:
+    """What the last blocks are worth in each model."""
+    words, best = [], []
+    for name, rows in table.groupby("model", sort=False):
+        layers = rows["layer"].max() + 1
+        late = rows[rows["layer"] >= layers * (1 - 1 / parts)]
+        row = rows.loc[rows["selectivity_chosen"].idxmax()]
+        best.append(row["selectivity"])
+        words.append(
+            f"{name}: block {int(row['layer'])} of {int(layers)}, selectivity {row['selectivity']:.2f} "
+            f"[{row['selectivity_low']:.2f}, {row['selectivity_high']:.2f}], last blocks on average remove "
+            f"{late['removed'].mean():.2f} at a cost of {late['cost'].mean():.2f}"
+        )
+    return Finding(
+        "From one model to the next",
+        f"The most selective block of each model (chosen on one half, measured on the other). "
+        f"{'; '.join(words)}.",
+        float(np.mean(best)),
+        None,
+        None,
+        "mean selectivity over models",
+        len(best),
+    )
