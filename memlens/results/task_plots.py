@@ -53,13 +53,13 @@ def plot_tasks(
         raise OptionError(f"group={group!r}: lines are of tasks; give 'task' or 'task_group'.")
     options = {key: value for key, value in intervals.items() if key != "method"}
     table = task_summary(result, **options)
-    table = table[table["scope"] == ("task" if group == "task" else "group")]
+    table = table.loc[table["scope"] == ("task" if group == "task" else "group")]
     names = list(dict.fromkeys(table["name"]))
     layers = result["layer"].values
     measures = [name for name in MEASURES if name in set(table["measure"]) and metric in (None, name)]
     variables = {}
     for measure in measures:
-        grid = table[table["measure"] == measure].set_index(["name", "layer"])
+        grid = table.loc[table["measure"] == measure].set_index(["name", "layer"])
         values = [
             [grid.loc[(n, layer), s] for layer in layers] for s in ("mean", "low", "high") for n in names
         ]

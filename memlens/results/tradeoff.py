@@ -47,7 +47,7 @@ class Tradeoff:
     sites: pd.DataFrame
     removed: Float[np.ndarray, "edit"]
     cost: Float[np.ndarray, "edit"]
-    worst: Sequence[str]
+    worst: list[str]
     removed_draws: Float[np.ndarray, "resample edit"]
     cost_draws: Float[np.ndarray, "resample edit"]
     exact_match: Float[np.ndarray, "edit"]
@@ -82,7 +82,7 @@ class Tradeoff:
             self.sites.iloc[chosen].reset_index(drop=True),
             self.removed[chosen],
             self.cost[chosen],
-            [self.worst[i] for i in chosen],
+            [self.worst[int(i)] for i in chosen.tolist()],
             self.removed_draws[:, chosen],
             self.cost_draws[:, chosen],
             self.exact_match[chosen],

@@ -10,7 +10,7 @@ import pandas as pd
 
 from memlens.attribution.agreement import rank_correlation, standard_interval
 from memlens.attribution.bypass import BYPASS_MODES, CONTROL_MODES, bypass_intervention
-from memlens.attribution.layer_sets import quartiles
+from memlens.attribution.layer_sets import layers_label, quartiles
 from memlens.attribution.mlps import branch_ablations
 from memlens.results import Result, compare_groups
 from memlens.results.statistics import bootstrap_means, mean_interval
@@ -67,7 +67,7 @@ def control_table(results: Mapping[str, Result], *, parts: int, n_resamples: int
     main = results[MEMORIZED]
     cut = [part for part in quartiles(main.data.sizes["layer"], parts) if part]
     rows: dict[tuple[str, int], dict[str, Any]] = {
-        (edit, number): {"edit": edit, "part": number, "layers": f"{layers[0]}-{layers[-1]}"}
+        (edit, number): {"edit": edit, "part": number, "layers": layers_label(layers)}
         for edit in main["edit"].values.tolist()
         for number, layers in enumerate(cut, 1)
     }
@@ -114,7 +114,7 @@ def depth_table(results: Mapping[str, Result], *, n_resamples: int, seed: int) -
     """
     rows = []
     for name, result in results.items():
-        size = np.abs(result.effect("target_logprob")).transpose("edit", "sequence", "layer")
+        size = abs(result.effect("target_logprob")).transpose("edit", "sequence", "layer")
         layers = np.arange(size.sizes["layer"], dtype=float)
         for edit in size["edit"].values.tolist():
             table = size.sel(edit=edit).values

@@ -32,20 +32,25 @@ __all__ = [
 def recited(swept: Mapping[str, Result], inputs: BypassInputs) -> Finding:
     """How much of each group the unchanged model recites."""
     shares = {name: share_estimate(result.baseline("exact_match")) for name, result in swept.items()}
-    main = shares[MEMORIZED]
-    n = len(inputs.memorized)
-    rest = [f"{name} {share}, n = {share.n}" for name, share in shares.items() if name != MEMORIZED]
+    main, base = shares[MEMORIZED], swept[MEMORIZED].baseline("exact_match")
+    rest = [
+        f"{name} {int(result.baseline('exact_match').sum())} of {result.data.sizes['sequence']}, "
+        f"{mean_estimate(result.baseline('target_logprob'))} nats a token"
+        for name, result in swept.items()
+        if name != MEMORIZED
+    ]
+    own = mean_estimate(swept[MEMORIZED].baseline("target_logprob"))
     return Finding(
         "What is recited",
-        f"{n} sequences were given as memorized; of the {main.n} that are examined the unchanged model "
-        f"recites "
-        f"{main.value:.3g} exactly.",
+        f"{len(inputs.memorized)} sequences were given as memorized; the unchanged model recites "
+        f"{int(base.sum())} "
+        f"of the {main.n} that are examined, with {own} nats a token.",
         main.value,
         main.low,
         main.high,
         "share of sequences",
         main.n,
-        "exact match of the others: " + "; ".join(rest) if rest else None,
+        "recited of the others, and their log-probability: " + "; ".join(rest) if rest else None,
     )
 
 
@@ -201,7 +206,7 @@ def by_quartile(table: pd.DataFrame, swept: Mapping[str, Result]) -> list[Findin
 def _stack_control(swept: Mapping[str, Result]) -> str | None:
     if UNTRAINED not in swept:
         return None
-    size = np.abs(swept[UNTRAINED].effect("target_logprob")).mean("sequence")
+    size = abs(swept[UNTRAINED].effect("target_logprob")).mean("sequence")
     return (
         "untrained weights: the same bypass changes the log-probability by "
         f"{float(size.isel(layer=0)):.2g} nats a token (in size) at the first block and by "
@@ -213,24 +218,18 @@ def _stack_control(swept: Mapping[str, Result]) -> str | None:
 
 def scaling(table: pd.DataFrame, parts: int) -> Finding:
     """What the last blocks are worth in each model."""
-    words, best = [], []
+    words = []
     for name, rows in table.groupby("model", sort=False):
-        layers = rows["layer"].max() + 1
-        late = rows[rows["layer"] >= layers * (1 - 1 / parts)]
-        row = rows.loc[rows["selectivity_chosen"].idxmax()]
-        best.append(row["selectivity"])
+        layers = int(rows["layer"].max()) + 1
+        late = rows.loc[rows["layer"] >= layers * (1 - 1 / parts)]
+        row = rows.loc[rows["selectivity_chosen"].idxmax()].to_dict()
         words.append(
-            f"{name}: block {int(row['layer'])} of {int(layers)}, selectivity {row['selectivity']:.2f} "
-            f"[{row['selectivity_low']:.2f}, {row['selectivity_high']:.2f}], last blocks on average remove "
-            f"{late['removed'].mean():.2f} at a cost of {late['cost'].mean():.2f}"
+            f"{name}: block {row['layer']} of {layers}, selectivity {row['selectivity']:.2f} "
+            f"[{row['selectivity_low']:.2f}, {row['selectivity_high']:.2f}]; its last blocks remove "
+            f"{late['removed'].mean():.2f} on average at a cost of {late['cost'].mean():.2f}"
         )
     return Finding(
         "From one model to the next",
-        f"The most selective block of each model (chosen on one half, measured on the other). "
-        f"{'; '.join(words)}.",
-        float(np.mean(best)),
-        None,
-        None,
-        "mean selectivity over models",
-        len(best),
+        "The most selective block of each model (chosen on one half of the data, measured on the other). "
+        f"{'. '.join(words)}.",
     )

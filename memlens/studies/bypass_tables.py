@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from memlens.attribution.layer_sets import quartiles
+from memlens.attribution.layer_sets import layers_label, quartiles
 from memlens.results import Result
 from memlens.results.statistics import bootstrap_means, quantile_interval
 from memlens.results.task_summary import task_tables
@@ -80,7 +80,7 @@ def quartile_table(
                     "what": what,
                     "measure": measure,
                     "part": number,
-                    "layers": f"{layers[0]}-{layers[-1]}",
+                    "layers": layers_label(layers),
                     "mean": float(value[0, layers].mean()),
                     "low": float(low[0]),
                     "high": float(high[0]),
