@@ -220,7 +220,7 @@ def scaling(table: pd.DataFrame, parts: int) -> Finding:
     """What the last blocks are worth in each model."""
     words = []
     for name, rows in table.groupby("model", sort=False):
-        layers = int(rows["layer"].max()) + 1
+        layers = max(rows["layer"].tolist()) + 1
         late = rows.loc[rows["layer"] >= layers * (1 - 1 / parts)]
         row = rows.loc[rows["selectivity_chosen"].idxmax()].to_dict()
         words.append(

@@ -1,0 +1,308 @@
+"""The attention-bypass study on the bundled model: its numbers are recomputed from what it saved."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from statsmodels.stats.proportion import proportion_confint
+from typer.testing import CliRunner
+
+import memlens as ml
+from memlens.attribution.layer_sets import quartiles
+from memlens.cli import app
+from memlens.errors import EmptySetError, OptionError
+from memlens.organisms.zoo import zoo_corpus
+from memlens.results.statistics import halves
+from memlens.studies import StudyRun
+from memlens.studies.bypass_context import METRICS
+from memlens.studies.bypass_findings import scaling
+
+SMALL = ml.BypassOptions(
+    max_sequences=20,
+    max_free_running=6,
+    control_sequences=8,
+    bounds_sequences=2,
+    joint_sequences=12,
+    joint_questions=8,
+    exact_layers=1,
+    exact_pool=2,
+    greedy_size=2,
+    n_random=2,
+    n_resamples=200,
+)
+TASKS = ["agreement", "cloze", "entity", "arithmetic"]
+
+
+@pytest.fixture(scope="module")
+def pythia() -> Any:
+    return ml.load_model("zoo/pythia-s")
+
+
+@pytest.fixture(scope="module")
+def found(pythia: Any) -> ml.MemorizedSet:
+    rows = zoo_corpus("pythia-s").rows[:3000]
+    return ml.build_memorized_set(pythia, rows, n=24, seed=1, block_size=512, progress=False)
+
+
+@pytest.fixture(scope="module")
+def inputs(pythia: Any, found: ml.MemorizedSet) -> ml.BypassInputs:
+    return ml.BypassInputs.of(pythia, found, ml.local_tasks("zoo", pythia, names=TASKS, n=20))
+
+
+@pytest.fixture(scope="module")
+def run(inputs: ml.BypassInputs, tmp_path_factory: pytest.TempPathFactory) -> StudyRun:
+    def smaller() -> ml.BypassInputs:
+        few = [task.take(slice(0, 10)) for task in inputs.tasks]
+        return ml.BypassInputs(inputs.model, inputs.memorized[:10], tasks=few, name="the same, less")
+
+    return ml.study_attention_bypass(
+        inputs, tmp_path_factory.mktemp("bypass"), others=[smaller], options=SMALL, progress=False,
+        command="memlens run bypass",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(run: StudyRun) -> Path:
+    return run.report.parent
+
+
+def test_all_parts_ran_and_stand_in_the_report(run: StudyRun, folder: Path) -> None:
+    assert run.failures == {}
+    titles = [finding.title for finding in run.findings]
+    assert titles == [
+        "What is recited",
+        "Which layer's attention recall needs",
+        "The most selective block",
+        "From one model to the next",
+        "Late against early blocks",
+        "Language against reasoning",
+        "The most selective set of blocks",
+        "What is special to memorized text",
+        "What any residual stack does",
+        "Single heads",
+        "Bounds",
+    ]
+    page = html.unescape((folder / "report.html").read_text(encoding="utf-8"))
+    for words in (
+        "Recitation against ability",
+        "Other edits of each layer",
+        "Area under the frontier",
+        "joint_questions",
+    ):
+        assert words in page
+    for finding in run.findings:
+        assert finding.control or finding.title in ("Bounds", "From one model to the next")
+
+
+def test_exact_match_under_a_bypass_is_that_of_a_plain_forward(
+    pythia: Any, inputs: ml.BypassInputs, folder: Path
+) -> None:
+    blocks = ml.load_result(folder / "blocks.nc").data
+    mine = blocks.isel(sequence=blocks["group"].values == "memorized")
+    assert set(METRICS) <= set(mine.data_vars)
+    ids = mine["sequence"].values.tolist()
+    rows = [inputs.memorized.table["id"].tolist().index(i) for i in ids]
+    tokens = inputs.memorized.tokens[rows]
+    assert len(ids) == 20
+    for layer in (0, 4):
+        with torch.no_grad(), ml.bypassed(pythia, layer):
+            logits = pythia(tokens)[:, 31:-1]
+        right = logits.argmax(-1) == tokens[:, 32:]
+        np.testing.assert_array_equal(mine["exact_match"].sel(layer=layer), right.all(1).float())
+        np.testing.assert_allclose(mine["target_accuracy"].sel(layer=layer), right.float().mean(1), atol=1e-6)
+        spread = logits.log_softmax(-1)
+        entropy = -(spread.exp() * spread).sum(-1).sum(-1)
+        np.testing.assert_allclose(mine["completion_entropy"].sel(layer=layer), entropy, rtol=1e-4)
+
+
+def test_controls_are_those_matched_to_the_chosen_sequences(inputs: ml.BypassInputs, folder: Path) -> None:
+    blocks = ml.load_result(folder / "blocks.nc").data
+    chosen = blocks["sequence"].values[blocks["group"].values == "memorized"].tolist()
+    assert inputs.unmemorized is not None
+    table = inputs.unmemorized.table.set_index("id")
+    others = blocks["sequence"].values[blocks["group"].values == "not memorized"].tolist()
+    assert others
+    assert set(table.loc[others, "matched_to"]) <= set(chosen)
+
+
+def test_the_selective_block_is_chosen_on_one_half_and_scored_on_the_other(
+    run: StudyRun, folder: Path
+) -> None:
+    blocks = ml.load_result(folder / "blocks.nc").data
+    mine = blocks.isel(sequence=blocks["group"].values == "memorized")
+    tasks = ml.load_result(folder / "tasks.nc").data
+    scores, counted = [], []
+    for part in (0, 1):
+        half = mine.isel(sequence=halves(mine.sizes["sequence"], 0)[part])
+        removed = 1 - half["exact_match"].mean("sequence") / half["exact_match_baseline"].mean()
+        costs = []
+        for number, name in enumerate(TASKS):
+            place = np.flatnonzero(tasks["task"].values == name)
+            some = tasks.isel(sequence=place[halves(len(place), number)[part]])
+            right, n = float(some["accuracy_baseline"].sum()), some.sizes["sequence"]
+            base, chance = right / n, float(some["chance"].values[0])
+            if part == 0 and proportion_confint(right, n, method="wilson")[0] > chance:
+                counted.append(name)  # on the half that is chosen on, the model is above chance
+            if name in counted:
+                costs.append(((base - some["accuracy"].mean("sequence")) / (base - chance)).values)
+        scores.append(removed.values - np.max(costs, axis=0))
+    best = int(np.argmax(scores[0]))
+    finding = next(f for f in run.findings if f.title == "The most selective block")
+    assert f"block {best} " in finding.statement
+    assert finding.estimate == pytest.approx(scores[1][best], abs=1e-6)
+    table = pd.read_parquet(folder / "selectivity.parquet")
+    own = table[table["model"] == "zoo/pythia-s"]
+    np.testing.assert_allclose(own["selectivity"], scores[1], atol=1e-6)
+    assert set(table["model"]) == {"zoo/pythia-s", "the same, less"}
+
+
+def test_quartiles_are_means_over_their_blocks(folder: Path) -> None:
+    rows = pd.read_parquet(folder / "quartiles.parquet").set_index(["what", "measure", "part"])
+    blocks = ml.load_result(folder / "blocks.nc").data
+    exact = blocks["exact_match"].values[blocks["group"].values == "memorized"].mean(0)
+    tasks = ml.load_result(folder / "tasks.nc").data
+    for part, layers in enumerate(quartiles(6), 1):
+        row = rows.loc[("recitation", "relative_drop", part)]
+        assert row["mean"] == pytest.approx(np.mean([1 - exact[layer] for layer in layers]))
+        assert row["low"] - 1e-9 <= row["mean"] <= row["high"] + 1e-9
+        drops = {}
+        for name in TASKS:
+            some = tasks.isel(sequence=tasks["task"].values == name)
+            base, chance = float(some["accuracy_baseline"].mean()), float(some["chance"].values[0])
+            lost = base - some["accuracy"].mean("sequence").values[layers]
+            drops[name] = np.mean(lost / base), np.mean(lost / (base - chance))
+        for i, measure in enumerate(("relative_drop", "relative_drop_chance_corrected")):
+            language = np.mean([drops[name][i] for name in ("agreement", "cloze")])
+            reasoning = np.mean([drops[name][i] for name in ("entity", "arithmetic")])
+            assert rows.loc[("language", measure, part), "mean"] == pytest.approx(language)
+            gap = rows.loc[("language minus reasoning", measure, part), "mean"]
+            assert gap == pytest.approx(language - reasoning)
+
+
+def test_free_decoding_is_the_score_under_the_bypass(
+    pythia: Any, inputs: ml.BypassInputs, folder: Path
+) -> None:
+    result = ml.load_result(folder / "free_running.nc")
+    ids = result["sequence"].values.tolist()
+    rows = [inputs.memorized.table["id"].tolist().index(i) for i in ids]
+    seqs = inputs.memorized[rows]
+    with ml.bypassed(pythia, 5):
+        new = pythia.generate(
+            seqs.tokens[:, :32], max_new_tokens=32, do_sample=False, verbose=False, stop_at_eos=False
+        )[:, 32:]
+    share = (new == seqs.tokens[:, 32:]).float().mean(1)
+    np.testing.assert_allclose(result["memorization_score"].sel(layer=5), share, atol=1e-6)
+    assert (result["exact_match"] == (result["memorization_score"] == 1)).all()
+
+
+def test_the_table_of_controls_is_the_saved_edits(folder: Path) -> None:
+    edits = ml.load_result(folder / "edits_by_group.nc").data
+    table = pd.read_parquet(folder / "controls.parquet").set_index(["edit", "part"])
+    effect = edits["target_logprob"] - edits["target_logprob_baseline"]
+    for edit in ("identity", "uniform", "mlp_mean"):
+        for group in ("memorized", "predictable", "untrained weights"):
+            mine = effect.isel(sequence=edits["group"].values == group).sel(edit=edit, layer=[1, 2])
+            assert table.loc[(edit, 2), group] == pytest.approx(float(mine.mean()), abs=1e-6)
+    row = table.loc[("identity", 1)]
+    assert row["minus predictable low"] <= row["minus predictable"] <= row["minus predictable high"]
+    assert 0 < row["minus predictable p_corrected"] <= 1
+    depth = pd.read_parquet(folder / "depth.parquet").set_index(["edit", "group"])
+    sizes = np.abs(effect.isel(sequence=edits["group"].values == "untrained weights").sel(edit="zero"))
+    order = pd.Series(sizes.mean("sequence").values).corr(pd.Series(range(6)), method="spearman")
+    assert depth.loc[("zero", "untrained weights"), "correlation"] == pytest.approx(order)
+
+
+def test_a_killed_run_is_taken_up(
+    inputs: ml.BypassInputs, run: StudyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("memlens.studies.bypass_sides.control_edits", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ml.study_attention_bypass(inputs, tmp_path, options=SMALL, progress=False)
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.npz")}
+    assert stamps
+    again = ml.study_attention_bypass(inputs, tmp_path, options=SMALL, progress=False)
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    skipped = "From one model to the next"
+    assert [f.statement for f in again.findings] == [f.statement for f in run.findings if f.title != skipped]
+
+
+def test_a_part_that_fails_costs_only_itself(
+    pythia: Any, inputs: ml.BypassInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("memlens.studies.bypass_blocks.evaluate_tasks", broken, raising=False)
+    monkeypatch.setattr("memlens.studies.bypass_context.evaluate_tasks", broken)
+    options = ml.BypassOptions(
+        **{**vars(SMALL), "joint_sequences": 0, "edits": (), "heads": False, "free_running": False}
+    )
+    run = ml.study_attention_bypass(inputs, tmp_path, options=options, progress=False)
+    assert run.failures == {"tasks": "out of memory"}
+    assert "out of memory" in run.report.read_text(encoding="utf-8")
+    assert [f.title for f in run.findings][-1] == "Bounds"
+
+
+def test_without_controls_nothing_is_called_special(pythia: Any, found: Any, tmp_path: Path) -> None:
+    options = ml.BypassOptions(**{**vars(SMALL), "bounds_sequences": 0, "heads": False})
+    alone = ml.BypassInputs(pythia, found.memorized[:8])
+    run = ml.study_attention_bypass(alone, tmp_path, options=options, progress=False)
+    assert "no tasks were given" in run.report.read_text(encoding="utf-8")
+    special = next(f for f in run.findings if f.title == "What is special to memorized text")
+    assert special.estimate is None
+    assert "No control text" in special.statement
+
+
+def test_bad_inputs_are_refused(pythia: Any, found: ml.MemorizedSet) -> None:
+    with pytest.raises(EmptySetError, match="3 memorized sequences"):
+        ml.BypassInputs(pythia, found.memorized[:3])
+    with pytest.raises(OptionError, match="edits"):
+        ml.BypassOptions(edits=("zero",))
+    with pytest.raises(OptionError, match="quartiles=1"):
+        ml.BypassOptions(quartiles=1)
+    with pytest.raises(OptionError, match="mode"):
+        ml.BypassOptions(mode="uniform")
+
+
+def test_scaling_speaks_of_each_model_s_chosen_block() -> None:
+    table = pd.DataFrame(
+        {
+            "model": ["a"] * 4 + ["b"] * 4,
+            "layer": [0, 1, 2, 3] * 2,
+            "selectivity_chosen": [0, 0, 1, 0, 0, 0, 0, 1],
+            "selectivity": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8],
+            "selectivity_low": [0.0] * 8,
+            "selectivity_high": [1.0] * 8,
+            "removed": [1, 1, 1, 0.5, 1, 1, 1, 0.25],
+            "cost": [0.9] * 7 + [0.0],
+        }
+    )
+    words = scaling(table, 4).statement
+    assert "a: block 2 of 4, selectivity 0.30" in words
+    assert "b: block 3 of 4, selectivity 0.80" in words
+    assert "remove 0.25 on average at a cost of 0.00" in words
+
+
+def test_the_command_runs_on_saved_sequences_and_refuses_what_does_not_fit(
+    found: ml.MemorizedSet, tmp_path: Path
+) -> None:
+    found.save(tmp_path / "set")
+    args = ["run", "bypass", "--model", "zoo/pythia-s", "--out", str(tmp_path / "out"), "-q"]
+    given = [*args, "--memorized", str(tmp_path / "set"), "--tasks", "local", "--questions", "6"]
+    small = ["--max-sequences", "8", "--control-sequences", "4", "--joint-sequences", "0", "--bounds", "0"]
+    result = CliRunner().invoke(app, [*given, *small, "--no-free-running", "--no-heads"])
+    assert result.exit_code == 0, result.output
+    assert "The most selective block" in result.output
+    assert (tmp_path / "out" / "report.html").is_file()
+    both = CliRunner().invoke(app, [*given, "--corpus", "x.npy"])
+    assert isinstance(both.exception, OptionError) or both.exit_code != 0
