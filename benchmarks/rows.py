@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 import memlens as ml
 from benchmarks import peers
@@ -114,6 +115,33 @@ def layers_bypassed(model: Any, n: int, peer_sites: int | None = None) -> Row:
     )
 
 
+def blocks_swept(model: Any, n: int) -> Row:
+    """Row 7: each layer's attention bypassed with five metrics, beside L/2 + 2 plain forwards."""
+    seqs = recalled(model, n, 32, 32)
+    layers = range(model.cfg.n_layers)
+    metrics = ("exact_match", "target_accuracy", "target_logprob", "completion_entropy", "matching_prefix")
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            return model(seqs.tokens)
+
+    def difference(result: ml.Result, logits: torch.Tensor) -> float:
+        at = int(seqs.prefix_len[0])
+        right = logits[:, at - 1 : -1].argmax(-1) == seqs.tokens[:, at:]
+        return float(np.abs(result.baseline("target_accuracy").values - right.float().mean(1).numpy()).max())
+
+    return Row(
+        f"each layer bypassed, five metrics, {n} x (32 + 32) tokens",
+        f"{model.cfg.n_layers / 2 + 2:g} plain forwards of the same sequences",
+        lambda: ml.bypass_attention(model, seqs, metrics=metrics, progress=False),
+        forward,
+        1 / (model.cfg.n_layers / 2 + 2),
+        difference,
+        seqs,
+        lambda: [ml.bypass_intervention(model, [layer]) for layer in layers],
+    )
+
+
 ROWS: dict[str, Callable[[Any], Row]] = {
     "patch_residual": lambda model: patching(model, heads=False),
     "patch_heads": lambda model: patching(model, heads=True),
@@ -121,5 +149,6 @@ ROWS: dict[str, Callable[[Any], Row]] = {
     "ablate_8_generate": lambda model: heads_ablated(model, 8, generate=True, peer_sites=4),
     "ablate_1_generate": lambda model: heads_ablated(model, 1, generate=True, peer_sites=6),
     "bypass_64_generate": lambda model: layers_bypassed(model, 64, peer_sites=2),
+    "bypass_64_five_metrics": lambda model: blocks_swept(model, 64),
 }
 """The table's rows by name."""

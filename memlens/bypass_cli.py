@@ -61,6 +61,10 @@ def run_bypass(
     n: Annotated[int, typer.Option(help="Stop scanning at so many memorized sequences.")] = 128,
     prefix_len: Annotated[int, typer.Option(help="Tokens given to the model.")] = 32,
     suffix_len: Annotated[int, typer.Option(help="Tokens that must match.")] = 32,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="Tokens from one window to the next (default: windows do not overlap)."),
+    ] = None,
     max_rows: Annotated[int | None, typer.Option(help="Scan so many rows of the corpus at most.")] = None,
     max_sequences: Annotated[int, typer.Option(help="Sequences of each group that are examined.")] = 128,
     control_sequences: Annotated[int, typer.Option(help="Of these, for other edits and heads.")] = 48,
@@ -109,7 +113,7 @@ def run_bypass(
         loaded = load(name, backend, dtype, device, where.pop("revision", None), where.pop("step", None))
         found = _found(
             loaded, name, corpus, memorized, out, n=n, prefix_len=prefix_len, suffix_len=suffix_len,
-            max_rows=max_rows, seed=seed, progress=not quiet,
+            stride=stride, max_rows=max_rows, seed=seed, progress=not quiet,
         )  # fmt: skip
         return ml.BypassInputs(loaded, *found, tasks=_tasks(loaded, name, tasks, questions, seed), name=name)
 
@@ -138,16 +142,18 @@ def _found(
         found = ml.MemorizedSet.load(memorized)
     else:
         place = out / "memorized" / name.replace("/", "_")
-        found = ml.build_memorized_set(model, _corpus(model, name, corpus, scan), out=place, **scan)
+        found = ml.build_memorized_set(model, _corpus(model, name, corpus), out=place, **scan)
     groups = (found.memorized, found.unmemorized, found.predictable)
     return tuple(group if len(group) else None for group in groups)  # pyright: ignore[reportReturnType]
 
 
-def _corpus(model: Any, name: str, corpus: str | None, scan: dict[str, Any]) -> Any:
+def _corpus(model: Any, name: str, corpus: str | None) -> Any:
+    import numpy as np
+
     import memlens as ml
     from memlens.models.zoo import is_zoo_name
     from memlens.organisms.zoo import zoo_corpus
-    from memlens.sequences import text_windows
+    from memlens.sequences import text_ids
 
     if corpus is None:
         if not is_zoo_name(name):
@@ -156,7 +162,7 @@ def _corpus(model: Any, name: str, corpus: str | None, scan: dict[str, Any]) -> 
             )
         return zoo_corpus(name).rows
     if corpus.endswith(".txt"):
-        return text_windows(model.tokenizer, corpus, scan["prefix_len"] + scan["suffix_len"])
+        return np.asarray(text_ids(model.tokenizer, corpus))
     if corpus.endswith(".npy"):
         return corpus
     return ml.load_sequences(corpus, model, prefix_len=1, on_short="drop", on_eos="keep")

@@ -50,7 +50,9 @@ def line_over_layers(
     numbers = theme.layer_axis(ci[x].values) if x == "layer" else {"zeroline": False}
     fig.update_xaxes({**numbers, "title": {"text": x_title or x}})
     fig.update_yaxes(title_text=texts[0].axis)
-    theme.figure(fig, title=title, subtitle=subtitle, height=440, menu=len(names) > 1)
+    groups = len(_by_group(ci[names[0]], x))
+    height = 440 + 20 * max(0, groups - 2) * (1 if baseline is None else 2)
+    theme.figure(fig, title=title, subtitle=subtitle, height=height, menu=len(names) > 1)
     if len(names) > 1:
         titles = {"yaxis.title.text": [text.axis for text in texts]}
         theme.dropdown(fig, [text.label for text in texts], owners, titles)

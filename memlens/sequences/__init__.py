@@ -3,7 +3,7 @@
 from memlens.sequences.checks import SequenceReport, check_sequences
 from memlens.sequences.controls import corrupt
 from memlens.sequences.knowledge import fact_sequences, identifier_sequences
-from memlens.sequences.natural import natural_controls, text_windows
+from memlens.sequences.natural import natural_controls, text_ids, text_windows
 from memlens.sequences.readers import load_sequences
 from memlens.sequences.set import SequenceSet
 
@@ -16,5 +16,6 @@ __all__ = [
     "identifier_sequences",
     "load_sequences",
     "natural_controls",
+    "text_ids",
     "text_windows",
 ]

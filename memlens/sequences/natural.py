@@ -13,10 +13,34 @@ from memlens.errors import EmptySetError, FileFormatError, OptionError, Sequence
 from memlens.sequences.set import SequenceSet
 from memlens.sequences.tokenizing import Tokenizer, encode
 
-__all__ = ["natural_controls", "text_windows"]
+__all__ = ["natural_controls", "text_ids", "text_windows"]
 
 _SPACES = ("Ġ", "▁")
 """How byte-level and SentencePiece vocabularies write the space in front of a word."""
+
+
+def text_ids(tokenizer: Tokenizer, path: str | Path) -> list[int]:
+    """Return a text file as one long row of token ids.
+
+    Args:
+        tokenizer: The model's.
+        path: A text file in UTF-8.
+
+    Raises:
+        SourceNotFoundError: No such file.
+        FileFormatError: The file is not UTF-8.
+        SequenceError: There is no tokenizer.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SourceNotFoundError(f"there is no text file {path}: give the path of one.")
+    if tokenizer is None:
+        raise SequenceError("the model has no tokenizer for a text file: give token ids.")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path} is not UTF-8 text: give token ids.") from error
+    return encode(tokenizer, [content])[0]
 
 
 def text_windows(tokenizer: Tokenizer, path: str | Path, window: int = 128) -> SequenceSet:
@@ -33,18 +57,9 @@ def text_windows(tokenizer: Tokenizer, path: str | Path, window: int = 128) -> S
         FileFormatError: The file is not UTF-8.
         SequenceError: There is no tokenizer, or the text has fewer than two windows.
     """
-    path = Path(path)
     if window < 2:
         raise OptionError(f"window={window} leaves nothing to predict: give 2 tokens or more.")
-    if not path.is_file():
-        raise SourceNotFoundError(f"there is no text file {path}: give the path of one.")
-    if tokenizer is None:
-        raise SequenceError("the model has no tokenizer for a text file: give token ids.")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{path} is not UTF-8 text: give token ids.") from error
-    ids = encode(tokenizer, [content])[0]
+    ids = text_ids(tokenizer, path)
     rows = [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)]
     if len(rows) < 2:
         raise SequenceError(

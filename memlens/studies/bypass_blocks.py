@@ -24,7 +24,7 @@ from memlens.results.tradeoff import Tradeoff, edit_tradeoff, tasks_above_chance
 from memlens.sequences import SequenceSet
 from memlens.studies import bypass_findings as find
 from memlens.studies import bypass_texts as text
-from memlens.studies.bypass_context import METRICS, BypassContext
+from memlens.studies.bypass_context import BypassContext
 from memlens.studies.bypass_controls import (
     MEMORIZED,
     UNTRAINED,
@@ -44,11 +44,23 @@ def blocks(study: BypassContext) -> None:
     if study.options.untrained_control:
         study.swept[UNTRAINED] = study.bypass(study.twin, study.groups[MEMORIZED], UNTRAINED)
     joined = join_groups(study.swept)
-    figures = [FigureRequest({"metric": metric, "group": "group"}, reading="") for metric in METRICS[:4]]
-    figures[0] = FigureRequest(
-        {"metric": "exact_match", "group": "group"}, reading=find.blocks_in_words(study.swept[MEMORIZED])
+    words = {
+        "exact_match": "What is recited exactly",
+        "target_accuracy": "Right tokens",
+        "target_logprob": "Log-probability of the truth",
+        "completion_entropy": "Entropy of the continuation",
+    }
+    figures = [
+        FigureRequest(
+            {"metric": metric, "group": "group", "title": f"{title}, one block bypassed at a time"},
+            reading=find.blocks_in_words(study.swept[MEMORIZED]) if metric == "exact_match" else "",
+        )
+        for metric, title in words.items()
+    ]
+    change = {"metric": "target_logprob", "group": "group", "of": "effect"}
+    figures.append(
+        FigureRequest({**change, "title": "What each bypass takes from the log-probability"}, reading="")
     )
-    figures.append(FigureRequest({"metric": "target_logprob", "group": "group", "of": "effect"}, reading=""))
     study.folder.add_result(
         "blocks", joined, title="Attention of each block bypassed: what is recited",
         lead=text.BLOCKS_LEAD, figures=figures,
@@ -105,7 +117,11 @@ def free_running(study: BypassContext) -> None:
     study.folder.add_result(
         "free_running", result, title="Free decoding with each block bypassed",
         lead="Greedy decoding from the prefix; M is the share of positions at which it equals the truth.",
-        figures=[FigureRequest({"metric": "memorization_score"}, reading="")],
+        figures=[
+            FigureRequest(
+                {"metric": "memorization_score", "title": "Score M, one block bypassed at a time"}, reading=""
+            )
+        ],
     )  # fmt: skip
 
 
