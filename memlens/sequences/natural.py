@@ -66,7 +66,7 @@ def text_windows(tokenizer: Tokenizer, path: str | Path, window: int = 128) -> S
             f"{path} has {len(ids)} tokens, fewer than two windows of {window}: give more text or a shorter "
             "window."
         )
-    return SequenceSet.from_tokens(rows, prefix_len=1, attrs={"source": path.name})
+    return SequenceSet.from_tokens(rows, prefix_len=1, attrs={"source": Path(path).name})
 
 
 def natural_controls(
