@@ -111,11 +111,19 @@ def run_bypass(
 
     def read(name: str, **where: Any) -> BypassInputs:
         loaded = load(name, backend, dtype, device, where.pop("revision", None), where.pop("step", None))
-        found = _found(
-            loaded, name, corpus, memorized, out, n=n, prefix_len=prefix_len, suffix_len=suffix_len,
-            stride=stride, max_rows=max_rows, seed=seed, progress=not quiet,
+        tasked = _tasks(loaded, name, tasks, questions, seed)
+        if memorized is not None and not (Path(memorized) / "memorized_set.json").is_file():
+            seqs = ml.load_sequences(memorized, loaded, prefix_len=prefix_len)
+            scores = ml.score_recall(loaded, seqs, generate=False, metrics=(), progress=not quiet)
+            return ml.BypassInputs(loaded, scores.memorized(), tasks=tasked, name=name)
+        if memorized is not None:
+            return ml.BypassInputs.of(loaded, ml.MemorizedSet.load(memorized), tasked, name=name)
+        found = ml.build_memorized_set(
+            loaded, _corpus(loaded, name, corpus), out=out / "memorized" / name.replace("/", "_"), n=n,
+            prefix_len=prefix_len, suffix_len=suffix_len, stride=stride, max_rows=max_rows, seed=seed,
+            progress=not quiet,
         )  # fmt: skip
-        return ml.BypassInputs(loaded, *found, tasks=_tasks(loaded, name, tasks, questions, seed), name=name)
+        return ml.BypassInputs.of(loaded, found, tasked, name=name)
 
     run = ml.study_attention_bypass(
         read(model, revision=revision, step=checkpoint_step),
@@ -126,25 +134,6 @@ def run_bypass(
         progress=not quiet,
     )
     print_run(run, time.perf_counter() - start)
-
-
-def _found(
-    model: Any, name: str, corpus: str | None, memorized: str | None, out: Path, **scan: Any
-) -> tuple[Any, Any, Any]:
-    """Return memorized sequences and their controls: as given, or from a scan that `out` keeps."""
-    import memlens as ml
-
-    if memorized is not None and not (Path(memorized) / "memorized_set.json").is_file():
-        seqs = ml.load_sequences(memorized, model, prefix_len=scan["prefix_len"])
-        scores = ml.score_recall(model, seqs, generate=False, metrics=(), progress=scan["progress"])
-        return scores.memorized(), None, None
-    if memorized is not None:
-        found = ml.MemorizedSet.load(memorized)
-    else:
-        place = out / "memorized" / name.replace("/", "_")
-        found = ml.build_memorized_set(model, _corpus(model, name, corpus), out=place, **scan)
-    groups = (found.memorized, found.unmemorized, found.predictable)
-    return tuple(group if len(group) else None for group in groups)  # pyright: ignore[reportReturnType]
 
 
 def _corpus(model: Any, name: str, corpus: str | None) -> Any:

@@ -97,7 +97,7 @@ def study_attention_bypass(
     folder.step("recitation against ability", lambda: part.frontier(study, others))
     folder.step("quartiles of depth", lambda: part.quartiles(study))
     folder.step("sets of blocks", lambda: side.joint(study))
-    folder.step("other edits", lambda: side.edits(study))
     folder.step("single heads", lambda: side.heads(study))
+    folder.step("other edits", lambda: side.edits(study))
     folder.step("bounds", lambda: side.bounds(study))
     return folder.done()

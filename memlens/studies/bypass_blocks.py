@@ -65,6 +65,17 @@ def blocks(study: BypassContext) -> None:
         "blocks", joined, title="Attention of each block bypassed: what is recited",
         lead=text.BLOCKS_LEAD, figures=figures,
     )  # fmt: skip
+    scan = study.inputs.scan
+    if scan is not None:
+        counts = pd.DataFrame({"windows": scan.counts}).reset_index(names="of the scan")
+        study.folder.add_table(
+            "scan", counts.loc[counts["windows"] > 0], title="What the scan of the corpus met",
+            section="blocks",
+        )  # fmt: skip
+        study.folder.add_table(
+            "balance", scan.balance(), title="How alike memorized sequences and their controls are",
+            note=text.BALANCE_NOTE, section="blocks",
+        )  # fmt: skip
     study.folder.find(find.recited(study.swept, study.inputs))
     study.folder.find(find.needed_block(study.swept, study.options.seed))
 

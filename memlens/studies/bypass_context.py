@@ -30,8 +30,10 @@ class BypassContext:
     ) -> None:
         self.inputs, self.folder, self.options, self.progress = inputs, folder, options, progress
         self.model, self.n_layers = inputs.model, Trunk(inputs.model).n_layers
+        self.groups = inputs.groups
         self.groups = self.chosen(options.max_sequences)
         self.swept: dict[str, Result] = {}
+        self.headed: dict[str, Result] = {}
         self.tasks: Result | None = None
         self._twin: Any = None
 
@@ -43,8 +45,8 @@ class BypassContext:
         return self._twin
 
     def chosen(self, most: int) -> dict[str, SequenceSet]:
-        """Return at most so many memorized sequences, and of the controls those matched to them."""
-        found = dict(self.inputs.groups)
+        """Return at most so many of the memorized sequences, and of the controls those matched to them."""
+        found = dict(self.groups)
         found[MEMORIZED] = at_most(found[MEMORIZED], most, self.options.seed)
         ids = found[MEMORIZED].table["id"].astype(str).tolist()
         for name, seqs in found.items():

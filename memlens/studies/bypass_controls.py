@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 
 from memlens.attribution.agreement import rank_correlation, standard_interval
 from memlens.attribution.bypass import BYPASS_MODES, CONTROL_MODES, bypass_intervention
@@ -17,9 +18,18 @@ from memlens.results.statistics import bootstrap_means, mean_interval
 from memlens.sequences import SequenceSet
 from memlens.sweeps import Intervention
 
-__all__ = ["control_edits", "control_table", "depth_table"]
+__all__ = [
+    "MEMORIZED",
+    "SINGLE_HEAD",
+    "UNTRAINED",
+    "control_edits",
+    "control_table",
+    "depth_table",
+    "with_heads",
+]
 
 MEMORIZED, UNTRAINED = "memorized", "untrained weights"
+SINGLE_HEAD = "single head"
 
 
 def control_edits(
@@ -47,6 +57,17 @@ def control_edits(
             Intervention(f"{name}: {edit.name}", edit.hooks, {"edit": name, **edit.coords}) for edit in edits
         ]
     return found
+
+
+def with_heads(edits: Result, heads: Result) -> Result:
+    """Add the bypass of single heads, the mean over the heads of each layer, as one more edit."""
+    names = [str(name) for name in edits.data.data_vars if "edit" in edits[str(name)].dims]
+    mean = heads.data[names].mean("head", keep_attrs=True).expand_dims(edit=[SINGLE_HEAD])
+    joined = xr.concat(
+        [edits.data[names], mean], "edit", combine_attrs="override", coords="minimal", compat="override",
+        join="exact",
+    )  # fmt: skip
+    return Result(joined.assign({name: v for name, v in edits.data.data_vars.items() if name not in names}))
 
 
 def control_table(results: Mapping[str, Result], *, parts: int, n_resamples: int, seed: int) -> pd.DataFrame:

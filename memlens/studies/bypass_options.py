@@ -30,11 +30,11 @@ class BypassOptions:
         free_running: Also decode the memorized sequences freely under each bypass, for the score M.
         max_free_running: Of these, how many.
         edits: What else is done to each layer, beside the bypass itself.
-        control_sequences: Sequences of each group for these edits, and for single heads.
+        control_sequences: Of `max_sequences`, those of each group for these edits, and for single heads.
         heads: Also bypass every head alone.
         untrained_control: Also edit freshly drawn weights.
         bounds_sequences: Sequences for bounds and predictor; 0 leaves them out.
-        joint_sequences: Memorized sequences for the search over sets of blocks; 0 leaves it out.
+        joint_sequences: Of `max_sequences`, those for the search over sets of blocks; 0 leaves it out.
         joint_questions: Questions of each task for that search; None takes all.
         over: The cost of an edit is the largest ("max") or the "mean" loss over tasks.
         greedy_size: Blocks of the greedy search's last set.
@@ -90,6 +90,7 @@ class BypassInputs:
         predictable: Matched sequences that it predicts well without reciting them.
         tasks: Benchmark tasks; see `ChoiceTask`.
         name: What it is called in results; by default what it was loaded as.
+        scan: Where the groups come from, for the report.
     """
 
     model: Any
@@ -98,6 +99,7 @@ class BypassInputs:
     predictable: SequenceSet | None = None
     tasks: Sequence[ChoiceTask] = field(default_factory=tuple)
     name: str = ""
+    scan: MemorizedSet | None = None
 
     def __post_init__(self) -> None:
         if len(self.memorized) < 4:
@@ -109,12 +111,14 @@ class BypassInputs:
             object.__setattr__(self, "name", str(describe(self.model)["model"]))
 
     @classmethod
-    def of(cls, model: Any, found: MemorizedSet, tasks: Sequence[ChoiceTask] = ()) -> BypassInputs:
+    def of(
+        cls, model: Any, found: MemorizedSet, tasks: Sequence[ChoiceTask] = (), *, name: str = ""
+    ) -> BypassInputs:
         """Take the three groups from what `build_memorized_set` found; empty controls are left out."""
         unmemorized, predictable = (
             group if len(group) else None for group in (found.unmemorized, found.predictable)
         )
-        return cls(model, found.memorized, unmemorized, predictable, tasks)
+        return cls(model, found.memorized, unmemorized, predictable, tasks, name, found)
 
     @property
     def groups(self) -> dict[str, SequenceSet]:

@@ -25,6 +25,7 @@ from memlens.studies.bypass_controls import (
     control_edits,
     control_table,
     depth_table,
+    with_heads,
 )
 from memlens.sweeps import sweep
 
@@ -85,6 +86,8 @@ def edits(study: BypassContext) -> None:
     results = {name: _edited(study, study.model, group, name) for name, group in seqs.items()}
     if study.options.untrained_control:
         results[UNTRAINED] = _edited(study, study.twin, seqs[MEMORIZED], UNTRAINED)
+    for name, headed in study.headed.items():
+        results[name] = with_heads(results[name], headed)
     joined = join_groups(results)
     figures = [
         FigureRequest({"metric": "target_logprob", "title": "Every edit, on memorized text"}, reading="")
@@ -100,7 +103,7 @@ def edits(study: BypassContext) -> None:
                 {"metric": "target_logprob", "edit": edit, "group": "group", "title": f"Edit: {edit}"},
                 reading="",
             )
-            for edit in study.options.edits
+            for edit in results[MEMORIZED]["edit"].values.tolist()
         ],
     )  # fmt: skip
     options = {"n_resamples": study.options.n_resamples, "seed": study.options.seed}
@@ -122,11 +125,15 @@ def heads(study: BypassContext) -> None:
     """E8: the bypass of single heads."""
     if not study.options.heads:
         return
-    seqs = study.chosen(study.options.control_sequences)[MEMORIZED]
-    result = bypass_attention(
-        study.model, seqs, mode="identity", over="head", metrics=_CONTROL_METRICS,
-        out=study.place("heads"), progress=study.progress,
-    )  # fmt: skip
+    some = [(name, study.model, seqs) for name, seqs in study.chosen(study.options.control_sequences).items()]
+    if study.options.untrained_control:
+        some.append((UNTRAINED, study.twin, some[0][2]))
+    for name, model, seqs in some:
+        study.headed[name] = bypass_attention(
+            model, seqs, mode="identity", over="head", metrics=_CONTROL_METRICS,
+            out=study.place(f"heads_{name}"), progress=study.progress,
+        )  # fmt: skip
+    result = study.headed[MEMORIZED]
     study.folder.add_result(
         "heads", result, title="Single heads bypassed",
         figures=[FigureRequest({"metric": "target_logprob"})],

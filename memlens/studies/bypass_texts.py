@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "BALANCE_NOTE",
     "BLOCKS_LEAD",
     "BOUNDS_LEAD",
     "CONTROLS_NOTE",
@@ -24,6 +25,11 @@ BLOCKS_LEAD = (
     "One block at a time, teacher-forced: a sequence is recited exactly when the arg-max is right at every "
     "position of its continuation. Token accuracy is teacher-forced here; entropy is summed over the "
     "continuation's steps."
+)
+BALANCE_NOTE = (
+    "Standardized mean differences, memorized less control, against all candidates (before) and the chosen "
+    "ones (after); below 0.1 in size is commonly called balanced. No text that is not recited is as probable "
+    "as text that is, so the log-probability is matched in part only."
 )
 TASKS_LEAD = (
     "The same bypasses on benchmark tasks. A group's value is the mean over its tasks. Relative drops are "

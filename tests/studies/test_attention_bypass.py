@@ -83,9 +83,9 @@ def test_all_parts_ran_and_stand_in_the_report(run: StudyRun, folder: Path) -> N
         "Late against early blocks",
         "Language against reasoning",
         "The most selective set of blocks",
+        "Single heads",
         "What is special to memorized text",
         "What any residual stack does",
-        "Single heads",
         "Bounds",
     ]
     page = html.unescape((folder / "report.html").read_text(encoding="utf-8"))
@@ -209,6 +209,9 @@ def test_the_table_of_controls_is_the_saved_edits(folder: Path) -> None:
         for group in ("memorized", "predictable", "untrained weights"):
             mine = effect.isel(sequence=edits["group"].values == group).sel(edit=edit, layer=[1, 2])
             assert table.loc[(edit, 2), group] == pytest.approx(float(mine.mean()), abs=1e-6)
+    heads = ml.load_result(folder / "heads.nc")
+    lost = heads.effect("target_logprob").mean("head").sel(layer=[1, 2]).mean()
+    assert table.loc[("single head", 2), "memorized"] == pytest.approx(float(lost), abs=1e-6)
     row = table.loc[("identity", 1)]
     assert row["minus predictable low"] <= row["minus predictable"] <= row["minus predictable high"]
     assert 0 < row["minus predictable p_corrected"] <= 1
