@@ -18,6 +18,7 @@ from memlens.attribution.tasks import ChoiceTask
 from memlens.errors import EmptySetError, OptionError, check_option
 from memlens.models.trunk import Trunk
 from memlens.results import Result
+from memlens.results.depth import quartiles
 from memlens.results.statistics import halves
 from memlens.results.tradeoff import OVER, Tradeoff, edit_tradeoff, on_frontier, tasks_above_chance
 from memlens.sequences import SequenceSet
@@ -27,7 +28,6 @@ __all__ = [
     "LayerSetSearch",
     "layers_label",
     "named_layer_sets",
-    "quartiles",
     "search_layer_sets",
     "take_half",
 ]
@@ -228,16 +228,6 @@ def named_layer_sets(n_layers: int) -> dict[str, list[Layers]]:
         "prefix": [every[: layer + 1] for layer in every],
         "quartile": [tuple(part) for part in quartiles(n_layers) if part],
     }
-
-
-def quartiles(n_layers: int, parts: int = 4) -> list[list[int]]:
-    """Return the layers of each quartile of depth: layer l is in part floor(4 (l + 1/2) / L).
-
-    >>> quartiles(6)
-    [[0], [1, 2], [3, 4], [5]]
-    """
-    place = [min(parts - 1, int(parts * (layer + 0.5) / n_layers)) for layer in range(n_layers)]
-    return [[layer for layer in range(n_layers) if place[layer] == part] for part in range(parts)]
 
 
 def layers_label(layers: Iterable[int]) -> str:

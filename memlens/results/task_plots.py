@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from memlens.errors import OptionError, check_option
+from memlens.results.depth import by_part
 from memlens.results.plots import (
     asked,
     means,
@@ -31,6 +32,7 @@ def plot_tasks(
     metric: str | None,
     *,
     group: str | None = "task_group",
+    parts: int | None = None,
     title: str | None = None,
     **intervals: Any,
 ) -> go.Figure:
@@ -40,6 +42,7 @@ def plot_tasks(
         result: What `evaluate_tasks` gave, with the dimension `layer`.
         metric: A key of `task_summary.MEASURES`; all by default, with a menu.
         group: "task_group" or "task".
+        parts: Average over the layers of so many parts of depth.
         title: What is shown.
         intervals: `level`, `n_resamples` and `seed` of the bootstrap.
     """
@@ -51,6 +54,8 @@ def plot_tasks(
         return plot_interventions(result, metric, group=group, title=title, **intervals)
     if group not in ("task", "task_group"):
         raise OptionError(f"group={group!r}: lines are of tasks; give 'task' or 'task_group'.")
+    if parts is not None:
+        result = by_part(result, parts)
     options = {key: value for key, value in intervals.items() if key != "method"}
     table = task_summary(result, **options)
     table = table.loc[table["scope"] == ("task" if group == "task" else "group")]
@@ -75,6 +80,7 @@ def plot_tasks(
     return figures.line_over_layers(
         xr.Dataset(variables, coords),
         baseline=base,
+        x_title="" if parts is None else f"part of depth, 1 to {parts}",
         title=title or "What the bypass of each layer costs on tasks",
         subtitle=f"means over tasks, {n} questions, {100 * level:g} % interval over questions",
     )

@@ -87,12 +87,20 @@ def accuracies(study: BypassContext) -> None:
         return
     study.tasks = study.evaluate(study.inputs, "tasks")
     options = {"n_resamples": study.options.n_resamples, "seed": study.options.seed}
+    by_part = {"group": "task_group", "parts": study.options.quartiles, **options}
+    drops = {"relative_drop": "raw", "relative_drop_chance_corrected": "corrected for chance"}
     study.folder.add_result(
         "tasks", study.tasks, title="Attention of each block bypassed: what it costs on tasks",
         lead=text.TASKS_LEAD,
         figures=[
             FigureRequest({"group": "task_group", **options}, reading=""),
             FigureRequest({"group": "task", "metric": "accuracy", **options}, reading=""),
+            *(
+                FigureRequest(
+                    {**by_part, "metric": metric, "title": f"Mean drop by part of depth, {words}"}, reading=""
+                )
+                for metric, words in drops.items()
+            ),
         ],
     )  # fmt: skip
     study.folder.add_table(

@@ -11,9 +11,10 @@ import xarray as xr
 
 from memlens.attribution.agreement import rank_correlation, standard_interval
 from memlens.attribution.bypass import BYPASS_MODES, CONTROL_MODES, bypass_intervention
-from memlens.attribution.layer_sets import layers_label, quartiles
+from memlens.attribution.layer_sets import layers_label
 from memlens.attribution.mlps import branch_ablations
 from memlens.results import Result, compare_groups
+from memlens.results.depth import by_part, quartiles
 from memlens.results.statistics import bootstrap_means, mean_interval
 from memlens.sequences import SequenceSet
 from memlens.sweeps import Intervention
@@ -92,7 +93,7 @@ def control_table(results: Mapping[str, Result], *, parts: int, n_resamples: int
         for edit in main["edit"].values.tolist()
         for number, layers in enumerate(cut, 1)
     }
-    reduced = {name: _by_part(result, cut) for name, result in results.items()}
+    reduced = {name: by_part(result, parts) for name, result in results.items()}
     for name, result in reduced.items():
         ci = mean_interval(result.effect("target_logprob"), n_resamples=n_resamples, seed=seed)
         for (edit, number), row in rows.items():
@@ -112,13 +113,6 @@ def control_table(results: Mapping[str, Result], *, parts: int, n_resamples: int
             tails = {"": "difference", " low": "low", " high": "high", " p_corrected": "p_corrected"}
             row |= {f"minus {name}{tail}": float(here[variable]) for tail, variable in tails.items()}
     return pd.DataFrame(list(rows.values()))
-
-
-def _by_part(result: Result, cut: Sequence[Sequence[int]]) -> Result:
-    """Average the layers of each part of depth; a part's number stands as `layer`."""
-    data = result.data[["target_logprob", "target_logprob_baseline"]]
-    number = [next(n for n, part in enumerate(cut, 1) if layer in part) for layer in data["layer"].values]
-    return Result(data.assign_coords(layer=number).groupby("layer").mean(keep_attrs=True))
 
 
 def depth_table(results: Mapping[str, Result], *, n_resamples: int, seed: int) -> pd.DataFrame:

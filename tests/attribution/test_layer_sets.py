@@ -14,12 +14,12 @@ from memlens.attribution.layer_sets import (
     LayerSetSearch,
     layers_label,
     named_layer_sets,
-    quartiles,
     take_half,
 )
 from memlens.attribution.mlps import branch_ablations
 from memlens.errors import EmptySetError, OptionError
 from memlens.generate_cli import parse_layers
+from memlens.results.depth import quartiles
 from memlens.results.statistics import halves
 from tests.small import CASES
 

@@ -7,6 +7,7 @@ import pytest
 
 import memlens as ml
 from memlens.errors import EmptySetError, OptionError, ResultError
+from memlens.results.depth import by_part
 from memlens.results.frontier import ALL_TASKS, join_frontier
 from memlens.results.task_summary import MEASURES, task_summary
 from tests.results.test_tradeoff import recall_result, task_result
@@ -85,3 +86,16 @@ def test_task_lines_are_those_of_the_summary(pair: tuple[ml.Result, ml.Result]) 
     assert len([t for t in pair[1].plot("accuracy", group="task").data if t.mode == "lines+markers"]) == 2
     with pytest.raises(OptionError, match="lines are of tasks"):
         pair[1].plot(group="chance")
+
+
+def test_lines_by_part_of_depth_are_means_over_layers(pair: tuple[ml.Result, ml.Result]) -> None:
+    table = task_summary(pair[1], n_resamples=50)
+    rows = table[(table["name"] == "two-way") & (table["measure"] == "relative_drop_chance_corrected")]
+    drops = rows.set_index("layer")["mean"]
+    drawn = pair[1].plot("relative_drop_chance_corrected", group="task", parts=2, n_resamples=50)
+    line = next(trace for trace in drawn.data if trace.name == "two-way")
+    # of three layers the middle one belongs to the second half
+    assert list(line.y) == pytest.approx([drops[0], (drops[1] + drops[2]) / 2])
+    whole = by_part(pair[0], 2)
+    np.testing.assert_allclose(whole["exact_match"].sel(layer=1), pair[0]["exact_match"].sel(layer=0))
+    np.testing.assert_allclose(whole["exact_match_baseline"], 1.0)

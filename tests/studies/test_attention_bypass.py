@@ -14,10 +14,10 @@ from statsmodels.stats.proportion import proportion_confint
 from typer.testing import CliRunner
 
 import memlens as ml
-from memlens.attribution.layer_sets import quartiles
 from memlens.cli import app
 from memlens.errors import EmptySetError, OptionError
 from memlens.organisms.zoo import zoo_corpus
+from memlens.results.depth import quartiles
 from memlens.results.statistics import halves
 from memlens.studies import StudyRun
 from memlens.studies.bypass_context import METRICS
