@@ -6,7 +6,8 @@ import logging
 import os
 import platform
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ from memlens.organisms.corpus import CARRIER, Corpus, CorpusSpec, build_corpus
 from memlens.organisms.evaluate import evaluate_zoo_model, read_training
 from memlens.organisms.evaluate_items import evaluate_items
 from memlens.organisms.folder import write_card, write_folder
-from memlens.organisms.train import TrainLog, TrainSpec, train
+from memlens.organisms.recipes import ZOO, OrganismSpec
+from memlens.organisms.snapshots import CHECKPOINTS, as_snapshots
+from memlens.organisms.snapshots import snapshot_steps as default_steps
+from memlens.organisms.train import TrainLog, train
 
 __all__ = [
     "ZOO",
@@ -37,34 +41,6 @@ __all__ = [
 
 _LOG = logging.getLogger(__name__)
 _CHECKPOINT = "training-state.pt"
-
-
-@dataclass(frozen=True)
-class OrganismSpec:
-    """Everything that decides an organism.
-
-    Attributes:
-        name: without the prefix `zoo/`.
-        model: its shape.
-        corpus: what it reads.
-        training: how.
-    """
-
-    name: str
-    model: ModelSpec = field(default_factory=ModelSpec)
-    corpus: CorpusSpec = field(default_factory=CorpusSpec)
-    training: TrainSpec = field(default_factory=TrainSpec)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the specifications as JSON would hold them."""
-        return {
-            "model": asdict(self.model),
-            "corpus": self.corpus.to_dict(),
-            "training": self.training.to_dict(),
-        }
-
-
-ZOO: dict[str, OrganismSpec] = {"pythia-s": OrganismSpec("pythia-s")}
 
 
 def train_zoo_model(
@@ -124,6 +100,7 @@ def train_organism(
     progress: bool = True,
     resume: bool = True,
     checkpoint_every: int = 200,
+    snapshot_steps: Sequence[int] | None = None,
 ) -> Path:
     """Train an organism of any specification and write its folder.
 
@@ -136,12 +113,15 @@ def train_organism(
         progress: show a bar.
         resume: see `train_zoo_model`.
         checkpoint_every: steps between two writes of the training state.
+        snapshot_steps: steps whose weights are kept as `<out>/checkpoints/step<N>`; None: those of
+            `memlens.organisms.snapshots.snapshot_steps` where the specification wants snapshots, else none.
 
     Returns:
         The folder.
 
     Raises:
-        ResultError: `out` holds something else, and `resume` is True.
+        OptionError: `snapshot_steps` beyond the run.
+        ResultError: `out` holds something else, or a run that kept other snapshots, and `resume` is True.
     """
     out = Path(out)
     if out.exists() and resume:
@@ -152,6 +132,9 @@ def train_organism(
     _LOG.info("making the corpus of %s", spec.name)
     corpus = build_corpus(spec.corpus)
     model = build_model(spec.model, len(corpus.tokenizer), seed=spec.training.seed)
+    n_steps = spec.training.n_steps(len(corpus.rows))
+    if snapshot_steps is None:
+        snapshot_steps = default_steps(n_steps) if spec.snapshots else ()
     log = train(
         model,
         corpus.rows,
@@ -161,10 +144,12 @@ def train_organism(
         device=device,
         progress=progress,
         resume=resume,
+        snapshots=as_snapshots(partial / CHECKPOINTS, snapshot_steps),
+        label=spec.name,
     )
     write_folder(partial, spec.name, corpus, model, _training_record(spec, corpus, model, log, device))
     for left in (partial / _CHECKPOINT, *partial.glob(".*.part")):  # the latter of runs that were killed
-        left.unlink()
+        left.unlink(missing_ok=True)
     if out.exists():
         shutil.rmtree(out)
     os.replace(partial, out)

@@ -152,7 +152,7 @@ def test_unknown_names_and_steps_are_refused() -> None:
     assert not is_zoo_name("pythia-s")
     with pytest.raises(ModelNotFoundError, match=r"'zoo/pythia-x'.*Did you mean 'zoo/pythia-s'"):
         zoo_path("zoo/pythia-x")
-    with pytest.raises(ModelNotFoundError, match=r"no recipe for 'pythia-x'.*Did you mean 'pythia-s'"):
+    with pytest.raises(ModelNotFoundError, match=r"no recipe for 'pythia-x'.*Did you mean 'pythia-xs'"):
         train_zoo_model("pythia-x")
     with pytest.raises(OptionError, match="steps=0"):
         train_zoo_model(steps=0)
