@@ -35,12 +35,16 @@ class Source:
         location: A folder's path, or a name on the hub; what transformers' `from_pretrained` takes.
         local: Whether `location` is a folder.
         gguf_file: Name of the GGUF file in it, or None.
+        checkpoint: Which of a local model's training checkpoints this is, such as "step512", or "".
+        tokenizer_location: Where the tokenizer is; None: at `location`.
     """
 
     name: str
     location: str
     local: bool
     gguf_file: str | None = None
+    checkpoint: str = ""
+    tokenizer_location: str | None = None
 
 
 def resolve_source(name: str | Path, *, gguf_file: str | None = None) -> Source:

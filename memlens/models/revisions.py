@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, is_offline_mode
@@ -10,9 +11,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
 
 from memlens.errors import ModelNotFoundError, OptionError
+from memlens.files import zoo_folders
 from memlens.models.names import Source, unknown_name_error
+from memlens.models.zoo import is_zoo_name
 
-__all__ = ["checkpoint_revision", "list_steps"]
+__all__ = ["checkpoint_revision", "list_steps", "local_checkpoint"]
 
 _STEP = re.compile(r"^(?:stage1-)?step(\d+)(?:-tokens\d+B)?$")
 """Pythia `step9`; OLMo 1 `step9-tokens4B`; OLMo 2 `stage1-step9-tokens5B`; OLMo 3 `stage1-step9`."""
@@ -22,26 +25,69 @@ def checkpoint_revision(source: Source, *, revision: str | None, step: int | Non
     """Return the revision to load: the one asked for, or the one of a training step.
 
     Raises:
-        OptionError: Both are given, or one of them for a local folder.
+        OptionError: Both are given.
         ModelNotFoundError: No revision of this step; the message lists the nearest.
     """
-    if source.local and (revision is not None or step is not None):
-        what = f"revision={revision!r}" if revision is not None else f"checkpoint_step={step}"
-        raise OptionError(
-            f"{what} does not go with the local folder {source.location!r}: it holds one checkpoint only."
-        )
+    _check_one(revision, step)
     if step is None:
         return revision
-    if revision is not None:
-        raise OptionError(
-            f"revision={revision!r} and checkpoint_step={step} contradict each other: give one."
-        )
     steps = list_steps(source.location)
     if step in steps:
         return steps[step]
     raise ModelNotFoundError(
         f"{source.name!r} has no checkpoint of step {step}: {_what_there_is(steps, step)}"
     )
+
+
+def local_checkpoint(source: Source, *, revision: str | None, step: int | None) -> Source:
+    """Return where a local model's checkpoint of a training step is: `<folder>/checkpoints/step<N>`.
+
+    A bundled model of the zoo has its checkpoints where it was trained on demand.
+
+    Raises:
+        OptionError: Both are given, or the folder holds one checkpoint only.
+        ModelNotFoundError: No checkpoint of this step; the message lists those there are.
+    """
+    _check_one(revision, step)
+    if revision is None and step is None:
+        return source
+    wanted = revision if revision is not None else f"step{step}"
+    folders = {int(match[1]): path for path in _local_steps(source) if (match := _STEP.match(path.name))}
+    if not folders:
+        what = f"revision={revision!r}" if revision is not None else f"checkpoint_step={step}"
+        raise OptionError(
+            f"{what} does not go with the local folder {source.location!r}: it holds one checkpoint only"
+            f"{_how_to_get_steps(source)}."
+        )
+    for path in folders.values():
+        if path.name == wanted:
+            base = str(path.parent.parent)
+            return replace(source, location=str(path), checkpoint=wanted, tokenizer_location=base)
+    known = ", ".join(map(str, sorted(folders)))
+    raise ModelNotFoundError(f"{source.name!r} has no checkpoint {wanted}: there are those of steps {known}.")
+
+
+def _local_steps(source: Source) -> list[Path]:
+    """The folders of a local model's checkpoints; those of a zoo model may lie in the cache."""
+    folders = [Path(source.location)]
+    if is_zoo_name(source.name):
+        folders += [root / source.name.removeprefix("zoo/") for root in zoo_folders()]
+    found = ([*folder.glob("checkpoints/step*/config.json")] for folder in folders)
+    return [config.parent for config in next(filter(None, found), [])]
+
+
+def _how_to_get_steps(source: Source) -> str:
+    if not is_zoo_name(source.name):
+        return ""
+    short = source.name.removeprefix("zoo/")
+    return f"; the zoo's Pythia models have those of training steps after `memlens zoo train {short}`"
+
+
+def _check_one(revision: str | None, step: int | None) -> None:
+    if revision is not None and step is not None:
+        raise OptionError(
+            f"revision={revision!r} and checkpoint_step={step} contradict each other: give one."
+        )
 
 
 def list_steps(repo: str) -> dict[int, str]:

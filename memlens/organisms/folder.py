@@ -10,10 +10,16 @@ from typing import Any
 import pandas as pd
 from transformers import PreTrainedModel
 
+from memlens.files import zoo_table
 from memlens.models.quiet import quiet
 from memlens.organisms.card import render_card
 from memlens.organisms.corpus import Corpus
-from memlens.organisms.evaluate import evaluate_zoo_model, language_losses, read_training
+from memlens.organisms.evaluate import (
+    evaluate_zoo_model,
+    language_losses,
+    read_ground_truth,
+    read_training,
+)
 from memlens.organisms.evaluate_items import evaluate_items
 from memlens.organisms.known_items import KINDS
 
@@ -65,9 +71,8 @@ def write_card(folder: str | Path) -> Path:
         FileFormatError: the folder is not a zoo model's.
     """
     folder = Path(folder)
-    training, sequences = read_training(folder), pd.read_parquet(folder / "sequences.parquet")
-    paths = {kind: folder / f"{kind}.parquet" for kind in KINDS}
-    items = {kind: pd.read_parquet(path) for kind, path in paths.items() if path.is_file()}
+    training, sequences = read_training(folder), read_ground_truth(folder, "sequences")
+    items = {kind: read_ground_truth(folder, kind) for kind in KINDS if zoo_table(folder, kind)}
     recalled = evaluate_items(folder) if items else None
     curve, losses = evaluate_zoo_model(folder), language_losses(folder)
     card = render_card(training, curve, losses, sequences, items, recalled)

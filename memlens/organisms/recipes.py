@@ -9,7 +9,7 @@ from memlens.organisms.architectures import ModelSpec
 from memlens.organisms.corpus import CorpusSpec
 from memlens.organisms.train import TrainSpec
 
-__all__ = ["ZOO", "OrganismSpec"]
+__all__ = ["SIZES", "ZOO", "OrganismSpec"]
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,46 @@ class OrganismSpec:
         }
 
 
-_PYTHIA: tuple[OrganismSpec, ...] = (
-    OrganismSpec(
-        "pythia-xs",
-        ModelSpec(d_model=40, n_layers=4, n_heads=5),
-        training=TrainSpec(learning_rate=6e-3),
-        snapshots=True,
-    ),
-    OrganismSpec("pythia-s", snapshots=True),
-    OrganismSpec(
-        "pythia-m",
-        ModelSpec(d_model=160, n_layers=8, n_heads=10),
-        training=TrainSpec(learning_rate=1.5e-3),
-        snapshots=True,
-    ),
+SIZES = ("xs", "s", "m")
+"""About 0.15, 1 and 3 million parameters."""
+
+_Shape = tuple[int, int, int]
+
+_PYTHIA_SHAPES: tuple[_Shape, ...] = ((40, 4, 5), (128, 6, 8), (160, 8, 10))
+_UNTIED: tuple[_Shape, ...] = ((40, 4, 5), (96, 7, 6), (160, 8, 10))
+_TIED: tuple[_Shape, ...] = ((48, 4, 6), (96, 7, 6), (160, 8, 10))
+_SHAPES: dict[str, tuple[_Shape, ...]] = {
+    "pythia": _PYTHIA_SHAPES,
+    "gpt-neo": _TIED,
+    "olmo1": _TIED,
+    "olmo2": _UNTIED,
+    "olmo3": _UNTIED,
+    "openllama": _UNTIED,
+    "starcoder": ((48, 4, 6), (112, 6, 7), (176, 8, 11)),
+}
+"""Width, blocks and heads of each size; wider where embeddings are tied or all heads share a key."""
+
+_RATES = (6e-3, 2e-3, 1.5e-3)
+"""Learning rate of each size."""
+
+
+def _recipe(family: str, size: str) -> OrganismSpec:
+    number = SIZES.index(size)
+    d_model, n_layers, n_heads = _SHAPES[family][number]
+    return OrganismSpec(
+        f"{family}-{size}",
+        ModelSpec(family, d_model, n_layers, n_heads),
+        training=TrainSpec(learning_rate=_RATES[number]),
+        snapshots=family == "pythia",
+    )
+
+
+_CONTROLS = (
     OrganismSpec("pythia-s-clean", corpus=CorpusSpec(planted=False)),
     OrganismSpec("pythia-s-untrained", training=TrainSpec(steps=0)),
 )
 
-ZOO: dict[str, OrganismSpec] = {spec.name: spec for spec in _PYTHIA}
+ZOO: dict[str, OrganismSpec] = {
+    spec.name: spec for spec in (*(_recipe(family, size) for family in _SHAPES for size in SIZES), *_CONTROLS)
+}
+"""Every model of the zoo by name: seven families in three sizes, and the two controls of `pythia-s`."""
