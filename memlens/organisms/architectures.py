@@ -31,7 +31,14 @@ from transformers import (
 
 from memlens.errors import OptionError, check_option
 
-__all__ = ["ARCHITECTURES", "WINDOW", "ModelSpec", "architecture_facts", "build_model"]
+__all__ = [
+    "ARCHITECTURES",
+    "WINDOW",
+    "ModelSpec",
+    "architecture_facts",
+    "build_model",
+    "count_parameters",
+]
 
 WINDOW = 32
 """Tokens that local attention sees (GPT-Neo, OLMo 3): half of a training row, so that it matters."""
@@ -214,6 +221,16 @@ def build_model(spec: ModelSpec, vocab_size: int, *, seed: int) -> PreTrainedMod
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ARCHITECTURES[spec.family](spec, vocab_size).float()
+
+
+def count_parameters(spec: ModelSpec, vocab_size: int) -> int:
+    """Return how many parameters `build_model` would give the model, without making them.
+
+    >>> count_parameters(ModelSpec(d_model=16, n_layers=1, n_heads=2), 300)
+    12912
+    """
+    with torch.device("meta"):
+        return ARCHITECTURES[spec.family](spec, vocab_size).num_parameters()
 
 
 def architecture_facts(model: PreTrainedModel) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from memlens.errors import check_option
 from memlens.organisms.architectures import ModelSpec
 from memlens.organisms.corpus import CorpusSpec
 from memlens.organisms.train import TrainSpec
 
-__all__ = ["SIZES", "ZOO", "OrganismSpec"]
+__all__ = ["FAMILIES", "SIZES", "ZOO", "OrganismSpec", "select_recipes"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class OrganismSpec:
 SIZES = ("xs", "s", "m")
 """About 0.15, 1 and 3 million parameters."""
 
+ALL = "all"
+
 _Shape = tuple[int, int, int]
 
 _PYTHIA_SHAPES: tuple[_Shape, ...] = ((40, 4, 5), (128, 6, 8), (160, 8, 10))
@@ -58,8 +61,36 @@ _SHAPES: dict[str, tuple[_Shape, ...]] = {
 }
 """Width, blocks and heads of each size; wider where embeddings are tied or all heads share a key."""
 
+FAMILIES = tuple(_SHAPES)
+"""The families of the zoo, by their names in `memlens.models.families`."""
+
 _RATES = (6e-3, 2e-3, 1.5e-3)
 """Learning rate of each size."""
+
+
+def select_recipes(family: str = ALL, size: str = ALL) -> list[str]:
+    """Return the names of the recipes of a family and a size, in the zoo's order.
+
+    The controls of `pythia-s` are of its family and size.
+
+    Args:
+        family: one of `FAMILIES`, or "all".
+        size: one of `SIZES`, or "all".
+
+    Raises:
+        OptionError: there is no such family or size.
+
+    >>> select_recipes("pythia", "s")
+    ['pythia-s', 'pythia-s-clean', 'pythia-s-untrained']
+    >>> len(select_recipes(size="xs"))
+    7
+    """
+    check_option("family", family, [ALL, *FAMILIES])
+    check_option("size", size, [ALL, *SIZES])
+    families = FAMILIES if family == ALL else (family,)
+    sizes = SIZES if size == ALL else (size,)
+    wanted = [f"{one}-{of_size}" for one in families for of_size in sizes]
+    return [name for name in ZOO if any(name == each or name.startswith(f"{each}-") for each in wanted)]
 
 
 def _recipe(family: str, size: str) -> OrganismSpec:

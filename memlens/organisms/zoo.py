@@ -12,14 +12,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from memlens.errors import ModelNotFoundError, OptionError, ResultError, near_matches
-from memlens.models.zoo import zoo_cache, zoo_path
-from memlens.organisms.architectures import ModelSpec, architecture_facts, build_model
+from memlens.errors import FileFormatError, ModelNotFoundError, OptionError, ResultError, near_matches
+from memlens.models.zoo import zoo_cache, zoo_names, zoo_path
+from memlens.organisms.architectures import ModelSpec, architecture_facts, build_model, count_parameters
 from memlens.organisms.corpus import CARRIER, Corpus, CorpusSpec, build_corpus
-from memlens.organisms.evaluate import evaluate_zoo_model, read_training
+from memlens.organisms.evaluate import evaluate_zoo_model, load_organism, read_training
 from memlens.organisms.evaluate_items import evaluate_items
 from memlens.organisms.folder import write_card, write_folder
 from memlens.organisms.recipes import ZOO, OrganismSpec
@@ -37,6 +38,7 @@ __all__ = [
     "untrained_twin",
     "write_card",
     "zoo_corpus",
+    "zoo_overview",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ def train_zoo_model(
         seed: of corpus, weights and order.
         steps: fewer or more steps than the recipe's.
         device: None takes a GPU where there is one.
-        progress: show a bar.
+        progress: show a bar, with the model's name.
         resume: go on with a run that was interrupted, and return at once where the same run is finished
             already. False starts over, and replaces a model that stands in `out`.
 
@@ -126,6 +128,7 @@ def train_organism(
     out = Path(out)
     if out.exists() and resume:
         _check_same(spec, out)
+        _check_snapshots(spec, out, snapshot_steps)
         return out
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -170,6 +173,41 @@ def zoo_corpus(name: str = "pythia-s") -> Corpus:
     return build_corpus(CorpusSpec.from_dict(read_training(folder)["corpus"]["spec"]))
 
 
+def zoo_overview() -> pd.DataFrame:
+    """Return what the zoo has: every recipe, and every model that is here.
+
+    Returns:
+        One row a model: `model` ("zoo/pythia-s"), `family`, `parameters`, `status` ("bundled" with the
+        package, "cached" where it was trained on demand, or "recipe": not trained yet), `checkpoints` (of
+        training steps, besides the last) and `folder` (None for a recipe).
+
+    >>> zoo_overview().set_index("model").loc["zoo/pythia-s", ["parameters", "status"]].tolist()
+    [1452032, 'bundled']
+    """
+    here = zoo_names()
+    return pd.DataFrame([_overview_row(name, name in here) for name in dict.fromkeys([*ZOO, *here])])
+
+
+def _overview_row(name: str, here: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"model": f"zoo/{name}"}
+    if not here:
+        spec = ZOO[name]
+        row |= {
+            "family": spec.model.family,
+            "parameters": count_parameters(spec.model, spec.corpus.vocab_size),
+        }
+        return row | {"status": "recipe", "checkpoints": 0, "folder": None}
+    folder = zoo_path(name)
+    try:
+        model = read_training(folder)["model"]
+        row |= {"family": model["spec"]["family"], "parameters": model["facts"]["parameters"]}
+    except FileFormatError:
+        row |= {"family": "", "parameters": load_organism(folder).num_parameters()}
+    status = "cached" if folder.parent == zoo_cache() else "bundled"
+    steps = [step for root in (folder, zoo_cache() / name) for step in root.glob(f"{CHECKPOINTS}/step*")]
+    return row | {"status": status, "checkpoints": len({step.name for step in steps}), "folder": str(folder)}
+
+
 def untrained_twin(folder: str | Path, seed: int | None = None) -> PreTrainedModel:
     """Return a model of a zoo model's shape that never saw a token: the control for claims about training.
 
@@ -204,6 +242,18 @@ def _check_same(spec: OrganismSpec, out: Path) -> None:
         raise ResultError(
             f"{out} holds something else than this run of {spec.name!r}: write elsewhere, or replace it with "
             "resume=False."
+        )
+
+
+def _check_snapshots(spec: OrganismSpec, out: Path, steps: Sequence[int] | None) -> None:
+    """Raise `ResultError` unless a finished run kept the weights that are asked for."""
+    if steps is None:
+        steps = default_steps(read_training(out)["training"]["n_steps"]) if spec.snapshots else ()
+    lost = [step for step in steps if not (out / CHECKPOINTS / f"step{step}" / "model.safetensors").is_file()]
+    if lost:
+        raise ResultError(
+            f"{out} holds this run of {spec.name!r} without its weights of step {lost[0]}: write elsewhere, or "
+            "replace it with resume=False."
         )
 
 
