@@ -95,6 +95,6 @@ def _print_model(name: str, folder: Path, *, table: bool) -> None:
         return
     often = total.iloc[-1]
     OUT.print(
-        f"zoo/{name.removeprefix('zoo/')}: {often['exact_match']:.0%} of the sequences with {often['copies']} "
-        f"copies exact, held-out loss {curve.attrs['heldout_loss']:.2f} nats; {folder}"
+        f"zoo/{name.removeprefix('zoo/')}: {often['exact_match']:.0%} of the sequences with "
+        f"{often['copies']} copies exact, held-out loss {curve.attrs['heldout_loss']:.2f} nats; {folder}"
     )

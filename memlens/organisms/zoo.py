@@ -252,8 +252,8 @@ def _check_snapshots(spec: OrganismSpec, out: Path, steps: Sequence[int] | None)
     lost = [step for step in steps if not (out / CHECKPOINTS / f"step{step}" / "model.safetensors").is_file()]
     if lost:
         raise ResultError(
-            f"{out} holds this run of {spec.name!r} without its weights of step {lost[0]}: write elsewhere, or "
-            "replace it with resume=False."
+            f"{out} holds this run of {spec.name!r} without its weights of step {lost[0]}: write elsewhere, "
+            "or replace it with resume=False."
         )
 
 
