@@ -25,7 +25,7 @@ def zoo_list() -> None:
     """
     from memlens.organisms.zoo import zoo_overview
 
-    print_table(zoo_overview().fillna({"folder": ""}), "Zoo")
+    print_table(zoo_overview(), "Zoo")
 
 
 @zoo_app.command("train")

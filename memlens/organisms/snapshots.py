@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from memlens.errors import OptionError, ResultError
 from memlens.models.quiet import quiet
 
-__all__ = ["CHECKPOINTS", "Snapshots", "as_snapshots", "snapshot_steps"]
+__all__ = ["CHECKPOINTS", "Snapshots", "as_snapshots", "kept_steps", "snapshot_steps"]
 
 CHECKPOINTS = "checkpoints"
 """The folder in an organism's own that holds its snapshots."""
@@ -85,6 +85,12 @@ class Snapshots:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step{step}"
+
+
+def kept_steps(folder: str | Path) -> list[int]:
+    """Return the training steps whose weights an organism's folder holds, in order."""
+    found = (Path(folder) / CHECKPOINTS).glob("step*/model.safetensors")
+    return sorted(int(path.parent.name.removeprefix("step")) for path in found)
 
 
 def as_snapshots(folder: Path, steps: Sequence[int]) -> Snapshots | None:

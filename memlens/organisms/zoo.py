@@ -24,7 +24,7 @@ from memlens.organisms.evaluate import evaluate_zoo_model, load_organism, read_t
 from memlens.organisms.evaluate_items import evaluate_items
 from memlens.organisms.folder import write_card, write_folder
 from memlens.organisms.recipes import ZOO, OrganismSpec
-from memlens.organisms.snapshots import CHECKPOINTS, as_snapshots
+from memlens.organisms.snapshots import CHECKPOINTS, as_snapshots, kept_steps
 from memlens.organisms.snapshots import snapshot_steps as default_steps
 from memlens.organisms.train import TrainLog, train
 
@@ -179,7 +179,7 @@ def zoo_overview() -> pd.DataFrame:
     Returns:
         One row a model: `model` ("zoo/pythia-s"), `family`, `parameters`, `status` ("bundled" with the
         package, "cached" where it was trained on demand, or "recipe": not trained yet), `checkpoints` (of
-        training steps, besides the last) and `folder` (None for a recipe).
+        training steps, besides the last) and `folder` ("" for a recipe).
 
     >>> zoo_overview().set_index("model").loc["zoo/pythia-s", ["parameters", "status"]].tolist()
     [1452032, 'bundled']
@@ -196,7 +196,7 @@ def _overview_row(name: str, here: bool) -> dict[str, Any]:
             "family": spec.model.family,
             "parameters": count_parameters(spec.model, spec.corpus.vocab_size),
         }
-        return row | {"status": "recipe", "checkpoints": 0, "folder": None}
+        return row | {"status": "recipe", "checkpoints": 0, "folder": ""}
     folder = zoo_path(name)
     try:
         model = read_training(folder)["model"]
@@ -204,8 +204,8 @@ def _overview_row(name: str, here: bool) -> dict[str, Any]:
     except FileFormatError:
         row |= {"family": "", "parameters": load_organism(folder).num_parameters()}
     status = "cached" if folder.parent == zoo_cache() else "bundled"
-    steps = [step for root in (folder, zoo_cache() / name) for step in root.glob(f"{CHECKPOINTS}/step*")]
-    return row | {"status": status, "checkpoints": len({step.name for step in steps}), "folder": str(folder)}
+    steps = kept_steps(folder) or kept_steps(zoo_cache() / name)
+    return row | {"status": status, "checkpoints": len(steps), "folder": str(folder)}
 
 
 def untrained_twin(folder: str | Path, seed: int | None = None) -> PreTrainedModel:
@@ -249,7 +249,8 @@ def _check_snapshots(spec: OrganismSpec, out: Path, steps: Sequence[int] | None)
     """Raise `ResultError` unless a finished run kept the weights that are asked for."""
     if steps is None:
         steps = default_steps(read_training(out)["training"]["n_steps"]) if spec.snapshots else ()
-    lost = [step for step in steps if not (out / CHECKPOINTS / f"step{step}" / "model.safetensors").is_file()]
+    kept = kept_steps(out)
+    lost = [step for step in steps if step not in kept]
     if lost:
         raise ResultError(
             f"{out} holds this run of {spec.name!r} without its weights of step {lost[0]}: write elsewhere, "
