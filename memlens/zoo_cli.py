@@ -50,9 +50,9 @@ def zoo_train(
 
     Models that are finished are skipped; those chosen by family and size also where they are bundled.
 
-    Examples: memlens zoo train pythia-s --seed 0
+    Example: memlens zoo train pythia-s olmo2-s --seed 0
 
-    memlens zoo train --family all --size all
+    Example: memlens zoo train --family all --size all
     """
     from memlens.organisms.zoo import train_zoo_model
 
@@ -77,9 +77,10 @@ def _selection(family: str, size: str) -> tuple[list[str], list[str]]:
     from memlens.organisms.recipes import select_recipes
     from memlens.organisms.zoo import zoo_overview
 
-    status = zoo_overview().set_index("model")["status"]
+    table = zoo_overview()
+    there = set(table.loc[table["status"] == "bundled", "model"])
     wanted = select_recipes(family, size)
-    bundled = [name for name in wanted if status[f"zoo/{name}"] == "bundled"]
+    bundled = [name for name in wanted if f"zoo/{name}" in there]
     return [name for name in wanted if name not in bundled], bundled
 
 

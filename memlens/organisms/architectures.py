@@ -43,7 +43,7 @@ __all__ = [
 WINDOW = 32
 """Tokens that local attention sees (GPT-Neo, OLMo 3): half of a training row, so that it matters."""
 
-_IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+_IDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
 @dataclass(frozen=True)
