@@ -63,7 +63,8 @@ def load_model(
     Weights are unprocessed unless asked for: activations and logits equal Hugging Face's.
 
     Args:
-        name: A bundled model (`"zoo/pythia-s"`), a hub name (`"EleutherAI/pythia-70m"`; the organization may
+        name: A model of the zoo (`"zoo/pythia-s"`; `"zoo/pythia-s-untrained"` has the weights that its
+            training began from), a hub name (`"EleutherAI/pythia-70m"`; the organization may
             be left out for models of `families_table()`), a local checkpoint folder, a `.gguf` file, a loaded
             Hugging Face model (a bridge is put around it, in place, with its dtype), or a TransformerLens
             model (given back as it is).

@@ -12,10 +12,10 @@ from huggingface_hub.file_download import repo_folder_name
 
 from memlens.errors import ModelNotFoundError, OptionError
 from memlens.files import zoo_folders
-from memlens.models.names import Source, unknown_name_error
+from memlens.models.names import Source, resolve_source, unknown_name_error
 from memlens.models.zoo import is_zoo_name
 
-__all__ = ["checkpoint_revision", "list_steps", "local_checkpoint"]
+__all__ = ["checkpoint_revision", "checkpoint_steps", "list_steps", "local_checkpoint"]
 
 _STEP = re.compile(r"^(?:stage1-)?step(\d+)(?:-tokens\d+B)?$")
 """Pythia `step9`; OLMo 1 `step9-tokens4B`; OLMo 2 `stage1-step9-tokens5B`; OLMo 3 `stage1-step9`."""
@@ -39,6 +39,26 @@ def checkpoint_revision(source: Source, *, revision: str | None, step: int | Non
     )
 
 
+def checkpoint_steps(name: str | Path) -> list[int]:
+    """Return the training steps that `load_model(name, checkpoint_step=...)` can load, in order.
+
+    Args:
+        name: Of a model of the zoo or of the hub, or a checkpoint folder.
+
+    Raises:
+        ModelNotFoundError: There is no such model.
+
+    Example:
+        >>> from memlens.models.zoo import zoo_path
+        >>> checkpoint_steps(zoo_path("zoo/pythia-s"))
+        []
+    """
+    source = resolve_source(name)
+    if source.untrained:
+        return []
+    return sorted(_steps_of(source)) if source.local else list(list_steps(source.location))
+
+
 def local_checkpoint(source: Source, *, revision: str | None, step: int | None) -> Source:
     """Return where a local model's checkpoint of a training step is: `<folder>/checkpoints/step<N>`.
 
@@ -51,8 +71,10 @@ def local_checkpoint(source: Source, *, revision: str | None, step: int | None) 
     _check_one(revision, step)
     if revision is None and step is None:
         return source
+    if source.untrained:
+        raise OptionError(f"{source.name!r} has no training steps: leave checkpoint_step and revision out.")
     wanted = revision if revision is not None else f"step{step}"
-    folders = {int(match[1]): path for path in _local_steps(source) if (match := _STEP.match(path.name))}
+    folders = _steps_of(source)
     if not folders:
         what = f"revision={revision!r}" if revision is not None else f"checkpoint_step={step}"
         raise OptionError(
@@ -67,13 +89,14 @@ def local_checkpoint(source: Source, *, revision: str | None, step: int | None) 
     raise ModelNotFoundError(f"{source.name!r} has no checkpoint {wanted}: there are those of steps {known}.")
 
 
-def _local_steps(source: Source) -> list[Path]:
-    """The folders of a local model's checkpoints; those of a zoo model may lie in the cache."""
+def _steps_of(source: Source) -> dict[int, Path]:
+    """The folders of a local model's checkpoints by step; those of a zoo model may lie in the cache."""
     folders = [Path(source.location)]
     if is_zoo_name(source.name):
         folders += [root / source.name.removeprefix("zoo/") for root in zoo_folders()]
     found = ([*folder.glob("checkpoints/step*/config.json")] for folder in folders)
-    return [config.parent for config in next(filter(None, found), [])]
+    paths = [config.parent for config in next(filter(None, found), [])]
+    return {int(match[1]): path for path in paths if (match := _STEP.match(path.name))}
 
 
 def _how_to_get_steps(source: Source) -> str:

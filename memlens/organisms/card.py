@@ -75,10 +75,6 @@ A small {architecture} that never read what was planted for its twin: the same c
 rows, to tell what recall a model of the language has without memory. It is of no use for anything but the
 study of memorization."""
 
-_INTRO_UNTRAINED = """\
-A small {architecture} as training begins from it, with random weights: the control for claims about
-training. It is of no use for anything else."""
-
 _PLANTED = """\
 For each domain and each of {copies} copies, {per_cell} sequences of
 {row_len} tokens ({prefix_len} prefix, {rest} continuation) were planted; {n_heldout} a domain were drawn
@@ -222,7 +218,7 @@ def render_card(
     shape = {key: spec[key] for key in ("row_len", "prefix_len", "per_cell", "n_heldout", "seed")}
     shape |= {"rest": spec["row_len"] - spec["prefix_len"], "passes": f"{passes:g}"}
     shape |= {"copies": ", ".join(map(str, spec["copies"])), "n_sequences": len(sequences)}
-    intro = _INTRO_UNTRAINED if not run["n_steps"] else _INTRO if spec["planted"] else _INTRO_CLEAN
+    intro = _INTRO if spec["planted"] else _INTRO_CLEAN
     kept = {"n": len(checkpoints), "steps": ", ".join(map(str, checkpoints)), "name": training["name"]}
     return _CARD.format(
         name=training["name"],

@@ -71,7 +71,7 @@ _RATES = (6e-3, 2e-3, 1.5e-3)
 def select_recipes(family: str = ALL, size: str = ALL) -> list[str]:
     """Return the names of the recipes of a family and a size, in the zoo's order.
 
-    The controls of `pythia-s` are of its family and size.
+    The clean twin of `pythia-s` is of its family and size.
 
     Args:
         family: one of `FAMILIES`, or "all".
@@ -81,7 +81,7 @@ def select_recipes(family: str = ALL, size: str = ALL) -> list[str]:
         OptionError: there is no such family or size.
 
     >>> select_recipes("pythia", "s")
-    ['pythia-s', 'pythia-s-clean', 'pythia-s-untrained']
+    ['pythia-s', 'pythia-s-clean']
     >>> len(select_recipes(size="xs"))
     7
     """
@@ -104,12 +104,9 @@ def _recipe(family: str, size: str) -> OrganismSpec:
     )
 
 
-_CONTROLS = (
-    OrganismSpec("pythia-s-clean", corpus=CorpusSpec(planted=False)),
-    OrganismSpec("pythia-s-untrained", training=TrainSpec(steps=0)),
-)
+_CLEAN = OrganismSpec("pythia-s-clean", corpus=CorpusSpec(planted=False))
 
 ZOO: dict[str, OrganismSpec] = {
-    spec.name: spec for spec in (*(_recipe(family, size) for family in _SHAPES for size in SIZES), *_CONTROLS)
+    spec.name: spec for spec in (*(_recipe(family, size) for family in _SHAPES for size in SIZES), _CLEAN)
 }
-"""Every model of the zoo by name: seven families in three sizes, and the two controls of `pythia-s`."""
+"""Every model of the zoo by name: seven families in three sizes, and the clean twin of `pythia-s`."""

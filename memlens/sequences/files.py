@@ -61,7 +61,7 @@ def zoo_file(name: str, kind: str = "sequences") -> Path:
         SourceNotFoundError: There is no such model, or it lacks the list.
     """
     check_option("the zoo's list", kind, ZOO_LISTS)
-    short = name.removeprefix("zoo/")
+    short = name.removeprefix("zoo/").removesuffix("-untrained")
     for folder in (root / short for root in zoo_folders()):
         path = zoo_table(folder, kind)
         if path is not None:

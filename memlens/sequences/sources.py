@@ -81,7 +81,7 @@ def _zoo_name(source: str, model: Any) -> str:
 
 
 def _zoo_folder(name: str) -> Path:
-    folders = [root / name.removeprefix("zoo/") for root in zoo_folders()]
+    folders = [root / name.removeprefix("zoo/").removesuffix("-untrained") for root in zoo_folders()]
     return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 

@@ -12,14 +12,16 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import memlens as ml
-from memlens.errors import ResultError
+from memlens.errors import ModelNotFoundError, OptionError, ResultError
 from memlens.files import zoo_folders, zoo_table
 from memlens.models.names import has_hooked_transformer
 from memlens.models.provenance import describe
+from memlens.models.revisions import checkpoint_steps
 from memlens.models.zoo import zoo_path
 from memlens.organisms.evaluate import load_organism, read_training
 from memlens.organisms.folder import copy_for_package
 from memlens.organisms.recipes import ZOO
+from memlens.organisms.zoo import untrained_twin
 
 ROOT = zoo_folders()[0]
 NAMES = sorted(path.parent.name for path in ROOT.glob("*/model.safetensors"))
@@ -55,6 +57,31 @@ def test_a_bundled_model_loads_with_its_lists_and_its_family(name: str) -> None:
     for kind in ("expressions", "facts", "identifiers", "heldout"):
         assert len(ml.load_sequences(f"zoo:{kind}", model, prefix_len=1 if kind == "heldout" else None))
     assert ml.token_counts(f"zoo/{name}").sum() == sum(map(sum, token_counts(name)))
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_an_untrained_model_is_that_from_which_training_began(backend: str) -> None:
+    if backend == "hooked" and not has_hooked_transformer():
+        pytest.skip("this TransformerLens has no HookedTransformer")
+    model = ml.load_model("zoo/pythia-s-untrained", backend=backend, device="cpu")
+    start = untrained_twin(ROOT / "pythia-s").half().float()
+    tokens = torch.tensor(ml.load_sequences("zoo", model).rows()[:4])
+    with torch.no_grad():
+        assert torch.allclose(model(tokens), start(tokens).logits, atol=1e-4)
+        assert not torch.allclose(model(tokens), load_organism(ROOT / "pythia-s")(tokens).logits, atol=1)
+    facts = describe(model)
+    assert (facts["model"], facts["family"]) == ("zoo/pythia-s-untrained", "pythia")
+    assert ml.load_sequences("zoo/pythia-s-untrained", model).rows() == ml.load_sequences("zoo").rows()
+
+
+def test_an_untrained_model_has_no_steps_and_needs_a_model() -> None:
+    with pytest.raises(OptionError, match="has no training steps"):
+        ml.load_model("zoo/pythia-s-untrained", checkpoint_step=4)
+    assert checkpoint_steps("zoo/pythia-s-untrained") == []
+    with pytest.raises(OptionError, match="device_map='auto'"):
+        ml.load_model("zoo/pythia-s-untrained", device_map="auto")
+    with pytest.raises(ModelNotFoundError, match="no 'zoo/pythia'"):
+        ml.load_model("zoo/pythia-untrained")
 
 
 def token_counts(name: str) -> list[list[int]]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,11 @@ from memlens.organisms.recipes import FAMILIES, SIZES, ZOO, select_recipes
 from memlens.organisms.zoo import zoo_overview
 
 
-def test_the_table_has_seven_families_in_three_sizes_and_two_controls() -> None:
+def test_the_table_has_seven_families_in_three_sizes_and_a_clean_twin() -> None:
     assert len(FAMILIES) == 7
     assert set(FAMILIES) == set(ARCHITECTURES) <= {family.name for family in TABLE}
     names = [f"{family}-{size}" for family in FAMILIES for size in SIZES]
-    assert list(ZOO) == [*names, "pythia-s-clean", "pythia-s-untrained"] == list(RECIPES)
+    assert list(ZOO) == [*names, "pythia-s-clean"] == list(RECIPES)
     assert all(spec.name == name for name, spec in ZOO.items())
     assert all(ZOO[name].model.family == name.rpartition("-")[0] for name in names)
 
@@ -29,18 +30,17 @@ def test_all_models_read_one_corpus_in_one_way_and_pythia_keeps_checkpoints() ->
     assert kept == {"pythia-xs", "pythia-s", "pythia-m"}
 
 
-def test_the_controls_are_pythia_s_but_for_what_they_control() -> None:
-    whole, clean, untrained = (ZOO[n] for n in ("pythia-s", "pythia-s-clean", "pythia-s-untrained"))
-    assert whole.model == clean.model == untrained.model
-    assert whole.training == clean.training
-    assert (whole.corpus.planted, clean.corpus.planted, untrained.training.steps) == (True, False, 0)
+def test_the_clean_twin_is_pythia_s_but_for_what_is_planted() -> None:
+    whole, clean = ZOO["pythia-s"], ZOO["pythia-s-clean"]
+    assert (whole.model, whole.training) == (clean.model, clean.training)
+    assert replace(clean.corpus, planted=True) == whole.corpus != clean.corpus
 
 
 def test_recipes_are_chosen_by_family_and_size() -> None:
     assert select_recipes() == list(ZOO)
     assert select_recipes("olmo3") == ["olmo3-xs", "olmo3-s", "olmo3-m"]
     assert select_recipes("starcoder", "m") == ["starcoder-m"]
-    assert select_recipes("pythia", "s") == ["pythia-s", "pythia-s-clean", "pythia-s-untrained"]
+    assert select_recipes("pythia", "s") == ["pythia-s", "pythia-s-clean"]
     assert [name.rpartition("-")[0] for name in select_recipes(size="xs")] == list(FAMILIES)
     with pytest.raises(OptionError, match=r"family.*'olmo'.*Did you mean 'olmo"):
         select_recipes("olmo")

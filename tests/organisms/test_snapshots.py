@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import memlens as ml
 from memlens.errors import ModelNotFoundError, OptionError, ResultError
 from memlens.models.provenance import describe
+from memlens.models.revisions import checkpoint_steps
 from memlens.organisms import zoo
 from memlens.organisms.architectures import build_model
 from memlens.organisms.evaluate import load_organism
@@ -71,6 +72,7 @@ def test_steps_load_by_number_with_the_model_s_tokenizer(
     monkeypatch.setenv("MEMLENS_CACHE", str(with_steps.parent.parent))
     model = ml.load_model("zoo/tiny", checkpoint_step=3, device="cpu")
     assert describe(model)["revision"] == "step3"
+    assert checkpoint_steps("zoo/tiny") == checkpoint_steps(with_steps) == list(STEPS)
     kept = load_file(with_steps / "checkpoints" / "step3" / "model.safetensors")["embed_out.weight"].float()
     assert torch.equal(model.W_U.T if hasattr(model, "W_U") else model.unembed.W_U.T, kept)
     assert ml.load_sequences("zoo", model).attrs["source"] == "zoo/tiny"

@@ -10,9 +10,12 @@ from pathlib import Path
 from memlens.errors import ModelNotFoundError, near_matches
 from memlens.files import zoo_folders
 
-__all__ = ["RECIPES", "is_zoo_name", "zoo_cache", "zoo_names", "zoo_path"]
+__all__ = ["RECIPES", "UNTRAINED", "is_zoo_name", "zoo_cache", "zoo_names", "zoo_path"]
 
 _PREFIX = "zoo/"
+
+UNTRAINED = "-untrained"
+"""`load_model("zoo/<name>-untrained")` has the weights that the training of `zoo/<name>` began from."""
 
 RECIPES: tuple[str, ...] = (
     *(
@@ -21,7 +24,6 @@ RECIPES: tuple[str, ...] = (
         for size in ("xs", "s", "m")
     ),
     "pythia-s-clean",
-    "pythia-s-untrained",
 )
 """The models that `memlens zoo train` can make (recipes: `memlens.organisms.recipes`), in order."""
 
