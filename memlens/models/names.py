@@ -54,7 +54,8 @@ def resolve_source(name: str | Path, *, gguf_file: str | None = None) -> Source:
 
     Args:
         name: `"zoo/<name>"` or `"zoo/<name>-untrained"`, a checkpoint folder, a `.gguf` file, or a hub name.
-            An existing folder wins over a hub name. A name in the family table may be given without its organization.
+            An existing folder wins over a hub name. A name in the family table may be given without its
+            organization.
         gguf_file: A GGUF file inside the folder or hub repository.
 
     Raises:
