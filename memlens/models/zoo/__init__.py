@@ -78,7 +78,7 @@ def zoo_path(name: str) -> Path:
             f"{zoo_cache()}."
         )
     known = [_PREFIX + known for known in zoo_names()]
-    names = [*known, *(_PREFIX + recipe for recipe in RECIPES)]
+    names = dict.fromkeys([*known, *(_PREFIX + recipe for recipe in RECIPES)])
     raise ModelNotFoundError(
         f"The zoo has no {name!r}: it holds {', '.join(known) or 'no model'}; "
         f"train others with `memlens zoo train`.{near_matches(_PREFIX + short, names)}"
