@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
@@ -90,13 +92,27 @@ def local_checkpoint(source: Source, *, revision: str | None, step: int | None) 
 
 
 def _steps_of(source: Source) -> dict[int, Path]:
-    """The folders of a local model's checkpoints by step; those of a zoo model may lie in the cache."""
-    folders = [Path(source.location)]
+    """The folders of a local model's checkpoints by step.
+
+    Those of a bundled model lie in the cache, where the same recipe was run; not those of another run.
+    """
+    own = Path(source.location)
+    folders = [own]
     if is_zoo_name(source.name):
-        folders += [root / source.name.removeprefix("zoo/") for root in zoo_folders()]
+        others = [root / source.name.removeprefix("zoo/") for root in zoo_folders()]
+        folders += [other for other in others if other.is_dir() and _recipe(other) == _recipe(own)]
     found = ([*folder.glob("checkpoints/step*/config.json")] for folder in folders)
     paths = [config.parent for config in next(filter(None, found), [])]
     return {int(match[1]): path for path in paths if (match := _STEP.match(path.name))}
+
+
+def _recipe(folder: Path) -> list[Any] | None:
+    """What decides the run that made a zoo model; None where the folder does not tell."""
+    try:
+        record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        return [record[part]["spec"] for part in ("model", "corpus", "training")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _how_to_get_steps(source: Source) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ import memlens as ml
 from memlens.errors import ModelNotFoundError, OptionError, ResultError
 from memlens.models.provenance import describe
 from memlens.models.revisions import checkpoint_steps
+from memlens.models.zoo import zoo_path
 from memlens.organisms import zoo
 from memlens.organisms.architectures import build_model
 from memlens.organisms.evaluate import load_organism
@@ -82,6 +84,19 @@ def test_steps_load_by_number_with_the_model_s_tokenizer(
         ml.load_model("zoo/tiny", checkpoint_step=4)
     with pytest.raises(OptionError, match="contradict"):
         ml.load_model("zoo/tiny", checkpoint_step=3, revision="step3")
+
+
+def test_a_bundled_model_takes_its_steps_from_the_cache_if_the_run_was_the_same(
+    with_steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEMLENS_CACHE", str(tmp_path))
+    cached = tmp_path / "zoo" / "pythia-xs"
+    shutil.copytree(with_steps, cached)
+    assert checkpoint_steps("zoo/pythia-xs") == []  # it is another run's
+    shutil.copy(zoo_path("pythia-xs") / "training.json", cached)
+    assert checkpoint_steps("zoo/pythia-xs") == list(STEPS)
+    assert ml.load_model("zoo/pythia-xs", checkpoint_step=6, device="cpu").cfg.d_model == TINY.model.d_model
+    assert ml.load_model("zoo/pythia-xs", device="cpu").cfg.d_model == 40
 
 
 def test_a_model_without_steps_says_how_to_have_them(
