@@ -89,7 +89,7 @@ times."""
 _TABLES = "\nThe tables are those of `{name}`, whose corpus is the same, and lie in its folder."
 
 _CHECKPOINTS = """
-The weights of {n} training steps are in `checkpoints`, in float16: {steps}.
+Weights on the way are in `checkpoints`, in float16, after {steps} steps.
 `memlens.load_model("zoo/{name}", checkpoint_step=...)` loads them.
 """
 
@@ -219,7 +219,7 @@ def render_card(
     shape |= {"rest": spec["row_len"] - spec["prefix_len"], "passes": f"{passes:g}"}
     shape |= {"copies": ", ".join(map(str, spec["copies"])), "n_sequences": len(sequences)}
     intro = _INTRO if spec["planted"] else _INTRO_CLEAN
-    kept = {"n": len(checkpoints), "steps": ", ".join(map(str, checkpoints)), "name": training["name"]}
+    kept = {"steps": ", ".join(map(str, checkpoints)), "name": training["name"]}
     return _CARD.format(
         name=training["name"],
         intro=intro.format(architecture=training["model"]["facts"]["architecture"]),

@@ -132,6 +132,8 @@ def train_organism(
         return out
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
     _LOG.info("making the corpus of %s", spec.name)
     corpus = build_corpus(spec.corpus)
     model = build_model(spec.model, len(corpus.tokenizer), seed=spec.training.seed)

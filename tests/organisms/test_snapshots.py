@@ -129,6 +129,14 @@ def test_a_run_interrupted_keeps_the_same_steps(
         assert a.read_bytes() == b.read_bytes()
 
 
+def test_starting_over_leaves_no_weights_of_the_run_before(tmp_path: Path) -> None:
+    (tmp_path / "tiny.partial" / "checkpoints" / "step5").mkdir(parents=True)
+    options = {"device": "cpu", "progress": False, "resume": False}
+    out = train_organism(TINY, tmp_path / "tiny", snapshot_steps=(1,), **options)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step1"]
+    assert "in float16, after 1 steps" in (out / "README.md").read_text()
+
+
 def test_steps_that_are_lost_or_never_come_are_refused(tiny_organism: Path, tmp_path: Path) -> None:
     options = {"device": "cpu", "progress": False}
     with pytest.raises(OptionError, match="step 99"):
