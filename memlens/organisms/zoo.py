@@ -181,10 +181,11 @@ def zoo_overview() -> pd.DataFrame:
     Returns:
         One row a model: `model` ("zoo/pythia-s"), `family`, `parameters`, `status` ("bundled" with the
         package, "cached" where it was trained on demand, or "recipe": not trained yet), `checkpoints` (of
-        training steps, besides the last) and `folder` ("" for a recipe).
+        training steps) and `folder` ("" for a recipe).
 
-    >>> zoo_overview().set_index("model").loc["zoo/pythia-s", ["parameters", "status"]].tolist()
-    [1452032, 'bundled']
+    >>> table = zoo_overview().set_index("model")
+    >>> int(table.at["zoo/pythia-s", "parameters"]), table.at["zoo/pythia-s", "status"]
+    (1452032, 'bundled')
     """
     here = zoo_names()
     return pd.DataFrame([_overview_row(name, name in here) for name in dict.fromkeys([*ZOO, *here])])
