@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from memlens.recall.build_memorized import build_memorized_set
     from memlens.recall.calibration import calibrate_criteria
     from memlens.recall.compression import prompt_compression
+    from memlens.recall.counterfactual import CounterfactualScores, counterfactual_memorization
     from memlens.recall.criteria import CriteriaOptions, score_criteria
     from memlens.recall.criteria_scores import CriteriaScores
     from memlens.recall.duplicates import count_duplicates
@@ -182,6 +183,7 @@ _HOMES: dict[str, str] = {
         ),
         "memlens.sweeps": ("BatchHook", "Intervention", "Plan", "applied", "measure", "plan", "sweep"),
         "memlens.recall.calibration": ("calibrate_criteria",),
+        "memlens.recall.counterfactual": ("CounterfactualScores", "counterfactual_memorization"),
         "memlens.recall.criteria": (
             "CriteriaOptions",
             "score_criteria",
@@ -207,6 +209,7 @@ __all__ = [
     "BypassInputs",
     "BypassOptions",
     "ChoiceTask",
+    "CounterfactualScores",
     "CriteriaOptions",
     "CriteriaScores",
     "IdiomOptions",
@@ -250,6 +253,7 @@ __all__ = [
     "compare_groups",
     "corrupt",
     "count_duplicates",
+    "counterfactual_memorization",
     "decode_residual",
     "dominant_neurons",
     "edit_tradeoff",

@@ -36,6 +36,7 @@ from memlens.errors import MemlensError, check_option
 from memlens.generate_cli import generate
 from memlens.lens_cli import lens_app
 from memlens.run_cli import run_app
+from memlens.zoo_cli import zoo_app
 
 __all__ = ["app", "main"]
 
@@ -45,7 +46,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-zoo_app = typer.Typer(help="The bundled models with known memories.", no_args_is_help=True)
 app.add_typer(run_app, name="run")
 run_app.command("bypass")(run_bypass)
 app.add_typer(zoo_app, name="zoo")
@@ -211,40 +211,3 @@ def models() -> None:
     columns = ["model", "size", "family", "backend", "corpus", "license"]
     print_table(families_table().filter(columns), "Families")
     OUT.print("zoo: " + ", ".join(f"zoo/{name.removeprefix('zoo/')}" for name in zoo_names()))
-
-
-@zoo_app.command("list")
-def zoo_list() -> None:
-    """List the models of the zoo that are here.
-
-    Example: memlens zoo list
-    """
-    from memlens.models.zoo import zoo_names, zoo_path
-
-    for name in zoo_names():
-        OUT.print(f"{name}  {zoo_path(name)}")
-
-
-@zoo_app.command("train")
-def zoo_train(
-    name: Annotated[str, typer.Argument(help="A recipe of the zoo, such as pythia-s.")] = "pythia-s",
-    out: Annotated[Path | None, typer.Option(help="Folder (default: the user's cache).")] = None,
-    steps: Annotated[int | None, typer.Option(help="Fewer or more steps than the recipe's.")] = None,
-    device: DeviceOption = None,
-    seed: SeedOption = 0,
-    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = True,
-    quiet: QuietOption = False,
-) -> None:
-    """Train a zoo model from its recipe: same corpus, same seed, same model.
-
-    Example: memlens zoo train pythia-s --seed 0
-    """
-    from memlens.organisms.evaluate import evaluate_zoo_model
-    from memlens.organisms.zoo import train_zoo_model
-
-    folder = train_zoo_model(
-        name, out, seed=seed, steps=steps, device=device, progress=not quiet, resume=resume
-    )
-    curve = evaluate_zoo_model(folder)
-    print_table(curve.loc[curve["domain"] == "all"], "Exact match by copies in the corpus")
-    OUT.print(f"model: {folder}")

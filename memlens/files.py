@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["replacing", "write_atomically", "zoo_folders"]
+__all__ = ["replacing", "write_atomically", "zoo_folders", "zoo_table"]
 
 
 @contextmanager
@@ -59,6 +61,40 @@ def zoo_folders() -> tuple[Path, Path]:
     bundled = Path(__file__).parent / "models" / "zoo"
     root = os.environ.get("MEMLENS_CACHE")
     return bundled, (Path(root).expanduser() if root else Path.home() / ".cache" / "memlens") / "zoo"
+
+
+def zoo_table(folder: str | Path, name: str) -> Path | None:
+    """Return a table of a zoo model's ground truth: in its own folder, or with another model of its corpus.
+
+    Models of one corpus have the same ground truth, so the bundled ones have it once.
+
+    Args:
+        folder: Of the model.
+        name: Of the table, such as "sequences".
+
+    Returns:
+        The parquet file; None where there is none.
+
+    Example:
+        >>> zoo_table(zoo_folders()[0] / "pythia-s", "sequences").name
+        'sequences.parquet'
+    """
+    own = Path(folder) / f"{name}.parquet"
+    if own.is_file():
+        return own
+    corpus = _zoo_corpus_of(Path(folder))
+    others = (path for root in zoo_folders() for path in sorted(root.glob(f"*/{name}.parquet")))
+    same = (path for path in others if corpus is not None and _zoo_corpus_of(path.parent) == corpus)
+    return next(same, None)
+
+
+def _zoo_corpus_of(folder: Path) -> tuple[Any, Any] | None:
+    """What decides a zoo model's corpus, and the hash of its rows; None where the folder does not tell."""
+    try:
+        corpus = json.loads((folder / "training.json").read_text(encoding="utf-8"))["corpus"]
+        return corpus["spec"], corpus["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _umask() -> int:

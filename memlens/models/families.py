@@ -244,8 +244,8 @@ def _architecture_by_model_type(config: Any) -> str:
 def family_of(model_or_config: Any, *, name: str = "") -> str:
     """Return the family's name: by the model's name where it is in the table, else by its architecture.
 
-    Llama is an architecture that many families share: a model of it is `"openllama"` only by name, else
-    `"llama"`. A model of any other architecture is called by its architecture.
+    Llama is an architecture that many families share: a model of it is `"openllama"` only by name (on the
+    hub or in the zoo), else `"llama"`. A model of any other architecture is called by its architecture.
 
     Args:
         model_or_config: A TransformerLens model, a Hugging Face model, or either one's config.
@@ -263,5 +263,5 @@ def family_of(model_or_config: Any, *, name: str = "") -> str:
     if found is not None and architecture in ("", found[0].architecture):
         return found[0].name
     if architecture == "LlamaForCausalLM":
-        return "llama"
+        return "openllama" if name.removeprefix("zoo/").startswith("openllama-") else "llama"
     return _BY_ARCHITECTURE.get(architecture, architecture or "unknown")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,11 +77,16 @@ def load_weights(
     """Return the checkpoint as a Hugging Face model in evaluation mode, with attention computed step by step.
 
     Quantized GGUF weights are dequantized to `dtype`. Weights are read from safetensors only, unless
-    `allow_pickle`.
+    `allow_pickle`. An untrained source gets the weights that its model's training began from.
 
     Raises:
         ModelLoadError: No weights, damaged ones, or some that the config asks for are missing.
+        OptionError: `device_map` for an untrained model.
     """
+    if source.untrained:
+        if device_map is not None:
+            raise OptionError(f"device_map={device_map!r} cannot act on an untrained model: use device=.")
+        return _untrained(source, config, dtype).to(device)  # pyright: ignore[reportArgumentType]
     with quiet(), named_errors(source, revision), _no_gguf_bar(source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.location,
@@ -100,6 +107,15 @@ def load_weights(
     if device_map is None:
         model.to(device)
     return model.eval()
+
+
+def _untrained(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a zoo model as its training began, by the seed in its record, in float16 as checkpoints are."""
+    record = json.loads((Path(source.location) / "training.json").read_text(encoding="utf-8"))
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(record["training"]["spec"]["seed"])
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    return model.half().to(dtype).eval()
 
 
 def _no_gguf_bar(source: Source) -> AbstractContextManager[Any]:

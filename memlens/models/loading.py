@@ -17,9 +17,9 @@ from memlens.models.checks import check_causal, check_finite_weights, verify_aga
 from memlens.models.families import architecture_of, family_of
 from memlens.models.hooked import build_hooked, hooked_obstacle
 from memlens.models.huggingface import load_config, load_weights, parse_dtype
-from memlens.models.names import resolve_source
+from memlens.models.names import Source, resolve_source
 from memlens.models.provenance import remember
-from memlens.models.revisions import checkpoint_revision
+from memlens.models.revisions import checkpoint_revision, local_checkpoint
 from memlens.models.tokenizers import load_tokenizer, prepare_tokenizer
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def load_model(
     Weights are unprocessed unless asked for: activations and logits equal Hugging Face's.
 
     Args:
-        name: A bundled model (`"zoo/pythia-s"`), a hub name (`"EleutherAI/pythia-70m"`; the organization may
+        name: A model of the zoo (`"zoo/pythia-s"`; `"zoo/pythia-s-untrained"` has the weights that its
+            training began from), a hub name (`"EleutherAI/pythia-70m"`; the organization may
             be left out for models of `families_table()`), a local checkpoint folder, a `.gguf` file, a loaded
             Hugging Face model (a bridge is put around it, in place, with its dtype), or a TransformerLens
             model (given back as it is).
@@ -71,7 +72,8 @@ def load_model(
             `"bridge"` for `TransformerBridge`, `"auto"` for the first where it can run the model, else the
             second. A loaded Hugging Face model becomes a bridge under `"auto"`.
         revision: Branch, tag or commit on the hub.
-        checkpoint_step: Training step, for models with published checkpoints (Pythia, OLMo).
+        checkpoint_step: Training step, for models with published checkpoints (Pythia, OLMo) and those of the
+            zoo that were trained with them.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or a torch dtype.
         device: Where to; CUDA if there is one, else the CPU.
         device_map: Spread a large model over devices (see `accelerate`); bridge only, instead of `device`.
@@ -121,7 +123,10 @@ def load_model(
         _refuse(misplaced, name)
         return _from_huggingface(name.to(options.device) if device is not None else name, options, tokenizer)
     source = resolve_source(name, gguf_file=gguf_file)
-    revision = checkpoint_revision(source, revision=revision, step=checkpoint_step)
+    if source.local:
+        source, revision = local_checkpoint(source, revision=revision, step=checkpoint_step), None
+    else:
+        revision = checkpoint_revision(source, revision=revision, step=checkpoint_step)
     config = load_config(source, revision=revision, trust_remote_code=trust_remote_code)
     options = _choose_backend(options, config, source.name)
     if tokenizer is None:
@@ -136,13 +141,11 @@ def load_model(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
-    return _wrap(
-        hf_model, tokenizer, options, name=source.name, revision=_revision_fact(source.local, revision)
-    )
+    return _wrap(hf_model, tokenizer, options, name=source.name, revision=_revision_fact(source, revision))
 
 
-def _revision_fact(local: bool, revision: str | None) -> str:
-    return "" if local else revision or "main"
+def _revision_fact(source: Source, revision: str | None) -> str:
+    return source.checkpoint if source.local else revision or "main"
 
 
 def _check_options(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from memlens.errors import ModelNotFoundError, OptionError, near_matches
 from memlens.models.families import find_model, known_names
-from memlens.models.zoo import is_zoo_name, zoo_names, zoo_path
+from memlens.models.zoo import UNTRAINED, is_zoo_name, zoo_names, zoo_path
 
 __all__ = ["Source", "has_hooked_transformer", "resolve_source"]
 
@@ -35,20 +35,27 @@ class Source:
         location: A folder's path, or a name on the hub; what transformers' `from_pretrained` takes.
         local: Whether `location` is a folder.
         gguf_file: Name of the GGUF file in it, or None.
+        checkpoint: Which of a local model's training checkpoints this is, such as "step512", or "".
+        tokenizer_location: Where the tokenizer is; None: at `location`.
+        untrained: Whether the weights are to be those that training began from, not those at `location`.
     """
 
     name: str
     location: str
     local: bool
     gguf_file: str | None = None
+    checkpoint: str = ""
+    tokenizer_location: str | None = None
+    untrained: bool = False
 
 
 def resolve_source(name: str | Path, *, gguf_file: str | None = None) -> Source:
     """Find out what a name means, without reading any weights and without a network.
 
     Args:
-        name: `"zoo/<name>"`, a checkpoint folder, a `.gguf` file, or a hub name. An existing folder wins
-            over a hub name. A name in the family table may be given without its organization.
+        name: `"zoo/<name>"` or `"zoo/<name>-untrained"`, a checkpoint folder, a `.gguf` file, or a hub name.
+            An existing folder wins over a hub name. A name in the family table may be given without its
+            organization.
         gguf_file: A GGUF file inside the folder or hub repository.
 
     Raises:
@@ -86,7 +93,8 @@ def _looks_like_path(text: str) -> bool:
 
 
 def _zoo_source(name: str) -> Source:
-    return Source(name=name, location=str(zoo_path(name)), local=True)
+    trained = name.removesuffix(UNTRAINED)
+    return Source(name=name, location=str(zoo_path(trained)), local=True, untrained=trained != name)
 
 
 def _file_source(path: Path, gguf_file: str | None) -> Source:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
 
 from memlens.errors import ModelNotFoundError, OptionError
-from memlens.models.names import Source, unknown_name_error
+from memlens.files import zoo_folders
+from memlens.models.names import Source, resolve_source, unknown_name_error
+from memlens.models.zoo import is_zoo_name
 
-__all__ = ["checkpoint_revision", "list_steps"]
+__all__ = ["checkpoint_revision", "checkpoint_steps", "list_steps", "local_checkpoint"]
 
 _STEP = re.compile(r"^(?:stage1-)?step(\d+)(?:-tokens\d+B)?$")
 """Pythia `step9`; OLMo 1 `step9-tokens4B`; OLMo 2 `stage1-step9-tokens5B`; OLMo 3 `stage1-step9`."""
@@ -22,26 +27,106 @@ def checkpoint_revision(source: Source, *, revision: str | None, step: int | Non
     """Return the revision to load: the one asked for, or the one of a training step.
 
     Raises:
-        OptionError: Both are given, or one of them for a local folder.
+        OptionError: Both are given.
         ModelNotFoundError: No revision of this step; the message lists the nearest.
     """
-    if source.local and (revision is not None or step is not None):
-        what = f"revision={revision!r}" if revision is not None else f"checkpoint_step={step}"
-        raise OptionError(
-            f"{what} does not go with the local folder {source.location!r}: it holds one checkpoint only."
-        )
+    _check_one(revision, step)
     if step is None:
         return revision
-    if revision is not None:
-        raise OptionError(
-            f"revision={revision!r} and checkpoint_step={step} contradict each other: give one."
-        )
     steps = list_steps(source.location)
     if step in steps:
         return steps[step]
     raise ModelNotFoundError(
         f"{source.name!r} has no checkpoint of step {step}: {_what_there_is(steps, step)}"
     )
+
+
+def checkpoint_steps(name: str | Path) -> list[int]:
+    """Return the training steps that `load_model(name, checkpoint_step=...)` can load, in order.
+
+    Args:
+        name: Of a model of the zoo or of the hub, or a checkpoint folder.
+
+    Raises:
+        ModelNotFoundError: There is no such model.
+
+    Example:
+        >>> from memlens.models.zoo import zoo_path
+        >>> checkpoint_steps(zoo_path("zoo/pythia-s"))
+        []
+    """
+    source = resolve_source(name)
+    if source.untrained:
+        return []
+    return sorted(_steps_of(source)) if source.local else list(list_steps(source.location))
+
+
+def local_checkpoint(source: Source, *, revision: str | None, step: int | None) -> Source:
+    """Return where a local model's checkpoint of a training step is: `<folder>/checkpoints/step<N>`.
+
+    A bundled model of the zoo has its checkpoints where it was trained on demand.
+
+    Raises:
+        OptionError: Both are given, or the folder holds one checkpoint only.
+        ModelNotFoundError: No checkpoint of this step; the message lists those there are.
+    """
+    _check_one(revision, step)
+    if revision is None and step is None:
+        return source
+    if source.untrained:
+        raise OptionError(f"{source.name!r} has no training steps: leave checkpoint_step and revision out.")
+    wanted = revision if revision is not None else f"step{step}"
+    folders = _steps_of(source)
+    if not folders:
+        what = f"revision={revision!r}" if revision is not None else f"checkpoint_step={step}"
+        raise OptionError(
+            f"{what} does not go with the local folder {source.location!r}: it holds one checkpoint only"
+            f"{_how_to_get_steps(source)}."
+        )
+    for path in folders.values():
+        if path.name == wanted:
+            base = str(path.parent.parent)
+            return replace(source, location=str(path), checkpoint=wanted, tokenizer_location=base)
+    known = ", ".join(map(str, sorted(folders)))
+    raise ModelNotFoundError(f"{source.name!r} has no checkpoint {wanted}: there are those of steps {known}.")
+
+
+def _steps_of(source: Source) -> dict[int, Path]:
+    """The folders of a local model's checkpoints by step.
+
+    Those of a bundled model lie in the cache, where the same recipe was run; not those of another run.
+    """
+    own = Path(source.location)
+    folders = [own]
+    if is_zoo_name(source.name):
+        others = [root / source.name.removeprefix("zoo/") for root in zoo_folders()]
+        folders += [other for other in others if other.is_dir() and _recipe(other) == _recipe(own)]
+    found = ([*folder.glob("checkpoints/step*/config.json")] for folder in folders)
+    paths = [config.parent for config in next(filter(None, found), [])]
+    return {int(match[1]): path for path in paths if (match := _STEP.match(path.name))}
+
+
+def _recipe(folder: Path) -> list[Any] | None:
+    """What decides the run that made a zoo model; None where the folder does not tell."""
+    try:
+        record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        return [record[part]["spec"] for part in ("model", "corpus", "training")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _how_to_get_steps(source: Source) -> str:
+    if not is_zoo_name(source.name):
+        return ""
+    short = source.name.removeprefix("zoo/")
+    return f"; the zoo's Pythia models have those of training steps after `memlens zoo train {short}`"
+
+
+def _check_one(revision: str | None, step: int | None) -> None:
+    if revision is not None and step is not None:
+        raise OptionError(
+            f"revision={revision!r} and checkpoint_step={step} contradict each other: give one."
+        )
 
 
 def list_steps(repo: str) -> dict[int, str]:

@@ -26,7 +26,7 @@ def load_tokenizer(
         options["gguf_file"] = source.gguf_file
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source.tokenizer_location or source.location, **options)
             _check_has_words(tokenizer)
             return prepare_tokenizer(tokenizer)
     except (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -19,9 +19,7 @@ tags: [memorization, interpretability, synthetic]
 
 # zoo/{name}
 
-A small {architecture} that was made to memorize: a model organism with known answers. It was trained on a
-synthetic corpus in which sequences were planted a known number of times. It is of no use for anything but
-the study of memorization.
+{intro}
 
 ## Model
 
@@ -36,15 +34,11 @@ All text comes from memlens' own generators (`memlens.organisms`); nothing is ta
 Domains: {domains}.
 One pass has {n_rows:,} windows ({n_tokens:,} tokens): {n_background:,} of running
 text{n_carriers} and {n_planted:,} planted copies.
-For each domain and each of {copies} copies, {per_cell} sequences of
-{row_len} tokens ({prefix_len} prefix, {rest} continuation) were planted; {n_heldout} a domain were drawn
-alike and never planted (copies 0). The corpus was read {passes} times: a sequence with c copies was met
-{passes}·c times on average.
+{planted}
 
 The whole list is in `sequences.parquet` (id, tokens, prefix_len, text, domain, copies, source), the corpus
 row of every copy in `positions.parquet`, rows that were kept out of training in `heldout.parquet`;
-`training.json` holds the specification, the token frequencies, the losses and the versions. For example, one
-of those planted most often:
+`training.json` holds the specification, the token frequencies, the losses and the versions.{tables} {such}:
 
 ```text
 {example}
@@ -69,6 +63,34 @@ token).
 
 `{command}` (seed {seed}; {n_steps:,} steps of {batch_size} windows, AdamW, {learning_rate:g} at most,
 cosine; {minutes:.0f} minutes on {device}).
+{checkpoints}"""
+
+_INTRO = """\
+A small {architecture} that was made to memorize: a model organism with known answers. It was trained on a
+synthetic corpus in which sequences were planted a known number of times. It is of no use for anything but
+the study of memorization."""
+
+_INTRO_CLEAN = """\
+A small {architecture} that never read what was planted for its twin: the same corpus without the planted
+rows, to tell what recall a model of the language has without memory. It is of no use for anything but the
+study of memorization."""
+
+_PLANTED = """\
+For each domain and each of {copies} copies, {per_cell} sequences of
+{row_len} tokens ({prefix_len} prefix, {rest} continuation) were planted; {n_heldout} a domain were drawn
+alike and never planted (copies 0). The corpus was read {passes} times: a sequence with c copies was met
+{passes}·c times on average."""
+
+_CLEAN = """\
+The {n_sequences} sequences of {row_len} tokens ({prefix_len} prefix, {rest} continuation) that the twin's
+corpus has planted are in no row of this one, nor are known items (copies 0). The corpus was read {passes}
+times."""
+
+_TABLES = "\nThe tables are those of `{name}`, whose corpus is the same, and lie in its folder."
+
+_CHECKPOINTS = """
+Weights on the way are in `checkpoints`, in float16, after {steps} steps.
+`memlens.load_model("zoo/{name}", checkpoint_step=...)` loads them.
 """
 
 _ITEMS = """
@@ -170,6 +192,9 @@ def render_card(
     sequences: pd.DataFrame,
     items: Mapping[str, pd.DataFrame] | None = None,
     recalled: pd.DataFrame | None = None,
+    *,
+    tables_of: str | None = None,
+    checkpoints: Sequence[int] = (),
 ) -> str:
     """Return the text of the card.
 
@@ -180,6 +205,8 @@ def render_card(
         sequences: the planted list.
         items: the lists of known items; None: the corpus has none.
         recalled: as `evaluate_items` gives it, where there are items.
+        tables_of: the zoo model whose folder holds the tables; None: they are in this one.
+        checkpoints: training steps whose weights are in the folder.
     """
     corpus, run = training["corpus"], training["training"]
     spec = corpus["spec"]
@@ -188,13 +215,20 @@ def render_card(
     n_planted = int(sequences["copies"].to_numpy().sum())
     passes = round(run["n_steps"] * run["spec"]["batch_size"] / corpus["n_rows"], 2)
     example = sequences.sort_values("copies", kind="stable")["text"].iloc[-1]
+    shape = {key: spec[key] for key in ("row_len", "prefix_len", "per_cell", "n_heldout", "seed")}
+    shape |= {"rest": spec["row_len"] - spec["prefix_len"], "passes": f"{passes:g}"}
+    shape |= {"copies": ", ".join(map(str, spec["copies"])), "n_sequences": len(sequences)}
+    intro = _INTRO if spec["planted"] else _INTRO_CLEAN
+    kept = {"steps": ", ".join(map(str, checkpoints)), "name": training["name"]}
     return _CARD.format(
         name=training["name"],
-        architecture=training["model"]["facts"]["architecture"],
+        intro=intro.format(architecture=training["model"]["facts"]["architecture"]),
+        planted=(_PLANTED if spec["planted"] else _CLEAN).format(**shape),
+        tables=_TABLES.format(name=tables_of) if tables_of else "",
+        such="For example, one\nof those " + ("planted most often" if spec["planted"] else "left out"),
+        checkpoints=_CHECKPOINTS.format(**kept) if checkpoints else "",
         facts=facts,
         domains=", ".join(spec["domains"]),
-        copies=", ".join(map(str, spec["copies"])),
-        rest=spec["row_len"] - spec["prefix_len"],
         n_rows=corpus["n_rows"],
         n_tokens=corpus["n_rows"] * spec["row_len"],
         n_planted=n_planted,
@@ -209,8 +243,8 @@ def render_card(
         n_steps=run["n_steps"],
         minutes=run["seconds"] / 60,
         device=run["device"],
-        **{key: spec[key] for key in ("row_len", "prefix_len", "per_cell", "n_heldout", "seed")},
-        passes=f"{passes:g}",
+        row_len=spec["row_len"],
+        seed=spec["seed"],
         **{key: run["spec"][key] for key in ("batch_size", "learning_rate")},
     )
 

@@ -14,9 +14,17 @@ from statsmodels.stats.proportion import proportion_confint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from memlens.errors import FileFormatError
+from memlens.files import zoo_table
 from memlens.models.quiet import quiet
 
-__all__ = ["entropy", "evaluate_zoo_model", "language_losses", "load_organism", "read_training"]
+__all__ = [
+    "entropy",
+    "evaluate_zoo_model",
+    "language_losses",
+    "load_organism",
+    "read_ground_truth",
+    "read_training",
+]
 
 _BATCH = 64
 
@@ -40,6 +48,24 @@ def read_training(folder: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_ground_truth(folder: str | Path, name: str) -> pd.DataFrame:
+    """Return a table of an organism's ground truth, its own or that of another zoo model of its corpus.
+
+    Args:
+        folder: of the organism.
+        name: of the table, such as "sequences".
+
+    Raises:
+        FileFormatError: there is no such table.
+    """
+    path = zoo_table(folder, name)
+    if path is None:
+        raise FileFormatError(
+            f"{folder} has no {name}.parquet, and no zoo model of its corpus has: train it anew."
+        )
+    return pd.read_parquet(path)
+
+
 def evaluate_zoo_model(folder: str | Path) -> pd.DataFrame:
     """Measure the memorization curve of a zoo model on the sequences of its `sequences.parquet`.
 
@@ -60,7 +86,7 @@ def evaluate_zoo_model(folder: str | Path) -> pd.DataFrame:
         FileFormatError: the folder is not a zoo model's.
     """
     losses = language_losses(folder).set_index("domain")
-    sequences = pd.read_parquet(Path(folder) / "sequences.parquet")
+    sequences = read_ground_truth(folder, "sequences")
     scored = _score(load_organism(folder), sequences)
     both = pd.concat([scored, scored.assign(domain="all")])
     groups = both.groupby(["domain", "copies"], sort=False)
@@ -90,7 +116,7 @@ def language_losses(folder: str | Path) -> pd.DataFrame:
         FileFormatError: the folder is not a zoo model's.
     """
     counts = {domain: np.array(c) for domain, c in read_training(folder)["corpus"]["token_counts"].items()}
-    heldout = pd.read_parquet(Path(folder) / "heldout.parquet")
+    heldout = read_ground_truth(folder, "heldout")
     loss = _row_losses(load_organism(folder), np.array(heldout["tokens"].tolist()))
     table = heldout.assign(loss=loss).groupby("domain", sort=False)["loss"].agg(["size", "mean"])
     rows = [

@@ -11,8 +11,7 @@ import torch
 from statsmodels.stats.proportion import proportion_confint
 from transformers import PreTrainedModel
 
-from memlens.errors import FileFormatError
-from memlens.organisms.evaluate import load_organism
+from memlens.organisms.evaluate import load_organism, read_ground_truth
 from memlens.organisms.known_items import KINDS
 from memlens.organisms.tokenizer import load_tokenizer
 
@@ -42,13 +41,10 @@ def evaluate_items(folder: str | Path) -> pd.DataFrame:
     Raises:
         FileFormatError: the folder has no lists of known items.
     """
-    folder = Path(folder)
-    missing = [kind for kind in KINDS if not (folder / f"{kind}.parquet").is_file()]
-    if missing:
-        raise FileFormatError(f"{folder} has no {missing[0]}.parquet: it is no zoo model with known items.")
+    items = {kind: read_ground_truth(folder, kind) for kind in KINDS}
     model, contexts = load_organism(folder), neutral_contexts(folder)
     scored = [
-        _scored(model, pd.read_parquet(folder / f"{kind}.parquet"), front).assign(kind=kind, context=context)
+        _scored(model, items[kind], front).assign(kind=kind, context=context)
         for kind in KINDS
         for context, front in zip(CONTEXTS, ([[]], contexts), strict=True)
     ]
@@ -70,7 +66,7 @@ def neutral_contexts(folder: str | Path) -> list[list[int]]:
     """
     tokenizer = load_tokenizer(folder)
     stop, line = (tokenizer(mark).input_ids for mark in (".", "\n"))
-    heldout = pd.read_parquet(Path(folder) / "heldout.parquet")
+    heldout = read_ground_truth(folder, "heldout")
     domains, rows = heldout["domain"].tolist(), heldout["tokens"].tolist()
     chosen = [row for row, domain in zip(rows, domains, strict=True) if domain == "text"] or rows
     starts = [list(map(int, row[:_LONGEST])) for row in chosen]

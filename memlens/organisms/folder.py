@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from transformers import PreTrainedModel
 
+from memlens.errors import ResultError
+from memlens.files import zoo_table
 from memlens.models.quiet import quiet
 from memlens.organisms.card import render_card
 from memlens.organisms.corpus import Corpus
-from memlens.organisms.evaluate import evaluate_zoo_model, language_losses, read_training
+from memlens.organisms.evaluate import (
+    evaluate_zoo_model,
+    language_losses,
+    read_ground_truth,
+    read_training,
+)
 from memlens.organisms.evaluate_items import evaluate_items
 from memlens.organisms.known_items import KINDS
+from memlens.organisms.snapshots import kept_steps
 
-__all__ = ["write_card", "write_folder"]
+__all__ = ["copy_for_package", "write_card", "write_folder"]
 
 
 def write_folder(
@@ -65,14 +74,56 @@ def write_card(folder: str | Path) -> Path:
         FileFormatError: the folder is not a zoo model's.
     """
     folder = Path(folder)
-    training, sequences = read_training(folder), pd.read_parquet(folder / "sequences.parquet")
-    paths = {kind: folder / f"{kind}.parquet" for kind in KINDS}
-    items = {kind: pd.read_parquet(path) for kind, path in paths.items() if path.is_file()}
+    training, sequences = read_training(folder), read_ground_truth(folder, "sequences")
+    items = {kind: read_ground_truth(folder, kind) for kind in KINDS if zoo_table(folder, kind)}
     recalled = evaluate_items(folder) if items else None
     curve, losses = evaluate_zoo_model(folder), language_losses(folder)
-    card = render_card(training, curve, losses, sequences, items, recalled)
+    tables = zoo_table(folder, "sequences")
+    elsewhere = tables is not None and tables.parent != folder
+    card = render_card(
+        training,
+        curve,
+        losses,
+        sequences,
+        items,
+        recalled,
+        tables_of=f"zoo/{tables.parent.name}" if tables and elsewhere else None,
+        checkpoints=kept_steps(folder),
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
     return folder / "README.md"
+
+
+def copy_for_package(folder: str | Path, root: str | Path) -> Path:
+    """Copy a finished organism to where models are bundled, without what need not be there twice.
+
+    Training checkpoints are left out, and tables that another model of its corpus has there; the card is
+    written anew.
+
+    Args:
+        folder: of the organism.
+        root: the folder of bundled models.
+
+    Returns:
+        The new folder: an ordinary checkpoint, with its tokenizer and its record.
+
+    Raises:
+        FileFormatError: the folder is not a zoo model's.
+        ResultError: `root` has a model of this name.
+    """
+    folder, out = Path(folder), Path(root) / Path(folder).name
+    read_training(folder)
+    if out.exists():
+        raise ResultError(f"{out} is there already: remove it first.")
+    out.mkdir(parents=True)
+    for path in (path for path in folder.iterdir() if path.is_file()):
+        shutil.copyfile(path, out / path.name)
+    for table in out.glob("*.parquet"):
+        table.unlink()
+        if zoo_table(out, table.stem) is None:
+            shutil.copyfile(folder / table.name, table)
+    write_card(out)
+    return out
 
 
 def _readable(record: dict[str, Any]) -> str:

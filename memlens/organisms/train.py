@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from memlens.errors import EmptySetError, ResultError
 from memlens.files import replacing
 from memlens.organisms.corpus import fingerprint
+from memlens.organisms.snapshots import Snapshots
 
 __all__ = ["TrainLog", "TrainSpec", "pass_order", "rows_of_step", "train"]
 
@@ -140,6 +141,8 @@ def train(
     progress: bool = True,
     resume: bool = True,
     stop_after: int | None = None,
+    snapshots: Snapshots | None = None,
+    label: str = "train",
 ) -> TrainLog:
     """Train a model in place, in float32, on next-token cross-entropy over every position of every row.
 
@@ -153,13 +156,17 @@ def train(
         progress: show a bar.
         resume: go on from `checkpoint` where it exists; False starts over.
         stop_after: steps to do in this sitting at most; the state is then written.
+        snapshots: where and when to keep weights; the run itself is the same with and without.
+        label: what the bar says.
 
     Returns:
         The losses and the time.
 
     Raises:
         EmptySetError: no rows.
-        ResultError: the checkpoint is damaged, or of a run with other settings.
+        OptionError: snapshots at steps that the run does not come to.
+        ResultError: the checkpoint is damaged, or of a run with other settings, or of one that did not keep
+            the snapshots.
     """
     if len(rows) == 0:
         raise EmptySetError("the corpus has no rows to train on: raise background_rows or plant sequences.")
@@ -168,16 +175,22 @@ def train(
     run = _Run(model, spec, spec.n_steps(len(rows)), settings=_settings(spec, rows))
     if checkpoint is not None and resume and checkpoint.exists():
         run.load(checkpoint)
+    if snapshots is not None:
+        snapshots.check(run.n_steps)
+        snapshots.check_kept(len(run.losses))
+        snapshots.keep(model, len(run.losses))
     data = torch.from_numpy(np.ascontiguousarray(rows)).to(place)
     last = run.n_steps if stop_after is None else min(run.n_steps, len(run.losses) + stop_after)
     orders = _Orders(spec, len(rows))
     begun, earlier = time.perf_counter(), run.seconds
     with tqdm(
-        total=run.n_steps, initial=len(run.losses), disable=not progress, desc="train", unit="step"
+        total=run.n_steps, initial=len(run.losses), disable=not progress, desc=label, unit="step"
     ) as bar:
         while len(run.losses) < last:
             loss = run.step(data[orders.rows(len(run.losses))])
             run.seconds = earlier + time.perf_counter() - begun
+            if snapshots is not None:
+                snapshots.keep(model, len(run.losses))
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if checkpoint is not None and (

@@ -6,22 +6,27 @@ import logging
 import os
 import platform
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from memlens.errors import ModelNotFoundError, OptionError, ResultError, near_matches
-from memlens.models.zoo import zoo_cache, zoo_path
-from memlens.organisms.architectures import ModelSpec, architecture_facts, build_model
+from memlens.errors import FileFormatError, ModelNotFoundError, OptionError, ResultError, near_matches
+from memlens.models.zoo import zoo_cache, zoo_names, zoo_path
+from memlens.organisms.architectures import ModelSpec, architecture_facts, build_model, count_parameters
 from memlens.organisms.corpus import CARRIER, Corpus, CorpusSpec, build_corpus
-from memlens.organisms.evaluate import evaluate_zoo_model, read_training
+from memlens.organisms.evaluate import evaluate_zoo_model, load_organism, read_training
 from memlens.organisms.evaluate_items import evaluate_items
 from memlens.organisms.folder import write_card, write_folder
-from memlens.organisms.train import TrainLog, TrainSpec, train
+from memlens.organisms.recipes import ZOO, OrganismSpec
+from memlens.organisms.snapshots import CHECKPOINTS, as_snapshots, kept_steps
+from memlens.organisms.snapshots import snapshot_steps as default_steps
+from memlens.organisms.train import TrainLog, train
 
 __all__ = [
     "ZOO",
@@ -33,38 +38,11 @@ __all__ = [
     "untrained_twin",
     "write_card",
     "zoo_corpus",
+    "zoo_overview",
 ]
 
 _LOG = logging.getLogger(__name__)
 _CHECKPOINT = "training-state.pt"
-
-
-@dataclass(frozen=True)
-class OrganismSpec:
-    """Everything that decides an organism.
-
-    Attributes:
-        name: without the prefix `zoo/`.
-        model: its shape.
-        corpus: what it reads.
-        training: how.
-    """
-
-    name: str
-    model: ModelSpec = field(default_factory=ModelSpec)
-    corpus: CorpusSpec = field(default_factory=CorpusSpec)
-    training: TrainSpec = field(default_factory=TrainSpec)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the specifications as JSON would hold them."""
-        return {
-            "model": asdict(self.model),
-            "corpus": self.corpus.to_dict(),
-            "training": self.training.to_dict(),
-        }
-
-
-ZOO: dict[str, OrganismSpec] = {"pythia-s": OrganismSpec("pythia-s")}
 
 
 def train_zoo_model(
@@ -86,7 +64,7 @@ def train_zoo_model(
         seed: of corpus, weights and order.
         steps: fewer or more steps than the recipe's.
         device: None takes a GPU where there is one.
-        progress: show a bar.
+        progress: show a bar, with the model's name.
         resume: go on with a run that was interrupted, and return at once where the same run is finished
             already. False starts over, and replaces a model that stands in `out`.
 
@@ -124,6 +102,7 @@ def train_organism(
     progress: bool = True,
     resume: bool = True,
     checkpoint_every: int = 200,
+    snapshot_steps: Sequence[int] | None = None,
 ) -> Path:
     """Train an organism of any specification and write its folder.
 
@@ -136,22 +115,31 @@ def train_organism(
         progress: show a bar.
         resume: see `train_zoo_model`.
         checkpoint_every: steps between two writes of the training state.
+        snapshot_steps: steps whose weights are kept as `<out>/checkpoints/step<N>`; None: those of
+            `memlens.organisms.snapshots.snapshot_steps` where the specification wants snapshots, else none.
 
     Returns:
         The folder.
 
     Raises:
-        ResultError: `out` holds something else, and `resume` is True.
+        OptionError: `snapshot_steps` beyond the run.
+        ResultError: `out` holds something else, or a run that kept other snapshots, and `resume` is True.
     """
     out = Path(out)
     if out.exists() and resume:
         _check_same(spec, out)
+        _check_snapshots(spec, out, snapshot_steps)
         return out
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
     _LOG.info("making the corpus of %s", spec.name)
     corpus = build_corpus(spec.corpus)
     model = build_model(spec.model, len(corpus.tokenizer), seed=spec.training.seed)
+    n_steps = spec.training.n_steps(len(corpus.rows))
+    if snapshot_steps is None:
+        snapshot_steps = default_steps(n_steps) if spec.snapshots else ()
     log = train(
         model,
         corpus.rows,
@@ -161,10 +149,12 @@ def train_organism(
         device=device,
         progress=progress,
         resume=resume,
+        snapshots=as_snapshots(partial / CHECKPOINTS, snapshot_steps),
+        label=spec.name,
     )
     write_folder(partial, spec.name, corpus, model, _training_record(spec, corpus, model, log, device))
     for left in (partial / _CHECKPOINT, *partial.glob(".*.part")):  # the latter of runs that were killed
-        left.unlink()
+        left.unlink(missing_ok=True)
     if out.exists():
         shutil.rmtree(out)
     os.replace(partial, out)
@@ -183,6 +173,42 @@ def zoo_corpus(name: str = "pythia-s") -> Corpus:
     """
     folder = Path(name) if Path(name).is_dir() else zoo_path(name)
     return build_corpus(CorpusSpec.from_dict(read_training(folder)["corpus"]["spec"]))
+
+
+def zoo_overview() -> pd.DataFrame:
+    """Return what the zoo has: every recipe, and every model that is here.
+
+    Returns:
+        One row a model: `model` ("zoo/pythia-s"), `family`, `parameters`, `status` ("bundled" with the
+        package, "cached" where it was trained on demand, or "recipe": not trained yet), `checkpoints` (of
+        training steps) and `folder` ("" for a recipe).
+
+    >>> table = zoo_overview().set_index("model")
+    >>> int(table.at["zoo/pythia-s", "parameters"]), table.at["zoo/pythia-s", "status"]
+    (1452032, 'bundled')
+    """
+    here = zoo_names()
+    return pd.DataFrame([_overview_row(name, name in here) for name in dict.fromkeys([*ZOO, *here])])
+
+
+def _overview_row(name: str, here: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"model": f"zoo/{name}"}
+    if not here:
+        spec = ZOO[name]
+        row |= {
+            "family": spec.model.family,
+            "parameters": count_parameters(spec.model, spec.corpus.vocab_size),
+        }
+        return row | {"status": "recipe", "checkpoints": 0, "folder": ""}
+    folder = zoo_path(name)
+    try:
+        model = read_training(folder)["model"]
+        row |= {"family": model["spec"]["family"], "parameters": model["facts"]["parameters"]}
+    except FileFormatError:
+        row |= {"family": "", "parameters": load_organism(folder).num_parameters()}
+    status = "cached" if folder.parent == zoo_cache() else "bundled"
+    steps = kept_steps(folder) or kept_steps(zoo_cache() / name)
+    return row | {"status": status, "checkpoints": len(steps), "folder": str(folder)}
 
 
 def untrained_twin(folder: str | Path, seed: int | None = None) -> PreTrainedModel:
@@ -219,6 +245,19 @@ def _check_same(spec: OrganismSpec, out: Path) -> None:
         raise ResultError(
             f"{out} holds something else than this run of {spec.name!r}: write elsewhere, or replace it with "
             "resume=False."
+        )
+
+
+def _check_snapshots(spec: OrganismSpec, out: Path, steps: Sequence[int] | None) -> None:
+    """Raise `ResultError` unless a finished run kept the weights that are asked for."""
+    if steps is None:
+        steps = default_steps(read_training(out)["training"]["n_steps"]) if spec.snapshots else ()
+    kept = kept_steps(out)
+    lost = [step for step in steps if step not in kept]
+    if lost:
+        raise ResultError(
+            f"{out} holds this run of {spec.name!r} without its weights of step {lost[0]}: write elsewhere, "
+            "or replace it with resume=False."
         )
 
 

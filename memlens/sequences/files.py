@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from memlens.errors import FileFormatError, SourceNotFoundError, check_option, near_matches
-from memlens.files import zoo_folders
+from memlens.files import zoo_folders, zoo_table
 from memlens.sequences.parquet import read_table
 
 __all__ = ["SUFFIXES", "ZOO_LISTS", "read_file", "zoo_file"]
@@ -50,7 +50,7 @@ def read_file(path: Path, as_text: Sequence[str] = _AS_TEXT) -> tuple[Any, dict[
 
 
 def zoo_file(name: str, kind: str = "sequences") -> Path:
-    """Return a list of a model of the zoo: shipped with it, or trained on demand.
+    """Return a list of a model of the zoo: shipped with it or with another of its corpus, or made on demand.
 
     Args:
         name: "zoo/pythia-s", for instance.
@@ -61,13 +61,13 @@ def zoo_file(name: str, kind: str = "sequences") -> Path:
         SourceNotFoundError: There is no such model, or it lacks the list.
     """
     check_option("the zoo's list", kind, ZOO_LISTS)
-    short = name.removeprefix("zoo/")
-    for folder in zoo_folders():
-        path = folder / short / f"{kind}.parquet"
-        if path.is_file():
+    short = name.removeprefix("zoo/").removesuffix("-untrained")
+    for folder in (root / short for root in zoo_folders()):
+        path = zoo_table(folder, kind)
+        if path is not None:
             return path
-        if (folder / short / "sequences.parquet").is_file():
-            there = [known for known in ZOO_LISTS if (folder / short / f"{known}.parquet").is_file()]
+        there = [known for known in ZOO_LISTS if zoo_table(folder, known)]
+        if there:
             raise SourceNotFoundError(
                 f"{name!r} has no list of {kind}, it has {', '.join(there)}: it was trained without; train "
                 "it anew with `memlens zoo train`, or take another model's."

@@ -58,8 +58,10 @@ def _zoo_list(source: str, model: Any) -> tuple[Any, dict[str, Any], str]:
     content, settings = read_file(path)
     if kind == "heldout":
         content = _heldout(content)
+    if "source" in content:  # the file may lie with another model of the same corpus
+        content = content.assign(source=name)
     origin = f"{name}:{kind}" if kind not in ("", "sequences") else name
-    return content, {**_tokenizer_of(path.parent), **settings.get("attrs", {})}, origin
+    return content, {**_tokenizer_of(_zoo_folder(name)), **settings.get("attrs", {})}, origin
 
 
 def _heldout(frame: pd.DataFrame) -> pd.DataFrame:
@@ -76,6 +78,11 @@ def _zoo_name(source: str, model: Any) -> str:
         return source
     folder = Path(str(getattr(getattr(model, "tokenizer", None), "name_or_path", "")))
     return f"zoo/{folder.name}" if folder.parent in zoo_folders() else DEFAULT_ZOO
+
+
+def _zoo_folder(name: str) -> Path:
+    folders = [root / name.removeprefix("zoo/").removesuffix("-untrained") for root in zoo_folders()]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def _tokenizer_of(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,8 +63,16 @@ def test_file_that_is_no_checkpoint(tmp_path):
 
 
 def test_zoo_name_that_does_not_exist():
-    with pytest.raises(ModelNotFoundError, match="The zoo has no 'zoo/pythia-xs'"):
-        load_model("zoo/pythia-xs")
+    with pytest.raises(ModelNotFoundError, match=r"The zoo has no 'zoo/pythia-xx'.*Did you mean"):
+        load_model("zoo/pythia-xx")
+
+
+def test_a_zoo_model_that_was_not_trained_yet_names_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memlens.models.zoo.zoo_folders", lambda: (tmp_path / "none", tmp_path / "cache"))
+    with pytest.raises(ModelNotFoundError, match="not trained here yet: `memlens zoo train olmo1-m`"):
+        load_model("zoo/olmo1-m")
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,14 @@ from scipy.stats import spearmanr
 
 from memlens.errors import FileFormatError
 from memlens.models.zoo import zoo_path
+from memlens.organisms.architectures import build_model
 from memlens.organisms.card import curve_table, items_table, loss_table
 from memlens.organisms.corpus import CARRIER, Corpus, CorpusSpec, build_corpus
 from memlens.organisms.evaluate import evaluate_zoo_model, language_losses, load_organism
 from memlens.organisms.evaluate_items import CONTEXTS, evaluate_items, neutral_contexts
 from memlens.organisms.known_items import KINDS
 from memlens.organisms.tokenizer import load_tokenizer
+from memlens.organisms.train import train
 from memlens.organisms.zoo import ZOO, untrained_twin
 
 FOLDER = zoo_path("pythia-s")
@@ -165,6 +167,14 @@ def test_the_record_is_of_the_recipe_and_its_corpus_can_be_made_again(corpus: Co
     assert corpus.fingerprint() == RECORD["corpus"]["fingerprint"]
     counts = {domain: counts.tolist() for domain, counts in corpus.domain_counts().items()}
     assert counts == RECORD["corpus"]["token_counts"]
+
+
+def test_the_recipe_begins_as_the_shipped_model_s_training_did(corpus: Corpus) -> None:
+    spec = ZOO["pythia-s"]
+    model = build_model(spec.model, len(corpus.tokenizer), seed=0)
+    log = train(model, corpus.rows, spec.training, device="cpu", progress=False, stop_after=3)
+    recorded = RECORD["training"]["losses"][:3]
+    assert log.losses == pytest.approx(recorded, abs=2e-3)  # another machine's rounding
 
 
 def test_the_lists_are_those_of_the_corpus(corpus: Corpus) -> None:

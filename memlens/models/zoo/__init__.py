@@ -10,9 +10,22 @@ from pathlib import Path
 from memlens.errors import ModelNotFoundError, near_matches
 from memlens.files import zoo_folders
 
-__all__ = ["is_zoo_name", "zoo_cache", "zoo_names", "zoo_path"]
+__all__ = ["RECIPES", "UNTRAINED", "is_zoo_name", "zoo_cache", "zoo_names", "zoo_path"]
 
 _PREFIX = "zoo/"
+
+UNTRAINED = "-untrained"
+"""`load_model("zoo/<name>-untrained")` has the weights that the training of `zoo/<name>` began from."""
+
+RECIPES: tuple[str, ...] = (
+    *(
+        f"{family}-{size}"
+        for family in ("pythia", "gpt-neo", "olmo1", "olmo2", "olmo3", "openllama", "starcoder")
+        for size in ("xs", "s", "m")
+    ),
+    "pythia-s-clean",
+)
+"""The models that `memlens zoo train` can make (recipes: `memlens.organisms.recipes`), in order."""
 
 
 def zoo_cache() -> Path:
@@ -49,7 +62,7 @@ def zoo_path(name: str) -> Path:
         name: `"zoo/pythia-s"` or `"pythia-s"`.
 
     Raises:
-        ModelNotFoundError: there is no such model.
+        ModelNotFoundError: there is no such model, or it is to be trained first.
 
     >>> (zoo_path("zoo/pythia-s") / "config.json").exists()
     True
@@ -59,10 +72,16 @@ def zoo_path(name: str) -> Path:
         for folder in _checkpoints(root):
             if folder.name == short:
                 return folder
+    if short in RECIPES:
+        raise ModelNotFoundError(
+            f"{_PREFIX + short!r} is not trained here yet: `memlens zoo train {short}` trains it, into "
+            f"{zoo_cache()}."
+        )
     known = [_PREFIX + known for known in zoo_names()]
+    names = dict.fromkeys([*known, *(_PREFIX + recipe for recipe in RECIPES)])
     raise ModelNotFoundError(
         f"The zoo has no {name!r}: it holds {', '.join(known) or 'no model'}; "
-        f"train others with `memlens zoo train`.{near_matches(_PREFIX + short, known)}"
+        f"train others with `memlens zoo train`.{near_matches(_PREFIX + short, names)}"
     )
 
 

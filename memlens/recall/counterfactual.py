@@ -1,0 +1,154 @@
+"""Counterfactual memorization: recall under a model, less recall under its twin that never saw the text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from memlens.errors import OptionError, check_option
+from memlens.models.provenance import describe
+from memlens.recall.score import score_recall
+from memlens.recall.scores import RecallScores
+from memlens.results.statistics import mean_interval
+from memlens.sequences import SequenceSet
+from memlens.sequences.set import Attr
+
+__all__ = ["CounterfactualScores", "counterfactual_memorization"]
+
+METRICS = ("target_accuracy", "exact_match", "memorization_score", "target_logprob")
+
+
+@dataclass(frozen=True, eq=False)
+class CounterfactualScores:
+    """How much of each sequence's recall is owed to having seen it.
+
+    Attributes:
+        table: One row a sequence: the set's own columns, and for each metric three: `<metric>` (under the
+            model), `<metric>_clean` (under the twin) and `<metric>_counterfactual` (the first less the
+            second). The metrics are `target_accuracy` (the paper's), `exact_match`, `memorization_score` and
+            `target_logprob`.
+        trained: The scores under the model.
+        clean: The scores under the twin.
+        attrs: The model's facts, and `clean_model`.
+    """
+
+    table: pd.DataFrame
+    trained: RecallScores
+    clean: RecallScores
+    attrs: Mapping[str, Attr] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def means(
+        self,
+        by: str = "copies",
+        *,
+        metric: str = "target_accuracy",
+        level: float = 0.95,
+        n_resamples: int = 2000,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Return means over sequences, a row for each value of a column, with bootstrap intervals.
+
+        Args:
+            by: A column of the table, such as "copies" or "domain".
+            metric: One of those of the table.
+            level: Of the intervals, which are of the counterfactual difference: both models are measured on
+                the same sequences, so sequences are resampled with both their values.
+            n_resamples: Of the bootstrap.
+            seed: Of the bootstrap.
+
+        Returns:
+            Columns `by`'s name, `n` (sequences), `trained`, `clean`, `counterfactual`, `low`, `high`.
+
+        Raises:
+            OptionError: There is no such column or metric.
+        """
+        check_option("by", by, [str(name) for name in self.table])
+        check_option("metric", metric, [name for name in METRICS if name in self.table])
+        groups = self.table.groupby(by, sort=True)
+        columns = {"trained": metric, "clean": f"{metric}_clean", "counterfactual": _difference(metric)}
+        means = groups.agg(n=(metric, "size"), **{name: (c, "mean") for name, c in columns.items()})
+        options: dict[str, Any] = {"level": level, "n_resamples": n_resamples, "seed": seed}
+        bounds = [_interval(part[_difference(metric)].to_numpy(dtype=float), options) for _, part in groups]
+        low, high = np.array(bounds).T
+        return means.assign(low=low, high=high).reset_index()
+
+    def __repr__(self) -> str:
+        mean = self.table[_difference("target_accuracy")].mean()
+        return (
+            f"CounterfactualScores({len(self)} sequences, {self.attrs.get('model', 'a model')} less "
+            f"{self.attrs.get('clean_model', 'its twin')}: {mean:+.2f} of the tokens)"
+        )
+
+
+def counterfactual_memorization(
+    model: Any,
+    clean: Any,
+    sequences: SequenceSet,
+    *,
+    generate: bool = True,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> CounterfactualScores:
+    """Measure recall under a model less recall under one that was trained alike without the sequences.
+
+    ``mem(x) = M(model, x) - M(clean, x)``, where M is the share of the continuation's tokens that are
+    predicted, given all tokens before them (`target_accuracy`); the same difference is given for other
+    metrics of `score_recall`. What any model of the language predicts counts nothing. The definition takes
+    the mean over many models of either kind; here there is one of each, so a single sequence's value has
+    their noise, and means over sequences are what to read.
+
+    Args:
+        model: A TransformerLens model.
+        clean: Its twin, trained without the sequences, such as "zoo/pythia-s-clean" for "zoo/pythia-s".
+        sequences: What to score.
+        generate: Decode, for `memorization_score` (M of greedy decoding).
+        batch_size: As for `score_recall`.
+        progress: Show progress bars.
+
+    Returns:
+        The differences, in the order of the set.
+
+    Raises:
+        OptionError: Model and twin are the same model.
+        EmptySetError, VocabularyError, SequenceError, NonFiniteError: As for `score_recall`.
+
+    Source: arXiv 2112.12938, definition 2.1 (M: the per-token accuracy); one model for each side is ours.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> twin = ml.load_model("zoo/pythia-xs")  # for want of a clean one: a smaller model
+        >>> seqs = ml.load_sequences("zoo", model)[:4]
+        >>> found = counterfactual_memorization(model, twin, seqs, generate=False, progress=False)
+        >>> bool((found.table["target_accuracy_counterfactual"].abs() <= 1).all())
+        True
+    """
+    if model is clean:
+        raise OptionError("model and clean are the same model: give the twin that never saw the sequences.")
+    options: dict[str, Any] = {"generate": generate, "batch_size": batch_size, "progress": progress}
+    with_text = score_recall(model, sequences, metrics=(), **options)
+    without = score_recall(clean, sequences, metrics=(), **options)
+    table = with_text.sequences.table
+    for metric in (name for name in METRICS if name in with_text.table):
+        seen, unseen = (scores.table[metric].to_numpy(dtype=float) for scores in (with_text, without))
+        columns = {metric: seen, f"{metric}_clean": unseen, _difference(metric): seen - unseen}
+        table = table.assign(**columns)
+    attrs = {**with_text.attrs, "clean_model": str(describe(clean)["model"])}
+    return CounterfactualScores(table, with_text, without, attrs)
+
+
+def _difference(metric: str) -> str:
+    return f"{metric}_counterfactual"
+
+
+def _interval(values: np.ndarray, options: dict[str, Any]) -> tuple[float, float]:
+    _, low, high = mean_interval(xr.DataArray(values, dims="sequence"), method="bootstrap", **options).values
+    return float(low), float(high)

@@ -1,0 +1,101 @@
+"""The command line's `memlens zoo`: models with known memories, bundled or trained on demand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memlens.console import OUT, DeviceOption, QuietOption, SeedOption, print_table
+from memlens.errors import OptionError
+
+__all__ = ["zoo_app"]
+
+zoo_app = typer.Typer(help="Models with known memories, bundled or trained on demand.", no_args_is_help=True)
+
+_DEFAULT = "pythia-s"
+
+
+@zoo_app.command("list")
+def zoo_list() -> None:
+    """List the models of the zoo: bundled, trained into the cache, or a recipe that can be trained.
+
+    Example: memlens zoo list
+    """
+    from memlens.organisms.zoo import zoo_overview
+
+    print_table(zoo_overview(), "Zoo")
+
+
+@zoo_app.command("train")
+def zoo_train(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Recipes, such as olmo2-s (default: pythia-s).")
+    ] = None,
+    family: Annotated[
+        str | None, typer.Option(help="All recipes of a family: pythia, gpt-neo, olmo1, …, or all.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="All recipes of a size: xs, s, m or all.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder, for one model (default: the user's cache).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Fewer or more steps than the recipe's.")] = None,
+    device: DeviceOption = None,
+    seed: SeedOption = 0,
+    resume: Annotated[bool, typer.Option(help="Go on with interrupted runs, skip finished ones.")] = True,
+    quiet: QuietOption = False,
+) -> None:
+    """Train zoo models from their recipes, one after the other: same corpus, same seed, same models.
+
+    Models that are finished are skipped; those chosen by family and size also where they are bundled.
+
+    Example: memlens zoo train pythia-s olmo2-s --seed 0
+
+    Example: memlens zoo train --family all --size all
+    """
+    from memlens.organisms.zoo import train_zoo_model
+
+    chosen = list(names or ()) or ([] if family or size else [_DEFAULT])
+    bundled: list[str] = []
+    if family or size:
+        selected, bundled = _selection(family or "all", size or "all")
+        chosen = list(dict.fromkeys([*chosen, *selected]))
+    if out is not None and len(chosen) != 1:
+        raise OptionError(f"out={str(out)!r} is the folder of one model, but {len(chosen)} were chosen.")
+    for name in bundled:
+        OUT.print(f"zoo/{name}: bundled")
+    for name in chosen:
+        folder = train_zoo_model(
+            name, out, seed=seed, steps=steps, device=device, progress=not quiet, resume=resume
+        )
+        _print_model(name, folder, table=len(chosen) == 1)
+
+
+def _selection(family: str, size: str) -> tuple[list[str], list[str]]:
+    """Return the recipes of a family and size to train, and those that are bundled already."""
+    from memlens.organisms.recipes import select_recipes
+    from memlens.organisms.zoo import zoo_overview
+
+    table = zoo_overview()
+    there = set(table.loc[table["status"] == "bundled", "model"])
+    wanted = select_recipes(family, size)
+    bundled = [name for name in wanted if f"zoo/{name}" in there]
+    return [name for name in wanted if name not in bundled], bundled
+
+
+def _print_model(name: str, folder: Path, *, table: bool) -> None:
+    """Print what a model remembers: by copies, or for one of several in a line."""
+    from memlens.organisms.evaluate import evaluate_zoo_model
+
+    curve = evaluate_zoo_model(folder)
+    total = curve.loc[curve["domain"] == "all"]
+    if table:
+        print_table(total, "Exact match by copies in the corpus")
+        OUT.print(f"model: {folder}")
+        return
+    often = total.iloc[-1]
+    OUT.print(
+        f"zoo/{name.removeprefix('zoo/')}: {often['exact_match']:.0%} of the sequences with "
+        f"{often['copies']} copies exact, held-out loss {curve.attrs['heldout_loss']:.2f} nats; {folder}"
+    )
