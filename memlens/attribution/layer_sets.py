@@ -314,7 +314,7 @@ class _Search:
         accuracy = evaluate_tasks(self.model, self.tasks, edits, out=places["tasks"], **self.options)
         self.recall = recall if self.recall is None else _joined(self.recall, recall)
         self.accuracy = accuracy if self.accuracy is None else _joined(self.accuracy, accuracy)
-        self.counted = self.counted or tasks_above_chance(take_half(accuracy, 0, self.seed, within="task"))
+        self.counted = self.counted or tasks_above_chance(accuracy)
         self.tried += new
         self.rounds += 1
 

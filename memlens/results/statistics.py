@@ -148,7 +148,9 @@ def wilson_interval(hits: Any, n: Any, level: float = 0.95) -> tuple[Any, Any]:
     """
     from statsmodels.stats.proportion import proportion_confint  # takes most of a second to import
 
-    return proportion_confint(hits, n, alpha=1 - level, method="wilson")
+    low, high = proportion_confint(hits, n, alpha=1 - level, method="wilson")
+    # The ends of the formula are exact there, but for rounding.
+    return np.where(np.asarray(hits) == 0, 0.0, low), np.where(np.asarray(hits) == n, 1.0, high)
 
 
 def halves(n: int, seed: int) -> tuple[Int[np.ndarray, "a"], Int[np.ndarray, "b"]]:

@@ -115,7 +115,8 @@ def edit_tradeoff(
         accuracy: What `evaluate_tasks` gave for the same interventions.
         over: "max" or "mean" over tasks.
         tasks: The tasks that count; by default those on which the model is surely above chance (see
-            `tasks_above_chance`): of another there is nothing to lose.
+            `tasks_above_chance`): of another there is nothing to lose. Where a task's accuracy in a resample
+            is not above chance, it does not count there.
         metric: What counts as recitation.
         n_resamples: Resamples of the bootstrap over sequences and over questions within tasks.
         seed: Of the bootstrap.
@@ -160,14 +161,14 @@ def edit_tradeoff(
     lost = {name: _lost(tables[name], None, 0) for name in counted}
     drawn = [_lost(tables[name], n_resamples, seed + 1 + i) for i, name in enumerate(counted)]
     stacked = np.stack([lost[name][0] for name in counted])
-    combine = np.max if over == "max" else np.mean
+    combine = _largest if over == "max" else _average
     return Tradeoff(
         sites,
         removed,
-        combine(stacked, axis=0),
-        [counted[i] for i in stacked.argmax(0)],
+        combine(stacked),
+        [counted[i] for i in np.nan_to_num(stacked, nan=-np.inf).argmax(0)],
         draws,
-        combine(np.stack(drawn), axis=0),
+        combine(np.stack(drawn)),
         values.mean(0)[1:],
         np.mean([tables[name].tables["accuracy"].mean(0) for name in counted], 0),
         counted,
@@ -175,17 +176,20 @@ def edit_tradeoff(
     )
 
 
-def tasks_above_chance(accuracy: Result, *, level: float = 0.95) -> list[str]:
-    """Return the tasks whose accuracy without an edit is above chance with Wilson's interval.
+def tasks_above_chance(accuracy: Result, *, level: float = 0.95, margin: float = 0.05) -> list[str]:
+    """Return the tasks on which the model without an edit is surely above chance.
+
+    Only baselines are looked at, so that this choice sees nothing of what an edit does.
 
     Args:
         accuracy: What `evaluate_tasks` gave.
-        level: Coverage of the interval.
+        level: Coverage of Wilson's interval.
+        margin: By how much its lower end must be above the task's chance level.
     """
     found = []
     for name, task in task_tables(accuracy).items():
         base = task.tables["base"][:, 0]
-        if wilson_interval(float(base.sum()), len(base), level)[0] > task.chance:
+        if wilson_interval(float(base.sum()), len(base), level)[0] > task.chance + margin:
             found.append(name)
     return found
 
@@ -240,6 +244,18 @@ def _removed(means: Float[np.ndarray, "draw column"]) -> Float[np.ndarray, "draw
     base = means[:, :1]
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(base > 0, (base - means[:, 1:]) / base, np.nan)
+
+
+def _largest(lost: Float[np.ndarray, "task *site"]) -> Float[np.ndarray, "*site"]:
+    """The largest over tasks; a task that is not above chance in a sample has nothing to lose there (NaN)."""
+    known = np.nan_to_num(lost, nan=-np.inf).max(0)
+    return np.where(np.isfinite(known), known, np.nan)
+
+
+def _average(lost: Float[np.ndarray, "task *site"]) -> Float[np.ndarray, "*site"]:
+    known = np.isfinite(lost)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(known, lost, 0.0).sum(0) / known.sum(0)
 
 
 def _lost(task: TaskTables, n_resamples: int | None, seed: int) -> Float[np.ndarray, "draw edit"]:

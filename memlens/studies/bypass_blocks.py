@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 
 from memlens.attribution import bypassed
 from memlens.attribution.layer_sets import take_half
-from memlens.errors import MemlensError
 from memlens.models.provenance import describe
 from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
@@ -162,11 +161,10 @@ def frontier(study: BypassContext, others: Iterable[BypassInputs | Callable[[], 
     )  # fmt: skip
     tables = []
     for name, (recall, accuracy) in parts.items():
-        try:
-            found = {part: _tradeoff(study, recall, accuracy, part) for part in (0, 1)}
-        except MemlensError as error:
-            study.folder.failed(f"selectivity of {name}", error)
+        if not tasks_above_chance(accuracy):
+            study.folder.find(find.nothing_to_lose(name, accuracy))
             continue
+        found = {part: _tradeoff(study, recall, accuracy, part) for part in (0, 1)}
         scored = found[1].table()
         chosen = pd.DataFrame({"selectivity_chosen": found[0].selectivity})
         tables.append(pd.concat([scored, chosen], axis=1).assign(model=name))
@@ -241,7 +239,7 @@ def _tradeoff(study: BypassContext, recall: Result, accuracy: Result, part: int)
         take_half(recall, part, seed),
         take_half(accuracy, part, seed, within="task"),
         over=study.options.over,
-        tasks=tasks_above_chance(take_half(accuracy, 0, seed, within="task")) or None,
+        tasks=tasks_above_chance(accuracy) or None,
         n_resamples=study.options.n_resamples,
         seed=seed,
     )

@@ -23,6 +23,7 @@ __all__ = [
     "blocks_in_words",
     "by_quartile",
     "needed_block",
+    "nothing_to_lose",
     "recited",
     "scaling",
     "selective_block",
@@ -97,6 +98,22 @@ def selective_block(
     )
 
 
+def nothing_to_lose(name: str, accuracy: Result) -> Finding:
+    """The finding where the model is at chance on every task."""
+    rows = accuracy.data[["accuracy_baseline", "chance"]].groupby(accuracy["task"]).mean()
+    said = "; ".join(
+        f"{task} {float(rows['accuracy_baseline'].sel(task=task)):.2f} (chance "
+        f"{float(rows['chance'].sel(task=task)):.2f})"
+        for task in rows["task"].values.tolist()
+    )
+    return Finding(
+        f"The price of a bypass in {name}",
+        "The unchanged model is not surely above chance on any of the tasks, so that no price can be set "
+        "against "
+        f"what a bypass removes. Accuracy: {said}.",
+    )
+
+
 def _cost_words(options: BypassOptions, row: Any) -> str:
     return f"most on {row['worst_task']}" if options.over == "max" else "the mean over tasks"
 
@@ -158,10 +175,10 @@ def by_quartile(table: pd.DataFrame, swept: Mapping[str, Result]) -> list[Findin
 
     corrected = "relative_drop_chance_corrected"
     groups = [what for what in dict.fromkeys(table["what"]) if what not in ("recitation", GAP)]
-    costs = {
-        part: ", ".join(f"{group} {spoken(group, corrected, part)}" for group in groups)
-        for part in (first, last)
-    }
+    costs = {}
+    for part in (first, last):
+        each = ", ".join(f"{group} {spoken(group, corrected, part)}" for group in groups)
+        costs[part] = each or "nothing that is above chance"
     row = rows.loc[("recitation", "relative_drop", last)]
     found = [
         Finding(

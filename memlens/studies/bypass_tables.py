@@ -67,7 +67,7 @@ def quartile_table(
         }
         for group in dict.fromkeys(table.group for table in tables.values()):
             mine = [each[name] for name, table in tables.items() if table.group == group]
-            value, draws = (np.mean([pair[i] for pair in mine], 0) for i in (0, 1))
+            value, draws = (np.nanmean([pair[i] for pair in mine], 0) for i in (0, 1))
             drawn[group, measure] = value, draws
         if ("language", measure) in drawn and ("reasoning", measure) in drawn:
             both = drawn["language", measure], drawn["reasoning", measure]

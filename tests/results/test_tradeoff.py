@@ -105,6 +105,23 @@ def test_a_task_at_chance_is_left_out(results: tuple[ml.Result, ml.Result]) -> N
         ml.edit_tradeoff(results[0], guessed)
 
 
+def test_a_task_of_no_hits_and_one_of_few_are_left_out() -> None:
+    never = ("language", 0.0, [[0, 0, 0]] * 12, [0.0] * 12)
+    once = ("language", 0.0, [[0, 0, 0]] * 12, [1.0] + [0.0] * 11)
+    often = ("language", 0.0, [[0, 1, 1]] * 12, [1.0] * 12)
+    accuracy = task_result({"never": never, "once": once, "often": often})
+    assert tasks_above_chance(accuracy) == ["often"]
+    assert tasks_above_chance(accuracy, margin=0.0) == ["once", "often"]
+    recall = recall_result([[0, 0, 1]] * 6, [1.0] * 6)
+    # a resample without the one hit has nothing to lose on that task: it does not count there
+    found = ml.edit_tradeoff(recall, accuracy, tasks=["once", "often"], n_resamples=200)
+    assert np.isfinite(found.cost_draws).all()
+    assert found.cost.tolist() == pytest.approx([1.0, 1.0, 1.0])
+    assert set(np.unique(found.cost_draws[:, 1])) == {0.0, 1.0}
+    alone = ml.edit_tradeoff(recall, accuracy, tasks=["never", "often"], n_resamples=20)
+    assert alone.cost.tolist() == pytest.approx([1.0, 0.0, 0.0])
+
+
 def test_what_does_not_fit_is_refused(results: tuple[ml.Result, ml.Result]) -> None:
     recall, accuracy = results
     with pytest.raises(ResultError, match="other interventions"):
