@@ -110,7 +110,8 @@ def size_fits(
     r"""Fit the rate on the logarithm of size, in each family and in all families with one common slope.
 
     Both readings of "log-linear": :math:`r = a + b \log_{10} P` and
-    :math:`\log_{10} r = a + b \log_{10} P`. In the second a model of rate 0 has no place and is left out (`left_out` counts them): the fit then speaks
+    :math:`\log_{10} r = a + b \log_{10} P`. In the second a model of rate 0 has no place and is left out
+    (`left_out` counts them): the fit then speaks
     of the others only.
 
     Args:
