@@ -1,8 +1,20 @@
 """Studies end to end: from a model and sequences to a folder of results with a report."""
 
+from memlens.studies.comparative import study_comparative
+from memlens.studies.comparative_config import StudyModel
+from memlens.studies.comparative_options import ComparativeOptions
 from memlens.studies.idiom_options import IdiomOptions
 from memlens.studies.idioms import study_idioms
 from memlens.studies.localization import LocalizeOptions, localize
 from memlens.studies.running import StudyRun
 
-__all__ = ["IdiomOptions", "LocalizeOptions", "StudyRun", "localize", "study_idioms"]
+__all__ = [
+    "ComparativeOptions",
+    "IdiomOptions",
+    "LocalizeOptions",
+    "StudyModel",
+    "StudyRun",
+    "localize",
+    "study_comparative",
+    "study_idioms",
+]

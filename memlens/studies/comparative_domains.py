@@ -12,7 +12,14 @@ from jaxtyping import Float
 from memlens.studies.idiom_findings import share_of
 from memlens.studies.statistics import Estimate
 
-__all__ = ["STRUCTURAL", "domain_agreement", "domain_table", "structural_gap", "structural_share"]
+__all__ = [
+    "STRUCTURAL",
+    "domain_agreement",
+    "domain_table",
+    "structural_draws",
+    "structural_gap",
+    "structural_share",
+]
 
 STRUCTURAL = ("code", "math", "arithmetic", "table", "github", "stack", "starcoder")
 """Domains that count as structural text unless told otherwise; all others are free text."""
@@ -79,9 +86,21 @@ def structural_share(
     >>> round(found.value, 3)
     0.667
     """
+    value, drawn = structural_draws(hits, domains, structural, n_resamples, seed)
+    return _estimate(value, drawn, int((hits > 0).sum()))
+
+
+def structural_draws(
+    hits: Float[np.ndarray, " seq"],
+    domains: np.ndarray,
+    structural: Collection[str],
+    n_resamples: int,
+    seed: int,
+) -> tuple[float, Float[np.ndarray, " draw"]]:
+    """Return `structural_share` and its bootstrap draws; equal seeds resample the same sequences."""
     rates, drawn, names = _rates(hits, domains, n_resamples, seed)
     chosen = np.isin(names, list(structural))
-    return _estimate(_share(rates[None], chosen)[0], _share(drawn, chosen), int((hits > 0).sum()))
+    return float(_share(rates[None], chosen)[0]), _share(drawn, chosen)
 
 
 def structural_gap(

@@ -14,10 +14,11 @@ from memlens.results import Result
 from memlens.results.agreement import roc_area
 from memlens.results.statistics import mean_interval
 from memlens.sequences import SequenceSet
-from memlens.studies.statistics import mean_estimate
+from memlens.studies.statistics import Estimate, mean_estimate
 
 __all__ = [
     "BUCKETS",
+    "boundary_gap",
     "boundary_table",
     "bucket_labels",
     "frequency_by_offset",
@@ -119,6 +120,24 @@ def boundary_table(result: Result, buckets: np.ndarray, *, seed: int = 0) -> pd.
         )  # fmt: skip
     columns = ["bucket", "n", "prefix", "last", "first", "continuation", "change", "low", "high"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def boundary_gap(result: Result, buckets: np.ndarray, *, seed: int = 0) -> Estimate:
+    """Return the change of frequency at the boundary of M = 1 sequences minus that of M = 0 ones.
+
+    The change is first continuation token minus mean of the prefix, in occurrences in a million; bootstrap
+    over sequences, each bucket on its own. NaN where a bucket has fewer than two.
+    """
+    array = result["per_million"]
+    change = (array.sel(offset=0) - array.isel(offset=array["offset"].values < 0).mean("offset")).values
+    parts = [change[buckets == bucket] for bucket in (BUCKETS[0], BUCKETS[2])]
+    if min(map(len, parts)) < 2:
+        return Estimate(np.nan, np.nan, np.nan, sum(map(len, parts)))
+    rng = np.random.default_rng(seed)
+    drawn = [part[rng.integers(0, len(part), (2000, len(part)))].mean(1) for part in parts]
+    low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5])
+    value = float(parts[0].mean() - parts[1].mean())
+    return Estimate(value, float(low), float(high), sum(map(len, parts)))
 
 
 def mean_log_frequencies(result: Result, part: str = "all") -> Float[np.ndarray, " seq"]:

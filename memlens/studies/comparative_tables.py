@@ -13,8 +13,9 @@ import pandas as pd
 import xarray as xr
 
 from memlens.results import Result
-from memlens.studies.comparative_domains import domain_table
+from memlens.studies.comparative_domains import domain_table, structural_gap, structural_share
 from memlens.studies.comparative_frequency import (
+    boundary_gap,
     boundary_table,
     bucket_labels,
     frequency_by_offset,
@@ -30,6 +31,7 @@ from memlens.studies.statistics import mean_estimate, median_estimate
 
 __all__ = [
     "boundaries",
+    "boundary_gaps",
     "compressions",
     "copies",
     "depths",
@@ -41,6 +43,7 @@ __all__ = [
     "scores",
     "spreads",
     "steps",
+    "structurals",
     "thresholds",
 ]
 
@@ -104,8 +107,8 @@ def compressions(models: Sequence[SavedModel], seed: int = 0) -> pd.DataFrame:
     """Return how far prompts of memorized sequences can be cut.
 
     Columns `n`, `ratio`, `low`, `high` (mean of the fewest prompt tokens that work over all prompt tokens,
-    with a bootstrap interval), `median`, `stable_ratio` (fewest from which on every length works), and `up_to_half`,
-    `half_low`, `half_high` (share of sequences that need half of the prompt or less; Wilson).
+    with a bootstrap interval), `median`, `stable_ratio` (fewest from which on every length works), and
+    `up_to_half`, `half_low`, `half_high` (share of sequences that need half of the prompt or less; Wilson).
     """
 
     def row(model: SavedModel) -> pd.DataFrame:
@@ -128,6 +131,26 @@ def compressions(models: Sequence[SavedModel], seed: int = 0) -> pd.DataFrame:
 def domains(models: Sequence[SavedModel], structural: Sequence[str]) -> pd.DataFrame:
     """Return rates and shares of every domain in every model (see `domain_table`)."""
     return each(models, "recall", lambda model: domain_table(model.recall.table, structural))
+
+
+def structurals(models: Sequence[SavedModel], options: ComparativeOptions) -> pd.DataFrame:
+    """Return how structural text stands against free text in every model, domains counting alike.
+
+    Columns `gap`, `low`, `high` (mean rate of structural domains minus that of the others),
+    `structural_share`, `share_low`, `share_high` (among the memorized). NaN where there is one kind only.
+    """
+
+    def row(model: SavedModel) -> pd.DataFrame:
+        table = model.recall.table
+        hits, labels = table["exact_match"].to_numpy(float), table["domain"].to_numpy(str)
+        chances: dict[str, int] = {"n_resamples": options.n_resamples, "seed": options.seed}
+        gap = structural_gap(hits, labels, options.structural, **chances)
+        share = structural_share(hits, labels, options.structural, **chances)
+        numbers = {"gap": gap.value, "low": gap.low, "high": gap.high, "n": len(hits)}
+        numbers |= {"structural_share": share.value, "share_low": share.low, "share_high": share.high}
+        return pd.DataFrame([{**numbers, "n_params": int(model.facts["n_params"])}])
+
+    return each(models, "recall", row)
 
 
 def _frequency_parts(model: SavedModel, options: ComparativeOptions) -> tuple[Result, np.ndarray, np.ndarray]:
@@ -154,6 +177,17 @@ def boundaries(models: Sequence[SavedModel], options: ComparativeOptions) -> pd.
         return found.assign(counted_in=result.settings["counted_in"])
 
     return each(models, "frequency", table)
+
+
+def boundary_gaps(models: Sequence[SavedModel], options: ComparativeOptions) -> pd.DataFrame:
+    """Return how much more the frequency rises at the boundary for M = 1 than for M = 0 (`boundary_gap`)."""
+
+    def row(model: SavedModel) -> pd.DataFrame:
+        result, _, buckets = _frequency_parts(model, options)
+        gap = boundary_gap(result, buckets, seed=options.seed)
+        return pd.DataFrame([{"gap": gap.value, "low": gap.low, "high": gap.high, "n": gap.n}])
+
+    return each(models, "frequency", row)
 
 
 def thresholds(models: Sequence[SavedModel], options: ComparativeOptions) -> pd.DataFrame:
