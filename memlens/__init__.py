@@ -86,7 +86,15 @@ if TYPE_CHECKING:
         natural_controls,
     )
     from memlens.sequences.idioms import idiom_defects
-    from memlens.studies import IdiomOptions, LocalizeOptions, localize, study_idioms
+    from memlens.studies import (
+        ComparativeOptions,
+        IdiomOptions,
+        LocalizeOptions,
+        StudyModel,
+        localize,
+        study_comparative,
+        study_idioms,
+    )
     from memlens.sweeps import BatchHook, Intervention, Plan, applied, measure, plan, sweep
 
 __version__ = "0.1.0"
@@ -163,9 +171,12 @@ _HOMES: dict[str, str] = {
             "natural_controls",
         ),
         "memlens.studies": (
+            "ComparativeOptions",
             "IdiomOptions",
             "LocalizeOptions",
+            "StudyModel",
             "localize",
+            "study_comparative",
             "study_idioms",
         ),
         "memlens.sweeps": ("BatchHook", "Intervention", "Plan", "applied", "measure", "plan", "sweep"),
@@ -187,6 +198,7 @@ __all__ = [
     "METRICS",
     "BatchHook",
     "ChoiceTask",
+    "ComparativeOptions",
     "CriteriaOptions",
     "CriteriaScores",
     "IdiomOptions",
@@ -203,6 +215,7 @@ __all__ = [
     "Sampling",
     "Screening",
     "SequenceSet",
+    "StudyModel",
     "TransformersBypass",
     "TrivialRules",
     "Trunk",
@@ -268,6 +281,7 @@ __all__ = [
     "score_criteria",
     "score_recall",
     "screen_then_verify",
+    "study_comparative",
     "study_idioms",
     "sweep",
     "task_summary",

@@ -36,7 +36,7 @@ def sizes(frame: pd.DataFrame, *, title: str = "Recall and size", subtitle: str 
     fig = go.Figure()
     families = list(dict.fromkeys(frame["family"].astype(str)))
     for family, color in zip(families, theme.group_colors(families), strict=True):
-        part = frame[frame["family"].astype(str) == family].sort_values("n_params")
+        part = frame.loc[frame["family"].astype(str) == family].sort_values("n_params")
         fig.add_trace(
             go.Scatter(
                 x=part["n_params"], y=part["rate"], name=plain(family), mode="lines+markers", showlegend=True,
@@ -84,14 +84,14 @@ def curves_by_family(
     )  # fmt: skip
     kinds = list(dict.fromkeys(frame[dash].astype(str))) if dash else [""]
     for place, family in enumerate(families):
-        part = frame[frame["family"].astype(str) == family]
+        part = frame.loc[frame["family"].astype(str) == family]
         models = list(dict.fromkeys(part["model"].astype(str)))
         for model, color in zip(models, theme.group_colors(models), strict=True):
             for kind, style in zip(kinds, _DASHES * len(kinds), strict=False):
-                line = part[part["model"].astype(str) == model]
-                line = line[line[dash].astype(str) == kind] if dash else line
+                line = part.loc[part["model"].astype(str) == model]
+                line = line.loc[line[dash].astype(str) == kind] if dash else line
                 if log_x:
-                    line = line[line[x] > 0]
+                    line = line.loc[line[x] > 0]
                 label = f"{model}, {kind}" if kind else model
                 for trace in _line(line.sort_values(x), x, label, color, style):
                     fig.add_trace(trace, row=place // columns + 1, col=place % columns + 1)
@@ -148,7 +148,7 @@ def shares_by_model(
     fig.update_layout(barmode="stack")
     fig.update_xaxes(title_text="share", range=[0, 1])
     fig.update_yaxes(autorange="reversed", type="category")
-    return theme.figure(fig, title=title, subtitle=subtitle, height=220 + 24 * int(frame["model"].nunique()))
+    return theme.figure(fig, title=title, subtitle=subtitle, height=220 + 24 * len(set(frame["model"])))
 
 
 def model_dots(
@@ -172,13 +172,15 @@ def model_dots(
     _check(frame, ("model", "family", "mean", "low", "high", *([reference] if reference else [])))
     labels = [
         plain(f"{model}: {kind}" if kind else model)
-        for model, kind in zip(frame["model"], frame.get("kind", [""] * len(frame)), strict=True)
+        for model, kind in zip(
+            frame["model"], frame["kind"] if "kind" in frame else [""] * len(frame), strict=True
+        )
     ]
     families = list(dict.fromkeys(frame["family"].astype(str)))
     fig = go.Figure()
     for family, color in zip(families, theme.group_colors(families), strict=True):
         here = (frame["family"].astype(str) == family).to_numpy()
-        part = frame[here]
+        part = frame.loc[here]
         fig.add_trace(
             go.Scatter(
                 x=part["mean"], y=[label for label, own in zip(labels, here, strict=True) if own],
@@ -264,7 +266,7 @@ def _branches(
     return lines
 
 
-def _bars(mean: pd.Series, low: pd.Series, high: pd.Series, color: str) -> dict[str, Any]:
+def _bars(mean: Any, low: Any, high: Any, color: str) -> dict[str, Any]:
     return {
         "type": "data", "symmetric": False, "array": high - mean, "arrayminus": mean - low,
         "color": theme.translucent(color, 0.6), "thickness": 1.5,

@@ -15,10 +15,10 @@ from typing import Any
 from memlens.errors import EmptySetError, OptionError
 from memlens.sequences import SequenceSet
 from memlens.studies.comparative_config import StudyModel, parse_model
-from memlens.studies.comparative_inner_sections import InnerSections
 from memlens.studies.comparative_measure import measure_model
 from memlens.studies.comparative_options import ComparativeOptions
 from memlens.studies.comparative_store import SavedModel, saved_models
+from memlens.studies.comparative_summary import Report
 from memlens.studies.running import StudyDirectory, StudyRun
 
 __all__ = ["study_comparative"]
@@ -54,10 +54,11 @@ def study_comparative(
 ) -> StudyRun:
     """Compare how several models memorize, and write results and a report to a folder.
 
-    Each model is measured by itself, into `out/models/NAME-FINGERPRINT`: recall, compression of prompts, token
-    frequency, checkpoints, noise and recovery, decoding, ablation of every head. What stands there from the
-    same weights, sequences and options is not computed again, so that a model can be added later and a run
-    that stopped goes on. Tables, tests, figures and the report are made anew from these folders each time.
+    Each model is measured by itself, into `out/models/NAME-FINGERPRINT`: recall, compression of prompts,
+    token frequency, checkpoints, noise and recovery, decoding, ablation of every head. What stands there from
+    the same weights, sequences and options is not computed again, so that a model can be added later and a
+    run that stopped goes on. Tables, tests, figures and the report are made anew from these folders each
+    time.
 
     With one or two models the parts that need more say so.
 
@@ -139,7 +140,7 @@ def _measured(
 def _compare(models: list[SavedModel], folder: StudyDirectory, options: ComparativeOptions) -> None:
     """Make all tables, figures and findings from what is saved."""
     models = sorted(models, key=lambda m: (m.control, m.family, int(m.facts["n_params"]), m.label))
-    parts = InnerSections(models, folder, options)
+    parts = Report(models, folder, options)
     for name, work in (
         ("rate and size", parts.rates),
         ("compression", parts.compression),

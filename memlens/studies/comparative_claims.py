@@ -24,10 +24,11 @@ VERDICTS = ("holds", "does not hold", "undecided", "not tested")
 
 RULE = (
     "A number with a direction holds where its 95 % interval lies wholly on the paper's side, does not hold "
-    "where it lies wholly on the other, and is undecided else. Over several models it is the mean over "
+    "where it lies wholly on the other, and is undecided else. Over three models or more it is the mean over "
     "models with Student's interval over models (models of one zoo share corpus and sequences, so they are "
-    "no independent draws); of one model it is its own, over sequences. Where the control is a permutation "
-    "null, it holds with p of at most 0.05 and does not hold with p of at least 0.975."
+    "no independent draws); of one model it is its own, over sequences, and of two the mean of their own. "
+    "Where the control is a permutation null, it holds with p of at most 0.05 and does not hold with p of at "
+    "least 0.975."
 )
 
 
@@ -71,6 +72,10 @@ class Judged:
 
 _SIZES = "three sizes within a factor of twenty, each trained to the same small corpus, are a short lever"
 _COPIES = "which sequences are memorized is ruled by planted copies, alike in every domain"
+_WINDOWS = (
+    "a planted sequence fills a training window from its first token, so that a prompt without its beginning "
+    "was never seen."
+)
 _SMALL = "a few layers leave little room between early and late"
 
 CLAIMS: dict[str, Claim] = {
@@ -102,13 +107,13 @@ CLAIMS: dict[str, Claim] = {
         "Prompts can be cut",
         "Memorized sequences are still recalled from a part of their prompt.",
         ABSTRACT,
-        "planted rows are drawn to be distinct, so few tokens may identify them.",
+        _WINDOWS,
     ),
     "half": Claim(
         "Half of the prompt",
         "Often half of the prompt or less is enough.",
         NOTE,
-        "planted rows are drawn to be distinct, so few tokens may identify them.",
+        _WINDOWS,
     ),
     "structural": Claim(
         "Structural text first",
@@ -212,7 +217,10 @@ def by_null(p_above: float) -> str:
 
 
 def over_models(estimates: Sequence[Estimate]) -> Estimate:
-    """Return the mean over models with Student's 95 % interval over them; of one model, its own.
+    """Return the mean over models with Student's 95 % interval over them.
+
+    Of one model it is its own; two say nothing of how models differ, so the ends of their own intervals are
+    averaged, as if both erred together.
 
     >>> found = over_models([Estimate(1.0, 0, 2, 5), Estimate(3.0, 2, 4, 5), Estimate(2.0, 1, 3, 5)])
     >>> round(found.value, 2), round(found.low, 2), found.n
@@ -221,10 +229,12 @@ def over_models(estimates: Sequence[Estimate]) -> Estimate:
     from scipy import stats
 
     known = [estimate for estimate in estimates if np.isfinite(estimate.value)]
-    if len(known) == 1:
-        return known[0]
     if not known:
         return Estimate(np.nan, np.nan, np.nan, 0)
+    if len(known) < 3:
+        n = known[0].n if len(known) == 1 else len(known)
+        value, low, high = np.mean([(e.value, e.low, e.high) for e in known], axis=0).tolist()
+        return Estimate(value, low, high, n)
     values = np.array([estimate.value for estimate in known])
     half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
     mean = float(values.mean())

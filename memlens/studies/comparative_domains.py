@@ -58,7 +58,7 @@ def domain_table(table: pd.DataFrame, structural: Collection[str] = STRUCTURAL) 
         "domain", "structural", "n", "memorized", "rate", "low", "high", "share", "share_low", "share_high",
     ]  # fmt: skip
     frame = pd.DataFrame(rows, columns=columns)
-    total = frame["rate"].sum()
+    total = float(frame["rate"].to_numpy().sum())
     return frame.assign(equal_share=frame["rate"] / total if total > 0 else np.nan)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -68,8 +69,8 @@ def _families(tables: Tables) -> Judged | None:
     pairs = smaller_beats_larger(rates)
     if not len(pairs):
         return None
-    clear = int((pairs["p_corrected"] < 0.05).sum())
-    means = rates.groupby("family")["rate"].mean()
+    clear = int((pairs["p_corrected"].to_numpy() < 0.05).sum())
+    means: Any = rates.groupby("family")["rate"].mean()
     return Judged(
         "families",
         f"In {clear} of {len(pairs)} pairs of two families the smaller model clearly recalls more (one-sided "
@@ -144,14 +145,14 @@ def _boundary(tables: Tables) -> Judged | None:
 
 
 def _strongest(table: pd.DataFrame) -> pd.DataFrame:
-    return table[table["alpha"] == table["alpha"].max()] if len(table) else table
+    return table.loc[table["alpha"] == table["alpha"].max()] if len(table) else table
 
 
 def _others(table: pd.DataFrame, column: Column) -> str:
     """Say what the other groups give."""
     parts = []
     for group in (CONTROL, UNTRAINED):
-        found = estimates(table[table["group"] == group], column)
+        found = estimates(table.loc[table["group"] == group], column)
         if found:
             parts.append(f"{group} {over_models(found)}")
     return "; ".join(parts)
@@ -163,7 +164,7 @@ def _denoising(tables: Tables) -> Judged | None:
         return None
     column = Column("recovery")
     return pooled(
-        "denoising", table[table["group"] == MEMORIZED], column, 1,
+        "denoising", table.loc[table["group"] == MEMORIZED], column, 1,
         f"The similarity that memorized sequences regain (alpha = {table['alpha'].max():g})", "cosine",
         control=_others(table, column),
     )  # fmt: skip
@@ -194,7 +195,7 @@ def _burst(tables: Tables) -> Judged | None:
         return None
     column = Column("burst")
     return pooled(
-        "burst", table[table["group"] == MEMORIZED], column, 1,
+        "burst", table.loc[table["group"] == MEMORIZED], column, 1,
         "The relative depth of the block with the largest rise", "relative depth", against=0.5,
         control=f"late is beyond 1/2; {_others(table, column)}",
     )  # fmt: skip
@@ -206,7 +207,7 @@ def _before_last(tables: Tables) -> Judged | None:
         return None
     column = Column("before_last", "before_low", "before_high")
     return pooled(
-        "before_last", table[table["group"] == MEMORIZED], column, 1,
+        "before_last", table.loc[table["group"] == MEMORIZED], column, 1,
         "The mean probability of the true token after the last block but one", "probability", against=0.5,
         control=_others(table, column),
     )  # fmt: skip
@@ -216,13 +217,15 @@ def _overlap(tables: Tables, claim: str, statistic: str, what: str, unit: str) -
     table = tables.get("head_overlap", _NONE)
     if not len(table):
         return None
-    here = table[table["statistic"] == statistic]
-    rows, layered = (here[here["null"] == null] for null in ("heads anywhere", "heads inside their layers"))
+    here = table.loc[table["statistic"] == statistic]
+    rows, layered = (
+        here.loc[here["null"] == null] for null in ("heads anywhere", "heads inside their layers")
+    )
     above = pd.DataFrame({name: rows[name] - rows["exact"] for name in ("value", "low", "high")})
     beside = (
         f"it is {rows['value'].mean():.3g}, by chance {rows['exact'].mean():.3g}; with heads shuffled inside "
         f"their layers {layered['null_mean'].mean():.3g}, and clearly above that in "
-        f"{int((layered['p_above'] <= 0.05).sum())} of {len(layered)} models"
+        f"{int((layered['p_above'].to_numpy() <= 0.05).sum())} of {len(layered)} models"
     )
     return pooled(claim, above, Column("value"), 1, what, unit, control=beside)
 

@@ -1,16 +1,13 @@
-"""The report on what goes on inside: noise, middle layers, heads, signatures; and the summary."""
+"""The report on what goes on inside: noise, middle layers, heads, and signatures of families."""
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 
 from memlens.errors import ResultError
 from memlens.figures import curves_by_family, model_dots, similarity_map
 from memlens.studies import comparative_head_tables as of_heads
 from memlens.studies import comparative_inside as inside
-from memlens.studies.comparative_claims import RULE
-from memlens.studies.comparative_judging import as_finding, claim_table, judge_all, signature_table
 from memlens.studies.comparative_measure import CONTROL, MEMORIZED
 from memlens.studies.comparative_profiles import FamilyTest, cluster, family_test
 from memlens.studies.comparative_sections import Sections, _largest
@@ -20,7 +17,7 @@ __all__ = ["InnerSections"]
 
 
 class InnerSections(Sections):
-    """All parts of the report."""
+    """The parts on what is recalled, and on what goes on inside."""
 
     signature: Estimate | None = None
     tests: dict[str, FamilyTest]
@@ -33,8 +30,8 @@ class InnerSections(Sections):
             inside.noises(self.models, options),
             "Recall under noise",
             "noise",
-            "accuracy, below_half, between and all_right are teacher-forced: M itself decodes freely and is at "
-            "most as high between the ends; all_right is exact.",
+            "accuracy, below_half, between and all_right are teacher-forced: M itself decodes freely and is "
+            "at most as high between the ends; all_right is exact.",
         )
         if len(table):
             curves = table.rename(columns={"rate": "mean"})
@@ -76,7 +73,7 @@ class InnerSections(Sections):
         curves = self.keep(
             "similarity", inside.similarities(self.models, strongest, options), "Similarity by layer", "noise"
         )
-        shown = curves[curves["group"].isin([MEMORIZED, CONTROL])]
+        shown = curves.loc[curves["group"].isin([MEMORIZED, CONTROL])]
         folder.add_figure(
             "similarity",
             curves_by_family(
@@ -106,9 +103,9 @@ class InnerSections(Sections):
             inside.bursts(self.models, options),
             "Where the probability of the true token bursts",
             "layers",
-            "burst: relative depth of the block with the largest rise; crossing: after which the mean is above 1/2",
+            "burst: relative depth of the block with the largest rise; crossing: of the first above 1/2",
         )
-        shown = curves[(curves["token"] == "true") & curves["group"].isin([MEMORIZED, CONTROL])]
+        shown = curves.loc[(curves["token"] == "true") & curves["group"].isin([MEMORIZED, CONTROL])]
         folder.add_figure(
             "decoding",
             curves_by_family(
@@ -139,7 +136,8 @@ class InnerSections(Sections):
             of_heads.heads(self.models, options),
             "The most important heads",
             "heads",
-            f"importance: loss of {options.importance} when the head is replaced ({options.head_mode}); sets: domains in whose set it is",
+            f"importance: loss of {options.importance} when the head is replaced ({options.head_mode}); "
+            "sets: domains in whose set it is",
         )
         self.keep(
             "importance_agreement",
@@ -236,7 +234,7 @@ class InnerSections(Sections):
         pairs = pd.DataFrame(found.similarity, columns=found.labels)
         self.keep(
             "profile_similarity",
-            pairs.assign(**{"": found.labels})[["", *found.labels]],
+            pairs.assign(model=found.labels).loc[:, ["model", *found.labels]],
             "Similarity of all pairs",
             "signatures",
         )
@@ -254,101 +252,3 @@ class InnerSections(Sections):
             section="signatures",
             reading="Bright: alike. Above: which models are joined first.",
         )
-
-    # ---- the summary -------------------------------------------------------------------------------------
-
-    def summary(self) -> None:
-        """Part 9: the row of each model; then the paper's findings, judged."""
-        table = self.tables["rates"].drop(columns=["depth_low", "depth_high"])
-        facts = pd.DataFrame(
-            [
-                {
-                    "model": m.label,
-                    "corpus": m.facts["corpus"],
-                    "layers": m.facts["n_layers"],
-                    "heads": m.facts["n_layers"] * m.facts["n_heads"],
-                }
-                for m in self.models
-            ]
-        )
-        table = table.merge(facts, on="model")
-        for frame in self._columns():
-            table = table.merge(frame, on="model", how="left")
-        self.keep("models", table, "Every model", "models")
-        if "families" in self.tests:
-            self.keep(
-                "signature_notes",
-                signature_table(table[~table["control"]]),
-                "What is noted of single families, beside the order here",
-                "signatures",
-                "No test; where a trait comes from a family's data, models of one toy corpus cannot show it.",
-            )
-
-    def _columns(self) -> list[pd.DataFrame]:
-        """One column or more of each part, a row a model."""
-        tables, found = self.tables, []
-        for name, columns in (
-            ("scores", {"at_ends": "m_at_ends"}),
-            ("compression", {"ratio": "compression_ratio"}),
-            ("structural", {"structural_share": "structural_share"}),
-        ):
-            if len(tables.get(name, ())):
-                found.append(tables[name][["model", *columns]].rename(columns=columns))
-        areas = tables.get("thresholds", pd.DataFrame())
-        if len(areas):
-            found.append(
-                areas.loc[areas["comparison"] == "all", ["model", "area"]].rename(
-                    columns={"area": "frequency_area"}
-                )
-            )
-        noise = tables.get("noise", pd.DataFrame())
-        if len(noise):
-            rates = noise.pivot(index="model", columns="alpha", values="rate")
-            left = rates[rates.columns.max()] / rates[0.0].where(rates[0.0] > 0)
-            found.append(left.rename("noise_left").reset_index())
-        gaps = tables.get("recovery_gaps", pd.DataFrame())
-        if len(gaps):
-            found.append(
-                gaps.loc[gaps["alpha"] == gaps["alpha"].max(), ["model", "gap"]].rename(
-                    columns={"gap": "recovery_gap"}
-                )
-            )
-        bursts = tables.get("bursts", pd.DataFrame())
-        if len(bursts):
-            found.append(
-                bursts.loc[bursts["group"] == MEMORIZED, ["model", "burst", "crossing", "before_last"]]
-            )
-        return found + self._head_columns()
-
-    def _head_columns(self) -> list[pd.DataFrame]:
-        overlap, found = self.tables.get("head_overlap", pd.DataFrame()), []
-        if len(overlap):
-            wide = overlap[overlap["null"] == "heads anywhere"].pivot(
-                index="model", columns="statistic", values="value"
-            )
-            names = {
-                "across domains": "head_overlap",
-                "inside a domain": "head_overlap_inside",
-                "universal": "universal_heads",
-            }
-            found.append(wide[list(names)].rename(columns=names).reset_index())
-        similar = self.tables.get("profile_similarity", pd.DataFrame())
-        if len(similar):
-            labels = similar[""].tolist()
-            families = {model.label: model.family for model in self.models}
-            values = similar[labels].to_numpy()
-            rows = []
-            for i, label in enumerate(labels):
-                own = [j for j, other in enumerate(labels) if j != i and families[other] == families[label]]
-                rows.append((label, values[i, own].mean() if own else np.nan))
-            found.append(pd.DataFrame(rows, columns=["model", "family_similarity"]))
-        return found
-
-    def claims(self) -> None:
-        """The paper's directional findings, judged by the tables."""
-        judged = judge_all(self.without_controls(), self.tests, self.signature)
-        self.keep(
-            "claims", claim_table(judged), "The paper's findings, and what was found here", "claims", RULE
-        )
-        for item in judged:
-            self.folder.find(as_finding(item))

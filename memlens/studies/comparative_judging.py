@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -137,7 +138,8 @@ def signature_table(models: pd.DataFrame) -> pd.DataFrame:
     for family, column, sign, noted in _SIGNATURES:
         if column not in models:
             continue
-        means = models.groupby("family")[column].mean().dropna().sort_values(ascending=sign < 0)
+        means: Any = models.groupby("family")[column].mean()
+        means = means.dropna().sort_values(ascending=sign < 0)
         here = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
         if family not in means.index or len(means) < 2:
             order = "family is not here"

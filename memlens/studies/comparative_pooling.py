@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,7 +40,10 @@ def estimates(table: pd.DataFrame, column: Column) -> list[Estimate]:
         return []
     numbers = table[[column.value, column.low, column.high]].to_numpy(float)
     counts = table[column.n].to_numpy(int) if column.n in table else np.zeros(len(table), dtype=int)
-    found = [Estimate(*map(float, row), int(n)) for row, n in zip(numbers, counts, strict=True)]
+    found = [
+        Estimate(value, low, high, n)
+        for (value, low, high), n in zip(numbers.tolist(), counts.tolist(), strict=True)
+    ]
     return [estimate for estimate in found if np.isfinite(estimate.value)]
 
 
@@ -87,13 +91,13 @@ def fitted(claim: str, fits: pd.DataFrame, sign: int, what: str, unit: str) -> J
     if not len(fits):
         return None
     joint = fits[fits["family"] == "all families"]
-    row = (joint if len(joint) else fits).iloc[0]
-    ends = ("low", "high") if np.isfinite(row["low"]) else ("boot_low", "boot_high")
-    slope = Estimate(float(row["slope"]), *(float(row[end]) for end in ends), int(row["sizes"]))
-    others = fits.drop(index=row.name)  # pyright: ignore[reportArgumentType]
+    row: Any = (joint if len(joint) else fits).iloc[0]
+    low, high = (row["low"], row["high"]) if np.isfinite(row["low"]) else (row["boot_low"], row["boot_high"])
+    slope = Estimate(float(row["slope"]), float(low), float(high), int(row["sizes"]))
+    others = fits.drop(index=row.name)
     beside = "; ".join(
-        f"{family}, {reading}: {value:.3g} [{low:.3g}, {high:.3g}], R² {r2:.2g}"
-        for family, reading, value, low, high, r2 in others[
+        f"{family}, {reading}: {value:.3g} [{start:.3g}, {end:.3g}], R² {r2:.2g}"
+        for family, reading, value, start, end, r2 in others[
             ["family", "reading", "slope", "low", "high", "r2"]
         ].itertuples(index=False)
     )

@@ -149,7 +149,7 @@ def family_test(
     columns = ["statistic", "value", "null_mean", "null_low", "null_high", "p", "n"]
     guesses = _classified(similarity, codes)
     predicted = pd.DataFrame({"model": models, "family": families, "predicted": names[guesses]})
-    return FamilyTest(pd.DataFrame(rows, columns=columns), predicted[able].reset_index(drop=True))
+    return FamilyTest(pd.DataFrame(rows, columns=columns), predicted.loc[able].reset_index(drop=True))
 
 
 def _family_numbers(similarity: np.ndarray, codes: Int[np.ndarray, " model"]) -> tuple[float, ...]:

@@ -130,10 +130,10 @@ def size_fits(
     """
     rng = np.random.default_rng(seed)
     rows = []
-    parts = {
-        str(name): part for name, part in models.groupby("family") if part["n_params"].nunique() >= least
+    parts: dict[str, Any] = {
+        str(name): part for name, part in models.groupby("family") if len(set(part["n_params"])) >= least
     }
-    joined = models.groupby("family").filter(lambda part: part["n_params"].nunique() >= 2)
+    joined: Any = models.groupby("family").filter(lambda part: len(set(part["n_params"])) >= 2)
     if joined["family"].nunique() > 1:
         parts["all families"] = joined
     for name, part in parts.items():

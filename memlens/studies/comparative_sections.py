@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,7 +46,7 @@ class Sections:
         """Return the tables without the rows of control models."""
         controls = {model.label for model in self.models if model.control}
         return {
-            name: table[~table["model"].isin(controls)] if "model" in table else table
+            name: table.loc[~table["model"].isin(list(controls))] if "model" in table else table
             for name, table in self.tables.items()
         }
 
@@ -58,17 +59,18 @@ class Sections:
 
     def rates(self) -> None:
         """Part 1: rate and size."""
-        folder, chances = self.folder, {"n_resamples": self.options.n_resamples, "seed": self.options.seed}
+        folder = self.folder
+        chances: dict[str, Any] = {"n_resamples": self.options.n_resamples, "seed": self.options.seed}
         table = self.keep(
             "rates", over.rates(self.models), "Rate of every model (Wilson's intervals)", "rates"
         )
-        series = table[~table["control"]]
+        series = table.loc[~table["control"]]
         if len(series):
             folder.add_figure("rate_and_size", sizes(series), section="rates", reading=_read_rates(series))
         note = (
-            "In the reading log10 rate a model that recalls nothing has no place and is left out. Intervals of "
-            "least squares are Student's over sizes; the bootstrap redraws sequences and knows nothing of how "
-            "models of one size differ."
+            "In the reading log10 rate a model that recalls nothing has no place and is left out. Intervals "
+            "of least squares are Student's over sizes; the bootstrap redraws sequences and knows nothing of "
+            "how models of one size differ."
         )
         self.keep("size_fits", size_fits(series, **chances), "Fits on log10 of the parameters", "rates", note)
         depth = size_fits(series, column="depth", **chances)
@@ -78,7 +80,7 @@ class Sections:
         )
         spread = self.keep("score_spread", over.spreads(self.models), "How M spreads", "rates")
         self.keep("scores", over.scores(self.models), "M at its ends", "rates")
-        whole = spread.groupby(["model", "part"], sort=False)["share"].sum().reset_index()
+        whole = spread.groupby(["model", "part"], sort=False, as_index=False).agg({"share": "sum"})
         folder.add_figure(
             "scores",
             shares_by_model(
@@ -110,7 +112,8 @@ class Sections:
             over.compressions(self.models, self.options.seed),
             "Compression of prompts",
             "compression",
-            f"method: {self.options.compression}; memorized sequences only, at most {self.options.max_compressed}",
+            f"method: {self.options.compression}; of memorized sequences, at most "
+            f"{self.options.max_compressed}",
         )
         if not len(table):
             self.say("compression", "No model has memorized sequences to compress.")
@@ -139,10 +142,10 @@ class Sections:
             over.domains(self.models, options.structural),
             "Rates within domains, and shares of the memorized",
             "domains",
-            "share is of this sample, in which a domain has n sequences; equal_share is what the rates give for "
-            "equally many sequences of every domain.",
+            "share is of this sample, in which a domain has n sequences; equal_share is what the rates give "
+            "for equally many sequences of every domain.",
         )
-        known = table[table["equal_share"].notna()]
+        known = table.loc[table["equal_share"].notna()]
         if len(known):
             folder.add_figure(
                 "domain_shares",
@@ -159,11 +162,11 @@ class Sections:
         both = self.keep(
             "structural", over.structurals(self.models, options), "Structural and free text", "domains"
         )
-        fits = both[
+        fits = both.loc[
             both["structural_share"].notna()
             & ~both["model"].isin([m.label for m in self.models if m.control])
         ]
-        if both["gap"].notna().any():
+        if np.isfinite(both["gap"].to_numpy(float)).any():
             self.keep(
                 "structural_fits",
                 size_fits(fits, column="structural_share"),
@@ -212,8 +215,8 @@ class Sections:
             over.thresholds(self.models, options),
             "The frequency that parts memorized from unmemorized",
             "frequency",
-            "threshold: mean log10(1 + occurrences in a million) over a sequence's tokens, by Youden's index; "
-            "chosen and measured on the same sequences.",
+            "threshold: mean log10(1 + occurrences in a million) over a sequence's tokens, by Youden's "
+            "index; chosen and measured on the same sequences.",
         )
 
     def training(self) -> None:
@@ -223,7 +226,7 @@ class Sections:
             "copies", over.copies(self.models), "Rate by copies in the training corpus", "training"
         )
         if len(table):
-            seen = table[table["copies"] > 0].rename(columns={"rate": "mean"})
+            seen = table.loc[table["copies"] > 0].rename(columns={"rate": "mean"})
             folder.add_figure(
                 "copies",
                 curves_by_family(
@@ -285,5 +288,5 @@ def _read_rates(series: pd.DataFrame) -> str:
 def _largest(table: pd.DataFrame, models: Sequence[SavedModel]) -> pd.DataFrame:
     """Return the rows of each family's largest model."""
     size = {model.label: int(model.facts["n_params"]) * (not model.control) for model in models}
-    sizes_of = table["model"].map(size).astype(float)
-    return table[np.asarray(sizes_of == sizes_of.groupby(table["family"]).transform("max"))]
+    sizes_of: Any = pd.Series([float(size[str(name)]) for name in table["model"]], index=table.index)
+    return table.loc[np.asarray(sizes_of == sizes_of.groupby(table["family"]).transform("max"))]

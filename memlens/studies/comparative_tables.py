@@ -7,6 +7,7 @@ the models that lack what it needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -59,7 +60,7 @@ def each(models: Iterable[SavedModel], part: str, make: Callable[[SavedModel], p
     if not frames:
         return pd.DataFrame(columns=["model", "family"])
     joined = pd.concat(frames, ignore_index=True)
-    return joined[["model", "family", *[c for c in joined if c not in ("model", "family")]]]
+    return joined.loc[:, ["model", "family", *[c for c in joined if c not in ("model", "family")]]]
 
 
 def rates(models: Sequence[SavedModel]) -> pd.DataFrame:
@@ -225,14 +226,14 @@ def event_table(models: Sequence[SavedModel]) -> pd.DataFrame:
         groups: list[tuple[object, pd.DataFrame]] = [("all", events)]
         if "copies" in data.coords:
             values = data["copies"].values
-            groups += [(str(value), events[values == value]) for value in np.unique(values)]
+            groups += [(str(value), events.loc[values == value]) for value in np.unique(values)]
         return pd.DataFrame([_event_row(name, part) for name, part in groups])
 
     return each(models, "training", table)
 
 
 def _event_row(name: object, events: pd.DataFrame) -> dict[str, object]:
-    ever = events[events["first"].notna()]
+    ever: Any = events.loc[events["first"].notna()]
     lost = share_of(ever["forgotten"] > 0)
     again = ever[ever["forgotten"] > 0]
     return {
