@@ -151,11 +151,11 @@ def _print_plan(
         f"{per_domain:,} sequences in each of {domains} domains, {sizes.heads_per_domain:,} for heads "
         f"({sizes.heads_if_large:,} of models beyond {sizes.large / 1e9:g} B), at {device_tflops:g} TFLOP/s",
     )
-    hours, for_heads = (float(table[name].sum()) for name in ("hours", "head_hours"))
+    hours, for_heads = (table[name].to_numpy().sum() for name in ("hours", "head_hours"))
     OUT.print(f"together {hours:,.0f} hours, {for_heads:,.0f} of them for heads")
     OUT.print(
-        f"Reckoned with {sizes.memorized:.0%} memorized sequences, {len(options.alphas)} strengths of noise in "
-        f"{options.noise_draws} draws, and greedy decoding of every sequence."
+        f"Reckoned with {sizes.memorized:.0%} memorized sequences, {len(options.alphas)} strengths of noise "
+        f"in {options.noise_draws} draws, and greedy decoding of every sequence."
     )
     for note, part in table.groupby("note", sort=False):
         OUT.print(f"{_list(part)}: {note}")
