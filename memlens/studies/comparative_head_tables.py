@@ -174,7 +174,7 @@ def profiles_of(
         profiles,
         pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["model", "family"]),
         similarity_matrix(profiles, options.similarity),
-        np.array(pairs).reshape(-1, len(chosen), len(chosen)),
+        np.array(pairs) if chosen else np.zeros((0, 0, 0)),
     )
 
 

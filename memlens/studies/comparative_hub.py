@@ -62,7 +62,7 @@ class HubModel:
         return self.n_layers * (attention + mlp) + (2 - self.tied) * self.d_model * self.d_vocab
 
 
-_PYTHIA = "size from files of the authors' earlier code; deduplicated or not, and the step: not known"
+_PYTHIA = "sizes as in the authors' earlier code; deduplicated or not, and the step, is not known"
 _DOLMA = "which Dolma 1.x is not known: OLMo-{size}-0724-hf is of a later version"
 _STAGE = "main is the end of all training stages; which was taken, and what was sampled, is not known"
 _PLAIN = "the size is known; repository and revision are the obvious ones"
@@ -70,8 +70,8 @@ _PLAIN = "the size is known; repository and revision are the obvious ones"
 
 def _pythia(size: str, layers: int, width: int, heads: int, vocab: int) -> HubModel:
     return HubModel(
-        f"EleutherAI/pythia-{size}", layers, width, heads, heads, 4 * width, vocab, gated=False, parallel=True,
-        revision="step143000", note=_PYTHIA,
+        f"EleutherAI/pythia-{size}", layers, width, heads, heads, 4 * width, vocab, gated=False,
+        parallel=True, revision="step143000", note=_PYTHIA,
     )  # fmt: skip
 
 
