@@ -67,7 +67,8 @@ def curves_by_family(
     Args:
         frame: Columns `model`, `family`, `x`, `mean`, and where there are intervals `low` and `high`.
         x: The column to the right.
-        dash: A column whose values are drawn as solid, dotted, dashed lines (say memorized and control).
+        dash: A column whose values are drawn as solid, dotted, dashed lines (say memorized and control), and
+            in colors of their own where each family has one model.
         x_title: What `x` is called.
         y_title: What `mean` is.
         log_x: A logarithmic axis; points at 0 are left out.
@@ -83,6 +84,8 @@ def curves_by_family(
         vertical_spacing=0.12, horizontal_spacing=0.03,
     )  # fmt: skip
     kinds = list(dict.fromkeys(frame[dash].astype(str))) if dash else [""]
+    by_kind = len(kinds) > 1 and len(set(frame["model"])) == len(families)
+    shades = dict(zip(kinds, theme.group_colors(kinds), strict=True)) if by_kind else {}
     for place, family in enumerate(families):
         part = frame.loc[frame["family"].astype(str) == family]
         models = list(dict.fromkeys(part["model"].astype(str)))
@@ -93,7 +96,7 @@ def curves_by_family(
                 if log_x:
                     line = line.loc[line[x] > 0]
                 label = f"{model}, {kind}" if kind else model
-                for trace in _line(line.sort_values(x), x, label, color, style):
+                for trace in _line(line.sort_values(x), x, label, shades.get(kind, color), style):
                     fig.add_trace(trace, row=place // columns + 1, col=place % columns + 1)
     fig.update_xaxes(title_text=x_title or x, type="log" if log_x else "linear", zeroline=False)
     fig.update_yaxes(title_text=y_title, col=1)

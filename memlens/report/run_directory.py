@@ -36,10 +36,10 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-import plotly.io as pio
 
 from memlens.errors import ResultError
 from memlens.files import write_atomically
+from memlens.report.figure_files import FIGURE_SUFFIX, save_figure, saved_figures
 from memlens.report.model import FigureBlock, Finding, Section, TableBlock
 from memlens.report.readings import reading
 from memlens.report.render import versions_here, write_report
@@ -48,7 +48,6 @@ from memlens.results import Result, load_result
 __all__ = ["FigureRequest", "RunDirectory", "report_from_directory", "save_run"]
 
 FORMAT = "memlens run 1"
-FIGURE_SUFFIX = ".plotly.json"
 _LOG = logging.getLogger(__name__)
 
 
@@ -158,7 +157,7 @@ class RunDirectory:
     ) -> Path:
         """Save a figure as `<name>.plotly.json`, to be shown in a section; return the file's path."""
         saved = self.path / f"{_file_name(name)}{FIGURE_SUFFIX}"
-        write_atomically(saved, str(figure.to_json()).encode())
+        save_figure(figure, saved)
         self._put("figures", {"name": name, "section": section, "reading": reading, "caption": caption})
         return saved
 
@@ -250,7 +249,10 @@ def report_from_directory(path: str | Path, to: str | Path | None = None) -> Pat
     for entry in run["sections"]:
         own = [table for table in run["tables"] if table.get("section") == entry["name"]]
         drawn = [figure for figure in run["figures"] if figure["section"] == entry["name"]]
-        figures, tables = _saved_figures(path, drawn, warnings), _tables(path, own, warnings)
+        figures = saved_figures(
+            [(path / f"{_file_name(f['name'])}{FIGURE_SUFFIX}", f) for f in drawn], warnings
+        )
+        tables = _tables(path, own, warnings)
         sections.append(Section(entry["title"], entry["lead"], figures, tables))
     named = {entry["name"] for part in ("results", "sections") for entry in run[part]}
     left = [table for table in run["tables"] if table.get("section") not in named]
@@ -283,21 +285,6 @@ def _figures(path: Path, entry: Mapping[str, Any], warnings: list[str]) -> list[
     except Exception as error:  # one result that cannot be shown must not cost the others
         _LOG.warning("the result %s cannot be shown: %s", entry["name"], error)
         warnings.append(f"The result {entry['name']!r} cannot be shown: {error}")
-    return figures
-
-
-def _saved_figures(
-    path: Path, entries: Iterable[Mapping[str, Any]], warnings: list[str]
-) -> list[FigureBlock]:
-    figures = []
-    for entry in entries:
-        file = path / f"{_file_name(entry['name'])}{FIGURE_SUFFIX}"
-        try:
-            figure = pio.from_json(file.read_text(encoding="utf-8"))
-            figures.append(FigureBlock(figure, entry["reading"], entry["caption"]))
-        except Exception as error:  # as above
-            _LOG.warning("the figure %s cannot be read: %s", file, error)
-            warnings.append(f"The figure {file.name} cannot be read: {error}")
     return figures
 
 

@@ -102,7 +102,7 @@ def study_comparative(
     }
     folder = StudyDirectory(
         out,
-        title=title or f"How {len(entries)} models memorize",
+        title=title or "How models memorize, compared",
         settings=settings,
         command=command,
         fresh=True,

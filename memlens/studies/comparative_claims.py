@@ -139,6 +139,12 @@ CLAIMS: dict[str, Claim] = {
         PREDECESSOR,
         "the boundary stands at a fixed token of a made-up row, and planted sequences were drawn alike.",
     ),
+    "frequency_shared": Claim(
+        "Shared frequency pattern",
+        "Families share how the token frequency of memorized and unmemorized sequences differs.",
+        f"{ABSTRACT}; what the pattern is, is not known",
+        "all families are scored on one list of sequences of one corpus: much is shared by construction.",
+    ),
     "denoising": Claim(
         "Noise is partly removed",
         "Later layers move the residual back to its clean state.",

@@ -13,6 +13,7 @@ from scipy import stats
 from memlens.results.comparison import corrected
 from memlens.studies.comparative_claims import Judged, by_null, over_models
 from memlens.studies.comparative_domains import domain_agreement
+from memlens.studies.comparative_frequency import BUCKETS
 from memlens.studies.comparative_measure import CONTROL, MEMORIZED, UNTRAINED
 from memlens.studies.comparative_pooling import Column, Tables, estimates, fitted, pooled
 from memlens.studies.statistics import Estimate
@@ -141,6 +142,29 @@ def _boundary(tables: Tables) -> Judged | None:
     )  # fmt: skip
 
 
+def _frequency_shared(tables: Tables) -> Judged | None:
+    table = tables.get("frequency", _NONE)
+    if not len(table):
+        return None
+    wide = table.pivot_table(index=["family", "offset"], columns="bucket", values="mean")
+    if BUCKETS[0] not in wide or BUCKETS[2] not in wide:
+        return None
+    gaps = (wide[BUCKETS[0]] - wide[BUCKETS[2]]).unstack("offset").dropna()
+    found = domain_agreement(gaps.to_numpy())
+    if not np.isfinite(found["value"]):
+        return None
+    n = int(found["n"])
+    return Judged(
+        "frequency_shared",
+        "The rank correlation over places of the frequency of M = 1 minus that of M = 0 is "
+        f"{found['value']:.3g} (mean, all pairs of {n} families).",
+        Estimate(found["value"], np.nan, np.nan, n),
+        "rank correlation",
+        f"places shuffled: [{found['null_low']:.3g}, {found['null_high']:.3g}], p = {found['p']:.2g}",
+        by_null(found["p"]),
+    )
+
+
 # ---- noise -----------------------------------------------------------------------------------------------
 
 
@@ -256,6 +280,7 @@ EVIDENCE: Mapping[str, Callable[[Tables], Judged | None]] = MappingProxyType(
         "structural_size": _structural_size,
         "domains_shared": _domains_shared,
         "boundary": _boundary,
+        "frequency_shared": _frequency_shared,
         "denoising": _denoising,
         "recovery": _recovery,
         "structural_noise": _structural_noise,

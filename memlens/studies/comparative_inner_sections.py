@@ -31,7 +31,7 @@ class InnerSections(Sections):
             "Recall under noise",
             "noise",
             "accuracy, below_half, between and all_right are teacher-forced: M itself decodes freely and is "
-            "at most as high between the ends; all_right is exact.",
+            "mostly lower between the ends; all_right is exact.",
         )
         if len(table):
             curves = table.rename(columns={"rate": "mean"})

@@ -17,6 +17,9 @@ from memlens.studies.statistics import Estimate
 
 __all__ = ["as_finding", "claim_table", "judge_all", "signature_table"]
 
+_FEW_LABELINGS = 20
+"""With fewer ways to label the models no p can be 0.05."""
+
 _NEEDS = {
     "size": "It needs a family of three sizes.",
     "depth": "It needs a family of three sizes.",
@@ -24,6 +27,7 @@ _NEEDS = {
     "families": "It needs two families of different sizes.",
     "domains_shared": "It needs two families and three domains.",
     "structural": "It needs domains of both kinds.",
+    "frequency_shared": "It needs two families with sequences of M = 1 and of M = 0.",
     "structural_noise": "It needs domains of both kinds, and memorized sequences that are left under noise.",
     "boundary": "It needs sequences with M = 1 and with M = 0.",
     "signature": "It needs three models of two families, two of them of one.",
@@ -64,13 +68,16 @@ def _signature(tests: Mapping[str, FamilyTest], signature: Estimate | None) -> J
         other = tests["untrained"].table.set_index("statistic").loc["accuracy"]
         beside += f"; of untrained twins {other['value']:.3g} (p = {other['p']:.2g})"
     found = f"Profiles are {signature} more alike within families than across."
-    return Judged("signature", found, signature, "similarity", beside, by_null(float(gap["p"])))
+    verdict = by_null(float(gap["p"]))
+    if tests["families"].labelings < _FEW_LABELINGS:
+        verdict, beside = "undecided", f"too few models for a permutation test to decide; {beside}"
+    return Judged("signature", found, signature, "similarity", beside, verdict)
 
 
 def claim_table(judged: Sequence[Judged]) -> pd.DataFrame:
     """Return one row a claim.
 
-    Columns `claim`, `known_from`, `found`, `value`, `low`, `high`, `unit`, `n`, `beside`, `verdict`,
+    Columns `claim`, `verdict`, `found`, `value`, `low`, `high`, `unit`, `n`, `beside`, `known_from`,
     `why_a_toy_may_differ`.
     """
     rows = []
@@ -79,7 +86,7 @@ def claim_table(judged: Sequence[Judged]) -> pd.DataFrame:
         rows.append(
             {
                 "claim": claim.statement,
-                "known_from": claim.known_from,
+                "verdict": item.verdict,
                 "found": item.found,
                 "value": number.value,
                 "low": number.low,
@@ -87,7 +94,7 @@ def claim_table(judged: Sequence[Judged]) -> pd.DataFrame:
                 "unit": item.unit,
                 "n": number.n,
                 "beside": item.control,
-                "verdict": item.verdict,
+                "known_from": claim.known_from,
                 "why_a_toy_may_differ": claim.toy,
             }
         )
@@ -121,7 +128,7 @@ _SIGNATURES = (
 )
 
 
-def signature_table(models: pd.DataFrame) -> pd.DataFrame:
+def signature_table(models: pd.DataFrame, similarity: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return what is noted of single families of the paper beside the order of families here.
 
     All are a reader's notes on the full text. Where the trait comes from a family's data, models of one toy
@@ -129,6 +136,7 @@ def signature_table(models: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         models: The table of models, without controls.
+        similarity: Of all pairs: a column `model` and one a model.
 
     Returns:
         Columns `family`, `noted`, `here` (mean of each family, in order), `order` ("as noted", "otherwise",
@@ -146,4 +154,25 @@ def signature_table(models: pd.DataFrame) -> pd.DataFrame:
         else:
             order = "as noted" if means.index[0] == family else "otherwise"
         rows.append((family, noted, here, order))
+    if similarity is not None and len(similarity):
+        rows.append(_generations(models, similarity))
     return pd.DataFrame(rows, columns=["family", "noted", "here", "order"])
+
+
+def _generations(models: pd.DataFrame, similarity: pd.DataFrame) -> tuple[str, str, str, str]:
+    """Compare pairs of two generations of OLMo with the other pairs of two families."""
+    families = dict(zip(models["model"], models["family"], strict=True))
+    labels = [str(label) for label in similarity["model"] if label in families]
+    values = similarity.set_index("model").loc[labels, labels].to_numpy(float)
+    ours, others = [], []
+    for i, a in enumerate(labels):
+        for j, b in enumerate(labels[:i]):
+            if families[a] != families[b]:
+                both = families[a].startswith("olmo") and families[b].startswith("olmo")
+                (ours if both else others).append(values[i, j])
+    noted = "profiles of the generations 1, 2 and 3 resemble one another more than other families"
+    if not ours or not others:
+        return "olmo1, olmo2, olmo3", noted, "", "family is not here"
+    here = f"pairs of generations {np.mean(ours):.3g}, other pairs across families {np.mean(others):.3g}"
+    order = "as noted" if np.mean(ours) > np.mean(others) else "otherwise"
+    return "olmo1, olmo2, olmo3", noted, here, order

@@ -6,6 +6,7 @@ models of different depth can be set beside each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,10 +100,13 @@ class FamilyTest:
             the leave-one-out classification. `n` counts pairs, and for accuracy models that can be classified
             at all (their family has another one).
         predicted: One row such model: `model`, `family`, `predicted`.
+        labelings: In how many ways the families' labels can be dealt to the models: one over it is the
+            smallest p that there is.
     """
 
     table: pd.DataFrame
     predicted: pd.DataFrame
+    labelings: int
 
 
 def family_test(
@@ -149,7 +153,11 @@ def family_test(
     columns = ["statistic", "value", "null_mean", "null_low", "null_high", "p", "n"]
     guesses = _classified(similarity, codes)
     predicted = pd.DataFrame({"model": models, "family": families, "predicted": names[guesses]})
-    return FamilyTest(pd.DataFrame(rows, columns=columns), predicted.loc[able].reset_index(drop=True))
+    labelings = math.factorial(len(codes)) // math.prod(
+        math.factorial(n) for n in np.bincount(codes).tolist()
+    )
+    left = predicted.loc[able].reset_index(drop=True)
+    return FamilyTest(pd.DataFrame(rows, columns=columns), left, labelings)
 
 
 def _family_numbers(similarity: np.ndarray, codes: Int[np.ndarray, " model"]) -> tuple[float, ...]:

@@ -40,7 +40,7 @@ class Report(InnerSections):
         if "families" in self.tests:
             self.keep(
                 "signature_notes",
-                signature_table(table.loc[~table["control"]]),
+                signature_table(table.loc[~table["control"]], self.tables.get("profile_similarity")),
                 "What is noted of single families, beside the order here",
                 "signatures",
                 "No test; where a trait comes from a family's data, models of one toy corpus cannot show it.",
