@@ -152,6 +152,7 @@ def _compare(models: list[SavedModel], folder: StudyDirectory, options: Comparat
         ("heads", parts.heads),
         ("signatures", parts.signatures),
         ("summary", parts.summary),
+        ("options", parts.other_options),
         ("findings", parts.claims),
     ):
         folder.step(f"over all models: {name}", work)

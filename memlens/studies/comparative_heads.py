@@ -159,7 +159,8 @@ class HeadEffects:
         return top_set(self._means(self.rows), self.fraction)
 
     def _means(self, rows: Mapping[str, np.ndarray]) -> Float[np.ndarray, "domain site"]:
-        return np.stack([self.table[rows[name]].mean(0) for name in self.domains])
+        means = [self.table[rows[name]].mean(0) for name in self.domains]
+        return np.array(means).reshape(len(means), self.n_heads)
 
     def pairs(self) -> pd.DataFrame:
         """Return the Jaccard overlap of every two domains: columns `domain`, `other`, `jaccard`."""

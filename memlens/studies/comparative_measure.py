@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -55,6 +56,8 @@ _USES: dict[str, tuple[str, ...]] = {
     "training": (),
 }  # fmt: skip
 """The options that decide a part, beside model and sequences."""
+
+_SWEPT = ("noise", "heads")
 
 
 def measure_model(
@@ -116,10 +119,16 @@ class _Measures:
         chosen: dict[str, Any] = {name: getattr(self.options, name) for name in _USES[part]}
         if part == "training":
             chosen["checkpoints"] = self.entry.checkpoints
-        if part == "frequency":
+        if part in ("frequency", "groups", "decoding", "recovery"):
             chosen["counts"] = self.entry.counts
         self.key = fingerprint([part, self.on, sorted(chosen.items())])
-        self.store.make(part, self.key, work)
+        self.store.make(part, self.key, work, chosen)
+        if part in _SWEPT:  # what is finished needs no parts to go on from
+            shutil.rmtree(self._sweep(part), ignore_errors=True)
+
+    def _sweep(self, part: str) -> Path:
+        """Where a sweep keeps what is finished of it, until all is."""
+        return self.path / "sweeps" / f"{part}-{self.key[:8]}"
 
     # ---- the parts ---------------------------------------------------------------------------------------
 
@@ -232,7 +241,7 @@ class _Measures:
         seqs = per_domain(self.seqs, self.options.noise_per_domain, self.options.seed)
         result = perturb_residual(
             self.model, seqs, metrics=("exact_match", "target_accuracy"), recovery=False,
-            out=self.path / "sweeps" / f"noise-{self.key[:8]}", **self._noise_options(),
+            out=self._sweep("noise"), **self._noise_options(),
         )  # fmt: skip
         result.save(self.path / "noise.nc")
 
@@ -245,10 +254,8 @@ class _Measures:
             "mode": self.options.head_mode, "seed": self.options.seed, "progress": self.progress,
             "metrics": ("target_logprob", "target_accuracy", "exact_match"),
         }  # fmt: skip
-        sweeps = self.path / "sweeps"
-        ablate_heads(self.model, bare, out=sweeps / f"heads-{self.key[:8]}", **options).save(
-            self.path / "heads.nc"
-        )
+        ablate_heads(self.model, bare, out=self._sweep("heads"), **options).save(self.path / "heads.nc")
+        (self.path / "heads_untrained.nc").unlink(missing_ok=True)
         if self.options.untrained:
             few = at_most(bare, self.options.max_examined, self.options.seed)
             ablate_heads(self.twin, few, **options).save(self.path / "heads_untrained.nc")

@@ -49,21 +49,30 @@ class ModelStore:
         """Whether a part stands there, made from the same."""
         return self._content["parts"].get(part, {}).get("key") == key
 
-    def make(self, part: str, key: str, work: Callable[[], str | None]) -> None:
-        """Compute a part unless it stands there; what it returns says why there is nothing to save, if so."""
+    def make(
+        self,
+        part: str,
+        key: str,
+        work: Callable[[], str | None],
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Compute a part unless it stands there.
+
+        Args:
+            part: Its name.
+            key: What it is made from.
+            work: Computes and saves it; what it returns says why there is nothing to save, if so.
+            options: Those that decide it, for the record.
+        """
         if self.done(part, key):
             return
         self._content["parts"].pop(part, None)
         start = time.perf_counter()
         note = work()
         seconds = round(time.perf_counter() - start, 2)
-        self._content["parts"][part] = {"key": key, "seconds": seconds, "note": note or ""}
+        made = {"key": key, "seconds": seconds, "note": note or "", "options": dict(options or {})}
+        self._content["parts"][part] = made
         self._write()
-
-    def forget(self, part: str) -> None:
-        """Take a part out of the record: it failed, or is not asked for."""
-        if self._content["parts"].pop(part, None) is not None:
-            self._write()
 
     def _write(self) -> None:
         text = json.dumps(self._content, indent=1, default=str)
@@ -78,7 +87,7 @@ class SavedModel:
         path: The folder.
         facts: `label`, `family`, `corpus`, `control`, `n_params`, `n_layers`, `n_heads`, `fingerprint`, and
             what `memlens.models.provenance.describe` gives.
-        parts: By name: `key`, `seconds`, `note` (why a part holds nothing).
+        parts: By name: `key`, `seconds`, `note` (why a part holds nothing), `options` (that decided it).
     """
 
     path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,24 @@ class Report(InnerSections):
                 "signatures",
                 "No test; where a trait comes from a family's data, models of one toy corpus cannot show it.",
             )
+
+    def other_options(self) -> None:
+        """Say which saved measures were made with other options than this run's."""
+        rows = []
+        for model in self.models:
+            for part, made in model.parts.items():
+                for name, value in made.get("options", {}).items():
+                    now = json.loads(json.dumps(getattr(self.options, name, value)))
+                    if value != now:
+                        rows.append((model.label, part, name, str(value), str(now)))
+        columns = ["model", "measure", "option", "measured_with", "this_run"]
+        self.keep(
+            "other_options",
+            pd.DataFrame(rows, columns=columns),
+            "Measures that were saved with other options",
+            "models",
+            "Models with other options than the rest are not to be compared with them in these measures.",
+        )
 
     def _columns(self) -> list[pd.DataFrame]:
         """One column or more of each part, a row a model."""

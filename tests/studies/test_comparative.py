@@ -280,11 +280,20 @@ def test_another_model_is_added_and_only_it_is_computed(
     assert third.failures == {}
     assert len(table(tmp_path, "models")) == 2
     assert scored == ["zoo/pythia-s", "copy-1"]
-    # Another option of one measure makes that measure anew.
+    assert not (tmp_path / "other_options.parquet").exists()
+    # Another option of one measure makes that measure anew; the other model's is named.
     heads = saved(tmp_path, "copy-1").path / "heads.nc"
     before = heads.stat().st_mtime_ns
     changed = replace(quick, heads_per_domain=3)
-    ml.study_comparative(entries[1:2], some, tmp_path, options=changed, progress=False)
+    fourth = ml.study_comparative(
+        entries[1:2], some, tmp_path, options=changed, include_saved=True, progress=False
+    )
+    assert fourth.failures == {}
+    other = table(tmp_path, "other_options")
+    assert other[["model", "measure", "option", "measured_with", "this_run"]].to_numpy().tolist() == [
+        ["zoo/pythia-s", "heads", "heads_per_domain", "4", "3"]
+    ]
+    assert not list((tmp_path / "models").glob("*/sweeps/*"))
     assert scored == ["zoo/pythia-s", "copy-1"]
     assert heads.stat().st_mtime_ns > before
     assert ml.load_result(heads).data.sizes["sequence"] == 6

@@ -153,6 +153,10 @@ def test_small_domains_are_left_out_and_one_domain_has_no_overlap() -> None:
     assert some.domains == ["a"]
     assert some.left_out == {"b": 1}
     assert head_overlap(some).empty
+    none = effects(np.ones((2, 2, 2)), ["a", "b"])
+    assert none.sets().shape == (0, 4)
+    assert none.pairs().empty
+    assert len(head_table(none)) == 4
     with pytest.raises(ResultError, match="no sequences"):
         effects(np.ones((0, 2, 2)), [])
 
