@@ -10,7 +10,7 @@ from memlens.studies import comparative_head_tables as of_heads
 from memlens.studies import comparative_inside as inside
 from memlens.studies.comparative_measure import CONTROL, MEMORIZED
 from memlens.studies.comparative_profiles import FamilyTest, cluster, family_test
-from memlens.studies.comparative_sections import Sections, _largest
+from memlens.studies.comparative_sections import Sections, largest_of_families
 from memlens.studies.statistics import Estimate
 
 __all__ = ["InnerSections"]
@@ -30,8 +30,9 @@ class InnerSections(Sections):
             inside.noises(self.models, options),
             "Recall under noise",
             "noise",
-            "accuracy, below_half, between and all_right are teacher-forced: M itself decodes freely and is "
-            "mostly lower between the ends; all_right is exact.",
+            "leading: share of the continuation that is right from its start, which M is at least; accuracy, "
+            "below_half, between and all_right are teacher-forced, which M is mostly below between its ends; "
+            "all_right is exact.",
         )
         if len(table):
             curves = table.rename(columns={"rate": "mean"})
@@ -77,7 +78,7 @@ class InnerSections(Sections):
         folder.add_figure(
             "similarity",
             curves_by_family(
-                _largest(shown, self.models),
+                largest_of_families(shown, self.models),
                 "depth",
                 dash="group",
                 title="Recovery from noise",

@@ -240,7 +240,7 @@ class _Measures:
     def _noise(self) -> None:
         seqs = per_domain(self.seqs, self.options.noise_per_domain, self.options.seed)
         result = perturb_residual(
-            self.model, seqs, metrics=("exact_match", "target_accuracy"), recovery=False,
+            self.model, seqs, metrics=("exact_match", "matching_prefix", "target_accuracy"), recovery=False,
             out=self._sweep("noise"), **self._noise_options(),
         )  # fmt: skip
         result.save(self.path / "noise.nc")

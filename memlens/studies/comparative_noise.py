@@ -27,21 +27,23 @@ def noise_table(
     """Return rate, spread of the score and structural share at each strength.
 
     Args:
-        result: Kind "residual_perturbation" with `exact_match` and `target_accuracy` of a sample of all
-            sequences, and their coordinate `domain`.
+        result: Kind "residual_perturbation" with `exact_match`, `matching_prefix` and `target_accuracy` of
+            a sample of all sequences, and their coordinates `n_targets` and `domain`.
         structural: Domains that count as structural text.
         n_resamples: Of the bootstraps.
         seed: Of the bootstraps.
 
     Returns:
-        Columns `alpha`, `n`, `rate`, `low`, `high` (mean over draws; bootstrap over sequences), `accuracy`
-        (teacher-forced share of right tokens), `below_half`, `between` and `all_right` (shares of sequences
-        by that share: under 1/2, from there to under 1, and 1), `structural`, `structural_low`,
+        Columns `alpha`, `n`, `rate`, `low`, `high` (mean over draws; bootstrap over sequences), `leading`
+        (mean share of the continuation that is right from its start: M is at least that), `accuracy`
+        (teacher-forced share of right tokens: mostly above M), `below_half`, `between` and `all_right`
+        (shares of sequences by that share: under 1/2, from there to under 1, and 1), `structural`, `structural_low`,
         `structural_high` (see `structural_share`).
 
     With one draw a rate's interval is Wilson's.
     """
     hits, accuracy = over_draws(result["exact_match"]), result["target_accuracy"]
+    leading = over_draws(result["matching_prefix"]) / result["n_targets"]
     domains = result["domain"].values if "domain" in result.data.coords else None
     rows = []
     for alpha in hits["alpha"].values.tolist():
@@ -58,12 +60,14 @@ def noise_table(
             share = structural_share(here.values, domains, structural, n_resamples=n_resamples, seed=seed)
         rows.append(
             (
-                alpha, here.sizes["sequence"], mean, low, high, float(right.mean()), *parts, share.value,
+                alpha, here.sizes["sequence"], mean, low, high,
+                float(leading.sel(alpha=alpha).mean()), float(right.mean()), *parts, share.value,
                 share.low, share.high,
             )
         )  # fmt: skip
     columns = [
-        "alpha", "n", "rate", "low", "high", "accuracy", "below_half", "between", "all_right", "structural",
+        "alpha", "n", "rate", "low", "high", "leading", "accuracy", "below_half", "between", "all_right",
+        "structural",
         "structural_low", "structural_high",
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=columns)

@@ -16,7 +16,7 @@ from memlens.studies.comparative_rates import size_fits
 from memlens.studies.comparative_store import SavedModel
 from memlens.studies.running import StudyDirectory
 
-__all__ = ["Sections"]
+__all__ = ["Sections", "largest_of_families"]
 
 
 class Sections:
@@ -186,7 +186,7 @@ class Sections:
         folder.add_figure(
             "frequency",
             curves_by_family(
-                _largest(curves, self.models),
+                largest_of_families(curves, self.models),
                 "offset",
                 dash="bucket",
                 title="Token frequency by place",
@@ -285,7 +285,7 @@ def _read_rates(series: pd.DataFrame) -> str:
     )
 
 
-def _largest(table: pd.DataFrame, models: Sequence[SavedModel]) -> pd.DataFrame:
+def largest_of_families(table: pd.DataFrame, models: Sequence[SavedModel]) -> pd.DataFrame:
     """Return the rows of each family's largest model."""
     size = {model.label: int(model.facts["n_params"]) * (not model.control) for model in models}
     sizes_of: Any = pd.Series([float(size[str(name)]) for name in table["model"]], index=table.index)

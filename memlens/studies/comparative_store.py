@@ -139,9 +139,16 @@ class SavedModel:
 
 
 def saved_models(folder: str | Path) -> list[SavedModel]:
-    """Return all models that are saved in a folder, sorted by label; damaged ones are an error."""
-    files = sorted(Path(folder).glob("*/model.json"))
-    return sorted((SavedModel.open(file.parent) for file in files), key=lambda model: model.label)
+    """Return all models that are saved in a folder, sorted by label.
+
+    Where weights have changed under one name, the ones that were measured last are taken.
+
+    Raises:
+        ResultError: One of them is damaged.
+    """
+    files = sorted(Path(folder).glob("*/model.json"), key=lambda file: file.stat().st_mtime)
+    found = {model.label: model for model in (SavedModel.open(file.parent) for file in files)}
+    return sorted(found.values(), key=lambda model: model.label)
 
 
 def folder_name(label: str, fingerprint: str) -> str:

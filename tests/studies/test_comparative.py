@@ -146,6 +146,9 @@ def test_noise_of_strength_0_changes_nothing_and_rates_fall(run: StudyRun, out: 
     for label in rates.index:
         assert noise.loc[(label, 0.0), "rate"] == pytest.approx(rates.loc[label, "rate"])
         assert noise.loc[(label, 0.5), "rate"] <= noise.loc[(label, 0.0), "rate"]
+        clean = noise.loc[(label, 0.0)]
+        assert clean["rate"] <= clean["leading"] <= clean["accuracy"] + 1e-6
+        assert clean["leading"] <= rates.loc[label, "mean_m"] + 1e-6
     recovery = table(out, "recovery")
     assert recovery.loc[recovery["alpha"] == 0, "recovery"].abs().max() < 1e-5
     assert recovery.loc[recovery["alpha"] == 0.5, "at_noise"].max() < 0.99
@@ -392,6 +395,9 @@ def test_a_store_keeps_what_was_made_from_the_same(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="on purpose"):
         again.make("heads", "key", lambda: (_ for _ in ()).throw(ValueError("on purpose")))
     assert not SavedModel.open(tmp_path / "m").has("heads")
+    newer = ModelStore(tmp_path / "n", {"label": "m", "family": "g", "control": False})
+    newer.make("recall", "key", work)
+    assert [model.family for model in saved_models(tmp_path)] == ["g"]
     (tmp_path / "m" / "model.json").write_text("{")
     with pytest.raises(ml.errors.ResultError, match="damaged"):
         SavedModel.open(tmp_path / "m")

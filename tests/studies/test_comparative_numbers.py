@@ -284,6 +284,7 @@ def noisy(n: int = 40, draws: int = 2) -> Result:
     arrays = {
         "exact_match": (dims, (rng.random(shape) < np.array([0.8, 0.5, 0.2])[None, :, None]).astype(float)),
         "target_accuracy": (dims, rng.random(shape)),
+        "matching_prefix": (dims, rng.integers(0, 9, shape).astype(float)),
         "recovery": (dims, rng.normal(size=shape)),
         "similarity_at_noise": (dims, rng.random(shape)),
     }
@@ -291,6 +292,7 @@ def noisy(n: int = 40, draws: int = 2) -> Result:
         "sequence": [f"s{i}" for i in range(n)],
         "alpha": [0.0, 0.1, 0.5],
         "domain": ("sequence", ["code", "web"] * (n // 2)),
+        "n_targets": ("sequence", [8] * n),
         "group": ("sequence", ["memorized"] * (n // 2) + ["matched control"] * (n // 2)),
     }
     return Result.create(xr.Dataset(arrays, coords), kind="residual_perturbation")
@@ -305,6 +307,7 @@ def test_noise_tables_by_hand() -> None:
     code = np.arange(40) % 2 == 0
     rates = hits[:, 1].mean(1)[code].mean(), hits[:, 1].mean(1)[~code].mean()
     assert table.loc[0.1, "structural"] == pytest.approx(rates[0] / sum(rates))
+    assert table.loc[0.1, "leading"] == pytest.approx(result["matching_prefix"].values[:, 1].mean() / 8)
     right = result["target_accuracy"].values[:, 2]
     assert table.loc[0.5, "below_half"] == pytest.approx((right < 0.5).mean())
     change = structural_change(result, n_resamples=200)
