@@ -93,11 +93,12 @@ def study_comparative(
     entries = [parse_model(model) for model in models]
     out = Path(out)
     _check(entries, include_saved)
+    of_sequences = {"prefix_len": chosen.prefix_len, "max_targets": chosen.max_targets}
     settings = {
         "study": "comparative",
-        **asdict(chosen),
-        "models": [entry.settings() for entry in entries],
-        "sequences": _words(sequences),
+        **{name: value for name, value in asdict(chosen).items() if name not in of_sequences},
+        "models": {entry.label: _told(entry) for entry in entries},
+        "sequences": {"source": _words(sequences), **of_sequences},
         "include_saved": include_saved,
     }
     folder = StudyDirectory(
@@ -165,6 +166,13 @@ def _check(entries: Sequence[StudyModel], include_saved: bool) -> None:
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise OptionError(f"the model {twice[0]!r} is named twice: name each once.")
+
+
+def _told(entry: StudyModel) -> str:
+    """Return what is asked of a model beyond its name."""
+    usual = StudyModel(entry.name).settings()
+    said = {key: value for key, value in entry.settings().items() if value != usual[key]}
+    return ", ".join(f"{key} {value}" for key, value in said.items()) or "as it is"
 
 
 def _words(sequences: Any) -> Any:

@@ -57,6 +57,12 @@ _USES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """The options that decide a part, beside model and sequences."""
 
+_METRICS = {
+    "noise": ("exact_match", "matching_prefix", "target_accuracy"),
+    "recovery": ("target_logprob", "exact_match"),
+    "heads": ("target_logprob", "target_accuracy", "exact_match"),
+}
+
 _SWEPT = ("noise", "heads")
 
 
@@ -121,7 +127,7 @@ class _Measures:
             chosen["checkpoints"] = self.entry.checkpoints
         if part in ("frequency", "groups", "decoding", "recovery"):
             chosen["counts"] = self.entry.counts
-        self.key = fingerprint([part, self.on, sorted(chosen.items())])
+        self.key = fingerprint([part, self.on, sorted(chosen.items()), _METRICS.get(part, ())])
         self.store.make(part, self.key, work, chosen)
         if part in _SWEPT:  # what is finished needs no parts to go on from
             shutil.rmtree(self._sweep(part), ignore_errors=True)
@@ -210,9 +216,7 @@ class _Measures:
         options = {**self._noise_options(), "similarity_at": self.options.similarity_at}
         return self._of_groups(
             "recovery",
-            lambda model, seqs: perturb_residual(
-                model, seqs, metrics=("target_logprob", "exact_match"), **options
-            ),
+            lambda model, seqs: perturb_residual(model, seqs, metrics=_METRICS["recovery"], **options),
         )
 
     def _of_groups(self, part: str, work: Callable[[Any, SequenceSet], Result]) -> str | None:
@@ -240,7 +244,7 @@ class _Measures:
     def _noise(self) -> None:
         seqs = per_domain(self.seqs, self.options.noise_per_domain, self.options.seed)
         result = perturb_residual(
-            self.model, seqs, metrics=("exact_match", "matching_prefix", "target_accuracy"), recovery=False,
+            self.model, seqs, metrics=_METRICS["noise"], recovery=False,
             out=self._sweep("noise"), **self._noise_options(),
         )  # fmt: skip
         result.save(self.path / "noise.nc")
@@ -252,7 +256,7 @@ class _Measures:
         bare = self.seqs[[i for i, name in enumerate(self.seqs.ids) if name in set(memorized.ids)]]
         options: dict[str, Any] = {
             "mode": self.options.head_mode, "seed": self.options.seed, "progress": self.progress,
-            "metrics": ("target_logprob", "target_accuracy", "exact_match"),
+            "metrics": _METRICS["heads"],
         }  # fmt: skip
         ablate_heads(self.model, bare, out=self._sweep("heads"), **options).save(self.path / "heads.nc")
         (self.path / "heads_untrained.nc").unlink(missing_ok=True)

@@ -37,8 +37,8 @@ def noise_table(
         Columns `alpha`, `n`, `rate`, `low`, `high` (mean over draws; bootstrap over sequences), `leading`
         (mean share of the continuation that is right from its start: M is at least that), `accuracy`
         (teacher-forced share of right tokens: mostly above M), `below_half`, `between` and `all_right`
-        (shares of sequences by that share: under 1/2, from there to under 1, and 1), `structural`, `structural_low`,
-        `structural_high` (see `structural_share`).
+        (shares of sequences by that share: under 1/2, from there to under 1, and 1), `structural`,
+        `structural_low`, `structural_high` (see `structural_share`).
 
     With one draw a rate's interval is Wilson's.
     """
