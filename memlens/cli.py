@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from memlens.comparative_cli import run_comparative
 from memlens.console import (
     ERR,
     OUT,
@@ -45,6 +46,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 zoo_app = typer.Typer(help="The bundled models with known memories.", no_args_is_help=True)
+run_app.command("comparative")(run_comparative)
 app.add_typer(run_app, name="run")
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(lens_app, name="lens")

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from memlens.comparative_cli import run_comparative
 from memlens.console import (
     BackendOption,
     DeviceOption,
@@ -33,7 +32,6 @@ from memlens.errors import OptionError, SourceNotFoundError
 __all__ = ["run_app"]
 
 run_app = typer.Typer(help="Run a study and write its results and report to a folder.", no_args_is_help=True)
-run_app.command("comparative")(run_comparative)
 
 
 @run_app.command("localize")
