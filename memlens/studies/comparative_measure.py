@@ -15,8 +15,6 @@ from memlens.attribution import ablate_heads, decode_residual, perturb_residual
 from memlens.errors import MemlensError
 from memlens.files import replacing
 from memlens.models.loading import load_model
-from memlens.models.provenance import describe
-from memlens.models.trunk import Trunk
 from memlens.models.zoo import is_zoo_name
 from memlens.organisms.untrained import untrained_like
 from memlens.recall.compression import prompt_compression
@@ -27,11 +25,12 @@ from memlens.results import Result, join_groups
 from memlens.sequences import SequenceSet
 from memlens.studies.comparative_config import StudyModel, per_domain, read_domains
 from memlens.studies.comparative_frequency import token_frequencies
+from memlens.studies.comparative_loading import facts_of, loaded
 from memlens.studies.comparative_options import ComparativeOptions
 from memlens.studies.comparative_store import ModelStore, SavedModel, folder_name
 from memlens.studies.comparative_training import join_steps
 from memlens.studies.running import StudyDirectory, at_most
-from memlens.sweeps.fingerprint import fingerprint, model_fingerprint, sequences_fingerprint
+from memlens.sweeps.fingerprint import fingerprint, sequences_fingerprint
 
 __all__ = ["CONTROL", "MEMORIZED", "UNTRAINED", "measure_model"]
 
@@ -98,9 +97,9 @@ class _Measures:
         self, entry: StudyModel, sources: Any, root: Path, options: ComparativeOptions, progress: bool
     ) -> None:
         self.entry, self.options, self.progress = entry, options, progress
-        self.model = entry.model if entry.model is not None else _loaded(entry)
+        self.model = loaded(entry)
         self.seqs = read_domains(sources, self.model, options)
-        self.facts = _facts(self.model, entry)
+        self.facts = facts_of(self.model, entry)
         self.path = root / folder_name(entry.label, str(self.facts["fingerprint"]))
         self.store = ModelStore(self.path, self.facts)
         self.on = sequences_fingerprint(self.seqs)
@@ -280,28 +279,6 @@ class _Measures:
             tables[step] = RecallScores.load(file).table
         join_steps(tables).save(self.path / "training.nc")
         return None
-
-
-def _loaded(entry: StudyModel) -> Any:
-    return load_model(
-        entry.name, backend=entry.backend, revision=entry.revision, checkpoint_step=entry.checkpoint_step,
-        dtype=entry.dtype, device=entry.device,
-    )  # fmt: skip
-
-
-def _facts(model: Any, entry: StudyModel) -> dict[str, Any]:
-    described, trunk = describe(model), Trunk(model)
-    return {
-        **described,
-        "label": entry.label,
-        "family": entry.family_of(described),
-        "corpus": entry.corpus_of,
-        "control": entry.is_control,
-        "n_layers": trunk.n_layers,
-        "n_heads": trunk.n_heads,
-        "fingerprint": model_fingerprint(model),
-        "entry": entry.settings(),
-    }
 
 
 def _without_tokens(result: Result) -> Result:

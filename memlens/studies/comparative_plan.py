@@ -12,11 +12,11 @@ import torch
 from memlens.errors import ModelNotFoundError, OptionError
 from memlens.models.families import find_model
 from memlens.models.hooks import hook_name
-from memlens.models.loading import load_model
 from memlens.models.provenance import describe
 from memlens.sequences import SequenceSet
 from memlens.studies.comparative_config import StudyModel
 from memlens.studies.comparative_hub import HUB_MODELS, HubModel, shape_of
+from memlens.studies.comparative_loading import loaded
 from memlens.studies.comparative_options import ComparativeOptions
 from memlens.sweeps import Intervention
 from memlens.sweeps.planner import Plan, plan_shape
@@ -147,10 +147,7 @@ def _facts(entry: StudyModel) -> tuple[dict[str, str], ModelShape, int]:
         revision, note, n_params = entry.revision or hub.revision, hub.note, hub.n_params
         name, corpus = hub.name, StudyModel(hub.name, corpus=entry.corpus).corpus_of
     else:
-        model = entry.model if entry.model is not None else load_model(
-            entry.name, revision=entry.revision, checkpoint_step=entry.checkpoint_step, backend=entry.backend,
-            dtype=entry.dtype, device=entry.device,
-        )  # fmt: skip
+        model = loaded(entry)
         described = describe(model)
         family, shape, n_params = entry.family_of(described), ModelShape.of(model), int(described["n_params"])
         revision, note = str(described["revision"]), "not of the paper's list: planned from the loaded model"

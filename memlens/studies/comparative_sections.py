@@ -78,6 +78,11 @@ class Sections:
         self.keep(
             "pairs", smaller_beats_larger(series), "Smaller against larger models of other families", "rates"
         )
+        self._spread()
+        self._depth()
+
+    def _spread(self) -> None:
+        folder = self.folder
         spread = self.keep("score_spread", over.spreads(self.models), "How M spreads", "rates")
         self.keep("scores", over.scores(self.models), "M at its ends", "rates")
         whole = spread.groupby(["model", "part"], sort=False, as_index=False).agg({"share": "sum"})
@@ -91,8 +96,10 @@ class Sections:
             section="rates",
             reading="M is the share of the greedy continuation's tokens that are right.",
         )
+
+    def _depth(self) -> None:
         depths = self.keep("depth", over.depths(self.models), "Rate against continuation length", "rates")
-        folder.add_figure(
+        self.folder.add_figure(
             "depth",
             curves_by_family(
                 depths.rename(columns={"rate": "mean"}),

@@ -16,7 +16,7 @@ import torch
 
 import memlens as ml
 from memlens.errors import EmptySetError, OptionError
-from memlens.models.provenance import remember
+from memlens.models.provenance import describe, remember
 from memlens.recall.scores import RecallScores
 from memlens.studies import StudyRun, comparative_measure
 from memlens.studies.comparative_claims import CLAIMS
@@ -268,7 +268,7 @@ def test_another_model_is_added_and_only_it_is_computed(
     real = comparative_measure.score_recall
 
     def counting(model: Any, *args: Any, **options: Any) -> Any:
-        scored.append(str(comparative_measure.describe(model)["model"]))
+        scored.append(str(describe(model)["model"]))
         return real(model, *args, **options)
 
     monkeypatch.setattr(comparative_measure, "score_recall", counting)
@@ -336,6 +336,9 @@ def test_twins_have_rows_and_no_part_in_families(
     assert models["control"].to_dict() == {"zoo/pythia-s": False, "zoo/pythia-s-clean": True}
     assert models["family"].tolist() == ["pythia", "pythia"]
     assert table(tmp_path, "profiles")["model"].unique().tolist() == ["zoo/pythia-s"]
+    alone = ml.study_comparative([twin], sequences[:30], tmp_path / "alone", options=quick, progress=False)
+    assert alone.failures == {}
+    assert set(table(tmp_path / "alone", "claims")["verdict"]) == {"not tested"}
 
 
 def test_checkpoints_are_followed(
