@@ -121,8 +121,8 @@ _SIGNATURES = (
     ("starcoder", "rate", 1, "has the highest rate"),
     ("olmo1", "rate", -1, "has the lowest rate"),
     ("starcoder", "head_overlap", -1, "has the most domain-specific heads (lowest overlap across domains)"),
-    ("olmo2", "head_overlap", 1, "shares its heads across domains most (noted of its 1B)"),
-    ("olmo1", "noise_left", -1, "loses most of its rate under noise"),
+    ("olmo2", "head_overlap", 1, "shares its heads across domains most (the trait is noted of its 1B)"),
+    ("olmo1", "noise_left", -1, "loses most of its rate under noise (noted of its 7B)"),
     ("olmo3", "noise_left", 1, "loses least under noise (its scores are basically unchanged)"),
     ("pythia", "family_similarity", 1, "has the most alike depth profiles over its sizes"),
 )
@@ -131,8 +131,9 @@ _SIGNATURES = (
 def signature_table(models: pd.DataFrame, similarity: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return what is noted of single families of the paper beside the order of families here.
 
-    All are a reader's notes on the full text. Where the trait comes from a family's data, models of one toy
-    corpus cannot show it; only an order is compared, without a test.
+    The traits are a reader's notes on the full text; "most" and "least" are our reading of them. Where a
+    trait comes from a family's data, models of one toy corpus cannot show it; only an order is compared,
+    without a test.
 
     Args:
         models: The table of models, without controls.

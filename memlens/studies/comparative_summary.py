@@ -44,7 +44,8 @@ class Report(InnerSections):
                 signature_table(table.loc[~table["control"]], self.tables.get("profile_similarity")),
                 "What is noted of single families, beside the order here",
                 "signatures",
-                "No test; where a trait comes from a family's data, models of one toy corpus cannot show it.",
+                "Noted by a reader of the full text; most and least are our reading. No test: where a trait "
+                "comes from a family's data, models of one toy corpus cannot show it.",
             )
 
     def other_options(self) -> None:

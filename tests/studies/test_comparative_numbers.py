@@ -405,6 +405,36 @@ def test_claims_are_judged_from_tables() -> None:
     assert {item.verdict for item in judged.values()} <= set(VERDICTS)
 
 
+def test_frequency_pattern_is_compared_over_places() -> None:
+    rng = np.random.default_rng(0)
+    pattern = rng.normal(size=12)
+    rows = [
+        (f"{family}1", family, bucket, offset, 100 + (bucket == "M = 1") * (pattern[offset] + shift))
+        for family, shift in (("a", 0.0), ("b", 5.0))
+        for bucket in ("M = 1", "M = 0")
+        for offset in range(12)
+    ]
+    table = pd.DataFrame(rows, columns=["model", "family", "bucket", "offset", "mean"])
+    judged = {i.claim: i for i in judge_all({"rates": models({"a": [0.1]}), "frequency": table}, {}, None)}
+    assert judged["frequency_shared"].estimate.value == pytest.approx(1.0)
+    assert judged["frequency_shared"].verdict == "holds"
+    one = judge_all({"rates": models({"a": [0.1]}), "frequency": table[table["family"] == "a"]}, {}, None)
+    assert {i.claim: i.verdict for i in one}["frequency_shared"] == "not tested"
+
+
+def test_generations_of_olmo_are_compared_with_other_families() -> None:
+    names = ["o1", "o2", "p", "q"]
+    frame = pd.DataFrame({"model": names, "family": ["olmo1", "olmo2", "pythia", "gpt-neo"]})
+    values = np.array([[1, 0.9, 0.2, 0.3], [0.9, 1, 0.1, 0.4], [0.2, 0.1, 1, 0.8], [0.3, 0.4, 0.8, 1]])
+    pairs = pd.DataFrame(values, columns=names).assign(model=names)
+    row = signature_table(frame, pairs).iloc[-1]
+    assert row["order"] == "as noted"
+    others = np.mean([0.2, 0.1, 0.3, 0.4, 0.8])
+    assert f"pairs of generations 0.9, other pairs across families {others:.3g}" in row["here"]
+    without = signature_table(frame[frame["family"] != "olmo2"], pairs).iloc[-1]
+    assert without["order"] == "family is not here"
+
+
 def test_smaller_beats_larger_compares_across_families_only() -> None:
     pairs = smaller_beats_larger(models({"a": [0.1, 0.2], "b": [0.15, 0.05]}, n=1000))
     assert set(zip(pairs["smaller"], pairs["larger"], strict=True)) == {("a0", "b1"), ("b0", "a1")}
