@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from memlens.bypass_cli import run_bypass
+from memlens.comparative_cli import run_comparative
 from memlens.console import (
     ERR,
     OUT,
@@ -46,6 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+run_app.command("comparative")(run_comparative)
 app.add_typer(run_app, name="run")
 run_app.command("bypass")(run_bypass)
 app.add_typer(zoo_app, name="zoo")

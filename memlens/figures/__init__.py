@@ -10,6 +10,13 @@ from memlens.figures.frontier import frontier_panels
 from memlens.figures.heatmaps import heatmap_layer_head, heatmap_layer_position, heatmap_paths
 from memlens.figures.labels import MetricText, metric_text, plain, unique_tokens, visible
 from memlens.figures.lines import decoding_panels, dots_with_intervals, line_over_layers
+from memlens.figures.models import (
+    curves_by_family,
+    model_dots,
+    shares_by_model,
+    similarity_map,
+    sizes,
+)
 from memlens.figures.panels import attribution_panels, recall_panels
 from memlens.figures.scatter import scatter_agreement
 from memlens.figures.theme import OKABE_ITO, TEMPLATE
@@ -19,6 +26,7 @@ __all__ = [
     "TEMPLATE",
     "MetricText",
     "attribution_panels",
+    "curves_by_family",
     "decoding_panels",
     "dots_with_intervals",
     "frontier_panels",
@@ -27,9 +35,13 @@ __all__ = [
     "heatmap_paths",
     "line_over_layers",
     "metric_text",
+    "model_dots",
     "plain",
     "recall_panels",
     "scatter_agreement",
+    "shares_by_model",
+    "similarity_map",
+    "sizes",
     "unique_tokens",
     "visible",
 ]

@@ -5,6 +5,7 @@ The folder holds::
     DIR/run.json            what the folder holds (below)
     DIR/<name>.nc           one result each
     DIR/<name>.parquet      one table each (recall.parquet: the recall scores)
+    DIR/<name>.plotly.json  one figure each that is drawn from no single result
     DIR/report.html         made by `finish` or `report_from_directory`
 
 `run.json` holds::
@@ -15,6 +16,8 @@ The folder holds::
      "results": [{"name", "title", "lead",
                   "figures": [{"options": {...}, "reading": str | null, "caption": str}]}],
      "tables": [{"name", "title", "note", "section"}],
+     "sections": [{"name", "title", "lead"}],
+     "figures": [{"name", "section", "reading", "caption"}],
      "failures": [{"step": str, "message": str}]}
 
 It is rewritten after each addition, whole or not at all, so that a later step that fails loses nothing.
@@ -32,9 +35,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 
 from memlens.errors import ResultError
 from memlens.files import write_atomically
+from memlens.report.figure_files import FIGURE_SUFFIX, save_figure, saved_figures
 from memlens.report.model import FigureBlock, Finding, Section, TableBlock
 from memlens.report.readings import reading
 from memlens.report.render import versions_here, write_report
@@ -109,7 +114,7 @@ class RunDirectory:
     def _clear(self) -> None:
         """Delete what the folder's `run.json` names, then `run.json` itself."""
         old = _read_run(self.path)
-        for part, suffix in (("results", ".nc"), ("tables", ".parquet")):
+        for part, suffix in (("results", ".nc"), ("tables", ".parquet"), ("figures", FIGURE_SUFFIX)):
             for entry in old[part]:
                 (self.path / f"{_file_name(entry['name'])}{suffix}").unlink(missing_ok=True)
         for name in ("run.json", "report.html"):
@@ -141,6 +146,19 @@ class RunDirectory:
         write_atomically(saved, frame.to_parquet())
         entry = {"name": name, "title": title or name.replace("_", " ").capitalize(), "note": note}
         self._put("tables", {**entry, "section": section})
+        return saved
+
+    def add_section(self, name: str, title: str, lead: str = "") -> None:
+        """Open a part of the report that is of no single result: `add_figure` and `add_table` name it."""
+        self._put("sections", {"name": name, "title": title, "lead": lead})
+
+    def add_figure(
+        self, name: str, figure: go.Figure, *, section: str, reading: str = "", caption: str = ""
+    ) -> Path:
+        """Save a figure as `<name>.plotly.json`, to be shown in a section; return the file's path."""
+        saved = self.path / f"{_file_name(name)}{FIGURE_SUFFIX}"
+        save_figure(figure, saved)
+        self._put("figures", {"name": name, "section": section, "reading": reading, "caption": caption})
         return saved
 
     def add_finding(self, finding: Finding) -> None:
@@ -228,7 +246,15 @@ def report_from_directory(path: str | Path, to: str | Path | None = None) -> Pat
         own = [table for table in run["tables"] if table.get("section") == entry["name"]]
         tables = _tables(path, own, warnings)
         sections.append(Section(entry["title"], entry["lead"], _figures(path, entry, warnings), tables))
-    named = {entry["name"] for entry in run["results"]}
+    for entry in run["sections"]:
+        own = [table for table in run["tables"] if table.get("section") == entry["name"]]
+        drawn = [figure for figure in run["figures"] if figure["section"] == entry["name"]]
+        figures = saved_figures(
+            [(path / f"{_file_name(f['name'])}{FIGURE_SUFFIX}", f) for f in drawn], warnings
+        )
+        tables = _tables(path, own, warnings)
+        sections.append(Section(entry["title"], entry["lead"], figures, tables))
+    named = {entry["name"] for part in ("results", "sections") for entry in run[part]}
     left = [table for table in run["tables"] if table.get("section") not in named]
     sections.append(Section("Tables", tables=_tables(path, left, warnings)))
     return write_report(
@@ -284,7 +310,7 @@ def _read_run(path: Path) -> dict[str, Any]:
         "created": now,
     }
     run |= {"finished": False, "settings": {}, "versions": versions_here()}
-    run |= {"findings": [], "results": [], "tables": [], "failures": []}
+    run |= {"findings": [], "results": [], "tables": [], "failures": [], "sections": [], "figures": []}
     file = path / "run.json"
     if not file.exists():
         return run

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 
@@ -17,8 +17,9 @@ from memlens.sequences import SequenceSet
 from memlens.sweeps.budget import Budget, portions, position_bytes
 from memlens.sweeps.entries import entry_of
 from memlens.sweeps.interventions import Intervention
+from memlens.sweeps.shapes import ModelShape
 
-__all__ = ["Plan", "intervention_flops", "plan"]
+__all__ = ["Plan", "intervention_flops", "plan", "plan_shape"]
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,59 @@ def plan(
     if len(sequences) == 0:
         raise EmptySetError("there are no sequences to plan for: give at least one.")
     trunk = Trunk(model)
+    count = _counted(
+        trunk, sequences, interventions, Budget.of(trunk, sequences, memory_budget, batch_size),
+        carries=_carries(trunk, sequences),
+    )  # fmt: skip
+    found = _plan_of(trunk, sequences, interventions, count)
+    return replace(found, expected_seconds=_calibrated(trunk, sequences, count)) if calibrate else found
+
+
+def plan_shape(
+    shape: ModelShape,
+    sequences: SequenceSet,
+    interventions: Sequence[Intervention],
+    *,
+    memory_budget: int = 2**34,
+    batch_size: int | None = None,
+) -> Plan:
+    """Say what `sweep` would cost on a model of a given shape, which need not be here.
+
+    Args:
+        shape: Of the model.
+        sequences: What it would run on; only lengths count.
+        interventions: What it would run; none gives the baseline pass alone.
+        memory_budget: Bytes for activations.
+        batch_size: Sequences in a batch.
+
+    Returns:
+        As `plan`, without seconds.
+    """
+    if len(sequences) == 0:
+        raise EmptySetError("there are no sequences to plan for: give at least one.")
+    trunk = cast("Trunk", shape)  # the counting reads sizes only
     budget = Budget.of(trunk, sequences, memory_budget, batch_size)
-    count = _Count(trunk, carries=_carries(trunk, sequences))
+    count = _counted(trunk, sequences, interventions, budget, carries=True)
+    return _plan_of(trunk, sequences, interventions, count)
+
+
+def _counted(
+    trunk: Trunk,
+    sequences: SequenceSet,
+    interventions: Sequence[Intervention],
+    budget: Budget,
+    *,
+    carries: bool,
+) -> _Count:
+    count = _Count(trunk, carries=carries)
     for first in range(0, len(sequences), budget.batch_size):
         count.batch(sequences[first : first + budget.batch_size], interventions, budget)
-    seconds = _calibrated(trunk, sequences, count) if calibrate else None
+    return count
+
+
+def _plan_of(
+    trunk: Trunk, sequences: SequenceSet, interventions: Sequence[Intervention], count: _Count
+) -> Plan:
     return Plan(
         n_sequences=len(sequences),
         n_interventions=len(interventions),
@@ -111,7 +160,7 @@ def plan(
         block_flops=count.flops,
         unembed_flops=2.0 * trunk.d_model * trunk.d_vocab * count.targets,
         bytes=count.kept + count.working,
-        expected_seconds=seconds,
+        expected_seconds=None,
     )
 
 

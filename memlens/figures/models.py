@@ -1,0 +1,283 @@
+"""Many models in one figure: rates against size, curves by family, shares, and how alike models are.
+
+The arguments are tidy tables, one row a point, with the columns `model` and `family` where colors and panels
+are made of them. As everywhere, the figure is returned and not shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from jaxtyping import Float
+from plotly.subplots import make_subplots
+
+from memlens.errors import ResultError
+from memlens.figures import theme
+from memlens.figures.labels import plain
+
+__all__ = ["curves_by_family", "model_dots", "shares_by_model", "similarity_map", "sizes"]
+
+_DASHES = ("solid", "dot", "dash", "dashdot")
+
+
+def sizes(frame: pd.DataFrame, *, title: str = "Recall and size", subtitle: str = "") -> go.Figure:
+    """Draw the rate (up) against the number of parameters (right, logarithmic), one line a family.
+
+    Args:
+        frame: Columns `model`, `family`, `n_params`, `rate`, `low`, `high`.
+        title: What is shown.
+        subtitle: On how many sequences.
+    """
+    _check(frame, ("model", "family", "n_params", "rate", "low", "high"))
+    fig = go.Figure()
+    families = list(dict.fromkeys(frame["family"].astype(str)))
+    for family, color in zip(families, theme.group_colors(families), strict=True):
+        part = frame.loc[frame["family"].astype(str) == family].sort_values("n_params")
+        fig.add_trace(
+            go.Scatter(
+                x=part["n_params"], y=part["rate"], name=plain(family), mode="lines+markers", showlegend=True,
+                line={"color": color, "width": 2}, marker={"size": 8},
+                error_y=_bars(part["rate"], part["low"], part["high"], color),
+                text=[plain(name) for name in part["model"]],
+                hovertemplate="%{text}<br>%{x:.3s} parameters<br>rate %{y:.4g}<extra></extra>",
+            )
+        )  # fmt: skip
+    fig.update_xaxes(type="log", title_text="parameters")
+    fig.update_yaxes(title_text="share recalled exactly", rangemode="tozero")
+    return theme.figure(fig, title=title, subtitle=subtitle, height=440)
+
+
+def curves_by_family(
+    frame: pd.DataFrame,
+    x: str,
+    *,
+    dash: str | None = None,
+    x_title: str = "",
+    y_title: str = "",
+    log_x: bool = False,
+    title: str = "",
+    subtitle: str = "",
+) -> go.Figure:
+    """Draw one panel a family and one line a model, with its interval as a band.
+
+    Args:
+        frame: Columns `model`, `family`, `x`, `mean`, and where there are intervals `low` and `high`.
+        x: The column to the right.
+        dash: A column whose values are drawn as solid, dotted, dashed lines (say memorized and control), and
+            in colors of their own where each family has one model.
+        x_title: What `x` is called.
+        y_title: What `mean` is.
+        log_x: A logarithmic axis; points at 0 are left out.
+        title: What is shown.
+        subtitle: On how many sequences.
+    """
+    _check(frame, ("model", "family", x, "mean", *([dash] if dash else [])))
+    families = list(dict.fromkeys(frame["family"].astype(str)))
+    columns = min(3, len(families))
+    rows = -(-len(families) // columns)
+    fig = make_subplots(
+        rows, columns, shared_yaxes=True, subplot_titles=[plain(name) for name in families],
+        vertical_spacing=0.12, horizontal_spacing=0.03,
+    )  # fmt: skip
+    kinds = list(dict.fromkeys(frame[dash].astype(str))) if dash else [""]
+    by_kind = len(kinds) > 1 and len(set(frame["model"])) == len(families)
+    shades = dict(zip(kinds, theme.group_colors(kinds), strict=True)) if by_kind else {}
+    for place, family in enumerate(families):
+        part = frame.loc[frame["family"].astype(str) == family]
+        models = list(dict.fromkeys(part["model"].astype(str)))
+        for model, color in zip(models, theme.group_colors(models), strict=True):
+            for kind, style in zip(kinds, _DASHES * len(kinds), strict=False):
+                line = part.loc[part["model"].astype(str) == model]
+                line = line.loc[line[dash].astype(str) == kind] if dash else line
+                if log_x:
+                    line = line.loc[line[x] > 0]
+                label = f"{model}, {kind}" if kind else model
+                for trace in _line(line.sort_values(x), x, label, shades.get(kind, color), style):
+                    fig.add_trace(trace, row=place // columns + 1, col=place % columns + 1)
+    fig.update_xaxes(title_text=x_title or x, type="log" if log_x else "linear", zeroline=False)
+    fig.update_yaxes(title_text=y_title, col=1)
+    return theme.figure(fig, title=title, subtitle=subtitle, height=180 + 260 * rows)
+
+
+def _line(part: pd.DataFrame, x: str, label: str, color: str, style: str) -> list[go.Scatter]:
+    traces = []
+    if {"low", "high"} <= set(part) and np.isfinite(part["low"]).any():
+        band = part[np.isfinite(part["low"]) & np.isfinite(part["high"])]
+        traces.append(
+            go.Scatter(
+                x=[*band[x], *band[x][::-1]], y=[*band["high"], *band["low"][::-1]], fill="toself",
+                fillcolor=theme.translucent(color, 0.12), line={"width": 0}, mode="lines", hoverinfo="skip",
+                showlegend=False, legendgroup=label,
+            )
+        )  # fmt: skip
+    traces.append(
+        go.Scatter(
+            x=part[x], y=part["mean"], mode="lines+markers", name=plain(label), legendgroup=label,
+            showlegend=True, line={"color": color, "dash": style, "width": 2}, marker={"size": 5},
+            hovertemplate=f"{plain(label)}<br>%{{x:.4g}}: %{{y:.4g}}<extra></extra>",
+        )
+    )  # fmt: skip
+    return traces
+
+
+def shares_by_model(
+    frame: pd.DataFrame, part: str, value: str = "share", *, title: str = "", subtitle: str = ""
+) -> go.Figure:
+    """Draw one bar a model, made of the shares of its parts.
+
+    Args:
+        frame: Columns `model`, `part`, `value`; the parts of a model add up to 1.
+        part: The column that says which part.
+        value: The column of shares.
+        title: What is shown.
+        subtitle: On how many sequences.
+    """
+    _check(frame, ("model", part, value))
+    parts = list(dict.fromkeys(frame[part].astype(str)))
+    fig = go.Figure()
+    for name, color in zip(parts, theme.group_colors(parts), strict=True):
+        here = frame[frame[part].astype(str) == name]
+        fig.add_trace(
+            go.Bar(
+                y=[plain(model) for model in here["model"]], x=here[value], name=plain(name), orientation="h",
+                marker={"color": color}, showlegend=True,
+                hovertemplate=f"%{{y}}<br>{plain(name)}: %{{x:.3g}}<extra></extra>",
+            )
+        )  # fmt: skip
+    fig.update_layout(barmode="stack")
+    fig.update_xaxes(title_text="share", range=[0, 1])
+    fig.update_yaxes(autorange="reversed", type="category")
+    return theme.figure(fig, title=title, subtitle=subtitle, height=220 + 24 * len(set(frame["model"])))
+
+
+def model_dots(
+    frame: pd.DataFrame,
+    *,
+    x_title: str = "",
+    reference: str | None = None,
+    title: str = "",
+    subtitle: str = "",
+) -> go.Figure:
+    """Draw a dot with its interval for each model, in its family's color.
+
+    Args:
+        frame: Columns `model`, `family`, `mean`, `low`, `high`; a model may have several rows, which a column
+            `kind` tells apart.
+        x_title: What `mean` is.
+        reference: A column drawn as a gray mark beside each dot, say what chance gives.
+        title: What is shown.
+        subtitle: On how many sequences.
+    """
+    _check(frame, ("model", "family", "mean", "low", "high", *([reference] if reference else [])))
+    labels = [
+        plain(f"{model}: {kind}" if kind else model)
+        for model, kind in zip(
+            frame["model"], frame["kind"] if "kind" in frame else [""] * len(frame), strict=True
+        )
+    ]
+    families = list(dict.fromkeys(frame["family"].astype(str)))
+    fig = go.Figure()
+    for family, color in zip(families, theme.group_colors(families), strict=True):
+        here = (frame["family"].astype(str) == family).to_numpy()
+        part = frame.loc[here]
+        fig.add_trace(
+            go.Scatter(
+                x=part["mean"], y=[label for label, own in zip(labels, here, strict=True) if own],
+                mode="markers", name=plain(family), showlegend=True, marker={"color": color, "size": 9},
+                error_x=_bars(part["mean"], part["low"], part["high"], color),
+                hovertemplate="%{y}<br>%{x:.4g}<extra></extra>",
+            )
+        )  # fmt: skip
+    if reference:
+        fig.add_trace(
+            go.Scatter(
+                x=frame[reference], y=labels, mode="markers", name="chance", showlegend=True,
+                marker={"color": "#9aa5b1", "symbol": "line-ns-open", "size": 12, "line": {"width": 2}},
+                hovertemplate="%{y}<br>chance %{x:.4g}<extra></extra>",
+            )
+        )  # fmt: skip
+    fig.update_xaxes(title_text=x_title, zeroline=True)
+    fig.update_yaxes(type="category", categoryorder="array", categoryarray=labels[::-1], automargin=True)
+    return theme.figure(fig, title=title, subtitle=subtitle, height=200 + 26 * len(labels))
+
+
+def similarity_map(
+    similarity: Float[np.ndarray, "model model"],
+    labels: Sequence[str],
+    merges: Float[np.ndarray, "merge 4"],
+    order: Sequence[int],
+    *,
+    title: str = "How alike models are",
+    subtitle: str = "",
+) -> go.Figure:
+    """Draw the similarity of all pairs as a map, in the order of the clustering that stands above it.
+
+    Args:
+        similarity: Of all pairs.
+        labels: Of the models.
+        merges: A clustering of them in scipy's form; its heights are distances.
+        order: Of its leaves.
+        title: What is shown.
+        subtitle: What similarity is.
+    """
+    if similarity.shape != (len(labels), len(labels)):
+        raise ResultError(f"{len(labels)} labels for a map of shape {similarity.shape}: give one each.")
+    fig = make_subplots(2, 1, row_heights=[0.25, 0.75], vertical_spacing=0.02, shared_xaxes=True)
+    for xs, ys in _branches(merges, order):
+        fig.add_trace(
+            go.Scatter(
+                x=xs, y=ys, mode="lines", line={"color": "#52606d", "width": 1.5}, hoverinfo="skip",
+                showlegend=False,
+            ),
+            row=1,
+            col=1,
+        )  # fmt: skip
+    names, places = [plain(labels[i]) for i in order], list(range(len(order)))
+    values = similarity[np.ix_(order, order)]
+    fig.add_trace(
+        go.Heatmap(
+            z=values, x=places, y=places, colorscale=theme.magnitude_scale(), zmax=1.0,
+            customdata=np.array([[f"{a} and {b}" for b in names] for a in names]),
+            colorbar={"title": {"text": "similarity"}, "thickness": 14, "len": 0.72, "y": 0.36},
+            hovertemplate="%{customdata}<br>%{z:.3f}<extra></extra>",
+        ),
+        row=2,
+        col=1,
+    )  # fmt: skip
+    axis: dict[str, Any] = {"tickmode": "array", "tickvals": places, "ticktext": names, "showgrid": False}
+    fig.update_xaxes({**axis, "tickangle": -50}, row=2, col=1)
+    fig.update_yaxes({**axis, "autorange": "reversed"}, row=2, col=1)
+    fig.update_yaxes(title_text="distance", rangemode="tozero", row=1, col=1)
+    return theme.figure(fig, title=title, subtitle=subtitle, height=360 + 26 * len(labels))
+
+
+def _branches(
+    merges: Float[np.ndarray, "merge 4"], order: Sequence[int]
+) -> list[tuple[list[float], list[float]]]:
+    """Return the lines of a dendrogram whose leaves stand at 0, 1, … in the given order."""
+    n = len(order)
+    places: dict[int, tuple[float, float]] = {leaf: (float(i), 0.0) for i, leaf in enumerate(order)}
+    lines = []
+    for i, (a, b, height, _) in enumerate(merges.tolist()):
+        (xa, ya), (xb, yb) = places[int(a)], places[int(b)]
+        lines.append(([xa, xa, xb, xb], [ya, height, height, yb]))
+        places[n + i] = ((xa + xb) / 2, height)
+    return lines
+
+
+def _bars(mean: Any, low: Any, high: Any, color: str) -> dict[str, Any]:
+    return {
+        "type": "data", "symmetric": False, "array": high - mean, "arrayminus": mean - low,
+        "color": theme.translucent(color, 0.6), "thickness": 1.5,
+    }  # fmt: skip
+
+
+def _check(frame: pd.DataFrame, columns: Sequence[str]) -> None:
+    missing = [name for name in columns if name not in frame]
+    if missing or frame.empty:
+        what = f"lacks the columns {', '.join(missing)}" if missing else "has no rows"
+        raise ResultError(f"the table to draw {what}: give {', '.join(columns)}.")
