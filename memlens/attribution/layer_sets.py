@@ -171,7 +171,8 @@ def search_layer_sets(
     Example:
         >>> import memlens as ml
         >>> model = ml.load_model("zoo/pythia-s")
-        >>> seqs = ml.load_sequences("zoo", model)[-8:]
+        >>> some = ml.load_sequences("zoo", model)[::5]
+        >>> seqs = ml.score_recall(model, some, generate=False, progress=False).memorized()
         >>> tasks = ml.local_tasks("zoo", model, names=["agreement"], n=20)
         >>> found = ml.search_layer_sets(model, seqs, tasks, exact_layers=1, exact_pool=2, progress=False)
         >>> sorted(found.best)

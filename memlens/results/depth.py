@@ -11,7 +11,7 @@ def quartiles(n_layers: int, parts: int = 4) -> list[list[int]]:
     """Return the layers of each quartile of depth: layer l is in part floor(4 (l + 1/2) / L).
 
     >>> quartiles(6)
-    [[0], [1, 2], [3, 4], [5]]
+    [[0], [1, 2], [3], [4, 5]]
     """
     place = [min(parts - 1, int(parts * (layer + 0.5) / n_layers)) for layer in range(n_layers)]
     return [[layer for layer in range(n_layers) if place[layer] == part] for part in range(parts)]

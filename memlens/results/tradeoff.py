@@ -132,7 +132,8 @@ def edit_tradeoff(
     Example:
         >>> import memlens as ml
         >>> model = ml.load_model("zoo/pythia-s")
-        >>> seqs = ml.load_sequences("zoo", model)[-8:]
+        >>> some = ml.load_sequences("zoo", model)[::5]
+        >>> seqs = ml.score_recall(model, some, generate=False, progress=False).memorized()
         >>> tasks = ml.local_tasks("zoo", model, names=["agreement", "tense"], n=20)
         >>> edits = [ml.bypass_intervention(model, i, coords={"layer": i}) for i in range(6)]
         >>> found = ml.edit_tradeoff(
