@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
+import xarray as xr
 
+from memlens.attribution.layer_sets import layers_label
 from memlens.report import Finding
 from memlens.results import Result
+from memlens.results.depth import quartiles
 from memlens.studies.bypass_controls import MEMORIZED, UNTRAINED
 from memlens.studies.statistics import mean_estimate
 
-__all__ = ["any_stack", "bounded", "heads_against_blocks", "special"]
+__all__ = ["any_stack", "beside_removal", "bounded", "heads_against_blocks", "special"]
 
 
 def special(table: pd.DataFrame) -> Finding:
@@ -46,6 +51,50 @@ def special(table: pd.DataFrame) -> Finding:
         None,
         f"effect of the same bypass on memorized text {row[MEMORIZED]:.3g}, on {control} text "
         f"{row[control]:.3g} nats a token",
+    )
+
+
+def beside_removal(results: Mapping[str, Result], parts: int, seed: int) -> Finding | None:
+    """Whether late blocks' bypass does more than taking their attention away; None without such an edit."""
+    main = results[MEMORIZED]
+    if not {"identity", "mean"} <= set(main["edit"].values.tolist()):
+        return None
+    last = [part for part in quartiles(main.data.sizes["layer"], parts) if part][-1]
+
+    def changed(result: Result, edit: str) -> xr.DataArray:
+        return result.effect("target_logprob").sel(edit=edit).isel(layer=last).mean("layer")
+
+    def said(edit: str) -> str:
+        left = main["exact_match"].sel(edit=edit).isel(layer=last).mean()
+        return f"{mean_estimate(changed(main, edit), seed=seed)} (exact match left {float(left):.2f})"
+
+    gaps = {
+        name: mean_estimate(changed(result, "identity") - changed(result, "mean"), seed=seed)
+        for name, result in results.items()
+    }
+    gap = gaps[MEMORIZED]
+    words = (
+        "So most of what it does there is not the loss of what attention brings in, but what it writes "
+        "instead: "
+        "each token's own values at full weight."
+        if gap.high < 0 and gap.value < 0.5 * float(changed(main, "identity").mean())
+        else "So it does surely more than a removal."
+        if gap.high < 0
+        else "So it does not surely do more than a removal."
+    )
+    zero = f", by nothing {said('zero')}" if "zero" in main["edit"].values else ""
+    return Finding(
+        "Bypass against removal, late blocks",
+        f"In blocks {layers_label(last)} the bypass changes the log-probability of memorized text by "
+        f"{said('identity')} nats a token, attention replaced by its mean {said('mean')}{zero}. {words}",
+        gap.value,
+        gap.low,
+        gap.high,
+        "nats a token, bypass less mean",
+        gap.n,
+        "the same difference: " + "; ".join(f"{name} {e}" for name, e in gaps.items() if name != MEMORIZED)
+        if len(gaps) > 1
+        else None,
     )
 
 

@@ -118,6 +118,9 @@ def edits(study: BypassContext) -> None:
         section="edits",
     )  # fmt: skip
     study.folder.find(control.special(table))
+    removal = control.beside_removal(results, study.options.quartiles, study.options.seed)
+    if removal is not None:
+        study.folder.find(removal)
     study.folder.find(control.any_stack(depth))
 
 

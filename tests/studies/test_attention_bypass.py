@@ -85,6 +85,7 @@ def test_all_parts_ran_and_stand_in_the_report(run: StudyRun, folder: Path) -> N
         "The most selective set of blocks",
         "Single heads",
         "What is special to memorized text",
+        "Bypass against removal, late blocks",
         "What any residual stack does",
         "Bounds",
     ]
@@ -227,6 +228,22 @@ def test_the_table_of_controls_is_the_saved_edits(folder: Path) -> None:
     sizes = np.abs(effect.isel(sequence=edits["group"].values == "untrained weights").sel(edit="zero"))
     order = pd.Series(sizes.mean("sequence").values).corr(pd.Series(range(6)), method="spearman")
     assert depth.loc[("zero", "untrained weights"), "correlation"] == pytest.approx(order)
+
+
+def test_late_bypass_is_set_against_removal(run: StudyRun, folder: Path) -> None:
+    edits = ml.load_result(folder / "edits_by_group.nc").data
+    mine = edits.isel(sequence=edits["group"].values == "memorized").sel(layer=[4, 5])
+    gap = (mine["target_logprob"].sel(edit="identity") - mine["target_logprob"].sel(edit="mean")).mean(
+        "layer"
+    )
+    finding = next(f for f in run.findings if f.title == "Bypass against removal, late blocks")
+    assert finding.estimate == pytest.approx(float(gap.mean()), abs=1e-6)
+    assert finding.low is not None
+    assert finding.low < float(gap.mean()) < (finding.high or 0)
+    whole = mine["target_logprob"].sel(edit="identity") - mine["target_logprob_baseline"]
+    if (finding.high or 0) < 0 and float(gap.mean()) < 0.5 * float(whole.mean()):
+        assert "not the loss of what attention brings in" in finding.statement
+    assert "predictable" in (finding.control or "")
 
 
 def test_a_killed_run_is_taken_up(
