@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from memlens.console import OUT, DeviceOption, QuietOption, SeedOption, print_table
+from memlens.cli.console import OUT, DeviceOption, QuietOption, SeedOption, print_table
 from memlens.errors import OptionError
 
 __all__ = ["zoo_app"]

@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from memlens.bypass_cli import run_bypass
-from memlens.comparative_cli import run_comparative
-from memlens.console import (
+from memlens.cli.bypass import run_bypass
+from memlens.cli.comparative import run_comparative
+from memlens.cli.console import (
     ERR,
     OUT,
     BackendOption,
@@ -33,11 +33,11 @@ from memlens.console import (
     print_run,
     print_table,
 )
+from memlens.cli.generate import generate
+from memlens.cli.lens import lens_app
+from memlens.cli.run import run_app
+from memlens.cli.zoo import zoo_app
 from memlens.errors import MemlensError, check_option
-from memlens.generate_cli import generate
-from memlens.lens_cli import lens_app
-from memlens.run_cli import run_app
-from memlens.zoo_cli import zoo_app
 
 __all__ = ["app", "main"]
 

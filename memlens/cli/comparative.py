@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memlens.console import (
+from memlens.cli.console import (
     OUT,
     BackendOption,
     DeviceOption,
@@ -97,14 +97,17 @@ def run_comparative(
 
 def _with_checkpoints(entries: Sequence[StudyModel], given: Sequence[str]) -> list[StudyModel]:
     """Return the models with the training steps that are followed."""
-    from memlens.studies.comparative_config import steps_of
+    import memlens as ml
 
     wanted: dict[str, tuple[int, ...]] = {}
     for entry in given:
         name, _, steps = entry.partition("=")
         if not steps or (steps != "all" and not steps.replace(",", "").isdigit()):
             raise OptionError(f"--checkpoints {entry!r} is not clear: give MODEL=100,200 or MODEL=all.")
-        wanted[name] = steps_of(name) if steps == "all" else tuple(int(s) for s in steps.split(",") if s)
+        steps_of_model = (
+            ml.checkpoint_steps(name) if steps == "all" else map(int, filter(None, steps.split(",")))
+        )
+        wanted[name] = tuple(steps_of_model)
     unknown = sorted(set(wanted) - {entry.label for entry in entries})
     if unknown:
         raise OptionError(

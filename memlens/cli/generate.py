@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from memlens.console import OUT, BackendOption, DeviceOption, DtypeOption, ModelOption, RevisionOption
+from memlens.cli.console import OUT, BackendOption, DeviceOption, DtypeOption, ModelOption, RevisionOption
 from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError
 
 __all__ = ["continuations", "generate", "parse_layers", "read_prompts"]

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memlens.console import (
+from memlens.cli.console import (
     BackendOption,
     DeviceOption,
     DtypeOption,
+    ModelOption,
     QuietOption,
     RevisionOption,
     SeedOption,
@@ -31,9 +32,7 @@ __all__ = ["run_bypass"]
 
 
 def run_bypass(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="Hub name, checkpoint folder, .gguf file or zoo name.")
-    ],
+    model: ModelOption,
     out: Annotated[Path, typer.Option(help="Folder for results and report.")],
     corpus: Annotated[
         str | None,

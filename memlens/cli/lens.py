@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from memlens.console import (
+from memlens.cli.console import (
     OUT,
     BackendOption,
     DeviceOption,

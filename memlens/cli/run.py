@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memlens.console import (
+from memlens.cli.console import (
     BackendOption,
     DeviceOption,
     DtypeOption,
