@@ -41,6 +41,11 @@ class FrozenRuns:
         mlps: "recomputed" or "frozen".
     """
 
+    trunk: Trunk
+    mlps: str
+    base: ActivationSource
+    source: ActivationSource
+
     def __init__(
         self, model: Any, base: SequenceSet, source: SequenceSet, layers: Sequence[int], mlps: str
     ) -> None:

@@ -30,6 +30,12 @@ class ActivationSource:
         under: An edit that the source runs under.
     """
 
+    trunk: Trunk
+    source: SequenceSet
+    names: list[str]
+    under: Intervention | None
+    rows: Tensor
+
     def __init__(
         self,
         model: Any,

@@ -48,7 +48,7 @@ from memlens.errors import MemlensError, check_option
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     help="Find where in a language model a memorized sequence is recalled.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["lens_app"]
 
-lens_app = typer.Typer(help="Tuned lenses: affine translators for residual decoding.", no_args_is_help=True)
+lens_app: typer.Typer = typer.Typer(
+    help="Tuned lenses: affine translators for residual decoding.", no_args_is_help=True
+)
 
 
 @lens_app.callback()

@@ -36,7 +36,9 @@ from memlens.errors import OptionError, SourceNotFoundError
 
 __all__ = ["run_app"]
 
-run_app = typer.Typer(help="Run a study and write its results and report to a folder.", no_args_is_help=True)
+run_app: typer.Typer = typer.Typer(
+    help="Run a study and write its results and report to a folder.", no_args_is_help=True
+)
 
 
 @run_app.command("localize")

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["zoo_app"]
 
-zoo_app = typer.Typer(help="Models with known memories, bundled or trained on demand.", no_args_is_help=True)
+zoo_app: typer.Typer = typer.Typer(
+    help="Models with known memories, bundled or trained on demand.", no_args_is_help=True
+)
 
 _DEFAULT = "pythia-s"
 

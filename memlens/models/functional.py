@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memlens.errors import UnsupportedModelError
-from memlens.models.block_weights import BlockWeights, read_block, read_unembedding
+from memlens.models.block_weights import BlockWeights, Linear, Norm, read_block, read_unembedding
 from memlens.models.trunk import Trunk
 
 __all__ = ["FunctionalBlocks", "KeysValues"]
@@ -48,6 +48,12 @@ class FunctionalBlocks:
     Raises:
         UnsupportedModelError: A block has a form that is not known.
     """
+
+    n_heads: int
+    n_kv: int
+    d_head: int
+    final_norm: Norm
+    unembedding: Linear
 
     def __init__(self, trunk: Trunk, layers: Sequence[int], width: int) -> None:
         self.trunk = trunk

@@ -54,6 +54,8 @@ class NgramReference:
         array([0.625])
     """
 
+    name: str
+
     def __init__(
         self,
         corpus: Corpus | Iterable[str],

@@ -79,6 +79,9 @@ class ModelReference:
         SequenceError: The model has no tokenizer, or none with such a token.
     """
 
+    tokenizer: Tokenizer
+    name: str
+
     def __init__(self, model: Any, *, name: str | None = None, prepend_bos: bool = False) -> None:
         self.model = model
         self.tokenizer = need_tokenizer(getattr(model, "tokenizer", None))

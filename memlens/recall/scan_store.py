@@ -38,6 +38,10 @@ class ScanStore:
         ResultError: The folder holds another scan, or a manifest that cannot be read.
     """
 
+    folder: Path
+    manifest: Path
+    key: str
+
     def __init__(self, folder: str | Path, about: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
         self.manifest = self.folder / "manifest.json"

@@ -65,6 +65,8 @@ class LazyTargetStats:
         mask: True where a target stands.
     """
 
+    mask: Tensor
+
     def __init__(
         self,
         logits: Float[Tensor, "seq target vocab"],

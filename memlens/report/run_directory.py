@@ -90,6 +90,8 @@ class RunDirectory:
         'report.html'
     """
 
+    path: Path
+
     def __init__(
         self,
         path: str | Path,

@@ -23,7 +23,7 @@ from memlens.errors import SequenceError
 from memlens.sequences.rows import Rows, check_rows, check_shapes, checked_table, pad, row_index, some, span
 
 if TYPE_CHECKING:
-    import datasets
+    from datasets import Dataset
 
 __all__ = ["Attr", "SequenceSet"]
 
@@ -239,7 +239,7 @@ class SequenceSet:
 
         return read_parquet(path)[0]
 
-    def to_dataset(self) -> datasets.Dataset:
+    def to_dataset(self) -> Dataset:
         """Return a Hugging Face dataset with the columns that `to_parquet` writes.
 
         `memlens.load_sequences(dataset)` reads it back; so it does once it was pushed to the hub
@@ -248,11 +248,12 @@ class SequenceSet:
         >>> SequenceSet.from_tokens([[5, 6, 7], [8, 9, 3]], 1).to_dataset().column_names
         ['id', 'tokens', 'prefix_len']
         """
-        import datasets
+        from datasets import Dataset
+        from datasets.table import InMemoryTable
 
         from memlens.sequences.parquet import as_arrow
 
-        return datasets.Dataset(datasets.table.InMemoryTable(as_arrow(self)))
+        return Dataset(InMemoryTable(as_arrow(self)))
 
     def __repr__(self) -> str:
         facts = [f"prefix {span(self.prefix_len)}", f"continuation {span(self.n_targets)} tokens"]

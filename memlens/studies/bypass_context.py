@@ -25,6 +25,14 @@ METRICS = ("exact_match", "target_accuracy", "target_logprob", "completion_entro
 class BypassContext:
     """A model with its sequences, the folder, the options, and what was measured so far."""
 
+    inputs: BypassInputs
+    folder: StudyDirectory
+    options: BypassOptions
+    progress: bool
+    model: Any
+    n_layers: int
+    groups: dict[str, SequenceSet]
+
     def __init__(
         self, inputs: BypassInputs, folder: StudyDirectory, options: BypassOptions, *, progress: bool
     ) -> None:

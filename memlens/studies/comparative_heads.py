@@ -133,6 +133,14 @@ class HeadEffects:
         ResultError: There are no sequences.
     """
 
+    shape: tuple[int, int]
+    table: Float[np.ndarray, "sequence site"]
+    left_out: dict[str, int]
+    domains: list[str]
+    rows: dict[str, np.ndarray]
+    n_heads: int
+    k: int
+
     def __init__(
         self, importance: xr.DataArray, domains: np.ndarray, *, fraction: float = 0.2, least: int = 4
     ) -> None:

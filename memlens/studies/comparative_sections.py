@@ -31,6 +31,10 @@ class Sections:
         tables: What was made so far, by name, all models.
     """
 
+    models: list[SavedModel]
+    folder: StudyDirectory
+    options: ComparativeOptions
+
     def __init__(
         self, models: Sequence[SavedModel], folder: StudyDirectory, options: ComparativeOptions
     ) -> None:

@@ -38,6 +38,8 @@ class ModelStore:
         ResultError: `model.json` is damaged.
     """
 
+    path: Path
+
     def __init__(self, folder: str | Path, facts: Mapping[str, Any]) -> None:
         self.path = Path(folder)
         self.path.mkdir(parents=True, exist_ok=True)

@@ -52,6 +52,15 @@ class Unfolding:
         progress: Show progress bars.
     """
 
+    model: Any
+    name: str
+    folder: StudyDirectory
+    natural: SequenceSet | None
+    lens: TunedLens | None
+    options: IdiomOptions
+    progress: bool
+    items: SequenceSet
+
     def __init__(
         self,
         model: Any,

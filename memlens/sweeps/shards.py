@@ -86,6 +86,11 @@ class ShardStore:
         ResultError: Its manifest cannot be read.
     """
 
+    folder: Path
+    manifest: Path
+    key: str
+    shards: list[Shard]
+
     def __init__(self, folder: str | Path, about: Mapping[str, str], shards: Sequence[Shard]) -> None:
         self.folder = Path(folder)
         self.manifest = self.folder / "manifest.json"

@@ -25,6 +25,8 @@ _HEARD: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 class EditWatch:
     """Notices which hooks fired and which changed their activation, for hooks not yet known to be heard."""
 
+    heard: set[str]
+
     def __init__(self, model: Any, probe_tokens: Tensor) -> None:
         self.model = model
         self.probe_tokens = probe_tokens
