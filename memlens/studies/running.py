@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,12 +68,13 @@ class StudyDirectory(RunDirectory):
             name: Of the sweep.
             work: Runs it, given `out=`.
         """
-        for number in count(1):
+        number = 1
+        while True:
             try:
                 return work(out=self.place(name if number == 1 else f"{name}-{number}"))
             except OtherSweepError as error:
                 _LOG.info("%s", error)
-        raise AssertionError("unreachable")
+                number += 1
 
     def scored(self, name: str, model: Any, seqs: SequenceSet, **options: Any) -> RecallScores:
         """Score recall, or read the scores that an earlier run kept.
