@@ -54,7 +54,8 @@ if TYPE_CHECKING:
         tasks_from_lm_eval,
         train_tuned_lens,
     )
-    from memlens.attribution.layer_sets import LayerSetSearch, search_layer_sets
+    from memlens.attribution.layer_set_results import LayerSetSearch
+    from memlens.attribution.layer_sets import search_layer_sets
     from memlens.models.families import families_table
     from memlens.models.loading import load_model
     from memlens.models.trunk import Trunk
@@ -202,10 +203,8 @@ _HOMES: dict[str, str] = {
         "memlens.results.task_summary": ("task_summary",),
         "memlens.sequences.idioms": ("idiom_defects",),
         "memlens.organisms.local_tasks": ("local_tasks",),
-        "memlens.attribution.layer_sets": (
-            "LayerSetSearch",
-            "search_layer_sets",
-        ),
+        "memlens.attribution.layer_set_results": ("LayerSetSearch",),
+        "memlens.attribution.layer_sets": ("search_layer_sets",),
         "memlens.results.tradeoff": ("edit_tradeoff",),
     }.items()
     for name in names

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
@@ -13,112 +12,21 @@ import pandas as pd
 import xarray as xr
 
 from memlens.attribution.bypass import bypass_intervention
+from memlens.attribution.layer_set_results import Layers, LayerSetSearch
 from memlens.attribution.task_evaluation import evaluate_tasks
 from memlens.attribution.tasks import ChoiceTask
 from memlens.errors import EmptySetError, OptionError, check_option
 from memlens.models.trunk import Trunk
 from memlens.results import Result
-from memlens.results.depth import quartiles
-from memlens.results.statistics import halves
-from memlens.results.tradeoff import OVER, Tradeoff, edit_tradeoff, on_frontier, tasks_above_chance
+from memlens.results.depth import layers_label, quartiles
+from memlens.results.groups import take_half
+from memlens.results.tradeoff import OVER, Tradeoff, edit_tradeoff, tasks_above_chance
 from memlens.sequences import SequenceSet
 from memlens.sweeps import sweep
 
-__all__ = [
-    "LayerSetSearch",
-    "layers_label",
-    "named_layer_sets",
-    "search_layer_sets",
-    "take_half",
-]
+__all__ = ["named_layer_sets", "search_layer_sets"]
 
-Layers = tuple[int, ...]
 _METRICS = ("exact_match", "target_accuracy", "target_logprob")
-
-
-@dataclass(frozen=True, eq=False)
-class LayerSetSearch:
-    """What bypassing sets of blocks did: chosen on one half of the data, scored on the other.
-
-    Attributes:
-        recall: Kind "bypass_sets": exact match, target accuracy and target log-probability
-            `(sequence, layers)` of all sequences, both halves.
-        accuracy: Kind "task_accuracy" `(sequence, layers)`: the questions of all tasks.
-        sets: Layers by their label, in the order of the results.
-        table: One row for each set: `layers` (its label), `size`, `kinds` (how it came to be tried),
-            `selectivity_chosen` (on the choosing half), and on the scoring half the columns of
-            `Tradeoff.table`.
-        best: The label that each kind of search chose ("single block", "suffix", "quartile", "greedy",
-            "exact", "any").
-        choosing: The trade-off on the choosing half.
-        scoring: The trade-off on the scoring half.
-        settings: Every parameter.
-    """
-
-    recall: Result
-    accuracy: Result
-    sets: Mapping[str, Layers]
-    table: pd.DataFrame
-    best: Mapping[str, str]
-    choosing: Tradeoff
-    scoring: Tradeoff
-    settings: Mapping[str, Any]
-
-    def best_table(self) -> pd.DataFrame:
-        """Return what each kind of search chose, with its score on the half that it did not see.
-
-        Beside it `random_mean` and `random_share`: the mean selectivity, on the scoring half, of the other
-        sets of the same size that were not chosen by any search, and the share of them that do as well or
-        better (NaN where there is none).
-        """
-        rows = self.table.set_index("layers")
-        found = []
-        for kind, label in self.best.items():
-            row = rows.loc[label]
-            others = self._random_of(int(row["size"]), label)
-            found.append(
-                {
-                    "search": kind,
-                    "layers": label,
-                    **row.drop("kinds").to_dict(),
-                    "random_sets": len(others),
-                    "random_mean": float(np.mean(others)) if len(others) else np.nan,
-                    "random_share": float(np.mean(others >= row["selectivity"])) if len(others) else np.nan,
-                }
-            )
-        return pd.DataFrame(found)
-
-    def _random_of(self, size: int, label: str) -> np.ndarray:
-        table = self.table
-        kinds = table["kinds"].str.split(", ")
-        unbiased = kinds.map(lambda names: bool({"random", "every set", "single block"} & set(names)))
-        same = (table["size"] == size) & unbiased & (table["layers"] != label)
-        return table.loc[same, "selectivity"].to_numpy(float)
-
-    def areas(self, *, level: float = 0.95) -> pd.DataFrame:
-        """Return the area under the frontier of some families of sets, on the scoring half.
-
-        Of each family only the sets count that are on its frontier on the choosing half, so that no set is
-        favored for the noise that it is scored with.
-
-        Returns:
-            Columns `family`, `sets` (tried), `on_frontier`, `area`, `low`, `high`; see `frontier_area`.
-        """
-        kinds = self.table["kinds"].str.split(", ")
-        families = {
-            name: kinds.map(lambda names, name=name: name in names).to_numpy(bool)
-            for name in ("single block", "suffix", "prefix", "random")
-        }
-        families["any set"] = np.ones(len(kinds), dtype=bool)
-        rows = []
-        for name, member in families.items():
-            if not member.any():
-                continue
-            places = np.flatnonzero(member)
-            kept = places[on_frontier(self.choosing.take(places))]
-            area = self.scoring.take(kept).area(level=level)
-            rows.append((name, int(member.sum()), len(kept), *area))
-        return pd.DataFrame(rows, columns=["family", "sets", "on_frontier", "area", "low", "high"])
 
 
 def search_layer_sets(
@@ -229,39 +137,6 @@ def named_layer_sets(n_layers: int) -> dict[str, list[Layers]]:
         "prefix": [every[: layer + 1] for layer in every],
         "quartile": [tuple(part) for part in quartiles(n_layers)],
     }
-
-
-def layers_label(layers: Iterable[int]) -> str:
-    """Return what a set of layers is called, as `memlens generate --bypass` takes it.
-
-    >>> layers_label([0, 2, 3, 4]), layers_label([5])
-    ('0,2-4', '5')
-    """
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def take_half(result: Result, part: int, seed: int, *, within: str | None = None) -> Result:
-    """Return half of a result's sequences.
-
-    Args:
-        result: Any result.
-        part: 0 (to choose on) or 1 (to score on).
-        seed: Of the halves.
-        within: A coordinate along `sequence`, such as "task": each of its groups is cut in two.
-    """
-    if within is None:
-        rows = halves(result.data.sizes["sequence"], seed)[part]
-    else:
-        groups = result[within].values
-        places = [np.flatnonzero(groups == name) for name in dict.fromkeys(groups.tolist())]
-        rows = np.concatenate([place[halves(len(place), seed + i)[part]] for i, place in enumerate(places)])
-    return Result(result.data.isel(sequence=rows))
 
 
 class _Search:

@@ -200,4 +200,6 @@ def _cell(value: object) -> str:
         return "" if value != value else f"{value:.4g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
+    if isinstance(value, int) and abs(value) >= 10_000:
+        return f"{value:,}"
     return str(value)

@@ -96,6 +96,17 @@ def _gated_width(d_model: int) -> int:
     return -(-8 * d_model // 24) * 8
 
 
+def _rms_gated(spec: ModelSpec, vocab_size: int, theta: float) -> dict[str, Any]:
+    """RMS norms, a gated MLP, rotary positions, untied embeddings."""
+    return {
+        **_common(spec, vocab_size),
+        "intermediate_size": _gated_width(spec.d_model),
+        "rope_parameters": _rotary(theta),
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    }
+
+
 def _gpt_neox(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
     """Pythia's kind: rotary positions on a quarter of each head, parallel blocks, untied embeddings."""
     config = GPTNeoXConfig(
@@ -138,14 +149,7 @@ def _olmo1(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
 
 def _olmo2(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
     """Norms of queries, keys and what a sublayer writes; rotary base 500,000; untied embeddings."""
-    config = Olmo2Config(
-        **_common(spec, vocab_size),
-        intermediate_size=_gated_width(spec.d_model),
-        rope_parameters=_rotary(500000.0),
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=False,
-    )
-    return Olmo2ForCausalLM(config)
+    return Olmo2ForCausalLM(Olmo2Config(**_rms_gated(spec, vocab_size, 500000.0)))
 
 
 def _olmo3(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
@@ -153,27 +157,16 @@ def _olmo3(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
     last = spec.n_layers
     kinds = ["full" if block % 4 == 0 or block == last else "sliding" for block in range(1, last + 1)]
     config = Olmo3Config(
-        **_common(spec, vocab_size),
-        intermediate_size=_gated_width(spec.d_model),
-        rope_parameters=_rotary(500000.0),
-        rms_norm_eps=1e-6,
+        **_rms_gated(spec, vocab_size, 500000.0),
         sliding_window=WINDOW,
         layer_types=[f"{kind}_attention" for kind in kinds],
-        tie_word_embeddings=False,
     )
     return Olmo3ForCausalLM(config)
 
 
 def _open_llama(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
     """Llama as OpenLLaMA has it: RMS norms, gated MLP, no biases, untied embeddings, a key for each head."""
-    config = LlamaConfig(
-        **_common(spec, vocab_size),
-        intermediate_size=_gated_width(spec.d_model),
-        rope_parameters=_rotary(10000.0),
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**_rms_gated(spec, vocab_size, 10000.0)))
 
 
 def _gpt_bigcode(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:

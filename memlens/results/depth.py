@@ -1,10 +1,12 @@
-"""Parts of depth: the layers of each quarter of a model, and results averaged over them."""
+"""Layers: those of each quarter of a model, results averaged over them, and what a set of them is called."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from memlens.results.result import Result
 
-__all__ = ["by_part", "quartiles"]
+__all__ = ["by_part", "layers_label", "quartiles"]
 
 
 def quartiles(n_layers: int, parts: int = 4) -> list[list[int]]:
@@ -34,3 +36,18 @@ def by_part(result: Result, parts: int = 4) -> Result:
     mean = mean.assign({name: mean[name].transpose(*data[name].dims) for name in layered})
     rest = {name: array for name, array in data.data_vars.items() if name not in layered}
     return Result(mean.assign(rest).assign_attrs(data.attrs))
+
+
+def layers_label(layers: Iterable[int]) -> str:
+    """Return what a set of layers is called, as `memlens generate --bypass` takes it.
+
+    >>> layers_label([0, 2, 3, 4]), layers_label([5])
+    ('0,2-4', '5')
+    """
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

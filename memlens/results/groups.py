@@ -1,4 +1,4 @@
-"""Several results of one kind as one, with the group as a coordinate."""
+"""Several results as one, with the group as a coordinate; and half of a result."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import xarray as xr
 
 from memlens.errors import ResultError
 from memlens.results.result import Result
+from memlens.results.statistics import halves
 
-__all__ = ["join_groups"]
+__all__ = ["join_groups", "take_half"]
 
 
 def join_groups(results: Mapping[str, Result]) -> Result:
@@ -52,3 +53,21 @@ def join_groups(results: Mapping[str, Result]) -> Result:
         combine_attrs="override",
     )  # fmt: skip
     return Result(joined)
+
+
+def take_half(result: Result, part: int, seed: int, *, within: str | None = None) -> Result:
+    """Return half of a result's sequences.
+
+    Args:
+        result: Any result.
+        part: 0 (to choose on) or 1 (to score on).
+        seed: Of the halves.
+        within: A coordinate along `sequence`, such as "task": each of its groups is cut in two.
+    """
+    if within is None:
+        rows = halves(result.data.sizes["sequence"], seed)[part]
+    else:
+        groups = result[within].values
+        places = [np.flatnonzero(groups == name) for name in dict.fromkeys(groups.tolist())]
+        rows = np.concatenate([place[halves(len(place), seed + i)[part]] for i, place in enumerate(places)])
+    return Result(result.data.isel(sequence=rows))

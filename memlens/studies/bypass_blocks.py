@@ -11,12 +11,12 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from memlens.attribution import bypassed
-from memlens.attribution.layer_sets import take_half
 from memlens.models.provenance import describe
 from memlens.recall.scores import RecallScores
 from memlens.report import FigureRequest
 from memlens.results import Result, join_groups
 from memlens.results.frontier import join_frontier
+from memlens.results.groups import take_half
 from memlens.results.task_summary import task_summary
 from memlens.results.tradeoff import Tradeoff, edit_tradeoff, tasks_above_chance
 from memlens.sequences import SequenceSet

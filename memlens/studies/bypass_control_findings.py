@@ -8,10 +8,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from memlens.attribution.layer_sets import layers_label
 from memlens.report import Finding
 from memlens.results import Result
-from memlens.results.depth import quartiles
+from memlens.results.depth import layers_label, quartiles
 from memlens.studies.bypass_controls import MEMORIZED, UNTRAINED
 from memlens.studies.statistics import mean_estimate
 

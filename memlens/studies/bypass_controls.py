@@ -11,10 +11,9 @@ import xarray as xr
 
 from memlens.attribution.agreement import rank_correlation, standard_interval
 from memlens.attribution.bypass import BYPASS_MODES, CONTROL_MODES, bypass_intervention
-from memlens.attribution.layer_sets import layers_label
 from memlens.attribution.mlps import branch_ablations
 from memlens.results import Result, compare_groups
-from memlens.results.depth import by_part, quartiles
+from memlens.results.depth import by_part, layers_label, quartiles
 from memlens.results.statistics import bootstrap_means, mean_interval
 from memlens.sequences import SequenceSet
 from memlens.sweeps import Intervention

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from memlens.attribution.layer_sets import LayerSetSearch
+from memlens.attribution.layer_set_results import LayerSetSearch
 from memlens.report import Finding
 from memlens.results import Result
 from memlens.results.tradeoff import Tradeoff

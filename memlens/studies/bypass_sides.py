@@ -11,7 +11,8 @@ import pandas as pd
 from memlens.attribution import bypass_attention, bypass_intervention
 from memlens.attribution.bounds import attention_bypass_bounds
 from memlens.attribution.bypass_predictor import bypass_predictor, predictor_agreement
-from memlens.attribution.layer_sets import LayerSetSearch, search_layer_sets
+from memlens.attribution.layer_set_results import LayerSetSearch
+from memlens.attribution.layer_sets import search_layer_sets
 from memlens.report import FigureRequest
 from memlens.results import Result, join_groups
 from memlens.results.frontier import join_frontier

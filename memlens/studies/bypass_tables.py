@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from memlens.attribution.layer_sets import layers_label
 from memlens.results import Result
-from memlens.results.depth import quartiles
+from memlens.results.depth import layers_label, quartiles
 from memlens.results.statistics import bootstrap_means, quantile_interval
 from memlens.results.task_summary import task_tables
 from memlens.results.tradeoff import removed_share

@@ -10,16 +10,13 @@ import pytest
 import torch
 
 import memlens as ml
-from memlens.attribution.layer_sets import (
-    LayerSetSearch,
-    layers_label,
-    named_layer_sets,
-    take_half,
-)
+from memlens.attribution.layer_set_results import LayerSetSearch
+from memlens.attribution.layer_sets import named_layer_sets
 from memlens.attribution.mlps import branch_ablations
 from memlens.cli.generate import parse_layers
 from memlens.errors import EmptySetError, OptionError
-from memlens.results.depth import quartiles
+from memlens.results.depth import layers_label, quartiles
+from memlens.results.groups import take_half
 from memlens.results.statistics import halves
 from tests.small import CASES
 
