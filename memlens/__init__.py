@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from memlens.recall.trivial import TrivialRules, trivial_continuations
     from memlens.results import Result, compare_groups, load_result, overlay
     from memlens.results.agreement import roc_area
+    from memlens.results.frontier import join_frontier
     from memlens.results.task_summary import task_summary
     from memlens.results.tradeoff import edit_tradeoff
     from memlens.sequences import (
@@ -197,6 +198,7 @@ _HOMES: dict[str, str] = {
         "memlens.recall.criteria_scores": ("CriteriaScores",),
         "memlens.recall.ngrams": ("NgramReference",),
         "memlens.results.agreement": ("roc_area",),
+        "memlens.results.frontier": ("join_frontier",),
         "memlens.results.task_summary": ("task_summary",),
         "memlens.sequences.idioms": ("idiom_defects",),
         "memlens.organisms.local_tasks": ("local_tasks",),
@@ -275,6 +277,7 @@ __all__ = [
     "head_set_ablations",
     "identifier_sequences",
     "idiom_defects",
+    "join_frontier",
     "knock_out_neurons",
     "load_model",
     "load_result",
