@@ -20,6 +20,7 @@ __all__ = [
     "ModelNotFoundError",
     "NonFiniteError",
     "OptionError",
+    "OtherSweepError",
     "ResultError",
     "SequenceError",
     "SilentInterventionError",
@@ -94,6 +95,10 @@ class SilentInterventionError(InterventionError):
 
 class ResultError(MemlensError, ValueError):
     """A result file is damaged, of another kind, or from other settings than those asked for."""
+
+
+class OtherSweepError(ResultError):
+    """A folder keeps the parts of another sweep than the one that is to go on there."""
 
 
 def near_matches(value: str, known: Iterable[str], n: int = 3) -> str:

@@ -10,7 +10,7 @@ from memlens.attribution.head_pairs import ablate_head_pairs
 from memlens.attribution.head_sets import ablate_heads_cumulatively, head_set_ablations, rank_heads
 from memlens.attribution.lens_training import train_tuned_lens
 from memlens.attribution.lenses import TunedLens
-from memlens.attribution.lm_eval_tasks import LM_EVAL_TASKS, tasks_from_lm_eval
+from memlens.attribution.lm_eval_tasks import LM_EVAL_TASKS, as_lm_eval, tasks_from_lm_eval
 from memlens.attribution.logit_attribution import attribute_logits
 from memlens.attribution.mlps import ablate_mlps, mlp_ablations
 from memlens.attribution.neuron_choice import dominant_neurons
@@ -39,6 +39,7 @@ __all__ = [
     "ablate_heads_cumulatively",
     "ablate_mlps",
     "activation_patches",
+    "as_lm_eval",
     "attention_bypass_bounds",
     "attribute_ablation",
     "attribute_gradients",

@@ -227,7 +227,7 @@ def named_layer_sets(n_layers: int) -> dict[str, list[Layers]]:
         "single block": [(layer,) for layer in every],
         "suffix": [every[layer:] for layer in every],
         "prefix": [every[: layer + 1] for layer in every],
-        "quartile": [tuple(part) for part in quartiles(n_layers) if part],
+        "quartile": [tuple(part) for part in quartiles(n_layers)],
     }
 
 
@@ -360,9 +360,15 @@ class _Search:
 
     def _best(self) -> dict[str, Layers]:
         exact = "every set" if any("every set" in names for names in self.kinds.values()) else "exact"
-        kinds = {name: name for name in ("single block", "suffix", "quartile", "greedy")}
-        found = {name: self.ranked(kind)[0] for name, kind in kinds.items()}
-        return {**found, "exact": self.ranked(exact)[0], "any": self.ranked()[0]}
+        searches = {name: name for name in ("single block", "suffix", "quartile", "greedy")} | {
+            "exact": exact
+        }
+        order = self.ranked()
+        found = {
+            name: next(layers for layers in order if kind in self.kinds[layers])
+            for name, kind in searches.items()
+        }
+        return {**found, "any": order[0]}
 
     def done(self, settings: Mapping[str, Any]) -> LayerSetSearch:
         choosing, scoring = (self.tradeoff(part, self.n_resamples) for part in (0, 1))

@@ -6,14 +6,18 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from itertools import groupby
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memlens.attribution.task_encoding import PairEncoder
 from memlens.attribution.task_questions import Question
 from memlens.attribution.tasks import ChoiceTask
 from memlens.errors import ModelLoadError, OptionError, SourceNotFoundError, near_matches
 
-__all__ = ["LM_EVAL_TASKS", "tasks_from_lm_eval"]
+if TYPE_CHECKING:
+    from memlens.attribution.lm_eval_model import LensLM
+    from memlens.sweeps import Intervention
+
+__all__ = ["LM_EVAL_TASKS", "as_lm_eval", "tasks_from_lm_eval"]
 
 LM_EVAL_TASKS: Mapping[str, str] = MappingProxyType(
     {
@@ -68,11 +72,7 @@ def tasks_from_lm_eval(
         OptionError: An unknown name, or a task that generates text or scores with a function of its own.
         SourceNotFoundError: A task or its data cannot be read.
     """
-    if find_spec("lm_eval") is None:
-        raise ModelLoadError(
-            "lm-evaluation-harness is not installed: run `pip install 'memlens[eval]'`, or give tasks as "
-            "files (ChoiceTask.from_jsonl)."
-        )
+    _check_installed()
     if limit is not None and limit < 1:
         raise OptionError(f"limit={limit} asks nothing: give 1 or more questions.")
     encoder = PairEncoder.of(model, prepend_bos=prepend_bos)
@@ -86,6 +86,59 @@ def tasks_from_lm_eval(
         group = known.get(name, "other")
         made.append(ChoiceTask.from_questions(questions, encoder, name=name, group=group, chance=chance))
     return made
+
+
+def as_lm_eval(
+    model: Any,
+    interventions: Intervention | Sequence[Intervention] = (),
+    *,
+    batch_size: int | None = None,
+    prepend_bos: bool | None = None,
+    progress: bool = True,
+) -> LensLM:
+    """Give a model under interventions to lm-evaluation-harness: any of its tasks, its data, its scores.
+
+    For many interventions on multiple-choice tasks `tasks_from_lm_eval` with `evaluate_tasks` is many times
+    faster; this is for tasks that generate, for perplexities, and for scores of lm-eval's own making.
+
+    Args:
+        model: A TransformerLens model.
+        interventions: Held on the model for every request, in this order; none for the model as it is. A
+            hook that differs by sequence (`ByBatch`) needs `sweep`.
+        batch_size: Requests together; chosen to a memory budget by default.
+        prepend_bos: See `PairEncoder.of`; lm-eval's `add_bos_token`.
+        progress: Show bars.
+
+    Returns:
+        What `lm_eval.simple_evaluate(model=...)` takes. Its `loglikelihood`, `loglikelihood_rolling` and
+        `generate_until` (greedy) equal `HFLM`'s on the unchanged model.
+
+    Raises:
+        ModelLoadError: lm-eval is not installed.
+        SiteError: A hook name that the model does not have.
+        OptionError: The model has no tokenizer.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> lm = ml.as_lm_eval(model, ml.bypass_intervention(model, [5]), progress=False)
+        >>> from lm_eval import simple_evaluate
+        >>> scores = simple_evaluate(lm, tasks=["arc_easy"], limit=100)  # doctest: +SKIP
+    """
+    _check_installed()
+    from memlens.attribution.lm_eval_model import LensLM
+    from memlens.sweeps import Intervention
+
+    some = (interventions,) if isinstance(interventions, Intervention) else tuple(interventions)
+    return LensLM(model, some, batch_size=batch_size, prepend_bos=prepend_bos, progress=progress)
+
+
+def _check_installed() -> None:
+    if find_spec("lm_eval") is None:
+        raise ModelLoadError(
+            "lm-evaluation-harness is not installed: run `pip install 'memlens[eval]'`, or give tasks as "
+            "files (ChoiceTask.from_jsonl)."
+        )
 
 
 def _loaded(wanted: Sequence[Any], manager: Any) -> dict[str, Any]:

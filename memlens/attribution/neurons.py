@@ -34,7 +34,7 @@ from memlens.sweeps import Intervention, sweep
 from memlens.sweeps.metrics import MetricLike
 from memlens.sweeps.run import kept
 
-__all__ = ["knock_out_neurons"]
+__all__ = ["knock_out_neurons", "knock_out_sizes"]
 
 _TOP_K = {False: (1, 10, 100, 1000), True: (10, 100, 1000)}
 _WINDOWS = {False: (1, 2, 3, 4, 5), True: (1, 2, 3)}
@@ -152,10 +152,12 @@ def knock_out_neurons(
         raise OptionError("layers=[] knocks out nothing: give at least one layer.")
     width = int(value_vectors(model, 0).shape[0])
     selections = (selection,) if isinstance(selection, str) else tuple(selection)
+    most = width // 2 if set(selections) == {"norm_matched"} else width
+    ks, lengths = knock_out_sizes(n_layers - min(starts), most, top_k, windows, keep=keep)
     grid = _Grid(
-        top_k=_chosen(top_k, _TOP_K[keep], width // 2 if set(selections) == {"norm_matched"} else width),
+        top_k=ks,
         keep=keep,
-        windows=_chosen(windows, _WINDOWS[keep], n_layers - min(starts)),
+        windows=lengths,
         selection=selections,
         positions=positions,
         replace=replace,
@@ -232,6 +234,29 @@ def _name(grid: _Grid, cell: Mapping[str, Any]) -> str:
     what = f"{'all but ' if grid.keep else ''}{cell['selection']} {cell['k']}"
     last = cell["layer"] + cell["window"] - 1
     return f"{what} L{cell['layer']}-{last}" + (f" draw {cell['draw']}" if grid.n_draws > 1 else "")
+
+
+def knock_out_sizes(
+    n_layers: int,
+    width: int,
+    top_k: int | Sequence[int] | None = None,
+    windows: int | Sequence[int] | None = None,
+    *,
+    keep: bool = False,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the numbers of neurons and the window lengths that `knock_out_neurons` runs.
+
+    Args:
+        n_layers: Longest window that fits.
+        width: Most neurons that there are of a layer.
+        top_k: As given; None for those of the default that fit.
+        windows: Likewise.
+        keep: Whether all but the chosen neurons are knocked out.
+
+    >>> knock_out_sizes(4, 64)
+    ((1, 10), (1, 2, 3, 4))
+    """
+    return _chosen(top_k, _TOP_K[keep], width), _chosen(windows, _WINDOWS[keep], n_layers)
 
 
 def _chosen(given: int | Sequence[int] | None, default: Sequence[int], most: int) -> tuple[int, ...]:

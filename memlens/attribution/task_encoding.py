@@ -98,10 +98,23 @@ class PairEncoder:
             )
         return PairTokens(given[dropped:], scored, dropped)
 
+    def prompt(self, context: str) -> list[int]:
+        """Return the ids of a text that is to be continued; of an empty one the first token alone.
+
+        >>> import memlens as ml
+        >>> encoder = PairEncoder.of(ml.load_model("zoo/pythia-s"))
+        >>> encoder.prompt("Mara was") == encoder("Mara was", " old").context
+        True
+        """
+        return self._ids(context) or [self._first()]
+
+    def _first(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if bos is None else bos
+
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if not context:
-            first = self.tokenizer.bos_token_id
-            first = self.tokenizer.eos_token_id if first is None else first
+            first = self._first()
             scored = self._bare(continuation)
             return (scored[:1], scored[1:]) if scored[:1] == [first] else ([first], scored)
         bare = context.rstrip()

@@ -43,7 +43,7 @@ def frontier_panels(
         subplot_titles=[plain(name) for name in models] if len(models) > 1 else None,
     )  # fmt: skip
     scopes = [str(value) for value in data["scope"].values]
-    owners, places = [], []
+    owners = []
     for column, model in enumerate(models, 1):
         mine = data["model"].values == model
         for owner, scope in enumerate(scopes):
@@ -52,7 +52,6 @@ def frontier_panels(
             for trace in traces:
                 fig.add_trace(trace, row=1, col=column)
             owners += [owner] * len(traces)
-            places += [column] * len(traces)
     fig.update_xaxes(title_text="accuracy", zeroline=False)
     fig.update_yaxes(title_text="exact match", row=1, col=1)
     fig.update_yaxes(range=[-0.05, 1.08], zeroline=False)

@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from statsmodels.stats.proportion import proportion_confint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from memlens.errors import FileFormatError
 from memlens.files import zoo_table
 from memlens.models.quiet import quiet
+from memlens.results.statistics import wilson_interval
 
 __all__ = [
     "entropy",
@@ -92,7 +92,7 @@ def evaluate_zoo_model(folder: str | Path) -> pd.DataFrame:
     groups = both.groupby(["domain", "copies"], sort=False)
     cells = groups.agg(n=("exact", "size"), hits=("exact", "sum"), token_accuracy=("accuracy", "mean"))
     cells = cells.sort_index().reindex(losses.index, level="domain").reset_index()
-    low, high = proportion_confint(cells["hits"].to_numpy(), cells["n"].to_numpy(), method="wilson")
+    low, high = wilson_interval(cells["hits"].to_numpy(), cells["n"].to_numpy())
     cells = cells.assign(exact_match=cells["hits"] / cells["n"], low=low, high=high)
     columns = ["domain", "copies", "n", "exact_match", "low", "high", "token_accuracy"]
     curve = pd.DataFrame({column: cells[column] for column in columns})

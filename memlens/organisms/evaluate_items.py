@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from statsmodels.stats.proportion import proportion_confint
 from transformers import PreTrainedModel
 
 from memlens.organisms.evaluate import load_organism, read_ground_truth
 from memlens.organisms.known_items import KINDS
 from memlens.organisms.tokenizer import load_tokenizer
+from memlens.results.statistics import wilson_interval
 
 __all__ = ["CONTEXTS", "evaluate_items", "neutral_contexts"]
 
@@ -51,7 +51,7 @@ def evaluate_items(folder: str | Path) -> pd.DataFrame:
     groups = pd.concat(scored).groupby(["kind", "context", "copies"], sort=False)
     cells = groups.agg(n=("exact", "size"), hits=("exact", "sum"), token_accuracy=("accuracy", "mean"))
     cells = cells.reset_index().sort_values(["kind", "context", "copies"], ignore_index=True)
-    low, high = proportion_confint(cells["hits"].to_numpy(), cells["n"].to_numpy(), method="wilson")
+    low, high = wilson_interval(cells["hits"].to_numpy(), cells["n"].to_numpy())
     cells = cells.assign(recalled=cells["hits"] / cells["n"], low=low, high=high)
     columns = ["kind", "context", "copies", "n", "recalled", "low", "high", "token_accuracy"]
     return pd.DataFrame({column: cells[column] for column in columns})

@@ -16,6 +16,7 @@ import pandas as pd
 import xarray as xr
 
 from memlens.errors import OptionError, ResultError, check_option, near_matches
+from memlens.files import replacing
 from memlens.results.statistics import mean_interval
 
 if TYPE_CHECKING:
@@ -235,6 +236,25 @@ class Result:
         from memlens.results.storage import save_dataset
 
         return save_dataset(self.data, path)
+
+    def to_parquet(self, path: str | Path) -> Path:
+        """Write `to_frame()` to a parquet file, whole or not at all; settings stand in the frame's `attrs`.
+
+        For other programs; `save` keeps labels and dimensions, and is what `memlens.load_result` reads.
+
+        Example:
+            >>> import memlens as ml, pandas as pd, tempfile
+            >>> model = ml.load_model("zoo/pythia-s")
+            >>> result = ml.decode_residual(model, ml.load_sequences("zoo", model)[:2], progress=False)
+            >>> table = pd.read_parquet(result.to_parquet(f"{tempfile.mkdtemp()}/decoding.parquet"))
+            >>> table.attrs["kind"], len(table)
+            ('residual_decoding', 384)
+        """
+        frame = self.to_frame()
+        frame.attrs = {str(key): value for key, value in self.data.attrs.items()}
+        with replacing(path) as part:
+            frame.to_parquet(part, index=False)
+        return Path(path)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {size}" for name, size in self.data.sizes.items())

@@ -15,7 +15,15 @@ from memlens.results.result import Result
 from memlens.results.statistics import bootstrap_means, quantile_interval, wilson_interval
 from memlens.results.task_summary import TaskTables, task_tables
 
-__all__ = ["OVER", "Tradeoff", "edit_tradeoff", "frontier_area", "on_frontier", "tasks_above_chance"]
+__all__ = [
+    "OVER",
+    "Tradeoff",
+    "edit_tradeoff",
+    "frontier_area",
+    "on_frontier",
+    "removed_share",
+    "tasks_above_chance",
+]
 
 OVER = ("max", "mean")
 
@@ -158,7 +166,10 @@ def edit_tradeoff(
         raise ResultError(f"nothing is recited without an edit ({metric} is 0): there is nothing to remove.")
     n = recall.data.sizes["sequence"]
     values = np.column_stack([base, recall[metric].transpose("sequence", ...).values.reshape(n, -1)])
-    removed, draws = _removed(values.mean(0)[None])[0], _removed(bootstrap_means(values, n_resamples, seed))
+    removed, draws = (
+        removed_share(values.mean(0)[None])[0],
+        removed_share(bootstrap_means(values, n_resamples, seed)),
+    )
     lost = {name: _lost(tables[name], None, 0) for name in counted}
     drawn = [_lost(tables[name], n_resamples, seed + 1 + i) for i, name in enumerate(counted)]
     stacked = np.stack([lost[name][0] for name in counted])
@@ -241,7 +252,8 @@ def _sites(result: Result, metric: str) -> pd.DataFrame:
     return index.to_frame(index=False)
 
 
-def _removed(means: Float[np.ndarray, "draw column"]) -> Float[np.ndarray, "draw edit"]:
+def removed_share(means: Float[np.ndarray, "draw column"]) -> Float[np.ndarray, "draw edit"]:
+    """Return the share that each edit removes, from means without an edit (first column) and with each."""
     base = means[:, :1]
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(base > 0, (base - means[:, 1:]) / base, np.nan)

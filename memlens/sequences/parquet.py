@@ -21,17 +21,21 @@ from memlens.files import replacing
 from memlens.sequences.rows import RESERVED_COLUMNS
 from memlens.sequences.set import SequenceSet
 
-__all__ = ["read_parquet", "read_table", "write_parquet", "write_table"]
+__all__ = ["as_arrow", "read_parquet", "read_table", "write_parquet", "write_table"]
 
 _KEY = b"memlens"
 
 
 def write_parquet(seqs: SequenceSet, path: str | Path, **extra: Mapping[str, Any]) -> Path:
     """Write `seqs` to `path` (whole or not at all); `extra` stands in the metadata beside its attributes."""
+    return _write(as_arrow(seqs), path, {"attrs": dict(seqs.attrs), "width": seqs.tokens.shape[1], **extra})
+
+
+def as_arrow(seqs: SequenceSet) -> pa.Table:
+    """Return the columns of the set's table, and `tokens` (lists of int64) and `prefix_len`."""
     table = pa.Table.from_pandas(seqs.table, preserve_index=False)
     table = table.append_column("tokens", pa.array(seqs.rows(), pa.list_(pa.int64())))
-    table = table.append_column("prefix_len", pa.array(seqs.prefix_len.numpy()))
-    return _write(table, path, {"attrs": dict(seqs.attrs), "width": seqs.tokens.shape[1], **extra})
+    return table.append_column("prefix_len", pa.array(seqs.prefix_len.numpy()))
 
 
 def write_table(frame: pd.DataFrame, path: str | Path, **settings: Any) -> Path:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,9 @@ from torch import Tensor
 
 from memlens.errors import SequenceError
 from memlens.sequences.rows import Rows, check_rows, check_shapes, checked_table, pad, row_index, some, span
+
+if TYPE_CHECKING:
+    import datasets
 
 __all__ = ["Attr", "SequenceSet"]
 
@@ -234,6 +238,21 @@ class SequenceSet:
         from memlens.sequences.parquet import read_parquet
 
         return read_parquet(path)[0]
+
+    def to_dataset(self) -> datasets.Dataset:
+        """Return a Hugging Face dataset with the columns that `to_parquet` writes.
+
+        `memlens.load_sequences(dataset)` reads it back; so it does once it was pushed to the hub
+        (`"hf:NAME"`).
+
+        >>> SequenceSet.from_tokens([[5, 6, 7], [8, 9, 3]], 1).to_dataset().column_names
+        ['id', 'tokens', 'prefix_len']
+        """
+        import datasets
+
+        from memlens.sequences.parquet import as_arrow
+
+        return datasets.Dataset(datasets.table.InMemoryTable(as_arrow(self)))
 
     def __repr__(self) -> str:
         facts = [f"prefix {span(self.prefix_len)}", f"continuation {span(self.n_targets)} tokens"]

@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 from memlens.attribution import bypassed
 from memlens.attribution.layer_sets import take_half
 from memlens.models.provenance import describe
-from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
 from memlens.report import FigureRequest
 from memlens.results import Result, join_groups
@@ -31,7 +30,6 @@ from memlens.studies.bypass_controls import (
 from memlens.studies.bypass_options import BypassInputs
 from memlens.studies.bypass_tables import quartile_table
 from memlens.studies.running import at_most
-from memlens.sweeps.fingerprint import fingerprint, model_fingerprint, sequences_fingerprint
 
 __all__ = ["accuracies", "blocks", "free_running", "frontier", "quartiles"]
 
@@ -112,11 +110,10 @@ def free_running(study: BypassContext) -> None:
     if not study.options.free_running or MEMORIZED not in study.swept:
         return
     seqs = study.chosen(study.options.max_free_running)[MEMORIZED]
-    about = fingerprint([model_fingerprint(study.model), sequences_fingerprint(seqs), study.options.mode])
     with tqdm(
         total=study.n_layers + 1, desc="free decoding", unit="block", disable=not study.progress
     ) as bar:
-        base, *values = (_decoded(study, seqs, layer, about, bar) for layer in (None, *range(study.n_layers)))
+        base, *values = (_decoded(study, seqs, layer, bar) for layer in (None, *range(study.n_layers)))
     columns = ("memorization_score", "matching_prefix", "exact_match")
     variables = {
         name: (("sequence", "layer"), np.column_stack([v.table[name].to_numpy(float) for v in values]))
@@ -202,19 +199,11 @@ def quartiles(study: BypassContext) -> None:
         study.folder.find(finding)
 
 
-def _decoded(
-    study: BypassContext, seqs: SequenceSet, layer: int | None, about: str, bar: tqdm
-) -> RecallScores:
-    """Score one bypass with free decoding; kept, so that a second call has it at once."""
-    place = study.place("free_running") / f"{about}-{'base' if layer is None else layer}.parquet"
-    if place.is_file():
-        scores = RecallScores.load(place)
-    else:
-        bypass = nullcontext() if layer is None else bypassed(study.model, layer, mode=study.options.mode)
-        with bypass:
-            scores = score_recall(study.model, seqs, metrics=(), progress=False)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        scores.save(place)
+def _decoded(study: BypassContext, seqs: SequenceSet, layer: int | None, bar: tqdm) -> RecallScores:
+    """Score one bypass with free decoding."""
+    bypass = nullcontext() if layer is None else bypassed(study.model, layer, mode=study.options.mode)
+    with bypass:
+        scores = study.folder.scored("free_running", study.model, seqs, metrics=(), progress=False)
     bar.update()
     return scores
 

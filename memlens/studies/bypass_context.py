@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,16 +56,10 @@ class BypassContext:
             found[name] = at_most(found[name], most, self.options.seed)
         return {name: seqs for name, seqs in found.items() if len(seqs)}
 
-    def place(self, name: str) -> Path:
-        """Return the folder that keeps a sweep."""
-        return Path(self.folder.path) / "sweeps" / name.replace(" ", "_").replace("/", "_")
-
     def bypass(self, model: Any, seqs: SequenceSet, name: str) -> Result:
         """Bypass each block alone."""
-        return bypass_attention(
-            model, seqs, mode=self.options.mode, metrics=METRICS, out=self.place(f"blocks_{name}"),
-            progress=self.progress,
-        )  # fmt: skip
+        work = partial(bypass_attention, model, seqs, mode=self.options.mode, metrics=METRICS)
+        return self.folder.kept(f"blocks_{name}", partial(work, progress=self.progress))
 
     def evaluate(self, inputs: BypassInputs, name: str) -> Result:
         """Answer the tasks with each block bypassed."""
@@ -74,4 +68,5 @@ class BypassContext:
             bypass_intervention(inputs.model, layer, mode=self.options.mode, coords={"layer": layer})
             for layer in layers
         ]
-        return evaluate_tasks(inputs.model, inputs.tasks, edits, out=self.place(name), progress=self.progress)
+        work = partial(evaluate_tasks, inputs.model, inputs.tasks, edits, progress=self.progress)
+        return self.folder.kept(name, work)

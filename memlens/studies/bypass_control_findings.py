@@ -59,7 +59,7 @@ def beside_removal(results: Mapping[str, Result], parts: int, seed: int) -> Find
     main = results[MEMORIZED]
     if not {"identity", "mean"} <= set(main["edit"].values.tolist()):
         return None
-    last = [part for part in quartiles(main.data.sizes["layer"], parts) if part][-1]
+    last = quartiles(main.data.sizes["layer"], parts)[-1]
 
     def changed(result: Result, edit: str) -> xr.DataArray:
         return result.effect("target_logprob").sel(edit=edit).isel(layer=last).mean("layer")

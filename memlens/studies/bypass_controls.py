@@ -87,7 +87,7 @@ def control_table(results: Mapping[str, Result], *, parts: int, n_resamples: int
         for all rows (Benjamini and Hochberg).
     """
     main = results[MEMORIZED]
-    cut = [part for part in quartiles(main.data.sizes["layer"], parts) if part]
+    cut = quartiles(main.data.sizes["layer"], parts)
     rows: dict[tuple[str, int], dict[str, Any]] = {
         (edit, number): {"edit": edit, "part": number, "layers": layers_label(layers)}
         for edit in main["edit"].values.tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -42,21 +43,11 @@ def joint(study: BypassContext) -> None:
     tasks = study.inputs.tasks
     if options.joint_questions is not None:
         tasks = [task.take(slice(0, options.joint_questions)) for task in tasks]
-    search = search_layer_sets(
-        study.model,
-        study.chosen(options.joint_sequences)[MEMORIZED],
-        tasks,
-        mode=options.mode,
-        over=options.over,
-        greedy_size=options.greedy_size,
-        exact_layers=options.exact_layers,
-        exact_pool=options.exact_pool,
-        n_random=options.n_random,
-        n_resamples=options.n_resamples,
-        seed=options.seed,
-        out=study.place("sets"),
-        progress=study.progress,
-    )
+    named = ("mode", "over", "greedy_size", "exact_layers", "exact_pool", "n_random", "n_resamples", "seed")
+    wanted = {name: getattr(options, name) for name in named}
+    seqs = study.chosen(options.joint_sequences)[MEMORIZED]
+    work = partial(search_layer_sets, study.model, seqs, tasks, progress=study.progress, **wanted)
+    search = study.folder.kept("sets", work)
     best, areas = search.best_table(), search.areas()
     pair = join_frontier(
         {study.inputs.name: (search.recall, search.accuracy)},
@@ -68,7 +59,7 @@ def joint(study: BypassContext) -> None:
         figures=[FigureRequest({"title": "Recitation against ability: sets of blocks"}, reading="")],
     )  # fmt: skip
     for name, result in (("recall", search.recall), ("tasks", search.accuracy)):
-        result.save(study.place("sets") / f"{name}.nc")
+        result.save(study.folder.place("sets") / f"{name}.nc")
     for name, frame, words in (
         ("best_sets", best, "What each search chose, scored on the other half"),
         ("areas", areas, "Area under the frontier, by family of sets"),
@@ -132,10 +123,9 @@ def heads(study: BypassContext) -> None:
     if study.options.untrained_control:
         some.append((UNTRAINED, study.twin, some[0][2]))
     for name, model, seqs in some:
-        study.headed[name] = bypass_attention(
-            model, seqs, mode="identity", over="head", metrics=_CONTROL_METRICS,
-            out=study.place(f"heads_{name}"), progress=study.progress,
-        )  # fmt: skip
+        single = partial(bypass_attention, model, seqs, mode="identity", over="head")
+        work = partial(single, metrics=_CONTROL_METRICS, progress=study.progress)
+        study.headed[name] = study.folder.kept(f"heads_{name}", work)
     result = study.headed[MEMORIZED]
     study.folder.add_result(
         "heads", result, title="Single heads bypassed",
@@ -178,11 +168,9 @@ def bounds(study: BypassContext) -> None:
 
 def _edited(study: BypassContext, model: Any, seqs: SequenceSet, name: str) -> Result:
     edits = control_edits(model, seqs, study.options.edits, study.n_layers)
-    return sweep(
-        model, seqs, edits, _CONTROL_METRICS, kind="bypass_controls",
-        settings={"edits": list(study.options.edits)}, out=study.place(f"edits_{name}"),
-        progress=study.progress,
-    )  # fmt: skip
+    settings = {"edits": list(study.options.edits)}
+    work = partial(sweep, model, seqs, edits, _CONTROL_METRICS, kind="bypass_controls", settings=settings)
+    return study.folder.kept(f"edits_{name}", partial(work, progress=study.progress))
 
 
 def _elsewhere(study: BypassContext, search: LayerSetSearch) -> dict[str, Result]:
@@ -190,9 +178,9 @@ def _elsewhere(study: BypassContext, search: LayerSetSearch) -> dict[str, Result
     layers = search.sets[search.best["any"]]
     edit = bypass_intervention(study.model, layers, mode=study.options.mode)
     return {
-        name: sweep(
-            study.model, group, [edit], ("target_logprob",),
-            out=study.place(f"best_set_{name}"), progress=False,
+        name: study.folder.kept(
+            f"best_set_{name}",
+            partial(sweep, study.model, group, [edit], ("target_logprob",), progress=False),
         )
         for name, group in study.chosen(study.options.control_sequences).items()
-    }  # fmt: skip
+    }

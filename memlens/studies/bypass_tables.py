@@ -13,6 +13,7 @@ from memlens.results import Result
 from memlens.results.depth import quartiles
 from memlens.results.statistics import bootstrap_means, quantile_interval
 from memlens.results.task_summary import task_tables
+from memlens.results.tradeoff import removed_share
 
 __all__ = ["GAP", "quartile_table"]
 
@@ -53,8 +54,8 @@ def quartile_table(
     exact = recall["exact_match"].transpose("sequence", "layer").values.astype(float)
     values = np.column_stack([base, exact])
     drawn["recitation", "relative_drop"] = (
-        _drop(values.mean(0)[None]),
-        _drop(bootstrap_means(values, n_resamples, seed)),
+        removed_share(values.mean(0)[None]),
+        removed_share(bootstrap_means(values, n_resamples, seed)),
     )
     tables = {name: table for name, table in task_tables(accuracy).items() if name in tasks}
     for measure in MEASURES:
@@ -74,7 +75,7 @@ def quartile_table(
             drawn[GAP, measure] = both[0][0] - both[1][0], both[0][1] - both[1][1]
     rows = []
     for (what, measure), (value, draws) in drawn.items():
-        for number, layers in enumerate((part for part in quartiles(value.shape[1], parts) if part), 1):
+        for number, layers in enumerate(quartiles(value.shape[1], parts), 1):
             low, high = quantile_interval(draws[:, layers].mean(1, keepdims=True), level)
             rows.append(
                 {
@@ -88,8 +89,3 @@ def quartile_table(
                 }
             )
     return pd.DataFrame(rows)
-
-
-def _drop(means: Float[np.ndarray, "draw column"]) -> Draws:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (means[:, :1] - means[:, 1:]) / means[:, :1]

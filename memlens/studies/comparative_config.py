@@ -12,10 +12,7 @@ import numpy as np
 import pandas as pd
 
 from memlens.errors import FileFormatError, OptionError, SourceNotFoundError, near_matches
-from memlens.files import zoo_folders
 from memlens.models.families import find_model
-from memlens.models.names import resolve_source
-from memlens.models.revisions import list_steps
 from memlens.models.zoo import is_zoo_name
 from memlens.sequences import SequenceSet, load_sequences
 from memlens.studies.comparative_options import ComparativeOptions
@@ -28,7 +25,6 @@ __all__ = [
     "parse_sources",
     "read_config",
     "read_domains",
-    "steps_of",
 ]
 
 _TWIN = re.compile(r"-(clean|untrained)$")
@@ -160,22 +156,6 @@ def _from_fields(given: Mapping[str, Any]) -> StudyModel:
     more: dict[str, Any] = {key: value for key, value in given.items() if key != "name"}
     more["checkpoints"] = tuple(given.get("checkpoints") or ())
     return replace(parse_model(str(given["name"])), **more)
-
-
-def steps_of(name: str) -> tuple[int, ...]:
-    """Return the training steps whose weights there are of a model: on the hub, or beside a local checkpoint.
-
-    Raises:
-        ModelNotFoundError: There is no such model.
-    """
-    source = resolve_source(name)
-    if not source.local:
-        return tuple(list_steps(source.location))
-    folders = [Path(source.location)]
-    if is_zoo_name(name):
-        folders += [root / name.removeprefix("zoo/") for root in zoo_folders()]
-    found = [path for folder in folders for path in folder.glob("checkpoints/step*/config.json")]
-    return tuple(sorted({int(path.parent.name.removeprefix("step")) for path in found}))
 
 
 def parse_sources(given: Sequence[str]) -> dict[str, str]:

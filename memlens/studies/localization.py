@@ -7,8 +7,9 @@ reported on the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ from memlens.attribution.patching import PATCH_SITES
 from memlens.errors import MemlensError, OptionError, check_option
 from memlens.models.provenance import describe
 from memlens.organisms.untrained import untrained_like
-from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
 from memlens.report import FigureRequest, reading
 from memlens.results import Result, join_groups
 from memlens.sequences import SequenceSet, corrupt
+from memlens.sequences.checks import check_sequences
 from memlens.studies import findings as find
 from memlens.studies.running import StudyDirectory, StudyRun, at_most
 
@@ -93,7 +94,8 @@ def localize(
     Args:
         model: A TransformerLens model.
         sequences: What it may have memorized.
-        out: The folder; results are saved there one by one, as soon as they are there.
+        out: The folder; results are saved there one by one, as soon as they are there. A second call with
+            the same arguments takes up the sweeps where they stopped.
         options: See `LocalizeOptions`.
         title: Heading of the report.
         command: The command line that makes it again, for the report.
@@ -125,11 +127,12 @@ class _Localization:
         self.model, self.seqs, self.out, self.options, self.progress = model, seqs, out, options, progress
 
     def run(self, title: str | None, command: str | None) -> StudyRun:
-        recall = score_recall(self.model, self.seqs, progress=self.progress)
+        check_sequences(self.seqs, self.model)
         settings = {"study": "localize", **asdict(self.options)}
         settings |= {"model": describe(self.model), "sequences": dict(self.seqs.attrs)}
         title = title or f"Where {describe(self.model)['model']} recalls {len(self.seqs)} sequences"
         self.folder = StudyDirectory(self.out, title=title, settings=settings, command=command, fresh=True)
+        recall = self.folder.scored("recall", self.model, self.seqs, progress=self.progress)
         self._keep_recall(recall)
         memorized = recall.memorized()
         if len(memorized) < 2:
@@ -180,12 +183,8 @@ class _Localization:
         self.folder.find(find.promoted(decoded, self.options.seed))
 
     def _ablate(self, groups: Mapping[str, SequenceSet]) -> None:
-        results = {
-            name: ablate_heads(
-                self.model, seqs, mode=self.options.head_mode, seed=self.options.seed, progress=self.progress
-            )
-            for name, seqs in groups.items()
-        }
+        work = partial(ablate_heads, self.model, mode=self.options.head_mode, seed=self.options.seed)
+        results = {name: self._kept("heads", name, partial(work, seqs)) for name, seqs in groups.items()}
         self._save("head_ablation", "Which heads matter", results)
         self.folder.find(find.strongest_head(results, self.options.seed))
         self.folder.add_table(
@@ -195,10 +194,14 @@ class _Localization:
         )
 
     def _bypass(self, groups: Mapping[str, SequenceSet]) -> None:
-        options: dict[str, Any] = {"mode": self.options.bypass_mode, "progress": self.progress}
-        results = {name: bypass_attention(self.model, seqs, **options) for name, seqs in groups.items()}
+        places = [(name, self.model, seqs) for name, seqs in groups.items()]
         if self.twin is not None:
-            results[UNTRAINED] = bypass_attention(self.twin, groups[MEMORIZED], **options)
+            places.append((UNTRAINED, self.twin, groups[MEMORIZED]))
+        mode = self.options.bypass_mode
+        results = {
+            name: self._kept("bypass", name, partial(bypass_attention, model, seqs, mode=mode))
+            for name, model, seqs in places
+        }
         self._save("attention_bypass", "Which layer's attention matters", results)
         self.folder.find(find.bypassed_layer(results, self.options.seed))
 
@@ -211,14 +214,9 @@ class _Localization:
             clean = at_most(usable, self.options.max_patched, self.options.seed)
             dirty = corrupt(clean, "replace_token", positions=[place], seed=self.options.seed)
             corrupted[name] = clean.prefix_len.numpy() + place
-            results[name] = patch_activations(
-                self.model,
-                clean,
-                dirty,
-                site=self.options.patch_site,
-                positions=self._positions(clean, corrupted[name]),
-                progress=self.progress,
-            )
+            patch = partial(patch_activations, self.model, clean, dirty, site=self.options.patch_site)
+            positions = self._positions(clean, corrupted[name])
+            results[name] = self._kept("patching", name, partial(patch, positions=positions))
         self._save("activation_patching", "Where the cue stands", results, one_sequence=True)
         self.folder.find(find.restoring_layer(results, corrupted[MEMORIZED], self.options.seed))
 
@@ -239,6 +237,9 @@ class _Localization:
             self.folder.add_result(
                 f"logit_attribution_{name}", result, title=title, figures=[FigureRequest()]
             )
+
+    def _kept(self, what: str, group: str, work: Callable[..., Result]) -> Result:
+        return self.folder.kept(f"{what}_{group}", partial(work, progress=self.progress))
 
     def _save(
         self, name: str, title: str, results: Mapping[str, Result], *, one_sequence: bool = False

@@ -5,17 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
-from memlens.errors import MemlensError
+from memlens.errors import MemlensError, OtherSweepError
+from memlens.recall.score import score_recall
+from memlens.recall.scores import RecallScores
 from memlens.report import Finding, RunDirectory
 from memlens.sequences import SequenceSet
+from memlens.sweeps.fingerprint import fingerprint, model_fingerprint, sequences_fingerprint
 
 __all__ = ["StudyDirectory", "StudyRun", "at_most"]
 
 _LOG = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,48 @@ class StudyDirectory(RunDirectory):
             work()
         except (MemlensError, RuntimeError, ValueError) as error:
             self.failed(name, error)
+
+    def place(self, name: str) -> Path:
+        """Return the folder that keeps a sweep's parts."""
+        return Path(self.path) / "sweeps" / name.replace(" ", "_").replace("/", "_")
+
+    def kept(self, name: str, work: Callable[..., _T]) -> _T:
+        """Run a sweep that keeps its parts in `place(name)`, so that a second run goes on with it.
+
+        Where another sweep stands there, of other options, sequences or weights, it is left alone: the next
+        free name is taken (`name-2`, …), and found again by a run with these options.
+
+        Args:
+            name: Of the sweep.
+            work: Runs it, given `out=`.
+        """
+        for number in count(1):
+            try:
+                return work(out=self.place(name if number == 1 else f"{name}-{number}"))
+            except OtherSweepError as error:
+                _LOG.info("%s", error)
+        raise AssertionError("unreachable")
+
+    def scored(self, name: str, model: Any, seqs: SequenceSet, **options: Any) -> RecallScores:
+        """Score recall, or read the scores that an earlier run kept.
+
+        They are kept by the weights, the edits that are held on the model, the sequences and the options.
+
+        Args:
+            name: Of the folder that keeps them.
+            model: A TransformerLens model.
+            seqs: What is scored.
+            **options: Of `score_recall`.
+        """
+        about = sorted((key, value) for key, value in options.items() if key != "progress")
+        key = fingerprint([model_fingerprint(model), sequences_fingerprint(seqs), about])
+        place = self.place(name) / f"{key}.parquet"
+        if place.is_file():
+            return RecallScores.load(place)
+        scores = score_recall(model, seqs, **options)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scores.save(place)
+        return scores
 
     def failed(self, name: str, error: BaseException) -> None:
         """Note that a step failed."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -223,22 +223,11 @@ class Unfolding:
     def _knocked_out(self, seqs: SequenceSet, group: str, keep: bool, selections: tuple[str, ...]) -> Result:
         options = self.options
         place = f"{self.name}_{group.replace(' ', '_')}_{'non_top' if keep else 'top'}"
-        ks = options.top_k
-        return knock_out_neurons(
-            self.model,
-            seqs,
-            top_k=ks,
-            keep=keep,
-            windows=options.windows,
-            selection=selections,
-            positions=options.positions,
-            replace=options.replace,
-            n_draws=options.n_draws,
-            seed=options.seed,
-            metrics=("target_logprob",),
-            out=Path(self.folder.path) / "sweeps" / place,
-            progress=self.progress,
-        )
+        named = ("top_k", "windows", "positions", "replace", "n_draws", "seed")
+        wanted: dict[str, Any] = {name: getattr(options, name) for name in named}
+        wanted |= {"metrics": ("target_logprob",), "progress": self.progress}
+        knock_out = partial(knock_out_neurons, self.model, seqs, keep=keep, selection=selections, **wanted)
+        return self.folder.kept(place, knock_out)
 
     def _other_items(self) -> dict[str, SequenceSet]:
         """Of each control group those matched with recalled items; all of it where none are."""

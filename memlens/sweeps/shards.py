@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memlens.errors import ResultError
+from memlens.errors import OtherSweepError, ResultError
 from memlens.files import replacing, write_atomically
 
 __all__ = ["Shard", "ShardStore", "cut"]
@@ -82,7 +82,8 @@ class ShardStore:
         shards: How it is cut; a sweep that was begun goes on with its own cut.
 
     Raises:
-        ResultError: The folder holds another sweep, or a manifest that cannot be read.
+        OtherSweepError: The folder holds another sweep.
+        ResultError: Its manifest cannot be read.
     """
 
     def __init__(self, folder: str | Path, about: Mapping[str, str], shards: Sequence[Shard]) -> None:
@@ -116,7 +117,7 @@ class ShardStore:
         other = [name for name in about if then.get(name) != about[name]]
         if other or not known:
             what = " and ".join(other) if other else "the format"
-            raise ResultError(
+            raise OtherSweepError(
                 f"{self.manifest} is of another sweep ({what} differ): give another folder, "
                 "or delete this one."
             )

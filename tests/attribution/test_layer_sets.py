@@ -17,8 +17,8 @@ from memlens.attribution.layer_sets import (
     take_half,
 )
 from memlens.attribution.mlps import branch_ablations
+from memlens.cli.generate import parse_layers
 from memlens.errors import EmptySetError, OptionError
-from memlens.generate_cli import parse_layers
 from memlens.results.depth import quartiles
 from memlens.results.statistics import halves
 from tests.small import CASES

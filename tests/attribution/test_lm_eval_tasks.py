@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memlens as ml
 from memlens.attribution import lm_eval_tasks
-from memlens.errors import ModelLoadError, OptionError, SourceNotFoundError
+from memlens.errors import ModelLoadError, OptionError, SiteError, SourceNotFoundError
 from memlens.models.zoo import zoo_path
 from memlens.organisms.local_tasks import local_tasks
 from memlens.organisms.tokenizer import load_tokenizer
@@ -230,3 +232,74 @@ def test_what_cannot_be_taken_is_said(
     monkeypatch.setattr(lm_eval_tasks, "find_spec", lambda name: None)
     with pytest.raises(ModelLoadError, match=r"memlens\[eval\]"):
         ml.tasks_from_lm_eval("tiny_mc", model)
+
+
+def request(*args: Any) -> Any:
+    return SimpleNamespace(args=args)
+
+
+TEXTS = ("Mara was old and the kettle sang", "The old boat was", "every spring " * 50)
+
+
+def test_as_lm_eval_is_hflm_on_the_model_as_it_is() -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    folder = zoo_path("pythia-s")
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    theirs = HFLM(
+        pretrained=plain, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=3, add_bos_token=False,
+        max_length=127,  # one less: it does not feed the last token, and we do
+    )  # fmt: skip
+    ours = ml.as_lm_eval(ml.load_model("zoo/pythia-s"), prepend_bos=False, progress=False)
+    pairs = [request(text[: len(text) // 2], text[len(text) // 2 :]) for text in TEXTS[:2]]
+    pairs.append(request("", "Mara was"))
+    for (logprob, greedy), (value, same) in zip(
+        ours.loglikelihood(pairs), theirs.loglikelihood(pairs, disable_tqdm=True), strict=True
+    ):
+        assert logprob == pytest.approx(value, abs=1e-4)
+        assert greedy == same
+    texts = [request(text) for text in TEXTS]
+    assert len(ours.encoder.prompt(TEXTS[-1])) > ours.max_length  # more than one window
+    rolling = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
+    np.testing.assert_allclose(ours.loglikelihood_rolling(texts), rolling, rtol=1e-5)
+    asked = [request(text, {"until": [".", "\n"], "max_gen_toks": 12}) for text in TEXTS]
+    asked.append(request(TEXTS[0], {"until": [], "max_gen_toks": 3, "do_sample": False}))
+    generated = ours.generate_until(asked)
+    assert generated == theirs.generate_until(asked, disable_tqdm=True)
+    assert len(set(map(len, generated))) > 1
+
+
+def test_as_lm_eval_holds_its_interventions(tiny_model: Callable[..., Any], tiny_tasks: Path) -> None:
+    from lm_eval import simple_evaluate
+
+    model = tiny_model("gpt_neox")
+    edit = ml.bypass_intervention(model, [0, 1])
+    lm = ml.as_lm_eval(model, edit, progress=False)
+    found = simple_evaluate(lm, tasks=["tiny_mc"], task_manager=manager_of(tiny_tasks), bootstrap_iters=0)
+    (task,) = ml.tasks_from_lm_eval(["tiny_mc"], model, task_manager=manager_of(tiny_tasks))
+    swept = ml.evaluate_tasks(model, [task], [edit], progress=False)
+    assert found["results"]["tiny_mc"]["acc,none"] == pytest.approx(float(swept["accuracy"].mean()))
+    logprobs = [
+        r[0][0] for s in sorted(found["samples"]["tiny_mc"], key=lambda s: s["doc_id"]) for r in s["resps"]
+    ]
+    direct = ml.sweep(model, task.requests, [edit], ["target_logprob"], progress=False)
+    total = direct["target_logprob"].values[:, 0] * task.requests.n_targets.numpy()
+    np.testing.assert_allclose(logprobs, total, atol=1e-4)
+    assert not np.allclose(total, direct["target_logprob_baseline"].values * task.requests.n_targets.numpy())
+    assert lm.get_model_info()["interventions"] == [edit.name]
+    generated = lm.generate_until([request("w5 w7 w2", {"until": [], "max_gen_toks": 4})])
+    ids = torch.tensor([lm.encoder.prompt("w5 w7 w2")])
+    with ml.bypassed(model, [0, 1]):
+        whole = model.generate(ids, max_new_tokens=4, do_sample=False, verbose=False, stop_at_eos=False)
+    assert generated == [model.tokenizer.decode(whole[0, ids.shape[1] :])]
+
+
+def test_as_lm_eval_refuses_what_it_cannot_do(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("gpt_neox")
+    with pytest.raises(SiteError, match="hook_x"):
+        ml.as_lm_eval(model, ml.Intervention("typo", [("blocks.0.attn.hook_x", lambda x, hook: x)]))
+    lm = ml.as_lm_eval(model, progress=False)
+    with pytest.raises(OptionError, match="do_sample"):
+        lm.generate_until([request("a", {"do_sample": True, "temperature": 0.7})])
+    with pytest.raises(OptionError, match="no room"):
+        lm.generate_until([request("a", {"max_gen_toks": 10_000})])

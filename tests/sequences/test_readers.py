@@ -158,6 +158,17 @@ def test_huggingface_datasets_with_the_columns_of_memorized_evals() -> None:
         load_sequences(datasets.DatasetDict(train=dataset))
 
 
+def test_a_set_goes_to_a_huggingface_dataset_and_back() -> None:
+    table = pd.DataFrame({"id": ["a", "b"], "copies": [3, 1], "note": ["x", None]})
+    seqs = SequenceSet.from_tokens([[5, 6, 7], [8, 9, 3, 2]], [1, 2]).with_table(table)
+    dataset = seqs.to_dataset()
+    assert dataset[1] == {"id": "b", "copies": 1, "note": None, "tokens": [8, 9, 3, 2], "prefix_len": 2}
+    back = load_sequences(dataset.shuffle(seed=1).sort("id"))
+    assert back.rows() == seqs.rows()
+    assert back.prefix_len.tolist() == [1, 2]
+    assert back.table["copies"].tolist() == [3, 1]
+
+
 def test_hub_names_are_loaded_by_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 

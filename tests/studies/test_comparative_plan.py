@@ -18,13 +18,12 @@ from memlens.studies.comparative_config import (
     parse_sources,
     read_config,
     read_domains,
-    steps_of,
 )
 from memlens.studies.comparative_hub import HUB_MODELS, hub_table, shape_of
 from memlens.studies.comparative_plan import PlanSizes, plan_comparative, plan_parts
 from memlens.sweeps.planner import plan, plan_shape
 from memlens.sweeps.shapes import ModelShape
-from tests.test_cli import call
+from tests.cli.test_commands import call
 
 # ---- the paper's list ------------------------------------------------------------------------------------
 
@@ -272,13 +271,3 @@ def test_domains_are_sampled_alike_for_all_and_named(sources: tuple[Path, Path])
     assert read_domains(both, model, options).ids == seqs.ids
     one = read_domains(both["code"], model, ml.ComparativeOptions())
     assert set(one.table["domain"]) == {"all"}
-
-
-def test_steps_of_a_local_model(tmp_path: Path, tiny_folder: Any) -> None:
-    folder = tmp_path / "mine"
-    for step in (20, 3):
-        (folder / "checkpoints" / f"step{step}").mkdir(parents=True)
-        (folder / "checkpoints" / f"step{step}" / "config.json").write_text("{}")
-    (folder / "config.json").write_text("{}")
-    assert steps_of(str(folder)) == (3, 20)
-    assert steps_of(str(tiny_folder("gpt_neox"))) == ()

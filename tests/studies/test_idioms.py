@@ -300,7 +300,7 @@ def test_hooks_of_the_model_stay_as_they_were(pythia: Any, run: StudyRun) -> Non
 @pytest.mark.slow
 def test_the_criteria_tell_planted_expressions_from_text(pythia: Any) -> None:
     """Asked of the corpus itself, every planted expression takes its whole prompt, and text seldom does."""
-    from memlens.run_cli import _counted, _criteria
+    from memlens.cli.run import _counted, _criteria
 
     expressions = ml.load_sequences("zoo:expressions", pythia)
     text = ml.natural_controls(

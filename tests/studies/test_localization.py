@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,23 @@ def test_head_table_is_sorted_and_corrected(run: StudyRun) -> None:
     assert table["effect_mean"].is_monotonic_increasing
     assert (table["effect_low"] <= table["effect_mean"]).all()
     assert table["p_corrected"].between(0, 1).all()
+
+
+def test_a_second_run_computes_nothing_again_and_other_options_stand_beside(
+    pythia: Any, planted: ml.SequenceSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ml.localize(pythia, planted, tmp_path, options=SMALL, progress=False)
+    kept = {path.name for path in (tmp_path / "sweeps").iterdir()}
+    assert {"heads_memorized", "bypass_untrained_twin", "patching_memorized", "recall"} <= kept
+    with monkeypatch.context() as patch:
+        for name in ("memlens.sweeps.run.run_batches", "memlens.studies.running.score_recall"):
+            patch.setattr(name, lambda *_, **__: pytest.fail("it is computed again"))
+        again = ml.localize(pythia, planted, tmp_path, options=SMALL, progress=False)
+    assert again.findings == first.findings
+    assert not again.failures
+    zeroed = ml.localize(pythia, planted, tmp_path, options=replace(SMALL, head_mode="zero"), progress=False)
+    now = {path.name for path in (tmp_path / "sweeps").iterdir()}
+    assert not zeroed.failures
+    assert now - kept == {"heads_memorized-2", "heads_matched_control-2"}
+    assert zeroed.findings[2] != first.findings[2]
+    assert zeroed.findings[3] == first.findings[3]

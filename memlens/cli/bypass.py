@@ -9,18 +9,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memlens.console import (
+from memlens.cli.console import (
     BackendOption,
     DeviceOption,
     DtypeOption,
+    JsonOption,
+    ModelOption,
+    PlanOption,
     QuietOption,
+    ResumeOption,
     RevisionOption,
     SeedOption,
     StepOption,
     command_line,
     load,
     print_run,
+    resumable,
 )
+from memlens.cli.plans import PLAN_NOTE, bypass_works, print_plans
 from memlens.errors import OptionError
 
 if TYPE_CHECKING:
@@ -31,9 +37,7 @@ __all__ = ["run_bypass"]
 
 
 def run_bypass(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="Hub name, checkpoint folder, .gguf file or zoo name.")
-    ],
+    model: ModelOption,
     out: Annotated[Path, typer.Option(help="Folder for results and report.")],
     corpus: Annotated[
         str | None,
@@ -83,6 +87,9 @@ def run_bypass(
     revision: RevisionOption = None,
     checkpoint_step: StepOption = None,
     seed: SeedOption = 0,
+    plan: PlanOption = False,
+    resume: ResumeOption = True,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Study what each block's attention gives to recitation, and what its bypass costs elsewhere.
@@ -125,15 +132,22 @@ def run_bypass(
         )  # fmt: skip
         return ml.BypassInputs.of(loaded, found, tasked, name=name)
 
-    run = ml.study_attention_bypass(
-        read(model, revision=revision, step=checkpoint_step),
-        out,
-        others=[partial(read, name) for name in compare or []],
-        options=options,
-        command=command_line(),
-        progress=not quiet,
-    )
-    print_run(run, time.perf_counter() - start)
+    if plan:
+        loaded = load(model, backend, dtype, device, revision, checkpoint_step)
+        tasked = _tasks(loaded, model, tasks, questions, seed)
+        works = bypass_works(loaded, tasked, options, prefix_len, suffix_len)
+        print_plans(loaded, works, as_json=as_json, note=PLAN_NOTE)
+        return
+    with resumable(out, resume=resume, parts=("sweeps", "memorized")):
+        run = ml.study_attention_bypass(
+            read(model, revision=revision, step=checkpoint_step),
+            out,
+            others=[partial(read, name) for name in compare or []],
+            options=options,
+            command=command_line(),
+            progress=not quiet,
+        )
+    print_run(run, time.perf_counter() - start, as_json=as_json)
 
 
 def _corpus(model: Any, name: str, corpus: str | None) -> Any:

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from memlens.console import (
+from memlens.cli.console import (
     OUT,
     BackendOption,
     DeviceOption,
     DtypeOption,
+    JsonOption,
     QuietOption,
     RevisionOption,
     SeedOption,
+    print_json,
+    records,
 )
 from memlens.errors import OptionError
 
@@ -61,6 +64,7 @@ def lens_train(
     device: DeviceOption = None,
     revision: RevisionOption = None,
     seed: SeedOption = 0,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Train a tuned lens on text that is not to be decoded later; write it, and what it gained.
@@ -97,8 +101,11 @@ def lens_train(
     folder = trained.save(out)
     if published:
         trained.save(out, layout="published")
-    _print_gain(trained)
-    OUT.print(f"lens: {folder}")
+    if as_json:
+        print_json({"lens": folder, "heldout_kl": records(trained.heldout_kl())})
+    else:
+        _print_gain(trained)
+        OUT.print(f"lens: {folder}")
 
 
 def zoo_rows(name: str) -> np.ndarray:

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 import memlens as ml
 from memlens import cli
+from memlens.cli.lens import zoo_rows
 from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError
-from memlens.lens_cli import zoo_rows
 from memlens.sequences import text_windows
-from tests.test_cli import call
+from tests.cli.test_commands import call
 
 
 def test_a_lens_from_token_ids(tiny_folder: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import memlens as ml
-from tests.test_cli import call
+from tests.cli.test_commands import call
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 import memlens as ml
 from memlens import cli
+from memlens.cli.generate import continuations, parse_layers, read_prompts
 from memlens.errors import FileFormatError, OptionError, SourceNotFoundError
-from memlens.generate_cli import continuations, parse_layers, read_prompts
+from tests.cli.test_commands import call
 from tests.small import CASES
-from tests.test_cli import call
 from tests.tiny import D_VOCAB
 
 PROMPTS = ["w3 w14 w15 w92 w65 w35", "w27 w18 w28"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -10,14 +12,15 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from memlens.bypass_cli import run_bypass
-from memlens.comparative_cli import run_comparative
-from memlens.console import (
+from memlens.cli.bypass import run_bypass
+from memlens.cli.comparative import run_comparative
+from memlens.cli.console import (
     ERR,
     OUT,
     BackendOption,
     DeviceOption,
     DtypeOption,
+    JsonOption,
     LimitOption,
     ModelOption,
     PrefixOption,
@@ -30,14 +33,18 @@ from memlens.console import (
     TargetsOption,
     command_line,
     load,
+    print_json,
     print_run,
     print_table,
+    records,
+    resumable,
 )
+from memlens.cli.generate import generate
+from memlens.cli.lens import lens_app
+from memlens.cli.plans import localize_works, print_plans
+from memlens.cli.run import run_app
+from memlens.cli.zoo import zoo_app
 from memlens.errors import MemlensError, check_option
-from memlens.generate_cli import generate
-from memlens.lens_cli import lens_app
-from memlens.run_cli import run_app
-from memlens.zoo_cli import zoo_app
 
 __all__ = ["app", "main"]
 
@@ -56,24 +63,27 @@ app.command()(generate)
 
 
 def main() -> None:
-    """Run the command line; errors that memlens foresaw are one line, and the exit code is 2."""
+    """Run the command line.
+
+    Exit codes: 0, 1 where a step of a study failed, 2 for errors that memlens or the parser foresaw (one
+    line), 130 after Ctrl-C.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if not sys.stderr.isatty():  # a file or a CI log: a line now and then, not ten a second
+        for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
+            os.environ.setdefault(name, "30")
     try:
         app(standalone_mode=True)
     except MemlensError as error:
         ERR.print(Text.assemble(("error: ", "bold red"), str(error)))
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        ERR.print(
-            "stopped; results that were finished are in the output folder, `memlens report DIR` shows them."
-        )
-        raise SystemExit(130) from None
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results and report.")] = Path("memlens-demo"),
     seed: SeedOption = 0,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Find where the bundled zoo/pythia-s recalls what was planted in it (about a minute).
@@ -86,8 +96,9 @@ def demo(
     model = ml.load_model("zoo/pythia-s")
     sequences = ml.load_sequences("zoo", model)
     options = ml.LocalizeOptions(max_sequences=32, max_patched=32, seed=seed)
-    run = ml.localize(model, sequences, out, options=options, command=command_line(), progress=not quiet)
-    print_run(run, time.perf_counter() - start)
+    with resumable(out):
+        run = ml.localize(model, sequences, out, options=options, command=command_line(), progress=not quiet)
+    print_run(run, time.perf_counter() - start, as_json=as_json)
 
 
 @app.command()
@@ -117,6 +128,7 @@ def score(
     device: DeviceOption = None,
     revision: RevisionOption = None,
     checkpoint_step: StepOption = None,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Score how well a model recalls each sequence; write a table and print a summary.
@@ -147,8 +159,11 @@ def score(
         progress=not quiet,
     )
     path = recall.save(out)
-    print_table(recall.summary(), "Recall (means with 95 % intervals)")
-    OUT.print(f"table: {path}")
+    if as_json:
+        print_json({"table": path, "summary": records(recall.summary())})
+    else:
+        print_table(recall.summary(), "Recall (means with 95 % intervals)")
+        OUT.print(f"table: {path}")
 
 
 @app.command()
@@ -164,6 +179,7 @@ def plan(
     device: DeviceOption = None,
     revision: RevisionOption = None,
     checkpoint_step: StepOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Say what ablating every head, bypassing every layer and patching every site would cost.
 
@@ -175,14 +191,7 @@ def plan(
     seqs = ml.load_sequences(
         sequences, loaded, prefix_len=prefix_len, max_targets=max_targets, target=target, limit=limit
     )
-    layers = range(len(loaded.blocks))
-    works = {
-        "ablate each head": ml.head_ablations(loaded, seqs),
-        "bypass each layer": [ml.bypass_intervention(loaded, [layer]) for layer in layers],
-        "patch layer x position": ml.activation_patches(loaded, seqs),
-    }
-    for name, interventions in works.items():
-        OUT.print(f"{name}: {ml.plan(loaded, seqs, interventions)}")
+    print_plans(loaded, localize_works(loaded, seqs), as_json=as_json)
 
 
 @app.command()
@@ -191,6 +200,7 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="The HTML file (default: report.html in the folder).")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Make the report of a run's folder again, finished or not.
 
@@ -198,11 +208,15 @@ def report(
     """
     from memlens.report import report_from_directory
 
-    OUT.print(f"report: {report_from_directory(folder, out)}")
+    path = report_from_directory(folder, out)
+    if as_json:
+        print_json({"report": path})
+    else:
+        OUT.print(f"report: {path}")
 
 
 @app.command()
-def models() -> None:
+def models(as_json: JsonOption = False) -> None:
     """List the model families that memlens knows by name.
 
     Example: memlens models
@@ -211,5 +225,9 @@ def models() -> None:
     from memlens.models.zoo import zoo_names
 
     columns = ["model", "size", "family", "backend", "corpus", "license"]
-    print_table(families_table().filter(columns), "Families")
-    OUT.print("zoo: " + ", ".join(f"zoo/{name.removeprefix('zoo/')}" for name in zoo_names()))
+    table, zoo = families_table().filter(columns), [f"zoo/{n.removeprefix('zoo/')}" for n in zoo_names()]
+    if as_json:
+        print_json({"families": records(table), "zoo": zoo})
+    else:
+        print_table(table, "Families")
+        OUT.print("zoo: " + ", ".join(zoo))

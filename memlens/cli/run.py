@@ -9,14 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from memlens.console import (
+from memlens.cli.console import (
     BackendOption,
     DeviceOption,
     DtypeOption,
+    JsonOption,
     LimitOption,
     ModelOption,
+    PlanOption,
     PrefixOption,
     QuietOption,
+    ResumeOption,
     RevisionOption,
     SeedOption,
     SequencesOption,
@@ -26,7 +29,9 @@ from memlens.console import (
     command_line,
     load,
     print_run,
+    resumable,
 )
+from memlens.cli.plans import PLAN_NOTE, idiom_works, localize_works, print_plans
 from memlens.errors import OptionError, SourceNotFoundError
 
 __all__ = ["run_app"]
@@ -59,9 +64,14 @@ def run_localize(
     revision: RevisionOption = None,
     checkpoint_step: StepOption = None,
     seed: SeedOption = 0,
+    plan: PlanOption = False,
+    resume: ResumeOption = True,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Score, decode, ablate, bypass and patch: where does this model recall these sequences?
+
+    The same command again takes up the sweeps where they stopped.
 
     Example: memlens run localize --model zoo/pythia-s --sequences zoo --out my-run
     """
@@ -81,8 +91,12 @@ def run_localize(
     seqs = ml.load_sequences(
         sequences, loaded, prefix_len=prefix_len, max_targets=max_targets, target=target, limit=limit
     )
-    run = ml.localize(loaded, seqs, out, options=options, command=command_line(), progress=not quiet)
-    print_run(run, time.perf_counter() - start)
+    if plan:
+        print_plans(loaded, localize_works(loaded, seqs, options), as_json=as_json, note=PLAN_NOTE)
+        return
+    with resumable(out, resume=resume):
+        run = ml.localize(loaded, seqs, out, options=options, command=command_line(), progress=not quiet)
+    print_run(run, time.perf_counter() - start, as_json=as_json)
 
 
 @run_app.command("idioms")
@@ -134,6 +148,9 @@ def run_idioms(
     revision: RevisionOption = None,
     checkpoint_step: StepOption = None,
     seed: SeedOption = 0,
+    plan: PlanOption = False,
+    resume: ResumeOption = True,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Study how fixed expressions (and facts, and identifiers) are recalled, layer by layer.
@@ -170,22 +187,24 @@ def run_idioms(
         own["identifiers"] = "zoo:identifiers"
         sources = {name: own[name] if name == "idioms" else sources[name] or own[name] for name in sources}
     given = {name: _read(name, source, loaded, limit) for name, source in sources.items() if source}
-    run = ml.study_idioms(
-        loaded,
-        given.pop("idioms"),
-        out,
-        **given,
-        references=[
-            *(load(name, backend, dtype, device, None, None) for name in reference or []),
-            *_counted(reference_text, idioms, loaded),
-        ],
-        lens=lens,
-        train_lens=idioms == "zoo" if train_lens is None else train_lens,
-        options=options,
-        command=command_line(),
-        progress=not quiet,
-    )
-    print_run(run, time.perf_counter() - start)
+    if plan:
+        print_plans(loaded, idiom_works(loaded, given["idioms"], options), as_json=as_json, note=PLAN_NOTE)
+        return
+    asked = [load(name, backend, dtype, device, None, None) for name in reference or []]
+    with resumable(out, resume=resume):
+        run = ml.study_idioms(
+            loaded,
+            given.pop("idioms"),
+            out,
+            **given,
+            references=[*asked, *_counted(reference_text, idioms, loaded)],
+            lens=lens,
+            train_lens=idioms == "zoo" if train_lens is None else train_lens,
+            options=options,
+            command=command_line(),
+            progress=not quiet,
+        )
+    print_run(run, time.perf_counter() - start, as_json=as_json)
 
 
 def _numbers(name: str, given: str | None) -> tuple[int, ...] | None:

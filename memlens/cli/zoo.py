@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memlens.console import OUT, DeviceOption, QuietOption, SeedOption, print_table
+from memlens.cli.console import (
+    OUT,
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    SeedOption,
+    print_json,
+    print_table,
+    records,
+    resumable,
+)
 from memlens.errors import OptionError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["zoo_app"]
 
@@ -18,14 +31,17 @@ _DEFAULT = "pythia-s"
 
 
 @zoo_app.command("list")
-def zoo_list() -> None:
+def zoo_list(as_json: JsonOption = False) -> None:
     """List the models of the zoo: bundled, trained into the cache, or a recipe that can be trained.
 
     Example: memlens zoo list
     """
     from memlens.organisms.zoo import zoo_overview
 
-    print_table(zoo_overview(), "Zoo")
+    if as_json:
+        print_json(records(zoo_overview()))
+    else:
+        print_table(zoo_overview(), "Zoo")
 
 
 @zoo_app.command("train")
@@ -44,6 +60,7 @@ def zoo_train(
     device: DeviceOption = None,
     seed: SeedOption = 0,
     resume: Annotated[bool, typer.Option(help="Go on with interrupted runs, skip finished ones.")] = True,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Train zoo models from their recipes, one after the other: same corpus, same seed, same models.
@@ -54,6 +71,7 @@ def zoo_train(
 
     Example: memlens zoo train --family all --size all
     """
+    from memlens.organisms.evaluate import evaluate_zoo_model
     from memlens.organisms.zoo import train_zoo_model
 
     chosen = list(names or ()) or ([] if family or size else [_DEFAULT])
@@ -63,13 +81,25 @@ def zoo_train(
         chosen = list(dict.fromkeys([*chosen, *selected]))
     if out is not None and len(chosen) != 1:
         raise OptionError(f"out={str(out)!r} is the folder of one model, but {len(chosen)} were chosen.")
-    for name in bundled:
+    curves: dict[str, tuple[Path, pd.DataFrame]] = {}
+    for name in bundled if not as_json else []:
         OUT.print(f"zoo/{name}: bundled")
     for name in chosen:
-        folder = train_zoo_model(
-            name, out, seed=seed, steps=steps, device=device, progress=not quiet, resume=resume
-        )
-        _print_model(name, folder, table=len(chosen) == 1)
+        with resumable(out):
+            folder = train_zoo_model(
+                name, out, seed=seed, steps=steps, device=device, progress=not quiet, resume=resume
+            )
+        curves[name] = folder, evaluate_zoo_model(folder)
+        if not as_json:
+            _print_model(name, *curves[name], table=len(chosen) == 1)
+    if as_json:
+        print_json([_told(name, *found) for name, found in curves.items()])
+
+
+def _told(name: str, folder: Path, curve: pd.DataFrame) -> dict[str, Any]:
+    """Return what JSON says of a model."""
+    told = {"model": f"zoo/{name.removeprefix('zoo/')}", "folder": folder}
+    return {**told, "heldout_loss": curve.attrs["heldout_loss"], "recall": records(curve)}
 
 
 def _selection(family: str, size: str) -> tuple[list[str], list[str]]:
@@ -84,11 +114,8 @@ def _selection(family: str, size: str) -> tuple[list[str], list[str]]:
     return [name for name in wanted if name not in bundled], bundled
 
 
-def _print_model(name: str, folder: Path, *, table: bool) -> None:
+def _print_model(name: str, folder: Path, curve: pd.DataFrame, *, table: bool) -> None:
     """Print what a model remembers: by copies, or for one of several in a line."""
-    from memlens.organisms.evaluate import evaluate_zoo_model
-
-    curve = evaluate_zoo_model(folder)
     total = curve.loc[curve["domain"] == "all"]
     if table:
         print_table(total, "Exact match by copies in the corpus")

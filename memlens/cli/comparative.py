@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memlens.console import (
+from memlens.cli.console import (
     OUT,
     BackendOption,
     DeviceOption,
     DtypeOption,
+    JsonOption,
     QuietOption,
+    ResumeOption,
     SeedOption,
     command_line,
+    print_json,
     print_run,
     print_table,
+    records,
+    resumable,
 )
 from memlens.errors import OptionError, near_matches
 
@@ -65,6 +70,8 @@ def run_comparative(
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
     seed: SeedOption = 0,
+    resume: ResumeOption = True,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Compare how models memorize: rates, domains, noise, layers, heads, and signatures of families.
@@ -84,27 +91,37 @@ def run_comparative(
     entries = _with_checkpoints(entries, checkpoints or [])
     options = _with_options(read.options, option or [], seed)
     if plan:
-        _print_plan(entries, options, device_tflops, per_domain, plan_domains)
+        _print_plan(entries, options, device_tflops, per_domain, plan_domains, as_json=as_json)
         return
     if out is None:
         raise OptionError("--out is missing: name a folder for results and report.")
     sources: Mapping[str, Any] = parse_sources(sequences) if sequences else read.sources or {"": _ZOO}
-    run = ml.study_comparative(
-        entries, sources, out, options=options, include_saved=add, command=command_line(), progress=not quiet
-    )
-    print_run(run, time.perf_counter() - start)
+    with resumable(out, resume=resume, parts=("models",)):
+        run = ml.study_comparative(
+            entries,
+            sources,
+            out,
+            options=options,
+            include_saved=add,
+            command=command_line(),
+            progress=not quiet,
+        )
+    print_run(run, time.perf_counter() - start, as_json=as_json)
 
 
 def _with_checkpoints(entries: Sequence[StudyModel], given: Sequence[str]) -> list[StudyModel]:
     """Return the models with the training steps that are followed."""
-    from memlens.studies.comparative_config import steps_of
+    import memlens as ml
 
     wanted: dict[str, tuple[int, ...]] = {}
     for entry in given:
         name, _, steps = entry.partition("=")
         if not steps or (steps != "all" and not steps.replace(",", "").isdigit()):
             raise OptionError(f"--checkpoints {entry!r} is not clear: give MODEL=100,200 or MODEL=all.")
-        wanted[name] = steps_of(name) if steps == "all" else tuple(int(s) for s in steps.split(",") if s)
+        steps_of_model = (
+            ml.checkpoint_steps(name) if steps == "all" else map(int, filter(None, steps.split(",")))
+        )
+        wanted[name] = tuple(steps_of_model)
     unknown = sorted(set(wanted) - {entry.label for entry in entries})
     if unknown:
         raise OptionError(
@@ -137,11 +154,16 @@ def _print_plan(
     device_tflops: float,
     per_domain: int,
     domains: int,
+    *,
+    as_json: bool,
 ) -> None:
     from memlens.studies.comparative_plan import PlanSizes, plan_comparative
 
     sizes = PlanSizes(per_domain=per_domain, domains=domains)
     table = plan_comparative(entries, sizes=sizes, options=options, device_tflops=device_tflops)
+    if as_json:
+        print_json({"device_tflops": device_tflops, "sizes": asdict(sizes), "models": records(table)})
+        return
     columns = [
         "model", "revision", "corpus", "forwards", "head_forwards", "weights_gib", "activations_gib", "hours",
         "head_hours",

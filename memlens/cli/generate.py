@@ -11,7 +11,16 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from memlens.console import OUT, BackendOption, DeviceOption, DtypeOption, ModelOption, RevisionOption
+from memlens.cli.console import (
+    OUT,
+    BackendOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    RevisionOption,
+    print_json,
+)
 from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError
 
 __all__ = ["continuations", "generate", "parse_layers", "read_prompts"]
@@ -29,7 +38,7 @@ def generate(
     mode: Annotated[str, typer.Option(help="identity or zero.")] = "identity",
     compare: Annotated[bool, typer.Option("--compare", help="Also continue without the bypass.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 50,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with token ids.")] = False,
+    as_json: JsonOption = False,
     prepend_bos: Annotated[
         bool, typer.Option("--prepend-bos", help="Put the beginning-of-text token before every prompt.")
     ] = False,
@@ -181,7 +190,7 @@ def _print_json(model: Any, prompts: list[str], found: dict[str, list[list[int]]
                 row[key] = model.tokenizer.decode(found[name][i])
                 row[f"{key}_tokens"] = found[name][i]
         rows.append(row)
-    typer.echo(json.dumps({**about, "generations": rows}, ensure_ascii=False, indent=2))
+    print_json({**about, "generations": rows})
 
 
 def _print_text(model: Any, prompts: list[str], found: dict[str, list[list[int]]], layers: list[int]) -> None:

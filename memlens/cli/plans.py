@@ -1,0 +1,134 @@
+"""What a study's sweeps would cost, counted before anything runs (`--plan`, `memlens plan`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from memlens.cli.console import OUT, print_json, print_table, records
+
+if TYPE_CHECKING:
+    from memlens.attribution import ChoiceTask
+    from memlens.sequences import SequenceSet
+    from memlens.studies import BypassOptions, IdiomOptions, LocalizeOptions
+    from memlens.sweeps import Intervention
+
+    Works = Mapping[str, tuple["SequenceSet", Sequence["Intervention"]]]
+
+__all__ = ["PLAN_NOTE", "bypass_works", "idiom_works", "localize_works", "print_plans"]
+
+PLAN_NOTE = (
+    "Counted as if as many sequences were recalled as are examined at most; matched controls cost the same "
+    "again each."
+)
+
+
+def localize_works(model: Any, seqs: SequenceSet, options: LocalizeOptions | None = None) -> Works:
+    """Return the sweeps of `localize`, on all sequences or on as many as `options` examine."""
+    import memlens as ml
+
+    some = seqs if options is None else seqs[: options.max_sequences]
+    patched = seqs if options is None else seqs[: options.max_patched]
+    layers = range(len(model.blocks))
+    return {
+        "ablate each head": (some, ml.head_ablations(model, some)),
+        "bypass each layer": (some, [ml.bypass_intervention(model, [layer]) for layer in layers]),
+        "patch layer x position": (patched, ml.activation_patches(model, patched)),
+    }
+
+
+def idiom_works(model: Any, items: SequenceSet, options: IdiomOptions) -> Works:
+    """Return the knock-out grid of the idiom study: k by window by first layer by choice of neurons."""
+    from memlens.attribution.neurons import knock_out_sizes
+    from memlens.models.weights import value_vectors
+
+    n_layers, width = len(model.blocks), int(value_vectors(model, 0).shape[0])
+    works: dict[str, tuple[SequenceSet, Sequence[Intervention]]] = {}
+    for word, keep in (("dominant", False), ("all other", True)):
+        if not options.knock_out or (keep and not options.non_top):
+            continue
+        ks, windows = knock_out_sizes(n_layers, width, options.top_k, options.windows, keep=keep)
+        edits = list(_edits(n_layers, windows, len(ks)))
+        works[f"knock out {word} neurons"] = (items[: options.max_items], edits)
+        if not keep and len(options.selections) > 1:
+            chosen = edits * (len(options.selections) - 1) * options.n_draws
+            works["the same, chosen otherwise"] = (items[: options.max_controls], chosen)
+    return works
+
+
+def bypass_works(
+    model: Any, tasks: Sequence[ChoiceTask], options: BypassOptions, prefix_len: int, suffix_len: int
+) -> Works:
+    """Return the sweeps of the bypass study that are known before its sequences are."""
+    import memlens as ml
+    from memlens.attribution.tasks import joined_requests
+
+    layers = range(len(model.blocks))
+    blocks = [ml.bypass_intervention(model, [layer]) for layer in layers]
+    examined = _blank(options.max_sequences, prefix_len, suffix_len)
+    works: dict[str, tuple[SequenceSet, Sequence[Intervention]]] = {"bypass each block": (examined, blocks)}
+    if tasks:
+        works["tasks, each block bypassed"] = (joined_requests(tasks), blocks)
+    if options.heads:
+        heads = [
+            ml.bypass_intervention(model, [layer], heads=[head])
+            for layer in layers
+            for head in range(model.cfg.n_heads)
+        ]
+        works["bypass each head"] = (examined[: options.control_sequences], heads)
+    return works
+
+
+def print_plans(model: Any, works: Works, *, as_json: bool, note: str = "") -> None:
+    """Print what each sweep would cost here: a table, or JSON."""
+    import pandas as pd
+
+    import memlens as ml
+
+    rows = []
+    for name, (seqs, edits) in works.items():
+        cost = ml.plan(model, seqs, edits)
+        rows.append(
+            {
+                "work": name,
+                "sequences": cost.n_sequences,
+                "interventions": cost.n_interventions,
+                "block_forwards": cost.block_forwards,
+                "times_fewer": cost.reference_block_forwards / max(1, cost.block_forwards),
+                "gflop": (cost.block_flops + cost.unembed_flops) / 1e9,
+                "mib": cost.bytes / 2**20,
+                "seconds": cost.expected_seconds,
+            }
+        )
+    frame = pd.DataFrame(rows)
+    if as_json:
+        print_json({"works": records(frame), "note": note})
+        return
+    print_table(frame, "Cost; 'times_fewer' than one full forward for each intervention")
+    OUT.print(f"together about {frame['seconds'].sum():,.0f} s on this machine" if rows else "nothing to run")
+    if note:
+        OUT.print(note)
+
+
+def _edits(n_layers: int, windows: Sequence[int], n_ks: int) -> Iterator[Intervention]:
+    """Edits that are counted and never run: a window costs what stands after its first layer."""
+    from memlens.models.hooks import hook_name
+    from memlens.sweeps import Intervention
+
+    for window in windows:
+        for first in range(n_layers - window + 1):
+            for number in range(n_ks):
+                hooks = [(hook_name("mlp_post", layer), _nothing) for layer in range(first, first + window)]
+                yield Intervention(f"{window} layers from {first}, {number}", hooks)
+
+
+def _nothing(x: Any, hook: object) -> Any:
+    return x
+
+
+def _blank(n: int, prefix_len: int, suffix_len: int) -> SequenceSet:
+    import numpy as np
+
+    import memlens as ml
+
+    return ml.SequenceSet.from_tokens(np.zeros((n, prefix_len + suffix_len), dtype=np.int64), prefix_len)

@@ -1,0 +1,137 @@
+"""What the commands print for programs, what they do in a pipe, and how they stop and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from memlens import cli
+from memlens.cli.console import complete_model, print_json
+from tests.cli.test_commands import call
+
+
+def asked(*args: str) -> Any:
+    """Run a command with --json; its output must be one document and nothing else."""
+    code, out, err = call(*args, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_every_command_takes_json() -> None:
+    runner = CliRunner()
+    commands = [["demo"], ["score"], ["plan"], ["report"], ["models"], ["generate"], ["lens", "train"]]
+    commands += [["zoo", "list"], ["zoo", "train"]]
+    commands += [["run", name] for name in ("localize", "idioms", "bypass", "comparative")]
+    for command in commands:
+        assert "--json" in runner.invoke(cli.app, [*command, "--help"], env={"COLUMNS": "200"}).output, (
+            command
+        )
+
+
+def test_score_and_models_as_json(recited: tuple[str, str], tmp_path: Path) -> None:
+    model, rows = recited
+    told = asked(
+        "score", "-m", model, "-s", rows, "--prefix-len", "8", "-q", "--out", str(tmp_path / "r.parquet")
+    )
+    table = pd.read_parquet(told["table"])
+    (every,) = [row for row in told["summary"] if row["metric"] == "exact_match"]
+    assert every["mean"] == pytest.approx(table["exact_match"].mean())
+    listed = asked("models")
+    assert "zoo/pythia-s" in listed["zoo"]
+    assert {"EleutherAI/pythia-70m", "bigcode/starcoderbase"} <= {row["model"] for row in listed["families"]}
+    assert {row["status"] for row in asked("zoo", "list")} <= {"bundled", "trained", "recipe"}
+
+
+def test_a_study_as_json_tells_its_findings(recited: tuple[str, str], tmp_path: Path) -> None:
+    model, rows = recited
+    args = ("run", "localize", "-m", model, "-s", rows, "--prefix-len", "8", "--out", str(tmp_path), "-q")
+    plan = asked(*args, "--plan")
+    assert not list(tmp_path.iterdir())  # a plan writes nothing
+    assert [row["work"] for row in plan["works"]] == [
+        "ablate each head", "bypass each layer", "patch layer x position"
+    ]  # fmt: skip
+    told = asked(*args, "--max-patched", "2")
+    assert Path(told["report"]).is_file()
+    assert told["failures"] == {}
+    saved = json.loads((tmp_path / "run.json").read_text())["findings"]
+    assert [finding["statement"] for finding in told["findings"]] == [each["statement"] for each in saved]
+    assert told["findings"][0]["estimate"] == 0.5
+
+
+def test_plans_of_the_other_studies(tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    rows = {
+        row["work"]: row
+        for row in asked("run", "bypass", "-m", "zoo/pythia-xs", "--out", out, "--plan")["works"]
+    }
+    assert rows["bypass each block"]["interventions"] == 4
+    assert rows["bypass each block"]["sequences"] == 128
+    assert rows["bypass each head"]["interventions"] == 4 * 5
+    idioms = asked(
+        "run", "idioms", "-m", "zoo/pythia-xs", "--out", out, "--plan", "--windows", "1,2", "--top-k", "1,10"
+    )
+    assert idioms["works"][0]["interventions"] == (4 + 3) * 2
+    assert not Path(out).exists()
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json(
+        {"a": float("nan"), "b": np.float32(0.5), "c": np.array([1, 2]), 3: Path("x"), "d": (True, None)}
+    )
+    assert json.loads(capsys.readouterr().out) == {
+        "a": None,
+        "b": 0.5,
+        "c": [1, 2],
+        "3": "x",
+        "d": [True, None],
+    }
+
+
+def test_models_complete() -> None:
+    assert complete_model("zoo/pythia-x") == ["zoo/pythia-xs"]
+    assert "EleutherAI/pythia-12b" in complete_model("EleutherAI/pythia-1")
+
+
+def test_shells_complete_through_the_installed_script() -> None:
+    env = os.environ | {
+        "_MEMLENS_COMPLETE": "complete_zsh",
+        "_TYPER_COMPLETE_ARGS": "memlens score --model zoo/pythia-x",
+    }
+    script = "from memlens.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.argv = ['memlens']; {script}"],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "zoo/pythia-xs" in done.stdout
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "memlens", "run", "localize", "-m", "zoo/pythia-s", "-s", "zoo"]
+    command += ["--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(out.glob("sweeps/heads_*/*.npz")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert f"what was finished is in {out}, and the same command goes on from there." in " ".join(err.split())
+    assert "Traceback" not in err
+    assert len(err.splitlines()) < 40  # bars do not flood a pipe
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("sweeps/*/*.npz")}
+    done = subprocess.run([*command, "-q", "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["failures"] == {}
+    assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
