@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from memlens.models.loading import load_model
     from memlens.models.trunk import Trunk
     from memlens.organisms.local_tasks import local_tasks
+    from memlens.organisms.zoo import zoo_overview
     from memlens.recall.build_memorized import build_memorized_set
     from memlens.recall.calibration import calibrate_criteria
     from memlens.recall.compression import prompt_compression
@@ -204,6 +205,7 @@ _HOMES: dict[str, str] = {
         "memlens.results.task_summary": ("task_summary",),
         "memlens.sequences.idioms": ("idiom_defects",),
         "memlens.organisms.local_tasks": ("local_tasks",),
+        "memlens.organisms.zoo": ("zoo_overview",),
         "memlens.attribution.layer_sets": (
             "LayerSetSearch",
             "search_layer_sets",
@@ -318,6 +320,7 @@ __all__ = [
     "token_counts",
     "train_tuned_lens",
     "trivial_continuations",
+    "zoo_overview",
 ]
 
 
