@@ -175,6 +175,16 @@ def test_overlay_has_a_line_for_each_in_the_order_given() -> None:
         overlay({"a": low, "b": synthetic.recall()})
 
 
+def test_a_comparison_that_leaves_most_pairs_out_says_so() -> None:
+    rng = np.random.default_rng(0)
+    first = _result(rng.normal(size=(9, 2)))
+    links = ["s0", "s1", *(f"other {i}" for i in range(7))]
+    second = _result(rng.normal(size=(9, 2)), matched_to=("sequence", links))
+    with pytest.warns(UserWarning, match="only 2 pairs are compared"):
+        found = compare_groups(first, second, "margin")
+    assert (found.attrs["n_a"], found.attrs["n_b"]) == (2, 2)
+
+
 def test_unpaired_comparison_finds_the_shift_and_nothing_else() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(0, 1, (40, 5)), rng.normal(0, 1, (50, 5))
