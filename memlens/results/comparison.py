@@ -111,7 +111,7 @@ def _paired(first: xr.DataArray, second: xr.DataArray) -> tuple[xr.DataArray, xr
     if 2 * len(keys) < min(len(rows), len(links)):
         warnings.warn(
             f"only {len(keys)} pairs are compared: {link!r} of the {len(links)} sequences of the second "
-            f"result names no other of the {len(rows)} of the first. Take the matched controls of these sequences.",
+            f"result names no other of the {len(rows)} of the first: take these sequences' own controls.",
             stacklevel=3,
         )
     controls = [second.isel(sequence=links == key).mean("sequence") for key in keys]
