@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from memlens.models.loading import load_model
     from memlens.models.trunk import Trunk
     from memlens.organisms.local_tasks import local_tasks
+    from memlens.organisms.zoo import zoo_overview
     from memlens.recall.build_memorized import build_memorized_set
     from memlens.recall.calibration import calibrate_criteria
     from memlens.recall.compression import prompt_compression
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from memlens.recall.trivial import TrivialRules, trivial_continuations
     from memlens.results import Result, compare_groups, load_result, overlay
     from memlens.results.agreement import roc_area
+    from memlens.results.frontier import join_frontier
     from memlens.results.task_summary import task_summary
     from memlens.results.tradeoff import edit_tradeoff
     from memlens.sequences import (
@@ -200,11 +202,13 @@ _HOMES: dict[str, str] = {
         "memlens.recall.criteria_scores": ("CriteriaScores",),
         "memlens.recall.ngrams": ("NgramReference",),
         "memlens.results.agreement": ("roc_area",),
+        "memlens.results.frontier": ("join_frontier",),
         "memlens.results.task_summary": ("task_summary",),
         "memlens.sequences.idioms": ("idiom_defects",),
         "memlens.organisms.local_tasks": ("local_tasks",),
         "memlens.attribution.layer_set_results": ("LayerSetSearch",),
         "memlens.attribution.layer_sets": ("search_layer_sets",),
+        "memlens.organisms.zoo": ("zoo_overview",),
         "memlens.results.tradeoff": ("edit_tradeoff",),
     }.items()
     for name in names
@@ -277,6 +281,7 @@ __all__ = [
     "head_set_ablations",
     "identifier_sequences",
     "idiom_defects",
+    "join_frontier",
     "knock_out_neurons",
     "load_model",
     "load_result",
@@ -314,6 +319,7 @@ __all__ = [
     "token_counts",
     "train_tuned_lens",
     "trivial_continuations",
+    "zoo_overview",
 ]
 
 

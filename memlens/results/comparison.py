@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import xarray as xr
 
@@ -105,6 +107,12 @@ def _paired(first: xr.DataArray, second: xr.DataArray) -> tuple[xr.DataArray, xr
     if len(keys) < 2:
         raise ResultError(
             f"{link!r} of the second result names {len(keys)} sequences of the first: pairs need two or more."
+        )
+    if 2 * len(keys) < min(len(rows), len(links)):
+        warnings.warn(
+            f"only {len(keys)} pairs are compared: {link!r} of the {len(links)} sequences of the second "
+            f"result names no other of the {len(rows)} of the first: take these sequences' own controls.",
+            stacklevel=3,
         )
     controls = [second.isel(sequence=links == key).mean("sequence") for key in keys]
     return first.isel(sequence=[rows[key] for key in keys]), xr.concat(controls, "sequence", coords="minimal")

@@ -38,7 +38,7 @@ def plot_result(result: Result, metric: str | None = None, **options: Any) -> go
         OptionError: for an option that this kind of figure does not have.
         SiteError: for a sequence or stream that the result does not have.
     """
-    plot = _PLOTS.get(result.kind) or _by_dimensions(result)
+    plot = _of_sweep(result) if result.kind == "sweep" else _PLOTS.get(result.kind) or _by_dimensions(result)
     known = set(plot.__kwdefaults__ or {}) | {"level", "method", "n_resamples", "seed"}
     for name in options:
         check_option("plot option", name, sorted(known))
@@ -61,6 +61,14 @@ def overlay(results: Mapping[str, Result], metric: str | None = None, **options:
         counts = ", ".join(f"{name}: {result.data.sizes['sequence']}" for name, result in results.items())
         options["title"] = f"{joined.kind.replace('_', ' ').capitalize()} ({counts} sequences)"
     return plot_result(joined, metric, group="group", **options)
+
+
+def _of_sweep(result: Result) -> Callable[..., go.Figure]:
+    """Choose a figure by the coordinates that the interventions were given; others are a row of dots."""
+    sites = {str(dim) for name in result.metrics for dim in result[name].dims} - {"sequence", "target"}
+    if sites == {"layer"}:
+        return plots.plot_layer_lines
+    return plots.plot_head_map if sites == {"layer", "head"} else plots.plot_interventions
 
 
 def _by_dimensions(result: Result) -> Callable[..., go.Figure]:

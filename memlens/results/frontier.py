@@ -50,6 +50,15 @@ def join_frontier(
     Raises:
         EmptySetError: No parts.
         ResultError: A part has neither a layer nor a set of layers, or its two results other ones.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> seqs, tasks = ml.load_sequences("zoo", model)[:4], ml.local_tasks("zoo", model, n=4)
+        >>> edits = [ml.bypass_intervention(model, layer, coords={"layer": layer}) for layer in range(6)]
+        >>> pair = ml.sweep(model, seqs, edits), ml.evaluate_tasks(model, tasks, edits)
+        >>> ml.join_frontier({"pythia-s": pair}, n_resamples=100)["label"].values.tolist()
+        ['0', '1', '2', '3', '4', '5']
     """
     if not parts:
         raise EmptySetError("there is nothing to join: give at least one model's results.")

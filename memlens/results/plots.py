@@ -171,6 +171,7 @@ def plot_interventions(
     from memlens import figures
 
     of = _of(result, of)
+    result = _in_a_row(result)
     names = asked(metric) or with_dims(result, "intervention")
     ci = means(result, names, ("intervention",), of=of, group=group, **intervals)
     return figures.dots_with_intervals(
@@ -179,6 +180,20 @@ def plot_interventions(
         title=title or "Every intervention",
         subtitle=subtitle_of(result, of=of, level=ci.attrs["level"]),
     )
+
+
+def _in_a_row(result: Result) -> Result:
+    """Return the result with one dimension `intervention`, labelled by the coordinates that it stands for."""
+    if "intervention" in result.data.dims:
+        return result
+    dims = [str(dim) for dim in result.data.dims if dim not in ("sequence", "target")]
+    sites = result.data.stack(intervention=dims)
+    sites = sites.dropna("intervention", how="all", subset=with_dims(Result(sites), "intervention"))
+    labels = [
+        ", ".join(f"{dim} {value}" for dim, value in zip(dims, values, strict=True))
+        for values in sites["intervention"].values.tolist()
+    ]
+    return Result(sites.drop_vars(["intervention", *dims]).assign_coords(intervention=labels))
 
 
 def plot_recall(

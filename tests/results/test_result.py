@@ -137,6 +137,27 @@ def test_a_new_kind_is_drawn_by_its_dimensions() -> None:
         assert trace in {drawn.type for drawn in result.plot().data}
 
 
+def test_a_sweep_is_drawn_by_the_coordinates_of_its_interventions() -> None:
+    def of_sweep(data: xr.Dataset) -> Result:
+        return Result(data.assign_attrs(kind="sweep"))
+
+    by_layer = of_sweep(synthetic.attention_bypass().data)
+    assert "layer" in by_layer.plot("target_logprob").layout.xaxis.title.text
+    assert overlay({"a": by_layer, "b": by_layer}, "target_logprob").data
+    assert of_sweep(synthetic.head_ablation().data).plot("target_logprob").data[0].type == "heatmap"
+
+    ids, names = ["s0", "s1"], {"layer": [0, 1], "strength": [0.5, 1.0]}
+    values = [[[1.0, 2.0], [3.0, np.nan]]] * 2  # there is no layer 1 at strength 1
+    data = xr.Dataset({"margin": (("sequence", *names), values)}, {"sequence": ids, **names})
+    sweep = Result.create(data, kind="sweep")
+    drawn = next(trace for trace in sweep.plot().data if trace.x is not None and len(trace.x) == 3)
+    assert dict(zip(drawn.y, drawn.x, strict=True)) == {
+        "layer 0, strength 0.5": 1,
+        "layer 0, strength 1.0": 2,
+        "layer 1, strength 0.5": 3,
+    }
+
+
 def test_plot_averages_target_tokens_inside_sequences() -> None:
     whole = synthetic.head_ablation()
     data = whole.data[["target_logprob", "target_logprob_baseline"]]
@@ -152,6 +173,16 @@ def test_overlay_has_a_line_for_each_in_the_order_given() -> None:
     assert [(line.name, line.y[0]) for line in lines] == [("zebra", 0), ("ape", 1)]
     with pytest.raises(ResultError, match="one kind"):
         overlay({"a": low, "b": synthetic.recall()})
+
+
+def test_a_comparison_that_leaves_most_pairs_out_says_so() -> None:
+    rng = np.random.default_rng(0)
+    first = _result(rng.normal(size=(9, 2)))
+    links = ["s0", "s1", *(f"other {i}" for i in range(7))]
+    second = _result(rng.normal(size=(9, 2)), matched_to=("sequence", links))
+    with pytest.warns(UserWarning, match="only 2 pairs are compared"):
+        found = compare_groups(first, second, "margin")
+    assert (found.attrs["n_a"], found.attrs["n_b"]) == (2, 2)
 
 
 def test_unpaired_comparison_finds_the_shift_and_nothing_else() -> None:
