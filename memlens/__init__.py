@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         train_tuned_lens,
     )
     from memlens.attribution.layer_sets import LayerSetSearch, search_layer_sets
+    from memlens.explorer import ExploreOptions, Explorer, explore
     from memlens.models.families import families_table
     from memlens.models.loading import load_model
     from memlens.models.trunk import Trunk
@@ -205,6 +206,7 @@ _HOMES: dict[str, str] = {
             "search_layer_sets",
         ),
         "memlens.results.tradeoff": ("edit_tradeoff",),
+        "memlens.explorer": ("ExploreOptions", "Explorer", "explore"),
     }.items()
     for name in names
 }
@@ -219,6 +221,8 @@ __all__ = [
     "CounterfactualScores",
     "CriteriaOptions",
     "CriteriaScores",
+    "ExploreOptions",
+    "Explorer",
     "IdiomOptions",
     "InfiniGram",
     "Intervention",
@@ -268,6 +272,7 @@ __all__ = [
     "embedding_noise",
     "errors",
     "evaluate_tasks",
+    "explore",
     "extraction_curve",
     "fact_sequences",
     "families_table",

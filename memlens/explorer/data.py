@@ -144,7 +144,9 @@ class Exploration:
         for view in self.views:
             if view.id == name:
                 return view
-        raise SiteError(f"there is no sequence {name!r} among these {len(self)}.{near_matches(name, self.ids)}")
+        raise SiteError(
+            f"there is no sequence {name!r} among these {len(self)}.{near_matches(name, self.ids)}"
+        )
 
     def __repr__(self) -> str:
         return f"Exploration({len(self)} sequences of {self.settings.get('model', 'a model')})"

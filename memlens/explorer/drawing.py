@@ -13,7 +13,15 @@ from memlens.attribution.head_sets import Head, head_label
 from memlens.explorer.data import Continuation, SequenceView
 from memlens.figures import heatmap_attention, heatmap_effects, heatmap_lens, unique_tokens, visible
 
-__all__ = ["attention_figure", "effects_figure", "lens_figure", "running_text", "shade", "tokens_html", "written_html"]
+__all__ = [
+    "attention_figure",
+    "effects_figure",
+    "lens_figure",
+    "running_text",
+    "shade",
+    "tokens_html",
+    "written_html",
+]
 
 _RIGHT, _WRONG = "0,114,178", "213,94,0"  # Okabe and Ito's blue and vermilion
 _WHOLE = 10**9
@@ -48,7 +56,10 @@ def attention_figure(view: SequenceView, head: Head, weights: UInt8[np.ndarray, 
     data = xr.DataArray(weights / 255, dims=("query", "key"))
     labels = unique_tokens(list(view.tokens))
     return heatmap_attention(
-        data, labels, boundary=view.prefix_len, title=f"Attention of {head_label(head)} in the unchanged model"
+        data,
+        labels,
+        boundary=view.prefix_len,
+        title=f"Attention of {head_label(head)} in the unchanged model",
     )
 
 
@@ -66,7 +77,9 @@ def shade(probability: float, right: bool) -> str:
 
 def tokens_html(view: SequenceView, continuation: Continuation) -> str:
     """Return the sequence's tokens, the targets colored by recall; hovering tells what the model says."""
-    given = "".join(f"<span style='opacity:.6'>{_text(token)}</span>" for token in view.tokens[: view.prefix_len])
+    given = "".join(
+        f"<span style='opacity:.6'>{_text(token)}</span>" for token in view.tokens[: view.prefix_len]
+    )
     parts = []
     for place, token in enumerate(view.targets):
         p, right = float(continuation.probability[place]), bool(continuation.correct[place])
@@ -74,7 +87,9 @@ def tokens_html(view: SequenceView, continuation: Continuation) -> str:
         says = f"target {place}: {visible(token, longest=_WHOLE)}\ngreedy: {greedy}\n"
         says += f"probability {p:.3f}, rank {int(continuation.rank[place])}"
         line = "" if right else ";text-decoration:underline wavy"
-        parts.append(f"<span title='{escape(says)}' style='background:{shade(p, right)}{line}'>{_text(token)}</span>")
+        parts.append(
+            f"<span title='{escape(says)}' style='background:{shade(p, right)}{line}'>{_text(token)}</span>"
+        )
     return _block(given + "".join(parts))
 
 

@@ -100,7 +100,7 @@ class Explorer:
         check_sequences(sequences, model, on_eos="keep")
         self.options, self._model, self._progress = options, model, progress
         self._sequences = sequences
-        self._bare = sequences.with_table(sequences.table[["id"]])
+        self._bare = sequences.with_table(sequences.table.filter(["id"]))
         self._reference = self._bare if reference is None else reference
         self._trunk = Trunk(model)
         scores = score_recall(model, self._bare, generate=False, metrics=(), progress=progress).table
@@ -165,11 +165,13 @@ class Explorer:
 
     @property
     def attention(self) -> UInt8[np.ndarray, "query key"]:
-        """The selected head's attention on the selected sequence in the unchanged model, in steps of 1/255."""
+        """Where the selected head attends on the sequence in the unchanged model, in steps of 1/255."""
         key = (self._row, self.head)
         if key not in self._maps:
             n = int(self._bare.lengths[self._row])
-            self._maps[key] = attention_maps(self._model, self._bare.tokens[self._row, :n], [self.head])[self.head]
+            self._maps[key] = attention_maps(self._model, self._bare.tokens[self._row, :n], [self.head])[
+                self.head
+            ]
         return self._maps[key]
 
     def figure(self, kind: str = "effects") -> go.Figure:
@@ -284,7 +286,12 @@ class Explorer:
         )
 
     def write_html(
-        self, path: str | Path, names: list[str] | None = None, *, most: int = 12, progress: bool | None = None
+        self,
+        path: str | Path,
+        names: list[str] | None = None,
+        *,
+        most: int = 12,
+        progress: bool | None = None,
     ) -> Path:
         """Write the same view as one page that opens from disk without Python or a network.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from memlens.models.provenance import describe
 from memlens.models.trunk import Trunk
 from memlens.recall.forward import teacher_forced_stats
 from memlens.recall.score import score_recall
-from memlens.recall.targets import METRICS
+from memlens.recall.targets import METRICS, TargetStats
 from memlens.sequences import SequenceSet, check_sequences
 from memlens.sweeps import applied
 
@@ -110,7 +110,7 @@ def explore_sequences(
     options = options or ExploreOptions()
     check_sequences(sequences, model, on_eos="keep")
     layers = chosen_layers(options.bypass_layers, Trunk(model).n_layers)
-    bare = sequences.with_table(sequences.table[["id"]])
+    bare = sequences.with_table(sequences.table.filter(["id"]))
     reference = bare if reference is None else reference
     arrays = _arrays(model, bare, options, reference, progress)
     (plain,) = _under(model, bare, {Edits(): list(range(len(bare)))}, options, reference, False).values()
@@ -128,7 +128,9 @@ def explore_sequences(
         ]
     if keep_attention:
         share = options.attention_bytes // len(views)
-        views = [_with_attention(model, view, row, share) for view, row in zip(views, _rows(bare), strict=True)]
+        views = [
+            _with_attention(model, view, row, share) for view, row in zip(views, _rows(bare), strict=True)
+        ]
     return Exploration(views, {**describe(model), **options.recorded(), "sequences": dict(sequences.attrs)})
 
 
@@ -196,23 +198,23 @@ def _under(
             stats = teacher_forced_stats(model, some, progress=False)
             written = score_recall(model, some, metrics=(), progress=False).table["generated"]
         found[edits] = {
-            row: _continuation(edits, texts, some[[i]], lambda name, i=i: getattr(stats, name)[i], ids)
+            row: _continuation(edits, texts, some[[i]], stats, i, ids)
             for i, (row, ids) in enumerate(zip(rows, written, strict=True))
         }
     return found
 
 
 def _continuation(
-    edits: Edits, texts: Texts, one: SequenceSet, stat: Callable[[str], Tensor], written: Sequence[int]
+    edits: Edits, texts: Texts, one: SequenceSet, stats: TargetStats, row: int, written: Sequence[int]
 ) -> Continuation:
     n = int(one.n_targets[0])
     ids = [int(token) for token in written]
     return Continuation(
         edits,
-        stat("logprob")[:n].exp().numpy(),
-        stat("rank")[:n].numpy(),
-        texts.tokens(stat("argmax")[:n].tolist()),
-        stat("correct")[:n].numpy(),
+        stats.logprob[row, :n].exp().numpy(),
+        stats.rank[row, :n].numpy(),
+        texts.tokens(stats.argmax[row, :n].tolist()),
+        stats.correct[row, :n].numpy(),
         texts.tokens(ids),
         np.array(ids) == one.target_ids[0].numpy(),
         texts.text(ids),

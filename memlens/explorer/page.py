@@ -12,8 +12,8 @@ from memlens.report import ExplorerBlock, Section, write_report
 __all__ = ["READING", "caption_of", "write_explorer"]
 
 READING = (
-    "Pick a sequence, then an edit of the model: the colors and what the model writes change with it. Click a "
-    "head in the map of effects to see where it attends on this sequence."
+    "Pick a sequence, then an edit of the model: the colors and what the model writes change with it. "
+    "Click a head in the map of effects to see where it attends on this sequence."
 )
 
 
@@ -21,15 +21,20 @@ def caption_of(exploration: Exploration) -> str:
     """Return what was measured and how, in one paragraph."""
     settings = exploration.settings
     metric = metric_text(exploration.metric)
-    return (
+    parts = [
         f"Effects are the change of {metric.axis} of this one sequence: each head ablated "
-        f"({settings['ablation']}), each MLP taken away, each layer's attention bypassed ({settings['bypass']}). "
-        f"Edits are of the same modes. What the model writes is decoded greedily, as many tokens as the "
-        f"continuation has. The layers' probabilities are those of the {settings['lens']} lens. Attention is that "
-        "of the unchanged model, in steps of 1/255. The heads in the menu are the "
-        f"{settings['top_heads']} whose ablation harms the shown, recalled sequences most: they were chosen on "
-        "these sequences, so that their effects flatter them."
-    )
+        f"({settings['ablation']}), each MLP taken away, each layer's attention bypassed "
+        f"({settings['bypass']}); the edits in the menu are of the same modes.",
+        "What the model writes is decoded greedily, as many tokens as the continuation has.",
+        f"Probabilities after each layer: {settings['lens']} lens.",
+        "Attention is that of the unchanged model, in steps of 1/255.",
+    ]
+    if settings["top_heads"]:
+        parts.append(
+            f"The heads in the menu are the {settings['top_heads']} whose ablation harms the shown sequences "
+            "that are recalled most (all, where none is): chosen on what they are shown on."
+        )
+    return " ".join(parts)
 
 
 def write_explorer(

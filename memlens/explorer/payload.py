@@ -63,7 +63,9 @@ def explorer_payload(exploration: Exploration, *, budget: int = BUDGET) -> dict[
     }
     room = budget - _size(payload)
     if room < 0:
-        _LOG.warning("the page's explorer takes %d bytes without any edit: show fewer sequences", _size(payload))
+        _LOG.warning(
+            "the page's explorer takes %d bytes without any edit: show fewer sequences", _size(payload)
+        )
     edits = [_edits(view, words) for view in exploration.views]
     room = _fill(sequences, "edited", edits, room)
     maps = [_attention(view) for view in exploration.views]
@@ -143,11 +145,16 @@ def _attention(view: SequenceView) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _fill(
-    sequences: Sequence[dict[str, Any]], part: str, items: Sequence[list[tuple[int, dict[str, Any]]]], room: int
+    sequences: Sequence[dict[str, Any]],
+    part: str,
+    items: Sequence[list[tuple[int, dict[str, Any]]]],
+    room: int,
 ) -> int:
     """Add items in rounds until one does not fit; return the room that is left."""
     chosen: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in sequences]
-    rounds = ((row, item) for turn in zip_longest(*items) for row, item in enumerate(turn) if item is not None)
+    rounds = (
+        (row, item) for turn in zip_longest(*items) for row, item in enumerate(turn) if item is not None
+    )
     for row, item in rounds:
         room -= _size(item[1]) + 1  # and a comma
         if room < 0:
@@ -173,10 +180,11 @@ def _skeletons(exploration: Exploration) -> dict[str, Any]:
 
 def _skeleton(figure: go.Figure) -> dict[str, Any]:
     spec = json.loads(str(figure.to_json()))
-    for key in ("x", "y", "z", "customdata"):
-        spec["data"][0].pop(key, None)
+    for trace in spec["data"]:
+        for key in ("x", "y", "z", "customdata"):
+            trace.pop(key, None)
     spec["layout"]["title"] = None
-    spec["layout"]["margin"]["t"] = 16
+    spec["layout"]["margin"]["t"] = 40  # for plotly's own buttons
     return spec
 
 

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from memlens.figures import theme
-from memlens.figures.labels import metric_text
+from memlens.figures.labels import MetricText, metric_text
 
 __all__ = ["BRANCHES", "heatmap_attention", "heatmap_effects", "heatmap_lens"]
 
@@ -68,33 +68,24 @@ def heatmap_effects(
         title: what is shown.
 
     Returns:
-        The figure: heads stand at 0, 1, …, then a gap, then one column a branch.
+        The figure: heads stand at 0, 1, …, then a gap, then one column a branch. Branches have a color scale
+        of their own, as they matter more than any head.
     """
     text, n = metric_text(metric, heads.assign_attrs(of="effect")), heads.sizes["head"]
     layers = heads["layer"].values
-    gap = np.full((len(layers), 1), np.nan)
-    values = [branches[name].values[:, None] for name in BRANCHES]
-    z = np.concatenate([heads.transpose("layer", "head").values, gap, *values], axis=1)
-    limit = float(np.nanmax(np.abs(z), initial=0)) or 1.0
-    names = [f"head {head}" for head in range(n)] + ["", "the MLP", "attention bypass"]
-    trace = go.Heatmap(
-        z=z,
-        x=list(range(z.shape[1])),
-        y=layers,
-        customdata=[names] * len(layers),
-        zmid=0,
-        zmin=-limit,
-        zmax=limit,
-        colorscale=theme.signed_scale(text.better),
-        colorbar=_bar(f"{text.label}<br>({text.unit})" if text.unit else text.label),
-        hoverongaps=False,
-        hovertemplate="layer %{y} · %{customdata}<br>%{z:.4g}<extra></extra>",
+    beside = np.stack([branches[name].values for name in BRANCHES], axis=1)
+    fig = go.Figure(
+        [
+            _signed(heads.transpose("layer", "head").values, layers, 0, "head %{x}", text, "heads"),
+            _signed(beside, layers, n + 1, "%{customdata}", text, " and ".join(BRANCHES.values())),
+        ]
     )
-    fig = go.Figure(trace)
+    fig.data[1].update(customdata=[list(BRANCHES.values())] * len(layers), colorbar={"x": 1.14})
     ticks = list(range(0, n, theme.tick_step(n, 24)))
     fig.update_xaxes(
         title_text="head", tickmode="array", showgrid=False, zeroline=False,
         tickvals=[*ticks, n + 1, n + 2], ticktext=[*map(str, ticks), *BRANCHES.values()],
+        range=[-0.5, n + 2.5],
     )  # fmt: skip
     fig.update_yaxes(theme.layer_axis(layers), showgrid=False)
     if chosen is not None:
@@ -143,8 +134,29 @@ def heatmap_attention(
     return theme.figure(fig, title=title, subtitle=subtitle, height=620)
 
 
+def _signed(
+    z: np.ndarray, layers: np.ndarray, first: int, place: str, text: MetricText, title: str
+) -> go.Heatmap:
+    limit = float(np.nanmax(np.abs(z), initial=0)) or 1.0
+    return go.Heatmap(
+        z=z,
+        x=list(range(first, first + z.shape[1])),
+        y=layers,
+        zmin=-limit,
+        zmax=limit,
+        colorscale=theme.signed_scale(text.better),
+        colorbar=_bar(f"{title} ({text.unit})" if text.unit else title),
+        hoverongaps=False,
+        hovertemplate=f"layer %{{y}} · {place}<br>%{{z:.4g}} {text.unit}<extra></extra>",
+    )
+
+
 def _bar(title: str) -> dict[str, object]:
-    return {"title": {"text": title, "side": "right", "font": {"size": 12}}, "thickness": 14, "outlinewidth": 0}
+    return {
+        "title": {"text": title, "side": "right", "font": {"size": 12}},
+        "thickness": 14,
+        "outlinewidth": 0,
+    }
 
 
 def _height(n_layers: int, labels: int) -> int:

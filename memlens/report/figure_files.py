@@ -36,7 +36,7 @@ def saved_figures(
     figures = []
     for file, entry in entries:
         try:
-            figure = pio.from_json(file.read_text(encoding="utf-8"))
+            figure = go.Figure(pio.from_json(file.read_text(encoding="utf-8")))
             figures.append(FigureBlock(figure, entry["reading"], entry["caption"]))
         except Exception as error:  # one figure that cannot be read must not cost the others
             _LOG.warning("the figure %s cannot be read: %s", file, error)

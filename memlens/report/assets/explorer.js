@@ -138,9 +138,9 @@
       Object.keys(change).filter((key) => key.startsWith("shapes")).forEach((key) => delete change[key]);
       return change;
     };
-    const draw = function (name, trace, change) {
+    const draw = function (name, traces, change) {
       const spec = clone(data.figures[name]), div = part[name];
-      Object.assign(spec.data[0], trace);
+      traces.forEach((trace, place) => Object.assign(spec.data[place], trace));
       if (change) { change(spec.layout); }
       div.style.height = spec.layout.height + "px";
       return Plotly.react(div, spec.data, spec.layout, report.config).then(function () {
@@ -151,16 +151,19 @@
     const drawLens = function () {
       const sequence = shown(), n = sequence.tokens.length - sequence.prefix_len;
       const z = rows(shares(sequence.lens_probability), n);
-      draw("lens", { z: z, customdata: rows(sixteen(sequence.lens_rank), n), y: range(z.length),
-        x: labels(sequence, sequence.prefix_len) });
+      draw("lens", [{ z: z, customdata: rows(sixteen(sequence.lens_rank), n), y: range(z.length),
+        x: labels(sequence, sequence.prefix_len) }]);
     };
     const drawEffects = function () {
       const sequence = shown(), n = sequence.heads[0].length;
-      const z = sequence.heads.map((row, i) => row.concat([null, sequence.mlp[i], sequence.bypass[i]]));
-      const names = range(n).map((head) => "head " + head).concat(["", "the MLP", "attention bypass"]);
-      const limit = Math.max.apply(null, z.map((row) => Math.max.apply(null, row.map(Math.abs)))) || 1;
-      draw("effects", { z: z, x: range(n + 3), y: range(z.length), zmin: -limit, zmax: limit,
-        customdata: z.map(() => names) }, function (layout) {
+      const layers = range(sequence.heads.length), beside = layers.map((i) => [sequence.mlp[i], sequence.bypass[i]]);
+      const map = function (z, x) {
+        const limit = Math.max.apply(null, z.map((row) => Math.max.apply(null, row.map(Math.abs)))) || 1;
+        return { z: z, x: x, y: layers, zmin: -limit, zmax: limit };
+      };
+      const traces = [map(sequence.heads, range(n)), map(beside, [n + 1, n + 2])];
+      traces[1].customdata = layers.map(() => ["MLP", "bypass"]);
+      draw("effects", traces, function (layout) {
         Object.assign(layout.shapes[0], { x0: state.head - 0.5, x1: state.head + 0.5,
           y0: state.layer - 0.5, y1: state.layer + 0.5 });
       }).then(function () {
@@ -184,7 +187,7 @@
       part.attention.hidden = !kept;
       if (!kept) { return; }
       const names = labels(sequence, 0);
-      draw("attention", { z: causal(kept.map, n), x: names, y: names }, function (layout) {
+      draw("attention", [{ z: causal(kept.map, n), x: names, y: names }], function (layout) {
         const cut = sequence.prefix_len - 0.5;
         Object.assign(layout.shapes[0], { x0: cut, x1: cut, y0: -0.5, y1: n - 0.5 });
         Object.assign(layout.shapes[1], { y0: cut, y1: cut, x0: -0.5, x1: n - 0.5 });
