@@ -50,7 +50,11 @@ def test_a_head_that_does_not_exist_is_refused(head: tuple[int, int], tiny_model
         attention_maps(tiny_model("gpt_neox", "bridge"), torch.tensor([1, 2]), [head])
 
 
-@given(st.integers(1, 40).flatmap(lambda n: arrays(np.uint8, (n, n), elements=st.sampled_from([0, 0, 0, 1, 255]))))
+@given(
+    st.integers(1, 40).flatmap(
+        lambda n: arrays(np.uint8, (n, n), elements=st.sampled_from([0, 0, 0, 1, 255]))
+    )
+)
 def test_packing_keeps_every_byte_of_the_triangle(weights: np.ndarray) -> None:
     assert (unpack_causal(pack_causal(weights), len(weights)) == np.tril(weights)).all()
 

@@ -59,7 +59,7 @@ def words(ids: list[int]) -> list[str]:
 def test_numbers_and_text_under_edits_are_those_of_plain_forwards(
     family: str, backend: str, tiny_model: Callable[..., Any]
 ) -> None:
-    model, seqs = tiny_model(family, backend), ragged(3)
+    model, seqs = tiny_model(family, backend), ragged(2).first_targets(5)
     options = ExploreOptions(top_heads=2, bypass_layers=[1])
     found = explore_sequences(model, seqs, options, progress=False)
     assert found.ids == seqs.ids
@@ -75,7 +75,9 @@ def test_numbers_and_text_under_edits_are_those_of_plain_forwards(
         with torch.no_grad():
             logprobs = model(torch.tensor([ids]))[0].log_softmax(-1)
         plain = view.continuation
-        assert np.allclose(plain.probability, [float(logprobs[p + i - 1, ids[p + i]].exp()) for i in range(n)], atol=1e-5)
+        assert np.allclose(
+            plain.probability, [float(logprobs[p + i - 1, ids[p + i]].exp()) for i in range(n)], atol=1e-5
+        )
         assert list(plain.greedy) == words(logprobs[p - 1 : -1].argmax(-1).tolist())
         assert list(plain.tokens) == words(greedy(model, ids[:p], n, []))
         assert [c.edits.bypassed for c in view.edited] == [(1,), (), (), ()]
@@ -101,7 +103,9 @@ def test_edits_act_together_and_leave_nothing_behind(tiny_model: Callable[..., A
     def silent(z: torch.Tensor, hook: Any) -> torch.Tensor:
         return z * torch.tensor([1.0, 0.0, 1.0, 0.0])[:, None]
 
-    expected = model.run_with_hooks(seqs.tokens, fwd_hooks=[*bypass(model, 2), ("blocks.0.attn.hook_z", silent)])
+    expected = model.run_with_hooks(
+        seqs.tokens, fwd_hooks=[*bypass(model, 2), ("blocks.0.attn.hook_z", silent)]
+    )
     assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(found, before, atol=1e-2)
     assert torch.equal(model(seqs.tokens), before)
@@ -156,11 +160,11 @@ def test_the_heads_offered_are_those_that_harm_recall_most() -> None:
     mean = np.mean([view.head_effects for view in found.views[2:]], axis=0)
     offered = [c.edits.ablated[0] for c in found.views[0].edited[:2]]
     assert [mean[head] for head in offered] == sorted(mean.ravel())[:2]
-    assert found.views[2].facts == {"domain": "text", "copies": "256"} or found.views[2].facts["copies"] == "256"
+    assert found.views[2].facts["copies"] == "256"
     assert found.settings["ablation"] == "mean_of_other_heads"
     assert found.settings["model"] == "zoo/pythia-s"
     assert found["text-001-00"] is found.views[0]
-    with pytest.raises(SiteError, match="Did you mean 'text-001-00'"):
+    with pytest.raises(SiteError, match=r"'text-001-0' among these 4\. Did you mean"):
         found["text-001-0"]
 
 
