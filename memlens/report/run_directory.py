@@ -249,7 +249,7 @@ def report_from_directory(path: str | Path, to: str | Path | None = None) -> Pat
     if not path.is_dir():
         raise ResultError(f"{path} is not a folder: give the folder that a run wrote.")
     run = _with_loose_files(_read_run(path), path)
-    if not (run["results"] or run["tables"] or run["findings"]):
+    if not any(run[part] for part in ("results", "tables", "findings", "explorers")):
         raise ResultError(f"{path} holds no results, tables or findings: give the folder that a run wrote.")
     warnings = [f"The step {entry['step']!r} failed: {entry['message']}" for entry in run["failures"]]
     if not run["finished"]:
