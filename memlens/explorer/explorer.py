@@ -314,9 +314,12 @@ class Explorer:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **options: Any) -> Any:
         try:
-            return self.widget.box._repr_mimebundle_(include=include, exclude=exclude, **options)
+            found: Any = self.widget.box._repr_mimebundle_(include=include, exclude=exclude, **options)
         except OptionError as error:
             return {"text/plain": f"{self!r}\n{error}"}
+        data, *facts = found if isinstance(found, tuple) else (found,)
+        data = {**data, "text/plain": repr(self)}  # for what shows no widgets
+        return (data, *facts) if facts else data
 
 
 def _missing(error: ImportError) -> str:

@@ -190,6 +190,7 @@ def test_calls_in_python_show_in_the_widgets(explorer: Explorer, planted: ml.Seq
 def test_jupyter_is_given_a_widget(explorer: Explorer) -> None:
     found = explorer._repr_mimebundle_()
     data = found[0] if isinstance(found, tuple) else found
+    assert data["text/plain"] == f"Explorer(3 sequences, at '{explorer.selected}', the model as it is)"
     assert data["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.widget.box.model_id
 
 
