@@ -170,18 +170,18 @@ def _skeletons(exploration: Exploration) -> dict[str, Any]:
     """Return the figures without values: the script puts in those of the sequence that is shown."""
     view = exploration.views[0]
     n = len(view.tokens)
-    drawn = {
+    drawn = {  # heads and layers are the same for all sequences: places in the map of effects stay
         "lens": lens_figure(view),
         "effects": effects_figure(view, exploration.metric, (0, 0)),
         "attention": attention_figure(view, (0, 0), np.zeros((n, n), np.uint8)),
     }
-    return {name: _skeleton(figure) for name, figure in drawn.items()}
+    return {name: _skeleton(figure, keep="x" if name == "effects" else "") for name, figure in drawn.items()}
 
 
-def _skeleton(figure: go.Figure) -> dict[str, Any]:
+def _skeleton(figure: go.Figure, *, keep: str) -> dict[str, Any]:
     spec = json.loads(str(figure.to_json()))
     for trace in spec["data"]:
-        for key in ("x", "y", "z", "customdata"):
+        for key in {"x", "y", "z", "customdata"} - {keep}:
             trace.pop(key, None)
     spec["layout"]["title"] = None
     spec["layout"]["margin"]["t"] = 40  # for plotly's own buttons

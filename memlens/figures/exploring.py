@@ -6,7 +6,7 @@ the labels of long sequences by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
@@ -68,24 +68,26 @@ def heatmap_effects(
         title: what is shown.
 
     Returns:
-        The figure: heads stand at 0, 1, …, then a gap, then one column a branch. Branches have a color scale
+        The figure: heads stand at 0, 1, …, then a gap, then one column a branch (the second trace). Branches have a color scale
         of their own, as they matter more than any head.
     """
     text, n = metric_text(metric, heads.assign_attrs(of="effect")), heads.sizes["head"]
     layers = heads["layer"].values
+    wide = max(1.0, n / 12)  # a column of a branch stays wide enough to be clicked
+    places = [n - 0.5 + wide * (1.5 + i) for i in range(len(BRANCHES))]
     beside = np.stack([branches[name].values for name in BRANCHES], axis=1)
     fig = go.Figure(
         [
-            _signed(heads.transpose("layer", "head").values, layers, 0, "head %{x}", text, "heads"),
-            _signed(beside, layers, n + 1, "%{customdata}", text, " and ".join(BRANCHES.values())),
+            _signed(heads.transpose("layer", "head").values, range(n), layers, "head %{x}", text, "heads"),
+            _signed(beside, places, layers, "%{customdata}", text, " and ".join(BRANCHES.values())),
         ]
     )
     fig.data[1].update(customdata=[list(BRANCHES.values())] * len(layers), colorbar={"x": 1.14})
     ticks = list(range(0, n, theme.tick_step(n, 24)))
     fig.update_xaxes(
         title_text="head", tickmode="array", showgrid=False, zeroline=False,
-        tickvals=[*ticks, n + 1, n + 2], ticktext=[*map(str, ticks), *BRANCHES.values()],
-        range=[-0.5, n + 2.5],
+        tickvals=[*ticks, *places], ticktext=[*map(str, ticks), *BRANCHES.values()], tickangle=0,
+        range=[-0.5, places[-1] + wide / 2],
     )  # fmt: skip
     fig.update_yaxes(theme.layer_axis(layers), showgrid=False)
     if chosen is not None:
@@ -135,12 +137,12 @@ def heatmap_attention(
 
 
 def _signed(
-    z: np.ndarray, layers: np.ndarray, first: int, place: str, text: MetricText, title: str
+    z: np.ndarray, x: Iterable[float], layers: np.ndarray, place: str, text: MetricText, title: str
 ) -> go.Heatmap:
     limit = float(np.nanmax(np.abs(z), initial=0)) or 1.0
     return go.Heatmap(
         z=z,
-        x=list(range(first, first + z.shape[1])),
+        x=list(x),
         y=layers,
         zmin=-limit,
         zmax=limit,

@@ -122,7 +122,7 @@ def test_the_picker_changes_tokens_and_figures(page: browser.Page, shown: Explor
     assert tokens(page) == [running_text(token) for token in TOKENS[:6]]
     assert map_of(page, "lens").shape == (3, 4)
     assert np.allclose(map_of(page, "effects"), shown.views[2].head_effects, rtol=1e-3)
-    assert "is not on this page: it keeps 0 of the sequence's maps" in text_of(page, "attention-note")
+    assert "is not on this page, which keeps none of its maps." in text_of(page, "attention-note")
     assert page.run("return document.querySelector('[data-part=attention]').hidden") is True
     assert "Left out to keep the page small, smallest effects first: 12 attention maps." in text_of(
         page, "left-out"
@@ -161,7 +161,7 @@ def test_a_click_on_a_bypass_and_the_menu_change_what_is_written(
     one = shown.views[0]
     before = tokens(page), text_of(page, "written")
     assert "bypass L1" not in before[1]
-    click_cell(page, 4 + 2, 1)
+    click_cell(page, 4 - 0.5 + 2.5, 1)
     page.wait_for("return document.querySelector('[data-part=edit]').value === 'bypass L1'")
     for place, name in ((1, "bypass L1"), (2, "ablate L1H2")):
         choose(page, "edit", name)

@@ -155,13 +155,13 @@
         x: labels(sequence, sequence.prefix_len) }]);
     };
     const drawEffects = function () {
-      const sequence = shown(), n = sequence.heads[0].length;
+      const sequence = shown();
       const layers = range(sequence.heads.length), beside = layers.map((i) => [sequence.mlp[i], sequence.bypass[i]]);
-      const map = function (z, x) {
+      const map = function (z) {
         const limit = Math.max.apply(null, z.map((row) => Math.max.apply(null, row.map(Math.abs)))) || 1;
-        return { z: z, x: x, y: layers, zmin: -limit, zmax: limit };
+        return { z: z, y: layers, zmin: -limit, zmax: limit };
       };
-      const traces = [map(sequence.heads, range(n)), map(beside, [n + 1, n + 2])];
+      const traces = [map(sequence.heads), map(beside)];
       traces[1].customdata = layers.map(() => ["MLP", "bypass"]);
       draw("effects", traces, function (layout) {
         Object.assign(layout.shapes[0], { x0: state.head - 0.5, x1: state.head + 0.5,
@@ -170,10 +170,8 @@
         if (part.effects.dataset.listens) { return; }
         part.effects.dataset.listens = "yes";
         part.effects.on("plotly_click", function (event) {
-          const point = event.points[0], layer = Number(point.y), column = Number(point.x);
-          const heads = shown().heads[0].length;
-          if (column < heads) { chooseHead(layer, column); }
-          if (column === heads + 2) { chooseBypass(layer); }
+          const point = event.points[0], layer = point.pointNumber[0], column = point.pointNumber[1];
+          if (point.curveNumber === 0) { chooseHead(layer, column); } else if (column === 1) { chooseBypass(layer); }
         });
       });
     };
@@ -181,13 +179,14 @@
       const sequence = shown(), n = sequence.tokens.length, name = "L" + state.layer + "H" + state.head;
       const kept = sequence.attention.find((one) => one.layer === state.layer && one.head === state.head);
       part["attention-title"].textContent = "Attention of " + name + " in the unchanged model";
-      part["attention-note"].textContent = kept ? "" : "The attention of " + name +
-        " on this sequence is not on this page: it keeps " + sequence.attention.length +
-        " of the sequence's maps, those of the heads with the largest effects.";
+      const names = sequence.attention.map((one) => "L" + one.layer + "H" + one.head);
+      part["attention-note"].textContent = kept ? "" : "The attention of " + name + " on this sequence is not " +
+        "on this page, which keeps " + (names.length || "none") + " of its maps" + (names.length ?
+        ", those of the heads with the largest effects: " + names.slice(0, 24).join(", ") : "") + ".";
       part.attention.hidden = !kept;
       if (!kept) { return; }
-      const names = labels(sequence, 0);
-      draw("attention", [{ z: causal(kept.map, n), x: names, y: names }], function (layout) {
+      const places = labels(sequence, 0);
+      draw("attention", [{ z: causal(kept.map, n), x: places, y: places }], function (layout) {
         const cut = sequence.prefix_len - 0.5;
         Object.assign(layout.shapes[0], { x0: cut, x1: cut, y0: -0.5, y1: n - 0.5 });
         Object.assign(layout.shapes[1], { y0: cut, y1: cut, x0: -0.5, x1: n - 0.5 });
