@@ -60,6 +60,7 @@ FOLDERS = {
     "organisms": "models made to memorize",
     "studies": "questions answered end to end",
     "report": "one file to show",
+    "explorer": "one sequence at a time",
 }
 
 

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     )
     from memlens.attribution.layer_set_results import LayerSetSearch
     from memlens.attribution.layer_sets import search_layer_sets
+    from memlens.explorer import ExploreOptions, Explorer, explore
     from memlens.models.families import families_table
     from memlens.models.loading import load_model
     from memlens.models.trunk import Trunk
@@ -210,6 +211,7 @@ _HOMES: dict[str, str] = {
         "memlens.attribution.layer_sets": ("search_layer_sets",),
         "memlens.organisms.zoo": ("zoo_overview",),
         "memlens.results.tradeoff": ("edit_tradeoff",),
+        "memlens.explorer": ("ExploreOptions", "Explorer", "explore"),
     }.items()
     for name in names
 }
@@ -224,6 +226,8 @@ __all__ = [
     "CounterfactualScores",
     "CriteriaOptions",
     "CriteriaScores",
+    "ExploreOptions",
+    "Explorer",
     "IdiomOptions",
     "InfiniGram",
     "Intervention",
@@ -274,6 +278,7 @@ __all__ = [
     "embedding_noise",
     "errors",
     "evaluate_tasks",
+    "explore",
     "extraction_curve",
     "fact_sequences",
     "families_table",

@@ -6,6 +6,7 @@ Every function takes xarray objects (mostly what `Result.mean_ci` returns) and r
 
 from __future__ import annotations
 
+from memlens.figures.exploring import heatmap_attention, heatmap_effects, heatmap_lens
 from memlens.figures.frontier import frontier_panels
 from memlens.figures.heatmaps import heatmap_layer_head, heatmap_layer_position, heatmap_paths
 from memlens.figures.labels import MetricText, metric_text, plain, unique_tokens, visible
@@ -30,8 +31,11 @@ __all__ = [
     "decoding_panels",
     "dots_with_intervals",
     "frontier_panels",
+    "heatmap_attention",
+    "heatmap_effects",
     "heatmap_layer_head",
     "heatmap_layer_position",
+    "heatmap_lens",
     "heatmap_paths",
     "line_over_layers",
     "metric_text",

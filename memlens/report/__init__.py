@@ -6,12 +6,13 @@ on disk as they come, and `report_from_directory` makes the report from such a f
 
 from __future__ import annotations
 
-from memlens.report.model import FigureBlock, Finding, Section, TableBlock
+from memlens.report.model import ExplorerBlock, FigureBlock, Finding, Section, TableBlock
 from memlens.report.readings import reading
 from memlens.report.render import write_report
 from memlens.report.run_directory import FigureRequest, RunDirectory, report_from_directory, save_run
 
 __all__ = [
+    "ExplorerBlock",
     "FigureBlock",
     "FigureRequest",
     "Finding",

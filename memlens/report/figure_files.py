@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -36,7 +36,7 @@ def saved_figures(
     figures = []
     for file, entry in entries:
         try:
-            figure = cast("go.Figure", pio.from_json(file.read_text(encoding="utf-8")))
+            figure = go.Figure(pio.from_json(file.read_text(encoding="utf-8")))
             figures.append(FigureBlock(figure, entry["reading"], entry["caption"]))
         except Exception as error:  # one figure that cannot be read must not cost the others
             _LOG.warning("the figure %s cannot be read: %s", file, error)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
-__all__ = ["FigureBlock", "Finding", "Section", "TableBlock"]
+__all__ = ["ExplorerBlock", "FigureBlock", "Finding", "Section", "TableBlock"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,21 @@ class TableBlock:
 
 
 @dataclass(frozen=True, eq=False)
+class ExplorerBlock:
+    """Sequences to look into one by one: tokens, lens, effects, attention, and what is written under edits.
+
+    Attributes:
+        payload: what the page's script reads, as `memlens.explorer.explorer_payload` makes it.
+        reading: how to use it, in plain words.
+        caption: what was measured, in small print.
+    """
+
+    payload: Mapping[str, Any]
+    reading: str = ""
+    caption: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class Section:
     """A part of the report.
 
@@ -97,9 +113,11 @@ class Section:
         lead: a paragraph before the figures; blank lines divide paragraphs.
         figures: in order.
         tables: in order, after the figures.
+        explorers: in order, before the figures.
     """
 
     title: str
     lead: str = ""
     figures: Sequence[FigureBlock] = ()
     tables: Sequence[TableBlock] = ()
+    explorers: Sequence[ExplorerBlock] = ()

@@ -1,6 +1,6 @@
 """One HTML file that opens from disk without a network.
 
-Plotly's script is embedded once. A content security policy lets only the two scripts of this module run
+Plotly's script is embedded once. A content security policy lets only the scripts of this module run
 (by their hashes) and nothing be loaded, so that even text that slipped through the escaping could neither
 run nor call home. All text goes through jinja2 with autoescape; figures are JSON in which `<`, `>` and `&`
 are written as escapes, so that `</script>` in a token cannot end the block it stands in.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import json
 import math
 import platform
 import re
@@ -29,7 +30,7 @@ from plotly.offline import get_plotlyjs
 
 from memlens.files import write_atomically
 from memlens.report.methods import flatten, methods_text
-from memlens.report.model import FigureBlock, Finding, Section, TableBlock
+from memlens.report.model import ExplorerBlock, FigureBlock, Finding, Section, TableBlock
 
 __all__ = ["safe_json", "versions_here", "write_report"]
 
@@ -81,7 +82,9 @@ def write_report(
         >>> "Half of the sequences" in path.read_text(encoding="utf-8")
         True
     """
-    plotly_js, start_js = _plotly_js() if any(s.figures for s in sections) else "", _asset("report.js")
+    explores = any(section.explorers for section in sections)
+    plotly_js = _plotly_js() if explores or any(section.figures for section in sections) else ""
+    start_js, explorer_js = _asset("report.js"), _asset("explorer.js") if explores else ""
     numbers = iter(range(1, 10**6))
     text = _environment().get_template("report.html.j2").render(
         title=title,
@@ -95,10 +98,11 @@ def write_report(
         seed=seed if seed is not None else settings.get("seed"),
         versions=versions if versions is not None else versions_here(),
         created=created or datetime.now(UTC).isoformat(timespec="seconds"),
-        policy=_policy([script for script in (plotly_js, start_js) if script]),
+        policy=_policy([script for script in (plotly_js, start_js, explorer_js) if script]),
         style=Markup(_asset("report.css")),
         plotly_js=Markup(plotly_js),
         start_js=Markup(start_js),
+        explorer_js=Markup(explorer_js),
     )  # fmt: skip
     return write_atomically(path, text.encode("utf-8", errors="backslashreplace"))
 
@@ -150,9 +154,16 @@ def _section(section: Section, place: int, numbers: Any) -> dict[str, Any]:
         "id": f"section-{place}",
         "title": section.title,
         "lead": _paragraphs(section.lead),
+        "explorers": [_explorer(block, f"explorer-{place}-{i}") for i, block in enumerate(section.explorers)],
         "figures": [_figure(block, next(numbers)) for block in section.figures],
         "tables": [_table(block) for block in section.tables],
     }
+
+
+def _explorer(block: ExplorerBlock, name: str) -> dict[str, Any]:
+    text = json.dumps(dict(block.payload), ensure_ascii=False, separators=(",", ":"))
+    reading = _paragraphs(block.reading)
+    return {"id": name, "json": safe_json(text), "reading": reading, "caption": block.caption}
 
 
 def _figure(block: FigureBlock, number: int) -> _Figure:

@@ -6,6 +6,7 @@ The folder holds::
     DIR/<name>.nc           one result each
     DIR/<name>.parquet      one table each (recall.parquet: the recall scores)
     DIR/<name>.plotly.json  one figure each that is drawn from no single result
+    DIR/<name>.explorer.json  sequences to look into one by one
     DIR/report.html         made by `finish` or `report_from_directory`
 
 `run.json` holds::
@@ -18,6 +19,7 @@ The folder holds::
      "tables": [{"name", "title", "note", "section"}],
      "sections": [{"name", "title", "lead"}],
      "figures": [{"name", "section", "reading", "caption"}],
+     "explorers": [{"name", "section", "reading", "caption"}],
      "failures": [{"step": str, "message": str}]}
 
 It is rewritten after each addition, whole or not at all, so that a later step that fails loses nothing.
@@ -39,6 +41,7 @@ import plotly.graph_objects as go
 
 from memlens.errors import ResultError
 from memlens.files import write_atomically
+from memlens.report.explorer_files import EXPLORER_SUFFIX, save_explorer, saved_explorers
 from memlens.report.figure_files import FIGURE_SUFFIX, save_figure, saved_figures
 from memlens.report.model import FigureBlock, Finding, Section, TableBlock
 from memlens.report.readings import reading
@@ -116,7 +119,9 @@ class RunDirectory:
     def _clear(self) -> None:
         """Delete what the folder's `run.json` names, then `run.json` itself."""
         old = _read_run(self.path)
-        for part, suffix in (("results", ".nc"), ("tables", ".parquet"), ("figures", FIGURE_SUFFIX)):
+        suffixes = {"results": ".nc", "tables": ".parquet"}
+        suffixes |= {"figures": FIGURE_SUFFIX, "explorers": EXPLORER_SUFFIX}
+        for part, suffix in suffixes.items():
             for entry in old[part]:
                 (self.path / f"{_file_name(entry['name'])}{suffix}").unlink(missing_ok=True)
         for name in ("run.json", "report.html"):
@@ -161,6 +166,14 @@ class RunDirectory:
         saved = self.path / f"{_file_name(name)}{FIGURE_SUFFIX}"
         save_figure(figure, saved)
         self._put("figures", {"name": name, "section": section, "reading": reading, "caption": caption})
+        return saved
+
+    def add_explorer(
+        self, name: str, payload: Mapping[str, Any], *, section: str, reading: str = "", caption: str = ""
+    ) -> Path:
+        """Save an explorer's payload as `<name>.explorer.json`, for a section; return the file's path."""
+        saved = save_explorer(payload, self.path / f"{_file_name(name)}{EXPLORER_SUFFIX}")
+        self._put("explorers", {"name": name, "section": section, "reading": reading, "caption": caption})
         return saved
 
     def add_finding(self, finding: Finding) -> None:
@@ -238,7 +251,7 @@ def report_from_directory(path: str | Path, to: str | Path | None = None) -> Pat
     if not path.is_dir():
         raise ResultError(f"{path} is not a folder: give the folder that a run wrote.")
     run = _with_loose_files(_read_run(path), path)
-    if not (run["results"] or run["tables"] or run["findings"]):
+    if not any(run[part] for part in ("results", "tables", "findings", "explorers")):
         raise ResultError(f"{path} holds no results, tables or findings: give the folder that a run wrote.")
     warnings = [f"The step {entry['step']!r} failed: {entry['message']}" for entry in run["failures"]]
     if not run["finished"]:
@@ -255,7 +268,11 @@ def report_from_directory(path: str | Path, to: str | Path | None = None) -> Pat
             [(path / f"{_file_name(f['name'])}{FIGURE_SUFFIX}", f) for f in drawn], warnings
         )
         tables = _tables(path, own, warnings)
-        sections.append(Section(entry["title"], entry["lead"], figures, tables))
+        shown = [explorer for explorer in run["explorers"] if explorer["section"] == entry["name"]]
+        explorers = saved_explorers(
+            [(path / f"{_file_name(e['name'])}{EXPLORER_SUFFIX}", e) for e in shown], warnings
+        )
+        sections.append(Section(entry["title"], entry["lead"], figures, tables, explorers))
     named = {entry["name"] for part in ("results", "sections") for entry in run[part]}
     left = [table for table in run["tables"] if table.get("section") not in named]
     sections.append(Section("Tables", tables=_tables(path, left, warnings)))
@@ -264,7 +281,7 @@ def report_from_directory(path: str | Path, to: str | Path | None = None) -> Pat
         title=run["title"],
         lead=run["lead"],
         findings=[Finding(**entry) for entry in run["findings"]],
-        sections=[section for section in sections if section.figures or section.tables],
+        sections=[section for section in sections if section.figures or section.tables or section.explorers],
         settings=run["settings"],
         command=run["command"],
         versions=run["versions"],
@@ -313,6 +330,7 @@ def _read_run(path: Path) -> dict[str, Any]:
     }
     run |= {"finished": False, "settings": {}, "versions": versions_here()}
     run |= {"findings": [], "results": [], "tables": [], "failures": [], "sections": [], "figures": []}
+    run |= {"explorers": []}
     file = path / "run.json"
     if not file.exists():
         return run

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from memlens.attribution.ablation import HEAD_MODES
 from memlens.attribution.bypass import BYPASS_MODES
 from memlens.attribution.patching import PATCH_SITES
 from memlens.errors import MemlensError, OptionError, check_option
+from memlens.explorer import ExploreOptions, caption_of, explore_sequences, explorer_payload
+from memlens.explorer.edits import ABLATION_MODES
+from memlens.explorer.page import READING
 from memlens.models.provenance import describe
 from memlens.organisms.untrained import untrained_like
 from memlens.recall.scores import RecallScores
@@ -57,6 +60,9 @@ class LocalizeOptions:
             restoring the residual there restores that prediction at any depth and says nothing of where the
             cue went.
         untrained_control: Also run on freshly drawn weights.
+        explored_memorized: Memorized sequences that the report's explorer shows, a random choice; without any
+            and without controls there is no explorer.
+        explored_controls: Controls that it shows.
         seed: Seed of every random choice.
     """
 
@@ -68,6 +74,8 @@ class LocalizeOptions:
     patch_site: str = "resid_pre"
     corrupted_position: int = -2
     untrained_control: bool = True
+    explored_memorized: int = 4
+    explored_controls: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -77,6 +85,9 @@ class LocalizeOptions:
         for name in ("max_sequences", "max_patched", "max_positions"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)} leaves nothing to examine: give 1 or more.")
+        for name in ("explored_memorized", "explored_controls"):
+            if getattr(self, name) < 0:
+                raise OptionError(f"{name}={getattr(self, name)} is negative: give 0 for none.")
 
 
 def localize(
@@ -149,6 +160,8 @@ class _Localization:
         self.folder.step("attention bypass", lambda: self._bypass(groups))
         self.folder.step("activation patching", lambda: self._patch(groups))
         self.folder.step("logit attribution", lambda: self._attribute(groups))
+        if self.options.explored_memorized + self.options.explored_controls:
+            self.folder.step("explorer", lambda: self._explore(groups))
         return self.folder.done()
 
     def _keep_recall(self, recall: RecallScores) -> None:
@@ -240,6 +253,34 @@ class _Localization:
 
     def _kept(self, what: str, group: str, work: Callable[..., Result]) -> Result:
         return self.folder.kept(f"{what}_{group}", partial(work, progress=self.progress))
+
+    def _explore(self, groups: Mapping[str, SequenceSet]) -> None:
+        counts = {MEMORIZED: self.options.explored_memorized, CONTROL: self.options.explored_controls}
+        chosen = [
+            some.with_table(some.table.assign(group=name))
+            for name, seqs in groups.items()
+            if len(some := at_most(seqs, counts[name], self.options.seed))
+        ]
+        if not chosen:
+            return
+        mode = self.options.head_mode
+        options = ExploreOptions(
+            # A resampled head needs another sequence's tokens at the same places; free decoding has none.
+            ablation=mode if mode in ABLATION_MODES else "mean_of_other_heads",
+            bypass=self.options.bypass_mode,
+        )
+        found = explore_sequences(
+            self.model, reduce(SequenceSet.concat, chosen), options, progress=self.progress
+        )
+        lead = "A few of the sequences, drawn by chance from those above, one at a time."
+        self.folder.add_section("explorer", "Look at single sequences", lead)
+        self.folder.add_explorer(
+            "explorer",
+            explorer_payload(found),
+            section="explorer",
+            reading=READING,
+            caption=caption_of(found),
+        )
 
     def _save(
         self, name: str, title: str, results: Mapping[str, Result], *, one_sequence: bool = False

@@ -13,13 +13,15 @@ import pytest
 import xarray as xr
 
 import memlens as ml
-from memlens.errors import NonFiniteError, VocabularyError
+from memlens.errors import NonFiniteError, OptionError, VocabularyError
 from memlens.report import report_from_directory
 from memlens.results import Result
 from memlens.studies import StudyRun, findings, localization
 from memlens.studies.statistics import chosen_site, halves, mean_estimate, ratio_estimate, share_estimate
 
-SMALL = ml.LocalizeOptions(max_sequences=6, max_patched=3, max_positions=6)
+SMALL = ml.LocalizeOptions(
+    max_sequences=6, max_patched=3, max_positions=6, explored_memorized=2, explored_controls=1
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,35 @@ def test_report_shows_everything(run: StudyRun) -> None:
     assert report_from_directory(run.report.parent).read_text(encoding="utf-8").count("<h2") == text.count(
         "<h2"
     )
+
+
+def test_the_report_explores_some_of_both_groups(run: StudyRun, pythia: Any, planted: ml.SequenceSet) -> None:
+    payload = json.loads((run.report.parent / "explorer.explorer.json").read_text(encoding="utf-8"))
+    labels = [sequence["label"] for sequence in payload["sequences"]]
+    assert [label.split(" · ")[2] for label in labels] == ["memorized", "memorized", "matched control"]
+    assert [label.split(" · ")[1] == "100% recalled" for label in labels] == [True, True, False]
+    ids = [sequence["id"] for sequence in payload["sequences"]]
+    heads = ml.load_result(run.report.parent / "head_ablation.nc")
+    effect = heads.effect("target_logprob").sel(sequence=ids[0])
+    assert np.allclose(payload["sequences"][0]["heads"], effect.values, atol=1e-3)
+    edits = [edit["name"] for edit in payload["sequences"][2]["edited"]]
+    assert edits[:6] == [f"bypass L{layer}" for layer in range(6)]
+    assert len(edits) == 6 + 3 + 1
+    text = run.report.read_text(encoding="utf-8")
+    assert "Look at single sequences" in text
+    assert len(text.encode()) < 8_000_000
+
+
+def test_the_explorer_can_be_left_out(pythia: Any, planted: ml.SequenceSet, tmp_path: Path) -> None:
+    few = ml.LocalizeOptions(
+        max_sequences=2, max_patched=1, max_positions=2, untrained_control=False,
+        explored_memorized=0, explored_controls=0,
+    )  # fmt: skip
+    run = ml.localize(pythia, planted, tmp_path, options=few, progress=False)
+    assert not (tmp_path / "explorer.explorer.json").exists()
+    assert "Look at single sequences" not in run.report.read_text(encoding="utf-8")
+    with pytest.raises(OptionError, match="explored_controls=-1"):
+        ml.LocalizeOptions(explored_controls=-1)
 
 
 def test_a_step_that_fails_loses_nothing(

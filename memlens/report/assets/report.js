@@ -24,6 +24,7 @@
   const plots = Array.from(document.querySelectorAll("div.chart"));
   const config = { responsive: true, displaylogo: false, showTips: false, plotlyServerURL: "",
     modeBarButtonsToRemove: ["lasso2d", "select2d", "sendDataToCloud", "sendChartToCloud"] };
+  window.memlensReport = { query: query, colors: colors, config: config };
   plots.forEach(function (div) {
     const spec = JSON.parse(document.getElementById(div.id + "-data").textContent);
     Plotly.newPlot(div, spec.data, spec.layout, config).then(function () {

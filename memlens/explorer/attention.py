@@ -1,0 +1,117 @@
+"""Attention maps of one sequence, in one byte a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from memlens.attribution.head_sets import Head
+from memlens.models.hooks import attached, check_head, check_layer, hook_name
+from memlens.models.trunk import Trunk
+
+__all__ = ["attention_maps", "pack_causal", "quantized", "unpack_causal"]
+
+
+def quantized(weights: Float[Tensor, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """Return weights from 0 to 1 in steps of 1/255, each rounded to the nearest (at most 1/510 off).
+
+    >>> quantized(torch.tensor([0.0, 0.5, 1.0])).tolist()
+    [0, 128, 255]
+    """
+    return (weights.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+
+@torch.no_grad()
+def attention_maps(
+    model: Any, tokens: Int[Tensor, "pos"], heads: Iterable[Head]
+) -> dict[Head, UInt8[np.ndarray, "query key"]]:
+    """Return the attention of some heads on one sequence, from one forward pass.
+
+    A map's value times 1/255 is the weight that a query's token gives to a key's token, with an error of
+    at most 1/510 (see `quantized`). Only the asked-for heads are kept, and no block after the last of them
+    runs.
+
+    Args:
+        model: A TransformerLens model; hooks that are set on it act.
+        tokens: The sequence, without padding.
+        heads: Pairs of layer and head; with grouped queries, query heads.
+
+    Raises:
+        SiteError: A head that the model does not have.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> maps = attention_maps(model, torch.tensor([5, 6, 7]), [(2, 1)])
+        >>> maps[2, 1].shape, int(maps[2, 1][0, 0])
+        ((3, 3), 255)
+    """
+    trunk, by_layer = Trunk(model), _by_layer(heads)
+    for layer, some in by_layer.items():
+        check_layer(layer, trunk.n_layers)
+        for head in some:
+            check_head(head, trunk.n_heads)
+    found: dict[Head, np.ndarray] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        def look(pattern: Tensor, hook: Any) -> None:
+            for head in by_layer[layer]:
+                found[layer, head] = quantized(pattern[0, head])
+
+        return look
+
+    if by_layer:
+        with attached(model, [(hook_name("pattern", layer), keep(layer)) for layer in by_layer]):
+            trunk.run(trunk.embed(tokens[None]), 0, max(by_layer) + 1)
+    return found
+
+
+def _by_layer(heads: Iterable[Head]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for layer, head in sorted(set(heads)):
+        found.setdefault(layer, []).append(head)
+    return found
+
+
+def pack_causal(weights: UInt8[np.ndarray, "pos pos"]) -> bytes:
+    """Return a causal map as bytes: its lower triangle, row by row, with runs of zeros shortened.
+
+    A byte above 0 is a weight; a 0 is followed by how many zeros stand there, 1 to 255. What lies above
+    the diagonal is 0 in every causal model and is not kept.
+
+    >>> pack_causal(np.array([[255, 0, 0], [0, 255, 0], [0, 0, 9]], dtype=np.uint8)).hex(" ")
+    'ff 00 01 ff 00 02 09'
+    """
+    flat = weights[np.tril_indices(len(weights))]
+    starts = np.flatnonzero(np.diff(flat == 0, prepend=flat[0] != 0) if len(flat) else [])
+    out = bytearray()
+    for run in np.split(flat, starts):
+        if not len(run) or run[0]:
+            out += run.tobytes()
+            continue
+        full, rest = divmod(len(run), 255)
+        out += b"\x00\xff" * full + (bytes([0, rest]) if rest else b"")
+    return bytes(out)
+
+
+def unpack_causal(packed: bytes, n: int) -> UInt8[np.ndarray, "pos pos"]:
+    """Return the map that `pack_causal` packed, of `n` positions.
+
+    >>> unpack_causal(pack_causal(np.eye(2, dtype=np.uint8)), 2).tolist()
+    [[1, 0], [0, 1]]
+    """
+    flat, place, at = np.zeros(n * (n + 1) // 2, np.uint8), 0, 0
+    while at < len(packed):
+        if packed[at]:
+            flat[place] = packed[at]
+            place, at = place + 1, at + 1
+        else:
+            place, at = place + packed[at + 1], at + 2
+    out = np.zeros((n, n), np.uint8)
+    out[np.tril_indices(n)] = flat
+    return out

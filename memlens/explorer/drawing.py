@@ -1,0 +1,123 @@
+"""A sequence as figures, and its tokens as HTML in which every letter of theirs is text."""
+
+from __future__ import annotations
+
+from html import escape
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+from jaxtyping import UInt8
+
+from memlens.attribution.head_sets import Head, head_label
+from memlens.explorer.data import Continuation, SequenceView
+from memlens.figures import heatmap_attention, heatmap_effects, heatmap_lens, unique_tokens, visible
+
+__all__ = [
+    "attention_figure",
+    "effects_figure",
+    "lens_figure",
+    "running_text",
+    "shade",
+    "tokens_html",
+    "written_html",
+]
+
+_RIGHT, _WRONG = "0,114,178", "213,94,0"  # Okabe and Ito's blue and vermilion
+_WHOLE = 10**9
+
+
+def lens_figure(view: SequenceView) -> go.Figure:
+    """Return the probability of each target after each layer."""
+    layers = range(len(view.lens_probability))
+    data = xr.Dataset(
+        {
+            "probability": (("layer", "target"), view.lens_probability),
+            "rank": (("layer", "target"), view.lens_rank),
+        },
+        {"layer": list(layers)},
+    )
+    places = range(view.prefix_len, len(view.tokens))
+    return heatmap_lens(data, unique_tokens(list(view.targets), places))
+
+
+def effects_figure(view: SequenceView, metric: str, chosen: Head | None = None) -> go.Figure:
+    """Return what each head, MLP and layer's attention gives, the chosen head framed."""
+    coords = {"layer": list(range(len(view.head_effects)))}
+    heads = xr.DataArray(view.head_effects, coords, dims=("layer", "head"))
+    branches = xr.Dataset(
+        {"mlp": ("layer", view.mlp_effects), "bypass": ("layer", view.bypass_effects)}, coords
+    )
+    return heatmap_effects(heads, branches, metric=metric, chosen=chosen)
+
+
+def attention_figure(view: SequenceView, head: Head, weights: UInt8[np.ndarray, "query key"]) -> go.Figure:
+    """Return a head's attention on the sequence."""
+    data = xr.DataArray(weights / 255, dims=("query", "key"))
+    labels = unique_tokens(list(view.tokens))
+    return heatmap_attention(
+        data,
+        labels,
+        boundary=view.prefix_len,
+        title=f"Attention of {head_label(head)} in the unchanged model",
+    )
+
+
+def shade(probability: float, right: bool) -> str:
+    """Return the color of a target: blue where it would be written, vermilion where not.
+
+    The deeper the blue, the surer; the deeper the vermilion, the less likely the target.
+
+    >>> shade(1.0, True), shade(0.0, False)
+    ('rgba(0,114,178,0.45)', 'rgba(213,94,0,0.45)')
+    """
+    depth = 0.1 + 0.35 * (probability if right else 1 - probability)
+    return f"rgba({_RIGHT if right else _WRONG},{depth:.2f})"
+
+
+def tokens_html(view: SequenceView, continuation: Continuation) -> str:
+    """Return the sequence's tokens, the targets colored by recall; hovering tells what the model says."""
+    given = "".join(
+        f"<span style='opacity:.6'>{_text(token)}</span>" for token in view.tokens[: view.prefix_len]
+    )
+    parts = []
+    for place, token in enumerate(view.targets):
+        p, right = float(continuation.probability[place]), bool(continuation.correct[place])
+        greedy = visible(continuation.greedy[place], longest=_WHOLE)
+        says = f"target {place}: {visible(token, longest=_WHOLE)}\ngreedy: {greedy}\n"
+        says += f"probability {p:.3f}, rank {int(continuation.rank[place])}"
+        line = "" if right else ";text-decoration:underline wavy"
+        parts.append(
+            f"<span title='{escape(says)}' style='background:{shade(p, right)}{line}'>{_text(token)}</span>"
+        )
+    return _block(given + "".join(parts))
+
+
+def written_html(view: SequenceView, continuation: Continuation) -> str:
+    """Return what the model writes after the prefix; tokens that differ from the truth are underlined."""
+    marks = zip(continuation.tokens, continuation.same, strict=True)
+    parts = [
+        _text(token) if same else f"<u style='background:rgba({_WRONG},.25)'>{_text(token)}</u>"
+        for token, same in marks
+    ]
+    score = f"{continuation.memorization_score:.0%} of the tokens"
+    return f"<div><b>{escape(continuation.edits.name)}</b>: {score}</div>" + _block("".join(parts))
+
+
+def running_text(token: str) -> str:
+    r"""Return a token as it is shown in running text: what does not print is named, line ends are marked.
+
+    >>> running_text(" a\n"), running_text("\u202e")
+    (' a↵\n', '\\u202e')
+    """
+    keep = {" ": " ", "\n": "↵\n", "\t": "⇥\t"}
+    return "".join(keep.get(letter) or visible(letter) for letter in token) or visible("")
+
+
+def _text(token: str) -> str:
+    return f"<bdi>{escape(running_text(token))}</bdi>"
+
+
+def _block(content: str) -> str:
+    style = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace;line-height:1.9"
+    return f"<div style='{style}'>{content}</div>"

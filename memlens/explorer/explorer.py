@@ -1,0 +1,329 @@
+"""`explore`: look into sequences one by one, live on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import UInt8
+
+from memlens.attribution.head_sets import Head
+from memlens.errors import OptionError, SiteError, check_option, near_matches
+from memlens.explorer import drawing
+from memlens.explorer.attention import attention_maps
+from memlens.explorer.data import Continuation, Exploration, SequenceView, strongest_heads
+from memlens.explorer.edits import Edits
+from memlens.explorer.measuring import ExploreOptions, continuations, explore_sequences
+from memlens.figures import metric_text
+from memlens.models.hooks import check_head, check_layer
+from memlens.models.trunk import Trunk
+from memlens.recall.score import score_recall
+from memlens.sequences import SequenceSet, check_sequences
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from memlens.explorer.widget import ExplorerWidget
+
+__all__ = ["FIGURES", "Explorer", "explore"]
+
+FIGURES = ("lens", "effects", "attention")
+
+
+def explore(
+    model: Any,
+    sequences: SequenceSet,
+    *,
+    options: ExploreOptions | None = None,
+    reference: SequenceSet | None = None,
+    progress: bool = False,
+) -> Explorer:
+    """Look into sequences one by one: tokens by recall, lens, heads, attention, and the model under edits.
+
+    In Jupyter the returned object shows itself (extra `notebook`: ipywidgets and plotly's FigureWidget):
+    pick a sequence, click a head to see where it attends, switch ablations and bypasses on and see at
+    once what the model then writes. All of it is there in Python too, and `Explorer.write_html` makes a
+    page that needs no Python.
+
+    Args:
+        model: A TransformerLens model.
+        sequences: What is looked into, any number: all are scored at once, the rest is computed for a
+            sequence when it is looked at.
+        options: How heads are ablated and attention is bypassed, which metric effects are of, and the
+            like; see `ExploreOptions`.
+        reference: The set for ablation by "mean"; `sequences` itself by default.
+        progress: Show progress bars.
+
+    Raises:
+        EmptySetError, SequenceError, VocabularyError: The sequences do not fit; before any forward pass.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> explorer = ml.explore(model, ml.load_sequences("zoo", model)[-3:])
+        >>> plain = explorer.select("table-256-01").continuation
+        >>> explorer.toggle(0).toggle(1, 3).edits.name
+        'bypass L0 + ablate L1H3'
+        >>> explorer.continuation.memorization_score < plain.memorization_score
+        True
+    """
+    return Explorer(model, sequences, options or ExploreOptions(), reference=reference, progress=progress)
+
+
+class Explorer:
+    """What `explore` returns: a selected sequence, a selected head, and the edits that are on.
+
+    Args:
+        model: A TransformerLens model.
+        sequences: What is looked into.
+        options: See `ExploreOptions`.
+        reference: The set for ablation by "mean"; `sequences` itself by default.
+        progress: Show progress bars.
+
+    Attributes:
+        table: One row a sequence: its columns, `exact_match` and `target_accuracy` (see `score_recall`).
+        edits: What is switched on.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sequences: SequenceSet,
+        options: ExploreOptions,
+        *,
+        reference: SequenceSet | None = None,
+        progress: bool = False,
+    ) -> None:
+        check_sequences(sequences, model, on_eos="keep")
+        self.options, self._model, self._progress = options, model, progress
+        self._sequences = sequences
+        self._bare = sequences.with_table(sequences.table.filter(["id"]))
+        self._reference = self._bare if reference is None else reference
+        self._trunk = Trunk(model)
+        scores = score_recall(model, self._bare, generate=False, metrics=(), progress=progress).table
+        self.table: pd.DataFrame = sequences.table.assign(
+            **{name: scores[name].to_numpy() for name in ("exact_match", "target_accuracy")}
+        )
+        self.edits = Edits()
+        self._row, self._head = 0, None
+        self._views: dict[int, SequenceView] = {}
+        self._written: dict[tuple[int, Edits], Continuation] = {}
+        self._maps: dict[tuple[int, Head], np.ndarray] = {}
+        self._listeners: list[Callable[[], None]] = []
+        self._widget: ExplorerWidget | None = None
+
+    # What there is, and what is chosen ---------------------------------------------------------------------
+
+    @property
+    def ids(self) -> list[str]:
+        """The sequences' names."""
+        return self._sequences.ids
+
+    @property
+    def selected(self) -> str:
+        """The name of the sequence that is looked at."""
+        return self.ids[self._row]
+
+    @property
+    def view(self) -> SequenceView:
+        """The selected sequence as the model is, without edits; computed when it is first looked at."""
+        if self._row not in self._views:
+            found = explore_sequences(
+                self._model,
+                self._sequences[[self._row]],
+                self.options,
+                reference=self._reference,
+                try_edits=False,
+                keep_attention=False,
+                progress=self._progress,
+            )
+            self._views[self._row] = found.views[0]
+        return self._views[self._row]
+
+    @property
+    def head(self) -> Head:
+        """The head whose attention is shown: at first the one whose ablation harms the sequence most."""
+        if self._head is None:
+            better = metric_text(self.options.metric).better
+            return strongest_heads(self.view.head_effects, better)[0]
+        return self._head
+
+    @property
+    def continuation(self) -> Continuation:
+        """What the model says and writes of the selected sequence under the edits that are on."""
+        if not self.edits:
+            return self.view.continuation
+        key = (self._row, self.edits)
+        if key not in self._written:
+            one = self._bare[[self._row]]
+            (found,) = continuations(self._model, one, self.edits, self.options, self._reference)
+            self._written[key] = found
+        return self._written[key]
+
+    @property
+    def attention(self) -> UInt8[np.ndarray, "query key"]:
+        """Where the selected head attends on the sequence in the unchanged model, in steps of 1/255."""
+        key = (self._row, self.head)
+        if key not in self._maps:
+            n = int(self._bare.lengths[self._row])
+            self._maps[key] = attention_maps(self._model, self._bare.tokens[self._row, :n], [self.head])[
+                self.head
+            ]
+        return self._maps[key]
+
+    def figure(self, kind: str = "effects") -> go.Figure:
+        """Return a figure of the selected sequence.
+
+        Args:
+            kind: "lens" (the targets' probability after each layer), "effects" (of each head, MLP and
+                layer's attention) or "attention" (of the selected head).
+
+        Raises:
+            OptionError: Another kind.
+        """
+        check_option("kind", kind, FIGURES)
+        if kind == "lens":
+            return drawing.lens_figure(self.view)
+        if kind == "attention":
+            return drawing.attention_figure(self.view, self.head, self.attention)
+        return drawing.effects_figure(self.view, self.options.metric, self.head)
+
+    # Choosing ----------------------------------------------------------------------------------------------
+
+    def select(self, name: str) -> Explorer:
+        """Look at another sequence, by its id; the edits stay on.
+
+        Raises:
+            SiteError: There is no such sequence.
+        """
+        if name not in self.ids:
+            raise SiteError(
+                f"there is no sequence {name!r} among these {len(self.ids)}.{near_matches(name, self.ids)}"
+            )
+        self._row = self.ids.index(name)
+        return self._changed()
+
+    def select_head(self, layer: int, head: int) -> Explorer:
+        """Look at another head's attention.
+
+        Raises:
+            SiteError: There is no such head.
+        """
+        check_layer(layer, self._trunk.n_layers)
+        check_head(head, self._trunk.n_heads)
+        self._head = (layer, head)
+        return self._changed()
+
+    def toggle(self, layer: int, head: int | None = None) -> Explorer:
+        """Switch the bypass of a layer's attention on or off; with `head`, that head's ablation.
+
+        Raises:
+            SiteError: There is no such layer or head.
+        """
+        edits = self.edits.toggled(layer, head)
+        edits.check(self._trunk)
+        self.edits = edits
+        return self._changed()
+
+    def clear(self) -> Explorer:
+        """Switch all edits off."""
+        self.edits = Edits()
+        return self._changed()
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Call a function whenever something else is selected or switched."""
+        self._listeners.append(listener)
+
+    def _changed(self) -> Explorer:
+        for listener in self._listeners:
+            listener()
+        return self
+
+    # Showing -----------------------------------------------------------------------------------------------
+
+    @property
+    def widget(self) -> ExplorerWidget:
+        """What Jupyter shows; made when it is first asked for.
+
+        Raises:
+            OptionError: ipywidgets or anywidget is not installed.
+        """
+        if self._widget is None:
+            try:
+                from memlens.explorer.widget import ExplorerWidget
+            except ImportError as error:
+                raise OptionError(_missing(error)) from error
+            self._widget = ExplorerWidget(self)
+        return self._widget
+
+    def exploration(
+        self, names: list[str] | None = None, *, try_edits: bool = True, progress: bool | None = None
+    ) -> Exploration:
+        """Return the data of several sequences, the model's continuations under edits and attention included.
+
+        Args:
+            names: Ids; all sequences by default.
+            try_edits: Also decode under the edits that `ExploreOptions` names.
+            progress: Show progress bars; as given to `explore` by default.
+
+        Raises:
+            SiteError: There is no such sequence.
+        """
+        for name in names or []:
+            if name not in self.ids:
+                raise SiteError(f"there is no sequence {name!r}.{near_matches(name, self.ids)}")
+        rows = [self.ids.index(name) for name in (self.ids if names is None else names)]
+        return explore_sequences(
+            self._model,
+            self._sequences[rows],
+            self.options,
+            reference=self._reference,
+            try_edits=try_edits,
+            progress=self._progress if progress is None else progress,
+        )
+
+    def write_html(
+        self,
+        path: str | Path,
+        names: list[str] | None = None,
+        *,
+        most: int = 12,
+        progress: bool | None = None,
+    ) -> Path:
+        """Write the same view as one page that opens from disk without Python or a network.
+
+        Args:
+            path: The `.html` file.
+            names: Ids; the first `most` sequences by default.
+            most: How many sequences are shown where no ids are given.
+            progress: Show progress bars; as given to `explore` by default.
+
+        Returns:
+            The path.
+        """
+        from memlens.explorer.page import write_explorer
+
+        shown = self.ids[:most] if names is None else names
+        return write_explorer(path, self.exploration(shown, progress=progress))
+
+    def __repr__(self) -> str:
+        return f"Explorer({len(self.ids)} sequences, at {self.selected!r}, {self.edits.name})"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **options: Any) -> Any:
+        try:
+            found: Any = self.widget.box._repr_mimebundle_(include=include, exclude=exclude, **options)
+        except OptionError as error:
+            return {"text/plain": f"{self!r}\n{error}"}
+        data, *facts = found if isinstance(found, tuple) else (found,)
+        data = {**data, "text/plain": repr(self)}  # for what shows no widgets
+        return (data, *facts) if facts else data
+
+
+def _missing(error: ImportError) -> str:
+    return (
+        f"the explorer in Jupyter needs ipywidgets and anywidget ({error}): run "
+        "`pip install 'memlens[notebook]'` and restart the kernel, or write a page with write_html(path)."
+    )

@@ -1,0 +1,179 @@
+"""What Jupyter shows of an `Explorer`: ipywidgets and plotly's FigureWidget (extra `notebook`).
+
+A widget holds no state of its own: what a reader does calls the explorer, and what is shown is drawn from it
+whenever it says that something changed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import anywidget  # noqa: F401  (plotly's FigureWidget is made with it)
+import ipywidgets as widgets
+import plotly.graph_objects as go
+
+from memlens.attribution.head_sets import head_label
+from memlens.explorer.drawing import tokens_html, written_html
+
+if TYPE_CHECKING:
+    from memlens.explorer.explorer import Explorer
+
+__all__ = ["ExplorerWidget"]
+
+_WRAP = widgets.Layout(flex_flow="row wrap", align_items="center")
+_KINDS = ("lens", "effects", "attention")
+
+
+class ExplorerWidget:
+    """The parts that Jupyter shows.
+
+    Args:
+        explorer: What is shown; its changes are shown as they come.
+
+    Attributes:
+        box: The whole, to be displayed.
+        sequence: The menu of sequences.
+        layer: The menu of layers, for the head whose attention is shown.
+        head: The menu of heads.
+        ablate: Switches the ablation of the selected head.
+        bypass: One switch a layer.
+        clear: Switches all edits off.
+        tokens: The tokens, colored by recall under the edits that are on.
+        written: What the model writes, as it is and under the edits.
+        figures: By kind ("lens", "effects", "attention") a `FigureWidget`; a click on a head selects it.
+    """
+
+    def __init__(self, explorer: Explorer) -> None:
+        self._explorer, self._busy = explorer, False
+        n_layers, n_heads = explorer.view.head_effects.shape
+        self.sequence = widgets.Dropdown(
+            options=_menu(explorer), description="sequence", layout={"width": "32em"}
+        )
+        self.layer = widgets.Dropdown(options=range(n_layers), description="layer", layout={"width": "11em"})
+        self.head = widgets.Dropdown(options=range(n_heads), description="head", layout={"width": "11em"})
+        self.ablate = widgets.ToggleButton(icon="scissors", layout={"width": "11em"})
+        self.bypass = [
+            widgets.ToggleButton(
+                description=f"L{layer}",
+                tooltip=f"bypass the attention of layer {layer}",
+                layout={"width": "4em"},
+            )
+            for layer in range(n_layers)
+        ]
+        self.clear = widgets.Button(
+            description="clear", tooltip="switch all edits off", layout={"width": "5em"}
+        )
+        self.tokens, self.written = widgets.HTML(), widgets.HTML()
+        self._drawn: dict[str, Any] = {}
+        self.figures: dict[str, Any] = {kind: go.FigureWidget(explorer.figure(kind)) for kind in _KINDS}
+        self.box = self._laid_out()
+        self._listen()
+        explorer.on_change(self.show)
+        self.show()
+
+    def show(self) -> None:
+        """Draw everything anew from the explorer."""
+        if self._busy:
+            return
+        self._busy = True  # setting a menu's value must not come back as a reader's choice
+        try:
+            self._show_controls()
+            self._show_text()
+            self._show_figures()
+        finally:
+            self._busy = False
+
+    def _show_figures(self) -> None:
+        """Redraw what depends on another sequence or head; figures are of the unchanged model."""
+        explorer = self._explorer
+        of = {
+            "lens": explorer.selected,
+            **dict.fromkeys(("effects", "attention"), (explorer.selected, explorer.head)),
+        }
+        for kind, shown in self.figures.items():
+            if self._drawn.get(kind) != of[kind]:
+                _redraw(shown, explorer.figure(kind))
+                self._drawn[kind] = of[kind]
+
+    def _show_controls(self) -> None:
+        explorer = self._explorer
+        self.sequence.value = explorer.selected
+        self.layer.value, self.head.value = explorer.head
+        self.ablate.description = f"ablate {head_label(explorer.head)}"
+        self.ablate.value = explorer.head in explorer.edits.ablated
+        for layer, button in enumerate(self.bypass):
+            button.value = layer in explorer.edits.bypassed
+
+    def _show_text(self) -> None:
+        view, continuation = self._explorer.view, self._explorer.continuation
+        self.tokens.value = tokens_html(view, continuation)
+        written = [written_html(view, view.continuation)]
+        if continuation.edits:
+            written.append(written_html(view, continuation))
+        self.written.value = "".join(written)
+
+    def _listen(self) -> None:
+        explorer = self._explorer
+        self.sequence.observe(self._chosen(lambda change: explorer.select(change["new"])), "value")
+        for menu in (self.layer, self.head):
+            menu.observe(self._chosen(lambda change: explorer.select_head(*self._asked)), "value")
+        self.ablate.observe(self._chosen(lambda change: explorer.toggle(*explorer.head)), "value")
+        for layer, button in enumerate(self.bypass):
+            button.observe(self._chosen(lambda change, layer=layer: explorer.toggle(layer)), "value")
+        self.clear.on_click(self._chosen(lambda button: explorer.clear()))
+        effects = self.figures["effects"]
+        effects.data[0].on_click(self._head_clicked)
+        effects.data[1].on_click(self._branch_clicked)
+
+    @property
+    def _asked(self) -> tuple[int, int]:
+        """The head that the two menus name."""
+        return int(self.layer.value or 0), int(self.head.value or 0)
+
+    def _chosen(self, act: Any) -> Any:
+        """Return a listener that is deaf while the widget itself sets values."""
+
+        def listener(change: Any) -> None:
+            if not self._busy:
+                act(change)
+
+        return listener
+
+    def _head_clicked(self, trace: Any, points: Any, state: Any) -> None:
+        if points.point_inds:
+            layer, head = points.point_inds[0]
+            self._explorer.select_head(int(layer), int(head))
+
+    def _branch_clicked(self, trace: Any, points: Any, state: Any) -> None:
+        if points.point_inds and points.point_inds[0][1] == 1:
+            self._explorer.toggle(int(points.point_inds[0][0]))
+
+    def _laid_out(self) -> widgets.VBox:
+        heading = widgets.HTML("<b>bypass attention of</b>")
+        return widgets.VBox(
+            [
+                self.sequence,
+                widgets.HBox([heading, *self.bypass], layout=_WRAP),
+                widgets.HBox([self.layer, self.head, self.ablate, self.clear], layout=_WRAP),
+                self.tokens,
+                self.written,
+                *self.figures.values(),
+            ]
+        )
+
+
+def _menu(explorer: Explorer) -> list[tuple[str, str]]:
+    """Return the sequences with their recall, the label first."""
+    shares = explorer.table["target_accuracy"]
+    return [
+        (f"{name} · {share:.0%} of targets right", name)
+        for name, share in zip(explorer.ids, shares, strict=True)
+    ]
+
+
+def _redraw(shown: Any, figure: Any) -> None:
+    """Show another figure of the same kind; what listens to clicks stays."""
+    with shown.batch_update():
+        for old, new in zip(shown.data, figure.data, strict=True):
+            old.update(new.to_plotly_json(), overwrite=True)
+        shown.layout.update(figure.layout.to_plotly_json(), overwrite=True)

@@ -1,0 +1,245 @@
+"""The live object and its widgets, without a browser: what is shown is what the model says."""
+
+from __future__ import annotations
+
+import builtins
+import html
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import memlens as ml
+from memlens.errors import OptionError, SiteError
+from memlens.explorer import Explorer
+from memlens.explorer.drawing import running_text, tokens_html, written_html
+from tests.explorer.synthetic import view
+from tests.report.test_render import NASTY
+
+
+@pytest.fixture(scope="module")
+def pythia() -> Any:
+    return ml.load_model("zoo/pythia-s")
+
+
+@pytest.fixture(scope="module")
+def planted(pythia: Any) -> ml.SequenceSet:
+    seqs = ml.load_sequences("zoo", pythia)
+    copies = seqs.table["copies"].to_numpy()
+    return seqs[[*np.flatnonzero(copies == 256)[:2], *np.flatnonzero(copies == 1)[:1]]]
+
+
+@pytest.fixture
+def explorer(pythia: Any, planted: ml.SequenceSet) -> Explorer:
+    return ml.explore(pythia, planted)
+
+
+def generated(model: Any, seqs: ml.SequenceSet, row: int) -> str:
+    """TransformerLens' own decoding after the prefix."""
+    prefix, n = seqs.tokens[[row], : int(seqs.prefix_len[row])], int(seqs.n_targets[row])
+    out = model.generate(
+        prefix, max_new_tokens=n, do_sample=False, verbose=False, stop_at_eos=False, prepend_bos=False
+    )
+    return model.tokenizer.decode(out[0, prefix.shape[1] :])
+
+
+def test_what_is_written_is_what_the_model_generates(
+    explorer: Explorer, pythia: Any, planted: ml.SequenceSet
+) -> None:
+    assert explorer.selected == planted.ids[0]
+    assert explorer.continuation.recalled
+    assert explorer.continuation.text == generated(pythia, planted, 0) == explorer.view.target_text
+    explorer.toggle(1).toggle(3)
+    with ml.bypassed(pythia, [1, 3]):
+        assert explorer.continuation.text == generated(pythia, planted, 0)
+    assert not explorer.continuation.recalled
+    explorer.select(planted.ids[2])
+    with ml.bypassed(pythia, [1, 3]):
+        assert explorer.continuation.text == generated(pythia, planted, 2)
+    explorer.toggle(3).toggle(1)
+    assert explorer.edits.name == "the model as it is"
+    assert explorer.continuation.text == generated(pythia, planted, 2)
+
+
+def test_colors_under_an_ablation_are_those_of_a_plain_forward(
+    explorer: Explorer, pythia: Any, planted: ml.SequenceSet
+) -> None:
+    def edit(z: torch.Tensor, hook: Any) -> torch.Tensor:
+        out = z.clone()
+        out[:, :, 3] = (z.sum(2) - z[:, :, 3]) / 7
+        return out
+
+    ids, p = planted.rows()[0], int(planted.prefix_len[0])
+    logits = pythia.run_with_hooks(torch.tensor([ids]), fwd_hooks=[("blocks.1.attn.hook_z", edit)])
+    expected = logits[0, p - 1 : -1].softmax(-1)[torch.arange(len(ids) - p), torch.tensor(ids[p:])]
+    found = explorer.toggle(1, 3).continuation.probability
+    assert np.allclose(found, expected.detach().numpy(), atol=1e-5)
+    assert np.abs(found - explorer.view.continuation.probability).max() > 0.005
+
+
+def test_attention_is_of_the_selected_head_and_the_unchanged_model(
+    explorer: Explorer, pythia: Any, planted: ml.SequenceSet
+) -> None:
+    explorer.select_head(2, 5).toggle(0)
+    _, cache = pythia.run_with_cache(planted.tokens[:1], names_filter="blocks.2.attn.hook_pattern")
+    pattern = cache["blocks.2.attn.hook_pattern"][0, 5].detach().numpy()
+    assert np.abs(explorer.attention / 255 - pattern).max() <= 1 / 510 + 1e-5
+    shown = explorer.figure("attention").data[0]
+    assert np.allclose(np.nan_to_num(shown.z), np.tril(explorer.attention) / 255)
+    assert shown.x[0] != shown.x[1]
+
+
+def test_the_first_head_is_the_one_that_matters_most(explorer: Explorer) -> None:
+    effects = explorer.view.head_effects
+    assert effects[explorer.head] == effects.min()
+
+
+def test_all_sequences_are_scored_and_the_rest_waits(explorer: Explorer, planted: ml.SequenceSet) -> None:
+    assert explorer.table["exact_match"].tolist() == [1, 1, 0]
+    assert list(explorer.table["id"]) == planted.ids
+    assert explorer._views == {}
+
+
+def test_what_does_not_exist_is_refused_and_changes_nothing(explorer: Explorer) -> None:
+    with pytest.raises(SiteError, match="no sequence 'nowhere' among these 3"):
+        explorer.select("nowhere")
+    with pytest.raises(SiteError, match="layer 6"):
+        explorer.toggle(6)
+    with pytest.raises(SiteError, match="head 8"):
+        explorer.toggle(0, 8)
+    with pytest.raises(SiteError, match="head 9"):
+        explorer.select_head(0, 9)
+    with pytest.raises(OptionError, match="kind='heads'"):
+        explorer.figure("heads")
+    with pytest.raises(SiteError, match="no sequence 'x'"):
+        explorer.exploration(["x"])
+    assert not explorer.edits
+
+
+def test_menus_and_switches_show_what_the_model_says(explorer: Explorer, planted: ml.SequenceSet) -> None:
+    widget = explorer.widget
+    assert [value for _, value in widget.sequence.options] == planted.ids
+    assert widget.sequence.options[0][0] == f"{planted.ids[0]} · 100% of targets right"
+    plain = widget.tokens.value
+    assert plain == tokens_html(explorer.view, explorer.continuation)
+    widget.bypass[1].value = True
+    widget.ablate.value = True
+    head = explorer.head
+    assert (explorer.edits.bypassed, explorer.edits.ablated) == ((1,), (head,))
+    assert widget.tokens.value == tokens_html(explorer.view, explorer.continuation) != plain
+    assert widget.written.value.endswith(written_html(explorer.view, explorer.continuation))
+    assert f"bypass L1 + ablate L{head[0]}H{head[1]}" in widget.written.value
+    widget.sequence.value = planted.ids[2]
+    assert explorer.selected == planted.ids[2]
+    assert np.allclose(widget.figures["lens"].data[0].z, explorer.view.lens_probability)
+    widget.clear.click()
+    assert not explorer.edits
+    assert not any(button.value for button in (*widget.bypass, widget.ablate))
+
+
+def click(figure: Any, trace: int, row: int, column: int) -> None:
+    """What plotly's script sends when a cell of a heat map is clicked."""
+    figure._js2py_pointsCallback = {
+        "event_type": "plotly_click",
+        "points": {
+            "trace_indexes": [trace],
+            "point_indexes": [[row, column]],
+            "xs": [0],
+            "ys": [0],
+            "zs": [0],
+        },
+        "device_state": None,
+        "selector": None,
+    }
+
+
+def test_a_click_on_a_head_shows_its_attention(explorer: Explorer) -> None:
+    widget = explorer.widget
+    effects, attention = widget.figures["effects"], widget.figures["attention"]
+    click(effects, 0, 3, 6)
+    assert explorer.head == (3, 6)
+    assert (widget.layer.value, widget.head.value) == (3, 6)
+    assert attention.layout.title.text == "Attention of L3H6 in the unchanged model"
+    assert np.allclose(np.nan_to_num(attention.data[0].z), np.tril(explorer.attention) / 255)
+    assert (effects.layout.shapes[0].x0, effects.layout.shapes[0].y0) == (5.5, 2.5)
+    click(effects, 0, 3, 7)  # still heard after the figure was drawn anew
+    assert explorer.head == (3, 7)
+    assert widget.ablate.description == "ablate L3H7"
+
+
+def test_a_click_on_the_column_of_bypasses_switches_one(explorer: Explorer) -> None:
+    widget = explorer.widget
+    click(widget.figures["effects"], 1, 2, 1)
+    assert explorer.edits.bypassed == (2,)
+    assert widget.bypass[2].value is True
+    click(widget.figures["effects"], 1, 2, 0)  # the MLP column is no switch
+    assert explorer.edits.bypassed == (2,)
+
+
+def test_calls_in_python_show_in_the_widgets(explorer: Explorer, planted: ml.SequenceSet) -> None:
+    widget = explorer.widget
+    explorer.select(planted.ids[1]).toggle(4).select_head(0, 1)
+    assert widget.sequence.value == planted.ids[1]
+    assert [button.value for button in widget.bypass] == [False] * 4 + [True, False]
+    assert (widget.layer.value, widget.head.value) == (0, 1)
+    assert widget.figures["attention"].layout.title.text == "Attention of L0H1 in the unchanged model"
+
+
+def test_jupyter_is_given_a_widget(explorer: Explorer) -> None:
+    found = explorer._repr_mimebundle_()
+    data = found[0] if isinstance(found, tuple) else found
+    assert data["text/plain"] == f"Explorer(3 sequences, at '{explorer.selected}', the model as it is)"
+    assert data["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.widget.box.model_id
+
+
+def test_without_ipywidgets_the_message_says_what_to_install(
+    explorer: Explorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def missing(name: str, *args: Any, **options: Any) -> Any:
+        if name == "ipywidgets" or name == "memlens.explorer.widget":
+            raise ModuleNotFoundError("No module named 'ipywidgets'")
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(OptionError, match=r"pip install 'memlens\[notebook\]'"):
+        _ = explorer.widget
+    assert "memlens[notebook]" in explorer._repr_mimebundle_()["text/plain"]
+    assert explorer.toggle(0).continuation.text
+
+
+@pytest.mark.parametrize("text", NASTY.values(), ids=NASTY.keys())
+def test_text_of_sequences_stays_text(text: str) -> None:
+    one = view("a", ["given " + text, text, " and"], 1, wrong=text)
+    for shown in (tokens_html(one, one.continuation), written_html(one, one.continuation)):
+        assert "<script" not in shown
+        assert "<img" not in shown
+        assert "<b>bold" not in shown
+        assert html.escape(running_text(text)) in shown
+
+
+def test_the_page_of_an_explorer_shows_its_sequences(
+    explorer: Explorer, planted: ml.SequenceSet, tmp_path: Path
+) -> None:
+    page = explorer.write_html(tmp_path / "page.html", planted.ids[:1])
+    text = page.read_text(encoding="utf-8")
+    assert planted.ids[0] in text
+    assert planted.ids[1] not in text
+    assert page.stat().st_size < 8_000_000
+
+
+@pytest.mark.slow
+def test_a_notebook_shows_the_explorer(tmp_path: Path) -> None:
+    nbformat, client = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    code = "import memlens as ml\nmodel = ml.load_model('zoo/pythia-s')\n"
+    code += "explorer = ml.explore(model, ml.load_sequences('zoo', model)[-2:])\nexplorer"
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    client.NotebookClient(book, timeout=300, kernel_name="python3").execute()
+    (shown,) = [out for out in book.cells[0].outputs if out.output_type == "execute_result"]
+    assert "application/vnd.jupyter.widget-view+json" in shown.data
+    state = book.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
+    models = {entry["model_name"] for entry in state.values()}
+    assert {"DropdownModel", "ToggleButtonModel", "HTMLModel"} <= models
