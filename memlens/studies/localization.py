@@ -269,17 +269,21 @@ class _Localization:
             ablation=mode if mode in ABLATION_MODES else "mean_of_other_heads",
             bypass=self.options.bypass_mode,
         )
-        found = explore_sequences(
-            self.model, reduce(SequenceSet.concat, chosen), options, progress=self.progress
-        )
+        seqs = reduce(SequenceSet.concat, chosen)
+
+        def look() -> dict[str, Any]:
+            found = explore_sequences(self.model, seqs, options, progress=self.progress)
+            return {"payload": explorer_payload(found), "caption": caption_of(found)}
+
+        shown = self.folder.stored("explorer", self.model, seqs, options, look)
         lead = "A few of the sequences, drawn by chance from those above, one at a time."
         self.folder.add_section("explorer", "Look at single sequences", lead)
         self.folder.add_explorer(
             "explorer",
-            explorer_payload(found),
+            shown["payload"],
             section="explorer",
             reading=READING,
-            caption=caption_of(found),
+            caption=shown["caption"],
         )
 
     def _save(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from memlens.errors import MemlensError, OtherSweepError
+from memlens.files import write_atomically
 from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
 from memlens.report import Finding, RunDirectory
@@ -88,14 +90,29 @@ class StudyDirectory(RunDirectory):
             **options: Of `score_recall`.
         """
         about = sorted((key, value) for key, value in options.items() if key != "progress")
-        key = fingerprint([model_fingerprint(model), sequences_fingerprint(seqs), about])
-        place = self.place(name) / f"{key}.parquet"
+        place = self._keyed(name, model, seqs, about, ".parquet")
         if place.is_file():
             return RecallScores.load(place)
         scores = score_recall(model, seqs, **options)
-        place.parent.mkdir(parents=True, exist_ok=True)
         scores.save(place)
         return scores
+
+    def stored(
+        self, name: str, model: Any, seqs: SequenceSet, options: Any, make: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Make a JSON object, or read what an earlier run kept of these weights, sequences and options."""
+        place = self._keyed(name, model, seqs, options, ".json")
+        if place.is_file():
+            return json.loads(place.read_text(encoding="utf-8"))
+        made = make()
+        write_atomically(place, json.dumps(made).encode())
+        return made
+
+    def _keyed(self, name: str, model: Any, seqs: SequenceSet, about: Any, suffix: str) -> Path:
+        key = fingerprint([model_fingerprint(model), sequences_fingerprint(seqs), about])
+        place = self.place(name) / f"{key}{suffix}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return place
 
     def failed(self, name: str, error: BaseException) -> None:
         """Note that a step failed."""
