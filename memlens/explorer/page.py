@@ -31,8 +31,8 @@ def caption_of(exploration: Exploration) -> str:
     ]
     if settings["top_heads"]:
         parts.append(
-            f"Heads in the menu ({settings['top_heads']}): those whose ablation harms the shown sequences that "
-            "are recalled most (all, where none is), chosen on what they are shown on."
+            f"Heads in the menu ({settings['top_heads']}): those whose ablation harms most the shown "
+            "sequences that are recalled (all, where none is), chosen on what they are shown on."
         )
     return " ".join(parts)
 

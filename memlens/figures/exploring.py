@@ -68,8 +68,8 @@ def heatmap_effects(
         title: what is shown.
 
     Returns:
-        The figure: heads stand at 0, 1, …, then a gap, then one column a branch (the second trace). Branches have a color scale
-        of their own, as they matter more than any head.
+        The figure: heads stand at 0, 1, …, then a gap, then one column a branch (the second
+        trace). Branches have a color scale of their own, as they matter more than any head.
     """
     text, n = metric_text(metric, heads.assign_attrs(of="effect")), heads.sizes["head"]
     layers = heads["layer"].values
