@@ -63,8 +63,10 @@ def explore(
     Example:
         >>> import memlens as ml
         >>> model = ml.load_model("zoo/pythia-s")
-        >>> explorer = ml.explore(model, ml.load_sequences("zoo", model)[-3:])
-        >>> plain = explorer.select("table-256-01").continuation
+        >>> sequences = ml.load_sequences("zoo", model)
+        >>> often = sequences[sequences.table["copies"].to_numpy() == 256]
+        >>> explorer = ml.explore(model, often[-3:])
+        >>> plain = explorer.select(explorer.ids[1]).continuation
         >>> explorer.toggle(0).toggle(1, 3).edits.name
         'bypass L0 + ablate L1H3'
         >>> explorer.continuation.memorization_score < plain.memorization_score
