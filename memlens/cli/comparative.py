@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from memlens.studies import ComparativeOptions, StudyModel
 
-__all__ = ["run_comparative"]
+__all__ = ["run_comparative", "with_checkpoints"]
 
 _ZOO = "zoo"
 
@@ -88,7 +88,7 @@ def run_comparative(
     placed = {"backend": backend, "dtype": dtype, "device": device}
     named = [name for entry in [*(models or []), *(more_models or [])] for name in entry.split(",") if name]
     entries = [*read.models, *(replace(parse_model(name), **placed) for name in named)]
-    entries = _with_checkpoints(entries, checkpoints or [])
+    entries = with_checkpoints(entries, checkpoints or [])
     options = _with_options(read.options, option or [], seed)
     if plan:
         _print_plan(entries, options, device_tflops, per_domain, plan_domains, as_json=as_json)
@@ -109,9 +109,9 @@ def run_comparative(
     print_run(run, time.perf_counter() - start, as_json=as_json)
 
 
-def _with_checkpoints(entries: Sequence[StudyModel], given: Sequence[str]) -> list[StudyModel]:
+def with_checkpoints(entries: Sequence[StudyModel], given: Sequence[str]) -> list[StudyModel]:
     """Return the models with the training steps that are followed."""
-    import memlens as ml
+    from memlens.models.revisions import checkpoint_steps
 
     wanted: dict[str, tuple[int, ...]] = {}
     for entry in given:
@@ -119,7 +119,7 @@ def _with_checkpoints(entries: Sequence[StudyModel], given: Sequence[str]) -> li
         if not steps or (steps != "all" and not steps.replace(",", "").isdigit()):
             raise OptionError(f"--checkpoints {entry!r} is not clear: give MODEL=100,200 or MODEL=all.")
         steps_of_model = (
-            ml.checkpoint_steps(name) if steps == "all" else map(int, filter(None, steps.split(",")))
+            checkpoint_steps(name) if steps == "all" else map(int, filter(None, steps.split(",")))
         )
         wanted[name] = tuple(steps_of_model)
     unknown = sorted(set(wanted) - {entry.label for entry in entries})

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 import memlens as ml
+from memlens.cli.comparative import with_checkpoints
 from memlens.errors import FileFormatError, ModelNotFoundError, OptionError, SourceNotFoundError
 from memlens.models.families import find_model
 from memlens.studies.comparative_config import (
@@ -271,3 +272,14 @@ def test_domains_are_sampled_alike_for_all_and_named(sources: tuple[Path, Path])
     assert read_domains(both, model, options).ids == seqs.ids
     one = read_domains(both["code"], model, ml.ComparativeOptions())
     assert set(one.table["domain"]) == {"all"}
+
+
+def test_all_checkpoints_of_a_folder_are_those_that_it_keeps(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    for step in (20, 3):
+        (folder / "checkpoints" / f"step{step}").mkdir(parents=True)
+        (folder / "checkpoints" / f"step{step}" / "config.json").write_text("{}")
+    (folder / "config.json").write_text("{}")
+    entries = [StudyModel(str(folder)), StudyModel("zoo/pythia-xs")]
+    followed = with_checkpoints(entries, [f"{folder}=all", "zoo/pythia-xs=4,8"])
+    assert [entry.checkpoints for entry in followed] == [(3, 20), (4, 8)]
