@@ -121,7 +121,10 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path) -> No
     out = tmp_path / "run"
     command = [sys.executable, "-m", "memlens", "run", "localize", "-m", "zoo/pythia-s", "-s", "zoo"]
     command += ["--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )  # fmt: skip
     while not list(out.glob("sweeps/heads_*/*.npz")) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

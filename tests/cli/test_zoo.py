@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from memlens import cli
 from memlens.errors import MemlensError, OptionError
+from memlens.models.zoo import zoo_path
 from memlens.organisms import recipes, zoo
 from tests.organisms.conftest import TINY, TINY_CORPUS
 
@@ -63,12 +64,14 @@ def test_a_family_and_size_are_trained_and_bundled_ones_are_not(
 
     def instead(name: str, *_: object, **__: object) -> Path:
         asked.append(name)
-        raise OptionError("far enough") if name == "pythia-s-clean" else KeyError(name)
+        if name == "olmo1-m":
+            raise OptionError("far enough")
+        return zoo_path("pythia-xs")
 
     monkeypatch.setattr(zoo, "train_zoo_model", instead)
     with pytest.raises(OptionError, match="far enough"):
-        call("train", "--family", "pythia", "--size", "s")
-    assert asked == ["pythia-s-clean"]  # pythia-s is bundled
+        call("train", "--family", "olmo1", "--size", "all")
+    assert asked == ["olmo1-xs", "olmo1-m"]  # olmo1-s is bundled
     monkeypatch.undo()
     with pytest.raises(OptionError, match="family='olmo'"):
         runner.invoke(cli.app, ["zoo", "train", "--family", "olmo"], catch_exceptions=False)
@@ -78,7 +81,7 @@ def test_the_list_tells_where_each_model_is(call: Call) -> None:
     call("train", "olmo1-xs", "--steps", "2", "-q")
     lines = {line.split()[1]: line for line in call("list").splitlines() if "zoo/" in line}
     assert "bundled" in lines["zoo/pythia-s"]
-    assert "1452032" in lines["zoo/pythia-s"]
+    assert "1,452,032" in lines["zoo/pythia-s"]
     assert "cached" in lines["zoo/olmo1-xs"]
     assert "recipe" in lines["zoo/olmo3-m"]
     assert len(lines) == len(recipes.ZOO)
