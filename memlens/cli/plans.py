@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memlens.cli.console import OUT, print_json, print_table, records
@@ -41,6 +41,7 @@ def idiom_works(model: Any, items: SequenceSet, options: IdiomOptions) -> Works:
     """Return the knock-out grid of the idiom study: k by window by first layer by choice of neurons."""
     from memlens.attribution.neurons import knock_out_sizes
     from memlens.models.weights import value_vectors
+    from memlens.studies.comparative_plan import counted_edit
 
     n_layers, width = len(model.blocks), int(value_vectors(model, 0).shape[0])
     works: dict[str, tuple[SequenceSet, Sequence[Intervention]]] = {}
@@ -48,7 +49,12 @@ def idiom_works(model: Any, items: SequenceSet, options: IdiomOptions) -> Works:
         if not options.knock_out or (keep and not options.non_top):
             continue
         ks, windows = knock_out_sizes(n_layers, width, options.top_k, options.windows, keep=keep)
-        edits = list(_edits(n_layers, windows, len(ks)))
+        edits = [
+            counted_edit("mlp_post", range(first, first + window), number)
+            for window in windows
+            for first in range(n_layers - window + 1)
+            for number in range(len(ks))
+        ]
         works[f"knock out {word} neurons"] = (items[: options.max_items], edits)
         if not keep and len(options.selections) > 1:
             chosen = edits * (len(options.selections) - 1) * options.n_draws
@@ -62,10 +68,11 @@ def bypass_works(
     """Return the sweeps of the bypass study that are known before its sequences are."""
     import memlens as ml
     from memlens.attribution.tasks import joined_requests
+    from memlens.studies.comparative_plan import blank_sequences
 
     layers = range(len(model.blocks))
     blocks = [ml.bypass_intervention(model, [layer]) for layer in layers]
-    examined = _blank(options.max_sequences, prefix_len, suffix_len)
+    examined = blank_sequences(options.max_sequences, prefix_len + suffix_len, prefix_len)
     works: dict[str, tuple[SequenceSet, Sequence[Intervention]]] = {"bypass each block": (examined, blocks)}
     if tasks:
         works["tasks, each block bypassed"] = (joined_requests(tasks), blocks)
@@ -108,27 +115,3 @@ def print_plans(model: Any, works: Works, *, as_json: bool, note: str = "") -> N
     OUT.print(f"together about {frame['seconds'].sum():,.0f} s on this machine" if rows else "nothing to run")
     if note:
         OUT.print(note)
-
-
-def _edits(n_layers: int, windows: Sequence[int], n_ks: int) -> Iterator[Intervention]:
-    """Edits that are counted and never run: a window costs what stands after its first layer."""
-    from memlens.models.hooks import hook_name
-    from memlens.sweeps import Intervention
-
-    for window in windows:
-        for first in range(n_layers - window + 1):
-            for number in range(n_ks):
-                hooks = [(hook_name("mlp_post", layer), _nothing) for layer in range(first, first + window)]
-                yield Intervention(f"{window} layers from {first}, {number}", hooks)
-
-
-def _nothing(x: Any, hook: object) -> Any:
-    return x
-
-
-def _blank(n: int, prefix_len: int, suffix_len: int) -> SequenceSet:
-    import numpy as np
-
-    import memlens as ml
-
-    return ml.SequenceSet.from_tokens(np.zeros((n, prefix_len + suffix_len), dtype=np.int64), prefix_len)

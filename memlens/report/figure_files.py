@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -13,10 +13,11 @@ import plotly.io as pio
 from memlens.files import write_atomically
 from memlens.report.model import FigureBlock
 
-__all__ = ["FIGURE_SUFFIX", "save_figure", "saved_figures"]
+__all__ = ["FIGURE_SUFFIX", "read_each", "save_figure", "saved_figures"]
 
 FIGURE_SUFFIX = ".plotly.json"
 _LOG = logging.getLogger(__name__)
+_Block = TypeVar("_Block")
 
 
 def save_figure(figure: go.Figure, path: Path) -> Path:
@@ -33,12 +34,33 @@ def saved_figures(
         entries: A file, and what `run.json` says of it (`reading`, `caption`).
         warnings: A sentence is added for each file that cannot be read.
     """
-    figures = []
+
+    def read(file: Path, entry: Mapping[str, Any]) -> FigureBlock:
+        figure = go.Figure(pio.from_json(file.read_text(encoding="utf-8")))
+        return FigureBlock(figure, entry["reading"], entry["caption"])
+
+    return read_each("figure", read, entries, warnings)
+
+
+def read_each(
+    what: str,
+    read: Callable[[Path, Mapping[str, Any]], _Block],
+    entries: Iterable[tuple[Path, Mapping[str, Any]]],
+    warnings: list[str],
+) -> list[_Block]:
+    """Return what is read of each file; one that cannot be read must not cost the others.
+
+    Args:
+        what: What the files hold, in a word.
+        read: Reads one.
+        entries: A file, and what `run.json` says of it.
+        warnings: A sentence is added for each file that cannot be read.
+    """
+    found = []
     for file, entry in entries:
         try:
-            figure = go.Figure(pio.from_json(file.read_text(encoding="utf-8")))
-            figures.append(FigureBlock(figure, entry["reading"], entry["caption"]))
-        except Exception as error:  # one figure that cannot be read must not cost the others
-            _LOG.warning("the figure %s cannot be read: %s", file, error)
-            warnings.append(f"The figure {file.name} cannot be read: {error}")
-    return figures
+            found.append(read(file, entry))
+        except Exception as error:
+            _LOG.warning("the %s %s cannot be read: %s", what, file, error)
+            warnings.append(f"The {what} {file.name} cannot be read: {error}")
+    return found

@@ -22,7 +22,7 @@ from memlens.sweeps import Intervention
 from memlens.sweeps.planner import Plan, plan_shape
 from memlens.sweeps.shapes import ModelShape
 
-__all__ = ["PlanSizes", "plan_comparative", "plan_parts"]
+__all__ = ["PlanSizes", "blank_sequences", "counted_edit", "plan_comparative", "plan_parts"]
 
 _SAMPLE = 64
 """Sequences that are counted; costs go with their number."""
@@ -167,12 +167,14 @@ def plan_parts(
 
     Greedy decoding is counted for every sequence from the first target on, which is the most it can be.
     """
-    seqs = _like(sizes.prefix_len + sizes.n_targets, sizes.prefix_len)
+    seqs = blank_sequences(_SAMPLE, sizes.prefix_len + sizes.n_targets, sizes.prefix_len)
     n = sizes.per_domain * sizes.domains
     memorized = round(n * sizes.memorized)
     noisy = len(options.alphas) * options.noise_draws
-    noise = [_edit("resid_post", options.noise_layer, i) for i in range(noisy)]
-    heads = [_edit("z", layer, head) for layer in range(shape.n_layers) for head in range(shape.n_heads)]
+    noise = [counted_edit("resid_post", [options.noise_layer], i) for i in range(noisy)]
+    heads = [
+        counted_edit("z", [layer], head) for layer in range(shape.n_layers) for head in range(shape.n_heads)
+    ]
     base, noised, ablated = (plan_shape(shape, seqs, edits) for edits in ([], noise, heads))
     parts = {
         "recall": _scaled(base, shape, n),
@@ -205,14 +207,16 @@ def _scaled(plan: Plan, shape: ModelShape, n: int) -> dict[str, float]:
     }
 
 
-def _edit(site: str, layer: int, number: int) -> Intervention:
-    """Return an edit that is counted and never run."""
-    return Intervention(f"{site} L{layer} {number}", [(hook_name(site, layer), _nothing)])
+def counted_edit(site: str, layers: Sequence[int], number: int = 0) -> Intervention:
+    """Return an edit of some layers that is counted and never run."""
+    hooks = [(hook_name(site, layer), _nothing) for layer in layers]
+    return Intervention(f"{site} L{layers[0]}-{layers[-1]} {number}", hooks)
 
 
 def _nothing(x: torch.Tensor, hook: object) -> torch.Tensor:
     return x
 
 
-def _like(length: int, prefix_len: int) -> SequenceSet:
-    return SequenceSet.from_tokens(np.zeros((_SAMPLE, length), dtype=np.int64), prefix_len)
+def blank_sequences(n: int, length: int, prefix_len: int) -> SequenceSet:
+    """Return sequences of which only the lengths count."""
+    return SequenceSet.from_tokens(np.zeros((n, length), dtype=np.int64), prefix_len)
