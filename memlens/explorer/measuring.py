@@ -23,7 +23,7 @@ from memlens.models.hooks import chosen_layers
 from memlens.models.provenance import describe
 from memlens.models.trunk import Trunk
 from memlens.recall.forward import teacher_forced_stats
-from memlens.recall.score import score_recall
+from memlens.recall.score import generated_after
 from memlens.recall.targets import METRICS, TargetStats
 from memlens.sequences import SequenceSet, check_sequences
 from memlens.sweeps import applied
@@ -196,10 +196,10 @@ def _under(
         )
         with applied(model, *edit):
             stats = teacher_forced_stats(model, some, progress=False)
-            written = score_recall(model, some, metrics=(), progress=False).table["generated"]
+            written = generated_after(model, some, stats)
         found[edits] = {
             row: _continuation(edits, texts, some[[i]], stats, i, ids)
-            for i, (row, ids) in enumerate(zip(rows, written, strict=True))
+            for i, (row, ids) in enumerate(zip(rows, written.tolist(), strict=True))
         }
     return found
 
@@ -208,7 +208,7 @@ def _continuation(
     edits: Edits, texts: Texts, one: SequenceSet, stats: TargetStats, row: int, written: Sequence[int]
 ) -> Continuation:
     n = int(one.n_targets[0])
-    ids = [int(token) for token in written]
+    ids = list(written[:n])
     return Continuation(
         edits,
         stats.logprob[row, :n].exp().numpy(),

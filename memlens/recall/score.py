@@ -22,7 +22,7 @@ from memlens.recall.targets import METRICS, TargetStats, reduce_metric
 from memlens.recall.trivial import TrivialRules
 from memlens.sequences import SequenceSet, check_sequences
 
-__all__ = ["NEAR_TIE", "score_recall"]
+__all__ = ["NEAR_TIE", "generated_after", "score_recall"]
 
 NEAR_TIE = 1e-4
 """Logits this close may change places with the batch size, the device or the library's release."""
@@ -109,7 +109,7 @@ def score_recall(
     )
     columns = {**_teacher_forced_columns(stats), **extras.columns(model, seqs, stats, sampled)}
     if generate:
-        generated = _generated(model, seqs, stats, batch_size, banned, progress)
+        generated = generated_after(model, seqs, stats, batch_size, banned, progress)
         columns |= _generated_columns(model, seqs, generated)
         columns |= extras.generated_columns(seqs, columns["generated"])
     ordered = {name: columns[name] for name in SCORE_COLUMNS if name in columns}
@@ -138,13 +138,13 @@ def _share(right: Tensor, mask: Tensor) -> np.ndarray:
     return ((right & mask).sum(-1).double() / mask.sum(-1)).numpy()
 
 
-def _generated(
+def generated_after(
     model: Any,
     seqs: SequenceSet,
     stats: TargetStats,
-    batch_size: int | None,
-    banned: int | None,
-    progress: bool,
+    batch_size: int | None = None,
+    banned: int | None = None,
+    progress: bool = False,
 ) -> Tensor:
     """Return the greedy continuations `[seq, target]`: the truth where there is no error."""
     generated = seqs.target_ids.clone()
