@@ -20,14 +20,16 @@ from memlens.figures.models import (
 )
 from memlens.figures.panels import attribution_panels, recall_panels
 from memlens.figures.scatter import scatter_agreement
-from memlens.figures.theme import OKABE_ITO, TEMPLATE
+from memlens.figures.theme import DARK_TEMPLATE, OKABE_ITO, TEMPLATE, dark
 
 __all__ = [
+    "DARK_TEMPLATE",
     "OKABE_ITO",
     "TEMPLATE",
     "MetricText",
     "attribution_panels",
     "curves_by_family",
+    "dark",
     "decoding_panels",
     "dots_with_intervals",
     "frontier_panels",

@@ -12,9 +12,19 @@ from plotly.subplots import make_subplots
 
 from memlens.errors import ResultError
 from memlens.figures import theme
-from memlens.figures.labels import MetricText, metric_text, plain, unique_tokens
+from memlens.figures.labels import MetricText, metric_text, plain, unique_tokens, visible
 
-__all__ = ["heatmap_layer_head", "heatmap_layer_position", "heatmap_paths", "heatmap_trace", "token_axis"]
+__all__ = [
+    "SIDE_BY_SIDE",
+    "heatmap_layer_head",
+    "heatmap_layer_position",
+    "heatmap_paths",
+    "heatmap_trace",
+    "token_axis",
+]
+
+SIDE_BY_SIDE = 3
+"""Groups that are drawn beside each other; of more, a menu shows one at a time."""
 
 
 def heatmap_layer_head(
@@ -29,7 +39,8 @@ def heatmap_layer_head(
 
     Args:
         ci: variables `[statistic, layer, head]`, as from `Result.mean_ci`; a further dimension (a group)
-            gives maps side by side on one colour scale.
+            gives maps on one colour scale: side by side up to `SIDE_BY_SIDE` groups, else one at a time
+            with a menu of groups.
         metrics: which variables; all by default.
         signed: red-white-blue around 0, else viridis.
         title: what is shown.
@@ -59,12 +70,13 @@ def heatmap_layer_position(
         metrics: which variables; all by default.
         x: name of the dimension to the right, `position` or `target`.
         signed: red-white-blue around 0, else viridis.
-        tokens: the token at each place; shown as labels that are unique and escaped.
+        tokens: the token at each place; shown as labels that are unique and escaped, and on hovering.
         boundary: where the continuation starts; a dashed line is drawn before that position.
         title: what is shown.
         subtitle: on how many sequences, and what sign and colour mean.
     """
-    fig = _maps(ci, x, metrics, signed, title, subtitle, token_axis(tokens, ci[x].values, x))
+    axis = token_axis(tokens, ci[x].values, x)
+    fig = _maps(ci, x, metrics, signed, title, subtitle, axis, tokens=tokens)
     if boundary is not None:
         fig.add_vline(x=boundary - 0.5, line={"dash": "dash", "color": "#1f2933", "width": 1.5})
         fig.add_annotation(
@@ -122,12 +134,15 @@ def heatmap_trace(
     signed: bool,
     limit: float | None = None,
     y: str = "layer",
+    tokens: Sequence[str] | None = None,
 ) -> go.Heatmap:
-    """Return one map; `array` is `[statistic, y, x]` with a coordinate `n…`, or `[y, x]`."""
+    """Return one map, of `[statistic, y, x]` with a coordinate `n…`, or of `[y, x]`; `tokens` go along x."""
     has_interval = "statistic" in array.dims
     array = array.transpose(*(["statistic"] if has_interval else []), y, x)
     means = array.sel(statistic="mean") if has_interval else array
-    rows, hover = [means.values], f"{y} %{{y}} · {x} %{{x}}<br>{text.label}: %{{z:.4g}}"
+    named = [plain(visible(str(token))) for token in tokens] if tokens is not None else None
+    place = f"{y} %{{y}} · {x} %{{x}}" + (" · %{text}" if named else "")
+    rows, hover = [means.values], f"{place}<br>{text.label}: %{{z:.4g}}"
     if has_interval:
         rows += [array.sel(statistic=name).values for name in ("low", "high")]
         hover += " [%{customdata[1]:.4g}, %{customdata[2]:.4g}]"
@@ -141,6 +156,7 @@ def heatmap_trace(
         x=array[x].values if array[x].dtype.kind in "iuf" else [plain(v) for v in array[x].values],
         y=array[y].values,
         customdata=np.stack(rows, -1).astype(np.float32),
+        text=[named] * array.sizes[y] if named else None,
         hovertemplate=hover + "<extra></extra>",
         **_colors(means.values, text, signed, limit),
     )
@@ -155,14 +171,16 @@ def _colors(values: np.ndarray, text: MetricText, signed: bool, limit: float | N
     }
     if not signed:
         return {"colorscale": theme.magnitude_scale(), "colorbar": bar, "zmax": limit}
-    limit = limit or _limit(values)
+    limit = limit or _limit(values, text)
     scale = theme.signed_scale(text.better)
     return {"colorscale": scale, "zmid": 0, "zmin": -limit, "zmax": limit, "colorbar": bar}
 
 
-def _limit(values: np.ndarray) -> float:
+def _limit(values: np.ndarray, text: MetricText) -> float:
+    """Return where the colors end: at the largest value, or earlier where the metric has a natural end."""
     finite = np.abs(values[np.isfinite(values)])
-    return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+    largest = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+    return min(largest, text.whole) if text.whole else largest
 
 
 def _maps(
@@ -173,33 +191,37 @@ def _maps(
     title: str,
     subtitle: str,
     x_axis: dict[str, Any],
+    *,
     y: str = "layer",
+    tokens: Sequence[str] | None = None,
 ) -> go.Figure:
     names = [str(name) for name in (metrics if metrics is not None else ci.data_vars)]
     if not names:
         raise ResultError("a map needs at least one metric: the dataset has none.")
     first = ci[names[0]]
     group = next((str(dim) for dim in first.dims if dim not in ("statistic", y, x)), None)
-    facets = [plain(value) for value in first[group].values] if group else None
-    fig = make_subplots(1, len(facets) if facets else 1, shared_yaxes=True, subplot_titles=facets)
-    owners: list[int] = []
+    groups = [plain(value) for value in first[group].values] if group else []
+    beside = groups if len(groups) <= SIDE_BY_SIDE else []
+    fig = make_subplots(1, len(beside) or 1, shared_yaxes=True, subplot_titles=beside or None)
     texts = [metric_text(name, ci[name]) for name in names]
-    for owner, (name, text) in enumerate(zip(names, texts, strict=True)):
-        array = ci[name]
+    owners = [(m, g) for m in range(len(names)) for g in range(len(groups) or 1)]
+    for m, g in owners:
+        array = ci[names[m]]
         means = array.sel(statistic="mean") if "statistic" in array.dims else array
-        limit = _limit(means.values) if signed or group else None
-        for column in range(array.sizes[group] if group else 1):
-            part = array.isel({group: column}) if group else array
-            trace = heatmap_trace(part, x, text, signed=signed, limit=limit, y=y)
-            trace.showscale = column == 0
-            fig.add_trace(trace, row=1, col=column + 1)
-            owners.append(owner)
+        limit = _limit(means.values, texts[m]) if signed or group else None
+        part = array.isel({group: g}) if group else array
+        trace = heatmap_trace(part, x, texts[m], signed=signed, limit=limit, y=y, tokens=tokens)
+        trace.showscale = g == 0
+        fig.add_trace(trace, row=1, col=g + 1 if beside else 1)
     fig.update_xaxes(**x_axis, showgrid=False)
     fig.update_yaxes(theme.layer_axis(first[y].values, ""), showgrid=False)
     fig.update_yaxes(title_text=y.replace("_", " "), col=1)
-    labels = 60 if "ticktext" in x_axis else 0
-    height = int(np.clip(250 + 24 * ci.sizes[y], 360, 760)) + labels
-    theme.figure(fig, title=title, subtitle=subtitle, height=height, menu=len(names) > 1)
+    one_by_one = group is not None and not beside
+    height = int(np.clip(250 + 24 * ci.sizes[y], 360, 760)) + (60 if "ticktext" in x_axis else 0)
+    menu = len(names) > 1 or one_by_one
+    theme.figure(fig, title=title, subtitle=subtitle, height=height, menu=menu)
     if len(names) > 1:
-        theme.dropdown(fig, [text.label for text in texts], owners, {})
+        theme.dropdown(fig, [text.label for text in texts], [m for m, _ in owners], {})
+    if one_by_one:
+        theme.group_menu(fig, [f"{plain(group)}: {name}" for name in groups], [g for _, g in owners])
     return fig

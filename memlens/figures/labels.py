@@ -29,11 +29,13 @@ class MetricText:
         label: its name in words.
         unit: `nats`, `tokens`, …; empty for a plain number.
         better: 1 where a higher value means better recall, -1 where a lower one does, 0 where unknown.
+        whole: the size at which a map's colors end, for a ratio with wild tails; 0 for the largest value.
     """
 
     label: str
     unit: str = ""
     better: int = 0
+    whole: float = 0.0
 
     @property
     def axis(self) -> str:
@@ -50,7 +52,7 @@ _KNOWN = {
     "completion_entropy": MetricText("completion entropy", "nats", -1),
     "margin": MetricText("margin over the best other token", "logits", 1),
     "memorization_score": MetricText("memorization score M", "share of tokens", 1),
-    "normalized_effect": MetricText("recall restored", "0 = corrupt, 1 = clean", 1),
+    "normalized_effect": MetricText("recall restored", "0 = corrupt, 1 = clean", 1, whole=1.0),
     "probability": MetricText("probability of the target", "", 1),
     "rank": MetricText("rank of the target", "0 = top", -1),
     "entropy": MetricText("entropy", "nats", -1),
@@ -92,7 +94,7 @@ def metric_text(name: str, array: xr.DataArray | None = None) -> MetricText:
     known = _KNOWN.get(name) or MetricText(words, str(attrs.get("units", "")))
     label, unit = known.label, known.unit
     change = "change in " if attrs.get("of") == "effect" else ""
-    return MetricText(change + plain(str(label)), plain(str(unit)), known.better)
+    return MetricText(change + plain(str(label)), plain(str(unit)), known.better, known.whole)
 
 
 def plain(text: object) -> str:

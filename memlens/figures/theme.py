@@ -19,11 +19,14 @@ import plotly.graph_objects as go
 from memlens.figures.labels import plain
 
 __all__ = [
+    "DARK_TEMPLATE",
     "OKABE_ITO",
     "TEMPLATE",
+    "dark",
     "dropdown",
     "figure",
     "group_colors",
+    "group_menu",
     "layer_axis",
     "magnitude_scale",
     "signed_scale",
@@ -32,38 +35,46 @@ __all__ = [
 ]
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B7280", "#F0E442")
-_INK, _GRID = "#1f2933", "#e4e7eb"
-_AXIS: dict[str, Any] = {
-    "gridcolor": _GRID,
-    "zerolinecolor": "#9aa5b1",
-    "linecolor": "#9aa5b1",
-    "ticks": "outside",
-    "tickcolor": "#9aa5b1",
-    "title": {"standoff": 8},
-    "automargin": True,
-}
-TEMPLATE = go.layout.Template(
-    layout={
-        "font": {"family": "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif", "size": 13, "color": _INK},
-        "title": {"x": 0, "xref": "paper", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"},
-        "colorway": list(OKABE_ITO),
-        "paper_bgcolor": "white",
-        "plot_bgcolor": "white",
-        "xaxis": _AXIS,
-        "yaxis": _AXIS,
-        "hoverlabel": {"align": "left", "bgcolor": "white", "font": {"color": _INK, "size": 12}},
-        "legend": {
-            "itemwidth": 40,
-            "bgcolor": "rgba(255,255,255,0)",
-            "orientation": "h",
-            "x": 0,
-            "xanchor": "left",
-            "y": 0.01,
-            "yref": "container",
-            "yanchor": "bottom",
-        },
+
+
+def _template(ink: str, grid: str, page: str) -> go.layout.Template:
+    axis: dict[str, Any] = {
+        "gridcolor": grid,
+        "zerolinecolor": "#9aa5b1",
+        "linecolor": "#9aa5b1",
+        "ticks": "outside",
+        "tickcolor": "#9aa5b1",
+        "title": {"standoff": 8},
+        "automargin": True,
     }
-)
+    title = {"x": 0, "xref": "paper", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"}
+    return go.layout.Template(
+        layout={
+            "font": {"family": "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif", "size": 13, "color": ink},
+            "title": title,
+            "colorway": list(OKABE_ITO),
+            "paper_bgcolor": page,
+            "plot_bgcolor": page,
+            "xaxis": axis,
+            "yaxis": axis,
+            "hoverlabel": {"align": "left", "bgcolor": page, "font": {"color": ink, "size": 12}},
+            "legend": {
+                "itemwidth": 40,
+                "bgcolor": "rgba(255,255,255,0)",
+                "orientation": "h",
+                "x": 0,
+                "xanchor": "left",
+                "y": 0.01,
+                "yref": "container",
+                "yanchor": "bottom",
+            },
+        }
+    )
+
+
+TEMPLATE = _template("#1f2933", "#e4e7eb", "white")
+_DARK_INK, _DARK_PAGE = "#e4e7eb", "#14181d"  # as in the report's style
+DARK_TEMPLATE = _template(_DARK_INK, "#3a4450", _DARK_PAGE)
 
 
 def figure(base: go.Figure, *, title: str, subtitle: str, height: int, menu: bool = False) -> go.Figure:
@@ -152,7 +163,69 @@ def dropdown(
         }
         for place, name in enumerate(names)
     ]
-    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom", "pad": {"b": 26}}
-    fig.update_layout(
-        updatemenus=[{**menu, "bgcolor": "white", "bordercolor": "#9aa5b1", "showactive": True}]
-    )
+    _add_menu(fig, buttons, {"x": 0, "xanchor": "left"})
+
+
+def group_menu(fig: go.Figure, names: Sequence[str], owners: Sequence[int]) -> None:
+    """Add a menu, to the right, that shows the maps of one group at a time; it goes with `dropdown`.
+
+    What another group has is drawn without opacity and does not answer the mouse, so that which metric is
+    visible stays with the other menu.
+
+    Args:
+        fig: the figure; maps of the first group are left to be seen.
+        names: what the menu shows, one entry a group.
+        owners: for each trace the number of its group.
+    """
+    templates = [str(trace.hovertemplate) for trace in cast("Iterable[Any]", fig.select_traces())]
+    states: list[dict[str, list[Any]]] = [
+        {
+            "opacity": [float(owner == place) for owner in owners],
+            "hovertemplate": [
+                text if owner == place else "" for text, owner in zip(templates, owners, strict=True)
+            ],
+        }
+        for place in range(len(names))
+    ]
+    fig.update_traces(hoverinfo="skip")  # counts where the template is empty
+    first = iter(zip(*states[0].values(), strict=True))
+    fig.for_each_trace(lambda trace: trace.update(dict(zip(states[0], next(first), strict=True))))
+    buttons = [
+        {"label": name, "method": "restyle", "args": [state]}
+        for name, state in zip(names, states, strict=True)
+    ]
+    _add_menu(fig, buttons, {"x": 1, "xanchor": "right"})
+
+
+def _add_menu(fig: go.Figure, buttons: Sequence[Mapping[str, Any]], place: Mapping[str, Any]) -> None:
+    menu = {
+        "buttons": list(buttons),
+        "y": 1.0,
+        "yanchor": "bottom",
+        "pad": {"b": 26},
+        "bgcolor": "white",
+        "bordercolor": "#9aa5b1",
+        "showactive": True,
+    }
+    fig.update_layout(updatemenus=[*fig.layout["updatemenus"], {**menu, **place}])
+
+
+def dark(fig: go.Figure) -> go.Figure:
+    """Return a copy of a figure for a dark page; colors of data stay as they are.
+
+    Example:
+        >>> from memlens.figures import dark, decoding_panels
+        >>> import xarray as xr
+        >>> ci = xr.Dataset(
+        ...     {name: (("statistic", "layer"), [[1.0], [0.5], [2.0]]) for name in ("probability", "rank")},
+        ...     {"statistic": ["mean", "low", "high"], "layer": [0]},
+        ... )
+        >>> dark(decoding_panels(ci)).layout.template.layout.paper_bgcolor
+        '#14181d'
+    """
+    shown = go.Figure(fig)
+    shown.update_layout(template=DARK_TEMPLATE)
+    shown.update_layout(title_subtitle_font_color="#a9b4c0")
+    shown.for_each_shape(lambda shape: shape.update(line_color=_DARK_INK))
+    shown.update_layout(updatemenus=[{"bgcolor": _DARK_PAGE} for _ in shown.layout["updatemenus"]])
+    return shown

@@ -85,6 +85,59 @@ def test_groups_share_one_scale() -> None:
     )
 
 
+def _grouped(n: int) -> xr.Dataset:
+    parts = [_ci("head_ablation", of="effect") * (1 + place) for place in range(n)]
+    return xr.concat(parts, xr.DataArray([f"<{place}>" for place in range(n)], dims="kind", name="kind"))
+
+
+def test_many_groups_stand_one_at_a_time_beside_the_metrics_menu() -> None:
+    grouped = _grouped(5)
+    fig = figures.heatmap_layer_head(grouped)
+    metrics, groups = fig.layout.updatemenus
+    assert len(fig.data) == 15
+    assert {trace.xaxis for trace in fig.data} == {"x"}
+    assert [button.label for button in groups.buttons] == [f"kind: &lt;{place}&gt;" for place in range(5)]
+    for m, metric in enumerate(metrics.buttons):
+        for g, button in enumerate(groups.buttons):
+            visible, state = metric.args[0]["visible"], button.args[0]
+            seen = [a and b == 1 and c != "" for a, b, c in zip(visible, *state.values(), strict=True)]
+            assert sum(seen) == 1
+            expected = grouped[list(grouped.data_vars)[m]].sel(statistic="mean").isel(kind=g)
+            np.testing.assert_array_equal(fig.data[seen.index(True)].z, expected)
+    assert [trace.opacity for trace in fig.data[:5]] == [1, 0, 0, 0, 0]
+    assert [trace.showscale for trace in fig.data[:5]] == [True, False, False, False, False]
+
+
+def test_a_ratio_with_wild_tails_does_not_drown_the_rest() -> None:
+    """The share that patching restores is wild where hardly anything was lost; colors end at the whole."""
+    patched = synthetic.activation_patching()
+    patched.data["normalized_effect"][0] = 40.0
+    trace = patched.plot(metric="normalized_effect").data[0]
+    assert (trace.zmin, trace.zmax) == (-1, 1)
+    small = _ci("head_ablation", of="effect")[["target_logprob"]] / 99
+    weak = figures.heatmap_layer_head(small.rename(target_logprob="normalized_effect")).data[0]
+    assert weak.zmax == pytest.approx(np.abs(weak.z).max())
+    assert weak.zmax < 1
+
+
+def test_hovering_tells_the_token() -> None:
+    trace = synthetic.residual_decoding().plot(sequence="seq-003").data[0]
+    assert "target %{x} · %{text}" in trace.hovertemplate
+    assert list(trace.text[0][:5]) == ["·the", *trace.text[0][1:4], "&lt;b&gt;"]
+    assert np.shape(trace.text) == trace.z.shape
+
+
+def test_dark_changes_page_and_ink_but_no_data(heads: xr.Dataset) -> None:
+    light = figures.heatmap_layer_head(heads)
+    night = figures.dark(light)
+    assert night.layout.template.layout.paper_bgcolor == "#14181d"
+    assert night.layout.template.layout.font.color == "#e4e7eb"
+    assert night.layout.updatemenus[0].bgcolor == "#14181d"
+    assert night.layout.updatemenus[0].buttons == light.layout.updatemenus[0].buttons
+    assert night.data == light.data
+    assert light.layout.template == figures.TEMPLATE
+
+
 def test_tokens_label_positions_uniquely_and_escaped() -> None:
     fig = synthetic.residual_decoding().plot(sequence="seq-003")
     labels = fig.layout.xaxis.ticktext

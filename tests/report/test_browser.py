@@ -27,6 +27,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Page]:
     for name, make in synthetic.ALL.items():
         run.add_result(name, make())
     run.add_result("one", synthetic.residual_decoding(), figures=[FigureRequest({"sequence": "seq-003"})])
+    groups = [FigureRequest({"group": "copies"})]
+    run.add_result("groups", synthetic.head_ablation(), figures=groups)
     run.add_table("recall", pd.DataFrame({"name": list(NASTY), "text": list(NASTY.values())}))
     with browser.browser(folder / "profile") as opened:
         opened.open(run.finish())
@@ -39,7 +41,7 @@ def test_every_figure_is_drawn(page: browser.Page) -> None:
         "return Array.from(document.querySelectorAll('div.chart')).map(d => d.dataset.drawn === 'yes' && "
         "d.querySelector('svg.main-svg').getBoundingClientRect().height > 200)"
     )
-    assert drawn == [True] * 8
+    assert drawn == [True] * 9
 
 
 def test_console_is_silent(page: browser.Page) -> None:
@@ -66,11 +68,11 @@ def test_token_labels_are_text(page: browser.Page) -> None:
     assert "$x$_11" in labels
 
 
-def _center(page: browser.Page, selector: str) -> tuple[float, float]:
+def _center(page: browser.Page, selector: str, place: int = 0) -> tuple[float, float]:
     """Scroll an element into view and return the middle of it, in the window."""
     return tuple(
         page.run(
-            f"const e = document.querySelector({selector!r});"
+            f"const e = document.querySelectorAll({selector!r})[{place}];"
             "e.scrollIntoView({block: 'center', behavior: 'instant'});"
             "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]"
         )
@@ -94,3 +96,24 @@ def test_hover_tells_the_whole_row(page: browser.Page) -> None:
     assert "layer 3" in text
     assert "position 10" in text
     assert "n = 48 sequences" in text
+
+
+def test_menus_of_groups_and_of_metrics_go_together(page: browser.Page) -> None:
+    """The map answers for the group of one menu in the metric of the other, whichever was chosen first."""
+    ci = synthetic.head_ablation().mean_ci(metric="target_rank", of="effect", group="copies")
+    figure = "document.getElementById('figure-9')"
+
+    def choose(menu: int, entry: int) -> None:
+        page.click(*_center(page, "#figure-9 .updatemenu-header", menu))
+        page.wait_for("return document.querySelectorAll('#figure-9 .updatemenu-dropdown-button').length > 1")
+        page.click(*_center(page, "#figure-9 .updatemenu-dropdown-button", entry))
+        page.wait_for("return !document.querySelector('#figure-9 .updatemenu-dropdown-button')")
+
+    choose(1, 4)
+    choose(0, 1)
+    seen = f"return {figure}.data.map((t, i) => t.visible && t.opacity && t.hovertemplate ? i : -1)"
+    assert [place for place in page.run(seen) if place >= 0] == [6 + 4]
+    page.run(f"Plotly.Fx.hover({figure}, {{xval: 2, yval: 5}})")
+    text = page.wait_for("return document.querySelector('#figure-9 .hoverlayer').textContent")
+    expected = float(ci["target_rank"].sel(statistic="mean", layer=5, head=2).isel(copies=4))
+    assert f"change in target rank: {expected:.4g}".replace("-", "−") in text
