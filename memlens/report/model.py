@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
-__all__ = ["ExplorerBlock", "FigureBlock", "Finding", "Section", "TableBlock"]
+__all__ = ["ExplorerBlock", "FigureBlock", "FigureRequest", "Finding", "Section", "TableBlock"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,21 @@ class FigureBlock:
 
     figure: go.Figure
     reading: str = ""
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class FigureRequest:
+    """A figure to draw from a saved result.
+
+    Attributes:
+        options: for `Result.plot`; JSON types (`metric` may be among them).
+        reading: plain words; None has them made from the numbers.
+        caption: small print.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reading: str | None = None
     caption: str = ""
 
 

@@ -31,6 +31,7 @@ from plotly.offline import get_plotlyjs
 from memlens.files import write_atomically
 from memlens.report.methods import flatten, methods_text
 from memlens.report.model import ExplorerBlock, FigureBlock, Finding, Section, TableBlock
+from memlens.report.references import Reference
 
 __all__ = ["safe_json", "versions_here", "write_report"]
 
@@ -52,6 +53,7 @@ def write_report(
     versions: Mapping[str, str] | None = None,
     warnings: Sequence[str] = (),
     created: str | None = None,
+    references: Sequence[tuple[Reference, str]] = (),
 ) -> Path:
     """Write a self-contained report and return its path.
 
@@ -68,6 +70,7 @@ def write_report(
         versions: package versions of the run; those installed here by default.
         warnings: what went wrong or is missing, shown above the findings.
         created: when, as text; now by default.
+        references: what is cited, each with what for, as from `bibliography`.
 
     Raises:
         OSError: when the folder cannot be written.
@@ -97,6 +100,7 @@ def write_report(
         command=command,
         seed=seed if seed is not None else settings.get("seed"),
         versions=versions if versions is not None else versions_here(),
+        references=references,
         created=created or datetime.now(UTC).isoformat(timespec="seconds"),
         policy=_policy([script for script in (plotly_js, start_js, explorer_js) if script]),
         style=Markup(_asset("report.css")),

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from memlens.models.provenance import describe
+from memlens.report.bibliography import Citation
 from memlens.studies import bypass_blocks as part
 from memlens.studies import bypass_sides as side
 from memlens.studies import bypass_texts as text
@@ -90,6 +91,7 @@ def study_attention_bypass(
         command=command,
         fresh=True,
     )
+    folder.add_citations(Citation("menta2025", "the study that this one follows"))
     study = BypassContext(inputs, folder, chosen, progress=progress)
     folder.step("bypass of each block", lambda: part.blocks(study))
     folder.step("tasks", lambda: part.accuracies(study))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from memlens.errors import EmptySetError, OptionError
+from memlens.report.bibliography import Citation, family_citation
 from memlens.sequences import SequenceSet
 from memlens.studies.comparative_config import StudyModel, parse_model
 from memlens.studies.comparative_measure import measure_model
@@ -108,6 +109,7 @@ def study_comparative(
         command=command,
         fresh=True,
     )
+    folder.add_citations(Citation("chen2026", "the study that this one follows"))
     for name, heading, lead in _SECTIONS:
         folder.add_section(name, heading, lead)
     saved = _measured(entries, sequences, out / "models", chosen, folder, progress=progress)
@@ -141,6 +143,8 @@ def _measured(
 def _compare(models: list[SavedModel], folder: StudyDirectory, options: ComparativeOptions) -> None:
     """Make all tables, figures and findings from what is saved."""
     models = sorted(models, key=lambda m: (m.control, m.family, int(m.facts["n_params"]), m.label))
+    for model in models:
+        folder.add_citations(*family_citation(model.family, str(model.facts["model"])))
     parts = Report(models, folder, options)
     for name, work in (
         ("rate and size", parts.rates),

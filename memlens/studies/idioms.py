@@ -21,6 +21,7 @@ from memlens.errors import ColumnError
 from memlens.models.provenance import describe
 from memlens.recall.score import score_recall
 from memlens.report import FigureRequest
+from memlens.report.bibliography import Citation, family_citation
 from memlens.sequences import SequenceSet, natural_controls
 from memlens.sequences.idioms import DEFECTS, idiom_defects
 from memlens.studies import idiom_findings as find
@@ -98,10 +99,11 @@ def study_idioms(
     """
     chosen = options or IdiomOptions()
     given = {"idioms": idioms, "text": text, "facts": facts, "identifiers": identifiers}
+    about = describe(model)
     settings = {
         "study": "idioms",
         **asdict(chosen),
-        "model": describe(model),
+        "model": about,
         **{name: dict(seqs.attrs) for name, seqs in given.items() if seqs is not None},
         "lens": "trained on the text" if lens is None and train_lens else str(lens or "none"),
     }
@@ -111,10 +113,14 @@ def study_idioms(
     own_lens = None if lens is None else as_lens(lens, model)
     folder = StudyDirectory(
         out,
-        title=title or f"How {describe(model)['model']} recalls {len(idioms)} fixed expressions",
+        title=title or f"How {about['model']} recalls {len(idioms)} fixed expressions",
         settings=settings,
         command=command,
         fresh=True,
+    )
+    folder.add_citations(
+        Citation("haviv2023", "the study that this one follows"),
+        *family_citation(str(about["family"]), str(about["model"])),
     )
     study = _IdiomStudy(model, folder, chosen, text, own_lens, list(references), progress=progress)
     if own_lens is None and train_lens and text is not None:

@@ -1,0 +1,145 @@
+"""What a report cites: the sources of the measures and methods that stand in a run's results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from memlens.errors import OptionError
+from memlens.report.references import REFERENCES, Reference
+from memlens.results import Result
+
+__all__ = ["Citation", "bibliography", "citations_of", "family_citation"]
+
+
+@dataclass(frozen=True)
+class Citation:
+    """A reference, and what it is cited for.
+
+    Attributes:
+        key: Of `REFERENCES`.
+        what: In a few words.
+
+    Raises:
+        OptionError: For a key that is not in `REFERENCES`.
+    """
+
+    key: str
+    what: str
+
+    def __post_init__(self) -> None:
+        if self.key not in REFERENCES:
+            raise OptionError(f"{self.key!r} is not cited by memlens: take one of {', '.join(REFERENCES)}.")
+
+    @property
+    def reference(self) -> Reference:
+        """The publication."""
+        return REFERENCES[self.key]
+
+
+_METRICS = {
+    "exact_match": (Citation("carlini2023", "whether the continuation is recalled word for word"),),
+    "memorization_score": (Citation("chen2026", "memorization score M"),),
+    "completion_entropy": (Citation("menta2025", "completion entropy"),),
+    "np_discoverable": (Citation("hayes2025", "(n, p)-discoverable extraction"),),
+    "min_k": (Citation("shi2024", "Min-K %"),),
+    "min_k_plus_plus": (Citation("zhang2024", "Min-K %++"),),
+    "zlib_ratio": (Citation("carlini2021", "ratio to the size after zlib"),),
+}
+_PATCHING = Citation("meng2022", "causal tracing, from which activation patching descends")
+_KINDS = {
+    "attention_bypass": (Citation("menta2025", "attention bypass"),),
+    "bypass_sets": (Citation("menta2025", "attention bypass"),),
+    "bypass_frontier": (Citation("menta2025", "attention bypass"),),
+    "activation_patching": (_PATCHING,),
+    "neuron_patching": (_PATCHING,),
+    "path_patching": (
+        Citation("wang2023", "path patching"),
+        Citation("goldowskydill2023", "path patching, in general"),
+    ),
+    "gradient_attribution": (Citation("syed2023", "attribution patching"),),
+    "logit_attribution": (Citation("elhage2021", "direct effects on the logits"),),
+    "neuron_knockout": (Citation("haviv2023", "knocking out the neurons that promote a prediction"),),
+}
+_TUNED = Citation("belrose2023", "tuned lens")
+_LOGIT = Citation("nostalgebraist2020", "logit lens")
+_SETTINGS: tuple[tuple[str, Callable[[str], bool], Citation], ...] = (
+    ("lens", lambda value: value.startswith("tuned lens"), _TUNED),
+    ("lens", lambda value: value.startswith("logit lens"), _LOGIT),
+    (
+        "mode",
+        lambda value: value == "mean_of_other_heads",
+        Citation("chen2026", "a head ablated by the mean of the others"),
+    ),
+    (
+        "method",
+        lambda value: value == "integrated_gradients",
+        Citation("sundararajan2017", "integrated gradients"),
+    ),
+    ("path", lambda value: value == "embedding", Citation("hanna2024", "the path of the inputs (EAP-IG)")),
+)
+_FAMILIES = {
+    "pythia": "biderman2023",
+    "gpt-neo": "black2021",
+    "olmo1": "groeneveld2024",
+    "olmo2": "olmo2024",
+    "olmo3": "olmo2025",
+    "openllama": "geng2023",
+    "starcoder": "li2023",
+    "starcoder2": "lozhkov2024",
+}
+_ALWAYS = (
+    Citation("nanda2022", "TransformerLens, in which the model runs"),
+    Citation("wilson1927", "intervals of shares"),
+    Citation("efron1979", "bootstrap intervals"),
+)
+
+
+def citations_of(result: Result) -> list[Citation]:
+    """Return what a result rests on: its metrics, its kind, its settings, and the model's family.
+
+    Example:
+        >>> import xarray as xr
+        >>> data = xr.Dataset({"memorization_score": ("sequence", [1.0, 0.5])})
+        >>> [citation.key for citation in citations_of(Result.create(data, kind="recall"))]
+        ['chen2026']
+    """
+    found = [citation for name in result.metrics for citation in _METRICS.get(name, ())]
+    found += _KINDS.get(result.kind, ())
+    found += [said for name, fits, said in _SETTINGS if fits(str(result.settings.get(name, "")))]
+    attrs: Mapping[str, Any] = result.data.attrs
+    return [*found, *family_citation(str(attrs.get("family", "")), str(attrs.get("model", "")))]
+
+
+def family_citation(family: str, model: str) -> list[Citation]:
+    """Return the paper of a model's family; none for models of the zoo, which have no weights of it.
+
+    >>> [citation.key for citation in family_citation("pythia", "EleutherAI/pythia-70m")]
+    ['biderman2023']
+    >>> family_citation("pythia", "zoo/pythia-s")
+    []
+    """
+    if family not in _FAMILIES or not model or model.startswith("zoo/"):
+        return []
+    return [Citation(_FAMILIES[family], f"the models of {family}")]
+
+
+def bibliography(citations: Iterable[Citation]) -> list[tuple[Reference, str]]:
+    """Return each reference once, by first author and year, with all that it is cited for.
+
+    What every run rests on (TransformerLens, the intervals) is added where anything is cited.
+
+    Example:
+        >>> cited = [Citation("chen2026", "memorization score M"), Citation("carlini2023", "exact match")]
+        >>> [(reference.year, what) for reference, what in bibliography(cited)][:2]
+        [(2023, 'exact match'), (2026, 'memorization score M')]
+    """
+    said: dict[str, list[str]] = {}
+    given = list(citations)
+    for citation in [*given, *(_ALWAYS if given else ())]:
+        uses = said.setdefault(citation.key, [])
+        if citation.what not in uses:
+            uses.append(citation.what)
+    order = sorted(said, key=lambda key: (REFERENCES[key].authors.lower(), REFERENCES[key].year))
+    return [(REFERENCES[key], "; ".join(said[key])) for key in order]
