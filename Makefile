@@ -47,8 +47,11 @@ format: $(DEV_READY) ## Mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: $(DEV_READY) ## Check the types
+types: $(DEV_READY) ## Check the types, and that the public names have them in full
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	@$(BIN)/pyright --pythonpath $(BIN)/python --verifytypes memlens --ignoreexternal >$(VENV)/types.txt || \
+		{ grep -B1 ' error:' $(VENV)/types.txt; exit 1; }
+	@grep 'completeness' $(VENV)/types.txt
 
 contract: $(DEV_READY) ## Check that folders import only from folders to their left
 	$(BIN)/lint-imports

@@ -88,10 +88,17 @@ def modules_of(package: str) -> str:
     return "\n".join(parts)
 
 
+def _emptied(folder: Path) -> Path:
+    """Return a folder of pages that are made here, without those that an older build left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("*.md"), *folder.glob("*.ipynb")):
+        old.unlink()
+    return folder
+
+
 def write_api_pages() -> None:
     """One page a folder of the package, made from its docstrings."""
-    out = HERE / "reference"
-    out.mkdir(parents=True, exist_ok=True)
+    out = _emptied(HERE / "reference")
     for name, purpose in FOLDERS.items():
         about = inspect.getdoc(importlib.import_module(f"memlens.{name}")) or ""
         page = f"# {name}: {purpose}\n\n{about}\n\n"
@@ -103,8 +110,7 @@ def write_tutorials() -> None:
     import plotly.graph_objects as go
     from plotly.offline import get_plotlyjs
 
-    out = HERE / "tutorials"
-    out.mkdir(parents=True, exist_ok=True)
+    out = _emptied(HERE / "tutorials")
     for source in sorted((ROOT / "tutorials").glob("*.ipynb")):
         notebook = json.loads(source.read_text(encoding="utf-8"))
         script = '<script src="../_static/plotly.min.js"></script>'  # before the first figure, which needs it
@@ -126,9 +132,22 @@ def plain_returns(app: Any, what: str, name: str, obj: Any, options: Any, lines:
             lines[before + 1] = f"{line[:indent]}: {line[indent:]}"
 
 
+def cited() -> str:
+    """All references as a list."""
+    from memlens.report import REFERENCES
+
+    def entry(key: str) -> str:
+        said = REFERENCES[key]
+        title = f"[{said.title}]({said.url})" if said.url else said.title
+        return f"- {said.authors} ({said.year}). {title}. {said.where}. `{key}`"
+
+    return "\n".join(entry(key) for key in sorted(REFERENCES))
+
+
 def fill_in(app: Any, docname: str, source: list[str]) -> None:
-    """Put the table of public names where a page asks for it."""
-    source[0] = re.sub(r"^@PUBLIC_NAMES@$", lambda _: public_names(), source[0], flags=re.MULTILINE)
+    """Put what is made from the package where a page asks for it."""
+    for mark, text in (("PUBLIC_NAMES", public_names), ("BIBLIOGRAPHY", cited)):
+        source[0] = re.sub(rf"^@{mark}@$", lambda _, text=text: text(), source[0], flags=re.MULTILINE)
 
 
 write_api_pages()

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows
 
 from memlens.attribution.task_encoding import PairEncoder, PairTokens
@@ -18,6 +17,16 @@ from memlens.recall.generation import greedy_continuations
 from memlens.sequences import SequenceSet
 from memlens.sweeps.contexts import applied
 from memlens.sweeps.interventions import Intervention
+
+if TYPE_CHECKING:
+
+    class LM:
+        """As lm-eval's own, which says nothing of its types."""
+
+        cache_hook: Any
+
+else:
+    from lm_eval.api.model import LM
 
 __all__ = ["LensLM"]
 

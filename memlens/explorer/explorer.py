@@ -88,7 +88,12 @@ class Explorer:
     Attributes:
         table: One row a sequence: its columns, `exact_match` and `target_accuracy` (see `score_recall`).
         edits: What is switched on.
+        options: As given.
     """
+
+    options: ExploreOptions
+    table: pd.DataFrame
+    edits: Edits
 
     def __init__(
         self,
@@ -106,7 +111,7 @@ class Explorer:
         self._reference = self._bare if reference is None else reference
         self._trunk = Trunk(model)
         scores = score_recall(model, self._bare, generate=False, metrics=(), progress=progress).table
-        self.table: pd.DataFrame = sequences.table.assign(
+        self.table = sequences.table.assign(
             **{name: scores[name].to_numpy() for name in ("exact_match", "target_accuracy")}
         )
         self.edits = Edits()

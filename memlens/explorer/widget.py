@@ -43,6 +43,17 @@ class ExplorerWidget:
         figures: By kind ("lens", "effects", "attention") a `FigureWidget`; a click on a head selects it.
     """
 
+    box: Any
+    sequence: Any
+    layer: Any
+    head: Any
+    ablate: Any
+    bypass: list[Any]
+    clear: Any
+    tokens: Any
+    written: Any
+    figures: dict[str, Any]
+
     def __init__(self, explorer: Explorer) -> None:
         self._explorer, self._busy = explorer, False
         n_layers, n_heads = explorer.view.head_effects.shape
@@ -65,7 +76,7 @@ class ExplorerWidget:
         )
         self.tokens, self.written = widgets.HTML(), widgets.HTML()
         self._drawn: dict[str, Any] = {}
-        self.figures: dict[str, Any] = {kind: go.FigureWidget(explorer.figure(kind)) for kind in _KINDS}
+        self.figures = {kind: go.FigureWidget(explorer.figure(kind)) for kind in _KINDS}
         self.box = self._laid_out()
         self._listen()
         explorer.on_change(self.show)

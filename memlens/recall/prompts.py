@@ -85,7 +85,7 @@ def score_prompts(
     prompts: Sequence[Prompt],
     *,
     batch_size: int | None = None,
-    bar: tqdm | None = None,
+    bar: tqdm[Any] | None = None,
 ) -> dict[str, Float[np.ndarray, "prompt"]]:
     """Return `PROMPT_METRICS` of the continuation after each prompt.
 

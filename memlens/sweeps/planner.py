@@ -62,6 +62,9 @@ class Plan:
             f"{self.bytes / 2**20:.0f} MiB{seconds}"
         )
 
+    def _repr_html_(self) -> str:
+        return f"<p>{self}</p>"
+
 
 def plan(
     model: Any,

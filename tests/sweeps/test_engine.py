@@ -325,6 +325,7 @@ def test_plan_counts_blocks(tiny_model: Any) -> None:
     model, seqs = tiny_model("gpt_neox", "bridge"), ragged()
     edits = [ml.bypass_intervention(model, [layer]) for layer in range(3)]
     cost = ml.plan(model, seqs, edits)
+    assert cost._repr_html_() == f"<p>{cost}</p>"  # a sentence in a notebook, not a list of fields
     assert cost.block_forwards == len(seqs) * (3 + 2 + 1 + 0)  # a bypassed block does not run itself
     assert cost.reference_block_forwards == len(seqs) * 3 * 4
     assert cost.unembedded_positions == 4 * int(seqs.n_targets.sum())
