@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     from memlens.recall.scores import RecallScores
     from memlens.recall.targets import METRICS
     from memlens.recall.trivial import TrivialRules, trivial_continuations
-    from memlens.results import Result, compare_groups, load_result, overlay
+    from memlens.results import Result, compare_groups, load_result, overlay, restored_share
     from memlens.results.agreement import roc_area
     from memlens.results.frontier import join_frontier
     from memlens.results.task_summary import task_summary
@@ -171,7 +171,13 @@ _HOMES: dict[str, str] = {
         "memlens.recall.scores": ("RecallScores",),
         "memlens.recall.score": ("score_recall",),
         "memlens.recall.targets": ("METRICS",),
-        "memlens.results": ("Result", "compare_groups", "load_result", "overlay"),
+        "memlens.results": (
+            "Result",
+            "compare_groups",
+            "load_result",
+            "overlay",
+            "restored_share",
+        ),
         "memlens.sequences": (
             "SequenceSet",
             "check_sequences",
@@ -309,6 +315,7 @@ __all__ = [
     "promotion_summary",
     "prompt_compression",
     "rank_heads",
+    "restored_share",
     "roc_area",
     "samples_needed",
     "score_criteria",

@@ -43,6 +43,7 @@ class MetricText:
         return f"{self.label} ({self.unit})" if self.unit else self.label
 
 
+_RUNS = "0 = corrupt, 1 = clean"
 _KNOWN = {
     "target_logprob": MetricText("target log-prob", "nats", 1),
     "exact_match": MetricText("exact match", "share of sequences", 1),
@@ -52,7 +53,8 @@ _KNOWN = {
     "completion_entropy": MetricText("completion entropy", "nats", -1),
     "margin": MetricText("margin over the best other token", "logits", 1),
     "memorization_score": MetricText("memorization score M", "share of tokens", 1),
-    "normalized_effect": MetricText("recall restored", "0 = corrupt, 1 = clean", 1, whole=1.0),
+    "restored_share": MetricText("recall restored", _RUNS, 1, whole=1.0),
+    "normalized_effect": MetricText("recall restored (mean of ratios)", _RUNS, 1, whole=1.0),
     "probability": MetricText("probability of the target", "", 1),
     "rank": MetricText("rank of the target", "0 = top", -1),
     "entropy": MetricText("entropy", "nats", -1),

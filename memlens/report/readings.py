@@ -9,7 +9,8 @@ import xarray as xr
 
 from memlens.errors import MemlensError
 from memlens.figures import MetricText, metric_text
-from memlens.results import Result
+from memlens.results import Result, restored_share
+from memlens.results.restored import can_be_restored
 
 __all__ = ["reading"]
 
@@ -103,15 +104,20 @@ def _harm(result: Result, metric: str | None) -> str:
 
 
 def _restored(result: Result, metric: str | None) -> str:
-    name = metric or ("normalized_effect" if "normalized_effect" in result.metrics else result.metrics[0])
-    of = "effect" if f"{name}_corrupt" in result.data else "value"
+    name = metric or ("restored_share" if can_be_restored(result) else result.metrics[0])
     noising = result.settings.get("direction") == "noising"
-    ci = result.mean_ci(("sequence", "target"), metric=name, of=of)[name]
+    if name == "restored_share":
+        ci = restored_share(result)[name]
+    else:
+        of = "effect" if f"{name}_corrupt" in result.data else "value"
+        ci = result.mean_ci(("sequence", "target"), metric=name, of=of)[name]
     text = metric_text(name)
     row, site = _extreme(ci, text.better, harm=noising)
-    scale = " (0 is the corrupt run, 1 the clean one)" if name == "normalized_effect" else ""
+    scale = " (0 is the corrupt run, 1 the clean one)" if text.whole else ""
     what = "Least is left" if noising else "Most is restored"
-    said = f"{what} at {_where(site)}: {text.label} {_spoken(row, text)}{scale}, {_over(result)}."
+    together = name == "restored_share" and result.data.sizes["sequence"] > 1
+    over = f"{result.data.sizes['sequence']} sequences together" if together else _over(result)
+    said = f"{what} at {_where(site)}: {text.label} {_spoken(row, text)}{scale}, {over}."
     return said if noising else said + _chance(ci)
 
 

@@ -10,15 +10,13 @@ import xarray as xr
 
 from memlens.results.plots import (
     asked,
-    means,
     plot_head_map,
     plot_interventions,
     plot_layer_lines,
-    single,
     with_dims,
 )
 from memlens.results.result import Result
-from memlens.results.token_plots import plot_patch_map
+from memlens.results.token_plots import patch_values, plot_patch_map
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -99,24 +97,10 @@ def plot_paths(
         )
     ends = [d for d in ("receiver_layer", "receiver_head") if d in result.data.dims]
     flat = _named(result, {"sender": ["sender_layer", "sender_head"], "receiver": ends})
-    names = sorted(
-        asked(metric) or with_dims(flat, "sender", "receiver"), key=lambda name: name != "normalized_effect"
-    )
-    parts: dict[str, xr.DataArray] = {}
-    for name in names:
-        which = of or ("value" if name == "normalized_effect" else "effect")
-        if sequence is not None:
-            parts[name] = single(flat, [name], ("sender", "receiver"), which, sequence)[name]
-        else:
-            parts[name] = means(flat, [name], ("sender", "receiver"), of=which, group=group, **intervals)[
-                name
-            ]
-    count = result.data.sizes["sequence"]
-    who = f"mean over {count} sequences" if sequence is None else f"one sequence, {sequence}"
-    note = " · ".join((who, "blue = more recall, red = less", str(result.data.attrs.get("model", ""))))
+    ci, note = patch_values(flat, metric, ("sender", "receiver"), of, group, sequence, intervals)
     receiver = result.settings.get("receiver_input", "")
     heading = title or f"Recall {verb} patching each path into {receiver}"
-    return figures.heatmap_paths(xr.Dataset(parts), metrics=names, title=heading, subtitle=note)
+    return figures.heatmap_paths(ci, title=heading, subtitle=note)
 
 
 def plot_screening(

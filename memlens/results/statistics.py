@@ -106,6 +106,58 @@ def mean_interval(
     return out.assign_coords(n=(first.dims, n.reshape(first.shape)))
 
 
+def ratio_interval(
+    part: xr.DataArray,
+    whole: xr.DataArray,
+    dim: str = "sequence",
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> xr.DataArray:
+    """Return sum(part) / sum(whole) over `dim` with its interval, on a new first dimension `statistic`.
+
+    A mean of ratios would be ruled by the units whose `whole` is near 0. The interval is the percentile
+    bootstrap over `dim`: both sums are of the same resample. A unit that has no value in either is left out
+    of both sums.
+
+    Args:
+        part: `[dim, ...]`.
+        whole: `[dim]`, or with dimensions of `part`.
+        dim: the dimension of independent units.
+        level: coverage of the interval.
+        n_resamples: resamples of the bootstrap.
+        seed: seed of the bootstrap.
+
+    Returns:
+        As `mean_interval`; `mean` is the ratio. With fewer than two units low and high are NaN.
+
+    Example:
+        >>> part, whole = (xr.DataArray(a, dims="sequence") for a in ([1.0, 3.0], [2.0, 6.0]))
+        >>> ratio_interval(part, whole).values.tolist()
+        [0.5, 0.5, 0.5]
+    """
+    part, whole = xr.broadcast(part, whole)
+    both = (part.notnull() & whole.notnull()).transpose(dim, ...)
+    part, whole = (array.where(both).transpose(*both.dims) for array in (part, whole))
+    rows = part.sizes[dim]
+    weights = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=n_resamples)
+    above, below = (np.nan_to_num(array.values.reshape(rows, -1)) for array in (part, whole))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = above.sum(0) / below.sum(0)
+        samples = (weights @ above) / (weights @ below)
+    low, high = quantile_interval(np.where(np.isfinite(samples), samples, np.nan), level)
+    n = both.sum(dim)
+    few = n.values.reshape(-1) < 2
+    low, high = np.where(few, np.nan, low), np.where(few, np.nan, high)
+    return xr.DataArray(
+        np.stack([ratio, low, high]).reshape(3, *n.shape),
+        dims=("statistic", *n.dims),
+        coords={**n.coords, "statistic": list(STATISTICS)},
+        attrs={"interval_method": "bootstrap", "level": level},
+    ).assign_coords(n=(n.dims, n.values))
+
+
 def bootstrap_means(table: np.ndarray, n_resamples: int, seed: int) -> np.ndarray:
     """Return the mean of each column under `n_resamples` resamples of the rows: `[resample, site]`.
 

@@ -9,12 +9,13 @@ import xarray as xr
 
 from memlens.errors import check_option
 from memlens.results.plots import asked, means, one, plot_layer_lines, single, subtitle_of, with_dims
+from memlens.results.restored import can_be_restored, restored_share
 from memlens.results.result import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-__all__ = ["plot_decoding", "plot_patch_map"]
+__all__ = ["patch_values", "plot_decoding", "plot_patch_map"]
 
 
 def plot_patch_map(
@@ -33,43 +34,55 @@ def plot_patch_map(
     x = next((d for d in ("head", "position", "target") if with_dims(result, "layer", d)), None)
     if x is None:
         return plot_layer_lines(result, metric, group=group, title=title, **intervals)
-    names = asked(metric) or with_dims(result, "layer", x)
-    names = sorted(names, key=lambda name: name != "normalized_effect")  # the one that needs no unit first
-    ci, note = _patch_values(result, names, x, of, group, sequence, intervals)
+    ci, note = patch_values(result, metric, ("layer", x), of, group, sequence, intervals)
     noising = result.settings.get("direction") == "noising"
     heading = title or f"Recall {'left after' if noising else 'restored by'} patching each layer and {x}"
     if x == "head":
-        return figures.heatmap_layer_head(ci, metrics=names, title=heading, subtitle=note)
+        return figures.heatmap_layer_head(ci, title=heading, subtitle=note)
     boundary, tokens = _boundary(result, sequence), None
     if sequence is not None and "token" in result.data.variables:
         row = one(result, sequence)["token"]
         tokens = [str(value) for value in row.sel({x: ci[x]}).values] if row.dims == (x,) else None
     return figures.heatmap_layer_position(
-        ci, metrics=names, x=x, tokens=tokens, boundary=boundary if x == "position" else None,
+        ci, x=x, tokens=tokens, boundary=boundary if x == "position" else None,
         title=heading, subtitle=note,
     )  # fmt: skip
 
 
-def _patch_values(
+def patch_values(
     result: Result,
-    names: list[str],
-    x: str,
+    metric: str | None,
+    shown: tuple[str, str],
     of: str | None,
     group: str | None,
     sequence: str | None,
     intervals: dict[str, Any],
 ) -> tuple[xr.Dataset, str]:
-    """Return what each metric has to show: its effect where it has a baseline, else its value."""
+    """Return what patching has to show on two dimensions, and the words below the title.
+
+    That is, for each metric, its effect where it has a baseline, else its value; unasked, the share of the
+    lost recall that is restored comes first, as it needs no unit. Over sequences it is one share for all of
+    them; of one sequence it is its `normalized_effect`.
+    """
+    names = asked(metric) or with_dims(result, *shown)
+    one_has_it = sequence is None or "normalized_effect" in result.data
+    if metric is None and one_has_it and can_be_restored(result):
+        names = ["restored_share", *(name for name in names if name != "normalized_effect")]
     parts: dict[str, xr.DataArray] = {}
     for name in names:
         paired = any(name + tail in result.data for tail in ("_baseline", "_corrupt"))
         which = of or ("effect" if paired else "value")
-        if sequence is not None:
-            parts[name] = single(result, [name], ("layer", x), which, sequence)[name]
+        if name == "restored_share" and sequence is not None:
+            parts[name] = single(result, ["normalized_effect"], shown, "value", sequence)["normalized_effect"]
+        elif name == "restored_share":
+            hidden = {str(dim) for dim in result.data.dims} - {*shown}
+            parts[name] = restored_share(result, hidden, group=group, **intervals)[name]
+        elif sequence is not None:
+            parts[name] = single(result, [name], shown, which, sequence)[name]
         else:
-            parts[name] = means(result, [name], ("layer", x), of=which, group=group, **intervals)[name]
+            parts[name] = means(result, [name], shown, of=which, group=group, **intervals)[name]
     count = result.data.sizes["sequence"]
-    who = f"mean over {count} sequences" if sequence is None else f"one sequence, {sequence}"
+    who = f"over {count} sequences" if sequence is None else f"one sequence, {sequence}"
     scale = "blue = more recall, red = less"
     return xr.Dataset(parts), " · ".join((who, scale, str(result.data.attrs.get("model", ""))))
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 from memlens.results import Result
-from memlens.results.statistics import halves, mean_interval
+from memlens.results.statistics import halves, mean_interval, ratio_interval
 
 __all__ = [
     "Estimate",
@@ -86,14 +86,9 @@ def ratio_estimate(part: xr.DataArray, whole: xr.DataArray, *, seed: int = 0) ->
 
     A mean of ratios would be ruled by the sequences whose `whole` is near 0.
     """
-    a, b = part.values.astype(float), whole.values.astype(float)
-    kept = np.isfinite(a) & np.isfinite(b)
-    a, b = a[kept], b[kept]
-    if len(a) < 2:
-        return Estimate(np.nan, np.nan, np.nan, len(a))
-    rows = np.random.default_rng(seed).integers(0, len(a), (2000, len(a)))
-    low, high = np.percentile(a[rows].sum(1) / b[rows].sum(1), [2.5, 97.5])
-    return Estimate(float(a.sum() / b.sum()), float(low), float(high), len(a))
+    share = ratio_interval(part, whole, seed=seed)
+    value, low, high = share.values.tolist()
+    return Estimate(value, low, high, int(share["n"]))
 
 
 def _estimate(values: np.ndarray, statistic: Callable[..., Any], seed: int) -> Estimate:
