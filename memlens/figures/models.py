@@ -6,8 +6,9 @@ are made of them. As everywhere, the figure is returned and not shown.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from textwrap import wrap
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -59,48 +60,85 @@ def curves_by_family(
     x_title: str = "",
     y_title: str = "",
     log_x: bool = False,
+    order: str = "size",
     title: str = "",
     subtitle: str = "",
 ) -> go.Figure:
     """Draw one panel a family and one line a model, with its interval as a band.
 
+    The legend names places in a family, not models; pointing at a line tells its model. A family alone has
+    its models in the legend.
+
     Args:
-        frame: Columns `model`, `family`, `x`, `mean`, and where there are intervals `low` and `high`.
+        frame: Columns `model`, `family`, `x`, `mean`, and where there are intervals `low` and `high`; the
+            models of a family stand in an order, smallest first.
         x: The column to the right.
         dash: A column whose values are drawn as solid, dotted, dashed lines (say memorized and control), and
             in colors of their own where each family has one model.
         x_title: What `x` is called.
         y_title: What `mean` is.
         log_x: A logarithmic axis; points at 0 are left out.
+        order: What the models of a family are in order of, for the legend: "1st in size".
         title: What is shown.
         subtitle: On how many sequences.
     """
     _check(frame, ("model", "family", x, "mean", *([dash] if dash else [])))
-    families = list(dict.fromkeys(frame["family"].astype(str)))
-    columns = min(3, len(families))
+    frame = frame.assign(family=frame["family"].astype(str), model=frame["model"].astype(str))
+    families = list(dict.fromkeys(frame["family"]))
+    columns = min(4, len(families))
     rows = -(-len(families) // columns)
     fig = make_subplots(
         rows, columns, shared_yaxes=True, subplot_titles=[plain(name) for name in families],
-        vertical_spacing=0.12, horizontal_spacing=0.03,
+        vertical_spacing=0.3 / rows, horizontal_spacing=0.03,
     )  # fmt: skip
     kinds = list(dict.fromkeys(frame[dash].astype(str))) if dash else [""]
-    by_kind = len(kinds) > 1 and len(set(frame["model"])) == len(families)
-    shades = dict(zip(kinds, theme.group_colors(kinds), strict=True)) if by_kind else {}
+    below = "<br>".join(map(plain, wrap(x_title or x, 80 // columns)))
+    styles = dict(zip(kinds, _DASHES * len(kinds), strict=False))
+    most = max(frame.groupby("family")["model"].nunique())
+    by_kind = len(kinds) > 1 and most == 1
+    colors = theme.group_colors(kinds if by_kind else [str(number) for number in range(most)])
     for place, family in enumerate(families):
-        part = frame.loc[frame["family"].astype(str) == family]
-        models = list(dict.fromkeys(part["model"].astype(str)))
-        for model, color in zip(models, theme.group_colors(models), strict=True):
-            for kind, style in zip(kinds, _DASHES * len(kinds), strict=False):
-                line = part.loc[part["model"].astype(str) == model]
-                line = line.loc[line[dash].astype(str) == kind] if dash else line
-                if log_x:
-                    line = line.loc[line[x] > 0]
-                label = f"{model}, {kind}" if kind else model
-                for trace in _line(line.sort_values(x), x, label, shades.get(kind, color), style):
-                    fig.add_trace(trace, row=place // columns + 1, col=place % columns + 1)
-    fig.update_xaxes(title_text=x_title or x, type="log" if log_x else "linear", zeroline=False)
+        part = frame.loc[frame["family"] == family]
+        part = part.loc[part[x] > 0] if log_x else part
+        at = {"row": place // columns + 1, "col": place % columns + 1}
+        for number, (model, of_model) in enumerate(part.groupby("model", sort=False)):
+            name = str(model) if len(families) == 1 else f"{_ordinal(number + 1)} in {order}"
+            for shade, kind in enumerate(kinds):
+                line = of_model.loc[of_model[dash].astype(str) == kind] if dash else of_model
+                label = f"{model}, {kind}" if kind else str(model)
+                color = colors[shade if by_kind else number]
+                for trace in _line(line.sort_values(x), x, label, color, styles[kind]):
+                    trace.legendgroup = kind if by_kind else name
+                    fig.add_trace(trace, at["row"], at["col"])
+        lowest = place + columns >= len(families)
+        fig.update_xaxes(title_text=below if lowest else "", row=at["row"], col=at["col"])
+    _add_legend(fig, {} if by_kind else styles)
+    fig.update_xaxes(type="log" if log_x else "linear", zeroline=False)
     fig.update_yaxes(title_text=y_title, col=1)
-    return theme.figure(fig, title=title, subtitle=subtitle, height=180 + 260 * rows)
+    return theme.figure(fig, title=title, subtitle=subtitle, height=200 + 260 * rows)
+
+
+def _add_legend(fig: go.Figure, styles: Mapping[str, str]) -> None:
+    """Show each group of lines once, where there are several, and each style of line."""
+    lines = [trace for trace in cast("Sequence[Any]", fig.data) if trace.hovertemplate]
+    first = {trace.legendgroup: trace for trace in reversed(lines)}
+    for name, trace in first.items():
+        trace.update(name=plain(name), showlegend=len(first) > 1)
+    if len(styles) > 1:
+        line = {"color": "#6B7280", "width": 2}
+        for kind, style in styles.items():
+            look = go.Scatter(x=[None], y=[None], mode="lines", line={**line, "dash": style})
+            fig.add_trace(look.update(name=plain(kind), showlegend=True))
+
+
+def _ordinal(number: int) -> str:
+    """Return a number as a place in an order.
+
+    >>> [_ordinal(number) for number in (1, 2, 3, 4, 11, 22)]
+    ['1st', '2nd', '3rd', '4th', '11th', '22nd']
+    """
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
 
 
 def _line(part: pd.DataFrame, x: str, label: str, color: str, style: str) -> list[go.Scatter]:
@@ -111,13 +149,13 @@ def _line(part: pd.DataFrame, x: str, label: str, color: str, style: str) -> lis
             go.Scatter(
                 x=[*band[x], *band[x][::-1]], y=[*band["high"], *band["low"][::-1]], fill="toself",
                 fillcolor=theme.translucent(color, 0.12), line={"width": 0}, mode="lines", hoverinfo="skip",
-                showlegend=False, legendgroup=label,
+                showlegend=False,
             )
         )  # fmt: skip
     traces.append(
         go.Scatter(
-            x=part[x], y=part["mean"], mode="lines+markers", name=plain(label), legendgroup=label,
-            showlegend=True, line={"color": color, "dash": style, "width": 2}, marker={"size": 5},
+            x=part[x], y=part["mean"], showlegend=False, mode="lines+markers",
+            line={"color": color, "dash": style, "width": 2}, marker={"size": 5},
             hovertemplate=f"{plain(label)}<br>%{{x:.4g}}: %{{y:.4g}}<extra></extra>",
         )
     )  # fmt: skip

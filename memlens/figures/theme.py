@@ -81,6 +81,7 @@ def figure(base: go.Figure, *, title: str, subtitle: str, height: int, menu: boo
     """Give `base` the template, its title and its size, and return it. Title and subtitle are plain text."""
     traces = cast("Iterable[Any]", base.select_traces())
     legend = any(trace.showlegend for trace in traces if "showlegend" in trace)
+    above = 136 if menu else 114 if base.layout["annotations"] else 90  # titles of panels need room, too
     base.update_layout(
         template=TEMPLATE,
         title={
@@ -88,7 +89,7 @@ def figure(base: go.Figure, *, title: str, subtitle: str, height: int, menu: boo
             "subtitle": {"text": plain(subtitle), "font": {"size": 12, "color": "#52606d"}},
             "pad": {"t": 14},
         },
-        margin={"l": 64, "r": 24, "t": 136 if menu else 90, "b": 108 if legend else 56},
+        margin={"l": 64, "r": 24, "t": above, "b": 108 if legend else 56},
         height=height,
     )
     return base

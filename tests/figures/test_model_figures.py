@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 from scipy.cluster import hierarchy
 
@@ -34,24 +35,51 @@ def test_curves_have_a_panel_a_family_and_a_line_a_model(models: pd.DataFrame) -
     points = models.assign(mean=models["rate"], alpha=0.5)
     points = pd.concat([points, points.assign(alpha=0.0)])
     fig = curves_by_family(points, "alpha")
-    lines = [trace for trace in fig.data if trace.name]
+    lines = [trace for trace in fig.data if trace.hovertemplate]
     assert len(lines) == 6
     assert {trace.xaxis for trace in lines} == {"x", "x2"}
     assert list(lines[0].x) == [0.0, 0.5]
+    assert "a-3<br>" in lines[0].hovertemplate
+    assert "&lt;b&gt;-3<br>" in lines[3].hovertemplate
     dropped = curves_by_family(points, "alpha", log_x=True)
     assert all(0 not in trace.x for trace in dropped.data)
+
+
+def _entries(fig: go.Figure) -> list[str]:
+    return [trace.name for trace in fig.data if trace.showlegend]
+
+
+def test_the_legend_names_places_in_a_family_and_styles_once(models: pd.DataFrame) -> None:
+    points = models.assign(mean=models["rate"], depth=models["n_params"])
+    both = pd.concat([points.assign(group="memorized"), points.assign(group="control")])
+    fig = curves_by_family(both, "depth", dash="group")
+    places = ["1st in size", "2nd in size", "3rd in size"]
+    assert _entries(fig) == [*places, "memorized", "control"]
+    for place in places:  # one colour, and one click, for a place in all families
+        group = [trace for trace in fig.data if trace.legendgroup == place and trace.hovertemplate]
+        assert len(group) == 4
+        assert len({trace.line.color for trace in group}) == 1
+    assert _entries(curves_by_family(points[points["family"] == "a"], "depth")) == ["a-3", "a-2", "a-1"]
+    assert _entries(curves_by_family(points[points["model"].str.endswith("-1")], "depth")) == []
+
+
+def test_only_the_lowest_panels_name_their_axis(models: pd.DataFrame) -> None:
+    many = pd.concat([models.assign(family=f"f{place}", model=f"m{place}") for place in range(6)])
+    fig = curves_by_family(many.assign(mean=many["rate"]), "n_params", x_title="size")
+    titles = [fig.layout[f"xaxis{place or ''}"].title.text for place in ("", 2, 3, 4, 5, 6)]
+    assert titles == ["", "", "size", "size", "size", "size"]
 
 
 def test_kinds_are_dashed_and_colored_where_a_family_has_one_model(models: pd.DataFrame) -> None:
     points = models.assign(mean=models["rate"], depth=models["n_params"], low=np.nan, high=np.nan)
     both = pd.concat([points.assign(group="memorized"), points.assign(group="control")])
-    lines = curves_by_family(both, "depth", dash="group").data
+    lines = [trace for trace in curves_by_family(both, "depth", dash="group").data if trace.hovertemplate]
     assert {line.line.dash for line in lines} == {"solid", "dot"}
     assert lines[0].line.color == lines[1].line.color
-    alone = both[both["model"].str.endswith("-1")]
-    lines = curves_by_family(alone, "depth", dash="group").data
-    assert lines[0].line.color != lines[1].line.color
-    assert lines[0].line.color == lines[2].line.color
+    fig = curves_by_family(both[both["model"].str.endswith("-1")], "depth", dash="group")
+    assert fig.data[0].line.color != fig.data[1].line.color
+    assert fig.data[0].line.color == fig.data[2].line.color
+    assert _entries(fig) == ["memorized", "control"]
 
 
 def test_shares_and_dots_have_a_row_a_model(models: pd.DataFrame) -> None:
