@@ -39,12 +39,12 @@ def heatmap_layer_head(
 
     Args:
         ci: variables `[statistic, layer, head]`, as from `Result.mean_ci`; a further dimension (a group)
-            gives maps on one colour scale: side by side up to `SIDE_BY_SIDE` groups, else one at a time
+            gives maps on one color scale: side by side up to `SIDE_BY_SIDE` groups, else one at a time
             with a menu of groups.
         metrics: which variables; all by default.
         signed: red-white-blue around 0, else viridis.
         title: what is shown.
-        subtitle: on how many sequences, and what sign and colour mean.
+        subtitle: on how many sequences, and what sign and color mean.
 
     Returns:
         The figure; hovering shows layer, head, mean, interval and number of sequences.
@@ -73,7 +73,7 @@ def heatmap_layer_position(
         tokens: the token at each place; shown as labels that are unique and escaped, and on hovering.
         boundary: where the continuation starts; a dashed line is drawn before that position.
         title: what is shown.
-        subtitle: on how many sequences, and what sign and colour mean.
+        subtitle: on how many sequences, and what sign and color mean.
     """
     axis = token_axis(tokens, ci[x].values, x)
     fig = _maps(ci, x, metrics, signed, title, subtitle, axis, tokens=tokens)
@@ -110,7 +110,7 @@ def heatmap_paths(
         y: the dimension up.
         signed: red-white-blue around 0, else viridis.
         title: what is shown.
-        subtitle: on how many sequences, and what sign and colour mean.
+        subtitle: on how many sequences, and what sign and color mean.
     """
     axis = token_axis(None, ci[x].values, x.replace("_", " "))
     return _maps(ci, x, metrics, signed, title, subtitle, axis, y=y)

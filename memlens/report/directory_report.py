@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from memlens.errors import ResultError
+from memlens.errors import OptionError, ResultError
 from memlens.report.bibliography import Citation, bibliography, citations_of
 from memlens.report.explorer_files import EXPLORER_SUFFIX, saved_explorers
 from memlens.report.figure_files import FIGURE_SUFFIX, saved_figures
@@ -51,7 +51,7 @@ def report_from_directory(path: str | Path, to: str | Path | None = None) -> Pat
     if not run["finished"]:
         warnings.append("This run is not finished: what is there so far is shown.")
     sections: list[Section] = []
-    cited = [Citation(**entry) for entry in run["citations"]]
+    cited = _noted(run["citations"], warnings)
     for entry in run["results"]:
         own = [table for table in run["tables"] if table.get("section") == entry["name"]]
         tables = _tables(path, own, warnings)
@@ -85,6 +85,17 @@ def report_from_directory(path: str | Path, to: str | Path | None = None) -> Pat
         warnings=warnings,
         references=bibliography(cited),
     )
+
+
+def _noted(entries: Iterable[Mapping[str, str]], warnings: list[str]) -> list[Citation]:
+    """Return the citations that `run.json` notes; an unknown key costs itself alone."""
+    cited: list[Citation] = []
+    for entry in entries:
+        try:
+            cited.append(Citation(entry["key"], entry["what"]))
+        except OptionError as error:
+            warnings.append(f"A citation is left out: {error}")
+    return cited
 
 
 def _figures(

@@ -55,7 +55,7 @@ def test_the_legend_names_places_in_a_family_and_styles_once(models: pd.DataFram
     fig = curves_by_family(both, "depth", dash="group")
     places = ["1st in size", "2nd in size", "3rd in size"]
     assert _entries(fig) == [*places, "memorized", "control"]
-    for place in places:  # one colour, and one click, for a place in all families
+    for place in places:  # one color, and one click, for a place in all families
         group = [trace for trace in fig.data if trace.legendgroup == place and trace.hovertemplate]
         assert len(group) == 4
         assert len({trace.line.color for trace in group}) == 1

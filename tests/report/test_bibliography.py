@@ -11,7 +11,14 @@ import yaml
 
 from memlens.errors import OptionError
 from memlens.models.families import FAMILIES
-from memlens.report import REFERENCES, Citation, RunDirectory, bibliography, citations_of
+from memlens.report import (
+    REFERENCES,
+    Citation,
+    RunDirectory,
+    bibliography,
+    citations_of,
+    report_from_directory,
+)
 from memlens.report.bibliography import family_citation
 from memlens.results import Result
 from tests.report import synthetic
@@ -95,6 +102,16 @@ def test_the_report_lists_what_its_results_and_its_study_cite(tmp_path: Path) ->
     assert "Cited for: <bdi>the study that this one follows</bdi>" in section
     assert 'href="https://arxiv.org/abs/2501.05078"' in section
     assert "Min-K" not in section
+
+
+def test_a_citation_of_another_version_costs_itself_alone(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path, title="T", settings={})
+    run.add_result("bypass", synthetic.attention_bypass())
+    file = tmp_path / "run.json"
+    file.write_text(file.read_text().replace('"citations": []', '"citations": [{"key": "x1", "what": "y"}]'))
+    page = html.unescape(report_from_directory(tmp_path).read_text(encoding="utf-8"))
+    assert "A citation is left out: 'x1' is not cited by memlens" in page
+    assert REFERENCES["menta2025"].title in page
 
 
 def test_a_report_that_cites_nothing_has_no_bibliography(tmp_path: Path) -> None:
