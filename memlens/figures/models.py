@@ -44,7 +44,7 @@ def sizes(frame: pd.DataFrame, *, title: str = "Recall and size", subtitle: str 
                 line={"color": color, "width": 2}, marker={"size": 8},
                 error_y=_bars(part["rate"], part["low"], part["high"], color),
                 text=[plain(name) for name in part["model"]],
-                hovertemplate="%{text}<br>%{x:.3s} parameters<br>rate %{y:.4g}<extra></extra>",
+                **_row(part, "%{text}<br>%{x:.3s} parameters<br>rate %{y:.4g}"),
             )
         )  # fmt: skip
     fig.update_xaxes(type="log", title_text="parameters")
@@ -156,10 +156,22 @@ def _line(part: pd.DataFrame, x: str, label: str, color: str, style: str) -> lis
         go.Scatter(
             x=part[x], y=part["mean"], showlegend=False, mode="lines+markers",
             line={"color": color, "dash": style, "width": 2}, marker={"size": 5},
-            hovertemplate=f"{plain(label)}<br>%{{x:.4g}}: %{{y:.4g}}<extra></extra>",
+            **_row(part, f"{plain(label)}<br>{plain(x)} %{{x:.4g}}: %{{y:.4g}}"),
         )
     )  # fmt: skip
     return traces
+
+
+def _row(part: pd.DataFrame, text: str) -> dict[str, Any]:
+    """Return what hovering tells: `text`, then interval and number of sequences where known."""
+    values: list[np.ndarray] = []
+    if {"low", "high"} <= set(part) and np.isfinite(part["low"]).any():
+        values += [part["low"].to_numpy(), part["high"].to_numpy()]
+        text += " [%{customdata[0]:.4g}, %{customdata[1]:.4g}]"
+    if "n" in part:
+        text += f"<br>n = %{{customdata[{len(values)}]}}"
+        values.append(part["n"].to_numpy())
+    return {"hovertemplate": text + "<extra></extra>", "customdata": np.stack(values, -1) if values else None}
 
 
 def shares_by_model(
@@ -227,7 +239,7 @@ def model_dots(
                 x=part["mean"], y=[label for label, own in zip(labels, here, strict=True) if own],
                 mode="markers", name=plain(family), showlegend=True, marker={"color": color, "size": 9},
                 error_x=_bars(part["mean"], part["low"], part["high"], color),
-                hovertemplate="%{y}<br>%{x:.4g}<extra></extra>",
+                **_row(part, "%{y}<br>%{x:.4g}"),
             )
         )  # fmt: skip
     if reference:

@@ -13,6 +13,8 @@ from memlens.figures.labels import metric_text, plain
 
 __all__ = ["scatter_agreement"]
 
+_AXES = ("estimate", "exact")
+
 
 def scatter_agreement(
     sites: xr.Dataset, *, metric: str, title: str = "Estimated and exact effects", subtitle: str = ""
@@ -45,13 +47,15 @@ def scatter_agreement(
 
 
 def _dots(part: xr.Dataset, name: str, color: str) -> go.Scatter:
-    x, y = (part[n].sel(statistic="mean").values for n in ("estimate", "exact"))
-    bars = [_bars(part[n], color) for n in ("estimate", "exact")]
+    x, y = (part[n].sel(statistic="mean").values for n in _AXES)
+    bars = [_bars(part[n], color) for n in _AXES]
     return go.Scatter(
         x=x, y=y, mode="markers", name=plain(name), showlegend=True, error_x=bars[0], error_y=bars[1],
         marker={"color": color, "size": 8},
         text=[plain(value) for value in part["label"].values],
-        hovertemplate="%{text}<br>estimate %{x:.4g}, exact %{y:.4g}<extra></extra>",
+        customdata=np.concatenate([part[n].sel(statistic=["low", "high"]).values for n in _AXES]).T,
+        hovertemplate="%{text}<br>estimate %{x:.4g} [%{customdata[0]:.4g}, %{customdata[1]:.4g}]<br>"
+        "exact %{y:.4g} [%{customdata[2]:.4g}, %{customdata[3]:.4g}]<extra></extra>",
     )  # fmt: skip
 
 

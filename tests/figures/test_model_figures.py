@@ -63,6 +63,21 @@ def test_the_legend_names_places_in_a_family_and_styles_once(models: pd.DataFram
     assert _entries(curves_by_family(points[points["model"].str.endswith("-1")], "depth")) == []
 
 
+def test_hovering_tells_interval_and_count(models: pd.DataFrame) -> None:
+    points = models.assign(mean=models["rate"], n=7)
+    for trace in (
+        curves_by_family(points, "n_params").data[1],
+        sizes(points.sort_values("n_params", ascending=False)[::-1]).data[0],
+        model_dots(points).data[0],
+    ):
+        assert "[%{customdata[0]:.4g}, %{customdata[1]:.4g}]<br>n = %{customdata[2]}" in trace.hovertemplate
+        assert len(trace.customdata) == len(trace.y)
+        rates = trace.x if trace.orientation == "h" or isinstance(trace.y[0], str) else trace.y
+        np.testing.assert_allclose(trace.customdata[:, 0], np.asarray(rates) / 2)
+    bare = curves_by_family(points.drop(columns=["low", "high", "n"]), "n_params").data[0]
+    assert bare.customdata is None
+
+
 def test_only_the_lowest_panels_name_their_axis(models: pd.DataFrame) -> None:
     many = pd.concat([models.assign(family=f"f{place}", model=f"m{place}") for place in range(6)])
     fig = curves_by_family(many.assign(mean=many["rate"]), "n_params", x_title="size")
