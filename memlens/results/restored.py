@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import xarray as xr
 
 from memlens.errors import ResultError
-from memlens.results.statistics import ratio_interval
+from memlens.results.statistics import ratio_interval, rows_by_group
 
 if TYPE_CHECKING:
     from memlens.results.result import Result
@@ -76,10 +75,11 @@ def restored_share(
     if group is None:
         share = ratio_interval(part, whole, **options)
     else:
-        labels = np.array([str(value) for value in result[group].values], dtype=object)
-        keys = list(dict.fromkeys(labels)) if result[group].attrs.get("keep_order") else sorted(set(labels))
-        rows = [np.flatnonzero(labels == key) for key in keys]
-        parts = [ratio_interval(part.isel(sequence=at), whole.isel(sequence=at), **options) for at in rows]
-        share = xr.concat(parts, dim=pd.Index(keys, name=group), combine_attrs="override", coords=["n"])
+        rows = rows_by_group(result[group])
+        parts = [
+            ratio_interval(part.isel(sequence=own), whole.isel(sequence=own), **options)
+            for own in rows.values()
+        ]
+        share = xr.concat(parts, dim=pd.Index(list(rows), name=group), combine_attrs="override", coords=["n"])
     attrs = {**result.data.attrs, "metric": name, "n_sequences": result.data.sizes["sequence"]}
     return xr.Dataset({"restored_share": share.rename(n="n_restored_share")}, attrs=attrs)

@@ -11,13 +11,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import xarray as xr
 
 from memlens.errors import OptionError, ResultError, check_option, near_matches
 from memlens.files import replacing
-from memlens.results.statistics import mean_interval
+from memlens.results.statistics import mean_interval, rows_by_group
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -211,19 +210,11 @@ class Result:
         return names
 
     def _grouped(self, array: xr.DataArray, group: str, options: dict[str, Any]) -> xr.DataArray:
-        labels = self[group]
-        if labels.dims != ("sequence",):
-            raise ResultError(
-                f"group={group!r} has dimensions {labels.dims}: give one along 'sequence' only."
-            )
+        rows = rows_by_group(self[group])
         if options["method"] == "auto":  # one method for all groups, or their bands could not be compared
             options = {**options, "method": mean_interval(array, **options).attrs["interval_method"]}
-        numeric = labels.dtype.kind in "biuf"
-        same = labels.values if numeric else np.array([str(value) for value in labels.values], dtype=object)
-        keys = pd.unique(same)
-        keys = keys if labels.attrs.get("keep_order") else np.sort(keys)
-        parts = [mean_interval(array.isel(sequence=same == key), **options) for key in keys]
-        return xr.concat(parts, dim=pd.Index(keys, name=group), combine_attrs="override", coords=["n"])
+        parts = [mean_interval(array.isel(sequence=own), **options) for own in rows.values()]
+        return xr.concat(parts, dim=pd.Index(list(rows), name=group), combine_attrs="override", coords=["n"])
 
     def plot(self, metric: str | None = None, **options: Any) -> go.Figure:
         """Return the figure of this kind of result; it is not shown. Options: see `memlens.figures`."""

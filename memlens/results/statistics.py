@@ -8,9 +8,11 @@ skipped. All methods are vectorised over sites: a bootstrap is one matrix produc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from jaxtyping import Int
 
@@ -24,6 +26,8 @@ __all__ = [
     "is_binary",
     "mean_interval",
     "quantile_interval",
+    "ratio_interval",
+    "rows_by_group",
     "wilson_interval",
 ]
 
@@ -141,12 +145,14 @@ def ratio_interval(
     both = (part.notnull() & whole.notnull()).transpose(dim, ...)
     part, whole = (array.where(both).transpose(*both.dims) for array in (part, whole))
     rows = part.sizes[dim]
-    weights = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=n_resamples)
     above, below = (np.nan_to_num(array.values.reshape(rows, -1)) for array in (part, whole))
+    weights = _resamples(rows, n_resamples, seed)
+    low, high = np.full((2, above.shape[1]), np.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = above.sum(0) / below.sum(0)
-        samples = (weights @ above) / (weights @ below)
-    low, high = quantile_interval(np.where(np.isfinite(samples), samples, np.nan), level)
+        for own in _blocks(above.shape[1], n_resamples):
+            samples = (weights @ above[:, own]) / (weights @ below[:, own])
+            low[own], high[own] = quantile_interval(np.where(np.isfinite(samples), samples, np.nan), level)
     n = both.sum(dim)
     few = n.values.reshape(-1) < 2
     low, high = np.where(few, np.nan, low), np.where(few, np.nan, high)
@@ -158,14 +164,42 @@ def ratio_interval(
     ).assign_coords(n=(n.dims, n.values))
 
 
+def rows_by_group(labels: xr.DataArray) -> dict[Any, np.ndarray]:
+    """Return the rows of each group, in the order of the groups: sorted, or as they come (`keep_order`).
+
+    Raises:
+        ResultError: when the labels are not one a sequence.
+    """
+    if labels.dims != ("sequence",):
+        raise ResultError(
+            f"group={labels.name!r} has dimensions {labels.dims}: give one along 'sequence' only."
+        )
+    numeric = labels.dtype.kind in "biuf"
+    same = labels.values if numeric else np.array([str(value) for value in labels.values], dtype=object)
+    keys = pd.unique(same)
+    keys = keys if labels.attrs.get("keep_order") else np.sort(keys)
+    return {key: np.flatnonzero(same == key) for key in keys}
+
+
 def bootstrap_means(table: np.ndarray, n_resamples: int, seed: int) -> np.ndarray:
     """Return the mean of each column under `n_resamples` resamples of the rows: `[resample, site]`.
 
     A resample that holds none of a column's values (all NaN) gives NaN there.
     """
-    rows = table.shape[0]
-    weights = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=n_resamples)
-    return weighted_means(weights.astype(np.float64), table)
+    return weighted_means(_resamples(table.shape[0], n_resamples, seed), table)
+
+
+def _resamples(rows: int, n_resamples: int, seed: int) -> np.ndarray:
+    """Return how often each row stands in each resample, as floats: `[resample, row]`."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(rows, np.full(rows, 1 / rows), size=n_resamples).astype(np.float64)
+
+
+def _blocks(sites: int, n_resamples: int) -> Iterator[slice]:
+    """Yield blocks of sites whose resamples fit into some memory."""
+    block = max(1, _BLOCK_BYTES // (8 * n_resamples))
+    for start in range(0, sites, block):
+        yield slice(start, start + block)
 
 
 def weighted_means(weights: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -225,9 +259,7 @@ def _bootstrap(
     table: np.ndarray, n: np.ndarray, level: float, n_resamples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     means, low, high = _column_means(table, n), *np.full((2, table.shape[1]), np.nan)
-    block = max(1, _BLOCK_BYTES // (8 * n_resamples))
-    for start in range(0, table.shape[1] if table.shape[0] else 0, block):
-        part = slice(start, start + block)
+    for part in _blocks(table.shape[1] if table.shape[0] else 0, n_resamples):
         low[part], high[part] = quantile_interval(bootstrap_means(table[:, part], n_resamples, seed), level)
     low[n < 2] = high[n < 2] = np.nan
     return means, low, high

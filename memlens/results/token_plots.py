@@ -76,7 +76,8 @@ def patch_values(
             parts[name] = single(result, ["normalized_effect"], shown, "value", sequence)["normalized_effect"]
         elif name == "restored_share":
             hidden = {str(dim) for dim in result.data.dims} - {*shown}
-            parts[name] = restored_share(result, hidden, group=group, **intervals)[name]
+            options = {key: value for key, value in intervals.items() if key != "method"}
+            parts[name] = restored_share(result, hidden, group=group, **options)[name]
         elif sequence is not None:
             parts[name] = single(result, [name], shown, which, sequence)[name]
         else:

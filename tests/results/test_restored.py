@@ -57,6 +57,13 @@ def test_the_interval_is_the_bootstrap_over_sequences_of_both_sums() -> None:
     assert found.equals(ratio_interval(part, whole, n_resamples=4000, seed=3))
 
 
+def test_many_sites_are_taken_in_blocks_with_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = _patched(np.random.default_rng(7))
+    whole = restored_share(result)
+    monkeypatch.setattr("memlens.results.statistics._BLOCK_BYTES", 8 * 2000 * 5)  # 5 sites at a time
+    xr.testing.assert_allclose(restored_share(result), whole, rtol=1e-12)
+
+
 def test_sequences_that_hardly_lost_anything_do_not_rule_the_share() -> None:
     result = _patched(np.random.default_rng(2))
     before = restored_share(result)["restored_share"].sel(statistic="mean")
@@ -119,5 +126,7 @@ def test_the_figure_shows_the_share_over_sequences_and_the_ratio_of_one() -> Non
     np.testing.assert_allclose(fig.data[0].z, share.values)
     one = result.plot(sequence="seq-003")
     np.testing.assert_allclose(one.data[0].z, result["normalized_effect"].isel(sequence=3).values)
+    by_copies = result.plot(group="copies", method="bootstrap").layout.updatemenus[1].buttons
+    assert [button.label for button in by_copies] == [f"copies: {n}" for n in (0, 1, 4, 16, 64, 256)]
     asked = result.plot("normalized_effect")
     np.testing.assert_allclose(asked.data[0].z, result["normalized_effect"].mean("sequence").values)
