@@ -49,7 +49,7 @@ format: $(DEV_READY) ## Mend what ruff can mend
 
 types: $(DEV_READY) ## Check the types, and that the public names have them in full
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	@$(BIN)/pyright --pythonpath $(BIN)/python --verifytypes memlens --ignoreexternal >$(VENV)/types.txt || \
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pyright --verifytypes memlens --ignoreexternal >$(VENV)/types.txt || \
 		{ grep -B1 ' error:' $(VENV)/types.txt; exit 1; }
 	@grep 'completeness' $(VENV)/types.txt
 
