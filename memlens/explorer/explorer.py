@@ -17,7 +17,7 @@ from memlens.explorer.attention import attention_maps
 from memlens.explorer.data import Continuation, Exploration, SequenceView, strongest_heads
 from memlens.explorer.edits import Edits
 from memlens.explorer.measuring import ExploreOptions, continuations, explore_sequences
-from memlens.figures import metric_text
+from memlens.figures import dark, metric_text
 from memlens.models.hooks import check_head, check_layer
 from memlens.models.trunk import Trunk
 from memlens.recall.score import score_recall
@@ -39,6 +39,7 @@ def explore(
     *,
     options: ExploreOptions | None = None,
     reference: SequenceSet | None = None,
+    dark: bool = False,
     progress: bool = False,
 ) -> Explorer:
     """Look into sequences one by one: tokens by recall, lens, heads, attention, and the model under edits.
@@ -55,6 +56,7 @@ def explore(
         options: How heads are ablated and attention is bypassed, which metric effects are of, and the
             like; see `ExploreOptions`.
         reference: The set for ablation by "mean"; `sequences` itself by default.
+        dark: Figures for a dark notebook. (The page of `write_html` follows the reader's system by itself.)
         progress: Show progress bars.
 
     Raises:
@@ -72,7 +74,9 @@ def explore(
         >>> explorer.continuation.memorization_score < plain.memorization_score
         True
     """
-    return Explorer(model, sequences, options or ExploreOptions(), reference=reference, progress=progress)
+    return Explorer(
+        model, sequences, options or ExploreOptions(), reference=reference, dark=dark, progress=progress
+    )
 
 
 class Explorer:
@@ -83,6 +87,7 @@ class Explorer:
         sequences: What is looked into.
         options: See `ExploreOptions`.
         reference: The set for ablation by "mean"; `sequences` itself by default.
+        dark: Figures for a dark notebook.
         progress: Show progress bars.
 
     Attributes:
@@ -102,10 +107,12 @@ class Explorer:
         options: ExploreOptions,
         *,
         reference: SequenceSet | None = None,
+        dark: bool = False,
         progress: bool = False,
     ) -> None:
         check_sequences(sequences, model, on_eos="keep")
         self.options, self._model, self._progress = options, model, progress
+        self._dark = dark
         self._sequences = sequences
         self._bare = sequences.with_table(sequences.table.filter(["id"]))
         self._reference = self._bare if reference is None else reference
@@ -193,10 +200,12 @@ class Explorer:
         """
         check_option("kind", kind, FIGURES)
         if kind == "lens":
-            return drawing.lens_figure(self.view)
-        if kind == "attention":
-            return drawing.attention_figure(self.view, self.head, self.attention)
-        return drawing.effects_figure(self.view, self.options.metric, self.head)
+            figure = drawing.lens_figure(self.view)
+        elif kind == "attention":
+            figure = drawing.attention_figure(self.view, self.head, self.attention)
+        else:
+            figure = drawing.effects_figure(self.view, self.options.metric, self.head)
+        return dark(figure) if self._dark else figure
 
     # Choosing ----------------------------------------------------------------------------------------------
 

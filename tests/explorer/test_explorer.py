@@ -15,6 +15,7 @@ import memlens as ml
 from memlens.errors import OptionError, SiteError
 from memlens.explorer import Explorer
 from memlens.explorer.drawing import running_text, tokens_html, written_html
+from memlens.figures import DARK_TEMPLATE
 from tests.explorer.synthetic import view
 from tests.report.test_render import NASTY
 
@@ -185,6 +186,21 @@ def test_calls_in_python_show_in_the_widgets(explorer: Explorer, planted: ml.Seq
     assert [button.value for button in widget.bypass] == [False] * 4 + [True, False]
     assert (widget.layer.value, widget.head.value) == (0, 1)
     assert widget.figures["attention"].layout.title.text == "Attention of L0H1 in the unchanged model"
+
+
+def test_a_dark_explorer_stays_dark_and_shows_the_same(
+    pythia: Any, planted: ml.SequenceSet, explorer: Explorer
+) -> None:
+    night = ml.explore(pythia, planted, dark=True)
+    for kind in ("lens", "effects", "attention"):
+        assert night.figure(kind).layout.template == DARK_TEMPLATE
+        assert explorer.figure(kind).layout.template != DARK_TEMPLATE
+        np.testing.assert_array_equal(night.figure(kind).data[0].z, explorer.figure(kind).data[0].z)
+    widget = night.widget
+    night.select(planted.ids[1]).select_head(0, 1)
+    for kind, shown in widget.figures.items():
+        assert shown.layout.template.layout.paper_bgcolor == DARK_TEMPLATE.layout.paper_bgcolor
+        np.testing.assert_array_equal(shown.data[0].z, night.figure(kind).data[0].z)
 
 
 def test_jupyter_is_given_a_widget(explorer: Explorer) -> None:
