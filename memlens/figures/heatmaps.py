@@ -78,7 +78,7 @@ def heatmap_layer_position(
     axis = token_axis(tokens, ci[x].values, x)
     fig = _maps(ci, x, metrics, signed, title, subtitle, axis, tokens=tokens)
     if boundary is not None:
-        fig.add_vline(x=boundary - 0.5, line={"dash": "dash", "color": "#1f2933", "width": 1.5})
+        fig.add_vline(x=boundary - 0.5, line={"dash": "dash", "color": theme.INK, "width": 1.5})
         fig.add_annotation(
             x=boundary - 0.5,
             y=1,

@@ -20,6 +20,7 @@ from memlens.figures.labels import plain
 
 __all__ = [
     "DARK_TEMPLATE",
+    "INK",
     "OKABE_ITO",
     "TEMPLATE",
     "dark",
@@ -72,7 +73,8 @@ def _template(ink: str, grid: str, page: str) -> go.layout.Template:
     )
 
 
-TEMPLATE = _template("#1f2933", "#e4e7eb", "white")
+INK = "#1f2933"
+TEMPLATE = _template(INK, "#e4e7eb", "white")
 _DARK_INK, _DARK_PAGE = "#e4e7eb", "#14181d"  # as in the report's style
 DARK_TEMPLATE = _template(_DARK_INK, "#3a4450", _DARK_PAGE)
 
@@ -227,6 +229,6 @@ def dark(fig: go.Figure) -> go.Figure:
     shown = go.Figure(fig)
     shown.update_layout(template=DARK_TEMPLATE)
     shown.update_layout(title_subtitle_font_color="#a9b4c0")
-    shown.for_each_shape(lambda shape: shape.update(line_color=_DARK_INK))
+    shown.for_each_shape(lambda shape: shape.update(line_color=_DARK_INK), selector={"line.color": INK})
     shown.update_layout(updatemenus=[{"bgcolor": _DARK_PAGE} for _ in shown.layout["updatemenus"]])
     return shown

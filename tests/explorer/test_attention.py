@@ -36,6 +36,7 @@ def test_maps_are_the_attention_of_hugging_faces_model(
 
 def test_no_hook_stays_and_only_what_is_asked_for_runs(tiny_model: Callable[..., Any]) -> None:
     model, ran = tiny_model("gpt_neox", "bridge"), []
+    attention_maps(model, random_tokens(1, 5)[0], [(1, 0)])  # the model's own facts are asked for once
     hooks = [(f"blocks.{i}.hook_resid_post", lambda x, hook, i=i: ran.append(i)) for i in range(3)]
     with model.hooks(fwd_hooks=hooks):
         attention_maps(model, random_tokens(1, 5)[0], [(1, 0)])

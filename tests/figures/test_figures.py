@@ -135,6 +135,10 @@ def test_dark_changes_page_and_ink_but_no_data(heads: xr.Dataset) -> None:
     assert night.layout.updatemenus[0].bgcolor == "#14181d"
     assert night.layout.updatemenus[0].buttons == light.layout.updatemenus[0].buttons
     assert night.data == light.data
+    lined = figures.dark(synthetic.activation_patching().plot())  # a line of ink before the continuation
+    assert lined.layout.shapes[0].line.color == "#e4e7eb"
+    lined.add_shape(type="rect", line={"color": "#009E73"})  # a frame in a color of its own
+    assert figures.dark(lined).layout.shapes[1].line.color == "#009E73"
     assert light.layout.template == figures.TEMPLATE
 
 
