@@ -99,12 +99,12 @@ def curves_by_family(
     colors = theme.group_colors(kinds if by_kind else [str(number) for number in range(most)])
     for place, family in enumerate(families):
         part = frame.loc[frame["family"] == family]
-        part = part.loc[part[x] > 0] if log_x else part
         at = {"row": place // columns + 1, "col": place % columns + 1}
         for number, (model, of_model) in enumerate(part.groupby("model", sort=False)):
             name = str(model) if len(families) == 1 else f"{_ordinal(number + 1)} in {order}"
             for shade, kind in enumerate(kinds):
                 line = of_model.loc[of_model[dash].astype(str) == kind] if dash else of_model
+                line = line.loc[line[x] > 0] if log_x else line
                 label = f"{model}, {kind}" if kind else str(model)
                 color = colors[shade if by_kind else number]
                 for trace in _line(line.sort_values(x), x, label, color, styles[kind]):

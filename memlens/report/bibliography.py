@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +32,6 @@ class Citation:
         if self.key not in REFERENCES:
             raise OptionError(f"{self.key!r} is not cited by memlens: take one of {', '.join(REFERENCES)}.")
 
-    @property
-    def reference(self) -> Reference:
-        """The publication."""
-        return REFERENCES[self.key]
-
 
 _METRICS = {
     "exact_match": (Citation("carlini2023", "whether the continuation is recalled word for word"),),
@@ -62,22 +57,12 @@ _KINDS = {
     "logit_attribution": (Citation("elhage2021", "direct effects on the logits"),),
     "neuron_knockout": (Citation("haviv2023", "knocking out the neurons that promote a prediction"),),
 }
-_TUNED = Citation("belrose2023", "tuned lens")
-_LOGIT = Citation("nostalgebraist2020", "logit lens")
-_SETTINGS: tuple[tuple[str, Callable[[str], bool], Citation], ...] = (
-    ("lens", lambda value: value.startswith("tuned lens"), _TUNED),
-    ("lens", lambda value: value.startswith("logit lens"), _LOGIT),
-    (
-        "mode",
-        lambda value: value == "mean_of_other_heads",
-        Citation("chen2026", "a head ablated by the mean of the others"),
-    ),
-    (
-        "method",
-        lambda value: value == "integrated_gradients",
-        Citation("sundararajan2017", "integrated gradients"),
-    ),
-    ("path", lambda value: value == "embedding", Citation("hanna2024", "the path of the inputs (EAP-IG)")),
+_SETTINGS = (  # a setting, how its value begins, what it rests on
+    ("lens", "tuned lens", Citation("belrose2023", "tuned lens")),
+    ("lens", "logit lens", Citation("nostalgebraist2020", "logit lens")),
+    ("mode", "mean_of_other_heads", Citation("chen2026", "a head ablated by the mean of the others")),
+    ("method", "integrated_gradients", Citation("sundararajan2017", "integrated gradients")),
+    ("path", "embedding", Citation("hanna2024", "the path of the inputs (EAP-IG)")),
 )
 _FAMILIES = {
     "pythia": "biderman2023",
@@ -107,7 +92,8 @@ def citations_of(result: Result) -> list[Citation]:
     """
     found = [citation for name in result.metrics for citation in _METRICS.get(name, ())]
     found += _KINDS.get(result.kind, ())
-    found += [said for name, fits, said in _SETTINGS if fits(str(result.settings.get(name, "")))]
+    settings = result.settings
+    found += [said for name, start, said in _SETTINGS if str(settings.get(name, "")).startswith(start)]
     attrs: Mapping[str, Any] = result.data.attrs
     return [*found, *family_citation(str(attrs.get("family", "")), str(attrs.get("model", "")))]
 

@@ -10,7 +10,7 @@ import xarray as xr
 from memlens.errors import MemlensError
 from memlens.figures import MetricText, metric_text
 from memlens.results import Result, restored_share
-from memlens.results.restored import can_be_restored
+from memlens.results.restored import restorable_metric
 
 __all__ = ["reading"]
 
@@ -104,7 +104,7 @@ def _harm(result: Result, metric: str | None) -> str:
 
 
 def _restored(result: Result, metric: str | None) -> str:
-    name = metric or ("restored_share" if can_be_restored(result) else result.metrics[0])
+    name = metric or ("restored_share" if restorable_metric(result) else result.metrics[0])
     noising = result.settings.get("direction") == "noising"
     if name == "restored_share":
         ci = restored_share(result)[name]

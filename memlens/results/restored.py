@@ -14,10 +14,10 @@ from memlens.results.statistics import ratio_interval, rows_by_group
 if TYPE_CHECKING:
     from memlens.results.result import Result
 
-__all__ = ["can_be_restored", "restored_share"]
+__all__ = ["restorable_metric", "restored_share"]
 
 
-def can_be_restored(result: Result) -> str | None:
+def restorable_metric(result: Result) -> str | None:
     """Return the first metric that stands beside its values in a clean and in a corrupt run; None without."""
     names = [name for name in result.metrics if {f"{name}_clean", f"{name}_corrupt"} <= set(result.data)]
     return names[0] if names else None
@@ -64,7 +64,7 @@ def restored_share(
         >>> float(restored_share(result)["restored_share"].sel(statistic="mean").round(2))
         0.82
     """
-    name = metric or can_be_restored(result)
+    name = metric or restorable_metric(result)
     if name is None or not {f"{name}_clean", f"{name}_corrupt"} <= set(result.data):
         what = "no metric" if metric is None else f"{metric!r} not"
         raise ResultError(f"this {result.kind} result has {what} measured in a clean and in a corrupt run.")

@@ -9,7 +9,7 @@ import xarray as xr
 
 from memlens.errors import check_option
 from memlens.results.plots import asked, means, one, plot_layer_lines, single, subtitle_of, with_dims
-from memlens.results.restored import can_be_restored, restored_share
+from memlens.results.restored import restorable_metric, restored_share
 from memlens.results.result import Result
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def patch_values(
     """
     names = asked(metric) or with_dims(result, *shown)
     one_has_it = sequence is None or "normalized_effect" in result.data
-    if metric is None and one_has_it and can_be_restored(result):
+    if metric is None and one_has_it and restorable_metric(result):
         names = ["restored_share", *(name for name in names if name != "normalized_effect")]
     parts: dict[str, xr.DataArray] = {}
     for name in names:

@@ -143,8 +143,7 @@ def _measured(
 def _compare(models: list[SavedModel], folder: StudyDirectory, options: ComparativeOptions) -> None:
     """Make all tables, figures and findings from what is saved."""
     models = sorted(models, key=lambda m: (m.control, m.family, int(m.facts["n_params"]), m.label))
-    for model in models:
-        folder.add_citations(*family_citation(model.family, str(model.facts["model"])))
+    folder.add_citations(*(c for m in models for c in family_citation(m.family, str(m.facts["model"]))))
     parts = Report(models, folder, options)
     for name, work in (
         ("rate and size", parts.rates),
