@@ -30,7 +30,7 @@ def one_side(side: str, name: str, backend: str) -> dict[str, int]:
     torch.set_num_threads(1)
     model = build(name, backend)
     seqs = recalled(model, 8, 32, 32)
-    edits = ml.head_ablations(
+    edits = ml.edits.head_ablations(
         model, seqs, mode="zero", heads=range(0, model.cfg.n_heads, 3)
     )  # as high, sooner
     ml.sweep(

@@ -12,7 +12,7 @@ import torch
 import memlens as ml
 from benchmarks import peers
 from benchmarks.models import recalled
-from memlens.sweeps import Intervention
+from memlens.sweeps.interventions import Intervention
 
 Work = Callable[[], Any]
 
@@ -62,7 +62,7 @@ def patching(model: Any, *, heads: bool) -> Row:
         1.0,
         lambda a, b: float(np.abs(a - b).max()),
         corrupt,
-        lambda: ml.activation_patches(model, clean, site=site, over=over),
+        lambda: ml.edits.activation_patches(model, clean, site=site, over=over),
     )
 
 
@@ -94,7 +94,7 @@ def heads_ablated(model: Any, n: int, *, generate: bool, peer_sites: int | None 
         len(sites) / len(every),
         difference,
         seqs,
-        lambda: ml.head_ablations(model, seqs, mode="zero"),
+        lambda: ml.edits.head_ablations(model, seqs, mode="zero"),
     )
 
 
@@ -111,7 +111,7 @@ def layers_bypassed(model: Any, n: int, peer_sites: int | None = None) -> Row:
         len(some) / len(layers),
         lambda result, other: float(np.abs(result["exact_match"].values[:, some].T - other).max()),
         seqs,
-        lambda: [ml.bypass_intervention(model, [layer]) for layer in layers],
+        lambda: [ml.edits.bypass_intervention(model, [layer]) for layer in layers],
     )
 
 
@@ -138,7 +138,7 @@ def blocks_swept(model: Any, n: int) -> Row:
         1 / (model.cfg.n_layers / 2 + 2),
         difference,
         seqs,
-        lambda: [ml.bypass_intervention(model, [layer]) for layer in layers],
+        lambda: [ml.edits.bypass_intervention(model, [layer]) for layer in layers],
     )
 
 

@@ -10,28 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-__all__ = [
-    "ColumnError",
-    "EmptySetError",
-    "FileFormatError",
-    "InterventionError",
-    "MemlensError",
-    "ModelLoadError",
-    "ModelNotFoundError",
-    "NonFiniteError",
-    "OptionError",
-    "OtherSweepError",
-    "ResultError",
-    "SequenceError",
-    "SilentInterventionError",
-    "SiteError",
-    "SourceNotFoundError",
-    "UnsupportedModelError",
-    "VocabularyError",
-    "check_option",
-    "near_matches",
-]
-
 
 class MemlensError(Exception):
     """Base class of every error that memlens raises on purpose."""

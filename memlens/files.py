@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["replacing", "write_atomically", "zoo_folders", "zoo_table"]
-
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:

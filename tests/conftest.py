@@ -57,7 +57,7 @@ def tiny_model(tiny_folder: Callable[[str], Path]) -> Callable[..., Any]:
     The model is shared: a test that changes weights or config loads its own. A test for a
     HookedTransformer is skipped where the installed TransformerLens has none.
     """
-    from memlens.models.loading import load_model
+    from memlens.models.load import load_model
     from memlens.models.names import has_hooked_transformer
 
     loaded: dict[tuple[str, str], Any] = {}

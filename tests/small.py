@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 import memlens as ml
-from memlens.sequences import SequenceSet
+from memlens.sequences.set import SequenceSet
 from tests.tiny import D_VOCAB, FAMILIES, HOOKED_FAMILIES
 
 CASES = [*((family, "hooked") for family in HOOKED_FAMILIES), *((family, "bridge") for family in FAMILIES)]

@@ -24,21 +24,26 @@ def test_every_public_name_loads_and_says_what_it_is(name: str) -> None:
         assert inspect.getdoc(value)
 
 
-def test_the_names_are_the_same_to_users_type_checkers_and_completion() -> None:
-    lazy = set(ml._HOMES) | {"__version__", "errors"}
-    assert set(ml.__all__) == lazy
-    assert len(ml.__all__) == len(lazy)
-    assert lazy <= set(dir(ml))
-    for_checkers = next(
-        node for node in ast.parse(Path(ml.__file__).read_text()).body if isinstance(node, ast.If)
-    )
-    imported = {
-        alias.name: node.module
-        for node in for_checkers.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    assert imported == ml._HOMES
+def test_there_is_one_list_of_public_names() -> None:
+    """`__init__.pyi` is what users' type checkers, completion and `import memlens` all read."""
+    stub = ast.parse(Path(ml.__file__).with_suffix(".pyi").read_text())
+    listed = {a.asname for node in stub.body if isinstance(node, ast.ImportFrom) for a in node.names}
+    assert listed == set(ml.__all__) <= set(dir(ml))
+    functions_and_classes = [n for n in ml.__all__ if not inspect.ismodule(getattr(ml, n))]
+    assert len(functions_and_classes) <= 40
+
+
+@pytest.mark.parametrize(
+    "name", ["bypass", "edits", "instruments", "lens", "recall", "sequences", "stats", "studies", "tasks", "zoo"]
+)
+def test_every_name_of_a_namespace_loads_and_says_what_it_is(name: str) -> None:
+    space = getattr(ml, name)
+    assert space.__all__
+    for each in space.__all__:
+        value = getattr(space, each)
+        assert not inspect.ismodule(value), f"ml.{name}.{each} is shadowed by a module of that name"
+        if inspect.isfunction(value) or inspect.isclass(value):
+            assert inspect.getdoc(value)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from memlens.cli.commands import app, main
+from memlens.cli.app import app, main
 
 __all__ = ["app", "main"]

@@ -23,7 +23,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     import pandas as pd
 
-    from memlens.studies import StudyRun
+    from memlens.studies.running import StudyRun
 
 _PIPE_WIDTH = 200
 OUT = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)

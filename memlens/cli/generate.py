@@ -23,8 +23,6 @@ from memlens.cli.console import (
 )
 from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError
 
-__all__ = ["continuations", "generate", "parse_layers", "read_prompts"]
-
 
 def generate(
     model: ModelOption,
@@ -150,7 +148,7 @@ def continuations(
         SequenceError: No tokenizer, an empty prompt, or one that leaves no room for `n` tokens.
     """
     import memlens as ml
-    from memlens.recall.generation import greedy_continuations
+    from memlens.forward.generate import greedy_continuations
     from memlens.sequences.checks import check_sequences
 
     if n < 1:

@@ -25,7 +25,6 @@ from memlens.errors import OptionError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["lens_app"]
 
 lens_app: typer.Typer = typer.Typer(
     help="Tuned lenses: affine translators for residual decoding.", no_args_is_help=True
@@ -74,7 +73,7 @@ def lens_train(
     Example: memlens lens train zoo/pythia-s --zoo-corpus --steps 100 --out my-lens
     """
     import memlens as ml
-    from memlens.sequences import text_windows
+    from memlens.sequences.natural import text_windows
 
     given = [text is not None, tokens is not None, zoo_corpus]
     if sum(given) != 1:
@@ -88,7 +87,7 @@ def lens_train(
         rows = ml.load_sequences(str(tokens), loaded, prefix_len=1)
     else:
         rows = zoo_rows(model)
-    trained = ml.train_tuned_lens(
+    trained = ml.lens.train_tuned_lens(
         loaded,
         rows if limit is None else rows[:limit],
         steps=steps,
@@ -117,8 +116,8 @@ def zoo_rows(name: str) -> np.ndarray:
         ModelNotFoundError: The zoo has no such model.
         FileFormatError: The model's folder does not tell its recipe.
     """
-    from memlens.organisms.corpus import BACKGROUND
-    from memlens.organisms.zoo import zoo_corpus
+    from memlens.organisms.corpus.corpus import BACKGROUND
+    from memlens.organisms.training.zoo import zoo_corpus
 
     corpus = zoo_corpus(name)
     return corpus.rows[corpus.row_sequence == BACKGROUND]

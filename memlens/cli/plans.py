@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 from memlens.cli.console import OUT, print_json, print_table, records
 
 if TYPE_CHECKING:
-    from memlens.attribution import ChoiceTask
-    from memlens.sequences import SequenceSet
-    from memlens.studies import BypassOptions, IdiomOptions, LocalizeOptions
-    from memlens.sweeps import Intervention
+    from memlens.instruments.tasks.tasks import ChoiceTask
+    from memlens.sequences.set import SequenceSet
+    from memlens.studies.bypass.options import BypassOptions
+    from memlens.studies.idioms.options import IdiomOptions
+    from memlens.studies.localization.study import LocalizeOptions
+    from memlens.sweeps.interventions import Intervention
 
     Works = Mapping[str, tuple["SequenceSet", Sequence["Intervention"]]]
 
-__all__ = ["PLAN_NOTE", "bypass_works", "idiom_works", "localize_works", "print_plans"]
 
 PLAN_NOTE = (
     "Counted as if as many sequences were recalled as are examined at most; matched controls cost the same "
@@ -31,17 +32,17 @@ def localize_works(model: Any, seqs: SequenceSet, options: LocalizeOptions | Non
     patched = seqs if options is None else seqs[: options.max_patched]
     layers = range(len(model.blocks))
     return {
-        "ablate each head": (some, ml.head_ablations(model, some)),
-        "bypass each layer": (some, [ml.bypass_intervention(model, [layer]) for layer in layers]),
-        "patch layer x position": (patched, ml.activation_patches(model, patched)),
+        "ablate each head": (some, ml.edits.head_ablations(model, some)),
+        "bypass each layer": (some, [ml.edits.bypass_intervention(model, [layer]) for layer in layers]),
+        "patch layer x position": (patched, ml.edits.activation_patches(model, patched)),
     }
 
 
 def idiom_works(model: Any, items: SequenceSet, options: IdiomOptions) -> Works:
     """Return the knock-out grid of the idiom study: k by window by first layer by choice of neurons."""
-    from memlens.attribution.neurons import knock_out_sizes
-    from memlens.models.weights import value_vectors
-    from memlens.studies.comparative_plan import counted_edit
+    from memlens.forward.read_weights import value_vectors
+    from memlens.instruments.ablate.neurons import knock_out_sizes
+    from memlens.studies.comparative.plan import counted_edit
 
     n_layers, width = len(model.blocks), int(value_vectors(model, 0).shape[0])
     works: dict[str, tuple[SequenceSet, Sequence[Intervention]]] = {}
@@ -67,18 +68,18 @@ def bypass_works(
 ) -> Works:
     """Return the sweeps of the bypass study that are known before its sequences are."""
     import memlens as ml
-    from memlens.attribution.tasks import joined_requests
-    from memlens.studies.comparative_plan import blank_sequences
+    from memlens.instruments.tasks.tasks import joined_requests
+    from memlens.studies.comparative.plan import blank_sequences
 
     layers = range(len(model.blocks))
-    blocks = [ml.bypass_intervention(model, [layer]) for layer in layers]
+    blocks = [ml.edits.bypass_intervention(model, [layer]) for layer in layers]
     examined = blank_sequences(options.max_sequences, prefix_len + suffix_len, prefix_len)
     works: dict[str, tuple[SequenceSet, Sequence[Intervention]]] = {"bypass each block": (examined, blocks)}
     if tasks:
         works["tasks, each block bypassed"] = (joined_requests(tasks), blocks)
     if options.heads:
         heads = [
-            ml.bypass_intervention(model, [layer], heads=[head])
+            ml.edits.bypass_intervention(model, [layer], heads=[head])
             for layer in layers
             for head in range(model.cfg.n_heads)
         ]

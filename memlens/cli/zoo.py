@@ -23,7 +23,6 @@ from memlens.errors import OptionError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["zoo_app"]
 
 zoo_app: typer.Typer = typer.Typer(
     help="Models with known memories, bundled or trained on demand.", no_args_is_help=True
@@ -38,7 +37,7 @@ def zoo_list(as_json: JsonOption = False) -> None:
 
     Example: memlens zoo list
     """
-    from memlens.organisms.zoo import zoo_overview
+    from memlens.organisms.training.zoo import zoo_overview
 
     if as_json:
         print_json(records(zoo_overview()))
@@ -74,7 +73,7 @@ def zoo_train(
     Example: memlens zoo train --family all --size all
     """
     from memlens.organisms.evaluate import evaluate_zoo_model
-    from memlens.organisms.zoo import train_zoo_model
+    from memlens.organisms.training.zoo import train_zoo_model
 
     chosen = list(names or ()) or ([] if family or size else [_DEFAULT])
     bundled: list[str] = []
@@ -106,8 +105,8 @@ def _told(name: str, folder: Path, curve: pd.DataFrame) -> dict[str, Any]:
 
 def _selection(family: str, size: str) -> tuple[list[str], list[str]]:
     """Return the recipes of a family and size to train, and those that are bundled already."""
-    from memlens.organisms.recipes import select_recipes
-    from memlens.organisms.zoo import zoo_overview
+    from memlens.organisms.training.recipes import select_recipes
+    from memlens.organisms.training.zoo import zoo_overview
 
     table = zoo_overview()
     there = set(table.loc[table["status"] == "bundled", "model"])

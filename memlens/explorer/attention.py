@@ -10,11 +10,9 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from memlens.attribution.head_sets import Head
-from memlens.models.hooks import attached, check_head, check_layer, hook_name
-from memlens.models.trunk import Trunk
-
-__all__ = ["attention_maps", "pack_causal", "quantized", "unpack_causal"]
+from memlens.forward.hooks import attached, check_head, check_layer, hook_name
+from memlens.forward.trunk import Trunk
+from memlens.instruments.ablate.heads import Head
 
 
 def quantized(weights: Float[Tensor, "*shape"]) -> UInt8[np.ndarray, "*shape"]:

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from memlens.attribution.head_sets import Head
 from memlens.errors import SiteError, near_matches
 from memlens.explorer.edits import Edits
-
-__all__ = ["Continuation", "Exploration", "SequenceView", "strongest_heads"]
+from memlens.instruments.ablate.heads import Head
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,19 +9,10 @@ import plotly.graph_objects as go
 import xarray as xr
 from jaxtyping import UInt8
 
-from memlens.attribution.head_sets import Head, head_label
 from memlens.explorer.data import Continuation, SequenceView
-from memlens.figures import heatmap_attention, heatmap_effects, heatmap_lens, unique_tokens, visible
-
-__all__ = [
-    "attention_figure",
-    "effects_figure",
-    "lens_figure",
-    "running_text",
-    "shade",
-    "tokens_html",
-    "written_html",
-]
+from memlens.figures.exploring import heatmap_attention, heatmap_effects, heatmap_lens
+from memlens.figures.labels import unique_tokens, visible
+from memlens.instruments.ablate.heads import Head, head_label
 
 _RIGHT, _WRONG = "0,114,178", "213,94,0"  # Okabe and Ito's blue and vermilion
 _WHOLE = 10**9

@@ -5,17 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from memlens.attribution.ablation import HEAD_MODES
-from memlens.attribution.bypass import BYPASS_MODES, bypass_intervention
-from memlens.attribution.head_sets import Head, head_label, head_set_ablations
 from memlens.errors import check_option
-from memlens.models.hooks import check_head, check_layer
-from memlens.models.trunk import Trunk
-from memlens.sequences import SequenceSet
-from memlens.sweeps import Intervention
-from memlens.sweeps.batches import make_batches
-
-__all__ = ["ABLATION_MODES", "AS_IT_IS", "Edits", "edit_interventions"]
+from memlens.forward.batches import make_batches
+from memlens.forward.hooks import check_head, check_layer
+from memlens.forward.trunk import Trunk
+from memlens.instruments.ablate.heads import HEAD_MODES, Head, head_label, head_set_ablations
+from memlens.instruments.bypass.bypass import BYPASS_MODES, bypass_intervention
+from memlens.sequences.set import SequenceSet
+from memlens.sweeps.interventions import Intervention
 
 ABLATION_MODES = tuple(mode for mode in HEAD_MODES if mode != "resample")
 """Modes of `ablate_heads` that hold for free generation too: what replaces a head asks for no other

@@ -10,25 +10,26 @@ import numpy as np
 import pandas as pd
 from jaxtyping import UInt8
 
-from memlens.attribution.head_sets import Head
 from memlens.errors import OptionError, SiteError, check_option, near_matches
 from memlens.explorer import drawing
 from memlens.explorer.attention import attention_maps
 from memlens.explorer.data import Continuation, Exploration, SequenceView, strongest_heads
 from memlens.explorer.edits import Edits
 from memlens.explorer.measuring import ExploreOptions, continuations, explore_sequences
-from memlens.figures import dark, metric_text
-from memlens.models.hooks import check_head, check_layer
-from memlens.models.trunk import Trunk
+from memlens.figures.labels import metric_text
+from memlens.figures.theme import dark
+from memlens.forward.hooks import check_head, check_layer
+from memlens.forward.trunk import Trunk
+from memlens.instruments.ablate.heads import Head
 from memlens.recall.score import score_recall
-from memlens.sequences import SequenceSet, check_sequences
+from memlens.sequences.checks import check_sequences
+from memlens.sequences.set import SequenceSet
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from memlens.explorer.widget import ExplorerWidget
 
-__all__ = ["FIGURES", "Explorer", "explore"]
 
 FIGURES = ("lens", "effects", "attention")
 

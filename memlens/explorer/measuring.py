@@ -11,24 +11,25 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from memlens.attribution import ablate_heads, ablate_mlps, bypass_attention, decode_residual
-from memlens.attribution.bypass import BYPASS_MODES
-from memlens.attribution.lenses import TunedLens
 from memlens.errors import OptionError, check_option
 from memlens.explorer.attention import attention_maps
 from memlens.explorer.data import Continuation, Exploration, SequenceView, strongest_heads
 from memlens.explorer.edits import ABLATION_MODES, Edits, edit_interventions
-from memlens.figures import metric_text
-from memlens.models.hooks import chosen_layers
+from memlens.figures.labels import metric_text
+from memlens.forward.baseline import teacher_forced_stats
+from memlens.forward.hooks import chosen_layers
+from memlens.forward.metrics import METRICS, TargetStats
+from memlens.forward.trunk import Trunk
+from memlens.instruments.ablate.branches import ablate_mlps
+from memlens.instruments.ablate.heads import ablate_heads
+from memlens.instruments.bypass.bypass import BYPASS_MODES, bypass_attention
+from memlens.instruments.decode.decoding import decode_residual
+from memlens.instruments.decode.lens import TunedLens
 from memlens.models.provenance import describe
-from memlens.models.trunk import Trunk
-from memlens.recall.forward import teacher_forced_stats
 from memlens.recall.score import generated_after
-from memlens.recall.targets import METRICS, TargetStats
-from memlens.sequences import SequenceSet, check_sequences
-from memlens.sweeps import applied
-
-__all__ = ["FACTS", "ExploreOptions", "continuations", "explore_sequences"]
+from memlens.sequences.checks import check_sequences
+from memlens.sequences.set import SequenceSet
+from memlens.sweeps.contexts import applied
 
 FACTS = ("group", "domain", "copies")
 """Columns of a set's table that are shown with a sequence, where they are there."""

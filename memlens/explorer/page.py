@@ -6,10 +6,9 @@ from pathlib import Path
 
 from memlens.explorer.data import Exploration
 from memlens.explorer.payload import BUDGET, explorer_payload
-from memlens.figures import metric_text
-from memlens.report import ExplorerBlock, Section, write_report
-
-__all__ = ["READING", "caption_of", "write_explorer"]
+from memlens.figures.labels import metric_text
+from memlens.report.model import ExplorerBlock, Section
+from memlens.report.render import write_report
 
 READING = (
     "Pick a sequence, then an edit of the model: the colors and what the model writes change with it. "

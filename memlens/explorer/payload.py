@@ -23,9 +23,7 @@ from memlens.errors import EmptySetError, OptionError
 from memlens.explorer.attention import pack_causal
 from memlens.explorer.data import Continuation, Exploration, SequenceView, strongest_heads
 from memlens.explorer.drawing import attention_figure, effects_figure, lens_figure, running_text
-from memlens.figures import metric_text, plain, visible
-
-__all__ = ["BUDGET", "FORMAT", "explorer_payload"]
+from memlens.figures.labels import metric_text, plain, visible
 
 FORMAT = "memlens explorer 1"
 BUDGET = 1_500_000

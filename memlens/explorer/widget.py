@@ -12,13 +12,12 @@ import anywidget  # noqa: F401  (plotly's FigureWidget is made with it)
 import ipywidgets as widgets
 import plotly.graph_objects as go
 
-from memlens.attribution.head_sets import head_label
 from memlens.explorer.drawing import tokens_html, written_html
+from memlens.instruments.ablate.heads import head_label
 
 if TYPE_CHECKING:
     from memlens.explorer.explorer import Explorer
 
-__all__ = ["ExplorerWidget"]
 
 _WRAP = widgets.Layout(flex_flow="row wrap", align_items="center")
 _KINDS = ("lens", "effects", "attention")

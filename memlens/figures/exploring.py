@@ -15,8 +15,6 @@ import xarray as xr
 from memlens.figures import theme
 from memlens.figures.labels import MetricText, metric_text
 
-__all__ = ["BRANCHES", "heatmap_attention", "heatmap_effects", "heatmap_lens"]
-
 _FRAME = theme.OKABE_ITO[2]
 BRANCHES = {"mlp": "MLP", "bypass": "bypass"}
 """What stands to the right of the heads in `heatmap_effects`, and its name on the axis."""

@@ -13,8 +13,6 @@ from plotly.subplots import make_subplots
 from memlens.figures import theme
 from memlens.figures.labels import plain
 
-__all__ = ["frontier_panels"]
-
 _LABELLED = 12
 """Dots of a panel that carry their label; of more, only the hover tells."""
 

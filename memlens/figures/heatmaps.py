@@ -14,15 +14,6 @@ from memlens.errors import ResultError
 from memlens.figures import theme
 from memlens.figures.labels import MetricText, metric_text, plain, unique_tokens, visible
 
-__all__ = [
-    "SIDE_BY_SIDE",
-    "heatmap_layer_head",
-    "heatmap_layer_position",
-    "heatmap_paths",
-    "heatmap_trace",
-    "token_axis",
-]
-
 SIDE_BY_SIDE = 3
 """Groups that are drawn beside each other; of more, a menu shows one at a time."""
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 import xarray as xr
 
-__all__ = ["MetricText", "metric_text", "plain", "unique_tokens", "visible"]
-
 _MARKS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "": "∅"}
 _HIDDEN = {"Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp"}
 _LONGEST_NAME = 40

@@ -13,8 +13,6 @@ from plotly.subplots import make_subplots
 from memlens.figures import theme
 from memlens.figures.labels import MetricText, metric_text, plain
 
-__all__ = ["decoding_panels", "dots_with_intervals", "line_over_layers", "line_traces"]
-
 
 def line_over_layers(
     ci: xr.Dataset,

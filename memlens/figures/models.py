@@ -20,8 +20,6 @@ from memlens.errors import ResultError
 from memlens.figures import theme
 from memlens.figures.labels import plain
 
-__all__ = ["curves_by_family", "model_dots", "shares_by_model", "similarity_map", "sizes"]
-
 _DASHES = ("solid", "dot", "dash", "dashdot")
 
 

@@ -14,8 +14,6 @@ from memlens.figures.heatmaps import heatmap_trace
 from memlens.figures.labels import metric_text, plain
 from memlens.figures.lines import line_traces
 
-__all__ = ["attribution_panels", "recall_panels"]
-
 
 def attribution_panels(
     ci: xr.Dataset, *, title: str = "What writes the target's logit", subtitle: str = ""

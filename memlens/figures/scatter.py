@@ -11,8 +11,6 @@ import xarray as xr
 from memlens.figures import theme
 from memlens.figures.labels import metric_text, plain
 
-__all__ = ["scatter_agreement"]
-
 _AXES = ("estimate", "exact")
 
 

@@ -18,23 +18,6 @@ import plotly.graph_objects as go
 
 from memlens.figures.labels import plain
 
-__all__ = [
-    "DARK_TEMPLATE",
-    "INK",
-    "OKABE_ITO",
-    "TEMPLATE",
-    "dark",
-    "dropdown",
-    "figure",
-    "group_colors",
-    "group_menu",
-    "layer_axis",
-    "magnitude_scale",
-    "signed_scale",
-    "tick_step",
-    "translucent",
-]
-
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B7280", "#F0E442")
 
 

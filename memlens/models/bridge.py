@@ -18,8 +18,6 @@ from memlens.models.families import architecture_of
 from memlens.models.quiet import quiet
 from memlens.models.tokenizers import placeholder_tokenizer
 
-__all__ = ["build_bridge", "check_bridge_supports"]
-
 _REFUSALS = (
     AssertionError,
     AttributeError,

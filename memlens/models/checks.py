@@ -12,14 +12,6 @@ from torch import Tensor, nn
 from memlens.errors import ModelLoadError, NonFiniteError, UnsupportedModelError
 from memlens.models.families import architecture_of
 
-__all__ = [
-    "check_causal",
-    "check_finite_weights",
-    "first_nonfinite_layer",
-    "nonfinite_error",
-    "verify_against_huggingface",
-]
-
 _OTHER_CAUSAL = {"GPT2LMHeadModel", "OpenAIGPTLMHeadModel"}
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import pandas as pd
 
-__all__ = ["FAMILIES", "Family", "ModelEntry", "families_table", "family_of", "find_model", "known_names"]
-
 
 @dataclass(frozen=True)
 class ModelEntry:

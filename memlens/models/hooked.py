@@ -22,7 +22,6 @@ from memlens.models.quiet import quiet
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
-__all__ = ["build_hooked", "hooked_obstacle", "hooked_settings"]
 
 _ACTIVATIONS = {"gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu"}
 _POST_NORM = {"Olmo2ForCausalLM", "Olmo3ForCausalLM"}

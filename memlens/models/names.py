@@ -12,8 +12,6 @@ from memlens.errors import ModelNotFoundError, OptionError, near_matches
 from memlens.models.families import find_model, known_names
 from memlens.models.zoo import UNTRAINED, is_zoo_name, zoo_names, zoo_path
 
-__all__ = ["Source", "has_hooked_transformer", "resolve_source"]
-
 ZOO_PREFIX = "zoo/"
 
 

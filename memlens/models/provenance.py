@@ -10,8 +10,6 @@ from torch import nn
 
 from memlens.models.families import architecture_of, family_of
 
-__all__ = ["describe", "remember"]
-
 Fact = str | int | float | bool
 
 _FACTS: WeakKeyDictionary[nn.Module, dict[str, Fact]] = WeakKeyDictionary()

@@ -11,8 +11,6 @@ from contextlib import contextmanager, redirect_stdout
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-__all__ = ["quiet"]
-
 _LOG = logging.getLogger(__name__)
 
 

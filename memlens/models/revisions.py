@@ -17,8 +17,6 @@ from memlens.files import zoo_folders
 from memlens.models.names import Source, resolve_source, unknown_name_error
 from memlens.models.zoo import is_zoo_name
 
-__all__ = ["checkpoint_revision", "checkpoint_steps", "list_steps", "local_checkpoint"]
-
 _STEP = re.compile(r"^(?:stage1-)?step(\d+)(?:-tokens\d+B)?$")
 """Pythia `step9`; OLMo 1 `step9-tokens4B`; OLMo 2 `stage1-step9-tokens5B`; OLMo 3 `stage1-step9`."""
 

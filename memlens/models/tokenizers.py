@@ -12,8 +12,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from memlens.models.names import Source
 from memlens.models.quiet import quiet
 
-__all__ = ["load_tokenizer", "placeholder_tokenizer", "prepare_tokenizer"]
-
 _LOG = logging.getLogger(__name__)
 
 

@@ -12,16 +12,13 @@ from random import Random
 from types import MappingProxyType
 from typing import Any
 
-from memlens.attribution.task_encoding import PairEncoder
-from memlens.attribution.task_questions import Question
-from memlens.attribution.tasks import ChoiceTask
 from memlens.errors import OptionError, check_option
-from memlens.organisms import lexicon
-from memlens.organisms.grammar import TENSES
-from memlens.organisms.prose import story_bindings, story_sentence
-from memlens.organisms.structured import code_lines, sum_line
-
-__all__ = ["LOCAL_TASKS", "Drawn", "LocalTask", "local_tasks"]
+from memlens.instruments.tasks.encoding import PairEncoder
+from memlens.instruments.tasks.tasks import ChoiceTask, Question
+from memlens.organisms.corpus import lexicon
+from memlens.organisms.corpus.grammar import TENSES
+from memlens.organisms.corpus.prose import story_bindings, story_sentence
+from memlens.organisms.corpus.structured import code_lines, sum_line
 
 _LONGEST = 190
 """Characters of a question: the zoo's models were trained on windows of 64 tokens."""
@@ -193,7 +190,7 @@ def local_tasks(
 
     Example:
         >>> import memlens as ml
-        >>> ml.local_tasks("zoo", ml.load_model("zoo/pythia-s"), names=["agreement"], n=20)
+        >>> ml.tasks.local_tasks("zoo", ml.load_model("zoo/pythia-s"), names=["agreement"], n=20)
         [ChoiceTask('agreement', language, 20 questions, chance 0.50)]
     """
     check_option("family", family, ["zoo"])

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from memlens.models.loading import load_model
+from memlens.forward.trunk import is_bridge
+from memlens.models.load import load_model
 from memlens.models.provenance import describe, remember
-from memlens.models.trunk import is_bridge
-
-__all__ = ["untrained_like"]
 
 
 def untrained_like(model: Any, *, seed: int = 0) -> Any:

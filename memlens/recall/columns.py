@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from memlens.recall.targets import METRICS
-
-__all__ = ["COLUMNS", "LABELS", "METRIC_GROUPS", "SCORE_COLUMNS", "Column"]
+from memlens.forward.metrics import METRICS
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,8 @@ from memlens.errors import OptionError, check_option
 from memlens.models.provenance import describe
 from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
-from memlens.results.statistics import mean_interval
-from memlens.sequences import SequenceSet
-from memlens.sequences.set import Attr
-
-__all__ = ["CounterfactualScores", "counterfactual_memorization"]
+from memlens.results.statistics.intervals import mean_interval
+from memlens.sequences.set import Attr, SequenceSet
 
 METRICS = ("target_accuracy", "exact_match", "memorization_score", "target_logprob")
 

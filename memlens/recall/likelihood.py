@@ -14,9 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memlens.errors import OptionError
-from memlens.recall.targets import TargetStats
-
-__all__ = ["check_share", "min_k", "min_k_plus_plus", "nll", "perplexity", "zlib_bytes", "zlib_ratio"]
+from memlens.forward.metrics import TargetStats
 
 
 def nll(stats: TargetStats) -> Float[Tensor, "seq"]:

@@ -10,9 +10,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 
-from memlens.sequences import SequenceSet
-
-__all__ = ["Matching", "match_controls", "mean_log_frequency", "standardized"]
+from memlens.sequences.set import SequenceSet
 
 _BLOCK = 1000
 """Memorized sequences assigned together: within a block the assignment is optimal."""

@@ -12,8 +12,6 @@ import numpy as np
 from jaxtyping import Int
 from rapidfuzz.distance import Levenshtein
 
-__all__ = ["longest_common_runs", "near_verbatim_columns"]
-
 _BLOCK = 16_384
 """Sequences whose tables are held at a time."""
 

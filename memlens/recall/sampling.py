@@ -17,8 +17,6 @@ from torch import Tensor
 
 from memlens.errors import OptionError
 
-__all__ = ["Sampling", "check_chance", "samples_needed"]
-
 
 @dataclass(frozen=True)
 class Sampling:

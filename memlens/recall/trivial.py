@@ -18,9 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from memlens.errors import OptionError
 from memlens.recall.near_verbatim import longest_common_runs
-from memlens.sequences import SequenceSet
-
-__all__ = ["TrivialRules", "trivial_columns", "trivial_continuations"]
+from memlens.sequences.set import SequenceSet
 
 _UNITS = re.compile(r"\d+|[^\W\d]+|[^\s\w]")
 _LONGEST_NUMBER = 15  # digits; longer ones are compared as text

@@ -8,9 +8,7 @@ from typing import Any
 
 from memlens.errors import OptionError
 from memlens.report.references import REFERENCES, Reference
-from memlens.results import Result
-
-__all__ = ["Citation", "bibliography", "citations_of", "family_citation"]
+from memlens.results.result import Result
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-__all__ = ["ExplorerBlock", "FigureBlock", "FigureRequest", "Finding", "Section", "TableBlock"]
-
 
 @dataclass(frozen=True)
 class Finding:

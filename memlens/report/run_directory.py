@@ -39,15 +39,12 @@ import plotly.graph_objects as go
 
 from memlens.files import write_atomically
 from memlens.report.bibliography import Citation
-from memlens.report.directory_report import report_from_directory
-from memlens.report.explorer_files import EXPLORER_SUFFIX, save_explorer
-from memlens.report.figure_files import FIGURE_SUFFIX, save_figure
+from memlens.report.from_directory import report_from_directory
 from memlens.report.model import FigureRequest, Finding
 from memlens.report.render import versions_here
 from memlens.report.run_file import file_name, plain, read_run
-from memlens.results import Result
-
-__all__ = ["RunDirectory", "save_run"]
+from memlens.report.side_files import EXPLORER_SUFFIX, FIGURE_SUFFIX, save_explorer, save_figure
+from memlens.results.result import Result
 
 
 class RunDirectory:

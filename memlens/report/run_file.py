@@ -11,9 +11,9 @@ from typing import Any
 from memlens.errors import ResultError
 from memlens.report.render import versions_here
 
-__all__ = ["FORMAT", "file_name", "plain", "read_run", "with_loose_files"]
-
 FORMAT = "memlens run 1"
+
+
 _PARTS = (
     "findings", "results", "tables", "failures", "sections", "figures", "explorers", "citations",
 )  # fmt: skip

@@ -16,12 +16,11 @@ import xarray as xr
 
 from memlens.errors import OptionError, ResultError, check_option, near_matches
 from memlens.files import replacing
-from memlens.results.statistics import mean_interval, rows_by_group
+from memlens.results.statistics.intervals import mean_interval, rows_by_group
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-__all__ = ["Result"]
 
 _REFERENCES = ("_baseline", "_corrupt")
 _COMPANIONS = (*_REFERENCES, "_clean")
@@ -218,7 +217,7 @@ class Result:
 
     def plot(self, metric: str | None = None, **options: Any) -> go.Figure:
         """Return the figure of this kind of result; it is not shown. Options: see `memlens.figures`."""
-        from memlens.results.dispatch import plot_result
+        from memlens.results.plots.dispatch import plot_result
 
         return plot_result(self, metric, **options)
 

@@ -20,8 +20,6 @@ from memlens.errors import ResultError
 from memlens.files import replacing
 from memlens.results.result import Result
 
-__all__ = ["decode", "encode", "load_result", "save_dataset"]
-
 FORMAT = "memlens result 1"
 _ATTRS, _DTYPE, _JSON_VALUES = "memlens_attrs", "memlens_dtype", "memlens_json_values"
 _LARGE = 4096

@@ -18,8 +18,6 @@ from memlens.sequences.rows import some, span
 from memlens.sequences.set import SequenceSet
 from memlens.sequences.tokenizing import tokenizer_attrs
 
-__all__ = ["SequenceReport", "check_is_set", "check_sequences"]
-
 
 @dataclass(frozen=True)
 class SequenceReport:

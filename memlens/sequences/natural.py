@@ -13,8 +13,6 @@ from memlens.errors import EmptySetError, FileFormatError, OptionError, Sequence
 from memlens.sequences.set import SequenceSet
 from memlens.sequences.tokenizing import Tokenizer, encode
 
-__all__ = ["natural_controls", "text_ids", "text_windows"]
-
 _SPACES = ("Ġ", "▁")
 """How byte-level and SentencePiece vocabularies write the space in front of a word."""
 

@@ -21,8 +21,6 @@ from memlens.files import replacing
 from memlens.sequences.rows import RESERVED_COLUMNS
 from memlens.sequences.set import SequenceSet
 
-__all__ = ["as_arrow", "read_parquet", "read_table", "write_parquet", "write_table"]
-
 _KEY = b"memlens"
 
 

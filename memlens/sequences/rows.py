@@ -12,19 +12,6 @@ from torch import Tensor
 
 from memlens.errors import ColumnError, SequenceError, VocabularyError
 
-__all__ = [
-    "RESERVED_COLUMNS",
-    "Rows",
-    "check_rows",
-    "check_shapes",
-    "checked_table",
-    "pad",
-    "row_index",
-    "some",
-    "span",
-    "unique_ids",
-]
-
 Rows = int | slice | Sequence[int] | Sequence[bool] | np.ndarray | pd.Series | Tensor
 """What `SequenceSet.__getitem__` takes."""
 

@@ -25,7 +25,6 @@ from memlens.sequences.rows import Rows, check_rows, check_shapes, checked_table
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Attr", "SequenceSet"]
 
 Attr = str | int | float | bool
 """A setting that is kept with a set: something JSON and parquet can hold."""

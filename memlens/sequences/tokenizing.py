@@ -13,8 +13,6 @@ from typing import Any
 from memlens.errors import SequenceError
 from memlens.sequences.set import Attr
 
-__all__ = ["bos_id", "encode", "first_word_token", "split_points", "tokenizer_attrs"]
-
 Tokenizer = Any
 """A Hugging Face tokenizer: its many classes share no public base that can be relied on."""
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from string import punctuation
 
-__all__ = ["STOP_WORDS", "bare_word", "is_stop_word", "stem"]
-
 _LIST = """
 a about above across after afterwards again against all almost alone along already also although always am
 among amongst an and another any anyhow anyone anything anyway anywhere are around as at back be became

@@ -15,11 +15,10 @@ from memlens.errors import MemlensError, OtherSweepError
 from memlens.files import write_atomically
 from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
-from memlens.report import Finding, RunDirectory
-from memlens.sequences import SequenceSet
-from memlens.sweeps.fingerprint import fingerprint, model_fingerprint, sequences_fingerprint
-
-__all__ = ["StudyDirectory", "StudyRun", "at_most"]
+from memlens.report.model import Finding
+from memlens.report.run_directory import RunDirectory
+from memlens.sequences.set import SequenceSet
+from memlens.store.fingerprint import fingerprint, model_fingerprint, sequences_fingerprint
 
 _LOG = logging.getLogger(__name__)
 

@@ -2,17 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
-from memlens.models.hooks import attached
+from memlens.errors import SilentInterventionError
+from memlens.forward.hooks import HookFn, attached
 from memlens.sweeps.interventions import Intervention
-from memlens.sweeps.silent import EditWatch
 
-__all__ = ["applied"]
+_HEARD: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+
+
+class EditWatch:
+    """Notices which hooks fired and which changed their activation, for hooks not yet known to be heard."""
+
+    heard: set[str]
+
+    def __init__(self, model: Any, probe_tokens: Tensor) -> None:
+        self.model = model
+        self.probe_tokens = probe_tokens
+        self.heard = _HEARD.setdefault(model, set())
+        self._quiet: Tensor | None = None
+        self.edited: set[str] = set()
+        self.fired: set[str] = set()
+
+    def wrap(self, name: str, fn: HookFn) -> HookFn:
+        """Return `fn`, watched unless the hook is known to be heard."""
+        if name in self.heard:
+            return fn
+
+        def watched(activation: Tensor, hook: Any) -> Any:
+            self.fired.add(name)
+            before = activation.clone()
+            result = fn(activation, hook)
+            after = activation if result is None else result
+            if not (before.shape == after.shape and torch.equal(before, after)):
+                self.edited.add(name)
+            return result
+
+        return watched
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Check every hook of `names` that was edited, once.
+
+        Raises:
+            SilentInterventionError: A hook never ran, or the model ignores what is written to it.
+        """
+        for name in names:
+            if name in self.heard:
+                continue
+            if name not in self.fired:
+                raise SilentInterventionError(
+                    f"the hook {name!r} never ran: this model computes its forward pass without it."
+                )
+            if name in self.edited:
+                if self._quiet is None:
+                    with torch.no_grad():
+                        self._quiet = self.model(self.probe_tokens)
+                check_hook_is_heard(self.model, name, self.probe_tokens, self._quiet)
+                self.heard.add(name)
+
+
+@torch.no_grad()
+def check_hook_is_heard(model: Any, name: str, tokens: Tensor, quiet: Tensor | None = None) -> None:
+    """Raise unless noise written to a hook changes at least one bit of the logits.
+
+    Args:
+        model: A TransformerLens model.
+        name: A hook name.
+        tokens: A few token ids, `[1, pos]`.
+        quiet: The logits without noise, where they are known.
+
+    Raises:
+        SilentInterventionError: Every logit stayed bit-identical.
+    """
+
+    def disturb(activation: Tensor, hook: Any) -> Tensor:
+        if not activation.is_floating_point():
+            return activation
+        noise = torch.linspace(0.5, 1.5, activation.numel(), device=activation.device).reshape(
+            activation.shape
+        )
+        return activation + noise.to(activation.dtype)
+
+    before: Tensor = model(tokens) if quiet is None else quiet
+    with attached(model, [(name, disturb)]):
+        loud = model(tokens)
+    if torch.equal(before, loud):
+        raise SilentInterventionError(
+            f"writing to the hook {name!r} changes no logit of this model: the edit would be ignored, "
+            "so use another site."
+        )
 
 
 @contextmanager

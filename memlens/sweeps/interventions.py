@@ -10,30 +10,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Bool, Int
 from torch import Tensor
 
 from memlens.errors import InterventionError
-from memlens.models.hooks import HookFn, layer_of
-
-__all__ = ["Batch", "BatchHook", "ByBatch", "Intervention", "Reads"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The sequences that a hook is about to see.
-
-    Attributes:
-        rows: Their row numbers in the `SequenceSet`.
-        tokens: Their ids, padded on the right.
-        mask: True where a real token stands.
-        predicts: True at the positions whose logits predict a target token.
-    """
-
-    rows: Int[Tensor, " batch"]
-    tokens: Int[Tensor, "batch pos"]
-    mask: Bool[Tensor, "batch pos"]
-    predicts: Bool[Tensor, "batch pos"]
+from memlens.forward.batches import Batch
+from memlens.forward.hooks import HookFn, layer_of
 
 
 @runtime_checkable

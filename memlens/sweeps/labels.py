@@ -12,11 +12,9 @@ import torch
 import xarray as xr
 
 from memlens.models.provenance import describe
-from memlens.results import Result
-from memlens.sequences import SequenceSet
+from memlens.results.result import Result
+from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import Intervention
-
-__all__ = ["coords_of", "labelled", "make_result", "sequence_coords", "token_labels"]
 
 Values = dict[str, np.ndarray]
 

@@ -8,16 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from memlens.models.trunk import Trunk
-from memlens.sequences import SequenceSet
+from memlens.forward.batches import make_batches
+from memlens.forward.memory import Budget
+from memlens.forward.metrics import MetricLike
+from memlens.forward.trunk import Trunk
 from memlens.sequences.checks import check_sequences
-from memlens.sweeps.batches import make_batches
-from memlens.sweeps.budget import Budget
-from memlens.sweeps.engine import Engine
-from memlens.sweeps.metrics import MetricLike
-from memlens.sweeps.schedule import joined
-
-__all__ = ["measure"]
+from memlens.sequences.set import SequenceSet
+from memlens.sweeps.engine.engine import Engine
+from memlens.sweeps.engine.schedule import joined
 
 
 @torch.no_grad()

@@ -12,23 +12,21 @@ import torch
 from tqdm.auto import tqdm
 
 from memlens.errors import EmptySetError, InterventionError, check_option
-from memlens.models.hooks import resolve_hook
-from memlens.models.trunk import Trunk
-from memlens.results import Result
-from memlens.sequences import SequenceSet
+from memlens.forward.hooks import resolve_hook
+from memlens.forward.memory import Budget
+from memlens.forward.metrics import MetricLike, metric_names
+from memlens.forward.trunk import Trunk
+from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
-from memlens.sweeps.budget import Budget
-from memlens.sweeps.engine import Engine
-from memlens.sweeps.fingerprint import fingerprint, model_fingerprint, sequences_fingerprint
+from memlens.sequences.set import SequenceSet
+from memlens.store.fingerprint import fingerprint, model_fingerprint, sequences_fingerprint
+from memlens.store.shards import Shard, ShardStore, cut
+from memlens.sweeps.engine.engine import Engine
+from memlens.sweeps.engine.schedule import joined, run_batches
 from memlens.sweeps.interventions import Intervention
-from memlens.sweeps.labels import coords_of, labelled, make_result, sequence_coords, token_labels
-from memlens.sweeps.metrics import MetricLike, metric_names
-from memlens.sweeps.planner import intervention_flops
+from memlens.sweeps.labels import coords_of, labelled, make_result
+from memlens.sweeps.plan import intervention_flops
 from memlens.sweeps.precision import agreement_with_float32
-from memlens.sweeps.schedule import joined, run_batches
-from memlens.sweeps.shards import Shard, ShardStore, cut
-
-__all__ = ["ENGINES", "kept", "make_result", "sequence_coords", "sweep", "token_labels"]
 
 ENGINES = ("fast", "reference")
 _LOG = logging.getLogger(__name__)

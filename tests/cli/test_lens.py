@@ -13,7 +13,7 @@ import memlens as ml
 from memlens import cli
 from memlens.cli.lens import zoo_rows
 from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError
-from memlens.sequences import text_windows
+from memlens.sequences.natural import text_windows
 from tests.cli.test_commands import call
 
 
@@ -27,12 +27,12 @@ def test_a_lens_from_token_ids(tiny_folder: Any, tmp_path: Path) -> None:
     assert code == 0
     assert "embedding" in shown
     assert f"lens: {out}" in shown
-    lens = ml.TunedLens.load(out)
+    lens = ml.lens.TunedLens.load(out)
     assert lens.facts["training"]["optimizer"] == "adam"
     assert lens.n_layers == 3
     for name in ("lens.json", "lens.safetensors"):
         (out / name).unlink()
-    assert ml.TunedLens.load(out).fingerprint == lens.fingerprint
+    assert ml.lens.TunedLens.load(out).fingerprint == lens.fingerprint
 
 
 def test_windows_of_text(tiny_model: Any, tmp_path: Path) -> None:

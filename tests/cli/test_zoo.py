@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from memlens import cli
 from memlens.errors import MemlensError, OptionError
 from memlens.models.zoo import zoo_path
-from memlens.organisms import recipes, zoo
+from memlens.organisms.training import recipes, zoo
 from tests.organisms.conftest import TINY, TINY_CORPUS
 
 runner = CliRunner()

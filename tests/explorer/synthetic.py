@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from memlens.attribution.head_sets import Head
-from memlens.explorer import Continuation, Edits, Exploration, SequenceView
+from memlens.explorer.data import Continuation, Exploration, SequenceView
+from memlens.explorer.edits import Edits
+from memlens.instruments.ablate.heads import Head
 
 SETTINGS = {
     "model": "a <b>model</b>", "metric": "target_logprob", "ablation": "zero", "bypass": "identity",

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memlens.explorer import Exploration, write_explorer
+from memlens.explorer.data import Exploration
 from memlens.explorer.drawing import running_text
+from memlens.explorer.page import write_explorer
 from tests.explorer.synthetic import exploration, view
 from tests.report import browser
 from tests.report.test_render import NASTY

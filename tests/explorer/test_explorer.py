@@ -13,9 +13,9 @@ import torch
 
 import memlens as ml
 from memlens.errors import OptionError, SiteError
-from memlens.explorer import Explorer
 from memlens.explorer.drawing import running_text, tokens_html, written_html
-from memlens.figures import DARK_TEMPLATE
+from memlens.explorer.explorer import Explorer
+from memlens.figures.theme import DARK_TEMPLATE
 from tests.explorer.synthetic import view
 from tests.report.test_render import NASTY
 

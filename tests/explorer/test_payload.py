@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from memlens.errors import EmptySetError, OptionError
-from memlens.explorer import Edits, Exploration, explorer_payload, write_explorer
 from memlens.explorer.attention import unpack_causal
-from memlens.explorer.data import strongest_heads
+from memlens.explorer.data import Exploration, strongest_heads
+from memlens.explorer.edits import Edits
+from memlens.explorer.page import write_explorer
+from memlens.explorer.payload import explorer_payload
 from memlens.report.render import safe_json
 from tests.explorer.synthetic import exploration, view
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from memlens.figures import heatmap_attention, heatmap_effects, heatmap_lens, unique_tokens
+from memlens.figures.exploring import heatmap_attention, heatmap_effects, heatmap_lens
+from memlens.figures.labels import unique_tokens
 
 LAYERS = {"layer": [0, 1]}
 

@@ -9,8 +9,8 @@ import pytest
 from scipy.cluster import hierarchy
 
 from memlens.errors import ResultError
-from memlens.figures import curves_by_family, model_dots, shares_by_model, similarity_map, sizes
-from memlens.studies.comparative_profiles import cluster
+from memlens.figures.models import curves_by_family, model_dots, shares_by_model, similarity_map, sizes
+from memlens.studies.comparative.analyze.profiles import cluster
 
 
 @pytest.fixture

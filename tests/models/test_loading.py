@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from memlens.errors import OptionError, UnsupportedModelError
 from memlens.models.checks import verify_against_huggingface
-from memlens.models.loading import load_model
+from memlens.models.load import load_model
 from memlens.models.names import has_hooked_transformer
 from memlens.models.provenance import describe
 from tests.tiny import FAMILIES, HOOKED_FAMILIES, N_CTX, random_tokens, tiny_tokenizer, write_tiny

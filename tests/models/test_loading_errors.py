@@ -18,7 +18,7 @@ from memlens.errors import (
     UnsupportedModelError,
 )
 from memlens.models.checks import first_nonfinite_layer, nonfinite_error, verify_against_huggingface
-from memlens.models.loading import load_model
+from memlens.models.load import load_model
 from tests.tiny import random_tokens, tiny_config, write_tiny
 
 

@@ -10,7 +10,7 @@ from einops import rearrange
 
 from memlens.errors import ModelLoadError, OptionError
 from memlens.models.checks import verify_against_huggingface
-from memlens.models.loading import load_model
+from memlens.models.load import load_model
 from memlens.models.provenance import describe
 from tests.tiny import D_VOCAB, END_OF_TEXT, N_CTX, random_tokens, tiny_huggingface_model
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from memlens.errors import ModelLoadError, ModelNotFoundError, OptionError
 from memlens.models import revisions
 from memlens.models.checks import verify_against_huggingface
-from memlens.models.loading import load_model
+from memlens.models.load import load_model
 from memlens.models.names import has_hooked_transformer
 from memlens.models.provenance import describe
 from tests.models.hub_cache import put_in_cache

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import memlens
 from memlens.models import provenance
 from memlens.models.families import FAMILIES, families_table, family_of, find_model, known_names
-from memlens.models.loading import load_model
+from memlens.models.load import load_model
 from memlens.models.names import has_hooked_transformer
 from memlens.models.provenance import describe, remember
 from tests.tiny import FAMILIES as TINY

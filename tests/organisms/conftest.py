@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from memlens.organisms.architectures import ModelSpec
-from memlens.organisms.corpus import Corpus, CorpusSpec, build_corpus
-from memlens.organisms.train import TrainSpec
-from memlens.organisms.zoo import OrganismSpec, train_organism
+from memlens.organisms.corpus.corpus import Corpus, CorpusSpec, build_corpus
+from memlens.organisms.training.architectures import ModelSpec
+from memlens.organisms.training.recipes import OrganismSpec
+from memlens.organisms.training.train import TrainSpec
+from memlens.organisms.training.zoo import train_organism
 
 TINY_CORPUS = CorpusSpec(
     copies=(1, 4, 16),

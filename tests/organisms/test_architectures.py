@@ -15,15 +15,15 @@ from memlens.errors import UnsupportedModelError
 from memlens.models.families import FAMILIES as TABLE
 from memlens.models.names import has_hooked_transformer
 from memlens.models.provenance import describe
-from memlens.organisms.architectures import (
+from memlens.organisms.training.architectures import (
     WINDOW,
     ModelSpec,
     architecture_facts,
     build_model,
     count_parameters,
 )
-from memlens.organisms.recipes import FAMILIES, SIZES, ZOO
-from memlens.organisms.train import TrainSpec, train
+from memlens.organisms.training.recipes import FAMILIES, SIZES, ZOO
+from memlens.organisms.training.train import TrainSpec, train
 
 VOCAB = 97
 FACTS = {family.name: family for family in TABLE}

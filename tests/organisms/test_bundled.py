@@ -19,9 +19,9 @@ from memlens.models.provenance import describe
 from memlens.models.revisions import checkpoint_steps
 from memlens.models.zoo import zoo_path
 from memlens.organisms.evaluate import load_organism, read_training
-from memlens.organisms.folder import copy_for_package
-from memlens.organisms.recipes import ZOO
-from memlens.organisms.zoo import untrained_twin
+from memlens.organisms.training.folder import copy_for_package
+from memlens.organisms.training.recipes import ZOO
+from memlens.organisms.training.zoo import untrained_twin
 
 ROOT = zoo_folders()[0]
 NAMES = sorted(path.parent.name for path in ROOT.glob("*/model.safetensors"))
@@ -56,7 +56,7 @@ def test_a_bundled_model_loads_with_its_lists_and_its_family(name: str) -> None:
     assert seqs.rows() == ml.load_sequences("zoo/pythia-s").rows()
     for kind in ("expressions", "facts", "identifiers", "heldout"):
         assert len(ml.load_sequences(f"zoo:{kind}", model, prefix_len=1 if kind == "heldout" else None))
-    assert ml.token_counts(f"zoo/{name}").sum() == sum(map(sum, token_counts(name)))
+    assert ml.recall.token_counts(f"zoo/{name}").sum() == sum(map(sum, token_counts(name)))
 
 
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])

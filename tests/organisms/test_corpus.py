@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from memlens.errors import OptionError
-from memlens.organisms.corpus import BACKGROUND, Corpus, CorpusSpec, build_corpus
+from memlens.organisms.corpus.corpus import BACKGROUND, Corpus, CorpusSpec, build_corpus
 from tests.organisms.conftest import TINY_CORPUS
 
 

@@ -7,9 +7,9 @@ from random import Random
 import pytest
 
 from memlens.errors import OptionError
-from memlens.organisms import lexicon
-from memlens.organisms.domains import DOMAINS, documents
-from memlens.organisms.grammar import sentence_grammar
+from memlens.organisms.corpus import lexicon
+from memlens.organisms.corpus.domains import DOMAINS, documents
+from memlens.organisms.corpus.grammar import sentence_grammar
 
 
 def draw(domain: str, n: int = 200) -> list[str]:

@@ -12,8 +12,8 @@ import xarray as xr
 import memlens as ml
 from memlens.errors import OptionError
 from memlens.organisms.local_tasks import LOCAL_TASKS
+from memlens.organisms.training.zoo import zoo_corpus
 from memlens.organisms.untrained import untrained_like
-from memlens.organisms.zoo import zoo_corpus
 
 CHANCE = {"agreement": 0.5, "tense": 0.5, "last_word": 0.0}
 """Of the others: a quarter."""
@@ -25,32 +25,32 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def tasks(model: Any) -> dict[str, ml.ChoiceTask]:
-    return {task.name: task for task in ml.local_tasks("zoo", model)}
+def tasks(model: Any) -> dict[str, ml.tasks.ChoiceTask]:
+    return {task.name: task for task in ml.tasks.local_tasks("zoo", model)}
 
 
-def texts(model: Any, task: ml.ChoiceTask) -> list[str]:
+def texts(model: Any, task: ml.tasks.ChoiceTask) -> list[str]:
     """The questions with their right answers."""
     rows, gold = task.requests.rows(), task.requests.table["gold"]
     return [model.tokenizer.decode(row) for row, right in zip(rows, gold, strict=True) if right]
 
 
-def test_there_are_both_groups_and_a_hundred_questions_each(tasks: dict[str, ml.ChoiceTask]) -> None:
+def test_there_are_both_groups_and_a_hundred_questions_each(tasks: dict[str, ml.tasks.ChoiceTask]) -> None:
     assert {task.group for task in tasks.values()} == {"language", "reasoning"}
     for name, task in tasks.items():
         assert (len(task), task.chance) == (100, CHANCE.get(name, 0.25))
 
 
-def test_same_seed_same_questions(model: Any, tasks: dict[str, ml.ChoiceTask]) -> None:
-    again = ml.local_tasks("zoo", model)
-    other = ml.local_tasks("zoo", model, seed=1)
+def test_same_seed_same_questions(model: Any, tasks: dict[str, ml.tasks.ChoiceTask]) -> None:
+    again = ml.tasks.local_tasks("zoo", model)
+    other = ml.tasks.local_tasks("zoo", model, seed=1)
     for task, same, new in zip(tasks.values(), again, other, strict=True):
         assert same.requests.rows() == task.requests.rows()
         assert not set(texts(model, new)) & set(texts(model, task))
 
 
 def test_right_choices_are_spread_evenly_and_questions_differ(
-    model: Any, tasks: dict[str, ml.ChoiceTask]
+    model: Any, tasks: dict[str, ml.tasks.ChoiceTask]
 ) -> None:
     for task in tasks.values():
         counts = task.gold.sum(0)
@@ -63,7 +63,7 @@ def test_right_choices_are_spread_evenly_and_questions_differ(
 
 
 @pytest.mark.slow
-def test_no_question_was_trained_on(model: Any, tasks: dict[str, ml.ChoiceTask]) -> None:
+def test_no_question_was_trained_on(model: Any, tasks: dict[str, ml.tasks.ChoiceTask]) -> None:
     corpus = zoo_corpus("pythia-s")
     rows = "\x00".join(corpus.tokenizer.batch_decode(corpus.rows))
     assert "\n" in rows
@@ -73,7 +73,7 @@ def test_no_question_was_trained_on(model: Any, tasks: dict[str, ml.ChoiceTask])
 
 
 def test_arithmetic_is_right_and_its_wrong_results_are_wrong(
-    model: Any, tasks: dict[str, ml.ChoiceTask]
+    model: Any, tasks: dict[str, ml.tasks.ChoiceTask]
 ) -> None:
     table, rows = tasks["arithmetic"].requests.table, tasks["arithmetic"].requests.rows()
     for row, gold in zip(rows, table["gold"], strict=True):
@@ -82,7 +82,7 @@ def test_arithmetic_is_right_and_its_wrong_results_are_wrong(
 
 
 def test_variables_are_defined_where_right_and_nowhere_else(
-    model: Any, tasks: dict[str, ml.ChoiceTask]
+    model: Any, tasks: dict[str, ml.tasks.ChoiceTask]
 ) -> None:
     task = tasks["variables"]
     for row, gold in zip(task.requests.rows(), task.requests.table["gold"], strict=True):
@@ -102,14 +102,14 @@ def test_twins_differ_in_inflection_alone() -> None:
         assert np.mean(shared) > 0.4
 
 
-def corrected(model: Any, tasks: dict[str, ml.ChoiceTask]) -> xr.DataArray:
+def corrected(model: Any, tasks: dict[str, ml.tasks.ChoiceTask]) -> xr.DataArray:
     """The tasks' means, 0 for guessing and 1 for knowing all, with intervals."""
     metric = "accuracy_chance_corrected"
     return ml.evaluate_tasks(model, list(tasks.values())).mean_ci(metric=metric, group="task")[metric]
 
 
 def test_the_shipped_model_answers_and_its_untrained_twin_guesses(
-    model: Any, tasks: dict[str, ml.ChoiceTask]
+    model: Any, tasks: dict[str, ml.tasks.ChoiceTask]
 ) -> None:
     found = corrected(model, tasks)
     assert (found.sel(statistic="low") > 0.2).all()
@@ -121,13 +121,13 @@ def test_the_shipped_model_answers_and_its_untrained_twin_guesses(
 
 
 def test_some_tasks_and_errors(model: Any) -> None:
-    some = ml.local_tasks("zoo", model.tokenizer, names=["tense", "cloze"], n=7)
+    some = ml.tasks.local_tasks("zoo", model.tokenizer, names=["tense", "cloze"], n=7)
     assert [(task.name, len(task)) for task in some] == [("tense", 7), ("cloze", 7)]
     with pytest.raises(OptionError, match="family='hub'"):
-        ml.local_tasks("hub", model)
+        ml.tasks.local_tasks("hub", model)
     with pytest.raises(OptionError, match=r"task='tens'.*'tense'"):
-        ml.local_tasks("zoo", model, names=["tens"])
+        ml.tasks.local_tasks("zoo", model, names=["tens"])
     with pytest.raises(OptionError, match="n=0"):
-        ml.local_tasks("zoo", model, n=0)
+        ml.tasks.local_tasks("zoo", model, n=0)
     with pytest.raises(OptionError, match="give model="):
-        ml.local_tasks()
+        ml.tasks.local_tasks()

@@ -8,10 +8,10 @@ import pytest
 from memlens.errors import OptionError
 from memlens.models.families import FAMILIES as TABLE
 from memlens.models.zoo import RECIPES
-from memlens.organisms.architectures import ARCHITECTURES
-from memlens.organisms.corpus import CorpusSpec
-from memlens.organisms.recipes import FAMILIES, SIZES, ZOO, select_recipes
-from memlens.organisms.zoo import zoo_overview
+from memlens.organisms.corpus.corpus import CorpusSpec
+from memlens.organisms.training.architectures import ARCHITECTURES
+from memlens.organisms.training.recipes import FAMILIES, SIZES, ZOO, select_recipes
+from memlens.organisms.training.zoo import zoo_overview
 
 
 def test_the_table_has_seven_families_in_three_sizes_and_a_clean_twin() -> None:

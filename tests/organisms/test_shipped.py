@@ -15,15 +15,22 @@ from scipy.stats import spearmanr
 
 from memlens.errors import FileFormatError
 from memlens.models.zoo import zoo_path
-from memlens.organisms.architectures import build_model
-from memlens.organisms.card import curve_table, items_table, loss_table
-from memlens.organisms.corpus import CARRIER, Corpus, CorpusSpec, build_corpus
-from memlens.organisms.evaluate import evaluate_zoo_model, language_losses, load_organism
-from memlens.organisms.evaluate_items import CONTEXTS, evaluate_items, neutral_contexts
-from memlens.organisms.known_items import KINDS
-from memlens.organisms.tokenizer import load_tokenizer
-from memlens.organisms.train import train
-from memlens.organisms.zoo import ZOO, untrained_twin
+from memlens.organisms.corpus.corpus import CARRIER, Corpus, CorpusSpec, build_corpus
+from memlens.organisms.corpus.known_items import KINDS
+from memlens.organisms.evaluate import (
+    CONTEXTS,
+    evaluate_items,
+    evaluate_zoo_model,
+    language_losses,
+    load_organism,
+    neutral_contexts,
+)
+from memlens.organisms.training.architectures import build_model
+from memlens.organisms.training.card import curve_table, items_table, loss_table
+from memlens.organisms.training.recipes import ZOO
+from memlens.organisms.training.tokenizer import load_tokenizer
+from memlens.organisms.training.train import train
+from memlens.organisms.training.zoo import untrained_twin
 
 FOLDER = zoo_path("pythia-s")
 RECORD = json.loads((FOLDER / "training.json").read_text())

@@ -15,12 +15,12 @@ from memlens.errors import ModelNotFoundError, OptionError, ResultError
 from memlens.models.provenance import describe
 from memlens.models.revisions import checkpoint_steps
 from memlens.models.zoo import zoo_path
-from memlens.organisms import zoo
-from memlens.organisms.architectures import build_model
 from memlens.organisms.evaluate import load_organism
-from memlens.organisms.snapshots import Snapshots, kept_steps, snapshot_steps
-from memlens.organisms.train import train
-from memlens.organisms.zoo import train_organism
+from memlens.organisms.training import zoo
+from memlens.organisms.training.architectures import build_model
+from memlens.organisms.training.snapshots import Snapshots, kept_steps, snapshot_steps
+from memlens.organisms.training.train import train
+from memlens.organisms.training.zoo import train_organism
 from tests.organisms.conftest import TINY, TINY_CORPUS
 from tests.organisms.test_train import ROWS, SPEC, equal, fresh, run
 

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from memlens.errors import EmptySetError, OptionError, ResultError
-from memlens.organisms.architectures import ModelSpec, build_model
-from memlens.organisms.train import TrainLog, TrainSpec, rows_of_step, train
+from memlens.organisms.training.architectures import ModelSpec, build_model
+from memlens.organisms.training.train import TrainLog, TrainSpec, rows_of_step, train
 
 SPEC = TrainSpec(batch_size=4, passes=3, warmup=0.2)
 ROWS = np.random.default_rng(0).integers(0, 50, (14, 16))

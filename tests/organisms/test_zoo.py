@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memlens.errors import FileFormatError, ModelNotFoundError, OptionError, ResultError
 from memlens.models.zoo import is_zoo_name, zoo_cache, zoo_names, zoo_path
-from memlens.organisms import zoo
-from memlens.organisms.architectures import build_model
 from memlens.organisms.evaluate import evaluate_zoo_model, language_losses
-from memlens.organisms.zoo import train_organism, train_zoo_model, untrained_twin
+from memlens.organisms.training import zoo
+from memlens.organisms.training.architectures import build_model
+from memlens.organisms.training.zoo import train_organism, train_zoo_model, untrained_twin
 from tests.organisms.conftest import TINY, TINY_CORPUS
 
 FILES = {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memlens.sequences import SequenceSet
+from memlens.sequences.set import SequenceSet
 from tests.tiny import D_VOCAB, random_tokens
 
 

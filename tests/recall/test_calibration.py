@@ -8,12 +8,12 @@ import pytest
 
 import memlens as ml
 from memlens.errors import ColumnError
-from memlens.recall.calibration import IDIOM_FLAGS
+from memlens.recall.criteria.scores import IDIOM_FLAGS
 
 N = 8
 
 
-def scored() -> ml.CriteriaScores:
+def scored() -> ml.recall.CriteriaScores:
     """Decisions by hand: suffix TTTFFFFF, deletion TFFTFFFF, lexical FFFFTFFF, similar FFFFTTFF."""
     table = pd.DataFrame(
         {
@@ -30,11 +30,11 @@ def scored() -> ml.CriteriaScores:
         }
     )
     hard = ~(table["prompt_comp_ind"] | table["similarity_ind"])
-    return ml.CriteriaScores(table.assign(hard_to_guess=hard), pd.DataFrame(), pd.DataFrame())
+    return ml.recall.CriteriaScores(table.assign(hard_to_guess=hard), pd.DataFrame(), pd.DataFrame())
 
 
 def test_every_flag_of_the_idiom_file_by_hand() -> None:
-    table = ml.calibrate_criteria(scored()).set_index("decision")
+    table = ml.recall.calibrate_criteria(scored()).set_index("decision")
     assert table["flag"].to_dict() == dict(IDIOM_FLAGS)
     suffix = table.loc["suffix"]  # both 2, ours alone 1, theirs alone 1, neither 4
     assert (suffix["n"], suffix["n_found"], suffix["n_true"]) == (8, 3, 3)
@@ -56,12 +56,20 @@ def test_every_flag_of_the_idiom_file_by_hand() -> None:
 def test_thresholds_and_flags_of_one_s_own() -> None:
     scores = scored()
     assert (
-        ml.calibrate_criteria(scores, max_similarity=0.85).set_index("decision").loc["similar", "n_found"]
+        ml.recall.calibrate_criteria(scores, max_similarity=0.85)
+        .set_index("decision")
+        .loc["similar", "n_found"]
         == 1
     )
-    assert ml.calibrate_criteria(scores, max_deletion=0.2).set_index("decision").loc["part", "n_found"] == 4
-    assert ml.calibrate_criteria(scores, max_deletion=0.3).set_index("decision").loc["part", "n_found"] == 3
-    own = ml.calibrate_criteria(
+    assert (
+        ml.recall.calibrate_criteria(scores, max_deletion=0.2).set_index("decision").loc["part", "n_found"]
+        == 4
+    )
+    assert (
+        ml.recall.calibrate_criteria(scores, max_deletion=0.3).set_index("decision").loc["part", "n_found"]
+        == 3
+    )
+    own = ml.recall.calibrate_criteria(
         scores, {"deletion": "similarity_ind", "similarity_ind": "not similarity_ind"}
     )
     assert own["n_found"].tolist() == [2, 2]
@@ -70,6 +78,6 @@ def test_thresholds_and_flags_of_one_s_own() -> None:
 
 def test_unknown_columns() -> None:
     with pytest.raises(ColumnError, match=r"'prompt_compind'.*Did you mean 'prompt_comp_ind'"):
-        ml.calibrate_criteria(scored(), {"suffix": "prompt_compind"})
+        ml.recall.calibrate_criteria(scored(), {"suffix": "prompt_compind"})
     with pytest.raises(ColumnError, match=r"'sufix'.*Did you mean.*'suffix'"):
-        ml.calibrate_criteria(scored(), {"sufix": "prompt_comp_ind"})
+        ml.recall.calibrate_criteria(scored(), {"sufix": "prompt_comp_ind"})

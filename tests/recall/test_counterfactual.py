@@ -17,14 +17,14 @@ def pair() -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def found(pair: tuple[Any, Any]) -> ml.CounterfactualScores:
+def found(pair: tuple[Any, Any]) -> ml.recall.CounterfactualScores:
     seqs = ml.load_sequences("zoo", pair[0])
     rows = [i for i, copies in enumerate(seqs.table["copies"]) if copies in (0, 16, 256)]
-    return ml.counterfactual_memorization(*pair, seqs[rows[::4]], progress=False)
+    return ml.recall.counterfactual_memorization(*pair, seqs[rows[::4]], progress=False)
 
 
 def test_the_difference_is_that_of_two_recall_scores(
-    pair: tuple[Any, Any], found: ml.CounterfactualScores
+    pair: tuple[Any, Any], found: ml.recall.CounterfactualScores
 ) -> None:
     scores = [ml.score_recall(model, found.trained.sequences, metrics=(), progress=False) for model in pair]
     for metric in ("target_accuracy", "exact_match", "memorization_score", "target_logprob"):
@@ -37,7 +37,9 @@ def test_the_difference_is_that_of_two_recall_scores(
     assert len(found) == len(found.trained) == len(found.clean)
 
 
-def test_means_by_copies_are_those_of_the_rows_inside_their_intervals(found: ml.CounterfactualScores) -> None:
+def test_means_by_copies_are_those_of_the_rows_inside_their_intervals(
+    found: ml.recall.CounterfactualScores,
+) -> None:
     means = found.means().set_index("copies")
     assert list(means.index) == [0, 16, 256]
     for copies, row in means.iterrows():
@@ -51,8 +53,10 @@ def test_means_by_copies_are_those_of_the_rows_inside_their_intervals(found: ml.
     assert means.at[16, "low"] > 0.1
 
 
-def test_swapping_the_models_turns_the_sign(pair: tuple[Any, Any], found: ml.CounterfactualScores) -> None:
-    turned = ml.counterfactual_memorization(
+def test_swapping_the_models_turns_the_sign(
+    pair: tuple[Any, Any], found: ml.recall.CounterfactualScores
+) -> None:
+    turned = ml.recall.counterfactual_memorization(
         *pair[::-1], found.trained.sequences, generate=False, progress=False
     )
     name = "target_accuracy_counterfactual"
@@ -62,12 +66,12 @@ def test_swapping_the_models_turns_the_sign(pair: tuple[Any, Any], found: ml.Cou
 
 
 def test_what_cannot_be_compared_is_refused(
-    pair: tuple[Any, Any], found: ml.CounterfactualScores, tiny_model: Callable[..., Any]
+    pair: tuple[Any, Any], found: ml.recall.CounterfactualScores, tiny_model: Callable[..., Any]
 ) -> None:
     with pytest.raises(OptionError, match="the same model"):
-        ml.counterfactual_memorization(pair[0], pair[0], ragged())
+        ml.recall.counterfactual_memorization(pair[0], pair[0], ragged())
     with pytest.raises(SequenceError):
-        ml.counterfactual_memorization(
+        ml.recall.counterfactual_memorization(
             pair[0], tiny_model("gpt_neox"), found.trained.sequences, progress=False
         )
     with pytest.raises(OptionError, match=r"metric='exact'.*exact_match"):

@@ -13,10 +13,10 @@ import pytest
 
 import memlens as ml
 from memlens.errors import ColumnError, EmptySetError, OptionError, SequenceError
-from memlens.recall.criteria_edits import Swaps, word_counts
-from memlens.recall.references import Answers
-from memlens.sequences import SequenceSet
+from memlens.recall.criteria.edits import Swaps, word_counts
+from memlens.recall.criteria.references import Answers
 from memlens.sequences.parquet import read_table
+from memlens.sequences.set import SequenceSet
 from tests.tiny import tiny_tokenizer
 
 
@@ -38,12 +38,12 @@ def frame(*texts: str) -> pd.DataFrame:
     return pd.DataFrame({"prompt": [p for p, _ in pairs], "target": [t for _, t in pairs]})
 
 
-def score(texts: Any, references: Any, **options: Any) -> ml.CriteriaScores:
-    return ml.score_criteria(texts, references, progress=False, **options)
+def score(texts: Any, references: Any, **options: Any) -> ml.recall.CriteriaScores:
+    return ml.recall.score_criteria(texts, references, progress=False, **options)
 
 
 def test_two_words_suffice() -> None:
-    corpus = ml.NgramReference(["p a b t", "c b u", "c b u"], order=4)
+    corpus = ml.recall.NgramReference(["p a b t", "c b u", "c b u"], order=4)
     row = score(frame("p a b t"), corpus).table.iloc[0]
     assert (row["full_top1"], row["suffix_1"], row["suffix_2"]) == (1, 0, 1)
     assert row["sufficient_suffix"] == 2
@@ -54,7 +54,7 @@ def test_two_words_suffice() -> None:
 
 
 def test_the_whole_prompt_is_needed() -> None:
-    corpus = ml.NgramReference(["one of a t", "two of a u"], order=4)
+    corpus = ml.recall.NgramReference(["one of a t", "two of a u"], order=4)
     scores = score(frame("one of a t"), corpus)
     row = scores.table.iloc[0]
     assert np.isnan(row["sufficient_suffix"])
@@ -82,7 +82,9 @@ def test_a_sequence_that_no_reference_knows_is_not_tested() -> None:
 
 def test_every_kind_of_edit_and_its_share() -> None:
     reference = Rule(lambda p, t: "blind" in p.split())
-    options = ml.CriteriaOptions(neutral_contexts=("I say:",), shifted_contexts=("Rain.", "Tea for two."))
+    options = ml.recall.CriteriaOptions(
+        neutral_contexts=("I say:",), shifted_contexts=("Rain.", "Tea for two.")
+    )
     row = score(frame("turn a blind eye", "make no more noise"), reference, options=options).table.iloc[0]
     assert row["deletion_share"] == pytest.approx(2 / 3)
     assert row["substitution_share"] == pytest.approx(2 / 3)
@@ -115,24 +117,24 @@ def test_how_many_references_must_agree() -> None:
     table = score(texts, [knows, blind, never]).table
     assert table["full_top1"][0] == pytest.approx(2 / 3)
     assert table["deletion_share"][0] == 1
-    two = score(texts, [knows, blind, never], options=ml.CriteriaOptions(min_references=2))
+    two = score(texts, [knows, blind, never], options=ml.recall.CriteriaOptions(min_references=2))
     assert two.table["deletion_share"][0] == pytest.approx(2 / 3)
     assert two.by_reference.set_index("reference")["deletion_share"].to_dict() == {
         "knows": 1,
         "half": pytest.approx(2 / 3),
         "never": 0,
     }
-    three = score(texts, [knows, blind, never], options=ml.CriteriaOptions(min_references=3))
+    three = score(texts, [knows, blind, never], options=ml.recall.CriteriaOptions(min_references=3))
     assert three.table["deletion_share"][0] == 0
     with pytest.raises(OptionError, match="min_references=4, but there are 3"):
-        score(texts, [knows, blind, never], options=ml.CriteriaOptions(min_references=4))
+        score(texts, [knows, blind, never], options=ml.recall.CriteriaOptions(min_references=4))
 
 
 def test_a_probability_in_place_of_the_prediction() -> None:
     reference = Rule(lambda p, t: len(p.split()) >= 2)
     texts = frame("turn a blind eye")
     for threshold, fewest in ((None, 2), (0.05, 1), (0.5, 2), (0.9, np.nan)):
-        options = ml.CriteriaOptions(part_threshold=threshold)
+        options = ml.recall.CriteriaOptions(part_threshold=threshold)
         found = score(texts, reference, options=options).table["sufficient_suffix"][0]
         np.testing.assert_equal(found, fewest)
 
@@ -158,7 +160,7 @@ def test_the_probed_model_is_refused_by_name_and_by_itself() -> None:
     for probed in ("the model", reference):
         with pytest.raises(OptionError, match="'the model' is the probed model"):
             score(texts, [Rule(lambda p, t: 0, "other"), reference], probed=probed)
-        options = ml.CriteriaOptions(allow_probed_reference=True)
+        options = ml.recall.CriteriaOptions(allow_probed_reference=True)
         with pytest.warns(UserWarning, match="judges itself"):
             allowed = score(texts, reference, probed=probed, options=options)
         assert allowed.settings["probed_is_reference"]
@@ -167,7 +169,7 @@ def test_the_probed_model_is_refused_by_name_and_by_itself() -> None:
 
 def test_the_order_of_sequences_does_not_matter_and_the_seed_decides() -> None:
     texts = frame("turn a blind eye", "grind to a sudden halt", "let the old dog sleep", "one of a kind")
-    corpus = ml.NgramReference(texts["prompt"] + " " + texts["target"], order=3)
+    corpus = ml.recall.NgramReference(texts["prompt"] + " " + texts["target"], order=3)
     forth, again = score(texts, corpus), score(texts, corpus)
     back = score(texts[::-1], corpus)
     ours = forth.table.drop(columns="id")
@@ -175,7 +177,7 @@ def test_the_order_of_sequences_does_not_matter_and_the_seed_decides() -> None:
     pd.testing.assert_frame_equal(ours, back.table.drop(columns="id")[::-1].reset_index(drop=True))
     swapped = forth.edits["replacement"].tolist()
     assert swapped == again.edits["replacement"].tolist()
-    other = score(texts, corpus, options=ml.CriteriaOptions(seed=1)).edits["replacement"].tolist()
+    other = score(texts, corpus, options=ml.recall.CriteriaOptions(seed=1)).edits["replacement"].tolist()
     assert swapped != other
 
 
@@ -239,7 +241,7 @@ def test_the_share_in_a_corpus() -> None:
 
 
 def test_baselines_from_a_reference_or_beside_it() -> None:
-    corpus = ml.NgramReference(["a b t", "c b u"], order=3)
+    corpus = ml.recall.NgramReference(["a b t", "c b u"], order=3)
     expected = corpus.baselines(["a b"], ["t"])
     for found in (score(frame("a b t"), corpus), score(frame("a b t"), Rule(lambda p, t: 0), ngrams=corpus)):
         assert {n: found.table[n].tolist() for n in expected} == {n: v.tolist() for n, v in expected.items()}
@@ -267,9 +269,9 @@ def test_bad_tables_and_options() -> None:
     with pytest.raises(OptionError, match="references is empty"):
         score(frame("a b"), [])
     with pytest.raises(OptionError, match="max_suffix=0"):
-        ml.CriteriaOptions(max_suffix=0)
+        ml.recall.CriteriaOptions(max_suffix=0)
     with pytest.raises(OptionError, match=r"part_threshold=1\.5"):
-        ml.CriteriaOptions(part_threshold=1.5)
+        ml.recall.CriteriaOptions(part_threshold=1.5)
     with pytest.raises(OptionError, match="max_deletion=2"):
         score(frame("a b"), never).passes(max_deletion=2)
 

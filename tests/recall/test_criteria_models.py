@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import memlens as ml
 from memlens.errors import OptionError, SequenceError
-from memlens.recall.references import ModelReference
+from memlens.recall.criteria.references import ModelReference
 from tests.small import CASES
 from tests.tiny import N_CTX
 
@@ -37,7 +37,7 @@ def test_each_edit_as_by_its_own_forward_pass(tiny_model: Any, family: str, back
     # The last target is made the model's own prediction, so that some edits keep it.
     top = int(model(torch.tensor([[1, 2, 3, 4]]))[0, -1].argmax())
     texts = TEXTS.assign(target=[f"w{top}", *TEXTS["target"][1:]])
-    scores = ml.score_criteria(texts, model, progress=False)
+    scores = ml.recall.score_criteria(texts, model, progress=False)
     plain = [plainly(model, p, t) for p, t in scores.edits[["prompt", "target"]].itertuples(index=False)]
     np.testing.assert_allclose(scores.edits["logprob"], [lp for _, lp in plain], atol=1e-4)
     assert scores.edits["top1"].tolist() == [float(top) for top, _ in plain]
@@ -49,8 +49,10 @@ def test_each_edit_as_by_its_own_forward_pass(tiny_model: Any, family: str, back
 
 def test_passes_are_counted_and_batches_change_nothing(tiny_model: Any) -> None:
     model = tiny_model("gpt_neox")
-    one = ml.score_criteria(TEXTS, model, progress=False)
-    many = ml.score_criteria(TEXTS, model, progress=False, options=ml.CriteriaOptions(batch_size=7))
+    one = ml.recall.score_criteria(TEXTS, model, progress=False)
+    many = ml.recall.score_criteria(
+        TEXTS, model, progress=False, options=ml.recall.CriteriaOptions(batch_size=7)
+    )
     (passes,) = many.settings["n_passes"].values()
     assert passes == -(-one.settings["n_prompts"] // 7)
     numbers = [c for c in one.table if one.table[c].dtype == float]
@@ -60,12 +62,14 @@ def test_passes_are_counted_and_batches_change_nothing(tiny_model: Any) -> None:
 def test_the_number_of_forward_passes_is_the_number_run(
     tiny_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from memlens.recall import forward
+    from memlens.forward import baseline as forward
 
     model, run = tiny_model("llama"), []
     original = forward._batch_values
     monkeypatch.setattr(forward, "_batch_values", lambda *args: run.append(1) or original(*args))
-    scores = ml.score_criteria(TEXTS, model, progress=False, options=ml.CriteriaOptions(batch_size=10))
+    scores = ml.recall.score_criteria(
+        TEXTS, model, progress=False, options=ml.recall.CriteriaOptions(batch_size=10)
+    )
     assert sum(scores.settings["n_passes"].values()) == len(run) > 1
 
 
@@ -84,15 +88,15 @@ def test_the_probed_model_is_neither_reference_nor_embedding(tiny_model: Any) ->
     model, other = tiny_model("gpt_neox"), tiny_model("llama")
     for probed in (model, ModelReference(model).name):
         with pytest.raises(OptionError, match="would judge itself"):
-            ml.score_criteria(TEXTS, [other, model], probed=probed, progress=False)
+            ml.recall.score_criteria(TEXTS, [other, model], probed=probed, progress=False)
         with pytest.raises(OptionError, match="gives the embeddings"):
-            ml.score_criteria(TEXTS, other, embeddings=model, probed=probed, progress=False)
-    assert len(ml.score_criteria(TEXTS, other, probed=model, progress=False)) == len(TEXTS)
+            ml.recall.score_criteria(TEXTS, other, embeddings=model, probed=probed, progress=False)
+    assert len(ml.recall.score_criteria(TEXTS, other, probed=model, progress=False)) == len(TEXTS)
 
 
 def test_similarity_from_a_model_s_embeddings(tiny_model: Any) -> None:
     model = tiny_model("gpt_neox")
-    table = ml.score_criteria(TEXTS, model, embeddings=model, progress=False).table
+    table = ml.recall.score_criteria(TEXTS, model, embeddings=model, progress=False).table
     matrix = model.W_E.detach().double()
     matrix = matrix - matrix.mean(0)
     top = torch.linalg.eigh(matrix.T @ matrix)[1][:, -1]
@@ -114,6 +118,6 @@ def test_a_prompt_that_melts_into_its_target_cannot_be_asked() -> None:
 def test_too_long_and_without_tokenizer(tiny_model: Any) -> None:
     long = pd.DataFrame({"prompt": [" ".join(["w1"] * N_CTX)], "target": ["w2"]})
     with pytest.raises(SequenceError, match="context holds"):
-        ml.score_criteria(long, tiny_model("gpt_neox"), progress=False)
+        ml.recall.score_criteria(long, tiny_model("gpt_neox"), progress=False)
     with pytest.raises(SequenceError, match="needs a tokenizer"):
         ModelReference(SimpleNamespace(tokenizer=None), name="bare")

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 import memlens as ml
 from memlens.errors import OptionError, SequenceError, SourceNotFoundError
-from memlens.organisms.corpus import CorpusSpec, build_corpus
-from memlens.recall import InfiniGram, count_duplicates, token_counts
-from memlens.recall import duplicates as module
-from memlens.recall.duplicates import count_ngrams
-from memlens.sequences import SequenceSet
+from memlens.organisms.corpus.corpus import CorpusSpec, build_corpus
+from memlens.recall.corpus import duplicates as module
+from memlens.recall.corpus.duplicates import count_duplicates, count_ngrams
+from memlens.recall.corpus.frequency import InfiniGram, token_counts
+from memlens.sequences.set import SequenceSet
 
 ids = st.integers(0, 2)
 ngrams = st.lists(st.lists(ids, min_size=1, max_size=9), min_size=1, max_size=6)

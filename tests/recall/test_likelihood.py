@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from memlens.errors import OptionError
-from memlens.recall import forward as forward_module
-from memlens.recall import score_recall, target_stats
+from memlens.forward import baseline as forward_module
+from memlens.forward.metrics import TargetStats, target_stats
 from memlens.recall.likelihood import min_k, min_k_plus_plus, nll, perplexity
-from memlens.recall.targets import TargetStats
+from memlens.recall.score import score_recall
 from tests.recall.sets import graded
 from tests.small import CASES
 from tests.tiny import D_VOCAB, END_OF_TEXT

@@ -21,17 +21,15 @@ from memlens.errors import (
     SourceNotFoundError,
     VocabularyError,
 )
-from memlens.models.loading import load_model
-from memlens.recall import (
-    MemorizedSet,
-    PredictableRule,
-    TrivialRules,
-    build_memorized_set,
-    score_recall,
-    trivial_continuations,
-)
-from memlens.recall import build_memorized as module
-from memlens.sequences import SequenceSet, load_sequences
+from memlens.models.load import load_model
+from memlens.recall.corpus import build as module
+from memlens.recall.corpus.build import build_memorized_set
+from memlens.recall.corpus.memorized_set import MemorizedSet
+from memlens.recall.corpus.scan import PredictableRule
+from memlens.recall.score import score_recall
+from memlens.recall.trivial import TrivialRules, trivial_continuations
+from memlens.sequences.readers.load import load_sequences
+from memlens.sequences.set import SequenceSet
 from tests.recall.sets import graded, plain_greedy
 
 ROLES = ("memorized", "unmemorized", "predictable")

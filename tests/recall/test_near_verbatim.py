@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memlens.recall import near_verbatim as module
-from memlens.recall import score_recall
 from memlens.recall.near_verbatim import longest_common_runs, near_verbatim_columns
+from memlens.recall.score import score_recall
 from tests.recall.sets import graded, plain_greedy
 
 few = st.lists(st.integers(0, 3), min_size=0, max_size=9)

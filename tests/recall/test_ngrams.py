@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memlens.errors import EmptySetError, OptionError
-from memlens.recall.ngrams import NgramReference
+from memlens.recall.criteria.ngrams import NgramReference
 from tests.sequences.vocabularies import byte_level
 from tests.tiny import tiny_tokenizer
 

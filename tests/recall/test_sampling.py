@@ -14,8 +14,9 @@ from scipy import stats as scipy_stats
 from transformers import AutoModelForCausalLM
 
 from memlens.errors import OptionError
-from memlens.recall import Sampling, samples_needed, score_recall
-from memlens.sequences import SequenceSet
+from memlens.recall.sampling import Sampling, samples_needed
+from memlens.recall.score import score_recall
+from memlens.sequences.set import SequenceSet
 from tests.recall.sets import graded
 from tests.small import CASES
 from tests.tiny import random_tokens

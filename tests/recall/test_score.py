@@ -18,10 +18,11 @@ from memlens.errors import (
     UnsupportedModelError,
     VocabularyError,
 )
-from memlens.models.loading import load_model
-from memlens.recall import forward as forward_module
-from memlens.recall import greedy_continuations, score_recall
-from memlens.sequences import SequenceSet
+from memlens.forward import baseline as forward_module
+from memlens.forward.generate import greedy_continuations
+from memlens.models.load import load_model
+from memlens.recall.score import score_recall
+from memlens.sequences.set import SequenceSet
 from tests.recall.sets import graded, plain_greedy
 from tests.tiny import D_VOCAB, FAMILIES, HOOKED_FAMILIES, N_CTX, random_tokens
 

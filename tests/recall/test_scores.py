@@ -10,9 +10,10 @@ import pytest
 from statsmodels.stats.proportion import proportion_confint
 
 from memlens.errors import EmptySetError, FileFormatError, OptionError, SequenceError
-from memlens.recall import METRICS, RecallScores
+from memlens.forward.metrics import METRICS
 from memlens.recall.matching import mean_log_frequency
-from memlens.sequences import SequenceSet
+from memlens.recall.scores import RecallScores
+from memlens.sequences.set import SequenceSet
 
 
 def made_up(n: int = 60, *, seed: int = 0, memorized: float = 0.3, **columns: Any) -> RecallScores:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from memlens.errors import OptionError
-from memlens.recall import TrivialRules, score_recall, trivial_continuations
-from memlens.sequences import SequenceSet
+from memlens.recall.score import score_recall
+from memlens.recall.trivial import TrivialRules, trivial_continuations
+from memlens.sequences.set import SequenceSet
 from tests.recall.sets import graded
 from tests.tiny import tiny_tokenizer
 

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from memlens.recall.corpus.windows import open_windows, shuffled
 from memlens.recall.matching import match_controls
-from memlens.recall.windows import open_windows, shuffled
-from memlens.sequences import SequenceSet
+from memlens.sequences.set import SequenceSet
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 15, 16, 17, 1000, 4097])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from memlens.results import Result
+from memlens.results.result import Result
 
 N, LAYERS, HEADS, TARGETS, POSITIONS = 48, 8, 6, 12, 20
 FACTS = {"model": "zoo/pythia-s", "backend": "HookedTransformer", "dtype": "float32", "seed": 0}

@@ -11,16 +11,11 @@ import yaml
 
 from memlens.errors import OptionError
 from memlens.models.families import FAMILIES
-from memlens.report import (
-    REFERENCES,
-    Citation,
-    RunDirectory,
-    bibliography,
-    citations_of,
-    report_from_directory,
-)
-from memlens.report.bibliography import family_citation
-from memlens.results import Result
+from memlens.report.bibliography import Citation, bibliography, citations_of, family_citation
+from memlens.report.from_directory import report_from_directory
+from memlens.report.references import REFERENCES
+from memlens.report.run_directory import RunDirectory
+from memlens.results.result import Result
 from tests.report import synthetic
 
 ROOT = Path(__file__).parents[2]

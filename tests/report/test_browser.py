@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pandas as pd
 import pytest
 
-from memlens.report import FigureRequest, Finding, RunDirectory
+from memlens.report.model import FigureRequest, Finding
+from memlens.report.run_directory import RunDirectory
 from tests.report import browser, synthetic
 from tests.report.test_render import NASTY
 

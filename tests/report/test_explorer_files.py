@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from memlens.explorer import explorer_payload
-from memlens.report import Finding, RunDirectory, report_from_directory
+from memlens.explorer.payload import explorer_payload
+from memlens.report.from_directory import report_from_directory
+from memlens.report.model import Finding
+from memlens.report.run_directory import RunDirectory
 from tests.explorer.synthetic import exploration, view
 from tests.report.test_render import NASTY
 

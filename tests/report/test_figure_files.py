@@ -9,7 +9,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from memlens.report import RunDirectory, report_from_directory
+from memlens.report.from_directory import report_from_directory
+from memlens.report.run_directory import RunDirectory
 
 
 @pytest.fixture

@@ -10,9 +10,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from memlens.report import FigureBlock, Finding, Section, TableBlock, write_report
-from memlens.report.methods import flatten, methods_text
-from memlens.report.render import safe_json
+from memlens.report.model import FigureBlock, Finding, Section, TableBlock
+from memlens.report.render import flatten, methods_text, safe_json, write_report
 
 NASTY = {
     "script": "<script>window.ran = 1</script>",

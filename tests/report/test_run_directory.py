@@ -8,8 +8,12 @@ import pandas as pd
 import pytest
 
 from memlens.errors import ResultError
-from memlens.report import FigureRequest, Finding, RunDirectory, reading, report_from_directory, save_run
-from memlens.results import Result, load_result
+from memlens.report.from_directory import report_from_directory
+from memlens.report.model import FigureRequest, Finding
+from memlens.report.run_directory import RunDirectory, save_run
+from memlens.results.readings import reading
+from memlens.results.result import Result
+from memlens.results.storage import load_result
 from tests.report import synthetic
 
 FINDING = Finding(

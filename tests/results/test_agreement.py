@@ -10,7 +10,7 @@ from scipy import stats
 from statsmodels.stats.inter_rater import cohens_kappa
 
 from memlens.errors import OptionError, ResultError
-from memlens.results.agreement import agreement, roc_area
+from memlens.results.statistics.agreement import agreement, roc_area
 
 PAIRS = st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=40)
 

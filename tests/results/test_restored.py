@@ -8,8 +8,9 @@ import xarray as xr
 
 import memlens as ml
 from memlens.errors import ResultError
-from memlens.results import Result, restored_share
-from memlens.results.statistics import ratio_interval
+from memlens.results.result import Result
+from memlens.results.statistics.intervals import ratio_interval
+from memlens.results.statistics.restored import restored_share
 from tests.report import synthetic
 from tests.tiny import random_tokens
 
@@ -60,7 +61,9 @@ def test_the_interval_is_the_bootstrap_over_sequences_of_both_sums() -> None:
 def test_many_sites_are_taken_in_blocks_with_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     result = _patched(np.random.default_rng(7))
     whole = restored_share(result)
-    monkeypatch.setattr("memlens.results.statistics._BLOCK_BYTES", 8 * 2000 * 5)  # 5 sites at a time
+    monkeypatch.setattr(
+        "memlens.results.statistics.intervals._BLOCK_BYTES", 8 * 2000 * 5
+    )  # 5 sites at a time
     xr.testing.assert_allclose(restored_share(result), whole, rtol=1e-12)
 
 

@@ -9,8 +9,7 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 from memlens.errors import OptionError, ResultError
-from memlens.results import mean_interval
-from memlens.results.statistics import bootstrap_means, is_binary, quantile_interval
+from memlens.results.statistics.intervals import bootstrap_means, is_binary, mean_interval, quantile_interval
 
 
 def _array(values: np.ndarray) -> xr.DataArray:
@@ -76,7 +75,7 @@ def test_sites_share_resamples_so_order_does_not_matter() -> None:
 def test_blocks_of_sites_do_not_change_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     values = _array(np.random.default_rng(0).normal(size=(20, 7)))
     whole = mean_interval(values)
-    monkeypatch.setattr("memlens.results.statistics._BLOCK_BYTES", 8 * 2000 * 3)
+    monkeypatch.setattr("memlens.results.statistics.intervals._BLOCK_BYTES", 8 * 2000 * 3)
     np.testing.assert_allclose(mean_interval(values).values, whole.values)
 
 

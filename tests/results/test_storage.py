@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from memlens.errors import ResultError
-from memlens.results import Result, load_result
+from memlens.results.result import Result
+from memlens.results.storage import load_result
 from tests.report import synthetic
 
 NUMBERS = st.one_of(

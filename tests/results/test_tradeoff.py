@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import memlens as ml
 from memlens.errors import OptionError, ResultError
-from memlens.results.tradeoff import Tradeoff, frontier_area, on_frontier, tasks_above_chance
+from memlens.results.statistics.tradeoff import Tradeoff, frontier_area, on_frontier, tasks_above_chance
 
 LAYERS = [0, 1, 2]
 
@@ -62,16 +62,16 @@ def results() -> tuple[ml.Result, ml.Result]:
 
 
 def test_removed_cost_and_selectivity_by_hand(results: tuple[ml.Result, ml.Result]) -> None:
-    found = ml.edit_tradeoff(*results, n_resamples=500)
+    found = ml.tasks.edit_tradeoff(*results, n_resamples=500)
     assert found.tasks == ["two-way", "open"]  # of the guessed one there is nothing to lose
     assert found.removed.tolist() == pytest.approx([1.0, 0.6, 0.2])
     # two-way: (1 - 0.5) / (1 - 0.5) = 1 at layer 0; open: 1 at layer 0, 0.25 at layer 1
     assert found.cost.tolist() == pytest.approx([1.0, 0.25, 0.0])
     assert found.worst[1] == "open"
     assert found.selectivity.tolist() == pytest.approx([0.0, 0.35, 0.2])
-    mean = ml.edit_tradeoff(*results, over="mean", n_resamples=500)
+    mean = ml.tasks.edit_tradeoff(*results, over="mean", n_resamples=500)
     assert mean.cost.tolist() == pytest.approx([1.0, 0.125, 0.0])
-    only = ml.edit_tradeoff(*results, tasks=["two-way"], n_resamples=500)
+    only = ml.tasks.edit_tradeoff(*results, tasks=["two-way"], n_resamples=500)
     assert only.cost.tolist() == pytest.approx([1.0, 0.0, 0.0])
     table = found.table()
     assert table["exact_match"].tolist() == pytest.approx([0.0, 0.4, 0.8])
@@ -87,7 +87,7 @@ def test_intervals_cover_as_often_as_they_say() -> None:
     for trial in range(60):
         exact = (rng.random((40, 3)) < [0.5, 0.5, 0.5]).astype(float)
         right = (rng.random((40, 3)) < 0.75).astype(float)
-        found = ml.edit_tradeoff(
+        found = ml.tasks.edit_tradeoff(
             recall_result(exact.tolist(), [1.0] * 40),
             task_result({"open": ("language", 0.0, right.tolist(), [1.0] * 40)}),
             n_resamples=300,
@@ -102,7 +102,7 @@ def test_a_task_at_chance_is_left_out(results: tuple[ml.Result, ml.Result]) -> N
     data = results[1].data
     guessed = ml.Result(data.isel(sequence=data["task"].values == "guessed"))
     with pytest.raises(ResultError, match="not surely above chance on any task"):
-        ml.edit_tradeoff(results[0], guessed)
+        ml.tasks.edit_tradeoff(results[0], guessed)
 
 
 def test_a_task_of_no_hits_and_one_of_few_are_left_out() -> None:
@@ -114,25 +114,25 @@ def test_a_task_of_no_hits_and_one_of_few_are_left_out() -> None:
     assert tasks_above_chance(accuracy, margin=0.0) == ["once", "often"]
     recall = recall_result([[0, 0, 1]] * 6, [1.0] * 6)
     # a resample without the one hit has nothing to lose on that task: it does not count there
-    found = ml.edit_tradeoff(recall, accuracy, tasks=["once", "often"], n_resamples=200)
+    found = ml.tasks.edit_tradeoff(recall, accuracy, tasks=["once", "often"], n_resamples=200)
     assert np.isfinite(found.cost_draws).all()
     assert found.cost.tolist() == pytest.approx([1.0, 1.0, 1.0])
     assert set(np.unique(found.cost_draws[:, 1])) == {0.0, 1.0}
-    alone = ml.edit_tradeoff(recall, accuracy, tasks=["never", "often"], n_resamples=20)
+    alone = ml.tasks.edit_tradeoff(recall, accuracy, tasks=["never", "often"], n_resamples=20)
     assert alone.cost.tolist() == pytest.approx([1.0, 0.0, 0.0])
 
 
 def test_what_does_not_fit_is_refused(results: tuple[ml.Result, ml.Result]) -> None:
     recall, accuracy = results
     with pytest.raises(ResultError, match="other interventions"):
-        ml.edit_tradeoff(ml.Result(recall.data.isel(layer=slice(0, 2))), accuracy)
+        ml.tasks.edit_tradeoff(ml.Result(recall.data.isel(layer=slice(0, 2))), accuracy)
     with pytest.raises(OptionError, match="over"):
-        ml.edit_tradeoff(recall, accuracy, over="median")
+        ml.tasks.edit_tradeoff(recall, accuracy, over="median")
     with pytest.raises(OptionError, match="task"):
-        ml.edit_tradeoff(recall, accuracy, tasks=["three-way"])
+        ml.tasks.edit_tradeoff(recall, accuracy, tasks=["three-way"])
     nothing = recall.data.assign(exact_match_baseline=("sequence", [0.0] * 10))
     with pytest.raises(ResultError, match="nothing is recited"):
-        ml.edit_tradeoff(ml.Result(nothing), accuracy)
+        ml.tasks.edit_tradeoff(ml.Result(nothing), accuracy)
 
 
 def integrated(removed: np.ndarray, cost: np.ndarray) -> float:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from memlens.errors import EmptySetError, OptionError, SequenceError, VocabularyError
-from memlens.sequences import SequenceSet, check_sequences
+from memlens.sequences.checks import check_sequences
+from memlens.sequences.set import SequenceSet
 from tests.sequences.vocabularies import model_with
 from tests.tiny import tiny_tokenizer
 

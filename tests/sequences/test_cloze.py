@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from memlens.errors import ColumnError, EmptySetError, OptionError, SequenceError
-from memlens.sequences import fact_sequences, load_sequences
+from memlens.sequences.readers.knowledge import fact_sequences
+from memlens.sequences.readers.load import load_sequences
 from tests.sequences.vocabularies import byte_level, metaspace
 
 

@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from memlens.errors import OptionError, SequenceError
-from memlens.sequences import SequenceSet, corrupt
-from memlens.sequences.controls import KINDS
+from memlens.sequences.corrupt import KINDS, corrupt
+from memlens.sequences.set import SequenceSet
 
 quick = settings(deadline=None, max_examples=30)
 

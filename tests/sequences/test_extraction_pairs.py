@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from memlens.errors import FileFormatError, SequenceError, SourceNotFoundError, VocabularyError
-from memlens.models.loading import load_model
-from memlens.sequences import load_sequences
+from memlens.models.load import load_model
+from memlens.sequences.readers.load import load_sequences
 
 RNG = np.random.default_rng(0)
 

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from memlens.errors import ColumnError, OptionError, SequenceError
-from memlens.sequences import identifier_sequences, load_sequences
+from memlens.sequences.readers.knowledge import identifier_sequences
+from memlens.sequences.readers.load import load_sequences
 from tests.sequences.vocabularies import byte_level
 
 FRAME = pd.DataFrame(

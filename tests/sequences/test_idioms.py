@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from memlens.errors import ColumnError, OptionError, SequenceError
-from memlens.sequences import load_sequences
-from memlens.sequences.idioms import DEFECTS, idiom_defects
+from memlens.sequences.readers.idioms import DEFECTS, idiom_defects
+from memlens.sequences.readers.load import load_sequences
 from tests.sequences.vocabularies import byte_level, characters, metaspace
 
 

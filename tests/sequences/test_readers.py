@@ -21,7 +21,10 @@ from memlens.errors import (
     VocabularyError,
 )
 from memlens.models.zoo import zoo_path
-from memlens.sequences import SequenceSet, files, load_sequences, sources
+from memlens.sequences.readers import files
+from memlens.sequences.readers import load as sources
+from memlens.sequences.readers.load import load_sequences
+from memlens.sequences.set import SequenceSet
 from tests.sequences.vocabularies import byte_level, characters, metaspace, model_with
 from tests.tiny import tiny_tokenizer
 

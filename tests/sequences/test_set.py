@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memlens.errors import ColumnError, FileFormatError, SequenceError, VocabularyError
-from memlens.sequences import SequenceSet
+from memlens.sequences.set import SequenceSet
 
 quick = settings(deadline=None, max_examples=30)
 

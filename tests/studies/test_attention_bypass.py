@@ -14,16 +14,16 @@ from statsmodels.stats.proportion import proportion_confint
 from typer.testing import CliRunner
 
 import memlens as ml
-from memlens.cli import app
+from memlens.cli.app import app
 from memlens.errors import EmptySetError, OptionError
-from memlens.organisms.zoo import zoo_corpus
-from memlens.results.depth import quartiles
-from memlens.results.statistics import halves
-from memlens.studies import StudyRun
-from memlens.studies.bypass_context import METRICS
-from memlens.studies.bypass_findings import scaling
+from memlens.organisms.training.zoo import zoo_corpus
+from memlens.results.groups import quartiles
+from memlens.results.statistics.intervals import halves
+from memlens.studies.bypass.context import METRICS
+from memlens.studies.bypass.findings import scaling
+from memlens.studies.running import StudyRun
 
-SMALL = ml.BypassOptions(
+SMALL = ml.studies.BypassOptions(
     max_sequences=20,
     max_free_running=6,
     control_sequences=8,
@@ -45,23 +45,23 @@ def pythia() -> Any:
 
 
 @pytest.fixture(scope="module")
-def found(pythia: Any) -> ml.MemorizedSet:
+def found(pythia: Any) -> ml.recall.MemorizedSet:
     rows = zoo_corpus("pythia-s").rows[:3000]
-    return ml.build_memorized_set(pythia, rows, n=24, seed=1, block_size=512, progress=False)
+    return ml.recall.build_memorized_set(pythia, rows, n=24, seed=1, block_size=512, progress=False)
 
 
 @pytest.fixture(scope="module")
-def inputs(pythia: Any, found: ml.MemorizedSet) -> ml.BypassInputs:
-    return ml.BypassInputs.of(pythia, found, ml.local_tasks("zoo", pythia, names=TASKS, n=20))
+def inputs(pythia: Any, found: ml.recall.MemorizedSet) -> ml.studies.BypassInputs:
+    return ml.studies.BypassInputs.of(pythia, found, ml.tasks.local_tasks("zoo", pythia, names=TASKS, n=20))
 
 
 @pytest.fixture(scope="module")
-def run(inputs: ml.BypassInputs, tmp_path_factory: pytest.TempPathFactory) -> StudyRun:
-    def smaller() -> ml.BypassInputs:
+def run(inputs: ml.studies.BypassInputs, tmp_path_factory: pytest.TempPathFactory) -> StudyRun:
+    def smaller() -> ml.studies.BypassInputs:
         few = [task.take(slice(0, 10)) for task in inputs.tasks]
-        return ml.BypassInputs(inputs.model, inputs.memorized[:10], tasks=few, name="the same, less")
+        return ml.studies.BypassInputs(inputs.model, inputs.memorized[:10], tasks=few, name="the same, less")
 
-    return ml.study_attention_bypass(
+    return ml.studies.study_attention_bypass(
         inputs, tmp_path_factory.mktemp("bypass"), others=[smaller], options=SMALL, progress=False,
         command="memlens run bypass",
     )  # fmt: skip
@@ -102,7 +102,7 @@ def test_all_parts_ran_and_stand_in_the_report(run: StudyRun, folder: Path) -> N
 
 
 def test_exact_match_under_a_bypass_is_that_of_a_plain_forward(
-    pythia: Any, inputs: ml.BypassInputs, folder: Path
+    pythia: Any, inputs: ml.studies.BypassInputs, folder: Path
 ) -> None:
     blocks = ml.load_result(folder / "blocks.nc").data
     mine = blocks.isel(sequence=blocks["group"].values == "memorized")
@@ -122,7 +122,9 @@ def test_exact_match_under_a_bypass_is_that_of_a_plain_forward(
         np.testing.assert_allclose(mine["completion_entropy"].sel(layer=layer), entropy, rtol=1e-4)
 
 
-def test_controls_are_those_matched_to_the_chosen_sequences(inputs: ml.BypassInputs, folder: Path) -> None:
+def test_controls_are_those_matched_to_the_chosen_sequences(
+    inputs: ml.studies.BypassInputs, folder: Path
+) -> None:
     blocks = ml.load_result(folder / "blocks.nc").data
     chosen = blocks["sequence"].values[blocks["group"].values == "memorized"].tolist()
     assert inputs.unmemorized is not None
@@ -195,7 +197,7 @@ def test_quartiles_are_means_over_their_blocks(folder: Path) -> None:
 
 
 def test_free_decoding_is_the_score_under_the_bypass(
-    pythia: Any, inputs: ml.BypassInputs, folder: Path
+    pythia: Any, inputs: ml.studies.BypassInputs, folder: Path
 ) -> None:
     result = ml.load_result(folder / "free_running.nc")
     ids = result["sequence"].values.tolist()
@@ -247,59 +249,59 @@ def test_late_bypass_is_set_against_removal(run: StudyRun, folder: Path) -> None
 
 
 def test_a_killed_run_is_taken_up(
-    inputs: ml.BypassInputs, run: StudyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: ml.studies.BypassInputs, run: StudyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("memlens.studies.bypass_sides.control_edits", killed)
+        patch.setattr("memlens.studies.bypass.sides.control_edits", killed)
         with pytest.raises(KeyboardInterrupt):
-            ml.study_attention_bypass(inputs, tmp_path, options=SMALL, progress=False)
+            ml.studies.study_attention_bypass(inputs, tmp_path, options=SMALL, progress=False)
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.npz")}
     assert stamps
-    again = ml.study_attention_bypass(inputs, tmp_path, options=SMALL, progress=False)
+    again = ml.studies.study_attention_bypass(inputs, tmp_path, options=SMALL, progress=False)
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
     skipped = "From one model to the next"
     assert [f.statement for f in again.findings] == [f.statement for f in run.findings if f.title != skipped]
 
 
 def test_a_part_that_fails_costs_only_itself(
-    pythia: Any, inputs: ml.BypassInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pythia: Any, inputs: ml.studies.BypassInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("memlens.studies.bypass_blocks.evaluate_tasks", broken, raising=False)
-    monkeypatch.setattr("memlens.studies.bypass_context.evaluate_tasks", broken)
-    options = ml.BypassOptions(
+    monkeypatch.setattr("memlens.studies.bypass.blocks.evaluate_tasks", broken, raising=False)
+    monkeypatch.setattr("memlens.studies.bypass.study.evaluate_tasks", broken)
+    options = ml.studies.BypassOptions(
         **{**vars(SMALL), "joint_sequences": 0, "edits": (), "heads": False, "free_running": False}
     )
-    run = ml.study_attention_bypass(inputs, tmp_path, options=options, progress=False)
+    run = ml.studies.study_attention_bypass(inputs, tmp_path, options=options, progress=False)
     assert run.failures == {"tasks": "out of memory"}
     assert "out of memory" in run.report.read_text(encoding="utf-8")
     assert [f.title for f in run.findings][-1] == "Bounds"
 
 
 def test_without_controls_nothing_is_called_special(pythia: Any, found: Any, tmp_path: Path) -> None:
-    options = ml.BypassOptions(**{**vars(SMALL), "bounds_sequences": 0, "heads": False})
-    alone = ml.BypassInputs(pythia, found.memorized[:8])
-    run = ml.study_attention_bypass(alone, tmp_path, options=options, progress=False)
+    options = ml.studies.BypassOptions(**{**vars(SMALL), "bounds_sequences": 0, "heads": False})
+    alone = ml.studies.BypassInputs(pythia, found.memorized[:8])
+    run = ml.studies.study_attention_bypass(alone, tmp_path, options=options, progress=False)
     assert "no tasks were given" in run.report.read_text(encoding="utf-8")
     special = next(f for f in run.findings if f.title == "What is special to memorized text")
     assert special.estimate is None
     assert "No control text" in special.statement
 
 
-def test_bad_inputs_are_refused(pythia: Any, found: ml.MemorizedSet) -> None:
+def test_bad_inputs_are_refused(pythia: Any, found: ml.recall.MemorizedSet) -> None:
     with pytest.raises(EmptySetError, match="3 memorized sequences"):
-        ml.BypassInputs(pythia, found.memorized[:3])
+        ml.studies.BypassInputs(pythia, found.memorized[:3])
     with pytest.raises(OptionError, match="edits"):
-        ml.BypassOptions(edits=("zero",))
+        ml.studies.BypassOptions(edits=("zero",))
     with pytest.raises(OptionError, match="quartiles=1"):
-        ml.BypassOptions(quartiles=1)
+        ml.studies.BypassOptions(quartiles=1)
     with pytest.raises(OptionError, match="mode"):
-        ml.BypassOptions(mode="uniform")
+        ml.studies.BypassOptions(mode="uniform")
 
 
 def test_scaling_speaks_of_each_model_s_chosen_block() -> None:
@@ -322,7 +324,7 @@ def test_scaling_speaks_of_each_model_s_chosen_block() -> None:
 
 
 def test_the_command_runs_on_saved_sequences_and_refuses_what_does_not_fit(
-    found: ml.MemorizedSet, tmp_path: Path
+    found: ml.recall.MemorizedSet, tmp_path: Path
 ) -> None:
     found.save(tmp_path / "set")
     args = ["run", "bypass", "--model", "zoo/pythia-s", "--out", str(tmp_path / "out"), "-q"]

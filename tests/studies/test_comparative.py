@@ -18,14 +18,15 @@ import memlens as ml
 from memlens.errors import EmptySetError, OptionError
 from memlens.models.provenance import describe, remember
 from memlens.recall.scores import RecallScores
-from memlens.studies import StudyRun, comparative_measure
-from memlens.studies.comparative_claims import CLAIMS
-from memlens.studies.comparative_heads import expected_jaccard
-from memlens.studies.comparative_measure import CONTROL, MEMORIZED
-from memlens.studies.comparative_profiles import layer_profile, on_grid
-from memlens.studies.comparative_store import ModelStore, SavedModel, saved_models
+from memlens.studies.comparative import measure as comparative_measure
+from memlens.studies.comparative.analyze.heads import expected_jaccard
+from memlens.studies.comparative.analyze.profiles import layer_profile, on_grid
+from memlens.studies.comparative.measure import CONTROL, MEMORIZED
+from memlens.studies.comparative.report.claims import CLAIMS
+from memlens.studies.comparative.store import ModelStore, SavedModel, saved_models
+from memlens.studies.running import StudyRun
 
-SMALL = ml.ComparativeOptions(
+SMALL = ml.studies.ComparativeOptions(
     max_compressed=3,
     compression_budget=5,
     alphas=(0.0, 0.5),
@@ -66,11 +67,11 @@ def shaken(model: Any, size: float, seed: int, name: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def entries(pythia: Any) -> list[ml.StudyModel]:
-    own = [ml.StudyModel("zoo/pythia-s", family="first", model=pythia)]
+def entries(pythia: Any) -> list[ml.studies.StudyModel]:
+    own = [ml.studies.StudyModel("zoo/pythia-s", family="first", model=pythia)]
     for i, family in enumerate(("first", "second", "second"), 1):
         model = shaken(pythia, 0.03 if family == "first" else 0.06, i, f"copy-{i}")
-        own.append(ml.StudyModel(f"copy-{i}", family=family, model=model))
+        own.append(ml.studies.StudyModel(f"copy-{i}", family=family, model=model))
     return own
 
 
@@ -80,8 +81,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(entries: list[ml.StudyModel], sequences: ml.SequenceSet, out: Path) -> StudyRun:
-    return ml.study_comparative(
+def run(entries: list[ml.studies.StudyModel], sequences: ml.SequenceSet, out: Path) -> StudyRun:
+    return ml.studies.study_comparative(
         entries, sequences, out, options=SMALL, command="memlens run comparative", progress=False
     )
 
@@ -256,7 +257,7 @@ def test_profiles_and_families_by_hand(run: StudyRun, out: Path) -> None:
 
 def test_another_model_is_added_and_only_it_is_computed(
     run: StudyRun,
-    entries: list[ml.StudyModel],
+    entries: list[ml.studies.StudyModel],
     sequences: ml.SequenceSet,
     pythia: Any,
     tmp_path: Path,
@@ -273,13 +274,13 @@ def test_another_model_is_added_and_only_it_is_computed(
 
     monkeypatch.setattr(comparative_measure, "score_recall", counting)
     quick = replace(SMALL, measures=("recall", "heads"), untrained=False)
-    first = ml.study_comparative(entries[:1], some, tmp_path, options=quick, progress=False)
-    second = ml.study_comparative(entries[:2], some, tmp_path, options=quick, progress=False)
+    first = ml.studies.study_comparative(entries[:1], some, tmp_path, options=quick, progress=False)
+    second = ml.studies.study_comparative(entries[:2], some, tmp_path, options=quick, progress=False)
     assert scored == ["zoo/pythia-s", "copy-1"]
     assert first.failures == second.failures == {}
     assert len(table(tmp_path, "models")) == 2
     # Without loading anything, from the folder alone.
-    third = ml.study_comparative([], {}, tmp_path, options=quick, include_saved=True, progress=False)
+    third = ml.studies.study_comparative([], {}, tmp_path, options=quick, include_saved=True, progress=False)
     assert third.failures == {}
     assert len(table(tmp_path, "models")) == 2
     assert scored == ["zoo/pythia-s", "copy-1"]
@@ -288,7 +289,7 @@ def test_another_model_is_added_and_only_it_is_computed(
     heads = saved(tmp_path, "copy-1").path / "heads.nc"
     before = heads.stat().st_mtime_ns
     changed = replace(quick, heads_per_domain=3)
-    fourth = ml.study_comparative(
+    fourth = ml.studies.study_comparative(
         entries[1:2], some, tmp_path, options=changed, include_saved=True, progress=False
     )
     assert fourth.failures == {}
@@ -307,8 +308,8 @@ def test_one_model_that_recalls_nothing_and_one_that_is_not_there(
 ) -> None:
     from memlens.organisms.untrained import untrained_like
 
-    blank = ml.StudyModel("blank", family="first", model=untrained_like(pythia, seed=3))
-    run = ml.study_comparative(
+    blank = ml.studies.StudyModel("blank", family="first", model=untrained_like(pythia, seed=3))
+    run = ml.studies.study_comparative(
         [blank, "zoo/nowhere"], sequences[:20], tmp_path, options=SMALL, progress=False
     )
     assert list(run.failures) == ["zoo/nowhere"]
@@ -328,15 +329,19 @@ def test_one_model_that_recalls_nothing_and_one_that_is_not_there(
 def test_twins_have_rows_and_no_part_in_families(
     sequences: ml.SequenceSet, pythia: Any, tmp_path: Path
 ) -> None:
-    twin = ml.StudyModel("zoo/pythia-s-clean", model=shaken(pythia, 0.01, 9, "zoo/pythia-s-clean"))
+    twin = ml.studies.StudyModel("zoo/pythia-s-clean", model=shaken(pythia, 0.01, 9, "zoo/pythia-s-clean"))
     quick = replace(SMALL, measures=("recall", "heads"), untrained=False)
-    run = ml.study_comparative([pythia, twin], sequences[:20], tmp_path, options=quick, progress=False)
+    run = ml.studies.study_comparative(
+        [pythia, twin], sequences[:20], tmp_path, options=quick, progress=False
+    )
     assert run.failures == {}
     models = table(tmp_path, "models").set_index("model")
     assert models["control"].to_dict() == {"zoo/pythia-s": False, "zoo/pythia-s-clean": True}
     assert models["family"].tolist() == ["pythia", "pythia"]
     assert table(tmp_path, "profiles")["model"].unique().tolist() == ["zoo/pythia-s"]
-    alone = ml.study_comparative([twin], sequences[:30], tmp_path / "alone", options=quick, progress=False)
+    alone = ml.studies.study_comparative(
+        [twin], sequences[:30], tmp_path / "alone", options=quick, progress=False
+    )
     assert alone.failures == {}
     assert set(table(tmp_path / "alone", "claims")["verdict"]) == {"not tested"}
 
@@ -350,10 +355,10 @@ def test_checkpoints_are_followed(
         "load_model",
         lambda name, checkpoint_step=None, **options: steps[checkpoint_step],
     )
-    entry = ml.StudyModel("zoo/pythia-s", model=pythia, checkpoints=(30, 10, 20))
+    entry = ml.studies.StudyModel("zoo/pythia-s", model=pythia, checkpoints=(30, 10, 20))
     quick = replace(SMALL, measures=("recall", "training"))
     some = sequences[:20]
-    run = ml.study_comparative([entry], some, tmp_path, options=quick, progress=False)
+    run = ml.studies.study_comparative([entry], some, tmp_path, options=quick, progress=False)
     assert run.failures == {}
     found = table(tmp_path, "training").set_index("step")
     hits = {
@@ -369,15 +374,15 @@ def test_checkpoints_are_followed(
 
 def test_bad_requests_are_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(EmptySetError, match="no models"):
-        ml.study_comparative([], "zoo", tmp_path)
+        ml.studies.study_comparative([], "zoo", tmp_path)
     with pytest.raises(OptionError, match="named twice"):
-        ml.study_comparative(["zoo/pythia-s", "zoo/pythia-s"], "zoo", tmp_path)
+        ml.studies.study_comparative(["zoo/pythia-s", "zoo/pythia-s"], "zoo", tmp_path)
     for bad in (
         {"alphas": (0.1,)}, {"profile": "median"}, {"noise_draws": 0}, {"top_fraction": 1.5},
         {"measures": ("everything",)}, {"min_per_domain": 1}, {"unmemorized_below": 0.0},
     ):  # fmt: skip
         with pytest.raises(OptionError):
-            ml.ComparativeOptions(**bad)
+            ml.studies.ComparativeOptions(**bad)
     assert not (tmp_path / "run.json").exists()
 
 

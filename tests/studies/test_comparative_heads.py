@@ -11,9 +11,12 @@ import xarray as xr
 from scipy.spatial.distance import cosine
 
 from memlens.errors import OptionError, ResultError
-from memlens.studies.comparative_heads import (
+from memlens.studies.comparative.analyze.heads import (
+    NULLS,
     HeadEffects,
     expected_jaccard,
+    head_overlap,
+    head_table,
     jaccard,
     mean_pairwise,
     rank_agreement,
@@ -22,8 +25,7 @@ from memlens.studies.comparative_heads import (
     top_set,
     universal_share,
 )
-from memlens.studies.comparative_overlap import NULLS, head_overlap, head_table
-from memlens.studies.comparative_profiles import (
+from memlens.studies.comparative.analyze.profiles import (
     cluster,
     family_test,
     layer_profile,

@@ -12,17 +12,16 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 from memlens.errors import ColumnError, ResultError
-from memlens.results import Result
-from memlens.sequences import SequenceSet
-from memlens.studies.comparative_claims import CLAIMS, VERDICTS, by_null, judge, over_models
-from memlens.studies.comparative_domains import (
+from memlens.results.result import Result
+from memlens.results.statistics.estimates import Estimate
+from memlens.sequences.set import SequenceSet
+from memlens.studies.comparative.analyze.domains import (
     domain_agreement,
     domain_table,
     structural_gap,
     structural_share,
 )
-from memlens.studies.comparative_evidence import EVIDENCE, smaller_beats_larger
-from memlens.studies.comparative_frequency import (
+from memlens.studies.comparative.analyze.frequency import (
     boundary_gap,
     boundary_table,
     bucket_labels,
@@ -32,12 +31,23 @@ from memlens.studies.comparative_frequency import (
     token_frequencies,
     youden,
 )
-from memlens.studies.comparative_judging import claim_table, judge_all, signature_table
-from memlens.studies.comparative_layers import burst, crossing, depth_curve, on_depth
-from memlens.studies.comparative_noise import noise_table, recovery_gap, recovery_table, structural_change
-from memlens.studies.comparative_rates import depth_table, rate_row, score_spread, size_fits
-from memlens.studies.comparative_training import copies_table, join_steps, training_events, training_table
-from memlens.studies.statistics import Estimate
+from memlens.studies.comparative.analyze.layers import burst, crossing, depth_curve, on_depth
+from memlens.studies.comparative.analyze.noise import (
+    noise_table,
+    recovery_gap,
+    recovery_table,
+    structural_change,
+)
+from memlens.studies.comparative.analyze.rates import depth_table, rate_row, score_spread, size_fits
+from memlens.studies.comparative.analyze.training import (
+    copies_table,
+    join_steps,
+    training_events,
+    training_table,
+)
+from memlens.studies.comparative.report.claims import CLAIMS, VERDICTS, by_null, judge, over_models
+from memlens.studies.comparative.report.evidence import EVIDENCE, smaller_beats_larger
+from memlens.studies.comparative.report.judging import claim_table, judge_all, signature_table
 
 # ---- rate and size ---------------------------------------------------------------------------------------
 

@@ -10,20 +10,25 @@ import pandas as pd
 import pytest
 
 import memlens as ml
-from memlens.cli.comparative import with_checkpoints
+from memlens.cli.run import with_checkpoints
 from memlens.errors import FileFormatError, ModelNotFoundError, OptionError, SourceNotFoundError
 from memlens.models.families import find_model
-from memlens.studies.comparative_config import (
+from memlens.studies.comparative.config import (
     StudyModel,
     parse_model,
     parse_sources,
     read_config,
     read_domains,
 )
-from memlens.studies.comparative_hub import HUB_MODELS, hub_table, shape_of
-from memlens.studies.comparative_plan import PlanSizes, plan_comparative, plan_parts
-from memlens.sweeps.planner import plan, plan_shape
-from memlens.sweeps.shapes import ModelShape
+from memlens.studies.comparative.plan import (
+    HUB_MODELS,
+    PlanSizes,
+    hub_table,
+    plan_comparative,
+    plan_parts,
+    shape_of,
+)
+from memlens.sweeps.plan import ModelShape, plan, plan_shape
 from tests.cli.test_commands import call
 
 # ---- the paper's list ------------------------------------------------------------------------------------
@@ -61,7 +66,7 @@ def test_shapes_have_the_parameters_that_their_names_say() -> None:
 def test_a_shape_is_planned_as_the_model_it_is_of(tiny_model: Any, family: str) -> None:
     model = tiny_model(family)
     seqs = ml.SequenceSet.from_tokens(np.ones((6, 12), dtype=int), 5)
-    edits = ml.head_ablations(model, seqs)
+    edits = ml.edits.head_ablations(model, seqs)
     there = plan(model, seqs, edits, calibrate=False, batch_size=6)
     away = plan_shape(ModelShape.of(model), seqs, edits, batch_size=6)
     assert away.block_forwards == there.block_forwards
@@ -72,7 +77,7 @@ def test_a_shape_is_planned_as_the_model_it_is_of(tiny_model: Any, family: str) 
 
 def test_plans_count_forwards_and_hours() -> None:
     sizes = PlanSizes(per_domain=64, domains=2, heads_per_domain=32, heads_if_large=16, memorized=0.25)
-    options = ml.ComparativeOptions(alphas=(0.0, 0.5), noise_draws=1)
+    options = ml.studies.ComparativeOptions(alphas=(0.0, 0.5), noise_draws=1)
     hub = shape_of("pythia-160m")
     shape = ModelShape(
         hub.n_layers, hub.d_model, hub.n_heads, hub.n_kv_heads, hub.d_head, hub.d_mlp, hub.d_vocab, hub.gated,
@@ -265,12 +270,12 @@ def test_domains_are_sampled_alike_for_all_and_named(sources: tuple[Path, Path])
     config, folder = sources
     model = ml.load_model(folder, device="cpu")
     both = {name: str(config.parent / f"{name}.parquet") for name in ("code", "prose")}
-    options = ml.ComparativeOptions(max_per_domain=3)
+    options = ml.studies.ComparativeOptions(max_per_domain=3)
     seqs = read_domains(both, model, options)
     assert seqs.table["domain"].value_counts().to_dict() == {"code": 3, "prose": 3}
     assert all(i.startswith(("code/", "prose/")) for i in seqs.ids)
     assert read_domains(both, model, options).ids == seqs.ids
-    one = read_domains(both["code"], model, ml.ComparativeOptions())
+    one = read_domains(both["code"], model, ml.studies.ComparativeOptions())
     assert set(one.table["domain"]) == {"all"}
 
 

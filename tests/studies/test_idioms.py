@@ -14,11 +14,12 @@ from statsmodels.stats.proportion import proportion_confint
 
 import memlens as ml
 from memlens.errors import ColumnError, OptionError
-from memlens.studies import StudyRun, idioms
-from memlens.studies.idiom_findings import recall_by_frequency, recall_by_subset
-from memlens.studies.unfolding import MISSED, NATURAL, RECALLED
+from memlens.studies.idioms import study as idioms
+from memlens.studies.idioms.findings import recall_by_frequency, recall_by_subset
+from memlens.studies.idioms.unfolding import MISSED, NATURAL, RECALLED
+from memlens.studies.running import StudyRun
 
-SMALL = ml.IdiomOptions(
+SMALL = ml.studies.IdiomOptions(
     max_items=6,
     max_controls=5,
     max_others=4,
@@ -36,10 +37,12 @@ def pythia() -> Any:
     return ml.load_model("zoo/pythia-s")
 
 
-def study(model: Any, out: Path, options: ml.IdiomOptions = SMALL, **given: Any) -> StudyRun:
+def study(model: Any, out: Path, options: ml.studies.IdiomOptions = SMALL, **given: Any) -> StudyRun:
     text = ml.load_sequences("zoo:heldout", model, prefix_len=1)
     expressions = ml.load_sequences("zoo:expressions", model)
-    return ml.study_idioms(model, expressions, out, text=text, options=options, progress=False, **given)
+    return ml.studies.study_idioms(
+        model, expressions, out, text=text, options=options, progress=False, **given
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def run(pythia: Any, tmp_path_factory: pytest.TempPathFactory) -> StudyRun:
         tmp_path_factory.mktemp("idioms"),
         facts=ml.load_sequences("zoo:facts", pythia)[::3],
         identifiers=ml.load_sequences("zoo:identifiers", pythia)[::2],
-        references=[ml.NgramReference(["the miller sold the old lantern", "a kettle in winter"])],
+        references=[ml.recall.NgramReference(["the miller sold the old lantern", "a kettle in winter"])],
         train_lens=True,
         command="memlens run idioms",
     )
@@ -181,7 +184,7 @@ def test_early_against_late_is_the_mean_over_windows_of_each_item(run: StudyRun,
 
 
 def test_the_same_call_again_does_only_what_is_missing(pythia: Any, tmp_path: Path) -> None:
-    options = ml.IdiomOptions(**{**vars(SMALL), "non_top": False})
+    options = ml.studies.IdiomOptions(**{**vars(SMALL), "non_top": False})
     first = study(pythia, tmp_path, options)
     shards = {path: path.stat().st_mtime_ns for path in tmp_path.glob("sweeps/*/*") if path.suffix == ".nc"}
     before = {p.name: pd.read_parquet(p) for p in tmp_path.glob("*.parquet")}
@@ -202,7 +205,7 @@ def test_a_part_that_fails_costs_only_itself(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("memlens.studies.unfolding.knock_out_neurons", broken)
+    monkeypatch.setattr("memlens.studies.idioms.unfolding.knock_out_neurons", broken)
     run = study(pythia, tmp_path)
     assert run.failures == {"idioms: knock-outs": "out of memory"}
     assert (tmp_path / "idioms_decoding.nc").exists()
@@ -212,7 +215,7 @@ def test_a_part_that_fails_costs_only_itself(
 def test_nothing_recalled_is_said_and_ends_there(pythia: Any, tmp_path: Path) -> None:
     recall = ml.score_recall(pythia, ml.load_sequences("zoo:expressions", pythia), progress=False)
     missed = recall.sequences[(recall.table["exact_match"] == 0).to_numpy()]
-    run = ml.study_idioms(pythia, missed, tmp_path, options=SMALL, progress=False)
+    run = ml.studies.study_idioms(pythia, missed, tmp_path, options=SMALL, progress=False)
     assert run.failures == {}
     assert run.findings[0].estimate == 0
     assert not (tmp_path / "idioms_decoding.nc").exists()
@@ -257,30 +260,32 @@ def test_items_are_left_out_by_their_columns(pythia: Any, tmp_path: Path) -> Non
     )
     with pytest.warns(UserWarning, match="1 rows are dictionary definitions"):
         seqs = ml.load_sequences(tmp_path / "idioms.jsonl", pythia)
-    options = ml.IdiomOptions(**{**vars(SMALL), "knock_out": False, "leave_out": ("definition",)})
-    run = ml.study_idioms(pythia, seqs, tmp_path / "run", options=options, progress=False)
+    options = ml.studies.IdiomOptions(**{**vars(SMALL), "knock_out": False, "leave_out": ("definition",)})
+    run = ml.studies.study_idioms(pythia, seqs, tmp_path / "run", options=options, progress=False)
     assert run.failures == {}
     assert any("Fewer than two recalled idioms have a control" in f.statement for f in run.findings)
     assert len(table(tmp_path / "run", "idioms_recall")) == len(texts) == len(seqs) - 1
     defects = table(tmp_path / "run", "idioms_defects")
     assert "for a very long time" in defects["text"].tolist()
     with pytest.raises(ColumnError, match="'definitoin'"):
-        ml.study_idioms(pythia, seqs, tmp_path, options=ml.IdiomOptions(leave_out=("definitoin",)))
+        ml.studies.study_idioms(
+            pythia, seqs, tmp_path, options=ml.studies.IdiomOptions(leave_out=("definitoin",))
+        )
 
 
 def test_bad_options_are_named() -> None:
     with pytest.raises(OptionError, match="lacks 'resid_post'"):
-        ml.IdiomOptions(streams=("mlp_out",))
+        ml.studies.IdiomOptions(streams=("mlp_out",))
     with pytest.raises(OptionError, match="lacks 'dominant'"):
-        ml.IdiomOptions(selections=("random",))
+        ml.studies.IdiomOptions(selections=("random",))
     with pytest.raises(OptionError, match="max_items=0"):
-        ml.IdiomOptions(max_items=0)
+        ml.studies.IdiomOptions(max_items=0)
     with pytest.raises(OptionError, match="probability_caliper=0"):
-        ml.IdiomOptions(probability_caliper=0)
+        ml.studies.IdiomOptions(probability_caliper=0)
 
 
 def test_the_study_s_name_is_public() -> None:
-    assert ml.study_idioms is idioms.study_idioms
+    assert ml.studies.study_idioms is idioms.study_idioms
 
 
 def test_hooks_of_the_model_stay_as_they_were(pythia: Any, run: StudyRun) -> None:
@@ -303,13 +308,13 @@ def test_the_criteria_tell_planted_expressions_from_text(pythia: Any) -> None:
     from memlens.cli.run import _counted, _criteria
 
     expressions = ml.load_sequences("zoo:expressions", pythia)
-    text = ml.natural_controls(
+    text = ml.sequences.natural_controls(
         ml.load_sequences("zoo:heldout", pythia, prefix_len=1), expressions, tokenizer=pythia.tokenizer
     )
     text = text[np.flatnonzero(text.table["target"].str.split().str.len().to_numpy() == 1)]
     references, options = _counted(None, "zoo", pythia), _criteria("zoo", 0)
     theirs, ours = (
-        ml.score_criteria(seqs, references, probed=pythia, options=options, progress=False)
+        ml.recall.score_criteria(seqs, references, probed=pythia, options=options, progress=False)
         for seqs in (text, expressions)
     )
     planted = expressions.table["copies"].to_numpy() > 0
@@ -319,5 +324,5 @@ def test_the_criteria_tell_planted_expressions_from_text(pythia: Any) -> None:
     assert passed.loc[planted, "irreducible"].mean() > 0.95
     assert passed.loc[planted, "single_target"].all()
     score = np.concatenate([ours.score()[planted], theirs.score()])
-    area = ml.roc_area(score, np.arange(len(score)) < planted.sum())
+    area = ml.stats.roc_area(score, np.arange(len(score)) < planted.sum())
     assert area.low > 0.8

@@ -14,12 +14,15 @@ import xarray as xr
 
 import memlens as ml
 from memlens.errors import NonFiniteError, OptionError, VocabularyError
-from memlens.report import report_from_directory
-from memlens.results import Result
-from memlens.studies import StudyRun, findings, localization
-from memlens.studies.statistics import chosen_site, halves, mean_estimate, ratio_estimate, share_estimate
+from memlens.report.from_directory import report_from_directory
+from memlens.results.result import Result
+from memlens.results.statistics.estimates import chosen_site, mean_estimate, ratio_estimate, share_estimate
+from memlens.results.statistics.intervals import halves
+from memlens.studies.localization import findings
+from memlens.studies.localization import study as localization
+from memlens.studies.running import StudyRun
 
-SMALL = ml.LocalizeOptions(
+SMALL = ml.studies.LocalizeOptions(
     max_sequences=6, max_patched=3, max_positions=6, explored_memorized=2, explored_controls=1
 )
 
@@ -122,7 +125,7 @@ def test_the_report_explores_some_of_both_groups(run: StudyRun, pythia: Any, pla
 
 
 def test_the_explorer_can_be_left_out(pythia: Any, planted: ml.SequenceSet, tmp_path: Path) -> None:
-    few = ml.LocalizeOptions(
+    few = ml.studies.LocalizeOptions(
         max_sequences=2, max_patched=1, max_positions=2, untrained_control=False,
         explored_memorized=0, explored_controls=0,
     )  # fmt: skip
@@ -130,7 +133,7 @@ def test_the_explorer_can_be_left_out(pythia: Any, planted: ml.SequenceSet, tmp_
     assert not (tmp_path / "explorer.explorer.json").exists()
     assert "Look at single sequences" not in run.report.read_text(encoding="utf-8")
     with pytest.raises(OptionError, match="explored_controls=-1"):
-        ml.LocalizeOptions(explored_controls=-1)
+        ml.studies.LocalizeOptions(explored_controls=-1)
 
 
 def test_a_step_that_fails_loses_nothing(

@@ -10,11 +10,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import memlens as ml
-from memlens.models.functional import FunctionalBlocks
-from memlens.models.hooks import capturing, has_site, hook_name
-from memlens.models.trunk import Trunk
-from memlens.sweeps import Reads
-from memlens.sweeps.entries import entry_of
+from memlens.forward.blocks import FunctionalBlocks
+from memlens.forward.hooks import capturing, has_site, hook_name
+from memlens.forward.trunk import Trunk
+from memlens.sweeps.engine.entries import entry_of
+from memlens.sweeps.interventions import Reads
 from tests.small import CASES, corrupted, largest_difference, ragged
 from tests.tiny import random_tokens
 
@@ -57,12 +57,12 @@ def test_instruments_equal_the_reference(tiny_model: Any, family: str, backend: 
     edits = [
         i
         for site, over in sites
-        for i in ml.activation_patches(
+        for i in ml.edits.activation_patches(
             model, clean, site=site, over=over, layers=[0, 2], positions=[0, 7, 17]
         )
     ]
-    edits += ml.head_ablations(model, clean, mode="mean", layers=[1], positions="targets")
-    edits += [ml.bypass_intervention(model, layers) for layers in ([0], [2], [0, 1])]
+    edits += ml.edits.head_ablations(model, clean, mode="mean", layers=[1], positions="targets")
+    edits += [ml.edits.bypass_intervention(model, layers) for layers in ([0], [2], [0, 1])]
     edits = [ml.Intervention(f"{n}", i.hooks, first_position=i.first_position) for n, i in enumerate(edits)]
     fast = ml.sweep(model, corrupt, edits, METRICS, progress=False)
     plain = ml.sweep(model, corrupt, edits, METRICS, engine="reference", progress=False)
@@ -72,7 +72,9 @@ def test_instruments_equal_the_reference(tiny_model: Any, family: str, backend: 
 
 def test_only_the_positions_after_a_change_run(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, clean = tiny_model("gpt_neox", "bridge"), ragged()
-    ml.sweep(model, clean, ml.activation_patches(model, clean, positions=[0]), progress=False)  # compare once
+    ml.sweep(
+        model, clean, ml.edits.activation_patches(model, clean, positions=[0]), progress=False
+    )  # compare once
     ran: list[tuple[int, ...]] = []
     plain = FunctionalBlocks.run
 
@@ -81,7 +83,7 @@ def test_only_the_positions_after_a_change_run(tiny_model: Any, monkeypatch: pyt
         return plain(self, layer, resid, *rest)
 
     monkeypatch.setattr(FunctionalBlocks, "run", look)
-    patches = ml.activation_patches(model, corrupted(clean), layers=[1], positions=[15])
+    patches = ml.edits.activation_patches(model, corrupted(clean), layers=[1], positions=[15])
     ml.sweep(model, clean, patches, progress=False)
     stop = int(clean.lengths.max()) - 1  # the last token predicts nothing
     assert ran == [(1, len(clean), stop - 15), (2, len(clean), stop - 15)]
@@ -101,7 +103,7 @@ def test_an_edit_of_the_last_blocks_heads_runs_no_block(
 @pytest.mark.parametrize("hint", [0, 3, 11, 60])
 def test_a_wrong_first_position_changes_nothing(tiny_model: Any, hint: int) -> None:
     model, clean = tiny_model("llama_gqa", "bridge"), ragged()
-    patches = ml.activation_patches(model, clean, site="mlp_out", positions=[2, 9, 16])
+    patches = ml.edits.activation_patches(model, clean, site="mlp_out", positions=[2, 9, 16])
     told = [ml.Intervention(p.name, p.hooks, p.coords, first_position=hint) for p in patches]
     a, b = (ml.sweep(model, corrupted(clean), e, METRICS, progress=False) for e in (patches, told))
     assert largest_difference(a, b) < 1e-5
@@ -109,7 +111,7 @@ def test_a_wrong_first_position_changes_nothing(tiny_model: Any, hint: int) -> N
 
 def test_a_model_with_other_blocks_runs_its_own(tiny_folder: Any) -> None:
     model, seqs = ml.load_model(tiny_folder("llama"), backend="bridge"), ragged()
-    edits = ml.head_ablations(model, seqs)
+    edits = ml.edits.head_ablations(model, seqs)
     before = ml.sweep(model, seqs, edits, METRICS, progress=False)
     mlp = model.blocks[2].mlp.original_component
     inner = mlp.act_fn
@@ -163,8 +165,8 @@ def test_plan_counts_the_operations_that_run(tiny_model: Any, family: str) -> No
     model, clean = tiny_model(family, "bridge"), ragged(2)
     corrupt = corrupted(clean)
     edits = [
-        *ml.activation_patches(model, clean, layers=[1, 2], positions=range(0, 16, 3)),
-        *ml.head_ablations(model, clean, layers=[0]),
+        *ml.edits.activation_patches(model, clean, layers=[1, 2], positions=range(0, 16, 3)),
+        *ml.edits.head_ablations(model, clean, layers=[0]),
     ]
     edits = [ml.Intervention(f"{n}", i.hooks, first_position=i.first_position) for n, i in enumerate(edits)]
     ml.sweep(model, corrupt, edits, progress=False)  # what is asked once is not counted

@@ -11,7 +11,8 @@ import torch
 
 import memlens as ml
 from memlens.errors import InterventionError
-from memlens.sweeps import Batch, ByBatch
+from memlens.forward.batches import Batch
+from memlens.sweeps.interventions import ByBatch
 from tests.small import ragged
 
 

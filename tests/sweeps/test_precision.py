@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import memlens as ml
-from memlens.sweeps.precision import in_float32
+from memlens.forward.precision import in_float32
 from tests.small import CASES, corrupted, ragged
 
 
@@ -22,7 +22,7 @@ def test_agreement_is_the_difference_to_the_same_weights_in_float32(
     model = ml.load_model(tiny_folder(family), backend=backend, dtype=dtype, device="cpu")
     wide = ml.load_model(tiny_folder(family), backend=backend, dtype=dtype, device="cpu")
     clean = ragged()
-    edits = ml.head_ablations(model, clean, mode="zero")
+    edits = ml.edits.head_ablations(model, clean, mode="zero")
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     logits = model(clean.tokens)
     got = ml.sweep(model, clean, edits, ("target_logprob",), progress=False)
@@ -51,7 +51,7 @@ def test_patches_are_compared_in_float32_too(tiny_folder: Any) -> None:
 
 def test_it_can_be_asked_for_or_left_out(tiny_folder: Any, tiny_model: Any) -> None:
     seqs, wide = ragged(), tiny_model("llama", "bridge")
-    edits = ml.head_ablations(wide, seqs, layers=[1])
+    edits = ml.edits.head_ablations(wide, seqs, layers=[1])
     asked = ml.sweep(wide, seqs, edits, ("target_logprob",), check_dtype=True, progress=False, per_token=True)
     assert asked.settings["float32_agreement"]["largest_difference"]["target_logprob"]["value"] < 1e-5
     narrow = ml.load_model(tiny_folder("llama"), backend="bridge", dtype="bfloat16", device="cpu")

@@ -9,7 +9,7 @@ import torch
 
 import memlens as ml
 from memlens.errors import InterventionError, SilentInterventionError
-from memlens.sweeps.silent import check_hook_is_heard
+from memlens.sweeps.contexts import check_hook_is_heard
 from tests.small import ragged
 
 
@@ -59,7 +59,7 @@ def test_context_raises_on_leaving(tiny_folder: Any) -> None:
 
 def test_context_refuses_hooks_by_sequence(tiny_model: Any) -> None:
     model, seqs = tiny_model("gpt_neox", "bridge"), ragged()
-    patch = ml.activation_patches(model, seqs, layers=[0], positions=[0])[0]
+    patch = ml.edits.activation_patches(model, seqs, layers=[0], positions=[0])[0]
     with pytest.raises(InterventionError, match=r"memlens\.sweep"), ml.applied(model, patch):
         pass
 

@@ -25,7 +25,7 @@ RECIPES: tuple[str, ...] = (
     ),
     "pythia-s-clean",
 )
-"""The models that `memlens zoo train` can make (recipes: `memlens.organisms.recipes`), in order."""
+"""The models that `memlens zoo train` can make (recipes: `memlens.organisms.training.recipes`), in order."""
 
 
 def zoo_cache() -> Path:

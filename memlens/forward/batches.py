@@ -1,0 +1,70 @@
+"""Batches of a set of sequences, and where their targets are predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from memlens.sequences.set import SequenceSet
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Where the targets of a batch are predicted, and which they are.
+
+    Attributes:
+        positions: Positions of the predicting logits, `[batch, target]`; 0 outside the mask.
+        ids: Target ids; 0 outside the mask.
+        mask: True where a target stands.
+    """
+
+    positions: Tensor
+    ids: Tensor
+    mask: Tensor
+
+
+def make_batches(
+    seqs: SequenceSet, size: int, device: torch.device, within: range | None = None
+) -> Iterator[tuple[Batch, Targets]]:
+    """Cut a set (or only its rows `within`) into batches, each padded only to its own longest sequence."""
+    within = range(len(seqs)) if within is None else within
+    for first in range(within.start, within.stop, size):
+        rows = torch.arange(first, min(first + size, within.stop))
+        part = seqs[rows]
+        width = int(part.lengths.max())
+        mask = part.target_mask
+        positions = torch.where(mask, part.target_positions - 1, 0)
+        predicts = torch.zeros(len(part), width, dtype=torch.bool)
+        predicts[torch.arange(len(part))[:, None].expand_as(mask)[mask], positions[mask]] = True
+        batch = Batch(
+            rows, part.tokens[:, :width].to(device), part.mask[:, :width].to(device), predicts.to(device)
+        )
+        ids = torch.where(mask, part.target_ids, 0)
+        yield batch, Targets(positions.to(device), ids.to(device), mask.to(device))
+
+
+def at_targets(final: Tensor, targets: Targets) -> Tensor:
+    """Final residuals at the predicting positions, `[copies * batch, target, d_model]`."""
+    positions = targets.positions.repeat(len(final) // len(targets.positions), 1)
+    return final[torch.arange(len(final), device=final.device)[:, None], positions]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The sequences that a hook is about to see.
+
+    Attributes:
+        rows: Their row numbers in the `SequenceSet`.
+        tokens: Their ids, padded on the right.
+        mask: True where a real token stands.
+        predicts: True at the positions whose logits predict a target token.
+    """
+
+    rows: Int[Tensor, " batch"]
+    tokens: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    predicts: Bool[Tensor, "batch pos"]

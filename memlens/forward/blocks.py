@@ -1,0 +1,370 @@
+"""A model's blocks as plain functions of the residual, at some positions only.
+
+`FunctionalBlocks` computes what the model's own blocks compute where nothing is hooked, with three
+freedoms that a module's forward does not have: positions before the first changed one are not computed
+(their keys and values come from outside), in the last block only chosen positions are queried, and
+attention runs through the fused kernel. `FunctionalBlocks.of` compares each block with the model's own
+and gives None where they differ, or where the model has a form it does not know: then the model runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from memlens.errors import UnsupportedModelError
+from memlens.forward.read_blocks import BlockWeights, Linear, Norm, read_block, read_unembedding
+from memlens.forward.trunk import Trunk
+
+KeysValues = tuple[Float[Tensor, "row kv_head pos d_head"], Float[Tensor, "row kv_head pos d_head"]]
+"""Keys (rotated) and values of one layer."""
+
+_COMPARED: WeakKeyDictionary[Any, tuple[tuple[int, ...], dict[int, int]]] = WeakKeyDictionary()
+"""Models that were compared: their modules, and by layer the width up to which they agree."""
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+_LIBRARIES = ("transformer_lens.", "transformers.", "memlens.")
+"""Whose own hooks collect and change nothing that blocks as functions do not do too."""
+
+
+class FunctionalBlocks:
+    """Blocks as functions; see the module's docstring.
+
+    Args:
+        trunk: The model.
+        layers: Which blocks.
+        width: The greatest number of positions.
+
+    Raises:
+        UnsupportedModelError: A block has a form that is not known.
+    """
+
+    n_heads: int
+    n_kv: int
+    d_head: int
+    final_norm: Norm
+    unembedding: Linear
+
+    def __init__(self, trunk: Trunk, layers: Sequence[int], width: int) -> None:
+        self.trunk = trunk
+        self.n_heads, self.n_kv, self.d_head = trunk.n_heads, trunk.n_kv_heads, trunk.d_head
+        around = trunk.surroundings(width)
+        self.blocks: Mapping[int, BlockWeights] = {
+            layer: read_block(trunk.model, layer, around[layer], parallel=trunk.parallel) for layer in layers
+        }
+        self.final_norm, self.unembedding = read_unembedding(trunk.model)
+
+    @staticmethod
+    def of(trunk: Trunk, resid: Mapping[int, Tensor]) -> FunctionalBlocks | None:
+        """Return the blocks, or None where they would not give what the model gives.
+
+        Args:
+            trunk: The model.
+            resid: The model's own residual `[batch, pos, d_model]` at the input of consecutive layers; the
+                last is the output of the last block compared.
+        """
+        layers = sorted(resid)
+        if _has_hooks(trunk.model):
+            return None
+        width = resid[layers[0]].shape[1]
+        modules, known = _COMPARED.get(trunk.model, (None, {}))
+        present = tuple(map(id, trunk.model.modules()))
+        known = known if modules == present else {}
+        try:
+            blocks = FunctionalBlocks(trunk, layers[:-1], width)
+            new = [n for n in layers[:-1] if known.get(n, 0) < width]
+            close = all(_close(blocks.run(n, resid[n]), resid[n + 1]) for n in new)
+            if not known:
+                final = resid[layers[-1]][:, -1]
+                close = close and _close(blocks.unembed(final), trunk.unembed(final))
+        except (AttributeError, KeyError, RuntimeError, TypeError, UnsupportedModelError):
+            return None
+        if not close:
+            return None
+        known |= dict.fromkeys([trunk.n_layers, *new], width)
+        _COMPARED[trunk.model] = present, known
+        return blocks
+
+    def unembed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        """Return the logits of final residuals."""
+        return self.unembedding(self.final_norm(resid))
+
+    def keys_values(self, layer: int, resid: Float[Tensor, "row pos d_model"], first: int = 0) -> KeysValues:
+        """Return a layer's keys and values of residuals that stand at positions ``first ..``."""
+        block = self.blocks[layer]
+        x = resid if block.attn_norm is None else block.attn_norm(resid)
+        split = self.n_heads * self.d_head
+        kv = block.qkv().rows(slice(split, None))(x)
+        return self._keys_values(block, kv, torch.arange(first, first + x.shape[1], device=x.device))
+
+    def run(
+        self,
+        layer: int,
+        resid: Float[Tensor, "row pos d_model"],
+        past: KeysValues | None = None,
+        queries: Int[Tensor, "row query"] | None = None,
+    ) -> Float[Tensor, "row query d_model"]:
+        """Return a block's output.
+
+        Args:
+            layer: The block.
+            resid: Its input at the positions after those of `past`.
+            past: Keys and values of the positions before.
+            queries: The positions whose output is wanted, counted from the first of `resid`; all by default.
+        """
+        attn = self._attention(layer, resid, past, queries)
+        return self.add(layer, resid if queries is None else _picked(resid, queries), attn)
+
+    def _attention(
+        self, layer: int, resid: Tensor, past: KeysValues | None, queries: Tensor | None
+    ) -> Float[Tensor, "row query d_model"]:
+        """Attention's projected output; what it takes on the way is free before the MLP runs."""
+        block = self.blocks[layer]
+        first = 0 if past is None else past[0].shape[2]
+        x = resid if block.attn_norm is None else block.attn_norm(resid)
+        places = torch.arange(first, first + x.shape[1], device=x.device)
+        split, qkv = self.n_heads * self.d_head, block.qkv()
+        if queries is None:
+            q, kv = qkv(x).split([split, qkv.weight.shape[0] - split], dim=-1)
+            visible, asked = block.around.visible[first : first + x.shape[1], : first + x.shape[1]], places
+        else:
+            kv = qkv.rows(slice(split, None))(x)
+            q = qkv.rows(slice(0, split))(_picked(x, queries))
+            asked = places[queries]
+            visible = block.around.visible[:, : first + x.shape[1]][asked][:, None]
+        del qkv, x
+        k, v = self._keys_values(block, kv, places)
+        q = self._queries(block, q, asked)
+        del kv
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        return block.o(self._attend(block, q, k, v, visible))
+
+    def add(
+        self, layer: int, resid: Float[Tensor, "*batch d_model"], attn: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """Return a block's output from its input and its attention's projected output, before a post-norm."""
+        block = self.blocks[layer]
+        attn = attn if block.attn_post_norm is None else block.attn_post_norm(attn)
+        if not block.parallel:
+            return self.add_mlp(layer, attn.add_(resid))
+        assert block.mlp_norm is not None
+        return block.mlp(block.mlp_norm(resid)).add_(attn).add_(resid)
+
+    def add_mlp(
+        self, layer: int, resid_mid: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """Return a sequential block's output from the residual between attention and MLP."""
+        block = self.blocks[layer]
+        out = block.mlp(resid_mid if block.mlp_norm is None else block.mlp_norm(resid_mid))
+        out = out if block.mlp_post_norm is None else block.mlp_post_norm(out)
+        return out.add_(resid_mid)
+
+    def attention_parts(
+        self, layer: int, x: Float[Tensor, "row pos d_model"]
+    ) -> tuple[Float[Tensor, "row pos q_width"], Float[Tensor, "row pos kv_width"], Tensor, KeysValues]:
+        """Return a layer's queries and keys as projected, its queries as used, and its keys and values.
+
+        Args:
+            layer: The block.
+            x: What attention reads (after the norm before it), from position 0 on.
+        """
+        block = self.blocks[layer]
+        split, qkv = self.n_heads * self.d_head, block.qkv()
+        q, kv = qkv(x).split([split, qkv.weight.shape[0] - split], dim=-1)
+        places = torch.arange(x.shape[1], device=x.device)
+        raw = q.clone(), kv.chunk(2, dim=-1)[0].clone()  # rotation works in place
+        return *raw, self._queries(block, q, places), self._keys_values(block, kv, places)
+
+    def mix(
+        self, layer: int, q: Float[Tensor, "row head pos d_head"], kv: KeysValues
+    ) -> Float[Tensor, "row pos z_width"]:
+        """Return each head's mixed values, side by side, of queries and keys from position 0 on."""
+        block, width = self.blocks[layer], q.shape[2]
+        return self._attend(block, q, *kv, block.around.visible[:width, :width])
+
+    def pattern(
+        self, layer: int, q: Float[Tensor, "row head pos d_head"], k: Float[Tensor, "row kv_head pos d_head"]
+    ) -> Float[Tensor, "row head query key"]:
+        """Return the attention weights of queries and keys from position 0 on."""
+        block, width = self.blocks[layer], q.shape[2]
+        k = k.repeat_interleave(self.n_heads // self.n_kv, 1)
+        scores = q @ k.transpose(-1, -2) * block.scale
+        return scores.masked_fill(~block.around.visible[:width, :width], -torch.inf).softmax(-1)
+
+    def attention_output(
+        self, layer: int, z: Float[Tensor, "*batch head d_head"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """Return what attention adds to the residual from each head's mixed values."""
+        block = self.blocks[layer]
+        out = block.o(z.flatten(-2))
+        return out if block.attn_post_norm is None else block.attn_post_norm(out)
+
+    def head_output_change(
+        self, layer: int, dz: Float[Tensor, "*batch head d_head"], heads: slice
+    ) -> Float[Tensor, "*batch d_model"] | None:
+        """Return what a change of some heads' `z` adds to the residual; None where that is not linear."""
+        block = self.blocks[layer]
+        if block.attn_post_norm is not None:
+            return None
+        columns = slice(heads.start * self.d_head, heads.stop * self.d_head)
+        return F.linear(dz.flatten(-2), block.o.weight[:, columns])
+
+    def _queries(self, block: BlockWeights, q: Tensor, places: Tensor) -> Tensor:
+        return self._shaped(block, q, block.q_norm, places, self.n_heads, rotate=True)
+
+    def _keys_values(self, block: BlockWeights, kv: Tensor, places: Tensor) -> KeysValues:
+        k, v = kv.chunk(2, dim=-1)
+        return (
+            self._shaped(block, k, block.k_norm, places, self.n_kv, rotate=True),
+            self._shaped(block, v, None, places, self.n_kv, rotate=False),
+        )
+
+    def _shaped(
+        self, block: BlockWeights, x: Tensor, norm: Any, places: Tensor, heads: int, *, rotate: bool
+    ) -> Tensor:
+        """Norm, clip, split into heads and rotate: `[row, head, pos, d_head]`."""
+        x = x if norm is None else norm(x)
+        x = x if block.clip is None else x.clamp(-block.clip, block.clip)
+        x = x.unflatten(-1, (heads, self.d_head)).transpose(1, 2)
+        if not rotate or block.around.rotary is None:
+            return x
+        x = x.clone() if x.requires_grad else x  # autograd allows no rotation in place of a view
+        cos, sin = (t[places] for t in block.around.rotary)
+        if places.ndim == 2:  # places differ by row
+            cos, sin = cos[:, None], sin[:, None]
+        if cos.dtype == x.dtype:
+            _rotate(x, cos, sin)
+            return x
+        wide = x.to(cos.dtype)  # a model may rotate in more bits than its weights have
+        _rotate(wide, cos, sin)
+        return wide.to(x.dtype)
+
+    def _attend(self, block: BlockWeights, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        if self.n_kv != self.n_heads:
+            groups = self.n_heads // self.n_kv
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=block.scale)
+        return z.transpose(1, 2).flatten(-2)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate the first features in place, the halves against each other."""
+    width = cos.shape[-1]
+    half = width // 2
+    low, high = x[..., :half], x[..., half:width]
+    turned = low * cos[..., :half] - high * sin[..., :half]
+    high.mul_(cos[..., half:]).add_(low * sin[..., half:])
+    low.copy_(turned)
+
+
+def _picked(x: Tensor, queries: Tensor) -> Tensor:
+    return x[torch.arange(len(x), device=x.device)[:, None], queries]
+
+
+def _has_hooks(model: Any) -> bool:
+    """Whether a user's hook listens inside the model: then only its own forward is the truth."""
+    if any(point.fwd_hooks for point in model.hook_dict.values()):
+        return True
+    hooks = (h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    return any(not _module_of(h).startswith(_LIBRARIES) for h in hooks)
+
+
+def _module_of(hook: Any) -> str:
+    return getattr(getattr(hook, "func", hook), "__module__", "")
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= _TOLERANCE[a.dtype] * b.abs().max())
+
+
+@dataclass(frozen=True)
+class BlockTrace:
+    """What a block computes, row by row.
+
+    Attributes:
+        resid: Its input.
+        attn_in: What attention reads.
+        raw_q: Queries as projected, all heads side by side: before norm, clipping and rotation.
+        raw_k: Keys likewise.
+        q: Queries as used.
+        k: Keys as used.
+        v: Values as used.
+        projected: Attention's projected output.
+        added: What attention adds to the residual: `projected` after a post-norm, where there is one.
+        mlp_from: What the norm before the MLP reads: the residual after attention, or in a parallel block the
+            block's input.
+        mlp_in: What the MLP reads.
+        mlp_raw: The MLP's output before a post-norm.
+        out: The block's output.
+    """
+
+    resid: Float[Tensor, "row pos d_model"]
+    attn_in: Float[Tensor, "row pos d_model"]
+    raw_q: Float[Tensor, "row pos q_width"]
+    raw_k: Float[Tensor, "row pos kv_width"]
+    q: Float[Tensor, "row head pos d_head"]
+    k: Float[Tensor, "row kv_head pos d_head"]
+    v: Float[Tensor, "row kv_head pos d_head"]
+    projected: Float[Tensor, "row pos d_model"]
+    added: Float[Tensor, "row pos d_model"]
+    mlp_from: Float[Tensor, "row pos d_model"]
+    mlp_in: Float[Tensor, "row pos d_model"]
+    mlp_raw: Float[Tensor, "row pos d_model"]
+    out: Float[Tensor, "row pos d_model"]
+
+    def __getitem__(self, rows: slice) -> BlockTrace:
+        return BlockTrace(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+    def where(self, chosen: Bool[Tensor, " row"], other: BlockTrace) -> BlockTrace:
+        """Return these rows where `chosen`, else the other's."""
+        pairs = ((getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
+        return BlockTrace(*(torch.where(chosen.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
+
+    def repeated(self, times: int) -> BlockTrace:
+        """Return all rows `times` times, one copy of all after the other."""
+        parts = (getattr(self, name) for name in self.__dataclass_fields__)
+        return BlockTrace(*(p.repeat(times, *[1] * (p.ndim - 1)) for p in parts))
+
+
+def trace_block(
+    blocks: FunctionalBlocks,
+    layer: int,
+    resid: Float[Tensor, "row pos d_model"],
+    *,
+    bypass: bool = False,
+) -> BlockTrace:
+    """Run a block on residuals that begin at position 0.
+
+    Args:
+        blocks: The blocks.
+        layer: Which.
+        resid: Its input.
+        bypass: Mix nothing: every token's own values stand where the mixed ones would.
+    """
+    block = blocks.blocks[layer]
+    x = resid if block.attn_norm is None else block.attn_norm(resid)
+    raw_q, raw_k, q, (k, v) = blocks.attention_parts(layer, x)
+    if bypass:
+        z = v.repeat_interleave(blocks.n_heads // blocks.n_kv, 1).transpose(1, 2).flatten(-2)
+    else:
+        z = blocks.mix(layer, q, (k, v))
+    projected = block.o(z)
+    added = projected if block.attn_post_norm is None else block.attn_post_norm(projected)
+    mlp_from = resid if block.parallel else resid + added
+    mlp_in = mlp_from if block.mlp_norm is None else block.mlp_norm(mlp_from)
+    mlp_raw = block.mlp(mlp_in)
+    mlp_added = mlp_raw if block.mlp_post_norm is None else block.mlp_post_norm(mlp_raw)
+    out = resid + added + mlp_added
+    return BlockTrace(
+        resid, x, raw_q, raw_k, q, k, v, projected, added, mlp_from, mlp_in, mlp_raw, out
+    )  # fmt: skip

@@ -1,0 +1,176 @@
+"""Activations at the positions that predict targets, from a run or from a cache the user already has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from memlens.errors import SequenceError, SiteError
+from memlens.forward.batches import Batch, Targets, make_batches
+from memlens.forward.hooks import HookFn, attached, capturing
+from memlens.forward.trunk import Trunk
+from memlens.sequences.checks import check_sequences
+from memlens.sequences.set import SequenceSet
+
+if TYPE_CHECKING:
+    from memlens.sweeps.interventions import Intervention
+
+
+@dataclass(frozen=True)
+class AtTargets:
+    """One batch.
+
+    Attributes:
+        targets: Where the targets are predicted, and which they are.
+        acts: Each activation at the predicting positions, ``{name: [batch, target, …]}``.
+        final: The residual after the last block there, `[batch, target, d_model]`.
+    """
+
+    targets: Targets
+    acts: dict[str, Tensor]
+    final: Float[Tensor, "batch target d_model"]
+
+
+@torch.no_grad()
+def at_targets(
+    trunk: Trunk,
+    seqs: SequenceSet,
+    names: Sequence[str],
+    *,
+    cache: Any = None,
+    batch_size: int = 16,
+    progress: bool = True,
+    desc: str = "",
+) -> Iterator[AtTargets]:
+    """Yield activations at the predicting positions, batch by batch.
+
+    Args:
+        trunk: The model.
+        seqs: The sequences.
+        names: Hook names (blocks only).
+        cache: An `ActivationCache` (or mapping) of the model on exactly ``seqs.tokens``; run anew if None.
+        batch_size: Sequences at a time.
+        progress: Show a bar.
+        desc: The bar's words.
+
+    Raises:
+        EmptySetError: No sequences.
+        SequenceError: The cache is of another number of sequences or positions.
+        SiteError: The cache lacks an activation.
+    """
+    check_sequences(seqs, trunk.model, on_eos="keep")
+    last = f"blocks.{trunk.n_layers - 1}.hook_resid_post"
+    with tqdm(total=len(seqs), disable=not progress, desc=desc, unit="seq") as bar:
+        for batch, targets in make_batches(seqs, batch_size, trunk.device):
+            if cache is None:
+                with capturing(trunk.model, [*names, last]) as full:
+                    trunk.run(trunk.embed(batch.tokens))
+            else:
+                full = {n: _from_cache(cache, n, seqs)[batch.rows] for n in {*names, last}}
+            rows = torch.arange(len(batch.rows), device=targets.positions.device)[:, None]
+            picked = {n: a.to(trunk.device)[rows, targets.positions] for n, a in full.items()}
+            yield AtTargets(targets, {n: picked[n] for n in names}, picked[last])
+            bar.update(len(batch.rows))
+
+
+def _from_cache(cache: Any, name: str, seqs: SequenceSet) -> Tensor:
+    try:
+        value = cache[name]
+    except KeyError as error:
+        raise SiteError(
+            f"the cache has no {name!r}: make it with names_filter=None, or leave cache= out."
+        ) from error
+    if value.shape[0] != len(seqs) or value.shape[1] < int(seqs.lengths.max()):
+        raise SequenceError(
+            f"the cache's {name!r} has the shape {tuple(value.shape)} and the set "
+            f"{tuple(seqs.tokens.shape)}: make the cache from sequences.tokens."
+        )
+    return value
+
+
+class ActivationSource:
+    """Activations of a source set, row by row beside the sequences of the running batch.
+
+    Args:
+        model: A TransformerLens model.
+        source: The set whose activations are wanted.
+        names: Hook names.
+        rows: Which source row stands beside each sequence; the same number by default.
+        under: An edit that the source runs under.
+    """
+
+    trunk: Trunk
+    source: SequenceSet
+    names: list[str]
+    under: Intervention | None
+    rows: Tensor
+
+    def __init__(
+        self,
+        model: Any,
+        source: SequenceSet,
+        names: Sequence[str],
+        rows: Int[Tensor, " seq"] | None = None,
+        under: Intervention | None = None,
+    ) -> None:
+        self.trunk, self.source, self.names, self.under = Trunk(model), source, list(names), under
+        self.rows = torch.arange(len(source)) if rows is None else rows
+        self._key: tuple[Any, ...] | None = None
+        self._store: dict[str, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it is, without what it happens to hold."""
+        return {**self.__dict__, "_key": None, "_store": {}}
+
+    @torch.no_grad()
+    def of(self, batch: Batch) -> dict[str, Tensor]:
+        """Return ``{name: [batch, pos, …]}``; a shorter source row is repeated from its start."""
+        key = (self.trunk.dtype, *batch.rows.tolist())
+        if key != self._key:
+            rows, width = self.rows[batch.rows], batch.tokens.shape[1]
+            lengths = self.source.lengths[rows]
+            tokens = self.source.tokens[rows, : int(lengths.max())].to(batch.tokens.device)
+            with (
+                attached(self.trunk.model, self._edit(rows)),
+                capturing(self.trunk.model, self.names) as store,
+            ):
+                self.trunk.run(self.trunk.embed(tokens))
+            places = torch.arange(width)[None] % lengths[:, None]
+            self._key, self._store = key, {n: _placed(n, a, places) for n, a in store.items()}
+        return self._store
+
+    def _edit(self, rows: Int[Tensor, " batch"]) -> list[tuple[str, HookFn]]:
+        if self.under is None:
+            return []
+        ((beside, _),) = make_batches(self.source[rows], len(rows), self.trunk.device)
+        return self.under.bound(replace(beside, rows=rows))
+
+
+def _placed(name: str, activation: Tensor, places: Int[Tensor, "batch pos"]) -> Tensor:
+    """Take positions; attention weights, which have two axes of them, stay as they are."""
+    if name.endswith("hook_pattern"):
+        return activation
+    return activation[torch.arange(len(places))[:, None], places]
+
+
+@torch.no_grad()
+def mean_activations(
+    model: Any, sequences: SequenceSet, names: Sequence[str], batch_size: int = 32
+) -> dict[str, Float[Tensor, "..."]]:
+    """Return the mean of each activation over all real positions of a set, by hook name."""
+    trunk = Trunk(model)
+    sums: dict[str, Tensor] = {}
+    for batch, _ in make_batches(sequences, batch_size, trunk.device):
+        with capturing(model, names) as store:
+            trunk.run(trunk.embed(batch.tokens))
+        for name in names:
+            part = store[name][batch.mask].sum(0, dtype=torch.float64)
+            sums[name] = sums.get(name, torch.zeros_like(part)) + part
+    n = int(sequences.mask.sum())
+    return {name: (total / n).to(trunk.dtype) for name, total in sums.items()}

@@ -1,0 +1,135 @@
+"""Greedy continuations, decoded only from the first error on.
+
+Up to its first error a greedy continuation *is* the truth, so those tokens are fed, not decoded. Rows whose
+first errors lie at different places go through one key-value cache in lockstep: at every step a row that is
+still before its error is fed its true token, the others what they decoded.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from memlens.forward.memory import memory_budget
+from memlens.forward.trunk import Trunk, is_bridge
+from memlens.sequences.set import SequenceSet
+
+
+def greedy_continuations(
+    model: Any,
+    seqs: SequenceSet,
+    rows: Int[Tensor, "row"] | None = None,
+    first_error: Int[Tensor, "row"] | None = None,
+    *,
+    first_token: Int[Tensor, "row"] | None = None,
+    batch_size: int | None = None,
+    banned: int | None = None,
+    progress: bool = False,
+) -> Int[Tensor, "row target"]:
+    """Return what greedy decoding gives after each prefix, as many tokens as the continuation has.
+
+    Args:
+        model: A TransformerLens model.
+        seqs: The set.
+        rows: Which sequences; all by default.
+        first_error: For each of them the target at which decoding first differs from the truth (0 where it
+            is not known: then everything is decoded).
+        first_token: The token decoded there, where it is known: saves one step.
+        batch_size: Sequences decoded together; chosen by the size of the cache by default.
+        banned: A token that decoding may not emit.
+        progress: Show a progress bar.
+
+    Returns:
+        Token ids, padded with -1 where a sequence has fewer targets than the longest of the set.
+    """
+    rows = torch.arange(len(seqs)) if rows is None else rows
+    tokens = seqs.tokens[rows].clone()
+    known = seqs.prefix_len[rows] + (0 if first_error is None else first_error)
+    if first_token is not None:
+        tokens[torch.arange(len(rows)), known] = first_token
+        known = known + 1
+    size = batch_size or _rows_per_cache(model, int(seqs.lengths.max()))
+    order = known.argsort(stable=True)
+    with torch.no_grad(), tqdm(total=len(rows), desc="decoding", unit="seq", disable=not progress) as bar:
+        for chunk in order.split(size):
+            tokens[chunk] = _decode(model, tokens[chunk], known[chunk], seqs.lengths[rows[chunk]], banned)
+            bar.update(len(chunk))
+    return _targets_of(tokens, seqs, rows)
+
+
+def _decode(model: Any, tokens: Tensor, known: Tensor, lengths: Tensor, banned: int | None) -> Tensor:
+    """Fill in the tokens from `known` to `lengths`; both `[row]`."""
+    start, end = int(known.min()), int(lengths[known < lengths].max()) if (known < lengths).any() else 0
+    if start >= end:
+        return tokens
+    tokens = tokens.clone()
+    decoder = _BridgeDecoder(model) if is_bridge(model) else _HookedDecoder(model, len(tokens))
+    fed = tokens[:, :start]
+    for position in range(start, end):
+        logits = decoder.step(fed)
+        if banned is not None:
+            logits[:, banned] = float("-inf")
+        decoded = logits.argmax(-1).cpu()
+        tokens[:, position] = torch.where(position < known, tokens[:, position], decoded)
+        fed = tokens[:, position : position + 1]
+    return tokens
+
+
+def _targets_of(tokens: Tensor, seqs: SequenceSet, rows: Tensor) -> Tensor:
+    positions, mask = seqs.target_positions[rows], seqs.target_mask[rows]
+    return torch.where(mask, tokens.gather(1, positions.clamp_min(0)), -1)
+
+
+def _rows_per_cache(model: Any, length: int) -> int:
+    """Return how many sequences' keys and values stay within the memory budget."""
+    parameter = next(model.parameters())
+    cfg = model.cfg
+    heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+    row_bytes = 2 * cfg.n_layers * heads * cfg.d_head * length * parameter.element_size()
+    return int(min(256, max(1, memory_budget(parameter.device) // row_bytes)))
+
+
+class _Decoder(Protocol):
+    def step(self, tokens: Int[Tensor, "row new"]) -> Float[Tensor, "row vocab"]:
+        """Take in the next tokens and return the logits after the last of them."""
+        ...
+
+
+class _HookedDecoder:
+    """`HookedTransformer` with its own cache; only the last position is unembedded."""
+
+    def __init__(self, model: Any, n_rows: int) -> None:
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+        self.model, self.trunk = model, Trunk(model)
+        self.cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, n_rows)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        # The mask is given because TransformerLens would else take end-of-text tokens for padding.
+        resid = self.model(
+            tokens.to(self.trunk.device),
+            past_kv_cache=self.cache,
+            attention_mask=torch.ones_like(tokens),
+            stop_at_layer=self.trunk.n_layers,
+        )
+        return self.trunk.unembed(resid[:, -1])
+
+
+class _BridgeDecoder:
+    """The bridge's Hugging Face model with its own cache: TransformerLens hooks act in it as well."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.original_model
+        self.device = next(model.parameters()).device
+        self.past: Any = None
+
+    def step(self, tokens: Tensor) -> Tensor:
+        out = self.model(
+            input_ids=tokens.to(self.device), past_key_values=self.past, use_cache=True, logits_to_keep=1
+        )
+        self.past = out.past_key_values
+        return out.logits[:, -1].clone()

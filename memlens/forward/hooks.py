@@ -1,0 +1,207 @@
+"""Hook names, in one place, and hooks that are always taken off again.
+
+Names are TransformerLens' own (`blocks.3.attn.hook_z`). A *site* is a short word for one kind of hook
+(`"z"`), the same for every architecture and both backends.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from memlens.errors import SiteError, check_option, near_matches
+
+HookFn = Callable[..., Any]
+"""A TransformerLens hook function: ``fn(activation, hook) -> activation or None``."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One kind of hook.
+
+    Attributes:
+        name: The short word.
+        template: The hook name with `{layer}` in it.
+        shape: The activation's axes.
+        meaning: One line.
+    """
+
+    name: str
+    template: str
+    shape: str
+    meaning: str
+
+
+SITES: Mapping[str, Site] = MappingProxyType(
+    {
+        s.name: s
+        for s in (
+            Site(
+                "resid_pre",
+                "blocks.{layer}.hook_resid_pre",
+                "batch pos d_model",
+                "residual at a block's input",
+            ),
+            Site(
+                "resid_mid",
+                "blocks.{layer}.hook_resid_mid",
+                "batch pos d_model",
+                "residual between attention and MLP (sequential blocks only)",
+            ),
+            Site(
+                "resid_post",
+                "blocks.{layer}.hook_resid_post",
+                "batch pos d_model",
+                "residual at a block's output",
+            ),
+            Site(
+                "attn_out",
+                "blocks.{layer}.hook_attn_out",
+                "batch pos d_model",
+                "what attention adds to the residual (after a post-norm, where there is one)",
+            ),
+            Site(
+                "mlp_out",
+                "blocks.{layer}.hook_mlp_out",
+                "batch pos d_model",
+                "what the MLP adds to the residual (after a post-norm, where there is one)",
+            ),
+            Site("q", "blocks.{layer}.attn.hook_q", "batch pos head d_head", "queries"),
+            Site("k", "blocks.{layer}.attn.hook_k", "batch pos kv_head d_head", "keys"),
+            Site("v", "blocks.{layer}.attn.hook_v", "batch pos kv_head d_head", "values"),
+            Site("z", "blocks.{layer}.attn.hook_z", "batch pos head d_head", "each head's mixed values"),
+            Site("pattern", "blocks.{layer}.attn.hook_pattern", "batch head query key", "attention weights"),
+            Site(
+                "mlp_post", "blocks.{layer}.mlp.hook_post", "batch pos d_mlp", "the MLP's hidden activations"
+            ),
+        )
+    }
+)
+"""The sites by name."""
+
+
+def hook_name(site: str, layer: int) -> str:
+    """Return TransformerLens' name of a site at a layer.
+
+    >>> hook_name("z", 3)
+    'blocks.3.attn.hook_z'
+    """
+    check_option("site", site, list(SITES))
+    return SITES[site].template.format(layer=layer)
+
+
+def layer_of(name: str) -> int | None:
+    """Return the block a hook name belongs to, or None where it belongs to none.
+
+    >>> layer_of("blocks.3.attn.hook_z"), layer_of("hook_embed")
+    (3, None)
+    """
+    found = re.match(r"blocks\.(\d+)\.", name)
+    return int(found.group(1)) if found else None
+
+
+def check_layer(layer: int, n_layers: int) -> None:
+    """Raise `SiteError` unless the model has this layer."""
+    if not 0 <= layer < n_layers:
+        raise SiteError(f"layer {layer} does not exist: the model has layers 0 to {n_layers - 1}.")
+
+
+def chosen_layers(layers: Sequence[int] | None, n_layers: int) -> list[int]:
+    """Return the layers asked for, all of them by default.
+
+    Raises:
+        SiteError: The model has no such layer.
+    """
+    chosen = list(range(n_layers) if layers is None else layers)
+    for layer in chosen:
+        check_layer(layer, n_layers)
+    return chosen
+
+
+def check_head(head: int, n_heads: int) -> None:
+    """Raise `SiteError` unless a layer has this head."""
+    if not 0 <= head < n_heads:
+        raise SiteError(f"head {head} does not exist: each layer has heads 0 to {n_heads - 1}.")
+
+
+def resolve_hook(model: Any, name: str, known: Mapping[str, Any] | None = None) -> Any:
+    """Return the model's `HookPoint` of this name.
+
+    Args:
+        model: A `HookedTransformer` or `TransformerBridge`.
+        name: A hook name.
+        known: The model's `hook_dict`, where the caller has it: the bridge makes it anew at each access.
+
+    Raises:
+        SiteError: The model has no hook of this name; near matches are given.
+    """
+    points = model.hook_dict if known is None else known
+    if name not in points:
+        raise SiteError(f"the model has no hook named {name!r}.{near_matches(name, points)}")
+    return points[name]
+
+
+def has_site(model: Any, site: str, layer: int = 0) -> bool:
+    """Whether the model has this site (parallel blocks have no `resid_mid`)."""
+    return hook_name(site, layer) in model.hook_dict
+
+
+@contextmanager
+def attached(model: Any, hooks: Iterable[tuple[Any, HookFn]], *, prepend: bool = False) -> Iterator[None]:
+    """Put hooks on for the length of a `with` block; they go, and only they, also after an exception.
+
+    Unlike ``model.hooks`` a name that the model does not have is an error, and points that are already
+    resolved (`resolve_hook`) cost no look-up.
+
+    Args:
+        model: A `HookedTransformer` or `TransformerBridge`.
+        hooks: Pairs of a hook name or a `HookPoint`, and a hook function.
+        prepend: Run before the hooks that the model already has, not after them.
+
+    Raises:
+        SiteError: The model has no hook of a given name.
+    """
+    hooks = list(hooks)
+    known = model.hook_dict if any(isinstance(p, str) for p, _ in hooks) else {}
+    resolved = [(resolve_hook(model, p, known) if isinstance(p, str) else p, fn) for p, fn in hooks]
+    level = model.context_level + 1
+    try:
+        model.context_level = level
+        for point, fn in resolved:
+            point.add_hook(fn, level=level, prepend=prepend)
+        yield
+    finally:
+        for point, _ in resolved:
+            point.remove_hooks(level=level)
+        model.context_level = level - 1
+
+
+@contextmanager
+def capturing(model: Any, names: Sequence[str], *, before_hooks: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Collect the activations at `names` of whatever runs inside the `with` block.
+
+    Args:
+        model: A `HookedTransformer` or `TransformerBridge`.
+        names: Hook names.
+        before_hooks: Collect what stood there before the model's own user hooks changed it.
+
+    Yields:
+        A dictionary from hook name to activation, filled as the model runs. Activations are cloned, so a
+        later in-place edit does not change them.
+    """
+    store: dict[str, Tensor] = {}
+
+    def keep(name: str) -> HookFn:
+        def fn(activation: Tensor, hook: Any) -> None:
+            store[name] = activation.detach().clone()
+
+        return fn
+
+    with attached(model, [(name, keep(name)) for name in names], prepend=before_hooks):
+        yield store

@@ -1,0 +1,260 @@
+"""What one block computes, read from either backend into one plain form.
+
+`FunctionalBlocks` runs on these. They hold views (or small rearranged copies) of the model's present
+weights, so they are read anew for each use and never kept. Nothing here is trusted: whoever uses them
+compares their output with the model's own first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from memlens.errors import UnsupportedModelError
+from memlens.forward.read_weights import attention_post_norm, read_norm
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A LayerNorm (`centered`) or RMSNorm in its fused form."""
+
+    weight: Float[Tensor, " d"]
+    bias: Float[Tensor, " d"]
+    eps: float
+    centered: bool
+
+    def __call__(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """Return the norm of `x`."""
+        if self.centered:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """An affine map, ``x @ weight.T + bias``."""
+
+    weight: Float[Tensor, "out in"]
+    bias: Float[Tensor, " out"] | None
+
+    def __call__(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """Return the map of `x`."""
+        return F.linear(x, self.weight, self.bias)
+
+    def rows(self, part: slice) -> Linear:
+        """Only some of its outputs."""
+        return Linear(self.weight[part], None if self.bias is None else self.bias[part])
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a block is given beside the residual.
+
+    Attributes:
+        visible: True where a query (row) sees a key (column).
+        rotary: Cosines and sines by position, halves rotated against each other; None without rotation.
+    """
+
+    visible: Bool[Tensor, "pos pos"]
+    rotary: tuple[Float[Tensor, "pos rotary"], Float[Tensor, "pos rotary"]] | None
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """One block.
+
+    Attributes:
+        attn_norm: Before attention; None where there is none.
+        attn_post_norm: Between attention and the residual; None where there is none.
+        mlp_norm: Before the MLP.
+        mlp_post_norm: Between the MLP and the residual.
+        qkv: Gives queries, keys and values in one map, in this order, head by head: a copy, not to be kept.
+        q_norm: Norm of all queries of a position together.
+        k_norm: Norm of all keys of a position together.
+        clip: Bound of queries, keys and values; None for no bound.
+        scale: Factor of the attention scores.
+        o: Attention's output projection.
+        mlp: The MLP.
+        parallel: Whether the MLP reads the block's input and not attention's sum.
+    """
+
+    attn_norm: Callable[[Tensor], Tensor] | None
+    attn_post_norm: Callable[[Tensor], Tensor] | None
+    mlp_norm: Callable[[Tensor], Tensor] | None
+    mlp_post_norm: Callable[[Tensor], Tensor] | None
+    qkv: Callable[[], Linear]
+    q_norm: Callable[[Tensor], Tensor] | None
+    k_norm: Callable[[Tensor], Tensor] | None
+    clip: float | None
+    scale: float
+    o: Linear
+    mlp: Callable[[Tensor], Tensor]
+    parallel: bool
+    around: Surroundings
+
+
+def read_block(model: Any, layer: int, around: Surroundings, *, parallel: bool) -> BlockWeights:
+    """Read one block of a `HookedTransformer` or a `TransformerBridge`.
+
+    Args:
+        model: The model.
+        layer: The block.
+        around: What `Trunk.surroundings` says of it.
+        parallel: Whether attention and MLP read the same input.
+
+    Raises:
+        UnsupportedModelError: A part is not of a known form.
+    """
+    block = model.blocks[layer]
+    bridge = hasattr(model, "original_model")
+    like = next(model.parameters())
+    attn_norm, attn_post, mlp_norm, mlp_post = (
+        None if module is None else _norm(module, model.cfg.d_model, model.cfg, like)
+        for module in _block_norms(model, layer)
+    )
+    if attn_post is not None and parallel:
+        raise UnsupportedModelError("a parallel block with a norm after its attention.")
+    qkv, o, scale, clip = (_bridge_attention if bridge else _hooked_attention)(model, block.attn)
+    q_norm, k_norm = (_inner_norm(block.attn, n, model.cfg, like) for n in ("q_norm", "k_norm"))
+    return BlockWeights(
+        attn_norm=attn_norm,
+        attn_post_norm=attn_post,
+        mlp_norm=mlp_norm,
+        mlp_post_norm=mlp_post,
+        qkv=qkv,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        clip=clip,
+        scale=scale,
+        o=o,
+        mlp=block.mlp,
+        parallel=parallel,
+        around=around,
+    )
+
+
+def _block_norms(model: Any, layer: int) -> tuple[Any, Any, Any, Any]:
+    """The norms before and after attention and before and after the MLP; None where there is none.
+
+    Releases of TransformerLens differ in the name of a post-norm: `ln1` and `ln2`, or these with `_post`.
+    """
+    block = model.blocks[layer]
+    first, second = getattr(block, "ln1", None), getattr(block, "ln2", None)
+    post = attention_post_norm(model, layer)
+    if post is None:
+        return first, None, second, None
+    mlp_post = getattr(block, "ln2_post", second)
+    return None if first is post else first, post, None if second is mlp_post else second, mlp_post
+
+
+def read_unembedding(model: Any) -> tuple[Norm, Linear]:
+    """Read the final norm and the unembedding.
+
+    Raises:
+        UnsupportedModelError: The unembedding is not of a known form.
+    """
+    norm = _norm(model.ln_final, model.cfg.d_model, model.cfg, next(model.parameters()))
+    if hasattr(model, "original_model"):
+        return norm, _linear(model.unembed)
+    bias = model.unembed.b_U.detach()  # zeros in a model that has none: not worth their time
+    return norm, Linear(model.unembed.W_U.detach().T, bias if bool(bias.any()) else None)
+
+
+def _norm(module: Any, width: int, cfg: Any, like: Tensor) -> Norm:
+    affine = read_norm(module, width, like)
+    inner = getattr(module, "original_component", module)
+    eps = next((getattr(inner, n) for n in ("eps", "variance_epsilon") if hasattr(inner, n)), cfg.eps)
+    return Norm(affine.weight, affine.bias, float(eps), affine.centered)
+
+
+def _inner_norm(attn: Any, name: str, cfg: Any, like: Tensor) -> Norm | None:
+    """The norm of queries or keys; its width is its weight's."""
+    module = getattr(attn, name, None)
+    if module is None:
+        return None
+    inner = getattr(module, "original_component", module)
+    weight = next(iter(inner.parameters()))
+    return _norm(module, weight.numel(), cfg, like)
+
+
+def _hooked_attention(model: Any, attn: Any) -> tuple[Callable[[], Linear], Linear, float, float | None]:
+    def part(name: str) -> tuple[Tensor, Tensor]:
+        weight = getattr(attn, f"_W_{name}", None)
+        own = "_" if weight is not None else ""
+        return getattr(attn, f"{own}W_{name}").detach(), getattr(attn, f"{own}b_{name}").detach()
+
+    def qkv() -> Linear:
+        parts = [part(name) for name in "QKV"]
+        # laid out input by output, since that way the copy reads and writes whole rows
+        weight = torch.cat([w.transpose(0, 1).flatten(1) for w, _ in parts], 1).T
+        return Linear(weight, torch.cat([b.reshape(-1) for _, b in parts]))
+
+    w_o = attn.W_O.detach().reshape(-1, model.cfg.d_model).T
+    clip = getattr(model.cfg, "clip_qkv", None)
+    return qkv, Linear(w_o, attn.b_O.detach()), 1 / float(attn.attn_scale), clip
+
+
+def _bridge_attention(model: Any, attn: Any) -> tuple[Callable[[], Linear], Linear, float, float | None]:
+    hf = attn.original_component
+
+    def qkv() -> Linear:
+        parts = [_linear(getattr(attn, name)) for name in "qkv"]
+        weight = torch.cat([p.weight for p in parts])
+        biases = [torch.zeros_like(p.weight[:, 0]) if p.bias is None else p.bias for p in parts]
+        return Linear(weight, None if all(p.bias is None for p in parts) else torch.cat(biases))
+
+    clip = getattr(getattr(hf, "config", None), "clip_qkv", None)
+    return qkv, _linear(attn.o), float(getattr(hf, "scaling", 1.0)), clip
+
+
+def _linear(component: Any) -> Linear:
+    module = component.original_component
+    if type(module) is not nn.Linear:
+        raise UnsupportedModelError(f"a projection is a {type(module).__name__} and no plain nn.Linear.")
+    return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
+
+
+def causal(width: int, device: torch.device, window: int | None = None) -> Bool[Tensor, "pos pos"]:
+    """Return which keys each query sees: those before it and itself, at most `window` of them."""
+    place = torch.arange(width, device=device)
+    gap = place[:, None] - place[None]
+    return (gap >= 0) & (gap < (window or width + 1))
+
+
+def hooked_surroundings(model: Any, width: int) -> list[Surroundings]:
+    """What `HookedTransformer` gives its blocks beside the residual."""
+    cfg, found = model.cfg, []
+    for block in model.blocks:
+        attn, rotary = block.attn, None
+        device = attn.W_O.device
+        if cfg.positional_embedding_type == "rotary":
+            if cfg.rotary_adjacent_pairs:
+                raise UnsupportedModelError("rotary embeddings that rotate adjacent pairs.")
+            rotary = (attn.rotary_cos[:width], attn.rotary_sin[:width])
+        window = cfg.window_size if attn.attn_type == "local" else None
+        found.append(Surroundings(causal(width, device, window), rotary))
+    return found
+
+
+def bridge_surroundings(
+    model: Any, given: Sequence[tuple[Tensor | None, Any]], width: int
+) -> list[Surroundings]:
+    """The same from the masks and rotations that a bridge's blocks were seen to be given."""
+    found = []
+    for block, (mask, rotary) in zip(model.blocks, given, strict=True):
+        own = getattr(block.attn.original_component, "bias", None)
+        device = next(block.parameters()).device
+        visible = causal(width, device)
+        if isinstance(own, Tensor) and own.dtype == torch.bool:  # GPT-Neo's local layers
+            visible &= own[0, 0, :width, :width]
+        if mask is not None:
+            mask = mask[0, 0, :width, :width]
+            visible = visible & (mask if mask.dtype == torch.bool else mask == 0)
+        found.append(Surroundings(visible, None if rotary is None else (rotary[0][0], rotary[1][0])))
+    return found

@@ -1,0 +1,244 @@
+"""`Trunk`: run some of a model's blocks from a residual, and unembed only the positions asked for.
+
+Both backends give the same three steps, `embed`, `run` and `unembed`, and their composition is the
+model's own forward pass, to the last bit or nearly. TransformerLens hooks fire in the blocks that run.
+
+Blocks before `start` really do not run: `HookedTransformer` can start at a layer; in a
+`TransformerBridge` the skipped blocks are replaced by a pass-through for the length of one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from memlens.errors import UnsupportedModelError
+from memlens.forward.hooks import check_layer
+from memlens.forward.read_blocks import Surroundings, bridge_surroundings, hooked_surroundings
+
+_EXTRA_OUTPUTS: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
+
+
+def is_bridge(model: Any) -> bool:
+    """Whether the model is a `TransformerBridge` (else it is taken for a `HookedTransformer`)."""
+    return hasattr(model, "original_model")
+
+
+def check_model(model: Any) -> None:
+    """Raise `UnsupportedModelError` unless this is a TransformerLens model with blocks."""
+    if not hasattr(model, "blocks") or not hasattr(model, "cfg"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no TransformerLens model: load it with memlens.load_model first."
+        )
+
+
+class Trunk:
+    """A view of a model as embedding, blocks and unembedding; it holds no weights of its own.
+
+    Args:
+        model: A `HookedTransformer` or a `TransformerBridge`.
+
+    Raises:
+        UnsupportedModelError: The model is no causal stack of blocks that can be entered in the middle.
+
+    Example:
+        >>> import memlens as ml, torch
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> trunk, tokens = ml.Trunk(model), torch.tensor([[5, 6, 7]])
+        >>> resid = trunk.run(trunk.embed(tokens), 0)
+        >>> torch.allclose(trunk.unembed(resid), model(tokens), atol=1e-4)
+        True
+    """
+
+    def __init__(self, model: Any) -> None:
+        check_model(model)
+        self.model = model
+        cfg = model.cfg
+        self.n_layers: int = len(model.blocks)
+        self.n_heads: int = cfg.n_heads
+        self.n_kv_heads: int = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+        self.d_model: int = cfg.d_model
+        self.d_head: int = cfg.d_head
+        self.d_vocab: int = cfg.d_vocab
+        self.n_ctx: int = cfg.n_ctx
+        self.parallel: bool = "blocks.0.hook_resid_mid" not in model.hook_dict
+        self._run = _BridgeRunner(model) if is_bridge(model) else _HookedRunner(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding stands, and so where tokens must go."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type of the weights."""
+        return next(self.model.parameters()).dtype
+
+    def embed(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """Return the residual at the input of block 0 (with position embeddings, where there are any)."""
+        return self._run.embed(tokens.to(self.device))
+
+    def run(
+        self, resid: Float[Tensor, "batch pos d_model"], start: int = 0, stop: int | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Run blocks ``start .. stop-1``.
+
+        Args:
+            resid: The residual at the input of block `start`.
+            start: First block that runs.
+            stop: First block that does not run; all of them by default.
+
+        Returns:
+            The residual at the input of block `stop`, before any final norm.
+        """
+        stop = self.n_layers if stop is None else stop
+        if start >= stop:
+            return resid
+        check_layer(start, self.n_layers)
+        check_layer(stop - 1, self.n_layers)
+        return self._run.run(resid, start, stop)
+
+    def unembed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        """Return the logits of final residuals: final norm, then unembedding."""
+        flat = resid.reshape(1, -1, self.d_model)
+        logits = self.model.unembed(self.model.ln_final(flat))
+        return logits.reshape(*resid.shape[:-1], logits.shape[-1])
+
+    def surroundings(self, width: int) -> list[Surroundings]:
+        """Return what each block is given beside the residual, for `width` positions.
+
+        Raises:
+            UnsupportedModelError: Positions enter in a way that has no such form.
+        """
+        return self._run.surroundings(width)
+
+    def final_norm(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Return the final norm of residuals."""
+        return self.model.ln_final(resid.reshape(1, -1, self.d_model)).reshape(resid.shape)
+
+
+class _HookedRunner:
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens, stop_at_layer=0)
+
+    def run(self, resid: Tensor, start: int, stop: int) -> Tensor:
+        return self.model(resid, start_at_layer=start, stop_at_layer=stop)
+
+    def surroundings(self, width: int) -> list[Surroundings]:
+        return hooked_surroundings(self.model, width)
+
+
+class _BridgeRunner:
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.blocks: Sequence[nn.Module] = list(model.blocks)
+        hf = model.original_model
+        self.base: Any = hf.base_model
+        if self.base is hf or not hasattr(model, "ln_final") or not hasattr(model, "unembed"):
+            raise UnsupportedModelError(
+                f"{type(hf).__name__} has no inner decoder that memlens can enter at a block: "
+                "use engine='reference'."
+            )
+        self.norm: nn.Module = _inner_norm(model, self.base)
+
+    @property
+    def extra_outputs(self) -> int | None:
+        """How many outputs a block hands on beside the residual (None: a bare tensor); asked once a model."""
+        if self.model not in _EXTRA_OUTPUTS:
+            _EXTRA_OUTPUTS[self.model] = self._probe_block_output()
+        return _EXTRA_OUTPUTS[self.model]
+
+    def _probe_block_output(self) -> int | None:
+        seen: list[int | None] = []
+
+        def look(_module: nn.Module, _args: Any, out: Any) -> None:
+            seen.append(len(out) - 1 if isinstance(out, tuple) else None)
+
+        handle = self.blocks[0].register_forward_hook(look)
+        device = next(self.model.parameters()).device
+        try:
+            with torch.no_grad():
+                self.base(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=False)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    @contextmanager
+    def _skipping(self, blocks: Sequence[nn.Module], extra_outputs: int | None) -> Iterator[None]:
+        skip = _pass_through(extra_outputs)
+        try:
+            for block in blocks:
+                block.__dict__["forward"] = skip
+            yield
+        finally:
+            for block in blocks:
+                block.__dict__.pop("forward", None)
+
+    def _forward(self, start: int, stop: int, **inputs: Tensor) -> Tensor:
+        skipped = [*self.blocks[:start], *self.blocks[stop:]]
+        with ExitStack() as stack:
+            stack.enter_context(self._skipping(skipped, self.extra_outputs))
+            stack.enter_context(self._skipping([self.norm], None))
+            return self.base(use_cache=False, **inputs).last_hidden_state
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self._forward(0, 0, input_ids=tokens)
+
+    def run(self, resid: Tensor, start: int, stop: int) -> Tensor:
+        def swap(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (resid, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": resid}
+
+        handle = self.blocks[start].register_forward_pre_hook(swap, with_kwargs=True)
+        try:
+            return self._forward(start, stop, inputs_embeds=resid)
+        finally:
+            handle.remove()
+
+    def surroundings(self, width: int) -> list[Surroundings]:
+        """Blocks that do not run are still given their masks and rotations."""
+        _ = self.extra_outputs  # asking for it runs the blocks, so it must be known before
+        given: list[tuple[Tensor | None, Any]] = []
+
+        def look(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+            given.append((kwargs.get("attention_mask"), kwargs.get("position_embeddings")))
+
+        handles = [b.register_forward_pre_hook(look, with_kwargs=True) for b in self.blocks]
+        try:
+            device = next(self.model.parameters()).device
+            self.embed(torch.zeros((1, width), dtype=torch.long, device=device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return bridge_surroundings(self.model, given, width)
+
+
+def _pass_through(extra_outputs: int | None) -> Callable[..., Any]:
+    """A module that hands its input on, in the form that the surrounding model expects."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden if extra_outputs is None else (hidden, *[None] * extra_outputs)
+
+    return forward
+
+
+def _inner_norm(model: Any, base: nn.Module) -> nn.Module:
+    """The final norm as the inner decoder calls it (the bridge's component stands in its place)."""
+    inside = {id(m) for m in base.modules()}
+    if id(model.ln_final) not in inside:
+        raise UnsupportedModelError(
+            f"the final norm of {type(model.original_model).__name__} lies outside its decoder: "
+            "use engine='reference'."
+        )
+    return model.ln_final

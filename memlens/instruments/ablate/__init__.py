@@ -1,0 +1,1 @@
+"""What breaks when a component is replaced: heads, MLPs, neurons."""

@@ -1,0 +1,440 @@
+"""Head ablation: what recall loses when one attention head's output is replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from memlens.errors import OptionError, ResultError, SiteError, check_option
+from memlens.forward.batches import Batch
+from memlens.forward.hooks import check_head, check_layer, chosen_layers, hook_name
+from memlens.forward.metrics import MetricLike, metric_names
+from memlens.forward.trunk import Trunk
+from memlens.instruments.ablate.replacing import (
+    POSITIONS,
+    Replace,
+    replacement_settings,
+    replacements,
+    replacing,
+)
+from memlens.results.result import Result
+from memlens.sequences.set import SequenceSet
+from memlens.sweeps.interventions import Intervention
+from memlens.sweeps.run import kept, sweep
+
+HEAD_MODES = ("mean_of_other_heads", "zero", "mean", "resample")
+
+
+def ablate_heads(
+    model: Any,
+    sequences: SequenceSet,
+    *,
+    mode: str = "mean_of_other_heads",
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    positions: str = "all",
+    reference: SequenceSet | None = None,
+    metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
+    seed: int = 0,
+    **options: Any,
+) -> Result:
+    r"""Ablate every attention head alone and measure recall.
+
+    The head's output :math:`z_h` (`[pos, d_head]`, before the output projection) becomes
+
+    - ``"mean_of_other_heads"``: :math:`\frac{1}{H-1}\sum_{h' \ne h} z_{h'}` of the same layer and position
+      (the ablation of arXiv 2603.21658 as second-hand notes report it; site and positions are our choice);
+    - ``"zero"``: 0;
+    - ``"mean"``: its mean over all positions of `reference`;
+    - ``"resample"``: what it gives at the same position of another sequence of `reference`, drawn once.
+
+    With grouped queries, heads are query heads.
+
+    Args:
+        model: A TransformerLens model.
+        sequences: What is recalled.
+        mode: One of the above.
+        layers: Layers to ablate in; all by default.
+        heads: Heads to ablate; all by default.
+        positions: "all", or "targets" for only those that predict a target token.
+        reference: The set for "mean" and "resample"; `sequences` itself by default.
+        metrics: As for `sweep`.
+        seed: For "resample".
+        options: Further options of `sweep`, such as `engine=` or `per_token=`.
+
+    Returns:
+        Kind "head_ablation": each metric `(sequence, layer, head)`, and its baseline `(sequence)`.
+        An effect (`Result.effect`) is intervened minus baseline: negative where the head helped.
+
+    Raises:
+        OptionError: Unknown mode or positions.
+        SiteError: A layer or head that does not exist, or a lone head without others.
+        SequenceError: "resample" with fewer than two reference sequences.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> result = ml.ablate_heads(model, ml.load_sequences("zoo", model)[:2], mode="zero", progress=False)
+        >>> result["target_logprob"].dims
+        ('sequence', 'layer', 'head')
+    """
+    interventions = head_ablations(
+        model,
+        sequences,
+        mode=mode,
+        layers=layers,
+        heads=heads,
+        positions=positions,
+        reference=reference,
+        seed=seed,
+    )
+    settings = replacement_settings(mode, positions, reference, seed)
+    return sweep(model, sequences, interventions, metrics, kind="head_ablation", settings=settings, **options)
+
+
+def head_ablations(
+    model: Any,
+    sequences: SequenceSet,
+    *,
+    mode: str = "mean_of_other_heads",
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    positions: str = "all",
+    reference: SequenceSet | None = None,
+    seed: int = 0,
+) -> list[Intervention]:
+    """Return the interventions that `ablate_heads` runs, one a head; see there."""
+    check_option("mode", mode, HEAD_MODES)
+    check_option("positions", positions, POSITIONS)
+    trunk = Trunk(model)
+    layers = chosen_layers(layers, trunk.n_layers)
+    heads = list(range(trunk.n_heads) if heads is None else heads)
+    for head in heads:
+        check_head(head, trunk.n_heads)
+    reference = sequences if reference is None else reference
+    replace = head_replacements(model, trunk, mode, layers, reference, len(sequences), seed)
+    return [
+        Intervention(
+            f"{mode} L{layer}H{head}",
+            [(hook_name("z", layer), replacing(replace[layer], head, positions))],
+            {"layer": layer, "head": head},
+        )
+        for layer in layers
+        for head in heads
+    ]
+
+
+def head_replacements(
+    model: Any, trunk: Trunk, mode: str, layers: Sequence[int], reference: SequenceSet, n: int, seed: int
+) -> dict[int, Callable[[Batch], Replace]]:
+    """Return by layer what replaces the output of a head, or of several together; see `ablate_heads`."""
+    if mode != "mean_of_other_heads":
+        return replacements(model, "z", mode, layers, reference, n, seed)
+    if trunk.n_heads < 2:
+        raise SiteError(
+            "mean_of_other_heads needs at least two heads a layer and this model has one: use 'zero'."
+        )
+    return dict.fromkeys(layers, lambda batch: _mean_of_others)
+
+
+def _mean_of_others(z: Tensor, head: Any) -> Tensor:
+    """The mean of the heads that stay; zero where none does."""
+    if isinstance(head, int):
+        return (z.sum(2) - z[:, :, head]) / (z.shape[2] - 1)
+    left = z.shape[2] - len(head)
+    return ((z.sum(2) - z[:, :, head].sum(2)) / left if left else torch.zeros_like(z[:, :, 0]))[:, :, None]
+
+
+Head = tuple[int, int]
+"""Layer and head."""
+
+
+def head_set_ablations(
+    model: Any,
+    sequences: SequenceSet,
+    sets: Mapping[str, Sequence[Head]],
+    *,
+    mode: str = "mean_of_other_heads",
+    positions: str = "all",
+    reference: SequenceSet | None = None,
+    seed: int = 0,
+) -> list[Intervention]:
+    """Return one intervention for each set of heads, which are ablated together.
+
+    Modes are those of `ablate_heads`, all heads of a set at once: "mean_of_other_heads" is the mean of the
+    layer's heads that are not in the set, and zero where none is left.
+
+    Args:
+        model: A TransformerLens model.
+        sequences: What the interventions will run on.
+        sets: Heads `(layer, head)` by name; an empty set changes nothing.
+        mode: See `ablate_heads`.
+        positions: See `ablate_heads`.
+        reference: The set for "mean" and "resample"; `sequences` itself by default.
+        seed: For "resample".
+
+    Raises:
+        OptionError: Unknown mode or positions.
+        SiteError: A head that does not exist, or one that a set holds twice.
+    """
+    check_option("mode", mode, HEAD_MODES)
+    check_option("positions", positions, POSITIONS)
+    trunk = Trunk(model)
+    for name, heads in sets.items():
+        for layer, head in heads:
+            check_layer(layer, trunk.n_layers)
+            check_head(head, trunk.n_heads)
+        if len(set(heads)) < len(heads):
+            raise SiteError(f"the set {name!r} holds a head twice: {list(heads)}.")
+    layers = sorted({layer for heads in sets.values() for layer, _ in heads})
+    reference = sequences if reference is None else reference
+    replace = head_replacements(model, trunk, mode, layers, reference, len(sequences), seed)
+    found = []
+    for name, heads in sets.items():
+        by_layer: dict[int, list[int]] = {}
+        for layer, head in heads:
+            by_layer.setdefault(layer, []).append(head)
+        hooks = [
+            (hook_name("z", layer), replacing(replace[layer], some, positions))
+            for layer, some in sorted(by_layer.items())
+        ]
+        found.append(Intervention(name, hooks))
+    return found
+
+
+def rank_heads(result: Result, metric: str | None = None) -> list[Head]:
+    """Return heads from the one whose ablation harms most to the one that harms least.
+
+    Args:
+        result: Of `ablate_heads`; the mean effect over its sequences decides.
+        metric: Its first metric by default.
+
+    Raises:
+        ResultError: The result is no head ablation.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> result = ml.ablate_heads(model, ml.load_sequences("zoo", model)[:2], layers=[3], progress=False)
+        >>> len(ml.instruments.rank_heads(result)) == model.cfg.n_heads
+        True
+    """
+    if result.kind != "head_ablation":
+        raise ResultError(f"a result of kind {result.kind!r} ranks no heads: give one of ablate_heads.")
+    effect = result.effect(metric or result.metrics[0])
+    mean = effect.mean([d for d in effect.dims if d not in ("layer", "head")])
+    flat = mean.stack(site=("layer", "head")).dropna("site")
+    order = np.argsort(flat.values, kind="stable")
+    return [(int(layer), int(head)) for layer, head in flat["site"].values[order]]
+
+
+def ablate_heads_cumulatively(
+    model: Any,
+    sequences: SequenceSet,
+    order: Sequence[Head] | Result,
+    *,
+    counts: Sequence[int] | None = None,
+    n_random: int = 3,
+    mode: str = "mean_of_other_heads",
+    positions: str = "all",
+    reference: SequenceSet | None = None,
+    metrics: Sequence[MetricLike] = ("exact_match", "target_logprob"),
+    seed: int = 0,
+    **options: Any,
+) -> Result:
+    """Ablate the first head of a ranking, the first two, and so on: how many must go until recall goes?
+
+    The control are random orders of all the model's heads. A ranking made on the sequences it is tried on
+    flatters itself: rank on one half and try on the other.
+
+    Args:
+        model: A TransformerLens model.
+        sequences: What is recalled.
+        order: Heads `(layer, head)`, the first goes first; or a result of `ablate_heads` (see `rank_heads`).
+        counts: How many heads go, each count tried; by default 1, 2, 3, 4, 6, 8, 12, 16, 24, … up to all.
+        n_random: Random orders.
+        mode: See `ablate_heads` and `head_set_ablations`.
+        positions: See `ablate_heads`.
+        reference: The set for "mean" and "resample"; `sequences` itself by default.
+        metrics: As for `sweep`.
+        seed: For the random orders, and for "resample".
+        options: Further options of `sweep`.
+
+    Returns:
+        Kind "cumulative_head_ablation": each metric `(sequence, order, n_ablated)` with `order` "ranked",
+        "random 0", …; and, where exact match is measured, `heads_until_lost` `(sequence, order)`: the
+        smallest count tried at which a sequence that the whole model recalls is no longer recalled, NaN
+        where it is never lost or was not recalled.
+
+    Raises:
+        OptionError: No order, or a count that it cannot give.
+        SiteError: A head that does not exist.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> seqs = ml.load_sequences("zoo", model)[:4]
+        >>> alone = ml.ablate_heads(model, seqs[:2], progress=False)
+        >>> more = ml.instruments.ablate_heads_cumulatively
+        >>> lost = more(model, seqs[2:], alone, counts=[1, 4], progress=False)
+        >>> lost["exact_match"].dims, lost["order"].values.tolist()
+        (('sequence', 'order', 'n_ablated'), ['ranked', 'random 0', 'random 1', 'random 2'])
+    """
+    trunk = Trunk(model)
+    ranked = rank_heads(order) if isinstance(order, Result) else [(int(a), int(b)) for a, b in order]
+    counts = _counts(len(ranked)) if counts is None else list(counts)
+    if not ranked or not counts or min(counts) < 1 or max(counts) > len(ranked):
+        raise OptionError(
+            f"counts={list(counts)} of an order of {len(ranked)} heads: give 1 to {len(ranked)}."
+        )
+    every = [(layer, head) for layer in range(trunk.n_layers) for head in range(trunk.n_heads)]
+    generator = torch.Generator().manual_seed(seed)
+    orders = {"ranked": ranked}
+    for i in range(n_random):
+        orders[f"random {i}"] = [every[j] for j in torch.randperm(len(every), generator=generator).tolist()]
+    cells = {f"{name}: {n}": (name, n, heads[:n]) for name, heads in orders.items() for n in counts}
+    edits = head_set_ablations(
+        model,
+        sequences,
+        {key: heads for key, (_, _, heads) in cells.items()},
+        mode=mode,
+        positions=positions,
+        reference=reference,
+        seed=seed,
+    )
+    edits = [
+        Intervention(e.name, e.hooks, {"order": cells[e.name][0], "n_ablated": cells[e.name][1]})
+        for e in edits
+    ]
+    settings = {
+        **replacement_settings(mode, positions, reference, seed),
+        "n_random": n_random,
+        "ranking": [head_label(h) for h in ranked[: max(counts)]],
+    }
+    result = sweep(
+        model, sequences, edits, metrics, kind="cumulative_head_ablation", settings=settings, **options
+    )
+    return kept(Result(result.data.assign(_until_lost(result))), options.get("out"))
+
+
+def _until_lost(result: Result) -> dict[str, xr.DataArray]:
+    if "exact_match" not in result.data or "target" in result["exact_match"].dims:
+        return {}
+    recalled = result.baseline("exact_match") == 1
+    lost = (result["exact_match"] == 0) & recalled
+    counts = result["n_ablated"].astype(float)
+    return {"heads_until_lost": counts.where(lost).min("n_ablated").transpose("sequence", "order")}
+
+
+def _counts(n: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16, … and `n`."""
+    found = {n, *(k for p in range(n.bit_length() + 1) for k in (2**p, 3 * 2**p) if k < n)}
+    return sorted(found)
+
+
+def head_label(head: Head) -> str:
+    """Return what a head is called, such as `L3H2`."""
+    return f"L{head[0]}H{head[1]}"
+
+
+def ablate_head_pairs(
+    model: Any,
+    sequences: SequenceSet,
+    heads: Sequence[Head],
+    *,
+    mode: str = "mean_of_other_heads",
+    positions: str = "all",
+    reference: SequenceSet | None = None,
+    metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
+    seed: int = 0,
+    **options: Any,
+) -> Result:
+    r"""Ablate every pair of some heads, and each of them alone.
+
+    The interaction of heads a and b in a metric :math:`m` is
+
+    .. math:: m_{ab} - m_a - m_b + m_0
+
+    0 where their effects add up; negative where losing both hurts more than the sum (each stands in for the
+    other), positive where it hurts less (they work in one chain).
+
+    Args:
+        model: A TransformerLens model.
+        sequences: What is recalled.
+        heads: The heads `(layer, head)`; the pairs of n heads are n (n - 1) / 2.
+        mode: See `ablate_heads` and `head_set_ablations`.
+        positions: See `ablate_heads`.
+        reference: The set for "mean" and "resample"; `sequences` itself by default.
+        metrics: As for `sweep`.
+        seed: For "resample".
+        options: Further options of `sweep`.
+
+    Returns:
+        Kind "head_pair_ablation": each metric `(sequence, head_a, head_b)`, symmetric, single heads on the
+        diagonal; `interaction` of the first metric, NaN on the diagonal; heads are labelled `L3H2`.
+
+    Raises:
+        OptionError: Fewer than two heads.
+        SiteError: A head that does not exist, or stands in `heads` twice.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> seqs = ml.load_sequences("zoo", model)[:2]
+        >>> pairs = ml.instruments.ablate_head_pairs(model, seqs, [(0, 1), (2, 0), (2, 3)], progress=False)
+        >>> pairs["interaction"].dims, pairs["interaction"]["head_a"].values.tolist()
+        (('sequence', 'head_a', 'head_b'), ['L0H1', 'L2H0', 'L2H3'])
+    """
+    heads = [(int(layer), int(head)) for layer, head in heads]
+    if len(heads) < 2:
+        raise OptionError(f"heads={heads} makes no pair: give at least two heads as (layer, head).")
+    if len(set(heads)) < len(heads):
+        raise SiteError(f"heads={heads} holds a head twice: give each once.")
+    labels = [head_label(h) for h in heads]
+    cells = [(i, i) for i in range(len(heads))] + list(combinations(range(len(heads)), 2))
+    sets = {
+        " + ".join(labels[i] for i in sorted(set(cell))): [heads[i] for i in sorted(set(cell))]
+        for cell in cells
+    }
+    edits = head_set_ablations(
+        model, sequences, sets, mode=mode, positions=positions, reference=reference, seed=seed
+    )
+    result = sweep(
+        model,
+        sequences,
+        edits,
+        metrics,
+        kind="head_pair_ablation",
+        settings={**replacement_settings(mode, positions, reference, seed), "heads": labels},
+        **options,
+    )
+    return kept(Result(_squared(result, metric_names(metrics), cells, labels)), options.get("out"))
+
+
+def _squared(
+    result: Result, names: Sequence[str], cells: Sequence[tuple[int, int]], labels: list[str]
+) -> xr.Dataset:
+    """From a list of pairs to a symmetric square of heads, with the interaction."""
+    data = result.data.drop_dims("intervention")
+    a, b = (np.array(side) for side in zip(*cells, strict=True))
+    squares: dict[str, Any] = {}
+    for name in names:
+        values = result[name].values
+        square = np.full((len(values), len(labels), len(labels), *values.shape[2:]), np.nan)
+        square[:, a, b] = values
+        square[:, b, a] = values
+        squares[name] = (("sequence", "head_a", "head_b", *result[name].dims[2:]), square)
+    data = data.assign(squares).assign_coords(head_a=labels, head_b=labels)
+    both = data[names[0]]
+    alone = both.values[:, range(len(labels)), range(len(labels))]
+    first = both.copy(data=np.broadcast_to(alone[:, :, None], both.shape))
+    second = both.copy(data=np.broadcast_to(alone[:, None], both.shape))
+    interaction = both - first - second + result.baseline(names[0])
+    off = xr.DataArray(~np.eye(len(labels), dtype=bool), dims=("head_a", "head_b"))
+    return data.assign(interaction=interaction.where(off).transpose(*both.dims))

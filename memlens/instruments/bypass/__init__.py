@@ -1,0 +1,1 @@
+"""What breaks when attention mixes nothing: bypass, sets of layers, bounds, serving."""

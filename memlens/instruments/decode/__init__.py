@@ -1,0 +1,1 @@
+"""When does the prediction appear: lenses, decoding, promotion, logit attribution."""

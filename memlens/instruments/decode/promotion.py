@@ -1,0 +1,213 @@
+"""Promotion and boosting: at which layers a prediction comes to the top, for one token and for a group.
+
+Which token rises, and how early, does not tell recall from a confident guess: compare with controls that are
+matched on the final probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from memlens.errors import ResultError, check_option
+from memlens.results.result import Result
+from memlens.results.statistics.intervals import mean_interval
+
+NEAR_RANK = 10
+"""Zero-based rank up to which a token counts as near the top."""
+
+_COLUMNS = ["group", "quantity", "layer", "value", "low", "high", "n"]
+_MEANS = ("first_promotion", "near_promotion", "stable_promotion", "boost", "promotion_share")
+
+
+def promotion_layers(
+    rank: Float[Tensor, "*batch layer target"],
+    probability: Float[Tensor, "*batch layer target"],
+    near: int = NEAR_RANK,
+) -> dict[str, Float[Tensor, "*batch target"]]:
+    """Return where a token is promoted to the top and how far its probability is boosted after that.
+
+    Args:
+        rank: Zero-based rank of the token at each layer; NaN where there is no target.
+        probability: Its probability at each layer.
+        near: Largest rank that counts as near the top.
+
+    Returns:
+        `first_promotion`: first layer of rank 0; `near_promotion`: first layer of rank `near` or less;
+        `stable_promotion`: first layer from which the rank is 0 up to the last; `boost`: last probability
+        minus that at `stable_promotion`; `promotion_share`: the ratio of the latter to the former. NaN where
+        the token never gets (or stays) there.
+
+    >>> rank = torch.tensor([5.0, 0.0, 2.0, 0.0, 0.0])[:, None]
+    >>> out = promotion_layers(rank, torch.tensor([0.0, 0.2, 0.1, 0.4, 0.8])[:, None])
+    >>> out["first_promotion"].item(), out["stable_promotion"].item(), round(out["boost"].item(), 2)
+    (1.0, 3.0, 0.4)
+    """
+    top: Bool[Tensor, "*batch layer target"] = rank == 0
+    stays = top.flip(-2).int().cumprod(-2).flip(-2).bool()
+    stable = _first(stays)
+    at = probability.gather(-2, stable.nan_to_num(0).long()[..., None, :])[..., 0, :]
+    last = probability[..., -1, :]
+    missing = stable.isnan()
+    return {
+        "first_promotion": _first(top),
+        "near_promotion": _first(rank <= near),
+        "stable_promotion": stable,
+        "boost": (last - at).masked_fill(missing, torch.nan),
+        "promotion_share": (at / last).masked_fill(missing, torch.nan),
+    }
+
+
+def promotion_summary(
+    result: Result,
+    *,
+    group: str | None = None,
+    token: str = "predicted",
+    near: int = NEAR_RANK,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    r"""Summarize a residual decoding over sequences: the two phases as numbers with intervals.
+
+    Args:
+        result: Of `decode_residual`; where it has several streams, the first is taken.
+        group: A coordinate along `sequence`, such as `domain`; each group is summarized by itself.
+        token: "predicted" (the token the model predicts in the end) or "target".
+        near: Largest rank that counts as near the top.
+        level: Coverage of the intervals.
+        n_resamples: Resamples of the bootstrap over sequences; a sequence's targets stay together.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        Columns `group`, `quantity`, `layer`, `value`, `low`, `high`, `n` (sequences):
+
+        - `boundary`: first layer at which the median rank over all targets is 0, and `boundary_depth`, the
+          same over the number of layers minus 1. NaN where no layer has that (for an end of the interval:
+          where the bootstrap quantile has none);
+        - `promoted`: share of targets whose token stays at rank 0 from some layer on (always 1 for the
+          predicted token, but for ties);
+        - means of `first_promotion`, `near_promotion`, `stable_promotion`, `boost`, `promotion_share` over
+          the targets that have them (see `promotion_layers`), and `stable_depth`, `stable_promotion` over
+          the number of layers minus 1;
+        - `geometric_mean_rank` at each `layer`: :math:`\exp(\mathrm{mean}\,\ln(1 + \mathrm{rank}))`, 1 where
+          all are on top. The mean rank itself is ruled by few outliers in a large vocabulary.
+
+    Raises:
+        ResultError: The result is no residual decoding, or lacks the group.
+        OptionError: Another token.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> decoded = ml.decode_residual(model, ml.load_sequences("zoo", model)[:4], progress=False)
+        >>> table = ml.lens.promotion_summary(decoded).set_index("quantity")
+        >>> float(table.loc["promoted", "value"])
+        1.0
+    """
+    if result.kind != "residual_decoding":
+        raise ResultError(f"a {result.kind} result has no promotion: give that of decode_residual.")
+    check_option("token", token, ("predicted", "target"))
+    prefix = "predicted_" if token == "predicted" else ""
+    names = {"rank": f"{prefix}rank", "probability": f"{prefix}probability"}
+    curves = {key: _first_stream(result[name]) for key, name in names.items()}
+    options = {"level": level, "n_resamples": n_resamples, "seed": seed}
+    parts: list[dict[str, Any]] = []
+    for label, rows in _groups(result, group):
+        rank, probability = (curves[key].values[rows] for key in ("rank", "probability"))
+        layers = curves["rank"]["layer"].values
+        for row in _summary(rank, probability, layers, near, options):
+            parts.append({"group": label, "n": len(rank), **row})
+    return pd.DataFrame(parts, columns=_COLUMNS)
+
+
+def _first_stream(array: xr.DataArray) -> xr.DataArray:
+    array = array.isel(stream=0) if "stream" in array.dims else array
+    return array.transpose("sequence", "layer", "target")
+
+
+def _groups(result: Result, group: str | None) -> Iterator[tuple[str, np.ndarray]]:
+    if group is None:
+        yield "all", np.ones(result.data.sizes["sequence"], dtype=bool)
+        return
+    labels = result[group]
+    if labels.dims != ("sequence",):
+        raise ResultError(f"group={group!r} has dimensions {labels.dims}: give one along 'sequence' only.")
+    values = np.array([str(value) for value in labels.values], dtype=object)
+    for value in pd.unique(labels.values):
+        yield str(value), values == str(value)
+
+
+def _summary(
+    rank: Float[np.ndarray, "seq layer target"],
+    probability: Float[np.ndarray, "seq layer target"],
+    layers: np.ndarray,
+    near: int,
+    options: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    deepest = max(1, len(layers) - 1)
+    boundary = _boundary(rank, **options)
+    yield _row("boundary", boundary)
+    yield _row("boundary_depth", boundary / deepest)
+    phases = promotion_layers(torch.from_numpy(rank), torch.from_numpy(probability), near)
+    stable = phases["stable_promotion"].numpy()
+    there = np.isfinite(rank[:, -1])
+    yield _row("promoted", _mean(np.where(there, np.isfinite(stable), np.nan), **options))
+    for name in _MEANS:
+        yield _row(name, _mean(phases[name].numpy(), **options))
+    yield _row("stable_depth", _mean(stable / deepest, **options))
+    for i, layer in enumerate(layers):
+        yield _row("geometric_mean_rank", np.exp(_mean(np.log1p(rank[:, i]), **options)), int(layer))
+
+
+def _row(quantity: str, interval: np.ndarray, layer: int | None = None) -> dict[str, Any]:
+    value, low, high = (float(x) for x in interval)
+    where = np.nan if layer is None else layer
+    return {"quantity": quantity, "layer": where, "value": value, "low": low, "high": high}
+
+
+def _mean(
+    values: Float[np.ndarray, "seq target"], *, level: float, n_resamples: int, seed: int
+) -> Float[np.ndarray, "3"]:
+    """Mean, low and high over sequences of the means inside each."""
+    if not np.isfinite(values).any():
+        return np.full(3, np.nan)
+    array = xr.DataArray(values.astype(float), dims=("sequence", "target")).mean("target")
+    found = mean_interval(array, level=level, method="bootstrap", n_resamples=n_resamples, seed=seed)
+    return found.values
+
+
+def _boundary(
+    rank: Float[np.ndarray, "seq layer target"], *, level: float, n_resamples: int, seed: int
+) -> Float[np.ndarray, "3"]:
+    """First layer of median rank 0, with its percentile interval over sequences.
+
+    The median of ranks is 0 exactly where more than half of them are, so that counts are enough.
+    """
+    on_top, there = (rank == 0).sum(-1), np.isfinite(rank).sum(-1)  # [seq, layer]
+    n = len(rank)
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
+    value = _first_majority(np.ones((1, n)), on_top, there)[0]
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    resampled = _first_majority(draws, on_top, there)
+    low, high = np.quantile(resampled, tails, method="inverted_cdf") if n > 1 else (np.inf, np.inf)
+    found = np.array([value, low, high], dtype=float)
+    return np.where(np.isfinite(found), found, np.nan)
+
+
+def _first_majority(weights: np.ndarray, on_top: np.ndarray, there: np.ndarray) -> Float[np.ndarray, " draw"]:
+    """First layer at which more than half of the weighted targets are on top; infinity where none is."""
+    reached = 2 * (weights @ on_top) > weights @ there
+    return np.where(reached.any(1), reached.argmax(1), np.inf)
+
+
+def _first(flags: Bool[Tensor, "*batch layer target"]) -> Float[Tensor, "*batch target"]:
+    index: Int[Tensor, "*batch target"] = flags.int().argmax(-2)
+    return torch.where(flags.any(-2), index.float(), torch.nan)

@@ -1,0 +1,1 @@
+"""How much disturbance recall withstands."""

@@ -1,0 +1,327 @@
+"""Relative Gaussian noise in the residual stream, as an intervention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from memlens.errors import OptionError, check_option
+from memlens.forward.batches import Batch
+from memlens.forward.capture import ActivationSource
+from memlens.forward.hooks import HookFn, check_layer, hook_name
+from memlens.forward.metrics import MetricLike
+from memlens.forward.trunk import Trunk
+from memlens.instruments.ablate.replacing import POSITIONS, where
+from memlens.results.result import Result
+from memlens.sequences.set import SequenceSet
+from memlens.sweeps.interventions import ByBatch, Intervention
+from memlens.sweeps.run import kept, sweep
+
+NOISE_SITES = ("resid_post", "resid_pre")
+SCALES = ("norm", "std")
+
+
+class NoiseSource:
+    """Standard normal numbers for every sequence, kept as long as their batch runs.
+
+    A sequence's numbers depend on the seed, its row and the draw, and not on the batch, the order of the
+    interventions, the strength or padding.
+
+    Args:
+        seed: The seed.
+        draw: Draws of one seed differ.
+    """
+
+    seed: int
+    draw: int
+
+    def __init__(self, seed: int = 0, draw: int = 0) -> None:
+        self.seed, self.draw = seed, draw
+        self._key: tuple[Any, ...] = ()
+        self._noise = torch.empty(0)
+
+    def __getstate__(self) -> dict[str, int]:
+        """What it is, without what it happens to hold."""
+        return {"seed": self.seed, "draw": self.draw}
+
+    def of(self, batch: Batch, width: int) -> Float[Tensor, "batch pos width"]:
+        """Return `width` numbers a position; 0 where no token stands."""
+        key = (width, *batch.rows.tolist())
+        if key != self._key:
+            out = np.zeros((*batch.tokens.shape, width), dtype=np.float32)
+            for i, (row, n) in enumerate(zip(batch.rows.tolist(), batch.mask.sum(1).tolist(), strict=True)):
+                rng = np.random.default_rng([self.seed % 2**64, row, self.draw])
+                out[i, :n] = rng.standard_normal((n, width), dtype=np.float32)
+            self._key, self._noise = key, torch.from_numpy(out).to(batch.tokens.device)
+        return self._noise
+
+
+def embedding_noise(
+    model: Any,
+    *,
+    alpha: float = 0.5,
+    seed: int = 0,
+    positions: str = "prompt",
+    scale: str = "norm",
+    draw: int = 0,
+) -> Intervention:
+    r"""Return relative Gaussian noise on the embeddings as one `Intervention`: a corruption of the prompt.
+
+    It is added to the residual at the input of block 0 (token embeddings, with position embeddings where the
+    model adds them there); the formula is that of `perturb_residual`.
+
+    Args:
+        model: A TransformerLens model.
+        alpha: Strength: with `scale="norm"` the noise's expected length relative to the embedding's.
+        seed: A sequence's noise depends on the seed, its row in the set and the draw only.
+        positions: "prompt" (those given to the model), "all", "targets" or "last_prompt".
+        scale: "norm" or "std".
+        draw: Draws of one seed differ.
+
+    Raises:
+        OptionError: Unknown positions or scale, or an alpha that is negative or not finite.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> seqs = ml.load_sequences("zoo", model)[:4]
+        >>> result = ml.sweep(model, seqs, [ml.edits.embedding_noise(model, alpha=1.0)], progress=False)
+        >>> bool((result.effect("target_logprob") != 0).all())
+        True
+    """
+    return residual_noise(
+        model,
+        NoiseSource(seed, draw),
+        alpha=alpha,
+        layer=0,
+        site="resid_pre",
+        positions=positions,
+        scale=scale,
+        name=f"embedding noise {alpha:g}",
+    )
+
+
+def residual_noise(
+    model: Any,
+    source: NoiseSource,
+    *,
+    alpha: float,
+    layer: int,
+    site: str,
+    positions: str,
+    scale: str,
+    name: str = "",
+    coords: Mapping[str, Hashable] | None = None,
+) -> Intervention:
+    """Return the noise of one strength at one site; see `perturb_residual`."""
+    check_option("site", site, NOISE_SITES)
+    check_option("positions", positions, POSITIONS)
+    check_option("scale", scale, SCALES)
+    check_alpha(alpha)
+    check_layer(layer, Trunk(model).n_layers)
+
+    def make(batch: Batch) -> Callable[..., Tensor]:
+        at = where(batch, positions)
+
+        def fn(x: Tensor, hook: Any) -> Tensor:
+            noise = source.of(batch, x.shape[-1])[:, : x.shape[1]].to(x)
+            new = x + alpha * _size(x, scale) * noise
+            return new if at is None else torch.where(at[:, : x.shape[1], None].to(x.device), new, x)
+
+        return fn
+
+    return Intervention(
+        name or f"noise {alpha:g} {site} L{layer}", [(hook_name(site, layer), ByBatch(make))], coords or {}
+    )
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise `OptionError` unless a strength is a finite number, 0 or above."""
+    if not 0 <= alpha < float("inf"):
+        raise OptionError(f"alpha={alpha}: give a finite number, 0 or above.")
+
+
+def _size(x: Float[Tensor, "*batch d"], scale: str) -> Float[Tensor, "*batch 1"]:
+    """The standard deviation that one feature's noise of strength 1 has."""
+    if scale == "std":
+        return x.std(-1, keepdim=True, correction=0)
+    return x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+
+
+SIMILARITY_AT = ("prompt", "last_prompt", "targets")
+
+
+def perturb_residual(
+    model: Any,
+    sequences: SequenceSet,
+    *,
+    alphas: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
+    layer: int = 0,
+    site: str = "resid_post",
+    positions: str = "prompt",
+    scale: str = "norm",
+    n_draws: int = 1,
+    seed: int = 0,
+    metrics: Sequence[MetricLike] = ("target_logprob", "exact_match", "matching_prefix"),
+    recovery: bool = True,
+    similarity_at: str = "prompt",
+    **options: Any,
+) -> Result:
+    r"""Add relative Gaussian noise to the residual stream, at several strengths, and measure recall.
+
+    With the residual :math:`h_t` of position :math:`t` and :math:`\epsilon_t \sim N(0, I_d)`,
+
+    .. math:: h'_t = h_t + \alpha \, \frac{\lVert h_t \rVert_2}{\sqrt{d}} \, \epsilon_t
+
+    (``scale="norm"``: the noise is about :math:`\alpha` times as long as the residual), or with the standard
+    deviation of :math:`h_t` over its features in place of the root mean square (``scale="std"``).
+    :math:`\epsilon` is drawn once for a sequence and is the same for all strengths. That arXiv 2603.21658
+    adds such noise at the first layer, with :math:`\alpha` from 0 to 0.5, and looks at how far later layers
+    return to the clean state, is second-hand knowledge; the formula, the grid, site, positions, draws, and
+    cosine as the similarity are our choices.
+
+    *Recovery*: with the clean and the noisy residual :math:`h_l, h'_l` after block :math:`l`,
+
+    .. math:: s_l = \cos(h_l, h'_l), \qquad R = s_{L-1} - s_\text{noise}
+
+    where :math:`s_\text{noise}` is taken right after the noise was added; each is a mean over positions.
+
+    Args:
+        model: A TransformerLens model.
+        sequences: What is recalled.
+        alphas: Strengths, each once.
+        layer: The block whose site is disturbed.
+        site: "resid_post" (the block's output) or "resid_pre" (its input: at block 0 the embeddings).
+        positions: Where noise is added: "prompt" (the positions given to the model), "all" (the continuation
+            that is fed to the model, too), "targets" or "last_prompt".
+        scale: "norm" or "std".
+        n_draws: Draws of the noise; more than one adds a dimension `draw`.
+        seed: A sequence's noise depends on the seed, its row and the draw only.
+        metrics: As for `sweep`.
+        recovery: Measure similarities too: every later block then runs at all positions, which takes longer.
+        similarity_at: Which positions similarities are averaged over: "prompt", "last_prompt" (the one that
+            predicts the first target) or "targets" (all predicting positions).
+        options: Further options of `sweep`.
+
+    Returns:
+        Kind "residual_perturbation": each metric `(sequence, alpha)` and its baseline `(sequence)`; with
+        `recovery` also `similarity` `(sequence, alpha, layer)` from the disturbed block on,
+        `similarity_at_noise` and `recovery` `(sequence, alpha)`.
+
+    Raises:
+        OptionError: An unknown option, a strength that is negative or not finite, or one given twice.
+        SiteError: A layer that does not exist.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> seqs = ml.load_sequences("zoo", model)[:2]
+        >>> result = ml.perturb_residual(model, seqs, alphas=[0, 0.5], progress=False)
+        >>> result["similarity"].dims, bool((abs(result["recovery"].sel(alpha=0)) < 1e-5).all())
+        (('sequence', 'alpha', 'layer'), True)
+    """
+    alphas = [float(alpha) for alpha in alphas]
+    _check(alphas, n_draws, similarity_at)
+    check_layer(layer, Trunk(model).n_layers)
+    layers = range(layer, Trunk(model).n_layers)
+    places = [hook_name(site, layer), *(hook_name("resid_post", n) for n in layers)]
+    clean = ActivationSource(model, sequences, list(dict.fromkeys(places)))
+    interventions = []
+    for draw in range(n_draws):
+        source = NoiseSource(seed, draw)  # shared, so that each batch's noise is drawn once
+        for alpha in alphas:
+            coords = {"alpha": alpha} | ({"draw": draw} if n_draws > 1 else {})
+            noise = residual_noise(
+                model, source, alpha=alpha, layer=layer, site=site, positions=positions, scale=scale,
+                coords=coords,
+            )  # fmt: skip
+            looks = _Similarities(clean, places, similarity_at).intervention()
+            interventions.append(noise + looks if recovery else noise)
+    settings = {
+        "alphas": alphas, "layer": layer, "site": site, "positions": positions, "scale": scale,
+        "n_draws": n_draws, "seed": seed, "recovery": recovery, "similarity": "cosine",
+        "similarity_at": similarity_at,
+    }  # fmt: skip
+    result = sweep(
+        model, sequences, interventions, metrics, kind="residual_perturbation", settings=settings, **options
+    )
+    if not recovery:
+        return result
+    return kept(Result(_with_recovery(result.data, layers)), options.get("out"))
+
+
+class _Similarities:
+    """Looks at the residual of one disturbed run and compares it with the clean one.
+
+    Args:
+        clean: The clean residual.
+        places: Where to look, the noise's own place first; a hook may stand twice.
+        positions: Which positions are averaged over.
+    """
+
+    def __init__(self, clean: ActivationSource, places: Sequence[str], positions: str) -> None:
+        self.clean, self.places, self.positions = clean, list(places), positions
+        self._seen: dict[str, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it is, without what it happens to hold."""
+        return {**self.__dict__, "_seen": {}}
+
+    def intervention(self) -> Intervention:
+        """Return the looking as an intervention that changes nothing."""
+        hooks = [(name, self._look(name)) for name in dict.fromkeys(self.places)]
+        return Intervention("similarity", hooks, observed=self.observed)
+
+    def observed(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the similarities of the batch that was run last."""
+        return {f"similarity {i}": self._seen[name] for i, name in enumerate(self.places)}
+
+    def _look(self, name: str) -> ByBatch:
+        def make(batch: Batch) -> HookFn:
+            clean, at = self.clean.of(batch)[name], where(batch, self.positions)
+            assert at is not None
+
+            def look(x: Tensor, hook: Any) -> None:
+                self._seen[name] = _mean_cosine(clean, x, at)
+
+            return look
+
+        return ByBatch(make)
+
+
+def _mean_cosine(
+    clean: Float[Tensor, "batch pos d"], noisy: Float[Tensor, "batch pos d"], at: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, " batch"]:
+    """The mean over some positions of the cosine of two residuals."""
+    width = min(clean.shape[1], noisy.shape[1])
+    clean, noisy, at = clean[:, :width].float(), noisy[:, :width].float(), at[:, :width].to(clean.device)
+    cosine = torch.cosine_similarity(clean, noisy, dim=-1)
+    return torch.where(at, cosine, 0).sum(1) / at.sum(1)
+
+
+def _with_recovery(data: xr.Dataset, layers: Sequence[int]) -> xr.Dataset:
+    """Put the similarities of all places into one array, and take their difference."""
+    parts = [data[f"similarity {i}"] for i in range(len(layers) + 1)]
+    curve = xr.concat(parts[1:], "layer").assign_coords(layer=list(layers))
+    rest = [dim for dim in parts[0].dims if dim not in ("sequence", "alpha")]
+    return data.drop_vars([str(part.name) for part in parts]).assign(
+        similarity=curve.transpose("sequence", "alpha", "layer", *rest),
+        similarity_at_noise=parts[0],
+        recovery=parts[-1] - parts[0],
+    )
+
+
+def _check(alphas: Sequence[float], n_draws: int, similarity_at: str) -> None:
+    check_option("similarity_at", similarity_at, SIMILARITY_AT)
+    if not alphas or len(set(alphas)) < len(alphas):
+        raise OptionError(f"alphas={list(alphas)}: give at least one strength, and each only once.")
+    for alpha in alphas:
+        check_alpha(alpha)
+    if n_draws < 1:
+        raise OptionError(f"n_draws={n_draws}: draw at least once.")

@@ -1,0 +1,1 @@
+"""What restores recall: activation and path patching."""

@@ -1,0 +1,330 @@
+"""Path patching: through which later head, or straight into the logits, a head's output acts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memlens.errors import OptionError, SiteError, check_option
+from memlens.forward.batches import Batch
+from memlens.forward.capture import ActivationSource
+from memlens.forward.hooks import HookFn, attached, capturing, check_head, check_layer, hook_name
+from memlens.forward.metrics import MetricLike, metric_names
+from memlens.forward.trunk import Trunk
+from memlens.instruments.patch.pairs import DIRECTIONS, check_pairs, compare_runs
+from memlens.results.result import Result
+from memlens.sequences.checks import check_sequences
+from memlens.sequences.set import SequenceSet
+from memlens.sweeps.interventions import ByBatch, Intervention
+from memlens.sweeps.measure import measure
+from memlens.sweeps.run import kept, sweep
+
+Head = tuple[int, int]
+"""A layer and a head of it."""
+
+
+class FrozenRuns:
+    """Activations of frozen runs, made when a batch needs them; only the last one is kept.
+
+    Args:
+        model: A TransformerLens model.
+        base: The run that is patched.
+        source: Where the sender's output comes from, row by row.
+        layers: The senders' layers.
+        mlps: "recomputed" or "frozen".
+    """
+
+    trunk: Trunk
+    mlps: str
+    base: ActivationSource
+    source: ActivationSource
+
+    def __init__(
+        self, model: Any, base: SequenceSet, source: SequenceSet, layers: Sequence[int], mlps: str
+    ) -> None:
+        self.trunk, self.mlps = Trunk(model), mlps
+        every = range(min(layers), self.trunk.n_layers)
+        kept = [hook_name(site, layer) for site in ("resid_pre", "attn_out") for layer in every]
+        self.base = ActivationSource(model, base, [*kept, hook_name("resid_post", every[-1])])
+        self.source = ActivationSource(model, source, [hook_name("z", layer) for layer in layers])
+        self._key: tuple[Any, ...] | None = None
+        self._kept: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it is, without what it happens to hold."""
+        return {**self.__dict__, "_key": None, "_kept": None}
+
+    def at(self, batch: Batch, sender: Head, site: str, layer: int) -> Float[Tensor, "batch pos ..."]:
+        """Return what a site of a block holds in the frozen run.
+
+        Args:
+            batch: The sequences.
+            sender: The head that changes.
+            site: A site, such as "q", "mlp_out" or "resid_post".
+            layer: The block, not before the sender's.
+        """
+        key = (self.trunk.dtype, tuple(batch.rows.tolist()), sender, site, layer)
+        if key != self._key or self._kept is None:
+            self._key, self._kept = key, self._run(batch, sender, site, layer)
+        return self._kept
+
+    @torch.no_grad()
+    def _run(self, batch: Batch, sender: Head, site: str, layer: int) -> Tensor:
+        base, frozen = self.base.of(batch), self.mlps == "frozen"
+        if frozen and site == "resid_post":
+            return base[hook_name(site, layer)] + self._change(batch, sender)
+        if frozen and layer > sender[0]:
+            start, resid = layer, base[hook_name("resid_pre", layer)] + self._change(batch, sender)
+            hooks: list[tuple[str, HookFn]] = []
+        else:
+            start, resid = sender[0], base[hook_name("resid_pre", sender[0])].clone()
+            hooks = [self._sending(batch, sender)]
+        held = [hook_name("attn_out", n) for n in range(max(start, sender[0] + 1), layer + 1)]
+        hooks += [(name, _holding(base[name])) for name in held]
+        wanted = hook_name(site, layer)
+        with attached(self.trunk.model, hooks), capturing(self.trunk.model, [wanted]) as store:
+            self.trunk.run(resid, start, layer + 1)
+        return store[wanted]
+
+    def _change(self, batch: Batch, sender: Head) -> Tensor:
+        """By how much the sender changes what its block's attention adds to the residual."""
+        layer, base = sender[0], self.base.of(batch)
+        name = hook_name("attn_out", layer)
+        with (
+            attached(self.trunk.model, [self._sending(batch, sender)]),
+            capturing(self.trunk.model, [name]) as store,
+        ):
+            self.trunk.run(base[hook_name("resid_pre", layer)].clone(), layer, layer + 1)
+        return store[name] - base[name]
+
+    def _sending(self, batch: Batch, sender: Head) -> tuple[str, HookFn]:
+        layer, head = sender
+        name = hook_name("z", layer)
+        new = self.source.of(batch)[name]
+
+        def fn(z: Tensor, hook: Any) -> Tensor:
+            out = z.clone()
+            out[:, :, head] = new[:, :, head].to(z.dtype)
+            return out
+
+        return name, fn
+
+
+def _holding(value: Tensor) -> Callable[..., Tensor]:
+    return lambda x, hook: value
+
+
+RECEIVER_INPUTS = ("logits", "q", "k", "v", "mlp")
+MLPS = ("recomputed", "frozen")
+
+
+def patch_paths(
+    model: Any,
+    clean: SequenceSet,
+    corrupt: SequenceSet,
+    *,
+    senders: Sequence[Head] | None = None,
+    receivers: Sequence[Head] | Sequence[int] | None = None,
+    receiver_input: str = "logits",
+    mlps: str = "recomputed",
+    direction: str = "denoising",
+    metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
+    **options: Any,
+) -> Result:
+    r"""Move one head's output between two runs, and let it act along one path only.
+
+    For each sender :math:`s` (a head) and receiver :math:`r`, with *base* the run that is patched (`corrupt`
+    when denoising) and *source* the other:
+
+    1. the base run with :math:`z_s` taken from the source and every other attention head held at its base
+       output; from it the receiver's new input is taken;
+    2. the base run with the receiver given that input, and everything after the receiver recomputed; this
+       run is measured.
+
+    A receiver is a later head's queries, keys or values (`hook_q`, `hook_k`, `hook_v` of that head alone, at
+    all positions), the output of a later MLP, or the logits: then run 1 itself is measured, and the effect is
+    the head's direct effect on them. With ``mlps="recomputed"`` MLPs between sender and receiver answer to
+    the change, as in Wang et al. (arXiv 2211.00593, section 3.1), whose algorithm this is; with "frozen" they
+    are held as well, and only what the sender itself writes to the residual arrives. (Goldowsky-Dill et al.,
+    arXiv 2304.05969, treat paths in general.)
+
+    Where a block norms its attention's output (OLMo 2 and 3), what the sender adds goes through that norm
+    together with the other heads' held outputs.
+
+    The normalized effect is that of `patch_activations`: 1 is the clean run and 0 the corrupt one.
+
+    Args:
+        model: A TransformerLens model.
+        clean: The sequences as recalled.
+        corrupt: The same targets after another prefix, row by row.
+        senders: Pairs (layer, head); by default all that reach a receiver.
+        receivers: Pairs (layer, head) for "q", "k" and "v" (key-value heads for the last two), layers for
+            "mlp", None for "logits"; by default all that a sender reaches.
+        receiver_input: "logits", "q", "k", "v" or "mlp".
+        mlps: "recomputed" or "frozen".
+        direction: "denoising" takes the sender from the clean run, "noising" from the corrupt one.
+        metrics: As for `sweep`; measured on the clean targets.
+        options: Further options of `sweep`.
+
+    Returns:
+        Kind "path_patching": each metric, its values in the two runs, and `normalized_effect`, with the
+        dimensions `(sequence, sender_layer, sender_head, receiver_layer, receiver_head)`, without the last
+        for "mlp", and `(sequence, layer, head)` for "logits". Pairs without a path are NaN.
+
+    Raises:
+        OptionError: An unknown option, or receivers given for "logits".
+        SiteError: A layer or head that does not exist, or a sender or receiver that takes part in no path: a
+            head reaches only later layers, and its own layer's MLP where blocks are sequential.
+        SequenceError: The two sets do not fit.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> clean = ml.load_sequences("zoo", model)[:2]
+        >>> result = ml.patch_paths(
+        ...     model, clean, ml.corrupt(clean), senders=[(0, 1), (0, 4)], receivers=[(3, 2)],
+        ...     receiver_input="k", progress=False,
+        ... )
+        >>> result["normalized_effect"].dims
+        ('sequence', 'sender_layer', 'sender_head', 'receiver_layer', 'receiver_head')
+    """  # fmt: skip
+    check_option("direction", direction, DIRECTIONS)
+    check_pairs(clean, corrupt)
+    source, base = (clean, corrupt) if direction == "denoising" else (corrupt, clean)
+    patches = path_patches(
+        model,
+        base,
+        source,
+        senders=senders,
+        receivers=receivers,
+        receiver_input=receiver_input,
+        mlps=mlps,
+    )
+    settings = {
+        "receiver_input": receiver_input,
+        "mlps": mlps,
+        "direction": direction,
+        "corruption": dict(corrupt.attrs),
+    }
+    result = sweep(model, base, patches, metrics, kind="path_patching", settings=settings, **options)
+    of_source = measure(model, source, metrics, per_token=options.get("per_token", False))
+    whole = compare_runs(result, model, of_source, metric_names(metrics), direction, clean)
+    return kept(whole, options.get("out"))
+
+
+def path_patches(
+    model: Any,
+    base: SequenceSet,
+    source: SequenceSet,
+    *,
+    senders: Sequence[Head] | None = None,
+    receivers: Sequence[Head] | Sequence[int] | None = None,
+    receiver_input: str = "logits",
+    mlps: str = "recomputed",
+) -> list[Intervention]:
+    """Return the interventions that `patch_paths` runs on `base`, one a path; see there."""
+    check_option("receiver_input", receiver_input, RECEIVER_INPUTS)
+    check_option("mlps", mlps, MLPS)
+    check_sequences(base, model, on_eos="keep")
+    check_sequences(source, model, on_eos="keep")
+    trunk = Trunk(model)
+    paths = _paths(trunk, senders, receivers, receiver_input)
+    runs = FrozenRuns(model, base, source, sorted({layer for (layer, _), _ in paths}), mlps)
+    return [_intervention(runs, sender, receiver, receiver_input) for sender, receiver in paths]
+
+
+def _intervention(runs: FrozenRuns, sender: Head, receiver: Head, receiver_input: str) -> Intervention:
+    layer, head = receiver
+    name = f"L{sender[0]}H{sender[1]} to "
+    if receiver_input == "logits":
+        coords: dict[str, Hashable] = {"layer": sender[0], "head": sender[1]}
+        write = _receive(runs, sender, "resid_post", layer, None)
+        return Intervention(name + "logits", [(hook_name("resid_post", layer), write)], coords)
+    coords = {"sender_layer": sender[0], "sender_head": sender[1], "receiver_layer": layer}
+    if receiver_input == "mlp":
+        write = _receive(runs, sender, "mlp_out", layer, None)
+        return Intervention(f"{name}L{layer} mlp", [(hook_name("mlp_out", layer), write)], coords)
+    return Intervention(
+        f"{name}L{layer}H{head} {receiver_input}",
+        [(hook_name(receiver_input, layer), _receive(runs, sender, receiver_input, layer, head))],
+        {**coords, "receiver_head": head},
+    )
+
+
+def _receive(runs: FrozenRuns, sender: Head, site: str, layer: int, head: int | None) -> ByBatch:
+    """Write what the site holds in the frozen run: all of it, or one head's part."""
+
+    def make(batch: Batch) -> Callable[..., Tensor]:
+        new = runs.at(batch, sender, site, layer)
+        part = new if head is None else new[:, :, head].clone()
+
+        def fn(x: Tensor, hook: Any) -> Tensor:
+            if head is None:
+                return part.to(x.dtype)
+            out = x.clone()
+            out[:, :, head] = part.to(x.dtype)
+            return out
+
+        return fn
+
+    return ByBatch(make)
+
+
+def _paths(
+    trunk: Trunk,
+    senders: Sequence[Head] | None,
+    receivers: Sequence[Head] | Sequence[int] | None,
+    receiver_input: str,
+) -> list[tuple[Head, Head]]:
+    """All pairs of a sender and a receiver that it reaches, checked; sender by sender."""
+    last = trunk.n_layers - 1
+    if receiver_input == "logits":
+        if receivers is not None:
+            raise OptionError(f"receivers={receivers!r}: the logits are the only receiver, leave it out.")
+        ends, gap = [(last, 0)], 0
+    else:
+        ends = _ends(trunk, receivers, receiver_input)
+        gap = 0 if receiver_input == "mlp" and not trunk.parallel else 1
+    starts = [(n, h) for n in range(trunk.n_layers) for h in range(trunk.n_heads)]
+    if senders is not None:
+        starts = _heads(senders, "senders", trunk.n_layers, trunk.n_heads)
+    pairs = [(s, r) for s in starts for r in ends if r[0] >= s[0] + gap]
+    asked = [("sender", s, 0) for s in starts if senders is not None or not pairs]
+    asked = [("receiver", r, 1) for r in ends if receivers is not None] + asked
+    for name, head, part in asked:
+        if all(pair[part] != head for pair in pairs):
+            label = head[0] if part and receiver_input == "mlp" else head
+            raise SiteError(
+                f"{name} {label} takes part in no path: a head reaches only the layers after its own "
+                "(and its own layer's MLP where blocks are sequential)."
+            )
+    return pairs
+
+
+def _ends(trunk: Trunk, receivers: Sequence[Head] | Sequence[int] | None, receiver_input: str) -> list[Head]:
+    if receiver_input == "mlp":
+        layers = range(trunk.n_layers) if receivers is None else receivers
+        return _heads([(layer, 0) for layer in layers], "receivers", trunk.n_layers, 1)
+    n_heads = trunk.n_heads if receiver_input == "q" else trunk.n_kv_heads
+    if receivers is None:
+        return [(n, h) for n in range(trunk.n_layers) for h in range(n_heads)]
+    return _heads(receivers, "receivers", trunk.n_layers, n_heads)
+
+
+def _heads(given: Sequence[Any], name: str, n_layers: int, n_heads: int) -> list[Head]:
+    """Check pairs of a layer and a head."""
+    found: list[Head] = []
+    for item in given:
+        if not (
+            isinstance(item, tuple | list) and len(item) == 2 and all(isinstance(x, Integral) for x in item)
+        ):
+            raise SiteError(f"{name} holds {item!r}: give pairs (layer, head), or layers for 'mlp'.")
+        check_layer(item[0], n_layers)
+        check_head(item[1], n_heads)
+        found.append((int(item[0]), int(item[1])))
+    return list(dict.fromkeys(found))

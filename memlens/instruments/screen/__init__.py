@@ -1,0 +1,1 @@
+"""Gradients as a filter, exact effects after it."""

@@ -1,0 +1,1 @@
+"""What an intervention costs elsewhere: benchmark tasks and lm-evaluation-harness."""

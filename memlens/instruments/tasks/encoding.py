@@ -1,0 +1,160 @@
+"""From a context and its continuation to token ids, as lm-evaluation-harness' `HFLM` cuts them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from memlens.errors import OptionError, SequenceError
+from memlens.models.quiet import quiet
+
+
+@dataclass(frozen=True)
+class PairTokens:
+    """A request as token ids.
+
+    Attributes:
+        context: What is given.
+        continuation: What is scored.
+        dropped: Tokens of the context that were cut away on the left because the model's context is shorter.
+    """
+
+    context: list[int]
+    continuation: list[int]
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class PairEncoder:
+    """Tokenizes requests as lm-evaluation-harness does, so that its log-likelihoods can be compared.
+
+    Spaces at the end of a context go to the continuation; context and continuation are tokenized together,
+    and as many tokens as the context alone has are cut off in front. An empty context becomes the
+    beginning-of-text token (else the end-of-text token). What is too long for the model loses tokens on the
+    left; `HFLM` keeps one token more there, because it does not feed the last one.
+
+    Attributes:
+        tokenizer: A Hugging Face tokenizer.
+        bos: Whether the beginning-of-text token goes in front of every context.
+        n_ctx: The longest request that the model takes, in tokens; None: no limit.
+
+    Example:
+        >>> import memlens as ml
+        >>> encoder = PairEncoder.of(ml.load_model("zoo/pythia-s"))
+        >>> encoder("Mara was ", "old") == encoder("Mara was", " old")
+        True
+    """
+
+    tokenizer: Any
+    bos: bool = False
+    n_ctx: int | None = None
+
+    @classmethod
+    def of(cls, model: Any, *, prepend_bos: bool | None = None, n_ctx: int | None = None) -> PairEncoder:
+        """Return the encoder of a TransformerLens model, or of a Hugging Face tokenizer.
+
+        Args:
+            model: The model; its context is the limit. Or a tokenizer.
+            prepend_bos: None does what the checkpoint's own tokenizer does (see `puts_bos_first`).
+            n_ctx: Instead of the model's.
+
+        Raises:
+            OptionError: Neither has a tokenizer, or `prepend_bos` is True and there is no such token.
+        """
+        tokenizer = getattr(model, "tokenizer", model if callable(getattr(model, "encode", None)) else None)
+        if tokenizer is None:
+            raise OptionError(
+                f"{type(model).__name__} has no tokenizer: a task's texts need one; give a tokenizer instead."
+            )
+        if prepend_bos is None:
+            prepend_bos = puts_bos_first(model)
+        if prepend_bos and tokenizer.bos_token_id is None:
+            raise OptionError("prepend_bos=True, but the tokenizer has no beginning-of-text token.")
+        return cls(tokenizer, prepend_bos, n_ctx or getattr(getattr(model, "cfg", None), "n_ctx", None))
+
+    def __call__(self, context: str, continuation: str) -> PairTokens:
+        """Return the ids of one request.
+
+        Raises:
+            SequenceError: Nothing is left to score, nothing is given, or the continuation alone is longer
+                than the model's context.
+        """
+        given, scored = self._pair(context, continuation)
+        if not scored or not given:
+            raise SequenceError(
+                f"the context {context[-40:]!r} and the continuation {continuation[:40]!r} leave no token to "
+                f"{'score' if given else 'give'}: change the text."
+            )
+        dropped = 0 if self.n_ctx is None else max(0, len(given) + len(scored) - self.n_ctx)
+        if dropped >= len(given):
+            raise SequenceError(
+                f"the continuation {continuation[:40]!r} has {len(scored)} tokens, and the model's context "
+                f"holds {self.n_ctx} with at least one before it: shorten it."
+            )
+        return PairTokens(given[dropped:], scored, dropped)
+
+    def prompt(self, context: str) -> list[int]:
+        """Return the ids of a text that is to be continued; of an empty one the first token alone.
+
+        >>> import memlens as ml
+        >>> encoder = PairEncoder.of(ml.load_model("zoo/pythia-s"))
+        >>> encoder.prompt("Mara was") == encoder("Mara was", " old").context
+        True
+        """
+        return self._ids(context) or [self._first()]
+
+    def _first(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if bos is None else bos
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if not context:
+            first = self._first()
+            scored = self._bare(continuation)
+            return (scored[:1], scored[1:]) if scored[:1] == [first] else ([first], scored)
+        bare = context.rstrip()
+        continuation = context[len(bare) :] + continuation
+        given, whole = self._ids(bare), self._ids(bare + continuation)
+        return given, whole[len(given) :]
+
+    def _ids(self, text: str) -> list[int]:
+        bos = self.tokenizer.bos_token
+        return [self.tokenizer.bos_token_id] * (
+            self.bos and bool(text) and not text.startswith(bos)
+        ) + self._bare(text)
+
+    def _bare(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+def puts_bos_first(model: Any) -> bool:
+    """Tell whether a tokenizer puts the beginning-of-text token in front of text by its own rules.
+
+    TransformerLens' models carry a tokenizer that always does; what counts there is the checkpoint's own,
+    read again from where it came from (offline), and False where there is none.
+
+    Args:
+        model: A TransformerLens model, or a Hugging Face tokenizer.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        return _begins_with_bos(model)
+    return _own_rule(str(getattr(tokenizer, "name_or_path", "") or ""))
+
+
+@lru_cache(maxsize=64)
+def _own_rule(name: str) -> bool:
+    try:
+        with quiet():
+            return _begins_with_bos(AutoTokenizer.from_pretrained(name, local_files_only=True))
+    except Exception:  # transformers raises nearly every kind of error where there are no tokenizer files
+        return False
+
+
+def _begins_with_bos(tokenizer: Any) -> bool:
+    bos, text = tokenizer.bos_token_id, "a"
+    ids, bare = tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=False)
+    return bos is not None and ids[: len(bare) + 1] == [bos, *bare]

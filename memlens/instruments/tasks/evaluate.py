@@ -1,0 +1,141 @@
+"""`evaluate_tasks`: benchmark accuracy under every intervention, from one sweep over all tasks' requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from memlens.errors import OptionError
+from memlens.instruments.tasks.tasks import ChoiceTask, joined_requests
+from memlens.results.result import Result
+from memlens.sweeps.interventions import Intervention
+from memlens.sweeps.labels import make_result
+from memlens.sweeps.measure import measure
+from memlens.sweeps.run import kept, sweep
+
+_METRICS = ("target_logprob", "exact_match")
+_LABELS = {
+    "accuracy": "1 where the likeliest choice is right",
+    "accuracy_norm": "1 where the choice likeliest for its characters is right",
+    "accuracy_chance_corrected": "accuracy less chance, over 1 less chance",
+    "gold_logprob": "nats: log-probability of the right choice, summed over its tokens",
+}
+
+
+def evaluate_tasks(
+    model: Any,
+    tasks: Sequence[ChoiceTask],
+    interventions: Sequence[Intervention] = (),
+    *,
+    out: str | Path | None = None,
+    **options: Any,
+) -> Result:
+    r"""Measure the accuracy on tasks under every intervention, with one `sweep` over all their requests.
+
+    Each choice is a sequence whose continuation is scored: what an intervention at layer l leaves as it was
+    before l is computed once, for all interventions. Log-likelihoods, `accuracy` and `accuracy_norm` are
+    lm-evaluation-harness' (`acc`, `acc_norm`): see `ChoiceTask.score`.
+
+    Args:
+        model: A TransformerLens model.
+        tasks: What is asked.
+        interventions: What is changed, as for `sweep`; none: only the model as it is.
+        out: A folder that keeps finished parts, as for `sweep`.
+        options: Further options of `sweep` (of `measure` where there are no interventions).
+
+    Returns:
+        Kind "task_accuracy", one value for each question (dimension `sequence`) and intervention:
+
+        - `accuracy`, `accuracy_norm`: 0 or 1;
+        - `accuracy_chance_corrected`: :math:`(a - c)/(1 - c)` with the task's chance level c, so that its
+          mean over a task is 0 for guessing and 1 for knowing all;
+        - `gold_logprob`: nats, summed over the tokens of the right choice.
+
+        Beside them the values without intervention, and along `sequence` the coordinates `task`,
+        `task_group`, `n_choices` and `chance`: ``result.mean_ci(group="task")``, `task_summary`.
+
+    Raises:
+        EmptySetError: There are no tasks.
+        OptionError: Two tasks have one name, or `out` without interventions.
+        SequenceError, VocabularyError: The tasks were made for another tokenizer, or are too long.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> task = ml.tasks.local_tasks("zoo", model, names=["agreement"], n=4)[0]
+        >>> bypass = ml.edits.bypass_intervention(model, 0)
+        >>> result = ml.evaluate_tasks(model, [task], [bypass], progress=False)
+        >>> result["accuracy"].dims, result.data.sizes["sequence"]
+        (('sequence', 'intervention'), 4)
+    """
+    requests = joined_requests(tasks)
+    settings = {"tasks": {task.name: _about(task) for task in tasks}}
+    if interventions:
+        swept = sweep(
+            model,
+            requests,
+            interventions,
+            _METRICS,
+            kind="task_accuracy",
+            settings=settings,
+            out=out,
+            **options,
+        )
+    elif out is not None:
+        raise OptionError(f"out={str(out)!r} keeps a sweep, and there are no interventions: give some.")
+    else:
+        options.pop("progress", None)
+        values = measure(model, requests, _METRICS, **options)
+        variables = {name: ("sequence", array) for name, array in values.items()}
+        swept = make_result("task_accuracy", model, requests, variables, {}, settings)
+    return kept(_per_question(swept, tasks, requests.n_targets.numpy()), out)
+
+
+def _about(task: ChoiceTask) -> dict[str, Any]:
+    return {"group": task.group, "questions": len(task), "chance": task.chance}
+
+
+def _per_question(swept: Result, tasks: Sequence[ChoiceTask], n_targets: np.ndarray) -> Result:
+    """Turn numbers of requests into numbers of questions."""
+    data = swept.data
+    sites = {str(n): c for n, c in data.coords.items() if "sequence" not in c.dims}
+    variables: dict[str, xr.Variable] = {}
+    for tail in ("", "_baseline"):
+        if f"target_logprob{tail}" not in data:
+            continue
+        mean, greedy = data[f"target_logprob{tail}"], data[f"exact_match{tail}"]
+        values = mean.values.astype(float)
+        total = values * n_targets.reshape(-1, *[1] * (values.ndim - 1))
+        for name, array in _scored(tasks, total, greedy.values.astype(float)).items():
+            variables[name + tail] = xr.Variable(mean.dims, array, {"long_name": _LABELS[name]})
+    counted = [len(task) for task in tasks]
+    along = {
+        "task": np.repeat([task.name for task in tasks], counted),
+        "task_group": np.repeat([task.group for task in tasks], counted),
+        "chance": np.repeat([task.chance for task in tasks], counted),
+        "n_choices": np.concatenate([task.n_choices for task in tasks]),
+    }
+    coords: dict[str, Any] = {
+        "sequence": [name for task in tasks for name in task.question_ids],
+        **{name: ("sequence", values) for name, values in along.items()},
+    }
+    for name in ("task", "task_group"):
+        coords[name] = ("sequence", along[name], {"keep_order": 1})
+    return Result(xr.Dataset(variables, {**coords, **sites}, data.attrs))
+
+
+def _scored(tasks: Sequence[ChoiceTask], total: np.ndarray, greedy: np.ndarray) -> dict[str, np.ndarray]:
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in _LABELS}
+    start = 0
+    for task in tasks:
+        rows = slice(start, start + len(task.requests))
+        start = rows.stop
+        found = task.score(total[rows], greedy[rows])
+        found["accuracy_chance_corrected"] = (found["accuracy"] - task.chance) / (1 - task.chance)
+        for name, array in found.items():
+            parts[name].append(array)
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}

@@ -1,0 +1,337 @@
+"""Benchmark tasks as log-likelihood requests: questions with choices, one sequence for each choice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int
+
+from memlens.errors import EmptySetError, FileFormatError, OptionError, SourceNotFoundError
+from memlens.instruments.tasks.encoding import PairEncoder
+from memlens.sequences.set import SequenceSet
+from memlens.sequences.tokenizing import tokenizer_attrs
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question before it is tokenized.
+
+    Attributes:
+        contexts: What is given, one for each choice.
+        continuations: What is scored, one for each choice.
+        gold: The right choices' numbers.
+        characters: Length of each choice, by which `accuracy_norm` divides.
+        name: Of the question, unique in its task.
+    """
+
+    contexts: tuple[str, ...]
+    continuations: tuple[str, ...]
+    gold: tuple[int, ...]
+    characters: tuple[int, ...]
+    name: str
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], name: str, delimiter: str = " ") -> Question:
+        """Return the question of a record.
+
+        Args:
+            record: `context` (a text, or one for each choice), `choices` (texts), `gold` (the right one's
+                number, or several; may be left out where there is one choice).
+            name: Of the question.
+            delimiter: What stands between context and choice; it does not count as a character.
+
+        Raises:
+            FileFormatError: A field is missing or of another kind, or `gold` names no choice.
+        """
+        for field in ("context", "choices"):
+            if field not in record:
+                raise FileFormatError(f"{name} has no {field!r}: a question needs context, choices and gold.")
+        choices, context = record["choices"], record["context"]
+        if not isinstance(choices, list | tuple) or not choices or not all(map(_is_text, choices)):
+            raise FileFormatError(f"{name}: choices={choices!r} is no list of texts.")
+        contexts = [context] * len(choices) if isinstance(context, str) else context
+        if not isinstance(contexts, list | tuple) or len(contexts) != len(choices):
+            raise FileFormatError(f"{name}: context={context!r} is no text, nor one text for each choice.")
+        gold = record.get("gold", 0 if len(choices) == 1 else None)
+        numbers = list(gold) if isinstance(gold, list | tuple) else [gold]
+        if not numbers or not all(type(n) is int and 0 <= n < len(choices) for n in numbers):
+            raise FileFormatError(
+                f"{name}: gold={gold!r} is no choice: give a number from 0 to {len(choices) - 1}."
+            )
+        return cls(
+            tuple(contexts),
+            tuple(f"{delimiter}{choice}" for choice in choices),
+            tuple(numbers),
+            tuple(map(len, choices)),
+            name,
+        )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file with one a line, each checked to be a question.
+
+    Raises:
+        SourceNotFoundError: There is no such file.
+        FileFormatError: A line is no record, or no question; names the line.
+    """
+    if not path.is_file():
+        raise SourceNotFoundError(f"there is no file {path}: a task is one record a line, as JSON.")
+    records = []
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise FileFormatError(f"{path}, line {number} is not JSON: {error.msg}.") from error
+        if not isinstance(record, dict):
+            raise FileFormatError(f"{path}, line {number} is no record but {line.strip()[:40]!r}.")
+        Question.of(record, f"{path}, line {number}")
+        records.append(record)
+    return records
+
+
+@dataclass(frozen=True, eq=False)
+class ChoiceTask:
+    """A benchmark as one `SequenceSet`: each sequence is a context (prefix) with one choice (continuation).
+
+    Attributes:
+        name: Of the task.
+        group: What it is counted to, such as "language" or "reasoning".
+        requests: One row for each choice of each question, in order; its table holds `question` (number),
+            `question_id`, `choice` (number), `gold` (whether it is right) and `characters`.
+        chance: The accuracy of guessing: the mean over questions of the share of choices that are right; 0
+            where there is a single choice, which is right when greedy decoding gives it.
+
+    Raises:
+        OptionError: `chance` is not in [0, 1).
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> record = {"context": "The old lamp", "choices": ["is", "are"], "gold": 0}
+        >>> task = ml.tasks.ChoiceTask.from_records([record], model, name="agreement", group="language")
+        >>> len(task), task.chance, task.requests.table["text"].tolist()
+        (1, 0.5, [' is', ' are'])
+    """
+
+    name: str
+    group: str
+    requests: SequenceSet
+    chance: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.chance < 1:
+            raise OptionError(f"chance={self.chance} of {self.name!r}: give a number from 0 to below 1.")
+
+    @classmethod
+    def from_records(
+        cls,
+        records: Iterable[Mapping[str, Any]],
+        model: Any,
+        *,
+        name: str = "task",
+        group: str = "other",
+        delimiter: str = " ",
+        chance: float | None = None,
+        prepend_bos: bool | None = None,
+    ) -> ChoiceTask:
+        """Make a task of records.
+
+        Args:
+            records: `{"context": text, "choices": [text, …], "gold": number}`; see `Question.of`. An `id`
+                names the question.
+            model: A TransformerLens model, or a Hugging Face tokenizer.
+            name: Of the task.
+            group: Of the task.
+            delimiter: What stands between context and choice.
+            chance: Instead of what the numbers of choices say.
+            prepend_bos: See `PairEncoder.of`.
+
+        Raises:
+            FileFormatError: A record lacks a field, or `gold` names no choice.
+            EmptySetError: There are no records.
+            SequenceError: A request leaves no token to score, or is too long for the model.
+        """
+        questions = [
+            Question.of(record, str(record.get("id", f"{name}-{number:04d}")), delimiter)
+            for number, record in enumerate(records)
+        ]
+        encoder = PairEncoder.of(model, prepend_bos=prepend_bos)
+        return cls.from_questions(questions, encoder, name=name, group=group, chance=chance)
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path, model: Any, **options: Any) -> ChoiceTask:
+        """Read a task from a file with one record a line, in the form of `from_records`.
+
+        Args:
+            path: The file.
+            model: A TransformerLens model, or a Hugging Face tokenizer.
+            options: As for `from_records`; the name is the file's by default.
+
+        Raises:
+            SourceNotFoundError: There is no such file.
+            FileFormatError: A line is not a record; names the line.
+        """
+        path = Path(path)
+        options = {"name": path.stem, **options}
+        return cls.from_records(read_records(path), model, **options)
+
+    @classmethod
+    def from_questions(
+        cls,
+        questions: Sequence[Question],
+        encoder: PairEncoder,
+        *,
+        name: str,
+        group: str,
+        chance: float | None = None,
+    ) -> ChoiceTask:
+        """Make a task of questions.
+
+        Args:
+            questions: In order.
+            encoder: Tokenizes them.
+            name: Of the task.
+            group: Of the task.
+            chance: Instead of what the numbers of choices say.
+
+        Raises:
+            EmptySetError: There are no questions.
+            SequenceError: A request leaves no token to score, or is too long for the model.
+        """
+        if not questions:
+            raise EmptySetError(f"the task {name!r} has no questions: give at least one.")
+        pairs, table = [], []
+        for number, question in enumerate(questions):
+            for choice, texts in enumerate(zip(question.contexts, question.continuations, strict=True)):
+                pairs.append(encoder(*texts))
+                row = (f"{question.name}/{choice}", name, group, number, question.name, choice)
+                table.append((*row, choice in question.gold, question.characters[choice], texts[1]))
+        if chance is None:
+            shares = [len(set(q.gold)) / len(q.continuations) for q in questions if len(q.continuations) > 1]
+            chance = float(sum(shares) / max(1, len(questions)))
+        requests = SequenceSet.from_tokens(
+            [[*pair.context, *pair.continuation] for pair in pairs],
+            [len(pair.context) for pair in pairs],
+            table=pd.DataFrame(table, columns=list(_COLUMNS)),
+            attrs={
+                **tokenizer_attrs(encoder.tokenizer),
+                "source": name,
+                "prepend_bos": encoder.bos,
+                "truncated": sum(pair.dropped > 0 for pair in pairs),
+            },
+        )
+        return cls(name, group, requests, chance)
+
+    def __len__(self) -> int:
+        return len(self.question_ids)
+
+    def __repr__(self) -> str:
+        return f"ChoiceTask({self.name!r}, {self.group}, {len(self)} questions, chance {self.chance:.2f})"
+
+    @cached_property
+    def question_ids(self) -> list[str]:
+        """The questions' names, in order."""
+        return list(dict.fromkeys(self.requests.table["question_id"]))
+
+    @cached_property
+    def _rows(self) -> Int[np.ndarray, "question choice"]:
+        """The request of each choice, -1 where a question has fewer choices than another."""
+        choice, number = (self.requests.table[c].to_numpy(int) for c in ("choice", "question"))
+        _, first, question = np.unique(number, return_index=True, return_inverse=True)
+        rows = np.full((len(first), choice.max() + 1), -1)
+        rows[first.argsort().argsort()[question], choice] = np.arange(len(choice))
+        return rows
+
+    @property
+    def n_choices(self) -> Int[np.ndarray, "question"]:
+        """How many choices each question has."""
+        return (self._rows >= 0).sum(1)
+
+    @property
+    def gold(self) -> Bool[np.ndarray, "question choice"]:
+        """Which choices are right."""
+        return self.requests.table["gold"].to_numpy(bool)[self._rows] & (self._rows >= 0)
+
+    def take(self, questions: Sequence[int] | slice) -> ChoiceTask:
+        """Return the task of these questions only, say every other one: `task.take(slice(0, None, 2))`."""
+        chosen = self._rows[questions]
+        return ChoiceTask(self.name, self.group, self.requests[chosen[chosen >= 0].tolist()], self.chance)
+
+    def score(
+        self, logprob: Float[np.ndarray, "request *site"], greedy: Float[np.ndarray, "request *site"]
+    ) -> dict[str, Float[np.ndarray, "question *site"]]:
+        r"""Return what a model's numbers for the requests mean for the questions.
+
+        A choice's score is the sum of its tokens' log-probabilities :math:`\ell_c` (`accuracy`), or
+        :math:`\ell_c` over its characters (`accuracy_norm`): 1 where the first of the best choices is right.
+        A question with a single choice is right where greedy decoding gives it. NaN where a score is.
+
+        Args:
+            logprob: Sum over the continuation's tokens, in nats.
+            greedy: 1 where every token of the continuation is the arg-max.
+
+        Returns:
+            `accuracy`, `accuracy_norm` (0 or 1) and `gold_logprob` (nats, of the best right choice).
+        """
+        site = (None,) * (logprob.ndim - 1)
+        there, gold = (self._rows >= 0)[(..., *site)], self.gold[(..., *site)]
+        characters = self.requests.table["characters"].to_numpy(float)[self._rows][(..., *site)]
+        found = np.where(there, logprob[self._rows], -np.inf)
+        single = (self.n_choices == 1)[(..., *site)]
+        right = greedy[self._rows[:, 0]]
+        out = {}
+        for metric, scores in (("accuracy", found), ("accuracy_norm", found / characters)):
+            best = np.nan_to_num(scores, nan=-np.inf, neginf=-np.inf).argmax(1)[:, None]
+            hit = np.take_along_axis(np.broadcast_to(gold, scores.shape), best, 1)[:, 0]
+            out[metric] = np.where(np.isnan(scores).any(1), np.nan, np.where(single, right, hit))
+        out["gold_logprob"] = np.where(gold, found, -np.inf).max(1)
+        return out
+
+
+_COLUMNS = (
+    "id",
+    "task",
+    "task_group",
+    "question",
+    "question_id",
+    "choice",
+    "gold",
+    "characters",
+    "text",
+)
+
+
+def joined_requests(tasks: Sequence[ChoiceTask]) -> SequenceSet:
+    """Return all tasks' requests as one set, task after task.
+
+    Raises:
+        EmptySetError: There are no tasks.
+        OptionError: Two tasks have one name, or something else stands for a task.
+        SequenceError: Two tasks have a question of one name.
+    """
+    if not tasks:
+        raise EmptySetError("there are no tasks to evaluate: give at least one.")
+    for task in tasks:
+        if not isinstance(task, ChoiceTask):
+            raise OptionError(f"{task!r} is no ChoiceTask: make one with ChoiceTask.from_records.")
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise OptionError(f"tasks {names}: two have one name; rename one.")
+    joined = tasks[0].requests
+    for task in tasks[1:]:
+        joined = joined.concat(task.requests)
+    truncated = sum(int(task.requests.attrs.get("truncated", 0)) for task in tasks)
+    return joined.with_attrs(source=", ".join(names), truncated=truncated)

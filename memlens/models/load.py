@@ -1,0 +1,264 @@
+"""`load_model`: from a name, a folder, a file or a loaded model to TransformerLens' own object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from memlens.errors import OptionError, UnsupportedModelError, check_option
+from memlens.models.bridge import build_bridge, check_bridge_supports
+from memlens.models.checks import check_causal, check_finite_weights, verify_against_huggingface
+from memlens.models.families import architecture_of, family_of
+from memlens.models.hooked import build_hooked, hooked_obstacle
+from memlens.models.huggingface import load_config, load_weights, parse_dtype
+from memlens.models.names import Source, resolve_source
+from memlens.models.provenance import remember
+from memlens.models.revisions import checkpoint_revision, local_checkpoint
+from memlens.models.tokenizers import load_tokenizer, prepare_tokenizer
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+
+BACKENDS = ("auto", "hooked", "bridge")
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What a call of `load_model` asked for, checked."""
+
+    backend: str
+    dtype: torch.dtype
+    device: torch.device
+    device_map: Any
+    process_weights: bool
+    check_weights: bool
+
+
+def load_model(
+    name: str | Path | nn.Module,
+    *,
+    backend: str = "auto",
+    revision: str | None = None,
+    checkpoint_step: int | None = None,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    process_weights: bool = False,
+    gguf_file: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    check_weights: bool = True,
+) -> HookedTransformer | TransformerBridge:
+    """Load a causal language model as TransformerLens' own object.
+
+    Weights are unprocessed unless asked for: activations and logits equal Hugging Face's.
+
+    Args:
+        name: A model of the zoo (`"zoo/pythia-s"`; `"zoo/pythia-s-untrained"` has the weights that its
+            training began from), a hub name (`"EleutherAI/pythia-70m"`; the organization may
+            be left out for models of `families_table()`), a local checkpoint folder, a `.gguf` file, a loaded
+            Hugging Face model (a bridge is put around it, in place, with its dtype), or a TransformerLens
+            model (given back as it is).
+        backend: `"hooked"` for `HookedTransformer` (TransformerLens 3.9 with Pythia, GPT-Neo or OLMo),
+            `"bridge"` for `TransformerBridge`, `"auto"` for the first where it can run the model, else the
+            second. A loaded Hugging Face model becomes a bridge under `"auto"`.
+        revision: Branch, tag or commit on the hub.
+        checkpoint_step: Training step, for models with published checkpoints (Pythia, OLMo) and those of the
+            zoo that were trained with them.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or a torch dtype.
+        device: Where to; CUDA if there is one, else the CPU.
+        device_map: Spread a large model over devices (see `accelerate`); bridge only, instead of `device`.
+        process_weights: TransformerLens' classic form: LayerNorms folded, weights centered. Predictions stay
+            the same; activations do not, and logits differ by a constant at each position.
+        gguf_file: A GGUF file in the folder or repository. Its weights are dequantized.
+        tokenizer: Instead of the checkpoint's own.
+        trust_remote_code: Allow Python code that comes with the checkpoint to run.
+        allow_pickle: Allow weights in `.bin` files, which can run code, where there are no safetensors.
+        check_weights: Look for NaN and infinity in the weights; for a float32 `HookedTransformer` also
+            compare its logits for a few tokens with Hugging Face's.
+
+    Returns:
+        A `HookedTransformer` or a `TransformerBridge`, in evaluation mode. `.tokenizer` is None where the
+        checkpoint has none.
+
+    Raises:
+        ModelNotFoundError: Nothing has this name, or the repository has no such revision or step.
+        ModelLoadError: The checkpoint's files are damaged, incomplete, or hold no safetensors.
+        UnsupportedModelError: Not a causal language model, or the backend cannot run it.
+        NonFiniteError: NaN or infinity in the weights.
+        OptionError: Options that do not exist or contradict each other.
+
+    Example:
+        >>> from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+        >>> config = GPTNeoXConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        ...                        intermediate_size=32, bos_token_id=0, eos_token_id=0)
+        >>> model = load_model(GPTNeoXForCausalLM(config), device="cpu")
+        >>> type(model).__name__, model.cfg.n_layers
+        ('TransformerBridge', 2)
+    """
+    options = _check_options(backend, dtype, device, device_map, process_weights, check_weights)
+    if isinstance(name, nn.Module):
+        misplaced: dict[str, Any] = {
+            "revision": revision,
+            "checkpoint_step": checkpoint_step,
+            "gguf_file": gguf_file,
+        }
+        misplaced |= {"device_map": device_map}
+        if _is_transformer_lens(name):
+            misplaced |= {
+                "tokenizer": tokenizer,
+                "device": device,
+                "process_weights": process_weights or None,
+            }
+            return _as_it_is(name, backend, misplaced)
+        _refuse(misplaced, name)
+        return _from_huggingface(name.to(options.device) if device is not None else name, options, tokenizer)
+    source = resolve_source(name, gguf_file=gguf_file)
+    if source.local:
+        source, revision = local_checkpoint(source, revision=revision, step=checkpoint_step), None
+    else:
+        revision = checkpoint_revision(source, revision=revision, step=checkpoint_step)
+    config = load_config(source, revision=revision, trust_remote_code=trust_remote_code)
+    options = _choose_backend(options, config, source.name)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
+    hf_model = load_weights(
+        source,
+        config,
+        revision=revision,
+        dtype=options.dtype,
+        device=options.device,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+    return _wrap(hf_model, tokenizer, options, name=source.name, revision=_revision_fact(source, revision))
+
+
+def _revision_fact(source: Source, revision: str | None) -> str:
+    return source.checkpoint if source.local else revision or "main"
+
+
+def _check_options(
+    backend: str, dtype: Any, device: Any, device_map: Any, process_weights: bool, check_weights: bool
+) -> _Options:
+    check_option("backend", backend, BACKENDS)
+    if device_map is not None and device is not None:
+        raise OptionError(
+            f"device={str(device)!r} and device_map={device_map!r} contradict each other: give one."
+        )
+    if device_map is not None and backend == "hooked":
+        raise OptionError(
+            f"device_map={device_map!r} does not go with HookedTransformer: use backend='bridge', or device=."
+        )
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise OptionError(
+            f"device={device!r} is not a device torch knows: give 'cpu', 'cuda' or 'mps'."
+        ) from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(
+            f"device={str(device)!r} was asked for, but torch finds no CUDA device: use device='cpu'."
+        )
+    return _Options(backend, parse_dtype(dtype), place, device_map, process_weights, check_weights)
+
+
+def _choose_backend(options: _Options, config: PreTrainedConfig, name: str) -> _Options:
+    """Decide between the two classes, before any weight is read."""
+    obstacle = hooked_obstacle(config)
+    if options.backend == "hooked" and obstacle:
+        raise UnsupportedModelError(
+            f"{name!r} cannot be a HookedTransformer: {obstacle}; use backend='bridge'."
+        )
+    hooked = options.backend == "hooked" or (
+        options.backend == "auto" and not obstacle and options.device_map is None
+    )
+    if not hooked:
+        check_bridge_supports(config, name)
+    return replace(options, backend="hooked" if hooked else "bridge")
+
+
+def _is_transformer_lens(model: nn.Module) -> bool:
+    return isinstance(model, TransformerBridge) or type(model).__name__ == "HookedTransformer"
+
+
+def _refuse(misplaced: dict[str, Any], model: nn.Module) -> None:
+    """An option that cannot act is an error, not a silence."""
+    for option, value in misplaced.items():
+        if value is not None:
+            raise OptionError(
+                f"{option}={value!r} cannot act on a {type(model).__name__} already loaded: leave it out."
+            )
+
+
+def _as_it_is(model: Any, backend: str, misplaced: dict[str, Any]) -> Any:
+    _refuse(misplaced, model)
+    kind = "bridge" if isinstance(model, TransformerBridge) else "hooked"
+    if backend not in ("auto", kind):
+        raise OptionError(
+            f"backend={backend!r} was asked for, but this is a {type(model).__name__}: load it by name."
+        )
+    return model
+
+
+def _from_huggingface(model: nn.Module, options: _Options, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"A {type(model).__name__} is no model memlens can use: give a HookedTransformer, a "
+            f"TransformerBridge, or a Hugging Face PreTrainedModel."
+        )
+    name = str(model.config._name_or_path or type(model).__name__)
+    check_causal(model.config, name)
+    backend = "bridge" if options.backend == "auto" else options.backend
+    options = replace(options, backend=backend, dtype=model.dtype, device=model.device)
+    return _wrap(
+        model.eval(), tokenizer, _choose_backend(options, model.config, name), name=name, revision=""
+    )
+
+
+def _wrap(
+    hf_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: _Options,
+    *,
+    name: str,
+    revision: str,
+) -> Any:
+    """Check the weights and make the TransformerLens model."""
+    if options.check_weights:
+        check_finite_weights(hf_model, name)
+    if tokenizer is not None:
+        tokenizer = prepare_tokenizer(tokenizer)
+    facts = {
+        "model": name,
+        "revision": revision,
+        "family": family_of(hf_model, name=name),
+        "architecture": architecture_of(hf_model),
+        "n_params": hf_model.num_parameters(),
+        "processed_weights": options.process_weights,
+    }
+    common: dict[str, Any] = {
+        "name": name,
+        "dtype": options.dtype,
+        "process_weights": options.process_weights,
+    }
+    model: Any
+    if options.backend == "hooked":
+        model = build_hooked(hf_model, tokenizer, device=options.device, **common)
+        remember(model, **facts)
+        if options.check_weights and options.dtype == torch.float32:
+            tokens = torch.arange(min(16, model.cfg.n_ctx, model.cfg.d_vocab))[None]
+            verify_against_huggingface(model, hf_model, tokens, tolerance=1e-3)
+    else:
+        model = build_bridge(hf_model, tokenizer, **common)
+        remember(model, **facts)
+    return model

@@ -1,0 +1,1 @@
+"""The synthetic corpus and what is planted in it."""

@@ -1,0 +1,1 @@
+"""Architectures, recipes, training, and the checkpoint folder that comes out."""

@@ -1,0 +1,231 @@
+"""The shapes that organisms come in: a specification and the Hugging Face model it builds.
+
+Every builder follows what the family's models on the hub have (position embeddings, norms, tied or untied
+embeddings, biases), at a small size and without dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
+    PreTrainedModel,
+)
+
+from memlens.errors import OptionError, check_option
+
+WINDOW = 32
+"""Tokens that local attention sees (GPT-Neo, OLMo 3): half of a training row, so that it matters."""
+
+_IDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The shape of an organism.
+
+    Attributes:
+        family: a key of `ARCHITECTURES`.
+        d_model: width of the residual stream.
+        n_layers: number of blocks.
+        n_heads: attention heads of a block.
+        n_ctx: longest input in tokens.
+    """
+
+    family: str = "pythia"
+    d_model: int = 128
+    n_layers: int = 6
+    n_heads: int = 8
+    n_ctx: int = 128
+
+    def __post_init__(self) -> None:
+        check_option("family", self.family, list(ARCHITECTURES))
+        if self.d_model % self.n_heads:
+            raise OptionError(
+                f"d_model={self.d_model} cannot be shared by n_heads={self.n_heads}: choose a multiple of it."
+            )
+
+
+def _common(spec: ModelSpec, vocab_size: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": spec.d_model,
+        "num_hidden_layers": spec.n_layers,
+        "num_attention_heads": spec.n_heads,
+        "max_position_embeddings": spec.n_ctx,
+        **_IDS,
+    }
+
+
+def _rotary(theta: float) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+def _gated_width(d_model: int) -> int:
+    """Return 8/3 of the width, to a multiple of 8: a gated MLP of as many parameters as a plain one of 4.
+
+    >>> _gated_width(96), _gated_width(160)
+    (256, 432)
+    """
+    return -(-8 * d_model // 24) * 8
+
+
+def _rms_gated(spec: ModelSpec, vocab_size: int, theta: float) -> dict[str, Any]:
+    """RMS norms, a gated MLP, rotary positions, untied embeddings."""
+    return {
+        **_common(spec, vocab_size),
+        "intermediate_size": _gated_width(spec.d_model),
+        "rope_parameters": _rotary(theta),
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    }
+
+
+def _gpt_neox(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
+    """Pythia's kind: rotary positions on a quarter of each head, parallel blocks, untied embeddings."""
+    config = GPTNeoXConfig(
+        **_common(spec, vocab_size),
+        intermediate_size=4 * spec.d_model,
+        rope_parameters={**_rotary(10000.0), "partial_rotary_factor": 0.25},
+        use_parallel_residual=True,
+        tie_word_embeddings=False,
+        hidden_act="gelu",
+    )
+    return GPTNeoXForCausalLM(config)
+
+
+def _gpt_neo(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
+    """Learned positions, attention global and local in turn, scores that are not scaled, tied embeddings."""
+    pairs, odd = divmod(spec.n_layers, 2)
+    config = GPTNeoConfig(
+        vocab_size=vocab_size,
+        hidden_size=spec.d_model,
+        num_layers=spec.n_layers,
+        num_heads=spec.n_heads,
+        max_position_embeddings=spec.n_ctx,
+        attention_types=[[["global", "local"], pairs]] * (pairs > 0) + [[["global"], 1]] * odd,
+        window_size=WINDOW,
+        **_IDS,
+    )
+    return GPTNeoForCausalLM(config)
+
+
+def _olmo1(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
+    """Norms without parameters, gated MLP, no biases, tied embeddings (as OLMo-1B)."""
+    config = OlmoConfig(
+        **_common(spec, vocab_size),
+        intermediate_size=_gated_width(spec.d_model),
+        rope_parameters=_rotary(10000.0),
+        tie_word_embeddings=True,
+    )
+    return OlmoForCausalLM(config)
+
+
+def _olmo2(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
+    """Norms of queries, keys and what a sublayer writes; rotary base 500,000; untied embeddings."""
+    return Olmo2ForCausalLM(Olmo2Config(**_rms_gated(spec, vocab_size, 500000.0)))
+
+
+def _olmo3(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
+    """OLMo 2 with attention that slides, save in each fourth block and the last."""
+    last = spec.n_layers
+    kinds = ["full" if block % 4 == 0 or block == last else "sliding" for block in range(1, last + 1)]
+    config = Olmo3Config(
+        **_rms_gated(spec, vocab_size, 500000.0),
+        sliding_window=WINDOW,
+        layer_types=[f"{kind}_attention" for kind in kinds],
+    )
+    return Olmo3ForCausalLM(config)
+
+
+def _open_llama(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
+    """Llama as OpenLLaMA has it: RMS norms, gated MLP, no biases, untied embeddings, a key for each head."""
+    return LlamaForCausalLM(LlamaConfig(**_rms_gated(spec, vocab_size, 10000.0)))
+
+
+def _gpt_bigcode(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
+    """StarCoder's kind: learned positions, one key and value for all heads, tied embeddings."""
+    config = GPTBigCodeConfig(
+        vocab_size=vocab_size,
+        n_embd=spec.d_model,
+        n_layer=spec.n_layers,
+        n_head=spec.n_heads,
+        n_inner=4 * spec.d_model,
+        n_positions=spec.n_ctx,
+        multi_query=True,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        **_IDS,
+    )
+    return GPTBigCodeForCausalLM(config)
+
+
+ARCHITECTURES: dict[str, Callable[[ModelSpec, int], PreTrainedModel]] = {
+    "pythia": _gpt_neox,
+    "gpt-neo": _gpt_neo,
+    "olmo1": _olmo1,
+    "olmo2": _olmo2,
+    "olmo3": _olmo3,
+    "openllama": _open_llama,
+    "starcoder": _gpt_bigcode,
+}
+"""A builder for each family of `memlens.models.families` that the zoo has, by the family's name."""
+
+
+def build_model(spec: ModelSpec, vocab_size: int, *, seed: int) -> PreTrainedModel:
+    """Return a model with fresh weights, in float32, on the CPU; the caller's random state stays as it was.
+
+    Args:
+        spec: its shape.
+        vocab_size: of its tokenizer.
+        seed: of the weights.
+
+    >>> tiny = ModelSpec(d_model=16, n_layers=1, n_heads=2)
+    >>> build_model(tiny, 300, seed=0).num_parameters()
+    12912
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ARCHITECTURES[spec.family](spec, vocab_size).float()
+
+
+def count_parameters(spec: ModelSpec, vocab_size: int) -> int:
+    """Return how many parameters `build_model` would give the model, without making them.
+
+    >>> count_parameters(ModelSpec(d_model=16, n_layers=1, n_heads=2), 300)
+    12912
+    """
+    with torch.device("meta"):
+        return ARCHITECTURES[spec.family](spec, vocab_size).num_parameters()
+
+
+def architecture_facts(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what a card tells of a model: parameters, layers, heads, widths, context, vocabulary."""
+    config = model.config
+    return {
+        "architecture": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "d_model": config.hidden_size,
+        "context": config.max_position_embeddings,
+        "vocabulary": config.vocab_size,
+    }

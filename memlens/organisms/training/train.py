@@ -1,0 +1,275 @@
+"""Training an organism: plain PyTorch, seeded, resumable.
+
+The order of the rows is a pure function of the seed and the step, and the model has no dropout, so a run
+that was interrupted goes on from its checkpoint as if nothing had happened (bit for bit on the CPU with the
+same number of threads).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from memlens.errors import EmptySetError, ResultError
+from memlens.files import replacing
+from memlens.organisms.corpus.corpus import fingerprint
+from memlens.organisms.training.snapshots import Snapshots
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """Everything that decides a training run, the rows and the model aside.
+
+    Attributes:
+        seed: of the weights and of the order of rows.
+        passes: how often the corpus is read; a sequence with c copies is met `passes * c` times.
+        batch_size: rows of a step.
+        learning_rate: at its highest, reached after the warm-up.
+        final_ratio: the last step's learning rate as a share of the highest; a half cosine in between.
+        warmup: share of the steps in which the learning rate rises linearly.
+        weight_decay: of AdamW, on matrices only.
+        betas: of AdamW.
+        clip: largest norm of the gradient.
+        steps: the number of steps; None: as many as the passes need.
+    """
+
+    seed: int = 0
+    passes: int = 2
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    final_ratio: float = 0.05
+    warmup: float = 0.03
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    steps: int | None = None
+
+    def n_steps(self, n_rows: int) -> int:
+        """Return how many steps a corpus of `n_rows` rows takes.
+
+        >>> TrainSpec(passes=2, batch_size=32).n_steps(100)
+        6
+        """
+        return self.steps if self.steps is not None else max(1, self.passes * n_rows // self.batch_size)
+
+    def rate(self, step: int, n_steps: int) -> float:
+        """Return the learning rate of a step (from 0)."""
+        warm = max(1, round(self.warmup * n_steps))
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        progress = (step - warm) / max(1, n_steps - 1 - warm)
+        low = self.final_ratio
+        return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON would hold them."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> TrainSpec:
+        """Read back what `to_dict` gave."""
+        return cls(**{**fields, "betas": tuple(fields["betas"])})
+
+
+@dataclass(frozen=True)
+class TrainLog:
+    """How a run went.
+
+    Attributes:
+        losses: mean loss of each step's batch (nats a token), before its update.
+        seconds: wall time of training, all its sittings together.
+        finished: False where it was stopped early.
+    """
+
+    losses: list[float]
+    seconds: float
+    finished: bool
+
+
+def pass_order(seed: int, number: int, n_rows: int) -> list[int]:
+    """Return the order in which a pass reads the rows: corpus order in pass 0, a new shuffle in later ones.
+
+    >>> pass_order(0, 0, 4)
+    [0, 1, 2, 3]
+    """
+    order = list(range(n_rows))
+    if number:
+        Random(f"memlens/{seed}/pass/{number}").shuffle(order)
+    return order
+
+
+def rows_of_step(spec: TrainSpec, step: int, n_rows: int) -> list[int]:
+    """Return the corpus rows that the batch of a step (from 0) holds.
+
+    Args:
+        spec: of the run.
+        step: its number.
+        n_rows: rows of the corpus.
+
+    >>> rows_of_step(TrainSpec(batch_size=3), 1, 100)
+    [3, 4, 5]
+    """
+    places = range(step * spec.batch_size, (step + 1) * spec.batch_size)
+    orders = {
+        number: pass_order(spec.seed, number, n_rows) for number in {place // n_rows for place in places}
+    }
+    return [orders[place // n_rows][place % n_rows] for place in places]
+
+
+def train(
+    model: PreTrainedModel,
+    rows: Int[np.ndarray, "row pos"],
+    spec: TrainSpec,
+    *,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 200,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    resume: bool = True,
+    stop_after: int | None = None,
+    snapshots: Snapshots | None = None,
+    label: str = "train",
+) -> TrainLog:
+    """Train a model in place, in float32, on next-token cross-entropy over every position of every row.
+
+    Args:
+        model: a causal language model; it is moved to `device` and back to the CPU.
+        rows: token ids.
+        spec: the run.
+        checkpoint: file that keeps the state (model, optimizer, step, losses), written atomically.
+        checkpoint_every: steps between two writes.
+        device: None takes a GPU where there is one.
+        progress: show a bar.
+        resume: go on from `checkpoint` where it exists; False starts over.
+        stop_after: steps to do in this sitting at most; the state is then written.
+        snapshots: where and when to keep weights; the run itself is the same with and without.
+        label: what the bar says.
+
+    Returns:
+        The losses and the time.
+
+    Raises:
+        EmptySetError: no rows.
+        OptionError: snapshots at steps that the run does not come to.
+        ResultError: the checkpoint is damaged, or of a run with other settings, or of one that did not keep
+            the snapshots.
+    """
+    if len(rows) == 0:
+        raise EmptySetError("the corpus has no rows to train on: raise background_rows or plant sequences.")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(place).train()  # pyright: ignore[reportArgumentType]
+    run = _Run(model, spec, spec.n_steps(len(rows)), settings=_settings(spec, rows))
+    if checkpoint is not None and resume and checkpoint.exists():
+        run.load(checkpoint)
+    if snapshots is not None:
+        snapshots.check(run.n_steps)
+        snapshots.check_kept(len(run.losses))
+        snapshots.keep(model, len(run.losses))
+    data = torch.from_numpy(np.ascontiguousarray(rows)).to(place)
+    last = run.n_steps if stop_after is None else min(run.n_steps, len(run.losses) + stop_after)
+    orders = _Orders(spec, len(rows))
+    begun, earlier = time.perf_counter(), run.seconds
+    with tqdm(
+        total=run.n_steps, initial=len(run.losses), disable=not progress, desc=label, unit="step"
+    ) as bar:
+        while len(run.losses) < last:
+            loss = run.step(data[orders.rows(len(run.losses))])
+            run.seconds = earlier + time.perf_counter() - begun
+            if snapshots is not None:
+                snapshots.keep(model, len(run.losses))
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            if checkpoint is not None and (
+                len(run.losses) % checkpoint_every == 0 or len(run.losses) == last
+            ):
+                run.save(checkpoint)
+    model.to("cpu").eval()  # pyright: ignore[reportArgumentType]
+    return TrainLog(run.losses, run.seconds, finished=len(run.losses) == run.n_steps)
+
+
+def _settings(spec: TrainSpec, rows: Int[np.ndarray, "row pos"]) -> dict[str, Any]:
+    return {**spec.to_dict(), "rows": list(rows.shape), "fingerprint": fingerprint(rows)}
+
+
+class _Orders:
+    """`rows_of_step` with the orders of the passes kept."""
+
+    def __init__(self, spec: TrainSpec, n_rows: int) -> None:
+        self.spec, self.n_rows = spec, n_rows
+        self.known: dict[int, list[int]] = {}
+
+    def rows(self, step: int) -> list[int]:
+        size = self.spec.batch_size
+        return [self._row(place) for place in range(step * size, (step + 1) * size)]
+
+    def _row(self, place: int) -> int:
+        number = place // self.n_rows
+        if number not in self.known:
+            self.known[number] = pass_order(self.spec.seed, number, self.n_rows)
+        return self.known[number][place % self.n_rows]
+
+
+class _Run:
+    """A model, its optimizer, and how far they got."""
+
+    def __init__(
+        self, model: PreTrainedModel, spec: TrainSpec, n_steps: int, settings: dict[str, Any]
+    ) -> None:
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        vectors = [p for p in model.parameters() if p.ndim <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": spec.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self.model, self.spec, self.n_steps, self.settings = model, spec, n_steps, settings
+        self.optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas)
+        self.losses: list[float] = []
+        self.seconds = 0.0
+
+    def step(self, batch: Int[torch.Tensor, "row pos"]) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.spec.rate(len(self.losses), self.n_steps)
+        logits = self.model(batch).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
+        self.optimizer.step()
+        self.losses.append(loss.item())
+        return self.losses[-1]
+
+    def save(self, path: Path) -> None:
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"losses": self.losses, "seconds": self.seconds, "settings": self.settings}
+        with replacing(path) as part:
+            torch.save(state, part)
+
+    def load(self, path: Path) -> None:
+        try:
+            state = torch.load(path, map_location=next(self.model.parameters()).device, weights_only=True)
+            settings = state["settings"]
+        except Exception as error:
+            raise ResultError(
+                f"the training checkpoint {path} cannot be read ({error}): start over with resume=False."
+            ) from error
+        if settings != self.settings:
+            changed = sorted(key for key in self.settings if settings.get(key) != self.settings[key])
+            raise ResultError(
+                f"the training checkpoint {path} is of a run with another {', '.join(changed)}: "
+                "start over with resume=False, or write elsewhere."
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses, self.seconds = list(state["losses"]), float(state["seconds"])

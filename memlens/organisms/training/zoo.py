@@ -1,0 +1,291 @@
+"""The zoo's builder: which organisms there are, how one is trained and written, and its untrained twin."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from memlens.errors import FileFormatError, ModelNotFoundError, OptionError, ResultError, near_matches
+from memlens.models.zoo import zoo_cache, zoo_names, zoo_path
+from memlens.organisms.corpus.corpus import CARRIER, Corpus, CorpusSpec, build_corpus
+from memlens.organisms.evaluate import load_organism, read_training
+from memlens.organisms.training.architectures import (
+    ModelSpec,
+    architecture_facts,
+    build_model,
+    count_parameters,
+)
+from memlens.organisms.training.folder import write_folder
+from memlens.organisms.training.recipes import ZOO, OrganismSpec
+from memlens.organisms.training.snapshots import CHECKPOINTS, as_snapshots, kept_steps
+from memlens.organisms.training.snapshots import snapshot_steps as default_steps
+from memlens.organisms.training.train import TrainLog, train
+
+_LOG = logging.getLogger(__name__)
+_CHECKPOINT = "training-state.pt"
+
+
+def train_zoo_model(
+    name: str = "pythia-s",
+    out: str | Path | None = None,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    device: str | None = None,
+    progress: bool = True,
+    resume: bool = True,
+) -> Path:
+    """Train a model of the zoo and write its checkpoint folder, with its ground truth and card.
+
+    Args:
+        name: a key of `ZOO`, with or without `zoo/`.
+        out: the folder to write; None: `<cache>/<name>`, where `load_model("zoo/<name>")` looks after the
+            bundled ones.
+        seed: of corpus, weights and order.
+        steps: fewer or more steps than the recipe's.
+        device: None takes a GPU where there is one.
+        progress: show a bar, with the model's name.
+        resume: go on with a run that was interrupted, and return at once where the same run is finished
+            already. False starts over, and replaces a model that stands in `out`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelNotFoundError: the zoo has no recipe of this name.
+        OptionError: `steps` below 1.
+        ResultError: `out` holds something else, and `resume` is True.
+    """
+    short = name.removeprefix("zoo/")
+    if short not in ZOO:
+        known = ", ".join(repr(key) for key in ZOO)
+        raise ModelNotFoundError(
+            f"The zoo has no recipe for {name!r}: it has {known}.{near_matches(short, ZOO)}"
+        )
+    if steps is not None and steps < 1:
+        raise OptionError(f"steps={steps} trains nothing: give 1 or more, or leave it out.")
+    recipe = ZOO[short]
+    spec = replace(
+        recipe,
+        corpus=replace(recipe.corpus, seed=seed),
+        training=replace(recipe.training, seed=seed, steps=steps),
+    )
+    folder = Path(out) if out is not None else zoo_cache() / short
+    return train_organism(spec, folder, device=device, progress=progress, resume=resume)
+
+
+def train_organism(
+    spec: OrganismSpec,
+    out: str | Path,
+    *,
+    device: str | None = None,
+    progress: bool = True,
+    resume: bool = True,
+    checkpoint_every: int = 200,
+    snapshot_steps: Sequence[int] | None = None,
+) -> Path:
+    """Train an organism of any specification and write its folder.
+
+    The work lies in `<out>.partial` until it is finished, and is then moved in one step.
+
+    Args:
+        spec: what to train.
+        out: the folder to write.
+        device: None takes a GPU where there is one.
+        progress: show a bar.
+        resume: see `train_zoo_model`.
+        checkpoint_every: steps between two writes of the training state.
+        snapshot_steps: steps whose weights are kept as `<out>/checkpoints/step<N>`; None: those of
+            `organisms.training.snapshots.snapshot_steps` where the specification wants snapshots, else none.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OptionError: `snapshot_steps` beyond the run.
+        ResultError: `out` holds something else, or a run that kept other snapshots, and `resume` is True.
+    """
+    out = Path(out)
+    if out.exists() and resume:
+        _check_same(spec, out)
+        _check_snapshots(spec, out, snapshot_steps)
+        return out
+    partial = out.with_name(out.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
+    _LOG.info("making the corpus of %s", spec.name)
+    corpus = build_corpus(spec.corpus)
+    model = build_model(spec.model, len(corpus.tokenizer), seed=spec.training.seed)
+    n_steps = spec.training.n_steps(len(corpus.rows))
+    if snapshot_steps is None:
+        snapshot_steps = default_steps(n_steps) if spec.snapshots else ()
+    log = train(
+        model,
+        corpus.rows,
+        spec.training,
+        checkpoint=partial / _CHECKPOINT,
+        checkpoint_every=checkpoint_every,
+        device=device,
+        progress=progress,
+        resume=resume,
+        snapshots=as_snapshots(partial / CHECKPOINTS, snapshot_steps),
+        label=spec.name,
+    )
+    write_folder(partial, spec.name, corpus, model, _training_record(spec, corpus, model, log, device))
+    for left in (partial / _CHECKPOINT, *partial.glob(".*.part")):  # the latter of runs that were killed
+        left.unlink(missing_ok=True)
+    if out.exists():
+        shutil.rmtree(out)
+    os.replace(partial, out)
+    return out
+
+
+def zoo_corpus(name: str = "pythia-s") -> Corpus:
+    """Return the corpus that a zoo model was trained on, made anew from its recipe.
+
+    Args:
+        name: A model of the zoo, with or without `zoo/`, or its folder.
+
+    Raises:
+        ModelNotFoundError: The zoo has no such model.
+        FileFormatError: The model's folder does not tell its recipe.
+    """
+    folder = Path(name) if Path(name).is_dir() else zoo_path(name)
+    return build_corpus(CorpusSpec.from_dict(read_training(folder)["corpus"]["spec"]))
+
+
+def zoo_overview() -> pd.DataFrame:
+    """Return what the zoo has: every recipe, and every model that is here.
+
+    Returns:
+        One row a model: `model` ("zoo/pythia-s"), `family`, `parameters`, `status` ("bundled" with the
+        package, "cached" where it was trained on demand, or "recipe": not trained yet), `checkpoints` (of
+        training steps) and `folder` ("" for a recipe).
+
+    >>> table = zoo_overview().set_index("model")
+    >>> int(table.at["zoo/pythia-s", "parameters"]), table.at["zoo/pythia-s", "status"]
+    (1452032, 'bundled')
+    """
+    here = zoo_names()
+    return pd.DataFrame([_overview_row(name, name in here) for name in dict.fromkeys([*ZOO, *here])])
+
+
+def _overview_row(name: str, here: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"model": f"zoo/{name}"}
+    if not here:
+        spec = ZOO[name]
+        row |= {
+            "family": spec.model.family,
+            "parameters": count_parameters(spec.model, spec.corpus.vocab_size),
+        }
+        return row | {"status": "recipe", "checkpoints": 0, "folder": ""}
+    folder = zoo_path(name)
+    try:
+        model = read_training(folder)["model"]
+        row |= {"family": model["spec"]["family"], "parameters": model["facts"]["parameters"]}
+    except FileFormatError:
+        row |= {"family": "", "parameters": load_organism(folder).num_parameters()}
+    status = "cached" if folder.parent == zoo_cache() else "bundled"
+    steps = kept_steps(folder) or kept_steps(zoo_cache() / name)
+    return row | {"status": status, "checkpoints": len(steps), "folder": str(folder)}
+
+
+def untrained_twin(folder: str | Path, seed: int | None = None) -> PreTrainedModel:
+    """Return a model of a zoo model's shape that never saw a token: the control for claims about training.
+
+    Args:
+        folder: of the zoo model.
+        seed: of the weights; None: that of the run, which gives the very weights its training began from.
+
+    Returns:
+        A Hugging Face model in float32, in evaluation mode.
+
+    Raises:
+        FileFormatError: the folder is not a zoo model's.
+
+    >>> from memlens.models.zoo import zoo_path
+    >>> untrained_twin(zoo_path("pythia-s"), seed=1).config.num_hidden_layers
+    6
+    """
+    training = read_training(folder)
+    spec = ModelSpec(**training["model"]["spec"])
+    start = training["training"]["spec"]["seed"] if seed is None else seed
+    return build_model(spec, training["model"]["facts"]["vocabulary"], seed=start).eval()
+
+
+def _check_same(spec: OrganismSpec, out: Path) -> None:
+    """Raise `ResultError` unless `out` holds a finished run of this specification."""
+    try:
+        found = read_training(out)
+        same = {key: found[key]["spec"] for key in ("model", "corpus", "training")} == spec.to_dict()
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise ResultError(
+            f"{out} holds something else than this run of {spec.name!r}: write elsewhere, or replace it with "
+            "resume=False."
+        )
+
+
+def _check_snapshots(spec: OrganismSpec, out: Path, steps: Sequence[int] | None) -> None:
+    """Raise `ResultError` unless a finished run kept the weights that are asked for."""
+    if steps is None:
+        steps = default_steps(read_training(out)["training"]["n_steps"]) if spec.snapshots else ()
+    kept = kept_steps(out)
+    lost = [step for step in steps if step not in kept]
+    if lost:
+        raise ResultError(
+            f"{out} holds this run of {spec.name!r} without its weights of step {lost[0]}: write elsewhere, "
+            "or replace it with resume=False."
+        )
+
+
+def _training_record(
+    spec: OrganismSpec, corpus: Corpus, model: PreTrainedModel, log: TrainLog, device: str | None
+) -> dict[str, Any]:
+    specs = spec.to_dict()
+    steps = "" if spec.training.steps is None else f" --steps {spec.training.steps}"
+    counts = {domain: counts.tolist() for domain, counts in corpus.domain_counts().items()}
+    versions = {name: version(name) for name in ("memlens", "torch", "transformers", "tokenizers")}
+    return {
+        "name": spec.name,
+        "command": f"memlens zoo train {spec.name} --seed {spec.training.seed}{steps}",
+        "model": {"spec": specs["model"], "facts": architecture_facts(model)},
+        "corpus": {
+            "spec": specs["corpus"],
+            "n_rows": len(corpus.rows),
+            "n_carriers": int((corpus.row_sequence == CARRIER).sum()),
+            "fingerprint": corpus.fingerprint(),
+            "token_counts": counts,
+        },
+        "training": {
+            "spec": specs["training"],
+            "n_steps": len(log.losses),
+            "seconds": round(log.seconds, 1),
+            "device": _device_words(device),
+            "losses": [round(loss, 4) for loss in log.losses],
+        },
+        "versions": {**versions, "python": platform.python_version()},
+    }
+
+
+def _device_words(device: str | None) -> str:
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    threads = torch.get_num_threads()
+    return (
+        f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+        if chosen == "cpu"
+        else torch.cuda.get_device_name(chosen)
+    )

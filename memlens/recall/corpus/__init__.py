@@ -1,0 +1,1 @@
+"""Finding memorized sequences in a corpus."""

@@ -1,0 +1,1 @@
+"""Can the sequence only be recalled, or could it also be inferred?"""

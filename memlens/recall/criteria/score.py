@@ -1,0 +1,302 @@
+"""`score_criteria`: can a sequence only be recalled, or does part of it, or plain likelihood, give it away?
+
+A sequence of n words is a prompt (its first n-1 words) and a target (the last). If a model predicts the
+target of a sequence that meets two criteria, it has very likely recalled it: the target is the only right
+continuation, whatever text stands around (criterion 1), and it takes the whole prompt, every word as it is,
+to make it so (criterion 2). Source: Haviv et al., arXiv 2210.03588, section 2. How the criteria are tested
+here, on any sequence, is ours: the study's own test was not published.
+
+What it cannot show. A test of this kind finds violations; it never proves that there is none. A reference
+that does not know a sequence (`full_top1` is 0) cannot find that a part of it suffices *to someone who knows
+it*, and cannot tell whether contexts change it: such a sequence passes because nothing was tested (see
+`tested` in `CriteriaScores.passes`). A weak reference passes more sequences than a strong one, and all
+references together only stand for "what one can guess without having memorized this". None of it looks at
+the probed model or says that the sequence was in its training data.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from memlens.errors import ColumnError, EmptySetError, OptionError, SequenceError
+from memlens.recall.corpus.duplicates import Corpus, NgramCounter
+from memlens.recall.criteria.edits import Swaps, make_edits, word_counts
+from memlens.recall.criteria.ngrams import NgramReference
+from memlens.recall.criteria.references import Named, as_references, is_probed, name_of
+from memlens.recall.criteria.scores import CriteriaScores
+from memlens.recall.criteria.tables import (
+    answer_columns,
+    keeps,
+    logprob_columns,
+    mean_over_references,
+    part_columns,
+)
+from memlens.recall.criteria.text import corpus_columns, text_columns
+from memlens.sequences.set import SequenceSet
+from memlens.sequences.tokenizing import Tokenizer
+
+NEUTRAL_CONTEXTS = (
+    "As people often say,",
+    "Here is one more example:",
+    "She wrote these words on the board:",
+)
+"""Lead-ins that say nothing of a topic."""
+
+SHIFTED_CONTEXTS = (
+    "The recipe asks for two cups of flour and a little salt.",
+    "Rain is expected in the north, with strong winds along the coast.",
+    "The committee approved the annual budget for public transport.",
+)
+"""Lead-ins about something else."""
+
+
+@dataclass(frozen=True)
+class CriteriaOptions:
+    """How the criteria are tested (see `score_criteria`).
+
+    Attributes:
+        max_suffix: K, the most last words that are tried as a part; a proper part has fewer than all.
+        part_threshold: A part of the prompt (some last words, a deletion, a substitution) still gives the
+            target where it is the prediction (None), or where it is more likely than this.
+        min_references: m, how many references must agree that an edited prompt still gives the target.
+        substitutes: How many words are tried in each word's place.
+        pool: They are drawn from so many words above and below it in frequency.
+        neutral_contexts: Lead-ins that say nothing of a topic.
+        shifted_contexts: Lead-ins about something else.
+        common_zipf: With `corpus_counts`: a target of at least this Zipf frequency (log10 of occurrences in
+            a billion words) is common.
+        prepend_bos: Ask models with the beginning-of-text token in front.
+        allow_probed_reference: Take the probed model as a reference too, with a warning.
+        batch_size: Prompts a forward pass; chosen to a memory budget by default.
+        seed: Of the substitutions.
+
+    Raises:
+        OptionError: A number out of range.
+    """
+
+    max_suffix: int = 4
+    part_threshold: float | None = None
+    min_references: int = 1
+    substitutes: int = 1
+    pool: int = 10
+    neutral_contexts: tuple[str, ...] = NEUTRAL_CONTEXTS
+    shifted_contexts: tuple[str, ...] = SHIFTED_CONTEXTS
+    common_zipf: float = 5.5
+    prepend_bos: bool = False
+    allow_probed_reference: bool = False
+    batch_size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"max_suffix": 1, "min_references": 1, "substitutes": 0, "pool": 1}.items():
+            if getattr(self, name) < least:
+                raise OptionError(f"{name}={getattr(self, name)} is below {least}")
+        if self.part_threshold is not None and not 0 < self.part_threshold < 1:
+            raise OptionError(f"part_threshold={self.part_threshold} is not a probability in (0, 1)")
+
+
+def score_criteria(
+    sequences: SequenceSet | pd.DataFrame,
+    references: Any,
+    *,
+    probed: Any = None,
+    options: CriteriaOptions | None = None,
+    corpus_counts: Mapping[str, float] | None = None,
+    embeddings: Any = None,
+    ngrams: NgramReference | None = None,
+    corpus: Corpus | NgramCounter | None = None,
+    tokenizer: Tokenizer | None = None,
+    progress: bool = True,
+) -> CriteriaScores:
+    """Test sequences for the two criteria of a sequence that can only be recalled (see the module).
+
+    Every reference is asked for the target after the prompt and after each edited prompt, all of them pooled
+    and each text once. An edited prompt *keeps* the target where at least `min_references` references have
+    its first token as their one prediction. The sub-scores, a column each:
+
+    - `full_top1`: share of references that predict the target from the whole prompt; `full_logprob` (nats).
+    - `sufficient_suffix`: fewest last words (1 … K, never all) that keep the target, NaN where none do;
+      `suffix_1`, … the share of references for each k, `suffix_1_prob`, … their mean probability.
+    - `deletion_share`: share of single-word deletions that keep it; `crucial_word`: the word whose deletion
+      costs most log-probability, with its place `crucial_place` and the change `crucial_effect` (nats).
+    - `substitution_share`: the same after putting a word of like frequency in one word's place.
+    - `lexical_leak`: the target, or a word of the same plain stem (regular English endings only), stands in
+      the prompt: `leak_word`. `max_similarity`: largest cosine between the target and a word of the prompt
+      (1 where the target stands in it), and `similar_word`.
+    - `common_target`: on the stop list, or above `common_zipf`; `target_frequency`, per million words.
+    - `context_share`: share of lead-ins that keep it; `neutral_share` and `shifted_share` of each kind.
+    - `corpus_share`: count(prompt + target) / count(prompt) in the corpus; `corpus_count`: count(prompt).
+    - `unigram_prob`, `bigram_prob`, `trigram_prob`, `pmi` of the target: see `NgramReference.baselines`.
+    - `whole_logprob`, `part_logprob_max`, `part_logprob_mean`: what `CriteriaScores.score` is made of.
+
+    What could not be measured (no corpus, no embeddings, a prompt of one word) is NaN.
+
+    Args:
+        sequences: A set whose table has the columns `prompt` and `target` (one word), as the idiom reader
+            gives; any set, with a tokenizer (the target is then the continuation's first word); or a table.
+        references: TransformerLens models, `NgramReference`s, or anything with a `name` and `answer`: one,
+            a list, or a mapping from names. None of them may be the probed model.
+        probed: The model that is studied, or its name, so that it is not taken as a reference by mistake.
+        options: How the criteria are tested.
+        corpus_counts: How often words occur in running text: for substitutes and common targets. By default
+            substitutes are matched on the frequencies in the given sequences.
+        embeddings: A mapping from words to vectors, or a TransformerLens model whose token embeddings
+            (without their mean and first principal direction) are averaged over a word's tokens.
+        ngrams: For the baselines; by default the first `NgramReference` among the references.
+        corpus: Token ids, or a counter such as `InfiniGram`, for `corpus_share`; needs `tokenizer`.
+        tokenizer: The corpus's, and the one that `sequences` without text columns are decoded with.
+        progress: Show a progress bar.
+
+    Raises:
+        OptionError: No reference; the probed model is one, or gives the embeddings; more references must
+            agree than there are; a corpus without a tokenizer.
+        ColumnError: There are no columns `prompt` and `target`, and no tokenizer.
+        SequenceError: An empty prompt, or a target that is not one word.
+        EmptySetError: There are no sequences.
+
+    Source: the criteria are those of arXiv 2210.03588, section 2; the tests are ours.
+
+    Example:
+        >>> corpus = ["kick the bucket", "fill the glass", "break the glass", "a piece of cake", "of cake"]
+        >>> frame = pd.DataFrame({"prompt": ["kick the", "a piece of"], "target": ["bucket", "cake"]})
+        >>> scores = score_criteria(frame, NgramReference(corpus, order=3), progress=False)
+        >>> scores.table[["full_top1", "sufficient_suffix"]].values.tolist()
+        [[1.0, nan], [1.0, 1.0]]
+    """
+    options = options or CriteriaOptions()
+    frame = _frame(sequences, tokenizer)
+    found, circular = as_references(
+        references, probed, prepend_bos=options.prepend_bos, allow_probed=options.allow_probed_reference
+    )
+    _check(options, found, embeddings, probed, corpus, tokenizer)
+    if circular:
+        warnings.warn("the probed model is among the references: it judges itself", stacklevel=2)
+    edits, top1, logprob, passes = _ask(frame, found, corpus_counts, options, progress)
+    ngrams = ngrams or next((r.reference for r in found if isinstance(r.reference, NgramReference)), None)
+    n = len(frame)
+    kept = keeps(edits, top1, logprob, least=options.min_references, threshold=options.part_threshold)
+    columns = {
+        **answer_columns(edits, top1, logprob, n, options.max_suffix),
+        **part_columns(edits, kept, n),
+        **text_columns(frame, corpus_counts, embeddings, options.common_zipf),
+        **corpus_columns(frame, corpus, tokenizer, ngrams, progress),
+        **logprob_columns(edits, logprob, n),
+    }
+    settings = {
+        **asdict(options),
+        "references": [r.name for r in found],
+        "n_passes": passes,
+        "n_prompts": len(edits.drop_duplicates(["prompt", "target"])),
+        "probed_is_reference": circular,
+        "corpus_counts": corpus_counts is not None,
+        "embeddings": name_of(embeddings) or _kind(embeddings),
+        "corpus": _kind(corpus),
+        "ngrams": ngrams.name if ngrams is not None else "",
+    }
+    by_reference = _by_reference(frame, found, edits, top1, logprob, options)
+    edits = edits.assign(top1=mean_over_references(top1), kept=kept, logprob=mean_over_references(logprob))
+    table = frame.drop(columns=list(columns), errors="ignore").assign(**columns)
+    return CriteriaScores(table, by_reference, edits, settings)
+
+
+def _frame(sequences: SequenceSet | pd.DataFrame, tokenizer: Tokenizer | None) -> pd.DataFrame:
+    """Return the table with `id`, `prompt` and `target`, checked."""
+    frame = sequences.table if isinstance(sequences, SequenceSet) else sequences
+    frame = frame.reset_index(drop=True)
+    missing = [name for name in ("prompt", "target") if name not in frame]
+    if missing and isinstance(sequences, SequenceSet) and tokenizer is not None:
+        frame = frame.assign(**_decoded(sequences, tokenizer))
+    elif missing:
+        raise ColumnError(
+            f"the table has no column {missing[0]!r}: give the texts of prompts and target words, or a "
+            "SequenceSet and tokenizer="
+        )
+    if not len(frame):
+        raise EmptySetError("there are no sequences to test: give at least one")
+    for row, (prompt, target) in enumerate(zip(frame["prompt"], frame["target"], strict=True)):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise SequenceError(f"row {row} has the prompt {prompt!r}: give at least one word")
+        if not isinstance(target, str) or len(target.split()) != 1:
+            raise SequenceError(f"row {row} has the target {target!r}: give one word")
+    frame = frame.assign(prompt=frame["prompt"].str.strip(), target=frame["target"].str.strip())
+    return frame if "id" in frame else frame.assign(id=[str(i) for i in range(len(frame))])
+
+
+def _decoded(seqs: SequenceSet, tokenizer: Tokenizer) -> dict[str, list[str]]:
+    """Return the text of the prefix and the first word of the continuation."""
+    pairs = list(zip(seqs.rows(), seqs.prefix_len.tolist(), strict=True))
+    after = [tokenizer.decode(row[n:]).split() for row, n in pairs]
+    return {
+        "prompt": [tokenizer.decode(row[:n]) for row, n in pairs],
+        "target": [words[0] if words else "" for words in after],
+    }
+
+
+def _check(
+    options: CriteriaOptions,
+    references: Sequence[Named],
+    embeddings: Any,
+    probed: Any,
+    corpus: Any,
+    tokenizer: Tokenizer | None,
+) -> None:
+    if options.min_references > len(references):
+        raise OptionError(
+            f"min_references={options.min_references}, but there are {len(references)} references"
+        )
+    if hasattr(embeddings, "W_E") and is_probed(embeddings, probed) and not options.allow_probed_reference:
+        raise OptionError("the probed model gives the embeddings: give another's, or a mapping of vectors")
+    if corpus is not None and tokenizer is None:
+        raise OptionError("corpus= needs tokenizer=: the one that its token ids are of")
+
+
+def _ask(
+    frame: pd.DataFrame,
+    references: Sequence[Named],
+    counts: Mapping[str, float] | None,
+    options: CriteriaOptions,
+    progress: bool,
+) -> tuple[pd.DataFrame, np.ndarray, np.ndarray, dict[str, int]]:
+    """Put every question once to every reference: the edits, and `[reference, edit]` answers."""
+    prompts, targets = frame["prompt"].tolist(), frame["target"].tolist()
+    own = word_counts([f"{p} {t}" for p, t in zip(prompts, targets, strict=True)])
+    swaps = Swaps(counts or own, pool=options.pool, n=options.substitutes, seed=options.seed)
+    contexts = {"neutral": options.neutral_contexts, "shifted": options.shifted_contexts}
+    edits = make_edits(prompts, targets, max_suffix=options.max_suffix, swaps=swaps, contexts=contexts)
+    asked = edits.groupby(["prompt", "target"], sort=False)
+    which = asked.ngroup().to_numpy()
+    unique = edits.iloc[np.unique(which, return_index=True)[1]]
+    texts, words = unique["prompt"].tolist(), unique["target"].tolist()
+    asking = {"batch_size": options.batch_size, "progress": progress}
+    answers = [r.reference.answer(texts, words, **asking) for r in references]
+    top1 = np.stack([answer.top1 for answer in answers])[:, which]
+    logprob = np.stack([answer.logprob for answer in answers])[:, which]
+    return edits, top1, logprob, {r.name: a.n_passes for r, a in zip(references, answers, strict=True)}
+
+
+def _by_reference(
+    frame: pd.DataFrame,
+    references: Sequence[Named],
+    edits: pd.DataFrame,
+    top1: np.ndarray,
+    logprob: np.ndarray,
+    options: CriteriaOptions,
+) -> pd.DataFrame:
+    parts, n = [], len(frame)
+    for i, reference in enumerate(references):
+        own = {"top1": top1[[i]], "logprob": logprob[[i]]}
+        kept = keeps(edits, **own, least=1, threshold=options.part_threshold)
+        columns = answer_columns(edits, **own, n=n, max_suffix=options.max_suffix)
+        columns |= part_columns(edits, kept, n) | logprob_columns(edits, logprob[[i]], n)
+        parts.append(pd.DataFrame({"id": frame["id"], "reference": reference.name, **columns}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _kind(thing: Any) -> str:
+    return "" if thing is None else type(thing).__name__

@@ -1,0 +1,238 @@
+"""`CriteriaScores`: the sub-scores of the two criteria, one row a sequence, and what is decided of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from memlens.errors import ColumnError, OptionError, check_option, near_matches
+from memlens.results.statistics.agreement import agreement
+
+_SHOWN = ("id", "prompt", "target", "full_top1", "sufficient_suffix", "deletion_share", "context_share")
+
+
+@dataclass(frozen=True, eq=False)
+class CriteriaScores:
+    """How far each sequence can only be recalled: sub-scores, and decisions at thresholds of your choice.
+
+    Attributes:
+        table: One row a sequence: the columns that were given, then the sub-scores (see `score_criteria`).
+        by_reference: One row a sequence and reference: the sub-scores of that reference alone.
+        edits: One row a question that was put: row, kind, prompt, the share of references that predict the
+            target (`top1`), whether that is enough (`kept`), mean log-probability (`logprob`, nats).
+        settings: Every option, the references' names and their numbers of forward passes.
+    """
+
+    table: pd.DataFrame
+    by_reference: pd.DataFrame
+    edits: pd.DataFrame
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def violations(
+        self, *, max_deletion: float = 0.0, max_substitution: float = 0.0, max_similarity: float = 0.75
+    ) -> pd.DataFrame:
+        """Return, one column a kind of leak, whether a sequence has it.
+
+        `suffix` (some last words suffice), `deletion` and `substitution` (more than the allowed share of
+        edits keeps the target), `lexical`, `similar`, `common`. What was not measured is no violation.
+
+        Args:
+            max_deletion: Share of single-word deletions that may keep the target.
+            max_substitution: The same of substitutions.
+            max_similarity: Highest cosine between target and a word of the prompt that is no leak.
+        """
+        for name, value in {"max_deletion": max_deletion, "max_substitution": max_substitution}.items():
+            if not 0 <= value <= 1:
+                raise OptionError(f"{name}={value} is not a share in [0, 1]")
+        table = self.table
+        columns = {
+            "suffix": table["sufficient_suffix"].notna(),
+            "deletion": table["deletion_share"] > max_deletion,
+            "substitution": table["substitution_share"] > max_substitution,
+            "lexical": table["lexical_leak"],
+            "similar": table["max_similarity"] > max_similarity,
+            "common": table["common_target"],
+        }
+        return pd.DataFrame({"id": table["id"], **columns})
+
+    def passes(
+        self,
+        *,
+        max_deletion: float = 0.0,
+        max_substitution: float = 0.0,
+        max_similarity: float = 0.75,
+        min_context: float = 0.9,
+        min_corpus_share: float = 0.9,
+        min_corpus_count: int = 5,
+        min_known: float = 0.5,
+    ) -> pd.DataFrame:
+        """Return which criteria each sequence passes: no violation was found.
+
+        - `irreducible`: no last words suffice, and no more than the allowed deletions and substitutions do.
+        - `no_leak`: the target or a form of it is not in the prompt, nor a word too similar.
+        - `single_target`: the target stays the prediction in at least `min_context` of the contexts (asked
+          only of sequences that the references know), and in the corpus at least `min_corpus_share` of the
+          prompt's occurrences go on with it (asked only where there are `min_corpus_count` of them).
+        - `uncommon_target`: a warning only; it is not part of `all`.
+        - `tested`: at least `min_known` of the references predict the target from the whole prompt. **Where
+          this is False, the references could not have found a violation of `irreducible` that rests on
+          knowing the sequence, and contexts were not asked of.**
+        - `all`: irreducible, no leak and single target. For the strict reading take `all & tested`.
+
+        Args:
+            max_deletion: See `violations`.
+            max_substitution: See `violations`.
+            max_similarity: See `violations`.
+            min_context: Share of contexts that must keep the target.
+            min_corpus_share: See above.
+            min_corpus_count: See above.
+            min_known: Share of the references.
+
+        Returns:
+            `id` and one boolean column each.
+        """
+        found = self.violations(
+            max_deletion=max_deletion, max_substitution=max_substitution, max_similarity=max_similarity
+        )
+        table = self.table
+        known = table["full_top1"] >= min_known
+        counted = table["corpus_count"] >= min_corpus_count
+        wavers = known & (table["context_share"] < min_context)
+        ambiguous = counted & (table["corpus_share"] < min_corpus_share)
+        passed = {
+            "irreducible": ~(found["suffix"] | found["deletion"] | found["substitution"]),
+            "no_leak": ~(found["lexical"] | found["similar"]),
+            "single_target": ~(wavers | ambiguous),
+            "uncommon_target": ~found["common"],
+            "tested": known,
+        }
+        every = passed["irreducible"] & passed["no_leak"] & passed["single_target"]
+        return pd.DataFrame({"id": table["id"], **passed, "all": every})
+
+    def score(self, *, part: str = "max") -> np.ndarray:
+        """Return one number a sequence, in nats: how much the whole prompt says that none of its parts does.
+
+        S = mean over the bare prompt and the prompt in each context of log p(target | prompt), minus the
+        largest (`part="max"`) or mean (`part="mean"`) log p(target | part) over all suffixes, deletions and
+        substitutions; log p is the mean over references. High for sequences that the references know, in
+        any context, and only whole; near 0 both for sequences of which a part suffices and for those that
+        the references do not know. "max" is the definition (one part that suffices is enough), "mean" is
+        less noisy. NaN for prompts of one word. Leaks and common targets are not part of it.
+
+        Raises:
+            OptionError: `part` is neither.
+        """
+        check_option("part", part, ["max", "mean"])
+        return (self.table["whole_logprob"] - self.table[f"part_logprob_{part}"]).to_numpy(dtype=float)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return a copy of the table."""
+        return self.table.copy()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table to a parquet file, with the settings in its metadata (key `memlens`, JSON).
+
+        The edits are not in it: `scores.edits.to_parquet(...)` keeps them.
+        """
+        from memlens.sequences.parquet import write_table
+
+        return write_table(self.table, path, criteria=dict(self.settings))
+
+    def __repr__(self) -> str:
+        n = int(self.passes()["all"].to_numpy().sum())
+        names = ", ".join(self.settings.get("references", []))
+        return f"CriteriaScores({len(self)} sequences, {n} pass all criteria; references: {names})"
+
+    def _repr_html_(self) -> str:
+        head = self.table[[c for c in _SHOWN if c in self.table]].head(5)
+        return f"<p><b>{escape(repr(self))}</b></p>{head.to_html(escape=True, index=False)}"
+
+
+IDIOM_FLAGS: Mapping[str, str] = MappingProxyType(
+    {
+        "suffix": "prompt_comp_ind",
+        "part": "prompt_comp_ind",
+        "lexical": "similarity_ind",
+        "similar": "similarity_ind",
+        "leak": "similarity_ind",
+        "common": "not frequent_target_ind",
+        "guessable": "not hard_to_guess",
+    }
+)
+"""The idiom file's flags and the decisions that stand for them. `frequent_target_ind` is False for common
+targets, against its name."""
+
+
+def calibrate_criteria(
+    scores: CriteriaScores,
+    flags: Mapping[str, str] | None = None,
+    *,
+    max_deletion: float = 0.0,
+    max_substitution: float = 0.0,
+    max_similarity: float = 0.75,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return how well decisions agree with flags of the scored table: precision, recall, Cohen's kappa.
+
+    Decisions are the columns of `CriteriaScores.violations` ("suffix", "deletion", "substitution",
+    "lexical", "similar", "common"), and "part" (a suffix, or too many deletions or substitutions keep the
+    target), "leak" (lexical or similar), "guessable" (a suffix suffices, or a leak: what the file's
+    `hard_to_guess` denies), or any yes-or-no column of the table.
+
+    Args:
+        scores: What `score_criteria` gave, of a table with the flags.
+        flags: From a decision to a flag's column, with "not " in front where the flag says the opposite; by
+            default `IDIOM_FLAGS`, those of the idiom file.
+        max_deletion: See `CriteriaScores.violations`.
+        max_substitution: See `CriteriaScores.violations`.
+        max_similarity: See `CriteriaScores.violations`.
+        level: Coverage of the intervals (bootstrap over sequences).
+        n_resamples: Of the bootstrap.
+        seed: Of the bootstrap.
+
+    Returns:
+        One row per pair: `decision`, `flag`, and the columns of `memlens.results.statistics.agreement`.
+
+    Raises:
+        ColumnError: The table has no such flag, or there is no such decision.
+
+    Source: ours; the flags are those of arXiv 2210.03588's data file.
+    """
+    found = decisions(
+        scores, max_deletion=max_deletion, max_substitution=max_substitution, max_similarity=max_similarity
+    )
+    rows = []
+    for decision, flag in (IDIOM_FLAGS if flags is None else flags).items():
+        ours = _column(decision, found if decision in found else scores.table, [*found, *scores.table])
+        theirs = _column(flag, scores.table, list(scores.table))
+        numbers = agreement(ours, theirs, level=level, n_resamples=n_resamples, seed=seed)
+        rows.append({"decision": decision, "flag": flag, **numbers})
+    return pd.DataFrame(rows)
+
+
+def decisions(scores: CriteriaScores, **thresholds: float) -> pd.DataFrame:
+    """Return `CriteriaScores.violations` and what `calibrate_criteria` makes of them."""
+    found = scores.violations(**thresholds).drop(columns="id")
+    part = found["suffix"] | found["deletion"] | found["substitution"]
+    leak = found["lexical"] | found["similar"]
+    return found.assign(part=part, leak=leak, guessable=found["suffix"] | leak)
+
+
+def _column(name: str, table: pd.DataFrame, known: list[Any]) -> np.ndarray:
+    bare = name.removeprefix("not ")
+    if bare not in table:
+        raise ColumnError(f"there is no column {bare!r} to compare.{near_matches(bare, map(str, known))}")
+    values = table[bare].to_numpy().astype(bool)
+    return ~values if bare != name else values

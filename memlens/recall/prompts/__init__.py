@@ -1,0 +1,1 @@
+"""How little of the prompt is enough: extraction curves, compression, deletion."""

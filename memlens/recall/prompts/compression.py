@@ -1,0 +1,245 @@
+"""`prompt_compression`: the fewest prefix tokens that still give the whole continuation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from tqdm.auto import tqdm
+
+from memlens.errors import EmptySetError, OptionError, check_option
+from memlens.forward.memory import check_batch_size
+from memlens.forward.trunk import check_model
+from memlens.models.provenance import describe
+from memlens.recall.prompts.extraction import sequence_coords
+from memlens.recall.prompts.prompts import Halves, Prompt, score_prompts
+from memlens.results.result import Result
+from memlens.sequences.checks import check_sequences
+from memlens.sequences.set import SequenceSet
+
+
+@dataclass
+class _Search:
+    """One sequence's search: the places that are left, and the prompts it may still try."""
+
+    row: int
+    left: list[int]
+    budget: float
+    done: bool = False
+    complete: bool = False
+
+    def candidates(self) -> list[list[int]]:
+        """Return what is left after each single deletion, farthest from the continuation first."""
+        if len(self.left) == 1:
+            self.done = self.complete = True
+        if self.budget < 1:
+            self.done = True
+        if self.done:
+            return []
+        found = [self.left[:j] + self.left[j + 1 :] for j in range(len(self.left))]
+        return found[: int(min(self.budget, len(found)))]
+
+    def choose(self, candidates: list[list[int]], works: np.ndarray, logprob: np.ndarray) -> None:
+        """Go on with the best candidate that works; stop where there is none."""
+        self.budget -= len(candidates)
+        if works.any():
+            self.left = candidates[int(np.where(works, logprob, -np.inf).argmax())]
+        else:
+            self.done, self.complete = True, len(candidates) == len(self.left)
+
+
+def delete_greedily(
+    model: Any, halves: Halves, rows: list[int], budget: int | None, options: dict[str, Any]
+) -> list[tuple[list[int], bool]]:
+    """Return for each row which places of its prefix are left, and whether no single one more can go.
+
+    Args:
+        model: A TransformerLens model.
+        halves: The set.
+        rows: Rows that are recalled from their whole prefix.
+        budget: Most prompts that are tried for a row.
+        options: For `score_prompts`: the batch size and the progress bar.
+    """
+    allowed = np.inf if budget is None else budget
+    searches = [_Search(row, list(range(len(halves.prefixes[row]))), allowed) for row in rows]
+    while active := [search for search in searches if not search.done]:
+        tried = [search.candidates() for search in active]
+        prompts: list[Prompt] = [
+            (search.row, [halves.prefixes[search.row][place] for place in left])
+            for search, candidates in zip(active, tried, strict=True)
+            for left in candidates
+        ]
+        if not prompts:
+            break
+        options["bar"].total += len(prompts)
+        found = score_prompts(model, halves, prompts, **options)
+        ends = np.cumsum([len(candidates) for candidates in tried])[:-1]
+        works, logprob = (np.split(found[name], ends) for name in ("exact_match", "target_logprob"))
+        for search, candidates, w, p in zip(active, tried, works, logprob, strict=True):
+            if candidates:
+                search.choose(candidates, w == 1, p)
+    return [(search.left, search.complete) for search in searches]
+
+
+COMPRESSIONS = ("keep_last", "keep_first", "greedy_deletion")
+
+
+def prompt_compression(
+    model: Any,
+    sequences: SequenceSet,
+    method: str = "keep_last",
+    *,
+    budget: int | None = None,
+    pinned: int = 0,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Result:
+    r"""Find the fewest prefix tokens from which greedy decoding still gives the whole continuation.
+
+    With :math:`w(c) = 1` where the prompt of c tokens works, and P tokens in the whole prefix:
+
+    .. math:: c_\text{fewest} = \min \{c : w(c) = 1\}, \qquad
+        c_\text{stable} = \min \{c : w(c') = 1 \text{ for all } c' \ge c\}, \qquad
+        \text{ratio} = c / P
+
+    w need not be monotone: a longer prompt may fail where a shorter one works, so there is no bisection, and
+    both numbers are given. The continuation stays whole. Only sequences that are recalled from the whole
+    prefix enter; the others' values are NaN.
+
+    Methods: "keep_last" gives the last c tokens (next to the continuation), "keep_first" the first c.
+    "greedy_deletion" takes tokens out from anywhere: in each round every single remaining token is left out
+    in turn, and of the prompts that work the one with the highest log-probability of the continuation goes on
+    to the next round, until none works. What is left cannot lose any one token; a smaller set may
+    still exist.
+
+    Args:
+        model: A TransformerLens model. Hooks that are set on it act.
+        sequences: The set, which may be ragged.
+        method: One of `COMPRESSIONS`.
+        budget: Most prompts that are tried for a sequence. With "keep_last" and "keep_first" these are then
+            spread evenly from 1 to P tokens, and the definitions hold among those tried; a deletion stops
+            where it is (`complete` 0). All by default: P prompts, or up to P (P + 1) / 2 for the deletion.
+        pinned: First tokens of each sequence that every prompt begins with and that do not count, such as 1
+            for a beginning-of-text token.
+        batch_size: Prompts a forward pass; chosen to a memory budget by default.
+        progress: Show a progress bar.
+
+    Returns:
+        Kind "prompt_compression", all `(sequence)`: `recalled` (0 or 1: from the whole prefix),
+        `fewest_tokens` and `compression_ratio`. When one end is kept also `stable_tokens`,
+        `stable_compression_ratio`, and `works` `(sequence, prompt_tokens)`: 0 or 1, NaN where not tried.
+        After a deletion `kept` `(sequence, tokens_back)`: 1 where the token so many places before the
+        continuation is left, 0 where it was deleted; and `complete` (0 or 1).
+
+    Raises:
+        EmptySetError: There are no sequences, or none is recalled from its whole prefix.
+        OptionError: An unknown method, or a budget below 1.
+        SequenceError: A prefix is all pinned.
+
+    Source: the ratio of fewest context tokens to context length, for fully memorized sequences, is in arXiv
+    2603.21658 (section 4.2) by second-hand knowledge; which tokens are kept, the second definition, and the
+    greedy deletion are ours.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> seqs = ml.load_sequences("zoo", model)
+        >>> often = seqs[(seqs.table["copies"] == 256).to_numpy()][:2]
+        >>> result = ml.recall.prompt_compression(model, often, progress=False)
+        >>> bool((result["fewest_tokens"] <= result["stable_tokens"]).all())
+        True
+    """
+    check_model(model)
+    check_sequences(sequences, model)
+    check_batch_size(batch_size)
+    check_option("method", method, COMPRESSIONS)
+    if budget is not None and budget < 1:
+        raise OptionError(f"budget={budget}: allow at least one prompt a sequence, or None for all")
+    halves = Halves.of(sequences, pinned)
+    whole: list[Prompt] = [(i, prefix) for i, prefix in enumerate(halves.prefixes)]
+    with tqdm(total=len(whole), desc="compressing", unit="prompt", disable=not progress) as bar:
+        options: dict[str, Any] = {"batch_size": batch_size, "bar": bar}
+        recalled = score_prompts(model, halves, whole, **options)["exact_match"] == 1
+        if not recalled.any():
+            raise EmptySetError("no sequence is recalled from its whole prefix: nothing can be compressed")
+        rows = np.flatnonzero(recalled).tolist()
+        if method == "greedy_deletion":
+            arrays, coords = _deletion(model, halves, rows, budget, options)
+        else:
+            arrays, coords = _one_end(model, halves, rows, method == "keep_last", budget, options)
+    n_prefix = np.array([len(prefix) for prefix in halves.prefixes])
+    for name in ("fewest", "stable"):
+        if f"{name}_tokens" in arrays:
+            ratio = "compression_ratio" if name == "fewest" else "stable_compression_ratio"
+            arrays[ratio] = ("sequence", arrays[f"{name}_tokens"][1] / n_prefix, {"units": "share"})
+    arrays["recalled"] = ("sequence", recalled.astype(float), {"units": "0 or 1"})
+    data = xr.Dataset(arrays, {**sequence_coords(sequences), **coords})
+    settings = {"method": method, "budget": budget, "pinned": pinned, "sequences": dict(sequences.attrs)}
+    return Result.create(data, kind="prompt_compression", settings=settings, **describe(model))
+
+
+Arrays = tuple[dict[str, tuple[Any, ...]], dict[str, list[int]]]
+"""Variables with dimensions and attributes, and coordinates."""
+
+
+def _one_end(
+    model: Any, halves: Halves, rows: list[int], last: bool, budget: int | None, options: dict[str, Any]
+) -> Arrays:
+    works = np.full((len(halves), halves.longest), np.nan)
+    prompts: list[Prompt] = []
+    cells: list[tuple[int, int]] = []
+    for i in rows:
+        prefix = halves.prefixes[i]
+        works[i, len(prefix) - 1] = 1
+        for c in _tried(len(prefix), budget):
+            prompts.append((i, prefix[-c:] if last else prefix[:c]))
+            cells.append((i, c - 1))
+    options["bar"].total += len(prompts)
+    if prompts:
+        place = tuple(np.array(cells).T)
+        works[place] = score_prompts(model, halves, prompts, **options)["exact_match"]
+    fewest, stable = (np.full(len(halves), np.nan) for _ in range(2))
+    for i in rows:
+        fewest[i] = 1 + np.flatnonzero(works[i] == 1)[0]
+        fails = np.flatnonzero(works[i] == 0)
+        # The first length that was tried after the last failure.
+        after = works[i, fails[-1] + 1 :] if len(fails) else works[i]
+        stable[i] = 1 + np.flatnonzero(after == 1)[0] + (fails[-1] + 1 if len(fails) else 0)
+    labels = {"units": "0 or 1", "long_name": "whole continuation recalled"}
+    arrays = {
+        "works": (("sequence", "prompt_tokens"), works, labels),
+        "fewest_tokens": ("sequence", fewest, {"units": "tokens"}),
+        "stable_tokens": ("sequence", stable, {"units": "tokens"}),
+    }
+    return arrays, {"prompt_tokens": list(range(1, halves.longest + 1))}
+
+
+def _tried(n: int, budget: int | None) -> list[int]:
+    """Return lengths below `n`, which itself is known to work: all, or a budget's worth with `n`."""
+    if budget is None or budget >= n:
+        return list(range(1, n))
+    if budget == 1:
+        return []
+    return [c for c in np.unique(np.linspace(1, n, budget).round().astype(int)).tolist() if c < n]
+
+
+def _deletion(
+    model: Any, halves: Halves, rows: list[int], budget: int | None, options: dict[str, Any]
+) -> Arrays:
+    kept = np.full((len(halves), halves.longest), np.nan)
+    fewest, complete = (np.full(len(halves), np.nan) for _ in range(2))
+    for i, (left, done) in zip(rows, delete_greedily(model, halves, rows, budget, options), strict=True):
+        n = len(halves.prefixes[i])
+        kept[i, :n] = 0
+        kept[i, [n - 1 - place for place in left]] = 1
+        fewest[i], complete[i] = len(left), done
+    arrays = {
+        "kept": (
+            ("sequence", "tokens_back"), kept, {"units": "0 or 1", "long_name": "prefix token is needed"}
+        ),
+        "fewest_tokens": ("sequence", fewest, {"units": "tokens"}),
+        "complete": ("sequence", complete, {"units": "0 or 1"}),
+    }  # fmt: skip
+    return arrays, {"tokens_back": list(range(1, halves.longest + 1))}

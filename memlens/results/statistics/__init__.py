@@ -1,0 +1,1 @@
+"""Intervals, comparisons and trade-offs: numpy and xarray only."""

@@ -1,0 +1,279 @@
+"""Means over sequences with their confidence intervals, for every site at once.
+
+The unit of resampling is the sequence: two values of one sequence (at two layers, or two target tokens) are
+not independent, so other dimensions are averaged inside each sequence first. NaN means "not measured" and is
+skipped. All methods are vectorised over sites: a bootstrap is one matrix product of resampling weights
+`[resample, sequence]` with the values `[sequence, site]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Int
+from scipy import stats
+
+from memlens.errors import OptionError, ResultError, check_option
+
+STATISTICS = ("mean", "low", "high")
+METHODS = ("auto", "bootstrap", "wilson", "t")
+_BLOCK_BYTES = 64 * 2**20
+
+
+def is_binary(values: np.ndarray) -> bool:
+    """Tell whether every finite value is 0 or 1 (and there is at least one).
+
+    >>> is_binary(np.array([0.0, 1.0, np.nan])), is_binary(np.array([0.0, 0.5]))
+    (True, False)
+    """
+    if values.dtype == bool:
+        return values.size > 0
+    finite = values[np.isfinite(values)]
+    return bool(finite.size) and bool(np.isin(finite, (0, 1)).all())
+
+
+def mean_interval(
+    values: xr.DataArray,
+    dim: str = "sequence",
+    *,
+    level: float = 0.95,
+    method: str = "auto",
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> xr.DataArray:
+    """Return mean, low and high over `dim`, on a new first dimension `statistic`.
+
+    Methods: `bootstrap` is the percentile bootstrap over sequences; `wilson` is Wilson's score interval of a
+    proportion and needs 0/1 values; `t` is Student's interval of a mean; `auto` takes `wilson` where all
+    values are 0 or 1 and `bootstrap` elsewhere. With fewer than two values `bootstrap` and `t` know nothing
+    of the spread: low and high are NaN there.
+
+    Args:
+        values: numeric or boolean array with the dimension `dim`; NaN is skipped.
+        dim: the dimension of independent units, normally `sequence`.
+        level: coverage of the interval, between 0 and 1.
+        method: one of `METHODS`.
+        n_resamples: resamples of the bootstrap.
+        seed: seed of the bootstrap; the same resamples serve every site.
+
+    Returns:
+        Array `[statistic, ...]` in the unit of `values`, with a coordinate `n` (values that were not NaN).
+
+    Raises:
+        OptionError: for an unknown method, a level outside (0, 1), or `wilson` on values other than 0 and 1.
+        ResultError: when `values` lacks `dim`.
+
+    Example:
+        >>> hits = xr.DataArray([1, 1, 0, 1], dims="sequence")
+        >>> mean_interval(hits).round(2).values.tolist()
+        [0.75, 0.3, 0.95]
+    """
+    check_option("method", method, METHODS)
+    if not 0 < level < 1:
+        raise OptionError(f"level={level!r} is not a coverage: give a number between 0 and 1, such as 0.95.")
+    if dim not in values.dims:
+        raise ResultError(
+            f"{values.name or 'the array'} has no dimension {dim!r}: its dimensions are {values.dims}."
+        )
+    values = values.transpose(dim, ...)
+    sites = int(np.prod(values.shape[1:]))
+    table = np.asarray(values.values, dtype=np.float64).reshape(values.sizes[dim], sites)
+    if method == "auto":
+        method = "wilson" if is_binary(table) else "bootstrap"
+    n = np.isfinite(table).sum(0)
+    interval = _INTERVALS[method](table, n, level, n_resamples, seed)
+    per_unit = [name for name, coord in values.coords.items() if dim in coord.dims]
+    first = values.drop_vars(per_unit).sum(dim)  # only its shape and the sites' coordinates are used
+    out = xr.DataArray(
+        np.stack(interval).reshape(3, *first.shape),
+        dims=("statistic", *first.dims),
+        coords={**first.coords, "statistic": list(STATISTICS)},
+        name=values.name,
+        attrs={**values.attrs, "interval_method": method, "level": level},
+    )
+    return out.assign_coords(n=(first.dims, n.reshape(first.shape)))
+
+
+def ratio_interval(
+    part: xr.DataArray,
+    whole: xr.DataArray,
+    dim: str = "sequence",
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> xr.DataArray:
+    """Return sum(part) / sum(whole) over `dim` with its interval, on a new first dimension `statistic`.
+
+    A mean of ratios would be ruled by the units whose `whole` is near 0. The interval is the percentile
+    bootstrap over `dim`: both sums are of the same resample. A unit that has no value in either is left out
+    of both sums.
+
+    Args:
+        part: `[dim, ...]`.
+        whole: `[dim]`, or with dimensions of `part`.
+        dim: the dimension of independent units.
+        level: coverage of the interval.
+        n_resamples: resamples of the bootstrap.
+        seed: seed of the bootstrap.
+
+    Returns:
+        As `mean_interval`; `mean` is the ratio. With fewer than two units low and high are NaN.
+
+    Example:
+        >>> part, whole = (xr.DataArray(a, dims="sequence") for a in ([1.0, 3.0], [2.0, 6.0]))
+        >>> ratio_interval(part, whole).values.tolist()
+        [0.5, 0.5, 0.5]
+    """
+    part, whole = xr.broadcast(part, whole)
+    both = (part.notnull() & whole.notnull()).transpose(dim, ...)
+    part, whole = (array.where(both).transpose(*both.dims) for array in (part, whole))
+    rows = part.sizes[dim]
+    above, below = (np.nan_to_num(array.values.reshape(rows, -1)) for array in (part, whole))
+    weights = _resamples(rows, n_resamples, seed)
+    low, high = np.full((2, above.shape[1]), np.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = above.sum(0) / below.sum(0)
+        for own in _blocks(above.shape[1], n_resamples):
+            samples = (weights @ above[:, own]) / (weights @ below[:, own])
+            low[own], high[own] = quantile_interval(np.where(np.isfinite(samples), samples, np.nan), level)
+    n = both.sum(dim)
+    few = n.values.reshape(-1) < 2
+    low, high = np.where(few, np.nan, low), np.where(few, np.nan, high)
+    return xr.DataArray(
+        np.stack([ratio, low, high]).reshape(3, *n.shape),
+        dims=("statistic", *n.dims),
+        coords={**n.coords, "statistic": list(STATISTICS)},
+        attrs={"interval_method": "bootstrap", "level": level},
+    ).assign_coords(n=(n.dims, n.values))
+
+
+def rows_by_group(labels: xr.DataArray) -> dict[Any, np.ndarray]:
+    """Return the rows of each group, in the order of the groups: sorted, or as they come (`keep_order`).
+
+    Raises:
+        ResultError: when the labels are not one a sequence.
+    """
+    if labels.dims != ("sequence",):
+        raise ResultError(
+            f"group={labels.name!r} has dimensions {labels.dims}: give one along 'sequence' only."
+        )
+    numeric = labels.dtype.kind in "biuf"
+    same = labels.values if numeric else np.array([str(value) for value in labels.values], dtype=object)
+    keys = pd.unique(same)
+    keys = keys if labels.attrs.get("keep_order") else np.sort(keys)
+    return {key: np.flatnonzero(same == key) for key in keys}
+
+
+def bootstrap_means(table: np.ndarray, n_resamples: int, seed: int) -> np.ndarray:
+    """Return the mean of each column under `n_resamples` resamples of the rows: `[resample, site]`.
+
+    A resample that holds none of a column's values (all NaN) gives NaN there.
+    """
+    return weighted_means(_resamples(table.shape[0], n_resamples, seed), table)
+
+
+def _resamples(rows: int, n_resamples: int, seed: int) -> np.ndarray:
+    """Return how often each row stands in each resample, as floats: `[resample, row]`."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(rows, np.full(rows, 1 / rows), size=n_resamples).astype(np.float64)
+
+
+def _blocks(sites: int, n_resamples: int) -> Iterator[slice]:
+    """Yield blocks of sites whose resamples fit into some memory."""
+    block = max(1, _BLOCK_BYTES // (8 * n_resamples))
+    for start in range(0, sites, block):
+        yield slice(start, start + block)
+
+
+def weighted_means(weights: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Return the NaN-skipping weighted mean of each column of `table`: `[len(weights), site]`."""
+    present = np.isfinite(table)
+    filled = np.where(present, table, 0.0)
+    totals = weights @ filled
+    counts = weights.sum(1, keepdims=True) if present.all() else weights @ present.astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return totals / counts
+
+
+def quantile_interval(samples: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the central `level` of each column of `samples`, NaN skipped."""
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    if not np.isnan(samples).any():
+        low, high = np.quantile(samples, tails, axis=0)
+        return low, high
+    low, high = np.full((2, samples.shape[1]), np.nan)
+    known = ~np.isnan(samples).all(0)
+    if known.any():
+        low[known], high[known] = np.nanquantile(samples[:, known], tails, axis=0)
+    return low, high
+
+
+def wilson_interval(hits: Any, n: Any, level: float = 0.95) -> tuple[Any, Any]:
+    """Return Wilson's score interval of a proportion: `hits` out of `n`, numbers or arrays.
+
+    >>> low, high = wilson_interval(8, 10)
+    >>> round(float(low), 2), round(float(high), 2)
+    (0.49, 0.94)
+    """
+    from statsmodels.stats.proportion import proportion_confint  # takes most of a second to import
+
+    low, high = proportion_confint(hits, n, alpha=1 - level, method="wilson")
+    # The ends of the formula are exact there, but for rounding.
+    return np.where(np.asarray(hits) == 0, 0.0, low), np.where(np.asarray(hits) == n, 1.0, high)
+
+
+def halves(n: int, seed: int) -> tuple[Int[np.ndarray, "a"], Int[np.ndarray, "b"]]:
+    """Return two random halves of `range(n)`, sorted; the first is the one to choose on.
+
+    >>> a, b = halves(5, seed=0)
+    >>> sorted([*a.tolist(), *b.tolist()]), len(b)
+    ([0, 1, 2, 3, 4], 3)
+    """
+    order = np.random.default_rng(seed).permutation(n)
+    return np.sort(order[: n // 2]), np.sort(order[n // 2 :])
+
+
+def _column_means(table: np.ndarray, n: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(np.isfinite(table), table, 0.0).sum(0) / n
+
+
+def _bootstrap(
+    table: np.ndarray, n: np.ndarray, level: float, n_resamples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    means, low, high = _column_means(table, n), *np.full((2, table.shape[1]), np.nan)
+    for part in _blocks(table.shape[1] if table.shape[0] else 0, n_resamples):
+        low[part], high[part] = quantile_interval(bootstrap_means(table[:, part], n_resamples, seed), level)
+    low[n < 2] = high[n < 2] = np.nan
+    return means, low, high
+
+
+def _wilson(
+    table: np.ndarray, n: np.ndarray, level: float, n_resamples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if not is_binary(table) and np.isfinite(table).any():
+        raise OptionError("method='wilson' needs values that are all 0 or 1: use method='bootstrap'.")
+    hits = np.where(np.isfinite(table), table, 0.0).sum(0)
+    low, high = wilson_interval(hits, np.maximum(n, 1), level)
+    low, high = np.where(n > 0, low, np.nan), np.where(n > 0, high, np.nan)
+    return _column_means(table, n), low, high
+
+
+def _student(
+    table: np.ndarray, n: np.ndarray, level: float, n_resamples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+
+    means = _column_means(table, n)
+    squares = np.where(np.isfinite(table), (table - means) ** 2, 0.0).sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        half = stats.t.ppf((1 + level) / 2, n - 1) * np.sqrt(squares / (n - 1) / n)
+    half = np.where(n < 2, np.nan, half)
+    return means, means - half, means + half
+
+
+_INTERVALS = {"bootstrap": _bootstrap, "wilson": _wilson, "t": _student}

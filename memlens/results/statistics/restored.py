@@ -1,0 +1,83 @@
+"""What patching brings back, as one share over all sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import xarray as xr
+
+from memlens.errors import ResultError
+from memlens.results.statistics.intervals import ratio_interval, rows_by_group
+
+if TYPE_CHECKING:
+    from memlens.results.result import Result
+
+
+def restorable_metric(result: Result) -> str | None:
+    """Return the first metric that stands beside its values in a clean and in a corrupt run; None without."""
+    names = [name for name in result.metrics if {f"{name}_clean", f"{name}_corrupt"} <= set(result.data)]
+    return names[0] if names else None
+
+
+def restored_share(
+    result: Result,
+    dim: str | Iterable[str] = "sequence",
+    *,
+    metric: str | None = None,
+    group: str | None = None,
+    **options: Any,
+) -> xr.Dataset:
+    r"""Return the share of the lost recall that each patch brings back, over all sequences together.
+
+    .. math:: \frac{\sum_i m_{\mathrm{patched},i} - m_{\mathrm{corrupt},i}}
+                   {\sum_i m_{\mathrm{clean},i} - m_{\mathrm{corrupt},i}}
+
+    with sums over sequences: 0 is the corrupt run and 1 the clean one. The mean of `normalized_effect`, which
+    is the same ratio in each sequence, is ruled by the sequences that the corruption hardly harmed.
+
+    Args:
+        result: Of activation or path patching, or gradients' estimate of one.
+        dim: `"sequence"`, or several dimensions with it: the others are averaged inside each sequence first,
+            as targets always are.
+        metric: Which metric; by default the first that both runs have.
+        group: A coordinate along `sequence`; shares are then taken in each group.
+        options: `level`, `n_resamples` and `seed` of the percentile bootstrap over sequences.
+
+    Returns:
+        A dataset as `Result.mean_ci` gives: `restored_share` `[statistic, ...]`, statistics `mean` (the
+        share), `low`, `high`, with the coordinate `n_restored_share` (sequences).
+
+    Raises:
+        ResultError: when the result is not of a clean and a corrupt run, or lacks the metric.
+
+    Example:
+        >>> from memlens.results import Result
+        >>> data = {"m": [0.9, 1.0], "m_clean": [1.0, 1.1], "m_corrupt": [0.0, 1.0]}
+        >>> result = Result.create(
+        ...     xr.Dataset({name: ("sequence", values) for name, values in data.items()}),
+        ...     kind="activation_patching",
+        ... )
+        >>> float(restored_share(result)["restored_share"].sel(statistic="mean").round(2))
+        0.82
+    """
+    name = metric or restorable_metric(result)
+    if name is None or not {f"{name}_clean", f"{name}_corrupt"} <= set(result.data):
+        what = "no metric" if metric is None else f"{metric!r} not"
+        raise ResultError(f"this {result.kind} result has {what} measured in a clean and in a corrupt run.")
+    inner = {dim} if isinstance(dim, str) else set(dim)
+    inner = (inner | {"target"}) - {"sequence"}
+    gained = (result[run] - result[f"{name}_corrupt"] for run in (name, f"{name}_clean"))
+    part, whole = (array.mean([d for d in array.dims if d in inner]) for array in gained)
+    if group is None:
+        share = ratio_interval(part, whole, **options)
+    else:
+        rows = rows_by_group(result[group])
+        parts = [
+            ratio_interval(part.isel(sequence=own), whole.isel(sequence=own), **options)
+            for own in rows.values()
+        ]
+        share = xr.concat(parts, dim=pd.Index(list(rows), name=group), combine_attrs="override", coords=["n"])
+    attrs = {**result.data.attrs, "metric": name, "n_sequences": result.data.sizes["sequence"]}
+    return xr.Dataset({"restored_share": share.rename(n="n_restored_share")}, attrs=attrs)

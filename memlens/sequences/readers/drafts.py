@@ -1,0 +1,194 @@
+"""From rows as read to a `SequenceSet`: prefix lengths, what is left out, names, the token in front."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from memlens.errors import EmptySetError, SequenceError
+from memlens.sequences.checks import eos_mask
+from memlens.sequences.readers.columns import ID, find_column
+from memlens.sequences.rows import some, unique_ids
+from memlens.sequences.set import Attr, SequenceSet
+from memlens.sequences.tokenizing import bos_id, tokenizer_attrs
+
+DEFAULT_PREFIX_LEN = 32
+"""Tokens given to the model where nothing else says: the 32 + 32 of published lists."""
+
+_ROW = "__source_row__"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Sequences as read, before any check.
+
+    Attributes:
+        rows: Token ids, one list a row, or a 2-D array.
+        prefix_len: Tokens given to the model, one a row; None where the source does not say.
+        table: The other columns, and `text` where there is one.
+        attrs: What is known of the set.
+    """
+
+    rows: list[list[int]] | np.ndarray
+    prefix_len: np.ndarray | None
+    table: pd.DataFrame
+    attrs: dict[str, Attr] = field(default_factory=dict)
+
+
+def with_prefix(draft: Draft, prefix_len: Any, seed: int = 0) -> Draft:
+    """Settle each row's prefix length: the caller's, else the source's, else `DEFAULT_PREFIX_LEN`.
+
+    "drawn" draws one for each row, from 1 to its length less 1.
+    """
+    n = len(draft.rows)
+    if isinstance(prefix_len, str) and prefix_len == "drawn":
+        drawn = np.random.default_rng(seed).integers(1, np.maximum(_lengths(draft), 2))
+        return replace(draft, prefix_len=drawn, attrs={**draft.attrs, "prefix_len": "drawn", "seed": seed})
+    own = DEFAULT_PREFIX_LEN if draft.prefix_len is None else draft.prefix_len
+    given = np.asarray(own if prefix_len is None else prefix_len)
+    if given.dtype.kind not in "iu" or (given.ndim and given.shape != (n,)):
+        raise SequenceError(
+            f"prefix_len={prefix_len!r} does not fit: give one whole number, one for each of {n} "
+            'sequences, or "drawn"'
+        )
+    return replace(draft, prefix_len=np.broadcast_to(given.astype(np.int64), (n,)))
+
+
+def without_empty(draft: Draft) -> Draft:
+    """Leave out rows that hold nothing, with a warning and the attribute `empty_rows`."""
+    lengths = _lengths(draft)
+    draft = replace(draft, table=draft.table.assign(**{_ROW: np.arange(len(lengths))}))
+    empty = np.flatnonzero(lengths == 0)
+    if not len(empty):
+        return draft
+    warnings.warn(f"{len(empty)} rows are empty and are left out: rows {some(empty.tolist())}", stacklevel=3)
+    draft = replace(draft, attrs={**draft.attrs, "empty_rows": " ".join(map(str, empty))})
+    return _kept(draft, lengths > 0)
+
+
+def without_short(draft: Draft, on_short: str) -> Draft:
+    """Leave out ("drop") sequences that are not longer than their prefix, or raise for the first."""
+    lengths, prefix_len = _lengths(draft), _prefix_lens(draft)
+    source_rows = draft.table[_ROW].to_numpy()
+    draft = replace(draft, table=draft.table.drop(columns=[_ROW]))
+    short = lengths <= prefix_len
+    if not short.any():
+        return draft
+    if on_short == "raise":
+        first = int(np.flatnonzero(short)[0])
+        raise SequenceError(
+            f"{int(short.sum())} sequences are not longer than their prefix, the first is row "
+            f"{source_rows[first]} with {lengths[first]} tokens and prefix_len={prefix_len[first]}: choose a "
+            "smaller prefix_len, or leave them out with on_short='drop'"
+        )
+    draft = replace(draft, attrs={**draft.attrs, "n_dropped_short": int(short.sum())})
+    return _kept(draft, ~short)
+
+
+def named(draft: Draft, id_column: str | None) -> Draft:
+    """Give each row an id of its own: the file's, with a suffix where one stands for several rows."""
+    column = find_column(draft.table, id_column, ID)
+    if column is None:
+        return draft
+    names = [str(name) for name in draft.table[column]]
+    ids = unique_ids(names)
+    if ids != names:
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        warnings.warn(
+            f"{len(names)} rows have {len(set(names))} ids: {some(repeated)} stand for more than one "
+            "sequence and are told apart by a suffix",
+            stacklevel=3,
+        )
+    table = draft.table.drop(columns=["id"], errors="ignore")
+    table.insert(0, "id", ids)
+    return replace(draft, table=table)
+
+
+def assemble(draft: Draft, tokenizer: Any, max_targets: int | None, prepend_bos: bool) -> SequenceSet:
+    """Make the set: cut long continuations, decode missing texts, put the token in front if asked."""
+    rows, prefix_len, attrs = draft.rows, _prefix_lens(draft), dict(draft.attrs)
+    cut = False
+    if max_targets is not None:
+        rows, cut = _shortened(rows, prefix_len, max_targets)
+        attrs["max_targets"] = max_targets
+    table = draft.table
+    if tokenizer is not None:
+        attrs = {**tokenizer_attrs(tokenizer), **attrs}
+        if len(rows) and ("text" not in table or cut):
+            table = table.assign(text=tokenizer.batch_decode([list(row) for row in rows]))
+    if prepend_bos and not attrs.get("prepend_bos"):
+        first = bos_id(tokenizer)
+        rows, prefix_len = [[first, *row] for row in rows], prefix_len + 1
+    attrs["prepend_bos"] = bool(prepend_bos or attrs.get("prepend_bos"))
+    return SequenceSet.from_tokens(rows, prefix_len, table=table, attrs=attrs)
+
+
+def drop_eos(seqs: SequenceSet, tokenizer: Any) -> SequenceSet:
+    """Leave out sequences with an end-of-text token among their targets; `n_dropped_eos` says how many."""
+    dropped = eos_mask(seqs, getattr(tokenizer, "eos_token_id", None))
+    return seqs[~dropped].with_attrs(n_dropped_eos=int(dropped.sum()))
+
+
+def _lengths(draft: Draft) -> np.ndarray:
+    return np.array([len(row) for row in draft.rows], dtype=np.int64)
+
+
+def _prefix_lens(draft: Draft) -> np.ndarray:
+    n = len(draft.rows)
+    return np.broadcast_to(DEFAULT_PREFIX_LEN if draft.prefix_len is None else draft.prefix_len, (n,))
+
+
+def _kept(draft: Draft, keep: np.ndarray) -> Draft:
+    rows = draft.rows
+    rows = rows[keep] if isinstance(rows, np.ndarray) else [rows[i] for i in np.flatnonzero(keep)]
+    table = draft.table.iloc[np.flatnonzero(keep)].reset_index(drop=True)
+    return replace(draft, rows=rows, prefix_len=_prefix_lens(draft)[keep], table=table)
+
+
+def _shortened(
+    rows: list[list[int]] | np.ndarray, prefix_len: np.ndarray, max_targets: int
+) -> tuple[list[list[int]], bool]:
+    if max_targets < 1:
+        raise SequenceError(f"max_targets={max_targets}: keep at least one token of each continuation")
+    ends = (prefix_len + max_targets).tolist()
+    cut = any(len(row) > end for row, end in zip(rows, ends, strict=True))
+    return [list(row[:end]) for row, end in zip(rows, ends, strict=True)], cut
+
+
+def leave_out(
+    table: pd.DataFrame, reasons: Mapping[str, Sequence[bool] | np.ndarray], what: str
+) -> tuple[pd.DataFrame, dict[str, Attr]]:
+    """Return the rows for which no reason holds, and what was left out.
+
+    A row that several reasons hold for counts under the first. The attributes are `n_left_out`, the number
+    of rows, and `left_out`, a line such as "2 object not last; 1 repeated".
+
+    Args:
+        table: One row an item.
+        reasons: For each reason, True where it holds.
+        what: What a row is, in the plural, for the messages.
+
+    Raises:
+        EmptySetError: Nothing is left.
+    """
+    gone = np.zeros(len(table), dtype=bool)
+    counts: dict[str, int] = {}
+    for reason, mask in reasons.items():
+        new = np.asarray(mask, dtype=bool) & ~gone
+        gone |= new
+        if new.any():
+            counts[reason] = int(new.sum())
+    if not counts:
+        return table.reset_index(drop=True), {"n_left_out": 0, "left_out": ""}
+    said = "; ".join(f"{count} {reason}" for reason, count in counts.items())
+    if gone.all():
+        raise EmptySetError(f"none of {len(table)} {what} can be used: {said}")
+    warnings.warn(f"{gone.sum()} of {len(table)} {what} are left out: {said}", stacklevel=6)
+    kept = table.iloc[np.flatnonzero(~gone)].reset_index(drop=True)
+    return kept, {"n_left_out": int(gone.sum()), "left_out": said}

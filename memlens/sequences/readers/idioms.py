@@ -1,0 +1,172 @@
+"""The idiom file (IdioMem): idioms whose last word is to be recalled from the others.
+
+Source: Haviv et al., "Understanding Transformer Memorization Recall Through Idioms", arXiv 2210.03588,
+section 2. The prompt is all but the last word; the target is the last word's first token (as in the
+study) or the whole word. Rows are keyed by prompt and target: the released file has 852 rows and 850 ids.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pandas as pd
+
+from memlens.errors import ColumnError, SequenceError, check_option
+from memlens.sequences.readers.drafts import Draft
+from memlens.sequences.readers.tables import need_tokenizer, texts_of
+from memlens.sequences.rows import some
+from memlens.sequences.set import SequenceSet
+from memlens.sequences.tokenizing import Tokenizer, encode, first_word_token, split_points
+from memlens.sequences.words import bare_word, is_stop_word
+
+DEFINITIONS = frozenset(
+    {
+        "a person who really talks too much",
+        "be happy when a person leaves",
+        "for a very long time",
+        "having to start all over again",
+        "in an extremely blissful state",
+        "make a bad situation even worse",
+        "savings set aside for future use",
+        "virtually impossible to find",
+    }
+)
+"""Rows of the released file that are dictionary definitions, not idioms."""
+
+DEFECTS = {
+    "definition": "a dictionary definition, not an idiom",
+    "stop_word_prompt": "every word before the last is a stop word, which the study's own rule leaves out",
+    "shared_prompt": "another row has the same prompt, so that more than one target is right",
+    "repeated_id": "another row of the file has the same id",
+    "shared_ending": "another row has the same last three words: a near duplicate",
+    "placeholder": "holds a word that stands for any other (someone's, one's, something)",
+    "contradiction": "hard_to_guess is not the opposite of (prompt_comp_ind or similarity_ind)",
+}
+"""What can be wrong with a row of the idiom file: the column that marks it, and why it matters."""
+
+_PLACEHOLDERS = {
+    *("someone", "someone's", "somebody", "somebody's", "something", "something's", "one's", "oneself")
+}
+_FLAGS = ("hard_to_guess", "prompt_comp_ind", "similarity_ind")
+
+
+def read_idioms(frame: pd.DataFrame, tokenizer: Tokenizer, *, target: str = "first_token") -> Draft:
+    """Return the sequences of an idiom table, every flag kept, its defects marked and warned of.
+
+    The columns added are `prompt`, `target` (the last word), `n_words`, `text`, `source_id` (the id in the
+    file; `id` is made unique), and one for each of `DEFECTS` (see `idiom_defects`).
+
+    Args:
+        frame: One row an idiom; column `idiom`, and what else there is.
+        tokenizer: The model's.
+        target: "first_token": the sequence ends with the first token of the last word (with its leading
+            space where the tokenizer keeps it with the word); "word": with the whole word.
+
+    Raises:
+        SequenceError: An idiom has fewer than two words.
+        OptionError: `target` is unknown.
+    """
+    check_option("target", target, ["first_token", "word"])
+    table = _without_repeats(_with_words(frame))
+    _warn_of_defects(table)
+    rows = encode(need_tokenizer(tokenizer), table["text"].tolist())
+    starts = split_points(tokenizer, table["prompt"].tolist(), rows)
+    prefix_len = [first_word_token(tokenizer, row, s) for row, s in zip(rows, starts, strict=True)]
+    if target == "first_token":
+        rows = [row[: start + 1] for row, start in zip(rows, prefix_len, strict=True)]
+    return Draft(rows, np.array(prefix_len, dtype=np.int64), table, {"target": target})
+
+
+def idiom_defects(sequences: SequenceSet | pd.DataFrame) -> pd.DataFrame:
+    """Return what is wrong with the rows of an idiom file, one row a defect; nothing is left out of the set.
+
+    Args:
+        sequences: What `load_sequences` gave for such a file, or its table.
+
+    Returns:
+        `row` (place in the set), `id`, `text`, `defect` (a key of `DEFECTS`) and `why`; by defect, then row.
+
+    Raises:
+        ColumnError: The set was not read from an idiom file.
+
+    Source: ours, of the data file of arXiv 2210.03588.
+    """
+    table = sequences.table if isinstance(sequences, SequenceSet) else sequences
+    missing = [name for name in DEFECTS if name not in table]
+    if missing:
+        raise ColumnError(
+            f"the table has no column {missing[0]!r}: read the idiom file with memlens.load_sequences"
+        )
+    parts = []
+    for defect, why in DEFECTS.items():
+        rows = np.flatnonzero(table[defect].to_numpy(dtype=bool))
+        part = table.iloc[rows][["id", "text"]].assign(row=rows, defect=defect, why=why)
+        parts.append(part[["row", "id", "text", "defect", "why"]])
+    return pd.concat(parts, ignore_index=True)
+
+
+def _with_words(frame: pd.DataFrame) -> pd.DataFrame:
+    idioms = [text.strip() for text in texts_of(frame, "idiom")]
+    for row, idiom in enumerate(idioms):
+        if " " not in idiom:
+            raise SequenceError(f"row {row} holds the idiom {idiom!r}: give at least two words")
+    pairs = [idiom.rsplit(" ", 1) for idiom in idioms]
+    table = frame.drop(columns=["idiom", "text"], errors="ignore").reset_index(drop=True)
+    if "id" in table:
+        table["source_id"] = table["id"].astype(str)
+    return table.assign(
+        text=idioms,
+        prompt=[prompt.rstrip() for prompt, _ in pairs],
+        target=[word for _, word in pairs],
+        n_words=[len(idiom.split()) for idiom in idioms],
+    )
+
+
+def _with_defects(table: pd.DataFrame) -> pd.DataFrame:
+    words = [text.split() for text in table["text"]]
+    endings = pd.Series([" ".join(row[-3:]).lower() for row in words], dtype=object)
+    source_ids = table["source_id"] if "source_id" in table else pd.Series(range(len(table)))
+    contradicts = np.zeros(len(table), dtype=bool)
+    if set(_FLAGS) <= set(table):
+        hard, predictable, similar = (table[flag].to_numpy().astype(bool) for flag in _FLAGS)
+        contradicts = hard == (predictable | similar)
+    return table.assign(
+        definition=[text in DEFINITIONS for text in table["text"]],
+        stop_word_prompt=[all(_all_stop(word) for word in row[:-1]) for row in words],
+        shared_prompt=table["prompt"].duplicated(keep=False),
+        repeated_id=source_ids.duplicated(keep=False).to_numpy(),
+        shared_ending=endings.duplicated(keep=False).to_numpy(),
+        placeholder=[not _PLACEHOLDERS.isdisjoint(map(bare_word, row)) for row in words],
+        contradiction=contradicts,
+    )
+
+
+def _all_stop(word: str) -> bool:
+    """A comma or another sign beside a word is a token of its own, and no stop word."""
+    return is_stop_word(word) and bare_word(word) == word.lower().replace("’", "'")
+
+
+def _without_repeats(table: pd.DataFrame) -> pd.DataFrame:
+    repeated = table.duplicated(["prompt", "target"])
+    if repeated.any():
+        texts = table.loc[repeated, "text"].tolist()
+        warnings.warn(
+            f"{len(texts)} idioms stand in the file again and are left out: {some(texts)}", stacklevel=5
+        )
+    return _with_defects(table.iloc[np.flatnonzero(~repeated)].reset_index(drop=True))
+
+
+_WARNED = (
+    ("definition", "are dictionary definitions, not idioms (column 'definition')", 8),
+    ("contradiction", "contradict hard_to_guess = not (prompt_comp_ind or similarity_ind)", 5),
+    ("stop_word_prompt", "have only stop words before the target (column 'stop_word_prompt')", 5),
+)
+"""Defects that are warned of: column, what it says of the rows, how many are named."""
+
+
+def _warn_of_defects(table: pd.DataFrame) -> None:
+    for column, what, shown in _WARNED:
+        found = table.loc[table[column], "text"].tolist()
+        if found:
+            warnings.warn(f"{len(found)} rows {what}: {some(found, shown)}", stacklevel=5)

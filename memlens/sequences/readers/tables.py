@@ -1,0 +1,124 @@
+"""From a table to token ids: which columns hold the sequences, in the forms people keep them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from memlens.errors import ColumnError, SequenceError, near_matches
+from memlens.sequences.readers.columns import (
+    CONTINUATION,
+    PROMPT,
+    TEXT,
+    TOKENS,
+    Columns,
+    find_column,
+    listing,
+)
+from memlens.sequences.readers.drafts import Draft
+from memlens.sequences.tokenizing import Tokenizer, encode, split_points
+
+
+def read_frame(frame: pd.DataFrame, columns: Columns, tokenizer: Tokenizer) -> Draft:
+    """Return the sequences of a table.
+
+    Looked for in this order: a column of token ids, a prompt and its continuation, a text. A name that
+    the caller gave goes first.
+
+    Raises:
+        ColumnError: A named column is missing, or no usual one is there.
+        SequenceError: A text needs a tokenizer and there is none.
+    """
+    given = [k for k in ("tokens", "prompt", "text") if getattr(columns, k)] or ["tokens", "prompt", "text"]
+    if "tokens" in given and (name := find_column(frame, columns.tokens, TOKENS)):
+        return _token_rows(frame, name)
+    if "prompt" in given and (prompt := find_column(frame, columns.prompt, PROMPT)):
+        continuation = find_column(frame, columns.continuation, CONTINUATION)
+        if continuation is None:
+            raise ColumnError(f"a column of continuations is missing beside {prompt!r}: {listing(frame)}")
+        return _prompt_rows(frame, prompt, continuation, tokenizer)
+    if "text" in given and (name := find_column(frame, columns.text, TEXT)):
+        return _text_rows(frame, name, tokenizer)
+    hint = near_matches(" ".join(map(str, frame.columns)), (*TOKENS, *PROMPT, *TEXT)) if len(frame) else ""
+    raise ColumnError(
+        f"no column of sequences: {listing(frame)}; name one with tokens_column, text_column, or "
+        f"prompt_column and continuation_column.{hint}"
+    )
+
+
+def need_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """Return the tokenizer or raise `SequenceError`."""
+    if tokenizer is None:
+        raise SequenceError("text needs a tokenizer: pass the model, or tokenizer=")
+    return tokenizer
+
+
+def _token_rows(frame: pd.DataFrame, name: str) -> Draft:
+    values = frame[name].tolist()
+    rows = [_parse_tokens(value, row, name) for row, value in enumerate(values)]
+    same = len(rows) > 0 and len({len(row) for row in rows}) == 1 and len(rows[0]) > 0
+    return Draft(
+        rows=np.array(rows, dtype=np.int64) if same else rows,
+        prefix_len=_prefix_column(frame),
+        table=frame.drop(columns=[name, "prefix_len"], errors="ignore"),
+    )
+
+
+def _parse_tokens(value: Any, row: int, name: str) -> list[int]:
+    """Return one row's ids; a table of text holds them as "[1, 2, 3]" or "1 2 3"."""
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return []
+    try:
+        if isinstance(value, str):
+            return [int(part) for part in value.strip("[]() \n").replace(",", " ").split()]
+        array = np.asarray(value)
+        if array.size and not np.issubdtype(array.dtype, np.integer):
+            raise ValueError
+        return array.astype(np.int64).tolist() if array.ndim == 1 else _refuse(row, name, value)
+    except (ValueError, TypeError):
+        return _refuse(row, name, value)
+
+
+def _refuse(row: int, name: str, value: Any) -> list[int]:
+    raise SequenceError(f"row {row} of column {name!r} is {str(value)[:40]!r}: give a list of integer ids")
+
+
+def _prefix_column(frame: pd.DataFrame) -> np.ndarray | None:
+    if "prefix_len" not in frame:
+        return None
+    values = frame["prefix_len"].tolist()
+    for row, value in enumerate(values):
+        if not str(value).removesuffix(".0").isdecimal():
+            raise SequenceError(f"row {row} has prefix_len {value!r}: give a whole number of tokens")
+    return np.array([int(float(value)) for value in values], dtype=np.int64)
+
+
+def _prompt_rows(frame: pd.DataFrame, prompt: str, continuation: str, tokenizer: Tokenizer) -> Draft:
+    prompts, continuations = texts_of(frame, prompt), texts_of(frame, continuation)
+    empty = [p == "" or c == "" for p, c in zip(prompts, continuations, strict=True)]
+    texts = ["" if e else p + c for p, c, e in zip(prompts, continuations, empty, strict=True)]
+    rows = encode(need_tokenizer(tokenizer), texts)
+    splits = split_points(tokenizer, prompts, rows)
+    table = frame.drop(columns=["text"], errors="ignore").assign(text=texts)
+    return Draft(rows, np.array(splits, dtype=np.int64), table)
+
+
+def _text_rows(frame: pd.DataFrame, name: str, tokenizer: Tokenizer) -> Draft:
+    texts = texts_of(frame, name)
+    table = frame.drop(columns=[name, "text", "prefix_len"], errors="ignore").assign(text=texts)
+    return Draft(encode(need_tokenizer(tokenizer), texts), _prefix_column(frame), table)
+
+
+def texts_of(frame: pd.DataFrame, name: str) -> list[str]:
+    """Return a column of text; missing cells are empty texts.
+
+    Raises:
+        SequenceError: A cell holds something else.
+    """
+    values = ["" if v is None or v is pd.NA or v != v else v for v in frame[name].tolist()]
+    for row, value in enumerate(values):
+        if not isinstance(value, str):
+            raise SequenceError(f"row {row} of column {name!r} is {value!r}: give text")
+    return values

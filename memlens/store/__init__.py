@@ -1,0 +1,1 @@
+"""Runs on disk: fingerprints and keyed folders that resume."""

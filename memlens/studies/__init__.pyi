@@ -1,0 +1,11 @@
+from .bypass.options import BypassInputs as BypassInputs
+from .bypass.options import BypassOptions as BypassOptions
+from .bypass.study import study_attention_bypass as study_attention_bypass
+from .comparative.config import StudyModel as StudyModel
+from .comparative.options import ComparativeOptions as ComparativeOptions
+from .comparative.study import study_comparative as study_comparative
+from .idioms.options import IdiomOptions as IdiomOptions
+from .idioms.study import study_idioms as study_idioms
+from .localization.study import LocalizeOptions as LocalizeOptions
+from .localization.study import localize as localize
+from .running import StudyRun as StudyRun

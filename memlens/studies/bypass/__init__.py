@@ -1,0 +1,1 @@
+"""The attention-bypass study (arXiv 2501.05078)."""

@@ -1,0 +1,229 @@
+"""Single blocks bypassed: what is recited, what it costs on tasks, and both against each other (E1 to E5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from tqdm.auto import tqdm
+
+from memlens.instruments.bypass.bypass import bypassed
+from memlens.models.provenance import describe
+from memlens.recall.scores import RecallScores
+from memlens.report.model import FigureRequest
+from memlens.results.groups import join_groups, take_half
+from memlens.results.result import Result
+from memlens.results.statistics.frontier import join_frontier
+from memlens.results.statistics.tasks import task_summary
+from memlens.results.statistics.tradeoff import Tradeoff, edit_tradeoff, tasks_above_chance
+from memlens.sequences.set import SequenceSet
+from memlens.studies.bypass import findings as find
+from memlens.studies.bypass import words as text
+from memlens.studies.bypass.context import BypassContext
+from memlens.studies.bypass.controls import MEMORIZED, UNTRAINED
+from memlens.studies.bypass.options import BypassInputs
+from memlens.studies.bypass.tables import quartile_table
+from memlens.studies.running import at_most
+
+
+def blocks(study: BypassContext) -> None:
+    """E1: bypass each block alone, on every group and on untrained weights."""
+    for name, seqs in study.groups.items():
+        study.swept[name] = study.bypass(study.model, seqs, name)
+    if study.options.untrained_control:
+        study.swept[UNTRAINED] = study.bypass(study.twin, study.groups[MEMORIZED], UNTRAINED)
+    joined = join_groups(study.swept)
+    words = {
+        "exact_match": "What is recited exactly",
+        "target_accuracy": "Right tokens",
+        "target_logprob": "Log-probability of the truth",
+        "completion_entropy": "Entropy of the continuation",
+    }
+    figures = [
+        FigureRequest(
+            {"metric": metric, "group": "group", "title": f"{title}, one block bypassed at a time"},
+            reading=find.blocks_in_words(study.swept[MEMORIZED]) if metric == "exact_match" else "",
+        )
+        for metric, title in words.items()
+    ]
+    change = {"metric": "target_logprob", "group": "group", "of": "effect"}
+    figures.append(
+        FigureRequest({**change, "title": "What each bypass takes from the log-probability"}, reading="")
+    )
+    study.folder.add_result(
+        "blocks", joined, title="Attention of each block bypassed: what is recited",
+        lead=text.BLOCKS_LEAD, figures=figures,
+    )  # fmt: skip
+    scan = study.inputs.scan
+    if scan is not None:
+        counts = pd.DataFrame({"windows": scan.counts}).reset_index(names="of the scan")
+        study.folder.add_table(
+            "scan", counts.loc[counts["windows"] > 0], title="What the scan of the corpus met",
+            section="blocks",
+        )  # fmt: skip
+        study.folder.add_table(
+            "balance", scan.balance(), title="How alike memorized sequences and their controls are",
+            note=text.BALANCE_NOTE, section="blocks",
+        )  # fmt: skip
+    study.folder.find(find.recited(study.swept, study.inputs))
+    study.folder.find(find.needed_block(study.swept, study.options.seed))
+
+
+def accuracies(study: BypassContext) -> None:
+    """E2: the accuracy on every task under the bypass of each block."""
+    if not study.inputs.tasks:
+        study.folder.add_failure("tasks", "no tasks were given: what a bypass costs is not known.")
+        return
+    study.tasks = study.evaluate(study.inputs, "tasks")
+    options = {"n_resamples": study.options.n_resamples, "seed": study.options.seed}
+    by_part = {"group": "task_group", "parts": study.options.quartiles, **options}
+    drops = {"relative_drop": "raw", "relative_drop_chance_corrected": "corrected for chance"}
+    study.folder.add_result(
+        "tasks", study.tasks, title="Attention of each block bypassed: what it costs on tasks",
+        lead=text.TASKS_LEAD,
+        figures=[
+            FigureRequest({"group": "task_group", **options}, reading=""),
+            FigureRequest({"group": "task", "metric": "accuracy", **options}, reading=""),
+            *(
+                FigureRequest(
+                    {**by_part, "metric": metric, "title": f"Mean drop by part of depth, {words}"}, reading=""
+                )
+                for metric, words in drops.items()
+            ),
+        ],
+    )  # fmt: skip
+    study.folder.add_table(
+        "task_summary", task_summary(study.tasks, **options), title="Every task and group", section="tasks"
+    )
+
+
+def free_running(study: BypassContext) -> None:
+    """E1: decode the memorized sequences freely under each bypass, for the score M."""
+    if not study.options.free_running or MEMORIZED not in study.swept:
+        return
+    seqs = study.chosen(study.options.max_free_running)[MEMORIZED]
+    with tqdm(
+        total=study.n_layers + 1, desc="free decoding", unit="block", disable=not study.progress
+    ) as bar:
+        base, *values = (_decoded(study, seqs, layer, bar) for layer in (None, *range(study.n_layers)))
+    columns = ("memorization_score", "matching_prefix", "exact_match")
+    variables = {
+        name: (("sequence", "layer"), np.column_stack([v.table[name].to_numpy(float) for v in values]))
+        for name in columns
+    }
+    variables |= {f"{name}_baseline": ("sequence", base.table[name].to_numpy(float)) for name in columns}
+    data = xr.Dataset(
+        variables, {"sequence": seqs.table["id"].astype(str).tolist(), "layer": range(study.n_layers)}
+    )
+    result = Result.create(
+        data,
+        kind="attention_bypass",
+        settings={"mode": study.options.mode, "decoding": "greedy, free-running"},
+        **describe(study.model),
+    )
+    study.folder.add_result(
+        "free_running", result, title="Free decoding with each block bypassed",
+        lead="Greedy decoding from the prefix; M is the share of positions at which it equals the truth.",
+        figures=[
+            FigureRequest(
+                {"metric": "memorization_score", "title": "Score M, one block bypassed at a time"}, reading=""
+            )
+        ],
+    )  # fmt: skip
+
+
+def frontier(study: BypassContext, others: Iterable[BypassInputs | Callable[[], BypassInputs]]) -> None:
+    """E3 and E4: exact match against accuracy, for this model and the others."""
+    parts: dict[str, tuple[Result, Result]] = {}
+    if MEMORIZED in study.swept and study.tasks is not None:
+        parts[study.inputs.name] = (study.swept[MEMORIZED], study.tasks)
+    for number, given in enumerate(others):
+        study.folder.step(f"further model {number + 1}", lambda given=given: _other(study, given, parts))
+    if not parts:
+        return
+    options = {"n_resamples": study.options.n_resamples, "seed": study.options.seed}
+    many = "one panel for each model" if len(parts) > 1 else "one dot for each block"
+    study.folder.add_result(
+        "frontier", join_frontier(parts, **options), title="Recitation against ability",
+        lead=text.FRONTIER_LEAD,
+        figures=[FigureRequest({"title": f"Recitation against ability: {many}"}, reading="")],
+    )  # fmt: skip
+    tables = []
+    for name, (recall, accuracy) in parts.items():
+        if not tasks_above_chance(accuracy):
+            study.folder.find(find.nothing_to_lose(name, accuracy))
+            continue
+        found = {part: _tradeoff(study, recall, accuracy, part) for part in (0, 1)}
+        scored = found[1].table()
+        chosen = pd.DataFrame({"selectivity_chosen": found[0].selectivity})
+        tables.append(pd.concat([scored, chosen], axis=1).assign(model=name))
+        if name == study.inputs.name:
+            study.folder.find(find.selective_block(found[0], found[1], study.swept, study.options))
+    if tables:
+        table = pd.concat(tables, ignore_index=True)
+        table.insert(0, "model", table.pop("model"))
+        study.folder.add_table(
+            "selectivity", table, title="Selectivity of each block", note=text.SELECTIVITY_NOTE,
+            section="frontier",
+        )  # fmt: skip
+        if len(set(table["model"])) > 1:
+            study.folder.find(find.scaling(table, study.options.quartiles))
+
+
+def quartiles(study: BypassContext) -> None:
+    """E5: drops by quartile of depth, language against reasoning."""
+    if study.tasks is None or MEMORIZED not in study.swept:
+        return
+    table = quartile_table(
+        study.swept[MEMORIZED],
+        study.tasks,
+        tasks=tasks_above_chance(study.tasks),
+        parts=study.options.quartiles,
+        n_resamples=study.options.n_resamples,
+        seed=study.options.seed,
+    )
+    study.folder.add_table(
+        "quartiles", table, title="Mean drop by part of depth, one block bypassed at a time",
+        note="Drops are shares of what the unchanged model has; tasks at chance are left out.",
+        section="tasks",
+    )  # fmt: skip
+    for finding in find.by_quartile(table, study.swept):
+        study.folder.find(finding)
+
+
+def _decoded(study: BypassContext, seqs: SequenceSet, layer: int | None, bar: tqdm) -> RecallScores:
+    """Score one bypass with free decoding."""
+    bypass = nullcontext() if layer is None else bypassed(study.model, layer, mode=study.options.mode)
+    with bypass:
+        scores = study.folder.scored("free_running", study.model, seqs, metrics=(), progress=False)
+    bar.update()
+    return scores
+
+
+def _other(
+    study: BypassContext,
+    given: BypassInputs | Callable[[], BypassInputs],
+    parts: dict[str, tuple[Result, Result]],
+) -> None:
+    inputs = given if isinstance(given, BypassInputs) else given()
+    seqs = at_most(inputs.memorized, study.options.max_sequences, study.options.seed)
+    recall = study.bypass(inputs.model, seqs, f"of_{inputs.name}")
+    parts[inputs.name] = recall, study.evaluate(inputs, f"tasks_of_{inputs.name}")
+    study.folder.add_settings(
+        {f"further model {inputs.name}": {**describe(inputs.model), "memorized": dict(seqs.attrs)}}
+    )
+
+
+def _tradeoff(study: BypassContext, recall: Result, accuracy: Result, part: int) -> Tradeoff:
+    seed = study.options.seed
+    return edit_tradeoff(
+        take_half(recall, part, seed),
+        take_half(accuracy, part, seed, within="task"),
+        over=study.options.over,
+        tasks=tasks_above_chance(accuracy) or None,
+        n_resamples=study.options.n_resamples,
+        seed=seed,
+    )

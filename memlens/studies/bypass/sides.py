@@ -1,0 +1,185 @@
+"""Sets of blocks, other edits, single heads and bounds (E6 to E8)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import pandas as pd
+
+from memlens.instruments.bypass.bounds import attention_bypass_bounds
+from memlens.instruments.bypass.bypass import bypass_attention, bypass_intervention
+from memlens.instruments.bypass.layer_sets import LayerSetSearch, search_layer_sets
+from memlens.instruments.bypass.predictor import bypass_predictor, predictor_agreement
+from memlens.report.model import FigureRequest
+from memlens.results.groups import join_groups
+from memlens.results.result import Result
+from memlens.results.statistics.frontier import join_frontier
+from memlens.sequences.set import SequenceSet
+from memlens.studies.bypass import findings as control
+from memlens.studies.bypass import findings as find
+from memlens.studies.bypass import words as text
+from memlens.studies.bypass.context import BypassContext
+from memlens.studies.bypass.controls import (
+    MEMORIZED,
+    UNTRAINED,
+    control_edits,
+    control_table,
+    depth_table,
+    with_heads,
+)
+from memlens.sweeps.run import sweep
+
+_CONTROL_METRICS = ("target_logprob", "completion_entropy", "exact_match")
+
+
+def joint(study: BypassContext) -> None:
+    """E6: sets of blocks bypassed together."""
+    if not study.options.joint_sequences or not study.inputs.tasks:
+        return
+    options = study.options
+    tasks = study.inputs.tasks
+    if options.joint_questions is not None:
+        tasks = [task.take(slice(0, options.joint_questions)) for task in tasks]
+    named = ("mode", "over", "greedy_size", "exact_layers", "exact_pool", "n_random", "n_resamples", "seed")
+    wanted = {name: getattr(options, name) for name in named}
+    seqs = study.chosen(options.joint_sequences)[MEMORIZED]
+    work = partial(search_layer_sets, study.model, seqs, tasks, progress=study.progress, **wanted)
+    search = study.folder.kept("sets", work)
+    best, areas = search.best_table(), search.areas()
+    pair = join_frontier(
+        {study.inputs.name: (search.recall, search.accuracy)},
+        n_resamples=options.n_resamples,
+        seed=options.seed,
+    )
+    study.folder.add_result(
+        "sets", pair, title="Sets of blocks bypassed together", lead=text.SETS_LEAD,
+        figures=[FigureRequest({"title": "Recitation against ability: sets of blocks"}, reading="")],
+    )  # fmt: skip
+    for name, result in (("recall", search.recall), ("tasks", search.accuracy)):
+        result.save(study.folder.place("sets") / f"{name}.nc")
+    for name, frame, words in (
+        ("best_sets", best, "What each search chose, scored on the other half"),
+        ("areas", areas, "Area under the frontier, by family of sets"),
+        ("every_set", search.table, "Every set that was tried"),
+    ):
+        study.folder.add_table(name, frame, title=words, section="sets")
+    study.folder.find(find.best_set(best, areas, search, _elsewhere(study, search)))
+
+
+def edits(study: BypassContext) -> None:
+    """E8: other edits of each layer, on every group and on untrained weights."""
+    if not study.options.edits:
+        return
+    seqs = study.chosen(study.options.control_sequences)
+    results = {name: _edited(study, study.model, group, name) for name, group in seqs.items()}
+    if study.options.untrained_control:
+        results[UNTRAINED] = _edited(study, study.twin, seqs[MEMORIZED], UNTRAINED)
+    for name, headed in study.headed.items():
+        results[name] = with_heads(results[name], headed)
+    joined = join_groups(results)
+    figures = [
+        FigureRequest({"metric": "target_logprob", "title": "Every edit, on memorized text"}, reading="")
+    ]
+    study.folder.add_result(
+        "edits", results[MEMORIZED], title="Other edits of each layer", lead=text.EDITS_LEAD,
+        figures=figures,
+    )  # fmt: skip
+    study.folder.add_result(
+        "edits_by_group", joined, title="The bypass beside its controls, by group",
+        figures=[
+            FigureRequest(
+                {"metric": "target_logprob", "edit": edit, "group": "group", "title": f"Edit: {edit}"},
+                reading="",
+            )
+            for edit in results[MEMORIZED]["edit"].values.tolist()
+        ],
+    )  # fmt: skip
+    options = {"n_resamples": study.options.n_resamples, "seed": study.options.seed}
+    table = control_table(results, parts=study.options.quartiles, **options)
+    depth = depth_table(results, **options)
+    study.folder.add_table(
+        "controls", table, title="What is special to memorized text", note=text.CONTROLS_NOTE,
+        section="edits",
+    )  # fmt: skip
+    study.folder.add_table(
+        "depth", depth, title="How the size of each edit's effect goes with depth", note=text.DEPTH_NOTE,
+        section="edits",
+    )  # fmt: skip
+    study.folder.find(control.special(table))
+    removal = control.beside_removal(results, study.options.quartiles, study.options.seed)
+    if removal is not None:
+        study.folder.find(removal)
+    study.folder.find(control.any_stack(depth))
+
+
+def heads(study: BypassContext) -> None:
+    """E8: the bypass of single heads."""
+    if not study.options.heads:
+        return
+    some = [(name, study.model, seqs) for name, seqs in study.chosen(study.options.control_sequences).items()]
+    if study.options.untrained_control:
+        some.append((UNTRAINED, study.twin, some[0][2]))
+    for name, model, seqs in some:
+        single = partial(bypass_attention, model, seqs, mode="identity", over="head")
+        work = partial(single, metrics=_CONTROL_METRICS, progress=study.progress)
+        study.headed[name] = study.folder.kept(f"heads_{name}", work)
+    result = study.headed[MEMORIZED]
+    study.folder.add_result(
+        "heads", result, title="Single heads bypassed",
+        figures=[FigureRequest({"metric": "target_logprob"})],
+    )  # fmt: skip
+    study.folder.find(control.heads_against_blocks(result, study.swept.get(MEMORIZED), study.options.seed))
+
+
+def bounds(study: BypassContext) -> None:
+    """E7: what a bypass can change, and what it does change."""
+    n = study.options.bounds_sequences
+    if not n:
+        return
+    seqs = study.chosen(n)[MEMORIZED]
+    result = attention_bypass_bounds(study.model, seqs, progress=study.progress)
+    study.folder.add_result(
+        "bounds", result, title="Bounds of what a bypass can change", lead=text.BOUNDS_LEAD,
+        figures=[FigureRequest(reading=""), FigureRequest({"metric": "kl"}, reading="")],
+    )  # fmt: skip
+    agreements = []
+    models = {"this model": study.model}
+    if study.options.untrained_control:
+        models[UNTRAINED] = study.twin
+    for name, model in models.items():
+        measured = result if name == "this model" else attention_bypass_bounds(model, seqs, progress=False)
+        guessed = bypass_predictor(model, seqs, progress=False)
+        for predictor in ("predictor", "relative_predictor"):
+            if study.n_layers > 2:
+                found = predictor_agreement(
+                    guessed, measured, "kl", predictor=predictor, seed=study.options.seed
+                )
+                agreements.append({"weights": name, **asdict(found)})
+    if agreements:
+        study.folder.add_table(
+            "predictor", pd.DataFrame(agreements),
+            title="How well a guess from one pass orders the layers", section="bounds",
+        )  # fmt: skip
+    study.folder.find(control.bounded(result, pd.DataFrame(agreements)))
+
+
+def _edited(study: BypassContext, model: Any, seqs: SequenceSet, name: str) -> Result:
+    edits = control_edits(model, seqs, study.options.edits, study.n_layers)
+    settings = {"edits": list(study.options.edits)}
+    work = partial(sweep, model, seqs, edits, _CONTROL_METRICS, kind="bypass_controls", settings=settings)
+    return study.folder.kept(f"edits_{name}", partial(work, progress=study.progress))
+
+
+def _elsewhere(study: BypassContext, search: LayerSetSearch) -> dict[str, Result]:
+    """Return what the best set does to each group."""
+    layers = search.sets[search.best["any"]]
+    edit = bypass_intervention(study.model, layers, mode=study.options.mode)
+    return {
+        name: study.folder.kept(
+            f"best_set_{name}",
+            partial(sweep, study.model, group, [edit], ("target_logprob",), progress=False),
+        )
+        for name, group in study.chosen(study.options.control_sequences).items()
+    }

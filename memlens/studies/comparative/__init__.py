@@ -1,0 +1,1 @@
+"""The comparative study (arXiv 2603.21658)."""

@@ -1,0 +1,207 @@
+"""How frequent the tokens of memorized sequences are: by position, at the boundary, and as a threshold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Bool, Float, Int
+
+from memlens.errors import ResultError
+from memlens.results.result import Result
+from memlens.results.statistics.agreement import roc_area
+from memlens.results.statistics.estimates import Estimate, mean_estimate
+from memlens.results.statistics.intervals import mean_interval
+from memlens.sequences.set import SequenceSet
+
+BUCKETS = ("M = 1", "M about 0.5", "M = 0")
+
+
+def token_frequencies(seqs: SequenceSet, counts: Int[np.ndarray, " vocab"], counted_in: str) -> Result:
+    """Return how frequent each token of each sequence is in a corpus, by its place from the boundary.
+
+    Args:
+        seqs: The sequences.
+        counts: How often each token id stands in the corpus.
+        counted_in: Which corpus, for the record.
+
+    Returns:
+        Kind "token_frequency": `per_million` `(sequence, offset)`: occurrences in a million tokens. Offset 0
+        is the first continuation token, -1 the last token of the prefix; NaN outside a sequence.
+
+    Raises:
+        ResultError: A token id has no count.
+    """
+    largest = int(seqs.tokens.max())
+    if largest >= len(counts):
+        raise ResultError(f"token id {largest} has no count: {len(counts)} ids are counted in {counted_in}.")
+    scale = 1e6 / max(float(counts.sum()), 1.0)
+    before, after = int(seqs.prefix_len.max()), seqs.max_targets
+    values = np.full((len(seqs), before + after), np.nan, dtype=np.float32)
+    for i, (row, prefix) in enumerate(zip(seqs.rows(), seqs.prefix_len.tolist(), strict=True)):
+        values[i, before - prefix : before - prefix + len(row)] = counts[row] * scale
+    coords: dict[str, Any] = {"sequence": np.array(seqs.ids), "offset": np.arange(-before, after)}
+    data = xr.Dataset({"per_million": (("sequence", "offset"), values)}, coords)
+    settings = {"counted_in": counted_in, "tokens_counted": int(counts.sum())}
+    return Result.create(data, kind="token_frequency", settings=settings)
+
+
+def bucket_labels(scores: Float[np.ndarray, " seq"], *, half_width: float = 0.1) -> np.ndarray:
+    """Return the bucket of each memorization score, "" for those in none.
+
+    >>> bucket_labels(np.array([1.0, 0.45, 0.0, 0.2])).tolist()
+    ['M = 1', 'M about 0.5', 'M = 0', '']
+    """
+    out = np.full(len(scores), "", dtype=object)
+    for label, chosen in zip(
+        BUCKETS, (scores == 1, np.abs(scores - 0.5) <= half_width + 1e-9, scores == 0), strict=True
+    ):
+        out[chosen] = label
+    return out
+
+
+def frequency_by_offset(result: Result, buckets: np.ndarray, *, seed: int = 0) -> pd.DataFrame:
+    """Return the mean token frequency at each place, in each bucket.
+
+    Returns:
+        Columns `bucket`, `offset`, `n`, `mean`, `low`, `high` (occurrences in a million; bootstrap over
+        sequences). Buckets without sequences are not there.
+    """
+    rows = []
+    for bucket in [*BUCKETS, *sorted(set(buckets) - {*BUCKETS, ""})]:
+        if not (buckets == bucket).any():
+            continue
+        part = result["per_million"].isel(sequence=buckets == bucket)
+        found = mean_interval(part, method="bootstrap", n_resamples=500, seed=seed)
+        for i, offset in enumerate(part["offset"].values.tolist()):
+            mean, low, high = found.values[:, i]
+            rows.append((bucket, offset, int(found["n"].values[i]), mean, low, high))
+    return pd.DataFrame(rows, columns=["bucket", "offset", "n", "mean", "low", "high"])
+
+
+def boundary_table(result: Result, buckets: np.ndarray, *, seed: int = 0) -> pd.DataFrame:
+    """Return how the token frequency changes at the first continuation token, in each bucket.
+
+    Returns:
+        Columns `bucket`, `n`, `prefix` (mean over the prefix), `last` (its last token), `first` (the first
+        continuation token), `continuation` (mean), in occurrences in a million; `change` = first - prefix,
+        each sequence against itself, with `low` and `high` (bootstrap over sequences).
+    """
+    rows = []
+    array = result["per_million"]
+    offsets = array["offset"].values
+    for bucket in BUCKETS:
+        part = array.isel(sequence=buckets == bucket)
+        if not part.sizes["sequence"]:
+            continue
+        prefix = part.isel(offset=offsets < 0).mean("offset")
+        first = part.sel(offset=0)
+        change = mean_estimate(first - prefix, seed=seed)
+        rest = part.isel(offset=offsets >= 0).mean("offset")
+        rows.append(
+            (
+                bucket, change.n, float(prefix.mean()), float(part.sel(offset=-1).mean()),
+                float(first.mean()), float(rest.mean()), change.value, change.low, change.high,
+            )
+        )  # fmt: skip
+    columns = ["bucket", "n", "prefix", "last", "first", "continuation", "change", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def boundary_gap(result: Result, buckets: np.ndarray, *, seed: int = 0) -> Estimate:
+    """Return the change of frequency at the boundary of M = 1 sequences minus that of M = 0 ones.
+
+    The change is first continuation token minus mean of the prefix, in occurrences in a million; bootstrap
+    over sequences, each bucket on its own. NaN where a bucket has fewer than two.
+    """
+    array = result["per_million"]
+    change = (array.sel(offset=0) - array.isel(offset=array["offset"].values < 0).mean("offset")).values
+    parts = [change[buckets == bucket] for bucket in (BUCKETS[0], BUCKETS[2])]
+    if min(map(len, parts)) < 2:
+        return Estimate(np.nan, np.nan, np.nan, sum(map(len, parts)))
+    rng = np.random.default_rng(seed)
+    drawn = [part[rng.integers(0, len(part), (2000, len(part)))].mean(1) for part in parts]
+    low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5])
+    value = float(parts[0].mean() - parts[1].mean())
+    return Estimate(value, float(low), float(high), sum(map(len, parts)))
+
+
+def mean_log_frequencies(result: Result, part: str = "all") -> Float[np.ndarray, " seq"]:
+    """Return each sequence's mean of log10(1 + occurrences in a million).
+
+    Args:
+        result: See `token_frequencies`.
+        part: Over "all" tokens, the "prefix" or the "continuation".
+    """
+    array = result["per_million"]
+    offsets = array["offset"].values
+    chosen = {"all": offsets == offsets, "prefix": offsets < 0, "continuation": offsets >= 0}[part]
+    return np.nanmean(np.log10(1 + array.values[:, chosen]), axis=1)
+
+
+def youden(score: Float[np.ndarray, " seq"], label: Bool[np.ndarray, " seq"]) -> tuple[float, float, float]:
+    """Return the cut that best parts positives from negatives: Youden's J = sensitivity + specificity - 1.
+
+    A sequence is called positive where its score is at least the cut.
+
+    Returns:
+        The cut (a value that occurs), sensitivity and specificity there; the first of equally good cuts.
+
+    >>> youden(np.array([1.0, 2.0, 3.0, 4.0]), np.array([False, False, True, True]))
+    (3.0, 1.0, 1.0)
+    """
+    cuts = np.unique(score)
+    positive, negative = np.sort(score[label]), np.sort(score[~label])
+    sensitivity = 1 - np.searchsorted(positive, cuts, "left") / len(positive)
+    specificity = np.searchsorted(negative, cuts, "left") / len(negative)
+    best = int(np.argmax(sensitivity + specificity))
+    return float(cuts[best]), float(sensitivity[best]), float(specificity[best])
+
+
+def frequency_threshold(
+    frequency: Float[np.ndarray, " seq"],
+    scores: Float[np.ndarray, " seq"],
+    domains: np.ndarray | None = None,
+    *,
+    below: float = 0.5,
+) -> pd.DataFrame:
+    """Return the frequency that best parts memorized (M = 1) from unmemorized (M < `below`) sequences.
+
+    Where the area is under 1/2 memorized sequences are the *less* frequent ones, and the cut is taken from
+    that side. With domains a second row compares inside domains: frequencies have their domain's mean taken
+    off, so that it is not the domains that are told apart (its cut is relative to that mean).
+
+    Args:
+        frequency: Mean log10 frequency of each sequence.
+        scores: M of each.
+        domains: Its domain.
+        below: Unmemorized are those under it.
+
+    Returns:
+        Columns `comparison` ("all", "inside domains"), `area`, `low`, `high` (DeLong), `more_frequent`
+        (whether memorized is the more frequent side), `threshold`, `sensitivity`, `specificity`, `youden`,
+        `memorized`, `unmemorized`. Empty where one of the groups is.
+    """
+    chosen = (scores == 1) | (scores < below)
+    label, values = scores[chosen] == 1, frequency[chosen]
+    columns = [
+        "comparison", "area", "low", "high", "more_frequent", "threshold", "sensitivity", "specificity",
+        "youden", "memorized", "unmemorized",
+    ]  # fmt: skip
+    if label.all() or not label.any():
+        return pd.DataFrame(columns=columns)
+    rows = [("all", *_cut(values, label))]
+    if domains is not None and len(set(domains[chosen])) > 1:
+        groups = pd.Series(values).groupby(np.asarray(domains)[chosen].astype(str))
+        rows.append(("inside domains", *_cut(values - groups.transform("mean").to_numpy(), label)))
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _cut(values: np.ndarray, label: np.ndarray) -> tuple[Any, ...]:
+    area = roc_area(values, label)
+    sign = 1.0 if area.area >= 0.5 else -1.0
+    cut, sensitivity, specificity = youden(sign * values, label)
+    numbers = (sign * cut, sensitivity, specificity, sensitivity + specificity - 1)
+    return area.area, area.low, area.high, sign > 0, *numbers, area.n_positive, area.n_negative

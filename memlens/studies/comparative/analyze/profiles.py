@@ -1,0 +1,184 @@
+"""How important heads are spread over depth: a model's profile, and how alike the profiles of models are.
+
+A profile is one number a layer, normed to sum 1 and interpolated to a common grid of relative depth, so that
+models of different depth can be set beside each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
+
+from memlens.errors import ResultError, check_option
+from memlens.studies.comparative.analyze.heads import top_set
+
+PROFILES = ("sum", "count", "mean")
+SIMILARITIES = ("cosine", "pearson")
+
+
+def layer_profile(
+    importance: Float[np.ndarray, "... layer head"], *, kind: str = "sum", fraction: float = 0.2
+) -> Float[np.ndarray, "... layer"]:
+    """Return how much of a model's importance lies in each layer; it sums to 1.
+
+    Kinds: "sum" adds the importance of the heads in the top set, "count" counts them, "mean" averages all
+    heads of a layer. What is below 0 counts as 0. Where nothing is above 0 the profile is even.
+
+    >>> layer_profile(np.array([[3.0, 0.1], [1.0, 0.0]]), kind="sum", fraction=0.5).tolist()
+    [0.75, 0.25]
+    >>> layer_profile(np.array([[3.0, 0.1], [1.0, 0.0]]), kind="count", fraction=0.5).tolist()
+    [0.5, 0.5]
+    """
+    check_option("profile", kind, PROFILES)
+    shape = importance.shape
+    if kind == "mean":
+        values = np.maximum(importance.mean(-1), 0)
+    else:
+        chosen = top_set(importance.reshape(*shape[:-2], -1), fraction).reshape(shape)
+        weight = np.ones(shape) if kind == "count" else np.maximum(importance, 0)
+        values = np.where(chosen, weight, 0).sum(-1)
+    total = values.sum(-1, keepdims=True)
+    return np.where(total > 0, values / np.where(total > 0, total, 1), 1 / shape[-2])
+
+
+def on_grid(profile: Float[np.ndarray, " layer"], bins: int) -> Float[np.ndarray, " bin"]:
+    """Return a profile on `bins` places of relative depth; it sums to 1.
+
+    Block l of L stands at (l + 1/2) / L, bin b of B at (b + 1/2) / B; between blocks it is linear, beyond the
+    first and the last it stays.
+
+    >>> on_grid(np.array([0.25, 0.75]), 4).round(3).tolist()
+    [0.125, 0.188, 0.312, 0.375]
+    """
+    layers = (np.arange(len(profile)) + 0.5) / len(profile)
+    values = np.interp((np.arange(bins) + 0.5) / bins, layers, profile)
+    return values / values.sum()
+
+
+def similarity_matrix(
+    profiles: Float[np.ndarray, "model bin"], kind: str = "cosine"
+) -> Float[np.ndarray, "model model"]:
+    """Return the cosine (or Pearson's correlation: cosine after each one's mean is taken off) of all pairs.
+
+    An even profile has no correlation with anything: 0.
+    """
+    check_option("similarity", kind, SIMILARITIES)
+    rows = profiles - profiles.mean(1, keepdims=True) if kind == "pearson" else profiles
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = np.where(lengths > 1e-12, rows / np.maximum(lengths, 1e-12), 0)
+    found = np.clip(rows @ rows.T, -1, 1)
+    np.fill_diagonal(found, 1)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class FamilyTest:
+    """Whether a model's family can be told from its profile.
+
+    Attributes:
+        table: One row a statistic: `statistic`, `value`, `null_mean`, `null_low`, `null_high`, `p`, `n`.
+            "within": mean similarity of pairs of one family; "across": of two; "difference"; "accuracy": of
+            the leave-one-out classification. `n` counts pairs, and for accuracy models that can be classified
+            at all (their family has another one).
+        predicted: One row such model: `model`, `family`, `predicted`.
+        labelings: In how many ways the families' labels can be dealt to the models: one over it is the
+            smallest p that there is.
+    """
+
+    table: pd.DataFrame
+    predicted: pd.DataFrame
+    labelings: int
+
+
+def family_test(
+    similarity: Float[np.ndarray, "model model"],
+    models: Sequence[str],
+    families: Sequence[str],
+    *,
+    n_permutations: int = 999,
+    seed: int = 0,
+) -> FamilyTest:
+    """Test whether profiles are more alike within families, and whether they give the family away.
+
+    Leave one out: each model is given to the family of whose *other* models it is most similar on average.
+    The null of every number: family labels shuffled over the models, `p` the share of it at least as large.
+
+    Args:
+        similarity: Of all pairs of models.
+        models: Their names.
+        families: Their families.
+        n_permutations: Of the null.
+        seed: Of the null.
+
+    Raises:
+        ResultError: There are fewer than three models, one family, or no family with two models.
+    """
+    codes, names = pd.factorize(np.asarray(families, dtype=object))
+    if len(models) < 3 or len(names) < 2 or np.bincount(codes).max() < 2:
+        raise ResultError(
+            f"{len(models)} models of {len(names)} families say nothing of families: give three or more "
+            "models, of two or more families, one of them with two or more."
+        )
+    rng = np.random.default_rng(seed)
+    seen = _family_numbers(similarity, codes)
+    null = np.array([_family_numbers(similarity, rng.permutation(codes)) for _ in range(n_permutations)])
+    upper = np.triu_indices(len(codes), 1)
+    same = int((codes[upper[0]] == codes[upper[1]]).sum())
+    able = np.bincount(codes)[codes] > 1
+    counts = (same, len(upper[0]) - same, len(upper[0]), int(able.sum()))
+    rows = []
+    for i, name in enumerate(("within", "across", "difference", "accuracy")):
+        low, high = np.percentile(null[:, i], [2.5, 97.5])
+        p = (1 + (null[:, i] >= seen[i] - 1e-12).sum()) / (1 + len(null))
+        rows.append((name, seen[i], null[:, i].mean(), low, high, p, counts[i]))
+    columns = ["statistic", "value", "null_mean", "null_low", "null_high", "p", "n"]
+    guesses = _classified(similarity, codes)
+    predicted = pd.DataFrame({"model": models, "family": families, "predicted": names[guesses]})
+    labelings = math.factorial(len(codes)) // math.prod(
+        math.factorial(n) for n in np.bincount(codes).tolist()
+    )
+    left = predicted.loc[able].reset_index(drop=True)
+    return FamilyTest(pd.DataFrame(rows, columns=columns), left, labelings)
+
+
+def _family_numbers(similarity: np.ndarray, codes: Int[np.ndarray, " model"]) -> tuple[float, ...]:
+    upper = np.triu_indices(len(codes), 1)
+    values, same = similarity[upper], codes[upper[0]] == codes[upper[1]]
+    within, across = float(values[same].mean()), float(values[~same].mean())
+    able = np.bincount(codes)[codes] > 1
+    return within, across, within - across, float((_classified(similarity, codes) == codes)[able].mean())
+
+
+def _classified(similarity: np.ndarray, codes: Int[np.ndarray, " model"]) -> Int[np.ndarray, " model"]:
+    """Return the family of whose other models each model is most similar on average."""
+    members = (codes[:, None] == np.arange(codes.max() + 1)).astype(float)
+    own = np.diag(similarity)[:, None] * members
+    counts = members.sum(0) - members
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = (similarity @ members - own) / counts
+    return np.where(counts > 0, means, -np.inf).argmax(1)
+
+
+def cluster(
+    similarity: Float[np.ndarray, "model model"], method: str = "average"
+) -> tuple[Float[np.ndarray, "merge 4"], list[int]]:
+    """Return the merges of a hierarchical clustering (scipy's form) and the order of its leaves.
+
+    The distance is 1 - similarity.
+
+    >>> merges, order = cluster(np.array([[1, 0.2, 0.9], [0.2, 1, 0.1], [0.9, 0.1, 1]]))
+    >>> merges[0, :2].tolist(), len(order)
+    ([0.0, 2.0], 3)
+    """
+    distance = np.maximum(1 - similarity, 0)
+    np.fill_diagonal(distance, 0)
+    merges: Any = hierarchy.linkage(squareform(distance, checks=False), method)
+    return merges, hierarchy.leaves_list(merges).tolist()

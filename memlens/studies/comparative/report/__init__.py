@@ -1,0 +1,1 @@
+"""Tables, sections and claims of the comparative study."""

@@ -1,0 +1,1 @@
+"""The idioms study (arXiv 2210.03588)."""

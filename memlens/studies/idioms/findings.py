@@ -1,0 +1,437 @@
+"""Tables and findings of the idiom study, each number with its interval and its control."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from scipy import stats
+
+from memlens.report.model import Finding
+from memlens.results.result import Result
+from memlens.results.statistics.comparison import compare_groups, corrected
+from memlens.results.statistics.estimates import Estimate, chosen_site, mean_estimate, share_estimate
+from memlens.results.statistics.intervals import halves, mean_interval
+from memlens.studies.idioms.options import IdiomOptions
+
+RECALLED, MISSED = "recalled", "not recalled"
+_SUBSETS = {
+    "hard_to_guess": ("hard to guess (flag)", True),
+    "prompt_comp_ind": ("not predictable from a part of the prompt (flag)", False),
+    "similarity_ind": ("target not similar to a prompt word (flag)", False),
+    "frequent_target_ind": ("content-word target (flag)", True),
+    "definition": ("without dictionary definitions", False),
+    "shared_prompt": ("prompt of one idiom only", False),
+    "object_in_subject": ("object not in the subject", False),
+}
+_MATCHED = ("first_promotion", "near_promotion", "stable_promotion", "boost", "promotion_share")
+
+
+def resid_post(result: Result) -> Result:
+    """Return what was decoded after whole blocks."""
+    data = result.data
+    return Result(data.sel(stream="resid_post", drop=True) if "stream" in data.dims else data)
+
+
+# ---- what is recalled ------------------------------------------------------------------------------------
+
+
+def recalled(name: str, table: pd.DataFrame) -> Finding:
+    """The share of items whose target is the model's prediction."""
+    share = share_of(table["exact_match"])
+    return Finding(
+        f"{name.capitalize()}: what is recalled",
+        f"The model predicts the target of {int(share.value * share.n + 0.5)} of {len(table)} {name}.",
+        share.value,
+        share.low,
+        share.high,
+        f"share of {name}",
+        share.n,
+        _subset_words(table),
+    )
+
+
+def _subset_words(table: pd.DataFrame) -> str | None:
+    rows = recall_by_subset(table).iloc[1:]
+    parts = [f"{row.subset}: {row.recalled:.3g} of {row.n}" for row in rows.head(5).itertuples()]
+    return "; ".join(parts) or None
+
+
+def recall_by_subset(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the recalled share of all items and of each subset that the file's flags and columns define.
+
+    Args:
+        table: One row an item, with `exact_match`.
+
+    Returns:
+        Columns `subset`, `n`, `recalled`, `low`, `high` (Wilson, 95 %).
+    """
+    subsets: dict[str, np.ndarray] = {"all": np.ones(len(table), dtype=bool)}
+    for column, (label, wanted) in _SUBSETS.items():
+        if column in table:
+            subsets[label] = table[column].astype(bool).to_numpy() == wanted
+    if {"hard_to_guess", "frequent_target_ind"} <= set(table):
+        both = table["hard_to_guess"].astype(bool) & table["frequent_target_ind"].astype(bool)
+        subsets["hard to guess and content-word target (flags)"] = both.to_numpy()
+    for column in ("source", "relation", "domain"):
+        values = np.array(table[column], dtype=str) if column in table else np.array([])
+        if 1 < len(set(values)) <= 20:
+            subsets |= {f"{column} {value}": values == value for value in sorted(set(values))}
+    rows = []
+    for label, chosen in subsets.items():
+        share = share_of(table.loc[chosen, "exact_match"])
+        rows.append((label, share.n, share.value, share.low, share.high))
+    return pd.DataFrame(rows, columns=["subset", "n", "recalled", "low", "high"])
+
+
+def recall_by_frequency(table: pd.DataFrame, column: str, *, bins: int = 10) -> pd.DataFrame:
+    """Return the recalled share against a frequency: each value, or quantile bins where there are many.
+
+    Args:
+        table: One row an item, with `exact_match` and the column.
+        column: A number that is known of each item: copies, frequency, popularity.
+        bins: Most rows; where there are more values they are cut into so many quantile bins.
+
+    Returns:
+        Columns `from`, `to` (the values of the bin), `n`, `recalled`, `low`, `high` (Wilson, 95 %).
+    """
+    values, hits = (np.array(table[name], dtype=float) for name in (column, "exact_match"))
+    many = len(np.unique(values)) > bins
+    label = np.asarray(pd.qcut(values, bins, labels=False, duplicates="drop") if many else values)
+    rows = []
+    for value in np.unique(label[np.isfinite(values)]):
+        chosen = label == value
+        share = share_of(hits[chosen])
+        ends = float(values[chosen].min()), float(values[chosen].max())
+        rows.append((*ends, share.n, share.value, share.low, share.high))
+    return pd.DataFrame(rows, columns=["from", "to", "n", "recalled", "low", "high"])
+
+
+def rises_with_frequency(name: str, table: pd.DataFrame, column: str, seed: int) -> Finding:
+    """Whether recall rises with a frequency: Spearman's rank correlation over items, with its interval."""
+    x, y = table[column].to_numpy(float), table["exact_match"].to_numpy(float)
+    found = _spearman(x, y, seed)
+    bins = recall_by_frequency(table, column)
+    first, last = bins.iloc[0], bins.iloc[-1]
+    return Finding(
+        f"{name.capitalize()}: recall against {column}",
+        f"Of the {int(first['n'])} {name} with the fewest {column} ({first['from']:g} to {first['to']:g}) "
+        f"{first['recalled']:.3g} are recalled, of the {int(last['n'])} with the most ({last['from']:g} to "
+        f"{last['to']:g}) {last['recalled']:.3g}; the number is Spearman's rank correlation over all.",
+        found.value,
+        found.low,
+        found.high,
+        "rank correlation",
+        found.n,
+        "by value: "
+        + ", ".join(f"{share:.2f} at {to:g}" for to, share in bins[["to", "recalled"]].to_numpy()),
+    )
+
+
+def _spearman(x: np.ndarray, y: np.ndarray, seed: int) -> Estimate:
+    kept = np.isfinite(x) & np.isfinite(y)
+    x, y = x[kept], y[kept]
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return Estimate(np.nan, np.nan, np.nan, len(x))
+    rows = np.random.default_rng(seed).integers(0, len(x), (2000, len(x)))
+    a, b = (stats.rankdata(v[rows], axis=1) for v in (x, y))
+    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        drawn = (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    found: Any = stats.spearmanr(x, y)
+    return Estimate(float(found.statistic), float(low), float(high), len(x))
+
+
+def share_of(hits: Any) -> Estimate:
+    """Return the share of ones with Wilson's interval; NaN where there are none to count."""
+    if not len(hits):
+        return Estimate(np.nan, np.nan, np.nan, 0)
+    return share_estimate(xr.DataArray(np.asarray(hits, dtype=float), dims="sequence"))
+
+
+# ---- the two phases --------------------------------------------------------------------------------------
+
+
+def decoded_in_words(decoded: Mapping[str, Result]) -> str:
+    """Say of each group how sure the model is in the end, and from which layer its prediction is on top."""
+    parts = []
+    for group, result in decoded.items():
+        data = resid_post(result).data
+        final = mean_estimate(data["predicted_probability"].isel(layer=-1).mean("target"))
+        rank = data["predicted_rank"].transpose("sequence", "layer", "target").values
+        ranks = np.nanmean(np.log1p(rank), axis=(0, 2))
+        stays = np.logical_and.accumulate(np.exp(ranks[::-1]) < 2)[::-1]
+        first = f"{data['layer'].values[stays][0]} on" if stays.any() else "no layer on"
+        parts.append(
+            f"{group[:1].upper()}{group[1:]} (n = {final.n}): the predicted token ends with a mean "
+            f"probability of {final}; its geometric mean rank is below 2 (1 is the top) from layer {first}."
+        )
+    return "\n\n".join(parts)
+
+
+def boundary(name: str, lens: str, phases: pd.DataFrame, n_layers: int) -> Finding:
+    """The layer at which a group's predictions are on top: the first of median rank 0."""
+    rows = _quantity(phases, "boundary")
+    main = rows[RECALLED]
+    where = (
+        f"after layer {main.value:.3g} of 0 to {n_layers - 1}"
+        if np.isfinite(main.value)
+        else "after no layer but by chance: the median rank never is 0"
+    )
+    return Finding(
+        f"{name.capitalize()}: from promotion to boosting ({lens})",
+        f"For recalled {name} the predicted token has a median rank of 0 first {where}.",
+        main.value,
+        main.low,
+        main.high,
+        "layer",
+        main.n,
+        _others(rows, "layer"),
+    )
+
+
+def boosting(name: str, phases: pd.DataFrame) -> Finding:
+    """How much of the final probability comes after the prediction is on top for good."""
+    rows, shares = _quantity(phases, "boost"), _quantity(phases, "promotion_share")
+    main = rows[RECALLED]
+    return Finding(
+        f"{name.capitalize()}: how much is boosting",
+        "From the layer at which it is on top for good, the probability of a recalled item's predicted "
+        f"token rises by {main} to the last layer; {shares[RECALLED]} of the final probability is there at "
+        "once.",
+        main.value,
+        main.low,
+        main.high,
+        "probability",
+        main.n,
+        _others(rows, "of probability"),
+    )
+
+
+def _quantity(phases: pd.DataFrame, quantity: str, token: str = "predicted") -> dict[str, Estimate]:
+    chosen = phases[(phases["quantity"] == quantity) & (phases["token"] == token)]
+    return {
+        str(row.group): Estimate(float(row.value), float(row.low), float(row.high), int(row.n))  # pyright: ignore
+        for row in chosen.itertuples()
+    }
+
+
+def matched_table(mine: Result, theirs: Result, control: str, options: IdiomOptions) -> pd.DataFrame:
+    """Compare recalled items with their matched controls, phase by phase.
+
+    Returns:
+        Columns `control`, `quantity`, `recalled`, `control_mean`, `difference`, `low`, `high`, `p`, `pairs`:
+        means over the pairs that have both values, paired bootstrap interval, sign-flip permutation test.
+    """
+    rows = []
+    for name in _MATCHED:
+        a, b = (result[name].values[:, 0] for result in (mine, theirs))
+        both = np.isfinite(a) & np.isfinite(b)
+        if both.sum() < 2:
+            continue
+        parts = [Result(result.data.isel(sequence=both)) for result in (mine, theirs)]
+        found = compare_groups(parts[0], parts[1], name, n_resamples=options.n_resamples, seed=options.seed)
+        values = [float(found[key].squeeze()) for key in ("difference", "low", "high", "p")]
+        rows.append((control, name, a[both].mean(), b[both].mean(), *values, int(both.sum())))
+    columns = ["control", "quantity", "recalled", "control_mean", "difference", "low", "high", "p", "pairs"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def with_corrected_p(table: pd.DataFrame) -> pd.DataFrame:
+    """Add `p_corrected`, Benjamini and Hochberg's over all rows."""
+    return table.assign(p_corrected=corrected(table["p"].to_numpy(float)))
+
+
+def unmatched(name: str, options: IdiomOptions) -> Finding:
+    """The finding where too few items have a control that is alike."""
+    return Finding(
+        f"{name.capitalize()}: recalled beside matched predictions",
+        f"Fewer than two recalled {name} have a control within the calipers ({options.length_caliper:g} "
+        f"tokens, {options.probability_caliper:g} of probability): nothing is said of how they differ from "
+        "other predictions that the model is as sure of.",
+    )
+
+
+def matched_promotion(name: str, table: pd.DataFrame) -> Finding:
+    """Whether recalled items are promoted earlier than others that the model is as sure of."""
+    rows = table[table["quantity"] == "stable_promotion"]
+    main = rows.iloc[0]
+    clear = main["p"] < 0.05  # the bootstrap alone is too sure of few pairs
+    words = "earlier" if clear and main["high"] < 0 else "later" if clear and main["low"] > 0 else None
+    words = words or "not clearly earlier or later"
+    others = [
+        f"against {row.control}: {row.difference:.3g} [{row.low:.3g}, {row.high:.3g}] layers, "
+        f"p = {row.p:.2g}, {row.pairs} pairs"
+        for row in rows.iloc[1:].itertuples()
+    ]
+    return Finding(
+        f"{name.capitalize()}: recalled beside matched predictions",
+        f"Of pairs alike in prompt length and final probability, the prediction of the recalled item is on "
+        f"top for good {words} than that of the one from {main['control']} (difference in layers; sign-flip "
+        f"test p = {main['p']:.2g}). Early promotion alone is no sign of recall.",
+        float(main["difference"]),
+        float(main["low"]),
+        float(main["high"]),
+        "layers",
+        int(main["pairs"]),
+        "; ".join(others) or None,
+    )
+
+
+def _others(found: Mapping[str, Estimate], unit: str) -> str | None:
+    return spoken({name: value for name, value in found.items() if name != RECALLED}, unit)
+
+
+def spoken(found: Mapping[str, Estimate], unit: str = "") -> str | None:
+    """Return several estimates in one line; None where there are none."""
+    unit = f" {unit}" if unit else ""
+    return "; ".join(f"{name} {value}{unit}, n = {value.n}" for name, value in found.items()) or None
+
+
+_MEAN = {"flipped": "", "logprob": "_change"}
+
+
+def largest_shared_k(result: Result) -> int:
+    """Return the largest k that every selection has."""
+    flipped = result["prediction_flipped"]
+    over = [dim for dim in flipped.dims if dim not in ("k", "selection")]
+    there = flipped.notnull().any(over)
+    there = there.all("selection") if "selection" in there.dims else there
+    return int(there["k"].values[there.values].max())
+
+
+def knock_out_table(result: Result, dominant: Mapping[str, Result], options: IdiomOptions) -> pd.DataFrame:
+    """Return one row a knock-out of each group and selection: flips with Wilson intervals, and the cost.
+
+    Returns:
+        Columns `group`, `selection`, `k`, `window`, `layer` (the window's first), `n`, `flipped`,
+        `flipped_low`, `flipped_high` (share of items whose prediction changes, 95 % Wilson),
+        `logprob_change`, `logprob_low`, `logprob_high` (of the target, nats, bootstrap over items).
+    """
+    parts = [_rows(part, RECALLED, label, options) for label, part in _by_selection(result)]
+    parts += [_rows(part, name, "dominant", options) for name, part in dominant.items() if name != RECALLED]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _by_selection(result: Result) -> Iterator[tuple[str, Result]]:
+    if "selection" not in result.data.dims:
+        yield "dominant", result
+        return
+    for label in result.data["selection"].values:
+        yield str(label), Result(result.data.sel(selection=label, drop=True))
+
+
+def _rows(part: Result, group: str, selection: str, options: IdiomOptions) -> pd.DataFrame:
+    flips, cost = (
+        _over_draws(array) for array in (part["prediction_flipped"], part.effect("target_logprob"))
+    )
+    shares = mean_interval(flips, method="wilson" if "draw" not in part.data.dims else "bootstrap")
+    change = mean_interval(cost, method="bootstrap", n_resamples=options.n_resamples, seed=options.seed)
+    columns: dict[str, Any] = {"n": shares["n"]}
+    for key, array in (("flipped", shares), ("logprob", change)):
+        for place, statistic in (("", "mean"), ("_low", "low"), ("_high", "high")):
+            columns[f"{key}{place or _MEAN[key]}"] = array.sel(statistic=statistic, drop=True).drop_vars("n")
+    table = xr.Dataset(columns).to_dataframe().reset_index()
+    table = table.loc[table["n"] > 0].assign(group=group, selection=selection)
+    order = ["group", "selection", "k", "window", "layer", "n", "flipped", "flipped_low", "flipped_high"]
+    return table.filter(items=[*order, "logprob_change", "logprob_low", "logprob_high"])
+
+
+def _over_draws(array: xr.DataArray) -> xr.DataArray:
+    return array.mean("draw", skipna=True) if "draw" in array.dims else array
+
+
+def controls_in_words(result: Result, k: int) -> str:
+    """Say how many predictions each selection of k neurons flips, over all windows."""
+    parts = []
+    for label, part in _by_selection(result):
+        flips = _over_draws(part["prediction_flipped"]).sel(k=k)
+        parts.append(f"{label.replace('_', ' ')} {mean_estimate(flips.mean(('layer', 'window')))}")
+    return f"Mean share of predictions flipped over all windows, k = {k}: {', '.join(parts)}."
+
+
+def knocked_out(name: str, result: Result, dominant: Mapping[str, Result], seed: int) -> Iterator[Finding]:
+    """Where the dominant neurons matter: the strongest window, and early against late ones."""
+    k = largest_shared_k(result)
+    selections = dict(_by_selection(result))
+    one = {label: _over_draws(part["prediction_flipped"]).sel(k=k) for label, part in selections.items()}
+    yield _strongest(name, k, one, dominant, seed)
+    yield _early_and_late(name, k, one, dominant, seed)
+
+
+def _strongest(
+    name: str, k: int, flips: Mapping[str, xr.DataArray], dominant: Mapping[str, Result], seed: int
+) -> Finding:
+    """The single layer whose dominant neurons flip most predictions."""
+    window = int(flips["dominant"]["window"].min())
+    main = flips["dominant"].sel(window=window)
+    choose, measure = halves(main.sizes["sequence"], seed)
+    layer = chosen_site(_as_result(main), "flipped", choose, of="value", largest=True)["layer"]
+    here = share_estimate(main.sel(layer=layer).isel(sequence=measure))
+    others = {
+        f"{label.replace('_', ' ')} neurons": mean_estimate(
+            array.sel(window=window, layer=layer).isel(sequence=measure), seed=seed
+        )
+        for label, array in flips.items()
+        if label != "dominant"
+    }
+    for group, part in dominant.items():
+        if group != RECALLED:
+            others[group] = share_estimate(part["prediction_flipped"].sel(k=k, window=window, layer=layer))
+    return Finding(
+        f"{name.capitalize()}: the layer whose neurons recall hangs on",
+        f"Zeroing the {k} most dominant of the neurons of layer {layer}{_more(window)} flips the prediction "
+        f"of {here} of the recalled {name} (chosen on one half of them, measured on the other).",
+        here.value,
+        here.low,
+        here.high,
+        "share of predictions flipped",
+        here.n,
+        spoken(others),
+    )
+
+
+def _more(window: int) -> str:
+    return "" if window == 1 else f" and the {window - 1} after it"
+
+
+def _early_and_late(
+    name: str, k: int, flips: Mapping[str, xr.DataArray], dominant: Mapping[str, Result], seed: int
+) -> Finding:
+    """Windows of the first half of the layers against those of the second, each item against itself."""
+    found = {label: _contrast(array, seed) for label, array in flips.items()}
+    for group, part in dominant.items():
+        if group != RECALLED:
+            found[group] = _contrast(part["prediction_flipped"].sel(k=k), seed)
+    early, late, difference = found.pop("dominant")
+    others = {label.replace("_", " "): values[2] for label, values in found.items()}
+    return Finding(
+        f"{name.capitalize()}: early against late layers",
+        f"Zeroing the {k} most dominant neurons of windows inside the first half of the layers flips "
+        f"{early} of the predictions of recalled {name}, of windows inside the second half {late} (mean over "
+        "windows of all lengths; the number is the first minus the second, within items).",
+        difference.value,
+        difference.low,
+        difference.high,
+        "share of predictions flipped",
+        difference.n,
+        spoken(others),
+    )
+
+
+def _contrast(flips: xr.DataArray, seed: int) -> tuple[Estimate, Estimate, Estimate]:
+    n_layers = int(flips["layer"].max()) + 1
+    last = flips["layer"] + flips["window"] - 1
+    early = flips.where(last < n_layers // 2).mean(("layer", "window"), skipna=True)
+    late = flips.where(flips["layer"] >= n_layers // 2).mean(("layer", "window"), skipna=True)
+    return tuple(mean_estimate(array, seed=seed) for array in (early, late, early - late))  # pyright: ignore
+
+
+def _as_result(array: xr.DataArray) -> Result:
+    return Result.create(
+        xr.Dataset({"flipped": array.drop_vars("k", errors="ignore")}), kind="neuron_knockout"
+    )

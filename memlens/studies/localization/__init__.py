@@ -1,0 +1,1 @@
+"""The main job: where does this model recall these sequences?"""

@@ -1,0 +1,295 @@
+"""The main job: where does this model recall these sequences?
+
+Score, decode, attribute, ablate, bypass, patch; every effect beside matched controls that the model does not
+recall, depth beside an untrained twin, and every chosen site chosen on one half of the sequences and
+reported on the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memlens.errors import MemlensError, OptionError, check_option
+from memlens.explorer.edits import ABLATION_MODES
+from memlens.explorer.measuring import ExploreOptions, explore_sequences
+from memlens.explorer.page import READING, caption_of
+from memlens.explorer.payload import explorer_payload
+from memlens.instruments.ablate.heads import HEAD_MODES, ablate_heads
+from memlens.instruments.bypass.bypass import BYPASS_MODES, bypass_attention
+from memlens.instruments.decode.decoding import decode_residual
+from memlens.instruments.decode.logit_attribution import attribute_logits
+from memlens.instruments.patch.patching import PATCH_SITES, patch_activations
+from memlens.models.provenance import describe
+from memlens.organisms.untrained import untrained_like
+from memlens.recall.scores import RecallScores
+from memlens.report.model import FigureRequest
+from memlens.results.groups import join_groups
+from memlens.results.readings import reading
+from memlens.results.result import Result
+from memlens.sequences.checks import check_sequences
+from memlens.sequences.corrupt import corrupt
+from memlens.sequences.set import SequenceSet
+from memlens.studies.localization import findings as find
+from memlens.studies.running import StudyDirectory, StudyRun, at_most
+
+MEMORIZED, CONTROL, UNTRAINED = "memorized", "matched control", "untrained twin"
+
+
+@dataclass(frozen=True)
+class LocalizeOptions:
+    """What `localize` is free to choose; all of it is recorded.
+
+    Attributes:
+        max_sequences: Memorized sequences that are examined; a random choice where there are more.
+        max_patched: Sequences for activation patching.
+        max_positions: Positions for activation patching, spread evenly where there are more.
+        head_mode: How heads are ablated.
+        bypass_mode: How attention is bypassed.
+        patch_site: What is patched.
+        corrupted_position: Which prefix token is replaced for patching, counted from the prefix' end. By
+            default the one before the last, -2: at the last, -1, the first target is predicted, so that
+            restoring the residual there restores that prediction at any depth and says nothing of where the
+            cue went.
+        untrained_control: Also run on freshly drawn weights.
+        explored_memorized: Memorized sequences that the report's explorer shows, a random choice; without any
+            and without controls there is no explorer.
+        explored_controls: Controls that it shows.
+        seed: Seed of every random choice.
+    """
+
+    max_sequences: int = 64
+    max_patched: int = 32
+    max_positions: int = 48
+    head_mode: str = "mean_of_other_heads"
+    bypass_mode: str = "identity"
+    patch_site: str = "resid_pre"
+    corrupted_position: int = -2
+    untrained_control: bool = True
+    explored_memorized: int = 4
+    explored_controls: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_option("head_mode", self.head_mode, HEAD_MODES)
+        check_option("bypass_mode", self.bypass_mode, BYPASS_MODES)
+        check_option("patch_site", self.patch_site, PATCH_SITES)
+        for name in ("max_sequences", "max_patched", "max_positions"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name}={getattr(self, name)} leaves nothing to examine: give 1 or more.")
+        for name in ("explored_memorized", "explored_controls"):
+            if getattr(self, name) < 0:
+                raise OptionError(f"{name}={getattr(self, name)} is negative: give 0 for none.")
+
+
+def localize(
+    model: Any,
+    sequences: SequenceSet,
+    out: str | Path,
+    *,
+    options: LocalizeOptions | None = None,
+    title: str | None = None,
+    command: str | None = None,
+    progress: bool = True,
+) -> StudyRun:
+    """Find where a model recalls sequences, and write results and report to a folder.
+
+    Args:
+        model: A TransformerLens model.
+        sequences: What it may have memorized.
+        out: The folder; results are saved there one by one, as soon as they are there. A second call with
+            the same arguments takes up the sweeps where they stopped.
+        options: See `LocalizeOptions`.
+        title: Heading of the report.
+        command: The command line that makes it again, for the report.
+        progress: Show progress bars.
+
+    Returns:
+        The report's path, the findings, and what failed. A step that fails is named in the report and does
+        not stop those that do not need it.
+
+    Raises:
+        EmptySetError, SequenceError, VocabularyError: The sequences do not fit; before any forward pass.
+
+    Example:
+        >>> import memlens as ml, tempfile
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> run = ml.localize(model, ml.load_sequences("zoo", model), tempfile.mkdtemp())  # doctest: +SKIP
+        >>> run.report.name  # doctest: +SKIP
+        'report.html'
+    """
+    return _Localization(model, sequences, Path(out), options or LocalizeOptions(), progress).run(
+        title, command
+    )
+
+
+class _Localization:
+    def __init__(
+        self, model: Any, seqs: SequenceSet, out: Path, options: LocalizeOptions, progress: bool
+    ) -> None:
+        self.model, self.seqs, self.out, self.options, self.progress = model, seqs, out, options, progress
+
+    def run(self, title: str | None, command: str | None) -> StudyRun:
+        check_sequences(self.seqs, self.model)
+        settings = {"study": "localize", **asdict(self.options)}
+        settings |= {"model": describe(self.model), "sequences": dict(self.seqs.attrs)}
+        title = title or f"Where {describe(self.model)['model']} recalls {len(self.seqs)} sequences"
+        self.folder = StudyDirectory(self.out, title=title, settings=settings, command=command, fresh=True)
+        recall = self.folder.scored("recall", self.model, self.seqs, progress=self.progress)
+        self._keep_recall(recall)
+        memorized = recall.memorized()
+        if len(memorized) < 2:
+            self.folder.findings.clear()
+            self.folder.find(find.nothing_recalled(recall))
+            return self.folder.done()
+        memorized = at_most(memorized, self.options.max_sequences, self.options.seed)
+        groups = self._groups(recall, memorized)
+        self.twin = (
+            untrained_like(self.model, seed=self.options.seed) if self.options.untrained_control else None
+        )
+        self.folder.step("decoding", lambda: self._decode(recall, groups))
+        self.folder.step("head ablation", lambda: self._ablate(groups))
+        self.folder.step("attention bypass", lambda: self._bypass(groups))
+        self.folder.step("activation patching", lambda: self._patch(groups))
+        self.folder.step("logit attribution", lambda: self._attribute(groups))
+        if self.options.explored_memorized + self.options.explored_controls:
+            self.folder.step("explorer", lambda: self._explore(groups))
+        return self.folder.done()
+
+    def _keep_recall(self, recall: RecallScores) -> None:
+        recall.save(self.out / "recall.parquet")
+        self.folder.add_result(
+            "recall", recall.to_result(), title="What is recalled", figures=[FigureRequest()]
+        )
+        self.folder.add_table(
+            "recall_summary", recall.summary().astype({"group": str}), title="Recall, by group"
+        )
+        self.folder.find(find.recalled(recall))
+
+    def _groups(self, recall: RecallScores, memorized: SequenceSet) -> dict[str, SequenceSet]:
+        try:
+            controls = recall.matched_controls(seed=self.options.seed)
+        except MemlensError as error:
+            self.folder.failed("matched controls", error)
+            return {MEMORIZED: memorized}
+        if "matched_to" in controls.table:
+            wanted = controls.table["matched_to"].isin(memorized.table["id"]).to_numpy()
+            controls = controls[np.flatnonzero(wanted)]
+        return {MEMORIZED: memorized, CONTROL: controls}
+
+    def _decode(self, recall: RecallScores, groups: Mapping[str, SequenceSet]) -> None:
+        everything = {**groups, "all not recalled": recall.unmemorized(1.0)}
+        decoded = {
+            name: decode_residual(self.model, seqs, progress=self.progress)
+            for name, seqs in everything.items()
+            if len(seqs)
+        }
+        self._save("residual_decoding", "How the prediction unfolds over layers", decoded, one_sequence=True)
+        self.folder.find(find.promoted(decoded, self.options.seed))
+
+    def _ablate(self, groups: Mapping[str, SequenceSet]) -> None:
+        work = partial(ablate_heads, self.model, mode=self.options.head_mode, seed=self.options.seed)
+        results = {name: self._kept("heads", name, partial(work, seqs)) for name, seqs in groups.items()}
+        self._save("head_ablation", "Which heads matter", results)
+        self.folder.find(find.strongest_head(results, self.options.seed))
+        self.folder.add_table(
+            "heads",
+            find.head_table(results, self.options.seed),
+            title="The heads that matter most for recall",
+        )
+
+    def _bypass(self, groups: Mapping[str, SequenceSet]) -> None:
+        places = [(name, self.model, seqs) for name, seqs in groups.items()]
+        if self.twin is not None:
+            places.append((UNTRAINED, self.twin, groups[MEMORIZED]))
+        mode = self.options.bypass_mode
+        results = {
+            name: self._kept("bypass", name, partial(bypass_attention, model, seqs, mode=mode))
+            for name, model, seqs in places
+        }
+        self._save("attention_bypass", "Which layer's attention matters", results)
+        self.folder.find(find.bypassed_layer(results, self.options.seed))
+
+    def _patch(self, groups: Mapping[str, SequenceSet]) -> None:
+        place = self.options.corrupted_position
+        results: dict[str, Result] = {}
+        corrupted: dict[str, np.ndarray] = {}
+        for name, seqs in groups.items():
+            usable = seqs[np.flatnonzero(seqs.prefix_len.numpy() >= -place)]
+            clean = at_most(usable, self.options.max_patched, self.options.seed)
+            dirty = corrupt(clean, "replace_token", positions=[place], seed=self.options.seed)
+            corrupted[name] = clean.prefix_len.numpy() + place
+            patch = partial(patch_activations, self.model, clean, dirty, site=self.options.patch_site)
+            positions = self._positions(clean, corrupted[name])
+            results[name] = self._kept("patching", name, partial(patch, positions=positions))
+        self._save("activation_patching", "Where the cue stands", results, one_sequence=True)
+        self.folder.find(find.restoring_layer(results, corrupted[MEMORIZED], self.options.seed))
+
+    def _positions(self, seqs: SequenceSet, always: np.ndarray) -> list[int]:
+        """At most `max_positions` positions, spread evenly from the first changed one, and `always`."""
+        first, last = int(always.min()), int(seqs.lengths.max()) - 2
+        spread = (
+            np.linspace(first, last, min(last - first + 1, self.options.max_positions)).round().astype(int)
+        )
+        return np.union1d(spread, always).tolist()
+
+    def _attribute(self, groups: Mapping[str, SequenceSet]) -> None:
+        results = {
+            name: attribute_logits(self.model, seqs, progress=self.progress) for name, seqs in groups.items()
+        }
+        for name, result in results.items():
+            title = f"What writes the target's logit: {name}"
+            self.folder.add_result(
+                f"logit_attribution_{name}", result, title=title, figures=[FigureRequest()]
+            )
+
+    def _kept(self, what: str, group: str, work: Callable[..., Result]) -> Result:
+        return self.folder.kept(f"{what}_{group}", partial(work, progress=self.progress))
+
+    def _explore(self, groups: Mapping[str, SequenceSet]) -> None:
+        counts = {MEMORIZED: self.options.explored_memorized, CONTROL: self.options.explored_controls}
+        chosen = [
+            some.with_table(some.table.assign(group=name))
+            for name, seqs in groups.items()
+            if len(some := at_most(seqs, counts[name], self.options.seed))
+        ]
+        if not chosen:
+            return
+        mode = self.options.head_mode
+        options = ExploreOptions(
+            # A resampled head needs another sequence's tokens at the same places; free decoding has none.
+            ablation=mode if mode in ABLATION_MODES else "mean_of_other_heads",
+            bypass=self.options.bypass_mode,
+        )
+        seqs = reduce(SequenceSet.concat, chosen)
+
+        def look() -> dict[str, Any]:
+            found = explore_sequences(self.model, seqs, options, progress=self.progress)
+            return {"payload": explorer_payload(found), "caption": caption_of(found)}
+
+        shown = self.folder.stored("explorer", self.model, seqs, options, look)
+        lead = "A few of the sequences, drawn by chance from those above, one at a time."
+        self.folder.add_section("explorer", "Look at single sequences", lead)
+        self.folder.add_explorer(
+            "explorer",
+            shown["payload"],
+            section="explorer",
+            reading=READING,
+            caption=shown["caption"],
+        )
+
+    def _save(
+        self, name: str, title: str, results: Mapping[str, Result], *, one_sequence: bool = False
+    ) -> None:
+        """Save the groups as one result, with a figure that sets them side by side."""
+        words = "\n\n".join(f"{group.capitalize()}: {reading(result)}" for group, result in results.items())
+        figures = [FigureRequest({"group": "group"}, reading=words)]
+        if one_sequence:
+            first = str(results[MEMORIZED]["sequence"].values[0])
+            figures.append(FigureRequest({"sequence": first}))
+        self.folder.add_result(name, join_groups(results), title=title, figures=figures)

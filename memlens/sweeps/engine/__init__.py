@@ -1,0 +1,1 @@
+"""The engine: exact and fast. Nothing outside `memlens.sweeps` imports from here."""

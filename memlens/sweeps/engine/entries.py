@@ -1,0 +1,185 @@
+"""Where an intervention's change enters the residual, so that the block it touches need not run.
+
+A hook function is a function of the activation at its own point, and the first point that an
+intervention touches still has its baseline value. So an intervention that edits one point is evaluated on
+the captured baseline, and its change is carried from there to the residual by what the block does with it:
+
+- `resid_pre`, `resid_post`: the residual itself;
+- `mlp_out`, and `attn_out` in parallel blocks: the difference is added after the block;
+- `attn_out` in sequential blocks: the residual between attention and MLP, and the MLP runs;
+- `z`: the output projection, then as `attn_out`.
+
+Which positions changed is seen, not declared: nothing before the first of them is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memlens.forward.blocks import FunctionalBlocks
+from memlens.forward.hooks import HookFn, hook_name, layer_of
+from memlens.sweeps.interventions import Intervention, Reads
+
+_ENTRY_SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z")
+_ORDER = ("resid_pre", "v", "z", "attn_out", "mlp_out", "resid_post")
+"""The points whose baseline may be read, in the order in which a block passes them."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The one point that an intervention edits.
+
+    Attributes:
+        layer: Its block.
+        site: Its site.
+        name: Its hook name.
+        reads: The hook names that it only looks at.
+    """
+
+    layer: int
+    site: str
+    name: str
+    reads: tuple[str, ...]
+
+    def captured(self, parallel: bool) -> set[str]:
+        """The activations that the baseline pass has to keep for it."""
+        beside = {hook_name("attn_out", self.layer)} if self.runs_mlp(parallel) else set()
+        return {self.name, *self.reads, *beside}
+
+    def next_layer(self) -> int:
+        """The first block that runs."""
+        return self.layer if self.site == "resid_pre" else self.layer + 1
+
+    def runs_mlp(self, parallel: bool) -> bool:
+        """Whether the touched block's own MLP runs."""
+        return not parallel and self.site in ("attn_out", "z")
+
+
+@dataclass(frozen=True)
+class Start:
+    """From where an intervention is computed on.
+
+    Attributes:
+        layer: The first block that runs.
+        mid: Whether `resid` stands before the MLP of the block before.
+        resid: The residual there at positions ``first ..``.
+        first: The first position that changed.
+    """
+
+    layer: int
+    mid: bool
+    resid: Float[Tensor, "batch pos d_model"]
+    first: int
+
+
+def entry_of(intervention: Intervention) -> Entry | None:
+    """Return the one point an intervention edits, or None where its blocks have to run."""
+    edits = {name for name, fn in intervention.hooks if not isinstance(fn, Reads)}
+    reads = tuple(name for name, fn in intervention.hooks if isinstance(fn, Reads))
+    if len(edits) != 1:
+        return None
+    (name,) = edits
+    layer, site = _place(name)
+    if layer is None or site not in _ENTRY_SITES:
+        return None
+    here = (layer, _ORDER.index(site))
+    for read in reads:
+        other, read_site = _place(read)
+        if other is None or read_site is None or (other, _ORDER.index(read_site)) >= here:
+            return None
+    return Entry(layer, site, name, reads)
+
+
+def _place(name: str) -> tuple[int | None, str | None]:
+    layer = layer_of(name)
+    if layer is None:
+        return None, None
+    return layer, next((site for site in _ORDER if hook_name(site, layer) == name), None)
+
+
+def edited(
+    hooks: Sequence[tuple[str, Any, HookFn]], entry: Entry, acts: Mapping[str, Tensor]
+) -> Float[Tensor, "batch pos ..."]:
+    """Return the edited activation: what the hooks make of the captured baseline.
+
+    Args:
+        hooks: Names, hook points and functions, in order.
+        entry: The point they edit.
+        acts: The baseline's activations.
+    """
+    for name, point, fn in hooks:
+        if name != entry.name:
+            fn(acts[name].clone(), point)
+    value = acts[entry.name].clone()
+    for name, point, fn in hooks:
+        if name == entry.name:
+            new = fn(value, point)
+            value = value if new is None else new
+    return value
+
+
+def start_of(
+    entry: Entry,
+    new: Float[Tensor, "batch pos ..."],
+    acts: Mapping[str, Tensor],
+    resid: Mapping[int, Tensor],
+    blocks: FunctionalBlocks,
+    stop: int,
+) -> Start | None:
+    """Carry an edited activation to the residual; None where it changes nothing before `stop`.
+
+    Args:
+        entry: The edited point.
+        new: Its edited activation.
+        acts: The baseline's activations.
+        resid: The baseline's residual at each block's input.
+        blocks: The model's blocks.
+        stop: The positions from here on predict nothing.
+    """
+    old = acts[entry.name]
+    first = _first_change(old[:, :stop], new[:, :stop])
+    if first is None:
+        return None
+    here = slice(first, stop)
+    layer, mid = entry.layer, entry.runs_mlp(blocks.blocks[entry.layer].parallel)
+    new, old = new[:, here].to(old.dtype), old[:, here]
+    if entry.site in ("resid_pre", "resid_post"):
+        return Start(entry.next_layer(), False, new, first)
+    if entry.site == "z":
+        change = blocks.head_output_change(layer, *_changed_heads(new, old))
+        if change is None:
+            change = blocks.attention_output(layer, new) - acts[hook_name("attn_out", layer)][:, here]
+    else:
+        change = new - old
+    before = (
+        resid[layer][:, here] + acts[hook_name("attn_out", layer)][:, here]
+        if mid
+        else resid[layer + 1][:, here]
+    )
+    return Start(layer + 1, mid, before + change, first)
+
+
+def changed_from(
+    layer: int, old: Float[Tensor, "batch pos d_model"], new: Float[Tensor, "batch pos d_model"]
+) -> Start | None:
+    """Start at a layer from the whole residual at its input; None where it is the baseline's."""
+    first = _first_change(old, new)
+    return None if first is None else Start(layer, False, new[:, first:], first)
+
+
+def _first_change(old: Tensor, new: Tensor) -> int | None:
+    differs = (new != old).flatten(2).any(-1).any(0)
+    return int(differs.int().argmax()) if bool(differs.any()) else None
+
+
+def _changed_heads(new: Tensor, old: Tensor) -> tuple[Tensor, slice]:
+    """The change of `z` on the heads from the first to the last changed one, and which they are."""
+    changed = torch.nonzero((new != old).any(-1).flatten(0, 1).any(0))[:, 0]
+    heads = slice(int(changed[0]), int(changed[-1]) + 1)
+    return new[:, :, heads] - old[:, :, heads], heads

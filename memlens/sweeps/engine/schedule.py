@@ -1,0 +1,201 @@
+"""In what order and in what portions a sweep's interventions run over its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memlens.errors import InterventionError
+from memlens.forward.batches import Batch, make_batches
+from memlens.forward.memory import Budget
+from memlens.forward.trunk import Trunk
+from memlens.sequences.set import SequenceSet
+from memlens.sweeps.engine.engine import Baseline, Engine, NotCarriedError
+from memlens.sweeps.engine.entries import entry_of
+from memlens.sweeps.interventions import Intervention
+
+Values = dict[str, Tensor]
+
+
+def run_batches(
+    runner: Engine,
+    trunk: Trunk,
+    seqs: SequenceSet,
+    costed: Sequence[tuple[float, Intervention]],
+    engine: str,
+    budget: Budget,
+    bar: Any,
+    rows: range,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Run all batches; return the baseline `[seq, …]` and values `[seq, intervention, …]` of each metric.
+
+    Args:
+        runner: The engine.
+        trunk: The model.
+        seqs: The set.
+        costed: Interventions, and what each adds to the bar for one sequence.
+        engine: "fast" or "reference".
+        budget: How much is run at a time.
+        bar: What shows the progress.
+        rows: Which sequences of the set.
+    """
+    base: list[Values] = []
+    out: list[list[Values]] = []
+    costs, interventions = [cost for cost, _ in costed], [item for _, item in costed]
+    for batch, targets in make_batches(seqs, budget.batch_size, trunk.device, rows):
+        done: dict[int, Values] = {}
+        if engine == "reference":
+            base.append(runner.reference(batch, targets, None))
+            plain = list(enumerate(interventions))
+        else:
+            kept = runner.baseline(trunk, batch, targets, interventions)
+            base.append(kept.values)
+            plain = [(i, item) for i, item in enumerate(interventions) if item.start_layer is None]
+            finals = _fast(runner, trunk, kept, list(enumerate(interventions)), budget)
+            for part, final in _gathered(finals, targets.mask.numel(), budget.unembed_rows):
+                done |= dict(zip(part, runner.reduced(trunk, targets, final), strict=True))
+                bar.update(sum(costs[i] for i in part) * len(batch.rows))
+        for i, item in plain:
+            done[i] = runner.reference(batch, targets, item)
+            bar.update(costs[i] * len(batch.rows))
+        out.append([done[i] | _observed(item, batch) for i, item in enumerate(interventions)])
+    _check_names(out, interventions)
+    return (
+        {n: joined([b[n].numpy() for b in base]) for n in base[0]},
+        {n: joined([np.stack([v[n].numpy() for v in row], axis=1) for row in out]) for n in out[0][0]},
+    )
+
+
+def _observed(item: Intervention, batch: Batch) -> Values:
+    """What an intervention's own hooks have seen of a batch they ran on."""
+    found = {} if item.observed is None else item.observed(batch)
+    for name, value in found.items():
+        if value.shape != batch.rows.shape:
+            raise InterventionError(
+                f"intervention {item.name!r} observed {name!r} of shape {tuple(value.shape)}: "
+                f"it must be ({len(batch.rows)},), one number a sequence."
+            )
+    return {name: value.detach().float().cpu() for name, value in found.items()}
+
+
+def _check_names(out: list[list[Values]], interventions: Sequence[Intervention]) -> None:
+    for row in out:
+        for item, values in zip(interventions, row, strict=True):
+            if values.keys() != row[0].keys():
+                raise InterventionError(
+                    f"interventions {interventions[0].name!r} and {item.name!r} observe different things: "
+                    "sweep them apart."
+                )
+
+
+def _fast(
+    runner: Engine, trunk: Trunk, base: Baseline, items: Numbered, budget: Budget
+) -> Iterator[tuple[Numbered, Tensor]]:
+    """Yield portions of interventions with their final residuals; those outside the blocks are left out."""
+    size = len(base.batch.rows)
+    carried = [x for x in items if base.cone is not None and entry_of(x[1]) is not None]
+    own = {i for i, _ in carried}
+    stacked = [x for x in items if x[0] not in own and x[1].start_layer is not None]
+    if base.cone is not None:
+        for _, part in portions(carried, size, base.cone.stop, budget.stack_tokens):
+            try:
+                yield part, _halving(lambda some: _from_starts(runner, base, some), part)
+            except NotCarriedError:
+                stacked += part
+    groups: dict[Any, Numbered] = {}
+    for x in stacked:
+        groups.setdefault((x[1].start_layer, x[1].last_layer), []).append(x)
+    step = max(1, budget.stack_tokens // base.batch.tokens.numel())
+    for group in groups.values():
+        for i in range(0, len(group), step):
+            part = group[i : i + step]
+            yield part, _halving(lambda some: runner.stacked(trunk, base, [x for _, x in some]), part)
+
+
+def _from_starts(runner: Engine, base: Baseline, items: Numbered) -> Tensor:
+    starts = []
+    for _, item in items:
+        entry = entry_of(item)
+        assert entry is not None
+        starts.append(runner.start(base, item, entry))
+    return runner.downstream(base, starts)
+
+
+def _gathered(
+    rows: Iterable[tuple[Numbered, Tensor]], each: int, wanted: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Join portions until they fill an unembedding: it reads a large matrix for however few positions."""
+    numbers: list[int] = []
+    parts: list[Tensor] = []
+    for part, final in rows:
+        numbers += [i for i, _ in part]
+        parts.append(final)
+        if len(numbers) * each >= wanted:
+            yield numbers, torch.cat(parts)
+            numbers, parts = [], []
+    if parts:
+        yield numbers, torch.cat(parts)
+
+
+def _halving(run: Callable[[Numbered], Tensor], items: Numbered) -> Tensor:
+    """Run a portion; where the device has no memory for it, run its halves."""
+    try:
+        return run(items)
+    except torch.OutOfMemoryError:
+        if len(items) == 1:
+            raise
+    torch.cuda.empty_cache()
+    half = len(items) // 2
+    return torch.cat([_halving(run, items[:half]), _halving(run, items[half:])])
+
+
+def joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Join batches along the sequences; a `target` axis is padded with NaN to the widest."""
+    width = max(p.shape[-1] for p in parts)
+    if any(p.shape[1:] != parts[0].shape[1:] for p in parts):
+        pads = [[(0, 0)] * (p.ndim - 1) + [(0, width - p.shape[-1])] for p in parts]
+        parts = [np.pad(p, pad, constant_values=np.nan) for p, pad in zip(parts, pads, strict=True)]
+    return np.concatenate(parts)
+
+
+Numbered = list[tuple[int, Intervention]]
+"""Interventions with their place in the user's list."""
+
+
+_WORTHWHILE = 512
+"""A smaller stack does not use the processor well: it takes in the next position's interventions."""
+
+
+def portions(items: Numbered, size: int, stop: int, tokens: int) -> Iterator[tuple[int, Numbered]]:
+    """Cut interventions into portions of like first positions, and of at most `tokens` positions.
+
+    Args:
+        items: Numbered interventions that each edit one point.
+        size: Sequences in the batch.
+        stop: Positions that are computed end here.
+        tokens: Greatest number of positions of a portion, over all its rows.
+
+    Yields:
+        The first position of a portion, and the portion.
+    """
+
+    def key(x: tuple[int, Intervention]) -> tuple[int, int]:
+        return min(x[1].first_position, stop - 1), x[1].start_layer or 0
+
+    part: Numbered = []
+    first = 0
+    for x in sorted(items, key=key):
+        here, load = key(x)[0], len(part) * size * (stop - first)
+        full = load + size * (stop - first) > tokens
+        if part and (full or (here > first and load >= _WORTHWHILE)):
+            yield first, part
+            part = []
+        if not part:
+            first = here
+        part.append(x)
+    if part:
+        yield first, part

@@ -1,0 +1,239 @@
+"""Persisted sweeps: whatever ends a run, the next one does what is missing and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import memlens as ml
+from memlens.errors import InterventionError, ResultError
+from memlens.store.shards import Shard, ShardStore, cut
+from tests.small import corrupted, ragged
+
+METRICS = ("target_logprob", "target_rank", "exact_match")
+
+
+@pytest.fixture
+def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part holds one batch and the fewest interventions."""
+    monkeypatch.setattr("memlens.sweeps.run._SHARD_FLOPS", {"cpu": 0.0, "cuda": 0.0})
+
+
+def patches(model: Any, **options: Any) -> list[ml.Intervention]:
+    return ml.edits.activation_patches(model, corrupted(ragged()), **options)
+
+
+def run(model: Any, out: Path | None, edits: Any = None, **options: Any) -> ml.Result:
+    options = {"batch_size": 2, "progress": False, **options}
+    return ml.sweep(model, ragged(), edits or patches(model), METRICS, out=out, **options)
+
+
+def same(a: ml.Result, b: ml.Result) -> bool:
+    return a.data.drop_attrs().identical(b.data.drop_attrs())
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.usefixtures("many_parts")
+def test_parts_together_are_the_whole(tiny_model: Any, tmp_path: Path, per_token: bool) -> None:
+    model = tiny_model("gpt_neox", "bridge")
+    kept = run(model, tmp_path / "s", per_token=per_token)
+    whole = run(model, None, per_token=per_token)
+    assert len(list((tmp_path / "s").glob("*.npz"))) == 2 * 4  # 4 sequences by 2, 57 interventions by 16
+    for name in whole.data.data_vars:
+        assert np.allclose(kept[str(name)], whole[str(name)], atol=1e-5, equal_nan=True)
+    assert same(ml.load_result(tmp_path / "s" / "result.nc"), kept)
+
+
+@pytest.mark.usefixtures("many_parts")
+def test_a_rerun_does_only_what_is_missing(
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("gpt_neox", "bridge")
+    first = run(model, tmp_path)
+    files = sorted(tmp_path.glob("*.npz"))
+    files[1].unlink()
+    files[4].unlink()
+    ran: list[tuple[range, int]] = []
+    module = sys.modules["memlens.sweeps.run"]
+    plain = module.run_batches
+
+    def counted(*args: Any) -> Any:
+        ran.append((args[-1], len(args[3])))
+        return plain(*args)
+
+    monkeypatch.setattr(module, "run_batches", counted)
+    assert same(run(model, tmp_path), first)
+    assert ran == [(range(2), 16), (range(2, 4), 16)]
+    assert same(run(model, tmp_path, memory_budget=300_000, batch_size=1), first)
+    assert len(ran) == 2
+
+
+@pytest.mark.usefixtures("many_parts")
+def test_a_raising_hook_keeps_what_was_done(tiny_model: Any, tmp_path: Path) -> None:
+    model, edits = tiny_model("llama", "bridge"), patches(tiny_model("llama", "bridge"))
+
+    class Fails:
+        now = True
+
+        def __getstate__(self) -> None:
+            return None  # whether it fails is no part of what it computes
+
+        def __call__(self, x: torch.Tensor, hook: Any) -> torch.Tensor:
+            if self.now:
+                raise OSError("no such file")
+            return x * 2
+
+    edits[40] = ml.Intervention("fails", [("blocks.1.hook_mlp_out", Fails())], edits[40].coords)
+    with pytest.raises(InterventionError, match=r"'blocks.1.hook_mlp_out' of intervention 'fails'.*no such"):
+        run(model, tmp_path, edits)
+    assert len(list(tmp_path.glob("*.npz"))) == 2
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+    Fails.now = False
+    kept = run(model, tmp_path, edits)
+    assert np.allclose(kept["target_logprob"], run(model, None, edits)["target_logprob"], atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["the model", "the sequences", "the interventions", "the metrics"])
+def test_another_sweep_is_refused_by_name(tiny_folder: Any, tmp_path: Path, what: str) -> None:
+    model = ml.load_model(tiny_folder("gpt_neox"), backend="bridge")
+    factor = 0.5
+    edit = [ml.Intervention("a", [("blocks.1.hook_mlp_out", lambda x, hook: x * factor)])]
+    seqs, metrics = ragged(), METRICS
+    ml.sweep(model, seqs, edit, metrics, out=tmp_path, progress=False)
+    if what == "the model":
+        with torch.no_grad():
+            next(model.parameters()).view(-1)[7] += 1e-3
+    elif what == "the sequences":
+        seqs = ragged(seed=5)
+    elif what == "the interventions":
+        factor = 0.25  # in the closure
+    else:
+        metrics = METRICS[:1]
+    with pytest.raises(ResultError, match=rf"manifest.json is of another sweep \({what} differ\)"):
+        ml.sweep(model, seqs, edit, metrics, out=tmp_path, progress=False)
+
+
+def test_foreign_and_damaged_files_are_refused(tiny_model: Any, tmp_path: Path) -> None:
+    model = tiny_model("gpt_neox", "bridge")
+    run(model, tmp_path / "a")
+    run(model, tmp_path / "b", patches(model, layers=[1]))
+    ours, other = (next(iter((tmp_path / n).glob("*.npz"))) for n in "ab")
+    content = ours.read_bytes()
+    ours.write_bytes(other.read_bytes())
+    with pytest.raises(ResultError, match=rf"{ours.name} does not fit"):
+        run(model, tmp_path / "a")
+    ours.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ResultError, match=rf"{ours.name} is damaged"):
+        run(model, tmp_path / "a")
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    ours.write_bytes(bytes(flipped))
+    with pytest.raises(ResultError, match=rf"{ours.name}"):
+        run(model, tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").write_text('{"format"')
+    with pytest.raises(ResultError, match=r"manifest.json is damaged"):
+        run(model, tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").unlink()
+    with pytest.raises(ResultError, match=r"no manifest\.json"):
+        run(model, tmp_path / "a")
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import memlens as ml
+import memlens.sweeps
+sys.modules["memlens.sweeps.run"]._SHARD_FLOPS = {"cpu": 0.0, "cuda": 0.0}
+from tests.small import corrupted, ragged
+model = ml.load_model(sys.argv[1], backend="bridge")
+edits = ml.edits.activation_patches(model, corrupted(ragged(6)), site="z", over="head_position")
+print("ready", flush=True)
+ml.sweep(model, ragged(6), edits, batch_size=1, out=sys.argv[2], progress=False)
+print("done", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_lose_and_repeat_nothing(tiny_folder: Any, tmp_path: Path) -> None:
+    """`kill -9` again and again; finished parts are never written twice, the result is that of one run."""
+    out, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "-c", SCRIPT, str(tiny_folder("gpt_neox"))]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(whole)], check=True, env=env, capture_output=True, cwd=tmp_path)
+    moments, written, kills = random.Random(0), dict[str, float](), 0
+    while True:
+        process = subprocess.Popen([*command, str(out)], env=env, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        wanted = len(written) + moments.randint(8, 40)
+        while process.poll() is None and len(list(out.glob("*.npz"))) < wanted:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.03))
+        process.send_signal(signal.SIGKILL)
+        ended = "done" in process.stdout.read()
+        process.wait()
+        kills += not ended
+        now = {f.name: f.stat().st_mtime_ns for f in out.glob("*.npz")}
+        assert {n: now[n] for n in written} == written
+        assert ended or kills < 60
+        written = now
+        if ended:
+            break
+    assert kills >= 2
+    a, b = (ml.load_result(folder / "result.nc") for folder in (out, whole))
+    assert same(a, b)
+    assert set(written) == {f.name for f in whole.glob("*.npz")}
+
+
+def test_a_file_that_was_being_written_is_no_part(tiny_model: Any, tmp_path: Path) -> None:
+    """What a kill in the middle of a write leaves behind is a hidden file of another name."""
+    model = tiny_model("gpt_neox", "bridge")
+    first = run(model, tmp_path)
+    part = next(iter(tmp_path.glob("*.npz")))
+    (tmp_path / f".{part.name}.abc.part").write_bytes(part.read_bytes()[:100])
+    part.unlink()
+    assert same(run(model, tmp_path), first)
+
+
+@pytest.mark.parametrize("engine", ["fast", "reference"])
+@pytest.mark.usefixtures("many_parts")
+def test_one_bar_counts_to_its_end(
+    tiny_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str
+) -> None:
+    model = tiny_model("llama", "bridge")
+    run(model, tmp_path, engine=engine)
+    next(iter(tmp_path.glob("*.npz"))).unlink()
+    capsys.readouterr()
+    run(model, tmp_path, engine=engine, progress=True)
+    lines = capsys.readouterr().err.replace("\n", "\r").split("\r")
+    shown = [line for line in lines if "FLOP" in line]
+    assert all(line.startswith("sweep: 57 x 4: ") for line in shown)  # one bar and no other
+    assert "100%" in shown[-1]
+
+
+def test_cut_covers_everything_once() -> None:
+    shards = cut(5, [float(i % 7) for i in range(100)], 2, 30.0)
+    cells = [(r, i) for s in shards for r in s.rows for i in s.items]
+    assert sorted(cells) == [(r, i) for r in range(5) for i in range(100)]
+    assert len({s.name for s in shards}) == len(shards)
+
+
+def test_the_cut_of_the_first_run_is_kept(tmp_path: Path) -> None:
+    begun = [Shard(range(2), range(3)), Shard(range(2, 4), range(3))]
+    ShardStore(tmp_path, {"the model": "a"}, begun)
+    later = ShardStore(tmp_path, {"the model": "a"}, [Shard(range(4), range(3))])
+    assert later.shards == begun
+    assert json.loads((tmp_path / "manifest.json").read_text())["parts"][1] == [2, 4, 0, 3]
