@@ -1,0 +1,121 @@
+"""Registries: the named things that memlens knows, each declared once, where it is defined.
+
+A kind of result, a metric, a reader, a family, a localizer or a study enters its registry when its module is
+imported. A registry imports memlens' own modules, and those that other packages name in the entry-point group
+`memlens.plugins`, when it is first asked for something that it does not hold yet.
+"""
+
+from __future__ import annotations
+
+import logging
+import pkgutil
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from memlens.errors import OptionError, near_matches
+
+PLUGINS = "memlens.plugins"
+"""Entry-point group of other packages: each entry names a module, whose import registers what it defines."""
+
+_LOG = logging.getLogger(__name__)
+_plugins_loaded = False
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Named objects of one sort.
+
+    Args:
+        what: What they are called in errors, such as "kind".
+        modules: Modules of memlens that define some; of a package, all of its modules.
+
+    Example:
+        >>> shapes = Registry[int]("shape")
+        >>> shapes.add("triangle", 3)
+        3
+        >>> shapes["triangle"], "square" in shapes, shapes.names()
+        (3, False, ['triangle'])
+    """
+
+    def __init__(self, what: str, *, modules: Sequence[str] = ()) -> None:
+        self.what = what
+        self._modules = list(modules)
+        self._items: dict[str, T] = {}
+
+    def add(self, name: str, value: T) -> T:
+        """Register an object and return it.
+
+        Raises:
+            OptionError: Another object of this name is registered.
+        """
+        if name in self._items and self._items[name] is not value:
+            raise OptionError(f"{self.what} {name!r} is registered already: choose another name.")
+        self._items[name] = value
+        return value
+
+    def __getitem__(self, name: str) -> T:
+        """Return the object of a name.
+
+        Raises:
+            OptionError: There is none; the message lists the names that there are.
+        """
+        if name not in self:
+            known = self.names()
+            raise OptionError(
+                f"unknown {self.what} {name!r}: choose from {', '.join(known)}.{near_matches(name, known)}"
+            )
+        return self._items[name]
+
+    def __contains__(self, name: object) -> bool:
+        if name not in self._items:
+            self._load()
+        return name in self._items
+
+    def names(self) -> list[str]:
+        """Return every name, in the order of registration."""
+        self._load()
+        return list(self._items)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self.names())
+
+    def values(self) -> list[T]:
+        """Return every object, in the order of registration."""
+        self._load()
+        return list(self._items.values())
+
+    def _load(self) -> None:
+        while self._modules:
+            _import_all(self._modules.pop(0))
+        load_plugins()
+
+
+def _import_all(name: str) -> None:
+    module = import_module(name)
+    for found in pkgutil.walk_packages(getattr(module, "__path__", []), f"{name}."):
+        import_module(found.name)
+
+
+def load_plugins() -> None:
+    """Import the modules of installed packages that extend memlens; once per process.
+
+    One that cannot be imported is left out with a warning: it must not take memlens with it.
+    """
+    global _plugins_loaded
+    if _plugins_loaded:
+        return
+    _plugins_loaded = True
+    for entry in entry_points(group=PLUGINS):
+        try:
+            entry.load()
+        except Exception as error:
+            _LOG.warning(
+                "the plugin %s (%s) cannot be imported: %s: %s",
+                entry.name, entry.value, type(error).__name__, error,
+            )  # fmt: skip
