@@ -34,7 +34,8 @@ def test_there_is_one_list_of_public_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["bypass", "edits", "instruments", "lens", "recall", "sequences", "stats", "studies", "tasks", "zoo"]
+    "name",
+    ["bypass", "edits", "instruments", "lens", "recall", "sequences", "stats", "studies", "tasks", "zoo"],
 )
 def test_every_name_of_a_namespace_loads_and_says_what_it_is(name: str) -> None:
     space = getattr(ml, name)
@@ -47,7 +48,7 @@ def test_every_name_of_a_namespace_loads_and_says_what_it_is(name: str) -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+    with pytest.raises(AttributeError, match="No memlens attribute no_such_name"):
         ml.no_such_name  # noqa: B018
 
 
