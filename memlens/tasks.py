@@ -1,7 +1,8 @@
 """Benchmark tasks under interventions, and what an intervention costs on them."""
 
 from memlens.instruments.tasks.evaluate import evaluate_tasks
-from memlens.instruments.tasks.lm_eval import LM_EVAL_TASKS, as_lm_eval, tasks_from_lm_eval
+from memlens.instruments.tasks.lm_eval import LM_EVAL_TASKS, as_lm_eval
+from memlens.instruments.tasks.lm_eval import tasks_from_lm_eval as from_lm_eval
 from memlens.instruments.tasks.tasks import ChoiceTask
 from memlens.organisms.local_tasks import local_tasks
 from memlens.results.statistics.frontier import join_frontier
@@ -14,8 +15,8 @@ __all__ = [
     "as_lm_eval",
     "edit_tradeoff",
     "evaluate_tasks",
+    "from_lm_eval",
     "join_frontier",
     "local_tasks",
     "task_summary",
-    "tasks_from_lm_eval",
 ]

@@ -428,12 +428,12 @@ def _tasks(model: Any, name: str, tasks: str | None, questions: int, seed: int) 
         if one == "local":
             found += ml.tasks.local_tasks("zoo", model, n=questions, seed=seed)
         elif one == "lm-eval":
-            found += ml.tasks.tasks_from_lm_eval(None, model, limit=questions)
+            found += ml.tasks.from_lm_eval(None, model, limit=questions)
         elif one.endswith(".jsonl"):
             found.append(ml.tasks.ChoiceTask.from_jsonl(one, model).take(slice(0, questions)))
         else:
             names.append(one)
-    return [*found, *(ml.tasks.tasks_from_lm_eval(names, model, limit=questions) if names else [])]
+    return [*found, *(ml.tasks.from_lm_eval(names, model, limit=questions) if names else [])]
 
 
 _ZOO = "zoo"

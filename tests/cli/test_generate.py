@@ -49,7 +49,7 @@ def test_all_ways_to_generate_under_a_bypass_give_the_same_tokens(
     mask = torch.tensor([[1] * len(rows[0]), [0] * gap + [1] * len(rows[1])])
     options: dict[str, Any] = {"max_new_tokens": N_NEW, "do_sample": False, "pad_token_id": D_VOCAB - 1}
     served = {"without_bypass_tokens": hf.generate(tokens, attention_mask=mask, **options)}
-    with ml.bypass.bypass_in_transformers(hf, [0, 1]):
+    with ml.bypass.in_transformers(hf, [0, 1]):
         served["continuation_tokens"] = hf.generate(tokens, attention_mask=mask, **options)
     for key, out in served.items():
         want = [until_end(row) for row in out[:, tokens.shape[1] :].tolist()]

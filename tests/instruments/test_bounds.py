@@ -41,7 +41,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def bounds(model: Any, seqs: ml.SequenceSet, **options: Any) -> Any:
-    return ml.bypass.attention_bypass_bounds(model, seqs, progress=False, **options).data
+    return ml.bypass.bounds(model, seqs, progress=False, **options).data
 
 
 def assert_nothing_passes_its_bound(found: Any) -> None:
@@ -224,7 +224,7 @@ def test_layers_and_settings(tiny_model: Any) -> None:
     model = tiny_model("gpt_neox", "bridge")
     whole, some = (
         bounds(model, ragged()),
-        ml.bypass.attention_bypass_bounds(model, ragged(), layers=[2, 0], progress=False),
+        ml.bypass.bounds(model, ragged(), layers=[2, 0], progress=False),
     )
     assert some.kind == "bypass_bounds"
     assert some["layer"].values.tolist() == [2, 0]
@@ -237,7 +237,7 @@ def test_layers_and_settings(tiny_model: Any) -> None:
 
 
 def test_figures(tiny_model: Any) -> None:
-    result = ml.bypass.attention_bypass_bounds(tiny_model("gpt_neox", "bridge"), ragged(), progress=False)
+    result = ml.bypass.bounds(tiny_model("gpt_neox", "bridge"), ragged(), progress=False)
     fig = result.plot()
     lines = {t.name: np.array(t.y, dtype=float) for t in fig.data if t.mode == "lines+markers"}
     want = result["limit"].sel(bound="B2").mean("position").mean("sequence")
@@ -247,7 +247,7 @@ def test_figures(tiny_model: Any) -> None:
     assert set(lines) == {
         "attention, measured", "B1: what heads mix", "B2: attention to others", "B3: weights alone"
     }  # fmt: skip
-    olmo2 = ml.bypass.attention_bypass_bounds(tiny_model("olmo2", "bridge"), ragged(), progress=False)
+    olmo2 = ml.bypass.bounds(tiny_model("olmo2", "bridge"), ragged(), progress=False)
     lines = {t.name: np.array(t.y, dtype=float) for t in olmo2.plot().data if t.mode == "lines+markers"}
     assert (lines["after its norm, measured"] <= lines["B3: weights alone"]).all()
     assert (lines["block, measured"] <= lines["B4: the block"]).all()

@@ -21,7 +21,7 @@ from tests.small import CASES, ragged
 def test_it_is_attention_to_others_times_gain(tiny_model: Any, family: str, backend: str) -> None:
     """Against the patterns of plain forwards of each sequence alone, and the bounds' float64 numbers."""
     model, seqs = tiny_model(family, backend), ragged()
-    found = ml.bypass.bypass_predictor(model, seqs, progress=False)
+    found = ml.bypass.predictor(model, seqs, progress=False)
     layers = range(len(model.blocks))
     gains = ov_gains(model, layers)
     names = [hook_name("pattern", n) for n in layers]
@@ -34,7 +34,7 @@ def test_it_is_attention_to_others_times_gain(tiny_model: Any, family: str, back
             want = float((others * gains[n][:, None]).sum(0).mean())
             assert float(found["predictor"][i, n]) == pytest.approx(want, rel=1e-5)
             assert float(found["attention_to_others"][i, n]) == pytest.approx(float(others.mean()), abs=1e-6)
-    exact = ml.bypass.attention_bypass_bounds(model, seqs, progress=False)["predictor"]
+    exact = ml.bypass.bounds(model, seqs, progress=False)["predictor"]
     for i in range(len(seqs)):
         at = (seqs.target_positions[i] - 1)[seqs.target_mask[i]].numpy()
         want = exact.isel(sequence=i, position=at).mean("position")
@@ -81,9 +81,9 @@ def test_agreement_is_the_rank_correlation_of_means_with_harm_counted_as_positiv
 
 def test_effects_and_bounds_of_a_model_can_be_set_against_it(tiny_model: Any) -> None:
     model, seqs = tiny_model("gpt_neo", "bridge"), ragged()
-    predicted = ml.bypass.bypass_predictor(model, seqs, progress=False)
+    predicted = ml.bypass.predictor(model, seqs, progress=False)
     effects = ml.bypass_attention(model, seqs, progress=False)
-    bounds = ml.bypass.attention_bypass_bounds(model, seqs, progress=False)
+    bounds = ml.bypass.bounds(model, seqs, progress=False)
     for measured, metric in ((effects, "target_logprob"), (bounds, "kl"), (bounds, "max_logit_change")):
         found = ml.bypass.predictor_agreement(predicted, measured, metric, predictor="relative_predictor")
         assert -1 <= found.low <= found.value <= found.high <= 1
@@ -91,12 +91,12 @@ def test_effects_and_bounds_of_a_model_can_be_set_against_it(tiny_model: Any) ->
 
 def test_bad_input(tiny_model: Any) -> None:
     model, seqs = tiny_model("gpt_neo", "bridge"), ragged()
-    predicted = ml.bypass.bypass_predictor(model, seqs, progress=False)
+    predicted = ml.bypass.predictor(model, seqs, progress=False)
     with pytest.raises(SiteError, match="layer 9"):
-        ml.bypass.bypass_predictor(model, seqs, layers=[9])
+        ml.bypass.predictor(model, seqs, layers=[9])
     with pytest.raises(ResultError, match="same sequences"):
         ml.bypass.predictor_agreement(predicted, ml.bypass_attention(model, seqs[:2], progress=False))
-    few = ml.bypass.bypass_predictor(model, seqs, layers=[0, 1], progress=False)
+    few = ml.bypass.predictor(model, seqs, layers=[0, 1], progress=False)
     with pytest.raises(ResultError, match="same layers"):
         ml.bypass.predictor_agreement(few, ml.bypass_attention(model, seqs, progress=False))
     with pytest.raises(ResultError, match="2 layers cannot be ranked"):

@@ -133,7 +133,7 @@ def harness(
 
 
 def same_as_harness(model: Any, folder: Path, task_folder: Path, names: list[str]) -> ml.Result:
-    tasks = ml.tasks.tasks_from_lm_eval(names, model, task_manager=manager_of(task_folder))
+    tasks = ml.tasks.from_lm_eval(names, model, task_manager=manager_of(task_folder))
     logprobs, scores = harness(folder, task_folder, names, sum(len(task.requests) for task in tasks))
     ours = np.concatenate(
         [
@@ -177,7 +177,7 @@ def test_a_bypass_held_over_hflm_gives_the_same_log_likelihoods(
     from lm_eval.models.huggingface import HFLM
 
     model = tiny_model("gpt_neox", "bridge")
-    (task,) = ml.tasks.tasks_from_lm_eval(["tiny_mc"], model, task_manager=manager_of(tiny_tasks))
+    (task,) = ml.tasks.from_lm_eval(["tiny_mc"], model, task_manager=manager_of(tiny_tasks))
     requests = _instances(tiny_tasks, "tiny_mc")
     lm = HFLM(pretrained=model.original_model, tokenizer=model.tokenizer, batch_size=7, add_bos_token=False)
     edit = ml.edits.bypass_intervention(model, 1)
@@ -196,16 +196,14 @@ def _instances(folder: Path, name: str) -> list[Any]:
 
 def test_limit_groups_and_ready_task_objects(tiny_model: Callable[..., Any], tiny_tasks: Path) -> None:
     ready = manager_of(tiny_tasks).load(["tiny_mc"])["tasks"]["tiny_mc"]
-    (task,) = ml.tasks.tasks_from_lm_eval(
-        [ready], tiny_model("gpt_neox"), limit=5, groups={"tiny_mc": "language"}
-    )
+    (task,) = ml.tasks.from_lm_eval([ready], tiny_model("gpt_neox"), limit=5, groups={"tiny_mc": "language"})
     assert (len(task), len(task.requests), task.group) == (5, 15, "language")
 
 
 def test_few_shots_stand_in_front(tiny_model: Callable[..., Any], tiny_tasks: Path) -> None:
     model = tiny_model("gpt_neox")
-    (plain,) = ml.tasks.tasks_from_lm_eval("tiny_mc", model, task_manager=manager_of(tiny_tasks), limit=3)
-    (shots,) = ml.tasks.tasks_from_lm_eval(
+    (plain,) = ml.tasks.from_lm_eval("tiny_mc", model, task_manager=manager_of(tiny_tasks), limit=3)
+    (shots,) = ml.tasks.from_lm_eval(
         "tiny_mc", model, task_manager=manager_of(tiny_tasks), limit=3, num_fewshot=1
     )
     for short, long in zip(plain.requests.rows(), shots.requests.rows(), strict=True):
@@ -218,22 +216,22 @@ def test_what_cannot_be_taken_is_said(
 ) -> None:
     model = tiny_model("gpt_neox")
     with pytest.raises(OptionError, match="generate_until"):
-        ml.tasks.tasks_from_lm_eval("tiny_generated", model, task_manager=manager_of(tiny_tasks))
+        ml.tasks.from_lm_eval("tiny_generated", model, task_manager=manager_of(tiny_tasks))
     with pytest.raises(OptionError, match=r"no task 'tiny_mcc'.*tiny_mc"):
-        ml.tasks.tasks_from_lm_eval("tiny_mcc", model, task_manager=manager_of(tiny_tasks))
+        ml.tasks.from_lm_eval("tiny_mcc", model, task_manager=manager_of(tiny_tasks))
     with pytest.raises(OptionError, match="limit=0"):
-        ml.tasks.tasks_from_lm_eval("tiny_mc", model, task_manager=manager_of(tiny_tasks), limit=0)
+        ml.tasks.from_lm_eval("tiny_mc", model, task_manager=manager_of(tiny_tasks), limit=0)
     write_task(tmp_path, "lost", MULTIPLE_CHOICE, [{"context": "w1", "choices": ["w2"], "gold": 0}])
     (tmp_path / "lost.json").unlink()
     with pytest.raises(SourceNotFoundError, match="task 'lost' or its data cannot be read"):
-        ml.tasks.tasks_from_lm_eval("lost", model, task_manager=manager_of(tmp_path))
+        ml.tasks.from_lm_eval("lost", model, task_manager=manager_of(tmp_path))
     right = {"context": "w1", "choices": ["w2", "w3"], "gold": 1}
     write_task(tmp_path, "wrong", MULTIPLE_CHOICE, [right, {**right, "gold": 7}])
     with pytest.raises(OptionError, match="wrong-1 of lm-eval has the answer 7"):
-        ml.tasks.tasks_from_lm_eval("wrong", model, task_manager=manager_of(tmp_path))
+        ml.tasks.from_lm_eval("wrong", model, task_manager=manager_of(tmp_path))
     monkeypatch.setattr(lm_eval_tasks, "find_spec", lambda name: None)
     with pytest.raises(ModelLoadError, match=r"memlens\[eval\]"):
-        ml.tasks.tasks_from_lm_eval("tiny_mc", model)
+        ml.tasks.from_lm_eval("tiny_mc", model)
 
 
 def request(*args: Any) -> Any:
@@ -278,7 +276,7 @@ def test_as_lm_eval_holds_its_interventions(tiny_model: Callable[..., Any], tiny
     edit = ml.edits.bypass_intervention(model, [0, 1])
     lm = ml.tasks.as_lm_eval(model, edit, progress=False)
     found = simple_evaluate(lm, tasks=["tiny_mc"], task_manager=manager_of(tiny_tasks), bootstrap_iters=0)
-    (task,) = ml.tasks.tasks_from_lm_eval(["tiny_mc"], model, task_manager=manager_of(tiny_tasks))
+    (task,) = ml.tasks.from_lm_eval(["tiny_mc"], model, task_manager=manager_of(tiny_tasks))
     swept = ml.evaluate_tasks(model, [task], [edit], progress=False)
     assert found["results"]["tiny_mc"]["acc,none"] == pytest.approx(float(swept["accuracy"].mean()))
     logprobs = [

@@ -1,4 +1,4 @@
-"""One batch of `attention_bypass_bounds`: what a bypass changes, layer by layer, and what it could change."""
+"""One batch of `bypass_bounds`: what a bypass changes, layer by layer, and what it could change."""
 
 from __future__ import annotations
 

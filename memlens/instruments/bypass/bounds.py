@@ -30,7 +30,7 @@ _AGREES = {torch.float64: 1e-4, torch.float32: 1e-3}
 
 
 @torch.no_grad()
-def attention_bypass_bounds(
+def bypass_bounds(
     model: Any,
     sequences: SequenceSet,
     *,
@@ -111,7 +111,7 @@ def attention_bypass_bounds(
         >>> import memlens as ml
         >>> model = ml.load_model("zoo/pythia-s")
         >>> seqs = ml.load_sequences("zoo", model)[:1]
-        >>> result = ml.bypass.attention_bypass_bounds(model, seqs, progress=False)
+        >>> result = ml.bypass.bounds(model, seqs, progress=False)
         >>> bool((result["measured"] <= result["limit"] + 1e-9).sel(position=5).all())
         True
     """

@@ -41,7 +41,7 @@ def bypass_predictor(
 
     :math:`\sum_h (1 - A_h[t, t])\, \|W_O^h W_V^h\|`: how much of its attention each head gives to other
     tokens, times how long it can make what it takes from them (spectral norm). It is the factor of the bound
-    B2 of `attention_bypass_bounds` that tells layers apart. Ours.
+    B2 of `bypass_bounds` that tells layers apart. Ours.
 
     Args:
         model: A TransformerLens model.
@@ -64,7 +64,7 @@ def bypass_predictor(
     Example:
         >>> import memlens as ml
         >>> model = ml.load_model("zoo/pythia-s")
-        >>> result = ml.bypass.bypass_predictor(model, ml.load_sequences("zoo", model)[:2], progress=False)
+        >>> result = ml.bypass.predictor(model, ml.load_sequences("zoo", model)[:2], progress=False)
         >>> result["predictor"].dims
         ('sequence', 'layer')
     """
@@ -198,7 +198,7 @@ def predictor_agreement(
 
     Args:
         predicted: From `bypass_predictor`.
-        measured: From `bypass_attention`, or from `attention_bypass_bounds`.
+        measured: From `bypass_attention`, or from `bypass_bounds`.
         metric: A metric of `measured`. Of one with a baseline the effect is taken, turned so that harm is
             positive; of another (`kl`) the value. Dimensions other than the layer are averaged.
         predictor: Which variable of `predicted`.

@@ -145,7 +145,7 @@ def bypass_in_transformers(
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **shape)).eval()
         >>> tokens = torch.tensor([[5, 6, 7]])
         >>> plain = model(tokens).logits
-        >>> with ml.bypass.bypass_in_transformers(model, [1]):
+        >>> with ml.bypass.in_transformers(model, [1]):
         ...     changed = model(tokens).logits
         >>> bool((changed == plain).all()), bool((model(tokens).logits == plain).all())
         (False, True)

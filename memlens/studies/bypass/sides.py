@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from memlens.instruments.bypass.bounds import attention_bypass_bounds
+from memlens.instruments.bypass.bounds import bypass_bounds
 from memlens.instruments.bypass.bypass import bypass_attention, bypass_intervention
 from memlens.instruments.bypass.layer_sets import LayerSetSearch, search_layer_sets
 from memlens.instruments.bypass.predictor import bypass_predictor, predictor_agreement
@@ -139,7 +139,7 @@ def bounds(study: BypassContext) -> None:
     if not n:
         return
     seqs = study.chosen(n)[MEMORIZED]
-    result = attention_bypass_bounds(study.model, seqs, progress=study.progress)
+    result = bypass_bounds(study.model, seqs, progress=study.progress)
     study.folder.add_result(
         "bounds", result, title="Bounds of what a bypass can change", lead=text.BOUNDS_LEAD,
         figures=[FigureRequest(reading=""), FigureRequest({"metric": "kl"}, reading="")],
@@ -149,7 +149,7 @@ def bounds(study: BypassContext) -> None:
     if study.options.untrained_control:
         models[UNTRAINED] = study.twin
     for name, model in models.items():
-        measured = result if name == "this model" else attention_bypass_bounds(model, seqs, progress=False)
+        measured = result if name == "this model" else bypass_bounds(model, seqs, progress=False)
         guessed = bypass_predictor(model, seqs, progress=False)
         for predictor in ("predictor", "relative_predictor"):
             if study.n_layers > 2:
