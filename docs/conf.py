@@ -134,7 +134,7 @@ def plain_returns(app: Any, what: str, name: str, obj: Any, options: Any, lines:
 
 def cited() -> str:
     """All references as a list."""
-    from memlens.report.references import REFERENCES
+    from memlens.report.bibliography import REFERENCES
 
     def entry(key: str) -> str:
         said = REFERENCES[key]

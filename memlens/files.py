@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,39 @@ def write_atomically(path: str | Path, content: bytes) -> Path:
     with replacing(path) as part:
         part.write_bytes(content)
     return Path(path)
+
+
+def write_json(path: str | Path, value: object, *, indent: int | None = 1) -> Path:
+    """Write a value as JSON (see `json_text`), whole or not at all, and return the path."""
+    return write_atomically(path, json_text(value, indent=indent).encode("utf-8", errors="backslashreplace"))
+
+
+def json_text(value: object, *, indent: int | None = None) -> str:
+    """Return a value as strictly valid JSON.
+
+    NaN and infinity, which JSON does not have, become null; NumPy's numbers and arrays become Python's; any
+    other object becomes text. Without `indent`, nothing is spent on spaces.
+
+    Example:
+        >>> json_text({"estimate": 0.5, "interval": (float("nan"), float("inf"))})
+        '{"estimate":0.5,"interval":[null,null]}'
+    """
+    separators = (",", ":") if indent is None else None
+    return json.dumps(
+        _plain(value), ensure_ascii=False, allow_nan=False, indent=indent, separators=separators
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(entry) for entry in value]
+    return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
 
 
 def zoo_folders() -> tuple[Path, Path]:

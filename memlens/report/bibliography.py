@@ -1,26 +1,61 @@
-"""What a report cites: the sources of the measures and methods that stand in a run's results."""
+"""What a report cites: the sources of the metrics and methods behind a run's results."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
+import yaml
+
 from memlens.errors import OptionError
-from memlens.report.references import REFERENCES, Reference
 from memlens.results.result import Result
 
 
 @dataclass(frozen=True)
-class Citation:
-    """A reference, and what it is cited for.
+class Reference:
+    """A publication.
 
     Attributes:
-        key: Of `REFERENCES`.
-        what: In a few words.
+        authors: As cited, with "and others" in place of a long tail.
+        year: Year of the cited version.
+        title: Full title.
+        where: Proceedings, journal or archive number.
+        url: Where it can be read; empty where no stable address is known.
+    """
+
+    authors: str
+    year: int
+    title: str
+    where: str = ""
+    url: str = ""
+
+
+def _reference(entry: dict[str, Any]) -> Reference:
+    if number := entry.pop("arxiv", None):
+        where = ", ".join(filter(None, (entry.get("where"), f"arXiv:{number}")))
+        entry |= {"where": where, "url": f"https://arxiv.org/abs/{number}"}
+    return Reference(**entry)
+
+
+_FILE = resources.files("memlens.report").joinpath("references.yaml")
+REFERENCES: Mapping[str, Reference] = {
+    key: _reference(entry) for key, entry in yaml.safe_load(_FILE.read_text(encoding="utf-8")).items()
+}
+"""The publications that memlens cites, by key (`references.yaml`)."""
+
+
+@dataclass(frozen=True)
+class Citation:
+    """A reference and what it is cited for.
+
+    Attributes:
+        key: A key of `REFERENCES`.
+        what: What it is cited for, in a few words.
 
     Raises:
-        OptionError: For a key that is not in `REFERENCES`.
+        OptionError: The key is not in `REFERENCES`.
     """
 
     key: str
@@ -28,19 +63,21 @@ class Citation:
 
     def __post_init__(self) -> None:
         if self.key not in REFERENCES:
-            raise OptionError(f"{self.key!r} is not cited by memlens: take one of {', '.join(REFERENCES)}.")
+            raise OptionError(
+                f"{self.key!r} is not a reference of memlens: use one of {', '.join(REFERENCES)}."
+            )
 
 
 _METRICS = {
-    "exact_match": (Citation("carlini2023", "whether the continuation is recalled word for word"),),
+    "exact_match": (Citation("carlini2023", "exact match of the continuation"),),
     "memorization_score": (Citation("chen2026", "memorization score M"),),
     "completion_entropy": (Citation("menta2025", "completion entropy"),),
     "np_discoverable": (Citation("hayes2025", "(n, p)-discoverable extraction"),),
     "min_k": (Citation("shi2024", "Min-K %"),),
     "min_k_plus_plus": (Citation("zhang2024", "Min-K %++"),),
-    "zlib_ratio": (Citation("carlini2021", "ratio to the size after zlib"),),
+    "zlib_ratio": (Citation("carlini2021", "ratio to the size compressed by zlib"),),
 }
-_PATCHING = Citation("meng2022", "causal tracing, from which activation patching descends")
+_PATCHING = Citation("meng2022", "causal tracing, the origin of activation patching")
 _KINDS = {
     "attention_bypass": (Citation("menta2025", "attention bypass"),),
     "bypass_sets": (Citation("menta2025", "attention bypass"),),
@@ -49,18 +86,18 @@ _KINDS = {
     "neuron_patching": (_PATCHING,),
     "path_patching": (
         Citation("wang2023", "path patching"),
-        Citation("goldowskydill2023", "path patching, in general"),
+        Citation("goldowskydill2023", "general path patching"),
     ),
     "gradient_attribution": (Citation("syed2023", "attribution patching"),),
     "logit_attribution": (Citation("elhage2021", "direct effects on the logits"),),
     "neuron_knockout": (Citation("haviv2023", "knocking out the neurons that promote a prediction"),),
 }
-_SETTINGS = (  # a setting, how its value begins, what it rests on
+_SETTINGS = (  # a setting, the start of its value, its source
     ("lens", "tuned lens", Citation("belrose2023", "tuned lens")),
     ("lens", "logit lens", Citation("nostalgebraist2020", "logit lens")),
-    ("mode", "mean_of_other_heads", Citation("chen2026", "a head ablated by the mean of the others")),
+    ("mode", "mean_of_other_heads", Citation("chen2026", "ablating a head by the mean of the other heads")),
     ("method", "integrated_gradients", Citation("sundararajan2017", "integrated gradients")),
-    ("path", "embedding", Citation("hanna2024", "the path of the inputs (EAP-IG)")),
+    ("path", "embedding", Citation("hanna2024", "integrating along a path of input embeddings (EAP-IG)")),
 )
 _FAMILIES = {
     "pythia": "biderman2023",
@@ -73,14 +110,14 @@ _FAMILIES = {
     "starcoder2": "lozhkov2024",
 }
 _ALWAYS = (
-    Citation("nanda2022", "TransformerLens, in which the model runs"),
-    Citation("wilson1927", "intervals of shares"),
-    Citation("efron1979", "bootstrap intervals"),
+    Citation("nanda2022", "TransformerLens, which runs the model"),
+    Citation("wilson1927", "confidence intervals of proportions"),
+    Citation("efron1979", "bootstrap confidence intervals"),
 )
 
 
 def citations_of(result: Result) -> list[Citation]:
-    """Return what a result rests on: its metrics, its kind, its settings, and the model's family.
+    """Return the sources of a result's metrics, kind and settings, and of the model's family.
 
     Example:
         >>> import xarray as xr
@@ -97,7 +134,7 @@ def citations_of(result: Result) -> list[Citation]:
 
 
 def family_citation(family: str, model: str) -> list[Citation]:
-    """Return the paper of a model's family; none for models of the zoo, which have no weights of it.
+    """Return the paper of a model's family; none for zoo models, which do not use the family's weights.
 
     >>> [citation.key for citation in family_citation("pythia", "EleutherAI/pythia-70m")]
     ['biderman2023']
@@ -110,9 +147,9 @@ def family_citation(family: str, model: str) -> list[Citation]:
 
 
 def bibliography(citations: Iterable[Citation]) -> list[tuple[Reference, str]]:
-    """Return each reference once, by first author and year, with all that it is cited for.
+    """Return each reference once, ordered by first author and year, with everything it is cited for.
 
-    What every run rests on (TransformerLens, the intervals) is added where anything is cited.
+    The sources that every run uses (TransformerLens, the intervals) are added if anything is cited.
 
     Example:
         >>> cited = [Citation("chen2026", "memorization score M"), Citation("carlini2023", "exact match")]

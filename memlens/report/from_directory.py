@@ -1,71 +1,97 @@
-"""The report of a run's folder, made from its files alone."""
+"""The report of a run's folder, made from its files alone (`run_directory` writes them)."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
+import plotly.graph_objects as go
+import plotly.io as pio
 
-from memlens.errors import OptionError, ResultError
+from memlens.errors import FileFormatError, OptionError, ResultError
 from memlens.report.bibliography import Citation, bibliography, citations_of
-from memlens.report.model import FigureBlock, FigureRequest, Finding, Section, TableBlock
-from memlens.report.render import write_report
-from memlens.report.run_file import file_name, read_run, with_loose_files
-from memlens.report.side_files import EXPLORER_SUFFIX, FIGURE_SUFFIX, saved_explorers, saved_figures
+from memlens.report.model import (
+    EXPLORER_FORMAT,
+    ExplorerBlock,
+    FigureBlock,
+    FigureRequest,
+    Finding,
+    Section,
+    TableBlock,
+)
+from memlens.report.render import versions_here, write_report
 from memlens.results.readings import reading
 from memlens.results.storage import load_result
 
 _LOG = logging.getLogger(__name__)
+_FORMAT = "memlens run 1"
+SUFFIXES = {
+    "results": ".nc",
+    "tables": ".parquet",
+    "figures": ".plotly.json",
+    "explorers": ".explorer.json",
+}
+"""The parts of `run.json` whose entries are files, each with the end of their names."""
+_NOTES = ("findings", "failures", "sections", "citations")
+_Block = TypeVar("_Block")
 
 
 def report_from_directory(path: str | Path, to: str | Path | None = None) -> Path:
-    """Make the report of a run's folder, finished or not.
+    """Write the report of a run's folder, whether the run is finished or not.
 
-    Files that cannot be read are named in the report, which shows the rest. A folder without `run.json` is
-    shown from its `.nc` and `.parquet` files alone.
+    The report names files that cannot be read and shows the rest. A folder without `run.json` is shown from
+    its `.nc` and `.parquet` files alone.
 
     Args:
-        path: the folder.
-        to: the report's path; `report.html` in the folder by default.
+        path: The folder.
+        to: Path of the report; `report.html` in the folder by default.
 
     Returns:
         The path of the report.
 
     Raises:
-        ResultError: when the folder does not exist, holds nothing to show, or its `run.json` is damaged.
+        ResultError: The folder does not exist, holds nothing to show, or its `run.json` is damaged.
     """
     path = Path(path)
     if not path.is_dir():
         raise ResultError(f"{path} is not a folder: give the folder that a run wrote.")
-    run = with_loose_files(read_run(path), path)
+    run = _with_loose_files(read_run(path), path)
     if not any(run[part] for part in ("results", "tables", "findings", "explorers")):
         raise ResultError(f"{path} holds no results, tables or findings: give the folder that a run wrote.")
     warnings = [f"The step {entry['step']!r} failed: {entry['message']}" for entry in run["failures"]]
     if not run["finished"]:
-        warnings.append("This run is not finished: what is there so far is shown.")
-    sections: list[Section] = []
+        warnings.append("This run is not finished: the report shows what is there so far.")
     cited = _noted(run["citations"], warnings)
-    for entry in run["results"]:
-        own = [table for table in run["tables"] if table.get("section") == entry["name"]]
-        tables = _tables(path, own, warnings)
-        figures = _figures(path, entry, warnings, cited)
-        sections.append(Section(entry["title"], entry["lead"], figures, tables))
-    for entry in run["sections"]:
-        own = [table for table in run["tables"] if table.get("section") == entry["name"]]
-        drawn = [figure for figure in run["figures"] if figure["section"] == entry["name"]]
-        figures = saved_figures(
-            [(path / f"{file_name(f['name'])}{FIGURE_SUFFIX}", f) for f in drawn], warnings
+
+    def of(part: str, section: str) -> list[Any]:
+        return [entry for entry in run[part] if entry.get("section") == section]
+
+    sections = [
+        Section(
+            entry["title"],
+            entry["lead"],
+            _drawn(path, entry, warnings, cited),
+            _tables(path, of("tables", entry["name"]), warnings),
         )
-        tables = _tables(path, own, warnings)
-        shown = [explorer for explorer in run["explorers"] if explorer["section"] == entry["name"]]
-        explorers = saved_explorers(
-            [(path / f"{file_name(e['name'])}{EXPLORER_SUFFIX}", e) for e in shown], warnings
+        for entry in run["results"]
+    ]
+    sections += [
+        Section(
+            entry["title"],
+            entry["lead"],
+            _each("figure", _figure, _files(path, "figures", of("figures", entry["name"])), warnings),
+            _tables(path, of("tables", entry["name"]), warnings),
+            _each("explorer", _explorer, _files(path, "explorers", of("explorers", entry["name"])), warnings),
         )
-        sections.append(Section(entry["title"], entry["lead"], figures, tables, explorers))
+        for entry in run["sections"]
+    ]
     named = {entry["name"] for part in ("results", "sections") for entry in run[part]}
     left = [table for table in run["tables"] if table.get("section") not in named]
     sections.append(Section("Tables", tables=_tables(path, left, warnings)))
@@ -84,8 +110,56 @@ def report_from_directory(path: str | Path, to: str | Path | None = None) -> Pat
     )
 
 
+def read_run(path: Path) -> dict[str, Any]:
+    """Return the content of a folder's `run.json`; an empty run if there is none.
+
+    Raises:
+        ResultError: The file is damaged, or another version wrote it.
+    """
+    run: dict[str, Any] = {
+        "format": _FORMAT,
+        "title": "memlens report",
+        "lead": "",
+        "command": None,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": False,
+        "settings": {},
+        "versions": versions_here(),
+        **{part: [] for part in (*SUFFIXES, *_NOTES)},
+    }
+    file = path / "run.json"
+    if not file.exists():
+        return run
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        found = stored["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ResultError(
+            f"{file} is damaged ({error}): delete it to show the result files alone."
+        ) from error
+    if found != _FORMAT:
+        raise ResultError(f"{file} has the format {found!r}, not {_FORMAT!r}: another version wrote it.")
+    return {**run, **stored}
+
+
+def file_of(path: Path, part: str, name: str) -> Path:
+    """Return the file in a run's folder that holds a result, table, figure or explorer of any name."""
+    return path / ((re.sub(r"[^\w.\-]+", "_", name).lstrip(".") or "unnamed") + SUFFIXES[part])
+
+
+def _with_loose_files(run: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Add the files that `run.json` does not name: a run may have stopped between the two writes."""
+    for part, extra in (("results", {"lead": "", "figures": []}), ("tables", {"note": ""})):
+        named = {file_of(path, part, entry["name"]) for entry in run[part]}
+        for file in sorted(path.glob(f"*{SUFFIXES[part]}")):
+            if file not in named and not file.name.startswith("."):
+                title = file.stem.replace("_", " ").capitalize()
+                run[part].append({"name": file.stem, "title": title, **extra})
+    return run
+
+
 def _noted(entries: Iterable[Mapping[str, str]], warnings: list[str]) -> list[Citation]:
-    """Return the citations that `run.json` notes; an unknown key costs itself alone."""
+    """Return the citations in `run.json`; an unknown key loses only itself."""
     cited: list[Citation] = []
     for entry in entries:
         try:
@@ -95,12 +169,13 @@ def _noted(entries: Iterable[Mapping[str, str]], warnings: list[str]) -> list[Ci
     return cited
 
 
-def _figures(
+def _drawn(
     path: Path, entry: Mapping[str, Any], warnings: list[str], cited: list[Citation]
 ) -> list[FigureBlock]:
+    """Return the figures of a result, drawn as its entry requests; its sources are added to `cited`."""
     figures: list[FigureBlock] = []
     try:
-        result = load_result(path / f"{file_name(entry['name'])}.nc")
+        result = load_result(file_of(path, "results", entry["name"]))
         cited += citations_of(result)
         for request in entry["figures"] or [asdict(FigureRequest())]:
             options, words = request["options"], request["reading"]
@@ -116,12 +191,42 @@ def _figures(
 
 
 def _tables(path: Path, entries: Iterable[Mapping[str, Any]], warnings: list[str]) -> list[TableBlock]:
-    tables = []
-    for entry in entries:
-        file = path / f"{file_name(entry['name'])}.parquet"
+    def read(file: Path, entry: Mapping[str, Any]) -> TableBlock:
+        return TableBlock(entry["title"], pd.read_parquet(file), entry["note"])
+
+    return _each("table", read, _files(path, "tables", entries), warnings)
+
+
+def _figure(file: Path, entry: Mapping[str, Any]) -> FigureBlock:
+    figure = go.Figure(pio.from_json(file.read_text(encoding="utf-8")))
+    return FigureBlock(figure, entry["reading"], entry["caption"])
+
+
+def _explorer(file: Path, entry: Mapping[str, Any]) -> ExplorerBlock:
+    payload = json.loads(file.read_text(encoding="utf-8"))
+    if payload["format"] != EXPLORER_FORMAT:
+        raise FileFormatError(f"its format is {payload['format']!r}, not {EXPLORER_FORMAT!r}")
+    return ExplorerBlock(payload, entry["reading"], entry["caption"])
+
+
+def _files(
+    path: Path, part: str, entries: Iterable[Mapping[str, Any]]
+) -> list[tuple[Path, Mapping[str, Any]]]:
+    return [(file_of(path, part, entry["name"]), entry) for entry in entries]
+
+
+def _each(
+    what: str,
+    read: Callable[[Path, Mapping[str, Any]], _Block],
+    entries: Iterable[tuple[Path, Mapping[str, Any]]],
+    warnings: list[str],
+) -> list[_Block]:
+    """Return the content of each file; for one that cannot be read, a warning instead."""
+    found = []
+    for file, entry in entries:
         try:
-            tables.append(TableBlock(entry["title"], pd.read_parquet(file), entry["note"]))
+            found.append(read(file, entry))
         except Exception as error:  # as above
-            _LOG.warning("the table %s cannot be read: %s", file, error)
-            warnings.append(f"The table {file.name} cannot be read: {error}")
-    return tables
+            _LOG.warning("the %s %s cannot be read: %s", what, file, error)
+            warnings.append(f"The {what} {file.name} cannot be read: {error}")
+    return found

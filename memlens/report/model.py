@@ -1,4 +1,4 @@
-"""What a report is made of. No study is known here: studies fill these classes."""
+"""The parts of a report. Nothing here is specific to one study."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+EXPLORER_FORMAT = "memlens explorer 1"
+
 
 @dataclass(frozen=True)
 class Finding:
     """One sentence that answers a question, with its number.
 
     Attributes:
-        title: the question or the claim in a few words.
-        statement: one sentence in plain words.
-        estimate: the number, None where there is none.
-        low: lower end of its interval.
-        high: upper end of its interval.
+        title: The question or the claim, in a few words.
+        statement: One sentence in plain words.
+        estimate: The number; None if there is none.
+        low: Lower end of its interval.
+        high: Upper end of its interval.
         unit: `nats`, `share of sequences`, …
-        n: number of sequences behind it.
-        control: what it was compared with, and what that gave.
+        n: Number of sequences behind it.
+        control: What it was compared with, and the value for that.
 
     Example:
         >>> Finding("Recall", "Most are recalled.", 0.75, 0.6, 0.86, "share of sequences", 48).number
@@ -41,7 +43,7 @@ class Finding:
 
     @property
     def number(self) -> str:
-        """Estimate, interval, unit and n in one line; empty where there is no estimate."""
+        """Estimate, interval, unit and n in one line; empty without an estimate."""
         if not _known(self.estimate):
             return ""
         parts = f"{self.estimate:.3g}"
@@ -57,12 +59,12 @@ def _known(value: float | None) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class FigureBlock:
-    """A figure with a plain-words reading of it.
+    """A figure with a reading of it in plain words.
 
     Attributes:
-        figure: any plotly figure; its title and subtitle become the heading.
-        reading: what it shows, for someone who has not read the paper.
-        caption: what was measured, in small print.
+        figure: Any plotly figure; its title and subtitle become the heading.
+        reading: What it shows, for someone who has not read the paper.
+        caption: What was measured, in small print.
     """
 
     figure: go.Figure
@@ -75,9 +77,9 @@ class FigureRequest:
     """A figure to draw from a saved result.
 
     Attributes:
-        options: for `Result.plot`; JSON types (`metric` may be among them).
-        reading: plain words; None has them made from the numbers.
-        caption: small print.
+        options: Keyword arguments of `Result.plot` (`metric` may be one of them), of JSON types.
+        reading: Plain words; by default they are generated from the numbers.
+        caption: Small print.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -90,10 +92,10 @@ class TableBlock:
     """A table; every cell is shown as text.
 
     Attributes:
-        title: its heading.
-        frame: the data; long tables are cut at `rows`, and the report says so.
-        note: small print below.
-        rows: how many rows are shown.
+        title: Its heading.
+        frame: The data; long tables are cut after `rows` rows, and the report says so.
+        note: Small print below.
+        rows: Number of rows that are shown.
     """
 
     title: str
@@ -104,12 +106,12 @@ class TableBlock:
 
 @dataclass(frozen=True, eq=False)
 class ExplorerBlock:
-    """Sequences to look into one by one: tokens, lens, effects, attention, and what is written under edits.
+    """Sequences to explore one by one: tokens, lens, effects, attention, and continuations under edits.
 
     Attributes:
-        payload: what the page's script reads, as `memlens.explorer.explorer_payload` makes it.
-        reading: how to use it, in plain words.
-        caption: what was measured, in small print.
+        payload: What the page's script reads, made by `memlens.explorer.payload.explorer_payload`.
+        reading: How to use it, in plain words.
+        caption: What was measured, in small print.
     """
 
     payload: Mapping[str, Any]
@@ -122,11 +124,11 @@ class Section:
     """A part of the report.
 
     Attributes:
-        title: its heading, also in the table of contents.
-        lead: a paragraph before the figures; blank lines divide paragraphs.
-        figures: in order.
-        tables: in order, after the figures.
-        explorers: in order, before the figures.
+        title: Its heading, also in the table of contents.
+        lead: Text before the figures; blank lines separate paragraphs.
+        figures: In order.
+        tables: In order, after the figures.
+        explorers: In order, before the figures.
     """
 
     title: str

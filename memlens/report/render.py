@@ -1,9 +1,9 @@
-"""One HTML file that opens from disk without a network.
+"""One HTML file that opens from disk without a network connection.
 
-Plotly's script is embedded once. A content security policy lets only the scripts of this module run
-(by their hashes) and nothing be loaded, so that even text that slipped through the escaping could neither
-run nor call home. All text goes through jinja2 with autoescape; figures are JSON in which `<`, `>` and `&`
-are written as escapes, so that `</script>` in a token cannot end the block it stands in.
+Plotly's script is embedded once. A content security policy allows only this module's scripts, by their
+hashes, and forbids loading anything, so that even text that escaped the escaping could neither run nor send
+data. All text goes through jinja2 with autoescape. Figures are JSON in which `<`, `>` and `&` are written as
+escapes, so that `</script>` in a token cannot end the block that contains it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import json
 import math
 import platform
 import re
@@ -28,34 +27,47 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from memlens.files import write_atomically
+from memlens.files import json_text, write_atomically
+from memlens.report.bibliography import Reference
 from memlens.report.model import ExplorerBlock, FigureBlock, Finding, Section, TableBlock
-from memlens.report.references import Reference
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return one row a parameter, nested dictionaries as dotted names.
+    """Return one row per parameter, with nested settings under dotted names.
 
-    >>> flatten({"seed": 0, "ablation": {"mode": "zero"}})
-    {'seed': '0', 'ablation.mode': 'zero'}
+    Lists become text, and lists of dictionaries are numbered, so that no value is shown as Python code.
+
+    >>> flatten({"seed": 0, "ablation": {"mode": "zero", "layers": (2, 3)}, "models": [{"name": "a"}]})
+    {'seed': '0', 'ablation.mode': 'zero', 'ablation.layers': '2, 3', 'models.1.name': 'a'}
     """
     rows: dict[str, str] = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            rows |= flatten(value, f"{name}.")
+        inner = _inner(value)
+        if inner:
+            rows |= flatten(inner, f"{name}.")
+        elif isinstance(value, (Mapping, list, tuple, set)):
+            rows[name] = ", ".join(map(str, value)) or "none"
         else:
             rows[name] = str(value)
     return rows
 
 
+def _inner(value: Any) -> Mapping[str, Any] | None:
+    """Return what gets names of its own: a dictionary, or the entries of a list that holds any."""
+    nested = (Mapping, list, tuple)
+    if isinstance(value, (list, tuple)) and any(isinstance(entry, nested) for entry in value):
+        return {str(place): entry for place, entry in enumerate(value, 1)}
+    return value if isinstance(value, Mapping) else None
+
+
 def methods_text(settings: Mapping[str, Any]) -> str:
-    """Return paragraphs that say how a run was made; only what the settings hold is said.
+    """Return paragraphs that say how a run was made, from what the settings hold and nothing else.
 
     Args:
-        settings: facts of the model (`model`, `revision`, `backend`, `transformer_lens`, `dtype`, `device`,
-            `processed_weights`), of the sequences (`sequences`, `n_sequences`, `prefix_len`), `seed`, and
-            one dictionary for each analysis.
+        settings: Facts of the model (`model`, `revision`, `backend`, `transformer_lens`, `dtype`, `device`,
+            `processed_weights`), here or as a dictionary under `model`; of the sequences (`sequences`,
+            `n_sequences`, `prefix_len`); `seed`; and one dictionary for each analysis.
 
     Example:
         >>> print(methods_text({"model": "zoo/pythia-s", "dtype": "float32", "ablation": {"mode": "zero"}}))
@@ -63,55 +75,17 @@ def methods_text(settings: Mapping[str, Any]) -> str:
         <BLANKLINE>
         Ablation: mode = zero.
         <BLANKLINE>
-        Means and intervals are over sequences: values of one sequence are averaged before they enter.
+        Means and intervals are over sequences: each sequence's values are averaged first.
     """
-    parts = [_model(settings), _sequences(settings)]
-    parts += [_analysis(str(key), value) for key, value in settings.items() if isinstance(value, Mapping)]
-    parts.append(_statistics(settings))
-    return "\n\n".join(part for part in parts if part)
-
-
-def _model(settings: Mapping[str, Any]) -> str:
-    if "model" not in settings:
-        return ""
-    text = f"The model is {settings['model']}"
-    text += f" (revision {settings['revision']})" if settings.get("revision") else ""
-    if settings.get("backend"):
-        text += f", a {settings['backend']}"
-        text += (
-            f" of TransformerLens {settings['transformer_lens']}" if settings.get("transformer_lens") else ""
-        )
-    text += f", run in {settings['dtype']}" if settings.get("dtype") else ""
-    text += f" on {settings['device']}" if settings.get("device") else ""
-    if "processed_weights" in settings:
-        text += ", with its weights " + ("processed" if settings["processed_weights"] else "as trained")
-    return text + "."
-
-
-def _sequences(settings: Mapping[str, Any]) -> str:
-    said = []
-    if "n_sequences" in settings:
-        said.append(f"{settings['n_sequences']} sequences")
-    if "sequences" in settings and not isinstance(settings["sequences"], Mapping):
-        said.append(f"from {settings['sequences']}")
-    if "prefix_len" in settings:
-        said.append(f"of which the model is given the first {settings['prefix_len']} tokens")
-    return f"It was measured on {' '.join(said)}." if said else ""
-
-
-def _analysis(name: str, options: Mapping[str, Any]) -> str:
-    if not options:
-        return ""
-    words = name.replace("_", " ")
-    listed = "; ".join(f"{key.replace('_', ' ')} = {value}" for key, value in flatten(options).items())
-    return f"{words[:1].upper()}{words[1:]}: {listed}."
-
-
-def _statistics(settings: Mapping[str, Any]) -> str:
-    text = "Means and intervals are over sequences: values of one sequence are averaged before they enter."
-    if "seed" in settings:
-        text += f" The seed is {settings['seed']}."
-    return text
+    model, sequences = settings.get("model"), settings.get("sequences")
+    analyses = {key: value for key, value in settings.items() if key != "model" and _inner(value)}
+    text = _environment(prose=True).get_template("methods.txt.j2").render(
+        model={**settings, **model} if isinstance(model, Mapping) else settings,
+        settings=settings,
+        source="" if sequences is None or _inner(sequences) else flatten({"": sequences})[""],
+        analyses={str(key).replace("_", " "): flatten({"": value}) for key, value in analyses.items()},
+    )  # fmt: skip
+    return "\n\n".join(_paragraphs(text))
 
 
 _PACKAGES = ("memlens", "transformer-lens", "torch", "transformers", "numpy", "xarray", "plotly")
@@ -137,22 +111,22 @@ def write_report(
     """Write a self-contained report and return its path.
 
     Args:
-        path: the `.html` file; written whole or not at all, over an older one.
-        title: the heading.
-        findings: shown first, each with its interval, n and control.
-        sections: figures and tables.
-        settings: every parameter; nested dictionaries become dotted names in the table.
-        lead: one paragraph below the heading.
-        methods: paragraphs on how it was done; made from `settings` by default.
-        command: the command line (or code) that makes it again.
-        seed: the seed; `settings["seed"]` by default.
-        versions: package versions of the run; those installed here by default.
-        warnings: what went wrong or is missing, shown above the findings.
-        created: when, as text; now by default.
-        references: what is cited, each with what for, as from `bibliography`.
+        path: The `.html` file; an older one is replaced atomically.
+        title: The heading.
+        findings: Shown first, each with its interval, n and control.
+        sections: Figures and tables.
+        settings: Every parameter; nested dictionaries become dotted names in the table.
+        lead: One paragraph below the heading.
+        methods: Paragraphs on how it was done; generated from `settings` by default.
+        command: The command line (or code) that repeats the run.
+        seed: The seed; `settings["seed"]` by default.
+        versions: Package versions of the run; those installed here by default.
+        warnings: What went wrong or is missing, shown above the findings.
+        created: Time, as text; now by default.
+        references: What is cited and what for, as returned by `bibliography`.
 
     Raises:
-        OSError: when the folder cannot be written.
+        OSError: The folder cannot be written.
 
     Example:
         >>> import tempfile
@@ -191,7 +165,7 @@ def write_report(
 
 
 def versions_here() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide the numbers, where installed."""
+    """Return the versions of Python and of the installed packages that affect the numbers."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -202,7 +176,7 @@ def versions_here() -> dict[str, str]:
 
 
 def safe_json(text: str) -> Markup:
-    r"""Return JSON that can stand inside a `<script>` element, equal to `text` when parsed.
+    r"""Return JSON that is safe inside a `<script>` element and equal to `text` when parsed.
 
     >>> str(safe_json('"</script><!--"'))
     '"\\u003c/script\\u003e\\u003c!--"'
@@ -244,9 +218,8 @@ def _section(section: Section, place: int, numbers: Any) -> dict[str, Any]:
 
 
 def _explorer(block: ExplorerBlock, name: str) -> dict[str, Any]:
-    text = json.dumps(dict(block.payload), ensure_ascii=False, separators=(",", ":"))
-    reading = _paragraphs(block.reading)
-    return {"id": name, "json": safe_json(text), "reading": reading, "caption": block.caption}
+    data = safe_json(json_text(block.payload))
+    return {"id": name, "json": data, "reading": _paragraphs(block.reading), "caption": block.caption}
 
 
 def _figure(block: FigureBlock, number: int) -> _Figure:
@@ -263,7 +236,7 @@ def _figure(block: FigureBlock, number: int) -> _Figure:
 
 
 def _title_texts(fig: go.Figure) -> tuple[str, str]:
-    """Return title and subtitle as plain text: the page's own headings wrap, plotly's do not."""
+    """Return title and subtitle as plain text: HTML headings wrap, plotly's titles do not."""
     title: Any = fig.layout["title"]
     texts = (title.text or "", title.subtitle.text or "")
     shown = [html.unescape(re.sub(r"<br\s*/?>", " ", text)) for text in texts]
@@ -293,11 +266,12 @@ def _paragraphs(text: str) -> list[str]:
     return [part.strip() for part in text.split("\n\n") if part.strip()]
 
 
-def _environment() -> jinja2.Environment:
+def _environment(*, prose: bool = False) -> jinja2.Environment:
+    """Return the environment of the HTML page, or of a text in which facts may be missing."""
     return jinja2.Environment(
         loader=jinja2.PackageLoader("memlens.report", "assets"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
+        autoescape=not prose,
+        undefined=jinja2.Undefined if prose else jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -308,7 +282,7 @@ def _asset(name: str) -> str:
 
 
 def _plotly_js() -> str:
-    """Return plotly's script without what would end a `<script>` element early."""
+    """Return plotly's script without anything that would end a `<script>` element early."""
     return (
         re.sub(r"<(?=/script|!--)", r"\\x3c", get_plotlyjs(), flags=re.IGNORECASE)
         .replace("\r\n", "\n")

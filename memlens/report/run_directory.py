@@ -1,13 +1,13 @@
-"""The folder of a run: every result is on disk as soon as it is there, and the report can be made from it.
+"""The folder of a run: results are saved as soon as they are computed; the report is made from the files.
 
 The folder holds::
 
     DIR/run.json            what the folder holds (below)
     DIR/<name>.nc           one result each
     DIR/<name>.parquet      one table each (recall.parquet: the recall scores)
-    DIR/<name>.plotly.json  one figure each that is drawn from no single result
-    DIR/<name>.explorer.json  sequences to look into one by one
-    DIR/report.html         made by `finish` or `report_from_directory`
+    DIR/<name>.plotly.json  one figure each that does not come from a single result
+    DIR/<name>.explorer.json  sequences to explore one by one
+    DIR/report.html         written by `finish` or `report_from_directory`
 
 `run.json` holds::
 
@@ -23,12 +23,11 @@ The folder holds::
      "failures": [{"step": str, "message": str}],
      "citations": [{"key": str, "what": str}]}
 
-It is rewritten after each addition, whole or not at all, so that a later step that fails loses nothing.
+It is rewritten atomically after each addition, so that nothing is lost when a later step fails.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -37,29 +36,26 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from memlens.files import write_atomically
+from memlens.files import write_atomically, write_json
 from memlens.report.bibliography import Citation
-from memlens.report.from_directory import report_from_directory
+from memlens.report.from_directory import SUFFIXES, file_of, read_run, report_from_directory
 from memlens.report.model import FigureRequest, Finding
 from memlens.report.render import versions_here
-from memlens.report.run_file import file_name, plain, read_run
-from memlens.report.side_files import EXPLORER_SUFFIX, FIGURE_SUFFIX, save_explorer, save_figure
 from memlens.results.result import Result
 
 
 class RunDirectory:
-    """A folder that keeps the results of a run as they come.
+    """A folder that keeps the results of a run as they are computed.
 
-    Opening a folder that has a `run.json` goes on with it: what is added under a name replaces what was
-    there.
+    A folder that already has a `run.json` is continued: what is added under an existing name replaces it.
 
     Args:
-        path: the folder; made if it does not exist.
-        title: heading of the report.
-        settings: every parameter of the run.
-        lead: a paragraph below the heading.
-        command: the command line that makes it again.
-        fresh: start over: delete the files that an older `run.json` names, and nothing else.
+        path: The folder; created if it does not exist.
+        title: Heading of the report.
+        settings: Every parameter of the run.
+        lead: A paragraph below the heading.
+        command: The command line that repeats the run.
+        fresh: Start over: delete the files that an older `run.json` names, and nothing else.
 
     Example:
         >>> import tempfile, xarray as xr
@@ -95,13 +91,11 @@ class RunDirectory:
         self._write()
 
     def _clear(self) -> None:
-        """Delete what the folder's `run.json` names, then `run.json` itself."""
+        """Delete the files that the folder's `run.json` names, then `run.json` itself."""
         old = read_run(self.path)
-        suffixes = {"results": ".nc", "tables": ".parquet"}
-        suffixes |= {"figures": FIGURE_SUFFIX, "explorers": EXPLORER_SUFFIX}
-        for part, suffix in suffixes.items():
+        for part in SUFFIXES:
             for entry in old[part]:
-                (self.path / f"{file_name(entry['name'])}{suffix}").unlink(missing_ok=True)
+                file_of(self.path, part, entry["name"]).unlink(missing_ok=True)
         for name in ("run.json", "report.html"):
             (self.path / name).unlink(missing_ok=True)
 
@@ -114,63 +108,63 @@ class RunDirectory:
         lead: str = "",
         figures: Iterable[FigureRequest] = (),
     ) -> Path:
-        """Save a result as `<name>.nc` and note how the report shows it; return the file's path."""
-        saved = result.save(self.path / f"{file_name(name)}.nc")
-        entry = {"name": name, "title": title or name.replace("_", " ").capitalize(), "lead": lead}
-        self._put("results", {**entry, "figures": [asdict(figure) for figure in figures]})
+        """Save a result as `<name>.nc`, record how the report shows it, and return the file's path."""
+        saved = result.save(file_of(self.path, "results", name))
+        title = title or name.replace("_", " ").capitalize()
+        shown = [asdict(figure) for figure in figures]
+        self._put("results", {"name": name, "title": title, "lead": lead, "figures": shown})
         return saved
 
     def add_table(
         self, name: str, frame: pd.DataFrame, *, title: str | None = None, note: str = "", section: str = ""
     ) -> Path:
-        """Save a table as `<name>.parquet`; return the file's path.
+        """Save a table as `<name>.parquet` and return the file's path.
 
-        The report shows it below the figures of the result that `section` names, else at the end.
+        The report shows it in the section, or below the result, that `section` names, otherwise at the end.
         """
-        saved = self.path / f"{file_name(name)}.parquet"
-        write_atomically(saved, frame.to_parquet())
-        entry = {"name": name, "title": title or name.replace("_", " ").capitalize(), "note": note}
-        self._put("tables", {**entry, "section": section})
+        title = title or name.replace("_", " ").capitalize()
+        saved = write_atomically(file_of(self.path, "tables", name), frame.to_parquet())
+        self._put("tables", {"name": name, "title": title, "note": note, "section": section})
         return saved
 
     def add_section(self, name: str, title: str, lead: str = "") -> None:
-        """Open a part of the report that is of no single result: `add_figure` and `add_table` name it."""
+        """Open a section for figures, tables and explorers, which refer to it by `name`."""
         self._put("sections", {"name": name, "title": title, "lead": lead})
 
     def add_figure(
         self, name: str, figure: go.Figure, *, section: str, reading: str = "", caption: str = ""
     ) -> Path:
-        """Save a figure as `<name>.plotly.json`, to be shown in a section; return the file's path."""
-        saved = self.path / f"{file_name(name)}{FIGURE_SUFFIX}"
-        save_figure(figure, saved)
+        """Save a figure of a section as `<name>.plotly.json` and return the file's path."""
+        text = str(figure.to_json())  # plotly writes NaN as null
+        saved = write_atomically(file_of(self.path, "figures", name), text.encode())
         self._put("figures", {"name": name, "section": section, "reading": reading, "caption": caption})
         return saved
 
     def add_explorer(
         self, name: str, payload: Mapping[str, Any], *, section: str, reading: str = "", caption: str = ""
     ) -> Path:
-        """Save an explorer's payload as `<name>.explorer.json`, for a section; return the file's path."""
-        saved = save_explorer(payload, self.path / f"{file_name(name)}{EXPLORER_SUFFIX}")
+        """Save an explorer's payload as `<name>.explorer.json` and return the file's path."""
+        saved = write_json(file_of(self.path, "explorers", name), payload, indent=None)
         self._put("explorers", {"name": name, "section": section, "reading": reading, "caption": caption})
         return saved
 
     def add_finding(self, finding: Finding) -> None:
-        """Note a finding; one with the same title is replaced."""
+        """Record a finding; it replaces one with the same title."""
         self._put("findings", asdict(finding), key="title")
 
     def add_citations(self, *citations: Citation) -> None:
-        """Note sources for the bibliography, beside those that the results themselves rest on."""
+        """Record sources for the bibliography, in addition to those of the results."""
         known = self._run["citations"]
         known.extend(entry for entry in map(asdict, citations) if entry not in known)
         self._write()
 
     def add_settings(self, settings: Mapping[str, Any]) -> None:
-        """Note further parameters."""
+        """Record further parameters."""
         self._run["settings"].update(settings)
         self._write()
 
     def add_failure(self, step: str, error: BaseException | str) -> None:
-        """Note that a step failed; the report says so and shows the rest."""
+        """Record that a step failed; the report says so and shows the rest."""
         self._put("failures", {"step": step, "message": str(error)}, key="step")
 
     def finish(self) -> Path:
@@ -180,7 +174,7 @@ class RunDirectory:
         return report_from_directory(self.path)
 
     def _put(self, part: str, entry: dict[str, Any], key: str = "name") -> None:
-        """Add an entry, in the place of an older one with the same key."""
+        """Add an entry, or replace the older one with the same key."""
         entries = self._run[part]
         places = [place for place, old in enumerate(entries) if old[key] == entry[key]]
         if places:
@@ -190,8 +184,7 @@ class RunDirectory:
         self._write()
 
     def _write(self) -> None:
-        text = json.dumps(self._run, indent=1, ensure_ascii=False, default=plain)
-        write_atomically(self.path / "run.json", text.encode("utf-8", errors="backslashreplace"))
+        write_json(self.path / "run.json", self._run)
 
 
 def save_run(
@@ -204,7 +197,7 @@ def save_run(
     title: str | None = None,
     command: str | None = None,
 ) -> Path:
-    """Write a whole run at once and return its folder; `report_from_directory` makes the report."""
+    """Save a whole run at once and return its folder; `report_from_directory` writes the report."""
     run = RunDirectory(path, title=title, settings=settings, command=command)
     for name, result in results.items():
         run.add_result(name, result)

@@ -11,9 +11,8 @@ import yaml
 
 from memlens.errors import OptionError
 from memlens.models.families import FAMILIES
-from memlens.report.bibliography import Citation, bibliography, citations_of, family_citation
+from memlens.report.bibliography import REFERENCES, Citation, bibliography, citations_of, family_citation
 from memlens.report.from_directory import report_from_directory
-from memlens.report.references import REFERENCES
 from memlens.report.run_directory import RunDirectory
 from memlens.results.result import Result
 from tests.report import synthetic
@@ -80,7 +79,7 @@ def test_a_reference_stands_once_with_all_that_it_is_cited_for() -> None:
 
 
 def test_an_unknown_key_is_an_error_that_names_the_known_ones() -> None:
-    with pytest.raises(OptionError, match=r"'chen2062' is not cited by memlens.*chen2026"):
+    with pytest.raises(OptionError, match=r"'chen2062' is not a reference of memlens.*chen2026"):
         Citation("chen2062", "a slip")
 
 
@@ -105,7 +104,7 @@ def test_a_citation_of_another_version_costs_itself_alone(tmp_path: Path) -> Non
     file = tmp_path / "run.json"
     file.write_text(file.read_text().replace('"citations": []', '"citations": [{"key": "x1", "what": "y"}]'))
     page = html.unescape(report_from_directory(tmp_path).read_text(encoding="utf-8"))
-    assert "A citation is left out: 'x1' is not cited by memlens" in page
+    assert "A citation is left out: 'x1' is not a reference of memlens" in page
     assert REFERENCES["menta2025"].title in page
 
 
@@ -120,6 +119,15 @@ def test_addresses_are_those_of_their_archive_numbers() -> None:
         number = re.search(r"arXiv:(\d{4}\.\d{5})", reference.where)
         assert not number or reference.url == f"https://arxiv.org/abs/{number[1]}", key
         assert re.fullmatch(rf"[a-z]+{reference.year}", key)
+
+
+def test_every_key_that_is_cited_anywhere_is_a_reference_and_none_is_left_over() -> None:
+    """In the package (a citation is checked when it is made, which may be late in a run) and its tests."""
+    pattern = re.compile(r"""["']([a-z]{2,}(?:19|20)\d\d)["']""")
+    code = sorted((ROOT / "memlens").rglob("*.py"))
+    used = {key for file in code for key in pattern.findall(file.read_text(encoding="utf-8"))}
+    assert used <= set(REFERENCES), used - set(REFERENCES)
+    assert set(REFERENCES) - used <= {"zhang2023"}, set(REFERENCES) - used
 
 
 def test_the_citation_file_names_the_same_papers() -> None:

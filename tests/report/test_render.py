@@ -147,4 +147,28 @@ def test_methods_say_only_what_is_known() -> None:
     assert "The model is m, a TransformerBridge of TransformerLens 4.3." in said
     assert "It was measured on 7 sequences." in said
     assert "seed" not in said
-    assert flatten({"a": {"b": {"c": 1}}, "d": {}}) == {"a.b.c": "1", "d": "{}"}
+    assert flatten({"a": {"b": {"c": 1}}, "d": {}}) == {"a.b.c": "1", "d": "none"}
+
+
+SETTINGS = {
+    "seed": 1,
+    "layers": (1, 2),
+    "model": {"model": "zoo/pythia-s", "revision": "", "backend": "HookedTransformer", "dtype": "float32"},
+    "sequences": {"source": "zoo", "prefix_len": [8, 16]},
+    "models": [{"name": "a"}, {"name": "b", "sizes": {"n": 2}}],
+    "tasks": {"recall": {"chance": (0.5, None)}},
+    "idioms": {},
+}
+
+
+def test_no_setting_is_written_as_code_in_prose_or_table() -> None:
+    said = methods_text(SETTINGS)
+    assert "The model is zoo/pythia-s, a HookedTransformer, run in float32." in said
+    assert "Sequences: source = zoo; prefix len = 8, 16." in said
+    assert "Models: 1.name = a; 2.name = b; 2.sizes.n = 2." in said
+    assert "Tasks: recall.chance = 0.5, None." in said
+    assert "The seed is 1." in said
+    from_files = methods_text({"sequences": ["a.npy", "b.npy"], "prefix_len": 32})
+    assert "on sequences from a.npy, b.npy; the model is given the first 32 tokens of each." in from_files
+    for text in (said, from_files, *flatten(SETTINGS).values()):
+        assert not set('{}[]()"') & set(text), text

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 
 from memlens.errors import ResultError
 from memlens.report.from_directory import report_from_directory
-from memlens.report.model import FigureRequest, Finding
+from memlens.report.model import EXPLORER_FORMAT, FigureRequest, Finding
 from memlens.report.run_directory import RunDirectory, save_run
 from memlens.results.readings import reading
 from memlens.results.result import Result
@@ -37,6 +40,38 @@ def test_everything_is_on_disk_before_the_run_ends(tmp_path: Path) -> None:
 
 def synthetic_saved(path: Path) -> object:
     return load_result(path / "heads.nc").data
+
+
+def _strict(file: Path) -> Any:
+    """Read a file as a strict JSON parser does: Python's own accepts NaN and Infinity."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{file.name} holds {name}, which is not JSON")
+
+    return json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def test_files_are_strict_json_where_numbers_are_not_finite(tmp_path: Path) -> None:
+    nan, inf = float("nan"), np.float32("inf")
+    run = RunDirectory(tmp_path, title="T", settings={"tolerance": inf, "layers": np.array([1.0, nan])})
+    run.add_finding(Finding("One", "One sequence.", 0.5, nan, np.float64(nan), "nats", np.int64(1)))
+    run.add_section("s", "A section")
+    run.add_figure("line", go.Figure(go.Scatter(x=[1, nan], y=np.array([inf, 2.0]))), section="s")
+    payload = {"format": EXPLORER_FORMAT, "numbers": [nan, (np.float32(nan), 1)]}
+    run.add_explorer("look", payload, section="s")
+    page = run.finish().read_text(encoding="utf-8")
+    stored = _strict(tmp_path / "run.json")
+    assert stored["findings"][0] == {
+        "title": "One", "statement": "One sequence.", "estimate": 0.5, "low": None, "high": None,
+        "unit": "nats", "n": 1, "control": None,
+    }  # fmt: skip
+    assert stored["settings"] == {"tolerance": None, "layers": [1.0, None]}
+    _strict(tmp_path / "line.plotly.json")
+    assert _strict(tmp_path / "look.explorer.json")["numbers"] == [None, [None, 1]]
+    for text in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL):
+        (tmp_path / "block.json").write_text(text, encoding="utf-8")
+        _strict(tmp_path / "block.json")
+    assert "0.5 nats, n = 1" in page
 
 
 def test_failure_is_named_and_the_rest_is_shown(tmp_path: Path) -> None:
