@@ -131,8 +131,8 @@ _REQUIREMENTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 def _option_error(cls: type, error: ErrorDetails) -> OptionError:
     """Return the first problem that pydantic found, in memlens' words."""
     context = error.get("ctx", {})
-    if isinstance(cause := context.get("error"), OptionError):
-        return cause
+    if isinstance(cause := context.get("error"), ValueError):  # raised by __post_init__
+        return OptionError(str(cause))
     place, value, kind = error["loc"], error["input"], error["type"]
     known = list(descriptions(cls))
     name = str(place[0]) if place else ""

@@ -49,10 +49,10 @@ class StudyDirectory(RunDirectory):
         self.failures: dict[str, str] = {}
 
     def step(self, name: str, work: Callable[[], None]) -> None:
-        """Run a step; if it fails, note it and go on: what is saved stays, what is left still runs."""
+        """Run a step; if it fails for any reason, record that and go on with the other steps."""
         try:
             work()
-        except (MemlensError, RuntimeError, ValueError) as error:
+        except Exception as error:
             self.failed(name, error)
 
     def place(self, name: str) -> Path:
@@ -114,10 +114,11 @@ class StudyDirectory(RunDirectory):
         return place
 
     def failed(self, name: str, error: BaseException) -> None:
-        """Note that a step failed."""
-        _LOG.warning("%s failed: %s", name, error)
-        self.failures[name] = str(error)
-        self.add_failure(name, error)
+        """Record that a step failed: an unforeseen error with its type, and its traceback in the log."""
+        unforeseen = not isinstance(error, (MemlensError, RuntimeError, ValueError))
+        _LOG.warning("%s failed: %s", name, error, exc_info=error if unforeseen else None)
+        self.failures[name] = f"{type(error).__name__}: {error}" if unforeseen else str(error)
+        self.add_failure(name, self.failures[name])
 
     def find(self, finding: Finding) -> None:
         """Note a finding."""

@@ -9,7 +9,7 @@ from memlens.instruments.ablate.neuron_choice import SELECTIONS
 from memlens.instruments.ablate.replacing import POSITIONS
 from memlens.instruments.decode.decoding import STREAMS
 from memlens.instruments.decode.promotion import NEAR_RANK
-from memlens.recall.criteria.score import CriteriaOptions
+from memlens.recall.criteria.options import CriteriaOptions
 
 
 @dataclass(frozen=True)
