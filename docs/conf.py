@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import pkgutil
 import re
 from pathlib import Path
 from typing import Any
@@ -49,60 +48,113 @@ nb_execution_mode = "off"  # the tests run the notebooks; the pages show their s
 nb_merge_streams = True
 suppress_warnings = ["myst.domains"]
 
-FOLDERS = {
-    "models": "how a model comes in and how its blocks are run",
-    "sequences": "what may have been memorized",
-    "recall": "did the model recall it",
-    "sweeps": "change many things, exactly and fast",
-    "attribution": "where is it stored",
-    "results": "labelled arrays, statistics and files",
-    "figures": "one figure for each kind of array",
-    "organisms": "models made to memorize",
-    "studies": "questions answered end to end",
-    "report": "one file to show",
-    "explorer": "one sequence at a time",
-}
+NAMESPACES = sorted(name for name in memlens.__all__ if inspect.ismodule(getattr(memlens, name)))
+"""The modules among the public names: `ml.recall`, `ml.edits` and so on."""
+
+EXTENDING = (
+    "memlens.registry",
+    "memlens.forward.metrics",
+    "memlens.models.families",
+)
+"""Modules with what an extension needs beyond the public names (docs/how-to/extend.md)."""
+
+
+def public(module: Any) -> list[str]:
+    """The public names of a module that are no modules themselves, in alphabetical order."""
+    listed = getattr(module, "__all__", None)
+    if listed is None:
+        own = inspect.getmembers(module, lambda value: getattr(value, "__module__", "") == module.__name__)
+        listed = [name for name, _ in own if not name.startswith("_")]
+    found = [n for n in listed if not inspect.ismodule(getattr(module, n)) and not n.startswith("__")]
+    return sorted(found, key=str.lower)
+
+
+def described(value: Any) -> bool:
+    """Whether a value has a docstring of its own: a function or a class."""
+    return inspect.isfunction(value) or inspect.isclass(value)
+
+
+def summary(value: Any) -> str:
+    """The first paragraph of a docstring, on one line, fit for a table."""
+    return (inspect.getdoc(value) or "").split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+
+
+def pages() -> dict[Any, tuple[str, str, list[str]]]:
+    """Where each public object is described: its short name, the module shown, and all of its public names.
+
+    An object with several public names (`ml.score_recall` is also `ml.recall.score_recall`) is described once,
+    under the shortest.
+    """
+    homes: dict[Any, tuple[str, str, list[str]]] = {}
+    for space in ("", *NAMESPACES):
+        module = getattr(memlens, space) if space else memlens
+        for name in public(module):
+            value = getattr(module, name)
+            if described(value):
+                shown = ".".join(filter(None, ("ml", space, name)))
+                homes.setdefault(value, (name, module.__name__, []))[2].append(shown)
+    return homes
 
 
 def public_names() -> str:
-    """A table of what `import memlens` offers, each name linked to where it is described."""
-    rows = ["| name | what it is |", "|---|---|"]
-    for name in sorted(memlens.__all__, key=str.lower):
-        value = getattr(memlens, name)
-        if not (inspect.isfunction(value) or inspect.isclass(value)):
-            continue
-        first = (inspect.getdoc(value) or "").split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
-        rows.append(f"| {{py:obj}}`ml.{name} <{value.__module__}.{value.__qualname__}>` | {first} |")
-    return "\n".join(rows)
-
-
-def modules_of(package: str) -> str:
-    """An automodule directive for a package's every module that has something public."""
-    found = importlib.import_module(package)
+    """A table for each namespace: its names, each linked to its description, and what it is."""
+    homes = pages()
     parts = []
-    for info in sorted(pkgutil.iter_modules(found.__path__), key=lambda item: item.name):
-        name = f"{package}.{info.name}"
-        module = importlib.import_module(name)
-        if getattr(module, "__all__", None):
-            parts.append(f"## {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n```\n")
-    return "\n".join(parts)
+    for space in ("", *NAMESPACES):
+        module = getattr(memlens, space) if space else memlens
+        title = f"`ml.{space}`" if space else "`ml`"
+        about = summary(module) if space else "The names that most notebooks need."
+        rows = [f"## {title}", "", about, "", "| name | what it is |", "|---|---|"]
+        for name in public(module):
+            value = getattr(module, name)
+            if described(value):
+                first, home, _ = homes[value]
+                link = f"{{py:obj}}`{name} <{home}.{first}>`"
+                rows.append(f"| {link} | {summary(value)} |")
+            else:
+                rows.append(f"| `{name}` | {type(value).__name__}: {', '.join(map(str, value))} |")
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
 
 
 def _emptied(folder: Path) -> Path:
-    """Return a folder of pages that are made here, without those that an older build left."""
+    """Return a folder of generated pages, without those that an older build left."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("*.md"), *folder.glob("*.ipynb")):
         old.unlink()
     return folder
 
 
+def _directive(value: Any, name: str) -> str:
+    kind = "autoclass" if inspect.isclass(value) else "autofunction"
+    members = "   :members:\n   :show-inheritance:\n" if inspect.isclass(value) else ""
+    return f"```{{eval-rst}}\n.. {kind}:: {name}\n{members}```\n"
+
+
 def write_api_pages() -> None:
-    """One page a folder of the package, made from its docstrings."""
+    """One page per namespace, and one for the modules that extensions use, made from the docstrings."""
     out = _emptied(HERE / "reference")
-    for name, purpose in FOLDERS.items():
-        about = inspect.getdoc(importlib.import_module(f"memlens.{name}")) or ""
-        page = f"# {name}: {purpose}\n\n{about}\n\n"
-        (out / f"{name}.md").write_text(page + modules_of(f"memlens.{name}"), encoding="utf-8")
+    homes = pages()
+    for space in ("", *NAMESPACES):
+        module = getattr(memlens, space) if space else memlens
+        parts = [f"# ml.{space}" if space else "# ml", inspect.getdoc(module) or ""]
+        for name in public(module):
+            value = getattr(module, name)
+            if described(value) and homes[value][:2] == (name, module.__name__):
+                others = [f"`{other}`" for other in homes[value][2][1:]]
+                parts.append(f"## {name}\n")
+                parts.extend([f"Also {', '.join(others)}."] if others else [])
+                parts.append(_directive(value, f"{module.__name__}.{name}"))
+        (out / f"{space or 'ml'}.md").write_text("\n\n".join(parts), encoding="utf-8")
+    page = ["# Modules for extensions", "How they are used: [Extend memlens](../how-to/extend.md)."]
+    for name in EXTENDING:
+        module, known = importlib.import_module(name), {id(value) for value in homes}
+        page.append(f"## {name}\n\n{inspect.getdoc(module) or ''}\n")
+        for each in public(module):
+            value = getattr(module, each)
+            if described(value) and id(value) not in known:
+                page.append(_directive(value, f"{name}.{each}"))
+    (out / "extending.md").write_text("\n\n".join(page), encoding="utf-8")
 
 
 def write_tutorials() -> None:
