@@ -118,8 +118,30 @@ def test_patching_everything_restores_everything(tiny_model: Any, direction: str
         model, clean, ml.corrupt(clean, positions=[-2], seed=0), positions=[3],
         metrics=("target_logprob",), direction=direction, progress=False,
     )  # fmt: skip
-    at_layer_0 = restored_share(patched)["restored_share"].sel(statistic="mean", layer=0, position=3)
-    assert float(at_layer_0) == pytest.approx(1.0 if direction == "denoising" else 0.0, abs=1e-4)
+    for row in range(6):  # one by one: on average this corruption of an untrained model changes nothing
+        share = restored_share(Result(patched.data.isel(sequence=[row])))["restored_share"]
+        at_layer_0 = float(share.sel(statistic="mean", layer=0, position=3))
+        assert at_layer_0 == pytest.approx(1.0 if direction == "denoising" else 0.0, abs=1e-4)
+
+
+def test_a_corruption_that_changed_too_little_gives_no_share() -> None:
+    lost = np.array([0.3, -0.3, 0.2, -0.19])  # together 0.01, with resamples on both sides of 0
+    gained = np.array([0.1, 0.0, 0.01, 0.0])  # the ratio of the sums is 11
+    data = {"m": gained, "m_clean": lost, "m_corrupt": np.zeros(4)}
+    result = Result.create(
+        xr.Dataset({name: ("sequence", values) for name, values in data.items()}), kind="activation_patching"
+    )
+    assert np.isnan(restored_share(result)["restored_share"]).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_share_lies_inside_its_interval(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    part, whole = rng.standard_t(1.5, 5), rng.normal(1, 1, 5)
+    value, low, high = ratio_interval(
+        *(xr.DataArray(a, dims="sequence") for a in (part, whole)), n_resamples=200
+    ).values
+    assert low <= value <= high or np.isnan([value, low, high]).all()
 
 
 def test_the_figure_shows_the_share_over_sequences_and_the_ratio_of_one() -> None:

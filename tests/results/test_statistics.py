@@ -37,7 +37,7 @@ def test_t_interval_is_scipys() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.booleans(), min_size=1, max_size=40), st.sampled_from([0.5, 0.9, 0.95]))
+@given(st.lists(st.booleans(), min_size=3, max_size=40), st.sampled_from([0.5, 0.9, 0.95]))
 def test_auto_is_wilson_for_hits(hits: list[bool], level: float) -> None:
     ours = mean_interval(xr.DataArray(hits, dims="sequence"), level=level)
     low, high = proportion_confint(sum(hits), len(hits), alpha=1 - level, method="wilson")

@@ -1,8 +1,22 @@
-"""`Estimate`: a value with its interval; choosing on one half of the sequences and reporting on the other."""
+"""`Estimate`: a value with its interval, in findings, tables and sentences alike.
+
+```python
+Estimate.of(result.mean_ci()["exact_match"])     # from what mean_ci, mean_interval or ratio_interval gives
+Estimate.unknown(n)                              # nothing could be measured
+mean_estimate(array), share_estimate(array), median_estimate(values), ratio_estimate(part, whole)
+estimate.known, estimate.excludes(0)             # has an interval; the interval lies beside 0
+str(estimate)                                    # 0.5 [0.2, 0.8], or 0.5 without an interval
+estimate.text("nats")                            # 0.5 nats (95 % interval 0.2 to 0.8), or the reason for none
+estimate.row("rate")                             # {"n": …, "rate": …, "low": …, "high": …}
+estimate.row("share", prefix="share_", n=None)   # {"share": …, "share_low": …, "share_high": …}
+Estimate.from_row(row, "share", prefix="share_") # the way back, from a row of a table
+```
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,27 +26,102 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 from memlens.results.result import Result
-from memlens.results.statistics.intervals import mean_interval, ratio_interval
+from memlens.results.statistics.intervals import FEWEST, mean_interval, ratio_interval
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval over `n` sequences; NaN where there is none.
+    """A number with its confidence interval over `n` sequences.
 
     Attributes:
-        value: The estimate.
-        low: Lower end.
-        high: Upper end.
-        n: Sequences behind it.
+        value: The estimate; NaN where nothing could be measured.
+        low: Lower end of the interval; NaN where there is none.
+        high: Upper end of the interval; NaN where there is none.
+        n: The number of sequences behind it.
+        level: Coverage of the interval.
+
+    Example:
+        >>> found = Estimate(0.75, 0.5, 0.875, n=12)
+        >>> found.text("nats"), found.excludes(0)
+        ('0.75 nats (95 % interval 0.5 to 0.875)', True)
+        >>> found.row("rate")
+        {'n': 12, 'rate': 0.75, 'low': 0.5, 'high': 0.875}
     """
 
     value: float
-    low: float
-    high: float
-    n: int
+    low: float = math.nan
+    high: float = math.nan
+    n: int = 0
+    level: float = 0.95
+
+    @classmethod
+    def of(cls, interval: xr.DataArray) -> Estimate:
+        """Return one estimate from an array `[statistic]`, as `mean_ci` and `mean_interval` give it.
+
+        >>> Estimate.of(mean_interval(xr.DataArray([1, 1, 0, 1], dims="sequence"))).text()
+        '0.75 (95 % interval 0.301 to 0.954)'
+        """
+        value, low, high = (float(interval.sel(statistic=name)) for name in ("mean", "low", "high"))
+        names = [str(name) for name in interval.coords if name == "n" or str(name).startswith("n_")]
+        counts = [int(interval[name]) for name in names if interval[name].ndim == 0]
+        level = float(interval.attrs.get("level", 0.95))
+        return cls(value, low, high, counts[0] if counts else 0, level)
+
+    @classmethod
+    def unknown(cls, n: int = 0) -> Estimate:
+        """Return an estimate without a value, of what could not be measured."""
+        return cls(math.nan, n=n)
+
+    @classmethod
+    def from_row(
+        cls, row: Mapping[Any, Any], name: str = "value", *, prefix: str = "", n: str | None = "n"
+    ) -> Estimate:
+        """Return the estimate that `row` wrote into a row of a table."""
+        count = 0 if n is None else int(row[n])
+        return cls(float(row[name]), float(row[f"{prefix}low"]), float(row[f"{prefix}high"]), count)
+
+    @property
+    def known(self) -> bool:
+        """Whether there is an interval."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+    def excludes(self, value: float = 0.0) -> bool:
+        """Return whether there is an interval and it excludes a value."""
+        return self.known and not self.low <= value <= self.high
+
+    def row(self, name: str = "value", *, prefix: str = "", n: str | None = "n") -> dict[str, Any]:
+        """Return the columns of a table: the count, the value and the ends of the interval.
+
+        Args:
+            name: Column of the value.
+            prefix: Of the columns `low` and `high`.
+            n: Column of the count; None leaves it out.
+        """
+        count = {} if n is None else {n: self.n}
+        return {**count, name: self.value, f"{prefix}low": self.low, f"{prefix}high": self.high}
+
+    def text(self, unit: str = "", *, units: str = "sequences") -> str:
+        """Return the value with its interval in words, or with the reason why there is no interval.
+
+        Args:
+            unit: Of the value, such as "nats".
+            units: What `n` counts.
+
+        >>> Estimate(0.5, n=2).text()
+        '0.5 (no interval: 2 sequences are too few)'
+        """
+        if not math.isfinite(self.value):
+            return "not known"
+        number = f"{self.value:.3g} {unit}".rstrip()
+        if self.known:
+            return f"{number} ({100 * self.level:g} % interval {self.low:.3g} to {self.high:.3g})"
+        if self.n >= FEWEST:
+            return f"{number} (no interval)"
+        few = f"one {units.removesuffix('s')} is" if self.n == 1 else f"{self.n} {units} are"
+        return f"{number} (no interval: {few} too few)"
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]" if self.known else f"{self.value:.3g}"
 
 
 def chosen_site(
@@ -55,49 +144,37 @@ def chosen_site(
 
 
 def mean_estimate(array: xr.DataArray, *, seed: int = 0) -> Estimate:
-    """Return the mean over sequences of a one-dimensional array, with a percentile bootstrap interval."""
-    return _estimate(array.values.astype(float), np.mean, seed)
+    """Return the mean over sequences of an array `[sequence]`, with a percentile bootstrap interval."""
+    values = xr.DataArray(np.asarray(array, float), dims="sequence")
+    return Estimate.of(mean_interval(values, method="bootstrap", seed=seed))
 
 
 def share_estimate(array: xr.DataArray) -> Estimate:
     """Return the share of ones over sequences, with Wilson's interval."""
-    interval = mean_interval(array, method="wilson")
-    mean, low, high = interval.values.tolist()
-    return Estimate(mean, low, high, int(interval["n"]))
+    return Estimate.of(mean_interval(array, method="wilson"))
+
+
+def ratio_estimate(part: xr.DataArray, whole: xr.DataArray, *, seed: int = 0) -> Estimate:
+    """Return sum(part) / sum(whole) over sequences with a percentile bootstrap interval over sequences.
+
+    The value is NaN where the sum of `whole` cannot be told from 0; see `ratio_interval`.
+    """
+    return Estimate.of(ratio_interval(part, whole, seed=seed))
 
 
 def median_estimate(values: Float[np.ndarray, "seq"], *, seed: int = 0) -> Estimate:
     """Return the median over sequences, with a percentile bootstrap interval."""
-    return _estimate(np.asarray(values, float), np.median, seed)
-
-
-def ratio_estimate(part: xr.DataArray, whole: xr.DataArray, *, seed: int = 0) -> Estimate:
-    """Return sum(part) / sum(whole) over sequences, with a percentile bootstrap interval over sequences.
-
-    A mean of ratios would be ruled by the sequences whose `whole` is near 0.
-    """
-    share = ratio_interval(part, whole, seed=seed)
-    value, low, high = share.values.tolist()
-    return Estimate(value, low, high, int(share["n"]))
-
-
-def _estimate(values: np.ndarray, statistic: Callable[..., Any], seed: int) -> Estimate:
+    values = np.asarray(values, float)
     values = values[np.isfinite(values)]
-    if len(values) == 0:
-        return Estimate(np.nan, np.nan, np.nan, 0)
-    value = float(statistic(values))
-    if len(values) < 2 or np.ptp(values) == 0:
-        return Estimate(
-            value, value if len(values) > 1 else np.nan, value if len(values) > 1 else np.nan, len(values)
-        )
-    found = stats.bootstrap(
-        (values,),
-        statistic,
-        method="percentile",
-        n_resamples=2000,
-        vectorized=True,
-        rng=np.random.default_rng(seed),
-    )
-    return Estimate(
-        value, float(found.confidence_interval.low), float(found.confidence_interval.high), len(values)
-    )
+    n = len(values)
+    if n == 0:
+        return Estimate.unknown()
+    value = float(np.median(values))
+    if n < FEWEST:
+        return Estimate(value, n=n)
+    if np.ptp(values) == 0:
+        return Estimate(value, value, value, n)
+    rng = np.random.default_rng(seed)
+    options: dict[str, Any] = {"method": "percentile", "n_resamples": 2000, "vectorized": True, "rng": rng}
+    found = stats.bootstrap((values,), np.median, **options).confidence_interval
+    return Estimate(value, float(found.low), float(found.high), n)

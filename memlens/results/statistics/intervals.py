@@ -21,6 +21,8 @@ from memlens.errors import OptionError, ResultError, check_option
 
 STATISTICS = ("mean", "low", "high")
 METHODS = ("auto", "bootstrap", "wilson", "t")
+FEWEST = 3
+"""The fewest sequences that give an interval: one or two say nothing reliable about others."""
 _BLOCK_BYTES = 64 * 2**20
 
 
@@ -49,8 +51,7 @@ def mean_interval(
 
     Methods: `bootstrap` is the percentile bootstrap over sequences; `wilson` is Wilson's score interval of a
     proportion and needs 0/1 values; `t` is Student's interval of a mean; `auto` takes `wilson` where all
-    values are 0 or 1 and `bootstrap` elsewhere. With fewer than two values `bootstrap` and `t` know nothing
-    of the spread: low and high are NaN there.
+    values are 0 or 1 and `bootstrap` elsewhere. With fewer than `FEWEST` values low and high are NaN.
 
     Args:
         values: numeric or boolean array with the dimension `dim`; NaN is skipped.
@@ -85,7 +86,8 @@ def mean_interval(
     if method == "auto":
         method = "wilson" if is_binary(table) else "bootstrap"
     n = np.isfinite(table).sum(0)
-    interval = _INTERVALS[method](table, n, level, n_resamples, seed)
+    mean, low, high = _INTERVALS[method](table, n, level, n_resamples, seed)
+    interval = mean, np.where(n < FEWEST, np.nan, low), np.where(n < FEWEST, np.nan, high)
     per_unit = [name for name, coord in values.coords.items() if dim in coord.dims]
     first = values.drop_vars(per_unit).sum(dim)  # only its shape and the sites' coordinates are used
     out = xr.DataArray(
@@ -109,9 +111,10 @@ def ratio_interval(
 ) -> xr.DataArray:
     """Return sum(part) / sum(whole) over `dim` with its interval, on a new first dimension `statistic`.
 
-    A mean of ratios would be ruled by the units whose `whole` is near 0. The interval is the percentile
-    bootstrap over `dim`: both sums are of the same resample. A unit that has no value in either is left out
-    of both sums.
+    A mean of ratios would be dominated by the units whose `whole` is near 0. The interval is the percentile
+    bootstrap over `dim`, with both sums from the same resample. A unit without a value in either array is
+    left out of both sums. Where the interval of sum(whole) includes 0, a ratio to it means nothing (Fieller's
+    interval would be unbounded): ratio, low and high are NaN there. The interval always holds the ratio.
 
     Args:
         part: `[dim, ...]`.
@@ -122,10 +125,10 @@ def ratio_interval(
         seed: seed of the bootstrap.
 
     Returns:
-        As `mean_interval`; `mean` is the ratio. With fewer than two units low and high are NaN.
+        As `mean_interval`; `mean` is the ratio. With fewer than `FEWEST` units low and high are NaN.
 
     Example:
-        >>> part, whole = (xr.DataArray(a, dims="sequence") for a in ([1.0, 3.0], [2.0, 6.0]))
+        >>> part, whole = (xr.DataArray(a, dims="sequence") for a in ([1.0, 3.0, 2.0], [2.0, 6.0, 4.0]))
         >>> ratio_interval(part, whole).values.tolist()
         [0.5, 0.5, 0.5]
     """
@@ -136,14 +139,20 @@ def ratio_interval(
     above, below = (np.nan_to_num(array.values.reshape(rows, -1)) for array in (part, whole))
     weights = _resamples(rows, n_resamples, seed)
     low, high = np.full((2, above.shape[1]), np.nan)
+    n = both.sum(dim)
+    few = n.values.reshape(-1) < FEWEST
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = above.sum(0) / below.sum(0)
+        ratio = np.where(np.isfinite(ratio), ratio, np.nan)
         for own in _blocks(above.shape[1], n_resamples):
-            samples = (weights @ above[:, own]) / (weights @ below[:, own])
+            sums = weights @ below[:, own]
+            samples = (weights @ above[:, own]) / sums
             low[own], high[own] = quantile_interval(np.where(np.isfinite(samples), samples, np.nan), level)
-    n = both.sum(dim)
-    few = n.values.reshape(-1) < 2
-    low, high = np.where(few, np.nan, low), np.where(few, np.nan, high)
+            least, most = quantile_interval(sums, level)
+            ratio[own] = np.where((least <= 0) & (most >= 0) & ~few[own], np.nan, ratio[own])
+    few |= np.isnan(ratio)
+    low = np.where(few, np.nan, np.fmin(low, ratio))
+    high = np.where(few, np.nan, np.fmax(high, ratio))
     return xr.DataArray(
         np.stack([ratio, low, high]).reshape(3, *n.shape),
         dims=("statistic", *n.dims),
@@ -249,7 +258,6 @@ def _bootstrap(
     means, low, high = _column_means(table, n), *np.full((2, table.shape[1]), np.nan)
     for part in _blocks(table.shape[1] if table.shape[0] else 0, n_resamples):
         low[part], high[part] = quantile_interval(bootstrap_means(table[:, part], n_resamples, seed), level)
-    low[n < 2] = high[n < 2] = np.nan
     return means, low, high
 
 
@@ -267,12 +275,10 @@ def _wilson(
 def _student(
     table: np.ndarray, n: np.ndarray, level: float, n_resamples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-
     means = _column_means(table, n)
     squares = np.where(np.isfinite(table), (table - means) ** 2, 0.0).sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
         half = stats.t.ppf((1 + level) / 2, n - 1) * np.sqrt(squares / (n - 1) / n)
-    half = np.where(n < 2, np.nan, half)
     return means, means - half, means + half
 
 

@@ -53,7 +53,7 @@ def restored_share(
         ResultError: when the result is not of a clean and a corrupt run, or lacks the metric.
 
     Example:
-        >>> from memlens.results import Result
+        >>> from memlens.results.result import Result
         >>> data = {"m": [0.9, 1.0], "m_clean": [1.0, 1.1], "m_corrupt": [0.0, 1.0]}
         >>> result = Result.create(
         ...     xr.Dataset({name: ("sequence", values) for name, values in data.items()}),
