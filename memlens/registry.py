@@ -69,6 +69,10 @@ class Registry(Generic[T]):
             )
         return self._items[name]
 
+    def get(self, name: str) -> T | None:
+        """Return the object of a name, or None."""
+        return self._items[name] if name in self else None
+
     def __contains__(self, name: object) -> bool:
         if name not in self._items:
             self._load()

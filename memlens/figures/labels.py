@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import html
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import xarray as xr
+
+from memlens.registry import Registry
 
 _MARKS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "": "∅"}
 _HIDDEN = {"Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp"}
@@ -42,14 +45,8 @@ class MetricText:
 
 
 _RUNS = "0 = corrupt, 1 = clean"
-_KNOWN = {
-    "target_logprob": MetricText("target log-prob", "nats", 1),
-    "exact_match": MetricText("exact match", "share of sequences", 1),
-    "matching_prefix": MetricText("matching prefix", "tokens", 1),
-    "target_accuracy": MetricText("target accuracy", "share of tokens", 1),
-    "target_rank": MetricText("target rank", "0 = top", -1),
-    "completion_entropy": MetricText("completion entropy", "nats", -1),
-    "margin": MetricText("margin over the best other token", "logits", 1),
+_KNOWN: Registry[MetricText] = Registry("quantity", modules=["memlens.forward.metrics"])
+for _name, _text in {
     "memorization_score": MetricText("memorization score M", "share of tokens", 1),
     "restored_share": MetricText("recall restored", _RUNS, 1, whole=1.0),
     "normalized_effect": MetricText("recall restored (mean of ratios)", _RUNS, 1, whole=1.0),
@@ -74,14 +71,26 @@ _KNOWN = {
     "accuracy_chance_corrected": MetricText("accuracy corrected for chance", "0 = guessing", 1),
     "relative_drop": MetricText("relative drop in accuracy", "share", -1),
     "relative_drop_chance_corrected": MetricText("relative drop, corrected for chance", "share", -1),
-}
+}.items():
+    _KNOWN.add(_name, _text)
+
+
+def describe_quantity(name: str, attrs: Mapping[Any, Any]) -> None:
+    """Say how a quantity is spoken of where an array, as one of an old file, does not say so itself."""
+    _KNOWN.add(name, _text_of(attrs))
+
+
+def _text_of(attrs: Mapping[Any, Any]) -> MetricText:
+    """Return what the attributes say that a `memlens.Metric` gives its arrays; an axis shows means."""
+    unit = "share of sequences" if attrs.get("proportion") else str(attrs.get("units", ""))
+    return MetricText(str(attrs["label"]), unit, {"higher": 1, "lower": -1}.get(attrs.get("better", ""), 0))
 
 
 def metric_text(name: str, array: xr.DataArray | None = None) -> MetricText:
     """Return label, unit and direction of a metric.
 
-    Names that memlens does not know are spoken of by the array's `long_name` where it is short, with its
-    `units`.
+    What the array's attributes say (`label`, `units`, `better`, see `memlens.Metric`) comes first, then what
+    memlens knows of the name. Other arrays are described by a short `long_name` and their `units`.
 
     An array with the attribute `of="effect"` holds differences, and its label says so.
 
@@ -91,7 +100,10 @@ def metric_text(name: str, array: xr.DataArray | None = None) -> MetricText:
     attrs = {} if array is None else array.attrs
     long_name = str(attrs.get("long_name", ""))
     words = long_name if 0 < len(long_name) <= _LONGEST_NAME else name.replace("_", " ")
-    known = _KNOWN.get(name) or MetricText(words, str(attrs.get("units", "")))
+    if "label" in attrs:
+        known = _text_of(attrs)
+    else:
+        known = _KNOWN.get(name) or MetricText(words, str(attrs.get("units", "")))
     label, unit = known.label, known.unit
     change = "change in " if attrs.get("of") == "effect" else ""
     return MetricText(change + plain(str(label)), plain(str(unit)), known.better, known.whole)

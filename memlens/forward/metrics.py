@@ -10,16 +10,18 @@ tokens with a *strictly* greater logit. So ``rank == 0`` with ``margin == 0`` is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
 from functools import cached_property
-from types import MappingProxyType
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from memlens.errors import OptionError, check_option
+from memlens.figures.labels import describe_quantity
+from memlens.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -155,23 +157,118 @@ def target_stats(
     return TargetStats(**{f.name: getattr(lazy, f.name) for f in fields(TargetStats)})
 
 
+Stats = TargetStats | LazyTargetStats
+MetricFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``fn(logits [seq, target, vocab], ids [seq, target], mask [seq, target]) -> [seq]``."""
+
+Direction = Literal["higher", "lower"]
+
+
 @dataclass(frozen=True)
 class Metric:
-    """A number per sequence (or per target token) made of `TargetStats`.
+    """A number per sequence, computed from the logits that predict its targets.
 
     Attributes:
-        name: The name used everywhere.
-        unit: Its unit.
-        meaning: One line that says what it is.
-        per_target: `[seq, target]` values.
-        reduce: From the values and the mask to one number a sequence.
+        fn: The function, ``fn(logits [seq, target, vocab], ids [seq, target], mask [seq, target]) -> [seq]``;
+            None where `per_target` and `reduce` are given instead.
+        name: The name in results; the function's own by default.
+        unit: Unit of the value.
+        meaning: One line that says what is measured.
+        better: Whether a higher or a lower value means better recall. Where it is None, figures and readings
+            speak of a change and never of harm.
+        proportion: Whether the value is 0 or 1, so that its mean is a share of sequences.
+        differentiable: Whether gradients are useful; a function is taken to have some until it shows none.
+        label: A few words for axes and sentences; the name by default.
+        cites: Pairs of a reference's key and what it is cited for (see `memlens.report.bibliography`).
+        per_target: From statistics of the targets to `[seq, target]` values: with these, sweeps can keep the
+            target dimension and share work among metrics.
+        reduce: From those values and the mask to `[seq]`.
+
+    Raises:
+        OptionError: Neither or both forms of the computation are given, or an unknown direction.
+
+    Example:
+        >>> def surprise(logits, ids, mask):
+        ...     return -METRICS["target_logprob"](logits, ids, mask)
+        >>> bits = Metric(surprise, unit="nats", better="lower")
+        >>> bits.name, bits.attrs
+        ('surprise', {'label': 'surprise', 'units': 'nats', 'better': 'lower'})
     """
 
-    name: str
-    unit: str
-    meaning: str
-    per_target: Callable[[TargetStats | LazyTargetStats], Tensor]
-    reduce: Callable[[Tensor, Tensor], Tensor]
+    fn: MetricFunction | None = None
+    _: KW_ONLY
+    name: str = ""
+    unit: str = ""
+    meaning: str = ""
+    better: Direction | None = None
+    proportion: bool = False
+    differentiable: bool = True
+    label: str = ""
+    cites: tuple[tuple[str, str], ...] = ()
+    per_target: Callable[[Stats], Tensor] | None = None
+    reduce: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        name = self.name or getattr(self.fn, "__name__", type(self.fn).__name__)
+        if (self.per_target is None) != (self.reduce is None) or (self.fn is None) == (self.reduce is None):
+            raise OptionError(f"metric {name!r}: give a function, or per_target= together with reduce=.")
+        if self.better is not None:
+            check_option("better", self.better, get_args(Direction))
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "label", self.label or name.replace("_", " "))
+
+    def __call__(self, logits: Tensor, ids: Tensor, mask: Tensor) -> Float[Tensor, " seq"]:
+        """Return the value of each sequence.
+
+        Raises:
+            OptionError: The function does not return one number per sequence.
+        """
+        value = self.fn(logits, ids, mask) if self.fn else self.of(LazyTargetStats(logits, ids, mask))
+        if not isinstance(value, Tensor) or value.shape != (len(logits),):
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise OptionError(
+                f"metric {self.name!r} returned {shape}: it must return a tensor of shape ({len(logits)},), "
+                "one number per sequence."
+            )
+        return value
+
+    def of(self, stats: Stats, *, per_token: bool = False) -> Tensor:
+        """Return the metric per sequence `[seq]`, or per target `[seq, target]` with NaN outside the mask.
+
+        Args:
+            stats: What `target_stats` gave.
+            per_token: Keep the target axis: for `exact_match`, `matching_prefix` and `target_accuracy` each
+                token has 0 or 1, for the others its own value.
+
+        Raises:
+            OptionError: The metric needs the logits themselves.
+        """
+        if self.per_target is None or self.reduce is None:
+            raise OptionError(f"metric {self.name!r} is a function of logits: it has no values per target.")
+        values = self.per_target(stats)
+        return torch.where(stats.mask, values, torch.nan) if per_token else self.reduce(values, stats.mask)
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """What an array of the metric's values says of itself; figures and readings use it."""
+        said = {"label": self.label, "units": self.unit, "long_name": self.meaning, "better": self.better}
+        return {key: value for key, value in said.items() if value} | (
+            {"proportion": True} if self.proportion else {}
+        )
+
+
+METRICS: Registry[Metric] = Registry("metric")
+"""The metrics by name: those of memlens and of installed plugins."""
+
+
+def register_metric(metric: Metric) -> Metric:
+    """Make a metric known by its name, and return it.
+
+    Raises:
+        OptionError: Another metric has this name.
+    """
+    describe_quantity(metric.name, metric.attrs)
+    return METRICS.add(metric.name, metric)
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -194,95 +291,113 @@ def _leading_run(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).cumprod(-1).sum(-1)
 
 
-def _hits(stats: TargetStats | LazyTargetStats) -> Tensor:
+def _hits(stats: Stats) -> Tensor:
     return stats.correct.double()
 
 
-METRICS: Mapping[str, Metric] = MappingProxyType(
-    {
-        m.name: m
-        for m in (
-            Metric(
-                "target_logprob",
-                "nats",
-                "mean over the continuation's tokens of their log-probability",
-                lambda s: s.logprob,
-                _mean,
-            ),
-            Metric(
-                "exact_match",
-                "0 or 1",
-                "1 where the arg-max is the target at every position: what greedy decoding gives too",
-                _hits,
-                _all,
-            ),
-            Metric(
-                "matching_prefix",
-                "tokens",
-                "how many of the continuation's first tokens are right in a row",
-                _hits,
-                _leading_run,
-            ),
-            Metric(
-                "target_accuracy",
-                "share",
-                "share of the continuation's tokens that are the arg-max, teacher-forced",
-                _hits,
-                _mean,
-            ),
-            Metric(
-                "target_rank",
-                "rank",
-                "mean over the continuation's tokens of their zero-based rank",
-                lambda s: s.rank.double(),
-                _mean,
-            ),
-            Metric(
-                "completion_entropy",
-                "nats",
-                "sum over the continuation's steps of the next-token entropy, teacher-forced",
-                lambda s: s.entropy,
-                _sum,
-            ),
-            Metric(
-                "margin",
-                "logits",
-                "smallest lead of a target's logit over the best other token's",
-                lambda s: s.margin,
-                _minimum,
-            ),
-        )
-    }
+def _logprob(stats: Stats) -> Tensor:
+    return stats.logprob
+
+
+def _rank(stats: Stats) -> Tensor:
+    return stats.rank.double()
+
+
+def _entropy(stats: Stats) -> Tensor:
+    return stats.entropy
+
+
+def _margin(stats: Stats) -> Tensor:
+    return stats.margin
+
+
+_BUILT_IN = (
+    Metric(
+        name="target_logprob",
+        label="target log-prob",
+        unit="nats",
+        meaning="mean log-probability of the continuation's tokens",
+        better="higher",
+        per_target=_logprob,
+        reduce=_mean,
+    ),
+    Metric(
+        name="exact_match",
+        unit="0 or 1",
+        meaning="1 where the arg-max is the target at every position, as in greedy decoding",
+        better="higher",
+        proportion=True,
+        differentiable=False,
+        cites=(("carlini2023", "exact match of the continuation"),),
+        per_target=_hits,
+        reduce=_all,
+    ),
+    Metric(
+        name="matching_prefix",
+        unit="tokens",
+        meaning="number of the continuation's tokens that are right before the first error",
+        better="higher",
+        differentiable=False,
+        per_target=_hits,
+        reduce=_leading_run,
+    ),
+    Metric(
+        name="target_accuracy",
+        unit="share of tokens",
+        meaning="share of the continuation's tokens that are the arg-max, teacher-forced",
+        better="higher",
+        differentiable=False,
+        per_target=_hits,
+        reduce=_mean,
+    ),
+    Metric(
+        name="target_rank",
+        unit="0 = top",
+        meaning="mean zero-based rank of the continuation's tokens",
+        better="lower",
+        differentiable=False,
+        per_target=_rank,
+        reduce=_mean,
+    ),
+    Metric(
+        name="completion_entropy",
+        unit="nats",
+        meaning="sum of the next-token entropies over the continuation's steps, teacher-forced",
+        better="lower",
+        cites=(("menta2025", "completion entropy"),),
+        per_target=_entropy,
+        reduce=_sum,
+    ),
+    Metric(
+        name="margin",
+        label="margin over the best other token",
+        unit="logits",
+        meaning="smallest difference between a target's logit and the best other token's",
+        better="higher",
+        per_target=_margin,
+        reduce=_minimum,
+    ),
 )
-"""The built-in metrics by name. Each is documented by its `meaning` and `unit`."""
+BUILT_IN = tuple(register_metric(metric).name for metric in _BUILT_IN)
+"""Names of memlens' own metrics, all of which can be computed from `TargetStats`."""
+
+MetricLike = str | Metric | MetricFunction
+"""The name of a registered metric, a `Metric`, or a plain function of logits, ids and mask."""
 
 
-def reduce_metric(name: str, stats: TargetStats | LazyTargetStats, *, per_token: bool = False) -> Tensor:
-    """Return a metric per sequence `[seq]`, or per target `[seq, target]` with NaN outside the mask.
-
-    Args:
-        name: A key of `METRICS`.
-        stats: What `target_stats` gave.
-        per_token: Keep the target axis: for `exact_match`, `matching_prefix` and `target_accuracy` that
-            is 0 or 1 a token, for the others the token's own value.
+def as_metric(metric: MetricLike) -> Metric:
+    """Return the metric that is meant.
 
     Raises:
-        OptionError: There is no such metric.
+        OptionError: No metric has this name.
     """
-    check_option("metric", name, list(METRICS))
-    metric = METRICS[name]
-    values = metric.per_target(stats)
-    if per_token:
-        return torch.where(stats.mask, values, torch.nan)
-    return metric.reduce(values, stats.mask)
+    if isinstance(metric, Metric):
+        return metric
+    return METRICS[metric] if isinstance(metric, str) else Metric(metric)
 
 
-MetricLike = str | Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A name, or ``fn(logits [seq, target, vocab], ids [seq, target], mask [seq, target]) -> [seq]``."""
-
-
-def metric_names(metrics: Sequence[MetricLike]) -> list[str]:
-    """Return the names that metrics have in results.
+def as_metrics(metrics: Sequence[MetricLike]) -> list[Metric]:
+    """Return the metrics that are meant.
 
     Raises:
         OptionError: An unknown name, two metrics of one name, or none at all.
@@ -291,39 +406,29 @@ def metric_names(metrics: Sequence[MetricLike]) -> list[str]:
         raise OptionError(
             f"metrics={metrics!r}: give a sequence with at least one metric, such as ('exact_match',)."
         )
-    names = [m if isinstance(m, str) else getattr(m, "__name__", type(m).__name__) for m in metrics]
-    for metric in metrics:
-        if isinstance(metric, str):
-            check_option("metric", metric, list(METRICS))
+    found = [as_metric(metric) for metric in metrics]
+    names = [metric.name for metric in found]
     if len(set(names)) < len(names):
-        raise OptionError(f"metrics={names!r}: two metrics have one name; rename one.")
-    return names
+        raise OptionError(f"metrics={names!r}: two metrics have the same name; rename one.")
+    return found
+
+
+def metric_names(metrics: Sequence[MetricLike]) -> list[str]:
+    """Return the names that metrics have in results; errors as in `as_metrics`."""
+    return [metric.name for metric in as_metrics(metrics)]
 
 
 def make_reduce(
     metrics: Sequence[MetricLike], *, per_token: bool
 ) -> Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-    """Return a function from target logits, ids and mask to one CPU tensor a metric."""
-    names = metric_names(metrics)
-    built_in = [m for m in metrics if isinstance(m, str)]
+    """Return a function from target logits, ids and mask to one CPU tensor per metric."""
+    chosen = as_metrics(metrics)
 
     def reduce(logits: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = {}
-        if built_in:
-            stats = LazyTargetStats(logits, ids, mask)
-            out |= {name: reduce_metric(name, stats, per_token=per_token) for name in built_in}
-        for name, metric in zip(names, metrics, strict=True):
-            if not isinstance(metric, str):
-                out[name] = _checked(name, metric(logits, ids, mask), len(logits))
-        return {name: out[name] for name in names}
+        stats = LazyTargetStats(logits, ids, mask)
+        return {
+            m.name: m(logits, ids, mask).detach().float().cpu() if m.fn else m.of(stats, per_token=per_token)
+            for m in chosen
+        }
 
     return reduce
-
-
-def _checked(name: str, value: Tensor, n: int) -> Tensor:
-    if not isinstance(value, torch.Tensor) or value.shape != (n,):
-        shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise OptionError(
-            f"metric {name!r} gave {shape}: it must give a tensor of shape ({n},), one number a sequence."
-        )
-    return value.detach().float().cpu()

@@ -1,12 +1,13 @@
-"""The columns that scoring adds beyond `METRICS`, in groups that can be asked for."""
+"""The columns that scoring adds beyond the built-in metrics, in groups that can be asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
-from memlens.forward.metrics import METRICS
+from memlens.forward.metrics import BUILT_IN, METRICS
 
 
 @dataclass(frozen=True)
@@ -14,34 +15,66 @@ class Column:
     """What a column of the recall table holds.
 
     Attributes:
-        group: Which of `METRIC_GROUPS` it comes with.
+        group: Which of `METRIC_GROUPS` it comes with; empty where it needs none.
         unit: Its unit.
         meaning: One line that says what it is.
         summarized: Whether a mean over sequences says something.
+        proportion: Whether it is 0 or 1, so that its mean is a share of sequences.
+        cites: Pairs of a reference's key and what it is cited for.
     """
 
     group: str
     unit: str
     meaning: str
     summarized: bool = True
+    proportion: bool = False
+    cites: tuple[tuple[str, str], ...] = ()
 
 
 COLUMNS: Mapping[str, Column] = MappingProxyType(
     {
+        "near_tie": Column(
+            "", "0 or 1", "whether the margin is too small to decide the exact match", proportion=True
+        ),
+        "memorization_score": Column(
+            "",
+            "share of tokens",
+            "share of positions at which the greedy continuation is the truth",
+            cites=(("chen2026", "memorization score M"),),
+        ),
         "nll": Column("likelihood", "nats", "minus the log-probability of the whole continuation"),
         "perplexity": Column("likelihood", "1", "exp of the mean negative log-probability"),
-        "min_k": Column("likelihood", "nats", "mean log-probability of the least likely targets"),
-        "min_k_plus_plus": Column(
-            "likelihood", "1", "mean of the lowest log-probabilities, standardized over the vocabulary"
+        "min_k": Column(
+            "likelihood",
+            "nats",
+            "mean log-probability of the least likely targets",
+            cites=(("shi2024", "Min-K %"),),
         ),
-        "zlib_ratio": Column("likelihood", "nats a byte", "NLL over the text's size after zlib"),
+        "min_k_plus_plus": Column(
+            "likelihood",
+            "1",
+            "mean of the lowest log-probabilities, standardized over the vocabulary",
+            cites=(("zhang2024", "Min-K %++"),),
+        ),
+        "zlib_ratio": Column(
+            "likelihood",
+            "nats per byte",
+            "NLL over the text's size after zlib",
+            cites=(("carlini2021", "ratio to the size compressed by zlib"),),
+        ),
         "sample_logprob": Column(
             "sampling", "nats", "log-probability that one sample is the whole continuation"
         ),
         "samples_needed": Column(
             "sampling", "samples", "fewest samples that hold it with probability p", summarized=False
         ),
-        "np_discoverable": Column("sampling", "0 or 1", "whether n samples hold it with probability p"),
+        "np_discoverable": Column(
+            "sampling",
+            "0 or 1",
+            "whether n samples hold it with probability p",
+            proportion=True,
+            cites=(("hayes2025", "(n, p)-discoverable extraction"),),
+        ),
         "edit_distance": Column("near_verbatim", "tokens", "Levenshtein distance of generated and truth"),
         "edit_similarity": Column("near_verbatim", "share", "1 - edit distance over the longer length"),
         "longest_run": Column("near_verbatim", "tokens", "longest run that stands in both"),
@@ -55,19 +88,21 @@ COLUMNS: Mapping[str, Column] = MappingProxyType(
         "type_token_ratio": Column("trivial", "share", "distinct tokens over tokens of the continuation"),
         "repeated_share": Column("trivial", "share", "tokens that repeat with the best period"),
         "step_share": Column("trivial", "share", "tokens or words that go on in constant steps"),
-        "trivial": Column("trivial", "0 or 1", "one of the four rules explains the continuation"),
+        "trivial": Column(
+            "trivial", "0 or 1", "one of the four rules explains the continuation", proportion=True
+        ),
     }
 )
 """By name, in the order of the table."""
 
 METRIC_GROUPS = ("likelihood", "sampling", "near_verbatim", "trivial")
 
-SCORE_COLUMNS = (*METRICS, "near_tie", "memorization_score", *COLUMNS, "generated", "generated_text")
+SCORE_COLUMNS = (*BUILT_IN, *COLUMNS, "generated", "generated_text")
 """The columns that scoring adds to a set's table."""
 
-LABELS: Mapping[str, dict[str, str]] = MappingProxyType(
+LABELS: Mapping[str, dict[str, Any]] = MappingProxyType(
     {
-        **{name: {"units": m.unit, "long_name": m.meaning} for name, m in METRICS.items()},
+        **{name: METRICS[name].attrs for name in BUILT_IN},
         **{name: {"units": c.unit, "long_name": c.meaning} for name, c in COLUMNS.items()},
     }
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from memlens.errors import OptionError, SequenceError, check_option
 from memlens.forward.baseline import Reducer, teacher_forced
 from memlens.forward.generate import greedy_continuations
-from memlens.forward.metrics import METRICS, TargetStats, reduce_metric
+from memlens.forward.metrics import BUILT_IN, METRICS, TargetStats
 from memlens.forward.trunk import check_model
 from memlens.models.provenance import describe
 from memlens.recall.columns import METRIC_GROUPS, SCORE_COLUMNS
@@ -218,7 +218,7 @@ def _eos(model: Any) -> int:
 
 
 def _teacher_forced_columns(stats: TargetStats) -> dict[str, Any]:
-    columns = {name: reduce_metric(name, stats).numpy() for name in METRICS}
+    columns = {name: METRICS[name].of(stats).numpy() for name in BUILT_IN}
     for name in ("exact_match", "matching_prefix"):
         columns[name] = columns[name].astype(np.int64)
     columns["target_accuracy"] = _share(stats.correct, stats.mask)
@@ -240,7 +240,7 @@ def generated_after(
 ) -> Tensor:
     """Return the greedy continuations `[seq, target]`: the truth where there is no error."""
     generated = seqs.target_ids.clone()
-    first_error = reduce_metric("matching_prefix", stats).long()
+    first_error = METRICS["matching_prefix"].of(stats).long()
     rows = (first_error < seqs.n_targets).nonzero()[:, 0]
     if len(rows):
         generated[rows] = greedy_continuations(

@@ -14,7 +14,7 @@ import xarray as xr
 from jaxtyping import Int
 
 from memlens.errors import EmptySetError, FileFormatError, OptionError, SequenceError
-from memlens.forward.metrics import METRICS
+from memlens.forward.metrics import BUILT_IN, METRICS
 from memlens.recall.columns import COLUMNS, LABELS, SCORE_COLUMNS
 from memlens.recall.matching import Matching, match_controls
 from memlens.results.statistics.intervals import is_binary, mean_interval
@@ -31,14 +31,15 @@ GROUPS = ("copies", "domain")
 """Columns by which rates are given where the table has them."""
 
 _SUMMARIZED = (
-    *METRICS,
-    "memorization_score",
-    "near_tie",
+    *BUILT_IN,
     *(name for name, column in COLUMNS.items() if column.summarized),
 )
 
 # Decided by what is counted, not by the values: a mean that happens to be 0 everywhere is no proportion.
-_PROPORTIONS = ("exact_match", "near_tie", "np_discoverable", "trivial")
+_PROPORTIONS = (
+    *(name for name in BUILT_IN if METRICS[name].proportion),
+    *(name for name, column in COLUMNS.items() if column.proportion),
+)
 
 
 def summarize(table: pd.DataFrame, *, level: float, n_resamples: int, seed: int) -> pd.DataFrame:
@@ -238,7 +239,7 @@ class RecallScores:
 
         from memlens.results.result import Result
 
-        metrics = [*METRICS, "memorization_score", "near_tie", *COLUMNS]
+        metrics = [*BUILT_IN, *COLUMNS]
         arrays = {
             name: ("sequence", self.table[name].to_numpy(dtype=float), LABELS.get(name, {}))
             for name in metrics

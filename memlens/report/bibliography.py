@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 from memlens.errors import OptionError
+from memlens.forward.metrics import METRICS
+from memlens.recall.columns import COLUMNS
 from memlens.results.result import Result
 
 
@@ -68,15 +70,6 @@ class Citation:
             )
 
 
-_METRICS = {
-    "exact_match": (Citation("carlini2023", "exact match of the continuation"),),
-    "memorization_score": (Citation("chen2026", "memorization score M"),),
-    "completion_entropy": (Citation("menta2025", "completion entropy"),),
-    "np_discoverable": (Citation("hayes2025", "(n, p)-discoverable extraction"),),
-    "min_k": (Citation("shi2024", "Min-K %"),),
-    "min_k_plus_plus": (Citation("zhang2024", "Min-K %++"),),
-    "zlib_ratio": (Citation("carlini2021", "ratio to the size compressed by zlib"),),
-}
 _PATCHING = Citation("meng2022", "causal tracing, the origin of activation patching")
 _KINDS = {
     "attention_bypass": (Citation("menta2025", "attention bypass"),),
@@ -125,12 +118,18 @@ def citations_of(result: Result) -> list[Citation]:
         >>> [citation.key for citation in citations_of(Result.create(data, kind="recall"))]
         ['chen2026']
     """
-    found = [citation for name in result.metrics for citation in _METRICS.get(name, ())]
+    found = [Citation(*pair) for name in result.metrics for pair in _cites(name)]
     found += _KINDS.get(result.kind, ())
     settings = result.settings
     found += [said for name, start, said in _SETTINGS if str(settings.get(name, "")).startswith(start)]
     attrs: Mapping[str, Any] = result.data.attrs
     return [*found, *family_citation(str(attrs.get("family", "")), str(attrs.get("model", "")))]
+
+
+def _cites(quantity: str) -> Iterable[tuple[str, str]]:
+    """What a metric, or another column of recall scores, rests on."""
+    found = COLUMNS.get(quantity) or METRICS.get(quantity)
+    return found.cites if found else ()
 
 
 def family_citation(family: str, model: str) -> list[Citation]:

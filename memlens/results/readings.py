@@ -64,8 +64,12 @@ def _over(result: Result) -> str:
 
 
 def _extreme(ci: xr.DataArray, better: int, *, harm: bool) -> tuple[xr.DataArray, dict[str, object]]:
-    """Return the site where the mean is most harmful (or most helpful), and its coordinates."""
-    means = ci.sel(statistic="mean").fillna(0.0) * (better or 1) * (-1 if harm else 1)
+    """Return the site with the most harmful (or most helpful) mean, and its coordinates.
+
+    Where it is not known which direction is better, the site with the largest mean is returned.
+    """
+    means = ci.sel(statistic="mean").fillna(0.0)
+    means = means * better * (-1 if harm else 1) if better else abs(means)
     place = np.unravel_index(int(np.argmax(means.values)), means.shape)
     index = dict(zip(means.dims, map(int, place), strict=True))
     site = ci.isel(index)
@@ -92,11 +96,12 @@ def _chance(ci: xr.DataArray) -> str:
 def _harm(result: Result, metric: str | None) -> str:
     name = metric or next(n for n in result.metrics if f"{n}_baseline" in result.data)
     ci = result.mean_ci(("sequence", "target"), metric=name, of="effect")[name]
-    text = metric_text(name)
+    text = metric_text(name, result[name])
     row, site = _extreme(ci, text.better, harm=True)
     unsure = " That interval includes 0: this may be no effect at all." if _includes_zero(row) else ""
+    lead = "Recall is harmed most" if text.better else "The change is largest"
     return (
-        f"Recall is harmed most at {_where(site)}: the {text.label} there changes by {_spoken(row, text)}, "
+        f"{lead} at {_where(site)}: the {text.label} there changes by {_spoken(row, text)}, "
         f"{_over(result)}, against the unchanged model.{unsure}{_chance(ci)}"
     )
 
@@ -152,7 +157,7 @@ def _attributed(result: Result, metric: str | None) -> str:
 
 def _recalled(result: Result, metric: str | None) -> str:
     name = metric or ("exact_match" if "exact_match" in result.metrics else result.metrics[0])
-    text = metric_text(name)
+    text = metric_text(name, result[name])
     row = result.mean_ci(metric=name)[name]
     said = f"The {text.label}, {_over(result)}, is {_spoken(row, text)}."
     if "copies" not in result.data.coords:

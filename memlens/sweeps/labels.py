@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from memlens.forward.metrics import METRICS, Metric
 from memlens.models.provenance import describe
 from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
@@ -95,8 +96,12 @@ def make_result(
     variables: Mapping[str, Any],
     coords: Mapping[str, Any],
     settings: Mapping[str, Any],
+    metrics: Sequence[Metric] = (),
 ) -> Result:
-    """Build a `Result` whose attributes say how it came about."""
+    """Build a `Result` whose attributes say how it came about.
+
+    Arrays named after a metric (one of `metrics`, or a registered one) or its baseline say what they measure.
+    """
     about = describe(model)
     attrs = {
         **about,
@@ -106,4 +111,11 @@ def make_result(
         "settings": json.dumps({**settings, "sequences": dict(seqs.attrs)}, default=str),
     }
     labels = {name: c for name, c in sequence_coords(seqs).items() if name not in variables}
-    return Result(xr.Dataset(dict(variables), {**labels, **coords}, attrs))
+    data = xr.Dataset(dict(variables), {**labels, **coords}, attrs)
+    known = {metric.name: metric for metric in metrics}
+    for name, array in data.data_vars.items():
+        stem = str(name).removesuffix("_baseline")
+        metric = known.get(stem) or METRICS.get(stem)
+        if metric is not None:
+            array.attrs = {**metric.attrs, **array.attrs}
+    return Result(data)

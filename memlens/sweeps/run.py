@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from memlens.errors import EmptySetError, InterventionError, check_option
 from memlens.forward.hooks import resolve_hook
 from memlens.forward.memory import Budget
-from memlens.forward.metrics import MetricLike, metric_names
+from memlens.forward.metrics import MetricLike, as_metrics
 from memlens.forward.trunk import Trunk
 from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
@@ -62,8 +62,8 @@ def sweep(
         sequences: What is recalled; targets are the continuations' tokens, teacher-forced.
         interventions: What is changed. Where all carry the same `coords` keys, these become the
             dimensions of the result (`layer`, `head`, …); else there is one dimension `intervention`.
-        metrics: Names of `memlens.METRICS`, or functions of (logits, ids, mask) at the target positions
-            that give one number a sequence.
+        metrics: Names of `memlens.METRICS`, `memlens.Metric` objects, or functions of (logits, ids, mask) at
+            the target positions that return one number per sequence.
         engine: "fast" or "reference".
         per_token: Keep a `target` dimension (built-in metrics only).
         memory_budget: Bytes that activations may take at a time; by default 1 GiB, on a GPU 40 % of what
@@ -98,7 +98,7 @@ def sweep(
         ('sequence', 'intervention')
     """
     check_option("engine", engine, ENGINES)
-    names = metric_names(metrics)
+    measured = as_metrics(metrics)
     trunk = Trunk(model)
     _check_inputs(trunk, sequences, interventions)
     budget = Budget.of(trunk, sequences, memory_budget, batch_size)
@@ -134,7 +134,7 @@ def sweep(
     _warn_not_finite(values)
     recorded: dict[str, Any] = {
         "engine": engine,
-        "metrics": names,
+        "metrics": [metric.name for metric in measured],
         "per_token": per_token,
         **(settings or {}),
     }
@@ -145,7 +145,8 @@ def sweep(
     variables = labelled(values, interventions, per_token)
     for name, array in baseline.items():
         variables[f"{name}_baseline"] = (("sequence", *(["target"] * per_token)), array)
-    return kept(make_result(kind, model, sequences, variables, coords_of(interventions), recorded), out)
+    coords = coords_of(interventions)
+    return kept(make_result(kind, model, sequences, variables, coords, recorded, measured), out)
 
 
 def kept(result: Result, out: str | Path | None) -> Result:

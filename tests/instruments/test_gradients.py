@@ -420,7 +420,7 @@ def test_bad_input(tiny_model: Any) -> None:
         run(positions=[40])
     with pytest.raises(OptionError, match="batch_size=0"):
         run(batch_size=0)
-    with pytest.raises(OptionError, match="it must give a tensor of shape"):
+    with pytest.raises(OptionError, match="it must return a tensor of shape"):
         run(metric=lambda logits, ids, mask: logits.sum())
     with pytest.raises(OptionError, match="the metric has no gradient"):
         run(metric=lambda logits, ids, mask: logits.argmax(-1).double().mean(-1))

@@ -10,7 +10,7 @@ import pytest
 from statsmodels.stats.proportion import proportion_confint
 
 from memlens.errors import EmptySetError, FileFormatError, OptionError, SequenceError
-from memlens.forward.metrics import METRICS
+from memlens.forward.metrics import BUILT_IN
 from memlens.recall.matching import mean_log_frequency
 from memlens.recall.scores import RecallScores
 from memlens.sequences.set import SequenceSet
@@ -27,7 +27,7 @@ def made_up(n: int = 60, *, seed: int = 0, memorized: float = 0.3, **columns: An
     score = np.where(is_memorized, 1.0, rng.choice([0.0, 0.25, 0.75], n))
     table = pd.DataFrame({"id": [f"s{i}" for i in range(n)], **columns})
     seqs = SequenceSet.from_tokens(rows, 4, table=table, attrs={"name": "made up"})
-    scores = {name: rng.normal(size=n) for name in METRICS} | {
+    scores = {name: rng.normal(size=n) for name in BUILT_IN} | {
         "exact_match": (score == 1).astype(int),
         "near_tie": np.zeros(n, bool),
         "memorization_score": score,

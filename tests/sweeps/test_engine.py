@@ -280,7 +280,7 @@ def test_bad_input_is_refused_before_any_forward(tiny_model: Any, monkeypatch: p
         ml.sweep(model, seqs, [])
     with pytest.raises(EmptySetError, match="no sequences"):
         ml.sweep(model, seqs[[]], [edit])
-    with pytest.raises(OptionError, match=r"metric='exact_mach'.*exact_match"):
+    with pytest.raises(OptionError, match=r"unknown metric 'exact_mach'.*exact_match"):
         ml.sweep(model, seqs, [edit], ("exact_mach",))
     with pytest.raises(OptionError, match="batch_size=0"):
         ml.sweep(model, seqs, [edit], batch_size=0)

@@ -21,16 +21,11 @@ from memlens.errors import NonFiniteError, OptionError, SilentInterventionError,
 from memlens.forward.batches import Batch, Targets, at_targets, make_batches
 from memlens.forward.hooks import HookFn, attached, chosen_layers, has_site, hook_name
 from memlens.forward.memory import check_batch_size, default_budget, logits_bytes, row_bytes
-from memlens.forward.metrics import METRICS, LazyTargetStats, MetricLike, metric_names, reduce_metric
+from memlens.forward.metrics import METRICS, Metric, MetricLike, as_metric
 from memlens.forward.trunk import Trunk
 from memlens.instruments.screen.cells import Cells
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
-
-DIFFERENTIABLE = ("target_logprob", "margin", "completion_entropy")
-"""The metrics that have a gradient. `margin`'s is that of the one token with the smallest lead."""
-
-SequenceMetric = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -73,22 +68,21 @@ class Pass:
     activations: Mapping[int, Tensor]
 
 
-def differentiable(metric: MetricLike) -> tuple[str, SequenceMetric]:
-    """Return a metric's name and its function of logits, ids and mask.
+def differentiable(metric: MetricLike) -> Metric:
+    """Return a metric that has a gradient; `margin`'s is that of the one token with the smallest lead.
 
     Raises:
-        OptionError: A metric that is unknown, or steps instead of changing smoothly.
+        OptionError: A metric that is unknown, or piecewise constant.
     """
-    (name,) = metric_names([metric])
-    if not isinstance(metric, str):
-        return name, metric
-    if metric not in DIFFERENTIABLE:
-        stepping = ", ".join(map(repr, sorted(set(METRICS) - set(DIFFERENTIABLE))))
+    found = as_metric(metric)
+    if not found.differentiable:
+        smooth = [repr(m.name) for m in METRICS.values() if m.differentiable]
+        stepping = [repr(m.name) for m in METRICS.values() if not m.differentiable]
         raise OptionError(
-            f"metric={metric!r} has no gradient, as have none of {stepping}: use one of "
-            f"{', '.join(map(repr, DIFFERENTIABLE))}, or a differentiable function."
+            f"metric={found.name!r} has no gradient (nor have {', '.join(stepping)}): use one of "
+            f"{', '.join(smooth)}, or a differentiable function."
         )
-    return name, lambda logits, ids, mask: reduce_metric(metric, LazyTargetStats(logits, ids, mask))
+    return found
 
 
 def run_backward(
@@ -96,7 +90,7 @@ def run_backward(
     targets: Targets,
     resid: Float[Tensor, "batch pos d_model"],
     start: int,
-    metric: SequenceMetric,
+    metric: Metric,
     spots: Sequence[Spot],
     shift: Tensor | None = None,
 ) -> Pass:
@@ -107,14 +101,14 @@ def run_backward(
         targets: What is predicted where.
         resid: The residual at the input of block `start`.
         start: The first block that runs.
-        metric: A function from `differentiable`.
+        metric: One that `differentiable` returned.
         spots: Where; with none of them nothing is differentiated.
         shift: What is added at the spots (then there is one), for a gradient elsewhere than here.
 
     Raises:
         SilentInterventionError: A spot's hook never ran, or nothing depends on what it gives.
         NonFiniteError: The metric is NaN or infinite.
-        OptionError: A user's metric gives another shape, or has no gradient.
+        OptionError: A user's metric returns another shape, or has no gradient.
     """
     taken: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
@@ -154,13 +148,8 @@ def _looking(seen: dict[str, Tensor], name: str) -> HookFn:
     return look
 
 
-def _metric(trunk: Trunk, targets: Targets, final: Tensor, metric: SequenceMetric) -> Tensor:
+def _metric(trunk: Trunk, targets: Targets, final: Tensor, metric: Metric) -> Tensor:
     values = metric(_logits(trunk, at_targets(final, targets), targets.mask), targets.ids, targets.mask)
-    if not isinstance(values, Tensor) or values.shape != (len(final),):
-        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise OptionError(
-            f"the metric gave {shape}: it must give a tensor of shape ({len(final)},), one number a sequence."
-        )
     if not bool(torch.isfinite(values).all()):
         raise NonFiniteError(
             "the metric is NaN or infinite on a run without any change: check the weights, or use a wider "
@@ -250,7 +239,7 @@ class GradientRun:
     seqs: SequenceSet
     site: str
     layers: list[int]
-    metric: MetricLike
+    metric: Metric
     method: str
     path: str
     steps: int
@@ -272,7 +261,7 @@ class GradientRun:
         check_option("site", site, GRADIENT_SITES)
         check_option("method", method, GRADIENT_METHODS)
         check_option("path", path, PATHS)
-        differentiable(metric)
+        smooth = differentiable(metric)
         if not isinstance(steps, int) or steps < 1:
             raise OptionError(f"steps={steps!r} is no number of points on a path: give 1 or more.")
         check_batch_size(batch_size)
@@ -282,7 +271,7 @@ class GradientRun:
             raise SiteError(f"this model has no site {site!r}: parallel blocks have no 'resid_mid'.")
         wanted = chosen_layers(layers, trunk.n_layers)
         size = batch_size or _batch_size(trunk, seqs)
-        return GradientRun(trunk, seqs, site, wanted, metric, method, path, steps, size)
+        return GradientRun(trunk, seqs, site, wanted, smooth, method, path, steps, size)
 
     @property
     def passes(self) -> int:
@@ -303,7 +292,7 @@ class GradientRun:
             cells: What is told apart.
             progress: Show a bar.
         """
-        name, metric = differentiable(self.metric)
+        metric = self.metric
         spots = [spot(self.site, layer) for layer in self.layers]
         values, effects = [], []
         total = self.passes * len(self.seqs)
@@ -320,12 +309,12 @@ class GradientRun:
                     gradients = self._integrated(targets, metric, spots, resid, delta, end, bar)
                 values.append(base.values.double().cpu().numpy())
                 effects.append(cells.reduce({n: _product(delta[n], gradients[n]) for n in self.layers}))
-        return name, np.concatenate(values), np.concatenate(effects)
+        return metric.name, np.concatenate(values), np.concatenate(effects)
 
     def _integrated(
         self,
         targets: Targets,
-        metric: Callable[[Tensor, Tensor, Tensor], Tensor],
+        metric: Metric,
         spots: Sequence[Spot],
         resid: Tensor,
         delta: Mapping[int, Tensor],

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from memlens.errors import OptionError, SequenceError
 from memlens.forward.baseline import teacher_forced
-from memlens.forward.metrics import reduce_metric
+from memlens.forward.metrics import METRICS
 from memlens.sequences.set import SequenceSet
 
 PROMPT_METRICS = ("exact_match", "matching_prefix", "target_accuracy", "target_logprob")
@@ -103,7 +103,7 @@ def score_prompts(
         part = SequenceSet.from_tokens(tokens, [len(row) for row in rows])
         stats, _ = teacher_forced(model, part, {}, batch_size=batch_size, progress=False)
         for name in PROMPT_METRICS:
-            found[name][index] = reduce_metric(name, stats).numpy()
+            found[name][index] = METRICS[name].of(stats).numpy()
         if bar is not None:
             bar.update(len(index))
     return found

@@ -72,7 +72,7 @@ def plot_head_map(
     of = _of(result, of)
     names = asked(metric) or with_dims(result, "layer", "head")
     heading = title or f"Effect of each head: {_words(result.kind)}"
-    note = "red = recall harmed" if of == "effect" else ""
+    note = _harm_note(result, names) if of == "effect" else ""
     if sequence is not None:
         ci = single(result, names, ("layer", "head"), of, sequence)
         subtitle = f"one sequence, {sequence} · {note}"
@@ -80,6 +80,13 @@ def plot_head_map(
         ci = means(result, names, ("layer", "head"), of=of, group=group, **intervals)
         subtitle = subtitle_of(result, of=of, note=note, level=ci.attrs["level"])
     return figures.heatmap_layer_head(ci, signed=of == "effect", title=heading, subtitle=subtitle)
+
+
+def _harm_note(result: Result, names: list[str]) -> str:
+    """What red means in a map of effects; of a metric without a direction nothing is claimed."""
+    from memlens.figures.labels import metric_text
+
+    return "red = recall harmed" if all(metric_text(n, result[n]).better for n in names) else "change"
 
 
 def means(result: Result, names: list[str], shown: tuple[str, ...], **options: Any) -> xr.Dataset:
@@ -336,7 +343,7 @@ def plot_knock_outs(
     names = asked(metric) or with_dims(chosen, "layer", "window")
     names = sorted(names, key=lambda name: name not in ("prediction_flipped", "target_missed"))
     ci = means(chosen, names, ("layer", "window", side), of=of, group=group, **intervals)
-    note = "red = recall harmed" if of == "effect" else ""
+    note = _harm_note(result, names) if of == "effect" else ""
     what = "all but the top" if result.settings.get("keep") else "the top"
     count = "k" if k is None else str(k)
     heading = title or f"Knock-out of {what} {count} neurons of a layer"
