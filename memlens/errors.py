@@ -75,8 +75,8 @@ class ResultError(MemlensError, ValueError):
     """A result file is damaged, of another kind, or from other settings than those asked for."""
 
 
-class OtherSweepError(ResultError):
-    """A folder keeps the parts of another sweep than the one that is to go on there."""
+class OtherRunError(ResultError):
+    """A folder holds the parts of another run than the one that is to continue there."""
 
 
 def near_matches(value: str, known: Iterable[str], n: int = 3) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
+import re
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +37,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    writer = f"{_machine()}-{os.getpid()}"
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{writer}.", suffix=".part")
     os.close(handle)
     part = Path(name)
     try:
         yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())  # else a rename may outlive a power failure and the content not
         part.chmod(0o666 & ~_umask())
         os.replace(part, path)
     finally:
@@ -83,6 +89,35 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(entry) for entry in value]
     return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what processes that were killed in the middle of `replacing` left in a folder.
+
+    Files of processes that still run, or that run on other machines and wrote within a day, stay.
+    """
+    for file in Path(folder).glob(".*.part"):
+        writer = re.search(r"\.(\w+)-(\d+)\.[^.]+\.part$", file.name)
+        with suppress(OSError):
+            ended = writer is not None and writer[1] == _machine() and not _runs(int(writer[2]))
+            if ended or file.stat().st_mtime < time.time() - 86_400:
+                file.unlink()
+
+
+def _machine() -> str:
+    return re.sub(r"\W", "_", platform.node())[:40] or "unnamed"
+
+
+def _runs(process: int) -> bool:
+    if os.name != "posix":  # elsewhere signal 0 ends a process
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def zoo_folders() -> tuple[Path, Path]:

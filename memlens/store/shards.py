@@ -1,14 +1,11 @@
 """Sweeps in parts: each part is a pure function of what the sweep was asked, and one file.
 
-A folder holds `manifest.json`, which names the model, the sequences, the interventions and the metrics by
-their contents (`memlens.store.fingerprint`), and one file for each finished part. A part is written whole
-or not at all, so a sweep that was stopped at any moment goes on with the parts that are missing.
+The folder (`memlens.store.keyed_folder`) is identified by the contents of the model, the sequences, the
+interventions and the metrics (`memlens.store.fingerprint`).
 """
 
 from __future__ import annotations
 
-import json
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from memlens.errors import OtherSweepError, ResultError
-from memlens.files import replacing, write_atomically
+from memlens.files import replacing
+from memlens.store.keyed_folder import KeyedFolder
 
 Values = dict[str, np.ndarray]
-_FORMAT = "memlens sweep 1"
+_VERSION = 2
+"""Of the format; version 1 was identified by fingerprints that could collide."""
 _FEWEST = 16
-"""Interventions of a part: each part runs the un-intervened model once."""
+"""Interventions per part, at least: each part runs the un-intervened model once."""
 
 
 @dataclass(frozen=True)
@@ -75,91 +73,45 @@ class ShardStore:
     """The finished parts of one sweep in a folder.
 
     Args:
-        folder: Where they are; made where it is missing.
-        about: What the sweep is of, part by part: fingerprints, settings.
-        shards: How it is cut; a sweep that was begun goes on with its own cut.
+        folder: The folder; created if it is missing.
+        about: What identifies the sweep: fingerprints and settings.
+        shards: How it is cut into parts; a sweep that was begun keeps its own cut.
 
     Raises:
-        OtherSweepError: The folder holds another sweep.
+        OtherRunError: The folder belongs to another sweep, or another version of memlens wrote it.
         ResultError: Its manifest cannot be read.
     """
 
-    folder: Path
-    manifest: Path
-    key: str
     shards: list[Shard]
 
     def __init__(self, folder: str | Path, about: Mapping[str, str], shards: Sequence[Shard]) -> None:
-        self.folder = Path(folder)
-        self.manifest = self.folder / "manifest.json"
-        if self.manifest.exists():
-            self.key, self.shards = self._begun(about)
-        else:
-            self.key, self.shards = _key(about), list(shards)
-            self._begin(about)
-
-    def _begin(self, about: Mapping[str, str]) -> None:
-        if self.folder.is_dir() and any(self.folder.glob("*.npz")):
-            raise ResultError(
-                f"{self.folder} holds parts of a sweep and no manifest.json: give an empty or a new folder."
-            )
-        parts = [[s.rows.start, s.rows.stop, s.items.start, s.items.stop] for s in self.shards]
-        content = {"format": _FORMAT, "about": dict(about), "parts": parts}
-        write_atomically(self.manifest, json.dumps(content, indent=1).encode())
-
-    def _begun(self, about: Mapping[str, str]) -> tuple[str, list[Shard]]:
-        try:
-            content = json.loads(self.manifest.read_text())
-            then = content["about"]
-            shards = [Shard(range(a, b), range(c, d)) for a, b, c, d in content["parts"]]
-            known = content["format"] == _FORMAT
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise ResultError(
-                f"{self.manifest} is damaged or no manifest of a sweep ({error}): give another folder."
-            ) from error
-        other = [name for name in about if then.get(name) != about[name]]
-        if other or not known:
-            what = " and ".join(other) if other else "the format"
-            raise OtherSweepError(
-                f"{self.manifest} is of another sweep ({what} differ): give another folder, "
-                "or delete this one."
-            )
-        return _key(about), shards
+        cut = [[s.rows.start, s.rows.stop, s.items.start, s.items.stop] for s in shards]
+        self.folder = KeyedFolder(
+            folder, "sweep", about, version=_VERSION, parts="*.npz", content={"parts": cut}
+        )
+        self.shards = [Shard(range(a, b), range(c, d)) for a, b, c, d in self.folder.content["parts"]]
 
     def load(self, shard: Shard) -> tuple[Values, Values] | None:
-        """Return a part's baseline and values; None where it is not finished.
+        """Return a part's baseline and values; None if it is not finished.
 
         Raises:
-            ResultError: The file is damaged, or of another sweep than its manifest's.
+            ResultError: The file is damaged, or is not the part that this sweep wrote.
         """
-        path = self.folder / shard.name
+        path = self.folder.path / shard.name
         if not path.exists():
             return None
         try:
             with np.load(path, allow_pickle=False) as file:
                 found = {name: file[name] for name in file.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
-            raise ResultError(
-                f"{path} is damaged ({error}): delete it and run again; the other parts are kept."
-            ) from error
+            raise self.folder.damaged(shard.name, error) from error
+        self.folder.check(shard.name, found, found.pop("seal", None))
         base = {n[5:]: a for n, a in found.items() if n.startswith("base ")}
-        values = {n[6:]: a for n, a in found.items() if n.startswith("value ")}
-        shape = len(shard.rows), len(shard.items)
-        fits = values and all(a.shape[:2] == shape for a in values.values())
-        if str(found.get("key")) != self.key or not fits:
-            raise ResultError(
-                f"{path} does not fit {self.manifest}: it is of another sweep; delete it and run again."
-            )
-        return base, values
+        return base, {n[6:]: a for n, a in found.items() if n.startswith("value ")}
 
     def save(self, shard: Shard, base: Values, values: Values) -> None:
         """Write a finished part, whole or not at all."""
-        with replacing(self.folder / shard.name) as part, part.open("wb") as file:
-            named = {f"base {n}": a for n, a in base.items()} | {f"value {n}": a for n, a in values.items()}
-            np.savez(file, key=np.array(self.key), **named)  # pyright: ignore[reportArgumentType]
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _key(about: Mapping[str, str]) -> str:
-    return json.dumps(dict(about), sort_keys=True)
+        named = {f"base {n}": a for n, a in base.items()} | {f"value {n}": a for n, a in values.items()}
+        seal = np.array(self.folder.seal(shard.name, named))
+        with replacing(self.folder.path / shard.name) as part, part.open("wb") as file:
+            np.savez(file, seal=seal, **named)  # pyright: ignore[reportArgumentType]

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from memlens.errors import MemlensError, OtherSweepError
+from memlens.errors import MemlensError, OtherRunError
 from memlens.files import write_atomically
 from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
@@ -73,7 +73,7 @@ class StudyDirectory(RunDirectory):
         while True:
             try:
                 return work(out=self.place(name if number == 1 else f"{name}-{number}"))
-            except OtherSweepError as error:
+            except OtherRunError as error:
                 _LOG.info("%s", error)
                 number += 1
 

@@ -44,6 +44,7 @@ class EditWatch:
                 self.edited.add(name)
             return result
 
+        watched.stands_for = fn  # pyright: ignore[reportFunctionMemberAccess]  # see store.fingerprint
         return watched
 
     def settle(self, names: Iterable[str]) -> None:

@@ -289,7 +289,7 @@ def test_another_scan_is_refused(model: Any, corpus: np.ndarray, tmp_path: Path)
         ({"rules": TrivialRules(copied=0.6)}, "trivial_copied"),
         ({"predictable": PredictableRule(below=0.8)}, "predictable_below"),
     ):
-        with pytest.raises(ResultError, match=f"another scan.*{what}.* differ"):
+        with pytest.raises(ResultError, match=f"another scan.*different: .*{what}"):
             build(model, corpus, out=out, **options)
     other = corpus.copy()
     other[:, 0] += 1
@@ -303,13 +303,13 @@ def test_another_model_and_standing_hooks_are_refused(corpus: np.ndarray, tmp_pa
     model, out = load_model("zoo/pythia-s"), tmp_path / "scan"
     build(model, corpus, out=out, n=1)
     with model.hooks(fwd_hooks=[("blocks.1.attn.hook_z", lambda z, hook: z * 0)]):
-        with pytest.raises(ResultError, match="weights differ"):
+        with pytest.raises(ResultError, match="different: weights"):
             build(model, corpus, out=out, n=1)
         with pytest.warns(UserWarning, match="none of 64"):
             assert build(model, corpus[:64]).counts["exact_match"] == 0
     with torch.no_grad():
         next(model.parameters())[0, 0] += 1e-3
-    with pytest.raises(ResultError, match="weights differ"):
+    with pytest.raises(ResultError, match="different: weights"):
         build(model, corpus, out=out, n=1)
 
 
@@ -325,7 +325,7 @@ def test_damaged_files(model: Any, corpus: np.ndarray, tmp_path: Path) -> None:
         build(model, corpus, out=out, n=1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    with pytest.raises(ResultError, match="not empty and holds no scan"):
+    with pytest.raises(ResultError, match=r"not empty and holds no manifest.json of a scan"):
         build(model, corpus, out=tmp_path / "mine")
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
 

@@ -120,7 +120,7 @@ def test_another_sweep_is_refused_by_name(tiny_folder: Any, tmp_path: Path, what
         factor = 0.25  # in the closure
     else:
         metrics = METRICS[:1]
-    with pytest.raises(ResultError, match=rf"manifest.json is of another sweep \({what} differ\)"):
+    with pytest.raises(ResultError, match=rf"manifest.json belongs to another sweep \(different: {what}\)"):
         ml.sweep(model, seqs, edit, metrics, out=tmp_path, progress=False)
 
 
@@ -131,7 +131,7 @@ def test_foreign_and_damaged_files_are_refused(tiny_model: Any, tmp_path: Path) 
     ours, other = (next(iter((tmp_path / n).glob("*.npz"))) for n in "ab")
     content = ours.read_bytes()
     ours.write_bytes(other.read_bytes())
-    with pytest.raises(ResultError, match=rf"{ours.name} does not fit"):
+    with pytest.raises(ResultError, match=rf"{ours.name} does not belong to .*manifest"):
         run(model, tmp_path / "a")
     ours.write_bytes(content[: len(content) // 2])
     with pytest.raises(ResultError, match=rf"{ours.name} is damaged"):
@@ -145,7 +145,7 @@ def test_foreign_and_damaged_files_are_refused(tiny_model: Any, tmp_path: Path) 
     with pytest.raises(ResultError, match=r"manifest.json is damaged"):
         run(model, tmp_path / "a")
     (tmp_path / "a" / "manifest.json").unlink()
-    with pytest.raises(ResultError, match=r"no manifest\.json"):
+    with pytest.raises(ResultError, match=r"holds no manifest\.json of a sweep"):
         run(model, tmp_path / "a")
 
 

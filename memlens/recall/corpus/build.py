@@ -22,11 +22,12 @@ from memlens.forward.trunk import check_model
 from memlens.recall.columns import SCORE_COLUMNS
 from memlens.recall.corpus.memorized_set import MemorizedSet, assemble_sets
 from memlens.recall.corpus.scan import Kept, PredictableRule, ScanRules, scan_block
-from memlens.recall.corpus.store import ScanStore, model_name, numerics
+from memlens.recall.corpus.store import ScanStore, numerics
 from memlens.recall.corpus.windows import Block, Windows, open_windows
 from memlens.recall.trivial import TrivialRules
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
+from memlens.store.fingerprint import model_fingerprint
 
 _OWN = ("id", "text", "row", "start", "role", "matched_to", "length_difference", "frequency_difference")
 """Columns that the scan itself gives."""
@@ -238,7 +239,7 @@ def _about(model: Any, windows: Windows, settings: Mapping[str, Any]) -> dict[st
     """Return what makes a scan another one: all but how far it goes."""
     apart = ("n", "max_rows", "n_threads", "source", "token_counts")
     about = {name: value for name, value in settings.items() if name not in apart}
-    return {**about, "weights": model_name(model), "n_rows": windows.n_rows}
+    return {**about, "weights": model_fingerprint(model), "n_rows": windows.n_rows}
 
 
 def _facts(windows: Windows, block: Block) -> pd.DataFrame:

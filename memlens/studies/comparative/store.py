@@ -6,7 +6,6 @@ The folder's name ends in the model's fingerprint, and `model.json` says of each
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -18,12 +17,13 @@ from typing import Any
 import pandas as pd
 
 from memlens.errors import ResultError
-from memlens.files import write_atomically
 from memlens.recall.scores import RecallScores
 from memlens.results.result import Result
 from memlens.results.storage import load_result
+from memlens.store.keyed_folder import read_manifest, write_manifest
 
-FORMAT = "memlens comparative 1"
+_VERSION = 1
+"""Of the format of `model.json`."""
 
 
 class ModelStore:
@@ -43,7 +43,7 @@ class ModelStore:
         self.path = Path(folder)
         self.path.mkdir(parents=True, exist_ok=True)
         old = _read(self.path) if (self.path / "model.json").exists() else {"parts": {}}
-        self._content = {"format": FORMAT, "facts": dict(facts), "parts": old["parts"]}
+        self._content = {"facts": dict(facts), "parts": old["parts"]}
         self._write()
 
     def done(self, part: str, key: str) -> bool:
@@ -76,8 +76,7 @@ class ModelStore:
         self._write()
 
     def _write(self) -> None:
-        text = json.dumps(self._content, indent=1, default=str)
-        write_atomically(self.path / "model.json", text.encode())
+        write_manifest(self.path / "model.json", "comparative", _VERSION, self._content)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,14 +161,7 @@ def folder_name(label: str, fingerprint: str) -> str:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    file = folder / "model.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        facts, parts, found = content["facts"], content["parts"], content["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ResultError(
-            f"{file} is damaged or missing ({error}): delete the folder to compute it anew."
-        ) from error
-    if found != FORMAT:
-        raise ResultError(f"{file} has the format {found!r}, not {FORMAT!r}: another version wrote it.")
-    return {"facts": facts, "parts": parts}
+    content = read_manifest(folder / "model.json", "comparative", _VERSION)
+    if not isinstance(content.get("facts"), dict) or not isinstance(content.get("parts"), dict):
+        raise ResultError(f"{folder / 'model.json'} is damaged: delete the folder to compute it anew.")
+    return content

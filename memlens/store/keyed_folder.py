@@ -1,0 +1,167 @@
+"""A folder that resumes: one manifest that identifies the run, and one file for each finished part.
+
+The manifest is JSON: a format tag (``"memlens sweep 2"``), the version of memlens that wrote it, ``about``
+(what identifies the run, name by name) and what else the run needs to continue. Everything is written whole
+or not at all, so a run that was stopped at any moment continues with the parts that are missing.
+
+    folder = KeyedFolder(out, "sweep", about, version=2)
+    seal = folder.seal("part-0.npz", arrays)        # stands inside the part
+    folder.check("part-0.npz", arrays, seal)        # when it is read
+
+A store whose manifest grows with its parts uses `read_manifest` and `write_manifest` alone
+(`memlens.studies.comparative.store`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+from memlens.errors import OtherRunError, ResultError
+from memlens.files import remove_leftovers, write_atomically
+from memlens.store.fingerprint import fingerprint
+
+_LOG = logging.getLogger(__name__)
+
+
+class KeyedFolder:
+    """The folder of one run, begun or to be continued.
+
+    Args:
+        folder: The folder; created if it is missing.
+        what: What the run is called in its format tag and in errors, such as "sweep".
+        about: What identifies the run: names, as errors give them, and plain values.
+        version: Of the format.
+        parts: Pattern of the parts' file names.
+        content: What else the manifest holds; a run that was begun keeps what it began with.
+
+    Attributes:
+        path: The folder.
+        manifest: The path of its manifest.
+        key: A digest of `about`.
+        content: As `content`, from the run's beginning.
+
+    Raises:
+        OtherRunError: The folder belongs to another run, or another version of memlens wrote it.
+        ResultError: The manifest is damaged, or parts are there without one.
+    """
+
+    path: Path
+    manifest: Path
+    key: str
+    content: dict[str, Any]
+
+    def __init__(
+        self,
+        folder: str | Path,
+        what: str,
+        about: Mapping[str, Any],
+        *,
+        version: int,
+        parts: str,
+        content: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path = Path(folder).expanduser()
+        self.manifest = self.path / "manifest.json"
+        self.what = what
+        about = json.loads(json.dumps(dict(about)))
+        self.key = _digest(about)
+        remove_leftovers(self.path)
+        if self._is_begun(parts):
+            found = read_manifest(self.manifest, what, version)
+            self._compare(found.pop("about", {}), about)
+            self.content = found
+        else:
+            self.content = dict(content or {})
+            write_manifest(self.manifest, what, version, {"about": about, **self.content})
+
+    def _is_begun(self, parts: str) -> bool:
+        if self.manifest.exists():
+            if self.manifest.stat().st_size:
+                return True
+            _LOG.warning("%s is empty and is written anew", self.manifest)
+        elif self.path.is_dir() and any(self.path.glob(parts)):
+            raise ResultError(
+                f"{self.path} is not empty and holds no manifest.json of a {self.what}: give a new folder."
+            )
+        return False
+
+    def _compare(self, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        other = [name for name in {**now, **then} if then.get(name) != now.get(name)]
+        if other:
+            raise OtherRunError(
+                f"{self.manifest} belongs to another {self.what} (different: "
+                f"{', '.join(other)}): give another folder, or delete this one."
+            )
+
+    def seal(self, name: str, content: Any) -> str:
+        """Return what a part carries inside, so that no other, moved or edited part is taken for it.
+
+        Args:
+            name: Of the part's file.
+            content: Arrays, tensors and plain values.
+        """
+        return fingerprint([self.key, name, content])
+
+    def check(self, name: str, content: Any, seal: object) -> None:
+        """Check that a part is the one that this run wrote under this name.
+
+        Raises:
+            ResultError: It is not.
+        """
+        if str(seal) != self.seal(name, content):
+            raise ResultError(
+                f"{self.path / name} does not belong to {self.manifest}: it is a part of another "
+                f"{self.what}, or was moved or edited; delete it and run again."
+            )
+
+    def damaged(self, name: str, error: BaseException) -> ResultError:
+        """Return the error for a part that cannot be read."""
+        return ResultError(
+            f"{self.path / name} is damaged ({error}): delete it and run again; the other parts are kept."
+        )
+
+
+def write_manifest(path: Path, what: str, version: int, content: Mapping[str, Any]) -> None:
+    """Write a manifest: its format tag, the version of memlens, and a digest that shows later edits."""
+    full = {"format": f"memlens {what} {version}", "memlens": installed("memlens"), **content}
+    full = json.loads(json.dumps(full, default=str))
+    write_atomically(path, json.dumps({**full, "digest": _digest(full)}, indent=1).encode())
+
+
+def read_manifest(path: Path, what: str, version: int) -> dict[str, Any]:
+    """Return the content of a manifest.
+
+    Raises:
+        OtherRunError: Another version of memlens wrote it; the message says which.
+        ResultError: It is missing, damaged or was edited, or is not the manifest of a `what`.
+    """
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        tag = str(found.pop("format"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResultError(f"{path} is damaged or missing ({error!r}): give another folder.") from error
+    name, _, number = tag.rpartition(" ")
+    if name != f"memlens {what}" or not number.isdecimal():
+        raise ResultError(
+            f"{path} is not the manifest of a {what} (its format is {tag!r}): give another folder."
+        )
+    wrote = found.pop("memlens", None)
+    if int(number) != version:
+        raise OtherRunError(
+            f"{path} was written by memlens {wrote or '0.1.0 or earlier'} in the format {tag!r}, which this "
+            f"version (format {version}) cannot continue: give another folder, or delete this one."
+        )
+    digest = found.pop("digest", None)
+    if digest is not None and digest != _digest({"format": tag, "memlens": wrote, **found}):
+        raise ResultError(f"{path} was edited: give another folder, or delete this one.")
+    return found
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
