@@ -82,7 +82,7 @@ def summary(value: Any) -> str:
 def pages() -> dict[Any, tuple[str, str, list[str]]]:
     """Where each public object is described: its short name, the module shown, and all of its public names.
 
-    An object with several public names (`ml.score_recall` is also `ml.recall.score_recall`) is described once,
+    An object with several public names (`ml.score_recall` is `ml.recall.score_recall`) is described once,
     under the shortest.
     """
     homes: dict[Any, tuple[str, str, list[str]]] = {}

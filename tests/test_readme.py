@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import memlens as ml
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,3 +39,37 @@ def test_the_readme_links_only_to_files_that_exist() -> None:
     links = re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+OTHER_RETURNS = {
+    "score_recall": "RecallScores",
+    "recall.counterfactual_memorization": "CounterfactualScores",
+    "recall.score_criteria": "CriteriaScores",
+    "screen_then_verify": "Screening",
+    "bypass.bypass_in_transformers": "TransformersBypass",
+    "tasks.as_lm_eval": "Any",
+    "explore": "Explorer",
+    "studies.study_comparative": "StudyRun",
+    "studies.study_idioms": "StudyRun",
+    "studies.study_attention_bypass": "StudyRun",
+}
+"""What the calls of the README's table return that return no `Result`."""
+
+
+def test_the_calls_of_the_table_return_what_the_readme_says() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.split("## What is measured")[1].split("\n## ")[0]
+    calls = [
+        name
+        for row in re.findall(
+            r"^\| [^|]*\? \| ([^|]*) \||^\| your own question \| ([^|]*) \|", table, re.MULTILINE
+        )
+        for name in re.findall(r"`([a-z_.]+)`", "".join(row))
+    ]
+    assert len(calls) >= 25
+    assert set(OTHER_RETURNS) <= set(calls)
+    for name in calls:
+        returned = str(inspect.signature(attrgetter(name)(ml)).return_annotation).strip("'")
+        assert returned == OTHER_RETURNS.get(name, "Result"), name
+    for returned in set(OTHER_RETURNS.values()) - {"Any", "TransformersBypass"}:
+        assert f"`{returned}`" in table
