@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
 
+import memlens as ml
+
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(page for folder in ("docs", "docs/how-to") for page in (ROOT / folder).glob("*.md"))
+PAGES = sorted(page for folder in ("docs", "docs/how-to", "docs/studies") for page in (ROOT / folder).glob("*.md"))
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 
 
@@ -19,9 +22,13 @@ def _python_blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
+RUN = [page for page in PAGES if page.parent.name != "studies" and _python_blocks(page)]
+"""Pages whose Python runs here; the studies take minutes, and have tests of their own."""
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", [p for p in PAGES if _python_blocks(p)], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_the_code_on_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "page"}
@@ -30,7 +37,7 @@ def test_the_code_on_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_enough_pages_hold_code_that_runs() -> None:
-    assert len([page for page in PAGES if _python_blocks(page)]) >= 8
+    assert len(RUN) >= 8
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -39,6 +46,34 @@ def test_a_page_links_only_to_pages_that_exist(page: Path) -> None:
     made = {(ROOT / "docs/tutorials" / path.name).resolve() for path in TUTORIALS}  # copied by docs/conf.py
     missing = [link for link in links if not (page.parent / link).exists()]
     assert [link for link in missing if (page.parent / link).resolve() not in made] == []
+
+
+def _texts() -> dict[str, str]:
+    """Every page and every notebook's cells, by name; of the table of former names only what they are now."""
+    pages = {page.stem: page.read_text(encoding="utf-8") for page in (*PAGES, ROOT / "README.md")}
+    pages["architecture"] = re.sub(r"^\| `[\w.]+` \| (?=`m)", "", pages["architecture"], flags=re.MULTILINE)
+    for path in TUTORIALS:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        pages[path.stem] = "\n".join("".join(cell["source"]) for cell in cells)
+    return pages
+
+
+NOT_NAMES = {"memlens.plugins"}
+"""What looks like a name of memlens and is none: the group of entry points."""
+
+
+@pytest.mark.parametrize(("page", "text"), _texts().items(), ids=_texts())
+def test_every_name_of_memlens_on_a_page_exists(page: str, text: str) -> None:
+    found = re.findall(r"(?<![\w./-])(?:ml|memlens)(?:\.[A-Za-z]\w*)+", text)
+    for name in sorted(set(found) - NOT_NAMES):
+        steps = name.split(".")[1:]
+        value: Any = ml
+        for number, step in enumerate(steps):
+            if not hasattr(value, step) and name.startswith("memlens."):
+                value = resolve_name(".".join(["memlens", *steps[: number + 1]]))
+            else:
+                assert hasattr(value, step), f"{page} names {name}"
+                value = getattr(value, step)
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
