@@ -96,7 +96,7 @@ class FunctionalBlocks:
 
     def unembed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """Return the logits of final residuals."""
-        return self.unembedding(self.final_norm(resid))
+        return self.trunk.finish_logits(self.unembedding(self.final_norm(resid)))
 
     def keys_values(self, layer: int, resid: Float[Tensor, "row pos d_model"], first: int = 0) -> KeysValues:
         """Return a layer's keys and values of residuals that stand at positions ``first ..``."""

@@ -120,6 +120,10 @@ def read_block(model: Any, layer: int, around: Surroundings, *, parallel: bool) 
     )
     if attn_post is not None and parallel:
         raise UnsupportedModelError("a parallel block with a norm after its attention.")
+    if parallel and mlp_norm is None:  # one norm feeds both (GPT-J, Phi, Cohere)
+        mlp_norm = attn_norm
+        if mlp_norm is None:
+            raise UnsupportedModelError("a parallel block without a norm.")
     qkv, o, scale, clip = (_bridge_attention if bridge else _hooked_attention)(model, block.attn)
     q_norm, k_norm = (_inner_norm(block.attn, n, model.cfg, like) for n in ("q_norm", "k_norm"))
     return BlockWeights(

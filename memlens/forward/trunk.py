@@ -68,6 +68,7 @@ class Trunk:
         self.d_vocab: int = cfg.d_vocab
         self.n_ctx: int = cfg.n_ctx
         self.parallel: bool = "blocks.0.hook_resid_mid" not in model.hook_dict
+        self.logit_scale, self.logit_softcap = _after_unembedding(model)
         self._run = _BridgeRunner(model) if is_bridge(model) else _HookedRunner(model)
 
     @property
@@ -105,10 +106,22 @@ class Trunk:
         return self._run.run(resid, start, stop)
 
     def unembed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
-        """Return the logits of final residuals: final norm, then unembedding."""
+        """Return the logits of final residuals: final norm, unembedding, then `finish_logits`."""
         flat = resid.reshape(1, -1, self.d_model)
         logits = self.model.unembed(self.model.ln_final(flat))
-        return logits.reshape(*resid.shape[:-1], logits.shape[-1])
+        return self.finish_logits(logits.reshape(*resid.shape[:-1], logits.shape[-1]))
+
+    def finish_logits(self, logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch d_vocab"]:
+        r"""Return what the model makes of its unembedding's output :math:`x`: :math:`c\tanh(s x / c)`.
+
+        The factor `logit_scale` :math:`s` (Granite, Cohere) and the cap `logit_softcap` :math:`c` (Gemma 2)
+        are the model's own; most models have neither, and the logits are :math:`x`.
+        """
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.logit_softcap is not None:
+            logits = (logits / self.logit_softcap).tanh() * self.logit_softcap
+        return logits
 
     def surroundings(self, width: int) -> list[Surroundings]:
         """Return what each block is given beside the residual, for `width` positions.
@@ -121,6 +134,19 @@ class Trunk:
     def final_norm(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """Return the final norm of residuals."""
         return self.model.ln_final(resid.reshape(1, -1, self.d_model)).reshape(resid.shape)
+
+
+def _after_unembedding(model: Any) -> tuple[float, float | None]:
+    """Return the factor and the soft cap that a model applies to its logits."""
+    if not is_bridge(model):
+        cap = float(getattr(model.cfg, "output_logits_soft_cap", -1.0) or -1.0)
+        return 1.0, cap if cap > 0 else None
+    config = model.original_model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
+    divisor = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
+    return scale / divisor, None if cap is None else float(cap)
 
 
 class _HookedRunner:

@@ -32,6 +32,26 @@ def check_causal(config: Any, name: str) -> None:
         )
 
 
+def check_plain_weights(model: nn.Module, name: str) -> None:
+    """Raise `UnsupportedModelError` unless all weights are in memory as floating-point numbers.
+
+    Weights on the meta device (offloaded to disk, or never made) cannot be read, and the codes of 8- and
+    4-bit weights would be taken for weights.
+    """
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedModelError(
+                f"the weights of {name!r} are not in memory ({parameter_name!r} is on the meta device): load "
+                "the model without offloading to disk and without init_empty_weights."
+            )
+        if not parameter.is_floating_point() and parameter.ndim > 1:
+            raise UnsupportedModelError(
+                f"the weights of {name!r} are quantized ({parameter_name!r} is {parameter.dtype}): "
+                "TransformerLens would take the codes for weights. Load the checkpoint without a "
+                "quantization_config, or call the Hugging Face model's .dequantize() and load the result."
+            )
+
+
 def check_finite_weights(model: nn.Module, name: str) -> None:
     """Raise `NonFiniteError` naming the first layer and parameter that hold NaN or infinity."""
     for parameter_name, parameter in model.named_parameters():

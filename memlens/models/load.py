@@ -12,8 +12,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from memlens.errors import OptionError, UnsupportedModelError, check_option
+from memlens.models.adapters import merged_adapters, without_peft
 from memlens.models.bridge import build_bridge, check_bridge_supports
-from memlens.models.checks import check_causal, check_finite_weights, verify_against_huggingface
+from memlens.models.checks import check_causal, check_finite_weights, check_plain_weights
 from memlens.models.families import architecture_of, family_of
 from memlens.models.hooked import build_hooked, hooked_obstacle
 from memlens.models.huggingface import load_config, load_weights, parse_dtype
@@ -65,8 +66,8 @@ def load_model(
         name: A model of the zoo (`"zoo/pythia-s"`; `"zoo/pythia-s-untrained"` has the weights that its
             training began from), a hub name (`"EleutherAI/pythia-70m"`; the organization may
             be left out for models of `families_table()`), a local checkpoint folder, a `.gguf` file, a loaded
-            Hugging Face model (a bridge is put around it, in place, with its dtype), or a TransformerLens
-            model (given back as it is).
+            Hugging Face model (a bridge is put around it, in place, with its dtype; PEFT adapters are
+            merged into a copy of it), or a TransformerLens model (given back as it is).
         backend: `"hooked"` for `HookedTransformer` (TransformerLens 3.9 with Pythia, GPT-Neo or OLMo),
             `"bridge"` for `TransformerBridge`, `"auto"` for the first where it can run the model, else the
             second. A loaded Hugging Face model becomes a bridge under `"auto"`.
@@ -82,8 +83,8 @@ def load_model(
         tokenizer: Instead of the checkpoint's own.
         trust_remote_code: Allow Python code that comes with the checkpoint to run.
         allow_pickle: Allow weights in `.bin` files, which can run code, where there are no safetensors.
-        check_weights: Look for NaN and infinity in the weights; for a float32 `HookedTransformer` also
-            compare its logits for a few tokens with Hugging Face's.
+        check_weights: Look for NaN and infinity in the weights, and refuse a model that fails `check_model`:
+            on a few tokens its logits must be Hugging Face's, and its hooks must do what their names claim.
 
     Returns:
         A `HookedTransformer` or a `TransformerBridge`, in evaluation mode. `.tokenizer` is None where the
@@ -91,7 +92,8 @@ def load_model(
 
     Raises:
         ModelNotFoundError: Nothing has this name, or the repository has no such revision or step.
-        ModelLoadError: The checkpoint's files are damaged, incomplete, or hold no safetensors.
+        ModelLoadError: The checkpoint's files are damaged, incomplete, or hold no safetensors; or the loaded
+            model fails `check_model`.
         UnsupportedModelError: Not a causal language model, or the backend cannot run it.
         NonFiniteError: NaN or infinity in the weights.
         OptionError: Options that do not exist or contradict each other.
@@ -211,6 +213,7 @@ def _as_it_is(model: Any, backend: str, misplaced: dict[str, Any]) -> Any:
 
 
 def _from_huggingface(model: nn.Module, options: _Options, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    model = without_peft(model)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"A {type(model).__name__} is no model memlens can use: give a HookedTransformer, a "
@@ -234,8 +237,14 @@ def _wrap(
     revision: str,
 ) -> Any:
     """Check the weights and make the TransformerLens model."""
+    from memlens.forward.check_model import check_model, record_reference  # forward builds on models
+
+    check_plain_weights(hf_model, name)
+    reference = None
     if options.check_weights:
         check_finite_weights(hf_model, name)
+        reference = record_reference(hf_model, name)
+    hf_model, adapters = merged_adapters(hf_model, name)
     if tokenizer is not None:
         tokenizer = prepare_tokenizer(tokenizer)
     facts = {
@@ -245,6 +254,7 @@ def _wrap(
         "architecture": architecture_of(hf_model),
         "n_params": hf_model.num_parameters(),
         "processed_weights": options.process_weights,
+        **({"adapters": adapters} if adapters else {}),
     }
     common: dict[str, Any] = {
         "name": name,
@@ -254,11 +264,10 @@ def _wrap(
     model: Any
     if options.backend == "hooked":
         model = build_hooked(hf_model, tokenizer, device=options.device, **common)
-        remember(model, **facts)
-        if options.check_weights and options.dtype == torch.float32:
-            tokens = torch.arange(min(16, model.cfg.n_ctx, model.cfg.d_vocab))[None]
-            verify_against_huggingface(model, hf_model, tokens, tolerance=1e-3)
     else:
         model = build_bridge(hf_model, tokenizer, **common)
-        remember(model, **facts)
+    remember(model, **facts)
+    if reference is not None:
+        layers = sorted({0, len(model.blocks) - 1})
+        check_model(model, reference=reference, layers=layers).raise_if_failed()
     return model

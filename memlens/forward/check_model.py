@@ -1,0 +1,418 @@
+"""`check_model`: is the loaded model really the model, and do its hooks do what their names say?
+
+Four things are compared on a few tokens, in the model's own precision:
+
+- *Hugging Face*: the logits, and the residual at the input of every layer, against those of the Hugging Face
+  model that the weights came from. They are recorded before TransformerLens touches that model
+  (`record_reference`), because a bridge changes it in place.
+- *trunk*: `Trunk`'s embed, run and unembed in a row against the model's own forward pass.
+- *sites*: a zero written at each named site must do what the name claims. Zeroed `attn_out` leaves the
+  residual without attention, zeroed `z` makes attention's output the same at every position, zeroed
+  queries spread attention evenly, and so on.
+- *fast path*: whether the layers run as plain functions (fast) or as the model's own modules (slow, equally
+  exact). This never fails.
+
+`memlens.load_model` runs it on every model and refuses one that fails.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from memlens.errors import ModelLoadError, UnsupportedModelError
+from memlens.forward.blocks import FunctionalBlocks
+from memlens.forward.hooks import SITES, attached, capturing, chosen_layers, has_site, hook_name
+from memlens.forward.trunk import Trunk
+from memlens.models.provenance import describe
+
+Status = Literal["ok", "failed", "ignored", "absent", "slow", "not compared"]
+"""`ignored`: a site that shows its activation but does not heed what is written to it."""
+
+_ROWS, _LENGTH = 2, 12
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.04, torch.float16: 0.01}
+"""Largest root mean square of a difference, relative to that of what it is compared with (centered).
+
+In 16 bits rounding adds up over layers, so there these bounds are for four layers and grow with the square
+root of the depth; what one layer adds is compared as well, from the same residual."""
+_SAME = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
+"""The same, where both sides run on the same modules or through one layer only."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was compared.
+
+    Attributes:
+        name: What was compared, such as `"logits"` or `"site z"`.
+        status: `"ok"`, or what was found instead; see `Status`.
+        difference: Root mean square of the difference relative to the reference's; NaN where none was taken.
+        allowed: The largest `difference` that passes.
+        layer: The first layer that differs, or None.
+        note: One sentence.
+    """
+
+    name: str
+    status: Status
+    difference: float = float("nan")
+    allowed: float = float("nan")
+    layer: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """What `check_model` found; shows as a table.
+
+    Attributes:
+        model: The model's name.
+        dtype: The precision in which it was checked.
+        checks: One entry per comparison.
+    """
+
+    model: str
+    dtype: str
+    checks: tuple[Check, ...]
+
+    @property
+    def failures(self) -> list[Check]:
+        """The comparisons that failed."""
+        return [check for check in self.checks if check.status == "failed"]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failures
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per comparison."""
+        return pd.DataFrame([vars(check) for check in self.checks])
+
+    def raise_if_failed(self) -> None:
+        """Raise `ModelLoadError` with the first failure, if there is one."""
+        for check in self.failures:
+            where = "" if check.layer is None else f", first in layer {check.layer}"
+            size = f" by {check.difference:.2g} (allowed: {check.allowed:.2g})"
+            size = size if check.difference == check.difference else ""
+            raise ModelLoadError(
+                f"{self.model!r} in {self.dtype} fails the check of its {check.name}{where}: "
+                f"{check.note}{size}. Numbers from it would be wrong, so it is refused; try the other "
+                "backend."
+            )
+
+    def __repr__(self) -> str:
+        verdict = "ok" if self.ok else f"{len(self.failures)} failed"
+        rows = [
+            (
+                check.name,
+                check.status,
+                "" if check.difference != check.difference else f"{check.difference:.1e}",
+                "" if check.layer is None else str(check.layer),
+                check.note,
+            )
+            for check in self.checks
+        ]
+        table = [("check", "status", "difference", "layer", "note"), *rows]
+        widths = [max(len(row[i]) for row in table) for i in range(4)]
+        lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(4)), row[4]]).rstrip() for row in table]
+        return "\n".join([f"{self.model} ({self.dtype}): {verdict}", *lines])
+
+    def _repr_html_(self) -> str:
+        head = f"<h4>{html.escape(self.model)} ({self.dtype}): {'ok' if self.ok else 'failed'}</h4>"
+        return head + self.to_frame().to_html(index=False, float_format="{:.1e}".format, na_rep="")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the Hugging Face model computes on the probe tokens.
+
+    Attributes:
+        tokens: The probe tokens.
+        resid: The residual at the input of each layer, `[layer, seq, pos, d_model]`; empty where the model
+            does not give it.
+        logits: Its logits.
+    """
+
+    tokens: Int[Tensor, "seq pos"]
+    resid: list[Float[Tensor, "seq pos d_model"]]
+    logits: Float[Tensor, "seq pos vocab"]
+
+
+def probe_tokens(vocab: int, n_ctx: int | None) -> Int[Tensor, "seq pos"]:
+    """Return the tokens that models are compared on: fixed, and spread over the vocabulary."""
+    length = min(_LENGTH, n_ctx or _LENGTH)
+    ids = torch.arange(_ROWS * length) * 7919 + 11
+    return (ids % vocab).reshape(_ROWS, length)
+
+
+@torch.no_grad()
+def record_reference(hf_model: nn.Module, name: str) -> Reference:
+    """Run the Hugging Face model on the probe tokens, before anything changes it.
+
+    Raises:
+        ModelLoadError: It does not run.
+    """
+    config: Any = hf_model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    tokens = probe_tokens(config.vocab_size, getattr(config, "max_position_embeddings", None))
+    was_training = hf_model.training
+    try:
+        out = hf_model.eval()(
+            input_ids=tokens.to(next(hf_model.parameters()).device),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+    except Exception as error:
+        raise ModelLoadError(
+            f"{name!r} does not run in transformers ({type(error).__name__}: {error})."
+        ) from error
+    finally:
+        hf_model.train(was_training)
+    states = getattr(out, "hidden_states", None) or ()
+    return Reference(tokens, [state.detach() for state in states[:-1]], out.logits.detach())
+
+
+@torch.no_grad()
+def check_model(
+    model: Any, *, reference: Reference | None = None, layers: Sequence[int] | None = None
+) -> ModelCheck:
+    """Check that a TransformerLens model is what it claims to be; see the module's docstring.
+
+    Args:
+        model: A TransformerLens model.
+        reference: What the Hugging Face model computes (`record_reference`). `load_model` gives it; without
+            it the comparison with Hugging Face is left out.
+        layers: Layers whose sites are checked; all by default.
+
+    Returns:
+        A table of what was compared: `.ok`, `.failures`, `.to_frame()`, and `.raise_if_failed()`.
+
+    Raises:
+        UnsupportedModelError: Not a TransformerLens model.
+
+    Example:
+        >>> import memlens as ml
+        >>> found = ml.check_model(ml.load_model("zoo/pythia-s"))
+        >>> found.ok, [check.name for check in found.checks][:3]
+        (True, ['logits', 'trunk', 'site resid_pre'])
+    """
+    if not hasattr(model, "blocks") or not hasattr(model, "cfg"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a TransformerLens model: load it with memlens.load_model first."
+        )
+    device = next(model.parameters()).device
+    tokens = probe_tokens(model.cfg.d_vocab, model.cfg.n_ctx) if reference is None else reference.tokens
+    tokens = tokens.to(device)
+    n_layers = len(model.blocks)
+    names = [hook_name("resid_pre", layer) for layer in range(n_layers)]
+    names = [name for name in names if name in model.hook_dict]
+    with capturing(model, names) as resid:
+        logits = model(tokens)
+    checks = [_against_huggingface(model, reference, resid, logits)]
+    try:
+        trunk = Trunk(model)
+        if reference is not None and checks[0].status == "ok" and logits.dtype.itemsize < 4:
+            checks[0] = _by_layer(trunk, reference, checks[0])
+        final = trunk.run(trunk.embed(tokens))
+        own = _compared("trunk", trunk.unembed(final), logits, _SAME)
+        checks.append(own if own.status == "ok" else _blamed(own, trunk, resid, tokens))
+    except UnsupportedModelError as error:
+        checks.append(Check("trunk", "slow", note=f"{error} Full forward passes are used."))
+        trunk = None
+    if trunk is not None and checks[-1].status == "ok":
+        checks += _sites(trunk, tokens, resid, chosen_layers(layers, n_layers))
+        checks.append(_fast_path(trunk, resid, final))
+    return ModelCheck(
+        str(getattr(model.cfg, "model_name", "") or type(model).__name__),
+        str(trunk.dtype if trunk else next(model.parameters()).dtype).removeprefix("torch."),
+        tuple(checks),
+    )
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """Return the root mean square of ``a - b`` over that of `b` less its mean; infinite where not finite."""
+    a, b = a.double(), b.double().to(a.device)
+    scale = (b - b.mean(-1, keepdim=True)).square().mean().sqrt()
+    found = float((a - b).square().mean().sqrt() / scale.clamp_min(1e-12))
+    return found if found == found else float("inf")
+
+
+def _compared(
+    name: str, a: Tensor, b: Tensor, bounds: dict[torch.dtype, float], note: str = "", depth: int = 1
+) -> Check:
+    allowed = bounds.get(a.dtype, bounds[torch.float32])
+    if a.dtype.itemsize < 4:
+        allowed *= max(1.0, depth / 4) ** 0.5
+    if a.shape != b.shape:
+        return Check(name, "failed", allowed=allowed, note=f"shape {tuple(a.shape)}, not {tuple(b.shape)}")
+    difference = relative_difference(a, b)
+    status: Status = "ok" if difference <= allowed else "failed"
+    return Check(name, status, difference, allowed, note=note)
+
+
+def _against_huggingface(
+    model: Any, reference: Reference | None, resid: dict[str, Tensor], logits: Tensor
+) -> Check:
+    if reference is None:
+        return Check("logits", "not compared", note="compared with Hugging Face's when the model was loaded")
+    expected = reference.logits.to(logits.device)
+    depth = len(model.blocks)
+    if _processed(model):  # centering the unembedding shifts all logits of a position by one constant
+        logits, expected = logits.float().log_softmax(-1), expected.float().log_softmax(-1)
+        return _compared(
+            "logits", logits, expected, _TOLERANCE, "log-probabilities against Hugging Face's", depth
+        )
+    found = _compared("logits", logits, expected, _TOLERANCE, "against Hugging Face's", depth)
+    if found.status == "ok":
+        return found
+    for layer, own in enumerate(reference.resid):
+        name = hook_name("resid_pre", layer)
+        if name in resid and _compared("", resid[name], own, _TOLERANCE, depth=layer).status == "failed":
+            first = max(0, layer - 1)
+            note = "differs from Hugging Face's model" + (" in its embedding" if layer == 0 else "")
+            return Check("logits", "failed", found.difference, found.allowed, first, note)
+    note = "differs from Hugging Face's model after the last layer's input"
+    return Check("logits", "failed", found.difference, found.allowed, len(model.blocks) - 1, note)
+
+
+def _by_layer(trunk: Trunk, reference: Reference, found: Check) -> Check:
+    """Compare what each layer adds to the residual, from Hugging Face's own residual: nothing adds up."""
+    if _processed(trunk.model):
+        return found
+    allowed = _SAME[reference.logits.dtype]
+    rounding = torch.finfo(reference.logits.dtype).eps
+    for layer, (start, end) in enumerate(pairwise(reference.resid)):
+        added = (end.double() - start.double()).square().mean().sqrt()
+        noise = rounding * end.double().square().mean().sqrt()
+        out = trunk.run(start.to(trunk.device), layer, layer + 1).to(end.device)
+        off = float((out.double() - end.double()).square().mean().sqrt() / (added + noise / allowed))
+        if not off <= allowed:
+            note = "what the layer adds to the residual differs from Hugging Face's model"
+            return Check("logits", "failed", off, allowed, layer, note)
+    return found
+
+
+def _processed(model: Any) -> bool:
+    return bool(describe(model)["processed_weights"])
+
+
+def _blamed(found: Check, trunk: Trunk, resid: dict[str, Tensor], tokens: Tensor) -> Check:
+    """Say after which layer the trunk leaves the model's own forward pass."""
+    note = "embed, layers and unembed in a row are not the model's own forward pass"
+    out = trunk.embed(tokens)
+    for layer in range(trunk.n_layers):
+        name = hook_name("resid_pre", layer)
+        if name in resid and _compared("", out, resid[name], _SAME).status == "failed":
+            return Check("trunk", "failed", found.difference, found.allowed, max(0, layer - 1), note)
+        out = trunk.run(out, layer, layer + 1)
+    note += ": what follows the last layer (norm, unembedding, scaling of the logits) differs"
+    return Check("trunk", "failed", found.difference, found.allowed, None, note)
+
+
+def _fast_path(trunk: Trunk, resid: dict[str, Tensor], final: Tensor) -> Check:
+    inputs = {n: resid[hook_name("resid_pre", n)] for n in range(trunk.n_layers)}
+    blocks = FunctionalBlocks.of(trunk, {n: r[:1] for n, r in inputs.items()} | {trunk.n_layers: final[:1]})
+    if blocks is None:
+        note = "a layer has a form that memlens does not know: sweeps run the model's own modules, slower"
+        return Check("fast path", "slow", note=note)
+    return Check("fast path", "ok", note="layers run as plain functions")
+
+
+def _zero(activation: Tensor, hook: Any) -> Tensor:
+    return torch.zeros_like(activation)
+
+
+Claim = Callable[[dict[str, Tensor]], "tuple[Tensor, Tensor]"]
+"""From the activations of a run with a zeroed site to two tensors that must be equal."""
+
+
+def _claims(trunk: Trunk, layer: int, plain: dict[str, Tensor]) -> Iterator[tuple[str, Claim]]:
+    """Yield what a zero at each site of a layer must do."""
+
+    def at(site: str) -> str:
+        return hook_name(site, layer)
+
+    def constant(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x[:1, :1].expand_as(x)
+
+    def without_attention(run: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        if trunk.parallel:
+            return run[at("resid_post")] - plain[at("mlp_out")], plain[at("resid_pre")]
+        return run[at("resid_mid")], plain[at("resid_pre")]
+
+    def without_mlp(run: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        before = plain[at("resid_pre")] + plain[at("attn_out")] if trunk.parallel else plain[at("resid_mid")]
+        return run[at("resid_post")], before
+
+    def even(run: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        pattern = run[at("pattern")]
+        # in 16 bits small weights of the plain run may have become 0
+        seen = ((plain[at("pattern")] > 0) | (pattern > 0)).to(pattern)
+        return pattern, seen / seen.sum(-1, keepdim=True)
+
+    yield "resid_pre", lambda run: constant(run[at("attn_out")] + run[at("mlp_out")])
+    yield "resid_mid", lambda run: constant(run[at("mlp_out")])
+    yield "attn_out", without_attention
+    yield "mlp_out", without_mlp
+    yield "q", even
+    yield "k", even
+    yield "v", lambda run: (run[at("z")], torch.zeros_like(run[at("z")]))
+    yield "pattern", lambda run: (run[at("z")], torch.zeros_like(run[at("z")]))
+    yield "z", lambda run: constant(run[at("attn_out")])
+    yield "mlp_post", lambda run: constant(run[at("mlp_out")])
+
+
+def _sites(trunk: Trunk, tokens: Tensor, resid: dict[str, Tensor], layers: Sequence[int]) -> list[Check]:
+    """Check every site in every chosen layer; one entry per site, with the first layer that fails."""
+    worst: dict[str, Check] = {}
+    for layer in layers:
+        known = [hook_name(site, layer) for site in SITES if has_site(trunk.model, site, layer)]
+        start = resid[hook_name("resid_pre", layer)]
+        with capturing(trunk.model, known) as plain:
+            trunk.run(start.clone(), layer, layer + 1)
+        for site, claim in _claims(trunk, layer, plain):
+            found = _site(trunk, site, layer, start, known, plain, claim)
+            rank = {"failed": 3, "ignored": 2, "ok": 1, "absent": 0}
+            old = worst.get(site)
+            if old is None or rank[found.status] > rank[old.status]:
+                worst[site] = found
+    return list(worst.values())
+
+
+def _site(
+    trunk: Trunk,
+    site: str,
+    layer: int,
+    start: Tensor,
+    known: list[str],
+    plain: dict[str, Tensor],
+    claim: Claim,
+) -> Check:
+    name = hook_name(site, layer)
+    if name not in plain:
+        return Check(f"site {site}", "absent", note="the model does not have this hook")
+    with attached(trunk.model, [(name, _zero)]), capturing(trunk.model, known) as run:
+        out = trunk.run(start.clone(), layer, layer + 1)
+    unchanged = torch.equal(out, plain.get(hook_name("resid_post", layer), out))
+    if site != "resid_post" and unchanged and bool(plain[name].any()):
+        return Check(f"site {site}", "ignored", layer=layer, note="what is written here has no effect")
+    try:
+        got, wanted = claim(run)
+    except KeyError as error:
+        return Check(f"site {site}", "absent", note=f"cannot be checked without {error}")
+    allowed = _SAME.get(got.dtype, _SAME[torch.float32])
+    size = plain[hook_name("resid_post", layer)].double().square().mean().sqrt()
+    scale = max(float(wanted.double().square().mean().sqrt()), 0.1 * float(size) if site != "q" else 0.0)
+    difference = float((got.double() - wanted.double()).square().mean().sqrt()) / max(scale, 1e-6)
+    if difference <= allowed:
+        return Check(f"site {site}", "ok", difference, allowed)
+    note = "a zero written here does not do what the name claims"
+    return Check(f"site {site}", "failed", difference, allowed, layer, note)

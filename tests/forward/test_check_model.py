@@ -1,0 +1,211 @@
+"""`check_model`: it passes what is right, and refuses each way of being wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import memlens as ml
+from memlens.errors import ModelLoadError, UnsupportedModelError
+from memlens.forward import check_model as module
+from memlens.forward.check_model import check_model, probe_tokens, record_reference
+from memlens.forward.hooks import hook_name
+from memlens.models.load import load_model
+from tests.tiny import FAMILIES, HOOKED_FAMILIES, tiny_huggingface_model
+
+CASES = [(f, "bridge") for f in FAMILIES] + [(f, "hooked") for f in HOOKED_FAMILIES]
+
+
+def huggingface(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@pytest.mark.parametrize(("family", "backend"), CASES)
+def test_a_right_model_passes_in_full(
+    family: str, backend: str, tiny_model: Callable[..., Any], tiny_folder: Callable[[str], Path]
+) -> None:
+    reference = record_reference(huggingface(tiny_folder(family)), family)
+    found = check_model(tiny_model(family, backend), reference=reference)
+    status = {check.name: check.status for check in found.checks}
+    assert found.ok, found
+    assert status["logits"] == status["trunk"] == status["fast path"] == "ok"
+    for site in ("resid_pre", "attn_out", "mlp_out", "q", "k", "v", "z", "mlp_post"):
+        assert status[f"site {site}"] == "ok", found
+    # GPT-Neo's bridge shows its pattern and does not heed what is written to it
+    ignores = (family, backend) == ("gpt_neo", "bridge")
+    assert status["site pattern"] == ("ignored" if ignores else "ok")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("family", "backend"), [("olmo2", "hooked"), ("gpt_neox", "bridge")])
+def test_sixteen_bits_pass_and_a_small_change_of_one_layer_is_seen(
+    family: str, backend: str, dtype: torch.dtype, tiny_folder: Callable[[str], Path]
+) -> None:
+    if backend == "hooked" and not hasattr(__import__("transformer_lens"), "HookedTransformer"):
+        pytest.skip("this TransformerLens has no HookedTransformer")
+    folder = tiny_folder(family)
+    model = load_model(folder, backend=backend, dtype=dtype, device="cpu")
+    hf = huggingface(folder, dtype)
+    assert check_model(model, reference=record_reference(hf, family), layers=[0]).ok
+    layers = hf.gpt_neox.layers if family == "gpt_neox" else hf.model.layers
+    # behind a post-norm a factor of the weights before it would change nothing
+    changed = layers[1].mlp.dense_4h_to_h if family == "gpt_neox" else layers[1].post_feedforward_layernorm
+    changed.weight.data.mul_(1.2)
+    found = check_model(model, reference=record_reference(hf, family), layers=[0])
+    assert [(check.name, check.layer) for check in found.failures] == [("logits", 1)]
+
+
+def test_loading_refuses_weights_that_were_changed_on_the_way(
+    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison at load is not optional by accident: a bridge that loses weights is refused."""
+    import memlens.models.load as loading
+
+    build = loading.build_bridge
+
+    def lossy(hf_model: Any, *args: Any, **kwargs: Any) -> Any:
+        bridge = build(hf_model, *args, **kwargs)
+        bridge.blocks[2].attn.o.original_component.weight.data[:, :4] = 0
+        return bridge
+
+    monkeypatch.setattr(loading, "build_bridge", lossy)
+    with pytest.raises(ModelLoadError, match="logits, first in layer 2"):
+        load_model(tiny_folder("llama"), backend="bridge", device="cpu")
+    load_model(tiny_folder("llama"), backend="bridge", device="cpu", check_weights=False)
+
+
+def test_a_trunk_that_leaves_out_a_step_after_the_last_layer_is_refused(
+    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ml.Trunk, "finish_logits", lambda self, logits: 0.5 * logits)
+    with pytest.raises(ModelLoadError, match=r"trunk: .*what follows the last layer"):
+        load_model(tiny_folder("llama"), backend="bridge", device="cpu")
+
+
+def test_a_hook_that_is_not_what_its_name_says_is_refused(
+    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(tiny_folder("llama"), backend="bridge", device="cpu")
+
+    def exchanged(site: str, layer: int) -> str:
+        return hook_name({"q": "v", "v": "q"}.get(site, site), layer)
+
+    monkeypatch.setattr(module, "hook_name", exchanged)
+    failed = {check.name for check in check_model(model).failures}
+    assert failed == {"site q", "site v"}
+
+
+@pytest.mark.parametrize(
+    ("make", "scale", "cap"),
+    [
+        (
+            lambda c: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**c, head_dim=16)),
+            1.0,
+            30.0,
+        ),
+        (
+            lambda c: transformers.GraniteForCausalLM(transformers.GraniteConfig(**c, logits_scaling=8.0)),
+            1 / 8,
+            None,
+        ),
+    ],
+)
+def test_what_follows_the_unembedding_is_part_of_the_logits(
+    make: Callable[[dict[str, int]], Any], scale: float, cap: float | None
+) -> None:
+    shape = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "intermediate_size": 96, "bos_token_id": 0, "eos_token_id": 1}
+    torch.manual_seed(1)
+    hf = make(shape | {"pad_token_id": 2})
+    for parameter in hf.parameters():
+        parameter.data.mul_(3)
+    tokens = probe_tokens(96, 64)
+    with torch.no_grad():
+        wanted = hf.eval()(tokens).logits
+    model = load_model(hf, device="cpu")
+    trunk = ml.Trunk(model)
+    assert (trunk.logit_scale, trunk.logit_softcap) == (scale, cap)
+    got = trunk.unembed(trunk.run(trunk.embed(tokens)))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_are_not_there_or_are_codes_are_refused() -> None:
+    with torch.device("meta"):
+        meta = transformers.GPTNeoXForCausalLM(
+            transformers.GPTNeoXConfig(
+                vocab_size=64,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=32,
+            )
+        )
+    with pytest.raises(UnsupportedModelError, match="meta device"):
+        load_model(meta)
+    codes = tiny_huggingface_model("llama")
+    weight = codes.model.layers[0].mlp.up_proj.weight
+    codes.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match="quantized"):
+        load_model(codes)
+
+
+class _Lora(nn.Module):
+    """What a LoRA layer of PEFT looks like from outside, without PEFT."""
+
+    active_adapters = ("secret",)
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.delta = nn.Parameter(torch.randn_like(base.weight) * 0.3)
+        self.merged = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + (0 if self.merged else x @ self.delta.T)
+
+    def get_base_layer(self) -> nn.Linear:
+        return self.base_layer
+
+    def merge(self, safe_merge: bool = False) -> None:
+        self.base_layer.weight.data += self.delta.data
+        self.merged = True
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gpt_bigcode"])
+def test_adapters_are_merged_into_a_copy(family: str) -> None:
+    hf = tiny_huggingface_model(family).eval()
+    path = {
+        "gpt_neox": "gpt_neox.layers.1.attention.query_key_value",
+        "llama": "model.layers.1.self_attn.q_proj",
+        "gpt_bigcode": "transformer.h.1.attn.c_attn",
+    }[family]
+    parent, _, child = path.rpartition(".")
+    setattr(hf.get_submodule(parent), child, _Lora(hf.get_submodule(path)))
+    tokens = probe_tokens(hf.config.vocab_size, None)
+    with torch.no_grad():
+        wanted = hf(tokens).logits
+    model = load_model(hf, device="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(hf(tokens).logits, wanted)  # the given model keeps its adapter
+    assert ml.measure(model, ml.load_sequences(tokens, prefix_len=4), ["target_logprob"])
+    from memlens.models.provenance import describe
+
+    assert describe(model)["adapters"] == "secret"
+
+
+def test_the_table_reads_well(tiny_model: Callable[..., Any]) -> None:
+    found = ml.check_model(tiny_model("gpt_neo", "bridge"))
+    assert list(found.to_frame()["name"])[:2] == ["logits", "trunk"]
+    text = repr(found)
+    assert "site pattern" in text
+    assert "what is written here has no effect" in text
+    assert "<table" in found._repr_html_()
+    with pytest.raises(UnsupportedModelError, match="is not a TransformerLens model"):
+        ml.check_model(nn.Linear(2, 2))
