@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from memlens.errors import UnsupportedModelError
 from memlens.forward.hooks import hook_name
-
-_POST_NORM_ARCHITECTURES = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+from memlens.models.families import architecture_of, family_by_architecture
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,8 @@ def attention_post_norm(model: Any, layer: int) -> Any:
     if hasattr(model, "original_model"):
         part = model.hook_dict[hook_name("attn_out", layer)].name.split(".")[2]
         return None if part.startswith("attn") else getattr(block, part)
-    if getattr(model.cfg, "original_architecture", None) in _POST_NORM_ARCHITECTURES:
+    family = family_by_architecture(architecture_of(model))
+    if family is not None and family.post_norm:
         return block.ln1
     return getattr(block, "ln1_post", None)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,9 @@ from huggingface_hub.file_download import repo_folder_name
 
 from memlens.errors import ModelNotFoundError, OptionError
 from memlens.files import zoo_folders
+from memlens.models.families import step_of
 from memlens.models.names import Source, resolve_source, unknown_name_error
 from memlens.models.zoo import is_zoo_name
-
-_STEP = re.compile(r"^(?:stage1-)?step(\d+)(?:-tokens\d+B)?$")
-"""Pythia `step9`; OLMo 1 `step9-tokens4B`; OLMo 2 `stage1-step9-tokens5B`; OLMo 3 `stage1-step9`."""
 
 
 def checkpoint_revision(source: Source, *, revision: str | None, step: int | None) -> str | None:
@@ -101,7 +98,7 @@ def _steps_of(source: Source) -> dict[int, Path]:
         folders += [other for other in others if other.is_dir() and _recipe(other) == _recipe(own)]
     found = ([*folder.glob("checkpoints/step*/config.json")] for folder in folders)
     paths = [config.parent for config in next(filter(None, found), [])]
-    return {int(match[1]): path for path in paths if (match := _STEP.match(path.name))}
+    return {step: path for path in paths if (step := step_of(path.name)) is not None}
 
 
 def _recipe(folder: Path) -> list[Any] | None:
@@ -132,7 +129,7 @@ def list_steps(repo: str) -> dict[int, str]:
 
     Asks the hub; without a network, what the local cache holds.
     """
-    found = {int(match[1]): name for name in _revisions(repo) if (match := _STEP.match(name))}
+    found = {step: name for name in _revisions(repo) if (step := step_of(name)) is not None}
     return dict(sorted(found.items()))
 
 

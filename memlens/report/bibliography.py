@@ -11,6 +11,7 @@ import yaml
 
 from memlens.errors import OptionError
 from memlens.forward.metrics import METRICS
+from memlens.models.families import FAMILIES
 from memlens.recall.columns import COLUMNS
 from memlens.results.result import Result
 
@@ -92,16 +93,6 @@ _SETTINGS = (  # a setting, the start of its value, its source
     ("method", "integrated_gradients", Citation("sundararajan2017", "integrated gradients")),
     ("path", "embedding", Citation("hanna2024", "integrating along a path of input embeddings (EAP-IG)")),
 )
-_FAMILIES = {
-    "pythia": "biderman2023",
-    "gpt-neo": "black2021",
-    "olmo1": "groeneveld2024",
-    "olmo2": "olmo2024",
-    "olmo3": "olmo2025",
-    "openllama": "geng2023",
-    "starcoder": "li2023",
-    "starcoder2": "lozhkov2024",
-}
 _ALWAYS = (
     Citation("nanda2022", "TransformerLens, which runs the model"),
     Citation("wilson1927", "confidence intervals of proportions"),
@@ -140,9 +131,10 @@ def family_citation(family: str, model: str) -> list[Citation]:
     >>> family_citation("pythia", "zoo/pythia-s")
     []
     """
-    if family not in _FAMILIES or not model or model.startswith("zoo/"):
+    found = FAMILIES.get(family)
+    if found is None or not found.cite or not model or model.startswith("zoo/"):
         return []
-    return [Citation(_FAMILIES[family], f"the models of {family}")]
+    return [Citation(found.cite, f"the models of {family}")]
 
 
 def bibliography(citations: Iterable[Citation]) -> list[tuple[Reference, str]]:

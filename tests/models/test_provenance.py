@@ -7,11 +7,21 @@ from importlib.metadata import version
 
 import pytest
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig
 
 import memlens
 from memlens.models import provenance
-from memlens.models.families import FAMILIES, families_table, family_of, find_model, known_names
+from memlens.models.families import (
+    FAMILIES,
+    Family,
+    ModelEntry,
+    families_table,
+    family_of,
+    find_model,
+    known_names,
+    register_family,
+    step_of,
+)
 from memlens.models.load import load_model
 from memlens.models.names import has_hooked_transformer
 from memlens.models.provenance import describe, remember
@@ -162,7 +172,7 @@ def test_table_tells_the_backend_that_auto_gives(tiny, tiny_model):
 def test_architectures_of_the_table_are_transformers_classes():
     import transformers
 
-    assert all(hasattr(transformers, family.architecture) for family in FAMILIES)
+    assert all(hasattr(transformers, family.architecture) for family in FAMILIES.values())
 
 
 def test_short_names_are_unambiguous():
@@ -170,3 +180,28 @@ def test_short_names_are_unambiguous():
     assert len(set(short)) == len(short)
     assert find_model("OLMO-2-0425-1b")[1].name == "allenai/OLMo-2-0425-1B"
     assert find_model("someone-else/pythia-70m") is None
+
+
+def test_shapes_have_the_parameters_that_their_names_say():
+    shaped = [entry for family in FAMILIES.values() for entry in family.models if entry.shape is not None]
+    assert len(shaped) == 32
+    for entry in shaped:
+        said = float(entry.size[:-1]) * {"M": 1e6, "B": 1e9}[entry.size[-1]]
+        tolerance = 0.5 if said < 2e9 else 0.15  # "1B" is a round name for 1.0 to 1.5
+        assert abs(entry.shape.n_params - said) / said < tolerance, entry
+
+
+def test_training_steps_are_read_from_every_family_s_revisions():
+    for family in FAMILIES.values():
+        named = family.checkpoints.format(step=9, tokens=4)
+        assert step_of(named) == (9 if named else None)
+    assert [step_of(name) for name in ("main", "step", "stage2-step9", "step9x")] == [None] * 4
+
+
+def test_a_new_family_is_one_row(monkeypatch):
+    monkeypatch.setattr(FAMILIES, "_items", dict(FAMILIES._items))
+    entry = ModelEntry("someone/phi-1", "1.3B")
+    register_family(Family("phi", "PhiForCausalLM", "a corpus", "MIT", "", (entry,), post_norm=True))
+    assert family_of(PhiConfig()) == "phi"
+    assert find_model("phi-1")[0].name == "phi"
+    assert families_table().set_index("model").loc["someone/phi-1", "backend"] == "TransformerBridge"

@@ -26,7 +26,7 @@ from memlens.organisms.training.recipes import FAMILIES, SIZES, ZOO
 from memlens.organisms.training.train import TrainSpec, train
 
 VOCAB = 97
-FACTS = {family.name: family for family in TABLE}
+FACTS = {family.name: family for family in TABLE.values()}
 SPEC = TrainSpec(batch_size=8, steps=30, learning_rate=1e-2, warmup=0.1)
 ROWS = np.random.default_rng(0).integers(1, VOCAB, (8, 48))
 

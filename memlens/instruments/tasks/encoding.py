@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from memlens.errors import OptionError, SequenceError
+from memlens.models.families import find_model
 from memlens.models.quiet import quiet
 
 
@@ -134,7 +135,7 @@ def puts_bos_first(model: Any) -> bool:
     """Tell whether a tokenizer puts the beginning-of-text token in front of text by its own rules.
 
     TransformerLens' models carry a tokenizer that always does; what counts there is the checkpoint's own,
-    read again from where it came from (offline), and False where there is none.
+    read again from where it came from (offline), or without one the convention of the model's family.
 
     Args:
         model: A TransformerLens model, or a Hugging Face tokenizer.
@@ -151,7 +152,8 @@ def _own_rule(name: str) -> bool:
         with quiet():
             return _begins_with_bos(AutoTokenizer.from_pretrained(name, local_files_only=True))
     except Exception:  # transformers raises nearly every kind of error where there are no tokenizer files
-        return False
+        found = find_model(name)
+        return found is not None and found[0].bos
 
 
 def _begins_with_bos(tokenizer: Any) -> bool:
