@@ -30,7 +30,7 @@ from .models.families import families_table as families_table
 from .models.load import load_model as load_model
 from .recall.score import score_recall as score_recall
 from .recall.scores import RecallScores as RecallScores
-from .results.plots.dispatch import overlay as overlay
+from .results.kinds import overlay as overlay
 from .results.result import Result as Result
 from .results.statistics.comparison import compare_groups as compare_groups
 from .results.storage import load_result as load_result

@@ -17,6 +17,9 @@ from memlens.errors import EmptySetError, FileFormatError, OptionError, Sequence
 from memlens.forward.metrics import BUILT_IN, METRICS
 from memlens.recall.columns import COLUMNS, LABELS, SCORE_COLUMNS
 from memlens.recall.matching import Matching, match_controls
+from memlens.results.kinds import register_kind
+from memlens.results.plots.layers import plot_recall
+from memlens.results.readings import read_recall
 from memlens.results.statistics.intervals import is_binary, mean_interval
 from memlens.sequences.parquet import read_parquet, write_parquet
 from memlens.sequences.set import Attr, SequenceSet
@@ -306,3 +309,6 @@ def _check_counts(counts: np.ndarray, seqs: SequenceSet) -> None:
             f"token_counts has shape {counts.shape}, but the sequences hold the token id {largest}: "
             "give one count for each id of the vocabulary"
         )
+
+
+register_kind("recall", plot=plot_recall, reading=read_recall)

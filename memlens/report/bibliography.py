@@ -13,6 +13,7 @@ from memlens.errors import OptionError
 from memlens.forward.metrics import METRICS
 from memlens.models.families import FAMILIES
 from memlens.recall.columns import COLUMNS
+from memlens.results.kinds import KINDS
 from memlens.results.result import Result
 
 
@@ -71,21 +72,6 @@ class Citation:
             )
 
 
-_PATCHING = Citation("meng2022", "causal tracing, the origin of activation patching")
-_KINDS = {
-    "attention_bypass": (Citation("menta2025", "attention bypass"),),
-    "bypass_sets": (Citation("menta2025", "attention bypass"),),
-    "bypass_frontier": (Citation("menta2025", "attention bypass"),),
-    "activation_patching": (_PATCHING,),
-    "neuron_patching": (_PATCHING,),
-    "path_patching": (
-        Citation("wang2023", "path patching"),
-        Citation("goldowskydill2023", "general path patching"),
-    ),
-    "gradient_attribution": (Citation("syed2023", "attribution patching"),),
-    "logit_attribution": (Citation("elhage2021", "direct effects on the logits"),),
-    "neuron_knockout": (Citation("haviv2023", "knocking out the neurons that promote a prediction"),),
-}
 _SETTINGS = (  # a setting, the start of its value, its source
     ("lens", "tuned lens", Citation("belrose2023", "tuned lens")),
     ("lens", "logit lens", Citation("nostalgebraist2020", "logit lens")),
@@ -110,7 +96,8 @@ def citations_of(result: Result) -> list[Citation]:
         ['chen2026']
     """
     found = [Citation(*pair) for name in result.metrics for pair in _cites(name)]
-    found += _KINDS.get(result.kind, ())
+    if result.kind in KINDS:
+        found += [Citation(*cited) for cited in KINDS[result.kind].cites]
     settings = result.settings
     found += [said for name, start, said in _SETTINGS if str(settings.get(name, "")).startswith(start)]
     attrs: Mapping[str, Any] = result.data.attrs

@@ -27,7 +27,7 @@ from memlens.report.model import (
     TableBlock,
 )
 from memlens.report.render import versions_here, write_report
-from memlens.results.readings import reading
+from memlens.results.kinds import reading
 from memlens.results.storage import load_result
 
 _LOG = logging.getLogger(__name__)

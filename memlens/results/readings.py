@@ -1,181 +1,412 @@
-"""What a figure shows, in plain words with its numbers; one reading for each kind of result."""
+"""Readings: what a result of each kind says, in plain words with its numbers.
+
+Each function takes a result and the metric asked for (None for the first) and returns a few sentences. They
+describe numbers and test nothing: an interval is given wherever three or more sequences allow one, the
+largest of many sites is called that, and controls stand beside what they control for. A metric's direction
+decides between "harms" and "changes".
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from memlens.errors import MemlensError
 from memlens.figures.labels import MetricText, metric_text
+from memlens.results.plots.layers import STRENGTHS
+from memlens.results.plots.selection import with_dims
 from memlens.results.result import Result
-from memlens.results.statistics.restored import restorable_metric, restored_share
+from memlens.results.statistics.estimates import Estimate, median_estimate
+from memlens.results.statistics.intervals import FEWEST, mean_interval
+from memlens.results.statistics.restored import changed_too_little, restorable_metric, restored_share
+from memlens.results.statistics.tasks import task_summary, task_tables
+
+_INNER = ("target", "draw")
+_CONTROLS = ("selection", "edit")
+"""Dimensions whose first entry is what was asked about, and whose other entries are compared with it."""
 
 
-def reading(
-    result: Result, metric: str | None = None, *, sequence: str | None = None, stream: str = "resid_post"
-) -> str:
-    """Return a few sentences on a result, in the order a reader would ask.
-
-    They are descriptions of the numbers, not tests: the largest of many sites is named as such, and how many
-    sites have an interval that excludes 0 is set against how many would by chance.
-
-    Args:
-        result: any result.
-        metric: the metric to speak of; the first by default.
-        sequence: the id of the one sequence to speak of; all by default.
-        stream: which stream to speak of, where several were decoded.
-
-    Returns:
-        Plain text; empty for a kind that has no words yet or a result without the values they need.
-
-    Example:
-        >>> data = xr.Dataset({"exact_match": ("sequence", [1.0, 1.0, 0.0, 1.0])})
-        >>> reading(Result.create(data, kind="recall"))
-        'The exact match, mean over 4 sequences, is 0.75 (95 % interval 0.301 to 0.954).'
-    """
-    try:
-        if sequence is not None:
-            ids = result["sequence"].values.astype(str)
-            result = Result(result.data.isel(sequence=ids == str(sequence)))
-        if "stream" in result.data.dims:
-            result = Result(result.data.sel(stream=stream))
-        return _READINGS[result.kind](result, metric) if result.kind in _READINGS else ""
-    except (MemlensError, KeyError, ValueError):
-        return ""
-
-
-def _spoken(row: xr.DataArray, text: MetricText) -> str:
-    """Return `-1.2 nats (95 % interval -1.5 to -0.9)`."""
-    mean, low, high = (float(row.sel(statistic=name)) for name in ("mean", "low", "high"))
-    unit = f" {text.unit}" if text.unit and "=" not in text.unit and "share" not in text.unit else ""
-    interval = f" (95 % interval {low:.3g} to {high:.3g})" if np.isfinite([low, high]).all() else ""
-    return f"{mean:.3g}{unit}{interval}"
-
-
-def _includes_zero(row: xr.DataArray) -> bool:
-    return bool(row.sel(statistic="low") <= 0 <= row.sel(statistic="high"))
-
-
-def _over(result: Result) -> str:
-    count = result.data.sizes["sequence"]
-    return "in one sequence" if count == 1 else f"mean over {count} sequences"
-
-
-def _extreme(ci: xr.DataArray, better: int, *, harm: bool) -> tuple[xr.DataArray, dict[str, object]]:
-    """Return the site with the most harmful (or most helpful) mean, and its coordinates.
-
-    Where it is not known which direction is better, the site with the largest mean is returned.
-    """
-    means = ci.sel(statistic="mean").fillna(0.0)
-    means = means * better * (-1 if harm else 1) if better else abs(means)
-    place = np.unravel_index(int(np.argmax(means.values)), means.shape)
-    index = dict(zip(means.dims, map(int, place), strict=True))
-    site = ci.isel(index)
-    return site, {str(dim): ci[dim].values[i] for dim, i in index.items()}
-
-
-def _where(site: dict[str, object]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in site.items())
-
-
-def _chance(ci: xr.DataArray) -> str:
-    low, high = ci.sel(statistic="low"), ci.sel(statistic="high")
-    if not np.isfinite(low.values).any():
-        return ""
-    away, sites = int(((low > 0) | (high < 0)).sum()), int(low.size)
-    if sites < 2:
-        return ""
-    return (
-        f" The interval excludes 0 at {away} of {sites} sites; about {max(1, round(0.05 * sites))} would by "
-        "chance if nothing mattered."
-    )
-
-
-def _harm(result: Result, metric: str | None) -> str:
+def read_effects(result: Result, metric: str | None) -> str:
+    """Say which site changes a metric most, whether it may be nothing, and what the controls do there."""
     name = metric or next(n for n in result.metrics if f"{n}_baseline" in result.data)
-    ci = result.mean_ci(("sequence", "target"), metric=name, of="effect")[name]
-    text = metric_text(name, result[name])
-    row, site = _extreme(ci, text.better, harm=True)
-    unsure = " That interval includes 0: this may be no effect at all." if _includes_zero(row) else ""
-    lead = "Recall is harmed most" if text.better else "The change is largest"
-    return (
-        f"{lead} at {_where(site)}: the {text.label} there changes by {_spoken(row, text)}, "
-        f"{_over(result)}, against the unchanged model.{unsure}{_chance(ci)}"
-    )
+    text, effect = metric_text(name, result[name]), _inner_mean(result.effect(name))
+    control = next((dim for dim in _CONTROLS if dim in effect.dims), None)
+    first = effect if control is None else effect.isel({control: 0}, drop=True)
+    groups = _groups(result)
+    rows = next(iter(groups.values()), slice(None))
+    ci = mean_interval(first.isel(sequence=rows))
+    site = _extreme(ci, -text.better)
+    found = Estimate.of(ci.sel(site))
+    lead = "" if control is None else f"With {effect[control].values[0]}: "
+    lead += "" if not groups else f"In {next(iter(groups))}: "
+    where = _where(site)
+    if not text.better:
+        said = f"The {text.label} changes most{where}: by {_spoken(found, text)}"
+    elif found.value * text.better < 0:
+        said = f"Recall is harmed most{where}: the {text.label} there changes by {_spoken(found, text)}"
+    else:
+        said = (
+            f"No site harms recall on average: even{where or ' there'} the {text.label} changes by "
+            f"{_spoken(found, text)}"
+        )
+    said = f"{lead}{said}, {_over(found.n)}, against the unchanged model."
+    if found.known and not found.excludes(0):
+        said += " That interval includes 0: this may be no effect at all."
+    said += _chance(ci)
+    if control is not None:
+        here = effect.sel(site)
+        for other in effect[control].values[1:]:
+            theirs = here.sel({control: other}, drop=True)
+            change, gap = (
+                Estimate.of(mean_interval(theirs)),
+                Estimate.of(mean_interval(first.sel(site) - theirs)),
+            )
+            said += f" There {other} changes it by {_spoken(change, text)}; the difference is {_spoken(gap, text)}."
+    for group, own in list(groups.items())[1:]:
+        theirs = Estimate.of(mean_interval(first.sel(site).isel(sequence=own)))
+        said += f" In {group} it changes by {_spoken(theirs, text)} there, {_over(theirs.n)}."
+    return said
 
 
-def _restored(result: Result, metric: str | None) -> str:
-    name = metric or ("restored_share" if restorable_metric(result) else result.metrics[0])
-    noising = result.settings.get("direction") == "noising"
+def read_sets(result: Result, metric: str | None) -> str:
+    """Say which set of layers changes a metric most."""
+    return read_effects(result, metric) + " Larger sets tend to change more: compare sets of one size."
+
+
+def read_estimated(result: Result, metric: str | None) -> str:
+    """Say what gradients estimate of a patch or an ablation."""
+    read = read_restored if restorable_metric(result) else read_effects
+    note = " These effects are estimated from gradients, not measured: verify the largest by running them."
+    return read(result, metric) + note
+
+
+def read_restored(result: Result, metric: str | None) -> str:
+    """Say where patching restores (or leaves) most, as a share of what the corruption took."""
+    noising, lead = result.settings.get("direction") == "noising", ""
+    restorable = restorable_metric(result)
+    name = metric or ("restored_share" if restorable else result.metrics[0])
+    if name == "restored_share" and restorable and changed_too_little(result):
+        lost = _inner_mean(result[f"{restorable}_clean"] - result[f"{restorable}_corrupt"])
+        text, found = metric_text(restorable, result[restorable]), Estimate.of(mean_interval(lost))
+        lead = (
+            f"The corruption changed too little to say what share of it is restored: the clean run's "
+            f"{text.label} exceeds the corrupt one's by {_spoken(found, text)}. "
+        )
+        name = restorable
     if name == "restored_share":
         ci = restored_share(result)[name]
     else:
-        of = "effect" if f"{name}_corrupt" in result.data else "value"
-        ci = result.mean_ci(("sequence", "target"), metric=name, of=of)[name]
-    text = metric_text(name)
-    row, site = _extreme(ci, text.better, harm=noising)
+        effect = f"{name}_corrupt" in result.data
+        ci = mean_interval(_inner_mean(result.effect(name) if effect else result[name].astype(float)))
+    text = metric_text(name, result.data.get(name))
+    site = _extreme(ci, -(text.better or 1) if noising else text.better)
+    found = Estimate.of(ci.sel(site))
     scale = " (0 is the corrupt run, 1 the clean one)" if text.whole else ""
-    what = "Least is left" if noising else "Most is restored"
-    together = name == "restored_share" and result.data.sizes["sequence"] > 1
-    over = f"{result.data.sizes['sequence']} sequences together" if together else _over(result)
-    said = f"{what} at {_where(site)}: {text.label} {_spoken(row, text)}{scale}, {over}."
+    what = "The patch leaves the least recall" if noising else "Most is restored"
+    if not text.better:
+        what = "The patch changes most"
+    together = name == "restored_share" and found.n > 1
+    over = f"{found.n} sequences together" if together else _over(found.n)
+    said = f"{lead}{what}{_where(site)}: {text.label} {_spoken(found, text)}{scale}, {over}."
     return said if noising else said + _chance(ci)
 
 
-def _decoded(result: Result, metric: str | None) -> str:
+def read_decoding(result: Result, metric: str | None) -> str:
+    """Say how probable the targets are after the last layer, and from where on they are."""
     data = result.data
-    ranks = Result(xr.Dataset({"rank": np.log(data["rank"] + 1.0)}, attrs=data.attrs))
-    log_rank = ranks.mean_ci(("sequence", "target"), metric="rank")["rank"].sel(statistic="mean")
-    odds = Result(data).mean_ci(("sequence", "target"), metric="probability", method="bootstrap")[
-        "probability"
-    ]
-    last = odds.isel(layer=-1)
-    text = "After the last layer the target tokens have a mean probability of "
-    text += f"{_spoken(last, MetricText(''))} ({_over(result)})."
+    log_rank = mean_interval(_inner_mean(np.log(data["rank"] + 1.0)), method="bootstrap")
+    odds = mean_interval(_inner_mean(data["probability"]), method="bootstrap")
+    last = Estimate.of(odds.isel(layer=-1))
+    said = (
+        f"After the last layer the target tokens have a mean probability of {last.text()} ({_over(last.n)})."
+    )
     means = odds.sel(statistic="mean").values
     half = odds["layer"].values[means >= 0.5 * means[-1]]
-    stays = np.logical_and.accumulate(np.exp(log_rank.values[::-1]) < 2)[::-1]
-    top = data["layer"].values[stays]
-    text += f" Half of that is first reached after layer {half[0]}." if len(half) else ""
-    text += f" Their geometric mean rank is below 2 from layer {top[0]} on." if len(top) else ""
-    return text
+    below = np.exp(log_rank.sel(statistic="mean").values) < 2
+    top = data["layer"].values[np.logical_and.accumulate(below[::-1])[::-1]]
+    said += f" Half of that is first reached after layer {half[0]}." if len(half) else ""
+    return said + (f" Their geometric mean rank is below 2 from layer {top[0]} on." if len(top) else "")
 
 
-def _attributed(result: Result, metric: str | None) -> str:
+def read_attribution(result: Result, metric: str | None) -> str:
+    """Say which head, attention and MLP add most to the target's logit."""
     said = []
     for name, array in result.data.data_vars.items():
         if "head" not in array.dims and name not in ("attn", "mlp"):
             continue
-        dims = ["sequence", *(dim for dim in ("target", "position") if dim in array.dims)]
-        row, site = _extreme(result.mean_ci(dims, metric=str(name))[str(name)], 1, harm=False)
+        ci = mean_interval(array.mean([dim for dim in ("target", "position") if dim in array.dims]))
+        site = _extreme(ci, 1)
         part = "head" if "head" in array.dims else metric_text(str(name)).label
-        said.append(f"the {part} that adds most is {_where(site)}, {_spoken(row, MetricText('', 'logits'))}")
-    return "Of what is written into the target's logit, " + "; ".join(said) + "." if said else ""
+        where = _where(site).removeprefix(" at ")
+        said.append(f"the {part} that adds most is {where}, {Estimate.of(ci.sel(site)).text('logits')}")
+    if not said:
+        return ""
+    note = " These are direct contributions: what a component does through later ones is not counted."
+    return "Of what is written into the target's logit, " + "; ".join(said) + "." + note
 
 
-def _recalled(result: Result, metric: str | None) -> str:
+def read_recall(result: Result, metric: str | None) -> str:
+    """Say how much is recalled, and how that depends on the number of copies."""
     name = metric or ("exact_match" if "exact_match" in result.metrics else result.metrics[0])
-    text = metric_text(name, result[name])
-    row = result.mean_ci(metric=name)[name]
-    said = f"The {text.label}, {_over(result)}, is {_spoken(row, text)}."
+    text, array = metric_text(name, result[name]), _inner_mean(result[name])
+    found = Estimate.of(mean_interval(array))
+    said = f"The {text.label}, {_over(found.n)}, is {_spoken(found, text)}."
     if "copies" not in result.data.coords:
         return said
-    grouped = result.mean_ci(metric=name, group="copies")[name]
-    if grouped.sizes["copies"] < 2:
+    copies = np.unique(result["copies"].values)
+    if len(copies) < 2:
         return said
-    ends = [(grouped["copies"].values[i], _spoken(grouped.isel(copies=i), text)) for i in (0, -1)]
-    return f"{said} With {ends[0][0]} copies it is {ends[0][1]}, with {ends[1][0]} copies {ends[1][1]}."
+    method = mean_interval(array).attrs["interval_method"]
+    ends = [
+        _spoken(
+            Estimate.of(mean_interval(array.isel(sequence=result["copies"].values == c), method=method)), text
+        )
+        for c in (copies[0], copies[-1])
+    ]
+    return f"{said} With {copies[0]} copies it is {ends[0]}, with {copies[-1]} copies {ends[1]}."
 
 
-_READINGS: dict[str, Callable[[Result, str | None], str]] = {
-    "residual_decoding": _decoded,
-    "head_ablation": _harm,
-    "attention_bypass": _harm,
-    "neuron_knockout": _harm,
-    "activation_patching": _restored,
-    "logit_attribution": _attributed,
-    "sweep": _harm,
-    "recall": _recalled,
-}
+def read_pairs(result: Result, metric: str | None) -> str:
+    """Say which two heads do most together beyond the sum of what each does alone."""
+    base = next(n for n in result.metrics if f"{n}_baseline" in result.data)
+    text = metric_text(base, result[base])
+    array = _inner_mean(result["interaction"])
+    once = np.triu(np.ones((array.sizes["head_a"],) * 2, bool), 1)  # the table is symmetric
+    ci = mean_interval(array).where(xr.DataArray(once, dims=("head_a", "head_b")))
+    site = _extreme(ci, 0)
+    found = Estimate.of(ci.sel(site))
+    pair = " and ".join(str(head) for head in site.values())
+    sense = ""
+    if text.better and found.excludes(0):
+        more = found.value * text.better < 0
+        sense = ": together they harm " + ("more than" if more else "less than") + " the sum of both"
+    return (
+        f"Of {int(once.sum())} pairs, {pair} interact most: ablating both changes the {text.label} by "
+        f"{_spoken(found, text)} beyond the sum of each alone{sense} ({_over(found.n)}).{_chance(ci)}"
+    )
+
+
+def read_cumulative(result: Result, metric: str | None) -> str:
+    """Say what ablating more and more heads does, in the ranked order and in random ones."""
+    name = metric or ("exact_match" if "exact_match" in result.metrics else result.metrics[0])
+    text, array = metric_text(name, result[name]), _inner_mean(result[name].astype(float))
+    most = result["n_ablated"].values.max()
+    ranked = array.sel(order="ranked", drop=True)
+    others = array.sel(order=[order for order in array["order"].values if order != "ranked"])
+    found = Estimate.of(mean_interval(ranked.sel(n_ablated=most)))
+    said = f"With the {most} highest ranked heads ablated the {text.label} is {_spoken(found, text)}, {_over(found.n)}"
+    if f"{name}_baseline" in result.data:
+        said += f"; the unchanged model's is {_spoken(Estimate.of(mean_interval(_inner_mean(result.baseline(name)))), text)}"
+    if others.sizes["order"]:
+        control = others.mean("order").sel(n_ablated=most)
+        gap = Estimate.of(mean_interval(ranked.sel(n_ablated=most) - control))
+        said += (
+            f". With as many random heads (the mean of {others.sizes['order']} orders) it is "
+            f"{_spoken(Estimate.of(mean_interval(control)), text)}; ranked minus random is {_spoken(gap, text)}"
+        )
+    said += "."
+    if "heads_until_lost" in result.data:
+        counts = result["heads_until_lost"].sel(order="ranked").values
+        lost = counts[np.isfinite(counts)]
+        recalled = int((result.baseline("exact_match") == 1).sum())
+        said += f" In the ranked order {len(lost)} of {recalled} recalled sequences are lost"
+        said += f", at a median of {median_estimate(lost).text('heads')}." if len(lost) else "."
+    return said
+
+
+def read_strengths(result: Result, metric: str | None) -> str:
+    """Say what a metric is at the smallest and the largest strength, on the sequences that have both."""
+    x = next(name for name in STRENGTHS if name in result.data.dims)
+    choices = [name for name in with_dims(result, x) if "layer" not in result[name].dims]
+    name = metric or ("exact_match" if "exact_match" in choices else choices[0])
+    text, array = metric_text(name, result[name]), _inner_mean(result[name].astype(float))
+    array = array.mean([dim for dim in array.dims if dim not in ("sequence", x)]).sortby(x)
+    ends = array[x].values[[0, -1]].tolist()
+    low, high = (array.sel({x: end}, drop=True) for end in ends)
+    both = low.notnull() & high.notnull()
+    a, b, change = (Estimate.of(mean_interval(part.where(both))) for part in (low, high, high - low))
+    said = (
+        f"With {ends[0]:g} {STRENGTHS[x]} the {text.label} is {_spoken(a, text)}, with {ends[1]:g} it is "
+        f"{_spoken(b, text)}; each sequence changes by {_spoken(change, text)}, {_over(change.n)}."
+    )
+    missing = array.sizes["sequence"] - change.n
+    if missing:
+        said += f" {missing} further sequences have no value at one of these ends and are left out."
+    if f"{name}_baseline" in result.data:
+        base = Estimate.of(mean_interval(_inner_mean(result.baseline(name))))
+        said += f" The unchanged model's is {_spoken(base, text)}."
+    if change.known and not change.excludes(0):
+        said += " The interval of the change includes 0: this may be no change at all."
+    return said
+
+
+def read_compression(result: Result, metric: str | None) -> str:
+    """Say how few prompt tokens are enough, for the sequences that are recalled from the whole prefix."""
+    data, method = result.data, str(result.settings.get("method", ""))
+    recalled = data["recalled"].values == 1
+    ratio = data["compression_ratio"].isel(sequence=recalled)
+    if not ratio.notnull().any():
+        return ""
+    tokens = Estimate.of(mean_interval(data["fewest_tokens"].isel(sequence=recalled), method="bootstrap"))
+    share = Estimate.of(mean_interval(ratio, method="bootstrap"))
+    said = (
+        f"{int(recalled.sum())} of {len(recalled)} sequences are recalled from their whole prefix. For these the "
+        f"fewest tokens that are enough ({method.replace('_', ' ')}) are {tokens.text('tokens')}, a share of "
+        f"{share.text()} of the prefix, {_over(share.n)}."
+    )
+    if "stable_compression_ratio" in data:
+        stable = data["stable_compression_ratio"].isel(sequence=recalled)
+        mean = Estimate.of(mean_interval(stable, method="bootstrap"))
+        said += f" From a share of {mean.text()} on, every longer prompt that was tried is enough, too."
+    if "complete" in data and (open_ends := int((data["complete"] == 0).sum())):
+        said += f" {open_ends} deletions stopped at their budget: their numbers are upper limits."
+    elif result.settings.get("budget") is not None:
+        said += " With a budget not every length was tried: shorter prompts may be enough."
+    return said
+
+
+def read_bounds(result: Result, metric: str | None) -> str:
+    """Say whether every measured change lies within its bound, and how loose each bound is."""
+    slack = result["slack"]
+    known, broken = int(slack.notnull().sum()), int((slack < 1 - 1e-4).sum())
+    said = (
+        f"All {known} measured changes lie within their bounds."
+        if not broken
+        else f"{broken} of {known} measured changes exceed their bounds: a bound does not hold there."
+    )
+    factor = np.log(slack.where(slack > 0))
+    ci = np.exp(mean_interval(factor.mean([d for d in factor.dims if d not in ("sequence", "bound")])))
+    parts = [
+        f"{bound} by a factor of {Estimate.of(ci.sel(bound=bound)).text()}" for bound in ci["bound"].values
+    ]
+    return f"{said} On geometric average the bounds exceed the changes: {'; '.join(parts)}, {_over(slack.sizes['sequence'])}."
+
+
+def read_predictor(result: Result, metric: str | None) -> str:
+    """Say which layer a guess from one plain pass puts first."""
+    name = metric or "predictor"
+    ci = mean_interval(_inner_mean(result[name]))
+    site = _extreme(ci, 1)
+    text, found = metric_text(name, result[name]), Estimate.of(ci.sel(site))
+    return (
+        f"The {text.label} is largest{_where(site)}: {_spoken(found, text)}, {_over(found.n)}. It is a guess from "
+        "one run of the unchanged model, not a measured effect: compare it with a bypass."
+    )
+
+
+def read_frontier(result: Result, metric: str | None) -> str:
+    """Say for each model which bypass removes recitation at the least cost in accuracy."""
+    data, said = result.data, []
+    scope = data["scope"].values[0]
+    for model in dict.fromkeys(data["model"].values.tolist()):
+        rows = [str(i).startswith(f"{model}/") for i in data["sequence"].values]
+        part = data.isel(sequence=rows, site=data["model"].values == model).sel(scope=scope)
+        base, able = (float(part[n].mean()) for n in ("exact_match_baseline", "accuracy_base"))
+        if not (base > 0 and able > 0):
+            said.append(f"{model}: nothing is recited or answered by the unchanged model.")
+            continue
+        exact = mean_interval(part["exact_match"])
+        mean = exact.sel(statistic="mean").values
+        best = int(np.nanargmax((base - mean) / base - (able - part["accuracy"].values) / able))
+        n = Estimate.of(exact.isel(site=best))
+        cost = Estimate(
+            *(float(part[f"accuracy{end}"].values[best]) for end in ("", "_low", "_high")), n=FEWEST
+        )
+        said.append(
+            f"{model}: with layers {part['label'].values[best]} bypassed exact match goes from {base:.3g} to "
+            f"{n.text()} ({_over(n.n)}) and the accuracy on {scope} from {able:.3g} to {cost.text()}."
+        )
+    return " ".join(said) + (
+        " Each bypass named removes the largest share of recitation beyond the share of accuracy that it costs; "
+        "it was chosen on the same data, which overstates it."
+    )
+
+
+def read_tasks(result: Result, metric: str | None) -> str:
+    """Say what each group of tasks scores without an intervention, and where it scores least."""
+    tables = task_tables(result)
+    rows = task_summary(result)
+    rows = rows.loc[(rows["scope"] == "group") & (rows["measure"] == "accuracy")]
+    sites, said = [str(dim) for dim in result["accuracy"].dims if dim != "sequence"], []
+    for group, own in rows.groupby("name", sort=False):
+        members = [table for table in tables.values() if table.group == group]
+        chance = np.mean([table.chance for table in members])
+        least = own.loc[own["mean"].idxmin()]
+        found = Estimate(
+            float(least["mean"]), float(least["low"]), float(least["high"]), int(least["questions"])
+        )
+        text = found.text(units="questions")
+        if sites:
+            base = np.mean([table.tables["base"][:, 0].mean() for table in members])
+            where = _where({dim: least[dim] for dim in sites})
+            text = f"{base:.3g} without an intervention, and least{where}: {text}"
+        count = f"{len(members)} task" + ("s" if len(members) > 1 else "")
+        said.append(f"{group} ({count}, {found.n} questions, chance {chance:.3g}): {text}")
+    note = (
+        " The least of several sites is understated." if sites and len(rows) > rows["name"].nunique() else ""
+    )
+    return "Accuracy, mean over tasks. " + ". ".join(said) + "." + note
+
+
+def read_frequency(result: Result, metric: str | None) -> str:
+    """Say how frequent the tokens of prefix and continuation are in the corpus."""
+    array = result["per_million"]
+    parts = array.where(array["offset"] < 0), array.where(array["offset"] >= 0)
+    before, after = (part.median("offset") for part in parts)
+    numbers = [Estimate.of(mean_interval(a, method="bootstrap")) for a in (before, after, after - before)]
+    return (
+        f"The median token of a prefix occurs {numbers[0].text()} times per million, that of a continuation "
+        f"{numbers[1].text()} times; the difference is {numbers[2].text()}, {_over(numbers[2].n)}."
+    )
+
+
+def _inner_mean(array: xr.DataArray) -> xr.DataArray:
+    return array.astype(float).mean([dim for dim in _INNER if dim in array.dims], keep_attrs=True)
+
+
+def _groups(result: Result) -> Mapping[str, np.ndarray]:
+    """Return the rows of each group that `join_groups` joined."""
+    if "group" not in result.data.coords:
+        return {}
+    labels = result["group"].values.astype(str)
+    return {str(name): np.flatnonzero(labels == name) for name in dict.fromkeys(labels.tolist())}
+
+
+def _spoken(found: Estimate, text: MetricText) -> str:
+    return found.text(text.unit if "=" not in text.unit and "share" not in text.unit else "")
+
+
+def _over(n: int) -> str:
+    return "in one sequence" if n == 1 else f"mean over {n} sequences"
+
+
+def _extreme(ci: xr.DataArray, sign: int) -> dict[Hashable, Any]:
+    """Return the site of the largest mean (of the smallest with sign -1, of the largest size with 0)."""
+    means = ci.sel(statistic="mean")
+    ordered = abs(means) if sign == 0 else means * sign
+    if not bool(ordered.notnull().any()):
+        raise ValueError("no site has a value")
+    place = np.unravel_index(int(np.nanargmax(ordered.values)), ordered.shape)
+    return {dim: means[dim].values[i] for dim, i in zip(means.dims, place, strict=True)}
+
+
+def _where(site: Mapping[Any, Any]) -> str:
+    return (
+        " at " + ", ".join(f"{str(dim).replace('_', ' ')} {value}" for dim, value in site.items())
+        if site
+        else ""
+    )
+
+
+def _chance(ci: xr.DataArray) -> str:
+    low, high = ci.sel(statistic="low"), ci.sel(statistic="high")
+    sites = int((low.notnull() & high.notnull()).sum())
+    if sites < 2:
+        return ""
+    away = int(((low > 0) | (high < 0)).sum())
+    return (
+        f" The interval excludes 0 at {away} of {sites} sites; about {max(1, round(0.05 * sites))} would by "
+        "chance if nothing mattered. The site named is the most extreme of them, which overstates it."
+    )

@@ -217,7 +217,7 @@ class Result:
 
     def plot(self, metric: str | None = None, **options: Any) -> go.Figure:
         """Return the figure of this kind of result; it is not shown. Options: see `memlens.figures`."""
-        from memlens.results.plots.dispatch import plot_result
+        from memlens.results.kinds import plot_result
 
         return plot_result(self, metric, **options)
 

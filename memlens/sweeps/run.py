@@ -16,6 +16,9 @@ from memlens.forward.hooks import resolve_hook
 from memlens.forward.memory import Budget
 from memlens.forward.metrics import MetricLike, as_metrics
 from memlens.forward.trunk import Trunk
+from memlens.results.kinds import register_kind
+from memlens.results.plots.layers import plot_sweep
+from memlens.results.readings import read_effects
 from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
@@ -211,3 +214,6 @@ def _warn_not_finite(values: Values) -> None:
     for name, array in values.items():
         if name == "target_logprob" and np.isnan(array).all(axis=tuple(range(array.ndim))[2:]).any():
             _LOG.warning("some interventions drive the model to NaN; their values are NaN in the result")
+
+
+register_kind("sweep", plot=plot_sweep, reading=read_effects)

@@ -12,7 +12,7 @@ from memlens.errors import OptionError
 from memlens.figures import labels
 from memlens.figures.labels import metric_text
 from memlens.forward.metrics import BUILT_IN, METRICS, LazyTargetStats, Metric, make_reduce, register_metric
-from memlens.results.readings import reading
+from memlens.results.kinds import reading
 from tests.small import ragged
 
 

@@ -14,7 +14,7 @@ from memlens.errors import ResultError
 from memlens.report.from_directory import report_from_directory
 from memlens.report.model import EXPLORER_FORMAT, FigureRequest, Finding
 from memlens.report.run_directory import RunDirectory, save_run
-from memlens.results.readings import reading
+from memlens.results.kinds import reading
 from memlens.results.result import Result
 from memlens.results.storage import load_result
 from tests.report import synthetic

@@ -6,7 +6,7 @@ import pytest
 import xarray as xr
 
 from memlens.errors import OptionError, ResultError, SiteError
-from memlens.results.plots.dispatch import overlay
+from memlens.results.kinds import overlay
 from memlens.results.result import Result
 from memlens.results.statistics.comparison import compare_groups
 from tests.report import synthetic

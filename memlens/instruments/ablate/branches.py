@@ -10,6 +10,9 @@ from memlens.forward.hooks import chosen_layers, hook_name
 from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.replacing import POSITIONS, replacement_settings, replacements, replacing
+from memlens.results.kinds import register_kind
+from memlens.results.plots.layers import plot_layer_lines
+from memlens.results.readings import read_effects
 from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import Intervention
@@ -141,3 +144,6 @@ def branch_ablations(
 
 
 _BRANCHES = {"mlp_out": "MLP", "attn_out": "attention"}
+
+
+register_kind("mlp_ablation", plot=plot_layer_lines, reading=read_effects)

@@ -23,6 +23,10 @@ from memlens.instruments.ablate.replacing import (
     replacements,
     replacing,
 )
+from memlens.results.kinds import register_kind
+from memlens.results.plots.heads import plot_cumulative, plot_pairs
+from memlens.results.plots.layers import plot_head_map
+from memlens.results.readings import read_cumulative, read_effects, read_pairs
 from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import Intervention
@@ -438,3 +442,8 @@ def _squared(
     interaction = both - first - second + result.baseline(names[0])
     off = xr.DataArray(~np.eye(len(labels), dtype=bool), dims=("head_a", "head_b"))
     return data.assign(interaction=interaction.where(off).transpose(*both.dims))
+
+
+register_kind("head_ablation", plot=plot_head_map, reading=read_effects)
+register_kind("head_pair_ablation", plot=plot_pairs, reading=read_pairs)
+register_kind("cumulative_head_ablation", plot=plot_cumulative, reading=read_cumulative)

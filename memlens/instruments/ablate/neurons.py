@@ -29,6 +29,9 @@ from memlens.instruments.ablate.neuron_choice import (
 )
 from memlens.instruments.ablate.neuron_edits import knock_out
 from memlens.instruments.ablate.replacing import POSITIONS
+from memlens.results.kinds import register_kind
+from memlens.results.plots.layers import plot_knock_outs
+from memlens.results.readings import read_effects
 from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import Intervention
@@ -310,3 +313,11 @@ def _with_first_target(result: Result, sequences: SequenceSet) -> xr.Dataset:
     settings["metrics"] = [*settings["metrics"][:-1], "prediction_flipped", "target_missed"]
     data = result.data.drop_vars(names).assign(metrics).assign_attrs(settings=json.dumps(settings))
     return data.assign_coords({name: result[name].fillna(-1).astype(np.int64) for name in names})
+
+
+register_kind(
+    "neuron_knockout",
+    plot=plot_knock_outs,
+    reading=read_effects,
+    cites=(("haviv2023", "knocking out the neurons that promote a prediction"),),
+)

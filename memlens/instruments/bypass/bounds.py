@@ -19,6 +19,9 @@ from memlens.forward.trunk import Trunk
 from memlens.instruments.bypass.bound_batch import BatchBounds, Known, bound_batch
 from memlens.instruments.bypass.predictor import check_readable, some_layers
 from memlens.models.huggingface import parse_dtype
+from memlens.results.kinds import register_kind
+from memlens.results.plots.layers import plot_bounds
+from memlens.results.readings import read_bounds
 from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
@@ -246,3 +249,6 @@ def _ratio(limit: np.ndarray, measured: np.ndarray, rounding: np.ndarray) -> np.
     """Limit over measured; NaN where the change is no more than rounding."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(measured > rounding[:, None, :, None], limit / measured, np.nan)
+
+
+register_kind("bypass_bounds", plot=plot_bounds, reading=read_bounds)

@@ -13,6 +13,9 @@ from memlens.errors import OptionError, check_option
 from memlens.forward.hooks import HookFn, check_head, check_layer, chosen_layers, hook_name
 from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
+from memlens.results.kinds import register_kind
+from memlens.results.plots.heads import plot_bypass
+from memlens.results.readings import read_effects
 from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.contexts import applied
@@ -283,3 +286,8 @@ def _on_values(
         return out
 
     return [(hook_name("v", layer), Reads(remember)), (hook_name("z", layer), write)]
+
+
+register_kind(
+    "attention_bypass", plot=plot_bypass, reading=read_effects, cites=(("menta2025", "attention bypass"),)
+)

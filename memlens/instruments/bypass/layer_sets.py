@@ -18,6 +18,9 @@ from memlens.instruments.bypass.bypass import bypass_intervention
 from memlens.instruments.tasks.evaluate import evaluate_tasks
 from memlens.instruments.tasks.tasks import ChoiceTask
 from memlens.results.groups import layers_label, quartiles, take_half
+from memlens.results.kinds import register_kind
+from memlens.results.plots.tasks import plot_sets
+from memlens.results.readings import read_sets
 from memlens.results.result import Result
 from memlens.results.statistics.tradeoff import OVER, Tradeoff, edit_tradeoff, on_frontier, tasks_above_chance
 from memlens.sequences.set import SequenceSet
@@ -364,3 +367,6 @@ def _joined(first: Result, second: Result) -> Result:
     parts = [result.data[names] for result in (first, second)]
     joined = xr.concat(parts, "layers", combine_attrs="override", coords="minimal", compat="override")
     return Result(joined.assign({n: v for n, v in first.data.data_vars.items() if n not in names}))
+
+
+register_kind("bypass_sets", plot=plot_sets, reading=read_sets, cites=(("menta2025", "attention bypass"),))

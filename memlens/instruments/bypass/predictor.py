@@ -21,6 +21,9 @@ from memlens.forward.trunk import Trunk, is_bridge
 from memlens.instruments.bypass.lipschitz import product_norm
 from memlens.instruments.screen.agreement import rank_correlation, standard_interval
 from memlens.models.provenance import describe
+from memlens.results.kinds import register_kind
+from memlens.results.plots.layers import plot_layer_lines
+from memlens.results.readings import read_predictor
 from memlens.results.result import Result
 from memlens.results.statistics.intervals import bootstrap_means
 from memlens.sequences.checks import check_sequences
@@ -234,3 +237,6 @@ def _damage(measured: Result, metric: str) -> Any:
     extra = [d for d in values.dims if d not in ("sequence", "layer")]
     turned = -1 if has_baseline and metric_text(metric).better > 0 else 1
     return turned * (values.mean(extra) if extra else values)
+
+
+register_kind("bypass_predictor", plot=plot_layer_lines, reading=read_predictor)

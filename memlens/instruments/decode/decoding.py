@@ -17,6 +17,9 @@ from memlens.forward.hooks import has_site, hook_name
 from memlens.forward.trunk import Trunk
 from memlens.instruments.decode.lens import TunedLens, as_lens
 from memlens.instruments.decode.promotion import promotion_layers
+from memlens.results.kinds import register_kind
+from memlens.results.plots.tokens import plot_decoding
+from memlens.results.readings import read_decoding
 from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.labels import make_result, token_labels
@@ -247,3 +250,6 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
     width = max(p.shape[-1] for p in parts)
     pads = [np.pad(p, [(0, 0)] * 3 + [(0, width - p.shape[-1])], constant_values=np.nan) for p in parts]
     return np.concatenate(pads)
+
+
+register_kind("residual_decoding", plot=plot_decoding, reading=read_decoding)

@@ -21,6 +21,9 @@ from memlens.forward.read_weights import (
     target_directions,
 )
 from memlens.forward.trunk import Trunk
+from memlens.results.kinds import register_kind
+from memlens.results.plots.layers import plot_attribution
+from memlens.results.readings import read_attribution
 from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.labels import make_result
@@ -152,3 +155,11 @@ def _attribute(
 def _mean(values: Float[Tensor, "batch target *site"], mask: Tensor) -> np.ndarray:
     weight = mask.reshape(*mask.shape, *[1] * (values.ndim - 2))
     return (torch.where(weight, values, 0).sum(1) / weight.sum(1)).float().cpu().numpy()
+
+
+register_kind(
+    "logit_attribution",
+    plot=plot_attribution,
+    reading=read_attribution,
+    cites=(("elhage2021", "direct effects on the logits"),),
+)

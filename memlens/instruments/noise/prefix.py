@@ -11,6 +11,9 @@ from tqdm.auto import tqdm
 
 from memlens.errors import OptionError, check_option
 from memlens.forward.metrics import MetricLike, metric_names
+from memlens.results.kinds import register_kind
+from memlens.results.plots.layers import plot_strengths
+from memlens.results.readings import read_strengths
 from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.corrupt import corrupt
@@ -156,3 +159,6 @@ def _checked(sequences: SequenceSet, counts: Sequence[int] | None, strategy: str
     if not counts or len(set(counts)) < len(counts) or min(counts) < 0:
         raise OptionError(f"counts={list(counts)}: give at least one number, 0 or above, each only once.")
     return list(counts)
+
+
+register_kind("prefix_perturbation", plot=plot_strengths, reading=read_strengths)

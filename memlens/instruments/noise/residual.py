@@ -18,6 +18,9 @@ from memlens.forward.hooks import HookFn, check_layer, hook_name
 from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.replacing import POSITIONS, where
+from memlens.results.kinds import register_kind
+from memlens.results.plots.layers import plot_strengths
+from memlens.results.readings import read_strengths
 from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import ByBatch, Intervention
@@ -325,3 +328,6 @@ def _check(alphas: Sequence[float], n_draws: int, similarity_at: str) -> None:
         check_alpha(alpha)
     if n_draws < 1:
         raise OptionError(f"n_draws={n_draws}: draw at least once.")
+
+
+register_kind("residual_perturbation", plot=plot_strengths, reading=read_strengths)

@@ -16,6 +16,9 @@ from memlens.forward.hooks import HookFn, chosen_layers, has_site, hook_name
 from memlens.forward.metrics import MetricLike, metric_names
 from memlens.forward.trunk import Trunk, is_bridge
 from memlens.instruments.patch.pairs import DIRECTIONS, check_pairs, checked_positions, compare_runs
+from memlens.results.kinds import register_kind
+from memlens.results.plots.tokens import plot_patch_map
+from memlens.results.readings import read_restored
 from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import BatchHook, ByBatch, Intervention, Reads
@@ -218,3 +221,11 @@ def _write(
         return fn
 
     return ByBatch(make)
+
+
+register_kind(
+    "activation_patching",
+    plot=plot_patch_map,
+    reading=read_restored,
+    cites=(("meng2022", "causal tracing, the origin of activation patching"),),
+)

@@ -17,6 +17,9 @@ from memlens.forward.hooks import HookFn, attached, capturing, check_head, check
 from memlens.forward.metrics import MetricLike, metric_names
 from memlens.forward.trunk import Trunk
 from memlens.instruments.patch.pairs import DIRECTIONS, check_pairs, compare_runs
+from memlens.results.kinds import register_kind
+from memlens.results.plots.heads import plot_paths
+from memlens.results.readings import read_restored
 from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
@@ -328,3 +331,11 @@ def _heads(given: Sequence[Any], name: str, n_layers: int, n_heads: int) -> list
         check_head(item[1], n_heads)
         found.append((int(item[0]), int(item[1])))
     return list(dict.fromkeys(found))
+
+
+register_kind(
+    "path_patching",
+    plot=plot_paths,
+    reading=read_restored,
+    cites=(("wang2023", "path patching"), ("goldowskydill2023", "general path patching")),
+)

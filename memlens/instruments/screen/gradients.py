@@ -27,6 +27,9 @@ from memlens.instruments.ablate.replacing import POSITIONS, replacement_settings
 from memlens.instruments.patch.pairs import DIRECTIONS, check_pairs, checked_positions, compare_runs
 from memlens.instruments.screen.backward import GRADIENT_SITES, GradientRun
 from memlens.instruments.screen.cells import Cells, check_over
+from memlens.results.kinds import register_kind
+from memlens.results.plots.heads import plot_gradients
+from memlens.results.readings import read_estimated
 from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
@@ -257,3 +260,11 @@ def _result(
     if run.method == "integrated_gradients":
         about |= {"path": run.path, "steps": run.steps}
     return make_result("gradient_attribution", model, seqs, variables, coords, {**about, **settings})
+
+
+register_kind(
+    "gradient_attribution",
+    plot=plot_gradients,
+    reading=read_estimated,
+    cites=(("syed2023", "attribution patching"),),
+)

@@ -18,6 +18,9 @@ from memlens.instruments.ablate.neuron_edits import neuron_knock_out
 from memlens.instruments.patch.pairs import DIRECTIONS, check_pairs, compare_runs
 from memlens.instruments.patch.patching import activation_patches
 from memlens.instruments.screen.gradients import attribute_ablation, attribute_gradients
+from memlens.results.kinds import register_kind
+from memlens.results.plots.heads import plot_sites
+from memlens.results.readings import read_effects, read_restored
 from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import ByBatch, Intervention
@@ -223,3 +226,12 @@ _UNSET = {
     "site": None, "over": None, "direction": "denoising", "mode": "zero", "positions": None,
     "reference": None, "path": "site",
 }  # fmt: skip
+
+
+register_kind("neuron_ablation", plot=plot_sites, reading=read_effects)
+register_kind(
+    "neuron_patching",
+    plot=plot_sites,
+    reading=read_restored,
+    cites=(("meng2022", "causal tracing, the origin of activation patching"),),
+)

@@ -11,6 +11,9 @@ import xarray as xr
 
 from memlens.errors import OptionError
 from memlens.instruments.tasks.tasks import ChoiceTask, joined_requests
+from memlens.results.kinds import register_kind
+from memlens.results.plots.tasks import plot_tasks
+from memlens.results.readings import read_tasks
 from memlens.results.result import Result
 from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.labels import make_result
@@ -139,3 +142,6 @@ def _scored(tasks: Sequence[ChoiceTask], total: np.ndarray, greedy: np.ndarray) 
         for name, array in found.items():
             parts[name].append(array)
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+register_kind("task_accuracy", plot=plot_tasks, reading=read_tasks)

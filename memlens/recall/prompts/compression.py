@@ -15,6 +15,9 @@ from memlens.forward.trunk import check_model
 from memlens.models.provenance import describe
 from memlens.recall.prompts.extraction import sequence_coords
 from memlens.recall.prompts.prompts import Halves, Prompt, score_prompts
+from memlens.results.kinds import register_kind
+from memlens.results.plots.layers import plot_strengths
+from memlens.results.readings import read_compression
 from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
@@ -243,3 +246,6 @@ def _deletion(
         "complete": ("sequence", complete, {"units": "0 or 1"}),
     }  # fmt: skip
     return arrays, {"tokens_back": list(range(1, halves.longest + 1))}
+
+
+register_kind("prompt_compression", plot=plot_strengths, reading=read_compression)

@@ -16,6 +16,9 @@ from memlens.forward.trunk import check_model
 from memlens.models.provenance import describe
 from memlens.recall.columns import LABELS
 from memlens.recall.prompts.prompts import PROMPT_METRICS, Halves, score_prompts
+from memlens.results.kinds import register_kind
+from memlens.results.plots.layers import plot_strengths
+from memlens.results.readings import read_strengths
 from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
@@ -111,3 +114,6 @@ def _lengths(asked: Sequence[int] | None, longest: int) -> list[int]:
             f"prefix_lengths={list(asked)}: no prefix has {lengths[-1]} tokens, the longest has {longest}"
         )
     return lengths
+
+
+register_kind("extraction_curve", plot=plot_strengths, reading=read_strengths)

@@ -1,96 +1,73 @@
-"""What sets of heads and kinds of bypass show."""
+"""Figures of bypasses, sets of heads, single sites, paths, estimated effects and screens."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import xarray as xr
 
-from memlens.results.plots.layers import asked, means, plot_head_map, plot_layer_lines, subtitle_of, with_dims
+from memlens.results.plots.layers import plot_head_map, plot_interventions, plot_layer_lines
+from memlens.results.plots.selection import Selection, takes, with_dims
+from memlens.results.plots.tokens import patch_values, plot_patch_map
 from memlens.results.result import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-from collections.abc import Mapping
-
-import pandas as pd
-
-from memlens.results.plots.layers import plot_interventions
-from memlens.results.plots.tokens import patch_values, plot_patch_map
 
 
-def plot_bypass(
-    result: Result,
-    metric: str | None,
-    *,
-    of: str | None = None,
-    group: str | None = None,
-    title: str | None = None,
-    **intervals: Any,
-) -> go.Figure:
+@takes(of=None, group=None)
+def plot_bypass(result: Result, s: Selection) -> go.Figure:
     """Draw curves over layers, one a strength where there are several; a map where heads are told apart."""
     from memlens import figures
 
-    options: dict[str, Any] = {"group": group, "title": title, **intervals}
     if with_dims(result, "layer", "head"):
-        return plot_head_map(result, metric, of=of, **options)
-    of = of or "value"
-    names = asked(metric) or with_dims(result, "layer")
-    if group is None and result.data.sizes.get("strength", 1) > 1:
-        ci = means(result, names, ("layer", "strength"), of=of, **intervals)
-        subtitle = subtitle_of(result, of=of, level=ci.attrs["level"], note="strength 1 = full bypass")
-        heading = title or "Each layer in turn: attention bypass in part"
+        return plot_head_map(result, s)
+    of = s.of or "value"
+    names = s.names(result, "layer")
+    if s.group is None and result.data.sizes.get("strength", 1) > 1:
+        ci = s.means(result, names, ("layer", "strength"), of=of)
+        subtitle = s.subtitle(result, of=of, note="strength 1 = full bypass")
+        heading = s.title or "Each layer in turn: attention bypass in part"
         return figures.line_over_layers(ci, title=heading, subtitle=subtitle)
-    return plot_layer_lines(result, metric, of=of, **options)
+    return plot_layer_lines(result, s)
 
 
-def plot_cumulative(
-    result: Result,
-    metric: str | None,
-    *,
-    of: str = "value",
-    group: str | None = None,
-    title: str | None = None,
-    **intervals: Any,
-) -> go.Figure:
+@takes(of="value", group=None)
+def plot_cumulative(result: Result, s: Selection) -> go.Figure:
     """Draw a metric over the number of heads that are gone: the ranked order beside random ones.
 
     With a `group` only the ranked order is drawn, one line a group.
     """
     from memlens import figures
 
-    shown = ("n_ablated", "order") if group is None else ("n_ablated",)
-    chosen = result if group is None else Result(result.data.sel(order="ranked", drop=True))
-    names = asked(metric) or with_dims(chosen, *shown)
-    ci = means(chosen, names, shown, of=of, group=group, **intervals)
+    of = s.of or "value"
+    shown = ("n_ablated", "order") if s.group is None else ("n_ablated",)
+    chosen = result if s.group is None else Result(result.data.sel(order="ranked", drop=True))
+    names = s.names(chosen, *shown)
+    ci = s.means(chosen, names, shown, of=of)
     return figures.line_over_layers(
         ci,
         x="n_ablated",
         x_title="heads ablated",
-        title=title or "How many heads must go until recall goes",
-        subtitle=subtitle_of(result, of=of, level=ci.attrs["level"]),
+        title=s.title or "How many heads must go until recall goes",
+        subtitle=s.subtitle(result, of=of),
     )
 
 
-def plot_pairs(
-    result: Result,
-    metric: str | None,
-    *,
-    of: str | None = None,
-    group: str | None = None,
-    title: str | None = None,
-    **intervals: Any,
-) -> go.Figure:
+@takes(of=None, group=None)
+def plot_pairs(result: Result, s: Selection) -> go.Figure:
     """Draw the interaction of each pair of heads, and by menu the effects (single heads on the diagonal)."""
     from memlens import figures
 
     dims = ("head_a", "head_b")
-    every = with_dims(result, *dims)
-    names = asked(metric) or sorted(every, key=lambda name: name != "interaction")
+    names = sorted(s.names(result, *dims), key=lambda name: name != "interaction")
     parts: dict[str, xr.DataArray] = {}
     for name in names:
-        which = "value" if name == "interaction" else of or "effect"
-        parts[name] = means(result, [name], dims, of=which, group=group, **intervals)[name]
+        which = "value" if name == "interaction" else s.of or "effect"
+        parts[name] = s.means(result, [name], dims, of=which)[name]
     ci = xr.Dataset(parts, attrs=result.data.attrs)
     note = "red = more harm than the sum of both"
     return figures.heatmap_paths(
@@ -98,88 +75,56 @@ def plot_pairs(
         metrics=names,
         x="head_b",
         y="head_a",
-        title=title or "Pairs of heads: what both do beyond the sum of each",
-        subtitle=subtitle_of(result, of="value", note=note),
+        title=s.title or "Pairs of heads: what both do beyond the sum of each",
+        subtitle=s.subtitle(result, note=note),
     )
 
 
 _LETTERS = {"layer": "L", "head": "H", "neuron": "N", "position": " at "}
 
 
-def plot_gradients(
-    result: Result,
-    metric: str | None,
-    *,
-    of: str | None = None,
-    group: str | None = None,
-    sequence: str | None = None,
-    title: str | None = None,
-    **intervals: Any,
-) -> go.Figure:
+@takes(of=None, group=None, sequence=None)
+def plot_gradients(result: Result, s: Selection) -> go.Figure:
     """Draw estimated effects as the exact instrument's figure draws exact ones; neurons as dots."""
     if with_dims(result, "neuron"):
-        return plot_sites(result, metric, of=of, group=group, title=title, **intervals)
+        return plot_sites(result, s)
     x = next((d for d in ("head", "position") if with_dims(result, "layer", d)), None)
     if x is None:
-        return plot_layer_lines(
-            _without_ratio(result),
-            metric,
-            of=of or "effect",
-            group=group,
-            title=title or "Estimated effect of each layer",
-            **intervals,
-        )
+        heading = s.title or "Estimated effect of each layer"
+        return plot_layer_lines(_without_ratio(result), replace(s, of=s.of or "effect", title=heading))
     ablated = result.settings.get("mode")
-    heading = title or f"Estimated effect of {'ablating' if ablated else 'patching'} each layer and {x}"
+    heading = s.title or f"Estimated effect of {'ablating' if ablated else 'patching'} each layer and {x}"
     plot = plot_head_map if ablated and x == "head" else plot_patch_map
-    return plot(result, metric, of=of, group=group, sequence=sequence, title=heading, **intervals)
+    return plot(result, replace(s, title=heading))
 
 
-def plot_sites(
-    result: Result,
-    metric: str | None,
-    *,
-    of: str | None = None,
-    group: str | None = None,
-    most: int = 40,
-    title: str | None = None,
-    **intervals: Any,
-) -> go.Figure:
+@takes(of=None, group=None)
+def plot_sites(result: Result, s: Selection, *, most: int = 40) -> go.Figure:
     """Draw the largest effects of many sites as dots with their intervals."""
-    names = asked(metric) or [n for n in with_dims(result, "layer") if n != "normalized_effect"]
+    names = [n for n in s.names(result, "layer") if n != "normalized_effect"]
     dims = [d for d in ("layer", "head", "neuron", "position") if d in result[names[0]].dims]
     flat = _without_ratio(_named(result, {"intervention": dims}))
-    heading = title or (
+    heading = s.title or (
         "Estimated effects" if result.kind == "gradient_attribution" else "Effects of single sites"
     )
-    return plot_interventions(flat, metric, of=of, group=group, most=most, title=heading, **intervals)
+    return plot_interventions(flat, replace(s, title=heading), most=most)
 
 
-def plot_paths(
-    result: Result,
-    metric: str | None,
-    *,
-    of: str | None = None,
-    group: str | None = None,
-    sequence: str | None = None,
-    title: str | None = None,
-    **intervals: Any,
-) -> go.Figure:
+@takes(of=None, group=None, sequence=None)
+def plot_paths(result: Result, s: Selection) -> go.Figure:
     """Draw what each path restores: sender by receiver, or each head's path to the logits."""
     from memlens import figures
 
     noising = result.settings.get("direction") == "noising"
     verb = "left after" if noising else "restored by"
     if not with_dims(result, "sender_layer"):
-        heading = title or f"Recall {verb} patching each head's path to the logits"
-        return plot_patch_map(
-            result, metric, of=of, group=group, sequence=sequence, title=heading, **intervals
-        )
+        heading = s.title or f"Recall {verb} patching each head's path to the logits"
+        return plot_patch_map(result, replace(s, title=heading))
     ends = [d for d in ("receiver_layer", "receiver_head") if d in result.data.dims]
     flat = _named(result, {"sender": ["sender_layer", "sender_head"], "receiver": ends})
-    ci, note = patch_values(flat, metric, ("sender", "receiver"), of, group, sequence, intervals)
+    ci, note = patch_values(flat, s, ("sender", "receiver"))
     receiver = result.settings.get("receiver_input", "")
-    heading = title or f"Recall {verb} patching each path into {receiver}"
+    heading = s.title or f"Recall {verb} patching each path into {receiver}"
     return figures.heatmap_paths(ci, title=heading, subtitle=note)
 
 

@@ -1,185 +1,93 @@
-"""What each kind of result shows: means and intervals here, the drawing in `memlens.figures`."""
+"""Figures over layers, heads, interventions, bounds, knock-outs and strengths of a perturbation."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xarray as xr
 
-from memlens.errors import OptionError, SiteError
+from memlens.errors import OptionError, SiteError, check_option
+from memlens.results.plots.selection import Plot, Selection, chooses, single, takes, with_dims
 from memlens.results.result import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-import numpy as np
-
-from memlens.errors import check_option
 
 
-def subtitle_of(result: Result, *, of: str, level: float = 0.95, note: str = "") -> str:
-    """Say what the numbers are, on how many sequences, of which model."""
-    count = result.data.sizes["sequence"]
-    what = "mean change (with − without the intervention)" if of == "effect" else "mean"
-    parts = [
-        f"{what} over {count} sequences, {100 * level:g} % interval",
-        note,
-        str(result.data.attrs.get("model", "")),
-    ]
-    return " · ".join(part for part in parts if part)
-
-
-def one(result: Result, sequence: str) -> xr.Dataset:
-    """Return the values of one sequence, by its id."""
-    ids = [str(value) for value in result["sequence"].values] if "sequence" in result.data.coords else []
-    if str(sequence) not in ids:
-        raise SiteError(f"sequence={sequence!r} is not in this result: take one of its {len(ids)} ids.")
-    return result.data.isel(sequence=ids.index(str(sequence)))
-
-
-def asked(metric: str | None) -> list[str] | None:
-    """Return the metric as a list, None where all are wanted."""
-    return None if metric is None else [metric]
-
-
-def _has_effect(result: Result) -> bool:
-    return any(
-        f"{name}{tail}" in result.data for name in result.metrics for tail in ("_baseline", "_corrupt")
-    )
-
-
-def _of(result: Result, of: str | None) -> str:
-    return of or ("effect" if _has_effect(result) else "value")
-
-
-def with_dims(result: Result, *dims: str) -> list[str]:
-    """Return the metrics that have all of `dims`."""
-    return [name for name in result.metrics if set(dims) <= set(result.data[name].dims)]
-
-
-def plot_head_map(
-    result: Result,
-    metric: str | None,
-    *,
-    of: str | None = None,
-    group: str | None = None,
-    sequence: str | None = None,
-    title: str | None = None,
-    **intervals: Any,
-) -> go.Figure:
+@takes(of=None, group=None, sequence=None)
+def plot_head_map(result: Result, s: Selection) -> go.Figure:
     """Draw the effect of each head; effects where the result has baselines, else values."""
     from memlens import figures
 
-    of = _of(result, of)
-    names = asked(metric) or with_dims(result, "layer", "head")
-    heading = title or f"Effect of each head: {_words(result.kind)}"
-    note = _harm_note(result, names) if of == "effect" else ""
-    if sequence is not None:
-        ci = single(result, names, ("layer", "head"), of, sequence)
-        subtitle = f"one sequence, {sequence} · {note}"
+    of = s.of_result(result)
+    names = s.names(result, "layer", "head")
+    heading = s.title or f"Effect of each head: {_words(result.kind)}"
+    note = s.note(result, names, of)
+    if s.sequence is not None:
+        ci = single(result, names, ("layer", "head"), of, s.sequence)
+        subtitle = " · ".join(filter(None, (f"one sequence, {s.sequence}", note)))
     else:
-        ci = means(result, names, ("layer", "head"), of=of, group=group, **intervals)
-        subtitle = subtitle_of(result, of=of, note=note, level=ci.attrs["level"])
+        ci = s.means(result, names, ("layer", "head"), of=of)
+        subtitle = s.subtitle(result, of=of, note=note)
     return figures.heatmap_layer_head(ci, signed=of == "effect", title=heading, subtitle=subtitle)
 
 
-def _harm_note(result: Result, names: list[str]) -> str:
-    """What red means in a map of effects; of a metric without a direction nothing is claimed."""
-    from memlens.figures.labels import metric_text
-
-    return "red = recall harmed" if all(metric_text(n, result[n]).better for n in names) else "change"
-
-
-def means(result: Result, names: list[str], shown: tuple[str, ...], **options: Any) -> xr.Dataset:
-    """Return means over sequences on the dimensions that are shown; others are averaged inside each."""
-    return result.mean_ci(("sequence", *_hidden(result, names, shown)), metric=names, **options)
-
-
-def _hidden(result: Result, names: list[str], shown: tuple[str, ...]) -> list[str]:
-    every = [str(dim) for name in names for dim in result[name].dims]
-    return [dim for dim in dict.fromkeys(every) if dim not in ("sequence", *shown)]
-
-
-def single(result: Result, names: list[str], shown: tuple[str, ...], of: str, sequence: str) -> xr.Dataset:
-    """Return effects or values of one sequence, on the dimensions that are shown."""
-    arrays = {name: result.effect(name) if of == "effect" else result[name] for name in names}
-    row = one(Result(xr.Dataset(arrays, attrs=result.data.attrs)), sequence)
-    return row.mean(_hidden(result, names, shown), keep_attrs=True)
-
-
-def plot_layer_lines(
-    result: Result,
-    metric: str | None,
-    *,
-    of: str = "value",
-    group: str | None = None,
-    title: str | None = None,
-    **intervals: Any,
-) -> go.Figure:
+@takes(of="value", group=None)
+def plot_layer_lines(result: Result, s: Selection) -> go.Figure:
     """Draw curves over layers, with the unchanged model's value as a dashed line."""
     from memlens import figures
 
-    names = asked(metric) or with_dims(result, "layer")
-    ci = means(result, names, ("layer",), of=of, group=group, **intervals)
+    of = s.of or "value"
+    names = s.names(result, "layer")
+    ci = s.means(result, names, ("layer",), of=of)
     base = None
     if of == "value":
         stems = [name for name in names if f"{name}_baseline" in result.data]
         if stems:
             wanted = [f"{name}_baseline" for name in stems]
-            base = means(result, wanted, (), group=group, **intervals)
+            base = s.means(result, wanted, ())
             base = base.rename(dict(zip(wanted, stems, strict=True)))
     return figures.line_over_layers(
         ci,
         baseline=base,
-        title=title or f"Each layer in turn: {_words(result.kind)}",
-        subtitle=subtitle_of(result, of=of, level=ci.attrs["level"]),
+        title=s.title or f"Each layer in turn: {_words(result.kind)}",
+        subtitle=s.subtitle(result, of=of),
     )
 
 
-def plot_attribution(
-    result: Result,
-    metric: str | None,
-    *,
-    group: str | None = None,
-    title: str | None = None,
-    **intervals: Any,
-) -> go.Figure:
+@takes(group=None)
+def plot_attribution(result: Result, s: Selection) -> go.Figure:
     """Draw the direct effects of heads and layers on the target's logit."""
     from memlens import figures
 
-    if group is not None:
+    if s.group is not None:
         raise OptionError("group= is not drawn for logit attribution: select one group's sequences first.")
     names = [*with_dims(result, "layer", "head")[:1], *(n for n in ("attn", "mlp") if n in result.data)]
-    ci = means(result, names, ("layer", "head"), **intervals)
+    ci = s.means(result, names, ("layer", "head"))
     note = "blue = pushes toward the target"
     return figures.attribution_panels(
         ci,
-        title=title or "What writes the target's logit",
-        subtitle=subtitle_of(result, of="value", note=note, level=ci.attrs["level"]),
+        title=s.title or "What writes the target's logit",
+        subtitle=s.subtitle(result, note=note),
     )
 
 
-def plot_interventions(
-    result: Result,
-    metric: str | None,
-    *,
-    of: str | None = None,
-    group: str | None = None,
-    most: int = 40,
-    title: str | None = None,
-    **intervals: Any,
-) -> go.Figure:
+@takes(of=None, group=None)
+def plot_interventions(result: Result, s: Selection, *, most: int = 40) -> go.Figure:
     """Draw each intervention's effect as a dot with its interval."""
     from memlens import figures
 
-    of = _of(result, of)
+    of = s.of_result(result)
     result = _in_a_row(result)
-    names = asked(metric) or with_dims(result, "intervention")
-    ci = means(result, names, ("intervention",), of=of, group=group, **intervals)
+    names = s.names(result, "intervention")
+    ci = s.means(result, names, ("intervention",), of=of)
     return figures.dots_with_intervals(
         ci,
         most=most,
-        title=title or "Every intervention",
-        subtitle=subtitle_of(result, of=of, level=ci.attrs["level"]),
+        title=s.title or "Every intervention",
+        subtitle=s.subtitle(result, of=of),
     )
 
 
@@ -197,34 +105,38 @@ def _in_a_row(result: Result) -> Result:
     return Result(sites.drop_vars(["intervention", *dims]).assign_coords(intervention=labels))
 
 
-def plot_recall(
-    result: Result,
-    metric: str | None,
-    *,
-    group: str | None = "copies",
-    title: str | None = None,
-    **intervals: Any,
-) -> go.Figure:
+@takes(group="copies")
+def plot_recall(result: Result, s: Selection) -> go.Figure:
     """Draw recall rates against a group, and the histogram of the score."""
     from memlens import figures
 
+    group = s.group
     order = ("memorization_score", "target_accuracy", "exact_match")
     shares = [name for name in order[::-1] if name in result.metrics]
-    histogram = metric or next((name for name in order if name in result.metrics), result.metrics[0])
+    histogram = s.metric or next((name for name in order if name in result.metrics), result.metrics[0])
     ci = None
     if shares and group is not None and group in result.data.coords:
         wanted = [name for name in ("exact_match", histogram) if name in shares] or shares
-        ci = result.mean_ci(metric=list(dict.fromkeys(wanted)), group=group, **intervals)
+        ci = result.mean_ci(metric=list(dict.fromkeys(wanted)), group=group, **s.intervals)
     return figures.recall_panels(
         result[histogram],
         ci,
-        title=title or "What the model recalls",
-        subtitle=subtitle_of(result, of="value"),
+        title=s.title or "What the model recalls",
+        subtitle=s.subtitle(result),
     )
 
 
 def _words(kind: str) -> str:
     return kind.replace("_", " ")
+
+
+@chooses
+def plot_sweep(result: Result) -> Plot:
+    """Choose the figure of a sweep by the coordinates of its interventions; others are a row of dots."""
+    sites = {str(dim) for name in result.metrics for dim in result[name].dims} - {"sequence", "target"}
+    if sites == {"layer"}:
+        return plot_layer_lines
+    return plot_head_map if sites == {"layer", "head"} else plot_interventions
 
 
 _LINES = {
@@ -244,37 +156,26 @@ _BY_BOUND = {
 }
 
 
-def plot_bounds(
-    result: Result,
-    metric: str | None,
-    *,
-    group: str | None = None,
-    title: str | None = None,
-    **intervals: Any,
-) -> go.Figure:
+@takes(group=None)
+def plot_bounds(result: Result, s: Selection) -> go.Figure:
     """Draw what each layer's bypass changes and its bounds, the mean over tokens; or one metric."""
     from memlens import figures
 
-    if group is not None:
+    metric = s.metric
+    if s.group is not None:
         raise OptionError("group= is not drawn for bounds: select one group's sequences first.")
     if metric is not None and metric not in (*_BY_BOUND, "measured", "limit"):
-        return plot_layer_lines(result, metric, title=title, **intervals)
+        return plot_layer_lines(result, s)
     if metric in _BY_BOUND:
         dim, words, linear = _BY_BOUND[metric]
-        ci = means(result, [metric], (dim, "layer"), **intervals)
-        heading = title or f"Bypassed attention: {words}"
+        ci = s.means(result, [metric], (dim, "layer"))
+        heading = s.title or f"Bypassed attention: {words}"
     else:
-        given = means(
-            result,
-            [n for n in with_dims(result, "bound", "layer") if n != "slack"],
-            ("bound", "layer"),
-            **intervals,
-        )
+        names = [name for name in with_dims(result, "bound", "layer") if name != "slack"]
+        given = s.means(result, names, ("bound", "layer"))
         ci, words, linear = _stacked(given), "norm of the change", False
-        heading = title or "Bypassed attention: what changes, and what bounds it"
-    fig = figures.line_over_layers(
-        ci, title=heading, subtitle=subtitle_of(result, of="value", level=ci.attrs["level"])
-    )
+        heading = s.title or "Bypassed attention: what changes, and what bounds it"
+    fig = figures.line_over_layers(ci, title=heading, subtitle=s.subtitle(result))
     fig.update_yaxes(title_text=words, type="linear" if linear else "log", exponentformat="power")
     return fig
 
@@ -295,25 +196,19 @@ def _stacked(ci: xr.Dataset) -> xr.Dataset:
     return xr.Dataset({"change": lines.transpose("statistic", "line", "layer")}, attrs=ci.attrs)
 
 
-_STRENGTHS = {
+STRENGTHS = {
     "alpha": "noise strength α",
     "replaced": "replaced prefix tokens",
     "prefix_len": "prefix tokens given",
     "prompt_tokens": "prompt tokens kept",
     "tokens_back": "tokens before the continuation",
+    "step": "training steps",
 }
 
 
+@takes(of="effect", group=None)
 def plot_knock_outs(
-    result: Result,
-    metric: str | None,
-    *,
-    of: str = "effect",
-    k: int | None = None,
-    selection: str | None = None,
-    group: str | None = None,
-    title: str | None = None,
-    **intervals: Any,
+    result: Result, s: Selection, *, k: int | None = None, selection: str | None = None
 ) -> go.Figure:
     """Draw the effect of each window of layers: its first layer up, its length to the right.
 
@@ -330,9 +225,9 @@ def plot_knock_outs(
         known = [str(value) for value in data["selection"].values] if controls else []
         check_option("selection", selection, known)
         data, controls = data.sel(selection=selection), False
-    elif controls and group is not None:
+    elif controls and s.group is not None:
         raise OptionError("group= draws one selection: name it, such as selection='dominant'.")
-    if k is None and (controls or group is not None):
+    if k is None and (controls or s.group is not None):
         k = int(data["k"].max())
     side = "selection" if controls else "k"
     if k is not None:
@@ -340,42 +235,52 @@ def plot_knock_outs(
     else:
         data = data.assign_coords(k=[f"k = {value}" for value in data["k"].values])
     chosen = Result(data)
-    names = asked(metric) or with_dims(chosen, "layer", "window")
+    of = s.of or "effect"
+    names = s.names(chosen, "layer", "window")
     names = sorted(names, key=lambda name: name not in ("prediction_flipped", "target_missed"))
-    ci = means(chosen, names, ("layer", "window", side), of=of, group=group, **intervals)
-    note = _harm_note(result, names) if of == "effect" else ""
+    ci = s.means(chosen, names, ("layer", "window", side), of=of)
     what = "all but the top" if result.settings.get("keep") else "the top"
     count = "k" if k is None else str(k)
-    heading = title or f"Knock-out of {what} {count} neurons of a layer"
+    heading = s.title or f"Knock-out of {what} {count} neurons of a layer"
     return figures.heatmap_layer_position(
         ci, metrics=names, x="window", signed=of == "effect", title=heading,
-        subtitle=subtitle_of(result, of=of, note=note, level=ci.attrs["level"]),
+        subtitle=s.subtitle(result, of=of, note=s.note(chosen, names, of)),
     )  # fmt: skip
 
 
-def plot_strengths(
-    result: Result,
-    metric: str | None,
-    *,
-    of: str = "value",
-    group: str | None = None,
-    title: str | None = None,
-    **intervals: Any,
-) -> go.Figure:
+@takes(of="value", group=None)
+def plot_strengths(result: Result, s: Selection) -> go.Figure:
     """Draw curves over the strength of a perturbation; a metric with layers is drawn over these instead."""
     from memlens import figures
 
-    x = next(name for name in _STRENGTHS if name in result.data.dims)
-    if metric is not None and "layer" in result[metric].dims:
-        if group is not None:
-            raise OptionError(f"group= is not drawn for {metric!r}: its lines are strengths.")
-        ci = means(result, [metric], ("layer", x), of=of, **intervals)
-        heading = title or "Each layer's residual, clean against disturbed"
+    x = next(name for name in STRENGTHS if name in result.data.dims)
+    of = s.of or "value"
+    if s.metric is not None and "layer" in result[s.metric].dims:
+        if s.group is not None:
+            raise OptionError(f"group= is not drawn for {s.metric!r}: its lines are strengths.")
+        ci = s.means(result, [s.metric], ("layer", x), of=of)
+        heading = s.title or "Each layer's residual, clean against disturbed"
         place: dict[str, Any] = {"x": "layer"}
     else:
-        names = asked(metric) or [n for n in with_dims(result, x) if "layer" not in result[n].dims]
-        ci = means(result, names, (x,), of=of, group=group, **intervals)
-        heading = title or f"Recall by {_STRENGTHS[x]}"
-        place = {"x": x, "x_title": _STRENGTHS[x]}
-    subtitle = subtitle_of(result, of=of, level=ci.attrs["level"])
+        names = [n for n in s.names(result, x) if "layer" not in result[n].dims]
+        ci = s.means(result, names, (x,), of=of)
+        heading = s.title or f"Recall by {STRENGTHS[x]}"
+        place = {"x": x, "x_title": STRENGTHS[x]}
+    subtitle = s.subtitle(result, of=of)
     return figures.line_over_layers(ci, title=heading, subtitle=subtitle, **place)
+
+
+@chooses
+def plot_by_dimensions(result: Result) -> Plot:
+    """Choose a figure by the dimensions, for a kind that is not registered."""
+    from memlens.results.plots.tokens import plot_patch_map
+
+    dims = (
+        (("layer", "head"), plot_head_map),
+        (("layer", "position"), plot_patch_map),
+        (("layer",), plot_layer_lines),
+    )
+    for wanted, plot in (*dims, (("intervention",), plot_interventions)):
+        if with_dims(result, *wanted):
+            return plot
+    return plot_recall

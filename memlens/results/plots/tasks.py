@@ -1,61 +1,46 @@
-"""What edits cost on tasks, and what sets of blocks and several kinds of edit do."""
+"""Figures of what interventions cost on tasks, of sets of blocks, and of recitation against ability."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
 
 from memlens.errors import OptionError, check_option
 from memlens.results.groups import by_part
-from memlens.results.plots.layers import (
-    asked,
-    means,
-    plot_interventions,
-    plot_layer_lines,
-    subtitle_of,
-    with_dims,
-)
+from memlens.results.plots.layers import plot_interventions, plot_layer_lines
+from memlens.results.plots.selection import Selection, takes
 from memlens.results.result import Result
+from memlens.results.statistics.intervals import mean_interval
 from memlens.results.statistics.tasks import MEASURES, task_summary
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-def plot_tasks(
-    result: Result,
-    metric: str | None,
-    *,
-    group: str | None = "task_group",
-    parts: int | None = None,
-    title: str | None = None,
-    **intervals: Any,
-) -> go.Figure:
-    """Draw accuracy over layers, raw and corrected for chance, and its relative drop, one line a group.
+@takes(group="task_group")
+def plot_tasks(result: Result, s: Selection, *, parts: int | None = None) -> go.Figure:
+    """Draw accuracy over layers, raw and corrected for chance, and its relative drop, one line per group.
 
     Args:
         result: What `evaluate_tasks` gave, with the dimension `layer`.
-        metric: A key of `task_summary.MEASURES`; all by default, with a menu.
-        group: "task_group" or "task".
-        parts: Average over the layers of so many parts of depth.
-        title: What is shown.
-        intervals: `level`, `n_resamples` and `seed` of the bootstrap.
+        s: `metric` is a key of `task_summary.MEASURES`, all by default; `group` is "task_group" or "task".
+        parts: Average over the layers of each of this many parts of depth.
     """
     from memlens import figures
 
+    metric, group = s.metric, s.group
     if metric is not None and metric not in MEASURES:
-        return plot_layer_lines(result, metric, group=group, title=title, **intervals)
+        return plot_layer_lines(result, s)
     if "layer" not in result["accuracy"].dims:
-        return plot_interventions(result, metric, group=group, title=title, **intervals)
+        return plot_interventions(result, s)
     if group not in ("task", "task_group"):
         raise OptionError(f"group={group!r}: lines are of tasks; give 'task' or 'task_group'.")
     if parts is not None:
         result = by_part(result, parts)
-    options = {key: value for key, value in intervals.items() if key != "method"}
-    table = task_summary(result, **options)
+    table = task_summary(result, **s.bootstrap)
     table = table.loc[table["scope"] == ("task" if group == "task" else "group")]
     names = list(dict.fromkeys(table["name"]))
     layers = result["layer"].values
@@ -74,13 +59,12 @@ def plot_tasks(
         wanted = {"accuracy": "accuracy_baseline", "accuracy_norm": "accuracy_norm_baseline"}
         base = _baselines(result, group, names, {m: b for m, b in wanted.items() if m in measures})
     n = result.data.sizes["sequence"]
-    level = intervals.get("level", 0.95)
     return figures.line_over_layers(
         xr.Dataset(variables, coords),
         baseline=base,
         x_title="" if parts is None else f"part of depth, 1 to {parts}",
-        title=title or "What the bypass of each layer costs on tasks",
-        subtitle=f"means over tasks, {n} questions, {100 * level:g} % interval over questions",
+        title=s.title or "What the bypass of each layer costs on tasks",
+        subtitle=f"means over tasks, {n} questions, {100 * s.level:g} % interval over questions",
     )
 
 
@@ -99,53 +83,60 @@ def _baselines(result: Result, group: str, names: list[str], wanted: Mapping[str
     return xr.Dataset(found, {"statistic": ["mean", "low", "high"], group: names})
 
 
-def plot_sets(
-    result: Result,
-    metric: str | None,
-    *,
-    of: str = "value",
-    most: int = 40,
-    title: str | None = None,
-    **intervals: Any,
-) -> go.Figure:
+@takes(of="value")
+def plot_sets(result: Result, s: Selection, *, most: int = 40) -> go.Figure:
     """Draw each set of layers as a dot with its interval."""
     from memlens import figures
 
-    names = asked(metric) or with_dims(result, "layers")
-    ci = means(result, names, ("layers",), of=of, **intervals)
+    of = s.of or "value"
+    names = s.names(result, "layers")
+    ci = s.means(result, names, ("layers",), of=of)
     return figures.dots_with_intervals(
         ci,
         dim="layers",
         most=most,
-        title=title or "Every set of bypassed layers",
-        subtitle=subtitle_of(result, of=of, level=ci.attrs["level"]),
+        title=s.title or "Every set of bypassed layers",
+        subtitle=s.subtitle(result, of=of),
     )
 
 
-def plot_edits(
-    result: Result,
-    metric: str | None,
-    *,
-    of: str = "effect",
-    edit: str | None = None,
-    group: str | None = None,
-    title: str | None = None,
-    **intervals: Any,
-) -> go.Figure:
-    """Draw curves over layers, one line an edit; with `edit`, of this edit alone, one line a group."""
+@takes(of="effect", group=None)
+def plot_edits(result: Result, s: Selection, *, edit: str | None = None) -> go.Figure:
+    """Draw curves over layers, one line an edit; with `edit`, of this edit alone, one line per group."""
     from memlens import figures
 
+    of = s.of or "effect"
     known = [str(value) for value in result["edit"].values]
     if edit is not None:
         check_option("edit", edit, known)
         result = Result(result.data.sel(edit=edit))
-    elif group is not None:
+    elif s.group is not None:
         raise OptionError(f"group= draws one edit: name it, such as edit={known[0]!r}.")
-    names = asked(metric) or with_dims(result, "layer")
+    names = s.names(result, "layer")
     shown = ("layer", "edit") if edit is None else ("layer",)
-    ci = means(result, names, shown, of=of, group=group, **intervals)
+    ci = s.means(result, names, shown, of=of)
     return figures.line_over_layers(
         ci,
-        title=title or "Other edits of each layer",
-        subtitle=subtitle_of(result, of=of, level=ci.attrs["level"]),
+        title=s.title or "Other edits of each layer",
+        subtitle=s.subtitle(result, of=of),
+    )
+
+
+@takes()
+def plot_frontier(result: Result, s: Selection) -> go.Figure:
+    """Draw exact match (up) against accuracy (right), with one panel per model; a menu chooses the tasks."""
+    from memlens import figures
+
+    data = result.data
+    base = {}
+    for model in dict.fromkeys(data["model"].values.tolist()):
+        own = [str(i).startswith(f"{model}/") for i in data["sequence"].values]
+        base[model] = float(data["exact_match_baseline"].values[own].mean())
+    return figures.frontier_panels(
+        data,
+        mean_interval(data["exact_match"], **s.intervals),
+        base,
+        title=s.title or "Recitation against ability",
+        subtitle=f"one point per bypass, {100 * s.level:g} % intervals · dashed: the unchanged model · "
+        "down and right is selective",
     )

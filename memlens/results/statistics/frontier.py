@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 
 from memlens.errors import EmptySetError, ResultError
+from memlens.results.kinds import register_kind
+from memlens.results.plots.tasks import plot_frontier
+from memlens.results.readings import read_frontier
 from memlens.results.result import Result
-from memlens.results.statistics.intervals import bootstrap_means, mean_interval, quantile_interval
+from memlens.results.statistics.intervals import bootstrap_means, quantile_interval
 from memlens.results.statistics.tasks import task_tables
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
 
 ALL_TASKS = "all tasks"
 _DIMS = ("layer", "layers")
@@ -135,25 +133,6 @@ def _layers(label: str) -> list[int]:
     return found
 
 
-def plot_frontier(
-    result: Result, metric: str | None, *, title: str | None = None, **intervals: Any
-) -> go.Figure:
-    """Draw exact match (up) against accuracy (right), a panel for each model; a menu chooses the tasks."""
-    from memlens import figures
-
-    data = result.data
-    exact = mean_interval(data["exact_match"], **intervals)
-    models = list(dict.fromkeys(data["model"].values.tolist()))
-    base = {}
-    for model in models:
-        own = [str(i).startswith(f"{model}/") for i in data["sequence"].values]
-        base[model] = float(data["exact_match_baseline"].values[own].mean())
-    level = intervals.get("level", 0.95)
-    return figures.frontier_panels(
-        data,
-        exact,
-        base,
-        title=title or "Recitation against ability",
-        subtitle=f"one point for each bypass, {100 * level:g} % intervals · dashed: the unchanged model · "
-        "down and right is selective",
-    )
+register_kind(
+    "bypass_frontier", plot=plot_frontier, reading=read_frontier, cites=(("menta2025", "attention bypass"),)
+)

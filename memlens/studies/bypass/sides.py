@@ -14,6 +14,9 @@ from memlens.instruments.bypass.layer_sets import LayerSetSearch, search_layer_s
 from memlens.instruments.bypass.predictor import bypass_predictor, predictor_agreement
 from memlens.report.model import FigureRequest
 from memlens.results.groups import join_groups
+from memlens.results.kinds import register_kind
+from memlens.results.plots.tasks import plot_edits
+from memlens.results.readings import read_effects
 from memlens.results.result import Result
 from memlens.results.statistics.frontier import join_frontier
 from memlens.sequences.set import SequenceSet
@@ -183,3 +186,6 @@ def _elsewhere(study: BypassContext, search: LayerSetSearch) -> dict[str, Result
         )
         for name, group in study.chosen(study.options.control_sequences).items()
     }
+
+
+register_kind("bypass_controls", plot=plot_edits, reading=read_effects)

@@ -25,7 +25,7 @@ from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
 from memlens.report.model import FigureRequest
 from memlens.results.groups import join_groups
-from memlens.results.readings import reading
+from memlens.results.kinds import reading
 from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
 from memlens.studies.idioms import findings as find

@@ -30,7 +30,7 @@ from memlens.organisms.untrained import untrained_like
 from memlens.recall.scores import RecallScores
 from memlens.report.model import FigureRequest
 from memlens.results.groups import join_groups
-from memlens.results.readings import reading
+from memlens.results.kinds import reading
 from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.corrupt import corrupt

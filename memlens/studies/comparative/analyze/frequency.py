@@ -10,6 +10,9 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 from memlens.errors import ResultError
+from memlens.results.kinds import register_kind
+from memlens.results.plots.layers import plot_recall
+from memlens.results.readings import read_frequency
 from memlens.results.result import Result
 from memlens.results.statistics.agreement import roc_area
 from memlens.results.statistics.estimates import Estimate, mean_estimate
@@ -205,3 +208,6 @@ def _cut(values: np.ndarray, label: np.ndarray) -> tuple[Any, ...]:
     cut, sensitivity, specificity = youden(sign * values, label)
     numbers = (sign * cut, sensitivity, specificity, sensitivity + specificity - 1)
     return area.area, area.low, area.high, sign > 0, *numbers, area.n_positive, area.n_negative
+
+
+register_kind("token_frequency", plot=plot_recall, reading=read_frequency)

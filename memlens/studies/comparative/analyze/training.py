@@ -8,6 +8,9 @@ import xarray as xr
 from jaxtyping import Bool, Int
 
 from memlens.errors import ResultError
+from memlens.results.kinds import register_kind
+from memlens.results.plots.layers import plot_strengths
+from memlens.results.readings import read_strengths
 from memlens.results.result import Result
 from memlens.studies.idioms.findings import share_of
 
@@ -110,3 +113,6 @@ def training_table(hits: Bool[np.ndarray, "seq step"], steps: Int[np.ndarray, " 
         )  # fmt: skip
     columns = ["step", "n", "rate", "low", "high", "new", "forgotten", "relearned"]
     return pd.DataFrame(rows, columns=columns)
+
+
+register_kind("recall_over_training", plot=plot_strengths, reading=read_strengths)
