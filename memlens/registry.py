@@ -74,8 +74,10 @@ class Registry(Generic[T]):
         return self._items[name] if name in self else None
 
     def __contains__(self, name: object) -> bool:
+        while name not in self._items and self._modules:
+            _import_all(self._modules.pop(0))
         if name not in self._items:
-            self._load()
+            load_plugins()
         return name in self._items
 
     def names(self) -> list[str]:

@@ -82,7 +82,7 @@ def plot_result(result: Result, metric: str | None = None, **options: Any) -> go
         OptionError: An option that this kind of figure does not have.
         SiteError: A sequence or stream that the result does not have.
     """
-    plot = KINDS[result.kind].plot if result.kind in KINDS else plot_by_dimensions
+    plot: Any = KINDS[result.kind].plot if result.kind in KINDS else plot_by_dimensions
     if getattr(plot, "chooses", False):
         plot = plot(result)
     defaults: dict[str, Any] = getattr(plot, "takes", {})

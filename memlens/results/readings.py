@@ -43,7 +43,7 @@ def read_effects(result: Result, metric: str | None) -> str:
     lead += "" if not groups else f"In {next(iter(groups))}: "
     where = _where(site)
     if not text.better:
-        said = f"The {text.label} changes most{where}: by {_spoken(found, text)}"
+        said = f"The change is largest{where}: the {text.label} there changes by {_spoken(found, text)}"
     elif found.value * text.better < 0:
         said = f"Recall is harmed most{where}: the {text.label} there changes by {_spoken(found, text)}"
     else:
@@ -63,7 +63,8 @@ def read_effects(result: Result, metric: str | None) -> str:
                 Estimate.of(mean_interval(theirs)),
                 Estimate.of(mean_interval(first.sel(site) - theirs)),
             )
-            said += f" There {other} changes it by {_spoken(change, text)}; the difference is {_spoken(gap, text)}."
+            said += f" There {other} changes it by {_spoken(change, text)}; "
+            said += f"the difference is {_spoken(gap, text)}."
     for group, own in list(groups.items())[1:]:
         theirs = Estimate.of(mean_interval(first.sel(site).isel(sequence=own)))
         said += f" In {group} it changes by {_spoken(theirs, text)} there, {_over(theirs.n)}."
@@ -116,7 +117,7 @@ def read_restored(result: Result, metric: str | None) -> str:
 def read_decoding(result: Result, metric: str | None) -> str:
     """Say how probable the targets are after the last layer, and from where on they are."""
     data = result.data
-    log_rank = mean_interval(_inner_mean(np.log(data["rank"] + 1.0)), method="bootstrap")
+    log_rank = mean_interval(_inner_mean(xr.apply_ufunc(np.log1p, data["rank"])), method="bootstrap")
     odds = mean_interval(_inner_mean(data["probability"]), method="bootstrap")
     last = Estimate.of(odds.isel(layer=-1))
     said = (
@@ -196,15 +197,17 @@ def read_cumulative(result: Result, metric: str | None) -> str:
     ranked = array.sel(order="ranked", drop=True)
     others = array.sel(order=[order for order in array["order"].values if order != "ranked"])
     found = Estimate.of(mean_interval(ranked.sel(n_ablated=most)))
-    said = f"With the {most} highest ranked heads ablated the {text.label} is {_spoken(found, text)}, {_over(found.n)}"
+    said = f"With the {most} highest ranked heads ablated the {text.label} is {_spoken(found, text)}, "
+    said += _over(found.n)
     if f"{name}_baseline" in result.data:
-        said += f"; the unchanged model's is {_spoken(Estimate.of(mean_interval(_inner_mean(result.baseline(name)))), text)}"
+        base = Estimate.of(mean_interval(_inner_mean(result.baseline(name))))
+        said += f"; the unchanged model's is {_spoken(base, text)}"
     if others.sizes["order"]:
         control = others.mean("order").sel(n_ablated=most)
-        gap = Estimate.of(mean_interval(ranked.sel(n_ablated=most) - control))
+        theirs, gap = (Estimate.of(mean_interval(a)) for a in (control, ranked.sel(n_ablated=most) - control))
         said += (
             f". With as many random heads (the mean of {others.sizes['order']} orders) it is "
-            f"{_spoken(Estimate.of(mean_interval(control)), text)}; ranked minus random is {_spoken(gap, text)}"
+            f"{_spoken(theirs, text)}; ranked minus random is {_spoken(gap, text)}"
         )
     said += "."
     if "heads_until_lost" in result.data:
@@ -252,9 +255,9 @@ def read_compression(result: Result, metric: str | None) -> str:
     tokens = Estimate.of(mean_interval(data["fewest_tokens"].isel(sequence=recalled), method="bootstrap"))
     share = Estimate.of(mean_interval(ratio, method="bootstrap"))
     said = (
-        f"{int(recalled.sum())} of {len(recalled)} sequences are recalled from their whole prefix. For these the "
-        f"fewest tokens that are enough ({method.replace('_', ' ')}) are {tokens.text('tokens')}, a share of "
-        f"{share.text()} of the prefix, {_over(share.n)}."
+        f"{int(recalled.sum())} of {len(recalled)} sequences are recalled from their whole prefix. For these "
+        f"the fewest tokens that are enough ({method.replace('_', ' ')}) are {tokens.text('tokens')}, a "
+        f"share of {share.text()} of the prefix, {_over(share.n)}."
     )
     if "stable_compression_ratio" in data:
         stable = data["stable_compression_ratio"].isel(sequence=recalled)
@@ -276,12 +279,14 @@ def read_bounds(result: Result, metric: str | None) -> str:
         if not broken
         else f"{broken} of {known} measured changes exceed their bounds: a bound does not hold there."
     )
-    factor = np.log(slack.where(slack > 0))
-    ci = np.exp(mean_interval(factor.mean([d for d in factor.dims if d not in ("sequence", "bound")])))
+    factor = xr.apply_ufunc(np.log, slack.where(slack > 0))
+    inner = [dim for dim in factor.dims if dim not in ("sequence", "bound")]
+    ci = xr.apply_ufunc(np.exp, mean_interval(factor.mean(inner)), keep_attrs=True)
     parts = [
         f"{bound} by a factor of {Estimate.of(ci.sel(bound=bound)).text()}" for bound in ci["bound"].values
     ]
-    return f"{said} On geometric average the bounds exceed the changes: {'; '.join(parts)}, {_over(slack.sizes['sequence'])}."
+    over = _over(slack.sizes["sequence"])
+    return f"{said} On geometric average the bounds exceed the changes: {'; '.join(parts)}, {over}."
 
 
 def read_predictor(result: Result, metric: str | None) -> str:
@@ -291,8 +296,8 @@ def read_predictor(result: Result, metric: str | None) -> str:
     site = _extreme(ci, 1)
     text, found = metric_text(name, result[name]), Estimate.of(ci.sel(site))
     return (
-        f"The {text.label} is largest{_where(site)}: {_spoken(found, text)}, {_over(found.n)}. It is a guess from "
-        "one run of the unchanged model, not a measured effect: compare it with a bypass."
+        f"The {text.label} is largest{_where(site)}: {_spoken(found, text)}, {_over(found.n)}. It is a guess "
+        "from one run of the unchanged model, not a measured effect: compare it with a bypass."
     )
 
 
@@ -319,8 +324,8 @@ def read_frontier(result: Result, metric: str | None) -> str:
             f"{n.text()} ({_over(n.n)}) and the accuracy on {scope} from {able:.3g} to {cost.text()}."
         )
     return " ".join(said) + (
-        " Each bypass named removes the largest share of recitation beyond the share of accuracy that it costs; "
-        "it was chosen on the same data, which overstates it."
+        " Each bypass named removes the largest share of recitation beyond the share of accuracy that it "
+        "costs; it was chosen on the same data, which overstates it."
     )
 
 
