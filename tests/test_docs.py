@@ -13,7 +13,9 @@ import pytest
 import memlens as ml
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(page for folder in ("docs", "docs/how-to", "docs/studies") for page in (ROOT / folder).glob("*.md"))
+PAGES = sorted(
+    page for folder in ("docs", "docs/how-to", "docs/studies") for page in (ROOT / folder).glob("*.md")
+)
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 
 

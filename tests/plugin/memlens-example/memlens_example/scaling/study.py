@@ -1,0 +1,44 @@
+"""The study: score recall, scale each MLP, and write a report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from memlens.models.provenance import describe
+from memlens.report.model import FigureRequest, Finding
+from memlens.sequences.set import SequenceSet
+from memlens.studies.running import StudyDirectory, StudyRun, at_most
+from memlens_example.instrument import scale_mlps
+from memlens_example.scaling.options import ScalingOptions
+
+
+def study_scaling(
+    model: Any,
+    sequences: SequenceSet,
+    out: str | Path,
+    *,
+    options: ScalingOptions | None = None,
+    command: str | None = None,
+    progress: bool = True,
+) -> StudyRun:
+    """Scale each MLP and see what is still recited; results and report are written to a folder."""
+    options = options or ScalingOptions()
+    settings = {"study": "scaling", "model": describe(model), **asdict(options)}
+    folder = StudyDirectory(out, title="Scaled MLPs", settings=settings, command=command, fresh=True)
+    recall = folder.scored("recall", model, sequences, progress=progress)
+    memorized = at_most(recall.memorized(), options.max_sequences, options.seed)
+
+    def scaling() -> None:
+        result = folder.kept(
+            "scaling", lambda out: scale_mlps(model, memorized, factor=options.factor, progress=progress, out=out)
+        )
+        folder.add_result("scaling", result, title="Each MLP scaled", figures=[FigureRequest()])
+        effect = result.effect("target_logprob").mean("sequence")
+        layer = int(effect["layer"][int(effect.argmin())])
+        statement = f"Scaling the MLP of layer {layer} harms recall most."
+        folder.find(Finding("Which MLP", statement, float(effect.min()), unit="nats", n=len(memorized)))
+
+    folder.step("scaling", scaling)
+    return folder.done()
