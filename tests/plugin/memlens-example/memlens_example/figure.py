@@ -19,9 +19,10 @@ def plot_bars(result: Result, selection: Selection) -> go.Figure:
     spread = {"type": "data", "array": high - mean, "arrayminus": mean - low}
     figure = go.Figure(go.Bar(x=ci["layer"].values, y=mean, error_y=spread))
     text = metric_text(name, result[name])
+    subtitle = {"text": selection.subtitle(result, of=of)}
     figure.update_layout(
         template=TEMPLATE,
-        title={"text": selection.title or "Each MLP scaled", "subtitle": {"text": selection.subtitle(result, of=of)}},
+        title={"text": selection.title or "Each MLP scaled", "subtitle": subtitle},
         xaxis_title="layer",
         yaxis_title=f"{text.label} ({text.unit})",
     )

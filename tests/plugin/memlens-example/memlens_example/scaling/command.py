@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from memlens.studies.registry import STUDIES, Study
+
 from memlens_example.scaling.options import ScalingOptions
 
 STUDIES.add(

@@ -31,9 +31,8 @@ def study_scaling(
     memorized = at_most(recall.memorized(), options.max_sequences, options.seed)
 
     def scaling() -> None:
-        result = folder.kept(
-            "scaling", lambda out: scale_mlps(model, memorized, factor=options.factor, progress=progress, out=out)
-        )
+        given = {"factor": options.factor, "progress": progress}
+        result = folder.kept("scaling", lambda out: scale_mlps(model, memorized, out=out, **given))
         folder.add_result("scaling", result, title="Each MLP scaled", figures=[FigureRequest()])
         effect = result.effect("target_logprob").mean("sequence")
         layer = int(effect["layer"][int(effect.argmin())])
