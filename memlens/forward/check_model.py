@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from memlens.errors import ModelLoadError, UnsupportedModelError
 from memlens.forward.blocks import FunctionalBlocks
-from memlens.forward.hooks import SITES, attached, capturing, chosen_layers, has_site, hook_name
+from memlens.forward.hooks import SITES, HookFn, attached, capturing, chosen_layers, hook_name
 from memlens.forward.trunk import Trunk
 from memlens.models.provenance import describe
 
@@ -228,7 +228,7 @@ def check_model(
         checks.append(Check("trunk", "slow", note=f"{error} Full forward passes are used."))
         trunk = None
     if trunk is not None and checks[-1].status == "ok":
-        checks += _sites(trunk, tokens, resid, chosen_layers(layers, n_layers))
+        checks += _sites(trunk, resid, chosen_layers(layers, n_layers))
         checks.append(_fast_path(trunk, resid, final))
     return ModelCheck(
         str(getattr(model.cfg, "model_name", "") or type(model).__name__),
@@ -326,10 +326,6 @@ def _fast_path(trunk: Trunk, resid: dict[str, Tensor], final: Tensor) -> Check:
     return Check("fast path", "ok", note="layers run as plain functions")
 
 
-def _zero(activation: Tensor, hook: Any) -> Tensor:
-    return torch.zeros_like(activation)
-
-
 Claim = Callable[[dict[str, Tensor]], "tuple[Tensor, Tensor]"]
 """From the activations of a run with a zeroed site to two tensors that must be equal."""
 
@@ -370,48 +366,63 @@ def _claims(trunk: Trunk, layer: int, plain: dict[str, Tensor]) -> Iterator[tupl
     yield "mlp_post", lambda run: constant(run[at("mlp_out")])
 
 
-def _sites(trunk: Trunk, tokens: Tensor, resid: dict[str, Tensor], layers: Sequence[int]) -> list[Check]:
-    """Check every site in every chosen layer; one entry per site, with the first layer that fails."""
+def _sites(trunk: Trunk, resid: dict[str, Tensor], layers: Sequence[int]) -> list[Check]:
+    """Check every site in every chosen layer; one entry per site, with the first layer that fails.
+
+    One pass per layer serves all sites: rows of the batch are copies of the same residual, the first as it is
+    and one with a zero at each site.
+    """
+    points = trunk.model.hook_dict
     worst: dict[str, Check] = {}
     for layer in layers:
-        known = [hook_name(site, layer) for site in SITES if has_site(trunk.model, site, layer)]
+        names = {site: hook_name(site, layer) for site in SITES}
+        names = {site: name for site, name in names.items() if name in points}
         start = resid[hook_name("resid_pre", layer)]
-        with capturing(trunk.model, known) as plain:
-            trunk.run(start.clone(), layer, layer + 1)
+        rows = {site: slice((i + 1) * len(start), (i + 2) * len(start)) for i, site in enumerate(names)}
+        store: dict[str, Tensor] = {}
+        hooks = [(points[name], _zeroed(rows[site], name, store)) for site, name in names.items()]
+        with attached(trunk.model, hooks):
+            trunk.run(start.repeat(len(rows) + 1, 1, 1), layer, layer + 1)
+        plain = {name: value[: len(start)] for name, value in store.items()}
         for site, claim in _claims(trunk, layer, plain):
-            found = _site(trunk, site, layer, start, known, plain, claim)
-            rank = {"failed": 3, "ignored": 2, "ok": 1, "absent": 0}
-            old = worst.get(site)
-            if old is None or rank[found.status] > rank[old.status]:
+            if site in names:
+                run = {name: value[rows[site]] for name, value in store.items()}
+                found = _site(site, layer, plain, run, claim)
+            else:
+                found = Check(f"site {site}", "absent", note="the model does not have this hook")
+            if site not in worst or _BADNESS[found.status] > _BADNESS[worst[site].status]:
                 worst[site] = found
     return list(worst.values())
 
 
-def _site(
-    trunk: Trunk,
-    site: str,
-    layer: int,
-    start: Tensor,
-    known: list[str],
-    plain: dict[str, Tensor],
-    claim: Claim,
-) -> Check:
-    name = hook_name(site, layer)
-    if name not in plain:
-        return Check(f"site {site}", "absent", note="the model does not have this hook")
-    with attached(trunk.model, [(name, _zero)]), capturing(trunk.model, known) as run:
-        out = trunk.run(start.clone(), layer, layer + 1)
-    unchanged = torch.equal(out, plain.get(hook_name("resid_post", layer), out))
-    if site != "resid_post" and unchanged and bool(plain[name].any()):
+_BADNESS = {"absent": 0, "ok": 1, "ignored": 2, "failed": 3}
+
+
+def _zeroed(rows: slice, name: str, store: dict[str, Tensor]) -> HookFn:
+    """Return a hook that writes zeros into some rows and keeps the activation."""
+
+    def fn(activation: Tensor, hook: Any) -> Tensor:
+        new = activation.clone()
+        new[rows] = 0
+        store[name] = new
+        return new
+
+    return fn
+
+
+def _site(site: str, layer: int, plain: dict[str, Tensor], run: dict[str, Tensor], claim: Claim) -> Check:
+    out = hook_name("resid_post", layer)
+    if torch.equal(run[out], plain[out]) and bool(plain[hook_name(site, layer)].any()):
         return Check(f"site {site}", "ignored", layer=layer, note="what is written here has no effect")
     try:
         got, wanted = claim(run)
     except KeyError as error:
         return Check(f"site {site}", "absent", note=f"cannot be checked without {error}")
     allowed = _SAME.get(got.dtype, _SAME[torch.float32])
-    size = plain[hook_name("resid_post", layer)].double().square().mean().sqrt()
-    scale = max(float(wanted.double().square().mean().sqrt()), 0.1 * float(size) if site != "q" else 0.0)
-    difference = float((got.double() - wanted.double()).square().mean().sqrt()) / max(scale, 1e-6)
+    size = float(wanted.double().square().mean().sqrt())
+    if site not in ("q", "k"):  # attention weights have a scale of their own
+        size = max(size, 0.1 * float(plain[out].double().square().mean().sqrt()))
+    difference = float((got.double() - wanted.double()).square().mean().sqrt()) / max(size, 1e-6)
     if difference <= allowed:
         return Check(f"site {site}", "ok", difference, allowed)
     note = "a zero written here does not do what the name claims"
