@@ -111,14 +111,13 @@ def layers_bypassed(model: Any, n: int, peer_sites: int | None = None) -> Row:
         len(some) / len(layers),
         lambda result, other: float(np.abs(result["exact_match"].values[:, some].T - other).max()),
         seqs,
-        lambda: [ml.edits.bypass_intervention(model, [layer]) for layer in layers],
+        lambda: ml.edits.attention_bypasses(model),
     )
 
 
 def blocks_swept(model: Any, n: int) -> Row:
     """Row 7: each layer's attention bypassed with five metrics, beside L/2 + 2 plain forwards."""
     seqs = recalled(model, n, 32, 32)
-    layers = range(model.cfg.n_layers)
     metrics = ("exact_match", "target_accuracy", "target_logprob", "completion_entropy", "matching_prefix")
 
     def forward() -> torch.Tensor:
@@ -138,7 +137,7 @@ def blocks_swept(model: Any, n: int) -> Row:
         1 / (model.cfg.n_layers / 2 + 2),
         difference,
         seqs,
-        lambda: [ml.edits.bypass_intervention(model, [layer]) for layer in layers],
+        lambda: ml.edits.attention_bypasses(model),
     )
 
 

@@ -1,20 +1,21 @@
-"""Makers of interventions: lists of `Intervention` that `memlens.sweep` runs and `memlens.applied` holds."""
+"""Makers of interventions: each returns a list of `Intervention` for `memlens.sweep` or `memlens.applied`."""
 
-from memlens.instruments.ablate.branches import mlp_ablations
+from memlens.instruments.ablate.branches import attention_ablations, mlp_ablations
 from memlens.instruments.ablate.heads import head_ablations, head_set_ablations
-from memlens.instruments.ablate.neuron_edits import neuron_knock_out
-from memlens.instruments.bypass.bypass import bypass_intervention
+from memlens.instruments.ablate.neurons import neuron_knock_outs
+from memlens.instruments.bypass.bypass import attention_bypasses
 from memlens.instruments.noise.residual import embedding_noise
 from memlens.instruments.patch.patching import activation_patches
 from memlens.instruments.patch.path_patching import path_patches
 
 __all__ = [
     "activation_patches",
-    "bypass_intervention",
+    "attention_ablations",
+    "attention_bypasses",
     "embedding_noise",
     "head_ablations",
     "head_set_ablations",
     "mlp_ablations",
-    "neuron_knock_out",
+    "neuron_knock_outs",
     "path_patches",
 ]

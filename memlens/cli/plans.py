@@ -30,10 +30,9 @@ def localize_works(model: Any, seqs: SequenceSet, options: LocalizeOptions | Non
 
     some = seqs if options is None else seqs[: options.max_sequences]
     patched = seqs if options is None else seqs[: options.max_patched]
-    layers = range(len(model.blocks))
     return {
         "ablate each head": (some, ml.edits.head_ablations(model, some)),
-        "bypass each layer": (some, [ml.edits.bypass_intervention(model, [layer]) for layer in layers]),
+        "bypass each layer": (some, ml.edits.attention_bypasses(model)),
         "patch layer x position": (patched, ml.edits.activation_patches(model, patched)),
     }
 
@@ -71,18 +70,13 @@ def bypass_works(
     from memlens.instruments.tasks.tasks import joined_requests
     from memlens.studies.comparative.plan import blank_sequences
 
-    layers = range(len(model.blocks))
-    blocks = [ml.edits.bypass_intervention(model, [layer]) for layer in layers]
+    blocks = ml.edits.attention_bypasses(model)
     examined = blank_sequences(options.max_sequences, prefix_len + suffix_len, prefix_len)
     works: dict[str, tuple[SequenceSet, Sequence[Intervention]]] = {"bypass each block": (examined, blocks)}
     if tasks:
         works["tasks, each block bypassed"] = (joined_requests(tasks), blocks)
     if options.heads:
-        heads = [
-            ml.edits.bypass_intervention(model, [layer], heads=[head])
-            for layer in layers
-            for head in range(model.cfg.n_heads)
-        ]
+        heads = ml.edits.attention_bypasses(model, over="head")
         works["bypass each head"] = (examined[: options.control_sequences], heads)
     return works
 

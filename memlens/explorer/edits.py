@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from memlens.errors import check_option
-from memlens.forward.batches import make_batches
 from memlens.forward.hooks import check_head, check_layer
 from memlens.forward.trunk import Trunk
-from memlens.instruments.ablate.heads import HEAD_MODES, Head, head_label, head_set_ablations
-from memlens.instruments.bypass.bypass import BYPASS_MODES, bypass_intervention
+from memlens.instruments.ablate.heads import Head, head_label, head_set_ablations
+from memlens.instruments.ablate.replacing import MODES
+from memlens.instruments.bypass.bypass import BYPASS_MODES, attention_bypasses
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import Intervention
 
-ABLATION_MODES = tuple(mode for mode in HEAD_MODES if mode != "resample")
+ABLATION_MODES = tuple(mode for mode in MODES if mode != "resample")
 """Modes of `ablate_heads` that hold for free generation too: what replaces a head asks for no other
 sequence's token at the same place, which a continuation that is still being written does not have."""
 AS_IT_IS = "the model as it is"
@@ -94,15 +94,11 @@ def edit_interventions(
     """
     check_option("ablation", ablation, ABLATION_MODES)
     check_option("bypass", bypass, BYPASS_MODES)
-    trunk = Trunk(model)
-    edits.check(trunk)
-    found = []
+    edits.check(Trunk(model))
+    found: list[Intervention] = []
     if edits.bypassed:
-        found.append(bypass_intervention(model, edits.bypassed, mode=bypass))
+        found += attention_bypasses(model, layers=[edits.bypassed], mode=bypass)
     if edits.ablated:
         sets = {edits.name: edits.ablated}
-        (ablated,) = head_set_ablations(model, sequences, sets, mode=ablation, reference=reference)
-        # None of `ABLATION_MODES` looks at the batch it is bound to, so that one batch stands for any.
-        batch, _ = next(make_batches(sequences, 1, trunk.device))
-        found.append(Intervention(ablated.name, ablated.bound(batch)))
+        found += head_set_ablations(model, sequences, sets, mode=ablation, reference=reference)
     return found

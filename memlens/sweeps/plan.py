@@ -149,7 +149,7 @@ def plan(
         >>> import memlens as ml
         >>> model = ml.load_model("zoo/pythia-s")
         >>> seqs = ml.load_sequences("zoo", model)[:4]
-        >>> edits = [ml.edits.bypass_intervention(model, [layer]) for layer in range(6)]
+        >>> edits = ml.edits.attention_bypasses(model)
         >>> cost = ml.plan(model, seqs, edits, calibrate=False)
         >>> cost.block_forwards, cost.reference_block_forwards
         (84, 168)

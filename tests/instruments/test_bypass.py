@@ -76,7 +76,7 @@ def test_modes_are_attention_patterns(tiny_model: Any, backend: str, mode: str) 
 
     with torch.no_grad():
         expected = model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.1.attn.hook_pattern", write)])
-        with ml.applied(model, ml.edits.bypass_intervention(model, [1], mode=mode)):
+        with ml.applied(model, *ml.edits.attention_bypasses(model, layers=[1], mode=mode)):
             found = model(TOKENS)
     assert torch.allclose(found, expected, atol=1e-5)
 
@@ -229,8 +229,8 @@ def test_spans(tiny_model: Any) -> None:
         result = ml.bypass_attention(model, seqs, span=span, width=width, progress=False)
         assert result["layer"].values.tolist() == list(expected)
         for layer, blocks in expected.items():
-            joint = ml.edits.bypass_intervention(model, blocks)
-            want = ml.sweep(model, seqs, [joint], engine="reference", progress=False)["target_logprob"][:, 0]
+            joint = ml.edits.attention_bypasses(model, layers=[blocks])
+            want = ml.sweep(model, seqs, joint, engine="reference", progress=False)["target_logprob"][:, 0]
             assert np.allclose(result["target_logprob"].sel(layer=layer), want, atol=1e-5)
         assert result.settings["span"] == span
 
@@ -244,8 +244,8 @@ def test_heads_and_strengths_are_dimensions(tiny_model: Any) -> None:
     assert values.dims == ("sequence", "layer", "head", "strength")
     none = values.sel(strength=0.0)
     assert np.allclose(none, result.baseline("target_logprob").values[:, None, None], atol=1e-6)
-    one = ml.edits.bypass_intervention(model, [1], heads=[3])
-    want = ml.sweep(model, seqs, [one], engine="reference", progress=False)["target_logprob"][:, 0]
+    one = ml.edits.attention_bypasses(model, layers=[1], heads=[3])
+    want = ml.sweep(model, seqs, one, engine="reference", progress=False)["target_logprob"][:, 0]
     assert np.allclose(values.sel(layer=1, head=3, strength=1.0), want, atol=1e-5)
 
 
@@ -290,18 +290,18 @@ def test_one_layer_may_be_a_number(tiny_model: Any) -> None:
 def test_bad_input(tiny_model: Any) -> None:
     model = tiny_model("gpt_neox", "bridge")
     with pytest.raises(OptionError, match=r"mode='identiy'.*identity"):
-        ml.edits.bypass_intervention(model, [0], mode="identiy")
+        ml.edits.attention_bypasses(model, mode="identiy")
     with pytest.raises(OptionError, match="heads= goes with mode='identity'"):
-        ml.edits.bypass_intervention(model, [0], mode="zero", heads=[1])
-    with pytest.raises(OptionError, match=r"strength=1.5 is no share"):
-        ml.edits.bypass_intervention(model, [0], strength=1.5)
-    with pytest.raises(OptionError, match=r"width=4 is no window of a model with 3 layers"):
+        ml.edits.attention_bypasses(model, mode="zero", heads=[1])
+    with pytest.raises(OptionError, match=r"strength=1.5 is not a share"):
+        ml.edits.attention_bypasses(model, strengths=[1.5])
+    with pytest.raises(OptionError, match=r"width=4 is not a window of a model with 3 layers"):
         ml.bypass_attention(model, ragged(), span="window", width=4)
     with pytest.raises(OptionError, match=r"span='windows'.*window"):
         ml.bypass_attention(model, ragged(), span="windows")
     with pytest.raises(OptionError, match="at least one layer"):
-        ml.edits.bypass_intervention(model, [])
+        ml.edits.attention_bypasses(model, layers=[[]])
     with pytest.raises(SiteError, match="layer 9 does not exist"):
-        ml.edits.bypass_intervention(model, [9])
+        ml.edits.attention_bypasses(model, layers=[9])
     with pytest.raises(SiteError, match="head 7 does not exist"):
-        ml.edits.bypass_intervention(model, [0], heads=[7])
+        ml.edits.attention_bypasses(model, layers=[[0]], heads=[7])

@@ -133,7 +133,7 @@ def double(tiny_folder: Any, tiny_model: Any) -> Callable[..., tuple[Any, Callab
 def test_forward_equals_the_rewrite(double: Any, family: str, backend: str, bypassed: list[int]) -> None:
     model, rewrite = double(family, backend)
     want = rewrite(ROWS[0], bypassed)
-    with ml.applied(model, *([ml.edits.bypass_intervention(model, bypassed)] if bypassed else [])):
+    with ml.applied(model, *ml.edits.attention_bypasses(model, layers=[bypassed] if bypassed else [])):
         found = model(torch.tensor([ROWS[0]]))[0]
     assert (found - want).abs().max() < 1e-6
     assert (rewrite(ROWS[0], [1] if bypassed != [1] else [])[1:] - want[1:]).abs().max() > 1e-2
@@ -146,7 +146,11 @@ def test_the_sweep_measures_what_the_rewrite_gives(double: Any, family: str, byp
     model, rewrite = double(family, "bridge")
     seqs = ml.SequenceSet.from_tokens(ROWS, [4, 2])
     found = ml.sweep(
-        model, seqs, [ml.edits.bypass_intervention(model, bypassed)], ("target_logprob",), progress=False
+        model,
+        seqs,
+        ml.edits.attention_bypasses(model, layers=[bypassed]),
+        ("target_logprob",),
+        progress=False,
     )["target_logprob"].values[:, 0]
     for i, (row, start) in enumerate(zip(ROWS, (4, 2), strict=True)):
         logprobs = rewrite(row, bypassed).log_softmax(-1)

@@ -65,7 +65,7 @@ INSTRUMENTS: dict[str, Run] = {
     "ablate MLPs at the last prompt position": mlps("zero", "last_prompt"),
     "knock out neurons": knock_out(windows=[1, 2]),
     "knock out all but some neurons": knock_out(windows=1, keep=True, positions="targets"),
-    "knock out controls to their means": knock_out(windows=1, selection="norm_matched", replace="mean"),
+    "knock out controls to their means": knock_out(windows=1, selection="norm_matched", mode="mean"),
     "noise": noise(recovery=False),
     "noise and similarities": noise(layer=1, scale="std", positions="all"),
     "noise on the embeddings": noise(site="resid_pre", recovery=False),

@@ -430,5 +430,5 @@ def test_bad_input(tiny_model: Any) -> None:
         attribute_ablation(model, clean, site="pattern")
     with pytest.raises(SequenceError, match="4 clean and 3 corrupt"):
         attribute_gradients(model, clean, corrupt[:3])
-    with pytest.raises(SiteError, match="mean_of_other_heads needs site='z'"):
+    with pytest.raises(OptionError, match="mean_of_other_heads needs site='z'"):
         attribute_ablation(model, clean, site="mlp_out", mode="mean_of_other_heads")

@@ -12,7 +12,7 @@ import torch
 import memlens as ml
 from memlens.cli.generate import parse_layers
 from memlens.errors import EmptySetError, OptionError
-from memlens.instruments.ablate.branches import branch_ablations
+from memlens.instruments.ablate.branches import attention_ablations
 from memlens.instruments.bypass.layer_sets import LayerSetSearch, named_layer_sets
 from memlens.results.groups import layers_label, quartiles, take_half
 from memlens.results.statistics.intervals import halves
@@ -60,10 +60,10 @@ def test_a_set_s_accuracy_is_that_of_its_own_evaluation(
     pythia: Any, tasks: list[ml.tasks.ChoiceTask], search: LayerSetSearch
 ) -> None:
     alone = ml.evaluate_tasks(
-        pythia, tasks, [ml.edits.bypass_intervention(pythia, [3, 4, 5])], progress=False
+        pythia, tasks, ml.edits.attention_bypasses(pythia, layers=[[3, 4, 5]]), progress=False
     )
     np.testing.assert_array_equal(
-        search.accuracy["accuracy"].sel(layers="3-5"), alone["accuracy"].isel(intervention=0)
+        search.accuracy["accuracy"].sel(layers="3-5"), alone["accuracy"].isel(layers=0)
     )
 
 
@@ -180,9 +180,9 @@ def test_attention_that_adds_nothing_is_the_zero_bypass(family: str, backend: st
     model = tiny_model(family, backend)
     rows = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(0)).tolist()
     seqs = ml.SequenceSet.from_tokens(rows, 5)
-    edits = branch_ablations(model, seqs, "attn_out", mode="zero")
+    edits = attention_ablations(model, seqs, mode="zero")
     found = ml.sweep(model, seqs, edits, ("target_logprob",), progress=False)
     wanted = ml.bypass_attention(model, seqs, mode="zero", metrics=("target_logprob",), progress=False)
     np.testing.assert_allclose(found["target_logprob"], wanted["target_logprob"], atol=1e-6)
-    with pytest.raises(OptionError, match="branch"):
-        branch_ablations(model, seqs, "resid_post")
+    with pytest.raises(OptionError, match="mean_of_other_heads needs site='z'"):
+        attention_ablations(model, seqs, mode="mean_of_other_heads")

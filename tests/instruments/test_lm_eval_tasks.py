@@ -180,10 +180,10 @@ def test_a_bypass_held_over_hflm_gives_the_same_log_likelihoods(
     (task,) = ml.tasks.from_lm_eval(["tiny_mc"], model, task_manager=manager_of(tiny_tasks))
     requests = _instances(tiny_tasks, "tiny_mc")
     lm = HFLM(pretrained=model.original_model, tokenizer=model.tokenizer, batch_size=7, add_bos_token=False)
-    edit = ml.edits.bypass_intervention(model, 1)
+    edits = ml.edits.attention_bypasses(model, layers=[1])
     with ml.bypassed(model, 1):
         theirs = np.array([logprob for logprob, _ in lm.loglikelihood(requests, disable_tqdm=True)])
-    swept = ml.sweep(model, task.requests, [edit], ["target_logprob"], progress=False)
+    swept = ml.sweep(model, task.requests, edits, ["target_logprob"], progress=False)
     ours = swept["target_logprob"].values[:, 0] * task.requests.n_targets.numpy()
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
@@ -273,7 +273,7 @@ def test_as_lm_eval_holds_its_interventions(tiny_model: Callable[..., Any], tiny
     from lm_eval import simple_evaluate
 
     model = tiny_model("gpt_neox")
-    edit = ml.edits.bypass_intervention(model, [0, 1])
+    (edit,) = ml.edits.attention_bypasses(model, layers=[[0, 1]])
     lm = ml.tasks.as_lm_eval(model, edit, progress=False)
     found = simple_evaluate(lm, tasks=["tiny_mc"], task_manager=manager_of(tiny_tasks), bootstrap_iters=0)
     (task,) = ml.tasks.from_lm_eval(["tiny_mc"], model, task_manager=manager_of(tiny_tasks))
@@ -282,7 +282,7 @@ def test_as_lm_eval_holds_its_interventions(tiny_model: Callable[..., Any], tiny
     logprobs = [
         r[0][0] for s in sorted(found["samples"]["tiny_mc"], key=lambda s: s["doc_id"]) for r in s["resps"]
     ]
-    direct = ml.sweep(model, task.requests, [edit], ["target_logprob"], progress=False)
+    direct = ml.sweep(model, task.requests, edits, ["target_logprob"], progress=False)
     total = direct["target_logprob"].values[:, 0] * task.requests.n_targets.numpy()
     np.testing.assert_allclose(logprobs, total, atol=1e-4)
     assert not np.allclose(total, direct["target_logprob_baseline"].values * task.requests.n_targets.numpy())

@@ -79,7 +79,7 @@ def test_the_output_is_the_sum_of_sub_updates(tiny_model: Any, family: str, back
 def test_without_any_sub_update_the_output_is_its_bias(tiny_model: Any, family: str, backend: str) -> None:
     model = tiny_model(family, backend)
     width = len(value_vectors(model, 1))
-    edit = ml.edits.neuron_knock_out(model, {1: range(width)})
+    (edit,) = ml.edits.neuron_knock_outs(model, ragged(), {"all": {1: range(width)}})
     with torch.no_grad(), mlp_outputs(model, 1) as seen, ml.applied(model, edit):
         model(TOKENS)
     assert torch.allclose(seen[0], output_bias(model, 1).expand_as(seen[0]), atol=1e-7)
@@ -143,7 +143,8 @@ def test_requested_k_is_applied_k(tiny_model: Any, selection: str) -> None:
     sets = chosen_neurons(found, 9, selection)
     assert sets.shape == (4, 3, 9)
     assert all(len(set(one)) == 9 for row in sets for one in row)
-    edit = ml.edits.neuron_knock_out(model, {layer: sets[:, layer] for layer in range(3)})
+    by_layer = {layer: sets[:, layer] for layer in range(3)}
+    (edit,) = ml.edits.neuron_knock_outs(model, seqs, {"own": by_layer})
     counts: list[torch.Tensor] = []
     look = ml.Intervention(
         "look", [(POST.format(n), lambda x, hook: counts.append((x == 0).sum(-1))) for n in range(3)]
@@ -158,7 +159,7 @@ def test_grid_sizes_of_the_released_code() -> None:
 
     def cells(n_layers: int) -> int:
         def count(ks: tuple[int, ...], keep: bool, windows: tuple[int, ...]) -> int:
-            grid = _Grid(ks, keep, windows, ("dominant",), "all", "zero", "last_prompt", 1, 0)
+            grid = _Grid(ks, keep, windows, ("dominant",), "last_prompt", 1, 0)
             return len(list(grid.cells(range(n_layers), n_layers, width=4096)))
 
         return count((1, 10, 100, 1000), False, (1, 2, 3, 4, 5)) + count((10, 100, 1000), True, (1, 2, 3))
@@ -235,7 +236,7 @@ def test_random_controls_cover_the_layer_evenly() -> None:
 def test_mean_replacement_by_hand(tiny_model: Any) -> None:
     model, seqs, reference = tiny_model("olmo", "bridge"), ragged(), ragged(6, seed=5)
     result = ml.knock_out_neurons(
-        model, seqs, top_k=6, windows=1, layers=[1], replace="mean", reference=reference, progress=False
+        model, seqs, top_k=6, windows=1, layers=[1], mode="mean", reference=reference, progress=False
     )
     mean = torch.cat([coefficients(model, row, 1) for row in reference.rows()]).mean(0)
     tokens, prefix = seqs.rows()[2], int(seqs.prefix_len[2])
@@ -336,13 +337,13 @@ def test_bad_input(tiny_model: Any) -> None:
         ml.knock_out_neurons(model, seqs, top_k=[3, 3])
     with pytest.raises(OptionError, match=r"selection='radnom'.*random"):
         ml.knock_out_neurons(model, seqs, top_k=1, selection="radnom")
-    with pytest.raises(OptionError, match="replace='none'"):
-        ml.knock_out_neurons(model, seqs, top_k=1, replace="none")
+    with pytest.raises(OptionError, match="mode='none'"):
+        ml.knock_out_neurons(model, seqs, top_k=1, mode="none")
     with pytest.raises(OptionError, match="n_draws=0"):
         ml.knock_out_neurons(model, seqs, top_k=1, n_draws=0)
     with pytest.raises(SiteError, match="layer 3 does not exist"):
         ml.knock_out_neurons(model, seqs, layers=[3])
     with pytest.raises(SiteError, match="neuron 64 does not exist: layer 1 has neurons 0 to 63"):
-        ml.edits.neuron_knock_out(model, {1: [3, 64]})
+        ml.edits.neuron_knock_outs(model, seqs, {"a": {1: [3, 64]}})
     with pytest.raises(OptionError, match="at least one layer"):
-        ml.edits.neuron_knock_out(model, {})
+        ml.edits.neuron_knock_outs(model, seqs, {"a": {}})

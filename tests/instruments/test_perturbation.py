@@ -212,7 +212,7 @@ def test_half_precision_keeps_its_own_similarities() -> None:
 
 def test_embedding_noise_is_an_intervention(tiny_model: Any) -> None:
     model, seqs = tiny_model("gpt_neo", "bridge"), ragged()
-    edit = ml.edits.embedding_noise(model, alpha=0.5, seed=4)
+    (edit,) = ml.edits.embedding_noise(model, alphas=[0.5], seed=4)
     clean, noisy = changed(model, seqs, edit, "blocks.0.hook_resid_pre")
     prompt = torch.arange(clean.shape[1]) < seqs.prefix_len[:, None]
     assert torch.equal((clean != noisy).any(-1), prompt)
@@ -242,7 +242,7 @@ def test_bad_noise(tiny_model: Any) -> None:
     with pytest.raises(OptionError, match=r"alpha=-0\.1"):
         ml.perturb_residual(model, seqs, alphas=[0, -0.1])
     with pytest.raises(OptionError, match="alpha=nan"):
-        ml.edits.embedding_noise(model, alpha=float("nan"))
+        ml.edits.embedding_noise(model, alphas=[float("nan")])
     with pytest.raises(OptionError, match=r"alphas=\[0.1, 0.1\]"):
         ml.perturb_residual(model, seqs, alphas=[0.1, 0.1])
     with pytest.raises(OptionError, match=r"alphas=\[\]"):

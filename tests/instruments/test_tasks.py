@@ -112,7 +112,7 @@ def test_a_sweep_equals_single_forwards_under_a_bypass(tiny_model: Model, family
         ml.tasks.ChoiceTask.from_records(records(6, 1, seed=1), model, name="one", group="language"),
     ]
     layers = range(model.cfg.n_layers)
-    edits = [ml.edits.bypass_intervention(model, layer, coords={"layer": layer}) for layer in layers]
+    edits = ml.edits.attention_bypasses(model)
     result = ml.evaluate_tasks(model, tasks, edits, progress=False)
     assert result["accuracy"].dims == ("sequence", "layer")
     for layer in layers:
@@ -145,8 +145,8 @@ def test_baselines_stand_beside_and_groups_are_coordinates(tiny_model: Model, tm
         ml.tasks.ChoiceTask.from_records(records(8, seed=s), model, name=name, group=group)
         for s, (name, group) in enumerate([("b", "reasoning"), ("a", "language")])
     ]
-    edit = ml.edits.bypass_intervention(model, 0)
-    result = ml.evaluate_tasks(model, tasks, [edit], out=tmp_path / "tasks", progress=False)
+    edits = ml.edits.attention_bypasses(model, layers=[0])
+    result = ml.evaluate_tasks(model, tasks, edits, out=tmp_path / "tasks", progress=False)
     plain = ml.evaluate_tasks(model, tasks)
     for metric in plain.metrics:
         np.testing.assert_allclose(result.baseline(metric), plain[metric], atol=1e-4)
@@ -159,10 +159,9 @@ def test_baselines_stand_beside_and_groups_are_coordinates(tiny_model: Model, tm
     assert result.kind == "task_accuracy"
     saved = ml.load_result(tmp_path / "tasks" / "result.nc")
     np.testing.assert_array_equal(saved["accuracy"], result["accuracy"])
-    again = ml.evaluate_tasks(model, tasks, [edit], out=tmp_path / "tasks", progress=False)
+    again = ml.evaluate_tasks(model, tasks, edits, out=tmp_path / "tasks", progress=False)
     np.testing.assert_array_equal(again["accuracy"], result["accuracy"])
-    by_layer = ml.edits.bypass_intervention(model, 0, coords={"layer": 0})
-    assert ml.evaluate_tasks(model, tasks, [by_layer], progress=False).plot("accuracy", group="task").data
+    assert result.plot("accuracy", group="task").data
 
 
 def test_tokenized_as_the_harness_does(tiny_model: Model) -> None:

@@ -62,7 +62,7 @@ def test_instruments_equal_the_reference(tiny_model: Any, family: str, backend: 
         )
     ]
     edits += ml.edits.head_ablations(model, clean, mode="mean", layers=[1], positions="targets")
-    edits += [ml.edits.bypass_intervention(model, layers) for layers in ([0], [2], [0, 1])]
+    edits += ml.edits.attention_bypasses(model, layers=[0, 2, [0, 1]])
     edits = [ml.Intervention(f"{n}", i.hooks, first_position=i.first_position) for n, i in enumerate(edits)]
     fast = ml.sweep(model, corrupt, edits, METRICS, progress=False)
     plain = ml.sweep(model, corrupt, edits, METRICS, engine="reference", progress=False)

@@ -99,7 +99,7 @@ def test_dtypes(tiny_folder: Any, tiny_model: Any, family: str, backend: str, dt
     edits = [
         *ml.edits.head_ablations(model, seqs, layers=[0, 2], heads=[1]),
         *ml.edits.activation_patches(model, corrupted(seqs), layers=[1], positions=[0, 9]),
-        ml.edits.bypass_intervention(model, [1]),
+        *ml.edits.attention_bypasses(model, layers=[1]),
         ml.Intervention("k", [(hook_name("k", 1), rolled)]),
     ]
     options: dict[str, Any] = {"metrics": ("target_logprob",), "progress": False, "check_dtype": False}
@@ -323,7 +323,7 @@ def test_not_finite_logits_name_the_layer(tiny_folder: Any) -> None:
 
 def test_plan_counts_blocks(tiny_model: Any) -> None:
     model, seqs = tiny_model("gpt_neox", "bridge"), ragged()
-    edits = [ml.edits.bypass_intervention(model, [layer]) for layer in range(3)]
+    edits = ml.edits.attention_bypasses(model)
     cost = ml.plan(model, seqs, edits)
     assert cost._repr_html_() == f"<p>{cost}</p>"  # a sentence in a notebook, not a list of fields
     assert cost.block_forwards == len(seqs) * (3 + 2 + 1 + 0)  # a bypassed block does not run itself
@@ -336,15 +336,15 @@ def test_plan_counts_blocks(tiny_model: Any) -> None:
 def test_fast_engine_skips_blocks(tiny_model: Any) -> None:
     model, seqs = tiny_model("olmo3", "bridge"), ragged()
     last = len(model.blocks) - 1
-    edit = ml.edits.bypass_intervention(model, [last])
-    ml.sweep(model, seqs, [edit], progress=False)  # the model's own facts are asked for once
+    edits = ml.edits.attention_bypasses(model, layers=[last])
+    ml.sweep(model, seqs, edits, progress=False)  # the model's own facts are asked for once
     ran: list[int] = []
     handles = [
         block.original_component.register_forward_pre_hook(lambda m, a, layer=i: ran.append(layer))
         for i, block in enumerate(model.blocks)
     ]
     try:
-        ml.sweep(model, seqs, [edit], progress=False)
+        ml.sweep(model, seqs, edits, progress=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,28 +1,21 @@
-"""Head ablation: what recall loses when one attention head's output is replaced."""
+"""Head ablation: what recall loses when the output of attention heads is replaced."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor
 
-from memlens.errors import OptionError, ResultError, SiteError, check_option
-from memlens.forward.batches import Batch
+from memlens.errors import OptionError, ResultError, SiteError
 from memlens.forward.hooks import check_head, check_layer, chosen_layers, hook_name
 from memlens.forward.metrics import MetricLike, metric_names
 from memlens.forward.trunk import Trunk
-from memlens.instruments.ablate.replacing import (
-    POSITIONS,
-    Replace,
-    replacement_settings,
-    replacements,
-    replacing,
-)
+from memlens.instruments.ablate.replacing import Mode, Positions, Replacement
 from memlens.results.kinds import register_kind
 from memlens.results.plots.heads import plot_cumulative, plot_pairs
 from memlens.results.plots.layers import plot_head_map
@@ -32,17 +25,18 @@ from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.run import kept, sweep
 
-HEAD_MODES = ("mean_of_other_heads", "zero", "mean", "resample")
+Head = tuple[int, int]
+"""Layer and head."""
 
 
 def ablate_heads(
     model: Any,
     sequences: SequenceSet,
     *,
-    mode: str = "mean_of_other_heads",
+    mode: Mode = "mean_of_other_heads",
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
-    positions: str = "all",
+    positions: Positions = "all",
     reference: SequenceSet | None = None,
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
     seed: int = 0,
@@ -88,45 +82,37 @@ def ablate_heads(
         >>> result["target_logprob"].dims
         ('sequence', 'layer', 'head')
     """
-    interventions = head_ablations(
-        model,
-        sequences,
-        mode=mode,
-        layers=layers,
-        heads=heads,
-        positions=positions,
-        reference=reference,
-        seed=seed,
-    )
-    settings = replacement_settings(mode, positions, reference, seed)
-    return sweep(model, sequences, interventions, metrics, kind="head_ablation", settings=settings, **options)
+    replacement = Replacement(mode, positions, reference, seed)
+    interventions = head_ablations(model, sequences, layers=layers, heads=heads, **vars(replacement))
+    return sweep(
+        model, sequences, interventions, metrics, kind="head_ablation", settings=replacement.settings,
+        **options,
+    )  # fmt: skip
 
 
 def head_ablations(
     model: Any,
     sequences: SequenceSet,
     *,
-    mode: str = "mean_of_other_heads",
+    mode: Mode = "mean_of_other_heads",
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
-    positions: str = "all",
+    positions: Positions = "all",
     reference: SequenceSet | None = None,
     seed: int = 0,
 ) -> list[Intervention]:
-    """Return the interventions that `ablate_heads` runs, one a head; see there."""
-    check_option("mode", mode, HEAD_MODES)
-    check_option("positions", positions, POSITIONS)
+    """Return the interventions that `ablate_heads` runs, one per head; see there for the options."""
+    replacement = Replacement(mode, positions, reference, seed)
     trunk = Trunk(model)
     layers = chosen_layers(layers, trunk.n_layers)
     heads = list(range(trunk.n_heads) if heads is None else heads)
     for head in heads:
         check_head(head, trunk.n_heads)
-    reference = sequences if reference is None else reference
-    replace = head_replacements(model, trunk, mode, layers, reference, len(sequences), seed)
+    by = replacement.by_layer(model, "z", layers, sequences)
     return [
         Intervention(
             f"{mode} L{layer}H{head}",
-            [(hook_name("z", layer), replacing(replace[layer], head, positions))],
+            [(hook_name("z", layer), replacement.hook(by[layer], head))],
             {"layer": layer, "head": head},
         )
         for layer in layers
@@ -134,38 +120,13 @@ def head_ablations(
     ]
 
 
-def head_replacements(
-    model: Any, trunk: Trunk, mode: str, layers: Sequence[int], reference: SequenceSet, n: int, seed: int
-) -> dict[int, Callable[[Batch], Replace]]:
-    """Return by layer what replaces the output of a head, or of several together; see `ablate_heads`."""
-    if mode != "mean_of_other_heads":
-        return replacements(model, "z", mode, layers, reference, n, seed)
-    if trunk.n_heads < 2:
-        raise SiteError(
-            "mean_of_other_heads needs at least two heads a layer and this model has one: use 'zero'."
-        )
-    return dict.fromkeys(layers, lambda batch: _mean_of_others)
-
-
-def _mean_of_others(z: Tensor, head: Any) -> Tensor:
-    """The mean of the heads that stay; zero where none does."""
-    if isinstance(head, int):
-        return (z.sum(2) - z[:, :, head]) / (z.shape[2] - 1)
-    left = z.shape[2] - len(head)
-    return ((z.sum(2) - z[:, :, head].sum(2)) / left if left else torch.zeros_like(z[:, :, 0]))[:, :, None]
-
-
-Head = tuple[int, int]
-"""Layer and head."""
-
-
 def head_set_ablations(
     model: Any,
     sequences: SequenceSet,
     sets: Mapping[str, Sequence[Head]],
     *,
-    mode: str = "mean_of_other_heads",
-    positions: str = "all",
+    mode: Mode = "mean_of_other_heads",
+    positions: Positions = "all",
     reference: SequenceSet | None = None,
     seed: int = 0,
 ) -> list[Intervention]:
@@ -187,27 +148,22 @@ def head_set_ablations(
         OptionError: Unknown mode or positions.
         SiteError: A head that does not exist, or one that a set holds twice.
     """
-    check_option("mode", mode, HEAD_MODES)
-    check_option("positions", positions, POSITIONS)
+    replacement = Replacement(mode, positions, reference, seed)
     trunk = Trunk(model)
     for name, heads in sets.items():
         for layer, head in heads:
             check_layer(layer, trunk.n_layers)
             check_head(head, trunk.n_heads)
         if len(set(heads)) < len(heads):
-            raise SiteError(f"the set {name!r} holds a head twice: {list(heads)}.")
+            raise SiteError(f"the set {name!r} contains a head twice: {list(heads)}.")
     layers = sorted({layer for heads in sets.values() for layer, _ in heads})
-    reference = sequences if reference is None else reference
-    replace = head_replacements(model, trunk, mode, layers, reference, len(sequences), seed)
+    by = replacement.by_layer(model, "z", layers, sequences)
     found = []
     for name, heads in sets.items():
-        by_layer: dict[int, list[int]] = {}
-        for layer, head in heads:
-            by_layer.setdefault(layer, []).append(head)
-        hooks = [
-            (hook_name("z", layer), replacing(replace[layer], some, positions))
-            for layer, some in sorted(by_layer.items())
-        ]
+        together: dict[int, list[int]] = {}
+        for layer, head in sorted(heads):
+            together.setdefault(layer, []).append(head)
+        hooks = [(hook_name("z", n), replacement.hook(by[n], some)) for n, some in together.items()]
         found.append(Intervention(name, hooks))
     return found
 
@@ -245,8 +201,8 @@ def ablate_heads_cumulatively(
     *,
     counts: Sequence[int] | None = None,
     n_random: int = 3,
-    mode: str = "mean_of_other_heads",
-    positions: str = "all",
+    mode: Mode = "mean_of_other_heads",
+    positions: Positions = "all",
     reference: SequenceSet | None = None,
     metrics: Sequence[MetricLike] = ("exact_match", "target_logprob"),
     seed: int = 0,
@@ -303,21 +259,14 @@ def ablate_heads_cumulatively(
     for i in range(n_random):
         orders[f"random {i}"] = [every[j] for j in torch.randperm(len(every), generator=generator).tolist()]
     cells = {f"{name}: {n}": (name, n, heads[:n]) for name, heads in orders.items() for n in counts}
-    edits = head_set_ablations(
-        model,
-        sequences,
-        {key: heads for key, (_, _, heads) in cells.items()},
-        mode=mode,
-        positions=positions,
-        reference=reference,
-        seed=seed,
-    )
+    replacement = Replacement(mode, positions, reference, seed)
+    sets = {key: heads for key, (_, _, heads) in cells.items()}
     edits = [
-        Intervention(e.name, e.hooks, {"order": cells[e.name][0], "n_ablated": cells[e.name][1]})
-        for e in edits
+        replace(e, coords={"order": cells[e.name][0], "n_ablated": cells[e.name][1]})
+        for e in head_set_ablations(model, sequences, sets, **vars(replacement))
     ]
     settings = {
-        **replacement_settings(mode, positions, reference, seed),
+        **replacement.settings,
         "n_random": n_random,
         "ranking": [head_label(h) for h in ranked[: max(counts)]],
     }
@@ -352,8 +301,8 @@ def ablate_head_pairs(
     sequences: SequenceSet,
     heads: Sequence[Head],
     *,
-    mode: str = "mean_of_other_heads",
-    positions: str = "all",
+    mode: Mode = "mean_of_other_heads",
+    positions: Positions = "all",
     reference: SequenceSet | None = None,
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
     seed: int = 0,
@@ -406,16 +355,14 @@ def ablate_head_pairs(
         " + ".join(labels[i] for i in sorted(set(cell))): [heads[i] for i in sorted(set(cell))]
         for cell in cells
     }
-    edits = head_set_ablations(
-        model, sequences, sets, mode=mode, positions=positions, reference=reference, seed=seed
-    )
+    replacement = Replacement(mode, positions, reference, seed)
     result = sweep(
         model,
         sequences,
-        edits,
+        head_set_ablations(model, sequences, sets, **vars(replacement)),
         metrics,
         kind="head_pair_ablation",
-        settings={**replacement_settings(mode, positions, reference, seed), "heads": labels},
+        settings={**replacement.settings, "heads": labels},
         **options,
     )
     return kept(Result(_squared(result, metric_names(metrics), cells, labels)), options.get("out"))

@@ -1,21 +1,22 @@
-"""Knock-out of neurons' sub-updates: how many of an MLP's neurons recall hangs on."""
+"""Knock-out of neurons' sub-updates: how many of an MLP's neurons recall depends on."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Int
 from torch import Tensor
 
-from memlens.errors import OptionError, check_option
-from memlens.forward.capture import mean_activations
-from memlens.forward.hooks import chosen_layers, hook_name
+from memlens.errors import OptionError, SiteError, check_option
+from memlens.forward.batches import Batch
+from memlens.forward.hooks import HookFn, check_layer, chosen_layers, hook_name
 from memlens.forward.metrics import MetricLike
 from memlens.forward.read_weights import value_vectors
 from memlens.forward.trunk import Trunk
@@ -27,14 +28,13 @@ from memlens.instruments.ablate.neuron_choice import (
     chosen_neurons,
     measure_dominance,
 )
-from memlens.instruments.ablate.neuron_edits import knock_out
-from memlens.instruments.ablate.replacing import POSITIONS
+from memlens.instruments.ablate.replacing import MakeReplace, Mode, Positions, Replacement
 from memlens.results.kinds import register_kind
 from memlens.results.plots.layers import plot_knock_outs
 from memlens.results.readings import read_effects
 from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
-from memlens.sweeps.interventions import Intervention
+from memlens.sweeps.interventions import ByBatch, Intervention
 from memlens.sweeps.run import kept, sweep
 
 _TOP_K = {False: (1, 10, 100, 1000), True: (10, 100, 1000)}
@@ -44,14 +44,12 @@ _WINDOWS = {False: (1, 2, 3, 4, 5), True: (1, 2, 3)}
 
 @dataclass(frozen=True)
 class _Grid:
-    """What is knocked out; every setting that `knock_out_neurons` records."""
+    """What is knocked out: every setting of `knock_out_neurons` except the replacement."""
 
     top_k: tuple[int, ...]
     keep: bool
     windows: tuple[int, ...]
     selection: tuple[str, ...]
-    positions: str
-    replace: str
     measured_at: str
     n_draws: int
     seed: int
@@ -82,8 +80,8 @@ def knock_out_neurons(
     windows: int | Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
     selection: str | Sequence[str] = "dominant",
-    positions: str = "all",
-    replace: str = "zero",
+    mode: Mode = "zero",
+    positions: Positions = "all",
     reference: SequenceSet | None = None,
     measured_at: str = "last_prompt",
     n_draws: int = 1,
@@ -95,31 +93,31 @@ def knock_out_neurons(
 
     The MLP's output is :math:`b + \sum_i m_i v_i`. Knocking out a set :math:`S` of neurons sets
     :math:`m_i := 0` for :math:`i \in S` (with `keep`, for :math:`i \notin S`); the bias stays. Dominance is
-    :math:`|m_i| \cdot \lVert v_i \rVert_2`, from the run as it is; :math:`S` is fixed for each sequence and
-    layer and not chosen anew downstream. (arXiv 2210.03588, as its released code has it; controls, positions,
-    means and gated MLPs are ours.) A gated MLP is cut where gate and up are already multiplied, at the input
-    of its output matrix. In OLMo 2 and 3 norms of value vectors are those before the norm after the MLP.
+    :math:`|m_i| \cdot \lVert v_i \rVert_2`, measured in the unchanged run; :math:`S` is fixed for each
+    sequence and layer and not chosen again downstream. (As in the released code of arXiv 2210.03588;
+    controls, positions, other modes and gated MLPs are ours.) A gated MLP is cut where gate and up are
+    already multiplied, at the input of its output matrix. In OLMo 2 and 3 the norms of value vectors are
+    those before the norm after the MLP.
 
     Args:
         model: A TransformerLens model.
         sequences: What is recalled.
-        top_k: How many neurons of a layer; one number or several. By default 1, 10, 100 and 1000 (with `keep`
-            10, 100 and 1000), as far as a layer has so many; norm-matched controls of a k that is more than
-            half of a layer are left out then (NaN).
+        top_k: How many neurons per layer; one number or several. By default those of 1, 10, 100 and 1000
+            (with `keep` 10, 100 and 1000) that a layer has; norm-matched controls are then left out (NaN)
+            for a k of more than half a layer.
         keep: Knock out all but the top k.
-        windows: How many consecutive layers; by default 1 to 5 (with `keep` 1 to 3), as far as there are so
-            many.
+        windows: How many consecutive layers; by default 1 to 5 (with `keep` 1 to 3), if the model has them.
         layers: First layers of the windows; all by default.
         selection: "dominant", or a control: "random", any k neurons of a layer; "norm_matched", for each
             dominant neuron another that is not among the k, of the nearest value-vector norm. Several add a
             dimension `selection`.
-        positions: "all", "prompt", "targets" or "last_prompt"; as for `ablate_mlps`.
-        replace: By what coefficients are replaced: "zero", or "mean" over all positions of `reference`.
-        reference: The set for "mean"; `sequences` itself by default.
+        mode: What replaces the coefficients: "zero", "mean" or "resample"; see `ablate_mlps`.
+        positions: "all", "prompt", "targets" or "last_prompt"; see `ablate_mlps`.
+        reference: The set for "mean" and "resample"; `sequences` itself by default.
         measured_at: Where dominance is measured: "last_prompt", the position that predicts the first target,
             or "targets", the mean over all predicting positions.
         n_draws: Draws of the controls; more than one adds a dimension `draw`.
-        seed: For the controls.
+        seed: For the controls, and for "resample".
         metrics: As for `sweep`.
         options: Further options of `sweep`. With `per_token` there are no metrics of the first target.
 
@@ -147,6 +145,7 @@ def knock_out_neurons(
         >>> result["prediction_flipped"].dims, float(result["prediction_flipped"].sel(k=0).sum())
         (('sequence', 'layer', 'window', 'k'), 0.0)
     """
+    replacement = Replacement(mode, positions, reference, seed)
     n_layers = Trunk(model).n_layers
     starts = chosen_layers(layers, n_layers)
     if not starts:
@@ -155,19 +154,10 @@ def knock_out_neurons(
     selections = (selection,) if isinstance(selection, str) else tuple(selection)
     most = width // 2 if set(selections) == {"norm_matched"} else width
     ks, lengths = knock_out_sizes(n_layers - min(starts), most, top_k, windows, keep=keep)
-    grid = _Grid(
-        top_k=ks,
-        keep=keep,
-        windows=lengths,
-        selection=selections,
-        positions=positions,
-        replace=replace,
-        measured_at=measured_at,
-        n_draws=n_draws,
-        seed=seed,
-    )
+    grid = _Grid(ks, keep, lengths, selections, measured_at, n_draws, seed)
     _check(grid, width, starts, n_layers, every_control=top_k is not None)
-    interventions = _knock_outs(model, sequences, grid, starts, reference, options.get("progress", True))
+    progress = options.get("progress", True)
+    interventions = _knock_outs(model, sequences, grid, starts, replacement, progress)
     with_first = not options.get("per_token", False)
     found = sweep(
         model,
@@ -176,13 +166,13 @@ def knock_out_neurons(
         [*metrics, first_prediction] if with_first else metrics,
         kind="neuron_knockout",
         settings={
-            **asdict(grid),
+            **vars(grid),
+            **replacement.settings,
             "left_out": {
                 "top_k": _left_out(top_k, _TOP_K[keep], grid.top_k),
                 "windows": _left_out(windows, _WINDOWS[keep], grid.windows),
             },
             "value_norm": "L2, before any norm after the MLP",
-            "reference": "sequences" if reference is None else dict(reference.attrs),
         },
         **options,
     )
@@ -196,7 +186,7 @@ def _knock_outs(
     sequences: SequenceSet,
     grid: _Grid,
     starts: Sequence[int],
-    reference: SequenceSet | None,
+    replacement: Replacement,
     progress: bool,
 ) -> list[Intervention]:
     n_layers = Trunk(model).n_layers
@@ -204,11 +194,7 @@ def _knock_outs(
     layers = sorted({c["layer"] + i for c in cells for i in range(c["window"])})
     most = max(1, *grid.top_k)
     found = measure_dominance(model, sequences, most, layers, measured_at=grid.measured_at, progress=progress)
-    means: dict[int, Tensor] = {}
-    if grid.replace == "mean":
-        names = {layer: hook_name("mlp_post", layer) for layer in layers}
-        by_name = mean_activations(model, sequences if reference is None else reference, list(names.values()))
-        means = {layer: by_name[name] for layer, name in names.items()}
+    by = replacement.by_layer(model, "mlp_post", layers, sequences)
     sets: dict[tuple[str, int, int], Tensor] = {}
     for c in cells:
         key = c["selection"], c["k"], c["draw"]
@@ -216,19 +202,110 @@ def _knock_outs(
             chosen = chosen_neurons(found, c["k"], c["selection"], draw=c["draw"], seed=grid.seed)
             sets[key] = torch.from_numpy(chosen.astype(np.int64))
     return [
-        knock_out(
-            {
-                layer: sets[c["selection"], c["k"], c["draw"]][:, layers.index(layer)]
-                for layer in range(c["layer"], c["layer"] + c["window"])
-            },
-            grid.keep,
-            grid.positions,
-            means,
+        Intervention(
             _name(grid, c),
+            [
+                _cut(
+                    layer,
+                    sets[c["selection"], c["k"], c["draw"]][:, layers.index(layer)],
+                    grid.keep,
+                    replacement,
+                    by,
+                )
+                for layer in range(c["layer"], c["layer"] + c["window"])
+            ],
             grid.coords(c),
         )
         for c in cells
     ]
+
+
+def neuron_knock_outs(
+    model: Any,
+    sequences: SequenceSet,
+    sets: Mapping[str, Mapping[int, Sequence[int] | np.ndarray | Tensor]],
+    *,
+    keep: bool = False,
+    mode: Mode = "zero",
+    positions: Positions = "all",
+    reference: SequenceSet | None = None,
+    seed: int = 0,
+) -> list[Intervention]:
+    """Return one intervention for each set of neurons, which are knocked out together.
+
+    Args:
+        model: A TransformerLens model.
+        sequences: What the interventions will run on.
+        sets: By name, the numbers of the neurons in each layer: a list for all sequences, or `[seq, k]`, one
+            list per sequence (which needs `sweep`).
+        keep: Knock out all but these neurons of the layers.
+        mode: What replaces the coefficients: "zero", "mean" or "resample"; see `ablate_mlps`.
+        positions: As for `ablate_mlps`; anything but "all" needs `sweep`.
+        reference: The set for "mean" and "resample"; `sequences` itself by default.
+        seed: For "resample".
+
+    Raises:
+        OptionError: Unknown mode or positions, or a set without a layer.
+        SiteError: A layer or a neuron that does not exist.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> seqs = ml.load_sequences("zoo", model)[:2]
+        >>> edits = ml.edits.neuron_knock_outs(model, seqs, {"three": {0: [5, 17], 1: [3]}})
+        >>> with ml.applied(model, *edits):
+        ...     logits = model(seqs.tokens)
+        >>> [edit.name for edit in edits]
+        ['three']
+    """
+    replacement = Replacement(mode, positions, reference, seed)
+    chosen: dict[str, dict[int, Tensor]] = {}
+    for name, by_layer in sets.items():
+        if not by_layer:
+            raise OptionError(f"the set {name!r} knocks out nothing: give the neurons of at least one layer.")
+        numbers = {layer: torch.as_tensor(np.asarray(n, dtype=np.int64)) for layer, n in by_layer.items()}
+        for layer, neurons in numbers.items():
+            check_layer(layer, Trunk(model).n_layers)
+            _check_neurons(neurons, layer, len(value_vectors(model, layer)))
+        chosen[name] = numbers
+    layers = sorted({layer for by_layer in chosen.values() for layer in by_layer})
+    by = replacement.by_layer(model, "mlp_post", layers, sequences)
+    return [
+        Intervention(name, [_cut(layer, some, keep, replacement, by) for layer, some in numbers.items()])
+        for name, numbers in chosen.items()
+    ]
+
+
+def _check_neurons(chosen: Int[Tensor, "*seq k"], layer: int, width: int) -> None:
+    if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < width:
+        wrong = int(chosen.min()) if int(chosen.min()) < 0 else int(chosen.max())
+        raise SiteError(f"neuron {wrong} does not exist: layer {layer} has neurons 0 to {width - 1}.")
+
+
+def _cut(
+    layer: int,
+    neurons: Int[Tensor, "*seq k"],
+    keep: bool,
+    replacement: Replacement,
+    by: Mapping[int, MakeReplace],
+) -> tuple[str, Any]:
+    """The hook that replaces some coefficients, in each sequence its own."""
+
+    def make(batch: Batch | None) -> HookFn:
+        rows = neurons[None] if neurons.ndim == 1 or batch is None else neurons[batch.rows]
+        new, at = by[layer](batch), replacement.where(batch)
+
+        def fn(x: Tensor, hook: Any) -> Tensor:
+            cut = torch.zeros(len(rows), x.shape[-1], dtype=torch.bool, device=x.device)
+            cut.scatter_(1, rows.to(x.device), True)
+            cut = (~cut if keep else cut)[:, None]
+            cut = cut if at is None else cut & at[..., None]
+            return torch.where(cut, new(x, None).to(x), x)
+
+        return fn
+
+    hook = ByBatch(make) if neurons.ndim > 1 else replacement.bound(make)
+    return hook_name("mlp_post", layer), hook
 
 
 def _name(grid: _Grid, cell: Mapping[str, Any]) -> str:
@@ -272,8 +349,6 @@ def _left_out(given: object, default: Sequence[int], used: Sequence[int]) -> lis
 
 
 def _check(grid: _Grid, width: int, starts: Sequence[int], n_layers: int, *, every_control: bool) -> None:
-    check_option("positions", grid.positions, POSITIONS)
-    check_option("replace", grid.replace, ("zero", "mean"))
     check_option("measured_at", grid.measured_at, MEASURED_AT)
     for name, values in (("top_k", grid.top_k), ("windows", grid.windows), ("selection", grid.selection)):
         if not values or len(set(values)) < len(values):
@@ -282,8 +357,8 @@ def _check(grid: _Grid, width: int, starts: Sequence[int], n_layers: int, *, eve
     for window in grid.windows:
         if not 1 <= window <= n_layers - min(starts):
             raise OptionError(
-                f"windows={window}: no window of so many layers starts in one of {list(starts)} and ends in "
-                f"this model of {n_layers} layers."
+                f"windows={window}: no window of this many layers starts at one of {list(starts)} and ends "
+                f"inside this model of {n_layers} layers."
             )
     if grid.n_draws < 1:
         raise OptionError(f"n_draws={grid.n_draws}: draw at least once.")

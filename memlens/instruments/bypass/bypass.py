@@ -1,10 +1,10 @@
-"""Attention bypass ("short-circuiting"): every token of a block attends to itself alone, or to nothing."""
+"""Attention bypass ("short-circuiting"): every token of a layer attends only to itself, or to nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from memlens.errors import OptionError, check_option
 from memlens.forward.hooks import HookFn, check_head, check_layer, chosen_layers, hook_name
 from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
+from memlens.results.groups import layers_label
 from memlens.results.kinds import register_kind
 from memlens.results.plots.heads import plot_bypass
 from memlens.results.readings import read_effects
@@ -22,37 +23,39 @@ from memlens.sweeps.contexts import applied
 from memlens.sweeps.interventions import Intervention, Reads
 from memlens.sweeps.run import sweep
 
+BypassMode = Literal["identity", "zero", "uniform", "first_token"]
 BYPASS_MODES = ("identity", "zero")
 CONTROL_MODES = ("uniform", "first_token")
-"""What else the attention matrix may become, as a control: they need the whole text at once."""
-SPANS = ("layer", "window", "suffix", "prefix")
+"""Controls: other attention matrices. They need the whole text at once."""
+Span = Literal["layer", "window", "suffix", "prefix"]
+SPANS: tuple[str, ...] = get_args(Span)
 
 
 def bypass_attention(
     model: Any,
     sequences: SequenceSet,
     *,
-    mode: str = "identity",
+    mode: BypassMode = "identity",
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
-    span: str = "layer",
+    span: Span = "layer",
     width: int = 2,
     over: str | None = None,
     strengths: Sequence[float] | None = None,
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
     **options: Any,
 ) -> Result:
-    r"""Bypass the attention of each block, window or suffix of blocks, or head, and measure recall.
+    r"""Bypass the attention of each layer, of windows or suffixes of layers, or of heads, and measure recall.
 
     - ``"identity"``: the attention matrix of every head becomes the identity, so that
       :math:`z_{h,t} = v_{h,t}`; value and output projections, biases, norms and the MLP stay
-      (arXiv 2501.05078, as its released code does it). It is written on values, which every architecture
-      obeys.
-    - ``"zero"``: the attention adds nothing to the residual, its bias included (ours, as a control).
-    - ``"uniform"``: every row of the attention matrix is the same for all tokens before and at its place,
-      :math:`z_{h,t} = \frac{1}{t+1} \sum_{s \le t} v_{h,s}` (ours, as a control; a sliding window is not
-      heeded).
-    - ``"first_token"``: every token attends to the first one alone, :math:`z_{h,t} = v_{h,0}` (ours, as a
+      (as in the released code of arXiv 2501.05078). It is implemented on values, which works on every
+      architecture.
+    - ``"zero"``: attention adds nothing to the residual, not even its bias (ours, as a control).
+    - ``"uniform"``: every token attends equally to itself and all tokens before it,
+      :math:`z_{h,t} = \frac{1}{t+1} \sum_{s \le t} v_{h,s}` (ours, as a control; sliding windows are
+      ignored).
+    - ``"first_token"``: every token attends only to the first one, :math:`z_{h,t} = v_{h,0}` (ours, as a
       control: many heads rest there).
 
     With a strength :math:`a` the attention matrix is :math:`(1-a)A + aI`: :math:`z_{h,t}` becomes
@@ -62,20 +65,20 @@ def bypass_attention(
         model: A TransformerLens model.
         sequences: What is recalled.
         mode: One of the above.
-        layers: The blocks at which a bypass stands or begins (a "prefix": ends); all by default.
+        layers: The layers at which a bypass starts (a "prefix": ends); all by default.
         heads: Only these heads (not with "zero"); all by default. With grouped queries, query heads.
-        span: What is bypassed together: the block alone ("layer"), `width` consecutive blocks from it on
-            ("window"; those that would pass the last block are left out), it and all later blocks
-            ("suffix"), or all blocks up to and with it ("prefix").
-        width: Blocks in a window.
-        over: "head" bypasses each of `heads` alone (not with "zero").
-        strengths: Strengths :math:`a` from 0 to 1 that are tried each; full strength alone by default.
+        span: What is bypassed together: the layer alone ("layer"), `width` consecutive layers starting with
+            it ("window"; windows that would pass the last layer are left out), the layer and all later ones
+            ("suffix"), or all layers up to and including it ("prefix").
+        width: Layers in a window.
+        over: "head" bypasses each of `heads` separately (not with "zero").
+        strengths: Strengths :math:`a` from 0 to 1, each tried separately; only full strength by default.
         metrics: As for `sweep`.
         options: Further options of `sweep`.
 
     Returns:
-        Kind "attention_bypass": each metric `(sequence, layer)`, with `head` and `strength` after it where
-        they were asked for, and its baseline `(sequence)`.
+        Kind "attention_bypass": each metric `(sequence, layer)`, followed by `head` and `strength` where
+        requested, and its baseline `(sequence)`.
 
     Raises:
         OptionError: Unknown mode, span or `over`, heads with mode "zero", a strength outside 0 to 1, or a
@@ -89,27 +92,9 @@ def bypass_attention(
         >>> result["exact_match"].dims
         ('sequence', 'layer')
     """
-    if over is not None:
-        check_option("over", over, ("head",))
-    trunk = Trunk(model)
-    each = [heads] if over is None else [[h] for h in (range(trunk.n_heads) if heads is None else heads)]
-    interventions = [
-        bypass_intervention(
-            model,
-            spanned,
-            mode=mode,
-            heads=some,
-            strength=1.0 if strength is None else strength,
-            coords={
-                "layer": layer,
-                **({} if over is None or some is None else {"head": some[0]}),
-                **({} if strength is None else {"strength": strength}),
-            },
-        )
-        for layer, spanned in spans(trunk.n_layers, span=span, width=width, layers=layers).items()
-        for some in each
-        for strength in (strengths or [None])
-    ]
+    interventions = attention_bypasses(
+        model, mode=mode, layers=layers, heads=heads, span=span, width=width, over=over, strengths=strengths
+    )
     settings = {
         "mode": mode,
         "heads": None if heads is None else list(heads),
@@ -123,16 +108,104 @@ def bypass_attention(
     )
 
 
+def attention_bypasses(
+    model: Any,
+    *,
+    mode: BypassMode = "identity",
+    layers: Sequence[int | Sequence[int]] | None = None,
+    heads: Sequence[int] | None = None,
+    span: Span = "layer",
+    width: int = 2,
+    over: str | None = None,
+    strengths: Sequence[float] | None = None,
+) -> list[Intervention]:
+    """Return the interventions that `bypass_attention` runs; see there for the options.
+
+    Args:
+        model: A TransformerLens model.
+        mode: See `bypass_attention`.
+        layers: One intervention for each entry: a layer, or several layers that are bypassed together. Sets
+            of layers are labeled `layers` in a result ("0, 3-5"), single ones `layer`.
+        heads: See `bypass_attention`.
+        span: See `bypass_attention`; sets of layers are taken as they are.
+        width: See `bypass_attention`.
+        over: See `bypass_attention`.
+        strengths: See `bypass_attention`.
+
+    Raises:
+        OptionError: See `bypass_attention`; or a set without layers.
+        SiteError: A layer or head that does not exist.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> len(ml.edits.attention_bypasses(model))
+        6
+        >>> [dict(edit.coords) for edit in ml.edits.attention_bypasses(model, layers=[[0, 1], [5]])]
+        [{'layers': '0-1'}, {'layers': '5'}]
+    """
+    check_option("mode", mode, BYPASS_MODES + CONTROL_MODES)
+    if over is not None:
+        check_option("over", over, ("head",))
+    for strength in strengths or []:
+        if not 0 <= strength <= 1:
+            raise OptionError(f"strength={strength} is not a share: give a number from 0 to 1.")
+    if mode == "zero" and (heads is not None or over is not None):
+        raise OptionError(
+            "heads= goes with mode='identity': ablate single heads to zero with ablate_heads(mode='zero')."
+        )
+    trunk = Trunk(model)
+    for head in heads or []:
+        check_head(head, trunk.n_heads)
+    each = [heads] if over is None else [[h] for h in (range(trunk.n_heads) if heads is None else heads)]
+    words = {s: mode if s in (None, 1) else f"{mode} x {s:g}" for s in strengths or [None]}
+    return [
+        Intervention(
+            f"bypass {layers_label(together)} ({words[strength]})",
+            [
+                hook
+                for layer in together
+                for hook in _hooks(trunk, layer, mode, some, 1.0 if strength is None else strength)
+            ],
+            {
+                **place,
+                **({} if over is None or some is None else {"head": some[0]}),
+                **({} if strength is None else {"strength": strength}),
+            },
+        )
+        for place, together in _places(trunk.n_layers, layers, span, width)
+        for some in each
+        for strength in words
+    ]
+
+
+def _places(
+    n_layers: int, layers: Sequence[int | Sequence[int]] | None, span: str, width: int
+) -> list[tuple[dict[str, Hashable], Sequence[int]]]:
+    """The layers that are bypassed together, each with its label."""
+    singles = [layer for layer in layers or [] if not isinstance(layer, Sequence)]
+    if layers is None or len(singles) == len(layers):
+        named = spans(n_layers, span=span, width=width, layers=None if layers is None else singles)
+        return [({"layer": layer}, together) for layer, together in named.items()]
+    sets = [entry if isinstance(entry, Sequence) else [entry] for entry in layers]
+    for together in sets:
+        if not together:
+            raise OptionError("a set without layers bypasses nothing: give at least one layer.")
+        for layer in together:
+            check_layer(layer, n_layers)
+    return [({"layers": layers_label(together)}, together) for together in sets]
+
+
 def spans(
     n_layers: int, *, span: str = "layer", width: int = 2, layers: Sequence[int] | None = None
 ) -> dict[int, list[int]]:
-    """Return which blocks are taken together, by the block that names them.
+    """Return which layers are bypassed together, by the layer that names them.
 
     Args:
-        n_layers: How many blocks the model has.
+        n_layers: Number of layers of the model.
         span: "layer", "window", "suffix" or "prefix"; see `bypass_attention`.
-        width: Blocks in a window.
-        layers: The naming blocks; all by default.
+        width: Layers in a window.
+        layers: The naming layers; all by default.
 
     Raises:
         OptionError: An unknown span, or a window wider than the model is deep.
@@ -146,7 +219,7 @@ def spans(
     check_option("span", span, SPANS)
     if not 1 <= width <= n_layers:
         raise OptionError(
-            f"width={width} is no window of a model with {n_layers} layers: give 1 to {n_layers}."
+            f"width={width} is not a window of a model with {n_layers} layers: give 1 to {n_layers}."
         )
     layers = chosen_layers(layers, n_layers)
     ends: dict[str, Callable[[int], range]] = {
@@ -159,72 +232,23 @@ def spans(
     return {layer: blocks for layer, blocks in found.items() if blocks[-1] < n_layers}
 
 
-def bypass_intervention(
-    model: Any,
-    layers: int | Sequence[int],
-    *,
-    mode: str = "identity",
-    heads: Sequence[int] | None = None,
-    strength: float = 1.0,
-    coords: dict[str, Any] | None = None,
-) -> Intervention:
-    """Return the joint bypass of some layers as one `Intervention`.
-
-    Args:
-        model: A TransformerLens model.
-        layers: The block, or the blocks bypassed together.
-        mode: See `bypass_attention`.
-        heads: Only these heads (not with "zero"); all by default.
-        strength: How much of it, 0 to 1; see `bypass_attention`.
-        coords: Labels for the result.
-
-    Raises:
-        OptionError: Unknown mode, no layers, heads with mode "zero", or a strength outside 0 to 1.
-        SiteError: A layer or head that does not exist.
-    """
-    check_option("mode", mode, (*BYPASS_MODES, *CONTROL_MODES))
-    trunk = Trunk(model)
-    layers = [layers] if isinstance(layers, int) else list(layers)
-    if not layers:
-        raise OptionError("layers=[] bypasses nothing: give at least one layer.")
-    if not 0 <= strength <= 1:
-        raise OptionError(f"strength={strength} is no share: give a number from 0 to 1.")
-    for layer in layers:
-        check_layer(layer, trunk.n_layers)
-    for head in heads or []:
-        check_head(head, trunk.n_heads)
-    if heads is not None and mode == "zero":
-        raise OptionError(
-            "heads= goes with mode='identity': ablate single heads to zero with ablate_heads(mode='zero')."
-        )
-    hooks = [
-        hook
-        for layer in layers
-        for hook in (
-            _zero(layer, strength) if mode == "zero" else _on_values(trunk, layer, mode, heads, strength)
-        )
-    ]
-    what = mode if strength == 1 else f"{mode} x {strength:g}"
-    return Intervention(f"bypass {','.join(map(str, layers))} ({what})", hooks, coords or {})
-
-
 @contextmanager
 def bypassed(
     model: Any,
     layers: int | Sequence[int],
     *,
-    mode: str = "identity",
+    mode: BypassMode = "identity",
     heads: Sequence[int] | None = None,
     strength: float = 1.0,
 ) -> Iterator[Any]:
     """Hold a bypass for the length of a `with` block.
 
-    A token that sees itself alone needs no cache and no padding mask, so a forward, generation with or
+    A token that sees only itself needs no cache and no padding mask, so a forward pass, generation with or
     without a cache, left-padded batches, and a prompt fed in chunks all give the same tokens.
 
     Args:
         model: A TransformerLens model.
-        layers: The block, or the blocks bypassed together.
+        layers: The layer, or the layers bypassed together.
         mode: "identity" or "zero"; see `bypass_attention`.
         heads: Only these heads ("identity" only); all by default.
         strength: How much of it, 0 to 1.
@@ -241,12 +265,9 @@ def bypassed(
         (1, 3)
     """
     check_option("mode", mode, BYPASS_MODES)
-    with applied(model, bypass_intervention(model, layers, mode=mode, heads=heads, strength=strength)):
+    edits = attention_bypasses(model, layers=[layers], mode=mode, heads=heads, strengths=[strength])
+    with applied(model, *edits):
         yield model
-
-
-def _zero(layer: int, strength: float) -> list[tuple[str, HookFn]]:
-    return [(hook_name("attn_out", layer), lambda x, hook: x * (1 - strength))]
 
 
 def _uniform(v: Tensor) -> Tensor:
@@ -264,10 +285,12 @@ _MIXED: dict[str, Callable[[Tensor], Tensor]] = {
 """What each mode makes of the values `[batch, pos, head, d_head]`."""
 
 
-def _on_values(
+def _hooks(
     trunk: Trunk, layer: int, mode: str, heads: Sequence[int] | None, strength: float
 ) -> list[tuple[str, HookFn]]:
-    """Remember the values, and write what the mode makes of them where the mixed values would stand."""
+    """Scale what attention adds ("zero"), or remember the values and write what the mode makes of them."""
+    if mode == "zero":
+        return [(hook_name("attn_out", layer), lambda x, hook: x * (1 - strength))]
     mixed = _MIXED[mode]
     kept: list[Tensor] = []
     groups = trunk.n_heads // trunk.n_kv_heads

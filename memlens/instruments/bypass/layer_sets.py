@@ -14,7 +14,7 @@ import xarray as xr
 
 from memlens.errors import EmptySetError, OptionError, check_option
 from memlens.forward.trunk import Trunk
-from memlens.instruments.bypass.bypass import bypass_intervention
+from memlens.instruments.bypass.bypass import BypassMode, attention_bypasses
 from memlens.instruments.tasks.evaluate import evaluate_tasks
 from memlens.instruments.tasks.tasks import ChoiceTask
 from memlens.results.groups import layers_label, quartiles, take_half
@@ -123,7 +123,7 @@ def search_layer_sets(
     sequences: SequenceSet,
     tasks: Sequence[ChoiceTask],
     *,
-    mode: str = "identity",
+    mode: BypassMode = "identity",
     over: str = "max",
     greedy_size: int = 4,
     exact_layers: int = 7,
@@ -237,7 +237,7 @@ class _Search:
         model: Any,
         sequences: SequenceSet,
         tasks: Sequence[ChoiceTask],
-        mode: str,
+        mode: BypassMode,
         over: str,
         n_resamples: int,
         seed: int,
@@ -265,10 +265,7 @@ class _Search:
         new = [layers for layers in self.kinds if layers not in self.tried]
         if not new:
             return
-        edits = [
-            bypass_intervention(self.model, layers, mode=self.mode, coords={"layers": layers_label(layers)})
-            for layers in new
-        ]
+        edits = attention_bypasses(self.model, layers=new, mode=self.mode)
         places = {
             name: None if self.out is None else Path(self.out) / f"{name}_{self.rounds}"
             for name in ("recall", "tasks")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from memlens.forward.capture import ActivationSource
 from memlens.forward.hooks import HookFn, check_layer, hook_name
 from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
-from memlens.instruments.ablate.replacing import POSITIONS, where
+from memlens.instruments.ablate.replacing import POSITIONS, Positions, where
 from memlens.results.kinds import register_kind
 from memlens.results.plots.layers import plot_strengths
 from memlens.results.readings import read_strengths
@@ -68,46 +68,51 @@ class NoiseSource:
 def embedding_noise(
     model: Any,
     *,
-    alpha: float = 0.5,
-    seed: int = 0,
-    positions: str = "prompt",
+    alphas: Sequence[float] = (0.5,),
+    positions: Positions = "prompt",
     scale: str = "norm",
-    draw: int = 0,
-) -> Intervention:
-    r"""Return relative Gaussian noise on the embeddings as one `Intervention`: a corruption of the prompt.
+    n_draws: int = 1,
+    seed: int = 0,
+) -> list[Intervention]:
+    r"""Return relative Gaussian noise on the embeddings, one intervention per strength.
 
-    It is added to the residual at the input of block 0 (token embeddings, with position embeddings where the
-    model adds them there); the formula is that of `perturb_residual`.
+    This corrupts the prompt. The noise is added to the residual at the input of layer 0 (token embeddings, plus position embeddings if
+    the model adds them there); the formula is that of `perturb_residual`.
 
     Args:
         model: A TransformerLens model.
-        alpha: Strength: with `scale="norm"` the noise's expected length relative to the embedding's.
-        seed: A sequence's noise depends on the seed, its row in the set and the draw only.
-        positions: "prompt" (those given to the model), "all", "targets" or "last_prompt".
+        alphas: Strengths: with `scale="norm"` the noise's expected length relative to the embedding's.
+        positions: "prompt" (the positions of the prompt), "all", "targets" or "last_prompt".
         scale: "norm" or "std".
-        draw: Draws of one seed differ.
+        n_draws: Draws of the noise for each strength; more than one adds a coordinate `draw`.
+        seed: A sequence's noise depends only on the seed, its row in the set and the draw.
 
     Raises:
-        OptionError: Unknown positions or scale, or an alpha that is negative or not finite.
+        OptionError: Unknown positions or scale, or a strength that is negative or not finite.
 
     Example:
         >>> import memlens as ml
         >>> model = ml.load_model("zoo/pythia-s")
         >>> seqs = ml.load_sequences("zoo", model)[:4]
-        >>> result = ml.sweep(model, seqs, [ml.edits.embedding_noise(model, alpha=1.0)], progress=False)
-        >>> bool((result.effect("target_logprob") != 0).all())
-        True
+        >>> edits = ml.edits.embedding_noise(model, alphas=[0.5, 1.0])
+        >>> ml.sweep(model, seqs, edits, progress=False)["target_logprob"].dims
+        ('sequence', 'alpha')
     """
-    return residual_noise(
-        model,
-        NoiseSource(seed, draw),
-        alpha=alpha,
-        layer=0,
-        site="resid_pre",
-        positions=positions,
-        scale=scale,
-        name=f"embedding noise {alpha:g}",
-    )
+    _check(alphas, n_draws)
+    return [
+        residual_noise(
+            model, source, alpha=alpha, layer=0, site="resid_pre", positions=positions, scale=scale,
+            name=f"embedding noise {alpha:g}", coords={"alpha": alpha} | draw,
+        )
+        for source, draw in _sources(seed, n_draws)
+        for alpha in alphas
+    ]  # fmt: skip
+
+
+def _sources(seed: int, n_draws: int) -> Iterator[tuple[NoiseSource, dict[str, Hashable]]]:
+    """A source of noise for each draw, shared by all strengths, with the draw's label."""
+    for draw in range(n_draws):
+        yield NoiseSource(seed, draw), {"draw": draw} if n_draws > 1 else {}
 
 
 def residual_noise(
@@ -167,7 +172,7 @@ def perturb_residual(
     alphas: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
     layer: int = 0,
     site: str = "resid_post",
-    positions: str = "prompt",
+    positions: Positions = "prompt",
     scale: str = "norm",
     n_draws: int = 1,
     seed: int = 0,
@@ -230,19 +235,18 @@ def perturb_residual(
         (('sequence', 'alpha', 'layer'), True)
     """
     alphas = [float(alpha) for alpha in alphas]
-    _check(alphas, n_draws, similarity_at)
+    check_option("similarity_at", similarity_at, SIMILARITY_AT)
+    _check(alphas, n_draws)
     check_layer(layer, Trunk(model).n_layers)
     layers = range(layer, Trunk(model).n_layers)
     places = [hook_name(site, layer), *(hook_name("resid_post", n) for n in layers)]
     clean = ActivationSource(model, sequences, list(dict.fromkeys(places)))
     interventions = []
-    for draw in range(n_draws):
-        source = NoiseSource(seed, draw)  # shared, so that each batch's noise is drawn once
+    for source, draw in _sources(seed, n_draws):
         for alpha in alphas:
-            coords = {"alpha": alpha} | ({"draw": draw} if n_draws > 1 else {})
             noise = residual_noise(
                 model, source, alpha=alpha, layer=layer, site=site, positions=positions, scale=scale,
-                coords=coords,
+                coords={"alpha": alpha} | draw,
             )  # fmt: skip
             looks = _Similarities(clean, places, similarity_at).intervention()
             interventions.append(noise + looks if recovery else noise)
@@ -320,8 +324,7 @@ def _with_recovery(data: xr.Dataset, layers: Sequence[int]) -> xr.Dataset:
     )
 
 
-def _check(alphas: Sequence[float], n_draws: int, similarity_at: str) -> None:
-    check_option("similarity_at", similarity_at, SIMILARITY_AT)
+def _check(alphas: Sequence[float], n_draws: int) -> None:
     if not alphas or len(set(alphas)) < len(alphas):
         raise OptionError(f"alphas={list(alphas)}: give at least one strength, and each only once.")
     for alpha in alphas:

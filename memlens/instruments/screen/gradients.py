@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from memlens.errors import SiteError, check_option
+from memlens.errors import check_option
 from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource
 from memlens.forward.hooks import hook_name
 from memlens.forward.metrics import MetricLike
-from memlens.instruments.ablate.replacing import POSITIONS, replacement_settings, replacements, where
+from memlens.instruments.ablate.replacing import Mode, Positions, Replacement
 from memlens.instruments.patch.pairs import DIRECTIONS, check_pairs, checked_positions, compare_runs
 from memlens.instruments.screen.backward import GRADIENT_SITES, GradientRun
 from memlens.instruments.screen.cells import Cells, check_over
@@ -35,8 +35,6 @@ from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.labels import make_result
 from memlens.sweeps.measure import measure
-
-ABLATION_MODES = ("zero", "mean", "resample", "mean_of_other_heads")
 
 
 def attribute_gradients(
@@ -147,8 +145,8 @@ def attribute_ablation(
     *,
     site: str = "z",
     over: str | None = None,
-    mode: str = "zero",
-    positions: str = "all",
+    mode: Mode = "zero",
+    positions: Positions = "all",
     reference: SequenceSet | None = None,
     method: str = "integrated_gradients",
     steps: int = 8,
@@ -211,30 +209,20 @@ def attribute_ablation(
         ('sequence', 'layer', 'neuron')
     """
     check_option("site", site, [s for s in GRADIENT_SITES if s != "pattern"])
-    check_option("mode", mode, ABLATION_MODES)
-    check_option("positions", positions, POSITIONS)
+    replacement = Replacement(mode, positions, reference, seed)
     run = GradientRun.of(model, sequences, site, layers, metric, method, "site", steps, batch_size)
     cells = Cells(check_over(site, over), checked_positions(sequences, None), site)
-    if mode == "mean_of_other_heads" and (site != "z" or run.trunk.n_heads < 2):
-        raise SiteError("mean_of_other_heads needs site='z' and at least two heads a layer: use mode='zero'.")
-    by = {}
-    if mode != "mean_of_other_heads":
-        other = sequences if reference is None else reference
-        by = replacements(model, site, mode, run.layers, other, len(sequences), seed)
+    by = replacement.by_layer(model, site, run.layers, sequences)
 
     def deltas(batch: Batch, here: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        at = where(batch, positions)
-        found = {}
-        for layer, a in here.items():
-            new = by[layer](batch)(a, None) if by else (a.sum(2, keepdim=True) - a) / (a.shape[2] - 1)
-            found[layer] = new - a
-            if at is not None:
-                found[layer] = found[layer] * at.reshape(*at.shape, *[1] * (a.ndim - 2))
-        return found
+        at = replacement.where(batch)
+        found = {layer: by[layer](batch)(a, None) - a for layer, a in here.items()}
+        if at is None:
+            return found
+        return {layer: d * at.reshape(*at.shape, *[1] * (d.ndim - 2)) for layer, d in found.items()}
 
     name, values, effects = run.estimate(deltas, None, cells, progress)
-    settings = replacement_settings(mode, positions, reference, seed)
-    return _result(model, sequences, name, values, effects, cells, run, settings)
+    return _result(model, sequences, name, values, effects, cells, run, replacement.settings)
 
 
 def _result(

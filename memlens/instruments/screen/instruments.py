@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from memlens.errors import OptionError, SequenceError, check_option
 from memlens.forward.batches import Batch
-from memlens.forward.capture import ActivationSource, mean_activations
+from memlens.forward.capture import ActivationSource
 from memlens.forward.hooks import hook_name
 from memlens.forward.metrics import MetricLike, metric_names
 from memlens.instruments.ablate.heads import head_ablations
-from memlens.instruments.ablate.neuron_edits import neuron_knock_out
+from memlens.instruments.ablate.neurons import neuron_knock_outs
 from memlens.instruments.patch.pairs import DIRECTIONS, check_pairs, compare_runs
 from memlens.instruments.patch.patching import activation_patches
 from memlens.instruments.screen.gradients import attribute_ablation, attribute_gradients
@@ -179,28 +179,24 @@ def _head_ablation(model: Any, clean: SequenceSet, _: None, options: dict[str, A
 
 def _neuron_ablation(model: Any, clean: SequenceSet, _: None, options: dict[str, Any]) -> Instrument:
     mode, positions = options["mode"], options["positions"] or "all"
-    check_option("mode", mode, ("zero", "mean"))
+    common = {
+        "mode": mode,
+        "positions": positions,
+        "reference": options["reference"],
+        "seed": options["seed"],
+    }
 
     def interventions(cells: Sequence[Cell]) -> list[Intervention]:
-        layers = sorted({cell["layer"] for cell in cells})
-        means = None
-        if mode == "mean":
-            reference = clean if options["reference"] is None else options["reference"]
-            found = mean_activations(model, reference, [hook_name("mlp_post", n) for n in layers])
-            means = {n: found[hook_name("mlp_post", n)] for n in layers}
-        return [
-            neuron_knock_out(
-                model, {cell["layer"]: [cell["neuron"]]}, positions=positions, means=means,
-                name=f"{mode} L{cell['layer']}N{cell['neuron']}", coords=cell,
-            )
-            for cell in cells
-        ]  # fmt: skip
+        sets = {
+            f"{mode} L{cell['layer']}N{cell['neuron']}": {cell["layer"]: [cell["neuron"]]} for cell in cells
+        }
+        edits = neuron_knock_outs(model, clean, sets, **common)
+        return [replace(edit, coords=cell) for edit, cell in zip(edits, cells, strict=True)]
 
     def estimate(**method: Any) -> Result:
         return attribute_ablation(
-            model, clean, site="mlp_post", over="neuron", mode=mode, positions=positions,
-            reference=options["reference"], layers=options["layers"], **method,
-        )  # fmt: skip
+            model, clean, site="mlp_post", over="neuron", layers=options["layers"], **common, **method
+        )
 
     settings = {"mode": mode, "positions": positions}
     return Instrument("neuron_ablation", clean, estimate, interventions, settings)

@@ -70,10 +70,10 @@ def evaluate_tasks(
         >>> import memlens as ml
         >>> model = ml.load_model("zoo/pythia-s")
         >>> task = ml.tasks.local_tasks("zoo", model, names=["agreement"], n=4)[0]
-        >>> bypass = ml.edits.bypass_intervention(model, 0)
-        >>> result = ml.evaluate_tasks(model, [task], [bypass], progress=False)
+        >>> bypasses = ml.edits.attention_bypasses(model)
+        >>> result = ml.evaluate_tasks(model, [task], bypasses, progress=False)
         >>> result["accuracy"].dims, result.data.sizes["sequence"]
-        (('sequence', 'intervention'), 4)
+        (('sequence', 'layer'), 4)
     """
     requests = joined_requests(tasks)
     settings = {"tasks": {task.name: _about(task) for task in tasks}}

@@ -35,11 +35,6 @@ from types import MappingProxyType
 from memlens.errors import ModelLoadError, SourceNotFoundError, near_matches
 from memlens.instruments.tasks.tasks import ChoiceTask, Question
 
-if TYPE_CHECKING:
-    pass
-    from memlens.sweeps.interventions import Intervention
-
-
 _MAX_TOKENS = 256
 """Of a generated answer where the task does not say; lm-eval's own default."""
 
@@ -281,14 +276,12 @@ def as_lm_eval(
     Example:
         >>> import memlens as ml
         >>> model = ml.load_model("zoo/pythia-s")
-        >>> lm = ml.tasks.as_lm_eval(model, ml.edits.bypass_intervention(model, [5]), progress=False)
+        >>> bypass = ml.edits.attention_bypasses(model, layers=[5])
+        >>> lm = ml.tasks.as_lm_eval(model, bypass, progress=False)
         >>> from lm_eval import simple_evaluate
         >>> scores = simple_evaluate(lm, tasks=["arc_easy"], limit=100)  # doctest: +SKIP
     """
     _check_installed()
-    pass
-    from memlens.sweeps.interventions import Intervention
-
     some = (interventions,) if isinstance(interventions, Intervention) else tuple(interventions)
     return LensLM(model, some, batch_size=batch_size, prepend_bos=prepend_bos, progress=progress)
 

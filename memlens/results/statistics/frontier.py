@@ -52,8 +52,7 @@ def join_frontier(
         >>> import memlens as ml
         >>> model = ml.load_model("zoo/pythia-s")
         >>> seqs, tasks = ml.load_sequences("zoo", model)[:4], ml.tasks.local_tasks("zoo", model, n=4)
-        >>> bypass = ml.edits.bypass_intervention
-        >>> edits = [bypass(model, layer, coords={"layer": layer}) for layer in range(6)]
+        >>> edits = ml.edits.attention_bypasses(model)
         >>> pair = ml.sweep(model, seqs, edits), ml.evaluate_tasks(model, tasks, edits)
         >>> ml.tasks.join_frontier({"pythia-s": pair}, n_resamples=100)["label"].values.tolist()
         ['0', '1', '2', '3', '4', '5']

@@ -133,7 +133,7 @@ def edit_tradeoff(
         >>> some = ml.load_sequences("zoo", model)[::5]
         >>> seqs = ml.score_recall(model, some, generate=False, progress=False).memorized()
         >>> tasks = ml.tasks.local_tasks("zoo", model, names=["agreement", "tense"], n=20)
-        >>> edits = [ml.edits.bypass_intervention(model, i, coords={"layer": i}) for i in range(6)]
+        >>> edits = ml.edits.attention_bypasses(model)
         >>> found = ml.tasks.edit_tradeoff(
         ...     ml.sweep(model, seqs, edits, progress=False),
         ...     ml.evaluate_tasks(model, tasks, edits, progress=False),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from memlens.forward.trunk import Trunk
-from memlens.instruments.bypass.bypass import bypass_attention, bypass_intervention
+from memlens.instruments.bypass.bypass import attention_bypasses, bypass_attention
 from memlens.instruments.tasks.evaluate import evaluate_tasks
 from memlens.organisms.untrained import untrained_like
 from memlens.results.result import Result
@@ -70,10 +70,6 @@ class BypassContext:
 
     def evaluate(self, inputs: BypassInputs, name: str) -> Result:
         """Answer the tasks with each block bypassed."""
-        layers = range(Trunk(inputs.model).n_layers)
-        edits = [
-            bypass_intervention(inputs.model, layer, mode=self.options.mode, coords={"layer": layer})
-            for layer in layers
-        ]
+        edits = attention_bypasses(inputs.model, mode=self.options.mode)
         work = partial(evaluate_tasks, inputs.model, inputs.tasks, edits, progress=self.progress)
         return self.folder.kept(name, work)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from memlens.instruments.ablate.branches import branch_ablations
-from memlens.instruments.bypass.bypass import BYPASS_MODES, CONTROL_MODES, bypass_intervention
+from memlens.instruments.ablate.branches import attention_ablations, mlp_ablations
+from memlens.instruments.bypass.bypass import BYPASS_MODES, CONTROL_MODES, attention_bypasses
 from memlens.instruments.screen.agreement import rank_correlation, standard_interval
 from memlens.results.groups import by_part, layers_label, quartiles
 from memlens.results.result import Result
@@ -23,29 +24,24 @@ MEMORIZED, UNTRAINED = "memorized", "untrained weights"
 SINGLE_HEAD = "single head"
 
 
-def control_edits(
-    model: Any, sequences: SequenceSet, names: Sequence[str], n_layers: int
-) -> list[Intervention]:
+def control_edits(model: Any, sequences: SequenceSet, names: Sequence[str]) -> list[Intervention]:
     """Return one intervention for each edit and layer, with the coordinates `edit` and `layer`.
 
     Args:
         model: A TransformerLens model.
         sequences: What they will run on; the means of "mean" and "mlp_mean" are taken over it.
         names: Out of `EDITS`.
-        n_layers: Of the model.
     """
     found = []
     for name in names:
         if name in (*BYPASS_MODES, *CONTROL_MODES):
-            edits = [
-                bypass_intervention(model, layer, mode=name, coords={"layer": layer})
-                for layer in range(n_layers)
-            ]
+            edits = attention_bypasses(model, mode=name)
+        elif name.startswith("mlp_"):
+            edits = mlp_ablations(model, sequences, mode=name.removeprefix("mlp_"))
         else:
-            branch, mode = ("mlp_out", name.removeprefix("mlp_")) if "mlp" in name else ("attn_out", name)
-            edits = branch_ablations(model, sequences, branch, mode=mode)
+            edits = attention_ablations(model, sequences, mode=name)
         found += [
-            Intervention(f"{name}: {edit.name}", edit.hooks, {"edit": name, **edit.coords}) for edit in edits
+            replace(edit, name=f"{name}: {edit.name}", coords={"edit": name, **edit.coords}) for edit in edits
         ]
     return found
 

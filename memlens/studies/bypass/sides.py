@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from memlens.instruments.bypass.bounds import bypass_bounds
-from memlens.instruments.bypass.bypass import bypass_attention, bypass_intervention
+from memlens.instruments.bypass.bypass import attention_bypasses, bypass_attention
 from memlens.instruments.bypass.layer_sets import LayerSetSearch, search_layer_sets
 from memlens.instruments.bypass.predictor import bypass_predictor, predictor_agreement
 from memlens.report.model import FigureRequest
@@ -169,7 +169,7 @@ def bounds(study: BypassContext) -> None:
 
 
 def _edited(study: BypassContext, model: Any, seqs: SequenceSet, name: str) -> Result:
-    edits = control_edits(model, seqs, study.options.edits, study.n_layers)
+    edits = control_edits(model, seqs, study.options.edits)
     settings = {"edits": list(study.options.edits)}
     work = partial(sweep, model, seqs, edits, _CONTROL_METRICS, kind="bypass_controls", settings=settings)
     return study.folder.kept(f"edits_{name}", partial(work, progress=study.progress))
@@ -178,11 +178,11 @@ def _edited(study: BypassContext, model: Any, seqs: SequenceSet, name: str) -> R
 def _elsewhere(study: BypassContext, search: LayerSetSearch) -> dict[str, Result]:
     """Return what the best set does to each group."""
     layers = search.sets[search.best["any"]]
-    edit = bypass_intervention(study.model, layers, mode=study.options.mode)
+    edits = attention_bypasses(study.model, layers=[layers], mode=study.options.mode)
     return {
         name: study.folder.kept(
             f"best_set_{name}",
-            partial(sweep, study.model, group, [edit], ("target_logprob",), progress=False),
+            partial(sweep, study.model, group, edits, ("target_logprob",), progress=False),
         )
         for name, group in study.chosen(study.options.control_sequences).items()
     }

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memlens.errors import OptionError, check_option
-from memlens.instruments.ablate.heads import HEAD_MODES
-from memlens.instruments.ablate.replacing import POSITIONS
+from memlens.instruments.ablate.replacing import MODES, POSITIONS
 from memlens.instruments.noise.residual import NOISE_SITES, SCALES, SIMILARITY_AT
 from memlens.recall.prompts.compression import COMPRESSIONS
 from memlens.studies.comparative.analyze.domains import STRUCTURAL
@@ -108,7 +107,7 @@ class ComparativeOptions:
             check_option("measures", name, MEASURES)
         known = {
             "compression": COMPRESSIONS, "noise_site": NOISE_SITES, "noise_positions": POSITIONS,
-            "noise_scale": SCALES, "similarity_at": SIMILARITY_AT, "head_mode": HEAD_MODES,
+            "noise_scale": SCALES, "similarity_at": SIMILARITY_AT, "head_mode": MODES,
             "importance": IMPORTANCES, "profile": PROFILES, "similarity": SIMILARITIES, "linkage": LINKAGES,
         }  # fmt: skip
         for name, values in known.items():

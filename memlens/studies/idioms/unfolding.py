@@ -230,9 +230,9 @@ class Unfolding:
     def _knocked_out(self, seqs: SequenceSet, group: str, keep: bool, selections: tuple[str, ...]) -> Result:
         options = self.options
         place = f"{self.name}_{group.replace(' ', '_')}_{'non_top' if keep else 'top'}"
-        named = ("top_k", "windows", "positions", "replace", "n_draws", "seed")
+        named = ("top_k", "windows", "positions", "n_draws", "seed")
         wanted: dict[str, Any] = {name: getattr(options, name) for name in named}
-        wanted |= {"metrics": ("target_logprob",), "progress": self.progress}
+        wanted |= {"mode": options.replace, "metrics": ("target_logprob",), "progress": self.progress}
         knock_out = partial(knock_out_neurons, self.model, seqs, keep=keep, selection=selections, **wanted)
         return self.folder.kept(place, knock_out)
 

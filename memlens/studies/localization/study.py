@@ -20,7 +20,8 @@ from memlens.explorer.edits import ABLATION_MODES
 from memlens.explorer.measuring import ExploreOptions, explore_sequences
 from memlens.explorer.page import READING, caption_of
 from memlens.explorer.payload import explorer_payload
-from memlens.instruments.ablate.heads import HEAD_MODES, ablate_heads
+from memlens.instruments.ablate.heads import ablate_heads
+from memlens.instruments.ablate.replacing import MODES
 from memlens.instruments.bypass.bypass import BYPASS_MODES, bypass_attention
 from memlens.instruments.decode.decoding import decode_residual
 from memlens.instruments.decode.logit_attribution import attribute_logits
@@ -76,7 +77,7 @@ class LocalizeOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_option("head_mode", self.head_mode, HEAD_MODES)
+        check_option("head_mode", self.head_mode, MODES)
         check_option("bypass_mode", self.bypass_mode, BYPASS_MODES)
         check_option("patch_site", self.patch_site, PATCH_SITES)
         for name in ("max_sequences", "max_patched", "max_positions"):
