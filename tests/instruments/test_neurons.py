@@ -309,7 +309,7 @@ def test_results_draw_and_save(tiny_model: Any, tmp_path: Path) -> None:
 def test_knock_outs_persist(tiny_model: Any, tmp_path: Path) -> None:
     model, seqs = tiny_model("gpt_neo", "bridge"), ragged(6)
     options: dict[str, Any] = {
-        "top_k": [2, 5], "windows": [1, 2], "selection": ["dominant", "random"], "replace": "mean",
+        "top_k": [2, 5], "windows": [1, 2], "selection": ["dominant", "random"], "mode": "mean",
         "batch_size": 3, "out": tmp_path, "progress": False,
     }  # fmt: skip
     first = ml.knock_out_neurons(model, seqs, **options)

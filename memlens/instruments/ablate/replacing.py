@@ -88,9 +88,7 @@ class Replacement:
             return dict.fromkeys(layers, lambda batch: _zeros)
         if self.mode == "mean_of_other_heads":
             if site != "z":
-                raise OptionError(
-                    f"mode='mean_of_other_heads' needs site='z', not {site!r}: use mode='zero'."
-                )
+                raise OptionError(f"mean_of_other_heads needs site='z', not {site!r}: use mode='zero'.")
             if Trunk(model).n_heads < 2:
                 raise SiteError("mean_of_other_heads needs at least two heads per layer: use mode='zero'.")
             return dict.fromkeys(layers, lambda batch: _mean_of_others)

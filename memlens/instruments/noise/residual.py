@@ -76,8 +76,8 @@ def embedding_noise(
 ) -> list[Intervention]:
     r"""Return relative Gaussian noise on the embeddings, one intervention per strength.
 
-    This corrupts the prompt. The noise is added to the residual at the input of layer 0 (token embeddings, plus position embeddings if
-    the model adds them there); the formula is that of `perturb_residual`.
+    This corrupts the prompt. The noise is added to the residual at the input of layer 0 (token embeddings,
+    plus position embeddings if the model adds them there); the formula is that of `perturb_residual`.
 
     Args:
         model: A TransformerLens model.
