@@ -51,7 +51,8 @@ def read_effects(result: Result, metric: str | None) -> str:
             f"No site harms recall on average: even{where or ' there'} the {text.label} changes by "
             f"{_spoken(found, text)}"
         )
-    said = f"{lead}{said}, {_over(found.n)}, against the unchanged model."
+    said = lead + said[0].lower() + said[1:] if lead else said
+    said += f", {_over(found.n)}, against the unchanged model."
     if found.known and not found.excludes(0):
         said += " That interval includes 0: this may be no effect at all."
     said += _chance(ci)
@@ -121,7 +122,7 @@ def read_decoding(result: Result, metric: str | None) -> str:
     odds = mean_interval(_inner_mean(data["probability"]), method="bootstrap")
     last = Estimate.of(odds.isel(layer=-1))
     said = (
-        f"After the last layer the target tokens have a mean probability of {last.text()} ({_over(last.n)})."
+        f"After the last layer the target tokens have a mean probability of {last.text()}, {_over(last.n)}."
     )
     means = odds.sel(statistic="mean").values
     half = odds["layer"].values[means >= 0.5 * means[-1]]
