@@ -48,14 +48,6 @@ def assert_nothing_passes_its_bound(found: Any) -> None:
     """Everything that is measured and bounded, with no more room than rounding takes."""
     tokens = found.measured <= found.limit * (1 + ROUNDING) + found.rounding
     assert bool((tokens | found.measured.isnull()).all())
-    for measured, limit in (
-        (found.total_measured, found.total_limit_log10),
-        (found.amplification, found.amplification_limit_log10),
-    ):
-        with np.errstate(divide="ignore"):
-            assert not bool((np.log10(measured) > limit + ROUNDING).any())
-    logits = found.logit_change <= found.logit_change_limit * (1 + ROUNDING) + found.rounding
-    assert bool((logits | found.logit_change.isnull()).all())
     assert float(found.identity_error.max()) < 1e-11
 
 
@@ -141,11 +133,6 @@ def test_what_is_measured_is_what_the_bypassed_model_does(own_model: Any, family
             assert here.measured.sel(bound=bound).values == pytest.approx(want.numpy(), abs=1e-4)
         if attention_post_norm(model, layer) is None:
             assert np.array_equal(here.measured.sel(bound="B1"), here.measured.sel(bound="B3"))
-        totals = [float(change[hook_name("resid_post", n)].norm()) for n in range(last + 1)]
-        assert float(here.total_measured.sel(total="B5 residual")) == pytest.approx(totals[-1], rel=1e-4)
-        for later in range(layer + 1, last + 1):
-            ratio = totals[later] / totals[later - 1]
-            assert float(here.amplification.sel(later=later)) == pytest.approx(ratio, rel=1e-4)
         p, q = (x[0, at].log_softmax(-1) for x in (plain_logits, logits))
         kl = (p.exp() * (p - q)).sum(-1).numpy()
         n = len(at)
@@ -157,9 +144,9 @@ def test_what_is_measured_is_what_the_bypassed_model_does(own_model: Any, family
 
 def test_a_sequence_s_numbers_do_not_depend_on_its_batch(tiny_model: Any) -> None:
     model, seqs = tiny_model("olmo2", "bridge"), ragged(4)
-    whole = bounds(model, seqs, power_iterations=2)
+    whole = bounds(model, seqs)
     for i in range(len(seqs)):
-        alone = bounds(model, seqs[i], power_iterations=2)
+        alone = bounds(model, seqs[i])
         n, targets = int(seqs.lengths[i]), int(seqs.n_targets[i])
         part = whole.isel(sequence=[i], position=slice(0, n), target=slice(0, targets))
         for name in alone.data_vars:
@@ -182,22 +169,19 @@ def test_attention_that_writes_nothing_has_bounds_of_zero(tiny_folder: Any) -> N
         model.original_model.model.layers[1].self_attn.o_proj.weight.zero_()
     found = bounds(model, ragged())
     assert float(found.limit.sel(layer=1).max()) == 0
-    assert float(found.total_measured.sel(layer=1).max()) == 0
+    assert float(found.kl.sel(layer=1).max()) == 0
     assert float(found.predictor.sel(layer=1).max()) == 0
     assert float(found.measured.sel(layer=0).max()) > 1e-3
 
 
 def test_bounds_say_something(tiny_model: Any) -> None:
-    """B1 and B2 stand within a small factor of what they bound, and later blocks make B5 worse."""
+    """B1 and B2 stand within a small factor of what they bound."""
     found = bounds(tiny_model("gpt_neox_sequential", "bridge"), ragged(6))
     slack = found.slack.median(("sequence", "layer", "position"))
     assert (
         1 < float(slack.sel(bound="B1")) < float(slack.sel(bound="B2")) < float(slack.sel(bound="B3")) < 100
     )
     assert float(slack.sel(bound="B4")) < 30
-    loose = found.total_slack_log10.sel(total="B5 residual").mean("sequence").values
-    assert (np.diff(loose) < -1).all()
-    assert float(found.vacuous.sel(layer=0).min()) == 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -229,7 +213,7 @@ def test_layers_and_settings(tiny_model: Any) -> None:
     assert some.kind == "bypass_bounds"
     assert some["layer"].values.tolist() == [2, 0]
     assert np.allclose(some["limit"], whole.limit.sel(layer=[2, 0]), equal_nan=True)
-    assert np.allclose(some["amplification"], whole.amplification.sel(layer=[2, 0]), equal_nan=True)
+    assert np.allclose(some["kl"], whole.kl.sel(layer=[2, 0]), equal_nan=True)
     assert some.settings["dtype"] == "float64"
     assert "not a published theorem" in some.settings["bounds_are"]
     narrow = bounds(model, ragged(), dtype="float32")
@@ -253,7 +237,6 @@ def test_figures(tiny_model: Any) -> None:
     assert (lines["block, measured"] <= lines["B4: the block"]).all()
     slack = {t.name for t in result.plot("slack").data if t.mode == "lines+markers"}
     assert slack == {"B1", "B2", "B3", "B4"}
-    assert result.plot("total_limit_log10").layout.yaxis.type == "linear"
     assert result.plot("kl").layout.yaxis.title.text == "KL of the predictions (nats)"
     with pytest.raises(OptionError, match="group= is not drawn"):
         result.plot(group="domain")
@@ -270,5 +253,3 @@ def test_bad_input(tiny_folder: Any, tiny_model: Any) -> None:
         bounds(model, ragged(), layers=[])
     with pytest.raises(OptionError, match="dtype='bfloat16' rounds too much"):
         bounds(model, ragged(), dtype="bfloat16")
-    with pytest.raises(OptionError, match="power_iterations=-1"):
-        bounds(model, ragged(), power_iterations=-1)

@@ -1,4 +1,4 @@
-"""One batch of `bypass_bounds`: what a bypass changes, layer by layer, and what it could change."""
+"""One batch of `bypass_bounds`: what a bypass changes, layer by layer, and bounds on the change."""
 
 from __future__ import annotations
 
@@ -12,13 +12,7 @@ from torch import Tensor
 from memlens.forward.batches import Targets
 from memlens.forward.blocks import BlockTrace, FunctionalBlocks, trace_block
 from memlens.forward.read_blocks import Norm
-from memlens.instruments.bypass.lipschitz import (
-    BlockNorms,
-    local_norm,
-    norm_between,
-    norm_stretch,
-    spectral_norm,
-)
+from memlens.instruments.bypass.lipschitz import BlockNorms, norm_between
 
 _ROUNDINGS = 32
 
@@ -30,35 +24,31 @@ class Known:
     Attributes:
         blocks: Its blocks.
         norms: Their norms, by layer.
-        unembedding: The norm of the unembedding matrix.
     """
 
     blocks: FunctionalBlocks
     norms: Mapping[int, BlockNorms]
-    unembedding: Tensor
 
     @classmethod
     def of(cls, blocks: FunctionalBlocks) -> Known:
         """Read a model."""
         norms = {layer: BlockNorms.of(blocks, layer) for layer in blocks.blocks}
-        return cls(blocks, norms, spectral_norm(blocks.unembedding.weight))
+        return cls(blocks, norms)
 
 
 @dataclass
 class BatchBounds:
-    """What one batch gave, by variable and bypassed layer; `NaN` where no token stands.
+    """The results of one batch, by variable and bypassed layer; NaN where there is no token.
 
     Attributes:
         tokens: Variables `[row, position]`.
         rows: Variables `[row]`.
         targets: Variables `[row, target]`.
-        later: Variables `[row]`, by bypassed layer and later layer.
     """
 
     tokens: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     rows: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     targets: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    later: dict[str, dict[tuple[int, int], Tensor]] = field(default_factory=dict)
 
 
 def bound_batch(
@@ -67,87 +57,36 @@ def bound_batch(
     real: Bool[Tensor, "row pos"],
     targets: Targets,
     layers: Sequence[int],
-    *,
-    power_iterations: int = 0,
 ) -> BatchBounds:
-    """Run all bypasses of one batch side by side, and bound each step.
+    """Run all bypasses of one batch side by side, and bound each of them in the layer that is bypassed.
 
     Args:
         known: The model.
-        resid: The residual at the input of block 0.
-        real: True where a token stands.
+        resid: The residual at the input of layer 0.
+        real: True where there is a token.
         targets: Where logits are compared.
         layers: The layers that are bypassed, each alone.
-        power_iterations: Steps of the estimate of a local norm; 0 for none.
     """
-    out, edits = BatchBounds(), _Edits([], {}, resid[:0], real[:0, 0])
-    n = len(resid)
+    out, n = BatchBounds(), len(resid)
+    started: list[int] = []
+    edited, unchanged = resid[:0], real[:0, 0]  # residuals of the bypassed runs, stacked; rows that are equal
     for layer in range(known.blocks.trunk.n_layers):
-        both = trace_block(known.blocks, layer, torch.cat([resid, edits.resid]))
+        both = trace_block(known.blocks, layer, torch.cat([resid, edited]))
         base = both[slice(0, n)]
-        if edits.layers:
-            edits = _carried(known, layer, base, both[slice(n, None)], edits, real, out)
+        same = base.out.repeat(len(started), 1, 1)  # rows of one batch may differ in their rounding
+        edited = torch.where(unchanged[:, None, None], same, both.out[n:])
         if layer in layers:
-            edited = trace_block(known.blocks, layer, resid, bypass=True)
-            rounding = _rounding(base, edited, real)
-            none = _total(edited.out - base.out, real) <= rounding
-            edited = base.where(none, edited)
+            bypassed = trace_block(known.blocks, layer, resid, bypass=True)
+            rounding = _rounding(base, bypassed, real)
+            none = _total(bypassed.out - base.out, real) <= rounding
+            bypassed = base.where(none, bypassed)
             out.rows.setdefault("rounding", {})[layer] = rounding
-            _bound_block(known, layer, base, edited, real, out)
-            start = _total(edited.out - base.out, real)
-            edits = _Edits(
-                [*edits.layers, layer],
-                {**edits.log_bound, layer: start.log10()},
-                torch.cat([edits.resid, edited.out]),
-                torch.cat([edits.none, none]),
-            )
-            if power_iterations:
-                put = out.rows.setdefault("local_norm", {})
-                put[layer] = local_norm(known.blocks, layer, base.out, edited.out, real, power_iterations)
+            _bound_block(known, layer, base, bypassed, real, out)
+            started.append(layer)
+            edited, unchanged = torch.cat([edited, bypassed.out]), torch.cat([unchanged, none])
         resid = base.out
-    _bound_logits(known, resid, edits, real, targets, out)
+    _compare_logits(known, resid, dict(zip(started, edited.split(n), strict=True)), targets, out)
     return out
-
-
-@dataclass(frozen=True)
-class _Edits:
-    """Bypasses under way.
-
-    Attributes:
-        layers: Which blocks were bypassed, each alone.
-        log_bound: By layer, the logarithm of what bounds the difference of its residual.
-        resid: Their residuals, stacked.
-        none: True for rows that the bypass did not change.
-    """
-
-    layers: list[int]
-    log_bound: dict[int, Tensor]
-    resid: Float[Tensor, "edit*row pos d_model"]
-    none: Bool[Tensor, "edit*row"]
-
-
-def _carried(
-    known: Known,
-    layer: int,
-    base: BlockTrace,
-    edited: BlockTrace,
-    edits: _Edits,
-    real: Tensor,
-    out: BatchBounds,
-) -> _Edits:
-    """Take all bypasses through a later block (B5), and measure what it did to them (B6)."""
-    times, n = len(edits.layers), len(real)
-    same, reals = base.repeated(times), real.repeat(times, 1)
-    edited = same.where(edits.none, edited)  # rows of one batch may differ in their rounding
-    stretch = known.norms[layer].block_stretch(same, edited, reals).log10().split(n)
-    before = _total(edited.resid - same.resid, reals).split(n)
-    after = _total(edited.out - same.out, reals).split(n)
-    bounds = {}
-    for i, start in enumerate(edits.layers):
-        bounds[start] = edits.log_bound[start] + stretch[i]
-        out.later.setdefault("amplification", {})[start, layer] = after[i] / before[i]
-        out.later.setdefault("amplification_bound_log10", {})[start, layer] = stretch[i]
-    return _Edits(edits.layers, bounds, edited.out, edits.none)
 
 
 def _bound_block(
@@ -158,7 +97,7 @@ def _bound_block(
     block = norms.block
     pattern = blocks.pattern(layer, base.q, base.k)
     change = edited.projected - base.projected
-    moved, total, identity = _mixing(norms, base, pattern, real)
+    moved, identity = _mixing(norms, base, pattern)
     error = (change - identity).norm(dim=-1).masked_fill(~real, 0).amax(-1)
     others = pattern - torch.diag_embed(pattern.diagonal(dim1=-2, dim2=-1))
     shared = others.sum(-1)  # 1 - A[t, t], without the rounding of the difference
@@ -185,21 +124,17 @@ def _bound_block(
         out.tokens.setdefault(name, {})[layer] = value.masked_fill(~real, torch.nan)
     whole = {
         "identity_error": error / torch.maximum(longest(base), longest(edited)),
-        "total_measured_B1": _total(change, real),
-        "total_bound_B1": total.log10(),
         "diagonal_mass": 1 - shared.mean(1).masked_fill(~real, 0).sum(-1) / real.sum(-1),
     }
     for name, value in whole.items():
         out.rows.setdefault(name, {})[layer] = value
 
 
-def _mixing(
-    norms: BlockNorms, base: BlockTrace, pattern: Tensor, real: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """B1 by token and for all tokens together, and the identity D1, head by head to save memory."""
+def _mixing(norms: BlockNorms, base: BlockTrace, pattern: Tensor) -> tuple[Tensor, Tensor]:
+    """The bound B1 and the identity D1, head by head to save memory."""
     z = base.attn_in
     groups = pattern.shape[1] // base.v.shape[1]
-    moved, total, identity = torch.zeros_like(z[..., 0]), torch.zeros_like(z[:, 0, 0]), torch.zeros_like(z)
+    moved, identity = torch.zeros_like(z[..., 0]), torch.zeros_like(z)
     far = None if norms.block.clip is None else _distances(z)
     for head, gain in enumerate(norms.gain):
         weights = pattern[:, head]
@@ -212,8 +147,7 @@ def _mixing(
             length = (weights * far).sum(-1)
             identity += (v - weights @ v) @ norms.w_o[head].mT
         moved += gain * length
-        total += gain * length.masked_fill(~real, 0).norm(dim=-1)
-    return moved, total, identity
+    return moved, identity
 
 
 def _distances(z: Tensor) -> Float[Tensor, "row query key"]:
@@ -234,40 +168,21 @@ def _from_weights(norms: BlockNorms) -> float:
     return 2 * len(norm.weight) ** 0.5 * float(norm.weight.abs().max()) * gain
 
 
-def _bound_logits(
-    known: Known, final: Tensor, edits: _Edits, real: Tensor, targets: Targets, out: BatchBounds
+def _compare_logits(
+    known: Known, final: Tensor, edited: Mapping[int, Tensor], targets: Targets, out: BatchBounds
 ) -> None:
-    """B5 to the last residual and to the logits, and what it came to in the predictions (B6)."""
-    blocks, n = known.blocks, len(real)
-    norm = blocks.final_norm
-    rows = torch.arange(n, device=final.device)[:, None]
-    plain = blocks.unembed(final[rows, targets.positions])
-    trivial = 2 * final.shape[-1] ** 0.5 * norm.weight.abs().max() * known.unembedding
-    for layer, edited in zip(edits.layers, edits.resid.split(n), strict=True):
-        change = edited - final
-        stretch = norm_stretch(norm, final, change) * known.unembedding
-        worst = stretch.masked_fill(~real, 0).amax(-1)
-        logits = blocks.unembed(edited[rows, targets.positions])
-        moved = (logits - plain).norm(dim=-1).masked_fill(~targets.mask, torch.nan)
-        at_target = (stretch * change.norm(dim=-1))[rows, targets.positions]
+    """What each bypass changes in the predictions."""
+    rows = torch.arange(len(final), device=final.device)[:, None]
+    plain = known.blocks.unembed(final[rows, targets.positions])
+    for layer, resid in edited.items():
+        logits = known.blocks.unembed(resid[rows, targets.positions])
         found = {
-            "logit_change": moved,
-            "logit_change_bound": at_target.masked_fill(~targets.mask, torch.nan),
-            "max_logit_change": (logits - plain).abs().amax(-1).masked_fill(~targets.mask, torch.nan),
-            "kl": _kl(plain, logits).masked_fill(~targets.mask, torch.nan),
+            "logit_change": (logits - plain).norm(dim=-1),
+            "max_logit_change": (logits - plain).abs().amax(-1),
+            "kl": _kl(plain, logits),
         }
         for name, value in found.items():
-            out.targets.setdefault(name, {})[layer] = value
-        bound = edits.log_bound[layer]
-        whole = {
-            "total_measured_B5 residual": _total(change, real),
-            "total_bound_B5 residual": bound,
-            "total_measured_B5 logits": moved.nan_to_num(0).amax(-1),
-            "total_bound_B5 logits": bound + worst.log10(),
-            "vacuous": (bound + worst.log10() >= trivial.log10()).to(bound.dtype),
-        }
-        for name, value in whole.items():
-            out.rows.setdefault(name, {})[layer] = value
+            out.targets.setdefault(name, {})[layer] = value.masked_fill(~targets.mask, torch.nan)
 
 
 def _rounding(base: BlockTrace, edited: BlockTrace, real: Tensor) -> Float[Tensor, " row"]:

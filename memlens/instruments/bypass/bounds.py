@@ -1,4 +1,4 @@
-"""Bounds of what a bypass of attention can change, beside what it does change, at every layer and token."""
+"""Bounds on what a bypass of attention can change, with what it does change, at every layer and token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from memlens.sequences.set import SequenceSet
 from memlens.sweeps.labels import make_result
 
 BOUNDS = ("B1", "B2", "B3", "B4")
-TOTALS = ("B1", "B5 residual", "B5 logits")
 _AGREES = {torch.float64: 1e-4, torch.float32: 1e-3}
 
 
@@ -39,7 +38,6 @@ def bypass_bounds(
     *,
     layers: Sequence[int] | None = None,
     dtype: str | torch.dtype = "float64",
-    power_iterations: int = 0,
     batch_size: int = 4,
     progress: bool = True,
 ) -> Result:
@@ -51,8 +49,7 @@ def bypass_bounds(
 
     - D1, an identity: :math:`\Delta = \sum_h (I - A_h) Z M_h^\top`; biases cancel, since rows of
       :math:`A_h` sum to 1.
-    - B1: :math:`\|\Delta_t\| \le \sum_h \|((I - A_h) Z)_t\| \|M_h\|`; over all tokens of a sequence together,
-      with Frobenius norms, as the total "B1".
+    - B1: :math:`\|\Delta_t\| \le \sum_h \|((I - A_h) Z)_t\| \|M_h\|`.
     - B2: :math:`\|\Delta_t\| \le \max_{s<t} \|z_s - z_t\| \sum_h (1 - A_h[t, t]) \|M_h\|`, over tokens that
       :math:`t` sees.
     - B3, from weights alone: what attention adds changes by
@@ -62,13 +59,6 @@ def bypass_bounds(
       :math:`\le (1 + L_{ln2} L_{mlp} L_{post}) L_{post} \|\Delta_t\|`, by :math:`\|\Delta_t\|` where
       attention and MLP are parallel. Each :math:`L` holds on the line between both runs: a norm's is
       :math:`\|\gamma\|_\infty / \sqrt{\min \mathrm{var} + \epsilon}` with the least variance in closed form.
-    - B5: the last residual changes by :math:`\le \|\Delta \mathrm{block}_l\| \prod_{m>l} K_m` over all tokens
-      together, a logit vector by that times :math:`L_{final} \|W_U\|`; :math:`K_m` bounds the stretch of a
-      later block on the line between both runs (`lipschitz.BlockNorms.block_stretch`). For real depths it
-      says nothing: it is given as :math:`\log_{10}`, and `vacuous` is 1 where a bound from the final norm
-      alone, :math:`2 \sqrt d\, \|\gamma_{final}\|_\infty \|W_U\|`, is no weaker.
-    - B6, what to use in its place: the measured `amplification` of each later block, the change of the
-      predictions, and on request an estimate of the norm of all later blocks' Jacobian.
 
     Clipped values (OLMo 1) are bounded with :math:`\|W_O^h\| \|W_V^h\|` in the place of :math:`\|M_h\|` and
     :math:`\sum_s A_{ts} \|z_s - z_t\|` in that of :math:`\|((I - A) Z)_t\|`.
@@ -80,7 +70,6 @@ def bypass_bounds(
         sequences: What the model reads, teacher-forced.
         layers: The layers that are bypassed, each alone; all by default.
         dtype: "float64", or "float32" where memory is short; then rounding may pass a bound.
-        power_iterations: Iterations of the estimate `local_norm`; each costs about five forwards a layer.
         batch_size: Sequences at a time; all bypasses of a batch run side by side.
         progress: Show a bar.
 
@@ -89,22 +78,16 @@ def bypass_bounds(
 
         - `measured`, `limit` and `slack` (limit / measured, NaN where nothing changed)
           `(sequence, bound, layer, position)` for the bounds B1 to B4;
-        - `total_measured`, `total_limit_log10` and `total_slack_log10` `(sequence, total, layer)` for
-          "B1", "B5 residual" and "B5 logits" (the largest over targets); `vacuous` `(sequence, layer)`;
         - `rounding` `(sequence, layer)`: a change of the block's output (over all tokens) of no more than
           this is counted as none;
         - `identity_error` `(sequence, layer)`, the largest error of D1 over attention's largest output;
-        - `amplification` and `amplification_limit_log10` `(sequence, layer, later)`: the change after block
-          `later` over that before it, and :math:`K` of that block;
-        - `logit_change` (the norm), `logit_change_limit` (:math:`L_{final} \|W_U\| \|\Delta x_L\|`),
-          `max_logit_change` and `kl` (of the bypassed from the plain prediction, in nats)
-          `(sequence, layer, target)`;
+        - `logit_change` (the norm), `max_logit_change` and `kl` (of the bypassed from the plain prediction,
+          in nats) `(sequence, layer, target)`;
         - `predictor` `(sequence, layer, position)`, :math:`\sum_h (1 - A_h[t, t]) \|M_h\|`, and
-          `diagonal_mass` `(sequence, layer)`, the mean of :math:`A_h[t, t]`;
-        - `local_norm` `(sequence, layer)`, an estimate, where `power_iterations` is not 0.
+          `diagonal_mass` `(sequence, layer)`, the mean of :math:`A_h[t, t]`.
 
     Raises:
-        OptionError: Another dtype, no layers, or negative `power_iterations`.
+        OptionError: Another dtype, or no layers.
         SiteError: A layer that does not exist.
         UnsupportedModelError: Blocks whose parts are not known, or that hooks change, or a bridge with
             processed weights.
@@ -121,8 +104,6 @@ def bypass_bounds(
     wide = parse_dtype(dtype)
     if wide not in _AGREES:
         raise OptionError(f"dtype={str(dtype)!r} rounds too much for a bound: choose float64 or float32.")
-    if power_iterations < 0:
-        raise OptionError(f"power_iterations={power_iterations}: give 0 for no estimate, or more.")
     check_readable(model)
     chosen = some_layers(layers, Trunk(model).n_layers)
     check_sequences(sequences, model, on_eos="keep")
@@ -134,16 +115,13 @@ def bypass_bounds(
             resid = trunk.embed(batch.tokens)
             if not parts:
                 _check_blocks(known, resid[:1], _AGREES[wide])
-            parts.append(
-                bound_batch(known, resid, batch.mask, targets, chosen, power_iterations=power_iterations)
-            )
+            parts.append(bound_batch(known, resid, batch.mask, targets, chosen))
             bar.update(len(batch.rows))
-    variables, coords = _variables(parts, sequences, chosen, trunk.n_layers)
+    variables, coords = _variables(parts, sequences, chosen)
     settings = {
         "mode": "identity",
         "layers": list(chosen),
         "dtype": str(wide).removeprefix("torch."),
-        "power_iterations": power_iterations,
         "bounds_are": "memlens' own, not a published theorem",
     }
     return make_result("bypass_bounds", model, sequences, variables, coords, settings)
@@ -174,7 +152,7 @@ def _check_blocks(known: Known, resid: Float[Tensor, "one pos d_model"], toleran
 
 
 def _variables(
-    parts: Sequence[BatchBounds], seqs: SequenceSet, layers: Sequence[int], n_layers: int
+    parts: Sequence[BatchBounds], seqs: SequenceSet, layers: Sequence[int]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Join batches to arrays with dimensions."""
     width = int(seqs.lengths.max())
@@ -182,41 +160,20 @@ def _variables(
     rows = {n: _joined([p.rows[n] for p in parts], layers) for n in parts[0].rows}
     targets = {n: _joined([p.targets[n] for p in parts], layers, seqs.max_targets) for n in parts[0].targets}
     measured, limit = (np.stack([tokens[f"{n}_{b}"] for b in BOUNDS], 1) for n in ("measured", "bound"))
-    total, total_limit = (
-        np.stack([rows[f"total_{n}_{t}"] for t in TOTALS], 1) for n in ("measured", "bound")
-    )
     by_token, by_row = ("sequence", "bound", "layer", "position"), ("sequence", "layer")
-    by_total = ("sequence", "total", "layer")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        total_slack = np.where(total > 0, total_limit - np.log10(total), np.nan)
     variables: dict[str, Any] = {
         "measured": (by_token, measured, {"long_name": "change by the bypass"}),
         "limit": (by_token, limit, {"long_name": "bound of the change"}),
         "slack": (by_token, _ratio(limit, measured, rows["rounding"]), {"long_name": "bound over measured"}),
-        "total_measured": (by_total, total),
-        "total_limit_log10": (by_total, total_limit),
-        "total_slack_log10": (by_total, total_slack),
         "predictor": (("sequence", "layer", "position"), tokens["predictor"]),
-        **{n: (by_row, v) for n, v in rows.items() if not n.startswith("total_")},
-        **{
-            n.replace("_bound", "_limit"): (("sequence", "layer", "target"), v, _UNITS.get(n, {}))
-            for n, v in targets.items()
-        },
-        **{
-            name: (("sequence", "layer", "later"), _later(parts, key, len(seqs), layers, n_layers))
-            for name, key in (
-                ("amplification", "amplification"),
-                ("amplification_limit_log10", "amplification_bound_log10"),
-            )
-        },
+        **{n: (by_row, v) for n, v in rows.items()},
+        **{n: (("sequence", "layer", "target"), v, _UNITS.get(n, {})) for n, v in targets.items()},
     }
     coords = {
         "layer": list(layers),
         "bound": list(BOUNDS),
-        "total": list(TOTALS),
         "position": list(range(width)),
         "target": list(range(seqs.max_targets)),
-        "later": list(range(n_layers)),
     }
     return variables, coords
 
@@ -233,16 +190,6 @@ def _joined(
         pads = [(0, width - s.shape[-1]) for s in stacked]
         stacked = [torch.nn.functional.pad(s, p, value=torch.nan) for s, p in zip(stacked, pads, strict=True)]
     return torch.cat(stacked).cpu().numpy()
-
-
-def _later(
-    parts: Sequence[BatchBounds], name: str, n: int, layers: Sequence[int], n_layers: int
-) -> np.ndarray:
-    out = np.full((n, len(layers), n_layers), np.nan)
-    for i, layer in enumerate(layers):
-        for later in range(layer + 1, n_layers):
-            out[:, i, later] = torch.cat([p.later[name][layer, later] for p in parts]).cpu().numpy()
-    return out
 
 
 def _ratio(limit: np.ndarray, measured: np.ndarray, rounding: np.ndarray) -> np.ndarray:

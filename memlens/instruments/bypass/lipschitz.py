@@ -1,4 +1,4 @@
-r"""How much a norm, an MLP, attention or a block can stretch a difference: upper bounds, no estimates.
+r"""How much a norm or an MLP can stretch a difference: upper bounds, not estimates.
 
 All are ours. Each holds along the straight line between two inputs that are both known: a difference of
 outputs is the integral of the Jacobian along it, so the Jacobian's largest norm on the line bounds the
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from memlens.forward.blocks import BlockTrace, FunctionalBlocks
@@ -107,11 +107,6 @@ class BlockNorms:
         w_o: Output matrices by head.
         gain: The largest a head can make a token of its values: the norm of `w_o w_v`, or where values are
             clipped between them the product of both norms.
-        norm_q: Norm of each head's query matrix, of all heads together where queries have a norm.
-        norm_k: Of its key matrix likewise.
-        norm_v: Of its value matrix.
-        norm_o: Of its output matrix.
-        turn: The largest that a rotation makes a query or key longer (1, but for YaRN).
     """
 
     block: BlockWeights
@@ -120,11 +115,6 @@ class BlockNorms:
     w_v: Float[Tensor, "head d_head d_model"]
     w_o: Float[Tensor, "head d_model d_head"]
     gain: Float[Tensor, " head"]
-    norm_q: Float[Tensor, " head"]
-    norm_k: Float[Tensor, " head"]
-    norm_v: Float[Tensor, " head"]
-    norm_o: Float[Tensor, " head"]
-    turn: float
 
     @classmethod
     def of(cls, blocks: FunctionalBlocks, layer: int) -> BlockNorms:
@@ -135,89 +125,19 @@ class BlockNorms:
         """
         block, groups = blocks.blocks[layer], blocks.n_heads // blocks.n_kv
         mlp = read_mlp(blocks.trunk.model, layer)
-        sizes = [blocks.n_heads * blocks.d_head] + 2 * [blocks.n_kv * blocks.d_head]
-        q, k, v = block.qkv().weight.split(sizes)
-        w_q, w_k, w_v = (w.unflatten(0, (-1, blocks.d_head)) for w in (q, k, v))
+        w_v = block.qkv().weight[-blocks.n_kv * blocks.d_head :].unflatten(0, (-1, blocks.d_head))
         w_v = w_v.repeat_interleave(groups, 0)
         w_o = block.o.weight.unflatten(1, (blocks.n_heads, blocks.d_head)).transpose(0, 1)
-        norm_v, norm_o = spectral_norm(w_v), spectral_norm(w_o)
-        norm_q = spectral_norm(w_q if block.q_norm is None else q[None]).expand(blocks.n_heads)
-        norm_k = spectral_norm(w_k) if block.k_norm is None else spectral_norm(k[None]).expand(blocks.n_kv)
+        clipped = block.clip is not None
+        gate = torch.zeros(()) if mlp.gate is None else spectral_norm(mlp.gate.weight)
         return cls(
             block=block,
             mlp=mlp,
-            mlp_norms=(
-                spectral_norm(mlp.into.weight),
-                torch.zeros(()) if mlp.gate is None else spectral_norm(mlp.gate.weight),
-                spectral_norm(mlp.out.weight),
-            ),
+            mlp_norms=(spectral_norm(mlp.into.weight), gate, spectral_norm(mlp.out.weight)),
             w_v=w_v,
             w_o=w_o,
-            gain=product_norm(w_o, w_v) if block.clip is None else norm_v * norm_o,
-            norm_q=norm_q,
-            norm_k=norm_k.repeat_interleave(groups, 0),
-            norm_v=norm_v,
-            norm_o=norm_o,
-            turn=_turn(block),
-        )  # fmt: skip
-
-    def attention(self, a: BlockTrace, b: BlockTrace, real: Tensor) -> Float[Tensor, " row"]:
-        r"""Return how much attention can stretch a difference of what it reads, over all tokens together.
-
-        .. math:: \sum_h \|W_O^h\| \Big[\sqrt{T}\,\|W_V^h\|
-            + \rho_v c\,(\rho_k \lambda_q + \sqrt{T}\, \rho_q \lambda_k)\Big]
-
-        with :math:`c` the factor of the scores, :math:`\rho` the largest query, key and (centered) value on
-        the line between both inputs, and :math:`\lambda` the stretch of queries and keys. The first term
-        moves values under fixed weights (:math:`\|A\| \le \sqrt T`), the second moves the weights: the
-        change of a softmax average is a covariance of scores and values.
-
-        Args:
-            a: The block on one input.
-            b: On the other.
-            real: True where a token stands, `[row, pos]`.
-        """
-        n = real.sum(-1).double().to(a.v.dtype)[:, None]
-        groups = len(self.gain) // a.v.shape[1]
-        center = _masked(a.v, real).sum(2, keepdim=True) / n[..., None, None]
-        values = _masked(_reach(a.v - center, b.v - center), real).norm(dim=-1).amax(-1)
-        values = values.repeat_interleave(groups, 1)
-        q, stretch_q = self._scored(self.block.q_norm, a.raw_q, b.raw_q, len(self.gain), real)
-        k, stretch_k = self._scored(self.block.k_norm, a.raw_k, b.raw_k, a.k.shape[1], real)
-        k = k.repeat_interleave(groups, 1)
-        scores = abs(self.block.scale) * self.turn**2
-        moved = k * stretch_q * self.norm_q + n.sqrt() * q * stretch_k * self.norm_k
-        return (self.norm_o * (n.sqrt() * self.norm_v + values * scores * moved)).sum(-1)
-
-    def _scored(
-        self, norm: object, a: Tensor, b: Tensor, heads: int, real: Tensor
-    ) -> tuple[Float[Tensor, "row head"], Float[Tensor, "row 1"]]:
-        """The longest query (or key) of each head on the line, and how much its norm can stretch."""
-        if isinstance(norm, Norm):
-            longest = norm.weight.abs().max() * a.shape[-1] ** 0.5 + norm.bias.norm()
-            stretch = norm_stretch(norm, a, b - a).masked_fill(~real, 0).amax(-1, keepdim=True)
-            return longest.expand(len(a), heads), stretch
-        clip = self.block.clip
-        a, b = (x if clip is None else x.clamp(-clip, clip) for x in (a, b))
-        reach = _reach(a, b).unflatten(-1, (heads, -1)).norm(dim=-1)
-        return reach.masked_fill(~real[..., None], 0).amax(1), torch.ones_like(a[:, 0, :1])
-
-    def block_stretch(self, a: BlockTrace, b: BlockTrace, real: Tensor) -> Float[Tensor, " row"]:
-        r"""Return how much the block can stretch a difference of its input, over all tokens together.
-
-        Parallel: :math:`1 + L_{attn} L_{ln1} + L_{mlp} L_{ln2}`; sequential:
-        :math:`(1 + L_{attn} L_{ln1})(1 + L_{mlp} L_{ln2})`; with the stretch of post-norms in each term.
-        """
-
-        def worst(stretch: Tensor) -> Tensor:
-            return stretch.masked_fill(~real, 0).amax(-1)
-
-        block = self.block
-        attn = self.attention(a, b, real)
-        attn = attn * worst(norm_between(block.attn_norm, a.resid, b.resid))
-        attn = attn * worst(norm_between(block.attn_post_norm, a.projected, b.projected))
-        mlp = worst(self.mlp_path(a, b))
-        return 1 + attn + mlp if block.parallel else (1 + attn) * (1 + mlp)
+            gain=spectral_norm(w_v) * spectral_norm(w_o) if clipped else product_norm(w_o, w_v),
+        )
 
     def mlp_path(self, a: BlockTrace, b: BlockTrace) -> Float[Tensor, "row pos"]:
         """Return how much norm, MLP and post-norm together can stretch a token's difference."""
@@ -231,76 +151,3 @@ def norm_between(
 ) -> Float[Tensor, "*batch"]:
     """Return how much a norm (or its absence, None) can stretch differences between `a` and `b`."""
     return norm_stretch(norm if isinstance(norm, Norm) else None, a, b - a)
-
-
-def _masked(x: Tensor, real: Tensor) -> Tensor:
-    """Zero where no token stands: `x` is `[row, head, pos, …]`."""
-    return x.masked_fill(~real[:, None, :, None], 0)
-
-
-def _turn(block: BlockWeights) -> float:
-    if block.around.rotary is None:
-        return 1.0
-    cos, sin = block.around.rotary
-    return max(1.0, float((cos.square() + sin.square()).max().sqrt()))
-
-
-_STEP = 1e-5
-
-
-def local_norm(
-    blocks: FunctionalBlocks,
-    layer: int,
-    base: Float[Tensor, "row pos d_model"],
-    edited: Float[Tensor, "row pos d_model"],
-    real: Bool[Tensor, "row pos"],
-    iterations: int,
-) -> Float[Tensor, " row"]:
-    r"""Estimate the spectral norm of :math:`\partial x_L / \partial x_{l+1}` half way between two residuals.
-
-    Power iteration on :math:`J^\top J` from the difference itself: :math:`Jv` by a central difference of the
-    blocks, :math:`J^\top u` by one backward pass. Each iterate is the length of some :math:`Jv` with
-    :math:`\|v\| = 1` and so, but for the difference's error, no more than the norm: an estimate from below,
-    and of one point of the line, so no bound of what happens between both residuals.
-
-    Args:
-        blocks: The blocks.
-        layer: The block that the residuals are outputs of.
-        base: One residual.
-        edited: The other.
-        real: True where a token stands.
-        iterations: Iterations, 1 or more.
-
-    Returns:
-        Residual per residual, no unit.
-    """
-    middle = (base + edited) / 2
-    v = (edited - base).masked_fill(~real[..., None], 0)
-    found = torch.zeros_like(v[:, 0, 0])
-    for _ in range(iterations):
-        length = _length(v)
-        v = v / torch.where(length > 0, length, 1)[:, None, None]
-        step = _STEP * _length(middle.masked_fill(~real[..., None], 0))[:, None, None]
-        ahead, behind = (_rest(blocks, layer, middle + s * step * v) for s in (1, -1))
-        u = ((ahead - behind) / (2 * step)).masked_fill(~real[..., None], 0)
-        found = torch.maximum(found, _length(u))
-        v = _transposed(blocks, layer, middle, u).masked_fill(~real[..., None], 0)
-    return found
-
-
-def _rest(blocks: FunctionalBlocks, layer: int, resid: Tensor) -> Tensor:
-    for later in range(layer + 1, blocks.trunk.n_layers):
-        resid = blocks.run(later, resid)
-    return resid
-
-
-def _transposed(blocks: FunctionalBlocks, layer: int, at: Tensor, u: Tensor) -> Tensor:
-    with torch.enable_grad():
-        leaf = at.detach().clone().requires_grad_()
-        out = _rest(blocks, layer, leaf * 1)
-        (found,) = torch.autograd.grad(out, leaf, u)
-    return found
-
-
-def _length(x: Tensor) -> Tensor:
-    return x.flatten(1).norm(dim=-1)

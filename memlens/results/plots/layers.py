@@ -147,12 +147,6 @@ _LINES = {
     "block, measured": ("measured", "B4"),
     "B4: the block": ("limit", "B4"),
 }
-_BY_BOUND = {
-    "slack": ("bound", "bound over measured", False),
-    "total_slack_log10": ("total", "log10 of bound over measured", True),
-    "total_limit_log10": ("total", "log10 of the bound", True),
-    "total_measured": ("total", "change, all tokens together", False),
-}
 
 
 @takes(group=None)
@@ -163,19 +157,18 @@ def plot_bounds(result: Result, s: Selection) -> go.Figure:
     metric = s.metric
     if s.group is not None:
         raise OptionError("group= is not drawn for bounds: select one group's sequences first.")
-    if metric is not None and metric not in (*_BY_BOUND, "measured", "limit"):
+    if metric is not None and metric not in ("slack", "measured", "limit"):
         return plot_layer_lines(result, s)
-    if metric in _BY_BOUND:
-        dim, words, linear = _BY_BOUND[metric]
-        ci = s.means(result, [metric], (dim, "layer"))
+    if metric == "slack":
+        ci, words = s.means(result, [metric], ("bound", "layer")), "bound over measured"
         heading = s.title or f"Bypassed attention: {words}"
     else:
         names = [name for name in with_dims(result, "bound", "layer") if name != "slack"]
         given = s.means(result, names, ("bound", "layer"))
-        ci, words, linear = _stacked(given), "norm of the change", False
+        ci, words = _stacked(given), "norm of the change"
         heading = s.title or "Bypassed attention: what changes, and what bounds it"
     fig = figures.line_over_layers(ci, title=heading, subtitle=s.subtitle(result))
-    fig.update_yaxes(title_text=words, type="linear" if linear else "log", exponentformat="power")
+    fig.update_yaxes(title_text=words, type="log", exponentformat="power")
     return fig
 
 

@@ -393,16 +393,13 @@ def bounded(result: Result, agreements: pd.DataFrame) -> Finding:
     slack = result["slack"]
     medians = slack.median([dim for dim in slack.dims if dim != "bound"])
     tight = ", ".join(f"{name} {float(medians.sel(bound=name)):.3g}" for name in medians["bound"].values)
-    vacuous = float(result["vacuous"].mean())
     said = "; ".join(
         f"{row['predictor']} on {row['weights']} {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
         for _, row in agreements.iterrows()
     )
     return Finding(
         "Bounds",
-        f"Of {measured.size} bounds none is passed; the median bound over the measured change is {tight}. "
-        f"The "
-        f"bound of the whole model is vacuous at {vacuous:.2f} of the sites."
+        f"Of {measured.size} bounds none is passed; the median bound over the measured change is {tight}."
         if not over
         else f"{over} of {measured.size} bounds are passed: this is an error in memlens, please report it.",
         control=f"rank correlation of a guess from one pass with the measured divergence: {said}"
