@@ -21,6 +21,7 @@ import pandas as pd
 from memlens.errors import ColumnError, SequenceError, check_option
 from memlens.sequences.readers.columns import listing
 from memlens.sequences.readers.drafts import Draft, leave_out
+from memlens.sequences.readers.registry import Request, register_form
 from memlens.sequences.readers.tables import need_tokenizer, texts_of
 from memlens.sequences.rows import unique_ids
 from memlens.sequences.tokenizing import Tokenizer, encode, first_word_token, split_points
@@ -61,6 +62,11 @@ def holds_clozes(frame: pd.DataFrame) -> bool:
     """Tell whether a table's columns are those of cloze records."""
     templated = "template" in frame and "sub_label" in frame
     return "obj_label" in frame and (templated or any(name in frame for name in _SENTENCES))
+
+
+@register_form("clozes", holds_clozes)
+def _open_clozes(frame: pd.DataFrame, request: Request) -> Draft:
+    return read_clozes(frame, request.tokenizer, ClozeOptions(target=request.target))
 
 
 def read_clozes(frame: pd.DataFrame, tokenizer: Tokenizer, options: ClozeOptions | None = None) -> Draft:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from memlens.errors import EmptySetError, SequenceError
+from memlens.errors import EmptySetError, SequenceError, VocabularyError
 from memlens.sequences.checks import eos_mask
 from memlens.sequences.readers.columns import ID, find_column
 from memlens.sequences.rows import some, unique_ids
@@ -58,6 +58,43 @@ def with_prefix(draft: Draft, prefix_len: Any, seed: int = 0) -> Draft:
             'sequences, or "drawn"'
         )
     return replace(draft, prefix_len=np.broadcast_to(given.astype(np.int64), (n,)))
+
+
+def check_ids(draft: Draft, d_vocab: int | None, tokenizer: Any) -> None:
+    """Refuse ids that no tokenizer gives, and warn of rows that seem to hold padding.
+
+    Args:
+        draft: Sequences as read.
+        d_vocab: Size of the model's vocabulary, if it is known.
+        tokenizer: Says which id is padding, if any.
+
+    Raises:
+        VocabularyError: An id is negative or outside the vocabulary; names row and position.
+    """
+    most = d_vocab or 2**31
+    rows = draft.rows
+    fits = isinstance(rows, np.ndarray) and rows.size and rows.min() >= 0 and rows.max() < most
+    for number, row in enumerate(() if fits else rows):
+        place = next((place for place, token in enumerate(row) if not 0 <= token < most), None)
+        if place is None:
+            continue
+        said = f"row {number}, position {place} holds the token id {int(row[place])}, but"
+        if row[place] < 0:
+            raise VocabularyError(
+                f"{said} ids are 0 or more: leave padding out, or mark it in a column attention_mask"
+            )
+        known = f"the model's vocabulary has {most} entries" if d_vocab else "no vocabulary is that large"
+        raise VocabularyError(f"{said} {known}: were the sequences made with another tokenizer?")
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None or pad in {getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "bos", "unk")}:
+        return
+    padded = [n for n, row in enumerate(draft.rows) if len(row) and pad in (row[0], row[-1])]
+    if padded:
+        warnings.warn(
+            f"{len(padded)} rows begin or end with the padding token ({pad}), which is read as text: rows "
+            f"{some(padded)}; leave padding out, or mark it in a column attention_mask",
+            stacklevel=3,
+        )
 
 
 def without_empty(draft: Draft) -> Draft:
@@ -124,7 +161,17 @@ def assemble(draft: Draft, tokenizer: Any, max_targets: int | None, prepend_bos:
             table = table.assign(text=tokenizer.batch_decode([list(row) for row in rows]))
     if prepend_bos and not attrs.get("prepend_bos"):
         first = bos_id(tokenizer)
-        rows, prefix_len = [[first, *row] for row in rows], prefix_len + 1
+        has_one = np.array([len(row) > 0 and row[0] == first for row in rows], dtype=bool)
+        if first == getattr(tokenizer, "unk_token_id", None) and "text" in table:  # may be an unknown word
+            has_one &= table["text"].astype(str).str.startswith(tokenizer.bos_token).to_numpy()
+        if has_one.any():
+            warnings.warn(
+                f"{has_one.sum()} of {len(rows)} sequences begin with the beginning-of-text token ({first}) "
+                "already: no second one is put in front of them",
+                stacklevel=3,
+            )
+        rows = [list(row) if has else [first, *row] for row, has in zip(rows, has_one, strict=True)]
+        prefix_len = prefix_len + ~has_one
     attrs["prepend_bos"] = bool(prepend_bos or attrs.get("prepend_bos"))
     return SequenceSet.from_tokens(rows, prefix_len, table=table, attrs=attrs)
 

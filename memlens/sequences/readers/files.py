@@ -1,4 +1,4 @@
-"""Files as tables: what stands in a `.npy`, `.jsonl`, `.csv` or `.parquet` file, before any tokenizing."""
+"""Files as tables: the content of a `.npy`, `.jsonl`, `.csv` or `.parquet` file, before any tokenizing."""
 
 from __future__ import annotations
 
@@ -10,73 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from memlens.errors import FileFormatError, SequenceError, SourceNotFoundError, check_option, near_matches
-from memlens.files import zoo_folders, zoo_table
+from memlens.errors import FileFormatError, SequenceError
 from memlens.sequences.parquet import read_table
-
-SUFFIXES = (".npy", ".jsonl", ".csv", ".parquet")
-ZOO_LISTS = ("sequences", "expressions", "facts", "identifiers", "heldout")
-"""The lists of sequences that a zoo model's folder may hold; the first is that of planted sequences."""
-
-_AS_TEXT = ("identifier",)
+from memlens.sequences.readers.registry import Opened, Request, read_file, register_file, register_source
 
 
-def read_file(path: Path, as_text: Sequence[str] = _AS_TEXT) -> tuple[Any, dict[str, Any]]:
-    """Return a file's content (an array, a list or a table) and memlens' settings if it holds any.
-
-    Args:
-        path: The file.
-        as_text: Columns of a `.csv` file that are text even where they look like numbers.
-
-    Raises:
-        SourceNotFoundError: There is no such file.
-        FileFormatError: The suffix is unknown, or the content is not what the suffix says.
-    """
-    if path.suffix.lower() not in SUFFIXES:
-        known = ", ".join(SUFFIXES)
-        raise FileFormatError(
-            f"{path}: the suffix {path.suffix!r} is not known; use one of {known}, or give texts as a list"
-        )
-    if not path.is_file():
-        siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise SourceNotFoundError(f"there is no file {path}.{near_matches(path.name, siblings)}")
-    if path.suffix.lower() == ".parquet":
-        return read_table(path)
-    if path.suffix.lower() == ".csv":
-        return _read_csv(path, as_text), {}
-    return _read_npy(path) if path.suffix.lower() == ".npy" else _read_jsonl(path), {}
-
-
-def zoo_file(name: str, kind: str = "sequences") -> Path:
-    """Return a list of a model of the zoo: shipped with it or with another of its corpus, or made on demand.
-
-    Args:
-        name: "zoo/pythia-s", for instance.
-        kind: Which list, one of `ZOO_LISTS`.
-
-    Raises:
-        OptionError: There is no such kind of list.
-        SourceNotFoundError: There is no such model, or it lacks the list.
-    """
-    check_option("the zoo's list", kind, ZOO_LISTS)
-    short = name.removeprefix("zoo/").removesuffix("-untrained")
-    for folder in (root / short for root in zoo_folders()):
-        path = zoo_table(folder, kind)
-        if path is not None:
-            return path
-        there = [known for known in ZOO_LISTS if zoo_table(folder, known)]
-        if there:
-            raise SourceNotFoundError(
-                f"{name!r} has no list of {kind}, it has {', '.join(there)}: it was trained without; train "
-                "it anew with `memlens zoo train`, or take another model's."
-            )
-    found = (p.parent.name for folder in zoo_folders() for p in folder.glob("*/sequences.parquet"))
-    known = sorted({f"zoo/{found_name}" for found_name in found})
-    listing = f"the zoo has {', '.join(known)}" if known else "the zoo of this installation is empty"
-    raise SourceNotFoundError(f"no planted sequences for {name!r}: {listing}.{near_matches(name, known)}")
-
-
-def _read_npy(path: Path) -> np.ndarray:
+@register_file(".npy", "a NumPy array")
+def _read_npy(path: Path, _: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
@@ -84,16 +24,17 @@ def _read_npy(path: Path) -> np.ndarray:
     if not isinstance(array, np.ndarray) or array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
         what = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "an archive"
         raise FileFormatError(f"{path} holds {what}: sequences are a two-dimensional array of integers")
-    return array
+    return array, {}
 
 
-def _read_jsonl(path: Path) -> list[Any] | pd.DataFrame:
+@register_file(".jsonl", "JSON lines")
+def _read_jsonl(path: Path, _: Sequence[str]) -> tuple[list[Any] | pd.DataFrame, dict[str, Any]]:
     values = [_parse_line(path, n, line) for n, line in enumerate(_lines(path), 1) if line.strip()]
     kinds = {type(v) for v in values}
     if kinds == {dict}:
-        return pd.DataFrame(values)
+        return pd.DataFrame(values), {}
     if kinds in ({str}, {list}, set()):
-        return values
+        return values, {}
     names = ", ".join(sorted(k.__name__ for k in kinds))
     raise FileFormatError(
         f"{path} mixes lines of the kinds {names}: use objects, strings or lists of ids only"
@@ -116,28 +57,39 @@ def _parse_line(path: Path, number: int, line: str) -> Any:
         ) from error
 
 
-def _read_csv(path: Path, as_text: Sequence[str]) -> pd.DataFrame:
+@register_file(".csv", "a comma-separated table")
+def _read_csv(path: Path, as_text: Sequence[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
     try:
         # Texts such as "NA" and "null" are texts, so only empty cells count as missing.
         kinds: dict[Hashable, Any] = dict.fromkeys(as_text, object)
-        return pd.read_csv(path, keep_default_na=False, encoding="utf-8-sig", dtype=kinds)
+        return pd.read_csv(path, keep_default_na=False, encoding="utf-8-sig", dtype=kinds), {}
     except pd.errors.EmptyDataError:
-        return pd.DataFrame()
+        return pd.DataFrame(), {}
     except (UnicodeDecodeError, pd.errors.ParserError) as error:
         raise FileFormatError(f"{path} is not a comma-separated table of UTF-8 text: {error}") from error
 
 
+@register_file(".parquet", "a parquet file")
+def _read_parquet(path: Path, _: Sequence[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
+    return read_table(path)
+
+
 def is_pair(source: Any) -> bool:
-    """Whether a source is a tuple of two `.npy` files.
+    """Whether a source is a tuple or list of two `.npy` files.
 
     >>> is_pair(("train_prefix.npy", "train_suffix.npy")), is_pair(("a text", "another"))
     (True, False)
     """
     return (
-        isinstance(source, tuple)
+        isinstance(source, tuple | list)
         and len(source) == 2
         and all(isinstance(part, str | Path) and Path(part).suffix.lower() == ".npy" for part in source)
     )
+
+
+@register_source("pair", "two .npy files, of prefixes and of suffixes", is_pair)
+def _open_pair(source: Sequence[str | Path], _: Request) -> Opened:
+    return Opened(read_pair(*source), " + ".join(Path(part).name for part in source))
 
 
 def read_pair(prefix_path: str | Path, suffix_path: str | Path) -> pd.DataFrame:

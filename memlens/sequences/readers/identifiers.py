@@ -15,6 +15,7 @@ import pandas as pd
 from memlens.errors import ColumnError, OptionError, SequenceError, near_matches
 from memlens.sequences.readers.columns import ID, listing
 from memlens.sequences.readers.drafts import Draft, leave_out
+from memlens.sequences.readers.registry import Request, register_form
 from memlens.sequences.readers.tables import need_tokenizer, texts_of
 from memlens.sequences.tokenizing import Tokenizer, encode, first_word_token, split_points
 
@@ -50,6 +51,11 @@ class IdentifierOptions:
 def holds_identifiers(frame: pd.DataFrame) -> bool:
     """Tell whether a table's columns are those of identifiers."""
     return "label" in frame and "identifier" in frame
+
+
+@register_form("identifiers", holds_identifiers)
+def _open_identifiers(frame: pd.DataFrame, request: Request) -> Draft:
+    return read_identifiers(frame, request.tokenizer)
 
 
 def read_identifiers(

@@ -14,6 +14,7 @@ import pandas as pd
 
 from memlens.errors import ColumnError, SequenceError, check_option
 from memlens.sequences.readers.drafts import Draft
+from memlens.sequences.readers.registry import Request, register_form
 from memlens.sequences.readers.tables import need_tokenizer, texts_of
 from memlens.sequences.rows import some
 from memlens.sequences.set import SequenceSet
@@ -49,6 +50,11 @@ _PLACEHOLDERS = {
     *("someone", "someone's", "somebody", "somebody's", "something", "something's", "one's", "oneself")
 }
 _FLAGS = ("hard_to_guess", "prompt_comp_ind", "similarity_ind")
+
+
+@register_form("idioms", lambda frame: "idiom" in frame)
+def _open_idioms(frame: pd.DataFrame, request: Request) -> Draft:
+    return read_idioms(frame, request.tokenizer, target=request.target)
 
 
 def read_idioms(frame: pd.DataFrame, tokenizer: Tokenizer, *, target: str = "first_token") -> Draft:
@@ -152,7 +158,7 @@ def _without_repeats(table: pd.DataFrame) -> pd.DataFrame:
     if repeated.any():
         texts = table.loc[repeated, "text"].tolist()
         warnings.warn(
-            f"{len(texts)} idioms stand in the file again and are left out: {some(texts)}", stacklevel=5
+            f"{len(texts)} idioms stand in the file again and are left out: {some(texts)}", stacklevel=6
         )
     return _with_defects(table.iloc[np.flatnonzero(~repeated)].reset_index(drop=True))
 
@@ -169,4 +175,4 @@ def _warn_of_defects(table: pd.DataFrame) -> None:
     for column, what, shown in _WARNED:
         found = table.loc[table[column], "text"].tolist()
         if found:
-            warnings.warn(f"{len(found)} rows {what}: {some(found, shown)}", stacklevel=5)
+            warnings.warn(f"{len(found)} rows {what}: {some(found, shown)}", stacklevel=6)

@@ -10,9 +10,9 @@ import pandas as pd
 
 from memlens.errors import SequenceError
 from memlens.sequences.readers.cloze import ClozeOptions, read_clozes
-from memlens.sequences.readers.files import read_file
 from memlens.sequences.readers.identifiers import IdentifierOptions, read_identifiers
 from memlens.sequences.readers.load import settle
+from memlens.sequences.readers.registry import read_file
 from memlens.sequences.set import SequenceSet
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,10 @@ from memlens.sequences.readers.columns import (
 )
 from memlens.sequences.readers.drafts import Draft
 from memlens.sequences.tokenizing import Tokenizer, encode, split_points
+
+_MASK = "attention_mask"
+_NO_SPACES = "\u0e00"
+"""From here on, many scripts put no spaces between words."""
 
 
 def read_frame(frame: pd.DataFrame, columns: Columns, tokenizer: Tokenizer) -> Draft:
@@ -58,12 +64,40 @@ def need_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
 def _token_rows(frame: pd.DataFrame, name: str) -> Draft:
     values = frame[name].tolist()
     rows = [_parse_tokens(value, row, name) for row, value in enumerate(values)]
-    same = len(rows) > 0 and len({len(row) for row in rows}) == 1 and len(rows[0]) > 0
+    if _MASK in frame:
+        rows = _unpadded(rows, frame)
+    same = len({len(row) for row in rows}) == 1 and len(rows[0]) > 0
+    same = same and all(max(row) < 2**63 for row in rows)  # what is larger, `check_ids` names
     return Draft(
         rows=np.array(rows, dtype=np.int64) if same else rows,
         prefix_len=_prefix_column(frame),
-        table=frame.drop(columns=[name, "prefix_len"], errors="ignore"),
+        table=frame.drop(columns=[name, "prefix_len", _MASK, "token_type_ids"], errors="ignore"),
     )
+
+
+def _unpadded(rows: list[list[int]], frame: pd.DataFrame) -> list[list[int]]:
+    """Return the tokens that the attention mask marks as real, which must be one run."""
+    found = []
+    for number, (row, value) in enumerate(zip(rows, frame[_MASK].tolist(), strict=True)):
+        mask = np.array(_parse_tokens(value, number, _MASK))
+        if len(mask) != len(row):
+            raise SequenceError(
+                f"row {number} has {len(row)} tokens and an attention_mask of {len(mask)}: give one entry "
+                "per token"
+            )
+        real = np.flatnonzero(mask)
+        if len(real) and real[-1] - real[0] + 1 != len(real):
+            raise SequenceError(
+                f"the attention_mask of row {number} has a gap: only padding at the start or the end can be "
+                "left out"
+            )
+        if len(real) and real[0] and "prefix_len" in frame:
+            raise SequenceError(
+                f"row {number} is padded at the start and has a prefix_len, which may or may not count the "
+                "padding: leave the padding out"
+            )
+        found.append(row[real[0] : real[-1] + 1] if len(real) else [])
+    return found
 
 
 def _parse_tokens(value: Any, row: int, name: str) -> list[int]:
@@ -101,8 +135,41 @@ def _prompt_rows(frame: pd.DataFrame, prompt: str, continuation: str, tokenizer:
     texts = ["" if e else p + c for p, c, e in zip(prompts, continuations, empty, strict=True)]
     rows = encode(need_tokenizer(tokenizer), texts)
     splits = split_points(tokenizer, prompts, rows)
+    _warn_of_glue(tokenizer, prompts, continuations, rows, splits)
     table = frame.drop(columns=["text"], errors="ignore").assign(text=texts)
     return Draft(rows, np.array(splits, dtype=np.int64), table)
+
+
+def _warn_of_glue(
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    continuations: Sequence[str],
+    rows: Sequence[Sequence[int]],
+    splits: Sequence[int],
+) -> None:
+    """Warn of continuations that join the last word of their prompt, so that another word is asked for."""
+    glued = []
+    for number, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+        ends = prompt[-1:] + continuation[:1]
+        joined = len(ends) == 2 and ends.isalnum() and max(ends) < _NO_SPACES
+        if prompt and continuation and (joined or _cut(tokenizer, prompt, rows[number], splits[number])):
+            glued.append(number)
+    if glued:
+        row, split = list(rows[glued[0]]), splits[glued[0]]
+        warnings.warn(
+            f"{len(glued)} of {len(rows)} continuations join the last word of their prompt: in row "
+            f"{glued[0]} the model is given {tokenizer.decode(row[:split])[-40:]!r} and asked for "
+            f"{tokenizer.decode(row[split:])[:40]!r}; begin continuations with a space if they are words of "
+            "their own",
+            stacklevel=6,
+        )
+
+
+def _cut(tokenizer: Tokenizer, prompt: str, row: Sequence[int], split: int) -> bool:
+    """Whether a token that is asked for begins inside the prompt with more than white space."""
+    if len(tokenizer.decode(list(row[:split]))) >= len(prompt):
+        return False
+    return bool(tokenizer.decode(encode(tokenizer, [prompt])[0][split:]).strip())
 
 
 def _text_rows(frame: pd.DataFrame, name: str, tokenizer: Tokenizer) -> Draft:
