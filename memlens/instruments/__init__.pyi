@@ -15,6 +15,9 @@ from .patch.patching import patch_activations as patch_activations
 from .patch.path_patching import patch_paths as patch_paths
 from .screen.gradients import attribute_ablation as attribute_ablation
 from .screen.gradients import attribute_gradients as attribute_gradients
+from .screen.instruments import INSTRUMENTS as INSTRUMENTS
+from .screen.instruments import Instrument as Instrument
+from .screen.instruments import register_instrument as register_instrument
 from .screen.screening import Screening as Screening
 from .screen.screening import screen_then_verify as screen_then_verify
 from .tasks.evaluate import evaluate_tasks as evaluate_tasks

@@ -209,7 +209,7 @@ def test_bad_input(tiny_model: Any) -> None:
     model, clean = tiny_model("gpt_neox", "bridge"), ragged()
     corrupt = corrupted(clean)
     for options, error, words in (
-        ({"instrument": "patch"}, OptionError, "instrument='patch'"),
+        ({"instrument": "patch"}, OptionError, "unknown instrument 'patch'"),
         ({"instrument": "patching"}, SequenceError, "needs corrupt sequences"),
         ({"instrument": "head_ablation", "corrupt": corrupt}, SequenceError, "no use for corrupt"),
         ({"instrument": "head_ablation", "site": "z"}, OptionError, "site='z' means nothing"),
@@ -219,9 +219,43 @@ def test_bad_input(tiny_model: Any) -> None:
         ({"instrument": "head_ablation", "verify": "some"}, OptionError, "verify='some'"),
         ({"instrument": "head_ablation", "level": 95}, OptionError, "level=95"),
         ({"instrument": "head_ablation", "layers": [7]}, SiteError, "layer 7 does not exist"),
-        ({"instrument": "neuron_ablation", "mode": "resample"}, OptionError, "mode='resample'"),
+        ({"instrument": "neuron_ablation", "mode": "mean_of_other_heads"}, OptionError, "needs site='z'"),
+        ({"instrument": "mlp_ablation"}, OptionError, "has no gradient estimate"),
         ({"corrupt": corrupt, "metrics": ("exact_match",)}, OptionError, "has no gradient"),
         ({"corrupt": corrupt, "site": "resid_mid"}, SiteError, "no site 'resid_mid'"),
     ):
         with pytest.raises(error, match=words):
             ml.screen_then_verify(model, clean, progress=False, **options)
+
+
+def test_the_registry_s_instruments_give_what_they_declare(tiny_model: Any) -> None:
+    """Each runs on the same sequences; its result has the declared kind and dimension."""
+    model, clean = tiny_model("gpt_neox", "bridge"), ragged()
+    names = ml.instruments.INSTRUMENTS.names()
+    assert {"head_ablation", "mlp_ablation", "attention_bypass", "patching", "neuron_ablation"} <= set(names)
+    for tool in ml.instruments.INSTRUMENTS.values():
+        if tool.run is not None:
+            pair = (corrupted(clean),) if tool.pairs else ()
+            result = tool.run(model, clean, *pair, progress=False)
+            assert result.kind == tool.kind
+            assert tool.ranks == "site" or tool.ranks in result.data.dims
+
+
+def test_a_new_instrument_is_screened_by_its_name(tiny_model: Any) -> None:
+    """Registered outside memlens' own modules, with the screen of head ablation."""
+    own = ml.instruments.INSTRUMENTS["head_ablation"]
+    ml.instruments.register_instrument("mine", ranks="head", kind=own.kind, screen=own.screen)
+    try:
+        options: dict[str, Any] = {"top_k": 2, "n_random": 0, "progress": False}
+        model, clean = tiny_model("gpt_neox", "bridge"), ragged()
+        mine, theirs = (
+            ml.screen_then_verify(model, clean, instrument=name, **options)
+            for name in ("mine", "head_ablation")
+        )
+        assert mine.table.equals(theirs.table)
+        with pytest.raises(OptionError, match="mode='mean' means nothing to instrument='mine'"):
+            ml.screen_then_verify(model, clean, instrument="mine", mode="mean", **options)
+        with pytest.raises(OptionError, match="measures nothing"):
+            ml.instruments.register_instrument("nothing", ranks="head", kind=own.kind)
+    finally:
+        del ml.instruments.INSTRUMENTS._items["mine"]

@@ -9,6 +9,7 @@ from memlens.forward.hooks import chosen_layers, hook_name
 from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.replacing import Mode, Positions, Replacement
+from memlens.instruments.screen.instruments import register_instrument
 from memlens.results.kinds import register_kind
 from memlens.results.plots.layers import plot_layer_lines
 from memlens.results.readings import read_effects
@@ -133,3 +134,4 @@ def _branch_ablations(
 
 
 register_kind("mlp_ablation", plot=plot_layer_lines, reading=read_effects)
+register_instrument("mlp_ablation", ranks="layer", kind="mlp_ablation", run=ablate_mlps)

@@ -16,6 +16,8 @@ from memlens.forward.hooks import check_head, check_layer, chosen_layers, hook_n
 from memlens.forward.metrics import MetricLike, metric_names
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.replacing import Mode, Positions, Replacement
+from memlens.instruments.screen.gradients import attribute_ablation
+from memlens.instruments.screen.instruments import Cell, Screen, register_instrument
 from memlens.results.kinds import register_kind
 from memlens.results.plots.heads import plot_cumulative, plot_pairs
 from memlens.results.plots.layers import plot_head_map
@@ -391,6 +393,27 @@ def _squared(
     return data.assign(interaction=interaction.where(off).transpose(*both.dims))
 
 
+def _screen(model: Any, clean: SequenceSet, _: None, options: dict[str, Any]) -> Screen:
+    mode, positions = options["mode"], options["positions"] or "all"
+    common = {"mode": mode, "positions": positions, "reference": options["reference"]}
+    common |= {"seed": options["seed"], "layers": options["layers"]}
+
+    def interventions(cells: Sequence[Cell]) -> list[Intervention]:
+        some = {**common, "layers": sorted({cell["layer"] for cell in cells})}
+        by_cell = {(i.coords["layer"], i.coords["head"]): i for i in head_ablations(model, clean, **some)}
+        return [by_cell[cell["layer"], cell["head"]] for cell in cells]
+
+    def estimate(**method: Any) -> Result:
+        return attribute_ablation(model, clean, site="z", over="head", **common, **method)
+
+    settings = {"mode": mode, "positions": positions, "seed": options["seed"]}
+    return Screen(clean, estimate, interventions, settings)
+
+
 register_kind("head_ablation", plot=plot_head_map, reading=read_effects)
 register_kind("head_pair_ablation", plot=plot_pairs, reading=read_pairs)
 register_kind("cumulative_head_ablation", plot=plot_cumulative, reading=read_cumulative)
+register_instrument(
+    "head_ablation", ranks="head", kind="head_ablation", run=ablate_heads, screen=_screen,
+    options=("mode", "positions", "reference"),
+)  # fmt: skip

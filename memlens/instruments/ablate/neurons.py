@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -29,7 +29,10 @@ from memlens.instruments.ablate.neuron_choice import (
     measure_dominance,
 )
 from memlens.instruments.ablate.replacing import MakeReplace, Mode, Positions, Replacement
+from memlens.instruments.screen.gradients import attribute_ablation
+from memlens.instruments.screen.instruments import Cell, Screen, register_instrument
 from memlens.results.kinds import register_kind
+from memlens.results.plots.heads import plot_sites
 from memlens.results.plots.layers import plot_knock_outs
 from memlens.results.readings import read_effects
 from memlens.results.result import Result
@@ -390,9 +393,40 @@ def _with_first_target(result: Result, sequences: SequenceSet) -> xr.Dataset:
     return data.assign_coords({name: result[name].fillna(-1).astype(np.int64) for name in names})
 
 
+def _screen(model: Any, clean: SequenceSet, _: None, options: dict[str, Any]) -> Screen:
+    mode, positions = options["mode"], options["positions"] or "all"
+    common = {
+        "mode": mode,
+        "positions": positions,
+        "reference": options["reference"],
+        "seed": options["seed"],
+    }
+
+    def interventions(cells: Sequence[Cell]) -> list[Intervention]:
+        sets = {
+            f"{mode} L{cell['layer']}N{cell['neuron']}": {cell["layer"]: [cell["neuron"]]} for cell in cells
+        }
+        edits = neuron_knock_outs(model, clean, sets, **common)
+        return [replace(edit, coords=cell) for edit, cell in zip(edits, cells, strict=True)]
+
+    def estimate(**method: Any) -> Result:
+        return attribute_ablation(
+            model, clean, site="mlp_post", over="neuron", layers=options["layers"], **common, **method
+        )
+
+    settings = {"mode": mode, "positions": positions}
+    return Screen(clean, estimate, interventions, settings)
+
+
 register_kind(
     "neuron_knockout",
     plot=plot_knock_outs,
     reading=read_effects,
     cites=(("haviv2023", "knocking out the neurons that promote a prediction"),),
 )
+register_kind("neuron_ablation", plot=plot_sites, reading=read_effects)
+register_instrument("neuron_knockout", ranks="layer", kind="neuron_knockout", run=knock_out_neurons)
+register_instrument(
+    "neuron_ablation", ranks="neuron", kind="neuron_ablation", screen=_screen,
+    options=("mode", "positions", "reference"),
+)  # fmt: skip

@@ -13,6 +13,7 @@ from memlens.errors import OptionError, check_option
 from memlens.forward.hooks import HookFn, check_head, check_layer, chosen_layers, hook_name
 from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
+from memlens.instruments.screen.instruments import register_instrument
 from memlens.results.groups import layers_label
 from memlens.results.kinds import register_kind
 from memlens.results.plots.heads import plot_bypass
@@ -314,3 +315,4 @@ def _hooks(
 register_kind(
     "attention_bypass", plot=plot_bypass, reading=read_effects, cites=(("menta2025", "attention bypass"),)
 )
+register_instrument("attention_bypass", ranks="layer", kind="attention_bypass", run=bypass_attention)

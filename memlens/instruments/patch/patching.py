@@ -16,7 +16,10 @@ from memlens.forward.hooks import HookFn, chosen_layers, has_site, hook_name
 from memlens.forward.metrics import MetricLike, metric_names
 from memlens.forward.trunk import Trunk, is_bridge
 from memlens.instruments.patch.pairs import DIRECTIONS, check_pairs, checked_positions, compare_runs
+from memlens.instruments.screen.gradients import attribute_gradients
+from memlens.instruments.screen.instruments import Cell, Interventions, Screen, register_instrument
 from memlens.results.kinds import register_kind
+from memlens.results.plots.heads import plot_sites
 from memlens.results.plots.tokens import plot_patch_map
 from memlens.results.readings import read_restored
 from memlens.results.result import Result
@@ -223,9 +226,106 @@ def _write(
     return ByBatch(make)
 
 
+def _screen(model: Any, clean: SequenceSet, corrupt: SequenceSet, options: dict[str, Any]) -> Screen:
+    site = options["site"] or "resid_pre"
+    common = {"layers": options["layers"], "positions": options["positions"], "over": options["over"]}
+
+    def made(source: SequenceSet) -> Interventions:
+        patches = activation_patches(model, source, site=site, **common)
+        by_cell = {tuple(sorted(p.coords.items())): p for p in patches}
+        return lambda cells: [by_cell[tuple(sorted(cell.items()))] for cell in cells]
+
+    return _between_runs(
+        model,
+        clean,
+        corrupt,
+        options["direction"],
+        options["path"],
+        made,
+        site=site,
+        **common,
+    )
+
+
+def _neuron_screen(model: Any, clean: SequenceSet, corrupt: SequenceSet, options: dict[str, Any]) -> Screen:
+    def made(source: SequenceSet) -> Interventions:
+        def interventions(cells: Sequence[Cell]) -> list[Intervention]:
+            names = {cell["layer"]: hook_name("mlp_post", cell["layer"]) for cell in cells}
+            store = ActivationSource(model, source, list(names.values()))
+            return [_neuron_patch(store, names[cell["layer"]], cell) for cell in cells]
+
+        return interventions
+
+    common = {"layers": options["layers"], "over": "neuron"}
+    return _between_runs(
+        model,
+        clean,
+        corrupt,
+        options["direction"],
+        options["path"],
+        made,
+        site="mlp_post",
+        **common,
+    )
+
+
+def _neuron_patch(store: ActivationSource, name: str, cell: Cell) -> Intervention:
+    neuron = cell["neuron"]
+
+    def make(batch: Batch) -> Callable[..., Tensor]:
+        new = store.of(batch)[name][..., neuron].clone()
+
+        def fn(x: Tensor, hook: Any) -> Tensor:
+            out = x.clone()
+            out[..., neuron] = new.to(x.dtype)
+            return out
+
+        return fn
+
+    return Intervention(f"mlp_post L{cell['layer']}N{neuron}", [(name, ByBatch(make))], cell)
+
+
+def _between_runs(
+    model: Any,
+    clean: SequenceSet,
+    corrupt: SequenceSet,
+    direction: str,
+    path: str,
+    made: Callable[[SequenceSet], Interventions],
+    **common: Any,
+) -> Screen:
+    check_option("direction", direction, DIRECTIONS)
+    check_pairs(clean, corrupt)
+    source, base = (clean, corrupt) if direction == "denoising" else (corrupt, clean)
+
+    def estimate(**method: Any) -> Result:
+        return attribute_gradients(model, clean, corrupt, direction=direction, path=path, **common, **method)
+
+    def finish(result: Result, metrics: Sequence[MetricLike]) -> Result:
+        of_source = measure(model, source, metrics)
+        return compare_runs(result, model, of_source, metric_names(metrics), direction, clean)
+
+    settings = {**common, "direction": direction, "corruption": dict(corrupt.attrs)}
+    return Screen(base, estimate, made(source), settings, finish)
+
+
 register_kind(
     "activation_patching",
     plot=plot_patch_map,
     reading=read_restored,
     cites=(("meng2022", "causal tracing, the origin of activation patching"),),
 )
+register_kind(
+    "neuron_patching",
+    plot=plot_sites,
+    reading=read_restored,
+    cites=(("meng2022", "causal tracing, the origin of activation patching"),),
+)
+register_instrument(
+    "patching", ranks="site", kind="activation_patching", run=patch_activations, pairs=True, screen=_screen,
+    options=("direction", "path", "site", "over", "positions"),
+)  # fmt: skip
+register_instrument(
+    "neuron_patching", ranks="neuron", kind="neuron_patching", pairs=True, screen=_neuron_screen,
+    options=("direction", "path"),
+)  # fmt: skip

@@ -17,6 +17,7 @@ from memlens.forward.hooks import HookFn, attached, capturing, check_head, check
 from memlens.forward.metrics import MetricLike, metric_names
 from memlens.forward.trunk import Trunk
 from memlens.instruments.patch.pairs import DIRECTIONS, check_pairs, compare_runs
+from memlens.instruments.screen.instruments import register_instrument
 from memlens.results.kinds import register_kind
 from memlens.results.plots.heads import plot_paths
 from memlens.results.readings import read_restored
@@ -339,3 +340,4 @@ register_kind(
     reading=read_restored,
     cites=(("wang2023", "path patching"), ("goldowskydill2023", "general path patching")),
 )
+register_instrument("path_patching", ranks="head", kind="path_patching", run=patch_paths, pairs=True)

@@ -13,7 +13,7 @@ import xarray as xr
 from memlens.errors import EmptySetError, OptionError, check_option
 from memlens.forward.metrics import MetricLike, metric_names
 from memlens.instruments.screen.agreement import Verified, agreement_table
-from memlens.instruments.screen.instruments import Instrument, instrument_of
+from memlens.instruments.screen.instruments import INSTRUMENTS, Screen, screen_of
 from memlens.results.result import Result
 from memlens.results.statistics.intervals import mean_interval
 from memlens.sequences.set import SequenceSet
@@ -122,11 +122,12 @@ def screen_then_verify(
     All of them take the screened set as given. Gradients at a run that recalls are small (see
     `attribute_ablation`): hence integrated gradients are the default; "attribution_patching" needs one pass.
 
-    Instruments, and what they are compared with:
+    Instruments, and what they are compared with (the registry `memlens.instruments.INSTRUMENTS` has those
+    of other packages too):
 
     - "patching": `attribute_gradients` against `patch_activations`, with `site`, `over`, `direction`;
     - "head_ablation": `attribute_ablation` against `ablate_heads`, with `mode`, `reference`;
-    - "neuron_ablation": the same for single neurons of all MLPs, with `mode` "zero" or "mean";
+    - "neuron_ablation": the same for single neurons of all MLPs;
     - "neuron_patching": single neurons moved between the runs, with `direction`.
 
     Args:
@@ -179,7 +180,7 @@ def screen_then_verify(
     if not 0 < level < 1:
         raise OptionError(f"level={level!r} is not a coverage: give a number between 0 and 1, such as 0.95.")
     metric = metric_names(metrics)[0]
-    tool = instrument_of(
+    tool = screen_of(
         instrument, model, clean, corrupt, site=site, over=over, direction=direction, mode=mode,
         layers=layers, positions=positions, reference=reference, path=path, seed=seed,
     )  # fmt: skip
@@ -194,7 +195,9 @@ def screen_then_verify(
     ranked = np.argsort(-score(np.nanmean(stacked.values, axis=0)), kind="stable")
     chosen, top_k = _chosen(ranked, top_k, n_random if verify == "screened" else len(ranked), seed)
     sites: list[Site] = [tuple(stacked["site"].values[i]) for i in chosen]
-    exact = _verify(tool, model, dims, sites, metrics, batch_size, progress, options)
+    exact = _verify(
+        INSTRUMENTS[instrument].kind, tool, model, dims, sites, metrics, batch_size, progress, options
+    )
     data = Verified(
         stacked.values[:, chosen],
         _at(exact.effect(metric), dims, sites).values,
@@ -223,7 +226,8 @@ def _chosen(ranked: np.ndarray, top_k: int, n_random: int, seed: int) -> tuple[n
 
 
 def _verify(
-    tool: Instrument,
+    kind: str,
+    tool: Screen,
     model: Any,
     dims: Sequence[str],
     sites: Sequence[Site],
@@ -234,7 +238,7 @@ def _verify(
 ) -> Result:
     cells = [dict(zip(dims, (int(str(v)) for v in site), strict=True)) for site in sites]
     result = sweep(
-        model, tool.base, tool.interventions(cells), metrics, kind=tool.kind, settings=tool.settings,
+        model, tool.base, tool.interventions(cells), metrics, kind=kind, settings=tool.settings,
         batch_size=batch_size, progress=progress, **options,
     )  # fmt: skip
     return tool.finish(result, metrics)
