@@ -38,7 +38,7 @@ def heatmap_lens(
         zmin=0,
         zmax=1,
         colorscale=theme.magnitude_scale(),
-        colorbar=theme.color_bar("probability<br>of the target"),
+        colorbar=_bar("probability<br>of the target"),
         hovertemplate="layer %{y} · target %{x}<br>probability %{z:.3f}, rank %{customdata}<extra></extra>",
     )
     fig = go.Figure(trace)
@@ -118,7 +118,7 @@ def heatmap_attention(
         zmin=0,
         zmax=1,
         colorscale=theme.magnitude_scale(),
-        colorbar=theme.color_bar("attention"),
+        colorbar=_bar("attention"),
         hoverongaps=False,
         hovertemplate="from %{y} to %{x}<br>attention %{z:.3f}<extra></extra>",
     )
@@ -145,10 +145,18 @@ def _signed(
         zmin=-limit,
         zmax=limit,
         colorscale=theme.signed_scale(text.better),
-        colorbar=theme.color_bar(f"{title} ({text.unit})" if text.unit else title),
+        colorbar=_bar(f"{title} ({text.unit})" if text.unit else title),
         hoverongaps=False,
         hovertemplate=f"layer %{{y}} · {place}<br>%{{z:.4g}} {text.unit}<extra></extra>",
     )
+
+
+def _bar(title: str) -> dict[str, object]:
+    return {
+        "title": {"text": title, "side": "right", "font": {"size": 12}},
+        "thickness": 14,
+        "outlinewidth": 0,
+    }
 
 
 def _height(n_layers: int, labels: int) -> int:

@@ -154,7 +154,12 @@ def heatmap_trace(
 
 
 def _colors(values: np.ndarray, text: MetricText, signed: bool, limit: float | None) -> dict[str, Any]:
-    bar = theme.color_bar(f"{text.label}<br>({text.unit})" if text.unit else text.label)
+    title = f"{text.label}<br>({text.unit})" if text.unit else text.label
+    bar = {
+        "title": {"text": title, "side": "right", "font": {"size": 12}},
+        "thickness": 14,
+        "outlinewidth": 0,
+    }
     if not signed:
         return {"colorscale": theme.magnitude_scale(), "colorbar": bar, "zmax": limit}
     limit = limit or _limit(values, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -197,12 +198,13 @@ def _dot_traces(rows: xr.DataArray, dim: str, text: MetricText) -> list[go.Scatt
     traces = []
     for part, label, color in _by_group(rows, dim):
         mean, low, high = (part.sel(statistic=name).values for name in ("mean", "low", "high"))
+        error: dict[str, Any] = {"type": "data", "symmetric": False, "array": high - mean}
         traces.append(
             go.Scatter(
                 x=mean, y=[plain(value) for value in part[dim].values], mode="markers",
                 name=label or text.label,
                 marker={"color": color, "size": 8}, showlegend=label is not None,
-                error_x=theme.error_bars(mean, low, high, color),
+                error_x={**error, "arrayminus": mean - low, "color": color, "thickness": 1.5},
                 customdata=np.stack([low, high, _counts(part, dim)], -1),
                 hovertemplate=_hover(label, "%{y}", "x", text),
             )

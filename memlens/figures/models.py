@@ -40,7 +40,7 @@ def sizes(frame: pd.DataFrame, *, title: str = "Recall and size", subtitle: str 
             go.Scatter(
                 x=part["n_params"], y=part["rate"], name=plain(family), mode="lines+markers", showlegend=True,
                 line={"color": color, "width": 2}, marker={"size": 8},
-                error_y=_bars(part, "rate", color),
+                error_y=_bars(part["rate"], part["low"], part["high"], color),
                 text=[plain(name) for name in part["model"]],
                 **_row(part, "%{text}<br>%{x:.3s} parameters<br>rate %{y:.4g}"),
             )
@@ -236,7 +236,7 @@ def model_dots(
             go.Scatter(
                 x=part["mean"], y=[label for label, own in zip(labels, here, strict=True) if own],
                 mode="markers", name=plain(family), showlegend=True, marker={"color": color, "size": 9},
-                error_x=_bars(part, "mean", color),
+                error_x=_bars(part["mean"], part["low"], part["high"], color),
                 **_row(part, "%{y}<br>%{x:.4g}"),
             )
         )  # fmt: skip
@@ -317,8 +317,11 @@ def _branches(
     return lines
 
 
-def _bars(part: pd.DataFrame, mean: str, color: str) -> dict[str, Any]:
-    return theme.error_bars(part[mean], part["low"], part["high"], theme.translucent(color, 0.6))
+def _bars(mean: Any, low: Any, high: Any, color: str) -> dict[str, Any]:
+    return {
+        "type": "data", "symmetric": False, "array": high - mean, "arrayminus": mean - low,
+        "color": theme.translucent(color, 0.6), "thickness": 1.5,
+    }  # fmt: skip
 
 
 def _check(frame: pd.DataFrame, columns: Sequence[str]) -> None:

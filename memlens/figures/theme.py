@@ -108,20 +108,6 @@ def translucent(color: str, alpha: float = 0.18) -> str:
     return f"rgba({red:.0f},{green:.0f},{blue:.0f},{alpha})"
 
 
-def error_bars(mean: Any, low: Any, high: Any, color: str, thickness: float = 1.5) -> dict[str, Any]:
-    """Return error bars from a mean to both ends of its interval."""
-    return {
-        "type": "data", "symmetric": False, "array": high - mean, "arrayminus": mean - low,
-        "color": color, "thickness": thickness,
-    }  # fmt: skip
-
-
-def color_bar(title: str) -> dict[str, Any]:
-    """Return a color bar with its title alongside."""
-    text = {"text": title, "side": "right", "font": {"size": 12}}
-    return {"title": text, "thickness": 14, "outlinewidth": 0}
-
-
 def tick_step(count: int, most: int = 16) -> int:
     """Return a step (1, 2, 4, 5, 8, 10, 16, …) that leaves at most `most` ticks.
 

@@ -8,8 +8,8 @@ import pytest
 import memlens as ml
 from memlens.errors import EmptySetError, OptionError, ResultError
 from memlens.results.groups import by_part
+from memlens.results.statistics.frontier import ALL_TASKS, join_frontier
 from memlens.results.statistics.tasks import MEASURES, task_summary
-from memlens.results.statistics.tradeoff import ALL_TASKS, join_frontier
 from tests.results.test_tradeoff import recall_result, task_result
 
 RIGHT = {

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from memlens.errors import FileFormatError, OptionError, SourceNotFoundError, near_matches
+from memlens.errors import OptionError
 from memlens.models.families import find_model
 from memlens.models.zoo import is_zoo_name
+from memlens.options import options_class, read_options
 from memlens.sequences.readers.load import load_sequences
 from memlens.sequences.set import SequenceSet
 from memlens.studies.comparative.options import ComparativeOptions
@@ -23,54 +24,51 @@ _TWIN = re.compile(r"-(clean|untrained)$")
 _SIZE = re.compile(r"-(xs|s|m|l|xl)$")
 
 
-@dataclass(frozen=True)
+@options_class
 class StudyModel:
-    """One model of the study.
-
-    Attributes:
-        name: What `load_model` takes: a zoo name, a hub name, a checkpoint folder, a `.gguf` file.
-        revision: On the hub; None: main.
-        checkpoint_step: A training step of it, as for `load_model`.
-        family: None: the family table's, or what the zoo's name or the architecture says.
-        corpus: What it was trained on, for the record; None: the family table's.
-        counts: How often its tokens stand in that corpus: a `.npy` file of one count a token id, or
-            "zoo/NAME"; None: the zoo's own, else they are counted in the scored sequences.
-        control: A model that is no member of its family's series (a clean or untrained twin): it has its
-            rows, and no part in fits, families and findings. None: by the zoo's names.
-        checkpoints: Training steps that are followed.
-        backend: As for `load_model`.
-        dtype: As for `load_model`.
-        device: As for `load_model`.
-        model: A model that is loaded already, instead of loading `name`.
-    """
+    """One model of the study."""
 
     name: str
+    """What `load_model` takes: a zoo name, a hub name, a checkpoint folder, a `.gguf` file."""
     revision: str | None = None
+    """Revision on the hub; None takes main."""
     checkpoint_step: int | None = None
+    """Training step, as for `load_model`."""
     family: str | None = None
+    """None takes the family table's, or what the zoo's name or the architecture says."""
     corpus: str | None = None
+    """Training corpus, for the record; None takes the family table's."""
     counts: str | None = None
+    """How often each token occurs in that corpus: a `.npy` file with one count per token id, or "zoo/NAME".
+    None takes the zoo's own, else the tokens of the scored sequences are counted."""
     control: bool | None = None
+    """Whether the model is outside its family's series (a clean or untrained twin): it appears in tables but
+    not in fits, families and findings. None decides by the zoo's names."""
     checkpoints: tuple[int, ...] = ()
+    """Training steps at which recall is also scored."""
     backend: str = "auto"
+    """As for `load_model`."""
     dtype: str = "float32"
+    """As for `load_model`."""
     device: str | None = None
+    """As for `load_model`."""
     model: Any = field(default=None, repr=False, compare=False)
+    """A model that is already loaded; `name` is then only a label."""
 
     @property
     def label(self) -> str:
-        """Its name in tables and figures, with what tells it from others of the name."""
+        """The model's name in tables and figures, with its step or revision."""
         if self.checkpoint_step is not None:
             return f"{self.name}@step{self.checkpoint_step}"
         return self.name if self.revision is None else f"{self.name}@{self.revision}"
 
     @property
     def is_control(self) -> bool:
-        """Whether it is a twin that stands beside the families."""
+        """Whether the model is a twin outside the families."""
         return bool(_TWIN.search(self.name)) if self.control is None else self.control
 
     def family_of(self, described: Mapping[str, Any]) -> str:
-        """Return its family: as given, by name, or by the loaded model's architecture.
+        """Return the family: as given, by name, or by the loaded model's architecture.
 
         >>> StudyModel("zoo/gpt-neo-s-clean").family_of({}), StudyModel("pythia-70m").family_of({})
         ('gpt-neo', 'pythia')
@@ -84,34 +82,19 @@ class StudyModel:
 
     @property
     def corpus_of(self) -> str:
-        """Its training corpus, "" where it is not known."""
+        """The training corpus; "" where it is not known."""
         found = find_model(self.name)
         if self.corpus is not None or found is None:
             return self.corpus or ("the zoo's" if is_zoo_name(self.name) else "")
         return found[1].corpus or found[0].corpus
 
     def settings(self) -> dict[str, Any]:
-        """Return the fields as JSON would hold them, without a loaded model."""
+        """Return the fields as JSON, without a loaded model."""
         return {key: value for key, value in asdict(replace(self, model=None)).items() if key != "model"}
 
 
-@dataclass(frozen=True)
-class StudyConfig:
-    """What a YAML file says.
-
-    Attributes:
-        models: The models.
-        sources: Domain to source of sequences; "" for one source that tells domains itself.
-        options: Options of the study.
-    """
-
-    models: tuple[StudyModel, ...] = ()
-    sources: Mapping[str, str] = field(default_factory=dict)
-    options: ComparativeOptions = field(default_factory=ComparativeOptions)
-
-
 def parse_model(given: str | StudyModel | Mapping[str, Any] | Any) -> StudyModel:
-    """Return a model of the study from a name, "NAME@REVISION", "NAME@stepN", fields, or a loaded model.
+    """Return a `StudyModel` from a name, "NAME@REVISION", "NAME@stepN", its fields, or a loaded model.
 
     Raises:
         OptionError: Unknown fields, or no name.
@@ -122,7 +105,10 @@ def parse_model(given: str | StudyModel | Mapping[str, Any] | Any) -> StudyModel
     if isinstance(given, StudyModel):
         return given
     if isinstance(given, Mapping):
-        return _from_fields(given)
+        values = {str(key): value for key, value in given.items() if value is not None}
+        if "name" not in values:
+            return StudyModel(**values)  # raises
+        return replace(parse_model(str(values.pop("name"))), **values)
     if isinstance(given, str | Path):
         name, at, revision = str(given).rpartition("@")
         if not at or Path(str(given)).exists():
@@ -136,25 +122,11 @@ def parse_model(given: str | StudyModel | Mapping[str, Any] | Any) -> StudyModel
     return StudyModel(str(describe(given)["model"]), model=given)
 
 
-def _from_fields(given: Mapping[str, Any]) -> StudyModel:
-    known = [f.name for f in fields(StudyModel) if f.name != "model"]
-    for key in given:
-        if key not in known:
-            raise OptionError(
-                f"a model has no field {key!r}: it has {', '.join(known)}.{near_matches(str(key), known)}"
-            )
-    if "name" not in given:
-        raise OptionError(f"the model {dict(given)} has no name: give one.")
-    more: dict[str, Any] = {key: value for key, value in given.items() if key != "name"}
-    more["checkpoints"] = tuple(given.get("checkpoints") or ())
-    return replace(parse_model(str(given["name"])), **more)
-
-
 def parse_sources(given: Sequence[str]) -> dict[str, str]:
-    """Return domain to source from "DOMAIN=SOURCE" entries, or one source for all.
+    """Return a mapping of domain to source from "DOMAIN=SOURCE" entries, or one source for all domains.
 
     Raises:
-        OptionError: Several sources without domains, or a domain twice.
+        OptionError: Several sources without domains, or a domain given twice.
 
     >>> parse_sources(["zoo"]), parse_sources(["code=a.jsonl", "web=b.jsonl"])
     ({'': 'zoo'}, {'code': 'a.jsonl', 'web': 'b.jsonl'})
@@ -172,62 +144,55 @@ def parse_sources(given: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def read_config(path: str | Path) -> StudyConfig:
-    """Read the models, domains and options of a study from a YAML file.
+@options_class
+class StudyConfig:
+    """What a YAML file says."""
 
-    The file has the keys `models` (a list of names or of mappings with the fields of `StudyModel`), `domains`
-    (domain to source) or `sequences` (one source), and `options` (fields of `ComparativeOptions`). Sources
-    and counts that are files may be given relative to the YAML file.
+    models: tuple[StudyModel, ...] = ()
+    """Names, or mappings with the fields of `StudyModel`."""
+    domains: Mapping[str, str] = field(default_factory=dict)
+    """Domain to source of sequences."""
+    sequences: str | None = None
+    """Instead of `domains`: one source whose table has a column `domain`."""
+    options: ComparativeOptions = field(default_factory=ComparativeOptions)
+    """Fields of `ComparativeOptions`."""
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """Domain to source, with "" for one source of all domains."""
+        return self.domains if self.sequences is None else {"": self.sequences}
+
+
+def read_config(path: str | Path) -> StudyConfig:
+    """Read the models, domains and options of a study from a YAML file with the fields of `StudyConfig`.
+
+    Paths of sources and counts may be relative to the YAML file.
 
     Raises:
         SourceNotFoundError: There is no such file.
-        FileFormatError: It is no YAML, or not of this form.
+        FileFormatError: It is not YAML, or does not hold keys and values.
         OptionError: Unknown keys or options.
     """
-    import yaml
-
     path = Path(path)
-    if not path.is_file():
-        raise SourceNotFoundError(f"there is no configuration {path}: give a YAML file.")
+    values = {key: value for key, value in read_options(path, StudyConfig).items() if value is not None}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"{path} is no YAML: {str(error).splitlines()[0]}.") from error
-    if not isinstance(content, dict):
-        raise FileFormatError(
-            f"{path} holds a {type(content).__name__}: give keys such as models and domains."
-        )
-    known = ["models", "domains", "sequences", "options"]
-    for key in content:
-        if key not in known:
-            raise OptionError(
-                f"{path} has {key!r}: it may have {', '.join(known)}.{near_matches(str(key), known)}"
-            )
-    sources = {str(k): _beside(path, str(v)) for k, v in (content.get("domains") or {}).items()}
-    if "sequences" in content:
-        sources = {"": _beside(path, str(content["sequences"]))}
-    models = [parse_model(entry) for entry in content.get("models") or []]
-    models = [replace(m, counts=_beside(path, m.counts)) if m.counts else m for m in models]
-    return StudyConfig(tuple(models), sources, _options(content.get("options") or {}, path))
+        values["models"] = tuple(parse_model(entry) for entry in values.get("models", ()))
+        values["options"] = ComparativeOptions(**values.get("options", {}))
+        config = StudyConfig(**values)
+    except OptionError as error:
+        raise OptionError(f"{path}: {error}") from None
 
+    def beside(source: str | None) -> str | None:
+        """Resolve a path relative to the YAML file; return any other source as it is."""
+        near = path.parent / (source or "")
+        return str(near) if source and not Path(source).is_absolute() and near.exists() else source
 
-def _options(given: Mapping[str, Any], path: Path) -> ComparativeOptions:
-    known = [f.name for f in fields(ComparativeOptions)]
-    for key in given:
-        if key not in known:
-            raise OptionError(
-                f"{path} sets the option {key!r}, which there is not.{near_matches(str(key), known)}"
-            )
-    values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in given.items()
-    }
-    return ComparativeOptions(**values)
-
-
-def _beside(config: Path, source: str) -> str:
-    """Return a source that lies beside the configuration by its path, any other as it is."""
-    near = config.parent / source
-    return str(near) if not Path(source).is_absolute() and near.exists() else source
+    return replace(
+        config,
+        models=tuple(replace(model, counts=beside(model.counts)) for model in config.models),
+        domains={domain: beside(source) or source for domain, source in config.domains.items()},
+        sequences=beside(config.sequences),
+    )
 
 
 def read_domains(
@@ -236,9 +201,10 @@ def read_domains(
     """Return the sequences of all domains, tokenized for a model, with a column `domain`.
 
     Args:
-        sources: Domain to source; one source whose table may tell domains (else all are of "all").
+        sources: Domain to source, or one source whose table may have a column `domain` (else all sequences
+            belong to the domain "all").
         model: The model whose tokenizer is used.
-        options: Prefix, targets, and how many of each domain.
+        options: Prompt length, targets, and the number of sequences per domain.
     """
     if not isinstance(sources, Mapping):
         sources = {"": sources}
@@ -257,7 +223,7 @@ def read_domains(
 
 
 def per_domain(seqs: SequenceSet, most: int | None, seed: int) -> SequenceSet:
-    """Return at most so many sequences of each domain: a random choice where there are more."""
+    """Return at most this many sequences per domain, chosen at random."""
     if most is None:
         return seqs
     labels = seqs.table["domain"].astype(str).to_numpy()

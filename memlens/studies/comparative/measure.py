@@ -1,4 +1,4 @@
-"""What is measured of one model: every pass over it, saved part by part, and none that is saved already."""
+"""Measures one model: each part is saved when it is done, and a saved part is not computed again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
 from memlens.store.fingerprint import fingerprint, model_fingerprint, sequences_fingerprint
 from memlens.studies.comparative.analyze.frequency import token_frequencies
-from memlens.studies.comparative.analyze.training import join_steps
+from memlens.studies.comparative.analyze.rates import join_steps
 from memlens.studies.comparative.config import StudyModel, per_domain, read_domains
 from memlens.studies.comparative.options import ComparativeOptions
 from memlens.studies.comparative.store import ModelStore, SavedModel, folder_name
@@ -38,7 +38,7 @@ from memlens.studies.running import StudyDirectory, at_most
 
 
 def loaded(entry: StudyModel) -> Any:
-    """Return the model of an entry: as it was given, or loaded now."""
+    """Return the model of an entry, as given or loaded now."""
     if entry.model is not None:
         return entry.model
     return load_model(
@@ -48,7 +48,7 @@ def loaded(entry: StudyModel) -> Any:
 
 
 def facts_of(model: Any, entry: StudyModel) -> dict[str, Any]:
-    """Return what is noted of a model: who it is, its sizes, and the fingerprint of its weights."""
+    """Return what is recorded of a model: its identity, sizes, and the fingerprint of its weights."""
     described, trunk = describe(model), Trunk(model)
     return {
         **described,
@@ -83,7 +83,7 @@ _USES: dict[str, tuple[str, ...]] = {
     "heads": ("head_mode", "heads_per_domain", "untrained", "seed"),
     "training": (),
 }  # fmt: skip
-"""The options that decide a part, beside model and sequences."""
+"""The options that a part depends on, besides model and sequences."""
 
 _METRICS = {
     "noise": ("exact_match", "matching_prefix", "target_accuracy"),
@@ -103,16 +103,16 @@ def measure_model(
     *,
     progress: bool = True,
 ) -> SavedModel:
-    """Measure a model and return its folder; what stands there from the same model and options is not redone.
+    """Measure a model and return its folder; parts saved from the same model and options are kept.
 
-    A part that fails is noted in the study's folder and does not stop the others.
+    A part that fails is recorded in the study's folder and does not stop the others.
 
     Args:
         entry: The model.
         sources: See `read_domains`.
-        root: Where models' folders are.
+        root: The folder of all models' folders.
         options: See `ComparativeOptions`.
-        folder: Of the study, for failures.
+        folder: The study's folder, for failures.
         progress: Show progress bars.
 
     Raises:
@@ -157,11 +157,11 @@ class _Measures:
             chosen["counts"] = self.entry.counts
         self.key = fingerprint([part, self.on, sorted(chosen.items()), _METRICS.get(part, ())])
         self.store.make(part, self.key, work, chosen)
-        if part in _SWEPT:  # what is finished needs no parts to go on from
+        if part in _SWEPT:  # a finished sweep needs no parts to resume from
             shutil.rmtree(self._sweep(part), ignore_errors=True)
 
     def _sweep(self, part: str) -> Path:
-        """Where a sweep keeps what is finished of it, until all is."""
+        """Return the folder that keeps a sweep's finished parts until the sweep is done."""
         return self.path / "sweeps" / f"{part}-{self.key[:8]}"
 
     # ---- the parts ---------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ class _Measures:
                 rows.append(
                     pd.DataFrame({"id": table["id"], "group": CONTROL, "matched_to": table["matched_to"]})
                 )
-            except MemlensError as error:  # everything is memorized: the rest goes on without controls
+            except MemlensError as error:  # all sequences are memorized: continue without controls
                 note = None if len(chosen) > 1 else str(error)
         if len(chosen) < 2:
             note = f"{len(memorized)} memorized sequences: too few to examine"
@@ -248,7 +248,7 @@ class _Measures:
         )
 
     def _of_groups(self, part: str, work: Callable[[Any, SequenceSet], Result]) -> str | None:
-        """Measure memorized sequences, their matched controls, and memorized ones on the untrained twin."""
+        """Measure memorized sequences and their matched controls, and the former on the twin."""
         groups = {name: self._chosen(name) for name in (MEMORIZED, CONTROL)}
         if len(groups[MEMORIZED]) < 2:
             return f"{len(groups[MEMORIZED])} memorized sequences: too few to examine"
@@ -311,5 +311,5 @@ class _Measures:
 
 
 def _without_tokens(result: Result) -> Result:
-    """Leave the targets' text out: it is in the recall table."""
+    """Drop the targets' text, which the recall table holds."""
     return Result(result.data.drop_vars("token", errors="ignore"))

@@ -1,4 +1,4 @@
-"""What is saved of each model: one folder a model, one file a measure, each computed once.
+"""What is saved of each model: one folder per model, one file per measure, each computed once.
 
 The folder's name ends in the model's fingerprint, and `model.json` says of each measure what it was made from
 (a key of sequences and options), so that a changed model, set or option is computed anew and nothing else.
@@ -31,7 +31,7 @@ class ModelStore:
 
     Args:
         folder: The folder; made where it is missing.
-        facts: What is known of the model; replaces what was there.
+        facts: What is known of the model; replaces earlier facts.
 
     Raises:
         ResultError: `model.json` is damaged.
@@ -47,7 +47,7 @@ class ModelStore:
         self._write()
 
     def done(self, part: str, key: str) -> bool:
-        """Whether a part stands there, made from the same."""
+        """Whether the folder holds a part made from the same key."""
         return self._content["parts"].get(part, {}).get("key") == key
 
     def make(
@@ -57,13 +57,13 @@ class ModelStore:
         work: Callable[[], str | None],
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Compute a part unless it stands there.
+        """Compute a part unless the folder holds it.
 
         Args:
             part: Its name.
-            key: What it is made from.
-            work: Computes and saves it; what it returns says why there is nothing to save, if so.
-            options: Those that decide it, for the record.
+            key: Digest of what it is made from.
+            work: Computes and saves it; returns why there is nothing to save, if so.
+            options: The options it depends on, for the record.
         """
         if self.done(part, key):
             return
@@ -87,7 +87,7 @@ class SavedModel:
         path: The folder.
         facts: `label`, `family`, `corpus`, `control`, `n_params`, `n_layers`, `n_heads`, `fingerprint`, and
             what `memlens.models.provenance.describe` gives.
-        parts: By name: `key`, `seconds`, `note` (why a part holds nothing), `options` (that decided it).
+        parts: By name: `key`, `seconds`, `note` (why a part is empty), `options` (it depends on).
     """
 
     path: Path
@@ -96,10 +96,10 @@ class SavedModel:
 
     @classmethod
     def open(cls, folder: str | Path) -> SavedModel:
-        """Open a folder that `ModelStore` wrote.
+        """Open a folder written by `ModelStore`.
 
         Raises:
-            ResultError: It holds no model, or is damaged.
+            ResultError: It does not hold a model, or is damaged.
         """
         content = _read(Path(folder))
         return cls(Path(folder), content["facts"], content["parts"])
@@ -116,11 +116,11 @@ class SavedModel:
 
     @property
     def control(self) -> bool:
-        """Whether it stands beside the families."""
+        """Whether the model is outside the families."""
         return bool(self.facts["control"])
 
     def has(self, part: str) -> bool:
-        """Whether a part was measured and holds something."""
+        """Whether a part was measured and is not empty."""
         return part in self.parts and not self.parts[part]["note"]
 
     @cached_property
@@ -141,7 +141,7 @@ class SavedModel:
 def saved_models(folder: str | Path) -> list[SavedModel]:
     """Return all models that are saved in a folder, sorted by label.
 
-    Where weights have changed under one name, the ones that were measured last are taken.
+    Of different weights with one name, those measured last are taken.
 
     Raises:
         ResultError: One of them is damaged.

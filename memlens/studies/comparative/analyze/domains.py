@@ -1,4 +1,4 @@
-"""What kind of text is memorized: rates within domains, shares among the memorized, structural or free."""
+"""Which kinds of text are memorized: rates within domains, shares among the memorized, structural or free."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pandas as pd
 from jaxtyping import Float
 
 from memlens.results.statistics.estimates import Estimate
+from memlens.studies.comparative.analyze.rates import drawn_estimate
 from memlens.studies.idioms.findings import share_of
 
 STRUCTURAL = ("code", "math", "arithmetic", "table", "github", "stack", "starcoder")
-"""Domains that count as structural text unless told otherwise; all others are free text."""
+"""Domains that count as structural text by default; all others are free text."""
 
 
 def domain_table(table: pd.DataFrame, structural: Collection[str] = STRUCTURAL) -> pd.DataFrame:
@@ -25,9 +26,8 @@ def domain_table(table: pd.DataFrame, structural: Collection[str] = STRUCTURAL) 
 
     Returns:
         Columns `domain`, `structural`, `n` (sampled), `memorized`, `rate`, `low`, `high` (Wilson); `share`,
-        `share_low`, `share_high` (among the memorized, of this sample); `equal_share`: the share that an
-        equal sample of every domain would give, rate over the sum of the rates. NaN where nothing is
-        memorized.
+        `share_low`, `share_high` (among the memorized of this sample); `equal_share`: the share that an equal
+        sample of every domain would give, rate over the sum of the rates. NaN where nothing is memorized.
 
     >>> frame = pd.DataFrame({"domain": ["a", "a", "b"], "exact_match": [1, 0, 1]})
     >>> domain_table(frame)[["domain", "rate", "share", "equal_share"]].round(3).to_numpy().tolist()
@@ -39,16 +39,9 @@ def domain_table(table: pd.DataFrame, structural: Collection[str] = STRUCTURAL) 
     for domain in np.unique(labels):
         here = labels == domain
         rate, share = share_of(hits[here]), share_of(here[hits == 1])
-        rows.append(
-            (
-                domain, domain in structural, int(here.sum()), int(hits[here].sum()), rate.value, rate.low,
-                rate.high, share.value, share.low, share.high,
-            )
-        )  # fmt: skip
-    columns = [
-        "domain", "structural", "n", "memorized", "rate", "low", "high", "share", "share_low", "share_high",
-    ]  # fmt: skip
-    frame = pd.DataFrame(rows, columns=columns)
+        facts = {"domain": domain, "structural": domain in structural, "memorized": int(hits[here].sum())}
+        rows.append({**facts, **rate.row("rate"), **share.row("share", prefix="share_", n=None)})
+    frame = pd.DataFrame(rows)
     total = float(frame["rate"].to_numpy().sum())
     return frame.assign(equal_share=frame["rate"] / total if total > 0 else np.nan)
 
@@ -64,7 +57,7 @@ def structural_share(
     """Return the share of structural text among the memorized, as an equal sample of every domain gives it.
 
     The sum of the structural domains' rates over the sum of all rates, with a bootstrap interval over
-    sequences inside each domain (of the resamples in which anything is memorized).
+    sequences within each domain (of the resamples in which anything is memorized).
 
     Args:
         hits: How far each sequence is memorized: 0 or 1, or a mean over draws.
@@ -78,7 +71,7 @@ def structural_share(
     0.667
     """
     value, drawn = structural_draws(hits, domains, structural, n_resamples, seed)
-    return _estimate(value, drawn, int((hits > 0).sum()))
+    return drawn_estimate(value, drawn, int((hits > 0).sum()))
 
 
 def structural_draws(
@@ -102,7 +95,7 @@ def structural_gap(
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """Return the mean rate of structural domains minus that of the others, each domain counting alike.
+    """Return the mean rate of structural domains minus that of the others; every domain has the same weight.
 
     NaN where all domains are of one kind.
 
@@ -113,15 +106,15 @@ def structural_gap(
     rates, drawn, names = _rates(hits, domains, n_resamples, seed)
     chosen = np.isin(names, list(structural))
     if chosen.all() or not chosen.any():
-        return Estimate(np.nan, np.nan, np.nan, len(hits))
+        return Estimate.unknown(len(hits))
     gaps = drawn[:, chosen].mean(1) - drawn[:, ~chosen].mean(1)
-    return _estimate(float(rates[chosen].mean() - rates[~chosen].mean()), gaps, len(hits))
+    return drawn_estimate(float(rates[chosen].mean() - rates[~chosen].mean()), gaps, len(hits))
 
 
 def domain_agreement(
     rates: Float[np.ndarray, "model domain"], *, n_permutations: int = 999, seed: int = 0
 ) -> dict[str, float]:
-    """Return how far models agree on which domains are memorized more: mean rank correlation of all pairs.
+    """Return the mean rank correlation of the domain rates of all pairs of models.
 
     The null shuffles each model's domains.
 
@@ -149,11 +142,9 @@ def domain_agreement(
 
     value = mean_correlation(ranks)
     null = np.array([mean_correlation(rng.permuted(ranks, axis=1)) for _ in range(n_permutations)])
-    low, high = np.percentile(null, [2.5, 97.5])
-    p = (1 + (null >= value - 1e-12).sum()) / (1 + n_permutations)
-    return {
-        "value": value, "null_low": float(low), "null_high": float(high), "p": float(p), "n": len(rates)
-    }  # fmt: skip
+    low, high = np.percentile(null, [2.5, 97.5]).tolist()
+    p = float((1 + (null >= value - 1e-12).sum()) / (1 + n_permutations))
+    return {"value": value, "null_low": low, "null_high": high, "p": p, "n": len(rates)}
 
 
 def _rates(
@@ -174,11 +165,3 @@ def _rates(
 def _share(rates: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     total = rates.sum(1)
     return np.where(total > 0, rates[:, chosen].sum(1) / np.where(total > 0, total, 1), np.nan)
-
-
-def _estimate(value: float, samples: np.ndarray, n: int) -> Estimate:
-    known = samples[np.isfinite(samples)]
-    if not np.isfinite(value) or not len(known):
-        return Estimate(np.nan, np.nan, np.nan, n)
-    low, high = np.percentile(known, [2.5, 97.5])
-    return Estimate(float(value), float(low), float(high), n)

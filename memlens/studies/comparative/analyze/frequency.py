@@ -18,21 +18,22 @@ from memlens.results.statistics.agreement import roc_area
 from memlens.results.statistics.estimates import Estimate, mean_estimate
 from memlens.results.statistics.intervals import mean_interval
 from memlens.sequences.set import SequenceSet
+from memlens.studies.comparative.analyze.rates import difference
 
 BUCKETS = ("M = 1", "M about 0.5", "M = 0")
 
 
 def token_frequencies(seqs: SequenceSet, counts: Int[np.ndarray, " vocab"], counted_in: str) -> Result:
-    """Return how frequent each token of each sequence is in a corpus, by its place from the boundary.
+    """Return how frequent each token of each sequence is in a corpus, by position relative to the boundary.
 
     Args:
         seqs: The sequences.
-        counts: How often each token id stands in the corpus.
+        counts: How often each token id occurs in the corpus.
         counted_in: Which corpus, for the record.
 
     Returns:
-        Kind "token_frequency": `per_million` `(sequence, offset)`: occurrences in a million tokens. Offset 0
-        is the first continuation token, -1 the last token of the prefix; NaN outside a sequence.
+        Kind "token_frequency": `per_million` `(sequence, offset)`: occurrences per million tokens. Offset 0
+        is the first continuation token, -1 the last token of the prompt; NaN outside a sequence.
 
     Raises:
         ResultError: A token id has no count.
@@ -52,7 +53,7 @@ def token_frequencies(seqs: SequenceSet, counts: Int[np.ndarray, " vocab"], coun
 
 
 def bucket_labels(scores: Float[np.ndarray, " seq"], *, half_width: float = 0.1) -> np.ndarray:
-    """Return the bucket of each memorization score, "" for those in none.
+    """Return the bucket of each memorization score; "" for those in none.
 
     >>> bucket_labels(np.array([1.0, 0.45, 0.0, 0.2])).tolist()
     ['M = 1', 'M about 0.5', 'M = 0', '']
@@ -66,11 +67,11 @@ def bucket_labels(scores: Float[np.ndarray, " seq"], *, half_width: float = 0.1)
 
 
 def frequency_by_offset(result: Result, buckets: np.ndarray, *, seed: int = 0) -> pd.DataFrame:
-    """Return the mean token frequency at each place, in each bucket.
+    """Return the mean token frequency at each position, in each bucket.
 
     Returns:
-        Columns `bucket`, `offset`, `n`, `mean`, `low`, `high` (occurrences in a million; bootstrap over
-        sequences). Buckets without sequences are not there.
+        Columns `bucket`, `offset`, `n`, `mean`, `low`, `high` (occurrences per million; bootstrap over
+        sequences). Buckets without sequences are left out.
     """
     rows = []
     for bucket in [*BUCKETS, *sorted(set(buckets) - {*BUCKETS, ""})]:
@@ -79,64 +80,54 @@ def frequency_by_offset(result: Result, buckets: np.ndarray, *, seed: int = 0) -
         part = result["per_million"].isel(sequence=buckets == bucket)
         found = mean_interval(part, method="bootstrap", n_resamples=500, seed=seed)
         for i, offset in enumerate(part["offset"].values.tolist()):
-            mean, low, high = found.values[:, i]
-            rows.append((bucket, offset, int(found["n"].values[i]), mean, low, high))
-    return pd.DataFrame(rows, columns=["bucket", "offset", "n", "mean", "low", "high"])
+            rows.append({"bucket": bucket, "offset": offset, **Estimate.of(found[:, i]).row("mean")})
+    return pd.DataFrame(rows)
 
 
 def boundary_table(result: Result, buckets: np.ndarray, *, seed: int = 0) -> pd.DataFrame:
     """Return how the token frequency changes at the first continuation token, in each bucket.
 
     Returns:
-        Columns `bucket`, `n`, `prefix` (mean over the prefix), `last` (its last token), `first` (the first
-        continuation token), `continuation` (mean), in occurrences in a million; `change` = first - prefix,
-        each sequence against itself, with `low` and `high` (bootstrap over sequences).
+        Columns `bucket`, `n`, `prefix` (mean over the prompt), `last` (its last token), `first` (the first
+        continuation token), `continuation` (mean), in occurrences per million; `change` = first - prefix,
+        within each sequence, with `low` and `high` (bootstrap over sequences).
     """
     rows = []
-    array = result["per_million"]
-    offsets = array["offset"].values
+    offsets = result["per_million"]["offset"].values
     for bucket in BUCKETS:
-        part = array.isel(sequence=buckets == bucket)
+        part = result["per_million"].isel(sequence=buckets == bucket)
         if not part.sizes["sequence"]:
             continue
-        prefix = part.isel(offset=offsets < 0).mean("offset")
-        first = part.sel(offset=0)
-        change = mean_estimate(first - prefix, seed=seed)
-        rest = part.isel(offset=offsets >= 0).mean("offset")
-        rows.append(
-            (
-                bucket, change.n, float(prefix.mean()), float(part.sel(offset=-1).mean()),
-                float(first.mean()), float(rest.mean()), change.value, change.low, change.high,
-            )
-        )  # fmt: skip
-    columns = ["bucket", "n", "prefix", "last", "first", "continuation", "change", "low", "high"]
-    return pd.DataFrame(rows, columns=columns)
+        prefix, first = part.isel(offset=offsets < 0).mean("offset"), part.sel(offset=0)
+        means = {
+            "prefix": prefix, "last": part.sel(offset=-1), "first": first,
+            "continuation": part.isel(offset=offsets >= 0).mean("offset"),
+        }  # fmt: skip
+        numbers = {name: float(array.mean()) for name, array in means.items()}
+        rows.append({"bucket": bucket, **numbers, **mean_estimate(first - prefix, seed=seed).row("change")})
+    return pd.DataFrame(rows)
 
 
 def boundary_gap(result: Result, buckets: np.ndarray, *, seed: int = 0) -> Estimate:
     """Return the change of frequency at the boundary of M = 1 sequences minus that of M = 0 ones.
 
-    The change is first continuation token minus mean of the prefix, in occurrences in a million; bootstrap
-    over sequences, each bucket on its own. NaN where a bucket has fewer than two.
+    The change is the first continuation token minus the mean of the prompt, in occurrences per million;
+    bootstrap over sequences, each bucket on its own. NaN where a bucket has fewer than two.
     """
     array = result["per_million"]
     change = (array.sel(offset=0) - array.isel(offset=array["offset"].values < 0).mean("offset")).values
-    parts = [change[buckets == bucket] for bucket in (BUCKETS[0], BUCKETS[2])]
-    if min(map(len, parts)) < 2:
-        return Estimate(np.nan, np.nan, np.nan, sum(map(len, parts)))
-    rng = np.random.default_rng(seed)
-    drawn = [part[rng.integers(0, len(part), (2000, len(part)))].mean(1) for part in parts]
-    low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5])
-    value = float(parts[0].mean() - parts[1].mean())
-    return Estimate(value, float(low), float(high), sum(map(len, parts)))
+    ours, theirs = (change[buckets == bucket] for bucket in (BUCKETS[0], BUCKETS[2]))
+    if min(len(ours), len(theirs)) < 2:
+        return Estimate.unknown(len(ours) + len(theirs))
+    return difference(ours, theirs, seed)
 
 
 def mean_log_frequencies(result: Result, part: str = "all") -> Float[np.ndarray, " seq"]:
-    """Return each sequence's mean of log10(1 + occurrences in a million).
+    """Return each sequence's mean of log10(1 + occurrences per million).
 
     Args:
         result: See `token_frequencies`.
-        part: Over "all" tokens, the "prefix" or the "continuation".
+        part: Over "all" tokens, the "prefix" (prompt) or the "continuation".
     """
     array = result["per_million"]
     offsets = array["offset"].values
@@ -145,9 +136,9 @@ def mean_log_frequencies(result: Result, part: str = "all") -> Float[np.ndarray,
 
 
 def youden(score: Float[np.ndarray, " seq"], label: Bool[np.ndarray, " seq"]) -> tuple[float, float, float]:
-    """Return the cut that best parts positives from negatives: Youden's J = sensitivity + specificity - 1.
+    """Return the cut with the largest Youden's J = sensitivity + specificity - 1.
 
-    A sequence is called positive where its score is at least the cut.
+    A sequence is classified as positive where its score is at least the cut.
 
     Returns:
         The cut (a value that occurs), sensitivity and specificity there; the first of equally good cuts.
@@ -170,11 +161,11 @@ def frequency_threshold(
     *,
     below: float = 0.5,
 ) -> pd.DataFrame:
-    """Return the frequency that best parts memorized (M = 1) from unmemorized (M < `below`) sequences.
+    """Return the frequency that best separates memorized (M = 1) from unmemorized (M < `below`) sequences.
 
-    Where the area is under 1/2 memorized sequences are the *less* frequent ones, and the cut is taken from
-    that side. With domains a second row compares inside domains: frequencies have their domain's mean taken
-    off, so that it is not the domains that are told apart (its cut is relative to that mean).
+    Where the area is under 1/2, memorized sequences are the *less* frequent ones, and the cut is taken from
+    that side. With domains a second row compares within domains: each domain's mean is subtracted, so that
+    the domains themselves are not what is separated (the cut is relative to that mean).
 
     Args:
         frequency: Mean log10 frequency of each sequence.
@@ -189,25 +180,25 @@ def frequency_threshold(
     """
     chosen = (scores == 1) | (scores < below)
     label, values = scores[chosen] == 1, frequency[chosen]
-    columns = [
-        "comparison", "area", "low", "high", "more_frequent", "threshold", "sensitivity", "specificity",
-        "youden", "memorized", "unmemorized",
-    ]  # fmt: skip
     if label.all() or not label.any():
-        return pd.DataFrame(columns=columns)
-    rows = [("all", *_cut(values, label))]
+        return pd.DataFrame()
+    rows = [{"comparison": "all", **_cut(values, label)}]
     if domains is not None and len(set(domains[chosen])) > 1:
         groups = pd.Series(values).groupby(np.asarray(domains)[chosen].astype(str))
-        rows.append(("inside domains", *_cut(values - groups.transform("mean").to_numpy(), label)))
-    return pd.DataFrame(rows, columns=columns)
+        inside = values - groups.transform("mean").to_numpy()
+        rows.append({"comparison": "inside domains", **_cut(inside, label)})
+    return pd.DataFrame(rows)
 
 
-def _cut(values: np.ndarray, label: np.ndarray) -> tuple[Any, ...]:
+def _cut(values: np.ndarray, label: np.ndarray) -> dict[str, Any]:
     area = roc_area(values, label)
     sign = 1.0 if area.area >= 0.5 else -1.0
     cut, sensitivity, specificity = youden(sign * values, label)
-    numbers = (sign * cut, sensitivity, specificity, sensitivity + specificity - 1)
-    return area.area, area.low, area.high, sign > 0, *numbers, area.n_positive, area.n_negative
+    return {
+        "area": area.area, "low": area.low, "high": area.high, "more_frequent": sign > 0,
+        "threshold": sign * cut, "sensitivity": sensitivity, "specificity": specificity,
+        "youden": sensitivity + specificity - 1, "memorized": area.n_positive, "unmemorized": area.n_negative,
+    }  # fmt: skip
 
 
 register_kind("token_frequency", plot=plot_recall, reading=read_frequency)

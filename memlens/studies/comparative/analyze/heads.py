@@ -1,4 +1,4 @@
-"""Which attention heads matter for recall in each domain, and how far these sets are the same.
+"""Which attention heads matter for recall in each domain, and how far these sets agree.
 
 Everything here works on saved effects of head ablations; nothing runs a model.
 """
@@ -26,12 +26,12 @@ def set_size(n: int, fraction: float) -> int:
     (52, 269)
     """
     if not 0 < fraction < 1:
-        raise OptionError(f"top_fraction={fraction} is no share of heads: give a number between 0 and 1.")
+        raise OptionError(f"top_fraction={fraction} is not a share of heads: give a number between 0 and 1.")
     return math.ceil(round(fraction * n, 9))
 
 
 def top_set(importance: Float[np.ndarray, "*sets site"], fraction: float) -> Bool[np.ndarray, "*sets site"]:
-    """Mark the `set_size` sites of the largest importance, along the last axis; the earlier wins a tie.
+    """Mark the `set_size` sites of largest importance along the last axis; the earlier site wins a tie.
 
     >>> top_set(np.array([0.1, 3.0, -1.0, 2.0, 0.0]), 0.4).tolist()
     [False, True, False, True, False]
@@ -63,8 +63,8 @@ def expected_jaccard(n: int, k: int, other: int | None = None) -> float:
 
     Args:
         n: Sites.
-        k: Size of the one subset.
-        other: Of the other; `k` by default.
+        k: Size of one subset.
+        other: Size of the other; `k` by default.
 
     Example:
         >>> round(expected_jaccard(1344, 269), 4), round(expected_jaccard(256, 52), 4)
@@ -77,22 +77,8 @@ def expected_jaccard(n: int, k: int, other: int | None = None) -> float:
     return float((stats.hypergeom.pmf(x, n, k, other) * x / (k + other - x)).sum())
 
 
-def simulated_jaccard(n: int, k: int, *, draws: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
-    """Return mean and central 95 % of the Jaccard overlap of pairs of random subsets, by simulation.
-
-    >>> mean, low, high = simulated_jaccard(256, 52)
-    >>> abs(mean - expected_jaccard(256, 52)) < 0.002, low < mean < high
-    (True, True)
-    """
-    rng = np.random.default_rng(seed)
-    overlap = rng.hypergeometric(k, n - k, k, size=draws)
-    found = overlap / (2 * k - overlap)
-    low, high = np.percentile(found, [2.5, 97.5])
-    return float(found.mean()), float(low), float(high)
-
-
 def mean_pairwise(sets: Bool[np.ndarray, "... set site"]) -> np.ndarray:
-    """Return the mean Jaccard overlap of all pairs along the axis before the last."""
+    """Return the mean Jaccard overlap of all pairs along the next-to-last axis."""
     pairs = list(combinations(range(sets.shape[-2]), 2))
     return np.mean([jaccard(sets[..., i, :], sets[..., j, :]) for i, j in pairs], axis=0)
 
@@ -106,15 +92,15 @@ class HeadEffects:
     """What ablating each head does to each memorized sequence, with the sequences' domains.
 
     Args:
-        importance: `(sequence, layer, head)`: how much recall loses, positive where the head helped.
+        importance: `(sequence, layer, head)`: loss of recall, positive where the head helped.
         domains: Each sequence's domain.
         fraction: Share of all heads that count as important.
         least: Domains with fewer sequences are left out.
 
     Attributes:
-        domains: The domains that are left, sorted.
-        left_out: The others, with their number of sequences.
-        n_heads: Heads in all layers together.
+        domains: The remaining domains, sorted.
+        left_out: The other domains, with their number of sequences.
+        n_heads: Number of heads in all layers.
         k: Heads in a set.
 
     Raises:
@@ -134,7 +120,7 @@ class HeadEffects:
     ) -> None:
         array = importance.transpose("sequence", "layer", "head")
         if array.sizes["sequence"] == 0:
-            raise ResultError("no sequences to tell important heads from: ablate for at least one.")
+            raise ResultError("no sequences to find important heads with: ablate for at least one.")
         self.shape = array.sizes["layer"], array.sizes["head"]
         self.table = array.values.reshape(array.sizes["sequence"], -1).astype(float)
         self.fraction = fraction
@@ -159,7 +145,7 @@ class HeadEffects:
         return np.array(means).reshape(len(means), self.n_heads)
 
     def pairs(self) -> pd.DataFrame:
-        """Return the Jaccard overlap of every two domains: columns `domain`, `other`, `jaccard`."""
+        """Return the Jaccard overlap of every pair of domains: columns `domain`, `other`, `jaccard`."""
         sets = dict(zip(self.domains, self.sets(), strict=True))
         rows = [(a, b, float(jaccard(sets[a], sets[b]))) for a, b in combinations(self.domains, 2)]
         return pd.DataFrame(rows, columns=["domain", "other", "jaccard"])
@@ -172,7 +158,7 @@ class HeadEffects:
     # ---- random redraws ----------------------------------------------------------------------------------
 
     def resampled(self, n: int, rng: np.random.Generator) -> Bool[np.ndarray, "n domain site"]:
-        """Return the sets under `n` bootstrap resamples of the sequences inside each domain."""
+        """Return the sets under `n` bootstrap resamples of the sequences within each domain."""
         means = np.stack([self._drawn(self.rows[name], n, rng) for name in self.domains], axis=1)
         return top_set(means, self.fraction)
 
@@ -181,7 +167,7 @@ class HeadEffects:
         return weights @ self.table[rows] / len(rows)
 
     def relabeled(self, n: int, rng: np.random.Generator) -> Bool[np.ndarray, "n domain site"]:
-        """Return the sets when the domain labels are shuffled over the sequences: domains do not matter."""
+        """Return the sets after shuffling the domain labels over the sequences."""
         rows = np.concatenate([self.rows[name] for name in self.domains])
         ends = np.cumsum([len(self.rows[name]) for name in self.domains])
         order = rng.permuted(np.tile(rows, (n, 1)), axis=1)
@@ -198,7 +184,7 @@ class HeadEffects:
     def in_their_layers(
         self, sets: Bool[np.ndarray, "set site"], n: int, rng: np.random.Generator
     ) -> Bool[np.ndarray, "n set site"]:
-        """Return the sets with each one's heads shuffled inside their layers: the depth profile stays."""
+        """Return the sets with their heads shuffled within layers, which keeps the depth profile."""
         grid = np.broadcast_to(sets.reshape(len(sets), *self.shape), (n, len(sets), *self.shape))
         return rng.permuted(grid, axis=-1).reshape(n, *sets.shape)
 
@@ -209,8 +195,8 @@ class HeadEffects:
 
         Args:
             n: Splits.
-            rng: Decides them.
-            rows: Other rows for each domain; its own by default.
+            rng: Draws them.
+            rows: Other rows for each domain; the domain's own by default.
 
         Returns:
             Two arrays `[n, domain, site]`.
@@ -226,7 +212,7 @@ class HeadEffects:
 def rank_agreement(first: xr.DataArray, second: xr.DataArray) -> float:
     """Return Spearman's rank correlation over heads of two importances, each a mean over sequences.
 
-    NaN where one of them is the same for all heads.
+    NaN where one of them is equal for all heads.
     """
     a, b = (array.mean("sequence").transpose("layer", "head").values.ravel() for array in (first, second))
     if np.ptp(a) == 0 or np.ptp(b) == 0:
@@ -254,17 +240,17 @@ def head_overlap(
 
     Statistics:
 
-    - "across domains": mean Jaccard overlap of the sets of every two domains;
+    - "across domains": mean Jaccard overlap of the sets of every pair of domains;
     - "universal": share of all heads that are in the set of every domain;
     - "inside a domain": mean Jaccard overlap of the sets from two disjoint halves of one domain's sequences,
       over domains and splits;
-    - "across domains, halves": the same from a half of one domain and a half of another, so that both are of
-      sets from equally many sequences;
+    - "across domains, halves": the same from a half of one domain and a half of another, so that all
+      sets come from equally many sequences;
     - "inside minus across": the difference of the last two.
 
-    The interval is the basic bootstrap's over sequences inside each domain (of the splits: the central 95 %
-    of splits). Sets of resampled sequences are less alike than those of the sample, which the basic bootstrap
-    takes out.
+    The interval is the basic bootstrap's over sequences within each domain (for splits: the central 95 % of
+    splits). Sets of resampled sequences are less similar than those of the sample; the basic bootstrap
+    corrects this.
 
     Args:
         effects: See `HeadEffects`; at least two domains.
@@ -274,7 +260,7 @@ def head_overlap(
         seed: Of all of it.
 
     Returns:
-        One row a statistic and null: columns `statistic`, `value`, `low`, `high`, `null` (of `NULLS`),
+        One row per statistic and null: columns `statistic`, `value`, `low`, `high`, `null` (of `NULLS`),
         `null_mean`, `null_low`, `null_high` (central 95 %), `p_above` and `p_below` (share of the null at
         least as large, and as small), `exact` (the null's exact mean where there is one). Empty with fewer
         than two domains.
@@ -338,7 +324,7 @@ def _split_rows(
 
 
 def _gaps_of_labels(effects: HeadEffects, n: int, n_splits: int, rng: np.random.Generator) -> np.ndarray:
-    """Return inside minus across when labels are shuffled: each a mean over a few splits."""
+    """Return inside minus across under shuffled labels, each a mean over a few splits."""
     rows = np.concatenate([effects.rows[name] for name in effects.domains])
     ends = np.cumsum([len(effects.rows[name]) for name in effects.domains])[:-1]
     few, count = min(n_splits, 5), len(effects.domains)
@@ -374,7 +360,7 @@ def _central(samples: np.ndarray) -> tuple[float, float]:
 
 
 def _beside(value: float, null: np.ndarray) -> tuple[float, float, float, float, float]:
-    """Return mean and central 95 % of a null, and the share of it at least as large and as small."""
+    """Return a null's mean and central 95 %, and the shares of it at least as large and at least as small."""
     n, slack = len(null), 1e-12
     above = (1 + (null >= value - slack).sum()) / (1 + n)
     below = (1 + (null <= value + slack).sum()) / (1 + n)

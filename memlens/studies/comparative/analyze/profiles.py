@@ -1,7 +1,7 @@
-"""How important heads are spread over depth: a model's profile, and how alike the profiles of models are.
+"""How important heads are spread over depth: a model's profile, and how similar the profiles of models are.
 
-A profile is one number a layer, normed to sum 1 and interpolated to a common grid of relative depth, so that
-models of different depth can be set beside each other.
+A profile is one number per layer, normalized to sum to 1 and interpolated to a common grid of relative depth,
+so that models of different depth can be compared.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -20,24 +20,24 @@ from scipy.spatial.distance import squareform
 from memlens.errors import ResultError, check_option
 from memlens.studies.comparative.analyze.heads import top_set
 
-PROFILES = ("sum", "count", "mean")
-SIMILARITIES = ("cosine", "pearson")
+ProfileKind = Literal["sum", "count", "mean"]
+Similarity = Literal["cosine", "pearson"]
 
 
 def layer_profile(
     importance: Float[np.ndarray, "... layer head"], *, kind: str = "sum", fraction: float = 0.2
 ) -> Float[np.ndarray, "... layer"]:
-    """Return how much of a model's importance lies in each layer; it sums to 1.
+    """Return the share of a model's importance in each layer; it sums to 1.
 
     Kinds: "sum" adds the importance of the heads in the top set, "count" counts them, "mean" averages all
-    heads of a layer. What is below 0 counts as 0. Where nothing is above 0 the profile is even.
+    heads of a layer. Values below 0 count as 0. Where nothing is above 0 the profile is uniform.
 
     >>> layer_profile(np.array([[3.0, 0.1], [1.0, 0.0]]), kind="sum", fraction=0.5).tolist()
     [0.75, 0.25]
     >>> layer_profile(np.array([[3.0, 0.1], [1.0, 0.0]]), kind="count", fraction=0.5).tolist()
     [0.5, 0.5]
     """
-    check_option("profile", kind, PROFILES)
+    check_option("profile", kind, get_args(ProfileKind))
     shape = importance.shape
     if kind == "mean":
         values = np.maximum(importance.mean(-1), 0)
@@ -50,10 +50,10 @@ def layer_profile(
 
 
 def on_grid(profile: Float[np.ndarray, " layer"], bins: int) -> Float[np.ndarray, " bin"]:
-    """Return a profile on `bins` places of relative depth; it sums to 1.
+    """Return a profile at `bins` points of relative depth; it sums to 1.
 
-    Block l of L stands at (l + 1/2) / L, bin b of B at (b + 1/2) / B; between blocks it is linear, beyond the
-    first and the last it stays.
+    Layer l of L is at (l + 1/2) / L, bin b of B at (b + 1/2) / B; linear between layers, constant beyond the
+    first and the last.
 
     >>> on_grid(np.array([0.25, 0.75]), 4).round(3).tolist()
     [0.125, 0.188, 0.312, 0.375]
@@ -66,11 +66,11 @@ def on_grid(profile: Float[np.ndarray, " layer"], bins: int) -> Float[np.ndarray
 def similarity_matrix(
     profiles: Float[np.ndarray, "model bin"], kind: str = "cosine"
 ) -> Float[np.ndarray, "model model"]:
-    """Return the cosine (or Pearson's correlation: cosine after each one's mean is taken off) of all pairs.
+    """Return the cosine (or Pearson's correlation: cosine after centering) of all pairs.
 
-    An even profile has no correlation with anything: 0.
+    A uniform profile has correlation 0 with everything.
     """
-    check_option("similarity", kind, SIMILARITIES)
+    check_option("similarity", kind, get_args(Similarity))
     rows = profiles - profiles.mean(1, keepdims=True) if kind == "pearson" else profiles
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     rows = np.where(lengths > 1e-12, rows / np.maximum(lengths, 1e-12), 0)
@@ -84,13 +84,13 @@ class FamilyTest:
     """Whether a model's family can be told from its profile.
 
     Attributes:
-        table: One row a statistic: `statistic`, `value`, `null_mean`, `null_low`, `null_high`, `p`, `n`.
+        table: One row per statistic: `statistic`, `value`, `null_mean`, `null_low`, `null_high`, `p`, `n`.
             "within": mean similarity of pairs of one family; "across": of two; "difference"; "accuracy": of
             the leave-one-out classification. `n` counts pairs, and for accuracy models that can be classified
             at all (their family has another one).
-        predicted: One row such model: `model`, `family`, `predicted`.
-        labelings: In how many ways the families' labels can be dealt to the models: one over it is the
-            smallest p that there is.
+        predicted: One row per such model: `model`, `family`, `predicted`.
+        labelings: Number of ways to assign the families' labels to the models; its inverse is the smallest
+            possible p.
     """
 
     table: pd.DataFrame
@@ -106,9 +106,9 @@ def family_test(
     n_permutations: int = 999,
     seed: int = 0,
 ) -> FamilyTest:
-    """Test whether profiles are more alike within families, and whether they give the family away.
+    """Test whether profiles are more similar within families, and whether they reveal the family.
 
-    Leave one out: each model is given to the family of whose *other* models it is most similar on average.
+    Leave one out: each model is assigned to the family whose *other* models it is most similar to on average.
     The null of every number: family labels shuffled over the models, `p` the share of it at least as large.
 
     Args:
@@ -124,7 +124,7 @@ def family_test(
     codes, names = pd.factorize(np.asarray(families, dtype=object))
     if len(models) < 3 or len(names) < 2 or np.bincount(codes).max() < 2:
         raise ResultError(
-            f"{len(models)} models of {len(names)} families say nothing of families: give three or more "
+            f"{len(models)} models of {len(names)} families say nothing about families: give three or more "
             "models, of two or more families, one of them with two or more."
         )
     rng = np.random.default_rng(seed)
@@ -158,7 +158,7 @@ def _family_numbers(similarity: np.ndarray, codes: Int[np.ndarray, " model"]) ->
 
 
 def _classified(similarity: np.ndarray, codes: Int[np.ndarray, " model"]) -> Int[np.ndarray, " model"]:
-    """Return the family of whose other models each model is most similar on average."""
+    """Return the family whose other models each model is most similar to on average."""
     members = (codes[:, None] == np.arange(codes.max() + 1)).astype(float)
     own = np.diag(similarity)[:, None] * members
     counts = members.sum(0) - members

@@ -1,4 +1,4 @@
-"""How much a model recalls: rate, spread of the memorization score, depth, and how the rate goes with size.
+"""How much a model recalls: rate, distribution of M, depth, size, copies and training time.
 
 Everything here works on saved recall tables; nothing runs a model.
 """
@@ -9,37 +9,62 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+import xarray as xr
+from jaxtyping import Bool, Float, Int
+from scipy import stats
 
-from memlens.errors import ColumnError
+from memlens.errors import ColumnError, ResultError
+from memlens.results.kinds import register_kind
+from memlens.results.plots.layers import plot_strengths
+from memlens.results.readings import read_strengths
+from memlens.results.result import Result
+from memlens.results.statistics.comparison import corrected
+from memlens.results.statistics.estimates import Estimate
 from memlens.studies.idioms.findings import share_of
 
 READINGS = ("rate", "log10 rate")
-"""What is fitted on log10 of the parameters: "log-linear" may mean either."""
+"""What is fitted on log10 of the number of parameters: "log-linear" may mean either."""
+
+
+def drawn_estimate(value: float, drawn: Float[np.ndarray, " draw"], n: int) -> Estimate:
+    """Return a value with the central 95 % of its bootstrap draws, of those that are finite.
+
+    Without a value or a finite draw nothing is known.
+    """
+    drawn = drawn[np.isfinite(drawn)]
+    if not np.isfinite(value) or not len(drawn):
+        return Estimate.unknown(n)
+    low, high = np.percentile(drawn, [2.5, 97.5]).tolist()
+    return Estimate(float(value), low, high, n)
+
+
+def difference(a: np.ndarray, b: np.ndarray, seed: int) -> Estimate:
+    """Return the difference of two groups' means; bootstrap over sequences, each group on its own."""
+    rng = np.random.default_rng(seed)
+    first, second = (part[rng.integers(0, len(part), (2000, len(part)))].mean(1) for part in (a, b))
+    return drawn_estimate(float(a.mean() - b.mean()), first - second, len(a) + len(b))
 
 
 def rate_row(table: pd.DataFrame) -> dict[str, float]:
-    """Return the share of sequences with M = 1 (`rate`, Wilson's `low`, `high`) with `n` and `memorized`.
+    """Return the share of sequences with M = 1 (`rate`, with Wilson's `low`, `high`), `n` and `memorized`.
 
     >>> rate_row(pd.DataFrame({"exact_match": [1, 0, 0, 0]}))["rate"]
     0.25
     """
     hits = table["exact_match"].to_numpy(float)
-    share = share_of(hits)
-    counts = {"n": len(hits), "memorized": int(hits.sum())}
-    return {**counts, "rate": share.value, "low": share.low, "high": share.high}
+    return {"n": len(hits), "memorized": int(hits.sum()), **share_of(hits).row("rate", n=None)}
 
 
 def score_spread(table: pd.DataFrame, *, bins: int = 10) -> pd.DataFrame:
-    """Return how the memorization score M spreads: at 0, at 1, and between.
+    """Return the distribution of the memorization score M: at 0, at 1, and between.
 
     Args:
         table: Recall table with `memorization_score` (or, without generation, `target_accuracy`).
         bins: Equal bins of the open interval (0, 1).
 
     Returns:
-        Columns `part` ("0", "between", "1"), `from`, `to`, `n`, `share`: one row for M = 0, one a bin
-        between, one for M = 1; every sequence is in exactly one.
+        Columns `part` ("0", "between", "1"), `from`, `to`, `n`, `share`: one row for M = 0, one per bin, one
+        for M = 1; every sequence is in exactly one.
 
     >>> spread = score_spread(pd.DataFrame({"memorization_score": [0.0, 0.5, 1.0, 1.0]}), bins=2)
     >>> spread[["part", "n"]].to_numpy().tolist()
@@ -57,7 +82,7 @@ def score_spread(table: pd.DataFrame, *, bins: int = 10) -> pd.DataFrame:
 
 
 def score_of(table: pd.DataFrame) -> Float[np.ndarray, " seq"]:
-    """Return M of each sequence; without generation the teacher-forced share of right tokens.
+    """Return M of each sequence; without generation, the teacher-forced share of correct tokens.
 
     Raises:
         ColumnError: The table has neither.
@@ -69,10 +94,10 @@ def score_of(table: pd.DataFrame) -> Float[np.ndarray, " seq"]:
 
 
 def depth_of(table: pd.DataFrame) -> Int[np.ndarray, " seq"]:
-    """Return how many tokens of each continuation are right from its start.
+    """Return how many tokens of each continuation are correct from its start.
 
-    A greedy continuation is right up to its first error exactly as teacher forcing is, so no further pass is
-    needed.
+    A greedy continuation is correct up to its first error exactly as teacher forcing is, so no further pass
+    is needed.
     """
     return table["matching_prefix"].to_numpy(int)
 
@@ -80,7 +105,7 @@ def depth_of(table: pd.DataFrame) -> Int[np.ndarray, " seq"]:
 def depth_table(table: pd.DataFrame, n_targets: Int[np.ndarray, " seq"]) -> pd.DataFrame:
     """Return the exact-match rate of the first k tokens of the continuation, for every k.
 
-    Only sequences with at least k targets count at k. "Depth" is our reading: what arXiv 2603.21658 calls
+    Only sequences with at least k targets count at k. "Depth" is our reading: how arXiv 2603.21658 defines
     memorization depth is not known here.
 
     Args:
@@ -94,12 +119,13 @@ def depth_table(table: pd.DataFrame, n_targets: Int[np.ndarray, " seq"]) -> pd.D
     >>> found["rate"].tolist()
     [0.5, 0.5]
     """
-    depth, rows = depth_of(table), []
-    for k in range(1, int(np.max(n_targets, initial=0)) + 1):
-        long = n_targets >= k
-        share = share_of(depth[long] >= k)
-        rows.append((k, share.n, share.value, share.low, share.high))
-    return pd.DataFrame(rows, columns=["k", "n", "rate", "low", "high"])
+    depth, most = depth_of(table), int(np.max(n_targets, initial=0))
+    return pd.DataFrame(
+        [{"k": k, **share_of(depth[n_targets >= k] >= k).row("rate")} for k in range(1, most + 1)]
+    )
+
+
+# ---- size ------------------------------------------------------------------------------------------------
 
 
 def size_fits(
@@ -108,82 +134,81 @@ def size_fits(
     r"""Fit the rate on the logarithm of size, in each family and in all families with one common slope.
 
     Both readings of "log-linear": :math:`r = a + b \log_{10} P` and
-    :math:`\log_{10} r = a + b \log_{10} P`. In the second a model of rate 0 has no place and is left out
-    (`left_out` counts them): the fit then speaks
-    of the others only.
+    :math:`\log_{10} r = a + b \log_{10} P`. The second leaves out models with rate 0 (`left_out` counts
+    them), so that it describes only the others.
 
     Args:
-        models: One row a model: `family`, `n_params`, and `n` with `memorized` (counts), or another `column`
-            (a number, such as a mean) to fit instead of the rate; then there is the first reading only.
+        models: One row per model: `family`, `n_params`, and `n` with `memorized` (counts), or another
+            `column` (a number, such as a mean) to fit instead of the rate; then only with the first reading.
         column: See above.
         least: Fewest sizes of a family.
         n_resamples: Of the bootstrap over sequences: each model's count is redrawn from its binomial.
         seed: Of the bootstrap.
 
     Returns:
-        Columns `family` ("all families" has one slope and an intercept a family), `reading`, `sizes`,
+        Columns `family` ("all families" has one slope and an intercept per family), `reading`, `sizes`,
         `left_out`, `slope` (per factor 10 in parameters), `low`, `high` (least squares, Student's 95 %),
-        `boot_low`, `boot_high` (bootstrap, 95 %), `intercept`, `r2` (for all families: of what is left after
-        the intercepts). Where as many numbers are fitted as there are sizes, low and high are NaN.
+        `boot_low`, `boot_high` (bootstrap, 95 %), `intercept`, `r2` (for all families: of the variance left
+        after the intercepts). With as many fitted numbers as sizes, low and high are NaN.
     """
     rng = np.random.default_rng(seed)
-    rows = []
     parts: dict[str, Any] = {
         str(name): part for name, part in models.groupby("family") if len(set(part["n_params"])) >= least
     }
     joined: Any = models.groupby("family").filter(lambda part: len(set(part["n_params"])) >= 2)
     if joined["family"].nunique() > 1:
         parts["all families"] = joined
-    for name, part in parts.items():
-        for reading in READINGS if not column else (column,):
-            rows.append(_fit(name, part, reading, column, n_resamples, rng))
-    columns = [
-        "family", "reading", "sizes", "left_out", "slope", "low", "high", "boot_low", "boot_high",
-        "intercept", "r2",
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(
+        [
+            {"family": name, "reading": reading, **_fit(part, reading, column, n_resamples, rng)}
+            for name, part in parts.items()
+            for reading in ([column] if column else READINGS)
+        ]
+    )
 
 
 def _fit(
-    name: str, part: pd.DataFrame, reading: str, column: str, n_resamples: int, rng: np.random.Generator
-) -> tuple[Any, ...]:
+    part: pd.DataFrame, reading: str, column: str, n_resamples: int, rng: np.random.Generator
+) -> dict[str, float]:
     x, groups = np.log10(part["n_params"].to_numpy(float)), part["family"].to_numpy()
-    log = reading == "log10 rate"
     if column:
         y, draws = part[column].to_numpy(float), np.empty((0, len(part)))
     else:
         n, hits = (part[key].to_numpy(int) for key in ("n", "memorized"))
         y, draws = hits / n, rng.binomial(n, hits / n, size=(n_resamples, len(part))) / n
-    if log:
+    if reading == "log10 rate":
         with np.errstate(divide="ignore"):
             y, draws = np.log10(y), np.log10(draws)
     kept = np.isfinite(y)
-    sizes, left_out = len(set(x[kept])), int((~kept).sum())
+    sizes = len(set(x[kept]))
+    names = ("slope", "low", "high", "boot_low", "boot_high", "intercept", "r2")
+    row: dict[str, float] = {"sizes": sizes, "left_out": int((~kept).sum()), **dict.fromkeys(names, np.nan)}
+    if sizes < 2:
+        return row
     slopes = slope_of(x, draws, groups)
     slopes = slopes[np.isfinite(slopes)]
-    ends = np.percentile(slopes, [2.5, 97.5]).tolist() if len(slopes) else [np.nan, np.nan]
-    if sizes < 2:
-        return name, reading, sizes, left_out, *[np.nan] * 7
-    return name, reading, sizes, left_out, *_least_squares(x[kept], y[kept], groups[kept], ends)
+    if len(slopes):
+        row["boot_low"], row["boot_high"] = np.percentile(slopes, [2.5, 97.5]).tolist()
+    return {**row, **_least_squares(x[kept], y[kept], groups[kept])}
 
 
-def _least_squares(x: np.ndarray, y: np.ndarray, groups: np.ndarray, ends: list[float]) -> tuple[float, ...]:
+def _least_squares(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> dict[str, float]:
     import statsmodels.api as sm  # takes a second to import
 
     dummies = pd.get_dummies(pd.Series(groups), dtype=float).to_numpy()
     model: Any = sm.OLS(y, np.column_stack([x, dummies])).fit()
-    slope, intercept = float(model.params[0]), float(np.mean(model.params[1:]))
     low, high = model.conf_int()[0] if model.df_resid > 0 else (np.nan, np.nan)
     centered = y - np.array([y[groups == group].mean() for group in groups])
     total = float((centered**2).sum())
     r2 = 1 - float((model.resid**2).sum()) / total if total > 0 else np.nan
-    return slope, float(low), float(high), *ends, intercept, r2
+    slope, intercept = float(model.params[0]), float(np.mean(model.params[1:]))
+    return {"slope": slope, "low": float(low), "high": float(high), "intercept": intercept, "r2": r2}
 
 
 def slope_of(
     x: Float[np.ndarray, " model"], y: Float[np.ndarray, "draw model"], groups: np.ndarray
 ) -> Float[np.ndarray, " draw"]:
-    """Return the least-squares slope of each draw, with an intercept a group; what is not finite is left out.
+    """Return the least-squares slope of each draw with an intercept per group; NaN and infinity are left out.
 
     >>> slope_of(np.array([0.0, 1.0, 2.0]), np.array([[1.0, 3.0, 5.0]]), np.array(["a"] * 3)).tolist()
     [2.0]
@@ -199,3 +224,118 @@ def slope_of(
         dy = (values - values.sum(1, keepdims=True) / count) * weight
         above, below = above + (dx * dy).sum(1), below + (dx * dx).sum(1)
     return np.where(below > 1e-12, above / np.where(below > 1e-12, below, 1), np.nan)
+
+
+def smaller_beats_larger(rates: pd.DataFrame) -> pd.DataFrame:
+    """Return the pairs of models of two families, with both rates and a test that the smaller recalls more.
+
+    Returns:
+        Columns `smaller`, `larger`, `smaller_rate`, `larger_rate`, `p` (one-sided two-proportion test),
+        `p_corrected` (Benjamini and Hochberg over all pairs).
+    """
+    rows = []
+    ordered = rates.sort_values("n_params").to_dict("records")
+    for i, a in enumerate(ordered):
+        for b in ordered[i + 1 :]:
+            if a["family"] == b["family"] or a["n_params"] == b["n_params"]:
+                continue
+            joint = (a["memorized"] + b["memorized"]) / (a["n"] + b["n"])
+            error = np.sqrt(joint * (1 - joint) * (1 / a["n"] + 1 / b["n"]))
+            p = float(stats.norm.sf((a["rate"] - b["rate"]) / error)) if error > 0 else 1.0
+            rows.append((a["model"], b["model"], a["rate"], b["rate"], p))
+    frame = pd.DataFrame(rows, columns=["smaller", "larger", "smaller_rate", "larger_rate", "p"])
+    return frame.assign(p_corrected=corrected(frame["p"].to_numpy(float)))
+
+
+# ---- copies and training time ----------------------------------------------------------------------------
+
+
+def copies_table(table: pd.DataFrame, column: str = "copies") -> pd.DataFrame:
+    """Return the rate at each number of copies; empty where the table has no such column.
+
+    Returns:
+        Columns `copies`, `n`, `rate`, `low`, `high` (Wilson, 95 %).
+
+    >>> copies_table(pd.DataFrame({"copies": [1, 1, 8], "exact_match": [0, 1, 1]}))["rate"].tolist()
+    [0.5, 1.0]
+    """
+    parts = table.groupby(column)["exact_match"] if column in table else ()
+    return pd.DataFrame([{"copies": copies, **share_of(hits).row("rate")} for copies, hits in parts])
+
+
+def join_steps(tables: dict[int, pd.DataFrame]) -> Result:
+    """Join the recall tables of one model's checkpoints.
+
+    Args:
+        tables: Training step to recall table, all of the same sequences.
+
+    Returns:
+        Kind "recall_over_training": `exact_match`, `matching_prefix`, `target_accuracy` `(sequence, step)`.
+
+    Raises:
+        ResultError: No checkpoints, or tables of different sequences.
+    """
+    if not tables:
+        raise ResultError("there are no checkpoints to join: give at least one step.")
+    steps = sorted(tables)
+    first = tables[steps[0]]
+    ids = first["id"].tolist()
+    if any(tables[step]["id"].tolist() != ids for step in steps):
+        raise ResultError("the checkpoints were scored on different sequences: score all on one set.")
+    arrays = {
+        name: (("sequence", "step"), np.stack([tables[step][name].to_numpy(float) for step in steps], 1))
+        for name in ("exact_match", "matching_prefix", "target_accuracy")
+    }
+    coords: dict[str, object] = {"sequence": np.array(ids, dtype=object), "step": steps}
+    for name in ("domain", "copies"):
+        if name in first:
+            values = first[name].to_numpy()
+            coords[name] = ("sequence", values if values.dtype.kind in "iuf" else values.astype(str))
+    return Result.create(xr.Dataset(arrays, coords), kind="recall_over_training", settings={"steps": steps})
+
+
+def training_events(hits: Bool[np.ndarray, "seq step"], steps: Int[np.ndarray, " step"]) -> pd.DataFrame:
+    """Return for each sequence when it is first memorized, and whether it is forgotten and learned again.
+
+    Only the given steps are seen: a change that is undone between two of them is not counted.
+
+    Args:
+        hits: Whether each sequence is recalled exactly at each step.
+        steps: The steps, ascending.
+
+    Returns:
+        Columns `first` (the first step at which it is recalled; NaN for never), `forgotten` (how often it is
+        recalled at one step and not at the next), `relearned` (how often it is recalled again after that),
+        `last` (whether it is recalled at the last step).
+
+    >>> found = training_events(np.array([[0, 1, 0, 1], [0, 0, 0, 0]], dtype=bool), np.array([1, 2, 4, 8]))
+    >>> found.to_numpy(float).tolist()[0]
+    [2.0, 1.0, 1.0, 1.0]
+    """
+    ever = hits.any(1)
+    first = np.where(ever, np.asarray(steps, dtype=float)[hits.argmax(1)], np.nan)
+    lost = (hits[:, :-1] & ~hits[:, 1:]).sum(1)
+    gained = (~hits[:, :-1] & hits[:, 1:]).sum(1)
+    relearned = np.where(ever, gained + hits[:, 0] - 1, 0)
+    return pd.DataFrame({"first": first, "forgotten": lost, "relearned": relearned, "last": hits[:, -1]})
+
+
+def training_table(hits: Bool[np.ndarray, "seq step"], steps: Int[np.ndarray, " step"]) -> pd.DataFrame:
+    """Return the rate over training and what changed since the previous step.
+
+    Returns:
+        Columns `step`, `n`, `rate`, `low`, `high` (Wilson), `new` (first memorized here), `forgotten`
+        (recalled at the previous step and not here), `relearned` (recalled here and earlier, but not at the
+        previous step).
+    """
+    rows = []
+    for i, step in enumerate(np.asarray(steps).tolist()):
+        here, earlier = hits[:, i], hits[:, :i].any(1)
+        before = hits[:, i - 1] if i else np.zeros(len(hits), dtype=bool)
+        changes = {"new": here & ~earlier, "forgotten": before & ~here, "relearned": here & earlier & ~before}
+        counts = {name: int(rows.sum()) for name, rows in changes.items()}
+        rows.append({"step": step, **share_of(here).row("rate"), **counts})
+    return pd.DataFrame(rows)
+
+
+register_kind("recall_over_training", plot=plot_strengths, reading=read_strengths)

@@ -31,23 +31,37 @@ from memlens.studies.comparative.analyze.frequency import (
     token_frequencies,
     youden,
 )
-from memlens.studies.comparative.analyze.layers import burst, crossing, depth_curve, on_depth
-from memlens.studies.comparative.analyze.noise import (
+from memlens.studies.comparative.analyze.layers import (
+    burst,
+    crossing,
+    depth_curve,
     noise_table,
     recovery_gap,
     recovery_table,
     structural_change,
 )
-from memlens.studies.comparative.analyze.rates import depth_table, rate_row, score_spread, size_fits
-from memlens.studies.comparative.analyze.training import (
+from memlens.studies.comparative.analyze.rates import (
     copies_table,
+    depth_table,
     join_steps,
+    rate_row,
+    score_spread,
+    size_fits,
+    smaller_beats_larger,
     training_events,
     training_table,
 )
-from memlens.studies.comparative.report.claims import CLAIMS, VERDICTS, by_null, judge, over_models
-from memlens.studies.comparative.report.evidence import EVIDENCE, smaller_beats_larger
-from memlens.studies.comparative.report.judging import claim_table, judge_all, signature_table
+from memlens.studies.comparative.findings import (
+    CLAIMS,
+    EVIDENCE,
+    VERDICTS,
+    by_null,
+    claim_table,
+    judge,
+    judge_all,
+    over_models,
+    signature_table,
+)
 
 # ---- rate and size ---------------------------------------------------------------------------------------
 
@@ -355,9 +369,6 @@ def test_burst_and_crossing_of_planted_curves() -> None:
     assert curve["mean"].to_numpy() == pytest.approx(values.mean(0))
     assert curve["depth"].tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert ((curve["low"] < curve["mean"]) & (curve["mean"] < curve["high"])).all()
-    grid = on_depth(values, 10)
-    assert grid.sel(depth=1.0).values == pytest.approx(values[:, -1])
-    assert grid.sel(depth=0.5).values == pytest.approx((values[:, 1] + values[:, 2]) / 2)
 
 
 # ---- claims ----------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from memlens.recall.scores import RecallScores
 from memlens.studies.comparative import measure as comparative_measure
 from memlens.studies.comparative.analyze.heads import expected_jaccard
 from memlens.studies.comparative.analyze.profiles import layer_profile, on_grid
+from memlens.studies.comparative.findings import CLAIMS
 from memlens.studies.comparative.measure import CONTROL, MEMORIZED
-from memlens.studies.comparative.report.claims import CLAIMS
 from memlens.studies.comparative.store import ModelStore, SavedModel, saved_models
 from memlens.studies.running import StudyRun
 
@@ -377,10 +377,11 @@ def test_bad_requests_are_refused_before_anything_runs(tmp_path: Path) -> None:
         ml.studies.study_comparative([], "zoo", tmp_path)
     with pytest.raises(OptionError, match="named twice"):
         ml.studies.study_comparative(["zoo/pythia-s", "zoo/pythia-s"], "zoo", tmp_path)
-    for bad in (
+    wrong: list[dict[str, Any]] = [
         {"alphas": (0.1,)}, {"profile": "median"}, {"noise_draws": 0}, {"top_fraction": 1.5},
         {"measures": ("everything",)}, {"min_per_domain": 1}, {"unmemorized_below": 0.0},
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for bad in wrong:
         with pytest.raises(OptionError):
             ml.studies.ComparativeOptions(**bad)
     assert not (tmp_path / "run.json").exists()

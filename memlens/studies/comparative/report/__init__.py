@@ -1,1 +1,0 @@
-"""Tables, sections and claims of the comparative study."""
