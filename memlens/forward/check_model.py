@@ -154,7 +154,7 @@ def probe_tokens(vocab: int, n_ctx: int | None) -> Int[Tensor, "seq pos"]:
 
 
 @torch.no_grad()
-def record_reference(hf_model: nn.Module, name: str) -> Reference:
+def record_reference(hf_model: Any, name: str) -> Reference:
     """Run the Hugging Face model on the probe tokens, before anything changes it.
 
     Raises:
@@ -163,8 +163,9 @@ def record_reference(hf_model: nn.Module, name: str) -> Reference:
     config: Any = hf_model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     tokens = probe_tokens(config.vocab_size, getattr(config, "max_position_embeddings", None))
-    was_training = hf_model.training
+    was_training, attention = hf_model.training, getattr(config, "_attn_implementation", None)
     try:
+        hf_model.set_attn_implementation("eager")  # as TransformerLens runs it: rounding alike
         out = hf_model.eval()(
             input_ids=tokens.to(next(hf_model.parameters()).device),
             output_hidden_states=True,
@@ -176,6 +177,8 @@ def record_reference(hf_model: nn.Module, name: str) -> Reference:
         ) from error
     finally:
         hf_model.train(was_training)
+        if attention is not None:
+            hf_model.set_attn_implementation(attention)
     states = getattr(out, "hidden_states", None) or ()
     return Reference(tokens, [state.detach() for state in states[:-1]], out.logits.detach())
 
@@ -385,7 +388,9 @@ def _sites(trunk: Trunk, resid: dict[str, Tensor], layers: Sequence[int]) -> lis
             trunk.run(start.repeat(len(rows) + 1, 1, 1), layer, layer + 1)
         plain = {name: value[: len(start)] for name, value in store.items()}
         for site, claim in _claims(trunk, layer, plain):
-            if site in names:
+            if site in names and len(store[names[site]]) != (len(rows) + 1) * len(start):
+                found = Check(f"site {site}", "absent", note="does not have one row per sequence")
+            elif site in names:
                 run = {name: value[rows[site]] for name, value in store.items()}
                 found = _site(site, layer, plain, run, claim)
             else:
@@ -403,7 +408,7 @@ def _zeroed(rows: slice, name: str, store: dict[str, Tensor]) -> HookFn:
 
     def fn(activation: Tensor, hook: Any) -> Tensor:
         new = activation.clone()
-        new[rows] = 0
+        new[rows] = 0  # nothing where the first axis is not the batch, as in a mixture of experts
         store[name] = new
         return new
 
