@@ -233,7 +233,10 @@ class FunctionalBlocks:
         self, block: BlockWeights, x: Tensor, norm: Any, places: Tensor, heads: int, *, rotate: bool
     ) -> Tensor:
         """Norm, clip, split into heads and rotate: `[row, head, pos, d_head]`."""
-        x = x if norm is None else norm(x)
+        if norm is not None and norm.weight.numel() == self.d_head:
+            x = norm(x.unflatten(-1, (heads, self.d_head))).flatten(-2)
+        elif norm is not None:
+            x = norm(x)
         x = x if block.clip is None else x.clamp(-block.clip, block.clip)
         x = x.unflatten(-1, (heads, self.d_head)).transpose(1, 2)
         if not rotate or block.around.rotary is None:

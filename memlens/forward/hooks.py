@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -130,6 +131,14 @@ def check_head(head: int, n_heads: int) -> None:
         raise SiteError(f"head {head} does not exist: each layer has heads 0 to {n_heads - 1}.")
 
 
+_MISNAMED: WeakKeyDictionary[Any, frozenset[str]] = WeakKeyDictionary()
+
+
+def refuse_sites(model: Any, sites: Iterable[str]) -> None:
+    """Let `resolve_hook` refuse these sites of a model: `check_model` found them to be something else."""
+    _MISNAMED[model] = frozenset(sites)
+
+
 def resolve_hook(model: Any, name: str, known: Mapping[str, Any] | None = None) -> Any:
     """Return the model's `HookPoint` of this name.
 
@@ -139,17 +148,24 @@ def resolve_hook(model: Any, name: str, known: Mapping[str, Any] | None = None) 
         known: The model's `hook_dict`, where the caller has it: the bridge makes it anew at each access.
 
     Raises:
-        SiteError: The model has no hook of this name; near matches are given.
+        SiteError: The model has no hook of this name (near matches are given), or it is misnamed.
     """
     points = model.hook_dict if known is None else known
+    layer = layer_of(name)
+    for site in _MISNAMED.get(model, ()):
+        if layer is not None and name == hook_name(site, layer):
+            raise SiteError(
+                f"{name!r} does not do on this model what its name claims (see memlens.check_model): what is "
+                "written to it would change something else."
+            )
     if name not in points:
         raise SiteError(f"the model has no hook named {name!r}.{near_matches(name, points)}")
     return points[name]
 
 
 def has_site(model: Any, site: str, layer: int = 0) -> bool:
-    """Whether the model has this site (parallel blocks have no `resid_mid`)."""
-    return hook_name(site, layer) in model.hook_dict
+    """Whether the model has this site, and it is what it is called (parallel blocks have no `resid_mid`)."""
+    return hook_name(site, layer) in model.hook_dict and site not in _MISNAMED.get(model, ())
 
 
 @contextmanager

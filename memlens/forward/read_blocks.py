@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from memlens.errors import UnsupportedModelError
 from memlens.forward.read_weights import attention_post_norm, read_norm
@@ -75,8 +76,8 @@ class BlockWeights:
         mlp_norm: Before the MLP.
         mlp_post_norm: Between the MLP and the residual.
         qkv: Gives queries, keys and values in one map, in this order, head by head: a copy, not to be kept.
-        q_norm: Norm of all queries of a position together.
-        k_norm: Norm of all keys of a position together.
+        q_norm: Norm of the queries of a position: of all heads together (OLMo 2), or of each head (Qwen 3).
+        k_norm: Norm of the keys likewise.
         clip: Bound of queries, keys and values; None for no bound.
         scale: Factor of the attention scores.
         o: Attention's output projection.
@@ -219,6 +220,8 @@ def _bridge_attention(model: Any, attn: Any) -> tuple[Callable[[], Linear], Line
 
 def _linear(component: Any) -> Linear:
     module = component.original_component
+    if type(module) is Conv1D:  # GPT-2's: weights laid out input by output
+        return Linear(module.weight.detach().T, module.bias.detach())
     if type(module) is not nn.Linear:
         raise UnsupportedModelError(f"a projection is a {type(module).__name__} and no plain nn.Linear.")
     return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 import memlens as ml
-from memlens.errors import ModelLoadError, UnsupportedModelError
+from memlens.errors import ModelLoadError, SiteError, UnsupportedModelError
 from memlens.forward import check_model as module
 from memlens.forward.check_model import check_model, probe_tokens, record_reference
 from memlens.forward.hooks import hook_name
@@ -97,8 +97,30 @@ def test_a_hook_that_is_not_what_its_name_says_is_refused(
         return hook_name({"q": "v", "v": "q"}.get(site, site), layer)
 
     monkeypatch.setattr(module, "hook_name", exchanged)
-    failed = {check.name for check in check_model(model).failures}
-    assert failed == {"site q", "site v"}
+    found = check_model(model)
+    assert [check.name for check in found.failures] == ["site v"]
+    assert [check.name for check in found.checks if check.status == "refused"] == ["site q"]
+    monkeypatch.undo()
+    with pytest.raises(SiteError, match="does not do on this model what its name claims"):
+        model_hooks(model, "q")
+    model_hooks(model, "z")
+
+
+def model_hooks(model: Any, site: str) -> None:
+    edit = ml.Intervention("zero", [(hook_name(site, 1), lambda x, hook: x * 0)])
+    ml.sweep(model, ml.load_sequences(probe_tokens(90, 64), prefix_len=4), [edit], progress=False)
+
+
+def test_a_mixture_of_experts_loads_without_its_neurons() -> None:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.OlmoeConfig(**shape, intermediate_size=96, num_experts=4, num_experts_per_tok=2)
+    model = load_model(transformers.OlmoeForCausalLM(config), device="cpu")
+    status = {check.name: check.status for check in check_model(model).checks}
+    assert (status["site mlp_post"], status["site mlp_out"], status["fast path"]) == ("refused", "ok", "ok")
+    with pytest.raises(SiteError):
+        model_hooks(model, "mlp_post")
+    model_hooks(model, "mlp_out")
 
 
 @pytest.mark.parametrize(
