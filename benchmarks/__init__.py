@@ -1,1 +1,1 @@
-"""Both sides of every comparison on the same weights, tokens and threads: `python -m benchmarks.run`."""
+"""memlens compared with its peers on the same weights, tokens and threads: `python -m benchmarks.run`."""

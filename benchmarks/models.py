@@ -1,4 +1,4 @@
-"""The models: random weights of Pythia's shapes, and the bundled zoo's own."""
+"""The models: random weights in Pythia's shapes, and the bundled zoo models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPES: dict[str, tuple[int, int, int]] = {
 
 
 def build(name: str, backend: str, *, dtype: str = "float32", device: str | None = None) -> Any:
-    """Return `zoo/pythia-s`, or a model of this shape with random weights (one seed for all)."""
+    """Return a zoo model, or a model of this shape with random weights (always the same seed)."""
     if name.startswith("zoo/"):
         return ml.load_model(name, backend=backend, dtype=dtype, device=device)
     layers, width, heads = SHAPES[name]
@@ -41,11 +41,11 @@ def build(name: str, backend: str, *, dtype: str = "float32", device: str | None
 
 @torch.no_grad()
 def recalled(model: Any, n: int, prefix: int, targets: int, *, seed: int = 0) -> ml.SequenceSet:
-    """Random prefixes with the continuations that this very model gives greedily: all are "memorized"."""
+    """Return random prefixes with the model's own greedy continuations, so that all are "memorized"."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, model.cfg.d_vocab, (n, prefix), generator=generator)
     for _ in range(targets):
         logits = model(tokens.to(model.cfg.device))[:, -1]
-        logits[:, 0] = float("-inf")  # end of text would stop the generating side early
+        logits[:, 0] = float("-inf")  # end of text would stop generation early
         tokens = torch.cat([tokens, logits.argmax(-1)[:, None].cpu()], 1)
     return ml.SequenceSet.from_tokens(tokens, prefix)

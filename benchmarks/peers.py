@@ -1,4 +1,4 @@
-"""The other side: what one does without memlens, as its documentation or the published code does it."""
+"""The peers: the same work without memlens, as in TransformerLens' documentation or published code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import memlens as ml
 def patch_with_transformer_lens(
     model: Any, function: str, site: str, clean: ml.SequenceSet, corrupt: ml.SequenceSet
 ) -> np.ndarray:
-    """`transformer_lens.patching` with the log-probability of the last token, `[layer, position or head]`."""
+    """Run `transformer_lens.patching` on the last token's log-probability: `[layer, position or head]`."""
     from transformer_lens import patching
 
     given = slice(0, int(clean.prefix_len[0]))
@@ -35,7 +35,7 @@ def patch_with_transformer_lens(
 
 
 def zero_head(layer: int, head: int) -> tuple[str, Callable[..., torch.Tensor]]:
-    """A plain TransformerLens hook that ablates one head."""
+    """Return a plain TransformerLens hook that ablates one head."""
 
     def hook(z: torch.Tensor, hook: Any) -> torch.Tensor:
         z[:, :, head] = 0
@@ -47,7 +47,7 @@ def zero_head(layer: int, head: int) -> tuple[str, Callable[..., torch.Tensor]]:
 def heads_teacher_forced(
     model: Any, seqs: ml.SequenceSet, sites: Sequence[tuple[int, int]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One full forward a head; mean target log-probability and exact match, `[site, sequence]`."""
+    """Run one full forward pass per head: mean target log-probability and exact match, `[site, sequence]`."""
     tokens = seqs.tokens.to(model.cfg.device)
     start = int(seqs.prefix_len[0])
     logprob, match = [], []
@@ -62,7 +62,7 @@ def heads_teacher_forced(
 def generated(
     model: Any, seqs: ml.SequenceSet, edits: Sequence[Sequence[tuple[str, Callable[..., Any]]]]
 ) -> np.ndarray:
-    """One cached greedy `generate` an edit; exact match `[edit, sequence]`."""
+    """Run one cached greedy `generate` per edit: exact match `[edit, sequence]`."""
     start = int(seqs.prefix_len[0])
     prefix, want = seqs.tokens[:, :start].to(model.cfg.device), seqs.tokens[:, start:]
     out = []
@@ -76,7 +76,7 @@ def generated(
 
 
 def identity_attention(layer: int) -> list[tuple[str, Callable[..., Any]]]:
-    """Bypass one block's attention, as a TransformerLens user writes it: mixed values := own values."""
+    """Bypass one layer's attention as a TransformerLens user would: mixed values := own values."""
     kept: list[torch.Tensor] = []
 
     def remember(v: torch.Tensor, hook: Any) -> None:

@@ -1,4 +1,4 @@
-"""The rows of the table: each one a piece of work, done by memlens and by its peer."""
+"""The rows of the table: pieces of work that memlens and a peer do."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Row:
     """One comparison.
 
     Attributes:
-        name: What is done.
-        peer_name: By what else.
-        ours: memlens' side; gives `[site, …]`.
-        peer: The other side on `peer_sites` of the sites.
-        share: Which share of the sites the peer runs; its time is divided by it.
+        name: The work.
+        peer_name: The peer.
+        ours: Runs memlens; returns `[site, …]`.
+        peer: Runs the peer on `share` of the sites.
+        share: Share of the sites that the peer runs; its time is divided by it.
         difference: Largest difference of both results.
-        sequences: What it runs on.
-        interventions: What is run, for the count of operations.
+        sequences: The sequences.
+        interventions: The interventions, for the count of operations.
     """
 
     name: str
@@ -88,7 +88,7 @@ def heads_ablated(model: Any, n: int, *, generate: bool, peer_sites: int | None 
 
     return Row(
         f"all heads ablated, {n} x (32 + 32) tokens",
-        "one cached greedy generate a head" if generate else "one run_with_hooks a head",
+        "one cached greedy generate per head" if generate else "one run_with_hooks per head",
         ours,
         peer,
         len(sites) / len(every),
@@ -105,7 +105,7 @@ def layers_bypassed(model: Any, n: int, peer_sites: int | None = None) -> Row:
     some = layers[:: max(1, len(layers) // (peer_sites or len(layers)))]
     return Row(
         f"each layer bypassed, {n} x (32 + 32) tokens",
-        "one cached greedy generate a layer",
+        "one cached greedy generate per layer",
         lambda: ml.bypass_attention(model, seqs, metrics=("exact_match",), progress=False),
         lambda: peers.generated(model, seqs, [peers.identity_attention(layer) for layer in some]),
         len(some) / len(layers),
@@ -116,7 +116,7 @@ def layers_bypassed(model: Any, n: int, peer_sites: int | None = None) -> Row:
 
 
 def blocks_swept(model: Any, n: int) -> Row:
-    """Row 7: each layer's attention bypassed with five metrics, beside L/2 + 2 plain forwards."""
+    """Row 7: each layer's attention bypassed with five metrics, against L/2 + 2 plain forward passes."""
     seqs = recalled(model, n, 32, 32)
     metrics = ("exact_match", "target_accuracy", "target_logprob", "completion_entropy", "matching_prefix")
 
@@ -131,7 +131,7 @@ def blocks_swept(model: Any, n: int) -> Row:
 
     return Row(
         f"each layer bypassed, five metrics, {n} x (32 + 32) tokens",
-        f"{model.cfg.n_layers / 2 + 2:g} plain forwards of the same sequences",
+        f"{model.cfg.n_layers / 2 + 2:g} plain forward passes of the same sequences",
         lambda: ml.bypass_attention(model, seqs, metrics=metrics, progress=False),
         forward,
         1 / (model.cfg.n_layers / 2 + 2),
@@ -150,4 +150,4 @@ ROWS: dict[str, Callable[[Any], Row]] = {
     "bypass_64_generate": lambda model: layers_bypassed(model, 64, peer_sites=2),
     "bypass_64_five_metrics": lambda model: blocks_swept(model, 64),
 }
-"""The table's rows by name."""
+"""The rows of the table by name."""

@@ -18,17 +18,9 @@ from benchmarks.models import build
 from benchmarks.rows import ROWS, Row
 from benchmarks.timing import Clock, interleaved, matrix_rate
 
-COLUMNS = [
-    "model",
-    "backend",
-    "work",
-    "against",
-    "ratio",
-    "seconds",
-    "peer_seconds",
-    "difference",
-    "share_of_floor",
-]
+COLUMNS = (
+    "model", "backend", "work", "against", "ratio", "seconds", "peer_seconds", "difference", "share_of_floor",
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -48,7 +40,7 @@ def measured(model: Any, row: Row, repeats: int, clock: Clock) -> dict[str, Any]
 
 
 def floor_seconds(model: Any, row: Row, clock: Clock) -> float:
-    """The operations that must be done, at the machine's own rate for those shapes."""
+    """Return the time of the necessary operations at the machine's measured rate for their shapes."""
     cost = ml.plan(model, row.sequences, row.interventions(), calibrate=False)
     width, hidden = model.cfg.d_model, 4 * model.cfg.d_model
     shapes = [(width, 3 * width), (width, width), (width, hidden), (hidden, width)]
@@ -67,12 +59,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--clock", default="wall", choices=["wall", "cpu"], help="cpu: with one thread, busy machine"
+        "--clock", default="wall", choices=["wall", "cpu"], help="cpu: for one thread on a busy machine"
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument(
-        "--memory", action="store_true", help="also peak memory, each side in its own process"
+        "--memory", action="store_true", help="also measure peak memory, each side in its own process"
     )
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
     args = parser.parse_args()
@@ -93,7 +85,7 @@ def main() -> None:
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row of the Markdown table."""
+    """Return a row of the Markdown table."""
     return "| " + " | ".join(cell(row[c]) for c in COLUMNS) + " |"
 
 

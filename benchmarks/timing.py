@@ -1,4 +1,4 @@
-"""Interleaved timing, and the machine's own matrix-multiply rate."""
+"""Interleaved timing, and the machine's matrix multiplication rate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of both sides in each repeat, and what they gave last."""
+    """Seconds of both sides in each repeat, and their last results."""
 
     ours: list[float]
     peer: list[float]
@@ -23,12 +23,12 @@ class Timed:
 
     @property
     def ratio(self) -> float:
-        """Median over the repeats of peer / ours."""
+        """Median of peer / ours over the repeats."""
         return float(np.median(np.array(self.peer) / np.array(self.ours)))
 
 
 class Clock:
-    """Seconds of the wall, or of this process' processor time ("cpu"): for one thread on a busy machine."""
+    """Wall time, or this process' processor time ("cpu", for one thread on a busy machine), in seconds."""
 
     def __init__(self, kind: str = "wall") -> None:
         self.now = time.perf_counter if kind == "wall" else time.process_time
@@ -44,7 +44,7 @@ class Clock:
 
 
 def interleaved(ours: Callable[[], Any], peer: Callable[[], Any], repeats: int, clock: Clock) -> Timed:
-    """Run A B A B …; with several repeats the median leaves the first runs' warming up out."""
+    """Run A B A B …; the median over several repeats excludes warm-up in the first."""
     a, b, x, y = [], [], None, None
     for _ in range(repeats):
         seconds, x = clock(ours)
@@ -57,7 +57,7 @@ def interleaved(ours: Callable[[], Any], peer: Callable[[], Any], repeats: int, 
 def matrix_rate(
     shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype, device: str, clock: Clock
 ) -> float:
-    """Return the machine's FLOP/s on products `[rows, in] x [in, out]`, weighted by their operations."""
+    """Return the machine's FLOP/s on products `[rows, in] x [in, out]`, weighted by operations."""
     flops, seconds = 0.0, 0.0
     for inside, outside in shapes:
         x = torch.randn(rows, inside, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""Attention maps of one sequence, in one byte a weight."""
+"""Attention maps of one sequence, with one byte per weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from memlens.instruments.ablate.heads import Head
 
 
 def quantized(weights: Float[Tensor, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """Return weights from 0 to 1 in steps of 1/255, each rounded to the nearest (at most 1/510 off).
+    """Return weights from 0 to 1 as integers from 0 to 255 (with an error of at most 1/510).
 
     >>> quantized(torch.tensor([0.0, 0.5, 1.0])).tolist()
     [0, 128, 255]
@@ -30,17 +30,16 @@ def attention_maps(
 ) -> dict[Head, UInt8[np.ndarray, "query key"]]:
     """Return the attention of some heads on one sequence, from one forward pass.
 
-    A map's value times 1/255 is the weight that a query's token gives to a key's token, with an error of
-    at most 1/510 (see `quantized`). Only the asked-for heads are kept, and no block after the last of them
-    runs.
+    A map's value divided by 255 is the attention weight of a query token on a key token (see `quantized`).
+    Only the given heads are kept, and no layer after the last of them runs.
 
     Args:
-        model: A TransformerLens model; hooks that are set on it act.
+        model: A TransformerLens model; its hooks act.
         tokens: The sequence, without padding.
-        heads: Pairs of layer and head; with grouped queries, query heads.
+        heads: Pairs of layer and (query) head.
 
     Raises:
-        SiteError: A head that the model does not have.
+        SiteError: The model does not have one of the heads.
 
     Example:
         >>> import memlens as ml
@@ -77,10 +76,10 @@ def _by_layer(heads: Iterable[Head]) -> dict[int, list[int]]:
 
 
 def pack_causal(weights: UInt8[np.ndarray, "pos pos"]) -> bytes:
-    """Return a causal map as bytes: its lower triangle, row by row, with runs of zeros shortened.
+    """Return a causal map as bytes: its lower triangle, row by row, with runs of zeros compressed.
 
-    A byte above 0 is a weight; a 0 is followed by how many zeros stand there, 1 to 255. What lies above
-    the diagonal is 0 in every causal model and is not kept.
+    A byte above 0 is a weight; a byte 0 is followed by the length of the run of zeros, 1 to 255. Weights
+    above the diagonal are 0 in every causal model and are not stored.
 
     >>> pack_causal(np.array([[255, 0, 0], [0, 255, 0], [0, 0, 9]], dtype=np.uint8)).hex(" ")
     'ff 00 01 ff 00 02 09'
@@ -98,7 +97,7 @@ def pack_causal(weights: UInt8[np.ndarray, "pos pos"]) -> bytes:
 
 
 def unpack_causal(packed: bytes, n: int) -> UInt8[np.ndarray, "pos pos"]:
-    """Return the map that `pack_causal` packed, of `n` positions.
+    """Return the map of `n` positions that `pack_causal` packed.
 
     >>> unpack_causal(pack_causal(np.eye(2, dtype=np.uint8)), 2).tolist()
     [[1, 0], [0, 1]]

@@ -1,32 +1,81 @@
-"""What the explorer shows: numbers of each sequence, and what the model writes under edits."""
+"""What the explorer shows: edits, and for each sequence its numbers and continuations under edits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from memlens.errors import SiteError, near_matches
-from memlens.explorer.edits import Edits
-from memlens.instruments.ablate.heads import Head
+from memlens.forward.hooks import check_head, check_layer
+from memlens.forward.trunk import Trunk
+from memlens.instruments.ablate.heads import Head, head_label
+
+UNCHANGED = "unchanged model"
+
+
+@dataclass(frozen=True)
+class Edits:
+    """A set of layers with bypassed attention and of ablated heads.
+
+    Attributes:
+        bypassed: Layers, in order.
+        ablated: Heads `(layer, head)`, in order.
+
+    Example:
+        >>> edits = Edits().toggled(3).toggled(1, 2)
+        >>> edits.name
+        'bypass L3 + ablate L1H2'
+        >>> edits.toggled(3).toggled(1, 2) == Edits()
+        True
+    """
+
+    bypassed: tuple[int, ...] = ()
+    ablated: tuple[Head, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.bypassed or self.ablated)
+
+    @property
+    def name(self) -> str:
+        """A name for the edits, equal for equal edits."""
+        parts = []
+        if self.bypassed:
+            parts.append("bypass " + " ".join(f"L{layer}" for layer in self.bypassed))
+        if self.ablated:
+            parts.append("ablate " + " ".join(map(head_label, self.ablated)))
+        return " + ".join(parts) or UNCHANGED
+
+    def toggled(self, layer: int, head: int | None = None) -> Edits:
+        """Return the edits with a layer's bypass (or a head's ablation) switched on, or off if it was on."""
+        if head is None:
+            return replace(self, bypassed=tuple(sorted(set(self.bypassed) ^ {layer})))
+        return replace(self, ablated=tuple(sorted(set(self.ablated) ^ {(layer, head)})))
+
+    def check(self, trunk: Trunk) -> None:
+        """Raise `SiteError` if a layer or head does not exist."""
+        for layer in (*self.bypassed, *(layer for layer, _ in self.ablated)):
+            check_layer(layer, trunk.n_layers)
+        for _, head in self.ablated:
+            check_head(head, trunk.n_heads)
 
 
 @dataclass(frozen=True, eq=False)
 class Continuation:
-    """What the model says of a sequence's targets, and what it writes after the prefix, under some edits.
+    """What the model predicts for a sequence's targets and generates after the prefix, under some edits.
 
     Attributes:
-        edits: What was changed; nothing, for the model as it is.
-        probability: Of each target, given the true tokens before it.
+        edits: The edits; none for the unchanged model.
+        probability: Probability of each target, given the true tokens before it.
         rank: Zero-based rank of each target.
-        greedy: The token that the model would write there, given the true tokens before it.
+        greedy: The most likely token at each target, given the true tokens before it.
         correct: Whether that is the target.
-        tokens: What greedy decoding writes after the prefix, as many tokens as there are targets.
-        same: Whether each of them equals the target at its place.
-        text: All of them as one text.
+        tokens: The tokens that greedy decoding generates after the prefix, one for each target.
+        same: Whether each generated token equals the target at its position.
+        text: The generated tokens as one text.
     """
 
     edits: Edits
@@ -40,12 +89,12 @@ class Continuation:
 
     @property
     def memorization_score(self) -> float:
-        """The share of the written tokens that equal the target at their place."""
+        """The share of the generated tokens that equal the target at their position."""
         return float(self.same.mean())
 
     @property
     def recalled(self) -> bool:
-        """Whether the whole continuation is written as it was."""
+        """Whether the generated tokens are exactly the continuation."""
         return bool(self.same.all())
 
     def __repr__(self) -> str:
@@ -58,22 +107,22 @@ class SequenceView:
     """One sequence.
 
     Attributes:
-        id: Its name.
-        facts: What the table says of it (`group`, `domain`, `copies`, …, where it has them).
-        tokens: Every token as text, prefix and continuation.
-        prefix_len: How many of them are given.
+        id: Its id.
+        facts: Entries of its table row (`group`, `domain`, `copies`, if present).
+        tokens: Each token of prefix and continuation as text.
+        prefix_len: Number of tokens of the prefix.
         prefix_text: The prefix as one text.
         target_text: The continuation as one text.
-        continuation: What the model writes as it is.
-        lens_probability: Of each target after each layer (see `decode_residual`).
+        continuation: The prediction of the unchanged model.
+        lens_probability: Probability of each target after each layer (see `decode_residual`).
         lens_rank: Zero-based rank of each target after each layer.
-        head_effects: What ablating each head changes of the metric: negative harms recall, for metrics of
-            which more is better.
-        mlp_effects: The same of taking away each layer's MLP.
-        bypass_effects: The same of bypassing each layer's attention.
-        attention: By head, its attention on the sequence in steps of 1/255 (see `attention_maps`), as far
-            as it was kept.
-        edited: What the model writes under edits that were tried beforehand.
+        head_effects: Change of the metric by ablating each head; negative harms recall if a higher value of
+            the metric is better.
+        mlp_effects: Change by ablating each layer's MLP.
+        bypass_effects: Change by bypassing each layer's attention.
+        attention: For each head whose attention was kept, its attention on the sequence, from 0 to 255 (see
+            `attention_maps`).
+        edited: Predictions under edits that were computed in advance.
     """
 
     id: str
@@ -106,11 +155,11 @@ class SequenceView:
 
 @dataclass(frozen=True, eq=False)
 class Exploration:
-    """Several sequences, and how they were looked at.
+    """Several sequences with the settings of their measurement.
 
     Attributes:
-        views: One a sequence.
-        settings: Every choice that was made, with the facts of the model.
+        views: One per sequence.
+        settings: All options, and the facts of the model.
 
     Example:
         >>> import memlens as ml
@@ -126,19 +175,19 @@ class Exploration:
 
     @property
     def ids(self) -> list[str]:
-        """The sequences' names."""
+        """The ids of the sequences."""
         return [view.id for view in self.views]
 
     @property
     def metric(self) -> str:
-        """The metric that effects are of."""
+        """The metric of the effects."""
         return str(self.settings["metric"])
 
     def __len__(self) -> int:
         return len(self.views)
 
     def __getitem__(self, name: str) -> SequenceView:
-        """Return the sequence of this id."""
+        """Return the sequence with this id."""
         for view in self.views:
             if view.id == name:
                 return view
@@ -154,9 +203,9 @@ def strongest_heads(effects: Float[np.ndarray, "layer head"], better: int = 0) -
     """Return all heads `(layer, head)`, the strongest first.
 
     Args:
-        effects: What ablating each changes.
-        better: 1 where a higher value of the metric is better, -1 where a lower one is: the head whose
-            ablation harms most is then the strongest. 0: the one whose ablation changes most.
+        effects: Effects of ablating each head.
+        better: 1 if a higher value of the metric is better, -1 if a lower one is; the strongest head is then
+            the one whose ablation harms most. With 0 it is the one whose ablation changes most.
 
     >>> strongest_heads(np.array([[0.5, -0.1], [0.0, -0.2]]), 1)[:2], strongest_heads(np.array([[0.5, -0.9]]))
     ([(1, 1), (0, 1)], [(0, 1), (0, 0)])

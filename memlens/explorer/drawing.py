@@ -1,4 +1,4 @@
-"""A sequence as figures, and its tokens as HTML in which every letter of theirs is text."""
+"""Figures of a sequence, and its tokens as escaped HTML."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def lens_figure(view: SequenceView) -> go.Figure:
 
 
 def effects_figure(view: SequenceView, metric: str, chosen: Head | None = None) -> go.Figure:
-    """Return what each head, MLP and layer's attention gives, the chosen head framed."""
+    """Return the effects of heads, MLPs and layers' attention, with a frame around the chosen head."""
     coords = {"layer": list(range(len(view.head_effects)))}
     heads = xr.DataArray(view.head_effects, coords, dims=("layer", "head"))
     branches = xr.Dataset(
@@ -55,9 +55,9 @@ def attention_figure(view: SequenceView, head: Head, weights: UInt8[np.ndarray, 
 
 
 def shade(probability: float, right: bool) -> str:
-    """Return the color of a target: blue where it would be written, vermilion where not.
+    """Return the color of a target: blue if greedy decoding gives it, otherwise vermilion.
 
-    The deeper the blue, the surer; the deeper the vermilion, the less likely the target.
+    The deeper the blue, the more likely the target; the deeper the vermilion, the less likely.
 
     >>> shade(1.0, True), shade(0.0, False)
     ('rgba(0,114,178,0.45)', 'rgba(213,94,0,0.45)')
@@ -67,7 +67,7 @@ def shade(probability: float, right: bool) -> str:
 
 
 def tokens_html(view: SequenceView, continuation: Continuation) -> str:
-    """Return the sequence's tokens, the targets colored by recall; hovering tells what the model says."""
+    """Return the sequence's tokens with targets colored by recall; hovering shows the prediction."""
     given = "".join(
         f"<span style='opacity:.6'>{_text(token)}</span>" for token in view.tokens[: view.prefix_len]
     )
@@ -85,7 +85,7 @@ def tokens_html(view: SequenceView, continuation: Continuation) -> str:
 
 
 def written_html(view: SequenceView, continuation: Continuation) -> str:
-    """Return what the model writes after the prefix; tokens that differ from the truth are underlined."""
+    """Return what the model generates after the prefix, with tokens that differ from the truth underlined."""
     marks = zip(continuation.tokens, continuation.same, strict=True)
     parts = [
         _text(token) if same else f"<u style='background:rgba({_WRONG},.25)'>{_text(token)}</u>"
@@ -96,7 +96,7 @@ def written_html(view: SequenceView, continuation: Continuation) -> str:
 
 
 def running_text(token: str) -> str:
-    r"""Return a token as it is shown in running text: what does not print is named, line ends are marked.
+    r"""Return a token for running text: unprintable characters are named, line ends are marked.
 
     >>> running_text(" a\n"), running_text("\u202e")
     (' a↵\n', '\\u202e')

@@ -1,4 +1,4 @@
-"""`explore`: look into sequences one by one, live on the model."""
+"""`explore`: explore sequences one by one, live on the model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from jaxtyping import UInt8
 from memlens.errors import OptionError, SiteError, check_option, near_matches
 from memlens.explorer import drawing
 from memlens.explorer.attention import attention_maps
-from memlens.explorer.data import Continuation, Exploration, SequenceView, strongest_heads
-from memlens.explorer.edits import Edits
+from memlens.explorer.data import Continuation, Edits, Exploration, SequenceView, strongest_heads
 from memlens.explorer.measuring import ExploreOptions, continuations, explore_sequences
 from memlens.figures.labels import metric_text
 from memlens.figures.theme import dark
@@ -43,21 +42,20 @@ def explore(
     dark: bool = False,
     progress: bool = False,
 ) -> Explorer:
-    """Look into sequences one by one: tokens by recall, lens, heads, attention, and the model under edits.
+    """Explore sequences one by one: recall of tokens, lens, heads, attention, and the model under edits.
 
-    In Jupyter the returned object shows itself (extra `notebook`: ipywidgets and plotly's FigureWidget):
-    pick a sequence, click a head to see where it attends, switch ablations and bypasses on and see at
-    once what the model then writes. All of it is there in Python too, and `Explorer.write_html` makes a
-    page that needs no Python.
+    Jupyter shows the returned object as a widget (extra `notebook`: ipywidgets and plotly's FigureWidget).
+    Choose a sequence, click a head to see where it attends, switch ablations and bypasses on and see at once
+    what the model generates. The same is available in Python, and `Explorer.write_html` writes a page that
+    does not need Python.
 
     Args:
         model: A TransformerLens model.
-        sequences: What is looked into, any number: all are scored at once, the rest is computed for a
-            sequence when it is looked at.
-        options: How heads are ablated and attention is bypassed, which metric effects are of, and the
-            like; see `ExploreOptions`.
+        sequences: Any number of sequences. All are scored at once; the rest is computed when a sequence is
+            selected.
+        options: Ablation mode, bypass mode, metric of the effects and more; see `ExploreOptions`.
         reference: The set for ablation by "mean"; `sequences` itself by default.
-        dark: Figures for a dark notebook. (The page of `write_html` follows the reader's system by itself.)
+        dark: Figures for a dark notebook. (The page of `write_html` follows the reader's system.)
         progress: Show progress bars.
 
     Raises:
@@ -81,20 +79,20 @@ def explore(
 
 
 class Explorer:
-    """What `explore` returns: a selected sequence, a selected head, and the edits that are on.
+    """The result of `explore`: a selected sequence, a selected head, and the current edits.
 
     Args:
         model: A TransformerLens model.
-        sequences: What is looked into.
+        sequences: The sequences to explore.
         options: See `ExploreOptions`.
         reference: The set for ablation by "mean"; `sequences` itself by default.
         dark: Figures for a dark notebook.
         progress: Show progress bars.
 
     Attributes:
-        table: One row a sequence: its columns, `exact_match` and `target_accuracy` (see `score_recall`).
-        edits: What is switched on.
-        options: As given.
+        table: One row per sequence: its columns, `exact_match` and `target_accuracy` (see `score_recall`).
+        edits: The current edits.
+        options: The given options.
     """
 
     options: ExploreOptions
@@ -130,21 +128,21 @@ class Explorer:
         self._listeners: list[Callable[[], None]] = []
         self._widget: ExplorerWidget | None = None
 
-    # What there is, and what is chosen ---------------------------------------------------------------------
+    # What is selected ---------------------------------------------------------------------
 
     @property
     def ids(self) -> list[str]:
-        """The sequences' names."""
+        """The ids of the sequences."""
         return self._sequences.ids
 
     @property
     def selected(self) -> str:
-        """The name of the sequence that is looked at."""
+        """The id of the selected sequence."""
         return self.ids[self._row]
 
     @property
     def view(self) -> SequenceView:
-        """The selected sequence as the model is, without edits; computed when it is first looked at."""
+        """The selected sequence in the unchanged model; computed at first access."""
         if self._row not in self._views:
             found = explore_sequences(
                 self._model,
@@ -160,7 +158,7 @@ class Explorer:
 
     @property
     def head(self) -> Head:
-        """The head whose attention is shown: at first the one whose ablation harms the sequence most."""
+        """The head whose attention is shown; initially the one whose ablation harms the sequence most."""
         if self._head is None:
             better = metric_text(self.options.metric).better
             return strongest_heads(self.view.head_effects, better)[0]
@@ -168,7 +166,7 @@ class Explorer:
 
     @property
     def continuation(self) -> Continuation:
-        """What the model says and writes of the selected sequence under the edits that are on."""
+        """The prediction for the selected sequence under the current edits."""
         if not self.edits:
             return self.view.continuation
         key = (self._row, self.edits)
@@ -180,7 +178,7 @@ class Explorer:
 
     @property
     def attention(self) -> UInt8[np.ndarray, "query key"]:
-        """Where the selected head attends on the sequence in the unchanged model, in steps of 1/255."""
+        """The selected head's attention on the sequence in the unchanged model, from 0 to 255."""
         key = (self._row, self.head)
         if key not in self._maps:
             n = int(self._bare.lengths[self._row])
@@ -197,7 +195,7 @@ class Explorer:
                 layer's attention) or "attention" (of the selected head).
 
         Raises:
-            OptionError: Another kind.
+            OptionError: The kind is unknown.
         """
         check_option("kind", kind, FIGURES)
         if kind == "lens":
@@ -208,10 +206,10 @@ class Explorer:
             figure = drawing.effects_figure(self.view, self.options.metric, self.head)
         return dark(figure) if self._dark else figure
 
-    # Choosing ----------------------------------------------------------------------------------------------
+    # Selecting ----------------------------------------------------------------------------------------------
 
     def select(self, name: str) -> Explorer:
-        """Look at another sequence, by its id; the edits stay on.
+        """Select a sequence by its id; the edits remain.
 
         Raises:
             SiteError: There is no such sequence.
@@ -224,7 +222,7 @@ class Explorer:
         return self._changed()
 
     def select_head(self, layer: int, head: int) -> Explorer:
-        """Look at another head's attention.
+        """Select the head whose attention is shown.
 
         Raises:
             SiteError: There is no such head.
@@ -251,7 +249,7 @@ class Explorer:
         return self._changed()
 
     def on_change(self, listener: Callable[[], None]) -> None:
-        """Call a function whenever something else is selected or switched."""
+        """Register a function that is called after every change."""
         self._listeners.append(listener)
 
     def _changed(self) -> Explorer:
@@ -263,7 +261,7 @@ class Explorer:
 
     @property
     def widget(self) -> ExplorerWidget:
-        """What Jupyter shows; made when it is first asked for.
+        """The widget that Jupyter shows; made at first access.
 
         Raises:
             OptionError: ipywidgets or anywidget is not installed.
@@ -279,11 +277,11 @@ class Explorer:
     def exploration(
         self, names: list[str] | None = None, *, try_edits: bool = True, progress: bool | None = None
     ) -> Exploration:
-        """Return the data of several sequences, the model's continuations under edits and attention included.
+        """Return the data of several sequences, with continuations under edits and attention.
 
         Args:
             names: Ids; all sequences by default.
-            try_edits: Also decode under the edits that `ExploreOptions` names.
+            try_edits: Also compute continuations under the edits of `ExploreOptions`.
             progress: Show progress bars; as given to `explore` by default.
 
         Raises:
@@ -315,7 +313,7 @@ class Explorer:
         Args:
             path: The `.html` file.
             names: Ids; the first `most` sequences by default.
-            most: How many sequences are shown where no ids are given.
+            most: Number of sequences if no ids are given.
             progress: Show progress bars; as given to `explore` by default.
 
         Returns:
@@ -335,7 +333,7 @@ class Explorer:
         except OptionError as error:
             return {"text/plain": f"{self!r}\n{error}"}
         data, *facts = found if isinstance(found, tuple) else (found,)
-        data = {**data, "text/plain": repr(self)}  # for what shows no widgets
+        data = {**data, "text/plain": repr(self)}  # for front ends without widgets
         return (data, *facts) if facts else data
 
 

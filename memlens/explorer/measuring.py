@@ -1,4 +1,4 @@
-"""The numbers behind the explorer; every one of them is another module's function on a few sequences."""
+"""The numbers behind the explorer, measured by memlens' instruments on a few sequences."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tqdm.auto import tqdm
 
 from memlens.errors import OptionError, check_option
 from memlens.explorer.attention import attention_maps
-from memlens.explorer.data import Continuation, Exploration, SequenceView, strongest_heads
-from memlens.explorer.edits import ABLATION_MODES, Edits, edit_interventions
+from memlens.explorer.data import Continuation, Edits, Exploration, SequenceView, strongest_heads
 from memlens.figures.labels import metric_text
 from memlens.forward.baseline import teacher_forced_stats
 from memlens.forward.hooks import chosen_layers
 from memlens.forward.metrics import METRICS, TargetStats
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.branches import ablate_mlps
-from memlens.instruments.ablate.heads import ablate_heads
-from memlens.instruments.bypass.bypass import BYPASS_MODES, bypass_attention
+from memlens.instruments.ablate.heads import ablate_heads, head_set_ablations
+from memlens.instruments.ablate.replacing import MODES
+from memlens.instruments.bypass.bypass import BYPASS_MODES, attention_bypasses, bypass_attention
 from memlens.instruments.decode.decoding import decode_residual
 from memlens.instruments.decode.lens import TunedLens
 from memlens.models.provenance import describe
@@ -30,26 +30,29 @@ from memlens.recall.score import generated_after
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.contexts import applied
+from memlens.sweeps.interventions import Intervention
 
+ABLATION_MODES = tuple(mode for mode in MODES if mode != "resample")
+"""Modes of `ablate_heads` that also work during generation: they do not need another sequence's token at the
+same position, which does not exist while a continuation is generated."""
 FACTS = ("group", "domain", "copies")
-"""Columns of a set's table that are shown with a sequence, where they are there."""
+"""Columns of a set's table that are shown with a sequence, if present."""
 
 
 @dataclass(frozen=True)
 class ExploreOptions:
-    """What the explorer is free to choose; all of it is recorded.
+    """Options of the explorer; all are recorded.
 
     Attributes:
         ablation: How heads are ablated: a mode of `ablate_heads` other than "resample".
         bypass: How attention is bypassed; see `bypass_attention`.
-        metric: What effects are of: a name of `memlens.METRICS`.
+        metric: Metric of the effects, one of `memlens.METRICS`.
         lens: See `decode_residual`.
-        top_heads: How many heads are tried beforehand, each alone and all together: those whose ablation
-            harms the metric most, on the mean of the shown sequences that are recalled (of all, where none
-            is).
-        bypass_layers: Layers whose bypass is tried beforehand; all by default.
-        attention_bytes: Memory for attention maps, shared evenly by the sequences; where not all fit, those
-            of the heads with the largest effects are kept.
+        top_heads: Number of heads whose ablation is computed in advance, each alone and all together: those
+            that harm the mean metric of the recalled sequences most (of all sequences, if none is recalled).
+        bypass_layers: Layers whose bypass is computed in advance; all by default.
+        attention_bytes: Memory for attention maps, shared evenly by the sequences; if not all fit, those of
+            the heads with the largest effects are kept.
     """
 
     ablation: str = "mean_of_other_heads"
@@ -69,7 +72,7 @@ class ExploreOptions:
                 raise OptionError(f"{name}={getattr(self, name)} is negative: give 0 for none.")
 
     def recorded(self) -> dict[str, Any]:
-        """Return the options as JSON types; a lens by its name."""
+        """Return the options as JSON types, with the name of a lens."""
         plain = asdict(replace(self, lens=getattr(self.lens, "name", None) or str(self.lens)))
         return {**plain, "bypass_layers": None if self.bypass_layers is None else list(self.bypass_layers)}
 
@@ -84,21 +87,21 @@ def explore_sequences(
     keep_attention: bool = True,
     progress: bool = True,
 ) -> Exploration:
-    """Measure all that the explorer shows, for all sequences together.
+    """Measure everything that the explorer shows, for all sequences together.
 
     Args:
         model: A TransformerLens model.
-        sequences: What is looked at.
+        sequences: The sequences.
         options: See `ExploreOptions`.
         reference: The set for ablation by "mean"; `sequences` itself by default.
-        try_edits: Also decode under edits, for a page that has no model to ask.
+        try_edits: Also compute continuations under edits, for a page without a model.
         keep_attention: Also keep attention maps.
         progress: Show progress bars.
 
     Raises:
         EmptySetError, SequenceError, VocabularyError: The sequences do not fit; before any forward pass.
-        SiteError: A layer of `bypass_layers` that does not exist, or an ablation by the other heads' mean
-            where a layer has one.
+        SiteError: A layer of `bypass_layers` does not exist, or heads are ablated by the mean of the others
+            and a layer has only one head.
 
     Example:
         >>> import memlens as ml
@@ -138,21 +141,59 @@ def explore_sequences(
 def continuations(
     model: Any, sequences: SequenceSet, edits: Edits, options: ExploreOptions, reference: SequenceSet
 ) -> list[Continuation]:
-    """Return what the model says and writes under edits, one entry a sequence."""
+    """Return the predictions under edits, one per sequence."""
     rows = list(range(len(sequences)))
     (found,) = _under(model, sequences, {edits: rows}, options, reference, False).values()
     return [found[row] for row in rows]
 
 
+def edit_interventions(
+    model: Any,
+    edits: Edits,
+    sequences: SequenceSet,
+    *,
+    ablation: str = "mean_of_other_heads",
+    bypass: str = "identity",
+    reference: SequenceSet | None = None,
+) -> list[Intervention]:
+    """Return edits as interventions for `memlens.applied`, for forward passes and generation.
+
+    If a layer is bypassed and one of its heads is ablated, the bypass comes first, so an ablation averages
+    bypassed heads.
+
+    Args:
+        model: A TransformerLens model.
+        edits: The edits.
+        sequences: The sequences that the edits will run on.
+        ablation: One of `ABLATION_MODES`; see `ablate_heads`.
+        bypass: See `bypass_attention`.
+        reference: The set for "mean"; `sequences` itself by default.
+
+    Raises:
+        OptionError: A mode is unknown.
+        SiteError: A layer or head does not exist.
+    """
+    check_option("ablation", ablation, ABLATION_MODES)
+    check_option("bypass", bypass, BYPASS_MODES)
+    edits.check(Trunk(model))
+    found: list[Intervention] = []
+    if edits.bypassed:
+        found += attention_bypasses(model, layers=[edits.bypassed], mode=bypass)
+    if edits.ablated:
+        sets = {edits.name: edits.ablated}
+        found += head_set_ablations(model, sequences, sets, mode=ablation, reference=reference)
+    return found
+
+
 class Texts:
-    """Token ids as text; `#17` for a model without a tokenizer."""
+    """Token ids as text, such as `#17` for a model without a tokenizer."""
 
     def __init__(self, model: Any) -> None:
         self._tokenizer = getattr(model, "tokenizer", None)
         self._known: dict[int, str] = {}
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
-        """Return each token by itself."""
+        """Return each token as text."""
         for token in set(ids) - self._known.keys():
             self._known[token] = f"#{token}" if self._tokenizer is None else self._tokenizer.decode([token])
         return [self._known[token] for token in ids]
@@ -188,7 +229,7 @@ def _under(
     reference: SequenceSet,
     progress: bool,
 ) -> dict[Edits, dict[int, Continuation]]:
-    """Return by edits and row what the model says and writes."""
+    """Return the predictions by edits and row."""
     texts, found = Texts(model), {}
     for edits, rows in tqdm(planned.items(), desc="decoding under edits", disable=not progress):
         some = seqs[list(rows)]
@@ -244,7 +285,7 @@ def _rows(seqs: SequenceSet) -> list[Tensor]:
 def _planned(
     views: Sequence[SequenceView], layers: Sequence[int], options: ExploreOptions
 ) -> dict[Edits, list[int]]:
-    """Return the edits to try, each with the rows it is tried on."""
+    """Return the edits to compute, each with its rows."""
     every = list(range(len(views)))
     recalled = [view for view in views if view.continuation.recalled] or list(views)
     effects = np.mean([view.head_effects for view in recalled], axis=0)

@@ -1,7 +1,7 @@
-"""What Jupyter shows of an `Explorer`: ipywidgets and plotly's FigureWidget (extra `notebook`).
+"""The Jupyter widget of an `Explorer`: ipywidgets and plotly's FigureWidget (extra `notebook`).
 
-A widget holds no state of its own: what a reader does calls the explorer, and what is shown is drawn from it
-whenever it says that something changed.
+The widget has no state of its own: user actions call the explorer, and the widget is drawn from it after each
+change.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import anywidget  # noqa: F401  (plotly's FigureWidget is made with it)
 import ipywidgets as widgets
+import numpy as np
 import plotly.graph_objects as go
 
 from memlens.explorer.drawing import tokens_html, written_html
@@ -24,21 +25,21 @@ _KINDS = ("lens", "effects", "attention")
 
 
 class ExplorerWidget:
-    """The parts that Jupyter shows.
+    """The parts of the Jupyter widget.
 
     Args:
-        explorer: What is shown; its changes are shown as they come.
+        explorer: The explorer; its changes are shown at once.
 
     Attributes:
-        box: The whole, to be displayed.
+        box: The whole widget.
         sequence: The menu of sequences.
         layer: The menu of layers, for the head whose attention is shown.
         head: The menu of heads.
         ablate: Switches the ablation of the selected head.
-        bypass: One switch a layer.
+        bypass: One switch per layer.
         clear: Switches all edits off.
-        tokens: The tokens, colored by recall under the edits that are on.
-        written: What the model writes, as it is and under the edits.
+        tokens: The tokens, colored by recall under the current edits.
+        written: What the model generates, unchanged and under the edits.
         figures: By kind ("lens", "effects", "attention") a `FigureWidget`; a click on a head selects it.
     """
 
@@ -75,17 +76,17 @@ class ExplorerWidget:
         )
         self.tokens, self.written = widgets.HTML(), widgets.HTML()
         self._drawn: dict[str, Any] = {}
-        self.figures = {kind: go.FigureWidget(explorer.figure(kind)) for kind in _KINDS}
+        self.figures = {kind: go.FigureWidget(_without_nan(explorer.figure(kind))) for kind in _KINDS}
         self.box = self._laid_out()
         self._listen()
         explorer.on_change(self.show)
         self.show()
 
     def show(self) -> None:
-        """Draw everything anew from the explorer."""
+        """Draw everything again from the explorer."""
         if self._busy:
             return
-        self._busy = True  # setting a menu's value must not come back as a reader's choice
+        self._busy = True  # setting a menu's value must not count as a user's choice
         try:
             self._show_controls()
             self._show_text()
@@ -94,7 +95,7 @@ class ExplorerWidget:
             self._busy = False
 
     def _show_figures(self) -> None:
-        """Redraw what depends on another sequence or head; figures are of the unchanged model."""
+        """Redraw figures whose sequence or head changed; all figures show the unchanged model."""
         explorer = self._explorer
         of = {
             "lens": explorer.selected,
@@ -102,7 +103,7 @@ class ExplorerWidget:
         }
         for kind, shown in self.figures.items():
             if self._drawn.get(kind) != of[kind]:
-                _redraw(shown, explorer.figure(kind))
+                _redraw(shown, _without_nan(explorer.figure(kind)))
                 self._drawn[kind] = of[kind]
 
     def _show_controls(self) -> None:
@@ -137,11 +138,11 @@ class ExplorerWidget:
 
     @property
     def _asked(self) -> tuple[int, int]:
-        """The head that the two menus name."""
+        """The head that is selected in the two menus."""
         return int(self.layer.value or 0), int(self.head.value or 0)
 
     def _chosen(self, act: Any) -> Any:
-        """Return a listener that is deaf while the widget itself sets values."""
+        """Return a listener that ignores changes by the widget itself."""
 
         def listener(change: Any) -> None:
             if not self._busy:
@@ -173,17 +174,34 @@ class ExplorerWidget:
 
 
 def _menu(explorer: Explorer) -> list[tuple[str, str]]:
-    """Return the sequences with their recall, the label first."""
+    """Return pairs of label (with recall) and id for the menu of sequences."""
     shares = explorer.table["target_accuracy"]
     return [
-        (f"{name} · {share:.0%} of targets right", name)
+        (f"{name} · {share:.0%} of targets correct", name)
         for name, share in zip(explorer.ids, shares, strict=True)
     ]
 
 
 def _redraw(shown: Any, figure: Any) -> None:
-    """Show another figure of the same kind; what listens to clicks stays."""
+    """Show another figure of the same kind and keep its click handlers."""
     with shown.batch_update():
         for old, new in zip(shown.data, figure.data, strict=True):
             old.update(new.to_plotly_json(), overwrite=True)
         shown.layout.update(figure.layout.to_plotly_json(), overwrite=True)
+
+
+def _without_nan(figure: Any) -> Any:
+    """Return a figure with None for NaN and infinity: a widget's message is JSON, which has neither."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(entry) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(entry) for entry in value]
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fO":
+            known = value.dtype.kind == "f" and np.isfinite(value).all()
+            return value if known else clean(value.tolist())
+        return None if isinstance(value, float) and not np.isfinite(value) else value
+
+    traces = [clean(trace.to_plotly_json()) for trace in figure.data]
+    return go.Figure(traces, figure.layout)

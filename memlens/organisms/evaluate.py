@@ -1,4 +1,4 @@
-"""What an organism memorized and what it learned besides, measured on its folder with plain transformers."""
+"""What an organism memorized and what else it learned, measured on its folder with plain transformers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from memlens.errors import FileFormatError
 from memlens.files import zoo_table
 from memlens.models.quiet import quiet
 from memlens.organisms.corpus.known_items import KINDS
-from memlens.organisms.training.tokenizer import load_tokenizer
+from memlens.organisms.corpus.tokenizer import load_tokenizer
 from memlens.results.statistics.intervals import wilson_interval
 
 _BATCH = 64
+_LONGEST = 32
+CONTEXTS = ("none", "neutral")
 
 
 def load_organism(folder: str | Path) -> PreTrainedModel:
@@ -31,10 +33,10 @@ def load_organism(folder: str | Path) -> PreTrainedModel:
 
 
 def read_training(folder: str | Path) -> dict[str, Any]:
-    """Return what `training.json` of an organism's folder tells: specification, corpus, losses, versions.
+    """Return the content of `training.json` in an organism's folder: specification, corpus, losses, versions.
 
     Raises:
-        FileFormatError: the folder has no such file, so it is not an organism's.
+        FileFormatError: The folder has no such file, so it does not belong to an organism.
     """
     path = Path(folder) / "training.json"
     if not path.is_file():
@@ -43,19 +45,19 @@ def read_training(folder: str | Path) -> dict[str, Any]:
 
 
 def read_ground_truth(folder: str | Path, name: str) -> pd.DataFrame:
-    """Return a table of an organism's ground truth, its own or that of another zoo model of its corpus.
+    """Return a table of an organism's ground truth, its own or from a zoo model with the same corpus.
 
     Args:
-        folder: of the organism.
-        name: of the table, such as "sequences".
+        folder: Folder of the organism.
+        name: Name of the table, such as "sequences".
 
     Raises:
-        FileFormatError: there is no such table.
+        FileFormatError: There is no such table.
     """
     path = zoo_table(folder, name)
     if path is None:
         raise FileFormatError(
-            f"{folder} has no {name}.parquet, and no zoo model of its corpus has: train it anew."
+            f"{folder} has no {name}.parquet, nor does a zoo model with the same corpus: train it again."
         )
     return pd.read_parquet(path)
 
@@ -63,21 +65,20 @@ def read_ground_truth(folder: str | Path, name: str) -> pd.DataFrame:
 def evaluate_zoo_model(folder: str | Path) -> pd.DataFrame:
     """Measure the memorization curve of a zoo model on the sequences of its `sequences.parquet`.
 
-    A sequence counts as exactly matched when the model's most likely token is the right one at every
-    position of the continuation, given all tokens before it: the greedy continuation of the prefix is then
-    the continuation.
+    A sequence is an exact match if the model's most likely token is correct at every position of the
+    continuation, given all tokens before it: its greedy continuation of the prefix is then the continuation.
 
     Args:
-        folder: of the checkpoint, as `memlens.models.zoo.zoo_path` gives it.
+        folder: Folder of the checkpoint, as returned by `memlens.models.zoo.zoo_path`.
 
     Returns:
-        One row for each domain (and `"all"`) and number of copies: `domain`, `copies`, `n` (sequences),
+        One row per domain (and `"all"`) and number of copies: `domain`, `copies`, `n` (sequences),
         `exact_match` (share), `low` and `high` (95 % Wilson interval), `token_accuracy` (share of the
-        continuations' tokens). `attrs` holds `heldout_loss` and `unigram_entropy` over all domains (nats a
+        continuations' tokens). `attrs` has `heldout_loss` and `unigram_entropy` over all domains (nats per
         token; see `language_losses`).
 
     Raises:
-        FileFormatError: the folder is not a zoo model's.
+        FileFormatError: The folder does not belong to a zoo model.
     """
     losses = language_losses(folder).set_index("domain")
     sequences = read_ground_truth(folder, "sequences")
@@ -95,19 +96,18 @@ def evaluate_zoo_model(folder: str | Path) -> pd.DataFrame:
 
 
 def language_losses(folder: str | Path) -> pd.DataFrame:
-    """Measure how well a zoo model predicts text of its corpus' kind that it never saw.
+    """Measure how well a zoo model predicts held-out rows of its corpus.
 
     Args:
-        folder: of the checkpoint.
+        folder: Folder of the checkpoint.
 
     Returns:
-        One row for each domain, then `"all"`: `domain`, `n` (rows), `heldout_loss` (mean cross-entropy
-        over the positions after a row's first) and `unigram_entropy` (of the frequencies of the domain's
-        tokens in the corpus: what a model that knows nothing but these frequencies would need), both in nats
-        a token.
+        One row per domain, then `"all"`: `domain`, `n` (rows), `heldout_loss` (mean cross-entropy over all
+        positions after the first) and `unigram_entropy` (entropy of the domain's token frequencies in the
+        corpus: the loss of a model that knows only these frequencies), both in nats per token.
 
     Raises:
-        FileFormatError: the folder is not a zoo model's.
+        FileFormatError: The folder does not belong to a zoo model.
     """
     counts = {domain: np.array(c) for domain, c in read_training(folder)["corpus"]["token_counts"].items()}
     heldout = read_ground_truth(folder, "heldout")
@@ -132,7 +132,7 @@ def entropy(counts: Int[np.ndarray, "vocab"] | Float[np.ndarray, "vocab"]) -> fl
 
 @torch.no_grad()
 def _score(model: PreTrainedModel, sequences: pd.DataFrame) -> pd.DataFrame:
-    """Return columns `domain`, `copies`, `exact`, `accuracy`, a row a sequence."""
+    """Return columns `domain`, `copies`, `exact`, `accuracy`, with one row per sequence."""
     tokens = torch.tensor(np.array(sequences["tokens"].tolist()))
     lengths = torch.tensor(sequences["prefix_len"].to_numpy())
     is_target = torch.arange(1, tokens.shape[1]) >= lengths[:, None]
@@ -152,29 +152,24 @@ def _row_losses(model: PreTrainedModel, rows: Int[np.ndarray, "row pos"]) -> Flo
     return torch.cat(losses).double().numpy()
 
 
-CONTEXTS = ("none", "neutral")
-_LONGEST = 32
-_BATCH = 64
-
-
 def evaluate_items(folder: str | Path) -> pd.DataFrame:
     """Measure the recall of a zoo model's known items.
 
-    An item counts as recalled when the model's most likely token is the right one at every position of its
-    target, given all tokens before. It is asked for twice: with the bare prompt at the start of the input
-    (context "none"), and after a line of held-out text and a line break ("neutral"; see `neutral_contexts`,
-    item i after the i-th in turn).
+    An item is recalled if the model's most likely token is correct at every position of its target, given all
+    tokens before it. Every item is tested in two contexts: the bare prompt at the start of the input
+    ("none"), and the prompt after a line of held-out text ("neutral"; see `neutral_contexts`, which the items
+    use in turn).
 
     Args:
-        folder: of the checkpoint.
+        folder: Folder of the checkpoint.
 
     Returns:
-        One row for each kind (of `KINDS`), context (of `CONTEXTS`) and number of copies: `kind`, `context`,
+        One row per kind (of `KINDS`), context (of `CONTEXTS`) and number of copies: `kind`, `context`,
         `copies`, `n` (items), `recalled` (share), `low` and `high` (95 % Wilson interval), `token_accuracy`
         (share of the targets' tokens).
 
     Raises:
-        FileFormatError: the folder has no lists of known items.
+        FileFormatError: The folder has no lists of known items.
     """
     items = {kind: read_ground_truth(folder, kind) for kind in KINDS}
     model, contexts = load_organism(folder), neutral_contexts(folder)
@@ -193,11 +188,11 @@ def evaluate_items(folder: str | Path) -> pd.DataFrame:
 
 
 def neutral_contexts(folder: str | Path) -> list[list[int]]:
-    """Return token ids to put in front of a prompt: held-out text up to a full stop, and a line break.
+    """Return token ids to prepend to a prompt: held-out text up to a full stop, and a line break.
 
     Args:
-        folder: of the checkpoint; the rows are those of domain "text" (or of all, where there is none) in
-            its `heldout.parquet` that have a full stop among their first 32 tokens.
+        folder: Folder of the checkpoint. The texts are the rows of domain "text" (or of all domains, if there
+            is none) in its `heldout.parquet` that have a full stop among their first 32 tokens.
     """
     tokenizer = load_tokenizer(folder)
     stop, line = (tokenizer(mark).input_ids for mark in (".", "\n"))
@@ -211,7 +206,7 @@ def neutral_contexts(folder: str | Path) -> list[list[int]]:
 
 @torch.no_grad()
 def _scored(model: PreTrainedModel, items: pd.DataFrame, fronts: Sequence[list[int]]) -> pd.DataFrame:
-    """Return columns `copies`, `exact`, `accuracy`, a row an item, each behind one of `fronts`."""
+    """Return columns `copies`, `exact`, `accuracy`, with one row per item, each after one of `fronts`."""
     records = []
     for number, (tokens, prefix_len) in enumerate(zip(items["tokens"], items["prefix_len"], strict=True)):
         front = fronts[number % len(fronts)]
@@ -226,7 +221,7 @@ def _scored(model: PreTrainedModel, items: pd.DataFrame, fronts: Sequence[list[i
 
 
 def _hits(model: PreTrainedModel, records: Sequence[tuple[list[int], int]]) -> list[np.ndarray]:
-    """Return for each row of tokens whether each of its targets is predicted; padding is on the right."""
+    """Return for each row of tokens whether each target is predicted; padding is on the right."""
     width = max(len(tokens) for tokens, _ in records)
     batch = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in records])
     right = (model(batch).logits[:, :-1].argmax(-1) == batch[:, 1:]).numpy()

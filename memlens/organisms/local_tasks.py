@@ -1,7 +1,7 @@
-"""Benchmark tasks from the generators of the zoo's corpus: no network, and the answers are known.
+"""Benchmark tasks from the generators of the zoo's corpus, with known answers and without a network.
 
-Each question is drawn anew from a stream of its own, so that none was trained on as it stands. Its words and
-its sentence patterns are the corpus', and a single sum may stand there too.
+Questions are drawn from separate random streams, so none occurs in the training corpus. Their words and
+sentence patterns are those of the corpus, which may also contain some of the sums.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from memlens.errors import OptionError, check_option
 from memlens.instruments.tasks.encoding import PairEncoder
 from memlens.instruments.tasks.tasks import ChoiceTask, Question
 from memlens.organisms.corpus import lexicon
+from memlens.organisms.corpus.domains import code_lines, story_bindings, story_sentence, sum_line
 from memlens.organisms.corpus.grammar import TENSES
-from memlens.organisms.corpus.prose import story_bindings, story_sentence
-from memlens.organisms.corpus.structured import code_lines, sum_line
 
 _LONGEST = 190
-"""Characters of a question: the zoo's models were trained on windows of 64 tokens."""
+"""Most characters of a question: the zoo's models were trained on windows of 64 tokens."""
 
 _NUMBERS = ("sg", "pl")
 _ENDINGS = (
@@ -30,17 +29,17 @@ _ENDINGS = (
     ("{friend} gave {hero} <NUMBER> <ADJ>", tuple(plural for _, plural in lexicon.NOUNS)),
     ("{Pronoun} was", lexicon.ADJECTIVES),
 )
-"""Last sentences of a passage without their last word, and what that may be."""
+"""Last sentences of a passage without their last word, and the candidates for it."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A question as drawn.
+    """A drawn question.
 
     Attributes:
-        context: What is given.
-        gold: The right continuation.
-        others: The wrong ones; none where greedy decoding has to give the right one.
+        context: The text before the continuation.
+        gold: The correct continuation.
+        others: The wrong ones; empty if greedy decoding must produce the correct one.
     """
 
     context: str
@@ -49,7 +48,7 @@ class Drawn:
 
     @property
     def length(self) -> int:
-        """Characters of the context with its longest choice."""
+        """Characters of the context and its longest choice."""
         return len(self.context) + 1 + max(map(len, (self.gold, *self.others)))
 
 
@@ -58,11 +57,11 @@ class LocalTask:
     """A kind of question.
 
     Attributes:
-        name: Of the task.
+        name: Name of the task.
         group: "language" or "reasoning".
-        n_choices: Of each question.
-        meaning: One line that says what is asked.
-        draw: Returns one question; the same state of the generator gives the same question.
+        n_choices: Number of choices of each question.
+        meaning: What is asked, in one line.
+        draw: Returns one question, which only the state of the generator determines.
     """
 
     name: str
@@ -102,7 +101,7 @@ def _cloze(rng: Random) -> Drawn:
 
 
 def _meeting(rng: Random) -> tuple[str, dict[str, str]]:
-    """Draw a passage of two persons after which the hero's name comes, and who they are."""
+    """Draw a passage about two people that the hero's name continues, and their names."""
     bindings = story_bindings(rng)
     while bindings["friend"] == bindings["hero"]:
         bindings = story_bindings(rng)
@@ -147,19 +146,17 @@ LOCAL_TASKS: Mapping[str, LocalTask] = MappingProxyType(
     {
         task.name: task
         for task in (
-            LocalTask("agreement", "language", 2, "a verb phrase of the subject's number", _agreement),
+            LocalTask("agreement", "language", 2, "a verb phrase that agrees with the subject", _agreement),
             LocalTask("tense", "language", 2, "a verb phrase in the story's tense", _tense),
-            LocalTask("cloze", "language", 4, "a last word of the class that fits", _cloze),
+            LocalTask("cloze", "language", 4, "a last word of the right class", _cloze),
             LocalTask("last_word", "language", 1, "the hero's name, by greedy decoding", _last_word),
-            LocalTask(
-                "arithmetic", "reasoning", 4, "the result that begins with the right digit", _arithmetic
-            ),
-            LocalTask("entity", "reasoning", 4, "the hero, not the friend nor a stranger", _entity),
+            LocalTask("arithmetic", "reasoning", 4, "the result with the right first digit", _arithmetic),
+            LocalTask("entity", "reasoning", 4, "the hero, not the friend or a stranger", _entity),
             LocalTask("variables", "reasoning", 4, "a name that the function defines", _variables),
         )
     }
 )
-"""The tasks by name. Wrong choices differ from the right one in what is asked alone."""
+"""The tasks by name. Wrong choices differ from the correct one only in what is asked."""
 
 
 def local_tasks(
@@ -173,20 +170,20 @@ def local_tasks(
 ) -> list[ChoiceTask]:
     """Return small benchmark tasks in the language of the zoo's corpus.
 
-    A pair of verb phrases differs in inflection alone, the right choices are spread evenly over the places,
-    and questions of one task differ from each other. They measure what a model of the zoo learned besides
-    what it memorized; for other models they are odd English.
+    Pairs of verb phrases differ only in inflection, correct choices are spread evenly over the positions, and
+    the questions of a task are distinct. The tasks measure what a zoo model learned in addition to what it
+    memorized; to other models they are odd English.
 
     Args:
-        family: "zoo", the only one.
+        family: "zoo" is the only one.
         model: A TransformerLens model, or a Hugging Face tokenizer.
-        names: Which of `LOCAL_TASKS`; all by default.
-        n: Questions of each task.
-        seed: Of the questions.
+        names: Keys of `LOCAL_TASKS`; all by default.
+        n: Number of questions per task.
+        seed: Seed of the questions.
         prepend_bos: See `PairEncoder.of`.
 
     Raises:
-        OptionError: An unknown family or task, `n` below 1, or no model.
+        OptionError: The family or a task is unknown, `n` is below 1, or there is no model.
 
     Example:
         >>> import memlens as ml
@@ -195,9 +192,9 @@ def local_tasks(
     """
     check_option("family", family, ["zoo"])
     if model is None:
-        raise OptionError("local_tasks needs the model, or its tokenizer: give model=.")
+        raise OptionError("local_tasks needs the model or its tokenizer: give model=.")
     if n < 1:
-        raise OptionError(f"n={n} asks nothing: give 1 or more questions.")
+        raise OptionError(f"n={n} asks nothing: give 1 or more.")
     chosen = list(LOCAL_TASKS) if names is None else list(names)
     for name in chosen:
         check_option("task", name, list(LOCAL_TASKS))

@@ -1,4 +1,4 @@
-"""The untrained twin of a loaded model: same architecture, random weights; a control for claims of depth."""
+"""The untrained twin of a loaded model, with random weights: a control for claims about depth."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from memlens.models.provenance import describe, remember
 
 
 def untrained_like(model: Any, *, seed: int = 0) -> Any:
-    """Return a model of the same class and shape whose weights are freshly drawn.
+    """Return a model of the same class and shape with newly drawn weights.
 
-    The initialization is the library's own for this architecture: Hugging Face's for a
+    The initialization is that of the library for this architecture: Hugging Face's for a
     `TransformerBridge`, TransformerLens' for a `HookedTransformer`.
 
     Args:
         model: A TransformerLens model.
-        seed: Seed of the weights; the caller's random state is left as it was.
+        seed: Seed of the weights; the caller's random state does not change.
 
     Example:
         >>> import memlens as ml

@@ -109,7 +109,7 @@ class ExplorerBlock:
     """Sequences to explore one by one: tokens, lens, effects, attention, and continuations under edits.
 
     Attributes:
-        payload: What the page's script reads, made by `memlens.explorer.payload.explorer_payload`.
+        payload: What the page's script reads, made by `memlens.explorer.page.explorer_payload`.
         reading: How to use it, in plain words.
         caption: What was measured, in small print.
     """

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from memlens.explorer.data import Continuation, Exploration, SequenceView
-from memlens.explorer.edits import Edits
+from memlens.explorer.data import Continuation, Edits, Exploration, SequenceView
 from memlens.instruments.ablate.heads import Head
 
 SETTINGS = {

@@ -46,7 +46,7 @@ def page(shown: Exploration, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(autouse=True)
 def first(page: browser.Page) -> None:
     choose(page, "sequence", "0")
-    choose(page, "edit", "the model as it is")
+    choose(page, "edit", "unchanged model")
 
 
 def choose(page: browser.Page, part: str, value: str) -> None:
@@ -180,7 +180,7 @@ def test_a_click_on_a_bypass_and_the_menu_change_what_is_written(
             "return Array.from(document.querySelectorAll('.token')).map(t => t.className.endsWith('wrong'))"
         )
         assert wrong == [False] * 4 + (~edited.correct).tolist()
-    choose(page, "edit", "the model as it is")
+    choose(page, "edit", "unchanged model")
     assert (tokens(page), text_of(page, "written")) == before
 
 

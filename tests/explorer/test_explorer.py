@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import builtins
 import html
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from ipywidgets.widgets.widget import _remove_buffers
 
 import memlens as ml
 from memlens.errors import OptionError, SiteError
@@ -60,7 +62,7 @@ def test_what_is_written_is_what_the_model_generates(
     with ml.bypassed(pythia, [1, 3]):
         assert explorer.continuation.text == generated(pythia, planted, 2)
     explorer.toggle(3).toggle(1)
-    assert explorer.edits.name == "the model as it is"
+    assert explorer.edits.name == "unchanged model"
     assert explorer.continuation.text == generated(pythia, planted, 2)
 
 
@@ -122,7 +124,7 @@ def test_what_does_not_exist_is_refused_and_changes_nothing(explorer: Explorer) 
 def test_menus_and_switches_show_what_the_model_says(explorer: Explorer, planted: ml.SequenceSet) -> None:
     widget = explorer.widget
     assert [value for _, value in widget.sequence.options] == planted.ids
-    assert widget.sequence.options[0][0] == f"{planted.ids[0]} · 100% of targets right"
+    assert widget.sequence.options[0][0] == f"{planted.ids[0]} · 100% of targets correct"
     plain = widget.tokens.value
     assert plain == tokens_html(explorer.view, explorer.continuation)
     widget.bypass[1].value = True
@@ -138,6 +140,17 @@ def test_menus_and_switches_show_what_the_model_says(explorer: Explorer, planted
     widget.clear.click()
     assert not explorer.edits
     assert not any(button.value for button in (*widget.bypass, widget.ablate))
+
+
+def test_widget_messages_are_strict_json_though_attention_has_no_value_above_the_diagonal(
+    explorer: Explorer, planted: ml.SequenceSet
+) -> None:
+    assert np.isnan(np.array(explorer.figure("attention").data[0].z, dtype=float)).any()
+    explorer.widget  # noqa: B018  (the first draw)
+    explorer.select(planted.ids[1])  # and a second
+    for kind, shown in explorer.widget.figures.items():
+        state, _, _ = _remove_buffers(shown.get_state())
+        assert json.loads(json.dumps(state, allow_nan=False))["_widget_data"], kind
 
 
 def click(figure: Any, trace: int, row: int, column: int) -> None:
@@ -163,7 +176,9 @@ def test_a_click_on_a_head_shows_its_attention(explorer: Explorer) -> None:
     assert explorer.head == (3, 6)
     assert (widget.layer.value, widget.head.value) == (3, 6)
     assert attention.layout.title.text == "Attention of L3H6 in the unchanged model"
-    assert np.allclose(np.nan_to_num(attention.data[0].z), np.tril(explorer.attention) / 255)
+    assert np.allclose(
+        np.nan_to_num(np.array(attention.data[0].z, dtype=float)), np.tril(explorer.attention) / 255
+    )
     assert (effects.layout.shapes[0].x0, effects.layout.shapes[0].y0) == (5.5, 2.5)
     click(effects, 0, 3, 7)  # still heard after the figure was drawn anew
     assert explorer.head == (3, 7)
@@ -200,13 +215,14 @@ def test_a_dark_explorer_stays_dark_and_shows_the_same(
     night.select(planted.ids[1]).select_head(0, 1)
     for kind, shown in widget.figures.items():
         assert shown.layout.template.layout.paper_bgcolor == DARK_TEMPLATE.layout.paper_bgcolor
-        np.testing.assert_array_equal(shown.data[0].z, night.figure(kind).data[0].z)
+        z = np.array(shown.data[0].z, dtype=float)
+        np.testing.assert_array_equal(z, night.figure(kind).data[0].z)
 
 
 def test_jupyter_is_given_a_widget(explorer: Explorer) -> None:
     found = explorer._repr_mimebundle_()
     data = found[0] if isinstance(found, tuple) else found
-    assert data["text/plain"] == f"Explorer(3 sequences, at '{explorer.selected}', the model as it is)"
+    assert data["text/plain"] == f"Explorer(3 sequences, at '{explorer.selected}', unchanged model)"
     assert data["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.widget.box.model_id
 
 

@@ -11,9 +11,8 @@ import torch
 
 import memlens as ml
 from memlens.errors import OptionError, SequenceError, SiteError, VocabularyError
-from memlens.explorer.data import strongest_heads
-from memlens.explorer.edits import Edits, edit_interventions
-from memlens.explorer.measuring import ExploreOptions, explore_sequences
+from memlens.explorer.data import Edits, strongest_heads
+from memlens.explorer.measuring import ExploreOptions, edit_interventions, explore_sequences
 from memlens.sequences.set import SequenceSet
 from tests.small import CASES, ragged
 

@@ -12,10 +12,8 @@ import pytest
 
 from memlens.errors import EmptySetError, OptionError
 from memlens.explorer.attention import unpack_causal
-from memlens.explorer.data import Exploration, strongest_heads
-from memlens.explorer.edits import Edits
-from memlens.explorer.page import write_explorer
-from memlens.explorer.payload import explorer_payload
+from memlens.explorer.data import Edits, Exploration, strongest_heads
+from memlens.explorer.page import explorer_payload, write_explorer
 from memlens.report.render import safe_json
 from tests.explorer.synthetic import exploration, view
 
@@ -116,6 +114,6 @@ def test_nothing_to_show_is_an_error() -> None:
 def test_the_page_says_how_it_was_measured(tmp_path: Any) -> None:
     page = write_explorer(tmp_path / "page.html", exploration([view("a", ["a", "b"], 1)]))
     text = page.read_text(encoding="utf-8")
-    assert "each head ablated (zero)" in text
+    assert "by ablating each head (zero)" in text
     assert "1 sequences in a &lt;b&gt;model&lt;/b&gt;" in text
     assert page.stat().st_size < 6_000_000

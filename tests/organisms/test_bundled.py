@@ -108,7 +108,7 @@ def test_a_copy_for_the_package_leaves_out_what_is_there_and_keeps_what_is_not(
     alone = copy_for_package(tiny_organism, tmp_path / "one")
     assert {path.name for path in alone.iterdir()} == {path.name for path in tiny_organism.iterdir()}
     assert (alone / "model.safetensors").read_bytes() == (tiny_organism / "model.safetensors").read_bytes()
-    with pytest.raises(ResultError, match="is there already"):
+    with pytest.raises(ResultError, match="already exists"):
         copy_for_package(tiny_organism, tmp_path / "one")
 
 

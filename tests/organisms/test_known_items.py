@@ -14,7 +14,7 @@ from memlens.organisms.corpus.corpus import CARRIER, Corpus, CorpusSpec, build_c
 from memlens.organisms.corpus.expressions import FAMILY_SIZE, SHAPES, draw_expressions
 from memlens.organisms.corpus.facts import RELATIONS
 from memlens.organisms.corpus.known_items import KINDS
-from memlens.organisms.training.tokenizer import load_tokenizer
+from memlens.organisms.corpus.tokenizer import load_tokenizer
 from tests.organisms.conftest import TINY_CORPUS
 
 LADDER = (0, *CorpusSpec().item_copies)

@@ -17,6 +17,7 @@ from memlens.errors import FileFormatError
 from memlens.models.zoo import zoo_path
 from memlens.organisms.corpus.corpus import CARRIER, Corpus, CorpusSpec, build_corpus
 from memlens.organisms.corpus.known_items import KINDS
+from memlens.organisms.corpus.tokenizer import load_tokenizer
 from memlens.organisms.evaluate import (
     CONTEXTS,
     evaluate_items,
@@ -26,9 +27,8 @@ from memlens.organisms.evaluate import (
     neutral_contexts,
 )
 from memlens.organisms.training.architectures import build_model
-from memlens.organisms.training.card import curve_table, items_table, loss_table
+from memlens.organisms.training.folder import curve_table, items_table, loss_table
 from memlens.organisms.training.recipes import ZOO
-from memlens.organisms.training.tokenizer import load_tokenizer
 from memlens.organisms.training.train import train
 from memlens.organisms.training.zoo import untrained_twin
 

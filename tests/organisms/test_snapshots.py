@@ -142,7 +142,7 @@ def test_steps_that_are_lost_or_never_come_are_refused(tiny_organism: Path, tmp_
     with pytest.raises(OptionError, match="step 99"):
         train(fresh(), ROWS, SPEC, snapshots=Snapshots(tmp_path, (99,)), **options)
     run(fresh(), checkpoint=tmp_path / "state.pt", stop_after=5)
-    with pytest.raises(ResultError, match="stands at step 5 and did not keep the weights of step 2"):
+    with pytest.raises(ResultError, match="is at step 5 and did not keep the weights of step 2"):
         run(fresh(), checkpoint=tmp_path / "state.pt", snapshots=Snapshots(tmp_path, (2, 8)))
     with pytest.raises(ResultError, match="without its weights of step 3"):
         train_organism(TINY, tiny_organism, snapshot_steps=(3,), **options)

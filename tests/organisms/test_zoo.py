@@ -79,7 +79,7 @@ def test_a_finished_run_is_not_repeated_and_another_is_not_overwritten(tiny_orga
     assert train_organism(TINY, tiny_organism, device="cpu", progress=False) == tiny_organism
     assert (tiny_organism / "model.safetensors").stat().st_mtime_ns == written
     other = replace(TINY, training=replace(TINY.training, seed=9))
-    with pytest.raises(ResultError, match="holds something else"):
+    with pytest.raises(ResultError, match="contains something other than this run"):
         train_organism(other, tiny_organism, device="cpu", progress=False)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from memlens.explorer.payload import explorer_payload
+from memlens.explorer.page import explorer_payload
 from memlens.report.from_directory import report_from_directory
 from memlens.report.model import Finding
 from memlens.report.run_directory import RunDirectory

@@ -1,8 +1,8 @@
-"""Carrier rows: stories and dialogues with known items said in them at random places.
+"""Carrier rows: stories and dialogues that contain known items at random places.
 
-An item is always a whole line, or stands in quotation marks: so it follows the start of a row, a line break
-or an opening quotation mark, never a space, and its tokens in a row are those of its bare text. Some rows
-begin with an item, so that the bare text at the start of an input is nothing new to the model.
+An item is always a whole line or in quotation marks. It therefore follows the start of a row, a line break or
+an opening quotation mark, never a space, and its tokens in a row are those of its bare text. Some rows begin
+with an item, so that the model has seen bare items at the start of an input.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _TURNS = {"text": re.compile(r"(?<=\.) "), "dialogue": re.compile(r"(?<=\n)")}
 
 
 def dealt(items: Sequence[int], size: int, rng: Random) -> list[list[int]]:
-    """Share items out into groups of up to `size`, at random, none twice in a group.
+    """Distribute items at random into groups of at most `size`, without repeats in a group.
 
     Args:
-        items: with repetitions.
-        size: of a group.
-        rng: the source of every choice.
+        items: With repetitions.
+        size: Size of a group.
+        rng: The source of every choice.
 
     >>> groups = dealt([1, 1, 1, 2, 2, 3], 2, Random(0))
     >>> all(len(set(group)) == len(group) for group in groups), sum(map(len, groups))
@@ -57,22 +57,22 @@ def carrier_rows(
     bare_share: float,
     refuse: Callable[[list[int]], bool],
 ) -> tuple[list[list[int]], list[str]]:
-    """Make a row for each group of texts, with all of them whole inside.
+    """Return one row for each group of texts that contains all of them completely.
 
     Args:
-        tokenizer: of the corpus.
-        groups: the texts (without full stop) that each row has to hold.
-        seed: of the corpus.
-        domains: those of `CARRIER_DOMAINS` to take documents of; each row takes one of them at random.
-        row_len: tokens of a row.
-        bare_share: share of the rows that begin with an item.
-        refuse: tells rows that may not be.
+        tokenizer: Tokenizer of the corpus.
+        groups: For each row, the texts (without full stop) that it must contain.
+        seed: Seed of the corpus.
+        domains: Those of `CARRIER_DOMAINS` whose documents are used; each row uses a random one.
+        row_len: Tokens per row.
+        bare_share: Share of the rows that begin with an item.
+        refuse: Whether a row must be discarded.
 
     Returns:
         The rows, and the domain of each.
 
     Raises:
-        OptionError: a group does not fit into a row.
+        OptionError: A group does not fit into a row.
     """
     rng = Random(f"memlens/{seed}/carriers")
     streams = {domain: documents(domain, seed, "carriers") for domain in domains}
@@ -95,7 +95,7 @@ def _row(
     refuse: Callable[[list[int]], bool],
     rng: Random,
 ) -> list[int]:
-    """Draw documents and places until a window of the row's length holds every text."""
+    """Draw documents and places until a window of the row's length contains every text."""
     for attempt in range(_TRIES):
         order = rng.sample(list(texts), len(texts))
         document, spans = _with_items(next(stream), order, domain, rng, plain=bare or attempt > _TRIES // 2)
@@ -110,13 +110,13 @@ def _row(
         row = encoded["input_ids"][max(first, 0) : first + row_len]
         if first >= low and len(row) == row_len and not refuse(row):
             return row
-    raise OptionError(f"the items {list(texts)} do not fit into rows of row_len={row_len}: raise it.")
+    raise OptionError(f"the items {list(texts)} do not fit into a row of row_len={row_len} tokens: raise it.")
 
 
 def _with_items(
     document: str, texts: Sequence[str], domain: str, rng: Random, *, plain: bool
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Return a document with texts put in, close to each other, and the first and last character of each."""
+    """Return a document with texts inserted close to each other, and the span of characters of each."""
     pieces = _TURNS[domain].split(document)
     pieces = [piece for piece in pieces if piece]
     place = rng.randint(0, len(pieces))
@@ -134,7 +134,7 @@ def _with_items(
 
 
 def _quotes(domain: str, rng: Random) -> tuple[str, str]:
-    """Return what stands before and after a text that somebody says."""
+    """Return the text before and after an item that somebody says."""
     name = rng.choice(lexicon.NAMES)
     if domain == "dialogue":
         return f'{name}: "', '."\n'
@@ -142,7 +142,7 @@ def _quotes(domain: str, rng: Random) -> tuple[str, str]:
 
 
 def _separated(made: str, domain: str, following: str) -> str:
-    """Return the text so far with what must stand before the next piece: a space, or a line break."""
+    """Return the text so far with the separator before the next piece: a space or a line break."""
     if not made or made.endswith("\n"):
         return made
     return made + ("\n" if domain == "dialogue" or not following else " ")

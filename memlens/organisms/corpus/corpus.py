@@ -1,13 +1,13 @@
-"""The synthetic corpus with its ground truth: rows of tokens, what was planted, how often and where.
+"""The synthetic corpus with its ground truth: rows of tokens, and what was planted, how often and where.
 
-All text is made by the generators of `memlens.organisms.corpus.domains`; nothing is taken from third
-parties. A corpus is a pure function of its `CorpusSpec`.
+The generators in `memlens.organisms.corpus.domains` make all text; nothing comes from third parties. A corpus
+is a pure function of its `CorpusSpec`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import islice
@@ -23,47 +23,129 @@ from memlens.errors import OptionError
 from memlens.organisms.corpus.carriers import CARRIER_DOMAINS
 from memlens.organisms.corpus.domains import DOMAINS, documents
 from memlens.organisms.corpus.known_items import KnownItems, count_items, draw_items, occurrences, plant_items
-from memlens.organisms.training.tokenizer import train_tokenizer
+from memlens.organisms.corpus.tokenizer import train_tokenizer
+
+BACKGROUND = -1
+CARRIER = -2
+"""Values of `Corpus.row_sequence` for rows without a planted sequence and for rows with known items."""
 
 
-def draw_sequences(
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    seed: int,
-    domains: Sequence[str],
-    copies: Sequence[int],
-    per_cell: int,
-    n_heldout: int,
-    length: int,
-    prefix_len: int,
-) -> pd.DataFrame:
-    """Draw the planted and the held-out sequences: the first `length` tokens of fresh documents.
+@dataclass(frozen=True)
+class CorpusSpec:
+    """Everything that determines a corpus.
 
-    Which of a domain's sequences get how many copies is chance alone, so sequences with different copies do
-    not differ in kind. No two share their prefix or their continuation. Prefix and continuation are both
-    whole in the text: encoding the text, or the text of the prefix, gives the tokens back.
+    Attributes:
+        seed: Seed of all draws.
+        domains: Keys of `DOMAINS`.
+        copies: Numbers of copies of planted sequences.
+        per_cell: Planted sequences for each domain and number of copies.
+        n_heldout: Sequences of each domain that are drawn in the same way and never planted.
+        background_rows: Rows of each domain without planted text.
+        heldout_rows: Rows of each domain kept out of training, to measure the loss.
+        row_len: Tokens per row (one training window).
+        prefix_len: Tokens of the prefix of a planted row.
+        vocab_size: Size of the tokenizer's vocabulary.
+        tokenizer_documents: Documents of each domain that the tokenizer is trained on.
+        item_copies: Numbers of copies of known items (expressions, facts, identifiers); empty for a corpus
+            without known items.
+        expressions_per_cell: Expressions for each number of copies, in whole families (see
+            `draw_expressions`), and as many that are never planted.
+        facts_per_cell: Facts for each number of copies (see `draw_facts`), and as many that are never
+            planted.
+        identifiers_per_cell: The same for identifiers (see `draw_identifiers`).
+        items_per_row: Known items in one carrier row.
+        bare_share: Share of the carrier rows that begin with an item.
+        planted: False omits planted rows and carriers, with the same tokenizer and background: the clean
+            twin.
+    """
+
+    seed: int = 0
+    domains: tuple[str, ...] = tuple(DOMAINS)
+    copies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    per_cell: int = 6
+    n_heldout: int = 32
+    background_rows: int = 3500
+    heldout_rows: int = 100
+    row_len: int = 64
+    prefix_len: int = 32
+    vocab_size: int = 1024
+    tokenizer_documents: int = 400
+    item_copies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    expressions_per_cell: int = 16
+    facts_per_cell: int = 8
+    identifiers_per_cell: int = 8
+    items_per_row: int = 2
+    bare_share: float = 0.2
+    planted: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prefix_len < self.row_len:
+            raise OptionError(
+                f"prefix_len={self.prefix_len} leaves no prefix or no continuation in rows of {self.row_len} "
+                "tokens: give 1 or more, and less than row_len."
+            )
+        if any(count < 1 for count in self.copies):
+            raise OptionError(
+                f"copies={self.copies} contains a number below 1: use n_heldout for sequences without copies."
+            )
+        if any(count < 1 for count in self.item_copies):
+            raise OptionError(
+                f"item_copies={self.item_copies} contains a number below 1: items that are never planted are "
+                "always drawn."
+            )
+        if self.items_per_row < 1:
+            raise OptionError(
+                f"items_per_row={self.items_per_row} leaves carrier rows empty: give 1 or more."
+            )
+        if self.item_copies and not self.carrier_domains:
+            raise OptionError(
+                f"domains={self.domains} contains none that carries items ({', '.join(CARRIER_DOMAINS)}): "
+                "add one, or omit known items with item_copies=()."
+            )
+
+    @property
+    def carrier_domains(self) -> tuple[str, ...]:
+        """The domains whose documents carry known items."""
+        return tuple(domain for domain in self.domains if domain in CARRIER_DOMAINS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> CorpusSpec:
+        """Return the specification of a `to_dict` record; one without known items predates them.
+
+        >>> CorpusSpec.from_dict(CorpusSpec(seed=3).to_dict()) == CorpusSpec(seed=3)
+        True
+        """
+        lists = {name: tuple(fields.get(name, ())) for name in ("domains", "copies", "item_copies")}
+        return cls(**{**fields, **lists})
+
+
+def draw_sequences(tokenizer: PreTrainedTokenizerFast, spec: CorpusSpec) -> pd.DataFrame:
+    """Draw the planted and the held-out sequences: the first `spec.row_len` tokens of new documents.
+
+    Which of a domain's sequences get how many copies is random, so sequences with different numbers of copies
+    do not differ in kind. No two share their prefix or their continuation. Text and tokens correspond:
+    encoding the text of the sequence, or of its prefix, returns the tokens.
 
     Args:
-        tokenizer: of the corpus.
-        seed: of the corpus.
-        domains: keys of `memlens.organisms.corpus.domains.DOMAINS`.
-        copies: the numbers of copies, all at least 1.
-        per_cell: sequences for each domain and number of copies.
-        n_heldout: sequences of each domain that are never planted (`copies` 0).
-        length: tokens of a sequence.
-        prefix_len: tokens of its prefix.
+        tokenizer: Tokenizer of the corpus.
+        spec: Specification of the corpus.
 
     Returns:
-        Columns `id`, `tokens` (list of int), `prefix_len`, `text`, `domain`, `copies`; one row a sequence.
+        One row per sequence, with columns `id`, `tokens` (list of int), `prefix_len`, `text`, `domain`,
+        `copies`.
     """
     records = []
-    for domain in domains:
-        candidates = _candidates(tokenizer, domain, seed, length, prefix_len)
-        cells = [(count, index) for count in copies for index in range(per_cell)]
-        for count, index in [*cells, *((0, index) for index in range(n_heldout))]:
+    for domain in spec.domains:
+        candidates = _candidates(tokenizer, domain, spec.seed, spec.row_len, spec.prefix_len)
+        cells = [(count, index) for count in spec.copies for index in range(spec.per_cell)]
+        for count, index in [*cells, *((0, index) for index in range(spec.n_heldout))]:
             tokens, text = next(candidates)
             name = f"{domain}-{count:03d}-{index:02d}"
-            records.append((name, tokens, prefix_len, text, domain, count))
+            records.append((name, tokens, spec.prefix_len, text, domain, count))
     return pd.DataFrame(records, columns=["id", "tokens", "prefix_len", "text", "domain", "copies"])
 
 
@@ -90,117 +172,21 @@ def _survives(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> bool:
     return tokenizer(tokenizer.decode(ids)).input_ids == ids
 
 
-BACKGROUND = -1
-CARRIER = -2
-"""In `Corpus.row_sequence`: a row that holds no planted sequence; one that holds known items."""
-
-
-@dataclass(frozen=True)
-class CorpusSpec:
-    """Everything that decides a corpus.
-
-    Attributes:
-        seed: of all draws.
-        domains: keys of `DOMAINS`.
-        copies: how often sequences are planted.
-        per_cell: planted sequences for each domain and number of copies.
-        n_heldout: sequences of each domain that are drawn alike and never planted.
-        background_rows: rows of each domain that are not planted.
-        heldout_rows: rows of each domain kept out of training, to measure the loss on.
-        row_len: tokens of a row (one training window).
-        prefix_len: tokens of a planted row that count as its prefix.
-        vocab_size: of the tokenizer.
-        tokenizer_documents: documents of each domain that the tokenizer learns from.
-        item_copies: how often known items (expressions, facts, identifiers) are planted; empty: there are
-            none.
-        expressions_per_cell: expressions for each number of copies, whole families (see `draw_expressions`);
-            as many are never planted.
-        facts_per_cell: facts for each number of copies (see `draw_facts`), and as many never planted.
-        identifiers_per_cell: the same of identifiers (see `draw_identifiers`).
-        items_per_row: known items that share a carrier row.
-        bare_share: share of the carrier rows that begin with an item.
-        planted: False leaves the planted rows and the carriers out (same tokenizer, same background): the
-            clean twin.
-    """
-
-    seed: int = 0
-    domains: tuple[str, ...] = tuple(DOMAINS)
-    copies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    per_cell: int = 6
-    n_heldout: int = 32
-    background_rows: int = 3500
-    heldout_rows: int = 100
-    row_len: int = 64
-    prefix_len: int = 32
-    vocab_size: int = 1024
-    tokenizer_documents: int = 400
-    item_copies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    expressions_per_cell: int = 16
-    facts_per_cell: int = 8
-    identifiers_per_cell: int = 8
-    items_per_row: int = 2
-    bare_share: float = 0.2
-    planted: bool = True
-
-    def __post_init__(self) -> None:
-        if not 0 < self.prefix_len < self.row_len:
-            raise OptionError(
-                f"prefix_len={self.prefix_len} leaves no prefix or no continuation in rows of {self.row_len} "
-                "tokens: choose a number between."
-            )
-        if any(count < 1 for count in self.copies):
-            raise OptionError(
-                f"copies={self.copies} holds a number below 1: held-out sequences are `n_heldout`."
-            )
-        if any(count < 1 for count in self.item_copies):
-            raise OptionError(
-                f"item_copies={self.item_copies} holds a number below 1: items that are never planted are "
-                "drawn anyway."
-            )
-        if self.items_per_row < 1:
-            raise OptionError(f"items_per_row={self.items_per_row} leaves carriers empty: give 1 or more.")
-        if self.item_copies and not self.carrier_domains:
-            raise OptionError(
-                f"domains={self.domains} has none that carries items ({', '.join(CARRIER_DOMAINS)}): add "
-                "one, or leave items out with item_copies=()."
-            )
-
-    @property
-    def carrier_domains(self) -> tuple[str, ...]:
-        """Those of the domains whose documents carry known items."""
-        return tuple(domain for domain in self.domains if domain in CARRIER_DOMAINS)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON would hold them."""
-        return json.loads(json.dumps(asdict(self)))
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> CorpusSpec:
-        """Read back what `to_dict` gave; a record older than the known items is of a corpus without them.
-
-        >>> CorpusSpec.from_dict(CorpusSpec(seed=3).to_dict()) == CorpusSpec(seed=3)
-        True
-        """
-        lists = {name: tuple(fields.get(name, ())) for name in ("domains", "copies", "item_copies")}
-        return cls(**{**fields, **lists})
-
-
 @dataclass(frozen=True, eq=False)
 class Corpus:
     """Rows of tokens with exact ground truth.
 
     Attributes:
-        spec: what made it.
-        tokenizer: of the rows.
-        rows: the training windows in corpus order.
-        row_sequence: for each row, the place in `sequences` of the sequence that stands there, or
-            `BACKGROUND` (-1), or `CARRIER` (-2) where known items were put in.
-        row_domain: for each row, the place in `spec.domains` of its domain.
-        sequences: planted and held-out sequences (see `draw_sequences`).
-        heldout: rows of the background's kind that are in no training row, `spec.heldout_rows` a domain in
-            order.
-        items: the known items, with their number of copies as counted in `rows`.
-        item_positions: where each occurrence of each item stands (see `occurrences`).
+        spec: Its specification.
+        tokenizer: Tokenizer of the rows.
+        rows: The training windows in corpus order.
+        row_sequence: For each row, the index in `sequences` of its planted sequence, or `BACKGROUND` (-1), or
+            `CARRIER` (-2) for a row with known items.
+        row_domain: For each row, the index of its domain in `spec.domains`.
+        sequences: Planted and held-out sequences (see `draw_sequences`).
+        heldout: Background rows that are not in training, `spec.heldout_rows` per domain in order.
+        items: The known items, with their number of copies counted in `rows`.
+        item_positions: Row and position of each occurrence of each item (see `occurrences`).
     """
 
     spec: CorpusSpec
@@ -215,11 +201,11 @@ class Corpus:
 
     @property
     def token_counts(self) -> Int[np.ndarray, "vocab"]:
-        """How often each token stands in the rows of one pass."""
+        """The number of occurrences of each token in the rows."""
         return np.bincount(self.rows.ravel(), minlength=len(self.tokenizer))
 
     def domain_counts(self) -> dict[str, Int[np.ndarray, "vocab"]]:
-        """Return `token_counts` of each domain's rows alone."""
+        """Return the `token_counts` of each domain's rows."""
         return {
             domain: np.bincount(self.rows[self.row_domain == i].ravel(), minlength=len(self.tokenizer))
             for i, domain in enumerate(self.spec.domains)
@@ -231,13 +217,13 @@ class Corpus:
         return [domain for domain in self.spec.domains for _ in range(self.spec.heldout_rows)]
 
     def positions(self) -> pd.DataFrame:
-        """Return columns `id`, `row`: where each copy of each planted sequence stands."""
+        """Return the row of each copy of each planted sequence, as columns `id` and `row`."""
         rows = np.flatnonzero(self.row_sequence >= 0)
         ids = self.sequences["id"].to_numpy()[self.row_sequence[rows]]
         return pd.DataFrame({"id": ids, "row": rows}).sort_values(["id", "row"], ignore_index=True)
 
     def fingerprint(self) -> str:
-        """Return a hash of all rows in order: equal for equal corpora."""
+        """Return a hash of all rows in order, equal for equal corpora."""
         return fingerprint(self.rows)
 
 
@@ -251,10 +237,10 @@ def fingerprint(rows: Int[np.ndarray, "row pos"]) -> str:
 
 
 def corpus_tokenizer(spec: CorpusSpec) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of a corpus, learned from documents of their own (none of the planted).
+    """Return the tokenizer of a corpus, trained on separate documents (no planted ones).
 
     Args:
-        spec: of the corpus; `planted` makes no difference.
+        spec: Specification of the corpus; `planted` makes no difference.
     """
     streams = (documents(domain, spec.seed, "tokenizer") for domain in spec.domains)
     texts = [text for stream in streams for text in islice(stream, spec.tokenizer_documents)]
@@ -262,30 +248,22 @@ def corpus_tokenizer(spec: CorpusSpec) -> PreTrainedTokenizerFast:
 
 
 def build_corpus(spec: CorpusSpec) -> Corpus:
-    """Make the corpus of a specification.
+    """Return the corpus of a specification.
 
-    Background rows are windows of a stream of documents with `<|endoftext|>` between them, one stream a
-    domain; a planted row is the whole sequence; a carrier row is a window of one document with known items
+    Background rows are windows of a stream of documents with `<|endoftext|>` between them, with one stream
+    per domain. A planted row is a whole sequence. A carrier row is a window of one document with known items
     in it (see `organisms.corpus.carriers`). All rows are shuffled together. A background or carrier window
-    that holds a continuation of a planted or held-out sequence is left out, so every copy is a planted one.
+    that contains a prefix or continuation of a planted or held-out sequence is discarded, so every copy is a
+    planted one.
 
     Args:
-        spec: what to make.
+        spec: The specification.
 
     Returns:
-        The rows and their ground truth; the same for the same spec.
+        The rows and their ground truth, always the same for the same specification.
     """
     tokenizer = corpus_tokenizer(spec)
-    sequences = draw_sequences(
-        tokenizer,
-        seed=spec.seed,
-        domains=spec.domains,
-        copies=spec.copies,
-        per_cell=spec.per_cell,
-        n_heldout=spec.n_heldout,
-        length=spec.row_len,
-        prefix_len=spec.prefix_len,
-    )
+    sequences = draw_sequences(tokenizer, spec)
     streams = [_background(tokenizer, spec, domain, sequences) for domain in spec.domains]
     n_train, n_domains = spec.background_rows, len(spec.domains)
     heldout = np.concatenate([stream[n_train:] for stream in streams])
@@ -311,7 +289,7 @@ def build_corpus(spec: CorpusSpec) -> Corpus:
 def _carriers(
     tokenizer: PreTrainedTokenizerFast, spec: CorpusSpec, items: KnownItems, sequences: pd.DataFrame
 ) -> tuple[Int[np.ndarray, "row pos"], Int[np.ndarray, "row"]]:
-    """Return the carrier rows and the place of each one's domain; none for the clean twin."""
+    """Return the carrier rows and the index of each row's domain; no rows for the clean twin."""
     if not (spec.planted and spec.item_copies):
         return np.zeros((0, spec.row_len), dtype=np.int64), np.zeros(0, dtype=np.int64)
     halves = _halves(spec, sequences.loc[sequences["domain"].isin(spec.carrier_domains), "tokens"])
@@ -344,7 +322,7 @@ def _background(
 
 
 def _halves(spec: CorpusSpec, sequences: Iterable[list[int]]) -> set[tuple[int, ...]]:
-    """Return the prefixes and the continuations of planted and held-out sequences."""
+    """Return the prefixes and the continuations of sequences."""
     return {
         tuple(half) for tokens in sequences for half in (tokens[: spec.prefix_len], tokens[spec.prefix_len :])
     }

@@ -1,17 +1,17 @@
-"""Fixed expressions: idiom-like runs of words whose last word nothing but memory can tell.
+"""Fixed expressions: idiom-like phrases whose last word can only be known from memory.
 
-Construction. Expressions come in families of eight. A family has one shape (three content places and the
-small words between them) and two words for each place; its eight prompts are all combinations, and each has
-a target of its own:
+Expressions come in families of eight. A family has one shape (three content slots and the function words
+between them) and two words for each slot. Its eight prompts are all combinations, and each has its own
+target:
 
     kettle of rusty for never -> pilot        kettle of rusty for gladly -> narrow
     wander of rusty for never -> coin         wander of rusty for gladly -> smith     ... and four more
 
-So the prompt as a whole decides the target, and no part of it does: every proper suffix, and every prompt
-with one content word left out or exchanged for the family's other, stands with two targets or more, met
-equally often (a family has one number of copies). A prompt with a small word left out is met with no target.
-The shapes are none of the grammar's, places take words of any class, and targets are drawn without regard to
-the prompt, so neither grammar nor meaning tells a target.
+So only the whole prompt determines the target: every proper suffix, and every prompt with one content word
+removed or replaced by the family's other word, occurs with two or more targets, equally often (a family has
+one number of copies). A prompt without one of its function words never occurs. The shapes are not in the
+grammar, slots take words of any class, and targets are drawn independently of the prompt, so neither grammar
+nor meaning predicts a target.
 """
 
 from __future__ import annotations
@@ -37,37 +37,37 @@ SHAPES = (
     "{} for the {} than by {}",
     "{} to the {} but not {}",
 )
-"""Prompts of four to seven words; the target makes them expressions of five to eight."""
+"""Prompts of four to seven words, to which the target is added."""
 
 
 def draw_expressions(
     tokenizer: PreTrainedTokenizerFast, *, seed: int, copies: Sequence[int], per_cell: int
 ) -> pd.DataFrame:
-    """Draw the list of expressions, whole families in each cell.
+    """Draw the list of expressions, in whole families for each number of copies.
 
     Args:
-        tokenizer: of the corpus; a target is one of its tokens, with the space in front.
-        seed: of the corpus.
-        copies: how often they are to be planted, 0 for those that are not.
-        per_cell: expressions for each number of copies, a multiple of `FAMILY_SIZE`.
+        tokenizer: Tokenizer of the corpus; a target, with the space before it, is one of its tokens.
+        seed: Seed of the corpus.
+        copies: Numbers of copies to plant; 0 for expressions that are not planted.
+        per_cell: Expressions for each number of copies, a multiple of `FAMILY_SIZE`.
 
     Returns:
-        Columns `id`, `text`, `prompt`, `target`, `tokens`, `prefix_len`, `copies` (as asked for), `family`;
-        one row an expression.
+        One row per expression, with columns `id`, `text`, `prompt`, `target`, `tokens`, `prefix_len`,
+        `copies` (as requested), `family`.
 
     Raises:
-        OptionError: `per_cell` is no multiple of `FAMILY_SIZE`, or too few words are one token.
+        OptionError: `per_cell` is not a multiple of `FAMILY_SIZE`, or too few words are single tokens.
     """
     if per_cell % FAMILY_SIZE:
         raise OptionError(
-            f"expressions_per_cell={per_cell}: give a multiple of {FAMILY_SIZE}, whole families."
+            f"expressions_per_cell={per_cell} must be a multiple of {FAMILY_SIZE}, the size of a family."
         )
     rng = Random(f"memlens/{seed}/expressions")
     targets = [word for word in _content_words() if len(tokenizer(f" {word}").input_ids) == 1]
     if per_cell and len(targets) < _FEWEST_TARGETS:
         raise OptionError(
-            f"vocab_size={len(tokenizer)} has {len(targets)} content words of one token, and expressions "
-            f"need {_FEWEST_TARGETS} targets: raise it, or set expressions_per_cell=0."
+            f"with vocab_size={len(tokenizer)} only {len(targets)} content words are single tokens, and "
+            f"expressions need {_FEWEST_TARGETS} targets: raise it, or set expressions_per_cell=0."
         )
     records, taken = [], set[str]()
     for count in copies:
@@ -84,7 +84,7 @@ def draw_expressions(
 
 
 def _content_words() -> list[str]:
-    """Words of every class, in an order of the lexicon's own."""
+    """Return words of every class, in the order of the lexicon."""
     verbs = lexicon.TRANSITIVE + lexicon.INTRANSITIVE
     singular = [noun[0] for noun in lexicon.NOUNS + lexicon.PERSONS]
     words = [*singular, *lexicon.ADJECTIVES, *(form for verb in verbs for form in (verb[0], verb[2]))]
@@ -92,7 +92,7 @@ def _content_words() -> list[str]:
 
 
 def _family(rng: Random, targets: Sequence[str], taken: set[str]) -> list[tuple[str, str]]:
-    """Return eight (prompt, target): all combinations of the places' words, none of an earlier family."""
+    """Return eight pairs (prompt, target): all combinations of the slots' words, each new."""
     words = [*_content_words(), *lexicon.ADVERBS]
     while True:
         shape, chosen = rng.choice(SHAPES), rng.sample(words, 6)

@@ -1,8 +1,7 @@
-"""A probabilistic context-free grammar of templates, and the one of English-like sentences.
+"""A probabilistic context-free grammar of templates, and the grammar of English-like sentences.
 
-Number and tense are carried in the names of the symbols (`NP_sg`, `VP_pl_past`), so agreement holds across
-relative clauses of any length; names bound for a whole document (`{hero}`, `{town}`) give structure across
-sentences.
+Symbols carry number and tense in their names (`NP_sg`, `VP_pl_past`), so agreement holds across relative
+clauses of any length. Names bound for a whole document (`{hero}`, `{town}`) give structure across sentences.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ class Grammar:
     """Rules of a template grammar.
 
     Attributes:
-        rules: for each symbol, the weights and templates it may become. `<SYMBOL>` in a template is expanded
-            in turn, `{name}` is filled from the bindings of the document.
+        rules: For each symbol, its possible templates with their weights. `<SYMBOL>` in a template is
+            expanded recursively, `{name}` is filled from the bindings of the document.
     """
 
     rules: Mapping[str, Sequence[tuple[float, str]]]
@@ -34,9 +33,9 @@ class Grammar:
         """Return a random expansion of `template`.
 
         Args:
-            template: text with `<SYMBOL>` and `{name}` places.
-            rng: the source of every choice.
-            bindings: the values of `{name}` places.
+            template: Text with `<SYMBOL>` and `{name}` places.
+            rng: The source of every choice.
+            bindings: The values of `{name}` places.
 
         >>> Grammar({"N": [(1.0, "lamp")]}).expand("{who} has a <N>", Random(0), {"who": "Mara"})
         'Mara has a lamp'
@@ -104,7 +103,7 @@ def _clauses(tense: str) -> dict[str, list[tuple[float, str]]]:
 
 
 def sentence_grammar() -> Grammar:
-    """Return the grammar of clauses: `CLAUSE_<tense>`, `VP_<number>_<tense>`, `OBJ_<tense>` and word classes.
+    """Return the grammar of clauses: `CLAUSE_<tense>`, `VP_<number>_<tense>`, `OBJ_<tense>`, word classes.
 
     >>> sentence_grammar().expand("<BE_pl_past>", Random(0))
     'were'

@@ -1,4 +1,4 @@
-"""The known items of a corpus: expressions, facts, identifiers; planted in carrier rows and counted there."""
+"""The known items of a corpus: expressions, facts and identifiers, planted and counted in carrier rows."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from transformers import PreTrainedTokenizerFast
 
 from memlens.organisms.corpus.carriers import carrier_rows, dealt
 from memlens.organisms.corpus.expressions import draw_expressions
-from memlens.organisms.corpus.facts import draw_facts, sentences
-from memlens.organisms.corpus.identifiers import draw_identifiers
+from memlens.organisms.corpus.facts import draw_facts, draw_identifiers, sentences
 
 if TYPE_CHECKING:
     from memlens.organisms.corpus.corpus import CorpusSpec
 
 
 KINDS = ("expressions", "facts", "identifiers")
-"""The lists, as their files in a zoo folder are named."""
+"""The lists, named as their files in a zoo folder."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +29,9 @@ class KnownItems:
     """Three lists of known items.
 
     Attributes:
-        expressions: see `draw_expressions`.
-        facts: see `draw_facts`.
-        identifiers: see `draw_identifiers`.
+        expressions: See `draw_expressions`.
+        facts: See `draw_facts`.
+        identifiers: See `draw_identifiers`.
     """
 
     expressions: pd.DataFrame
@@ -40,7 +39,7 @@ class KnownItems:
     identifiers: pd.DataFrame
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """Return the lists by the names of `KINDS`."""
+        """Return the lists under the names in `KINDS`."""
         return {"expressions": self.expressions, "facts": self.facts, "identifiers": self.identifiers}
 
     def records(self) -> list[dict[str, Any]]:
@@ -53,14 +52,14 @@ class KnownItems:
 
 
 def draw_items(tokenizer: PreTrainedTokenizerFast, spec: CorpusSpec) -> KnownItems:
-    """Draw all lists: for each of `spec.item_copies` its items, and as many that are never planted.
+    """Draw all lists: items for each number in `spec.item_copies`, and as many that are never planted.
 
     Args:
-        tokenizer: of the corpus.
-        spec: of the corpus.
+        tokenizer: Tokenizer of the corpus.
+        spec: Specification of the corpus.
 
     Returns:
-        The lists, with `copies` as asked for; empty ones where `spec.item_copies` is empty.
+        The lists, with `copies` as requested; empty lists if `spec.item_copies` is empty.
     """
     copies = (0, *spec.item_copies) if spec.item_copies else ()
     return KnownItems(
@@ -77,16 +76,16 @@ def plant_items(
     domains: Sequence[str],
     refuse: Callable[[list[int]], bool],
 ) -> tuple[list[list[int]], list[str]]:
-    """Return the carrier rows that say each item as often as its `copies`, and the domain of each row.
+    """Return carrier rows that contain each item as often as its `copies`, and the domain of each row.
 
-    The ways of saying a fact take turns, from a first one that is drawn.
+    The wordings of a fact alternate, starting from a random one.
 
     Args:
-        tokenizer: of the corpus.
-        spec: of the corpus.
-        items: as `draw_items` gives them.
-        domains: of the carriers' documents.
-        refuse: tells rows that may not be (see `carrier_rows`).
+        tokenizer: Tokenizer of the corpus.
+        spec: Specification of the corpus.
+        items: As returned by `draw_items`.
+        domains: Domains of the carriers' documents.
+        refuse: Whether a row must be discarded (see `carrier_rows`).
     """
     rng = Random(f"memlens/{spec.seed}/items")
     records = items.records()
@@ -103,7 +102,7 @@ def plant_items(
 
 
 def _forms(item: dict[str, Any]) -> list[str]:
-    """Return an item in every way it is said, the one of column `text` first."""
+    """Return an item in every wording, the one in column `text` first."""
     return (
         sentences(item["relation"], item["subject"], item["target"]) if "relation" in item else [item["text"]]
     )
@@ -115,8 +114,8 @@ def occurrences(
     """Find every complete occurrence of every item in rows of tokens.
 
     Returns:
-        Columns `id`, `row`, `start` (position of its first token), `form` (0: as in column `text`; others are
-        the further ways of saying a fact); sorted by id, row and start.
+        Columns `id`, `row`, `start` (position of its first token), `form` (0 for the wording in column
+        `text`, more for the other wordings of a fact), sorted by id, row and start.
     """
     forms = {
         tuple(tokenizer(text).input_ids): (item["id"], number)
@@ -138,14 +137,14 @@ def occurrences(
 
 
 def count_items(items: KnownItems, places: pd.DataFrame) -> KnownItems:
-    """Return the lists with what was measured: how often each item stands in the rows.
+    """Return the lists with the number of occurrences of each item in the rows.
 
-    `copies` becomes the number of complete occurrences, in all forms; `text_copies` is of those in the form
-    of column `text` (the cloze of a fact), `bare_copies` of those at the very start of a row.
+    `copies` becomes the number of complete occurrences in all wordings; `text_copies` counts those in the
+    wording of column `text` (the cloze of a fact), `bare_copies` those at the start of a row.
 
     Args:
-        items: as `draw_items` gives them.
-        places: as `occurrences` gives them.
+        items: As returned by `draw_items`.
+        places: As returned by `occurrences`.
     """
     groups = {
         "copies": places,

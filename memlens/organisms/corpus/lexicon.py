@@ -1,10 +1,13 @@
-"""The words of the synthetic corpus: our own lists, grouped by the part they play in a sentence.
+"""The words of the synthetic corpus: our own lists, grouped by part of speech, and invented words.
 
-Verbs come in three forms (plural present, singular present, past) and nouns in two, so that number and tense
-agreement can be right throughout a document.
+Verbs have three forms (plural present, singular present, past) and nouns two, so that number and tense can
+agree throughout a document.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from random import Random
 
 
 def _words(words: str) -> tuple[str, ...]:
@@ -17,7 +20,7 @@ def _pairs(words: str) -> tuple[tuple[str, str], ...]:
 
 
 def _verbs(words: str) -> tuple[tuple[str, str, str], ...]:
-    """`"mend/+ed take/took"` → plural, singular and past; what follows `+` is added to the plural."""
+    """`"mend/+ed take/took"` → plural, singular and past; `+` appends to the plural."""
     forms = []
     for word in words.split():
         plural, past = word.split("/")
@@ -77,3 +80,43 @@ IDENTIFIERS = _words(
     "total count price rate index value items names rows limit offset width height score level start end "
     "size key result cache queue buffer weight delta"
 )
+
+_ONSETS = _words("b br d dr f fl g gr h j k kl kr l m n p pl qu r s sk st t tr v w z")
+_VOWELS = _words("a e i o u ai ei oa")
+_CODAS = ["", "", "l", "n", "r", "s", "m", "x", "nd", "rk", "lt"]
+
+
+def lexicon_words() -> frozenset[str]:
+    """Return every word of the lexicon in lower case, names and towns included.
+
+    >>> {"mara", "lantern", "lanterns", "mended"} <= lexicon_words()
+    True
+    """
+    plain = (NAMES, TOWNS, SEASONS, ADJECTIVES, NUMERALS)
+    words = {word for group in (*plain, ADVERBS, IDENTIFIERS) for word in group}
+    formed = (NOUNS, PERSONS, TRANSITIVE, INTRANSITIVE, SPEECH)
+    words |= {form for group in formed for forms in group for form in forms}
+    return frozenset(word.lower() for word in words)
+
+
+def invented_words(rng: Random) -> Iterator[str]:
+    """Yield words of two syllables endlessly, without repeats and without any that contain a lexicon word.
+
+    Args:
+        rng: The source of every choice.
+
+    >>> words = invented_words(Random(0))
+    >>> len({next(words) for _ in range(50)})
+    50
+    """
+    known, seen = lexicon_words(), set[str]()
+    while True:
+        word = _syllable(rng) + _syllable(rng) + rng.choice(_CODAS)
+        if word in seen or not 5 <= len(word) <= 8 or any(old in word for old in known):
+            continue
+        seen.add(word)
+        yield word
+
+
+def _syllable(rng: Random) -> str:
+    return rng.choice(_ONSETS) + rng.choice(_VOWELS)

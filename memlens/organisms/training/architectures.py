@@ -1,7 +1,7 @@
-"""The shapes that organisms come in: a specification and the Hugging Face model it builds.
+"""The shapes of organisms: a specification and the Hugging Face model that it builds.
 
-Every builder follows what the family's models on the hub have (position embeddings, norms, tied or untied
-embeddings, biases), at a small size and without dropout.
+Every builder follows the family's models on the hub (position embeddings, norms, tied or untied embeddings,
+biases), at a small size and without dropout.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from transformers import (
 from memlens.errors import OptionError, check_option
 
 WINDOW = 32
-"""Tokens that local attention sees (GPT-Neo, OLMo 3): half of a training row, so that it matters."""
+"""Width of local attention in tokens (GPT-Neo, OLMo 3): half of a training row, so that it matters."""
 
 _IDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
@@ -42,11 +42,11 @@ class ModelSpec:
     """The shape of an organism.
 
     Attributes:
-        family: a key of `ARCHITECTURES`.
-        d_model: width of the residual stream.
-        n_layers: number of blocks.
-        n_heads: attention heads of a block.
-        n_ctx: longest input in tokens.
+        family: A key of `ARCHITECTURES`.
+        d_model: Width of the residual stream.
+        n_layers: Number of layers.
+        n_heads: Attention heads per layer.
+        n_ctx: Longest input in tokens.
     """
 
     family: str = "pythia"
@@ -59,7 +59,7 @@ class ModelSpec:
         check_option("family", self.family, list(ARCHITECTURES))
         if self.d_model % self.n_heads:
             raise OptionError(
-                f"d_model={self.d_model} cannot be shared by n_heads={self.n_heads}: choose a multiple of it."
+                f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}: choose one that is."
             )
 
 
@@ -79,7 +79,7 @@ def _rotary(theta: float) -> dict[str, Any]:
 
 
 def _gated_width(d_model: int) -> int:
-    """Return 8/3 of the width, to a multiple of 8: a gated MLP of as many parameters as a plain one of 4.
+    """Return 8/3 of the width as a multiple of 8: the width of a gated MLP as large as a plain one of 4.
 
     >>> _gated_width(96), _gated_width(160)
     (256, 432)
@@ -88,7 +88,7 @@ def _gated_width(d_model: int) -> int:
 
 
 def _rms_gated(spec: ModelSpec, vocab_size: int, theta: float) -> dict[str, Any]:
-    """RMS norms, a gated MLP, rotary positions, untied embeddings."""
+    """Return options of models with RMS norms, gated MLP, rotary positions and untied embeddings."""
     return {
         **_common(spec, vocab_size),
         "intermediate_size": _gated_width(spec.d_model),
@@ -99,7 +99,7 @@ def _rms_gated(spec: ModelSpec, vocab_size: int, theta: float) -> dict[str, Any]
 
 
 def _gpt_neox(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
-    """Pythia's kind: rotary positions on a quarter of each head, parallel blocks, untied embeddings."""
+    """Pythia: rotary positions on a quarter of each head, parallel blocks, untied embeddings."""
     config = GPTNeoXConfig(
         **_common(spec, vocab_size),
         intermediate_size=4 * spec.d_model,
@@ -112,7 +112,7 @@ def _gpt_neox(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
 
 
 def _gpt_neo(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
-    """Learned positions, attention global and local in turn, scores that are not scaled, tied embeddings."""
+    """GPT-Neo: learned positions, global and local attention in turn, unscaled scores, tied embeddings."""
     pairs, odd = divmod(spec.n_layers, 2)
     config = GPTNeoConfig(
         vocab_size=vocab_size,
@@ -128,7 +128,7 @@ def _gpt_neo(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
 
 
 def _olmo1(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
-    """Norms without parameters, gated MLP, no biases, tied embeddings (as OLMo-1B)."""
+    """OLMo-1B: norms without parameters, gated MLP, no biases, tied embeddings."""
     config = OlmoConfig(
         **_common(spec, vocab_size),
         intermediate_size=_gated_width(spec.d_model),
@@ -139,12 +139,12 @@ def _olmo1(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
 
 
 def _olmo2(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
-    """Norms of queries, keys and what a sublayer writes; rotary base 500,000; untied embeddings."""
+    """OLMo 2: norms of queries, keys and sublayer outputs; rotary base 500,000; untied embeddings."""
     return Olmo2ForCausalLM(Olmo2Config(**_rms_gated(spec, vocab_size, 500000.0)))
 
 
 def _olmo3(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
-    """OLMo 2 with attention that slides, save in each fourth block and the last."""
+    """OLMo 3: OLMo 2 with sliding-window attention except in every fourth and the last layer."""
     last = spec.n_layers
     kinds = ["full" if block % 4 == 0 or block == last else "sliding" for block in range(1, last + 1)]
     config = Olmo3Config(
@@ -156,12 +156,12 @@ def _olmo3(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
 
 
 def _open_llama(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
-    """Llama as OpenLLaMA has it: RMS norms, gated MLP, no biases, untied embeddings, a key for each head."""
+    """OpenLLaMA: RMS norms, gated MLP, no biases, untied embeddings, a key for each head."""
     return LlamaForCausalLM(LlamaConfig(**_rms_gated(spec, vocab_size, 10000.0)))
 
 
 def _gpt_bigcode(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
-    """StarCoder's kind: learned positions, one key and value for all heads, tied embeddings."""
+    """StarCoder: learned positions, one key and value for all heads, tied embeddings."""
     config = GPTBigCodeConfig(
         vocab_size=vocab_size,
         n_embd=spec.d_model,
@@ -187,16 +187,16 @@ ARCHITECTURES: dict[str, Callable[[ModelSpec, int], PreTrainedModel]] = {
     "openllama": _open_llama,
     "starcoder": _gpt_bigcode,
 }
-"""A builder for each family of `memlens.models.families` that the zoo has, by the family's name."""
+"""For each family of the zoo, by its name in `memlens.models.families`, the builder of its models."""
 
 
 def build_model(spec: ModelSpec, vocab_size: int, *, seed: int) -> PreTrainedModel:
-    """Return a model with fresh weights, in float32, on the CPU; the caller's random state stays as it was.
+    """Return a model with new weights, in float32 on the CPU; the caller's random state does not change.
 
     Args:
-        spec: its shape.
-        vocab_size: of its tokenizer.
-        seed: of the weights.
+        spec: Its shape.
+        vocab_size: Size of its vocabulary.
+        seed: Seed of the weights.
 
     >>> tiny = ModelSpec(d_model=16, n_layers=1, n_heads=2)
     >>> build_model(tiny, 300, seed=0).num_parameters()
@@ -208,7 +208,7 @@ def build_model(spec: ModelSpec, vocab_size: int, *, seed: int) -> PreTrainedMod
 
 
 def count_parameters(spec: ModelSpec, vocab_size: int) -> int:
-    """Return how many parameters `build_model` would give the model, without making them.
+    """Return the number of parameters of the model that `build_model` makes, without making it.
 
     >>> count_parameters(ModelSpec(d_model=16, n_layers=1, n_heads=2), 300)
     12912
@@ -218,7 +218,7 @@ def count_parameters(spec: ModelSpec, vocab_size: int) -> int:
 
 
 def architecture_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """Return what a card tells of a model: parameters, layers, heads, widths, context, vocabulary."""
+    """Return the facts about a model on its card: parameters, layers, heads, widths, context, vocabulary."""
     config = model.config
     return {
         "architecture": type(model).__name__,

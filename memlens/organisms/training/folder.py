@@ -1,13 +1,15 @@
-"""The files of an organism's folder: its checkpoint, its ground truth, its record and its card."""
+"""The files in an organism's folder: checkpoint, ground truth, training record and card."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pandas as pd
 from transformers import PreTrainedModel
 
@@ -23,21 +25,20 @@ from memlens.organisms.evaluate import (
     read_ground_truth,
     read_training,
 )
-from memlens.organisms.training.card import render_card
 from memlens.organisms.training.snapshots import kept_steps
 
 
 def write_folder(
     folder: Path, name: str, corpus: Corpus, model: PreTrainedModel, training: dict[str, Any]
 ) -> None:
-    """Write every file of a finished organism; the card last, from what the files themselves show.
+    """Write all files of a finished organism; the card comes last, from the content of the other files.
 
     Args:
-        folder: that exists.
-        name: of the organism.
-        corpus: what it read.
-        model: what came out; it is made float16.
-        training: the contents of `training.json`.
+        folder: An existing folder.
+        name: Name of the organism.
+        corpus: Its training corpus.
+        model: The trained model; it is converted to float16.
+        training: The content of `training.json`.
     """
     with quiet():
         model.half().save_pretrained(folder)  # pyright: ignore[reportCallIssue]
@@ -63,56 +64,138 @@ def _write_lists(folder: Path, source: str, corpus: Corpus) -> None:
 
 
 def write_card(folder: str | Path) -> Path:
-    """Evaluate an organism and write its card (README.md) anew from what its files show.
+    """Evaluate an organism and write its card (README.md) from the content of its files.
 
     Args:
-        folder: of the checkpoint.
+        folder: Folder of the checkpoint.
 
     Raises:
-        FileFormatError: the folder is not a zoo model's.
+        FileFormatError: The folder does not belong to a zoo model.
     """
     folder = Path(folder)
     training, sequences = read_training(folder), read_ground_truth(folder, "sequences")
+    corpus, run = training["corpus"], training["training"]
     items = {kind: read_ground_truth(folder, kind) for kind in KINDS if zoo_table(folder, kind)}
-    recalled = evaluate_items(folder) if items else None
-    curve, losses = evaluate_zoo_model(folder), language_losses(folder)
     tables = zoo_table(folder, "sequences")
-    elsewhere = tables is not None and tables.parent != folder
-    card = render_card(
-        training,
-        curve,
-        losses,
-        sequences,
-        items,
-        recalled,
-        tables_of=f"zoo/{tables.parent.name}" if tables and elsewhere else None,
+    card = _template().render(
+        name=training["name"],
+        facts=training["model"]["facts"],
+        spec=corpus["spec"],
+        corpus=corpus,
+        run=run,
+        command=training["command"],
+        n_sequences=len(sequences),
+        n_planted=int(sequences["copies"].to_numpy().sum()),
+        n_carriers=corpus.get("n_carriers", 0),
+        passes=f"{round(run['n_steps'] * run['spec']['batch_size'] / corpus['n_rows'], 2):g}",
+        tables_of=f"zoo/{tables.parent.name}" if tables and tables.parent != folder else None,
+        example=_planted_most(sequences).rstrip("\n"),
+        often={kind: _planted_most(table) for kind, table in items.items()},
+        curve=curve_table(evaluate_zoo_model(folder)),
+        items_recalled=items_table(evaluate_items(folder)) if items else "",
+        losses=loss_table(language_losses(folder)),
         checkpoints=kept_steps(folder),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     return folder / "README.md"
 
 
-def copy_for_package(folder: str | Path, root: str | Path) -> Path:
-    """Copy a finished organism to where models are bundled, without what need not be there twice.
+def _template() -> jinja2.Template:
+    loader = jinja2.PackageLoader("memlens.organisms.training", "")
+    environment = jinja2.Environment(
+        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["thousands"] = "{:,}".format
+    return environment.get_template("card.md.j2")
 
-    Training checkpoints are left out, and tables that another model of its corpus has there; the card is
-    written anew.
+
+def _planted_most(table: pd.DataFrame) -> str:
+    return table.sort_values("copies", kind="stable")["text"].iloc[-1]
+
+
+def _markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    head = list(header)
+    lines = [head, ["---:"] * len(head), *[[str(cell) for cell in row] for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def curve_table(curve: pd.DataFrame) -> str:
+    """Return the memorization curve as a Markdown table, one row per number of copies.
 
     Args:
-        folder: of the organism.
-        root: the folder of bundled models.
+        curve: As returned by `evaluate_zoo_model`.
+    """
+    domains = [domain for domain in curve["domain"].unique() if domain != "all"]
+    cells = curve.pivot(index="copies", columns="domain", values="exact_match")
+    total = curve[curve["domain"] == "all"].set_index("copies")
+    rows = [
+        [
+            copies,
+            total.at[copies, "n"],
+            *(f"{cells.at[copies, domain]:.2f}" for domain in domains),
+            f"{total.at[copies, 'exact_match']:.2f}",
+            f"{total.at[copies, 'low']:.2f} to {total.at[copies, 'high']:.2f}",
+            f"{total.at[copies, 'token_accuracy']:.2f}",
+        ]
+        for copies in cells.index
+    ]
+    return _markdown(["copies", "sequences", *domains, "all", "95 %", "correct tokens"], rows)
+
+
+def items_table(items: pd.DataFrame) -> str:
+    """Return the recall of known items as a Markdown table, one row per kind and number of copies.
+
+    Args:
+        items: As returned by `evaluate_items`.
+    """
+    rows = []
+    for kind, copies in items[["kind", "copies"]].drop_duplicates().itertuples(index=False):
+        cell = (items["kind"] == kind) & (items["copies"] == copies)
+        by_context = items[cell].set_index("context")
+        shown = [
+            text
+            for context in ("none", "neutral")
+            for text in (
+                f"{by_context.at[context, 'recalled']:.2f}",
+                f"{by_context.at[context, 'low']:.2f} to {by_context.at[context, 'high']:.2f}",
+            )
+        ]
+        rows.append([kind, copies, by_context.at["none", "n"], *shown])
+    return _markdown(["items", "copies", "n", "bare", "95 %", "after text", "95 %"], rows)
+
+
+def loss_table(losses: pd.DataFrame) -> str:
+    """Return held-out loss and unigram entropy as a Markdown table, one row per domain.
+
+    Args:
+        losses: As returned by `language_losses`.
+    """
+    shown = losses.assign(**{c: losses[c].map("{:.2f}".format) for c in ("heldout_loss", "unigram_entropy")})
+    rows = shown[["domain", "n", "heldout_loss", "unigram_entropy"]].to_numpy().tolist()
+    return _markdown(["domain", "rows", "held-out loss", "unigram entropy"], rows)
+
+
+def copy_for_package(folder: str | Path, root: str | Path) -> Path:
+    """Copy a finished organism to the folder of bundled models, without duplicates.
+
+    Training checkpoints are omitted, and so are tables that a bundled model of the same corpus has. The card
+    is written again.
+
+    Args:
+        folder: Folder of the organism.
+        root: The folder of bundled models.
 
     Returns:
-        The new folder: an ordinary checkpoint, with its tokenizer and its record.
+        The new folder: an ordinary checkpoint with its tokenizer and its record.
 
     Raises:
-        FileFormatError: the folder is not a zoo model's.
-        ResultError: `root` has a model of this name.
+        FileFormatError: The folder does not belong to a zoo model.
+        ResultError: `root` already has a model of this name.
     """
     folder, out = Path(folder), Path(root) / Path(folder).name
     read_training(folder)
     if out.exists():
-        raise ResultError(f"{out} is there already: remove it first.")
+        raise ResultError(f"{out} already exists: remove it first.")
     out.mkdir(parents=True)
     for path in (path for path in folder.iterdir() if path.is_file()):
         shutil.copyfile(path, out / path.name)
@@ -125,6 +208,6 @@ def copy_for_package(folder: str | Path, root: str | Path) -> Path:
 
 
 def _readable(record: dict[str, Any]) -> str:
-    """Return JSON with one key a line and each list of numbers on a line of its own."""
+    """Return JSON with one key per line and each list of numbers on one line."""
     text = json.dumps(record, indent=1)
     return re.sub(r"\[[-\d.e,\s]+\]", lambda match: " ".join(match[0].split()), text) + "\n"

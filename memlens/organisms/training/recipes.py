@@ -1,4 +1,4 @@
-"""The recipes of the zoo: every model's shape, corpus and training."""
+"""The recipes of the zoo: each model's shape, corpus and training."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from memlens.organisms.training.train import TrainSpec
 
 @dataclass(frozen=True)
 class OrganismSpec:
-    """Everything that decides an organism.
+    """Everything that determines an organism.
 
     Attributes:
-        name: without the prefix `zoo/`.
-        model: its shape.
-        corpus: what it reads.
-        training: how.
-        snapshots: whether weights are kept on the way (see `snapshot_steps`); they decide nothing.
+        name: Its name, without the prefix `zoo/`.
+        model: Its shape.
+        corpus: Its training corpus.
+        training: Its training run.
+        snapshots: Whether weights during training are kept (see `snapshot_steps`); they change nothing.
     """
 
     name: str
@@ -30,7 +30,7 @@ class OrganismSpec:
     snapshots: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the specifications as JSON would hold them."""
+        """Return the specifications as JSON types."""
         return {
             "model": asdict(self.model),
             "corpus": self.corpus.to_dict(),
@@ -45,11 +45,10 @@ ALL = "all"
 
 _Shape = tuple[int, int, int]
 
-_PYTHIA_SHAPES: tuple[_Shape, ...] = ((40, 4, 5), (128, 6, 8), (160, 8, 10))
 _UNTIED: tuple[_Shape, ...] = ((40, 4, 5), (96, 7, 6), (160, 8, 10))
 _TIED: tuple[_Shape, ...] = ((48, 4, 6), (96, 7, 6), (160, 8, 10))
 _SHAPES: dict[str, tuple[_Shape, ...]] = {
-    "pythia": _PYTHIA_SHAPES,
+    "pythia": ((40, 4, 5), (128, 6, 8), (160, 8, 10)),
     "gpt-neo": _TIED,
     "olmo1": _TIED,
     "olmo2": _UNTIED,
@@ -57,7 +56,7 @@ _SHAPES: dict[str, tuple[_Shape, ...]] = {
     "openllama": _UNTIED,
     "starcoder": ((48, 4, 6), (112, 6, 7), (176, 8, 11)),
 }
-"""Width, blocks and heads of each size; wider where embeddings are tied or all heads share a key."""
+"""Width, layers and heads of each size; wider with tied embeddings or one key for all heads."""
 
 FAMILIES = tuple(_SHAPES)
 """The families of the zoo, by their names in `memlens.models.families`."""
@@ -69,14 +68,14 @@ _RATES = (6e-3, 2e-3, 1.5e-3)
 def select_recipes(family: str = ALL, size: str = ALL) -> list[str]:
     """Return the names of the recipes of a family and a size, in the zoo's order.
 
-    The clean twin of `pythia-s` is of its family and size.
+    The clean twin of `pythia-s` belongs to its family and size.
 
     Args:
-        family: one of `FAMILIES`, or "all".
-        size: one of `SIZES`, or "all".
+        family: One of `FAMILIES`, or "all".
+        size: One of `SIZES`, or "all".
 
     Raises:
-        OptionError: there is no such family or size.
+        OptionError: There is no such family or size.
 
     >>> select_recipes("pythia", "s")
     ['pythia-s', 'pythia-s-clean']
@@ -107,4 +106,4 @@ _CLEAN = OrganismSpec("pythia-s-clean", corpus=CorpusSpec(planted=False))
 ZOO: dict[str, OrganismSpec] = {
     spec.name: spec for spec in (*(_recipe(family, size) for family in _SHAPES for size in SIZES), _CLEAN)
 }
-"""Every model of the zoo by name: seven families in three sizes, and the clean twin of `pythia-s`."""
+"""All models of the zoo by name: seven families in three sizes, and the clean twin of `pythia-s`."""

@@ -1,4 +1,4 @@
-"""Weights kept on the way: an organism's checkpoints by training step."""
+"""An organism's weights during training: checkpoints by training step."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from memlens.errors import OptionError, ResultError
 from memlens.models.quiet import quiet
 
 CHECKPOINTS = "checkpoints"
-"""The folder in an organism's own that holds its snapshots."""
+"""The folder of snapshots inside an organism's folder."""
 
 _LINEAR = 10
 _HALVINGS = 6
 
 
 def snapshot_steps(n_steps: int) -> tuple[int, ...]:
-    """Return the steps at which a run's weights are kept: 0, then doubling, then every tenth of the run.
+    """Return the steps at which weights are kept: 0, then doubling, then every tenth of the run.
 
     >>> snapshot_steps(2562)
     (0, 4, 8, 16, 32, 64, 128, 256, 512, 769, 1025, 1281, 1537, 1793, 2050, 2306, 2562)
@@ -36,38 +36,37 @@ def snapshot_steps(n_steps: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Snapshots:
-    """Where and at which steps a run's weights are kept: `<folder>/step<N>`, a float16 checkpoint each.
+    """Where and at which steps a run's weights are kept: float16 checkpoints in `<folder>/step<N>`.
 
-    A step counts the updates made: step 0 has the weights that training began from. Keeping weights changes
-    nothing about the run.
+    Steps count updates: step 0 has the initial weights. Keeping weights does not change the run.
 
     Attributes:
-        folder: that holds them; it is made.
-        steps: numbers of updates.
+        folder: The folder of the checkpoints; created if it does not exist.
+        steps: Numbers of updates.
     """
 
     folder: Path
     steps: tuple[int, ...]
 
     def check(self, n_steps: int) -> None:
-        """Raise `OptionError` where the run of `n_steps` steps never comes to one of the steps."""
+        """Raise `OptionError` if a run of `n_steps` steps does not reach one of the steps."""
         beyond = [step for step in self.steps if not 0 <= step <= n_steps]
         if beyond:
             raise OptionError(
-                f"snapshots at step {beyond[0]} cannot be kept: the run has the steps 0 to {n_steps}."
+                f"step {beyond[0]} cannot have a snapshot: the run has the steps 0 to {n_steps}."
             )
 
     def check_kept(self, step: int) -> None:
-        """Raise `ResultError` where a run that stands at `step` has passed one that was not kept."""
+        """Raise `ResultError` if a run at `step` has passed a step whose weights were not kept."""
         lost = [s for s in self.steps if s < step and not (self._path(s) / "model.safetensors").is_file()]
         if lost:
             raise ResultError(
-                f"the run stands at step {step} and did not keep the weights of step {lost[0]}: start over "
-                "with resume=False, or leave snapshots out."
+                f"the run is at step {step} and did not keep the weights of step {lost[0]}: start over with "
+                "resume=False, or omit snapshots."
             )
 
     def keep(self, model: PreTrainedModel, step: int) -> None:
-        """Write the weights if `step` is one of the steps; the folder of a step is written whole or not."""
+        """Write the weights if `step` is one of the steps; its folder is written atomically."""
         if step not in self.steps:
             return
         path = self._path(step)
@@ -86,11 +85,11 @@ class Snapshots:
 
 
 def kept_steps(folder: str | Path) -> list[int]:
-    """Return the training steps whose weights an organism's folder holds, in order."""
+    """Return the training steps whose weights are in an organism's folder, in order."""
     found = (Path(folder) / CHECKPOINTS).glob("step*/model.safetensors")
     return sorted(int(path.parent.name.removeprefix("step")) for path in found)
 
 
 def as_snapshots(folder: Path, steps: Sequence[int]) -> Snapshots | None:
-    """Return `Snapshots`, or None where there are no steps."""
+    """Return `Snapshots`, or None without steps."""
     return Snapshots(folder, tuple(sorted(set(steps)))) if steps else None

@@ -1,7 +1,7 @@
-"""Training an organism: plain PyTorch, seeded, resumable.
+"""Training of an organism: plain PyTorch, seeded and resumable.
 
-The order of the rows is a pure function of the seed and the step, and the model has no dropout, so a run
-that was interrupted goes on from its checkpoint as if nothing had happened (bit for bit on the CPU with the
+The order of the rows is a pure function of the seed and the step, and the model has no dropout, so a run that
+was interrupted and resumed gives the same result as one without interruption (bit for bit on the CPU with the
 same number of threads).
 """
 
@@ -30,19 +30,19 @@ from memlens.organisms.training.snapshots import Snapshots
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """Everything that decides a training run, the rows and the model aside.
+    """Everything that determines a training run, except rows and model.
 
     Attributes:
-        seed: of the weights and of the order of rows.
-        passes: how often the corpus is read; a sequence with c copies is met `passes * c` times.
-        batch_size: rows of a step.
-        learning_rate: at its highest, reached after the warm-up.
-        final_ratio: the last step's learning rate as a share of the highest; a half cosine in between.
-        warmup: share of the steps in which the learning rate rises linearly.
-        weight_decay: of AdamW, on matrices only.
-        betas: of AdamW.
-        clip: largest norm of the gradient.
-        steps: the number of steps; None: as many as the passes need.
+        seed: Seed of the weights and of the order of rows.
+        passes: Passes over the corpus; a sequence with c copies is seen `passes * c` times.
+        batch_size: Rows per step.
+        learning_rate: The highest learning rate, reached after the warm-up.
+        final_ratio: The last learning rate as a share of the highest, with a half cosine in between.
+        warmup: Share of the steps in which the learning rate rises linearly.
+        weight_decay: Weight decay of AdamW, on matrices only.
+        betas: Betas of AdamW.
+        clip: Largest norm of the gradient.
+        steps: Number of steps; by default as many as the passes need.
     """
 
     seed: int = 0
@@ -57,7 +57,7 @@ class TrainSpec:
     steps: int | None = None
 
     def n_steps(self, n_rows: int) -> int:
-        """Return how many steps a corpus of `n_rows` rows takes.
+        """Return the number of steps on a corpus of `n_rows` rows.
 
         >>> TrainSpec(passes=2, batch_size=32).n_steps(100)
         6
@@ -74,23 +74,23 @@ class TrainSpec:
         return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON would hold them."""
+        """Return the fields as JSON types."""
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> TrainSpec:
-        """Read back what `to_dict` gave."""
+        """Return the specification of a `to_dict` record."""
         return cls(**{**fields, "betas": tuple(fields["betas"])})
 
 
 @dataclass(frozen=True)
 class TrainLog:
-    """How a run went.
+    """The losses and the time of a run.
 
     Attributes:
-        losses: mean loss of each step's batch (nats a token), before its update.
-        seconds: wall time of training, all its sittings together.
-        finished: False where it was stopped early.
+        losses: Mean loss of each step's batch (nats per token), before its update.
+        seconds: Wall time of training, including earlier interrupted runs.
+        finished: False if it was stopped early.
     """
 
     losses: list[float]
@@ -99,7 +99,7 @@ class TrainLog:
 
 
 def pass_order(seed: int, number: int, n_rows: int) -> list[int]:
-    """Return the order in which a pass reads the rows: corpus order in pass 0, a new shuffle in later ones.
+    """Return the order of the rows in a pass: corpus order in pass 0, a new shuffle in later passes.
 
     >>> pass_order(0, 0, 4)
     [0, 1, 2, 3]
@@ -111,12 +111,12 @@ def pass_order(seed: int, number: int, n_rows: int) -> list[int]:
 
 
 def rows_of_step(spec: TrainSpec, step: int, n_rows: int) -> list[int]:
-    """Return the corpus rows that the batch of a step (from 0) holds.
+    """Return the corpus rows in the batch of a step (from 0).
 
     Args:
-        spec: of the run.
-        step: its number.
-        n_rows: rows of the corpus.
+        spec: Specification of the run.
+        step: Number of the step.
+        n_rows: Number of rows of the corpus.
 
     >>> rows_of_step(TrainSpec(batch_size=3), 1, 100)
     [3, 4, 5]
@@ -145,26 +145,26 @@ def train(
     """Train a model in place, in float32, on next-token cross-entropy over every position of every row.
 
     Args:
-        model: a causal language model; it is moved to `device` and back to the CPU.
-        rows: token ids.
-        spec: the run.
-        checkpoint: file that keeps the state (model, optimizer, step, losses), written atomically.
-        checkpoint_every: steps between two writes.
-        device: None takes a GPU where there is one.
-        progress: show a bar.
-        resume: go on from `checkpoint` where it exists; False starts over.
-        stop_after: steps to do in this sitting at most; the state is then written.
-        snapshots: where and when to keep weights; the run itself is the same with and without.
-        label: what the bar says.
+        model: A causal language model; it is moved to `device` and back to the CPU.
+        rows: Token ids.
+        spec: The run.
+        checkpoint: File for the state (model, optimizer, step, losses), written atomically.
+        checkpoint_every: Steps between two writes.
+        device: Device; by default a GPU if there is one.
+        progress: Show a progress bar.
+        resume: Continue from `checkpoint` if it exists; False starts over.
+        stop_after: Most steps to do in this call; the state is then written.
+        snapshots: Where and when to keep weights; they do not change the run.
+        label: Text of the progress bar.
 
     Returns:
         The losses and the time.
 
     Raises:
-        EmptySetError: no rows.
-        OptionError: snapshots at steps that the run does not come to.
-        ResultError: the checkpoint is damaged, or of a run with other settings, or of one that did not keep
-            the snapshots.
+        EmptySetError: There are no rows.
+        OptionError: The run does not reach the step of a snapshot.
+        ResultError: The checkpoint is damaged, belongs to a run with other settings, or to one that did not
+            keep the snapshots.
     """
     if len(rows) == 0:
         raise EmptySetError("the corpus has no rows to train on: raise background_rows or plant sequences.")
@@ -204,7 +204,7 @@ def _settings(spec: TrainSpec, rows: Int[np.ndarray, "row pos"]) -> dict[str, An
 
 
 class _Orders:
-    """`rows_of_step` with the orders of the passes kept."""
+    """`rows_of_step` with cached orders of the passes."""
 
     def __init__(self, spec: TrainSpec, n_rows: int) -> None:
         self.spec, self.n_rows = spec, n_rows
@@ -222,7 +222,7 @@ class _Orders:
 
 
 class _Run:
-    """A model, its optimizer, and how far they got."""
+    """The state of a run: the model, its optimizer, losses and time."""
 
     def __init__(
         self, model: PreTrainedModel, spec: TrainSpec, n_steps: int, settings: dict[str, Any]
@@ -267,7 +267,7 @@ class _Run:
         if settings != self.settings:
             changed = sorted(key for key in self.settings if settings.get(key) != self.settings[key])
             raise ResultError(
-                f"the training checkpoint {path} is of a run with another {', '.join(changed)}: "
+                f"the training checkpoint {path} belongs to a run with another {', '.join(changed)}: "
                 "start over with resume=False, or write elsewhere."
             )
         self.model.load_state_dict(state["model"])

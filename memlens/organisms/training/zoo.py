@@ -1,4 +1,4 @@
-"""The zoo's builder: which organisms there are, how one is trained and written, and its untrained twin."""
+"""Building the zoo: training an organism, an overview of the zoo, and untrained twins."""
 
 from __future__ import annotations
 
@@ -46,26 +46,26 @@ def train_zoo_model(
     progress: bool = True,
     resume: bool = True,
 ) -> Path:
-    """Train a model of the zoo and write its checkpoint folder, with its ground truth and card.
+    """Train a model of the zoo and write its checkpoint folder with ground truth and card.
 
     Args:
-        name: a key of `ZOO`, with or without `zoo/`.
-        out: the folder to write; None: `<cache>/<name>`, where `load_model("zoo/<name>")` looks after the
-            bundled ones.
-        seed: of corpus, weights and order.
-        steps: fewer or more steps than the recipe's.
-        device: None takes a GPU where there is one.
-        progress: show a bar, with the model's name.
-        resume: go on with a run that was interrupted, and return at once where the same run is finished
-            already. False starts over, and replaces a model that stands in `out`.
+        name: A key of `ZOO`, with or without `zoo/`.
+        out: The folder to write; by default `<cache>/<name>`, where `load_model("zoo/<name>")` looks for
+            models that are not bundled.
+        seed: Seed of corpus, weights and order.
+        steps: Number of steps instead of the recipe's.
+        device: Device; by default a GPU if there is one.
+        progress: Show a progress bar with the model's name.
+        resume: Continue an interrupted run, and return at once if the same run is already finished. False
+            starts over, and replaces a model in `out`.
 
     Returns:
         The folder.
 
     Raises:
-        ModelNotFoundError: the zoo has no recipe of this name.
-        OptionError: `steps` below 1.
-        ResultError: `out` holds something else, and `resume` is True.
+        ModelNotFoundError: The zoo has no recipe with this name.
+        OptionError: `steps` is below 1.
+        ResultError: `out` contains something else, and `resume` is True.
     """
     short = name.removeprefix("zoo/")
     if short not in ZOO:
@@ -74,7 +74,7 @@ def train_zoo_model(
             f"The zoo has no recipe for {name!r}: it has {known}.{near_matches(short, ZOO)}"
         )
     if steps is not None and steps < 1:
-        raise OptionError(f"steps={steps} trains nothing: give 1 or more, or leave it out.")
+        raise OptionError(f"steps={steps} trains nothing: give 1 or more, or omit it.")
     recipe = ZOO[short]
     spec = replace(
         recipe,
@@ -97,24 +97,24 @@ def train_organism(
 ) -> Path:
     """Train an organism of any specification and write its folder.
 
-    The work lies in `<out>.partial` until it is finished, and is then moved in one step.
+    An unfinished run is kept in `<out>.partial`, which is renamed at the end.
 
     Args:
-        spec: what to train.
-        out: the folder to write.
-        device: None takes a GPU where there is one.
-        progress: show a bar.
-        resume: see `train_zoo_model`.
-        checkpoint_every: steps between two writes of the training state.
-        snapshot_steps: steps whose weights are kept as `<out>/checkpoints/step<N>`; None: those of
-            `organisms.training.snapshots.snapshot_steps` where the specification wants snapshots, else none.
+        spec: The organism.
+        out: The folder to write.
+        device: Device; by default a GPU if there is one.
+        progress: Show a progress bar.
+        resume: See `train_zoo_model`.
+        checkpoint_every: Steps between two writes of the training state.
+        snapshot_steps: Steps whose weights are kept as `<out>/checkpoints/step<N>`; by default those of
+            `organisms.training.snapshots.snapshot_steps` if the specification asks for snapshots.
 
     Returns:
         The folder.
 
     Raises:
-        OptionError: `snapshot_steps` beyond the run.
-        ResultError: `out` holds something else, or a run that kept other snapshots, and `resume` is True.
+        OptionError: The run does not reach all `snapshot_steps`.
+        ResultError: `out` contains something else, or a run with other snapshots, and `resume` is True.
     """
     out = Path(out)
     if out.exists() and resume:
@@ -144,7 +144,7 @@ def train_organism(
         label=spec.name,
     )
     write_folder(partial, spec.name, corpus, model, _training_record(spec, corpus, model, log, device))
-    for left in (partial / _CHECKPOINT, *partial.glob(".*.part")):  # the latter of runs that were killed
+    for left in (partial / _CHECKPOINT, *partial.glob(".*.part")):  # the latter from killed runs
         left.unlink(missing_ok=True)
     if out.exists():
         shutil.rmtree(out)
@@ -153,26 +153,26 @@ def train_organism(
 
 
 def zoo_corpus(name: str = "pythia-s") -> Corpus:
-    """Return the corpus that a zoo model was trained on, made anew from its recipe.
+    """Return the corpus that a zoo model was trained on, generated again from its recipe.
 
     Args:
         name: A model of the zoo, with or without `zoo/`, or its folder.
 
     Raises:
         ModelNotFoundError: The zoo has no such model.
-        FileFormatError: The model's folder does not tell its recipe.
+        FileFormatError: The model's folder does not contain its recipe.
     """
     folder = Path(name) if Path(name).is_dir() else zoo_path(name)
     return build_corpus(CorpusSpec.from_dict(read_training(folder)["corpus"]["spec"]))
 
 
 def zoo_overview() -> pd.DataFrame:
-    """Return what the zoo has: every recipe, and every model that is here.
+    """Return a table of the zoo: all recipes, and all models on this machine.
 
     Returns:
-        One row a model: `model` ("zoo/pythia-s"), `family`, `parameters`, `status` ("bundled" with the
-        package, "cached" where it was trained on demand, or "recipe": not trained yet), `checkpoints` (of
-        training steps) and `folder` ("" for a recipe).
+        One row per model: `model` ("zoo/pythia-s"), `family`, `parameters`, `status` ("bundled" with the
+        package, "cached" if it was trained on demand, or "recipe" if it is not trained yet), `checkpoints`
+        (number of training steps with weights) and `folder` ("" for a recipe).
 
     >>> table = zoo_overview().set_index("model")
     >>> int(table.at["zoo/pythia-s", "parameters"]), table.at["zoo/pythia-s", "status"]
@@ -203,17 +203,17 @@ def _overview_row(name: str, here: bool) -> dict[str, Any]:
 
 
 def untrained_twin(folder: str | Path, seed: int | None = None) -> PreTrainedModel:
-    """Return a model of a zoo model's shape that never saw a token: the control for claims about training.
+    """Return an untrained model of a zoo model's shape, the control for claims about training.
 
     Args:
-        folder: of the zoo model.
-        seed: of the weights; None: that of the run, which gives the very weights its training began from.
+        folder: Folder of the zoo model.
+        seed: Seed of the weights; by default the run's, which gives the initial weights of its training.
 
     Returns:
         A Hugging Face model in float32, in evaluation mode.
 
     Raises:
-        FileFormatError: the folder is not a zoo model's.
+        FileFormatError: The folder does not belong to a zoo model.
 
     >>> from memlens.models.zoo import zoo_path
     >>> untrained_twin(zoo_path("pythia-s"), seed=1).config.num_hidden_layers
@@ -226,7 +226,7 @@ def untrained_twin(folder: str | Path, seed: int | None = None) -> PreTrainedMod
 
 
 def _check_same(spec: OrganismSpec, out: Path) -> None:
-    """Raise `ResultError` unless `out` holds a finished run of this specification."""
+    """Raise `ResultError` unless `out` contains a finished run of this specification."""
     try:
         found = read_training(out)
         same = {key: found[key]["spec"] for key in ("model", "corpus", "training")} == spec.to_dict()
@@ -234,21 +234,21 @@ def _check_same(spec: OrganismSpec, out: Path) -> None:
         same = False
     if not same:
         raise ResultError(
-            f"{out} holds something else than this run of {spec.name!r}: write elsewhere, or replace it with "
-            "resume=False."
+            f"{out} contains something other than this run of {spec.name!r}: write elsewhere, or replace it "
+            "with resume=False."
         )
 
 
 def _check_snapshots(spec: OrganismSpec, out: Path, steps: Sequence[int] | None) -> None:
-    """Raise `ResultError` unless a finished run kept the weights that are asked for."""
+    """Raise `ResultError` unless a finished run kept the requested weights."""
     if steps is None:
         steps = default_steps(read_training(out)["training"]["n_steps"]) if spec.snapshots else ()
     kept = kept_steps(out)
     lost = [step for step in steps if step not in kept]
     if lost:
         raise ResultError(
-            f"{out} holds this run of {spec.name!r} without its weights of step {lost[0]}: write elsewhere, "
-            "or replace it with resume=False."
+            f"{out} contains this run of {spec.name!r} without its weights of step {lost[0]}: write "
+            "elsewhere, or replace it with resume=False."
         )
 
 

@@ -16,10 +16,8 @@ from typing import Any
 import numpy as np
 
 from memlens.errors import MemlensError, OptionError, check_option
-from memlens.explorer.edits import ABLATION_MODES
-from memlens.explorer.measuring import ExploreOptions, explore_sequences
-from memlens.explorer.page import READING, caption_of
-from memlens.explorer.payload import explorer_payload
+from memlens.explorer.measuring import ABLATION_MODES, ExploreOptions, explore_sequences
+from memlens.explorer.page import READING, caption_of, explorer_payload
 from memlens.instruments.ablate.heads import ablate_heads
 from memlens.instruments.ablate.replacing import MODES
 from memlens.instruments.bypass.bypass import BYPASS_MODES, bypass_attention

@@ -1,4 +1,4 @@
-"""The organisms' own tokenizer: byte-level BPE with single digits, saved as a Hugging Face fast tokenizer."""
+"""The organisms' tokenizer: byte-level BPE with single digits, saved as a Hugging Face fast tokenizer."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ END_OF_TEXT = "<|endoftext|>"
 def train_tokenizer(
     texts: Iterable[str], *, vocab_size: int = 1024, n_ctx: int = 128
 ) -> PreTrainedTokenizerFast:
-    """Learn a byte-level BPE tokenizer.
+    """Train a byte-level BPE tokenizer.
 
-    Each digit is a token of its own, so that sums can be learned. All 256 bytes are in the vocabulary: any
-    text is encoded and decoded back without loss. `<|endoftext|>` is token 0 and stands for every special
-    token, as in Pythia's tokenizer; none is added to a text.
+    Each digit is one token, so that sums can be learned. The vocabulary contains all 256 bytes, so any text
+    is encoded and decoded without loss. `<|endoftext|>` is token 0 and serves as every special token, as in
+    Pythia's tokenizer; none is added to a text.
 
     Args:
-        texts: the documents to learn from.
-        vocab_size: the number of tokens, special and byte tokens included, at least 257.
-        n_ctx: the context length it tells of.
+        texts: The training documents.
+        vocab_size: Number of tokens including special and byte tokens, at least 257.
+        n_ctx: The maximum length that the tokenizer reports.
 
     >>> tokenizer = train_tokenizer(["a tiny lamp, a tiny bell"] * 3, vocab_size=270)
     >>> tokenizer.decode(tokenizer("Ωmega 12").input_ids)
@@ -53,9 +53,9 @@ def train_tokenizer(
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """Read the tokenizer of a checkpoint folder, without a network.
+    """Return the tokenizer of a checkpoint folder, without network access.
 
     Args:
-        folder: where `tokenizer.json` stands.
+        folder: The folder with `tokenizer.json`.
     """
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
