@@ -125,8 +125,7 @@ def _renamed() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("before", "now"), _renamed())
 def test_a_former_name_is_where_the_page_says(before: str, now: str) -> None:
     assert before != now
-    path = re.sub(r"^ml\.", "memlens.", now)
-    parts = path.split(".")
+    parts = re.sub(r"^ml\.", "memlens.", now).split(".")
     value: Any = ml if len(parts) == 2 else resolve_name(".".join(parts[:-1]))
     assert hasattr(value, parts[-1])
 
@@ -155,17 +154,28 @@ def test_only_public_faces_list_their_names() -> None:
 
 
 SMALL = {
+    "instruments": "holds the folders of the instruments",
+    "instruments/noise": "two instruments, noise in the residual and in the prefix, each an idea of its own",
+    "instruments/patch": "pairs of runs, activation patching and path patching",
     "models/zoo": "holds the checkpoints of the zoo; its code is in organisms/training",
+    "organisms": "its corpus and training are folders",
+    "recall/prompts": "three questions about how little of a prompt is enough",
+    "store": "fingerprints, a keyed folder, and a sweep's parts in one",
+    "studies": "holds a folder per study",
+    "studies/localization": "the smallest study",
 }
-"""Folders with fewer than four files, with the reason."""
+"""Folders with fewer than four modules, with the reason."""
+
+LARGE: dict[str, str] = {
+    "forward": "everything that runs a model's blocks; hooks, trunk and blocks each have their own readers",
+}
+"""Folders with more than thirteen modules, with the reason."""
 
 
-def test_folders_hold_four_to_thirteen_files() -> None:
-    """Counted are modules and folders with code, without `__init__.py`."""
-    folders = {path.parent for path in _modules() if path.parent != PACKAGE}
-    for folder in sorted(folders):
+def test_folders_hold_four_to_thirteen_modules() -> None:
+    """Counted without `__init__.py`; the top holds the public faces and is not counted."""
+    for folder in sorted({path.parent for path in _modules() if path.parent != PACKAGE}):
         name = str(folder.relative_to(PACKAGE))
-        held = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
-        held += [path.parent for path in folder.glob("*/__init__.py")]
-        assert len(held) <= 13, f"{name} holds {len(held)}"
-        assert len(held) >= 2 or name in SMALL, f"{name} holds {len(held)}"
+        held = len([path for path in folder.glob("*.py") if path.name != "__init__.py"])
+        assert held >= 4 or name in SMALL, f"{name} holds {held}"
+        assert held <= 13 or name in LARGE, f"{name} holds {held}"
