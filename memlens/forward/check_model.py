@@ -39,7 +39,7 @@ Status = Literal["ok", "failed", "refused", "ignored", "absent", "slow", "not co
 that is not what it is called, so that hooks on it are errors; the rest of the model is right."""
 
 _DISPENSABLE = ("q", "k", "pattern", "mlp_post")
-"""Sites without which a model is still useful: they are refused alone, as `mlp_post` of a mixture of experts is."""
+"""Sites that a model can do without: they are refused alone, as `mlp_post` of a mixture of experts is."""
 
 _ROWS, _LENGTH = 2, 12
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.04, torch.float16: 0.01}
