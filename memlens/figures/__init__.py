@@ -1,4 +1,4 @@
-"""One plotly figure for each kind of labelled array.
+"""One plotly figure for each kind of labeled array.
 
 Every function takes xarray objects (mostly what `Result.mean_ci` returns) and returns a
 `plotly.graph_objects.Figure`; none shows it. `Result.plot` chooses the function by the kind of result.
@@ -7,7 +7,6 @@ Every function takes xarray objects (mostly what `Result.mean_ci` returns) and r
 from __future__ import annotations
 
 from memlens.figures.exploring import heatmap_attention, heatmap_effects, heatmap_lens
-from memlens.figures.frontier import frontier_panels
 from memlens.figures.heatmaps import heatmap_layer_head, heatmap_layer_position, heatmap_paths
 from memlens.figures.labels import MetricText, metric_text, plain, unique_tokens, visible
 from memlens.figures.lines import decoding_panels, dots_with_intervals, line_over_layers
@@ -19,7 +18,7 @@ from memlens.figures.models import (
     sizes,
 )
 from memlens.figures.panels import attribution_panels, recall_panels
-from memlens.figures.scatter import scatter_agreement
+from memlens.figures.scatter import frontier_panels, scatter_agreement
 from memlens.figures.theme import DARK_TEMPLATE, OKABE_ITO, TEMPLATE, dark
 
 __all__ = [

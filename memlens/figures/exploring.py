@@ -1,6 +1,6 @@
 """Maps of one sequence that a reader clicks through: lens, effects of heads and layers, attention of a head.
 
-Places along an axis are named by unique labels (`the_3`), so that hovering tells the token and plotly thins
+Positions along an axis have unique labels (`the_3`), so that hovering shows the token and plotly thins out
 the labels of long sequences by itself.
 """
 
@@ -17,7 +17,7 @@ from memlens.figures.labels import MetricText, metric_text
 
 _FRAME = theme.OKABE_ITO[2]
 BRANCHES = {"mlp": "MLP", "bypass": "bypass"}
-"""What stands to the right of the heads in `heatmap_effects`, and its name on the axis."""
+"""The columns to the right of the heads in `heatmap_effects`, and their names on the axis."""
 
 
 def heatmap_lens(
@@ -28,7 +28,7 @@ def heatmap_lens(
     Args:
         data: `probability` and `rank` `[layer, target]`.
         labels: one unique label a target, escaped (see `unique_tokens`).
-        title: what is shown.
+        title: Title of the figure.
     """
     trace = go.Heatmap(
         z=data["probability"].transpose("layer", "target").values,
@@ -38,7 +38,7 @@ def heatmap_lens(
         zmin=0,
         zmax=1,
         colorscale=theme.magnitude_scale(),
-        colorbar=_bar("probability<br>of the target"),
+        colorbar=theme.color_bar("probability<br>of the target"),
         hovertemplate="layer %{y} · target %{x}<br>probability %{z:.3f}, rank %{customdata}<extra></extra>",
     )
     fig = go.Figure(trace)
@@ -54,30 +54,30 @@ def heatmap_effects(
     *,
     metric: str,
     chosen: tuple[int, int] | None = None,
-    title: str = "What each head and layer gives",
+    title: str = "What each head and layer contributes",
 ) -> go.Figure:
-    """Draw what ablating each head changes, and beside it each layer's MLP and attention bypass.
+    """Draw what ablating each head changes, next to each layer's MLP and attention bypass.
 
     Args:
         heads: `[layer, head]`, intervened minus baseline.
         branches: the same `[layer]`, by the keys of `BRANCHES`.
         metric: what the effects are of.
         chosen: the layer and head that are framed.
-        title: what is shown.
+        title: Title of the figure.
 
     Returns:
-        The figure: heads stand at 0, 1, …, then a gap, then one column a branch (the second
-        trace). Branches have a color scale of their own, as they matter more than any head.
+        The figure: heads at 0, 1, …, then a gap, then one column per branch (the second
+        trace). Branches have their own color scale, because they matter more than any single head.
     """
     text, n = metric_text(metric, heads.assign_attrs(of="effect")), heads.sizes["head"]
     layers = heads["layer"].values
     wide = max(1.0, n / 12)  # a column of a branch stays wide enough to be clicked
     places = [n - 0.5 + wide * (1.5 + i) for i in range(len(BRANCHES))]
-    beside = np.stack([branches[name].values for name in BRANCHES], axis=1)
+    next_to = np.stack([branches[name].values for name in BRANCHES], axis=1)
     fig = go.Figure(
         [
             _signed(heads.transpose("layer", "head").values, range(n), layers, "head %{x}", text, "heads"),
-            _signed(beside, places, layers, "%{customdata}", text, " and ".join(BRANCHES.values())),
+            _signed(next_to, places, layers, "%{customdata}", text, " and ".join(BRANCHES.values())),
         ]
     )
     fig.data[1].update(customdata=[list(BRANCHES.values())] * len(layers), colorbar={"x": 1.14})
@@ -107,7 +107,7 @@ def heatmap_attention(
         weights: `[query, key]`, from 0 to 1; what lies above the diagonal is left blank.
         labels: one unique label a position, escaped.
         boundary: where the continuation starts; lines are drawn before it.
-        title: what is shown.
+        title: Title of the figure.
     """
     z = weights.transpose("query", "key").values.astype(float)
     z[np.triu_indices(len(z), 1)] = np.nan
@@ -118,7 +118,7 @@ def heatmap_attention(
         zmin=0,
         zmax=1,
         colorscale=theme.magnitude_scale(),
-        colorbar=_bar("attention"),
+        colorbar=theme.color_bar("attention"),
         hoverongaps=False,
         hovertemplate="from %{y} to %{x}<br>attention %{z:.3f}<extra></extra>",
     )
@@ -145,18 +145,10 @@ def _signed(
         zmin=-limit,
         zmax=limit,
         colorscale=theme.signed_scale(text.better),
-        colorbar=_bar(f"{title} ({text.unit})" if text.unit else title),
+        colorbar=theme.color_bar(f"{title} ({text.unit})" if text.unit else title),
         hoverongaps=False,
         hovertemplate=f"layer %{{y}} · {place}<br>%{{z:.4g}} {text.unit}<extra></extra>",
     )
-
-
-def _bar(title: str) -> dict[str, object]:
-    return {
-        "title": {"text": title, "side": "right", "font": {"size": 12}},
-        "thickness": 14,
-        "outlinewidth": 0,
-    }
 
 
 def _height(n_layers: int, labels: int) -> int:

@@ -15,7 +15,7 @@ from memlens.figures import theme
 from memlens.figures.labels import MetricText, metric_text, plain, unique_tokens, visible
 
 SIDE_BY_SIDE = 3
-"""Groups that are drawn beside each other; of more, a menu shows one at a time."""
+"""The most groups drawn side by side; with more, a menu shows one at a time."""
 
 
 def heatmap_layer_head(
@@ -29,13 +29,13 @@ def heatmap_layer_head(
     """Draw a map of layer (up) by head, with a menu where there are several metrics.
 
     Args:
-        ci: variables `[statistic, layer, head]`, as from `Result.mean_ci`; a further dimension (a group)
-            gives maps on one color scale: side by side up to `SIDE_BY_SIDE` groups, else one at a time
-            with a menu of groups.
-        metrics: which variables; all by default.
-        signed: red-white-blue around 0, else viridis.
-        title: what is shown.
-        subtitle: on how many sequences, and what sign and color mean.
+        ci: Variables `[statistic, layer, head]`, as from `Result.mean_ci`; with a further dimension (a
+            group) the maps share one color scale: side by side for up to `SIDE_BY_SIDE` groups, else one at a
+            time with a menu.
+        metrics: Variables to draw; all by default.
+        signed: Use red-white-blue around 0, else viridis.
+        title: Title of the figure.
+        subtitle: Number of sequences, and what sign and color mean.
 
     Returns:
         The figure; hovering shows layer, head, mean, interval and number of sequences.
@@ -57,14 +57,14 @@ def heatmap_layer_position(
     """Draw a map of layer (up) by position (right).
 
     Args:
-        ci: variables `[statistic, layer, x]` with intervals, or `[layer, x]` of one sequence.
-        metrics: which variables; all by default.
+        ci: Variables `[statistic, layer, x]` with intervals, or `[layer, x]` of one sequence.
+        metrics: Variables to draw; all by default.
         x: name of the dimension to the right, `position` or `target`.
-        signed: red-white-blue around 0, else viridis.
+        signed: Use red-white-blue around 0, else viridis.
         tokens: the token at each place; shown as labels that are unique and escaped, and on hovering.
         boundary: where the continuation starts; a dashed line is drawn before that position.
-        title: what is shown.
-        subtitle: on how many sequences, and what sign and color mean.
+        title: Title of the figure.
+        subtitle: Number of sequences, and what sign and color mean.
     """
     axis = token_axis(tokens, ci[x].values, x)
     fig = _maps(ci, x, metrics, signed, title, subtitle, axis, tokens=tokens)
@@ -94,14 +94,14 @@ def heatmap_paths(
     """Draw a map of sender (up) by receiver (right), or of other named places.
 
     Args:
-        ci: variables `[statistic, sender, receiver]` with intervals, or `[sender, receiver]` of one sequence;
+        ci: Variables `[statistic, sender, receiver]` with intervals, or `[sender, receiver]` of one sequence;
             both named, such as `L3H2`.
-        metrics: which variables; all by default.
+        metrics: Variables to draw; all by default.
         x: the dimension to the right.
         y: the dimension up.
-        signed: red-white-blue around 0, else viridis.
-        title: what is shown.
-        subtitle: on how many sequences, and what sign and color mean.
+        signed: Use red-white-blue around 0, else viridis.
+        title: Title of the figure.
+        subtitle: Number of sequences, and what sign and color mean.
     """
     axis = token_axis(None, ci[x].values, x.replace("_", " "))
     return _maps(ci, x, metrics, signed, title, subtitle, axis, y=y)
@@ -154,12 +154,7 @@ def heatmap_trace(
 
 
 def _colors(values: np.ndarray, text: MetricText, signed: bool, limit: float | None) -> dict[str, Any]:
-    title = f"{text.label}<br>({text.unit})" if text.unit else text.label
-    bar = {
-        "title": {"text": title, "side": "right", "font": {"size": 12}},
-        "thickness": 14,
-        "outlinewidth": 0,
-    }
+    bar = theme.color_bar(f"{text.label}<br>({text.unit})" if text.unit else text.label)
     if not signed:
         return {"colorscale": theme.magnitude_scale(), "colorbar": bar, "zmax": limit}
     limit = limit or _limit(values, text)
@@ -168,7 +163,7 @@ def _colors(values: np.ndarray, text: MetricText, signed: bool, limit: float | N
 
 
 def _limit(values: np.ndarray, text: MetricText) -> float:
-    """Return where the colors end: at the largest value, or earlier where the metric has a natural end."""
+    """Return the end of the color scale: the largest value, or less where the metric has a natural end."""
     finite = np.abs(values[np.isfinite(values)])
     largest = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
     return min(largest, text.whole) if text.whole else largest

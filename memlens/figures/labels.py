@@ -29,7 +29,7 @@ class MetricText:
     Attributes:
         label: its name in words.
         unit: `nats`, `tokens`, …; empty for a plain number.
-        better: 1 where a higher value means better recall, -1 where a lower one does, 0 where unknown.
+        better: 1 if a higher value means better recall, -1 if a lower one does, 0 if unknown.
         whole: the size at which a map's colors end, for a ratio with wild tails; 0 for the largest value.
     """
 
@@ -137,7 +137,7 @@ def _visible_letter(letter: str) -> str:
 
 
 def unique_tokens(tokens: Sequence[str], places: Iterable[int] | None = None) -> list[str]:
-    """Return one label a position, unique by its number (0, 1, … unless given), escaped for plotly.
+    """Return one label per position, unique by its number (0, 1, … unless given), escaped for plotly.
 
     >>> unique_tokens([" the", "<b>", " the"])
     ['·the_0', '&lt;b&gt;_1', '·the_2']

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -24,16 +23,16 @@ def line_over_layers(
     title: str = "Each layer in turn",
     subtitle: str = "",
 ) -> go.Figure:
-    """Draw the mean over layers (or another dimension) with its interval as a band, one line a group.
+    """Draw the mean over layers (or another dimension) with its interval as a band, one line per group.
 
     Args:
-        ci: variables `[statistic, layer]`, or with one more dimension for groups.
+        ci: Variables `[statistic, layer]`, or with one more dimension for groups.
         baseline: the same variables without `layer`; drawn as dashed lines.
-        metrics: which variables; all by default. Several give a menu.
+        metrics: Variables to draw; all by default. Several give a menu.
         x: name of the dimension to the right.
         x_title: what it is called; its name by default.
-        title: what is shown.
-        subtitle: on how many sequences.
+        title: Title of the figure.
+        subtitle: Number of sequences.
     """
     names = [str(name) for name in (metrics if metrics is not None else ci.data_vars)]
     texts = [metric_text(name, ci[name]) for name in names]
@@ -60,13 +59,13 @@ def line_over_layers(
 def decoding_panels(
     ci: xr.Dataset, *, title: str = "What each layer would predict", subtitle: str = ""
 ) -> go.Figure:
-    """Draw the target's probability (above) and rank (below, 1 at the top) over layers, one line a group.
+    """Draw the target's probability (above) and rank (below, 1 at the top) over layers, one line per group.
 
     Args:
         ci: `probability` and `rank`, each `[statistic, layer]` or with a group; `rank` counts from 1 and is
             drawn on a logarithmic axis.
-        title: what is shown.
-        subtitle: on how many sequences.
+        title: Title of the figure.
+        subtitle: Number of sequences.
     """
     fig = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06)
     texts = (MetricText("probability", "", 1), MetricText("rank", "1 = top", -1))
@@ -93,12 +92,12 @@ def dots_with_intervals(
     """Draw a dot with its interval for each intervention, sorted by the mean.
 
     Args:
-        ci: variables `[statistic, dim]`, or with one more dimension for groups.
-        metrics: which variables; all by default. Several give a menu.
+        ci: Variables `[statistic, dim]`, or with one more dimension for groups.
+        metrics: Variables to draw; all by default. Several give a menu.
         dim: the dimension whose entries become rows.
-        most: how many rows are drawn; of more, those farthest from 0 are kept and the subtitle says so.
-        title: what is shown.
-        subtitle: on how many sequences, and what the sign means.
+        most: The most rows to draw; the ones farthest from 0 are kept and the subtitle says so.
+        title: Title of the figure.
+        subtitle: Number of sequences, and what the sign means.
     """
     names = [str(name) for name in (metrics if metrics is not None else ci.data_vars)]
     texts = [metric_text(name, ci[name]) for name in names]
@@ -164,7 +163,7 @@ def _baseline_traces(array: xr.DataArray, layers: np.ndarray) -> list[go.Scatter
 
 
 def _by_group(array: xr.DataArray, x: str) -> list[tuple[xr.DataArray, str | None, str]]:
-    """Split `array` by the dimension that is neither `statistic` nor `x`, with a label and a colour each."""
+    """Split `array` by the dimension that is neither `statistic` nor `x`, with a label and a color each."""
     group = next((str(dim) for dim in array.dims if dim not in ("statistic", x)), None)
     if group is None:
         return [(array, None, theme.OKABE_ITO[0])]
@@ -198,13 +197,12 @@ def _dot_traces(rows: xr.DataArray, dim: str, text: MetricText) -> list[go.Scatt
     traces = []
     for part, label, color in _by_group(rows, dim):
         mean, low, high = (part.sel(statistic=name).values for name in ("mean", "low", "high"))
-        error: dict[str, Any] = {"type": "data", "symmetric": False, "array": high - mean}
         traces.append(
             go.Scatter(
                 x=mean, y=[plain(value) for value in part[dim].values], mode="markers",
                 name=label or text.label,
                 marker={"color": color, "size": 8}, showlegend=label is not None,
-                error_x={**error, "arrayminus": mean - low, "color": color, "thickness": 1.5},
+                error_x=theme.error_bars(mean, low, high, color),
                 customdata=np.stack([low, high, _counts(part, dim)], -1),
                 hovertemplate=_hover(label, "%{y}", "x", text),
             )

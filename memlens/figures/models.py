@@ -1,7 +1,7 @@
-"""Many models in one figure: rates against size, curves by family, shares, and how alike models are.
+"""Many models in one figure: rates against size, curves by family, shares, and similarity between models.
 
-The arguments are tidy tables, one row a point, with the columns `model` and `family` where colors and panels
-are made of them. As everywhere, the figure is returned and not shown.
+The arguments are tidy tables with one row per point, and columns `model` and `family` where these determine
+colors or panels. The figure is returned, not shown.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _DASHES = ("solid", "dot", "dash", "dashdot")
 
 
 def sizes(frame: pd.DataFrame, *, title: str = "Recall and size", subtitle: str = "") -> go.Figure:
-    """Draw the rate (up) against the number of parameters (right, logarithmic), one line a family.
+    """Draw the rate (up) against the number of parameters (right, logarithmic), one line per family.
 
     Args:
         frame: Columns `model`, `family`, `n_params`, `rate`, `low`, `high`.
-        title: What is shown.
-        subtitle: On how many sequences.
+        title: Title of the figure.
+        subtitle: Number of sequences.
     """
     _check(frame, ("model", "family", "n_params", "rate", "low", "high"))
     fig = go.Figure()
@@ -40,7 +40,7 @@ def sizes(frame: pd.DataFrame, *, title: str = "Recall and size", subtitle: str 
             go.Scatter(
                 x=part["n_params"], y=part["rate"], name=plain(family), mode="lines+markers", showlegend=True,
                 line={"color": color, "width": 2}, marker={"size": 8},
-                error_y=_bars(part["rate"], part["low"], part["high"], color),
+                error_y=_bars(part, "rate", color),
                 text=[plain(name) for name in part["model"]],
                 **_row(part, "%{text}<br>%{x:.3s} parameters<br>rate %{y:.4g}"),
             )
@@ -62,23 +62,23 @@ def curves_by_family(
     title: str = "",
     subtitle: str = "",
 ) -> go.Figure:
-    """Draw one panel a family and one line a model, with its interval as a band.
+    """Draw one panel per family and one line per model, with its interval as a band.
 
-    The legend names places in a family, not models; pointing at a line tells its model. A family alone has
-    its models in the legend.
+    The legend names ranks within a family, not models; hovering over a line shows its model. With a single
+    family, the legend shows its models.
 
     Args:
         frame: Columns `model`, `family`, `x`, `mean`, and where there are intervals `low` and `high`; the
-            models of a family stand in an order, smallest first.
+            models of a family are in order, smallest first.
         x: The column to the right.
-        dash: A column whose values are drawn as solid, dotted, dashed lines (say memorized and control), and
-            in colors of their own where each family has one model.
-        x_title: What `x` is called.
+        dash: A column whose values are drawn as solid, dotted or dashed lines (such as memorized and
+            control), and in different colors where each family has one model.
+        x_title: Title of the x axis.
         y_title: What `mean` is.
-        log_x: A logarithmic axis; points at 0 are left out.
-        order: What the models of a family are in order of, for the legend: "1st in size".
-        title: What is shown.
-        subtitle: On how many sequences.
+        log_x: Use a logarithmic x axis; points at 0 are left out.
+        order: What the models of a family are ordered by, for the legend: "1st in size".
+        title: Title of the figure.
+        subtitle: Number of sequences.
     """
     _check(frame, ("model", "family", x, "mean", *([dash] if dash else [])))
     frame = frame.assign(family=frame["family"].astype(str), model=frame["model"].astype(str))
@@ -161,7 +161,7 @@ def _line(part: pd.DataFrame, x: str, label: str, color: str, style: str) -> lis
 
 
 def _row(part: pd.DataFrame, text: str) -> dict[str, Any]:
-    """Return what hovering tells: `text`, then interval and number of sequences where known."""
+    """Return the hover text: `text`, then interval and number of sequences where known."""
     values: list[np.ndarray] = []
     if {"low", "high"} <= set(part) and np.isfinite(part["low"]).any():
         values += [part["low"].to_numpy(), part["high"].to_numpy()]
@@ -175,14 +175,14 @@ def _row(part: pd.DataFrame, text: str) -> dict[str, Any]:
 def shares_by_model(
     frame: pd.DataFrame, part: str, value: str = "share", *, title: str = "", subtitle: str = ""
 ) -> go.Figure:
-    """Draw one bar a model, made of the shares of its parts.
+    """Draw one bar per model, divided into the shares of its parts.
 
     Args:
         frame: Columns `model`, `part`, `value`; the parts of a model add up to 1.
         part: The column that says which part.
         value: The column of shares.
-        title: What is shown.
-        subtitle: On how many sequences.
+        title: Title of the figure.
+        subtitle: Number of sequences.
     """
     _check(frame, ("model", part, value))
     parts = list(dict.fromkeys(frame[part].astype(str)))
@@ -213,12 +213,12 @@ def model_dots(
     """Draw a dot with its interval for each model, in its family's color.
 
     Args:
-        frame: Columns `model`, `family`, `mean`, `low`, `high`; a model may have several rows, which a column
-            `kind` tells apart.
+        frame: Columns `model`, `family`, `mean`, `low`, `high`; a model may have several rows, distinguished
+            by a column `kind`.
         x_title: What `mean` is.
-        reference: A column drawn as a gray mark beside each dot, say what chance gives.
-        title: What is shown.
-        subtitle: On how many sequences.
+        reference: A column drawn as a gray mark next to each dot, such as the value expected by chance.
+        title: Title of the figure.
+        subtitle: Number of sequences.
     """
     _check(frame, ("model", "family", "mean", "low", "high", *([reference] if reference else [])))
     labels = [
@@ -236,7 +236,7 @@ def model_dots(
             go.Scatter(
                 x=part["mean"], y=[label for label, own in zip(labels, here, strict=True) if own],
                 mode="markers", name=plain(family), showlegend=True, marker={"color": color, "size": 9},
-                error_x=_bars(part["mean"], part["low"], part["high"], color),
+                error_x=_bars(part, "mean", color),
                 **_row(part, "%{y}<br>%{x:.4g}"),
             )
         )  # fmt: skip
@@ -259,21 +259,23 @@ def similarity_map(
     merges: Float[np.ndarray, "merge 4"],
     order: Sequence[int],
     *,
-    title: str = "How alike models are",
+    title: str = "Similarity between models",
     subtitle: str = "",
 ) -> go.Figure:
-    """Draw the similarity of all pairs as a map, in the order of the clustering that stands above it.
+    """Draw the similarity of all pairs as a map, in the order of the clustering drawn above it.
 
     Args:
-        similarity: Of all pairs.
-        labels: Of the models.
-        merges: A clustering of them in scipy's form; its heights are distances.
-        order: Of its leaves.
-        title: What is shown.
+        similarity: Similarity of every pair.
+        labels: Names of the models.
+        merges: Their clustering in scipy's format; its heights are distances.
+        order: Order of the leaves.
+        title: Title of the figure.
         subtitle: What similarity is.
     """
     if similarity.shape != (len(labels), len(labels)):
-        raise ResultError(f"{len(labels)} labels for a map of shape {similarity.shape}: give one each.")
+        raise ResultError(
+            f"{len(labels)} labels do not fit a map of shape {similarity.shape}: give one label per row."
+        )
     fig = make_subplots(2, 1, row_heights=[0.25, 0.75], vertical_spacing=0.02, shared_xaxes=True)
     for xs, ys in _branches(merges, order):
         fig.add_trace(
@@ -306,7 +308,7 @@ def similarity_map(
 def _branches(
     merges: Float[np.ndarray, "merge 4"], order: Sequence[int]
 ) -> list[tuple[list[float], list[float]]]:
-    """Return the lines of a dendrogram whose leaves stand at 0, 1, … in the given order."""
+    """Return the lines of a dendrogram whose leaves are at 0, 1, … in the given order."""
     n = len(order)
     places: dict[int, tuple[float, float]] = {leaf: (float(i), 0.0) for i, leaf in enumerate(order)}
     lines = []
@@ -317,15 +319,12 @@ def _branches(
     return lines
 
 
-def _bars(mean: Any, low: Any, high: Any, color: str) -> dict[str, Any]:
-    return {
-        "type": "data", "symmetric": False, "array": high - mean, "arrayminus": mean - low,
-        "color": theme.translucent(color, 0.6), "thickness": 1.5,
-    }  # fmt: skip
+def _bars(part: pd.DataFrame, mean: str, color: str) -> dict[str, Any]:
+    return theme.error_bars(part[mean], part["low"], part["high"], theme.translucent(color, 0.6))
 
 
 def _check(frame: pd.DataFrame, columns: Sequence[str]) -> None:
     missing = [name for name in columns if name not in frame]
     if missing or frame.empty:
         what = f"lacks the columns {', '.join(missing)}" if missing else "has no rows"
-        raise ResultError(f"the table to draw {what}: give {', '.join(columns)}.")
+        raise ResultError(f"the table to draw {what}: it needs {', '.join(columns)}.")

@@ -18,13 +18,13 @@ from memlens.figures.lines import line_traces
 def attribution_panels(
     ci: xr.Dataset, *, title: str = "What writes the target's logit", subtitle: str = ""
 ) -> go.Figure:
-    """Draw the heads' direct effects as a map and the layers' attention and MLP as bars beside it.
+    """Draw the heads' direct effects as a map, and the layers' attention and MLP as bars next to it.
 
     Args:
-        ci: `head_logit` `[statistic, layer, head]` (may be missing) and `attn`, `mlp` `[statistic, layer]`,
+        ci: `head_logit` `[statistic, layer, head]` (optional) and `attn`, `mlp` `[statistic, layer]`,
             in logits; positive pushes toward the target.
-        title: what is shown.
-        subtitle: on how many sequences.
+        title: Title of the figure.
+        subtitle: Number of sequences.
     """
     maps = [str(name) for name, array in ci.data_vars.items() if "head" in array.dims]
     widths = [0.56, 0.44] if maps else [1.0]
@@ -81,11 +81,11 @@ def recall_panels(
     """Draw recall rates against a group such as the number of copies, and the histogram of one metric.
 
     Args:
-        values: one value a sequence, for the histogram.
-        ci: variables `[statistic, group]` in the unit of shares; None leaves the histogram alone.
+        values: one value per sequence, for the histogram.
+        ci: Variables `[statistic, group]` that are shares; None draws the histogram only.
         metrics: which variables of `ci`; all by default.
-        title: what is shown.
-        subtitle: on how many sequences.
+        title: Title of the figure.
+        subtitle: Number of sequences.
     """
     text = metric_text(str(values.name), values)
     fig = make_subplots(1, 2 if ci is not None else 1, horizontal_spacing=0.12)

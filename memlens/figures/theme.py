@@ -1,10 +1,10 @@
-"""The one look of all figures, and the conventions that every reader can rely on.
+"""The style of all figures and the conventions that they follow.
 
-Layers run up in maps and to the right in curves. Signed values use red-white-blue around 0, where red always
-means that recall was harmed and blue that it was helped (the scale is turned for metrics where less is
-better). Magnitudes use viridis. Groups use the colors of Okabe and Ito (2008), which people with any of the
-usual color vision deficiencies can tell apart (gray stands for their black, which a dark page would hide), or
-steps of viridis where the groups are numbers.
+Layers run up in maps and to the right in curves. Signed values use red-white-blue around 0. Red means that
+recall was harmed and blue that it was helped (the scale is reversed for metrics where lower is better); for a
+metric without a direction red means lower. Magnitudes use viridis. Groups use the colors of Okabe and Ito
+(2008), which people with common color vision deficiencies can tell apart (gray replaces their black, which
+would be invisible on a dark page), or steps of viridis where the groups are numbers.
 """
 
 from __future__ import annotations
@@ -108,6 +108,20 @@ def translucent(color: str, alpha: float = 0.18) -> str:
     return f"rgba({red:.0f},{green:.0f},{blue:.0f},{alpha})"
 
 
+def error_bars(mean: Any, low: Any, high: Any, color: str, thickness: float = 1.5) -> dict[str, Any]:
+    """Return error bars from a mean to both ends of its interval."""
+    return {
+        "type": "data", "symmetric": False, "array": high - mean, "arrayminus": mean - low,
+        "color": color, "thickness": thickness,
+    }  # fmt: skip
+
+
+def color_bar(title: str) -> dict[str, Any]:
+    """Return a color bar with its title alongside."""
+    text = {"text": title, "side": "right", "font": {"size": 12}}
+    return {"title": text, "thickness": 14, "outlinewidth": 0}
+
+
 def tick_step(count: int, most: int = 16) -> int:
     """Return a step (1, 2, 4, 5, 8, 10, 16, …) that leaves at most `most` ticks.
 
@@ -132,7 +146,7 @@ def dropdown(
 
     Args:
         fig: the figure; traces of the first metric are left visible.
-        names: what the menu shows, one entry a metric.
+        names: what the menu shows, one entry per metric.
         owners: for each trace the number of its metric; -1 for those that always show.
         layout: layout keys (such as `yaxis.title.text`) with what they become for each metric.
     """
@@ -155,12 +169,12 @@ def dropdown(
 def group_menu(fig: go.Figure, names: Sequence[str], owners: Sequence[int]) -> None:
     """Add a menu, to the right, that shows the maps of one group at a time; it goes with `dropdown`.
 
-    What another group has is drawn without opacity and does not answer the mouse, so that which metric is
-    visible stays with the other menu.
+    Maps of other groups are drawn fully transparent and without hover text, so that the other menu keeps
+    control of which metric is visible.
 
     Args:
         fig: the figure; maps of the first group are left to be seen.
-        names: what the menu shows, one entry a group.
+        names: what the menu shows, one entry per group.
         owners: for each trace the number of its group.
     """
     templates = [str(trace.hovertemplate) for trace in cast("Iterable[Any]", fig.select_traces())]
@@ -197,7 +211,7 @@ def _add_menu(fig: go.Figure, buttons: Sequence[Mapping[str, Any]], place: Mappi
 
 
 def dark(fig: go.Figure) -> go.Figure:
-    """Return a copy of a figure for a dark page; colors of data stay as they are.
+    """Return a copy of a figure for a dark page; the colors of data are unchanged.
 
     Example:
         >>> from memlens.figures import dark, decoding_panels

@@ -1,4 +1,4 @@
-"""Several results as one, with the group as a coordinate; and half of a result."""
+"""Several results joined into one, with the group as a coordinate; and half of a result."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from memlens.results.statistics.intervals import halves
 def join_groups(results: Mapping[str, Result]) -> Result:
     """Join results of one kind along `sequence`, with a coordinate `group` that holds their names.
 
-    The facts of the model and the settings are the first result's. An id that stands in several groups gets
-    the group's name as a suffix in the later ones.
+    The attributes (model and settings) are those of the first result. An id that occurs in several
+    groups gets the group's name as a suffix in the later ones.
 
     Args:
-        results: Name of the group to result, say `{"memorized": a, "control": b}`.
+        results: Name of the group to result, such as `{"memorized": a, "control": b}`.
 
     Returns:
-        One result; ``result.plot(group="group")`` draws the groups beside each other.
+        One result; ``result.plot(group="group")`` draws the groups side by side.
 
     Raises:
-        ResultError: When the results are of different kinds, or there are none.
+        ResultError: The results are of different kinds, or there are none.
 
     Example:
         >>> data = xr.Dataset({"exact_match": ("sequence", [1.0, 0.0])}, {"sequence": ["a", "b"]})
@@ -35,7 +35,7 @@ def join_groups(results: Mapping[str, Result]) -> Result:
     """
     kinds = {result.kind for result in results.values()}
     if len(kinds) != 1:
-        raise ResultError(f"groups can be joined for results of one kind, not {sorted(kinds)}.")
+        raise ResultError(f"only results of one kind can be joined, not {sorted(kinds)}.")
     seen: set[str] = set()
     parts: list[xr.Dataset] = []
     for name, result in results.items():
@@ -59,8 +59,8 @@ def take_half(result: Result, part: int, seed: int, *, within: str | None = None
     Args:
         result: Any result.
         part: 0 (to choose on) or 1 (to score on).
-        seed: Of the halves.
-        within: A coordinate along `sequence`, such as "task": each of its groups is cut in two.
+        seed: Seed of the split.
+        within: A coordinate along `sequence`, such as "task": each of its groups is split in two.
     """
     if within is None:
         rows = halves(result.data.sizes["sequence"], seed)[part]
@@ -84,11 +84,11 @@ def quartiles(n_layers: int, parts: int = 4) -> list[list[int]]:
 
 
 def by_part(result: Result, parts: int = 4) -> Result:
-    """Average a result over the layers of each part of depth; a part's number, from 1 on, stands as `layer`.
+    """Average a result over the layers of each part of depth; `layer` becomes the part's number, from 1.
 
     Args:
-        result: With the dimension `layer`, which runs over all layers.
-        parts: In how many parts depth is cut; parts without a layer are left out.
+        result: A result whose dimension `layer` covers all layers.
+        parts: Number of parts of depth; parts without a layer are left out.
     """
     data = result.data
     cut = quartiles(data.sizes["layer"], parts)
@@ -101,7 +101,7 @@ def by_part(result: Result, parts: int = 4) -> Result:
 
 
 def layers_label(layers: Iterable[int]) -> str:
-    """Return what a set of layers is called, as `memlens generate --bypass` takes it.
+    """Return the label of a set of layers, in the form that `memlens generate --bypass` accepts.
 
     >>> layers_label([0, 2, 3, 4]), layers_label([5])
     ('0,2-4', '5')

@@ -48,7 +48,7 @@ class Kind:
 KINDS = Registry[Kind](
     "kind of result",
     modules=[
-        "memlens.results.statistics.frontier", "memlens.sweeps.run", "memlens.recall",
+        "memlens.results.statistics.tradeoff", "memlens.sweeps.run", "memlens.recall",
         "memlens.instruments", "memlens.studies",
     ],
 )  # fmt: skip

@@ -1,9 +1,9 @@
 """Readings: what a result of each kind says, in plain words with its numbers.
 
 Each function takes a result and the metric asked for (None for the first) and returns a few sentences. They
-describe numbers and test nothing: an interval is given wherever three or more sequences allow one, the
-largest of many sites is called that, and controls stand beside what they control for. A metric's direction
-decides between "harms" and "changes".
+describe numbers and test nothing: an interval is given wherever three or more sequences allow one, the most
+extreme of many sites is named as such, and controls are given next to what they control for. A metric's
+direction decides between "harms" and "changes".
 """
 
 from __future__ import annotations

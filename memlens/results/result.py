@@ -1,4 +1,4 @@
-"""`Result`: what every analysis returns."""
+"""`Result`: the labeled array that every analysis returns."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _COMPANIONS = (*_REFERENCES, "_clean")
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A labelled array: one value per sequence and site, with everything needed to tell how it was made.
+    """A labeled array: one value per sequence and site, with a record of how it was made.
 
     Attributes:
-        data: variables named by metric, with dimensions out of `sequence, layer, head, neuron, position,
+        data: Variables named by metric, with dimensions among `sequence, layer, head, neuron, position,
             target, stream, intervention`. The coordinate `sequence` holds the ids; other coordinates along
-            `sequence` (`domain`, `copies`, …) serve as groups. `data.attrs` holds `kind`, the facts of the
-            model, `seed`, `created`, and `settings` (a JSON string of every parameter). Where something was
-            changed in the model, the variable `<metric>_baseline` stands beside `<metric>`.
+            `sequence` (`domain`, `copies`, …) can be used as groups. `data.attrs` holds `kind`, the facts of
+            the model, `seed`, `created`, and `settings` (a JSON string of every parameter). Where the model
+            was changed, `<metric>_baseline` accompanies `<metric>`.
 
     Raises:
-        ResultError: when `data` has no `sequence` dimension, no variable, or no `kind`.
+        ResultError: When `data` has no `sequence` dimension, no variable, or no `kind`.
 
     Example:
         >>> data = xr.Dataset({"exact_match": ("sequence", [1.0, 0.0, 1.0])}, {"sequence": ["a", "b", "c"]})
@@ -69,13 +69,13 @@ class Result:
         settings: Mapping[str, Any] | None = None,
         **facts: str | int | float | bool | None,
     ) -> Result:
-        """Return a result from arrays, with its attributes written in the agreed form.
+        """Return a result from arrays, with its attributes in the standard form.
 
         Args:
-            data: the arrays; not changed.
-            kind: the name of the analysis.
-            settings: every parameter, as JSON types; kept as the attribute `settings`.
-            facts: what `memlens.models.provenance.describe` gives, `seed`, and the like.
+            data: The arrays; not modified.
+            kind: Name of the kind, such as "head_ablation".
+            settings: Every parameter, as JSON types; stored as the attribute `settings`.
+            facts: Facts of the model (`memlens.models.provenance.describe`), `seed` and the like.
         """
         fixed = {
             "kind": kind,
@@ -97,7 +97,7 @@ class Result:
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the numeric variables, without the baselines that stand beside them."""
+        """Names of the numeric variables, without their baselines."""
         names = [str(name) for name, array in self.data.data_vars.items() if array.dtype.kind in "biuf"]
         return [name for name in names if not self._is_companion(name)]
 
@@ -119,7 +119,7 @@ class Result:
         for tail in _REFERENCES:
             if metric + tail in self.data:
                 return self.data[metric + tail]
-        raise ResultError(f"{metric!r} of this {self.kind} result has no baseline: effects need one.")
+        raise ResultError(f"{metric!r} of this {self.kind} result has no baseline: an effect needs one.")
 
     def effect(self, metric: str) -> xr.DataArray:
         """Return intervened minus baseline, each sequence against itself, in the metric's unit.
@@ -129,7 +129,7 @@ class Result:
         the corrupt run, so that a positive effect means that recall was restored.
 
         Raises:
-            ResultError: when the result has no such metric, or no baseline of it.
+            ResultError: When the result has no such metric, or no baseline of it.
         """
         difference = self[metric].astype(float) - self.baseline(metric).astype(float)
         attrs = {**self[metric].attrs, "of": "effect"}
@@ -158,20 +158,20 @@ class Result:
                 each sequence first, because only sequences are independent.
             metric: one name or several; all metrics by default.
             of: `"value"`, or `"effect"` for the paired difference to the baseline.
-            group: a coordinate along `sequence`; means are then taken in each group, on a dimension of that
-                name.
-            level: coverage of the interval.
+            group: a coordinate along `sequence`; means are then taken within each group, along a
+                dimension of that name.
+            level: Coverage of the interval.
             method: see `memlens.results.mean_interval`.
-            n_resamples: resamples of the bootstrap.
-            seed: seed of the bootstrap.
+            n_resamples: Resamples of the bootstrap.
+            seed: Seed of the bootstrap.
 
         Returns:
             A dataset with a dimension `statistic` (`mean`, `low`, `high`) and, for each metric, a coordinate
             `n_<metric>` that counts the sequences behind each mean.
 
         Raises:
-            OptionError: for an unknown option, or when `dim` lacks `sequence`.
-            ResultError: for an unknown metric, or effects without a baseline.
+            OptionError: For an unknown option, or when `dim` lacks `sequence`.
+            ResultError: For an unknown metric, or effects without a baseline.
 
         Example:
             >>> data = xr.Dataset(
@@ -205,7 +205,7 @@ class Result:
             return [name for name in self.metrics if "sequence" in self.data[name].dims]
         names = [name for name in self.metrics if any(name + tail in self.data for tail in _REFERENCES)]
         if not names:
-            raise ResultError(f"no metric of this {self.kind} result has a baseline: effects need one.")
+            raise ResultError(f"no metric of this {self.kind} result has a baseline: an effect needs one.")
         return names
 
     def _grouped(self, array: xr.DataArray, group: str, options: dict[str, Any]) -> xr.DataArray:
@@ -216,21 +216,24 @@ class Result:
         return xr.concat(parts, dim=pd.Index(list(rows), name=group), combine_attrs="override", coords=["n"])
 
     def plot(self, metric: str | None = None, **options: Any) -> go.Figure:
-        """Return the figure of this kind of result; it is not shown. Options: see `memlens.figures`."""
+        """Return the figure of this kind of result; it is not shown.
+
+        Options are the fields of `memlens.results.plots.selection.Selection`.
+        """
         from memlens.results.kinds import plot_result
 
         return plot_result(self, metric, **options)
 
     def save(self, path: str | Path) -> Path:
-        """Write a netCDF file, whole or not at all; `memlens.load_result` reads it back exactly."""
+        """Write a netCDF file atomically; `memlens.load_result` reads it back exactly."""
         from memlens.results.storage import save_dataset
 
         return save_dataset(self.data, path)
 
     def to_parquet(self, path: str | Path) -> Path:
-        """Write `to_frame()` to a parquet file, whole or not at all; settings stand in the frame's `attrs`.
+        """Write `to_frame()` to a parquet file, whole or not at all; settings are in the frame's `attrs`.
 
-        For other programs; `save` keeps labels and dimensions, and is what `memlens.load_result` reads.
+        For other programs. `save` keeps labels and dimensions, and `memlens.load_result` reads its files.
 
         Example:
             >>> import memlens as ml, pandas as pd, tempfile

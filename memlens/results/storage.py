@@ -1,9 +1,9 @@
-"""Results as netCDF files: written whole or not at all, read back exactly.
+"""Results as netCDF files: written atomically, read back exactly.
 
 The file is plain netCDF-4 (HDF5), so that xarray, R, Julia or `ncdump` read it without memlens. What netCDF
-cannot hold as such is encoded beside a mark that says so: attributes also stand as one JSON string
-(`memlens_attrs`), strings that hold a NUL and object arrays of mixed types as JSON values, half precision as
-single. Numeric arrays carry a checksum (Fletcher-32), so that a damaged file is noticed.
+cannot hold directly is encoded and marked: attributes also as one JSON string (`memlens_attrs`), strings with
+a NUL and object arrays of mixed types as JSON values, half precision as single. Numeric arrays carry a
+checksum (Fletcher-32), so that a damaged file is detected.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def load_result(path: str | Path) -> Result:
     """Read a result that `Result.save` wrote.
 
     Args:
-        path: a netCDF file.
+        path: A netCDF file.
 
     Returns:
         The result, equal to what was saved in values, dtypes, coordinates and attributes.
 
     Raises:
-        ResultError: when there is no such file, it is damaged, or memlens did not write it.
+        ResultError: When there is no such file, it is damaged, or memlens did not write it.
 
     Example:
         >>> import tempfile

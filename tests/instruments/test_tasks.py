@@ -354,5 +354,5 @@ def test_nothing_to_lose_has_no_relative_drop(made_up: ml.Result) -> None:
 def test_summary_of_something_else_is_refused(made_up: ml.Result) -> None:
     with pytest.raises(OptionError, match="level=2"):
         ml.tasks.task_summary(made_up, level=2)
-    with pytest.raises(ResultError, match="sweep result is no evaluation of tasks"):
+    with pytest.raises(ResultError, match="sweep result is not an evaluation of tasks"):
         ml.tasks.task_summary(ml.Result(made_up.data.assign_attrs(kind="sweep")))

@@ -96,7 +96,7 @@ def test_refusals() -> None:
         roc_area([1, 2], [True, False], method="exact")
     with pytest.raises(OptionError, match="level=95"):
         roc_area([1, 2], [True, False], level=95)
-    with pytest.raises(ResultError, match="give one each"):
+    with pytest.raises(ResultError, match="give one label per score"):
         roc_area([1, 2], [True])
-    with pytest.raises(ResultError, match="give one label each"):
+    with pytest.raises(ResultError, match="give one label per decision"):
         agreement([True], [True, False])

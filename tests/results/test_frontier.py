@@ -8,8 +8,8 @@ import pytest
 import memlens as ml
 from memlens.errors import EmptySetError, OptionError, ResultError
 from memlens.results.groups import by_part
-from memlens.results.statistics.frontier import ALL_TASKS, join_frontier
 from memlens.results.statistics.tasks import MEASURES, task_summary
+from memlens.results.statistics.tradeoff import ALL_TASKS, join_frontier
 from tests.results.test_tradeoff import recall_result, task_result
 
 RIGHT = {
@@ -63,10 +63,10 @@ def test_sets_of_layers_stand_at_their_mean_depth(pair: tuple[ml.Result, ml.Resu
     assert found["depth"].values.tolist() == [0.0, 0.5, 0.75]
     assert found["size"].values.tolist() == [1, 2, 2]
     odd = ml.Result(recall.data.assign_coords(layers=["x", "0,2", "1-2"]))
-    with pytest.raises(ResultError, match="other layers"):
+    with pytest.raises(ResultError, match="have different layers"):
         join_frontier({"a": (odd, accuracy)})
     named = tuple(ml.Result(p.data.assign_coords(layers=["x", "0", "1"])) for p in (recall, accuracy))
-    with pytest.raises(ResultError, match="names no layers"):
+    with pytest.raises(ResultError, match="does not name layers"):
         join_frontier({"a": named})  # pyright: ignore[reportArgumentType]
     with pytest.raises(EmptySetError):
         join_frontier({})

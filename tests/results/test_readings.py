@@ -11,7 +11,7 @@ import xarray as xr
 from memlens.results.groups import join_groups
 from memlens.results.kinds import reading
 from memlens.results.result import Result
-from memlens.results.statistics.frontier import join_frontier
+from memlens.results.statistics.tradeoff import join_frontier
 from tests.results.test_tradeoff import recall_result, task_result
 
 N = 4

@@ -101,7 +101,7 @@ def test_a_task_at_chance_is_left_out(results: tuple[ml.Result, ml.Result]) -> N
     assert tasks_above_chance(results[1]) == ["two-way", "open"]
     data = results[1].data
     guessed = ml.Result(data.isel(sequence=data["task"].values == "guessed"))
-    with pytest.raises(ResultError, match="not surely above chance on any task"):
+    with pytest.raises(ResultError, match="not significantly above chance on any task"):
         ml.tasks.edit_tradeoff(results[0], guessed)
 
 
@@ -124,7 +124,7 @@ def test_a_task_of_no_hits_and_one_of_few_are_left_out() -> None:
 
 def test_what_does_not_fit_is_refused(results: tuple[ml.Result, ml.Result]) -> None:
     recall, accuracy = results
-    with pytest.raises(ResultError, match="other interventions"):
+    with pytest.raises(ResultError, match="different interventions"):
         ml.tasks.edit_tradeoff(ml.Result(recall.data.isel(layer=slice(0, 2))), accuracy)
     with pytest.raises(OptionError, match="over"):
         ml.tasks.edit_tradeoff(recall, accuracy, over="median")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @takes(of=None, group=None)
 def plot_bypass(result: Result, s: Selection) -> go.Figure:
-    """Draw curves over layers, one a strength where there are several; a map where heads are told apart."""
+    """Draw curves over layers, one per strength where there are several; a map where heads differ."""
     from memlens import figures
 
     if with_dims(result, "layer", "head"):
@@ -37,9 +37,9 @@ def plot_bypass(result: Result, s: Selection) -> go.Figure:
 
 @takes(of="value", group=None)
 def plot_cumulative(result: Result, s: Selection) -> go.Figure:
-    """Draw a metric over the number of heads that are gone: the ranked order beside random ones.
+    """Draw a metric over the number of heads ablated, in the ranked order and in random orders.
 
-    With a `group` only the ranked order is drawn, one line a group.
+    With a `group` only the ranked order is drawn, with one line per group.
     """
     from memlens import figures
 
@@ -59,7 +59,7 @@ def plot_cumulative(result: Result, s: Selection) -> go.Figure:
 
 @takes(of=None, group=None)
 def plot_pairs(result: Result, s: Selection) -> go.Figure:
-    """Draw the interaction of each pair of heads, and by menu the effects (single heads on the diagonal)."""
+    """Draw the interaction of each pair of heads; a menu shows effects (single heads on the diagonal)."""
     from memlens import figures
 
     dims = ("head_a", "head_b")
@@ -85,7 +85,7 @@ _LETTERS = {"layer": "L", "head": "H", "neuron": "N", "position": " at "}
 
 @takes(of=None, group=None, sequence=None)
 def plot_gradients(result: Result, s: Selection) -> go.Figure:
-    """Draw estimated effects as the exact instrument's figure draws exact ones; neurons as dots."""
+    """Draw estimated effects in the form of the exact instrument's figure; neurons as dots."""
     if with_dims(result, "neuron"):
         return plot_sites(result, s)
     x = next((d for d in ("head", "position") if with_dims(result, "layer", d)), None)
@@ -154,7 +154,7 @@ def plot_screening(
 
 
 def _without_ratio(result: Result) -> Result:
-    """Leave out the normalized effect, which is no change of a metric."""
+    """Leave out the normalized effect, which is not a change of a metric."""
     return Result(result.data.drop_vars("normalized_effect", errors="ignore"))
 
 

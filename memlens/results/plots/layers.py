@@ -91,7 +91,7 @@ def plot_interventions(result: Result, s: Selection, *, most: int = 40) -> go.Fi
 
 
 def _in_a_row(result: Result) -> Result:
-    """Return the result with one dimension `intervention`, labelled by the coordinates that it stands for."""
+    """Return the result with one dimension `intervention`, labeled by its coordinates."""
     if "intervention" in result.data.dims:
         return result
     dims = [str(dim) for dim in result.data.dims if dim not in ("sequence", "target")]
@@ -173,10 +173,10 @@ def plot_bounds(result: Result, s: Selection) -> go.Figure:
 
 
 def _stacked(ci: xr.Dataset) -> xr.Dataset:
-    """One line for each bound, and one for each quantity that is measured.
+    """Return one line per bound and one per measured quantity.
 
-    What a block adds is what attention gives where no norm stands after it, and in a parallel block the
-    output changes by that alone: such lines would hide each other.
+    Without a norm after attention, a block adds exactly what attention gives, and in a parallel block its
+    output changes by that alone: such lines coincide and are drawn once.
     """
     measured = ci["measured"].sel(statistic="mean")
     same = {b for b in ("B3", "B4") if np.allclose(measured.sel(bound=b), measured.sel(bound="B1"))}
@@ -204,14 +204,14 @@ def plot_knock_outs(
 ) -> go.Figure:
     """Draw the effect of each window of layers: its first layer up, its length to the right.
 
-    Maps for several `k` stand side by side; with controls (or a `group`) those do, for the largest `k` unless
-    one is given.
+    Several `k` are drawn side by side. With controls (or a `group`) these are side by side instead, for one
+    `k`: the largest unless one is given.
     """
     from memlens import figures
 
     data = result.data
     if k is not None and k not in data["k"].values:
-        raise SiteError(f"k={k} is not in this result: take one of {data['k'].values.tolist()}.")
+        raise SiteError(f"k={k} is not in this result: use one of {data['k'].values.tolist()}.")
     controls = "selection" in data.dims
     if selection is not None:
         known = [str(value) for value in data["selection"].values] if controls else []

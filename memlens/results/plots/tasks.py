@@ -102,7 +102,7 @@ def plot_sets(result: Result, s: Selection, *, most: int = 40) -> go.Figure:
 
 @takes(of="effect", group=None)
 def plot_edits(result: Result, s: Selection, *, edit: str | None = None) -> go.Figure:
-    """Draw curves over layers, one line an edit; with `edit`, of this edit alone, one line per group."""
+    """Draw curves over layers, one line per edit; with `edit`, that edit only, one line per group."""
     from memlens import figures
 
     of = s.of or "effect"

@@ -1,4 +1,4 @@
-"""How well a score or a decision agrees with known labels: ROC area, precision, recall and Cohen's kappa."""
+"""Agreement of a score or a decision with known labels: ROC area, precision, recall and Cohen's kappa."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class RocArea:
     """The area under a ROC curve with its interval.
 
     Attributes:
-        area: Chance that a positive's score is above a negative's, ties counted half.
+        area: Probability that a positive's score is above a negative's, with ties counted half.
         low: Lower end of the interval.
         high: Upper end.
-        n_positive: Positives.
-        n_negative: Negatives.
-        method: How the interval was made.
+        n_positive: Number of positives.
+        n_negative: Number of negatives.
+        method: Method of the interval.
     """
 
     area: float
@@ -50,17 +50,18 @@ def roc_area(
 ) -> RocArea:
     """Return the area under the ROC curve of a score for a yes-or-no label: U / (n_positive · n_negative).
 
-    Intervals: "delong" is DeLong's normal interval, cut to [0, 1]; where one group lies wholly above the
-    other its variance is 0, and Hanley and McNeil's interval (variance as a function of the area, solved for
-    the ends, group sizes as they are) is given instead. "bootstrap" resamples positives and negatives apart.
+    Intervals: "delong" is DeLong's normal interval, clipped to [0, 1]. Where one group lies entirely above
+    the other, its variance is 0 and Hanley and McNeil's interval (variance as a function of the area, solved
+    for the ends with the actual group sizes) is given instead. "bootstrap" resamples positives and negatives
+    separately.
 
     Args:
-        score: One number a sequence, higher for positives; rows with NaN are left out.
+        score: One number per sequence, higher for positives; rows with NaN are left out.
         label: True for positives.
         level: Coverage of the interval.
         method: "delong" or "bootstrap".
-        n_resamples: Of the bootstrap.
-        seed: Of the bootstrap.
+        n_resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
 
     Raises:
         OptionError: An unknown method, or a level outside (0, 1).
@@ -91,8 +92,8 @@ def agreement(
 ) -> dict[str, float]:
     """Return precision, recall and Cohen's kappa of a decision against a label, with bootstrap intervals.
 
-    Kappa is (a - e) / (1 - e), with a the share of rows on which both agree and e what that share would be
-    if they were independent with the same margins. The bootstrap is over rows (percentile).
+    Kappa is (a - e) / (1 - e), where a is the share of rows on which both agree and e the share expected if
+    they were independent with the same margins. Intervals are percentile bootstraps over rows.
 
     Returns:
         `n`, `n_found`, `n_true`, and each of `AGREEMENT` with `_low` and `_high`; NaN where it is 0 / 0.
@@ -106,7 +107,7 @@ def agreement(
     """
     found, truth = np.asarray(found, dtype=bool), np.asarray(truth, dtype=bool)
     if found.shape != truth.shape:
-        raise ResultError(f"{found.shape} decisions and {truth.shape} labels: give one label each")
+        raise ResultError(f"{found.shape} decisions and {truth.shape} labels: give one label per decision")
     cells = np.bincount(2 * found + truth, minlength=4)  # neither, label only, decision only, both
     draws = np.random.default_rng(seed).multinomial(len(found), cells / max(len(found), 1), n_resamples)
     values, samples = _statistics(cells[None].astype(float))[0], _statistics(draws.astype(float))
@@ -133,7 +134,9 @@ def _statistics(cells: Float[np.ndarray, "sample 4"]) -> Float[np.ndarray, "samp
 def _groups(score: Any, label: Any) -> tuple[np.ndarray, np.ndarray]:
     score, label = np.asarray(score, dtype=float), np.asarray(label, dtype=bool)
     if score.shape != label.shape or score.ndim != 1:
-        raise ResultError(f"scores have the shape {score.shape}, labels {label.shape}: give one each")
+        raise ResultError(
+            f"scores have the shape {score.shape}, labels {label.shape}: give one label per score"
+        )
     known: Bool[np.ndarray, "row"] = ~np.isnan(score)
     positive, negative = score[known & label], score[known & ~label]
     if not len(positive) or not len(negative):
@@ -148,7 +151,7 @@ def _area(positive: np.ndarray, negative: np.ndarray) -> float:
 
 
 def _above(values: np.ndarray, others: np.ndarray) -> Float[np.ndarray, "value"]:
-    """Return for each value the share of the others that are below it, ties counted half."""
+    """Return for each value the share of the others below it, with ties counted half."""
     ordered = np.sort(others)
     return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / (
         2 * len(others)

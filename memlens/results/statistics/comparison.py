@@ -1,4 +1,4 @@
-"""Two results against each other: memorized sequences against their controls."""
+"""Comparison of two results, such as memorized sequences with their controls."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ def compare_groups(
 
     The difference is `mean(a) - mean(b)` over sequences, in the metric's unit, with a percentile bootstrap
     interval. Where `b` has a coordinate `match` (or `matched_to`, as matched controls have) along `sequence`,
-    its sequences are set against those of `a` with the same `match`, or with that id; several controls of one
-    sequence are averaged first, and the pairs are resampled. Else the two groups are resampled on their own.
+    its sequences are paired with those of `a` with the same `match`, or with that id. Several controls of one
+    sequence are averaged first, and pairs are resampled. Otherwise the two groups are resampled separately.
     `p` is from a two-sided permutation test (signs of the pairs, or labels of the sequences) and cannot be
     below `1 / (n_permutations + 1)`; `p_corrected` is Benjamini and Hochberg's over all sites.
 
     Args:
-        a: the first group, say the memorized sequences.
-        b: the second, say matched controls; the same sites as `a`.
-        metric: name of a variable of both.
+        a: The first group, such as the memorized sequences.
+        b: The second group, such as matched controls; with the same sites as `a`.
+        metric: A variable of both.
         of: `"value"`, or `"effect"` for the difference to each sequence's own baseline.
-        level: coverage of the interval.
-        n_resamples: resamples of the bootstrap.
-        n_permutations: permutations of the test.
-        seed: seed of both.
+        level: Coverage of the interval.
+        n_resamples: Resamples of the bootstrap.
+        n_permutations: Permutations of the test.
+        seed: Seed of both.
 
     Returns:
         A dataset of `difference`, `low`, `high`, `p`, `p_corrected` over the sites (`layer`, `head`, …), with
         the attributes `paired`, `n_a` and `n_b`.
 
     Raises:
-        ResultError: when the sites differ or a group has fewer than two sequences.
+        ResultError: The sites differ, or a group has fewer than two sequences.
 
     Example:
         >>> def group(values):
@@ -81,7 +81,7 @@ def compare_groups(
 def _table(result: Result, metric: str, of: str) -> xr.DataArray:
     array = result.effect(metric) if of == "effect" else result[metric].astype(float)
     if array.sizes.get("sequence", 0) < 2:
-        raise ResultError(f"{metric!r} needs at least two sequences a group, not {array.sizes}.")
+        raise ResultError(f"{metric!r} needs at least two sequences per group, not {array.sizes}.")
     return array.transpose("sequence", ...)
 
 
@@ -89,12 +89,13 @@ def _check_sites(first: xr.DataArray, second: xr.DataArray, metric: str) -> None
     ours, theirs = ({k: v for k, v in part.sizes.items() if k != "sequence"} for part in (first, second))
     if ours != theirs:
         raise ResultError(
-            f"{metric!r} has sites {ours} in one result and {theirs} in the other: compare equals."
+            f"{metric!r} has sites {ours} in one result and {theirs} in the other: "
+            "compare results with the same sites."
         )
 
 
 def _paired(first: xr.DataArray, second: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray] | None:
-    """Return both with one row a pair, or None where `second` does not say what it is matched to."""
+    """Return both with one row per pair, or None where `second` does not name its matches."""
     link = next((name for name in ("match", "matched_to") if name in second.coords), None)
     own = next((name for name in ("match", "sequence") if name in first.coords), None)
     if link is None or own is None:
@@ -104,12 +105,13 @@ def _paired(first: xr.DataArray, second: xr.DataArray) -> tuple[xr.DataArray, xr
     keys = [key for key in dict.fromkeys(links.tolist()) if key in rows]
     if len(keys) < 2:
         raise ResultError(
-            f"{link!r} of the second result names {len(keys)} sequences of the first: pairs need two or more."
+            f"{link!r} of the second result names {len(keys)} sequences of the first: "
+            "at least two pairs are needed."
         )
     if 2 * len(keys) < min(len(rows), len(links)):
         warnings.warn(
             f"only {len(keys)} pairs are compared: {link!r} of the {len(links)} sequences of the second "
-            f"result names no other of the {len(rows)} of the first: take these sequences' own controls.",
+            f"result matches no others of the {len(rows)} of the first: use the controls of these sequences.",
             stacklevel=3,
         )
     controls = [second.isel(sequence=links == key).mean("sequence") for key in keys]
@@ -152,7 +154,7 @@ def _share_as_extreme(samples: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 
 def corrected(p: np.ndarray) -> np.ndarray:
-    """Return Benjamini and Hochberg's correction of p values; NaN stays."""
+    """Return Benjamini and Hochberg's correction of p values; NaN is kept."""
     from statsmodels.stats.multitest import multipletests  # takes most of a second to import
 
     known = np.isfinite(p)

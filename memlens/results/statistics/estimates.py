@@ -4,7 +4,7 @@
 Estimate.of(result.mean_ci()["exact_match"])     # from what mean_ci, mean_interval or ratio_interval gives
 Estimate.unknown(n)                              # nothing could be measured
 mean_estimate(array), share_estimate(array), median_estimate(values), ratio_estimate(part, whole)
-estimate.known, estimate.excludes(0)             # has an interval; the interval lies beside 0
+estimate.known, estimate.excludes(0)             # has an interval; the interval excludes 0
 str(estimate)                                    # 0.5 [0.2, 0.8], or 0.5 without an interval
 estimate.text("nats")                            # 0.5 nats (95 % interval 0.2 to 0.8), or the reason for none
 estimate.row("rate")                             # {"n": …, "rate": …, "low": …, "high": …}
@@ -69,7 +69,7 @@ class Estimate:
 
     @classmethod
     def unknown(cls, n: int = 0) -> Estimate:
-        """Return an estimate without a value, of what could not be measured."""
+        """Return an estimate without a value, for what could not be measured."""
         return cls(math.nan, n=n)
 
     @classmethod

@@ -1,8 +1,8 @@
 """Means over sequences with their confidence intervals, for every site at once.
 
 The unit of resampling is the sequence: two values of one sequence (at two layers, or two target tokens) are
-not independent, so other dimensions are averaged inside each sequence first. NaN means "not measured" and is
-skipped. All methods are vectorised over sites: a bootstrap is one matrix product of resampling weights
+not independent, so other dimensions are averaged within each sequence first. NaN means "not measured" and is
+skipped. All methods are vectorized over sites: a bootstrap is one matrix product of resampling weights
 `[resample, sequence]` with the values `[sequence, site]`.
 """
 
@@ -54,19 +54,19 @@ def mean_interval(
     values are 0 or 1 and `bootstrap` elsewhere. With fewer than `FEWEST` values low and high are NaN.
 
     Args:
-        values: numeric or boolean array with the dimension `dim`; NaN is skipped.
-        dim: the dimension of independent units, normally `sequence`.
-        level: coverage of the interval, between 0 and 1.
-        method: one of `METHODS`.
-        n_resamples: resamples of the bootstrap.
-        seed: seed of the bootstrap; the same resamples serve every site.
+        values: Numeric or boolean array with the dimension `dim`; NaN is skipped.
+        dim: The dimension of independent units, normally `sequence`.
+        level: Coverage of the interval, between 0 and 1.
+        method: One of `METHODS`.
+        n_resamples: Resamples of the bootstrap.
+        seed: Seed of the bootstrap; the same resamples serve every site.
 
     Returns:
         Array `[statistic, ...]` in the unit of `values`, with a coordinate `n` (values that were not NaN).
 
     Raises:
-        OptionError: for an unknown method, a level outside (0, 1), or `wilson` on values other than 0 and 1.
-        ResultError: when `values` lacks `dim`.
+        OptionError: For an unknown method, a level outside (0, 1), or `wilson` on values other than 0 and 1.
+        ResultError: When `values` lacks `dim`.
 
     Example:
         >>> hits = xr.DataArray([1, 1, 0, 1], dims="sequence")
@@ -119,10 +119,10 @@ def ratio_interval(
     Args:
         part: `[dim, ...]`.
         whole: `[dim]`, or with dimensions of `part`.
-        dim: the dimension of independent units.
-        level: coverage of the interval.
-        n_resamples: resamples of the bootstrap.
-        seed: seed of the bootstrap.
+        dim: The dimension of independent units.
+        level: Coverage of the interval.
+        n_resamples: Resamples of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Returns:
         As `mean_interval`; `mean` is the ratio. With fewer than `FEWEST` units low and high are NaN.
@@ -162,10 +162,10 @@ def ratio_interval(
 
 
 def rows_by_group(labels: xr.DataArray) -> dict[Any, np.ndarray]:
-    """Return the rows of each group, in the order of the groups: sorted, or as they come (`keep_order`).
+    """Return the rows of each group, with groups sorted, or in order of appearance (`keep_order`).
 
     Raises:
-        ResultError: when the labels are not one a sequence.
+        ResultError: There is not one label per sequence.
     """
     if labels.dims != ("sequence",):
         raise ResultError(
@@ -181,7 +181,7 @@ def rows_by_group(labels: xr.DataArray) -> dict[Any, np.ndarray]:
 def bootstrap_means(table: np.ndarray, n_resamples: int, seed: int) -> np.ndarray:
     """Return the mean of each column under `n_resamples` resamples of the rows: `[resample, site]`.
 
-    A resample that holds none of a column's values (all NaN) gives NaN there.
+    A resample with no value of a column (all NaN) gives NaN there.
     """
     return weighted_means(_resamples(table.shape[0], n_resamples, seed), table)
 
@@ -193,7 +193,7 @@ def _resamples(rows: int, n_resamples: int, seed: int) -> np.ndarray:
 
 
 def _blocks(sites: int, n_resamples: int) -> Iterator[slice]:
-    """Yield blocks of sites whose resamples fit into some memory."""
+    """Yield blocks of sites whose resamples fit into memory."""
     block = max(1, _BLOCK_BYTES // (8 * n_resamples))
     for start in range(0, sites, block):
         yield slice(start, start + block)

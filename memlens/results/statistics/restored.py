@@ -1,4 +1,4 @@
-"""What patching brings back, as one share over all sequences."""
+"""The share of lost recall that patching restores, over all sequences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def restorable_metric(result: Result) -> str | None:
-    """Return the first metric that stands beside its values in a clean and in a corrupt run; None without."""
+    """Return the first metric with values from a clean and a corrupt run, or None."""
     names = [name for name in result.metrics if {f"{name}_clean", f"{name}_corrupt"} <= set(result.data)]
     return names[0] if names else None
 
@@ -42,20 +42,21 @@ def restored_share(
     group: str | None = None,
     **options: Any,
 ) -> xr.Dataset:
-    r"""Return the share of the lost recall that each patch brings back, over all sequences together.
+    r"""Return the share of the lost recall that each patch restores, over all sequences together.
 
     .. math:: \frac{\sum_i m_{\mathrm{patched},i} - m_{\mathrm{corrupt},i}}
                    {\sum_i m_{\mathrm{clean},i} - m_{\mathrm{corrupt},i}}
 
-    with sums over sequences: 0 is the corrupt run and 1 the clean one. The mean of `normalized_effect`, which
-    is the same ratio in each sequence, is ruled by the sequences that the corruption hardly harmed.
+    with sums over sequences: 0 is the corrupt run and 1 the clean one. The mean of `normalized_effect`, the
+    same ratio within each sequence, is dominated by the sequences that the corruption hardly harmed. Where
+    the corruption changed too little (see `changed_too_little`), the share is NaN.
 
     Args:
-        result: Of activation or path patching, or gradients' estimate of one.
-        dim: `"sequence"`, or several dimensions with it: the others are averaged inside each sequence first,
-            as targets always are.
-        metric: Which metric; by default the first that both runs have.
-        group: A coordinate along `sequence`; shares are then taken in each group.
+        result: A result of activation or path patching, or of its estimate from gradients.
+        dim: `"sequence"`, or several dimensions with it: the others are averaged within each sequence
+            first, as targets always are.
+        metric: Which metric; by default the first that both runs measured.
+        group: A coordinate along `sequence`; shares are then computed within each group.
         options: `level`, `n_resamples` and `seed` of the percentile bootstrap over sequences.
 
     Returns:
@@ -63,7 +64,7 @@ def restored_share(
         share), `low`, `high`, with the coordinate `n_restored_share` (sequences).
 
     Raises:
-        ResultError: when the result is not of a clean and a corrupt run, or lacks the metric.
+        ResultError: The result has no clean and corrupt run, or lacks the metric.
 
     Example:
         >>> from memlens.results.result import Result

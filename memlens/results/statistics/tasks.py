@@ -31,10 +31,10 @@ MEASURES: Mapping[str, Callable[[Means, float], Table]] = {
     "relative_drop": lambda m, chance: _over(m["base"] - m["accuracy"], m["base"]),
     "relative_drop_chance_corrected": lambda m, chance: _over(m["base"] - m["accuracy"], m["base"] - chance),
 }
-"""What is summarized, from a task's mean accuracies (of `base`: without intervention) and its chance level.
+"""The measures, from a task's mean accuracies (`base`: without intervention) and its chance level.
 
-The relative drops are positive where accuracy is lost. Uncorrected, that of a two-way task hardly passes a
-half, and that of LAMBADA can reach 1.
+Relative drops are positive where accuracy is lost. Uncorrected, the drop of a two-way task rarely exceeds
+0.5, while that of LAMBADA can reach 1.
 """
 
 
@@ -43,8 +43,8 @@ class TaskTables:
     """The questions of one task.
 
     Attributes:
-        group: Its group.
-        chance: Its chance level.
+        group: The group of the task.
+        chance: The chance level.
         tables: Values `[question, site]` by name; `base` is without intervention.
     """
 
@@ -63,15 +63,15 @@ def task_summary(
 ) -> pd.DataFrame:
     """Return mean accuracies of each task and of each group of tasks, with intervals.
 
-    A group's value is the mean over its tasks, whatever their numbers of questions. Intervals are
-    percentile bootstraps over questions within tasks: they speak of other questions of the same tasks, not of
-    other tasks. A task's intervened and baseline accuracies are resampled together.
+    A group's value is the mean over its tasks, regardless of their numbers of questions. Intervals are
+    percentile bootstraps over questions within tasks: they generalize to other questions of the same tasks,
+    not to other tasks. Intervened and baseline accuracies of a task are resampled together.
 
     Args:
-        result: What `evaluate_tasks` gave.
+        result: A result of `evaluate_tasks`.
         level: Coverage of the intervals.
-        n_resamples: Resamples.
-        seed: Of the resamples.
+        n_resamples: Number of resamples.
+        seed: Seed of the resamples.
 
     Returns:
         One row for each task or group, site and measure: `scope` ("task" or "group"), `name`, `tasks` (how
@@ -79,7 +79,7 @@ def task_summary(
         `MEASURES`), `mean`, `low`, `high`. Where there are no interventions, there are no relative drops.
 
     Raises:
-        ResultError: It is no result of `evaluate_tasks`.
+        ResultError: It is not a result of `evaluate_tasks`.
         OptionError: A level outside 0 to 1.
 
     Example:
@@ -133,10 +133,12 @@ def task_tables(result: Result) -> dict[str, TaskTables]:
     """Take a result of `evaluate_tasks` apart, task by task.
 
     Raises:
-        ResultError: It is no result of `evaluate_tasks`.
+        ResultError: It is not a result of `evaluate_tasks`.
     """
     if result.kind != "task_accuracy":
-        raise ResultError(f"a {result.kind} result is no evaluation of tasks: give what evaluate_tasks gave.")
+        raise ResultError(
+            f"a {result.kind} result is not an evaluation of tasks: use a result of evaluate_tasks."
+        )
     data, found = result.data, {}
     for name in dict.fromkeys(data["task"].values.tolist()):
         part = data.isel(sequence=np.flatnonzero(data["task"].values == name))

@@ -1,16 +1,26 @@
-"""What edits take from recitation against what they cost elsewhere: selectivity, and a frontier's area."""
+"""What interventions take from recitation against what they cost elsewhere.
+
+`edit_tradeoff` gives selectivity and the area under a frontier; `join_frontier` joins the two results, of one
+model or several, in one result to draw.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 from jaxtyping import Bool, Float
 
-from memlens.errors import OptionError, ResultError, check_option
+from memlens.errors import EmptySetError, OptionError, ResultError, check_option
+from memlens.results.kinds import register_kind
+from memlens.results.plots.tasks import plot_frontier
+from memlens.results.readings import read_frontier
 from memlens.results.result import Result
 from memlens.results.statistics.intervals import bootstrap_means, quantile_interval, wilson_interval
 from memlens.results.statistics.tasks import TaskTables, task_tables
@@ -23,11 +33,11 @@ class Tradeoff:
     r"""For each edit, the share of recitation that it removes and the share of ability that it costs.
 
     - removed: :math:`r = (m_0 - m) / m_0`, with the mean exact match :math:`m` under the edit and
-      :math:`m_0` without it; negative where the edit adds.
+      :math:`m_0` without it; negative where the edit adds recitation.
     - cost: of each task :math:`(a_0 - a) / (a_0 - c)`, with accuracies :math:`a` and the task's chance level
       :math:`c`; over tasks the largest ("max"), or the mean.
-    - selectivity: :math:`S = r - \mathrm{cost}`. 1 where all recitation goes at no cost; 0 where as much is
-      lost elsewhere. memlens' own, no published score.
+    - selectivity: :math:`S = r - \mathrm{cost}`. 1 if all recitation is removed at no cost; 0 if as much is
+      lost elsewhere. This score is ours, not a published one.
 
     Attributes:
         sites: One row for each edit: its coordinates.
@@ -39,7 +49,7 @@ class Tradeoff:
         exact_match: The mean exact match under each edit.
         accuracy: The mean accuracy over the counted tasks, uncorrected.
         tasks: The tasks that count.
-        settings: How it was made.
+        settings: The parameters.
     """
 
     sites: pd.DataFrame
@@ -61,8 +71,8 @@ class Tradeoff:
     def table(self, *, level: float = 0.95) -> pd.DataFrame:
         """Return one row for each edit: `removed`, `cost` and `selectivity` with percentile intervals.
 
-        Intervals of `cost` and `selectivity` are of a largest of several noisy numbers, which lies high: so
-        the selectivity is rather under- than overrated.
+        `cost` is the largest of several noisy numbers, which is biased upward: selectivity tends to be
+        underestimated, not overestimated.
         """
         frame = self.sites.assign(exact_match=self.exact_match, accuracy=self.accuracy)
         drawn = self.removed_draws, self.cost_draws, self.removed_draws - self.cost_draws
@@ -106,25 +116,25 @@ def edit_tradeoff(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> Tradeoff:
-    """Set what edits take from recitation against what they cost on tasks.
+    """Compare what edits take from recitation with what they cost on tasks.
 
     Args:
         recall: A sweep over memorized sequences.
-        accuracy: What `evaluate_tasks` gave for the same interventions.
+        accuracy: The result of `evaluate_tasks` for the same interventions.
         over: "max" or "mean" over tasks.
-        tasks: The tasks that count; by default those on which the model is surely above chance (see
-            `tasks_above_chance`): of another there is nothing to lose. Where a task's accuracy in a resample
-            is not above chance, it does not count there.
-        metric: What counts as recitation.
+        tasks: The tasks that count; by default those on which the model is significantly above chance (see
+            `tasks_above_chance`): on other tasks there is nothing to lose. A resample in which a task's
+            accuracy is not above chance does not count that task.
+        metric: The metric of recitation.
         n_resamples: Resamples of the bootstrap over sequences and over questions within tasks.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Returns:
         The trade-off of each intervention, in the order of the results.
 
     Raises:
-        ResultError: The results are of other interventions, no task counts, or nothing is recited without
-            an edit.
+        ResultError: The results are of different interventions, no task counts, or nothing is recited
+            without an edit.
         OptionError: An unknown task or `over`.
 
     Example:
@@ -144,13 +154,15 @@ def edit_tradeoff(
     check_option("over", over, OVER)
     sites = _sites(recall, metric)
     if not sites.equals(_sites(accuracy, "accuracy")):
-        raise ResultError("the recall and the accuracy are of other interventions: run both with the same.")
+        raise ResultError("recall and accuracy are of different interventions: run both with the same ones.")
     tables = task_tables(accuracy)
     for name in tasks or ():
         check_option("task", name, list(tables))
     counted = list(tasks) if tasks is not None else tasks_above_chance(accuracy)
     if not counted:
-        raise ResultError("the model is not surely above chance on any task: there is no ability to lose.")
+        raise ResultError(
+            "the model is not significantly above chance on any task: there is no ability to lose."
+        )
     base = recall.baseline(metric).values.astype(float)
     if not np.nanmean(base) > 0:
         raise ResultError(f"nothing is recited without an edit ({metric} is 0): there is nothing to remove.")
@@ -179,12 +191,12 @@ def edit_tradeoff(
 
 
 def tasks_above_chance(accuracy: Result, *, level: float = 0.95, margin: float = 0.05) -> list[str]:
-    """Return the tasks on which the model without an edit is surely above chance.
+    """Return the tasks on which the model without an edit is significantly above chance.
 
-    Only baselines are looked at, so that this choice sees nothing of what an edit does.
+    Only baselines are used, so that this choice does not depend on what an edit does.
 
     Args:
-        accuracy: What `evaluate_tasks` gave.
+        accuracy: A result of `evaluate_tasks`.
         level: Coverage of Wilson's interval.
         margin: By how much its lower end must be above the task's chance level.
     """
@@ -202,9 +214,9 @@ def frontier_area(
     r"""Return the area under the best ability kept for each share of recitation removed.
 
     With kept ability :math:`k = 1 - \mathrm{cost}` (cut to [0, 1]), :math:`F(x)` is the largest :math:`k` of
-    the edits that remove at least :math:`x`, 1 at :math:`x = 0` and 0 where none removes so much; the area is
-    :math:`\int_0^1 F(x)\,dx`. 1: all recitation can go at no cost; 1/2: each share removed costs as large a
-    share of ability (of infinitely many such edits; of a few it is less); 0: nothing can be removed.
+    the edits that remove at least :math:`x`, 1 at :math:`x = 0` and 0 where none removes that much; the area
+    is :math:`\int_0^1 F(x)\,dx`. 1: all recitation can be removed at no cost; 1/2: each share removed costs
+    an equal share of ability (for infinitely many such edits; fewer give less); 0: nothing can be removed.
 
     Example:
         >>> frontier_area(np.array([[0.5, 1.0]]), np.array([[0.0, 0.5]])).tolist()
@@ -219,9 +231,9 @@ def frontier_area(
 
 
 def on_frontier(tradeoff: Tradeoff) -> Bool[np.ndarray, "edit"]:
-    """Return which edits no other one beats: none removes as much or more at a lower cost.
+    """Return the edits that no other edit beats by removing at least as much at a lower cost.
 
-    Of edits that do exactly the same the first counts.
+    Of identical edits the first counts.
     """
     order = np.lexsort((np.arange(len(tradeoff.removed)), tradeoff.cost, -tradeoff.removed))
     found, least = np.zeros(len(order), dtype=bool), np.inf
@@ -235,9 +247,11 @@ def _sites(result: Result, metric: str) -> pd.DataFrame:
     array = result[metric]
     dims = [str(dim) for dim in array.dims if dim != "sequence"]
     if not dims:
-        raise ResultError(f"a {result.kind} result without interventions holds no trade-off: give some.")
+        raise ResultError(
+            f"a {result.kind} result without interventions has no trade-off: run it with interventions."
+        )
     if "target" in dims:
-        raise OptionError(f"{metric!r} is one number a token here: run the sweep with per_token=False.")
+        raise OptionError(f"{metric!r} has one number per token here: run the sweep with per_token=False.")
     index = pd.MultiIndex.from_product([array[dim].values.tolist() for dim in dims], names=dims)
     return index.to_frame(index=False)
 
@@ -268,3 +282,124 @@ def _lost(task: TaskTables, n_resamples: int | None, seed: int) -> Float[np.ndar
         )
 
     return task.measured(means)["relative_drop_chance_corrected"]
+
+
+ALL_TASKS = "all tasks"
+_DIMS = ("layer", "layers")
+
+
+def join_frontier(
+    parts: Mapping[str, tuple[Result, Result]],
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Result:
+    """Join the effects of edits on recitation and on accuracy on tasks, for one or several models.
+
+    Args:
+        parts: By the model's name, a sweep over memorized sequences and the result of `evaluate_tasks` for
+            the same interventions, both with the dimension `layer` or `layers`.
+        level: Coverage of the intervals of accuracies.
+        n_resamples: Number of bootstrap resamples of questions within tasks.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        Kind "bypass_frontier", with one `site` for each model and edit: `exact_match` `(sequence, site)` (NaN
+        for the sequences of other models) and `exact_match_baseline` `(sequence)`; `accuracy`,
+        `accuracy_low`, `accuracy_high` `(scope, site)` and `accuracy_base` `(scope, site)`, where a scope is
+        a task, a group of tasks (the mean over its tasks), or all tasks. Along `site`: `model`, `label` (the
+        layers), `depth` (their mean, 0 is the first block and 1 the last) and `size` (how many).
+
+    Raises:
+        EmptySetError: No parts.
+        ResultError: A part has neither a layer nor a set of layers, or its two results have different ones.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> seqs, tasks = ml.load_sequences("zoo", model)[:4], ml.tasks.local_tasks("zoo", model, n=4)
+        >>> edits = ml.edits.attention_bypasses(model)
+        >>> pair = ml.sweep(model, seqs, edits), ml.evaluate_tasks(model, tasks, edits)
+        >>> ml.tasks.join_frontier({"pythia-s": pair}, n_resamples=100)["label"].values.tolist()
+        ['0', '1', '2', '3', '4', '5']
+    """
+    if not parts:
+        raise EmptySetError("there is nothing to join: give at least one model's results.")
+    joined = [
+        _one_model(name, *pair, level=level, n_resamples=n_resamples, seed=seed)
+        for name, pair in parts.items()
+    ]
+    first = next(iter(parts.values()))[0]
+    data = xr.concat(joined, "site", join="outer", combine_attrs="drop", data_vars="all", coords="minimal")
+    base = xr.concat([part["exact_match_baseline"] for part in joined], "sequence")
+    data = data.drop_vars("exact_match_baseline").assign(exact_match_baseline=base)
+    settings = {"models": list(parts), "level": level, "n_resamples": n_resamples, "seed": seed}
+    attrs = {**first.data.attrs, "kind": "bypass_frontier", "settings": json.dumps(settings)}
+    attrs["model"] = ", ".join(parts)
+    return Result(data.assign_attrs(attrs))
+
+
+def _one_model(
+    name: str, recall: Result, accuracy: Result, *, level: float, n_resamples: int, seed: int
+) -> xr.Dataset:
+    dim = next((dim for dim in _DIMS if dim in recall["exact_match"].dims), None)
+    if dim is None or dim not in accuracy["accuracy"].dims:
+        raise ResultError(f"the results of {name} are not both of bypassed layers, or sets of layers.")
+    labels = [str(value) for value in recall[dim].values.tolist()]
+    if labels != [str(value) for value in accuracy[dim].values.tolist()]:
+        raise ResultError(f"the two results of {name} have different layers: run both with the same edits.")
+    layers = [_layers_of(label) for label in labels]
+    last = max(1, *(max(some) for some in layers))
+    tables = task_tables(accuracy)
+    scopes = {ALL_TASKS: list(tables)}
+    for task, table in tables.items():
+        scopes.setdefault(table.group, []).append(task)
+    scopes |= {task: [task] for task in tables}
+    drawn = {
+        task: bootstrap_means(table.tables["accuracy"], n_resamples, seed + i)
+        for i, (task, table) in enumerate(tables.items())
+    }
+    value, low, high, base = (np.empty((len(scopes), len(labels))) for _ in range(4))
+    for i, members in enumerate(scopes.values()):
+        value[i] = np.mean([tables[m].tables["accuracy"].mean(0) for m in members], 0)
+        base[i] = np.mean([tables[m].tables["base"].mean() for m in members])
+        low[i], high[i] = quantile_interval(np.mean([drawn[m] for m in members], 0), level)
+    ids = [f"{name}/{i}" for i in recall["sequence"].values]
+    scoped = ("scope", "site")
+    return xr.Dataset(
+        {
+            "exact_match": (("sequence", "site"), recall["exact_match"].values.astype(float)),
+            "exact_match_baseline": ("sequence", recall.baseline("exact_match").values.astype(float)),
+            "accuracy": (scoped, value),
+            "accuracy_low": (scoped, low),
+            "accuracy_high": (scoped, high),
+            "accuracy_base": (scoped, base),
+        },
+        {
+            "sequence": ids,
+            "scope": list(scopes),
+            "site": [f"{name}: {label}" for label in labels],
+            "model": ("site", [name] * len(labels)),
+            "label": ("site", labels),
+            "depth": ("site", [float(np.mean(some)) / last for some in layers]),
+            "size": ("site", [len(some) for some in layers]),
+        },
+    )
+
+
+def _layers_of(label: str) -> list[int]:
+    """Return the layers that a label such as `0,2-4` names."""
+    found: list[int] = []
+    for part in label.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None:
+            raise ResultError(f"{label!r} does not name layers: write them as in 0,2-4.")
+        first = int(match[1])
+        found += range(first, int(match[2] or first) + 1)
+    return found
+
+
+register_kind(
+    "bypass_frontier", plot=plot_frontier, reading=read_frontier, cites=(("menta2025", "attention bypass"),)
+)
