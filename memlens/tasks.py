@@ -5,9 +5,8 @@ from memlens.instruments.tasks.lm_eval import LM_EVAL_TASKS, as_lm_eval
 from memlens.instruments.tasks.lm_eval import tasks_from_lm_eval as from_lm_eval
 from memlens.instruments.tasks.tasks import ChoiceTask
 from memlens.organisms.local_tasks import local_tasks
-from memlens.results.statistics.frontier import join_frontier
 from memlens.results.statistics.tasks import task_summary
-from memlens.results.statistics.tradeoff import edit_tradeoff
+from memlens.results.statistics.tradeoff import edit_tradeoff, join_frontier
 
 __all__ = [
     "LM_EVAL_TASKS",

@@ -16,9 +16,8 @@ from memlens.recall.scores import RecallScores
 from memlens.report.model import FigureRequest
 from memlens.results.groups import join_groups, take_half
 from memlens.results.result import Result
-from memlens.results.statistics.frontier import join_frontier
 from memlens.results.statistics.tasks import task_summary
-from memlens.results.statistics.tradeoff import Tradeoff, edit_tradeoff, tasks_above_chance
+from memlens.results.statistics.tradeoff import Tradeoff, edit_tradeoff, join_frontier, tasks_above_chance
 from memlens.sequences.set import SequenceSet
 from memlens.studies.bypass import findings as find
 from memlens.studies.bypass import words as text

@@ -18,7 +18,7 @@ from memlens.results.kinds import register_kind
 from memlens.results.plots.tasks import plot_edits
 from memlens.results.readings import read_effects
 from memlens.results.result import Result
-from memlens.results.statistics.frontier import join_frontier
+from memlens.results.statistics.tradeoff import join_frontier
 from memlens.sequences.set import SequenceSet
 from memlens.studies.bypass import findings as control
 from memlens.studies.bypass import findings as find
