@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.dataclasses import rebuild_dataclass
 from pydantic_core import ErrorDetails
@@ -30,12 +30,19 @@ _CONFIG = ConfigDict(
 
 @dataclass(frozen=True)
 class Flags:
-    """Further names that a field has on the command line, as in `Annotated[int, Flags("-n")]`."""
+    """How a field is given on the command line beyond its name, as in `Annotated[int, Flags("-n")]`.
+
+    Attributes:
+        names: Further names.
+        positional: Whether it may be given without its name.
+    """
 
     names: tuple[str, ...]
+    positional: bool
 
-    def __init__(self, *names: str) -> None:
+    def __init__(self, *names: str, positional: bool = False) -> None:
         object.__setattr__(self, "names", names)
+        object.__setattr__(self, "positional", positional)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
@@ -79,10 +86,27 @@ def options_class(cls: type[C]) -> type[C]:
     return made
 
 
+def convert(cls: type, name: str, value: Any) -> Any:
+    """Return a value as an options class would hold it in one of its fields.
+
+    Raises:
+        OptionError: It is not allowed.
+    """
+    try:
+        return TypeAdapter(get_type_hints(cls, include_extras=True)[name]).validate_python(value)
+    except ValidationError as error:
+        raise _option_error(cls, error.errors()[0], name) from None
+
+
 def descriptions(cls: type) -> dict[str, str]:
     """Return the help text of each option of a class, in order."""
-    found: Mapping[str, Any] = vars(cls)["__pydantic_fields__"]
-    return {name: " ".join((field.description or "").split()) for name, field in found.items()}
+    texts = {
+        name: " ".join(field.description.split())
+        for base in reversed(cls.__mro__)
+        for name, field in vars(base).get("__pydantic_fields__", {}).items()
+        if field.description
+    }
+    return {field.name: texts.get(field.name, "") for field in fields(cls)}
 
 
 def read_options(path: str | Path, *classes: type) -> dict[str, Any]:
@@ -128,14 +152,14 @@ _REQUIREMENTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
-def _option_error(cls: type, error: ErrorDetails) -> OptionError:
+def _option_error(cls: type, error: ErrorDetails, name: str | None = None) -> OptionError:
     """Return the first problem that pydantic found, in memlens' words."""
     context = error.get("ctx", {})
     if isinstance(cause := context.get("error"), ValueError):  # raised by __post_init__
         return OptionError(str(cause))
     place, value, kind = error["loc"], error["input"], error["type"]
     known = list(descriptions(cls))
-    name = str(place[0]) if place else ""
+    name = name or (str(place[0]) if place else "")
     if kind == "unexpected_keyword_argument":
         return OptionError(
             f"{cls.__name__} has no option {name!r}: it has {', '.join(known)}.{near_matches(name, known)}"

@@ -7,30 +7,18 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from cyclopts import App, CycloptsError
 from rich.text import Text
 
+import memlens
+from memlens.cli.commands import from_options
 from memlens.cli.console import (
     ERR,
     OUT,
-    BackendOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LimitOption,
-    ModelOption,
-    PrefixOption,
-    QuietOption,
-    RevisionOption,
-    SeedOption,
-    SequencesOption,
-    StepOption,
-    TargetOption,
-    TargetsOption,
+    Json,
+    Quiet,
     command_line,
-    load,
     print_json,
     print_run,
     print_table,
@@ -39,52 +27,63 @@ from memlens.cli.console import (
 )
 from memlens.cli.generate import generate
 from memlens.cli.lens import lens_app
-from memlens.cli.plans import localize_works, print_plans
-from memlens.cli.run import run_app, run_bypass, run_comparative
 from memlens.cli.zoo import zoo_app
 from memlens.errors import MemlensError, check_option
+from memlens.studies.registry import ModelChoice, SequenceChoice
 
-app: typer.Typer = typer.Typer(
+app = App(
+    name="memlens",
     help="Find where in a language model a memorized sequence is recalled.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    version=memlens.__version__,
+    help_flags=["--help", "-h"],
+    result_action="return_value",
 )
-run_app.command("comparative")(run_comparative)
-app.add_typer(run_app, name="run")
-run_app.command("bypass")(run_bypass)
-app.add_typer(zoo_app, name="zoo")
-app.add_typer(lens_app, name="lens")
-app.command()(generate)
+app.command("memlens.cli.run:run_app", name="run", help="Run a study and write its results and report.")
+app.command(zoo_app)
+app.command(lens_app)
+app.command(from_options(generate), name="generate")
+app.register_install_completion_command()
 
 
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0, 1 where a step of a study failed, 2 for errors that memlens or the parser foresaw (one
-    line), 130 after Ctrl-C.
+    Exit codes: 0; 1 if a step of a study failed; 2 for errors that memlens or the parser foresaw, which are
+    printed in one line; 130 after Ctrl-C.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    if not sys.stderr.isatty():  # a file or a CI log: a line now and then, not ten a second
+    if not sys.stderr.isatty():  # a file or a CI log: a line now and then, not ten per second
         for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
             os.environ.setdefault(name, "30")
     try:
-        app(standalone_mode=True)
-    except MemlensError as error:
-        ERR.print(Text.assemble(("error: ", "bold red"), str(error)))
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
+    except (MemlensError, CycloptsError) as error:
+        ERR.print(Text.assemble(("error: ", "bold red"), in_words(error)))
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        ERR.print("stopped.")
+        raise SystemExit(130) from None
 
 
-@app.command()
+def in_words(error: BaseException) -> str:
+    """Return an error in one line: in memlens' words if it comes from a value that an option refuses."""
+    cause = error
+    while isinstance(cause, CycloptsError) and (cause.__cause__ or cause.__context__):
+        cause = cause.__cause__ or cause.__context__ or cause
+    return " ".join(str(cause if isinstance(cause, MemlensError) else error).split())
+
+
+@app.command
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for results and report.")] = Path("memlens-demo"),
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    *, out: Path = Path("memlens-demo"), seed: int = 0, as_json: Json = False, quiet: Quiet = False
 ) -> None:
     """Find where the bundled zoo/pythia-s recalls what was planted in it (about a minute).
 
     Example: memlens demo
+
+    Args:
+        out: Folder for results and report.
+        seed: Seed of every random choice.
     """
     import memlens as ml
 
@@ -97,39 +96,38 @@ def demo(
     print_run(run, time.perf_counter() - start, as_json=as_json)
 
 
-@app.command()
 def score(
-    model: ModelOption,
-    sequences: SequencesOption,
-    out: Annotated[Path, typer.Option(help="The parquet table to write.")] = Path("recall.parquet"),
-    prefix_len: PrefixOption = None,
-    max_targets: TargetsOption = None,
-    target: TargetOption = "first_token",
-    limit: LimitOption = None,
-    generate: Annotated[bool, typer.Option(help="Decode the sequences with an error, for M.")] = True,
-    metrics: Annotated[
-        str,
-        typer.Option(
-            help="all, none, or some of likelihood, sampling, near_verbatim, trivial (with commas)."
-        ),
-    ] = "all",
-    temperature: Annotated[float, typer.Option(help="Of the samples that np_discoverable counts.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Tokens that may be sampled (default: all).")] = None,
-    top_p: Annotated[float, typer.Option(help="Probability that may be sampled.")] = 1.0,
-    n_samples: Annotated[int, typer.Option(help="n of (n, p)-discoverable.")] = 100,
-    probability: Annotated[float, typer.Option(help="p of (n, p)-discoverable.")] = 0.5,
-    min_k: Annotated[float, typer.Option(help="Share of the targets that Min-K % averages over.")] = 0.2,
-    backend: BackendOption = "auto",
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = None,
-    revision: RevisionOption = None,
-    checkpoint_step: StepOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    where: ModelChoice,
+    what: SequenceChoice,
+    *,
+    out: Path = Path("recall.parquet"),
+    generate: bool = True,
+    metrics: str = "all",
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    n_samples: int = 100,
+    probability: float = 0.5,
+    min_k: float = 0.2,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Score how well a model recalls each sequence; write a table and print a summary.
 
     Example: memlens score --model zoo/pythia-s --sequences zoo --out recall.parquet
+
+    Args:
+        where: The model.
+        what: The sequences.
+        out: The parquet table to write.
+        generate: Decode the sequences that contain an error, for the score M.
+        metrics: all, none, or some of likelihood, sampling, near_verbatim, trivial (separated by commas).
+        temperature: Temperature of the samples that np_discoverable counts.
+        top_k: Number of tokens that may be sampled (default: all).
+        top_p: Probability mass that may be sampled.
+        n_samples: n of (n, p)-discoverable.
+        probability: p of (n, p)-discoverable.
+        min_k: Share of the targets that Min-K % averages over.
     """
     import memlens as ml
     from memlens.recall.columns import METRIC_GROUPS
@@ -139,13 +137,10 @@ def score(
     for group in groups:
         check_option("metrics", group, ["all", "none", *METRIC_GROUPS])
     sampling = ml.recall.Sampling(temperature, top_k, top_p)
-    loaded = load(model, backend, dtype, device, revision, checkpoint_step)
-    seqs = ml.load_sequences(
-        sequences, loaded, prefix_len=prefix_len, max_targets=max_targets, target=target, limit=limit
-    )
+    model = where.load()
     recall = ml.score_recall(
-        loaded,
-        seqs,
+        model,
+        what.load(model),
         generate=generate,
         metrics=groups,
         sampling=sampling,
@@ -162,45 +157,36 @@ def score(
         OUT.print(f"table: {path}")
 
 
-@app.command()
-def plan(
-    model: ModelOption,
-    sequences: SequencesOption,
-    prefix_len: PrefixOption = None,
-    max_targets: TargetsOption = None,
-    target: TargetOption = "first_token",
-    limit: LimitOption = None,
-    backend: BackendOption = "auto",
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = None,
-    revision: RevisionOption = None,
-    checkpoint_step: StepOption = None,
-    as_json: JsonOption = False,
-) -> None:
+def plan(where: ModelChoice, what: SequenceChoice, *, as_json: Json = False) -> None:
     """Say what ablating every head, bypassing every layer and patching every site would cost.
 
     Example: memlens plan --model zoo/pythia-s --sequences zoo
+
+    Args:
+        where: The model.
+        what: The sequences.
     """
-    import memlens as ml
+    from memlens.cli.run import print_plan
+    from memlens.studies.localization.command import localize_works
+    from memlens.studies.plans import plan_works
 
-    loaded = load(model, backend, dtype, device, revision, checkpoint_step)
-    seqs = ml.load_sequences(
-        sequences, loaded, prefix_len=prefix_len, max_targets=max_targets, target=target, limit=limit
-    )
-    print_plans(loaded, localize_works(loaded, seqs), as_json=as_json)
+    model = where.load()
+    print_plan(plan_works(model, localize_works(model, what.load(model))), as_json=as_json)
 
 
-@app.command()
-def report(
-    folder: Annotated[Path, typer.Argument(help="A folder that a run wrote.")],
-    out: Annotated[
-        Path | None, typer.Option(help="The HTML file (default: report.html in the folder).")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
+app.command(from_options(score), name="score")
+app.command(from_options(plan), name="plan")
+
+
+@app.command
+def report(folder: Path, *, out: Path | None = None, as_json: Json = False) -> None:
     """Make the report of a run's folder again, finished or not.
 
     Example: memlens report memlens-demo
+
+    Args:
+        folder: A folder that a run wrote.
+        out: The HTML file (default: report.html in the folder).
     """
     from memlens.report.from_directory import report_from_directory
 
@@ -211,8 +197,8 @@ def report(
         OUT.print(f"report: {path}")
 
 
-@app.command()
-def models(as_json: JsonOption = False) -> None:
+@app.command
+def models(*, as_json: Json = False) -> None:
     """List the model families that memlens knows by name.
 
     Example: memlens models

@@ -1,6 +1,6 @@
-"""What the commands share: options, the consoles, loading with a spinner, tables, what a study found.
+"""What the commands share: common flags, the consoles, tables, and how a study's findings are printed.
 
-Results go to the standard output (with `--json` one document), bars and errors to the standard error.
+Results go to standard output (with `--json` as one document), progress bars and errors to standard error.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -30,83 +30,17 @@ OUT = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty()
 ERR = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-def complete_model(incomplete: str) -> list[str]:
-    """Return the names of models that begin so, for the shell's completion."""
-    from memlens.models.families import families_table
-    from memlens.models.zoo import zoo_names
-
-    zoo = [f"zoo/{name.removeprefix('zoo/')}" for name in zoo_names()]
-    return [name for name in (*zoo, *families_table()["model"]) if name.startswith(incomplete)]
-
-
-def one_of(*values: str) -> Any:
-    """Return a completion of an option that takes one of a few words."""
-    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
-
-
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        help="Hub name, checkpoint folder, .gguf file or zoo name.",
-        autocompletion=complete_model,
+Json = Annotated[
+    bool,
+    Parameter(
+        name="--json", negative=(), show_default=False, help="Print one JSON document, for other programs."
     ),
 ]
-SequencesOption = Annotated[
-    str, typer.Option("--sequences", "-s", help=".npy, .jsonl, .csv or .parquet file, hf:NAME, or zoo.")
+Quiet = Annotated[
+    bool, Parameter(name=["--quiet", "-q"], negative=(), show_default=False, help="Show no progress bars.")
 ]
-PrefixOption = Annotated[
-    int | None, typer.Option(help="Tokens given to the model (default: the file's own, or 32).")
-]
-TargetsOption = Annotated[
-    int | None, typer.Option(help="Keep only the first so many tokens of each continuation.")
-]
-TargetOption = Annotated[
-    str, typer.Option(help="For the idiom file: first_token of the last word, or the word.")
-]
-BackendOption = Annotated[
-    str, typer.Option(help="auto, hooked or bridge.", autocompletion=one_of("auto", "hooked", "bridge"))
-]
-DtypeOption = Annotated[
-    str,
-    typer.Option(
-        help="float32, bfloat16 or float16.", autocompletion=one_of("float32", "bfloat16", "float16")
-    ),
-]
-DeviceOption = Annotated[
-    str | None,
-    typer.Option(
-        help="cpu, cuda, mps (default: cuda where there is one).", autocompletion=one_of("cpu", "cuda", "mps")
-    ),
-]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-StepOption = Annotated[int | None, typer.Option(help="Training step of Pythia or OLMo.")]
-LimitOption = Annotated[int | None, typer.Option(help="Read only the first so many rows.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of every random choice.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document, for other programs.")]
-PlanOption = Annotated[bool, typer.Option("--plan", help="Only print what it would cost.")]
-ResumeOption = Annotated[
-    bool, typer.Option(help="Go on with what the folder holds of an earlier run, or start over.")
-]
-
-
-def load(
-    name: str, backend: str, dtype: str, device: str | None, revision: str | None, checkpoint_step: int | None
-) -> Any:
-    """Load a model, with a spinner while it takes."""
-    import memlens as ml
-
-    with ERR.status(f"loading {name}"):
-        return ml.load_model(
-            name,
-            backend=backend,
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            checkpoint_step=checkpoint_step,
-        )
+Switch = Parameter(negative=(), show_default=False)
+"""Of a flag that is off unless it is given."""
 
 
 def command_line() -> str:
@@ -115,34 +49,27 @@ def command_line() -> str:
 
 
 @contextmanager
-def resumable(out: Path | None, *, resume: bool = True, parts: Sequence[str] = ("sweeps",)) -> Iterator[None]:
-    """Say after Ctrl-C how to go on; with `resume=False` delete first what an earlier run kept.
+def resumable(out: Path | None) -> Iterator[None]:
+    """Say after Ctrl-C how to continue, and exit with 130.
 
     Args:
         out: The folder that keeps what is finished.
-        resume: Whether that is used.
-        parts: Folders in it that hold nothing but that.
     """
-    import shutil
-
-    if not resume and out is not None:
-        for part in parts:
-            shutil.rmtree(out / part, ignore_errors=True)
     try:
         yield
     except KeyboardInterrupt:
         kept = "" if out is None else f"; what was finished is in {out}"
         ERR.print(f"stopped{kept}, and the same command goes on from there.")
-        raise typer.Exit(130) from None
+        raise SystemExit(130) from None
 
 
 def print_json(value: object) -> None:
-    """Print a value as JSON; what JSON has no number for becomes null."""
-    typer.echo(json.dumps(_plain(value), ensure_ascii=False, indent=2))
+    """Print a value as JSON; NaN and infinity become null."""
+    sys.stdout.write(json.dumps(_plain(value), ensure_ascii=False, indent=2) + "\n")
 
 
 def print_run(run: StudyRun, seconds: float, *, as_json: bool = False) -> None:
-    """Print the findings of a study, what failed, and where the report is; exit with 1 if a step failed."""
+    """Print a study's findings, failures and report; exit with 1 if a step failed."""
     if as_json:
         found = [asdict(finding) for finding in run.findings]
         print_json(
@@ -153,7 +80,7 @@ def print_run(run: StudyRun, seconds: float, *, as_json: bool = False) -> None:
         OUT.print(f"done in {seconds:.0f} s")
         OUT.print(f"report: {run.report}")
     if run.failures:
-        raise typer.Exit(1)
+        raise SystemExit(1)
 
 
 def _print_findings(run: StudyRun) -> None:

@@ -8,72 +8,62 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.text import Text
 
-from memlens.cli.console import (
-    OUT,
-    BackendOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelOption,
-    RevisionOption,
-    print_json,
-)
+from memlens.cli.console import OUT, Json, Switch, print_json
 from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError
+from memlens.studies.registry import ModelChoice
 
 
 def generate(
-    model: ModelOption,
-    prompt: Annotated[list[str] | None, typer.Option(help="A text to continue; may be given often.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="A text file, one prompt a line, or .jsonl with 'prompt' or 'text'.")
-    ] = None,
-    bypass: Annotated[
-        str | None, typer.Option(help="Layers whose attention is bypassed, such as 20-23,25.")
-    ] = None,
-    mode: Annotated[str, typer.Option(help="identity or zero.")] = "identity",
-    compare: Annotated[bool, typer.Option("--compare", help="Also continue without the bypass.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 50,
-    as_json: JsonOption = False,
-    prepend_bos: Annotated[
-        bool, typer.Option("--prepend-bos", help="Put the beginning-of-text token before every prompt.")
-    ] = False,
-    backend: BackendOption = "auto",
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = None,
-    revision: RevisionOption = None,
+    where: ModelChoice,
+    *,
+    prompt: list[str] | None = None,
+    prompts: Path | None = None,
+    bypass: str | None = None,
+    mode: str = "identity",
+    compare: Annotated[bool, Switch] = False,
+    max_new_tokens: int = 50,
+    prepend_bos: Annotated[bool, Switch] = False,
+    as_json: Json = False,
 ) -> None:
     """Continue prompts greedily, with the attention of some layers bypassed.
 
     Example: memlens generate --model zoo/pythia-s --prompt "The key" --bypass 4-5 --compare
-    """
-    import memlens as ml
 
+    Args:
+        where: The model.
+        prompt: A text to continue; may be given several times.
+        prompts: A text file with one prompt per line, or .jsonl with "prompt" or "text".
+        bypass: Layers whose attention is bypassed, such as 20-23,25.
+        mode: identity or zero.
+        compare: Also continue without the bypass.
+        max_new_tokens: Tokens to generate.
+        prepend_bos: Put the beginning-of-text token before every prompt.
+    """
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
     if not texts:
         raise OptionError("there is no prompt: give --prompt TEXT or --prompts FILE.")
     if compare and bypass is None:
         raise OptionError("--compare needs a bypass to compare with: give --bypass LAYERS.")
     layers = [] if bypass is None else parse_layers(bypass)
-    loaded = ml.load_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
+    model = where.load()
     runs: dict[str, list[int]] = {"with": layers, "without": []} if compare else {"with": layers}
     found = {
-        name: continuations(loaded, texts, layers=some, mode=mode, n=max_new_tokens, prepend_bos=prepend_bos)
+        name: continuations(model, texts, layers=some, mode=mode, n=max_new_tokens, prepend_bos=prepend_bos)
         for name, some in runs.items()
     }
     if as_json:
-        _print_json(loaded, texts, found, {"model": model, "bypass": layers, "mode": mode})
+        _print_json(model, texts, found, {"model": where.model, "bypass": layers, "mode": mode})
     else:
-        _print_text(loaded, texts, found, layers)
+        _print_text(model, texts, found, layers)
 
 
 def parse_layers(text: str) -> list[int]:
-    """Return the layers that a list of numbers and ranges names, each once.
+    """Return the layers that a list of numbers and ranges names, each of them once.
 
     Raises:
-        OptionError: It is no such list, or a range runs backwards.
+        OptionError: It is not such a list, or a range runs backwards.
 
     >>> parse_layers("20-23,25")
     [20, 21, 22, 23, 25]
@@ -84,18 +74,18 @@ def parse_layers(text: str) -> list[int]:
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if first > last:
             raise OptionError(
-                f"{part.strip()!r} in {text!r} is no layer or range of layers: write it as in 20-23,25."
+                f"{part.strip()!r} in {text!r} is not a layer or a range of layers: write it as in 20-23,25."
             )
         layers += range(first, last + 1)
     return list(dict.fromkeys(layers))
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a file: of a `.jsonl` the key `prompt` or `text`, else one line each.
+    """Return the prompts of a file: from a `.jsonl` file the key `prompt` or `text`, else one per line.
 
     Raises:
-        SourceNotFoundError: No such file.
-        FileFormatError: It is not UTF-8, or a line of a `.jsonl` holds no prompt.
+        SourceNotFoundError: There is no such file.
+        FileFormatError: It is not UTF-8, or a line of a `.jsonl` file holds no prompt.
     """
     if not path.is_file():
         raise SourceNotFoundError(f"there is no file of prompts {path}: give the path of one.")
@@ -113,7 +103,7 @@ def _prompt_of(line: str, place: str) -> str:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise FileFormatError(f"{place} is no JSON: {error}.") from error
+        raise FileFormatError(f"{place} is not JSON: {error}.") from error
     row = row if isinstance(row, dict) else {}
     text = row.get("prompt", row.get("text"))
     if not isinstance(text, str) or not text:
@@ -137,9 +127,9 @@ def continuations(
     Args:
         model: A TransformerLens model.
         prompts: The texts.
-        layers: Layers whose attention is bypassed; none for the model as it is.
+        layers: Layers whose attention is bypassed; empty for the unchanged model.
         mode: "identity" or "zero".
-        n: Tokens at most.
+        n: Most tokens to generate.
         prepend_bos: Put the beginning-of-text token first.
 
     Raises:

@@ -5,72 +5,61 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from cyclopts import App
 from rich.table import Table
 
-from memlens.cli.console import (
-    OUT,
-    BackendOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    QuietOption,
-    RevisionOption,
-    SeedOption,
-    print_json,
-    records,
-)
+from memlens.cli.commands import from_options
+from memlens.cli.console import OUT, Json, Quiet, Switch, print_json, records
 from memlens.errors import OptionError
+from memlens.studies.registry import ModelChoice
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-lens_app: typer.Typer = typer.Typer(
-    help="Tuned lenses: affine translators for residual decoding.", no_args_is_help=True
-)
+lens_app = App(name="lens", help="Tuned lenses: affine translators for residual decoding.")
 
 
-@lens_app.callback()
-def lens() -> None:
-    """Tuned lenses: affine translators for residual decoding."""
-
-
-@lens_app.command("train")
 def lens_train(
-    model: Annotated[str, typer.Argument(help="Hub name, checkpoint folder, .gguf file or zoo name.")],
-    out: Annotated[Path, typer.Option(help="Folder for the lens.")],
-    text: Annotated[Path | None, typer.Option(help="A text file (UTF-8), cut into windows.")] = None,
-    tokens: Annotated[
-        Path | None, typer.Option(help="Token ids: .npy, or another file of sequences.")
-    ] = None,
-    zoo_corpus: Annotated[
-        bool, typer.Option("--zoo-corpus", help="What a zoo model was trained on, without what was planted.")
-    ] = False,
-    steps: Annotated[int, typer.Option(help="Updates.")] = 250,
-    lr: Annotated[
-        float | None, typer.Option(help="Learning rate (default: 1 for sgd, 1e-3 for adam).")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows of an update.")] = 16,
-    optimizer: Annotated[str, typer.Option(help="sgd or adam.")] = "sgd",
-    weight_decay: Annotated[float, typer.Option(help="Pull towards the logit lens.")] = 1e-3,
-    holdout: Annotated[float, typer.Option(help="Share of the windows that is held out.")] = 0.1,
-    window: Annotated[int, typer.Option(help="Tokens of a window of text.")] = 128,
-    limit: Annotated[int | None, typer.Option(help="Use only the first so many windows.")] = None,
-    published: Annotated[
-        bool, typer.Option("--published", help="Also write config.json and params.pt as tuned-lens does.")
-    ] = False,
-    backend: BackendOption = "auto",
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = None,
-    revision: RevisionOption = None,
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    where: ModelChoice,
+    *,
+    out: Path,
+    text: Path | None = None,
+    tokens: Path | None = None,
+    zoo_corpus: Annotated[bool, Switch] = False,
+    steps: int = 250,
+    lr: float | None = None,
+    batch_size: int = 16,
+    optimizer: str = "sgd",
+    weight_decay: float = 1e-3,
+    holdout: float = 0.1,
+    window: int = 128,
+    limit: int | None = None,
+    published: Annotated[bool, Switch] = False,
+    seed: int = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Train a tuned lens on text that is not to be decoded later; write it, and what it gained.
+    """Train a tuned lens on text that will not be decoded later; write it, and print what it gained.
 
     Example: memlens lens train zoo/pythia-s --zoo-corpus --steps 100 --out my-lens
+
+    Args:
+        where: The model.
+        out: Folder for the lens.
+        text: A text file (UTF-8), which is cut into windows.
+        tokens: Token ids: .npy, or another file of sequences.
+        zoo_corpus: The text that a zoo model was trained on, without what was planted in it.
+        steps: Number of updates.
+        lr: Learning rate (default: 1 for sgd, 1e-3 for adam).
+        batch_size: Windows per update.
+        optimizer: sgd or adam.
+        weight_decay: Pull towards the logit lens.
+        holdout: Share of the windows that is held out.
+        window: Tokens per window of text.
+        limit: Use at most this many windows.
+        published: Also write config.json and params.pt in the format of tuned-lens.
+        seed: Seed of every random choice.
     """
     import memlens as ml
     from memlens.sequences.natural import text_windows
@@ -80,13 +69,13 @@ def lens_train(
         raise OptionError(
             f"{sum(given)} sources of text were given: give one of --text, --tokens, --zoo-corpus."
         )
-    loaded = ml.load_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
+    loaded = where.load()
     if text is not None:
         rows = text_windows(getattr(loaded, "tokenizer", None), text, window)
     elif tokens is not None:
         rows = ml.load_sequences(str(tokens), loaded, prefix_len=1)
     else:
-        rows = zoo_rows(model)
+        rows = zoo_rows(where.model)
     trained = ml.lens.train_tuned_lens(
         loaded,
         rows if limit is None else rows[:limit],
@@ -109,12 +98,15 @@ def lens_train(
         OUT.print(f"lens: {folder}")
 
 
+lens_app.command(from_options(lens_train), name="train")
+
+
 def zoo_rows(name: str) -> np.ndarray:
-    """Return the rows that a zoo model was trained on, made anew from its recipe, without planted ones.
+    """Return the rows that a zoo model was trained on, rebuilt from its recipe, without planted ones.
 
     Raises:
         ModelNotFoundError: The zoo has no such model.
-        FileFormatError: The model's folder does not tell its recipe.
+        FileFormatError: The model's folder does not record its recipe.
     """
     from memlens.organisms.corpus.corpus import BACKGROUND
     from memlens.organisms.training.zoo import zoo_corpus
@@ -124,7 +116,7 @@ def zoo_rows(name: str) -> np.ndarray:
 
 
 def _print_gain(trained: Any) -> None:
-    table = Table(title="Divergence from the model on held-out text (nats a token)")
+    table = Table(title="Divergence from the model on held-out text (nats per token)")
     for column in ("after block", "logit lens", "tuned lens"):
         table.add_column(column, justify="right")
     for layer, before, after, _ in trained.heldout_kl().itertuples(index=False):

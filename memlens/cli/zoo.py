@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+from cyclopts import App
 
-from memlens.cli.console import (
-    OUT,
-    DeviceOption,
-    JsonOption,
-    QuietOption,
-    SeedOption,
-    print_json,
-    print_table,
-    records,
-    resumable,
-)
+from memlens.cli.console import OUT, Json, Quiet, print_json, print_table, records, resumable
 from memlens.errors import OptionError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-zoo_app: typer.Typer = typer.Typer(
-    help="Models with known memories, bundled or trained on demand.", no_args_is_help=True
-)
+zoo_app = App(name="zoo", help="Models with known memories, bundled or trained on demand.")
 
 _DEFAULT = "pythia-s"
 
 
-@zoo_app.command("list")
-def zoo_list(as_json: JsonOption = False) -> None:
+@zoo_app.command(name="list")
+def zoo_list(*, as_json: Json = False) -> None:
     """List the models of the zoo: bundled, trained into the cache, or a recipe that can be trained.
 
     Example: memlens zoo list
@@ -45,32 +33,37 @@ def zoo_list(as_json: JsonOption = False) -> None:
         print_table(zoo_overview(), "Zoo")
 
 
-@zoo_app.command("train")
+@zoo_app.command(name="train")
 def zoo_train(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Recipes, such as olmo2-s (default: pythia-s).")
-    ] = None,
-    family: Annotated[
-        str | None, typer.Option(help="All recipes of a family: pythia, gpt-neo, olmo1, …, or all.")
-    ] = None,
-    size: Annotated[str | None, typer.Option(help="All recipes of a size: xs, s, m or all.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder, for one model (default: the user's cache).")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Fewer or more steps than the recipe's.")] = None,
-    device: DeviceOption = None,
-    seed: SeedOption = 0,
-    resume: Annotated[bool, typer.Option(help="Go on with interrupted runs, skip finished ones.")] = True,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    names: list[str] | None = None,
+    *,
+    family: str | None = None,
+    size: str | None = None,
+    out: Path | None = None,
+    steps: int | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    resume: bool = True,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train zoo models from their recipes, one after the other: same corpus, same seed, same models.
 
-    Models that are finished are skipped; those chosen by family and size also where they are bundled.
+    Finished models are skipped, and so are bundled ones that were chosen by family and size.
 
     Example: memlens zoo train pythia-s olmo2-s --seed 0
 
     Example: memlens zoo train --family all --size all
+
+    Args:
+        names: Recipes, such as olmo2-s (default: pythia-s).
+        family: All recipes of a family: pythia, gpt-neo, olmo1, …, or all.
+        size: All recipes of a size: xs, s, m or all.
+        out: Folder, for one model (default: the user's cache).
+        steps: Fewer or more steps than the recipe has.
+        device: cpu, cuda or mps; by default cuda where there is one.
+        seed: Seed of every random choice.
+        resume: Continue interrupted runs and skip finished ones.
     """
     from memlens.organisms.evaluate import evaluate_zoo_model
     from memlens.organisms.training.zoo import train_zoo_model
@@ -116,7 +109,7 @@ def _selection(family: str, size: str) -> tuple[list[str], list[str]]:
 
 
 def _print_model(name: str, folder: Path, curve: pd.DataFrame, *, table: bool) -> None:
-    """Print what a model remembers: by copies, or for one of several in a line."""
+    """Print what a model remembers: a table by copies, or one line where there are several models."""
     total = curve.loc[curve["domain"] == "all"]
     if table:
         print_table(total, "Exact match by copies in the corpus")

@@ -1,4 +1,4 @@
-from .bypass.options import BypassInputs as BypassInputs
+from .bypass.context import BypassInputs as BypassInputs
 from .bypass.options import BypassOptions as BypassOptions
 from .bypass.study import study_attention_bypass as study_attention_bypass
 from .comparative.config import StudyModel as StudyModel
@@ -6,6 +6,6 @@ from .comparative.options import ComparativeOptions as ComparativeOptions
 from .comparative.study import study_comparative as study_comparative
 from .idioms.options import IdiomOptions as IdiomOptions
 from .idioms.study import study_idioms as study_idioms
-from .localization.study import LocalizeOptions as LocalizeOptions
+from .localization.options import LocalizeOptions as LocalizeOptions
 from .localization.study import localize as localize
 from .running import StudyRun as StudyRun

@@ -10,12 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
 
 import memlens as ml
 from memlens import cli
-
-runner = CliRunner()
 
 
 def call(*args: str) -> tuple[int, str, str]:
@@ -35,7 +32,7 @@ def call(*args: str) -> tuple[int, str, str]:
 
 
 def test_help_names_every_command_with_an_example() -> None:
-    shown = runner.invoke(cli.app, ["--help"]).output
+    shown = call("--help")[1]
     for name in ("demo", "score", "run", "report", "models", "plan", "generate", "zoo"):
         assert name in shown
     for command in (
@@ -47,7 +44,7 @@ def test_help_names_every_command_with_an_example() -> None:
         ["models"],
         ["zoo", "train"],
     ):
-        assert "Example: memlens" in runner.invoke(cli.app, [*command, "--help"]).output
+        assert "Example: memlens" in call(*command, "--help")[1]
 
 
 def test_models_lists_families_and_zoo() -> None:

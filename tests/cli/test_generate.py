@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import memlens as ml
-from memlens import cli
 from memlens.cli.generate import continuations, parse_layers, read_prompts
 from memlens.errors import FileFormatError, OptionError, SourceNotFoundError
 from tests.cli.test_commands import call
@@ -92,7 +90,7 @@ def test_a_bypass_keeps_a_planted_sequence_from_being_recited() -> None:
 def test_layer_ranges() -> None:
     assert parse_layers("3, 1-2,2") == [3, 1, 2]
     for wrong in ("", "3-", "5-2", "a", "1,,2", "-1", "1 2"):
-        with pytest.raises(OptionError, match="is no layer or range of layers"):
+        with pytest.raises(OptionError, match="is not a layer or a range of layers"):
             parse_layers(wrong)
 
 
@@ -106,7 +104,7 @@ def test_files_of_prompts(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match=r"line 2 has no text under 'prompt'"):
         read_prompts(rows)
     rows.write_text("{\n")
-    with pytest.raises(FileFormatError, match="line 1 is no JSON"):
+    with pytest.raises(FileFormatError, match="line 1 is not JSON"):
         read_prompts(rows)
     lines.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(FileFormatError, match="not UTF-8"):
@@ -135,5 +133,5 @@ def test_bad_input_is_one_line(args: tuple[str, ...], message: str) -> None:
 
 
 def test_help_has_an_example() -> None:
-    shown = CliRunner().invoke(cli.app, ["generate", "--help"]).output
+    shown = call("generate", "--help")[1]
     assert "Example: memlens generate" in shown

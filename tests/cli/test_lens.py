@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import memlens as ml
-from memlens import cli
 from memlens.cli.lens import zoo_rows
 from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError
 from memlens.sequences.natural import text_windows
@@ -59,7 +57,7 @@ def test_the_zoo_corpus_is_without_what_was_planted() -> None:
 
 
 def test_one_source_of_text() -> None:
-    assert "Example: memlens lens train" in CliRunner().invoke(cli.app, ["lens", "train", "--help"]).output
+    assert "Example: memlens lens train" in call("lens", "train", "--help")[1]
     code, _, err = call("lens", "train", "zoo/pythia-s", "--out", "x")
     assert code == 2
     assert "0 sources of text were given" in err

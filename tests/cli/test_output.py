@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,10 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
 
 from memlens import cli
-from memlens.cli.console import complete_model, print_json
+from memlens.cli.commands import complete_model
+from memlens.cli.console import print_json
 from tests.cli.test_commands import call
 
 
@@ -29,14 +28,11 @@ def asked(*args: str) -> Any:
 
 
 def test_every_command_takes_json() -> None:
-    runner = CliRunner()
     commands = [["demo"], ["score"], ["plan"], ["report"], ["models"], ["generate"], ["lens", "train"]]
     commands += [["zoo", "list"], ["zoo", "train"]]
     commands += [["run", name] for name in ("localize", "idioms", "bypass", "comparative")]
     for command in commands:
-        assert "--json" in runner.invoke(cli.app, [*command, "--help"], env={"COLUMNS": "200"}).output, (
-            command
-        )
+        assert "--json" in call(*command, "--help")[1], command
 
 
 def test_score_and_models_as_json(recited: tuple[str, str], tmp_path: Path) -> None:
@@ -104,16 +100,13 @@ def test_models_complete() -> None:
 
 
 def test_shells_complete_through_the_installed_script() -> None:
-    env = os.environ | {
-        "_MEMLENS_COMPLETE": "complete_zsh",
-        "_TYPER_COMPLETE_ARGS": "memlens score --model zoo/pythia-x",
-    }
-    script = "from memlens.cli import main; main()"
+    asked = ["score", "--model", "zoo/pythia-x"]  # as the installed script asks
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.argv = ['memlens']; {script}"],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "memlens", "__complete", *asked], capture_output=True, text=True, check=False
+    )
     assert "zoo/pythia-xs" in done.stdout
+    for shell in ("bash", "zsh", "fish"):
+        assert "--max-targets" in cli.app.generate_completion(prog_name="memlens", shell=shell)
 
 
 @pytest.mark.slow

@@ -11,10 +11,8 @@ import pandas as pd
 import pytest
 import torch
 from statsmodels.stats.proportion import proportion_confint
-from typer.testing import CliRunner
 
 import memlens as ml
-from memlens.cli.app import app
 from memlens.errors import EmptySetError, OptionError
 from memlens.organisms.training.zoo import zoo_corpus
 from memlens.results.groups import quartiles
@@ -22,6 +20,7 @@ from memlens.results.statistics.intervals import halves
 from memlens.studies.bypass.context import METRICS
 from memlens.studies.bypass.findings import scaling
 from memlens.studies.running import StudyRun
+from tests.cli.test_commands import call
 
 SMALL = ml.studies.BypassOptions(
     max_sequences=20,
@@ -52,18 +51,20 @@ def found(pythia: Any) -> ml.recall.MemorizedSet:
 
 @pytest.fixture(scope="module")
 def inputs(pythia: Any, found: ml.recall.MemorizedSet) -> ml.studies.BypassInputs:
-    return ml.studies.BypassInputs.of(pythia, found, ml.tasks.local_tasks("zoo", pythia, names=TASKS, n=20))
+    return ml.studies.BypassInputs(pythia, found, ml.tasks.local_tasks("zoo", pythia, names=TASKS, n=20))
 
 
 @pytest.fixture(scope="module")
 def run(inputs: ml.studies.BypassInputs, tmp_path_factory: pytest.TempPathFactory) -> StudyRun:
     def smaller() -> ml.studies.BypassInputs:
         few = [task.take(slice(0, 10)) for task in inputs.tasks]
-        return ml.studies.BypassInputs(inputs.model, inputs.memorized[:10], tasks=few, name="the same, less")
+        memorized = inputs.groups["memorized"][:10]
+        return ml.studies.BypassInputs(inputs.model, memorized, tasks=few, name="the same, less")
 
     return ml.studies.study_attention_bypass(
-        inputs, tmp_path_factory.mktemp("bypass"), others=[smaller], options=SMALL, progress=False,
-        command="memlens run bypass",
+        inputs.model, inputs.sequences, tmp_path_factory.mktemp("bypass"), tasks=inputs.tasks,
+        others=[smaller],
+        options=SMALL, progress=False, command="memlens run bypass",
     )  # fmt: skip
 
 
@@ -108,8 +109,8 @@ def test_exact_match_under_a_bypass_is_that_of_a_plain_forward(
     mine = blocks.isel(sequence=blocks["group"].values == "memorized")
     assert set(METRICS) <= set(mine.data_vars)
     ids = mine["sequence"].values.tolist()
-    rows = [inputs.memorized.table["id"].tolist().index(i) for i in ids]
-    tokens = inputs.memorized.tokens[rows]
+    rows = [inputs.groups["memorized"].table["id"].tolist().index(i) for i in ids]
+    tokens = inputs.groups["memorized"].tokens[rows]
     assert len(ids) == 20
     for layer in (0, 4):
         with torch.no_grad(), ml.bypassed(pythia, layer):
@@ -127,8 +128,7 @@ def test_controls_are_those_matched_to_the_chosen_sequences(
 ) -> None:
     blocks = ml.load_result(folder / "blocks.nc").data
     chosen = blocks["sequence"].values[blocks["group"].values == "memorized"].tolist()
-    assert inputs.unmemorized is not None
-    table = inputs.unmemorized.table.set_index("id")
+    table = inputs.groups["not memorized"].table.set_index("id")
     others = blocks["sequence"].values[blocks["group"].values == "not memorized"].tolist()
     assert others
     assert set(table.loc[others, "matched_to"]) <= set(chosen)
@@ -201,8 +201,8 @@ def test_free_decoding_is_the_score_under_the_bypass(
 ) -> None:
     result = ml.load_result(folder / "free_running.nc")
     ids = result["sequence"].values.tolist()
-    rows = [inputs.memorized.table["id"].tolist().index(i) for i in ids]
-    seqs = inputs.memorized[rows]
+    rows = [inputs.groups["memorized"].table["id"].tolist().index(i) for i in ids]
+    seqs = inputs.groups["memorized"][rows]
     with ml.bypassed(pythia, 5):
         new = pythia.generate(
             seqs.tokens[:, :32], max_new_tokens=32, do_sample=False, verbose=False, stop_at_eos=False
@@ -257,10 +257,14 @@ def test_a_killed_run_is_taken_up(
     with monkeypatch.context() as patch:
         patch.setattr("memlens.studies.bypass.sides.control_edits", killed)
         with pytest.raises(KeyboardInterrupt):
-            ml.studies.study_attention_bypass(inputs, tmp_path, options=SMALL, progress=False)
+            ml.studies.study_attention_bypass(
+                inputs.model, inputs.sequences, tmp_path, tasks=inputs.tasks, options=SMALL, progress=False
+            )
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.npz")}
     assert stamps
-    again = ml.studies.study_attention_bypass(inputs, tmp_path, options=SMALL, progress=False)
+    again = ml.studies.study_attention_bypass(
+        inputs.model, inputs.sequences, tmp_path, tasks=inputs.tasks, options=SMALL, progress=False
+    )
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
     skipped = "From one model to the next"
     assert [f.statement for f in again.findings] == [f.statement for f in run.findings if f.title != skipped]
@@ -277,7 +281,9 @@ def test_a_part_that_fails_costs_only_itself(
     options = ml.studies.BypassOptions(
         **{**vars(SMALL), "joint_sequences": 0, "edits": (), "heads": False, "free_running": False}
     )
-    run = ml.studies.study_attention_bypass(inputs, tmp_path, options=options, progress=False)
+    run = ml.studies.study_attention_bypass(
+        inputs.model, inputs.sequences, tmp_path, tasks=inputs.tasks, options=options, progress=False
+    )
     assert run.failures == {"tasks": "out of memory"}
     assert "out of memory" in run.report.read_text(encoding="utf-8")
     assert [f.title for f in run.findings][-1] == "Bounds"
@@ -285,8 +291,9 @@ def test_a_part_that_fails_costs_only_itself(
 
 def test_without_controls_nothing_is_called_special(pythia: Any, found: Any, tmp_path: Path) -> None:
     options = ml.studies.BypassOptions(**{**vars(SMALL), "bounds_sequences": 0, "heads": False})
-    alone = ml.studies.BypassInputs(pythia, found.memorized[:8])
-    run = ml.studies.study_attention_bypass(alone, tmp_path, options=options, progress=False)
+    run = ml.studies.study_attention_bypass(
+        pythia, found.memorized[:8], tmp_path, options=options, progress=False
+    )
     assert "no tasks were given" in run.report.read_text(encoding="utf-8")
     special = next(f for f in run.findings if f.title == "What is special to memorized text")
     assert special.estimate is None
@@ -296,6 +303,8 @@ def test_without_controls_nothing_is_called_special(pythia: Any, found: Any, tmp
 def test_bad_inputs_are_refused(pythia: Any, found: ml.recall.MemorizedSet) -> None:
     with pytest.raises(EmptySetError, match="3 memorized sequences"):
         ml.studies.BypassInputs(pythia, found.memorized[:3])
+    with pytest.raises(OptionError, match="Did you mean 'not memorized'"):
+        ml.studies.BypassInputs(pythia, {"memorized": found.memorized, "notmemorized": found.unmemorized})
     with pytest.raises(OptionError, match="edits"):
         ml.studies.BypassOptions(edits=("zero",))
     with pytest.raises(OptionError, match="quartiles=1"):
@@ -330,9 +339,10 @@ def test_the_command_runs_on_saved_sequences_and_refuses_what_does_not_fit(
     args = ["run", "bypass", "--model", "zoo/pythia-s", "--out", str(tmp_path / "out"), "-q"]
     given = [*args, "--memorized", str(tmp_path / "set"), "--tasks", "local", "--questions", "6"]
     small = ["--max-sequences", "8", "--control-sequences", "4", "--joint-sequences", "0", "--bounds", "0"]
-    result = CliRunner().invoke(app, [*given, *small, "--no-free-running", "--no-heads"])
-    assert result.exit_code == 0, result.output
-    assert "The most selective block" in result.output
+    code, shown, error = call(*given, *small, "--no-free-running", "--no-heads")
+    assert code == 0, error
+    assert "The most selective block" in shown
     assert (tmp_path / "out" / "report.html").is_file()
-    both = CliRunner().invoke(app, [*given, "--corpus", "x.npy"])
-    assert isinstance(both.exception, OptionError) or both.exit_code != 0
+    code, _, error = call(*given, "--corpus", "x.npy")
+    assert code == 2
+    assert "--corpus and --memorized both say what is recited" in error

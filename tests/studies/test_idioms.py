@@ -305,14 +305,17 @@ def test_hooks_of_the_model_stay_as_they_were(pythia: Any, run: StudyRun) -> Non
 @pytest.mark.slow
 def test_the_criteria_tell_planted_expressions_from_text(pythia: Any) -> None:
     """Asked of the corpus itself, every planted expression takes its whole prompt, and text seldom does."""
-    from memlens.cli.run import _counted, _criteria
+    from memlens.studies.idioms.command import criteria_options, ngram_references
 
     expressions = ml.load_sequences("zoo:expressions", pythia)
     text = ml.sequences.natural_controls(
         ml.load_sequences("zoo:heldout", pythia, prefix_len=1), expressions, tokenizer=pythia.tokenizer
     )
     text = text[np.flatnonzero(text.table["target"].str.split().str.len().to_numpy() == 1)]
-    references, options = _counted(None, "zoo", pythia), _criteria("zoo", 0)
+    references, options = (
+        ngram_references(pythia, None, zoo=True),
+        criteria_options(ml.recall.CriteriaOptions(), 0, zoo=True),
+    )
     theirs, ours = (
         ml.recall.score_criteria(seqs, references, probed=pythia, options=options, progress=False)
         for seqs in (text, expressions)

@@ -20,10 +20,8 @@ from memlens.results.statistics.tasks import task_summary
 from memlens.results.statistics.tradeoff import Tradeoff, edit_tradeoff, join_frontier, tasks_above_chance
 from memlens.sequences.set import SequenceSet
 from memlens.studies.bypass import findings as find
-from memlens.studies.bypass import words as text
-from memlens.studies.bypass.context import BypassContext
+from memlens.studies.bypass.context import TEXTS, BypassContext, BypassInputs
 from memlens.studies.bypass.controls import MEMORIZED, UNTRAINED
-from memlens.studies.bypass.options import BypassInputs
 from memlens.studies.bypass.tables import quartile_table
 from memlens.studies.running import at_most
 
@@ -54,7 +52,7 @@ def blocks(study: BypassContext) -> None:
     )
     study.folder.add_result(
         "blocks", joined, title="Attention of each block bypassed: what is recited",
-        lead=text.BLOCKS_LEAD, figures=figures,
+        lead=TEXTS["blocks"], figures=figures,
     )  # fmt: skip
     scan = study.inputs.scan
     if scan is not None:
@@ -65,7 +63,7 @@ def blocks(study: BypassContext) -> None:
         )  # fmt: skip
         study.folder.add_table(
             "balance", scan.balance(), title="How alike memorized sequences and their controls are",
-            note=text.BALANCE_NOTE, section="blocks",
+            note=TEXTS["balance"], section="blocks",
         )  # fmt: skip
     study.folder.find(find.recited(study.swept, study.inputs))
     study.folder.find(find.needed_block(study.swept, study.options.seed))
@@ -82,7 +80,7 @@ def accuracies(study: BypassContext) -> None:
     drops = {"relative_drop": "raw", "relative_drop_chance_corrected": "corrected for chance"}
     study.folder.add_result(
         "tasks", study.tasks, title="Attention of each block bypassed: what it costs on tasks",
-        lead=text.TASKS_LEAD,
+        lead=TEXTS["tasks"],
         figures=[
             FigureRequest({"group": "task_group", **options}, reading=""),
             FigureRequest({"group": "task", "metric": "accuracy", **options}, reading=""),
@@ -125,7 +123,7 @@ def free_running(study: BypassContext) -> None:
     )
     study.folder.add_result(
         "free_running", result, title="Free decoding with each block bypassed",
-        lead="Greedy decoding from the prefix; M is the share of positions at which it equals the truth.",
+        lead=TEXTS["free_running"],
         figures=[
             FigureRequest(
                 {"metric": "memorization_score", "title": "Score M, one block bypassed at a time"}, reading=""
@@ -147,7 +145,7 @@ def frontier(study: BypassContext, others: Iterable[BypassInputs | Callable[[], 
     many = "one panel for each model" if len(parts) > 1 else "one dot for each block"
     study.folder.add_result(
         "frontier", join_frontier(parts, **options), title="Recitation against ability",
-        lead=text.FRONTIER_LEAD,
+        lead=TEXTS["frontier"],
         figures=[FigureRequest({"title": f"Recitation against ability: {many}"}, reading="")],
     )  # fmt: skip
     tables = []
@@ -165,7 +163,7 @@ def frontier(study: BypassContext, others: Iterable[BypassInputs | Callable[[], 
         table = pd.concat(tables, ignore_index=True)
         table.insert(0, "model", table.pop("model"))
         study.folder.add_table(
-            "selectivity", table, title="Selectivity of each block", note=text.SELECTIVITY_NOTE,
+            "selectivity", table, title="Selectivity of each block", note=TEXTS["selectivity"],
             section="frontier",
         )  # fmt: skip
         if len(set(table["model"])) > 1:
@@ -186,7 +184,7 @@ def quartiles(study: BypassContext) -> None:
     )
     study.folder.add_table(
         "quartiles", table, title="Mean drop by part of depth, one block bypassed at a time",
-        note="Drops are shares of what the unchanged model has; tasks at chance are left out.",
+        note=TEXTS["quartiles"],
         section="tasks",
     )  # fmt: skip
     for finding in find.by_quartile(table, study.swept):
@@ -208,7 +206,7 @@ def _other(
     parts: dict[str, tuple[Result, Result]],
 ) -> None:
     inputs = given if isinstance(given, BypassInputs) else given()
-    seqs = at_most(inputs.memorized, study.options.max_sequences, study.options.seed)
+    seqs = at_most(inputs.groups[MEMORIZED], study.options.max_sequences, study.options.seed)
     recall = study.bypass(inputs.model, seqs, f"of_{inputs.name}")
     parts[inputs.name] = recall, study.evaluate(inputs, f"tasks_of_{inputs.name}")
     study.folder.add_settings(

@@ -15,8 +15,9 @@ from memlens.results.groups import layers_label, quartiles
 from memlens.results.result import Result
 from memlens.results.statistics.estimates import mean_estimate, share_estimate
 from memlens.results.statistics.tradeoff import Tradeoff
+from memlens.studies.bypass.context import BypassInputs
 from memlens.studies.bypass.controls import MEMORIZED, UNTRAINED
-from memlens.studies.bypass.options import BypassInputs, BypassOptions
+from memlens.studies.bypass.options import BypassOptions
 from memlens.studies.bypass.tables import GAP
 from memlens.studies.localization import findings as common
 
@@ -34,7 +35,7 @@ def recited(swept: Mapping[str, Result], inputs: BypassInputs) -> Finding:
     own = mean_estimate(swept[MEMORIZED].baseline("target_logprob"))
     return Finding(
         "What is recited",
-        f"{len(inputs.memorized)} sequences were given as memorized; the unchanged model recites "
+        f"{len(inputs.groups[MEMORIZED])} sequences were given as memorized; the unchanged model recites "
         f"{int(base.sum())} "
         f"of the {main.n} that are examined, with {own} nats a token.",
         main.value,

@@ -22,8 +22,7 @@ from memlens.results.statistics.tradeoff import join_frontier
 from memlens.sequences.set import SequenceSet
 from memlens.studies.bypass import findings as control
 from memlens.studies.bypass import findings as find
-from memlens.studies.bypass import words as text
-from memlens.studies.bypass.context import BypassContext
+from memlens.studies.bypass.context import TEXTS, BypassContext
 from memlens.studies.bypass.controls import (
     MEMORIZED,
     UNTRAINED,
@@ -57,7 +56,7 @@ def joint(study: BypassContext) -> None:
         seed=options.seed,
     )
     study.folder.add_result(
-        "sets", pair, title="Sets of blocks bypassed together", lead=text.SETS_LEAD,
+        "sets", pair, title="Sets of blocks bypassed together", lead=TEXTS["sets"],
         figures=[FigureRequest({"title": "Recitation against ability: sets of blocks"}, reading="")],
     )  # fmt: skip
     for name, result in (("recall", search.recall), ("tasks", search.accuracy)):
@@ -86,7 +85,7 @@ def edits(study: BypassContext) -> None:
         FigureRequest({"metric": "target_logprob", "title": "Every edit, on memorized text"}, reading="")
     ]
     study.folder.add_result(
-        "edits", results[MEMORIZED], title="Other edits of each layer", lead=text.EDITS_LEAD,
+        "edits", results[MEMORIZED], title="Other edits of each layer", lead=TEXTS["edits"],
         figures=figures,
     )  # fmt: skip
     study.folder.add_result(
@@ -103,11 +102,11 @@ def edits(study: BypassContext) -> None:
     table = control_table(results, parts=study.options.quartiles, **options)
     depth = depth_table(results, **options)
     study.folder.add_table(
-        "controls", table, title="What is special to memorized text", note=text.CONTROLS_NOTE,
+        "controls", table, title="What is special to memorized text", note=TEXTS["controls"],
         section="edits",
     )  # fmt: skip
     study.folder.add_table(
-        "depth", depth, title="How the size of each edit's effect goes with depth", note=text.DEPTH_NOTE,
+        "depth", depth, title="How the size of each edit's effect goes with depth", note=TEXTS["depth"],
         section="edits",
     )  # fmt: skip
     study.folder.find(control.special(table))
@@ -144,7 +143,7 @@ def bounds(study: BypassContext) -> None:
     seqs = study.chosen(n)[MEMORIZED]
     result = bypass_bounds(study.model, seqs, progress=study.progress)
     study.folder.add_result(
-        "bounds", result, title="Bounds of what a bypass can change", lead=text.BOUNDS_LEAD,
+        "bounds", result, title="Bounds of what a bypass can change", lead=TEXTS["bounds"],
         figures=[FigureRequest(reading=""), FigureRequest({"metric": "kl"}, reading="")],
     )  # fmt: skip
     agreements = []

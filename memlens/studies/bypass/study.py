@@ -7,25 +7,31 @@ blocks, selectivity and bounds are ours, and every choice is a named parameter t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from memlens.instruments.tasks.tasks import ChoiceTask
 from memlens.models.provenance import describe
+from memlens.recall.corpus.memorized_set import MemorizedSet
 from memlens.report.bibliography import Citation
+from memlens.sequences.set import SequenceSet
 from memlens.studies.bypass import blocks as part
 from memlens.studies.bypass import sides as side
-from memlens.studies.bypass import words as text
-from memlens.studies.bypass.context import BypassContext
-from memlens.studies.bypass.options import BypassInputs, BypassOptions
+from memlens.studies.bypass.context import TEXTS, BypassContext, BypassInputs
+from memlens.studies.bypass.options import BypassOptions
 from memlens.studies.running import StudyDirectory, StudyRun
 
 
 def study_attention_bypass(
-    inputs: BypassInputs,
+    model: Any,
+    sequences: MemorizedSet | SequenceSet | Mapping[str, SequenceSet],
     out: str | Path,
     *,
+    tasks: Sequence[ChoiceTask] = (),
     others: Iterable[BypassInputs | Callable[[], BypassInputs]] = (),
+    name: str = "",
     options: BypassOptions | None = None,
     title: str | None = None,
     command: str | None = None,
@@ -44,11 +50,15 @@ def study_attention_bypass(
     7. Controls (E8): other edits of attention, the MLP and single heads, on the same groups.
 
     Args:
-        inputs: The model, its memorized sequences and controls, and the tasks.
-        out: The folder; results are saved there one by one. A second call with the same arguments takes up
+        model: A TransformerLens model.
+        sequences: What `build_memorized_set` found; or sequences that the model recites; or a mapping with
+            the groups "memorized" and, matched to it, "not memorized" and "predictable".
+        out: The folder; results are saved there one by one. A second call with the same arguments continues
             the sweeps where they stopped.
-        others: Further models for step 3; a function is called when its turn comes, so that only one is held
-            in memory.
+        tasks: Benchmark tasks that measure what a bypass costs; without any, its cost is not known.
+        others: Further models for step 3, each as `BypassInputs(model, sequences, tasks, name)`, or a
+            function that returns it, which is called in its turn, so that only one model is held in memory.
+        name: The model's name in results; by default the name it was loaded under.
         options: See `BypassOptions`.
         title: Heading of the report.
         command: The command line that makes it again, for the report.
@@ -59,19 +69,21 @@ def study_attention_bypass(
         not stop those that do not need it.
 
     Raises:
-        SequenceError, VocabularyError: The sequences do not fit; before any forward pass.
+        SequenceError, VocabularyError: The sequences do not fit, before any forward pass.
+        EmptySetError: Fewer than 4 memorized sequences.
 
     Example:
         >>> import memlens as ml, tempfile
         >>> model = ml.load_model("zoo/pythia-s")
         >>> found = ml.recall.build_memorized_set(model, corpus_rows, n=128)  # doctest: +SKIP
         >>> tasks = ml.tasks.local_tasks("zoo", model)
-        >>> inputs = ml.studies.BypassInputs.of(model, found, tasks)  # doctest: +SKIP
-        >>> run = ml.studies.study_attention_bypass(inputs, tempfile.mkdtemp())  # doctest: +SKIP
+        >>> out = tempfile.mkdtemp()
+        >>> run = ml.studies.study_attention_bypass(model, found, out, tasks=tasks)  # doctest: +SKIP
         >>> run.report.name  # doctest: +SKIP
         'report.html'
     """
     chosen = options or BypassOptions()
+    inputs = BypassInputs(model, sequences, tasks, name)
     settings = {
         "study": "attention bypass",
         **asdict(chosen),
@@ -85,7 +97,7 @@ def study_attention_bypass(
     folder = StudyDirectory(
         out,
         title=title or f"What attention gives to recitation in {inputs.name}",
-        lead=text.LEAD,
+        lead=TEXTS["lead"],
         settings=settings,
         command=command,
         fresh=True,

@@ -37,7 +37,7 @@ FREQUENCIES = ("copies", "frequency", "popularity")
 
 def study_idioms(
     model: Any,
-    idioms: SequenceSet,
+    sequences: SequenceSet,
     out: str | Path,
     *,
     text: SequenceSet | None = None,
@@ -64,7 +64,7 @@ def study_idioms(
 
     Args:
         model: A TransformerLens model.
-        idioms: Fixed expressions whose last word is the target, as `load_sequences` reads the idiom file;
+        sequences: Fixed expressions whose last word is the target, as `load_sequences` reads the idiom file;
             only the first target token counts.
         out: The folder; results are saved there one by one. A second call with the same arguments takes up
             the knock-out grid where it stopped.
@@ -97,7 +97,7 @@ def study_idioms(
         'report.html'
     """
     chosen = options or IdiomOptions()
-    given = {"idioms": idioms, "text": text, "facts": facts, "identifiers": identifiers}
+    given = {"idioms": sequences, "text": text, "facts": facts, "identifiers": identifiers}
     about = describe(model)
     settings = {
         "study": "idioms",
@@ -107,12 +107,12 @@ def study_idioms(
         "lens": "trained on the text" if lens is None and train_lens else str(lens or "none"),
     }
     for column in chosen.leave_out:
-        if not any(column in seqs.table for seqs in (idioms, facts) if seqs is not None):
+        if not any(column in seqs.table for seqs in (sequences, facts) if seqs is not None):
             raise ColumnError(f"leave_out names {column!r}, a column that neither idioms nor facts have.")
     own_lens = None if lens is None else as_lens(lens, model)
     folder = StudyDirectory(
         out,
-        title=title or f"How {about['model']} recalls {len(idioms)} fixed expressions",
+        title=title or f"How {about['model']} recalls {len(sequences)} fixed expressions",
         settings=settings,
         command=command,
         fresh=True,
@@ -124,7 +124,7 @@ def study_idioms(
     study = _IdiomStudy(model, folder, chosen, text, own_lens, list(references), progress=progress)
     if own_lens is None and train_lens and text is not None:
         folder.step("training the tuned lens", study.train_lens)
-    study.items("idioms", idioms)
+    study.items("idioms", sequences)
     if facts is not None:
         study.items("facts", facts)
     if identifiers is not None:

@@ -8,22 +8,21 @@ reported on the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from memlens.errors import MemlensError, OptionError, check_option
+from memlens.errors import MemlensError
 from memlens.explorer.measuring import ABLATION_MODES, ExploreOptions, explore_sequences
 from memlens.explorer.page import READING, caption_of, explorer_payload
 from memlens.instruments.ablate.heads import ablate_heads
-from memlens.instruments.ablate.replacing import MODES
-from memlens.instruments.bypass.bypass import BYPASS_MODES, bypass_attention
+from memlens.instruments.bypass.bypass import bypass_attention
 from memlens.instruments.decode.decoding import decode_residual
 from memlens.instruments.decode.logit_attribution import attribute_logits
-from memlens.instruments.patch.patching import PATCH_SITES, patch_activations
+from memlens.instruments.patch.patching import patch_activations
 from memlens.models.provenance import describe
 from memlens.organisms.untrained import untrained_like
 from memlens.recall.scores import RecallScores
@@ -35,55 +34,9 @@ from memlens.sequences.checks import check_sequences
 from memlens.sequences.corrupt import corrupt
 from memlens.sequences.set import SequenceSet
 from memlens.studies.localization import findings as find
+from memlens.studies.localization.findings import CONTROL, MEMORIZED, UNTRAINED
+from memlens.studies.localization.options import LocalizeOptions
 from memlens.studies.running import StudyDirectory, StudyRun, at_most
-
-MEMORIZED, CONTROL, UNTRAINED = "memorized", "matched control", "untrained twin"
-
-
-@dataclass(frozen=True)
-class LocalizeOptions:
-    """What `localize` is free to choose; all of it is recorded.
-
-    Attributes:
-        max_sequences: Memorized sequences that are examined; a random choice where there are more.
-        max_patched: Sequences for activation patching.
-        max_positions: Positions for activation patching, spread evenly where there are more.
-        head_mode: How heads are ablated.
-        bypass_mode: How attention is bypassed.
-        patch_site: What is patched.
-        corrupted_position: Which prefix token is replaced for patching, counted from the prefix' end. By
-            default the one before the last, -2: at the last, -1, the first target is predicted, so that
-            restoring the residual there restores that prediction at any depth and says nothing of where the
-            cue went.
-        untrained_control: Also run on freshly drawn weights.
-        explored_memorized: Memorized sequences that the report's explorer shows, a random choice; without any
-            and without controls there is no explorer.
-        explored_controls: Controls that it shows.
-        seed: Seed of every random choice.
-    """
-
-    max_sequences: int = 64
-    max_patched: int = 32
-    max_positions: int = 48
-    head_mode: str = "mean_of_other_heads"
-    bypass_mode: str = "identity"
-    patch_site: str = "resid_pre"
-    corrupted_position: int = -2
-    untrained_control: bool = True
-    explored_memorized: int = 4
-    explored_controls: int = 2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_option("head_mode", self.head_mode, MODES)
-        check_option("bypass_mode", self.bypass_mode, BYPASS_MODES)
-        check_option("patch_site", self.patch_site, PATCH_SITES)
-        for name in ("max_sequences", "max_patched", "max_positions"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name}={getattr(self, name)} leaves nothing to examine: give 1 or more.")
-        for name in ("explored_memorized", "explored_controls"):
-            if getattr(self, name) < 0:
-                raise OptionError(f"{name}={getattr(self, name)} is negative: give 0 for none.")
 
 
 def localize(

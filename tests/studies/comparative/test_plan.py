@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 import memlens as ml
-from memlens.cli.run import with_checkpoints
 from memlens.errors import FileFormatError, OptionError, SourceNotFoundError
 from memlens.models.families import find_model
+from memlens.studies.comparative.command import with_checkpoints
 from memlens.studies.comparative.config import (
     StudyModel,
     parse_model,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from memlens.studies.registry import STUDIES, Study
-
 from memlens_example.scaling.options import ScalingOptions
 
 STUDIES.add(

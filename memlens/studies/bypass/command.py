@@ -1,0 +1,158 @@
+"""The command `memlens run bypass`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, PositiveInt
+
+from memlens.errors import OptionError
+from memlens.options import options_class
+from memlens.studies.bypass.options import BypassOptions
+from memlens.studies.plans import NOTE, PlanTable, plan_works
+from memlens.studies.registry import STUDIES, Call, Study
+
+if TYPE_CHECKING:
+    from memlens.instruments.tasks.tasks import ChoiceTask
+    from memlens.sequences.set import SequenceSet
+    from memlens.studies.bypass.context import BypassInputs
+    from memlens.studies.plans import Works
+    from memlens.sweeps.interventions import Intervention
+
+
+@options_class
+class BypassSources:
+    """What is recited, and what else the models are asked."""
+
+    corpus: str | None = None
+    """Text that is scanned for what the model recites: .npy of token ids, .txt, or a source of sequences
+    (default for the zoo: the text it was trained on)."""
+    memorized: Path | None = None
+    """In place of --corpus: a folder of build_memorized_set, or sequences."""
+    compare: list[str] = Field(default_factory=list)
+    """Further models, such as other sizes."""
+    tasks: str | None = None
+    """Separated by commas: local, a .jsonl file of questions, names of lm-eval tasks, lm-eval for its five
+    usual ones (default; for the zoo: local), or none."""
+    questions: PositiveInt = 100
+    """Most questions per task."""
+    n: PositiveInt = 128
+    """Stop scanning at this many memorized sequences."""
+    prefix_len: PositiveInt = 32
+    """Tokens given to the model."""
+    suffix_len: PositiveInt = 32
+    """Tokens that must match."""
+    stride: PositiveInt | None = None
+    """Tokens from one window to the next (default: windows do not overlap)."""
+    max_rows: PositiveInt | None = None
+    """Scan at most this many rows of the corpus."""
+
+    def __post_init__(self) -> None:
+        if self.corpus is not None and self.memorized is not None:
+            raise OptionError("--corpus and --memorized both say what is recited: give one of them.")
+
+    def read(self, call: Call) -> dict[str, Any]:
+        """Load the model, its sequences and tasks; further models follow when their turn comes."""
+        inputs = self._inputs(call, call.where.model, call.where.load())
+        others = [partial(self._other, call, name) for name in self.compare]
+        return {**vars(inputs), "others": others}
+
+    def plan(self, call: Call) -> PlanTable:
+        """Count the sweeps that are known before the sequences are."""
+        model = call.where.load()
+        tasks = self._tasks(model, call.where.model, call.options.seed)
+        return plan_works(model, self._works(model, tasks, call.options), NOTE)
+
+    def _other(self, call: Call, name: str) -> BypassInputs:
+        return self._inputs(call, name, call.where.load(name))
+
+    def _inputs(self, call: Call, name: str, model: Any) -> BypassInputs:
+        import memlens as ml
+
+        if self.memorized is None:
+            sequences: Any = ml.recall.build_memorized_set(
+                model, self._corpus(model, name), out=call.folder / "memorized" / name.replace("/", "_"),
+                n=self.n, prefix_len=self.prefix_len, suffix_len=self.suffix_len, stride=self.stride,
+                max_rows=self.max_rows, seed=call.options.seed, progress=call.progress,
+            )  # fmt: skip
+        elif (self.memorized / "memorized_set.json").is_file():
+            sequences = ml.recall.MemorizedSet.load(self.memorized)
+        else:
+            given = ml.load_sequences(str(self.memorized), model, prefix_len=self.prefix_len)
+            scores = ml.score_recall(model, given, generate=False, metrics=(), progress=call.progress)
+            sequences = scores.memorized()
+        tasks = self._tasks(model, name, call.options.seed)
+        return ml.studies.BypassInputs(model, sequences, tasks, name)
+
+    def _corpus(self, model: Any, name: str) -> Any:
+        import numpy as np
+
+        import memlens as ml
+        from memlens.models.zoo import is_zoo_name
+        from memlens.organisms.training.zoo import zoo_corpus
+        from memlens.sequences.natural import text_ids
+
+        if self.corpus is None:
+            if is_zoo_name(name):
+                return zoo_corpus(name).rows
+            raise OptionError(
+                "only the zoo's text is known: say with --corpus or --memorized what is recited."
+            )
+        if self.corpus.endswith(".txt"):
+            return np.asarray(text_ids(model.tokenizer, self.corpus))
+        if self.corpus.endswith(".npy"):
+            return self.corpus
+        return ml.load_sequences(self.corpus, model, prefix_len=1, on_short="drop", on_eos="keep")
+
+    def _tasks(self, model: Any, name: str, seed: int) -> list[ChoiceTask]:
+        import memlens as ml
+        from memlens.models.zoo import is_zoo_name
+
+        wanted = (self.tasks or ("local" if is_zoo_name(name) else "lm-eval")).split(",")
+        found: list[ChoiceTask] = []
+        names: list[str] = []
+        for task in (part.strip() for part in wanted):
+            if task == "none":
+                continue
+            if task == "local":
+                found += ml.tasks.local_tasks("zoo", model, n=self.questions, seed=seed)
+            elif task == "lm-eval":
+                found += ml.tasks.from_lm_eval(None, model, limit=self.questions)
+            elif task.endswith(".jsonl"):
+                found.append(ml.tasks.ChoiceTask.from_jsonl(task, model).take(slice(0, self.questions)))
+            else:
+                names.append(task)
+        return [*found, *(ml.tasks.from_lm_eval(names, model, limit=self.questions) if names else [])]
+
+    def _works(self, model: Any, tasks: Sequence[ChoiceTask], options: BypassOptions) -> Works:
+        import memlens as ml
+        from memlens.instruments.tasks.tasks import joined_requests
+        from memlens.studies.comparative.plan import blank_sequences
+
+        edits = ml.edits.attention_bypasses(model)
+        examined = blank_sequences(options.max_sequences, self.prefix_len + self.suffix_len, self.prefix_len)
+        works: dict[str, tuple[SequenceSet, Sequence[Intervention]]] = {
+            "bypass each block": (examined, edits)
+        }
+        if tasks:
+            works["tasks, each block bypassed"] = (joined_requests(tasks), edits)
+        if options.heads:
+            heads = ml.edits.attention_bypasses(model, over="head")
+            works["bypass each head"] = (examined[: options.control_sequences], heads)
+        return works
+
+
+STUDIES.add(
+    "bypass",
+    Study(
+        run="memlens.studies.bypass.study:study_attention_bypass",
+        options=BypassOptions,
+        inputs=BypassSources,
+        keeps=("sweeps", "memorized"),
+        help="Study what each layer's attention gives to recitation, and what its bypass costs elsewhere.",
+        example="memlens run bypass --model zoo/pythia-s --out my-bypass",
+    ),
+)

@@ -1,0 +1,157 @@
+"""The command `memlens run comparative`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+from pydantic import Field, PositiveInt
+
+from memlens.errors import OptionError, near_matches
+from memlens.options import Flags, options_class
+from memlens.studies.comparative.options import ComparativeOptions
+from memlens.studies.plans import PlanTable
+from memlens.studies.registry import STUDIES, Call, Placement, Study
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from memlens.studies.comparative.config import StudyConfig, StudyModel
+
+
+@options_class
+class ComparativeInputs:
+    """Models, and the sequences that each of them reads with its own tokenizer."""
+
+    models: Annotated[list[str], Flags("-m", positional=True)] = Field(default_factory=list)
+    """Models: zoo names, hub names, folders; NAME@REVISION."""
+    sequences: Annotated[list[str], Flags("-s")] = Field(default_factory=list)
+    """zoo, one source with a column domain, or DOMAIN=SOURCE for each domain."""
+    config: Path | None = None
+    """YAML file with models, domains and options."""
+    checkpoints: list[str] = Field(default_factory=list)
+    """MODEL=STEP,STEP or MODEL=all: training steps to follow."""
+    option: list[str] = Field(default_factory=list)
+    """NAME=VALUE: any option of the study, as in a YAML file."""
+    add: bool = False
+    """Also compare the models that the folder holds from earlier runs."""
+    device_tflops: float = 100.0
+    """Speed that --plan assumes, in TFLOP/s."""
+    per_domain: PositiveInt = 300_000
+    """Sequences per domain that --plan assumes."""
+    plan_domains: PositiveInt = 5
+    """Domains that --plan assumes."""
+
+    def read(self, call: Call) -> dict[str, Any]:
+        """Return the models, which are loaded in their turn, the sources and the options."""
+        from memlens.studies.comparative.config import parse_sources
+
+        config = self._config()
+        return {
+            "models": self._models(config, call.where),
+            "sequences": parse_sources(self.sequences) if self.sequences else config.sources or {"": "zoo"},
+            "options": self._options(config, call),
+            "include_saved": self.add,
+        }
+
+    def plan(self, call: Call) -> PlanTable:
+        """Count every pass over each model; without models, over those of the paper."""
+        from memlens.studies.comparative.plan import PlanSizes, plan_comparative
+
+        config = self._config()
+        options = self._options(config, call)
+        sizes = PlanSizes(per_domain=self.per_domain, domains=self.plan_domains)
+        models = self._models(config, call.where)
+        table = plan_comparative(models, sizes=sizes, options=options, device_tflops=self.device_tflops)
+        columns = [
+            "model", "revision", "corpus", "forwards", "head_forwards", "weights_gib", "activations_gib",
+            "hours", "head_hours",
+        ]  # fmt: skip
+        hours, for_heads = (table[name].to_numpy().sum() for name in ("hours", "head_hours"))
+        return PlanTable(
+            table.loc[:, columns],
+            f"{self.per_domain:,} sequences in each of {self.plan_domains} domains, "
+            f"{sizes.heads_per_domain:,} for heads ({sizes.heads_if_large:,} for models beyond "
+            f"{sizes.large / 1e9:g} B), at {self.device_tflops:g} TFLOP/s",
+            [
+                f"together {hours:,.0f} hours, {for_heads:,.0f} of them for heads",
+                f"Assumes {sizes.memorized:.0%} memorized sequences, {len(options.alphas)} noise strengths "
+                f"in {options.noise_draws} draws, and greedy decoding of every sequence.",
+                *(f"{_names(part)}: {note}" for note, part in table.groupby("note", sort=False)),
+            ],
+            {
+                "device_tflops": self.device_tflops,
+                "sizes": asdict(sizes),
+                "models": table.to_dict("records"),
+            },
+        )
+
+    def _config(self) -> StudyConfig:
+        from memlens.studies.comparative.config import StudyConfig, read_config
+
+        return read_config(self.config) if self.config is not None else StudyConfig()
+
+    def _models(self, config: StudyConfig, where: Placement) -> list[StudyModel]:
+        from memlens.studies.comparative.config import parse_model
+
+        names = [name for entry in self.models for name in entry.split(",") if name]
+        return with_checkpoints(
+            [*config.models, *(replace(parse_model(name), **vars(where)) for name in names)], self.checkpoints
+        )
+
+    def _options(self, config: StudyConfig, call: Call) -> ComparativeOptions:
+        """Return the options of the configuration, changed by those of the command line."""
+        known = [f.name for f in fields(ComparativeOptions)]
+        values = dict(call.given)
+        for entry in self.option:
+            name, equals, value = entry.partition("=")
+            if not equals or name not in known:
+                raise OptionError(
+                    f"--option {entry!r} is not clear: give NAME=VALUE with an option of the study."
+                    f"{near_matches(name, known)}"
+                )
+            many = isinstance(getattr(config.options, name), tuple)
+            found = yaml.safe_load(f"[{value}]" if many else value)
+            values[name] = tuple(found) if isinstance(found, list) else found
+        return replace(config.options, **values)
+
+
+def with_checkpoints(entries: Sequence[StudyModel], given: Sequence[str]) -> list[StudyModel]:
+    """Return the models with the training steps to follow, from entries such as "zoo/pythia-s=100,200"."""
+    from memlens.models.revisions import checkpoint_steps
+
+    wanted: dict[str, tuple[int, ...]] = {}
+    for entry in given:
+        name, _, steps = entry.partition("=")
+        if not steps or (steps != "all" and not steps.replace(",", "").isdigit()):
+            raise OptionError(f"--checkpoints {entry!r} is not clear: give MODEL=100,200 or MODEL=all.")
+        wanted[name] = tuple(
+            checkpoint_steps(name) if steps == "all" else map(int, filter(None, steps.split(",")))
+        )
+    unknown = sorted(set(wanted) - {entry.label for entry in entries})
+    if unknown:
+        raise OptionError(
+            f"--checkpoints names {unknown[0]!r}, which is not among the models: name it there."
+        )
+    return [replace(e, checkpoints=wanted[e.label]) if e.label in wanted else e for e in entries]
+
+
+def _names(part: pd.DataFrame) -> str:
+    return ", ".join(str(name).rpartition("/")[2] for name in part["model"])
+
+
+STUDIES.add(
+    "comparative",
+    Study(
+        run="memlens.studies.comparative.study:study_comparative",
+        options=ComparativeOptions,
+        inputs=ComparativeInputs,
+        where=Placement,
+        keeps=("models",),
+        help="Compare how models memorize: rates, domains, noise, layers, heads, signatures of families.",
+        example="memlens run comparative --models zoo/pythia-s zoo/gpt-neo-s --out my-comparison",
+    ),
+)

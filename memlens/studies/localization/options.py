@@ -1,0 +1,41 @@
+"""Options of the main job."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from memlens.options import options_class
+
+
+@options_class
+class LocalizeOptions:
+    """Options of `localize`; the run records all of them."""
+
+    max_sequences: PositiveInt = 64
+    """Most memorized sequences to examine, chosen at random."""
+    max_patched: PositiveInt = 32
+    """Most sequences for activation patching."""
+    max_positions: PositiveInt = 48
+    """Most positions for activation patching, evenly spaced."""
+    head_mode: Literal["mean_of_other_heads", "zero", "mean", "resample"] = "mean_of_other_heads"
+    """What replaces the output of an ablated head."""
+    bypass_mode: Literal["identity", "zero"] = "identity"
+    """How attention is bypassed."""
+    patch_site: Literal[
+        "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern"
+    ] = "resid_pre"
+    """Which activation is patched."""
+    corrupted_position: int = -2
+    """Which prefix token is replaced for patching, counted from the end of the prefix. At the last one, -1,
+    the first target is predicted: restoring the residual there restores that prediction at any depth and
+    says nothing about where the cue went."""
+    untrained_control: bool = True
+    """Also run on freshly initialized weights."""
+    explored_memorized: NonNegativeInt = 4
+    """Memorized sequences in the report's explorer, which is left out with 0 of these and of the controls."""
+    explored_controls: NonNegativeInt = 2
+    """Matched controls shown in the explorer."""
+    seed: int = 0
+    """Seed of every random choice."""

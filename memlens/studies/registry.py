@@ -1,0 +1,183 @@
+"""Studies by name: what each runs, which options it takes, and what its command reads.
+
+A study of memlens or of another package registers itself in a module of its own folder:
+
+    STUDIES.add("mine", Study(run="mypackage.study:study_mine", options=MyOptions, help="What it asks."))
+
+and `memlens run mine` is there. The module imports nothing heavy, so that help texts appear at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+from pydantic import Field, PositiveInt
+
+from memlens.errors import OptionError
+from memlens.options import Flags, options_class
+from memlens.registry import Registry
+
+if TYPE_CHECKING:
+    from memlens.studies.plans import PlanTable
+    from memlens.studies.running import StudyRun
+
+
+@options_class
+class Placement:
+    """How models are loaded."""
+
+    backend: Literal["auto", "hooked", "bridge"] = "auto"
+    """Which TransformerLens class runs the model."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the weights."""
+    device: str | None = None
+    """cpu, cuda or mps; by default cuda where there is one."""
+
+    def load(self, name: str, **more: Any) -> Any:
+        """Load a model, with a spinner meanwhile."""
+        from rich.console import Console
+
+        import memlens as ml
+
+        with Console(stderr=True, soft_wrap=True).status(f"loading {name}"):
+            return ml.load_model(name, backend=self.backend, dtype=self.dtype, device=self.device, **more)
+
+
+@options_class
+class ModelChoice(Placement):
+    """Which model, and how it is loaded."""
+
+    model: Annotated[str, Flags("-m", positional=True)] = Field(kw_only=True)
+    """Hub name, checkpoint folder, .gguf file or zoo name."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    checkpoint_step: int | None = None
+    """Training step of a checkpoint of Pythia, OLMo or the zoo."""
+
+    def load(self, name: str | None = None, **more: Any) -> Any:
+        """Load the model, or another one in the same way, at its main revision."""
+        if name is None:
+            name, more = self.model, {"revision": self.revision, "checkpoint_step": self.checkpoint_step}
+        return Placement.load(self, name, **more)
+
+
+@options_class
+class SequenceChoice:
+    """Which sequences, and how they are read."""
+
+    sequences: Annotated[str, Flags("-s")]
+    """.npy, .jsonl, .csv or .parquet file, hf:NAME, or zoo."""
+    prefix_len: PositiveInt | None = None
+    """Tokens given to the model; by default the file's own number, or 32."""
+    max_targets: PositiveInt | None = None
+    """Most tokens of each continuation that count; by default all."""
+    target: Literal["first_token", "word"] = "first_token"
+    """For the idiom file: the first token of the last word, or the whole word."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    limit: PositiveInt | None = None
+    """Read at most this many rows."""
+
+    def load(self, model: Any) -> Any:
+        """Read the sequences for a model."""
+        import memlens as ml
+
+        return ml.load_sequences(
+            self.sequences, model, prefix_len=self.prefix_len, max_targets=self.max_targets,
+            target=self.target, split=self.split, limit=self.limit,
+        )  # fmt: skip
+
+    def read(self, call: Call) -> dict[str, Any]:
+        """Return the study's model and sequences."""
+        model = call.where.load()
+        return {"model": model, "sequences": self.load(model)}
+
+    def plan(self, call: Call) -> PlanTable:
+        """A study of another package does not know what it will cost."""
+        raise OptionError("--plan is not available for this study: run it without.")
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the command line knows when it runs a study.
+
+    Attributes:
+        where: How models are loaded, and for studies of one model, which one.
+        options: The study's options.
+        out: The run's folder; a plan may do without.
+        given: The options that were set by name or in a file.
+        progress: Whether progress bars are shown.
+    """
+
+    where: Any
+    options: Any
+    out: Path | None
+    given: Mapping[str, Any] = field(default_factory=dict)
+    progress: bool = True
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder.
+
+        Raises:
+            OptionError: None was given.
+        """
+        if self.out is None:
+            raise OptionError("--out is missing: name a folder for results and report.")
+        return self.out
+
+
+class Inputs(Protocol):
+    """What a study's command reads besides the study's options: an options class with these methods."""
+
+    def read(self, call: Call) -> dict[str, Any]:
+        """Return the keyword arguments of the study, such as `model` and `sequences`."""
+        ...
+
+    def plan(self, call: Call) -> PlanTable:
+        """Return what the study would cost."""
+        ...
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study and its command.
+
+    Attributes:
+        run: The function, or "module:function", which is imported when it runs. It is called as
+            `run(**inputs, out=…, options=…, command=…, progress=…)` and returns a `StudyRun`.
+        options: Its options class.
+        help: The first line of the command's help: the question that it answers.
+        example: A command that runs it.
+        inputs: Which models' sequences and further inputs the command reads.
+        where: `ModelChoice`, or `Placement` if `inputs` names the models.
+        keeps: Folders inside the run's folder that hold only what a second run continues from.
+    """
+
+    run: Any
+    options: type
+    help: str
+    example: str = ""
+    inputs: type[Inputs] = SequenceChoice
+    where: type = ModelChoice
+    keeps: Sequence[str] = ("sweeps",)
+
+    def __call__(self, **given: Any) -> StudyRun:
+        """Run the study."""
+        run = self.run
+        if isinstance(run, str):
+            module, _, name = run.partition(":")
+            run = getattr(import_module(module), name)
+        return run(**given)
+
+
+STUDIES: Registry[Study] = Registry(
+    "study",
+    modules=[
+        f"memlens.studies.{name}.command" for name in ("localization", "idioms", "bypass", "comparative")
+    ],
+)
