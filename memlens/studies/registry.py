@@ -9,7 +9,7 @@ and `memlens run mine` is there. The module imports nothing heavy, so that help 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path

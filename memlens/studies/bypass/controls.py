@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
 from memlens.instruments.ablate.branches import attention_ablations, mlp_ablations
+from memlens.instruments.ablate.replacing import Mode
 from memlens.instruments.bypass.bypass import BYPASS_MODES, CONTROL_MODES, attention_bypasses
 from memlens.instruments.screen.agreement import rank_correlation, standard_interval
 from memlens.results.groups import by_part, layers_label, quartiles
@@ -37,9 +38,9 @@ def control_edits(model: Any, sequences: SequenceSet, names: Sequence[str]) -> l
         if name in (*BYPASS_MODES, *CONTROL_MODES):
             edits = attention_bypasses(model, mode=name)
         elif name.startswith("mlp_"):
-            edits = mlp_ablations(model, sequences, mode=name.removeprefix("mlp_"))
+            edits = mlp_ablations(model, sequences, mode=cast(Mode, name.removeprefix("mlp_")))
         else:
-            edits = attention_ablations(model, sequences, mode=name)
+            edits = attention_ablations(model, sequences, mode=cast(Mode, name))
         found += [
             replace(edit, name=f"{name}: {edit.name}", coords={"edit": name, **edit.coords}) for edit in edits
         ]
