@@ -185,7 +185,7 @@ def _fitted(claim: str, fits: pd.DataFrame, sign: int) -> Judged | None:
     joint = fits[fits["family"] == "all families"]
     row: Any = (joint if len(joint) else fits).iloc[0]
     slope = Estimate.from_row(row, "slope", prefix="" if np.isfinite(row["low"]) else "boot_", n="sizes")
-    beside = "; ".join(
+    others = "; ".join(
         f"{other['family']}, {other['reading']}: {Estimate.from_row(other, 'slope', n='sizes')}, "
         f"R² {other['r2']:.2g}"
         for other in fits.drop(index=row.name).to_dict("records")
@@ -195,7 +195,7 @@ def _fitted(claim: str, fits: pd.DataFrame, sign: int) -> Judged | None:
         f"{slope.n} sizes, R² {row['r2']:.2g})."
     )
     verdict = "undecided" if claim == "depth" else judge(slope, sign)  # depth has no direction to judge
-    return Judged(claim, found, slope, CLAIMS[claim].control + beside, verdict)
+    return Judged(claim, found, slope, CLAIMS[claim].control + others, verdict)
 
 
 def _agreed(claim: str, values: np.ndarray) -> Judged | None:
@@ -357,8 +357,8 @@ def _signature(tests: Mapping[str, FamilyTest], signature: Estimate | None) -> J
 def claim_table(judged: Sequence[Judged]) -> pd.DataFrame:
     """Return one row per claim.
 
-    Columns `claim`, `verdict`, `found`, `value`, `low`, `high`, `unit`, `n`, `beside` (the control),
-    `known_from`, `why_a_toy_may_differ`.
+    Columns `claim`, `verdict`, `found`, `value`, `low`, `high`, `unit`, `n`, `control`, `known_from`,
+    `why_a_toy_may_differ`.
     """
     rows = []
     for item in judged:
@@ -371,7 +371,7 @@ def claim_table(judged: Sequence[Judged]) -> pd.DataFrame:
                 **item.estimate.row(n=None),
                 "unit": claim.unit if item.verdict != "not tested" else "",
                 "n": item.estimate.n,
-                "beside": item.control,
+                "control": item.control,
                 "known_from": claim.known_from,
                 "why_a_toy_may_differ": claim.toy,
             }

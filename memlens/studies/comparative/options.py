@@ -7,10 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, PositiveInt
 
 from memlens.errors import OptionError
-from memlens.instruments.ablate.replacing import Mode, Positions
 from memlens.options import options_class
-from memlens.studies.comparative.analyze.domains import STRUCTURAL
-from memlens.studies.comparative.analyze.profiles import ProfileKind, Similarity
 
 Measure = Literal[
     "recall", "groups", "frequency", "compression", "decoding", "noise", "recovery", "heads", "training"
@@ -19,6 +16,12 @@ Measure = Literal[
 
 Importance = Literal["target_logprob", "target_accuracy", "exact_match"]
 IMPORTANCES = get_args(Importance)
+
+ProfileKind = Literal["sum", "count", "mean"]
+Similarity = Literal["cosine", "pearson"]
+
+STRUCTURAL = ("code", "math", "arithmetic", "table", "github", "stack", "starcoder")
+"""Domains that count as structural text by default; all others are free text."""
 
 
 @options_class
@@ -56,7 +59,7 @@ class ComparativeOptions:
     """The layer at which noise is added."""
     noise_site: Literal["resid_post", "resid_pre"] = "resid_post"
     """The layer's output or its input."""
-    noise_positions: Positions = "prompt"
+    noise_positions: Literal["all", "prompt", "targets", "last_prompt"] = "prompt"
     """Positions at which noise is added."""
     noise_scale: Literal["norm", "std"] = "norm"
     """What the strength is relative to (see `perturb_residual`)."""
@@ -68,7 +71,7 @@ class ComparativeOptions:
     """Positions over which similarity is averaged."""
     max_examined: PositiveInt = 48
     """Most memorized sequences for decoding and recovery; as many matched controls are added."""
-    head_mode: Mode = "mean_of_other_heads"
+    head_mode: Literal["mean_of_other_heads", "zero", "mean", "resample"] = "mean_of_other_heads"
     """How heads are ablated."""
     importance: Importance = "target_logprob"
     """The metric whose loss under ablation is a head's importance; all three are saved."""

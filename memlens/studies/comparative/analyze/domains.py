@@ -11,10 +11,8 @@ from jaxtyping import Float
 
 from memlens.results.statistics.estimates import Estimate
 from memlens.studies.comparative.analyze.rates import drawn_estimate
+from memlens.studies.comparative.options import STRUCTURAL
 from memlens.studies.idioms.findings import share_of
-
-STRUCTURAL = ("code", "math", "arithmetic", "table", "github", "stack", "starcoder")
-"""Domains that count as structural text by default; all others are free text."""
 
 
 def domain_table(table: pd.DataFrame, structural: Collection[str] = STRUCTURAL) -> pd.DataFrame:

@@ -13,8 +13,9 @@ from jaxtyping import Float
 from memlens.results.result import Result
 from memlens.results.statistics.estimates import Estimate, mean_estimate
 from memlens.results.statistics.intervals import bootstrap_means, mean_interval
-from memlens.studies.comparative.analyze.domains import STRUCTURAL, structural_draws, structural_share
+from memlens.studies.comparative.analyze.domains import structural_draws, structural_share
 from memlens.studies.comparative.analyze.rates import difference, drawn_estimate
+from memlens.studies.comparative.options import STRUCTURAL
 
 
 def group_values(result: Result, metric: str, group: str) -> Float[np.ndarray, "seq layer"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -19,9 +19,7 @@ from scipy.spatial.distance import squareform
 
 from memlens.errors import ResultError, check_option
 from memlens.studies.comparative.analyze.heads import top_set
-
-ProfileKind = Literal["sum", "count", "mean"]
-Similarity = Literal["cosine", "pearson"]
+from memlens.studies.comparative.options import ProfileKind, Similarity
 
 
 def layer_profile(
