@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -15,6 +16,8 @@ from memlens.models.families import FAMILIES
 from memlens.recall.columns import COLUMNS
 from memlens.results.kinds import KINDS
 from memlens.results.result import Result
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,12 @@ def citations_of(result: Result) -> list[Citation]:
         >>> [citation.key for citation in citations_of(Result.create(data, kind="recall"))]
         ['chen2026']
     """
-    found = [Citation(*pair) for name in result.metrics for pair in _cites(name)]
-    if result.kind in KINDS:
-        found += [Citation(*cited) for cited in KINDS[result.kind].cites]
+    pairs = [pair for name in result.metrics for pair in _cites(name)]
+    pairs += KINDS[result.kind].cites if result.kind in KINDS else ()
+    for key, what in pairs:
+        if key not in REFERENCES:  # of a plugin: the result is shown all the same
+            _LOG.warning("%s is cited as %r, which is not in memlens' bibliography", what, key)
+    found = [Citation(key, what) for key, what in pairs if key in REFERENCES]
     settings = result.settings
     found += [said for name, start, said in _SETTINGS if str(settings.get(name, "")).startswith(start)]
     attrs: Mapping[str, Any] = result.data.attrs
@@ -105,7 +111,7 @@ def citations_of(result: Result) -> list[Citation]:
 
 
 def _cites(quantity: str) -> Iterable[tuple[str, str]]:
-    """What a metric, or another column of recall scores, rests on."""
+    """Return the sources of a metric, or of another column of recall scores."""
     found = COLUMNS.get(quantity) or METRICS.get(quantity)
     return found.cites if found else ()
 

@@ -50,7 +50,9 @@ class Finding:
         if _known(self.low) and _known(self.high):
             parts += f" [{self.low:.3g}, {self.high:.3g}]"
         parts += f" {self.unit}" if self.unit else ""
-        return parts + (f", n = {self.n}" if self.n is not None else "")
+        few = self.n is not None and self.n < 3 and not _known(self.low)
+        parts += f", n = {self.n}" if self.n is not None else ""
+        return parts + (" (too few sequences for an interval)" if few else "")
 
 
 def _known(value: float | None) -> bool:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import html
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 import xarray as xr
 import yaml
 
+import memlens.report.bibliography as bib
 from memlens.errors import OptionError
 from memlens.models.families import FAMILIES
 from memlens.report.bibliography import REFERENCES, Citation, bibliography, citations_of, family_citation
 from memlens.report.from_directory import report_from_directory
 from memlens.report.run_directory import RunDirectory
+from memlens.results.kinds import KINDS
 from memlens.results.result import Result
 from tests.report import synthetic
 
@@ -53,6 +56,16 @@ def test_a_result_cites_what_it_rests_on(
 ) -> None:
     data = xr.Dataset({metric: ("sequence", np.ones(2))})
     assert _keys(Result.create(data, kind=kind, settings=settings)) == keys
+
+
+def test_a_plugin_s_kind_with_an_unknown_source_costs_its_citation_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind = replace(KINDS["attention_bypass"], cites=(("nobody1900", "a plugin"), ("menta2025", "bypass")))
+    known = _keys(synthetic.attention_bypass())
+    monkeypatch.setattr(bib, "KINDS", {"attention_bypass": kind})
+    assert _keys(synthetic.attention_bypass()) == known >= {"menta2025"}
+    assert "'nobody1900'" in caplog.text
 
 
 def test_the_family_of_a_hub_model_is_cited_and_that_of_a_zoo_model_is_not() -> None:

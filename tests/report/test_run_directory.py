@@ -71,7 +71,7 @@ def test_files_are_strict_json_where_numbers_are_not_finite(tmp_path: Path) -> N
     for text in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL):
         (tmp_path / "block.json").write_text(text, encoding="utf-8")
         _strict(tmp_path / "block.json")
-    assert "0.5 nats, n = 1" in page
+    assert "0.5 nats, n = 1 (too few sequences for an interval)" in page
 
 
 def test_failure_is_named_and_the_rest_is_shown(tmp_path: Path) -> None:
