@@ -1,3 +1,4 @@
+from .compression import prompt_compression as prompt_compression
 from .corpus.build import build_memorized_set as build_memorized_set
 from .corpus.duplicates import count_duplicates as count_duplicates
 from .corpus.frequency import InfiniGram as InfiniGram
@@ -11,8 +12,7 @@ from .criteria.options import CriteriaOptions as CriteriaOptions
 from .criteria.score import score_criteria as score_criteria
 from .criteria.scores import CriteriaScores as CriteriaScores
 from .criteria.scores import calibrate_criteria as calibrate_criteria
-from .prompts.compression import prompt_compression as prompt_compression
-from .prompts.extraction import extraction_curve as extraction_curve
+from .extraction import extraction_curve as extraction_curve
 from .sampling import Sampling as Sampling
 from .sampling import samples_needed as samples_needed
 from .score import score_recall as score_recall

@@ -1,15 +1,17 @@
-"""Matched controls: an optimal assignment of unmemorized sequences to memorized ones."""
+"""Matching by optimal assignment: controls for memorized sequences, and pairs within calipers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 
+from memlens.errors import OptionError
 from memlens.sequences.set import SequenceSet
 
 _BLOCK = 1000
@@ -27,10 +29,10 @@ class Matching:
 
     Attributes:
         memorized: What was matched.
-        pool: What controls were taken from.
+        pool: What the controls were taken from.
         controls: The controls, in the order of the memorized sequences.
-        covariates: For "memorized", "pool" and "controls" the values matched on, one row a sequence.
-        n_unmatched: Controls that were wanted and could not be had.
+        covariates: For "memorized", "pool" and "controls" the values matched on, one row per sequence.
+        n_unmatched: Number of controls that were asked for and not found.
     """
 
     memorized: SequenceSet
@@ -40,11 +42,11 @@ class Matching:
     n_unmatched: int
 
     def balance(self) -> pd.DataFrame:
-        """Return the standardized mean differences before and after matching, one row a covariate."""
+        """Return the standardized mean differences before and after matching, one row per covariate."""
         ours, pool, controls = (self.covariates[name] for name in ("memorized", "pool", "controls"))
-        spread = ((ours.var(ddof=0) + pool.var(ddof=0)) / 2) ** 0.5
+        spread = _spread(ours, pool)
         columns = {"before": ours.mean() - pool.mean(), "after": ours.mean() - controls.mean()}
-        table = pd.DataFrame({name: standardized(gap, spread) for name, gap in columns.items()})
+        table = pd.DataFrame({name: _standardized(gap, spread) for name, gap in columns.items()})
         return table.rename_axis("covariate")
 
 
@@ -61,8 +63,8 @@ def match_controls(
 
     The cost of a pair is the difference in prefix length plus that in continuation length (absolute, in
     tokens), and then the difference in mean log frequency, scaled so that all of these together weigh less
-    than one token. Columns of both tables that `also` names count beside frequency, all of them and frequency
-    then in standard deviations of memorized and pool together. Sets beyond a thousand memorized sequences
+    than one token. The columns of both tables that `also` names count along with frequency, all of them
+    in standard deviations of memorized and pool together. Sets beyond a thousand memorized sequences
     are assigned in random blocks, each optimal on its own share of the pool.
     """
     rng = np.random.default_rng(seed)
@@ -134,6 +136,77 @@ def _assign(ours: pd.DataFrame, pool: pd.DataFrame, rows: np.ndarray, columns: n
     return np.stack([rows[chosen[0]], columns[chosen[1]]], axis=1)
 
 
-def standardized(gap: pd.Series, spread: pd.Series) -> pd.Series:
-    """Return gap / spread; equal means differ by 0 even where nothing is spread."""
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Which rows of two groups are matched.
+
+    Attributes:
+        ours: Rows of the first group, in order.
+        theirs: The row of the second group that each is matched with; none twice.
+        balance: One row per covariate: mean of either group before and after matching, and the standardized
+            mean differences.
+    """
+
+    ours: Int[np.ndarray, "pair"]
+    theirs: Int[np.ndarray, "pair"]
+    balance: pd.DataFrame
+
+    def __len__(self) -> int:
+        return len(self.ours)
+
+
+def match_pairs(ours: pd.DataFrame, theirs: pd.DataFrame, calipers: Mapping[str, float]) -> Pairs:
+    r"""Match as many rows as possible, within the caliper of every covariate, with the least total distance.
+
+    The distance of a pair is :math:`\sum_c |a_c - b_c| / w_c` with the caliper :math:`w_c` of covariate
+    :math:`c`; a pair outside any caliper is not made. Of the matchings with the most pairs, the one with the
+    least total distance is taken (an assignment, not greedy).
+
+    Args:
+        ours: The covariates of the first group, one row per sequence.
+        theirs: Of the second.
+        calipers: The largest difference a covariate may have, above 0.
+
+    Raises:
+        OptionError: A caliper is not above 0.
+
+    >>> a, b = pd.DataFrame({"x": [1.0, 5.0]}), pd.DataFrame({"x": [5.2, 1.4, 9.0]})
+    >>> found = match_pairs(a, b, {"x": 0.5})
+    >>> found.ours.tolist(), found.theirs.tolist()
+    ([0, 1], [1, 0])
+    """
+    for name, caliper in calipers.items():
+        if not caliper > 0:
+            raise OptionError(f"the caliper of {name!r} is {caliper}: give a number above 0.")
+    distance, fits = np.zeros((len(ours), len(theirs))), np.ones((len(ours), len(theirs)), dtype=bool)
+    for name, caliper in calipers.items():
+        gap = np.abs(np.subtract.outer(ours[name].to_numpy(float), theirs[name].to_numpy(float))) / caliper
+        distance, fits = distance + gap, fits & (gap <= 1 + 1e-9)
+    # A pair outside a caliper costs more than all that fit together, so as many as can be fit.
+    far = 1 + float(distance[fits].max(initial=0.0)) * (min(distance.shape, default=0) + 1)
+    a, b = linear_sum_assignment(np.where(fits, distance, far))
+    kept = fits[a, b]
+    a, b = a[kept], b[kept]
+    return Pairs(a, b, _balance(ours, theirs, a, b, list(calipers)))
+
+
+def _balance(
+    ours: pd.DataFrame, theirs: pd.DataFrame, a: np.ndarray, b: np.ndarray, names: list[str]
+) -> pd.DataFrame:
+    first, second = ours[names].astype(float), theirs[names].astype(float)
+    spread = _spread(first, second)
+    table = pd.DataFrame({"pairs": len(a)}, index=pd.Index(names, name="covariate"))
+    for when, x, y in (("before", first, second), ("after", first.iloc[a], second.iloc[b])):
+        table[f"first_{when}"], table[f"second_{when}"] = x.mean(), y.mean()
+        table[f"smd_{when}"] = _standardized(x.mean() - y.mean(), spread)
+    return table.reset_index()
+
+
+def _spread(first: Any, second: Any) -> pd.Series:
+    """Return the standard deviations of two groups together, by the mean of their variances."""
+    return ((first.var(ddof=0) + second.var(ddof=0)) / 2) ** 0.5
+
+
+def _standardized(gap: pd.Series, spread: pd.Series) -> pd.Series:
+    """Return gap / spread; 0 for equal means even if the spread is 0."""
     return (gap / spread.where(spread > 0)).where(gap != 0, 0.0)

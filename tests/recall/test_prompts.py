@@ -14,9 +14,9 @@ from statsmodels.stats.proportion import proportion_confint
 
 import memlens as ml
 from memlens.errors import EmptySetError, OptionError, SequenceError
-from memlens.recall.prompts import prompts as prompts_module
-from memlens.recall.prompts.compression import COMPRESSIONS, prompt_compression
-from memlens.recall.prompts.extraction import extraction_curve
+from memlens.recall import extraction as prompts_module
+from memlens.recall.compression import COMPRESSIONS, prompt_compression
+from memlens.recall.extraction import extraction_curve
 from memlens.sequences.set import SequenceSet
 from tests.recall.sets import graded, plain_greedy
 from tests.small import CASES

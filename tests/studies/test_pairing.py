@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memlens.errors import OptionError
-from memlens.recall.pairing import match_pairs
+from memlens.recall.matching import match_pairs
 
 CALIPERS = {"length": 1.0, "probability": 0.1}
 rows = st.lists(st.tuples(st.integers(2, 5), st.floats(0, 1)), min_size=1, max_size=5)

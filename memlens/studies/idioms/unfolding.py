@@ -20,7 +20,7 @@ from memlens.instruments.ablate.neurons import knock_out_neurons
 from memlens.instruments.decode.decoding import decode_residual
 from memlens.instruments.decode.lens import TunedLens
 from memlens.instruments.decode.promotion import promotion_summary
-from memlens.recall.pairing import Pairs, match_pairs
+from memlens.recall.matching import Pairs, match_pairs
 from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
 from memlens.report.model import FigureRequest

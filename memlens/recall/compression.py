@@ -13,8 +13,7 @@ from memlens.errors import EmptySetError, OptionError, check_option
 from memlens.forward.memory import check_batch_size
 from memlens.forward.trunk import check_model
 from memlens.models.provenance import describe
-from memlens.recall.prompts.extraction import sequence_coords
-from memlens.recall.prompts.prompts import Halves, Prompt, score_prompts
+from memlens.recall.extraction import Halves, Prompt, score_prompts, sequence_coords
 from memlens.results.kinds import register_kind
 from memlens.results.plots.layers import plot_strengths
 from memlens.results.readings import read_compression

@@ -1,1 +1,0 @@
-"""How little of the prompt is enough: extraction curves, compression, deletion."""
