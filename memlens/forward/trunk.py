@@ -31,11 +31,23 @@ def is_bridge(model: Any) -> bool:
 
 
 def check_model(model: Any) -> None:
-    """Raise `UnsupportedModelError` unless this is a TransformerLens model with blocks."""
+    """Raise `UnsupportedModelError` unless this is a TransformerLens model, and without active dropout."""
     if not hasattr(model, "blocks") or not hasattr(model, "cfg"):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is no TransformerLens model: load it with memlens.load_model first."
+            f"{type(model).__name__} is not a TransformerLens model: load it with memlens.load_model first."
         )
+    inner = getattr(model, "original_model", None)
+    for module in (model if inner is None else inner).modules():
+        facts = vars(module)
+        if facts["training"] and any(isinstance(p := facts.get(n), float) and p > 0 for n in _DROPOUT_RATES):
+            raise UnsupportedModelError(
+                "the model is in training mode and has dropout, so every number would be random: call "
+                "model.eval() first."
+            )
+
+
+_DROPOUT_RATES = ("p", "attention_dropout", "attn_dropout", "dropout")
+"""Attributes of modules that hold a rate: that of `nn.Dropout`, and those of attention modules."""
 
 
 class Trunk:
@@ -45,7 +57,8 @@ class Trunk:
         model: A `HookedTransformer` or a `TransformerBridge`.
 
     Raises:
-        UnsupportedModelError: The model is no causal stack of blocks that can be entered in the middle.
+        UnsupportedModelError: The model is not a causal stack of blocks that can be entered in the middle,
+            or it is in training mode and has dropout.
 
     Example:
         >>> import memlens as ml, torch

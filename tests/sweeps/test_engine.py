@@ -24,6 +24,7 @@ from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.hooks import SITES, has_site, hook_name
 from memlens.sweeps.interventions import ByBatch
 from tests.small import CASES, corrupted, counts_agree, largest_difference, near_ties, ragged
+from tests.tiny import write_tiny
 
 METRICS = ("target_logprob", "margin", "completion_entropy", "target_rank", "matching_prefix", "exact_match")
 RELAXED = settings(
@@ -349,3 +350,19 @@ def test_fast_engine_skips_blocks(tiny_model: Any) -> None:
         for handle in handles:
             handle.remove()
     assert ran == [*range(last + 1), last]  # the baseline, then the touched block alone
+
+
+@pytest.mark.parametrize("rate", ["hidden_dropout", "attention_dropout"])
+def test_active_dropout_is_refused(tmp_path: Any, rate: str) -> None:
+    """On the bridge, and where only the Hugging Face model inside it was set to training."""
+    folder = write_tiny("gpt_neox", tmp_path, **{rate: 0.1})
+    model, seqs = ml.load_model(folder, backend="bridge", device="cpu"), ragged()
+    want = ml.sweep(model, seqs, ml.edits.attention_bypasses(model), progress=False)
+    for part in (model, model.original_model):
+        part.train()
+        for use in (ml.ablate_mlps, ml.measure, ml.score_recall):
+            with pytest.raises(UnsupportedModelError, match=r"call model\.eval\(\) first"):
+                use(model, seqs)
+        part.eval()
+    again = ml.sweep(model, seqs, ml.edits.attention_bypasses(model), progress=False)
+    assert np.array_equal(again["target_logprob"], want["target_logprob"])
