@@ -131,6 +131,7 @@ def reading(
         Plain text; empty for an unknown kind, or for a result without the values that its reading needs.
 
     Example:
+        >>> import xarray as xr
         >>> data = xr.Dataset({"exact_match": ("sequence", [1.0, 1.0, 0.0, 1.0])})
         >>> reading(Result.create(data, kind="recall"))
         'The exact match, mean over 4 sequences, is 0.75 (95 % interval 0.301 to 0.954).'

@@ -180,12 +180,14 @@ def read_pairs(result: Result, metric: str | None) -> str:
     site = _extreme(ci, 0)
     found = Estimate.of(ci.sel(site))
     pair = " and ".join(str(head) for head in site.values())
+    n = int(once.sum())
+    lead = f"{pair} interact" if n == 1 else f"Of {n} pairs, {pair} interact most"
     sense = ""
     if text.better and found.excludes(0):
         more = found.value * text.better < 0
         sense = ": together they harm " + ("more than" if more else "less than") + " the sum of both"
     return (
-        f"Of {int(once.sum())} pairs, {pair} interact most: ablating both changes the {text.label} by "
+        f"{lead}: ablating both changes the {text.label} by "
         f"{_spoken(found, text)} beyond the sum of each alone{sense} ({_over(found.n)}).{_chance(ci)}"
     )
 
@@ -228,11 +230,12 @@ def read_strengths(result: Result, metric: str | None) -> str:
     text, array = metric_text(name, result[name]), _inner_mean(result[name].astype(float))
     array = array.mean([dim for dim in array.dims if dim not in ("sequence", x)]).sortby(x)
     ends = array[x].values[[0, -1]].tolist()
+    start = f"{STRENGTHS[x]} = {ends[0]:g}" if x == "alpha" else f"{ends[0]:g} {STRENGTHS[x]}"
     low, high = (array.sel({x: end}, drop=True) for end in ends)
     both = low.notnull() & high.notnull()
     a, b, change = (Estimate.of(mean_interval(part.where(both))) for part in (low, high, high - low))
     said = (
-        f"With {ends[0]:g} {STRENGTHS[x]} the {text.label} is {_spoken(a, text)}, with {ends[1]:g} it is "
+        f"With {start} the {text.label} is {_spoken(a, text)}, with {ends[1]:g} it is "
         f"{_spoken(b, text)}; each sequence changes by {_spoken(change, text)}, {_over(change.n)}."
     )
     missing = array.sizes["sequence"] - change.n

@@ -176,10 +176,10 @@ def test_cumulative_ablation_beside_random_orders() -> None:
 @pytest.mark.parametrize(
     ("kind", "x", "words"),
     [
-        ("residual_perturbation", "alpha", "noise strength α"),
-        ("prefix_perturbation", "replaced", "replaced prefix tokens"),
-        ("extraction_curve", "prefix_len", "prefix tokens given"),
-        ("recall_over_training", "step", "training steps"),
+        ("residual_perturbation", "alpha", "noise strength α = 8"),
+        ("prefix_perturbation", "replaced", "8 replaced prefix tokens"),
+        ("extraction_curve", "prefix_len", "8 prefix tokens given"),
+        ("recall_over_training", "step", "8 training steps"),
     ],
 )
 def test_strengths_compare_the_ends_on_the_sequences_that_have_both(kind: str, x: str, words: str) -> None:
@@ -188,7 +188,7 @@ def test_strengths_compare_the_ends_on_the_sequences_that_have_both(kind: str, x
         kind, {"matching_prefix": ((x,), values), "matching_prefix_baseline": ((), 2.0)}, {x: [8, 16, 32]}
     )
     said = reading(result, "matching_prefix")
-    assert said.startswith(f"With 8 {words} the matching prefix is 2 tokens (95 % interval 2 to 2)")
+    assert said.startswith(f"With {words} the matching prefix is 2 tokens (95 % interval 2 to 2)")
     assert "with 32 it is 0.667 tokens (95 % interval 0 to 2); each sequence changes by -1.33 tokens" in said
     assert "mean over 3 sequences. 1 further sequences have no value at one of these ends" in said
     assert "The unchanged model's is 2 tokens (95 % interval 2 to 2)." in said
