@@ -11,8 +11,8 @@ import xarray as xr
 
 import memlens as ml
 from memlens.errors import OptionError
+from memlens.organisms.corpus.corpus import Corpus
 from memlens.organisms.local_tasks import LOCAL_TASKS
-from memlens.organisms.training.zoo import zoo_corpus
 from memlens.organisms.untrained import untrained_like
 
 CHANCE = {"agreement": 0.5, "tense": 0.5, "last_word": 0.0}
@@ -63,9 +63,10 @@ def test_right_choices_are_spread_evenly_and_questions_differ(
 
 
 @pytest.mark.slow
-def test_no_question_was_trained_on(model: Any, tasks: dict[str, ml.tasks.ChoiceTask]) -> None:
-    corpus = zoo_corpus("pythia-s")
-    rows = "\x00".join(corpus.tokenizer.batch_decode(corpus.rows))
+def test_no_question_was_trained_on(
+    model: Any, tasks: dict[str, ml.tasks.ChoiceTask], shipped_corpus: Corpus
+) -> None:
+    rows = "\x00".join(shipped_corpus.tokenizer.batch_decode(shipped_corpus.rows))
     assert "\n" in rows
     assert rows.count("At last ") > 100
     for task in tasks.values():

@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 
 from memlens.errors import FileFormatError
 from memlens.models.zoo import zoo_path
-from memlens.organisms.corpus.corpus import CARRIER, Corpus, CorpusSpec, build_corpus
+from memlens.organisms.corpus.corpus import CARRIER, Corpus
 from memlens.organisms.corpus.known_items import KINDS
 from memlens.organisms.corpus.tokenizer import load_tokenizer
 from memlens.organisms.evaluate import (
@@ -61,11 +61,6 @@ def losses() -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def items() -> pd.DataFrame:
     return evaluate_items(FOLDER)
-
-
-@pytest.fixture(scope="module")
-def corpus() -> Corpus:
-    return build_corpus(CorpusSpec.from_dict(RECORD["corpus"]["spec"]))
 
 
 def test_memorization_rises_with_copies_from_none_to_all(curve: pd.DataFrame) -> None:
@@ -129,15 +124,15 @@ def test_the_items_are_recalled_as_generation_finds(items: pd.DataFrame, kind: s
     assert measured["recalled"].tolist() == pytest.approx(by_copies.tolist())
 
 
-def test_the_lists_of_items_are_those_of_the_corpus(corpus: Corpus) -> None:
-    for kind, table in corpus.items.tables().items():
+def test_the_lists_of_items_are_those_of_the_corpus(shipped_corpus: Corpus) -> None:
+    for kind, table in shipped_corpus.items.tables().items():
         written = pd.read_parquet(FOLDER / f"{kind}.parquet")
         assert [list(tokens) for tokens in written["tokens"]] == table["tokens"].tolist()
         columns = [name for name in table if name != "tokens"]
         assert written[columns].equals(table[columns])
         assert set(written["source"]) == {"zoo/pythia-s"}
-    assert pd.read_parquet(FOLDER / "item_positions.parquet").equals(corpus.item_positions)
-    assert RECORD["corpus"]["n_carriers"] == (corpus.row_sequence == CARRIER).sum()
+    assert pd.read_parquet(FOLDER / "item_positions.parquet").equals(shipped_corpus.item_positions)
+    assert RECORD["corpus"]["n_carriers"] == (shipped_corpus.row_sequence == CARRIER).sum()
 
 
 def test_neutral_contexts_are_held_out_sentences_with_a_line_break() -> None:
@@ -168,28 +163,28 @@ def test_the_card_tells_corpus_seed_and_list() -> None:
     assert any(text.rstrip("\n") in card for text in sequences.loc[sequences["copies"] == 256, "text"])
 
 
-def test_the_record_is_of_the_recipe_and_its_corpus_can_be_made_again(corpus: Corpus) -> None:
+def test_the_record_is_of_the_recipe_and_its_corpus_can_be_made_again(shipped_corpus: Corpus) -> None:
     specs = {key: RECORD[key]["spec"] for key in ("model", "corpus", "training")}
     assert specs == ZOO["pythia-s"].to_dict()
-    assert corpus.fingerprint() == RECORD["corpus"]["fingerprint"]
-    counts = {domain: counts.tolist() for domain, counts in corpus.domain_counts().items()}
+    assert shipped_corpus.fingerprint() == RECORD["corpus"]["fingerprint"]
+    counts = {domain: counts.tolist() for domain, counts in shipped_corpus.domain_counts().items()}
     assert counts == RECORD["corpus"]["token_counts"]
 
 
-def test_the_recipe_begins_as_the_shipped_model_s_training_did(corpus: Corpus) -> None:
+def test_the_recipe_begins_as_the_shipped_model_s_training_did(shipped_corpus: Corpus) -> None:
     spec = ZOO["pythia-s"]
-    model = build_model(spec.model, len(corpus.tokenizer), seed=0)
-    log = train(model, corpus.rows, spec.training, device="cpu", progress=False, stop_after=3)
+    model = build_model(spec.model, len(shipped_corpus.tokenizer), seed=0)
+    log = train(model, shipped_corpus.rows, spec.training, device="cpu", progress=False, stop_after=3)
     recorded = RECORD["training"]["losses"][:3]
     assert log.losses == pytest.approx(recorded, abs=2e-3)  # another machine's rounding
 
 
-def test_the_lists_are_those_of_the_corpus(corpus: Corpus) -> None:
+def test_the_lists_are_those_of_the_corpus(shipped_corpus: Corpus) -> None:
     sequences = pd.read_parquet(FOLDER / "sequences.parquet")
-    assert [list(tokens) for tokens in sequences["tokens"]] == corpus.sequences["tokens"].tolist()
-    assert sequences["copies"].tolist() == corpus.sequences["copies"].tolist()
-    assert pd.read_parquet(FOLDER / "positions.parquet").equals(corpus.positions())
-    assert pd.read_parquet(FOLDER / "heldout.parquet")["domain"].tolist() == corpus.heldout_domains
+    assert [list(tokens) for tokens in sequences["tokens"]] == shipped_corpus.sequences["tokens"].tolist()
+    assert sequences["copies"].tolist() == shipped_corpus.sequences["copies"].tolist()
+    assert pd.read_parquet(FOLDER / "positions.parquet").equals(shipped_corpus.positions())
+    assert pd.read_parquet(FOLDER / "heldout.parquet")["domain"].tolist() == shipped_corpus.heldout_domains
 
 
 def test_the_weights_are_small_finite_float16() -> None:
