@@ -159,7 +159,6 @@ SMALL = {
     "instruments/patch": "pairs of runs, activation patching and path patching",
     "models/zoo": "holds the checkpoints of the zoo; its code is in organisms/training",
     "organisms": "its corpus and training are folders",
-    "recall/prompts": "three questions about how little of a prompt is enough",
     "store": "fingerprints, a keyed folder, and a sweep's parts in one",
     "studies": "holds a folder per study",
     "studies/localization": "the smallest study",

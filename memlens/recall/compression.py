@@ -132,7 +132,7 @@ def prompt_compression(
         Kind "prompt_compression", all `(sequence)`: `recalled` (0 or 1: from the whole prefix),
         `fewest_tokens` and `compression_ratio`. When one end is kept also `stable_tokens`,
         `stable_compression_ratio`, and `works` `(sequence, prompt_tokens)`: 0 or 1, NaN where not tried.
-        After a deletion `kept` `(sequence, tokens_back)`: 1 where the token so many places before the
+        After a deletion `kept` `(sequence, tokens_back)`: 1 where the token this many places before the
         continuation is left, 0 where it was deleted; and `complete` (0 or 1).
 
     Raises:

@@ -25,7 +25,7 @@ class CounterfactualScores:
     """How much of each sequence's recall is owed to having seen it.
 
     Attributes:
-        table: One row a sequence: the set's own columns, and for each metric three: `<metric>` (under the
+        table: One row per sequence: the set's own columns, and for each metric three: `<metric>` (under the
             model), `<metric>_clean` (under the twin) and `<metric>_counterfactual` (the first less the
             second). The metrics are `target_accuracy` (the paper's), `exact_match`, `memorization_score` and
             `target_logprob`.

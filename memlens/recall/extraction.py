@@ -57,7 +57,7 @@ class Halves:
 
         Raises:
             OptionError: `pinned` is negative.
-            SequenceError: A prefix has no token beside the pinned ones.
+            SequenceError: A prefix has no token besides the pinned ones.
         """
         if pinned < 0:
             raise OptionError(f"pinned={pinned}: give how many first tokens every prompt has, 0 for none")
@@ -80,7 +80,7 @@ class Halves:
 
     @property
     def longest(self) -> int:
-        """The longest prefix, in tokens beside the pinned ones."""
+        """The longest prefix, in tokens besides the pinned ones."""
         return max(map(len, self.prefixes))
 
 
@@ -101,7 +101,7 @@ def score_prompts(
     Args:
         model: A TransformerLens model.
         halves: The set.
-        prompts: Rows and what their prompts keep beside the pinned tokens; at least one token in all.
+        prompts: Rows and what their prompts keep besides the pinned tokens; at least one token in all.
         batch_size: Prompts a forward pass; chosen to a memory budget by default.
         bar: A progress bar that is moved on by the number of prompts.
     """

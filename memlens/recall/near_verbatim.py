@@ -24,7 +24,7 @@ def near_verbatim_columns(
     - `edit_distance` (tokens): the fewest insertions, deletions and substitutions (each costs 1) that turn
       one into the other (Levenshtein).
     - `edit_similarity` (share): ``1 - edit_distance / max(len(generated), len(truth))``.
-    - `longest_run` (tokens): the longest run of tokens that stands in both, wherever it stands.
+    - `longest_run` (tokens): the longest run of tokens that occurs in both, at any position.
     - `longest_run_at`, `longest_run_generated_at`: where its first occurrence begins in the truth (counted
       from the continuation's first token) and in the generated tokens; -1 where there is none.
 

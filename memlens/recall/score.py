@@ -67,7 +67,7 @@ class Extras:
         return found | (self.rules.settings() if "trivial" in self.groups else {})
 
     def reducers(self) -> Mapping[str, Reducer]:
-        """Return what the pass has to compute beside `TargetStats`."""
+        """Return what the pass has to compute besides `TargetStats`."""
         wanted = "sampling" in self.groups and not self.sampling.plain
         return {"sample_logprob": self.sampling.logprob} if wanted else {}
 

@@ -1,4 +1,4 @@
-"""`RecallScores`: one row a sequence, and the sets that follow from it."""
+"""`RecallScores`: one row per sequence, and the sets that follow from it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SUMMARIZED = (
     *(name for name, column in COLUMNS.items() if column.summarized),
 )
 
-# Decided by what is counted, not by the values: a mean that happens to be 0 everywhere is no proportion.
+# Decided by what is counted, not by the values: a mean that happens to be 0 everywhere is not a proportion.
 _PROPORTIONS = (
     *(name for name in BUILT_IN if METRICS[name].proportion),
     *(name for name, column in COLUMNS.items() if column.proportion),
@@ -89,7 +89,7 @@ class RecallScores:
     """How well a model recalled each sequence of a set.
 
     Attributes:
-        table: One row a sequence: the set's own columns and `SCORE_COLUMNS` (see `score_recall`).
+        table: One row per sequence: the set's own columns and `SCORE_COLUMNS` (see `score_recall`).
         sequences: The set that was scored, in the same order.
         attrs: The model's facts and the settings.
     """

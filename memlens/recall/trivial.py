@@ -30,11 +30,11 @@ class TrivialRules:
 
     Attributes:
         copied: `copied_share` of at least this, if the run has `min_tokens`, or the whole continuation
-            stands in the prefix.
+            occurs in the prefix.
         distinct: `type_token_ratio` of at most this.
         repeated: `repeated_share` of at least this.
         step: `step_share` of at least this.
-        min_tokens: The last three rules apply to continuations of at least so many tokens.
+        min_tokens: The last three rules apply to continuations of at least this many tokens.
         max_period: Longest period that `repeated_share` and `step_share` look for.
 
     Raises:
@@ -66,7 +66,7 @@ def trivial_continuations(
 ) -> pd.DataFrame:
     """Return how far each continuation follows from its prefix by rule, without any model.
 
-    - `copied_share`: the longest run of the continuation that stands in the prefix, over its length.
+    - `copied_share`: the longest run of the continuation that occurs in the prefix, over its length.
     - `type_token_ratio`: distinct tokens of the continuation over its length.
     - `repeated_share`: with the best period P of 1 to `max_period`, the share of the continuation's tokens
       that equal the token P before (which may be in the prefix).
@@ -83,7 +83,7 @@ def trivial_continuations(
         rules: The thresholds.
 
     Returns:
-        One row a sequence: `id` and the five columns; `attrs` holds the thresholds.
+        One row per sequence: `id` and the five columns; `attrs` holds the thresholds.
 
     Example:
         >>> seqs = SequenceSet.from_tokens([[1, 2, 3, 4, 5, 6, 7, 8], [5, 6, 7, 8, 5, 6, 7, 8]], 4)

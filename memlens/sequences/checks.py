@@ -1,4 +1,4 @@
-"""Checks at the door: does a set fit a model, and is it what it should be.
+"""Checks on entry: whether a set fits a model, and is what it should be.
 
 All of it happens before any forward pass; every error names the row and the value.
 """
@@ -67,7 +67,7 @@ def check_sequences(
     on_eos: str = "raise",
     check_tokenizer: bool = True,
 ) -> SequenceReport:
-    """Check that a set fits a model, and report what is odd about it.
+    """Check that a set fits a model, and report anything unusual about it.
 
     Args:
         seqs: The set.
@@ -107,13 +107,13 @@ def check_sequences(
 
 
 def check_is_set(seqs: object) -> None:
-    """Raise `SequenceError` where something else stands for a set of sequences: texts, ids, a table.
+    """Raise `SequenceError` if something other than a set of sequences is given: texts, ids, a table.
 
     >>> check_is_set(SequenceSet.from_tokens([[5, 6, 7]], 2))
     """
     if not isinstance(seqs, SequenceSet):
         raise SequenceError(
-            f"a {type(seqs).__name__} is no SequenceSet: read it with memlens.load_sequences first"
+            f"a {type(seqs).__name__} is not a SequenceSet: read it with memlens.load_sequences first"
         )
 
 

@@ -78,8 +78,8 @@ def natural_controls(
     """Cut prompts from running text that are as long as those of a set; the next token is the target.
 
     The model has no reason to have stored them, so what is found for recalled sequences and for these alike
-    is no sign of recall. Where a tokenizer is given, prompts and targets begin with a word, as those of
-    idioms do (the token starts with white space and a letter), so that word pieces are no easy targets.
+    is not a sign of recall. If a tokenizer is given, prompts and targets begin with a word, as those of
+    idioms do (the token starts with white space and a letter), so that word pieces are not easy targets.
 
     Args:
         text: Running text; prefix lengths make no difference. Rows must be longer than the prompts of `like`.

@@ -1,6 +1,6 @@
-"""Parquet files of sequences: columns `tokens` and `prefix_len` beside the table's own.
+"""Parquet files of sequences: columns `tokens` and `prefix_len` in addition to the table's own.
 
-memlens' settings stand in the file's metadata under the key `memlens` (JSON), so that any other program
+memlens' settings are in the file's metadata under the key `memlens` (JSON), so that any other program
 reads the file as an ordinary table.
 """
 
@@ -25,7 +25,7 @@ _KEY = b"memlens"
 
 
 def write_parquet(seqs: SequenceSet, path: str | Path, **extra: Mapping[str, Any]) -> Path:
-    """Write `seqs` to `path` (whole or not at all); `extra` stands in the metadata beside its attributes."""
+    """Write `seqs` to `path` (whole or not at all); `extra` is kept in the metadata with its attributes."""
     return _write(as_arrow(seqs), path, {"attrs": dict(seqs.attrs), "width": seqs.tokens.shape[1], **extra})
 
 

@@ -99,7 +99,7 @@ def checked_table(table: pd.DataFrame, n: int) -> pd.DataFrame:
     table["id"] = table["id"].astype(str)
     repeated = sorted(set(table["id"][table["id"].duplicated()]))
     if repeated:
-        raise SequenceError(f"the ids {some(repeated)} stand for more than one sequence: make them unique")
+        raise SequenceError(f"the ids {some(repeated)} belong to more than one sequence: make them unique")
     return table
 
 

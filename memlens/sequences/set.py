@@ -1,4 +1,4 @@
-"""`SequenceSet`: token ids, how much of each sequence is given, and one row of facts a sequence.
+"""`SequenceSet`: token ids, how much of each sequence is given, and one row of facts per sequence.
 
 A sequence is a *prefix* (given to the model) and a *continuation* (the target tokens: what the model may
 have memorized). Ragged sets are padded on the right; padding is never read. Nothing here needs a model.
@@ -34,14 +34,14 @@ Attr = str | int | float | bool
 class SequenceSet:
     """A set of sequences that a model may have memorized.
 
-    The logits that predict the token at position ``p`` stand at ``p - 1``; target positions are
+    The logits that predict the token at position ``p`` are at ``p - 1``; target positions are
     ``prefix_len .. length - 1``.
 
     Attributes:
         tokens: Token ids, int64 on the CPU, padded on the right with 0.
-        mask: True where a real token stands.
+        mask: True for real tokens.
         prefix_len: How many tokens are given to the model, at least 1 and less than the length.
-        table: One row a sequence; at least the column `id` (unique strings).
+        table: One row per sequence; at least the column `id` (unique strings).
         attrs: Where the set comes from and how it was made.
 
     Raises:
@@ -91,10 +91,10 @@ class SequenceSet:
         """Make a set of a 2-D array of ids, or of rows of different lengths.
 
         Args:
-            tokens: `[seq, pos]` integers, or one list of ids a sequence.
-            prefix_len: One number for all, or one a sequence.
+            tokens: `[seq, pos]` integers, or one list of ids per sequence.
+            prefix_len: One number for all, or one per sequence.
             table: Facts about the sequences; ids "0", "1", … are made where it has no column `id`.
-            mask: True where a real token stands; by default all of an array, and each row's own length.
+            mask: True for real tokens; by default all of an array, and each row's own length.
             attrs: Kept with the set.
 
         Raises:
@@ -137,7 +137,7 @@ class SequenceSet:
 
     @cached_property
     def target_positions(self) -> Int[Tensor, "seq target"]:
-        """Position of each target token, -1 outside. The logits that predict it stand one before."""
+        """Position of each target token, -1 outside. The logits that predict it are one position before."""
         positions = self.prefix_len[:, None] + torch.arange(self.max_targets)
         return torch.where(self.target_mask, positions, -1)
 
@@ -220,7 +220,7 @@ class SequenceSet:
         """Write the set to one parquet file that `from_parquet` reads back without loss.
 
         The columns are those of the table and `tokens` (list of int64) and `prefix_len`; the attributes
-        stand in the file's metadata.
+        are in the file's metadata.
         """
         from memlens.sequences.parquet import write_parquet
 

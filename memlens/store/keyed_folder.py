@@ -5,7 +5,7 @@ The manifest is JSON: a format tag (``"memlens sweep 2"``), the version of memle
 or not at all, so a run that was stopped at any moment continues with the parts that are missing.
 
     folder = KeyedFolder(out, "sweep", about, version=2)
-    seal = folder.seal("part-0.npz", arrays)        # stands inside the part
+    seal = folder.seal("part-0.npz", arrays)        # kept inside the part
     folder.check("part-0.npz", arrays, seal)        # when it is read
 
 A store whose manifest grows with its parts uses `read_manifest` and `write_manifest` alone

@@ -424,7 +424,7 @@ def test_bad_input(tiny_model: Any) -> None:
         run(metric=lambda logits, ids, mask: logits.sum())
     with pytest.raises(OptionError, match="the metric has no gradient"):
         run(metric=lambda logits, ids, mask: logits.argmax(-1).double().mean(-1))
-    with pytest.raises(SequenceError, match="a list is no SequenceSet"):
+    with pytest.raises(SequenceError, match="a list is not a SequenceSet"):
         attribute_gradients(model, clean, corrupt.rows())  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="site='pattern'"):
         attribute_ablation(model, clean, site="pattern")

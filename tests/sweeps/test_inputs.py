@@ -20,7 +20,7 @@ USES: dict[str, Callable[[Any, Any], Any]] = {
 @pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
 @pytest.mark.parametrize("given", [["a text"], [[5, 6, 7]]], ids=["texts", "ids"])
 def test_what_is_no_set_of_sequences(tiny_model: Callable[..., Any], use: Any, given: Any) -> None:
-    with pytest.raises(ml.errors.SequenceError, match="a list is no SequenceSet: read it with"):
+    with pytest.raises(ml.errors.SequenceError, match="a list is not a SequenceSet: read it with"):
         use(tiny_model("gpt_neox"), given)
 
 

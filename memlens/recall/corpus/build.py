@@ -1,4 +1,4 @@
-"""`build_memorized_set`: scan a corpus for what a model recites.
+"""`build_memorized_set`: scan a corpus for what a model has memorized.
 
 The corpus is read in a seeded random order, a block at a time; one teacher-forced pass decides for each
 window whether greedy decoding gives its continuation (see `memlens.recall.score`).
@@ -56,7 +56,7 @@ def build_memorized_set(
     block_size: int = 1024,
     progress: bool = True,
 ) -> MemorizedSet:
-    """Scan a corpus for what a model recites, and choose controls from the same scan.
+    """Scan a corpus for what a model has memorized, and choose controls from the same scan.
 
     A window is its first `prefix_len` tokens, given, and the `suffix_len` after them. It is memorized where
     greedy decoding gives them all (discoverable extraction), which one forward pass decides. Kept are those
@@ -76,13 +76,13 @@ def build_memorized_set(
         n: Stop after the block with the n-th memorized sequence; None for all of the source. Controls are
             found on the way, so there may be too few where nearly all is memorized.
         seed: Of the order of windows, and of ties between controls.
-        batch_size: Windows a forward pass; chosen to a memory budget by default, and kept where a scan goes
-            on. Exact matches with a lead of rounding size (`near_tie`) may hang on it.
+        batch_size: Windows per forward pass; chosen to a memory budget by default, and kept where a scan goes
+            on. Exact matches with a lead of rounding size (`near_tie`) may depend on it.
         out: A folder in which finished blocks are kept, and the set in the end. The same call goes on with an
             interrupted scan, or with a finished one where `n` or `max_rows` is greater.
-        max_rows: Read at most so many rows (of an array: windows).
+        max_rows: Read at most this many rows (windows, for an array).
         keep_trivial: Keep continuations that follow by rule; the column `trivial` marks them.
-        token_counts: How often each id stands in the training corpus (see `memlens.recall.token_counts`), for
+        token_counts: How often each id occurs in the training corpus (see `memlens.recall.token_counts`), for
             matching; by default it is counted in the windows of the scan.
         stride: Tokens from one window of a row to the next. By default only the first window of a row counts,
             as in the published lists; one long text is cut into windows that do not overlap.

@@ -47,7 +47,7 @@ def count_duplicates(
     parts: Sequence[str] = ("continuation", "sequence"),
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Count how often each sequence, or its continuation or prefix alone, stands in a corpus.
+    """Count how often each sequence, or its continuation or prefix alone, occurs in a corpus.
 
     Exact matches of token ids, overlapping ones too, never across the border of two documents. The corpus is
     read once, in blocks, and may be larger than memory (a memory-mapped array, or a generator).
@@ -60,7 +60,7 @@ def count_duplicates(
         progress: Show a progress bar.
 
     Returns:
-        One row a sequence: `id`, and `continuation_count`, … for each part.
+        One row per sequence: `id`, and `continuation_count`, … for each part.
 
     Raises:
         OptionError: No part, or an unknown one.
@@ -98,7 +98,7 @@ def count_duplicates(
 def count_ngrams(
     ngrams: Sequence[Sequence[int]], corpus: Corpus, *, progress: bool = False
 ) -> Int[np.ndarray, "ngram"]:
-    """Return how often each n-gram (of any length, 1 or more) stands in a corpus; see `count_duplicates`."""
+    """Return how often each n-gram (of any length, 1 or more) occurs in a corpus; see `count_duplicates`."""
     lengths = np.array([len(ngram) for ngram in ngrams], dtype=np.int64)
     if (lengths < 1).any():
         raise SequenceError(f"n-gram {int((lengths < 1).argmax())} has no token: give one or more")
@@ -133,7 +133,7 @@ def corpus_blocks(corpus: Corpus, overlap: int = 1) -> Iterator[tuple[Int[np.nda
 
 
 def _pieces(corpus: Corpus) -> Iterator[np.ndarray]:
-    """Yield a million tokens or so at a time, documents with what stands between them."""
+    """Yield a million tokens or so at a time, documents with the separators between them."""
     if isinstance(corpus, np.ndarray) and corpus.ndim == 1:
         for start in range(0, len(corpus), _BLOCK):
             yield _ids(corpus[start : start + _BLOCK])
@@ -189,7 +189,7 @@ class _Table:
         found = np.zeros(len(self.tokens), dtype=np.int64)
         left = np.ones(len(starts), dtype=bool)
         candidate = place[starts]
-        while left.any():  # equal hashes of different n-grams stand next to each other
+        while left.any():  # equal hashes of different n-grams are adjacent
             same = left & (windows == self.tokens[candidate]).all(1)
             np.add.at(found, candidate[same], 1)
             following = np.minimum(candidate + 1, len(self.hashes) - 1)
@@ -215,7 +215,7 @@ def _window_hashes(tokens: Int[np.ndarray, "token"], n: int) -> np.ndarray:
         for bit in range(int(n).bit_length()):
             if n >> bit & 1:
                 part = piece[done : len(tokens) - width + 1]
-                # What is done so far stands before this part.
+                # What is done so far precedes this part.
                 whole = part if whole is None else whole[: len(part)] * power + part
                 done += width
             if n >> (bit + 1):

@@ -46,7 +46,7 @@ class InfiniGram:
     def count_ngrams(
         self, ngrams: Sequence[Sequence[int]], *, progress: bool = False
     ) -> Int[np.ndarray, "ngram"]:
-        """Return how often each n-gram stands in the index.
+        """Return how often each n-gram occurs in the index.
 
         Raises:
             SequenceError: The engine refuses an n-gram; the message has its words.
@@ -63,7 +63,7 @@ class InfiniGram:
 def token_counts(
     corpus: str | InfiniGram | Corpus, *, vocab_size: int | None = None, progress: bool = True
 ) -> Int[np.ndarray, "vocab"]:
-    """Return how often each token id stands in a corpus, for `RecallScores.matched_controls` and the like.
+    """Return how often each token id occurs in a corpus, for `RecallScores.matched_controls` and the like.
 
     Args:
         corpus: "zoo" or "zoo/NAME" for what that model was trained on (one pass); token ids as for
@@ -109,7 +109,7 @@ def _counted(corpus: Any, progress: bool) -> np.ndarray:
 
 def _zoo_counts(name: str) -> np.ndarray:
     if name != "zoo" and not name.startswith("zoo/"):
-        raise SourceNotFoundError(f"corpus={name!r} is no corpus: give 'zoo', 'zoo/NAME' or token ids")
+        raise SourceNotFoundError(f"corpus={name!r} is not a corpus: give 'zoo', 'zoo/NAME' or token ids")
     file = zoo_path("zoo/pythia-s" if name == "zoo" else name) / "training.json"
     if not file.exists():
         raise SourceNotFoundError(

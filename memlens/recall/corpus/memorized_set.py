@@ -128,7 +128,7 @@ def assemble_sets(
     Args:
         model: The model; its tokenizer gives the texts.
         kept: What `scan_block` found.
-        token_counts: How often each id stands in the corpus.
+        token_counts: How often each id occurs in the corpus.
         settings: What the sets and the result record.
     """
     length = settings["prefix_len"] + settings["suffix_len"]

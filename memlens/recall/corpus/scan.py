@@ -172,7 +172,7 @@ def scan_block(
         facts: One row a window, with its `id`.
         kept: What the blocks before gave.
         rules: How windows are told apart.
-        batch_size: Windows a forward pass.
+        batch_size: Windows per forward pass.
 
     Returns:
         What is kept, with the columns `role`, `row`, `start`, the scores and how trivial it is; and how many

@@ -29,7 +29,7 @@ class Block:
 
     Attributes:
         tokens: Their ids.
-        row: The row of the source that each stands in.
+        row: The row of the source that each is from.
         start: Where in its row it begins.
         n_rows: Rows that were read (of an array: windows).
         n_short: How many of them are shorter than a window.
@@ -84,7 +84,7 @@ class Windows:
         Args:
             seed: Decides the order.
             size: Rows of a block.
-            limit: Stop after so many rows.
+            limit: Stop after this many rows.
         """
         if self.read is None:
             yield from self._streamed(seed, size, limit)
@@ -141,7 +141,7 @@ def open_windows(source: Any, length: int, stride: int | None, tokens_column: st
         tokens_column = _column(source.column_names, tokens_column)
     if isinstance(source, dict | str | bytes) or not isinstance(source, Iterable):
         raise SequenceError(
-            f"a {type(source).__name__} is no corpus: give an array of ids, a .npy file, a SequenceSet, a "
+            f"a {type(source).__name__} is not a corpus: give an array of ids, a .npy file, a SequenceSet, a "
             "dataset, or an iterable of rows"
         )
     return _of_rows(source, length, stride, tokens_column, table)
@@ -249,7 +249,7 @@ def _ids(row: Any, number: int, tokens_column: str | None) -> np.ndarray:
     ids = row.detach().cpu().numpy() if isinstance(row, Tensor) else np.asarray(row)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise SequenceError(
-            f"row {number} of the corpus is {ids.dtype} of shape {ids.shape}: give one list of ids a row"
+            f"row {number} of the corpus is {ids.dtype} of shape {ids.shape}: give one list of ids per row"
         )
     return ids.astype(np.int64)
 

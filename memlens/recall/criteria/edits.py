@@ -13,7 +13,7 @@ import pandas as pd
 from memlens.sequences.words import bare_word
 
 Edit = tuple[int, str, int, str, str, str]
-"""Row of the set, kind, number within the kind, the word touched, what stands there now, the prompt."""
+"""Row of the set, kind, number within the kind, the word touched, its replacement, the prompt."""
 
 COLUMNS = ["row", "kind", "index", "word", "replacement", "prompt"]
 
@@ -26,7 +26,7 @@ def make_edits(
     swaps: Swaps,
     contexts: Mapping[str, Sequence[str]],
 ) -> pd.DataFrame:
-    """Return one row a question: `row`, `kind`, `index`, `word`, `replacement`, `prompt`, `target`.
+    """Return one row per question: `row`, `kind`, `index`, `word`, `replacement`, `prompt`, `target`.
 
     Kinds: "full" (the prompt itself), "suffix" (`index` is how many last words are kept), "deletion" and
     "substitution" (`index` is the word's place, from 0), and the names of `contexts` (`index` is the
@@ -69,7 +69,7 @@ def _leads(row: int, prompt: str, contexts: Mapping[str, Sequence[str]]) -> Iter
 
 
 def word_counts(texts: Sequence[str]) -> Counter[str]:
-    """Return how often each word stands in the texts, in lower case and without punctuation."""
+    """Return how often each word occurs in the texts, in lower case and without punctuation."""
     return Counter(bare_word(word) for text in texts for word in text.split())
 
 
@@ -77,7 +77,7 @@ class Swaps:
     """Words of like frequency to put in a word's place.
 
     The words are ranked by how often they occur; a word's substitutes are drawn from the `pool` above and
-    the `pool` below it that do not stand in the sequence. What is drawn depends on the seed, the sequence
+    the `pool` below it that do not occur in the sequence. What is drawn depends on the seed, the sequence
     and the word's place, not on the other sequences' order. Punctuation and capitals are the old word's.
 
     Args:

@@ -33,7 +33,7 @@ class NgramReference:
         corpus: Texts; or, with a tokenizer, also token ids: an array `[token]` or `[row, pos]`, or lists of
             ids. N-grams never cross the border of two texts or rows.
         order: Longest n-gram: `order - 1` words are looked back at.
-        tokenizer: Count tokens of this tokenizer. Without it words are counted: what stands between white
+        tokenizer: Count tokens of this tokenizer. Without it words are counted: what is between white
             space, without the punctuation around it.
         lowercase: Take words in lower case; nothing is done to tokens.
         name: How results call it; "4-gram of 120 words" by default.
@@ -148,7 +148,7 @@ class NgramReference:
     def _questions(
         self, prompts: Sequence[str], targets: Sequence[str]
     ) -> tuple[list[list[int]], Int[np.ndarray, "prompt"]]:
-        """Return what stands before each target, and the target's id; unknown ones get the last place."""
+        """Return what precedes each target, and the target's id; unknown ones get the last place."""
         if self.tokenizer is not None:
             rows, prefix_len = target_rows(self.tokenizer, prompts, targets)
             ids = [row[n] for row, n in zip(rows, prefix_len, strict=True)]
@@ -222,7 +222,7 @@ def _count(tokens: np.ndarray, order: int, size: int) -> list[tuple[np.ndarray, 
     """Return for n = 2 … order the n-grams' keys, sorted, and their counts.
 
     The key of an n-gram is (place of its first n-1 words among the (n-1)-grams) · size + its last word, so
-    that the continuations of a history stand side by side.
+    that the continuations of a history are adjacent.
     """
     levels, grams = [], tokens
     for n in range(2, order + 1):

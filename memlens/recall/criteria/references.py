@@ -28,7 +28,7 @@ class Answers:
     """What a reference says of each prompt's target.
 
     Attributes:
-        top1: 1 where the target is more likely than every other token (a tie is no prediction), else 0;
+        top1: 1 where the target is more likely than every other token (a tie is not a prediction), else 0;
             NaN where the question could not be put (no token of the prompt is left before the target).
         logprob: Log-probability of the target's first token, in nats; NaN as above.
         n_passes: Forward passes it took.

@@ -2,7 +2,7 @@
 
 A sequence of n words is a prompt (its first n-1 words) and a target (the last). If a model predicts the
 target of a sequence that meets two criteria, it has very likely recalled it: the target is the only right
-continuation, whatever text stands around (criterion 1), and it takes the whole prompt, every word as it is,
+continuation, whatever text surrounds it (criterion 1), and it takes the whole prompt, every word as it is,
 to make it so (criterion 2). Source: Haviv et al., arXiv 2210.03588, section 2. How the criteria are tested
 here, on any sequence, is ours: the study's own test was not published.
 
@@ -70,7 +70,7 @@ def score_criteria(
     - `substitution_share`: the same after putting a word of like frequency in one word's place.
     - `lexical_leak`: the target, or a word of the same plain stem (regular English endings only), stands in
       the prompt: `leak_word`. `max_similarity`: largest cosine between the target and a word of the prompt
-      (1 where the target stands in it), and `similar_word`.
+      (1 if the target is in it), and `similar_word`.
     - `common_target`: on the stop list, or above `common_zipf`; `target_frequency`, per million words.
     - `context_share`: share of lead-ins that keep it; `neutral_share` and `shifted_share` of each kind.
     - `corpus_share`: count(prompt + target) / count(prompt) in the corpus; `corpus_count`: count(prompt).

@@ -1,4 +1,4 @@
-"""`CriteriaScores`: the sub-scores of the two criteria, one row a sequence, and what is decided of them."""
+"""`CriteriaScores`: the sub-scores of the two criteria, one row per sequence, and what they decide."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class CriteriaScores:
     """How far each sequence can only be recalled: sub-scores, and decisions at thresholds of your choice.
 
     Attributes:
-        table: One row a sequence: the columns that were given, then the sub-scores (see `score_criteria`).
-        by_reference: One row a sequence and reference: the sub-scores of that reference alone.
+        table: One row per sequence: the columns that were given, then the sub-scores (see `score_criteria`).
+        by_reference: One row per sequence and reference: the sub-scores of that reference alone.
         edits: One row a question that was put: row, kind, prompt, the share of references that predict the
             target (`top1`), whether that is enough (`kept`), mean log-probability (`logprob`, nats).
         settings: Every option, the references' names and their numbers of forward passes.
@@ -44,12 +44,12 @@ class CriteriaScores:
         """Return, one column a kind of leak, whether a sequence has it.
 
         `suffix` (some last words suffice), `deletion` and `substitution` (more than the allowed share of
-        edits keeps the target), `lexical`, `similar`, `common`. What was not measured is no violation.
+        edits keeps the target), `lexical`, `similar`, `common`. What was not measured is not a violation.
 
         Args:
             max_deletion: Share of single-word deletions that may keep the target.
             max_substitution: The same of substitutions.
-            max_similarity: Highest cosine between target and a word of the prompt that is no leak.
+            max_similarity: Highest cosine between target and a word of the prompt that is not a leak.
         """
         for name, value in {"max_deletion": max_deletion, "max_substitution": max_substitution}.items():
             if not 0 <= value <= 1:

@@ -78,7 +78,7 @@ def _corpus_counts(
     tokenizer: Tokenizer,
     progress: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return how often prompt and target, and the prompt alone, stand in the corpus.
+    """Return how often prompt and target, and the prompt alone, occur in the corpus.
 
     Both at the beginning of a text and after a space, which many tokenizers tell apart.
     """

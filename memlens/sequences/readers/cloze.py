@@ -79,13 +79,13 @@ def read_clozes(frame: pd.DataFrame, tokenizer: Tokenizer, options: ClozeOptions
     case), `n_target_tokens` and `one_token`. Columns of lists are dropped.
 
     Args:
-        frame: One row a record; a list of masked sentences gives a row each.
+        frame: One row per record; a list of masked sentences gives a row each.
         tokenizer: The model's.
         options: See `ClozeOptions`.
 
     Raises:
         ColumnError: A column is missing.
-        SequenceError: A sentence or object is no text.
+        SequenceError: A sentence or object is not text.
         EmptySetError: Nothing is left.
     """
     options = options or ClozeOptions()
@@ -107,7 +107,7 @@ def read_clozes(frame: pd.DataFrame, tokenizer: Tokenizer, options: ClozeOptions
 
 
 def _sentences(frame: pd.DataFrame, options: ClozeOptions) -> pd.DataFrame:
-    """Return one row a sentence: `sentence`, `subject`, `relation`, `target`, and the plain columns."""
+    """Return one row per sentence: `sentence`, `subject`, `relation`, `target`, and the plain columns."""
     if options.object_column not in frame:
         raise ColumnError(f"there is no column {options.object_column!r} of objects: {listing(frame)}")
     names = (options.relation_column,) if options.relation_column else _RELATIONS

@@ -29,8 +29,8 @@ class Draft:
     """Sequences as read, before any check.
 
     Attributes:
-        rows: Token ids, one list a row, or a 2-D array.
-        prefix_len: Tokens given to the model, one a row; None where the source does not say.
+        rows: Token ids, one list per row, or a 2-D array.
+        prefix_len: Tokens given to the model, one per row; None where the source does not say.
         table: The other columns, and `text` where there is one.
         attrs: What is known of the set.
     """
@@ -129,7 +129,7 @@ def without_short(draft: Draft, on_short: str) -> Draft:
 
 
 def named(draft: Draft, id_column: str | None) -> Draft:
-    """Give each row an id of its own: the file's, with a suffix where one stands for several rows."""
+    """Give each row a unique id: the file's, with a suffix if several rows share one."""
     column = find_column(draft.table, id_column, ID)
     if column is None:
         return draft
@@ -217,7 +217,7 @@ def leave_out(
     of rows, and `left_out`, a line such as "2 object not last; 1 repeated".
 
     Args:
-        table: One row an item.
+        table: One row per item.
         reasons: For each reason, True where it holds.
         what: What a row is, in the plural, for the messages.
 

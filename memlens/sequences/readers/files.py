@@ -93,7 +93,7 @@ def _open_pair(source: Sequence[str | Path], _: Request) -> Opened:
 
 
 def read_pair(prefix_path: str | Path, suffix_path: str | Path) -> pd.DataFrame:
-    """Return the columns `tokens` (both joined) and `prefix_len`, one row a pair.
+    """Return the columns `tokens` (both joined) and `prefix_len`, one row per pair.
 
     Args:
         prefix_path: `[n, prefix]` integers.
@@ -118,5 +118,5 @@ def read_pair(prefix_path: str | Path, suffix_path: str | Path) -> pd.DataFrame:
 def _read(path: Path) -> np.ndarray:
     array, _ = read_file(path)
     if not array.shape[1]:
-        raise FileFormatError(f"{path} has shape {array.shape}: give at least one token a row")
+        raise FileFormatError(f"{path} has shape {array.shape}: give at least one token per row")
     return array

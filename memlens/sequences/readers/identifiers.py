@@ -20,7 +20,7 @@ from memlens.sequences.readers.tables import need_tokenizer, texts_of
 from memlens.sequences.tokenizing import Tokenizer, encode, first_word_token, split_points
 
 IDENTIFIER_TEMPLATE = "The number of {label} is {identifier}"
-"""How a pair is said where nobody says otherwise."""
+"""The default template of a pair."""
 
 _TEMPLATE = re.compile(r"(?s)(.*\S)\s*\{identifier\}\W*")
 
@@ -30,7 +30,7 @@ class IdentifierOptions:
     """How identifiers are read.
 
     Attributes:
-        template: How a pair is said, with `{label}` and then `{identifier}`, the latter last. None: the
+        template: The template of a pair, with `{label}` and then `{identifier}`, the latter last. None: the
             table's column `template`, else `IDENTIFIER_TEMPLATE`.
         label_column: The column of labels.
         identifier_column: The column of identifiers.
@@ -68,7 +68,7 @@ def read_identifiers(
     (`frequency`, `popularity`, …) are kept.
 
     Args:
-        frame: One row a pair.
+        frame: One row per pair.
         tokenizer: The model's.
         options: See `IdentifierOptions`.
 

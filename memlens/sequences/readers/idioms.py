@@ -85,7 +85,7 @@ def read_idioms(frame: pd.DataFrame, tokenizer: Tokenizer, *, target: str = "fir
 
 
 def idiom_defects(sequences: SequenceSet | pd.DataFrame) -> pd.DataFrame:
-    """Return what is wrong with the rows of an idiom file, one row a defect; nothing is left out of the set.
+    """Return what is wrong with the rows of an idiom file, one row per defect; no row is left out.
 
     Args:
         sequences: What `load_sequences` gave for such a file, or its table.
@@ -149,7 +149,7 @@ def _with_defects(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _all_stop(word: str) -> bool:
-    """A comma or another sign beside a word is a token of its own, and no stop word."""
+    """A comma or another sign next to a word is a token of its own, and not a stop word."""
     return is_stop_word(word) and bare_word(word) == word.lower().replace("’", "'")
 
 

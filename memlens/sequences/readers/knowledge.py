@@ -49,7 +49,7 @@ def fact_sequences(
         target: "first_token" of the object, or the whole "word" (all its tokens).
         one_token: Leave out objects of several tokens.
         keep_ambiguous: Keep subjects that have several objects in one relation (column `ambiguous`).
-        tokenizer: Instead of the model's.
+        tokenizer: Used instead of the model's.
         prepend_bos: Put a beginning-of-text token in front of every sequence.
         name: A name for the set.
 
@@ -58,7 +58,7 @@ def fact_sequences(
 
     Raises:
         ColumnError: A column is missing.
-        SequenceError: A sentence or object is no text.
+        SequenceError: A sentence or object is not text.
         EmptySetError: Nothing is left.
 
     >>> import memlens as ml
@@ -94,21 +94,21 @@ def identifier_sequences(
         source: A `.csv`, `.jsonl` or `.parquet` file, or a table. Identifiers are text: a file's leading
             zeros are kept. Further columns (`frequency`, `popularity`, …) stay in the table.
         model: A TransformerLens model; its tokenizer reads the text.
-        template: How a pair is said, with `{label}`, and `{identifier}` last. Default: the table's column
+        template: The template of a pair, with `{label}`, and `{identifier}` last. Default: the table's column
             `template`, else "The number of {label} is {identifier}".
         label_column: The column of labels.
         identifier_column: The column of identifiers.
-        tokenizer: Instead of the model's.
+        tokenizer: Used instead of the model's.
         prepend_bos: Put a beginning-of-text token in front of every sequence.
         name: A name for the set.
 
     Returns:
-        One sequence a pair; columns `prompt`, `target`, `label`, `identifier`, ….
+        One sequence per pair; columns `prompt`, `target`, `label`, `identifier`, ….
 
     Raises:
         ColumnError: A column is missing.
         OptionError: The template lacks a place, or the identifier is not last in it.
-        SequenceError: A label or identifier is empty, or no text.
+        SequenceError: A label or identifier is empty, or not text.
         EmptySetError: Nothing is left.
 
     >>> import memlens as ml
