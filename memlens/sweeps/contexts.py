@@ -1,4 +1,4 @@
-"""Any intervention as a context: the edit holds for whatever runs inside the `with` block."""
+"""Any intervention as a context manager: it is active for whatever runs inside the `with` block."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HEARD: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
 class EditWatch:
-    """Notices which hooks fired and which changed their activation, for hooks not yet known to be heard."""
+    """Notices which hooks fired and which changed their activation, until a hook is known to work."""
 
     heard: set[str]
 
@@ -102,7 +102,7 @@ def check_hook_is_heard(model: Any, name: str, tokens: Tensor, quiet: Tensor | N
 
 @contextmanager
 def applied(model: Any, *interventions: Intervention) -> Iterator[Any]:
-    """Hold interventions on a model for the length of a `with` block: forward, generation, evaluation.
+    """Apply interventions to a model inside a `with` block: forward, generation, evaluation.
 
     Hooks are gone afterwards, also after an exception. On the bridge they also act inside
     ``model.original_model(...)`` and its ``generate``.

@@ -54,7 +54,7 @@ class Intervention:
         first_position: The first position it changes, where that is known: the engine then puts
             interventions of like positions together. It changes the speed, never the result.
         observed: Gives further numbers by name, `[batch]` each, once the hooks have run on a batch: what
-            hooks that look have seen. They stand in the result beside the metrics; all interventions of a
+            hooks that look have seen. They are in the result with the metrics; all interventions of a
             sweep must give the same names.
 
     Example:

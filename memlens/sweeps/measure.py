@@ -28,7 +28,7 @@ def measure(
     memory_budget: int | None = None,
     batch_size: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return each metric of the model as it is, one number a sequence (or `[seq, target]`).
+    """Return each metric of the unchanged model, one number per sequence (or `[seq, target]`).
 
     Args:
         model: A TransformerLens model.

@@ -22,7 +22,7 @@ from memlens.sweeps.interventions import Intervention
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model that costs depend on; it stands in for a model that is not here.
+    """The sizes of a model that costs depend on; it takes the place of a model that is not here.
 
     Attributes:
         n_layers: Blocks.
@@ -93,7 +93,7 @@ class Plan:
         unembedded_positions: Target positions that are unembedded.
         block_flops: Floating-point operations of matrix products in blocks.
         unembed_flops: The same of unembedding.
-        bytes: Memory that activations take at most, beside the weights.
+        bytes: Peak memory of activations, not counting the weights.
         expected_seconds: Time, from a short calibration run; None without one.
     """
 
@@ -132,7 +132,7 @@ def plan(
     batch_size: int | None = None,
     calibrate: bool = True,
 ) -> Plan:
-    """Say what `sweep` would cost, without running it.
+    """Estimate what `sweep` would cost, without running it.
 
     Args:
         model: A TransformerLens model.

@@ -72,17 +72,17 @@ def sweep(
         memory_budget: Bytes that activations may take at a time; by default 1 GiB, on a GPU 40 % of what
             is free. When the device runs out of memory the portions are halved.
         batch_size: Sequences in a batch; chosen from the budget by default.
-        progress: Show one bar; it counts floating-point operations, so that its time left is true.
+        progress: Show one bar; it counts floating-point operations, so that its remaining time is realistic.
         out: A folder that keeps every finished part, and at the end `result.nc`. The same call does only
             what is missing, however the last one ended; values are those of an unbroken run.
         check_dtype: Also run a sample in float32 and record the largest differences as the setting
             `float32_agreement`; by default where the weights have 16 bits.
-        kind: What the result calls itself (memlens' own analyses give theirs).
+        kind: The result's kind (memlens' own analyses set theirs).
         settings: Further parameters to record.
 
     Returns:
         A `Result` with one value per sequence and intervention for each metric, and the un-intervened
-        value beside it (`<metric>_baseline`).
+        value (`<metric>_baseline`).
 
     Raises:
         EmptySetError: No sequences, or no interventions.
@@ -155,7 +155,7 @@ def sweep(
 def kept(result: Result, out: str | Path | None) -> Result:
     """Return a result, saved as `result.nc` where the sweep has a folder `out`.
 
-    An analysis that adds to what `sweep` gave hands the whole on by this too.
+    An analysis that adds to the result of `sweep` saves it through this function, too.
     """
     if out is not None:
         result.save(Path(out) / "result.nc")
@@ -169,7 +169,7 @@ def _about(
     metrics: Sequence[MetricLike],
     **options: Any,
 ) -> dict[str, str]:
-    """What a persisted sweep is of; each part is compared by itself, so that an error can name it."""
+    """What identifies a persisted sweep; each part is compared separately, so that an error can name it."""
     return {
         "the model": model_fingerprint(model),
         "the sequences": sequences_fingerprint(seqs),
@@ -180,7 +180,7 @@ def _about(
 
 
 def _assembled(parts: Sequence[tuple[Shard, Values, Values]]) -> tuple[Values, Values]:
-    """Join parts, which stand in order of their sequences and then of their interventions."""
+    """Join parts, which are ordered by their sequences and then by their interventions."""
     rows: dict[range, list[tuple[Values, Values]]] = {}
     for shard, base, values in parts:
         rows.setdefault(shard.rows, []).append((base, values))
@@ -203,7 +203,7 @@ def _check_inputs(trunk: Trunk, seqs: SequenceSet, interventions: Sequence[Inter
     for item in interventions:
         if not isinstance(item, Intervention):
             raise InterventionError(
-                f"{item!r} is no Intervention: wrap it in memlens.Intervention(name, hooks)."
+                f"{item!r} is not an Intervention: wrap it in memlens.Intervention(name, hooks)."
             )
     known = trunk.model.hook_dict
     for name in {name for item in interventions for name, _ in item.hooks if name not in known}:

@@ -96,7 +96,7 @@ def test_ranking_is_by_mean_effect(tiny_model: Any) -> None:
     effects = [float(result.effect("target_logprob").sel(layer=a, head=b).mean()) for a, b in order]
     assert effects == sorted(effects)
     assert len(set(order)) == 3 * model.cfg.n_heads
-    with pytest.raises(ResultError, match="ranks no heads"):
+    with pytest.raises(ResultError, match="does not rank heads"):
         rank_heads(ml.bypass_attention(model, seqs, progress=False))
 
 

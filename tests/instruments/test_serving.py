@@ -193,14 +193,14 @@ def test_bad_input(tiny_model: Any, plain_model: Any) -> None:
     for wrong in (model, model.original_model):
         with pytest.raises(UnsupportedModelError, match=r"use memlens\.bypassed"):
             bypass_in_transformers(wrong, 0)
-    with pytest.raises(UnsupportedModelError, match="str is no Hugging Face model"):
+    with pytest.raises(UnsupportedModelError, match="str is not a Hugging Face model"):
         bypass_in_transformers("gpt2", 0)
-    with pytest.raises(UnsupportedModelError, match="Linear is no decoder"):
+    with pytest.raises(UnsupportedModelError, match="Linear is not a decoder"):
         bypass_in_transformers(torch.nn.Linear(2, 2), 0)
     t5 = T5ForConditionalGeneration(
         T5Config(vocab_size=9, d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2)
     )
-    with pytest.raises(UnsupportedModelError, match="is no decoder of transformers"):
+    with pytest.raises(UnsupportedModelError, match="is not a decoder of transformers"):
         bypass_in_transformers(t5, 0)
 
 

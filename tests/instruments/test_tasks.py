@@ -246,20 +246,20 @@ def test_jsonl(tiny_model: Model, tmp_path: Path) -> None:
     ("line", "reason"),
     [
         ("{", "line 2 is not JSON"),
-        ("[1]", "line 2 is no record"),
+        ("[1]", "line 2 is not a record"),
         ({"choices": ["w1"]}, "line 2 has no 'context'"),
         ({"context": "w1"}, "line 2 has no 'choices'"),
-        ({"context": "w1", "choices": []}, "line 2: choices=.. is no list of texts"),
-        ({"context": "w1", "choices": "w2"}, "line 2: choices='w2' is no list of texts"),
-        ({"context": "w1", "choices": ["w2", ""], "gold": 0}, "is no list of texts"),
-        ({"context": "w1", "choices": ["w2", "w3"]}, "line 2: gold=None is no choice"),
+        ({"context": "w1", "choices": []}, "line 2: choices=.. is not a list of texts"),
+        ({"context": "w1", "choices": "w2"}, "line 2: choices='w2' is not a list of texts"),
+        ({"context": "w1", "choices": ["w2", ""], "gold": 0}, "is not a list of texts"),
+        ({"context": "w1", "choices": ["w2", "w3"]}, "line 2: gold=None is not a choice"),
         (
             {"context": "w1", "choices": ["w2", "w3"], "gold": 2},
-            "gold=2 is no choice: give .* 0 to 1",
+            "gold=2 is not a choice: give .* 0 to 1",
         ),
-        ({"context": "w1", "choices": ["w2", "w3"], "gold": "w2"}, "gold='w2' is no choice"),
-        ({"context": ["w1"], "choices": ["w2", "w3"], "gold": 0}, "is no text, nor one text for each choice"),
-        ({"context": 3, "choices": ["w2", "w3"], "gold": 0}, "context=3 is no text"),
+        ({"context": "w1", "choices": ["w2", "w3"], "gold": "w2"}, "gold='w2' is not a choice"),
+        ({"context": ["w1"], "choices": ["w2", "w3"], "gold": 0}, "is neither a text nor one per choice"),
+        ({"context": 3, "choices": ["w2", "w3"], "gold": 0}, "context=3 is neither a text"),
     ],
 )
 def test_jsonl_errors_name_the_line(tiny_model: Model, tmp_path: Path, line: object, reason: str) -> None:
@@ -279,7 +279,7 @@ def test_what_cannot_be_a_task_is_said(tiny_model: Model, tmp_path: Path) -> Non
         ml.evaluate_tasks(model, [])
     with pytest.raises(OptionError, match="two have one name"):
         joined_requests([task, task])
-    with pytest.raises(OptionError, match="is no ChoiceTask"):
+    with pytest.raises(OptionError, match="is not a ChoiceTask"):
         ml.evaluate_tasks(model, [task.requests])  # pyright: ignore[reportArgumentType]
     with pytest.raises(OptionError, match=r"chance=1\.5"):
         ml.tasks.ChoiceTask.from_records(records(2), model, chance=1.5)

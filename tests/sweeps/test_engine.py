@@ -293,7 +293,7 @@ def test_bad_input_is_refused_before_any_forward(tiny_model: Any, monkeypatch: p
         ml.sweep(model, ml.SequenceSet.from_tokens([[1, 5000, 2]], 1), [edit])
     with pytest.raises(SequenceError, match="65 tokens"):
         ml.sweep(model, ml.SequenceSet.from_tokens([list(range(65))], 1), [edit])
-    with pytest.raises(InterventionError, match="is no Intervention"):
+    with pytest.raises(InterventionError, match="is not an Intervention"):
         ml.sweep(model, seqs, [("blocks.0.hook_mlp_out", scaled(0.0))])
     assert not ran
 

@@ -44,7 +44,7 @@ def ablate_heads(
     seed: int = 0,
     **options: Any,
 ) -> Result:
-    r"""Ablate every attention head alone and measure recall.
+    r"""Ablate each attention head, one at a time, and measure recall.
 
     The head's output :math:`z_h` (`[pos, d_head]`, before the output projection) becomes
 
@@ -52,7 +52,7 @@ def ablate_heads(
       (the ablation of arXiv 2603.21658 as second-hand notes report it; site and positions are our choice);
     - ``"zero"``: 0;
     - ``"mean"``: its mean over all positions of `reference`;
-    - ``"resample"``: what it gives at the same position of another sequence of `reference`, drawn once.
+    - ``"resample"``: its value at the same position of another sequence of `reference`, drawn once.
 
     With grouped queries, heads are query heads.
 
@@ -62,7 +62,8 @@ def ablate_heads(
         mode: One of the above.
         layers: Layers to ablate in; all by default.
         heads: Heads to ablate; all by default.
-        positions: "all", or "targets" for only those that predict a target token.
+        positions: "all", "prompt" (the positions of the prompt), "targets" (those that predict a target) or
+            "last_prompt" (the one that predicts the first target).
         reference: The set for "mean" and "resample"; `sequences` itself by default.
         metrics: As for `sweep`.
         seed: For "resample".
@@ -178,7 +179,7 @@ def rank_heads(result: Result, metric: str | None = None) -> list[Head]:
         metric: Its first metric by default.
 
     Raises:
-        ResultError: The result is no head ablation.
+        ResultError: The result is not a head ablation.
 
     Example:
         >>> import memlens as ml
@@ -188,7 +189,7 @@ def rank_heads(result: Result, metric: str | None = None) -> list[Head]:
         True
     """
     if result.kind != "head_ablation":
-        raise ResultError(f"a result of kind {result.kind!r} ranks no heads: give one of ablate_heads.")
+        raise ResultError(f"a result of kind {result.kind!r} does not rank heads: give one of ablate_heads.")
     effect = result.effect(metric or result.metrics[0])
     mean = effect.mean([d for d in effect.dims if d not in ("layer", "head")])
     flat = mean.stack(site=("layer", "head")).dropna("site")
@@ -210,16 +211,17 @@ def ablate_heads_cumulatively(
     seed: int = 0,
     **options: Any,
 ) -> Result:
-    """Ablate the first head of a ranking, the first two, and so on: how many must go until recall goes?
+    """Ablate the first head of a ranking, the first two, and so on: how many until recall is lost?
 
-    The control are random orders of all the model's heads. A ranking made on the sequences it is tried on
-    flatters itself: rank on one half and try on the other.
+    Random orders of all heads are the control. A ranking looks better on the sequences it was made on: rank
+    on one half and test on the other.
 
     Args:
         model: A TransformerLens model.
         sequences: What is recalled.
-        order: Heads `(layer, head)`, the first goes first; or a result of `ablate_heads` (see `rank_heads`).
-        counts: How many heads go, each count tried; by default 1, 2, 3, 4, 6, 8, 12, 16, 24, … up to all.
+        order: Heads `(layer, head)`, in the order of their ablation; or a result of `ablate_heads` (see
+            `rank_heads`).
+        counts: Numbers of heads to ablate, each tried; by default 1, 2, 3, 4, 6, 8, 12, 16, 24, … up to all.
         n_random: Random orders.
         mode: See `ablate_heads` and `head_set_ablations`.
         positions: See `ablate_heads`.
@@ -336,7 +338,7 @@ def ablate_head_pairs(
 
     Raises:
         OptionError: Fewer than two heads.
-        SiteError: A head that does not exist, or stands in `heads` twice.
+        SiteError: A head that does not exist, or is in `heads` twice.
 
     Example:
         >>> import memlens as ml

@@ -1,6 +1,6 @@
 """Which neurons of an MLP matter for a sequence, and which others serve as controls.
 
-An MLP's output is a sum of *sub-updates*, one a neuron: its coefficient (the activation that enters the
+An MLP's output is a sum of *sub-updates*, one per neuron: its coefficient (the activation that enters the
 output matrix) times its value vector (its row of that matrix), plus a bias.
 """
 

@@ -149,7 +149,7 @@ def search_layer_sets(
         mode: "identity" or "zero"; see `bypass_attention`.
         over: The cost is the largest ("max") or the "mean" loss over tasks; see `Tradeoff`.
         greedy_size: Blocks of the greedy search's last set.
-        exact_layers: A model of at most so many layers is searched exactly over all of them.
+        exact_layers: A model with at most this many layers is searched exactly, over all sets of layers.
         exact_pool: Blocks of the exact search in deeper models.
         n_random: Random sets of each size that a search came to.
         n_resamples: Of the bootstraps.

@@ -211,7 +211,7 @@ def predictor_agreement(
 
     Returns:
         The rank correlation over layers; 1 where the predictor orders them as the damage does. The interval
-        is that value ± the bootstrap's standard error times the normal quantile; it says how surely these
+        is that value ± the bootstrap's standard error times the normal quantile; it says how reliably these
         layers of this model are so ordered for other sequences, and nothing of other models.
 
     Raises:

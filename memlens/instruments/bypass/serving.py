@@ -161,7 +161,7 @@ def bypass_in_transformers(
 def _check_plain(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is no Hugging Face model: give the model itself."
+            f"{type(model).__name__} is not a Hugging Face model: give the model itself."
         )
     if any(type(m).__module__.startswith("transformer_lens") for m in model.modules()):
         raise UnsupportedModelError(
@@ -170,7 +170,7 @@ def _check_plain(model: Any) -> None:
         )
     if not hasattr(model, "config") or getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is no decoder of transformers: give a causal language model."
+            f"{type(model).__name__} is not a decoder of transformers: give a causal language model."
         )
 
 

@@ -78,7 +78,7 @@ class TunedLens:
 
         Raises:
             SourceNotFoundError: There is nothing at `path`.
-            FileFormatError: The folder is no lens, or its files are damaged or do not fit each other.
+            FileFormatError: The folder is not a lens, or its files are damaged or do not belong together.
         """
         content = read_lens(path)
         return cls(content.weight, content.bias, content.facts)
@@ -166,7 +166,7 @@ class TunedLens:
         r"""Return how far each layer's lens stood from the model on held-out text, before and after training.
 
         Returns:
-            One row a layer: `layer` (-1 is the embedding), `logit_lens` and `tuned_lens`, the mean
+            One row per layer: `layer` (-1 is the embedding), `logit_lens` and `tuned_lens`, the mean
             :math:`D_{KL}(p_{L-1} \,\|\, p_l)` in nats, and `n_tokens`.
 
         Raises:
@@ -191,7 +191,7 @@ def as_lens(lens: str | Path | TunedLens, model: Any) -> TunedLens | None:
 
     Raises:
         SourceNotFoundError: No such folder.
-        FileFormatError: The folder is no lens.
+        FileFormatError: The folder is not a lens.
         ResultError: The lens is of another shape than the model, or for processed weights.
     """
     if isinstance(lens, str) and lens == "logit":

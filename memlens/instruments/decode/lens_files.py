@@ -66,7 +66,7 @@ def read_lens(path: str | Path) -> LensContent:
 
     Raises:
         SourceNotFoundError: There is nothing at `path`.
-        FileFormatError: The folder is no lens, or its files are damaged or do not fit each other.
+        FileFormatError: The folder is not a lens, or its files are damaged or do not belong together.
     """
     folder = Path(path).expanduser()
     if not folder.exists():
@@ -80,7 +80,8 @@ def read_lens(path: str | Path) -> LensContent:
             _check_finite(content, folder)
             return content
     raise FileFormatError(
-        f"{folder} is no tuned lens: it needs {' and '.join(OWN_FILES)}, or {' and '.join(PUBLISHED_FILES)}."
+        f"{folder} is not a tuned lens: it needs {' and '.join(OWN_FILES)}, or "
+        f"{' and '.join(PUBLISHED_FILES)}."
     )
 
 

@@ -53,7 +53,7 @@ class _Options:
             if getattr(self, name) <= 0:
                 raise OptionError(f"{name}={getattr(self, name)} trains nothing: give a number above 0.")
         if not 0 < self.holdout < 1:
-            raise OptionError(f"holdout={self.holdout} is no share: give a number between 0 and 1.")
+            raise OptionError(f"holdout={self.holdout} is not a share: give a number between 0 and 1.")
         if self.weight_decay < 0 or not 0 < self.momentum < 1:
             raise OptionError(
                 f"weight_decay={self.weight_decay} or momentum={self.momentum} is out of range: give at "
@@ -112,7 +112,7 @@ def train_tuned_lens(
     Raises:
         OptionError: An unknown optimizer or a number out of range.
         SequenceError: Fewer than two sequences, or sequences that do not fit the model.
-        NonFiniteError: The divergence is no number: the learning rate was too high.
+        NonFiniteError: The divergence is not finite: the learning rate was too high.
 
     Example:
         >>> import memlens as ml

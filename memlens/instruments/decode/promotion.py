@@ -101,7 +101,7 @@ def promotion_summary(
           all are on top. The mean rank itself is ruled by few outliers in a large vocabulary.
 
     Raises:
-        ResultError: The result is no residual decoding, or lacks the group.
+        ResultError: The result is not a residual decoding, or does not have the group.
         OptionError: Another token.
 
     Example:

@@ -54,7 +54,7 @@ class NoiseSource:
         return {"seed": self.seed, "draw": self.draw}
 
     def of(self, batch: Batch, width: int) -> Float[Tensor, "batch pos width"]:
-        """Return `width` numbers a position; 0 where no token stands."""
+        """Return `width` numbers per position; 0 where there is no token."""
         key = (width, *batch.rows.tolist())
         if key != self._key:
             out = np.zeros((*batch.tokens.shape, width), dtype=np.float32)

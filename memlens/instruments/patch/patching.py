@@ -65,7 +65,7 @@ def patch_activations(
             corrupts the clean run, such as `memlens.edits.embedding_noise`.
         site: "resid_pre", "resid_mid" (sequential blocks), "resid_post", "attn_out", "mlp_out"; of heads
             "z", "q", "k", "v" (before rotary; `k` and `v` have the key-value heads), or "pattern" (the
-            attention weights, where the model obeys what is written to them).
+            attention weights, if the model uses what is written to them).
         over: "position" (each layer and position; the default, all heads together), or for sites that have
             heads "head" (each head at all positions) or "head_position". A position of `pattern` is the
             query's.

@@ -231,7 +231,7 @@ def path_patches(
     receiver_input: str = "logits",
     mlps: str = "recomputed",
 ) -> list[Intervention]:
-    """Return the interventions that `patch_paths` runs on `base`, one a path; see there."""
+    """Return the interventions that `patch_paths` runs on `base`, one per path; see there."""
     check_option("receiver_input", receiver_input, RECEIVER_INPUTS)
     check_option("mlps", mlps, MLPS)
     check_sequences(base, model, on_eos="keep")

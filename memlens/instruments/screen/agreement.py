@@ -14,7 +14,7 @@ from memlens.results.statistics.intervals import bootstrap_means
 
 @dataclass(frozen=True)
 class Verified:
-    """Sites with both an estimate and an exact effect, one value a sequence.
+    """Sites with both an estimate and an exact effect, one value per sequence.
 
     Attributes:
         estimate: Estimated effects; NaN where a sequence lacks the site.

@@ -263,7 +263,7 @@ class GradientRun:
         check_option("path", path, PATHS)
         smooth = differentiable(metric)
         if not isinstance(steps, int) or steps < 1:
-            raise OptionError(f"steps={steps!r} is no number of points on a path: give 1 or more.")
+            raise OptionError(f"steps={steps!r} is not a number of points on a path: give 1 or more.")
         check_batch_size(batch_size)
         check_sequences(seqs, model, on_eos="keep")
         trunk = Trunk(model)

@@ -73,7 +73,7 @@ def attribute_gradients(
     - ``method="integrated_gradients"``, ``path="embedding"``: the residual at the input of block 0 goes along
       the straight line, the gradient at every cell is averaged over that, and multiplied with the cell's own
       :math:`a' - a` (the inputs' path that Hanna et al., arXiv 2403.17806, use in EAP-IG). One forward and
-      backward a step for all layers; complete at block 0's `resid_pre` only.
+      backward per step for all layers; complete at block 0's `resid_pre` only.
 
     Args:
         model: A TransformerLens model; it may be in a `torch.no_grad` block.
@@ -90,7 +90,7 @@ def attribute_gradients(
         layers: All by default.
         positions: Token positions to keep where `over` names them; by default all that can reach a target.
         metric: "target_logprob", "margin" (of the token with the smallest lead), "completion_entropy", or a
-            differentiable function of (logits, ids, mask) that gives one number a sequence.
+            differentiable function of (logits, ids, mask) that gives one number per sequence.
         batch_size: Sequences at a time; chosen by memory by default.
         progress: Show a bar.
 
@@ -178,7 +178,7 @@ def attribute_ablation(
         site: "z", "mlp_post" (neurons), "mlp_out", "attn_out", or another of `GRADIENT_SITES` but "pattern".
         over: As for `attribute_gradients`; by default "head" for sites with heads, "neuron" for `mlp_post`,
             "layer" for others.
-        mode: What stands in the activation's place.
+        mode: What replaces the activation.
         positions: "all", "prompt", "targets" or "last_prompt", as for `ablate_heads`.
         reference: The set for "mean" and "resample"; `sequences` itself by default.
         method: "integrated_gradients" (`steps` passes a layer) or "attribution_patching" (one pass).

@@ -176,7 +176,7 @@ def screen_then_verify(
     check_option("rank_by", rank_by, list(RANK_BY))
     for name, number, least in (("top_k", top_k, 1), ("n_random", n_random, 0)):
         if not isinstance(number, int) or number < least:
-            raise OptionError(f"{name}={number!r} is no number of sites: give {least} or more.")
+            raise OptionError(f"{name}={number!r} is not a number of sites: give {least} or more.")
     if not 0 < level < 1:
         raise OptionError(f"level={level!r} is not a coverage: give a number between 0 and 1, such as 0.95.")
     metric = metric_names(metrics)[0]

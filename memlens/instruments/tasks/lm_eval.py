@@ -212,7 +212,7 @@ def tasks_from_lm_eval(
         names: lm-eval's names of tasks (a group or tag stands for all of its tasks), or its task objects;
             `LM_EVAL_TASKS` by default. Every task whose requests are log-likelihoods is taken.
         model: A TransformerLens model, or a Hugging Face tokenizer.
-        limit: Only the first so many questions of each task.
+        limit: At most this many questions of each task.
         groups: Group of each task by name; on top of `LM_EVAL_TASKS`, "other" where neither says.
         num_fewshot: Examples in front of each question; by default as many as the task says.
         task_manager: lm-eval's `TaskManager`, say one with `include_path=` for task files of your own; by

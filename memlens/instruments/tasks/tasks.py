@@ -55,15 +55,15 @@ class Question:
                 raise FileFormatError(f"{name} has no {field!r}: a question needs context, choices and gold.")
         choices, context = record["choices"], record["context"]
         if not isinstance(choices, list | tuple) or not choices or not all(map(_is_text, choices)):
-            raise FileFormatError(f"{name}: choices={choices!r} is no list of texts.")
+            raise FileFormatError(f"{name}: choices={choices!r} is not a list of texts.")
         contexts = [context] * len(choices) if isinstance(context, str) else context
         if not isinstance(contexts, list | tuple) or len(contexts) != len(choices):
-            raise FileFormatError(f"{name}: context={context!r} is no text, nor one text for each choice.")
+            raise FileFormatError(f"{name}: context={context!r} is neither a text nor one per choice.")
         gold = record.get("gold", 0 if len(choices) == 1 else None)
         numbers = list(gold) if isinstance(gold, list | tuple) else [gold]
         if not numbers or not all(type(n) is int and 0 <= n < len(choices) for n in numbers):
             raise FileFormatError(
-                f"{name}: gold={gold!r} is no choice: give a number from 0 to {len(choices) - 1}."
+                f"{name}: gold={gold!r} is not a choice: give a number from 0 to {len(choices) - 1}."
             )
         return cls(
             tuple(contexts),
@@ -83,10 +83,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         SourceNotFoundError: There is no such file.
-        FileFormatError: A line is no record, or no question; names the line.
+        FileFormatError: A line is not a record or not a question; the message names the line.
     """
     if not path.is_file():
-        raise SourceNotFoundError(f"there is no file {path}: a task is one record a line, as JSON.")
+        raise SourceNotFoundError(f"there is no file {path}: a task is one JSON record per line.")
     records = []
     for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
         if not line.strip():
@@ -96,7 +96,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise FileFormatError(f"{path}, line {number} is not JSON: {error.msg}.") from error
         if not isinstance(record, dict):
-            raise FileFormatError(f"{path}, line {number} is no record but {line.strip()[:40]!r}.")
+            raise FileFormatError(f"{path}, line {number} is not a record: {line.strip()[:40]!r}.")
         Question.of(record, f"{path}, line {number}")
         records.append(record)
     return records
@@ -326,7 +326,7 @@ def joined_requests(tasks: Sequence[ChoiceTask]) -> SequenceSet:
         raise EmptySetError("there are no tasks to evaluate: give at least one.")
     for task in tasks:
         if not isinstance(task, ChoiceTask):
-            raise OptionError(f"{task!r} is no ChoiceTask: make one with ChoiceTask.from_records.")
+            raise OptionError(f"{task!r} is not a ChoiceTask: make one with ChoiceTask.from_records.")
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise OptionError(f"tasks {names}: two have one name; rename one.")

@@ -39,7 +39,7 @@ class NotStackableError(Exception):
 
 
 def stacked_hooks(bound: Sequence[Sequence[tuple[Any, HookFn]]], size: int) -> list[tuple[Any, HookFn]]:
-    """Return one hook a point for interventions that stand one after the other along the batch.
+    """Return one hook per point for interventions that are stacked along the batch.
 
     Args:
         bound: Each intervention's points and functions, in order.

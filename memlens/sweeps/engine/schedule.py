@@ -77,7 +77,7 @@ def _observed(item: Intervention, batch: Batch) -> Values:
         if value.shape != batch.rows.shape:
             raise InterventionError(
                 f"intervention {item.name!r} observed {name!r} of shape {tuple(value.shape)}: "
-                f"it must be ({len(batch.rows)},), one number a sequence."
+                f"it must be ({len(batch.rows)},), one number per sequence."
             )
     return {name: value.detach().float().cpu() for name, value in found.items()}
 
