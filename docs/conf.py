@@ -55,6 +55,10 @@ EXTENDING = (
     "memlens.registry",
     "memlens.forward.metrics",
     "memlens.models.families",
+    "memlens.results.kinds",
+    "memlens.results.plots.selection",
+    "memlens.sequences.readers.registry",
+    "memlens.studies.registry",
 )
 """Modules with what an extension needs beyond the public names (docs/how-to/extend.md)."""
 
