@@ -276,8 +276,7 @@ def test_a_part_that_fails_costs_only_itself(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("memlens.studies.bypass.blocks.evaluate_tasks", broken, raising=False)
-    monkeypatch.setattr("memlens.studies.bypass.study.evaluate_tasks", broken)
+    monkeypatch.setattr("memlens.studies.bypass.context.evaluate_tasks", broken)
     options = ml.studies.BypassOptions(
         **{**vars(SMALL), "joint_sequences": 0, "edits": (), "heads": False, "free_running": False}
     )
