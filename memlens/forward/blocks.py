@@ -20,7 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from memlens.errors import UnsupportedModelError
-from memlens.forward.read_blocks import BlockWeights, Linear, Norm, read_block, read_unembedding
+from memlens.forward.read_blocks import BlockWeights, read_block, read_unembedding
+from memlens.forward.read_weights import Linear, Norm
 from memlens.forward.trunk import Trunk
 
 KeysValues = tuple[Float[Tensor, "row kv_head pos d_head"], Float[Tensor, "row kv_head pos d_head"]]

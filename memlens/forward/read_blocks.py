@@ -12,45 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from memlens.errors import UnsupportedModelError
-from memlens.forward.read_weights import attention_post_norm, read_norm
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A LayerNorm (`centered`) or RMSNorm in its fused form."""
-
-    weight: Float[Tensor, " d"]
-    bias: Float[Tensor, " d"]
-    eps: float
-    centered: bool
-
-    def __call__(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        """Return the norm of `x`."""
-        if self.centered:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-@dataclass(frozen=True)
-class Linear:
-    """An affine map, ``x @ weight.T + bias``."""
-
-    weight: Float[Tensor, "out in"]
-    bias: Float[Tensor, " out"] | None
-
-    def __call__(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """Return the map of `x`."""
-        return F.linear(x, self.weight, self.bias)
-
-    def rows(self, part: slice) -> Linear:
-        """Only some of its outputs."""
-        return Linear(self.weight[part], None if self.bias is None else self.bias[part])
+from memlens.forward.read_weights import Linear, Norm, attention_post_norm, read_linear, read_norm
 
 
 @dataclass(frozen=True)
@@ -116,7 +82,7 @@ def read_block(model: Any, layer: int, around: Surroundings, *, parallel: bool) 
     bridge = hasattr(model, "original_model")
     like = next(model.parameters())
     attn_norm, attn_post, mlp_norm, mlp_post = (
-        None if module is None else _norm(module, model.cfg.d_model, model.cfg, like)
+        None if module is None else read_norm(module, model.cfg.d_model, model.cfg, like)
         for module in _block_norms(model, layer)
     )
     if attn_post is not None and parallel:
@@ -164,18 +130,11 @@ def read_unembedding(model: Any) -> tuple[Norm, Linear]:
     Raises:
         UnsupportedModelError: The unembedding is not of a known form.
     """
-    norm = _norm(model.ln_final, model.cfg.d_model, model.cfg, next(model.parameters()))
+    norm = read_norm(model.ln_final, model.cfg.d_model, model.cfg, next(model.parameters()))
     if hasattr(model, "original_model"):
         return norm, _linear(model.unembed)
     bias = model.unembed.b_U.detach()  # zeros in a model that has none: not worth their time
     return norm, Linear(model.unembed.W_U.detach().T, bias if bool(bias.any()) else None)
-
-
-def _norm(module: Any, width: int, cfg: Any, like: Tensor) -> Norm:
-    affine = read_norm(module, width, like)
-    inner = getattr(module, "original_component", module)
-    eps = next((getattr(inner, n) for n in ("eps", "variance_epsilon") if hasattr(inner, n)), cfg.eps)
-    return Norm(affine.weight, affine.bias, float(eps), affine.centered)
 
 
 def _inner_norm(attn: Any, name: str, cfg: Any, like: Tensor) -> Norm | None:
@@ -185,7 +144,7 @@ def _inner_norm(attn: Any, name: str, cfg: Any, like: Tensor) -> Norm | None:
         return None
     inner = getattr(module, "original_component", module)
     weight = next(iter(inner.parameters()))
-    return _norm(module, weight.numel(), cfg, like)
+    return read_norm(module, weight.numel(), cfg, like)
 
 
 def _hooked_attention(model: Any, attn: Any) -> tuple[Callable[[], Linear], Linear, float, float | None]:
@@ -219,12 +178,11 @@ def _bridge_attention(model: Any, attn: Any) -> tuple[Callable[[], Linear], Line
 
 
 def _linear(component: Any) -> Linear:
-    module = component.original_component
-    if type(module) is Conv1D:  # GPT-2's: weights laid out input by output
-        return Linear(module.weight.detach().T, module.bias.detach())
-    if type(module) is not nn.Linear:
-        raise UnsupportedModelError(f"a projection is a {type(module).__name__} and no plain nn.Linear.")
-    return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
+    found = read_linear(component)
+    if found is None:
+        name = type(getattr(component, "original_component", component)).__name__
+        raise UnsupportedModelError(f"a projection is a {name}, not a plain nn.Linear.")
+    return found
 
 
 def causal(width: int, device: torch.device, window: int | None = None) -> Bool[Tensor, "pos pos"]:

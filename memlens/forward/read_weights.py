@@ -1,14 +1,21 @@
-"""Weights read from a model's own modules by what they do, so that no architecture needs its own reader."""
+"""Norms, linear maps and MLPs, read from a model's own modules in either backend.
+
+They hold views of the model's present weights, so they are read anew for each use and never kept. Where a
+module's form is not known, it is read from what it does, so that no architecture needs its own reader.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from memlens.errors import UnsupportedModelError
 from memlens.forward.hooks import hook_name
@@ -16,48 +23,104 @@ from memlens.models.families import architecture_of, family_by_architecture
 
 
 @dataclass(frozen=True)
-class NormAffine:
-    r"""A LayerNorm or RMSNorm as ``(x - mean) / scale * weight + bias``; RMSNorm takes no mean away.
+class Norm:
+    r"""A LayerNorm or RMSNorm, ``(x - mean) / scale * weight + bias``; RMSNorm does not subtract the mean.
 
     Attributes:
-        weight: :math:`\gamma`, `[d_model]`; ones where the norm has none.
-        bias: :math:`\beta`, `[d_model]`; zeros where the norm has none.
-        centered: Whether the mean over features is taken away (LayerNorm).
+        weight: :math:`\gamma`, `[d]`; ones where the norm has none.
+        bias: :math:`\beta`, `[d]`; zeros where the norm has none.
+        eps: What is added to the variance (the mean square, of an RMSNorm).
+        centered: Whether the mean over features is subtracted (LayerNorm).
     """
 
-    weight: Float[Tensor, " d_model"]
-    bias: Float[Tensor, " d_model"]
+    weight: Float[Tensor, " d"]
+    bias: Float[Tensor, " d"]
+    eps: float
     centered: bool
 
-    def linear(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    def __call__(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """Return the norm of `x`, by the fused kernels."""
+        if self.centered:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def linear(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """Return the part that is linear in `x`, before the division by the scale."""
         return (x - x.mean(-1, keepdim=True) if self.centered else x) * self.weight
 
     def inverse_scale(
-        self, x: Float[Tensor, "*batch d_model"], out: Float[Tensor, "*batch d_model"]
+        self, x: Float[Tensor, "*batch d"], out: Float[Tensor, "*batch d"]
     ) -> Float[Tensor, "*batch 1"]:
-        """Return 1 / scale of the norm that made `out` of `x`, by least squares over the features."""
+        """Return 1 / scale of the norm that made `out` from `x`, by least squares over the features."""
         linear = self.linear(x)
         return ((out - self.bias) * linear).sum(-1, keepdim=True) / linear.square().sum(-1, keepdim=True)
 
 
+@dataclass(frozen=True)
+class Linear:
+    """An affine map, ``x @ weight.T + bias``."""
+
+    weight: Float[Tensor, "out in"]
+    bias: Float[Tensor, " out"] | None
+
+    def __call__(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """Return the map of `x`."""
+        return F.linear(x, self.weight, self.bias)
+
+    def rows(self, part: slice) -> Linear:
+        """Return the map to some of the outputs only."""
+        return Linear(self.weight[part], None if self.bias is None else self.bias[part])
+
+
 @torch.no_grad()
-def read_norm(norm: Callable[[Tensor], Tensor], d_model: int, like: Tensor) -> NormAffine:
-    """Read a norm's affine form from what it gives on three known vectors.
+def read_norm(norm: Any, width: int, cfg: Any, like: Tensor) -> Norm:
+    """Read a norm from what it returns for three known vectors.
 
     Args:
         norm: The module.
-        d_model: Its width (even).
-        like: A tensor whose device and dtype to use.
+        width: Its width (even).
+        cfg: The model's configuration, whose epsilon counts where the module has none.
+        like: A tensor whose device and dtype are used.
     """
-    zero = torch.zeros(1, 1, d_model, device=like.device, dtype=like.dtype)
+    zero = torch.zeros(1, 1, width, device=like.device, dtype=like.dtype)
     ones = torch.ones_like(zero)
     signs = 1e3 * ones
     signs[..., 1::2] = -1e3  # mean 0 and root mean square 1e3, so that the norm's epsilon does not count
     bias = norm(zero)[0, 0]
     weight = (norm(signs)[0, 0] - bias) * signs[0, 0].sign()
     centered = bool((norm(ones)[0, 0] - bias).abs().max() < 1e-2 * weight.abs().max())
-    return NormAffine(weight, bias, centered)
+    inner = getattr(norm, "original_component", norm)
+    eps = next((getattr(inner, n) for n in ("eps", "variance_epsilon") if hasattr(inner, n)), cfg.eps)
+    return Norm(weight, bias, float(eps), centered)
+
+
+@torch.no_grad()
+def read_linear(component: Any, n_in: int | None = None) -> Linear | None:
+    """Read the affine map that a bridge's component wraps; None where there is none.
+
+    Args:
+        component: The component, or None.
+        n_in: The width of its input. With it, a module other than a plain `nn.Linear` is read too, from what
+            it returns for the identity matrix.
+    """
+    module = getattr(component, "original_component", None)
+    if type(module) is nn.Linear:
+        return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
+    if type(module) is Conv1D:  # GPT-2's: weights laid out input by output
+        return Linear(module.weight.detach().T, module.bias.detach())
+    if module is None or n_in is None:
+        return None
+    like = next(module.parameters())
+    eye = torch.eye(n_in, device=like.device, dtype=like.dtype)
+    bias = module(torch.zeros_like(eye[:1]))[0]
+    return Linear((module(eye) - bias).T, bias)
+
+
+def _hooked_linear(mlp: Any, part: str) -> Linear | None:
+    weight, bias = getattr(mlp, f"W_{part}", None), getattr(mlp, f"b_{part}", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return None
+    return Linear(weight.detach().T, None if bias is None else bias.detach())
 
 
 @torch.no_grad()
@@ -66,15 +129,12 @@ def output_projection(
 ) -> tuple[Float[Tensor, "head d_head d_model"], Float[Tensor, " d_model"]]:
     """Return a layer's attention output projection: `W_O` by head, and `b_O` (zeros where there is none)."""
     attn, cfg = model.blocks[layer].attn, model.cfg
-    weight = next(attn.parameters())
-    if hasattr(model, "original_model"):
-        project = attn.o.original_component
-        zero = torch.zeros(1, cfg.n_heads * cfg.d_head, device=weight.device, dtype=weight.dtype)
-        b_o = project(zero)[0]
-        eye = torch.eye(cfg.n_heads * cfg.d_head, device=weight.device, dtype=weight.dtype)
-        w_o = project(eye) - b_o
-        return w_o.reshape(cfg.n_heads, cfg.d_head, cfg.d_model), b_o
-    return attn.W_O.detach(), attn.b_O.detach()
+    if not hasattr(model, "original_model"):
+        return attn.W_O.detach(), attn.b_O.detach()
+    found = read_linear(attn.o, cfg.n_heads * cfg.d_head)
+    assert found is not None
+    bias = torch.zeros_like(found.weight[:, 0]) if found.bias is None else found.bias
+    return found.weight.T.reshape(cfg.n_heads, cfg.d_head, cfg.d_model), bias
 
 
 def attention_post_norm(model: Any, layer: int) -> Any:
@@ -112,17 +172,96 @@ def value_vectors(model: Any, layer: int) -> Float[Tensor, "neuron d_model"]:
         UnsupportedModelError: The MLP has no single output matrix, as a mixture of experts has none.
     """
     mlp = model.blocks[layer].mlp
-    if hasattr(model, "original_model"):
-        project = getattr(getattr(mlp, "out", None), "original_component", None)
-        if isinstance(project, nn.Linear):
-            return project.weight.detach().T
-        if project is not None:
-            weight = next(project.parameters())
-            eye = torch.eye(model.cfg.d_mlp, device=weight.device, dtype=weight.dtype)
-            return project(eye) - project(torch.zeros_like(eye[:1]))
-    elif isinstance(getattr(mlp, "W_out", None), Tensor) and mlp.W_out.ndim == 2:
-        return mlp.W_out.detach()
-    raise UnsupportedModelError(
-        f"the MLP of layer {layer} is a {type(mlp).__name__} without one output matrix: its neurons have no "
-        "value vectors, so ablate the whole MLP instead (ablate_mlps)."
+    bridge = hasattr(model, "original_model")
+    found = read_linear(getattr(mlp, "out", None), model.cfg.d_mlp) if bridge else _hooked_linear(mlp, "out")
+    if found is None:
+        raise UnsupportedModelError(
+            f"the MLP of layer {layer} is a {type(mlp).__name__} without a single output matrix: its neurons "
+            "have no value vectors, so ablate the whole MLP instead (ablate_mlps)."
+        )
+    return found.weight.T
+
+
+_AGREES = 1e-4
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation function.
+
+    Attributes:
+        fn: The function.
+        slope: An upper bound of the absolute value of its derivative.
+        dip: An upper bound of its absolute value where it is not monotone.
+    """
+
+    fn: Callable[[Tensor], Tensor]
+    slope: float
+    dip: float
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
+    {
+        "gelu": Activation(F.gelu, 1.129, 0.17),
+        "gelu_new": Activation(_gelu_tanh, 1.1291, 0.1701),
+        "gelu_fast": Activation(_gelu_tanh, 1.1291, 0.1701),
+        "gelu_pytorch_tanh": Activation(_gelu_tanh, 1.1291, 0.1701),
+        "silu": Activation(F.silu, 1.0999, 0.2785),
+        "swish": Activation(F.silu, 1.0999, 0.2785),
+        "relu": Activation(F.relu, 1.0, 0.0),
+    }
+)
+"""The known activations, by the names of transformers and TransformerLens."""
+
+
+@dataclass(frozen=True)
+class MlpWeights:
+    """``out(act(into(x)))``, or with a gate ``out(act(gate(x)) * into(x))``.
+
+    Attributes:
+        into: From the input to the hidden units.
+        gate: From the input to the gate; None without one.
+        out: From the hidden units to the output.
+        act: The activation.
+    """
+
+    into: Linear
+    gate: Linear | None
+    out: Linear
+    act: Activation
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Return the MLP's output."""
+        if self.gate is None:
+            return self.out(self.act.fn(self.into(x)))
+        return self.out(self.act.fn(self.gate(x)) * self.into(x))
+
+
+@torch.no_grad()
+def read_mlp(model: Any, layer: int) -> MlpWeights:
+    """Read a layer's MLP, and compare what was read with what it computes.
+
+    Raises:
+        UnsupportedModelError: It is not an MLP of two or three matrices with a known activation.
+    """
+    mlp, name = model.blocks[layer].mlp, str(model.cfg.act_fn)
+    where = f"the MLP of layer {layer} ({type(mlp).__name__}, activation {name!r})"
+    bridge = hasattr(model, "original_model")
+    into, gate, out = (
+        read_linear(getattr(mlp, part, None)) if bridge else _hooked_linear(mlp, part)
+        for part in ("in", "gate", "out")
     )
+    if into is None or out is None or name not in ACTIVATIONS:
+        raise UnsupportedModelError(f"{where} has a form whose bounds memlens does not know.")
+    found = MlpWeights(into, gate, out, ACTIVATIONS[name])
+    weight = into.weight
+    probe = torch.linspace(-2, 2, 3 * weight.shape[1], dtype=weight.dtype, device=weight.device)
+    probe = probe.reshape(1, 3, -1).sin()
+    want = mlp(probe)
+    if float((found(probe) - want).abs().max()) > _AGREES * float(want.abs().max()):
+        raise UnsupportedModelError(f"{where} does not compute what its matrices say.")
+    return found

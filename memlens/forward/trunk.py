@@ -238,7 +238,7 @@ class _BridgeRunner:
                 return (resid, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": resid}
 
-        _ = self.extra_outputs  # asking for it runs the blocks, which the hook below must not see
+        _ = self.extra_outputs  # asking for it runs the blocks, which must not be given this residual
         handle = self.blocks[start].register_forward_pre_hook(swap, with_kwargs=True)
         try:
             return self._forward(start, stop, inputs_embeds=resid)

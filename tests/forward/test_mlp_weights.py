@@ -9,7 +9,7 @@ import torch
 
 import memlens as ml
 from memlens.errors import UnsupportedModelError
-from memlens.forward.read_mlps import read_mlp
+from memlens.forward.read_weights import read_mlp
 from tests.small import CASES
 from tests.tiny import write_tiny
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import jacrev
 
-from memlens.forward.read_blocks import Linear, Norm
-from memlens.forward.read_mlps import ACTIVATIONS, MlpWeights
+from memlens.forward.read_weights import ACTIVATIONS, Linear, MlpWeights, Norm
 from memlens.instruments.bypass.lipschitz import mlp_stretch, norm_stretch, product_norm, spectral_norm
 
 SEEDS = st.integers(0, 2**31 - 1)

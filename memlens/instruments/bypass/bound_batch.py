@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memlens.forward.batches import Targets
 from memlens.forward.blocks import BlockTrace, FunctionalBlocks, trace_block
-from memlens.forward.read_blocks import Norm
+from memlens.forward.read_weights import Norm
 from memlens.instruments.bypass.lipschitz import BlockNorms, norm_between
 
 _ROUNDINGS = 32

@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from memlens.errors import OptionError, UnsupportedModelError
 from memlens.forward.batches import make_batches
 from memlens.forward.blocks import FunctionalBlocks
-from memlens.forward.precision import in_dtype
 from memlens.forward.trunk import Trunk
 from memlens.instruments.bypass.bound_batch import BatchBounds, Known, bound_batch
 from memlens.instruments.bypass.predictor import check_readable, some_layers
@@ -26,6 +25,7 @@ from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.labels import make_result
+from memlens.sweeps.precision import in_dtype
 
 BOUNDS = ("B1", "B2", "B3", "B4")
 _AGREES = {torch.float64: 1e-4, torch.float32: 1e-3}

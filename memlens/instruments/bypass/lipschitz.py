@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memlens.forward.blocks import BlockTrace, FunctionalBlocks
-from memlens.forward.read_blocks import BlockWeights, Norm
-from memlens.forward.read_mlps import MlpWeights, read_mlp
+from memlens.forward.read_blocks import BlockWeights
+from memlens.forward.read_weights import MlpWeights, Norm, read_mlp
 
 
 def spectral_norm(weight: Float[Tensor, "*batch a b"]) -> Float[Tensor, "*batch"]:

@@ -14,7 +14,7 @@ from memlens.errors import check_option
 from memlens.forward.capture import AtTargets, at_targets
 from memlens.forward.hooks import hook_name
 from memlens.forward.read_weights import (
-    NormAffine,
+    Norm,
     attention_post_norm,
     output_projection,
     read_norm,
@@ -81,7 +81,7 @@ def attribute_logits(
     names = [hook_name(site, layer) for site in ("attn_out", "mlp_out", "z") for layer in layers]
     names.append(hook_name("resid_pre", 0))
     writers = [_Writer(trunk, layer) for layer in layers]
-    norm = read_norm(model.ln_final, trunk.d_model, next(model.parameters()))
+    norm = read_norm(model.ln_final, trunk.d_model, model.cfg, next(model.parameters()))
     parts = [
         _attribute(trunk, writers, norm, item, centered=baseline == "mean_logit")
         for item in at_targets(
@@ -109,7 +109,8 @@ class _Writer:
         self.layer = layer
         self.w_o, self.b_o = output_projection(trunk.model, layer)
         self.post = attention_post_norm(trunk.model, layer)
-        self.affine = None if self.post is None else read_norm(self.post, trunk.d_model, self.b_o)
+        cfg = trunk.model.cfg
+        self.affine = None if self.post is None else read_norm(self.post, trunk.d_model, cfg, self.b_o)
 
     def heads(
         self, z: Float[Tensor, "batch target head d_head"]
@@ -123,7 +124,7 @@ class _Writer:
 
 
 def _attribute(
-    trunk: Trunk, writers: list[_Writer], norm: NormAffine, item: AtTargets, *, centered: bool
+    trunk: Trunk, writers: list[_Writer], norm: Norm, item: AtTargets, *, centered: bool
 ) -> dict[str, np.ndarray]:
     direction, unembed_bias = target_directions(trunk.model, item.targets.ids, centered=centered)
     inverse = norm.inverse_scale(item.final, trunk.final_norm(item.final))
