@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from memlens.errors import UnsupportedModelError
-from memlens.forward.memory import check_batch_size, rows_per_batch, targets_per_chunk
+from memlens.forward.memory import check_batch_size, default_budget, fitting, logits_bytes, rows_per_batch
 from memlens.forward.metrics import TargetStats, target_stats
 from memlens.forward.trunk import Trunk
 from memlens.models.checks import nonfinite_error
@@ -78,7 +78,7 @@ def teacher_forced(
     gather = _target_logits(model)
     device = next(model.parameters()).device
     size = batch_size or rows_per_batch(model.cfg, int(seqs.lengths.max()), device)
-    chunk = targets_per_chunk(model.cfg.d_vocab, device)
+    chunk = fitting(logits_bytes(model.cfg.d_vocab), default_budget(device))
     arrays: dict[str, Tensor] = {}
     bar = tqdm(total=len(seqs), desc="scoring", unit="seq", disable=not progress)
     with torch.no_grad(), bar:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,14 @@ def at_targets(final: Tensor, targets: Targets) -> Tensor:
     """Final residuals at the predicting positions, `[copies * batch, target, d_model]`."""
     positions = targets.positions.repeat(len(final) // len(targets.positions), 1)
     return final[torch.arange(len(final), device=final.device)[:, None], positions]
+
+
+def logits_at(unembed: Callable[[Tensor], Tensor], rows: Tensor, mask: Tensor) -> Tensor:
+    """Logits of final residuals `[row, target, d_model]` where a target stands; 0 elsewhere."""
+    if bool(mask.all()):
+        return unembed(rows)
+    some = unembed(rows[mask])
+    return some.new_zeros((*mask.shape, some.shape[-1])).index_put_((mask,), some)
 
 
 @dataclass(frozen=True)

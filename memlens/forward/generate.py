@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from memlens.forward.memory import memory_budget
+from memlens.forward.memory import default_budget, fitting
 from memlens.forward.trunk import Trunk, is_bridge
 from memlens.sequences.set import SequenceSet
 
@@ -90,7 +90,7 @@ def _rows_per_cache(model: Any, length: int) -> int:
     cfg = model.cfg
     heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
     row_bytes = 2 * cfg.n_layers * heads * cfg.d_head * length * parameter.element_size()
-    return int(min(256, max(1, memory_budget(parameter.device) // row_bytes)))
+    return fitting(row_bytes, default_budget(parameter.device), most=256)
 
 
 class _Decoder(Protocol):

@@ -73,15 +73,15 @@ def _count_nonfinite(values: Tensor) -> int:
 
 
 def first_nonfinite_layer(model: Any, tokens: Int[Tensor, "seq pos"]) -> str | None:
-    """Return where the residual stream first holds NaN or infinity, e.g. `"embedding"` or `"blocks.3"`.
+    """Return where the residual stream first holds NaN or infinity, such as `"embedding"` or `"layer 3"`.
 
     Args:
         model: A TransformerLens model.
         tokens: Token ids, `[seq, pos]`.
 
     Returns:
-        The first place in the order of computation (the last is `"unembedding"`: only the logits are not
-        finite), or None if everything is finite.
+        The first place in the order of computation (the last is `"unembedding"`, where only the logits are
+        not finite), or None if everything is finite.
     """
     finite: dict[str, bool] = {}
 
@@ -93,20 +93,20 @@ def first_nonfinite_layer(model: Any, tokens: Int[Tensor, "seq pos"]) -> str | N
 
     n_layers = model.cfg.n_layers
     hooks = [("blocks.0.hook_resid_pre", watch("embedding"))]
-    hooks += [(f"blocks.{layer}.hook_resid_post", watch(f"blocks.{layer}")) for layer in range(n_layers)]
+    hooks += [(f"blocks.{layer}.hook_resid_post", watch(f"layer {layer}")) for layer in range(n_layers)]
     with torch.no_grad():
         logits = model.run_with_hooks(tokens.to(model.cfg.device), fwd_hooks=hooks)
     finite["unembedding"] = bool(torch.isfinite(logits).all())
-    order = ["embedding", *(f"blocks.{layer}" for layer in range(n_layers)), "unembedding"]
+    order = ["embedding", *(f"layer {layer}" for layer in range(n_layers)), "unembedding"]
     return next((place for place in order if not finite[place]), None)
 
 
 def nonfinite_error(model: Any, tokens: Int[Tensor, "seq pos"]) -> NonFiniteError:
-    """Return the error to raise when logits turned out not to be finite: it names the first layer."""
+    """Return the error to raise when activations turn out not to be finite; it names the first layer."""
     place = first_nonfinite_layer(model, tokens)
     where = f"first after {place}" if place else "not reproducibly"
     return NonFiniteError(
-        f"The logits hold NaN or infinity ({where}; dtype {model.cfg.dtype}): "
+        f"The activations hold NaN or infinity ({where}; dtype {model.cfg.dtype}): "
         f"load the model with dtype='float32' or 'bfloat16', or check its weights."
     )
 

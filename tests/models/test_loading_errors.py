@@ -188,8 +188,8 @@ def test_first_nonfinite_layer(backend, tiny_model, folder):
 
     edit_weights(folder, spoil)
     model = load_model(folder, backend=backend, device="cpu", check_weights=False)
-    assert first_nonfinite_layer(model, random_tokens()) == "blocks.1"
-    assert "first after blocks.1" in str(nonfinite_error(model, random_tokens()))
+    assert first_nonfinite_layer(model, random_tokens()) == "layer 1"
+    assert "first after layer 1" in str(nonfinite_error(model, random_tokens()))
 
 
 @pytest.mark.parametrize("place", ["embedding", "unembedding"])

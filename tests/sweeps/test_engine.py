@@ -318,7 +318,7 @@ def test_not_finite_logits_name_the_layer(tiny_folder: Any) -> None:
     edit = ml.Intervention("edit", [("blocks.0.hook_mlp_out", scaled(0.0))])
     with torch.no_grad():
         model.blocks[1].mlp.out.original_component.weight[0, 0] = torch.nan
-    with pytest.raises(NonFiniteError, match="layer 1 on"):
+    with pytest.raises(NonFiniteError, match="first after layer 1;"):
         ml.sweep(model, seqs, [edit], progress=False)
 
 

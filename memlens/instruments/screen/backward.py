@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from memlens.errors import NonFiniteError, OptionError, SilentInterventionError, SiteError, check_option
-from memlens.forward.batches import Batch, Targets, at_targets, make_batches
+from memlens.forward.batches import Batch, Targets, at_targets, logits_at, make_batches
 from memlens.forward.hooks import HookFn, attached, chosen_layers, has_site, hook_name
-from memlens.forward.memory import check_batch_size, default_budget, logits_bytes, row_bytes
+from memlens.forward.memory import check_batch_size, default_budget, fitting, logits_bytes, row_bytes
 from memlens.forward.metrics import METRICS, Metric, MetricLike, as_metric
 from memlens.forward.trunk import Trunk
 from memlens.instruments.screen.cells import Cells
@@ -149,21 +149,15 @@ def _looking(seen: dict[str, Tensor], name: str) -> HookFn:
 
 
 def _metric(trunk: Trunk, targets: Targets, final: Tensor, metric: Metric) -> Tensor:
-    values = metric(_logits(trunk, at_targets(final, targets), targets.mask), targets.ids, targets.mask)
+    values = metric(
+        logits_at(trunk.unembed, at_targets(final, targets), targets.mask), targets.ids, targets.mask
+    )
     if not bool(torch.isfinite(values).all()):
         raise NonFiniteError(
             "the metric is NaN or infinite on a run without any change: check the weights, or use a wider "
             "dtype."
         )
     return values
-
-
-def _logits(trunk: Trunk, rows: Tensor, mask: Tensor) -> Tensor:
-    """The logits where a target stands; 0 elsewhere, as in a sweep."""
-    if bool(mask.all()):
-        return trunk.unembed(rows)
-    some = trunk.unembed(rows[mask])
-    return some.new_zeros(*mask.shape, some.shape[-1]).index_put((mask,), some)
 
 
 def _gradients(values: Tensor, leaves: Sequence[Tensor], spots: Sequence[Spot]) -> Sequence[Tensor]:
@@ -369,4 +363,4 @@ def _batch_size(trunk: Trunk, seqs: SequenceSet) -> int:
     item = trunk.dtype.itemsize
     row = trunk.n_layers * row_bytes(trunk.model.cfg, int(seqs.lengths.max()), item)
     row += int(seqs.n_targets.max()) * logits_bytes(trunk.d_vocab, item)
-    return max(1, min(len(seqs), 32, default_budget(trunk.device) // row))
+    return fitting(row, default_budget(trunk.device), share=1, most=min(len(seqs), 32))

@@ -20,13 +20,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memlens.errors import NonFiniteError
-from memlens.forward.batches import Batch, Targets, at_targets
+from memlens.forward.batches import Batch, Targets, at_targets, logits_at
 from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.hooks import HookFn, attached, capturing, hook_name, resolve_hook
 from memlens.forward.memory import Budget
 from memlens.forward.metrics import MetricLike, make_reduce
 from memlens.forward.trunk import Trunk
+from memlens.models.checks import nonfinite_error
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.contexts import EditWatch
 from memlens.sweeps.engine.cone import Cone
@@ -193,7 +193,7 @@ class Engine:
         with capturing(self.model, sorted({*names, *wanted}), before_hooks=True) as store:
             final = trunk.run(trunk.embed(batch.tokens))
         if not bool(torch.isfinite(final[batch.mask]).all()):
-            raise NonFiniteError(_where_not_finite(trunk, batch))
+            raise nonfinite_error(self.model, batch.tokens)
         resid = {layer: store[name] for name, layer in names.items()} | {trunk.n_layers: final}
         cone = self._cone(trunk, resid, batch, targets)
         values = self.reduced(trunk, targets, at_targets(final, targets))[0]
@@ -282,7 +282,7 @@ class Engine:
         unembed = trunk.unembed if self._blocks is None else self._blocks.unembed
         parts = []
         for some in torch.arange(len(rows)).split(step):
-            logits = _logits(unembed, rows[some], mask[some])
+            logits = logits_at(unembed, rows[some], mask[some])
             each = zip(logits.split(few), ids[some].split(few), mask[some].split(few), strict=True)
             parts += [self.reduce(*part) for part in each]
         values = {name: torch.cat([p[name] for p in parts]).chunk(copies) for name in parts[0]}
@@ -299,25 +299,3 @@ class Engine:
 
 class NotCarriedError(Exception):
     """An edit cannot be carried to the residual by itself: its block has to run."""
-
-
-def _logits(unembed: Callable[[Tensor], Tensor], rows: Tensor, mask: Tensor) -> Tensor:
-    """The logits where a target stands; 0 elsewhere."""
-    if bool(mask.all()):
-        return unembed(rows)
-    some = unembed(rows[mask])
-    logits = some.new_zeros((*mask.shape, some.shape[-1]))
-    logits[mask] = some
-    return logits
-
-
-def _where_not_finite(trunk: Trunk, batch: Batch) -> str:
-    resid = trunk.embed(batch.tokens)
-    for layer in range(trunk.n_layers):
-        if not bool(torch.isfinite(resid[batch.mask]).all()):
-            break
-        resid = trunk.run(resid, layer, layer + 1)
-    else:
-        layer = trunk.n_layers
-    place = "the embedding" if layer == 0 else f"layer {layer - 1}"
-    return f"the residual is NaN or infinite from {place} on: check the weights, or use a wider dtype."
