@@ -27,6 +27,9 @@ from memlens.forward.trunk import Trunk
 KeysValues = tuple[Float[Tensor, "row kv_head pos d_head"], Float[Tensor, "row kv_head pos d_head"]]
 """Keys (rotated) and values of one layer."""
 
+Trace = dict[str, Tensor]
+"""What a block computed on the way, by the names of `BlockTrace`."""
+
 _COMPARED: WeakKeyDictionary[Any, tuple[tuple[int, ...], dict[int, int]]] = WeakKeyDictionary()
 """Models that were compared: their modules, and by layer the width up to which they agree."""
 
@@ -113,6 +116,9 @@ class FunctionalBlocks:
         resid: Float[Tensor, "row pos d_model"],
         past: KeysValues | None = None,
         queries: Int[Tensor, "row query"] | None = None,
+        *,
+        trace: Trace | None = None,
+        bypass: bool = False,
     ) -> Float[Tensor, "row query d_model"]:
         """Return a block's output.
 
@@ -121,17 +127,28 @@ class FunctionalBlocks:
             resid: Its input at the positions after those of `past`.
             past: Keys and values of the positions before.
             queries: The positions whose output is wanted, counted from the first of `resid`; all by default.
+            trace: Filled with copies of what is computed on the way (see `BlockTrace`).
+            bypass: Mix nothing: each position keeps its own values.
         """
-        attn = self._attention(layer, resid, past, queries)
-        return self.add(layer, resid if queries is None else _picked(resid, queries), attn)
+        norm = self.blocks[layer].attn_norm
+        attn = self.attention(
+            layer, resid if norm is None else norm(resid), past, queries, trace=trace, bypass=bypass
+        )
+        return self.add(layer, resid if queries is None else _picked(resid, queries), attn, trace=trace)
 
-    def _attention(
-        self, layer: int, resid: Tensor, past: KeysValues | None, queries: Tensor | None
+    def attention(
+        self,
+        layer: int,
+        x: Float[Tensor, "row pos d_model"],
+        past: KeysValues | None = None,
+        queries: Int[Tensor, "row query"] | None = None,
+        *,
+        trace: Trace | None = None,
+        bypass: bool = False,
     ) -> Float[Tensor, "row query d_model"]:
-        """Attention's projected output; what it takes on the way is free before the MLP runs."""
+        """Return attention's projected output from what it reads; arguments as of `run`."""
         block = self.blocks[layer]
         first = 0 if past is None else past[0].shape[2]
-        x = resid if block.attn_norm is None else block.attn_norm(resid)
         places = torch.arange(first, first + x.shape[1], device=x.device)
         split, qkv = self.n_heads * self.d_head, block.qkv()
         if queries is None:
@@ -142,56 +159,47 @@ class FunctionalBlocks:
             q = qkv.rows(slice(0, split))(_picked(x, queries))
             asked = places[queries]
             visible = block.around.visible[:, : first + x.shape[1]][asked][:, None]
-        del qkv, x
+        _keep(trace, attn_in=x, raw_q=q, raw_k=kv.chunk(2, dim=-1)[0])
+        del qkv, x  # free before attention and the MLP take their memory
         k, v = self._keys_values(block, kv, places)
-        q = self._queries(block, q, asked)
+        q = self._shaped(block, q, block.q_norm, asked, self.n_heads, rotate=True)
+        _keep(trace, q=q, k=k, v=v)
         del kv
+        if bypass:
+            own = v.repeat_interleave(self.n_heads // self.n_kv, 1)
+            return block.o(own.transpose(1, 2).flatten(-2))
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         return block.o(self._attend(block, q, k, v, visible))
 
     def add(
-        self, layer: int, resid: Float[Tensor, "*batch d_model"], attn: Float[Tensor, "*batch d_model"]
+        self,
+        layer: int,
+        resid: Float[Tensor, "*batch d_model"],
+        attn: Float[Tensor, "*batch d_model"],
+        *,
+        trace: Trace | None = None,
     ) -> Float[Tensor, "*batch d_model"]:
         """Return a block's output from its input and its attention's projected output, before a post-norm."""
         block = self.blocks[layer]
+        _keep(trace, projected=attn)
         attn = attn if block.attn_post_norm is None else block.attn_post_norm(attn)
+        _keep(trace, added=attn)
         if not block.parallel:
-            return self.add_mlp(layer, attn.add_(resid))
-        assert block.mlp_norm is not None
-        return block.mlp(block.mlp_norm(resid)).add_(attn).add_(resid)
+            return self.add_mlp(layer, attn.add_(resid), trace=trace)
+        return self._mlp(block, resid, trace).add_(attn).add_(resid)
 
     def add_mlp(
-        self, layer: int, resid_mid: Float[Tensor, "*batch d_model"]
+        self, layer: int, resid_mid: Float[Tensor, "*batch d_model"], *, trace: Trace | None = None
     ) -> Float[Tensor, "*batch d_model"]:
         """Return a sequential block's output from the residual between attention and MLP."""
-        block = self.blocks[layer]
-        out = block.mlp(resid_mid if block.mlp_norm is None else block.mlp_norm(resid_mid))
-        out = out if block.mlp_post_norm is None else block.mlp_post_norm(out)
-        return out.add_(resid_mid)
+        return self._mlp(self.blocks[layer], resid_mid, trace).add_(resid_mid)
 
-    def attention_parts(
-        self, layer: int, x: Float[Tensor, "row pos d_model"]
-    ) -> tuple[Float[Tensor, "row pos q_width"], Float[Tensor, "row pos kv_width"], Tensor, KeysValues]:
-        """Return a layer's queries and keys as projected, its queries as used, and its keys and values.
-
-        Args:
-            layer: The block.
-            x: What attention reads (after the norm before it), from position 0 on.
-        """
-        block = self.blocks[layer]
-        split, qkv = self.n_heads * self.d_head, block.qkv()
-        q, kv = qkv(x).split([split, qkv.weight.shape[0] - split], dim=-1)
-        places = torch.arange(x.shape[1], device=x.device)
-        raw = q.clone(), kv.chunk(2, dim=-1)[0].clone()  # rotation works in place
-        return *raw, self._queries(block, q, places), self._keys_values(block, kv, places)
-
-    def mix(
-        self, layer: int, q: Float[Tensor, "row head pos d_head"], kv: KeysValues
-    ) -> Float[Tensor, "row pos z_width"]:
-        """Return each head's mixed values, side by side, of queries and keys from position 0 on."""
-        block, width = self.blocks[layer], q.shape[2]
-        return self._attend(block, q, *kv, block.around.visible[:width, :width])
+    def _mlp(self, block: BlockWeights, resid: Tensor, trace: Trace | None) -> Tensor:
+        x = resid if block.mlp_norm is None else block.mlp_norm(resid)
+        out = block.mlp(x)
+        _keep(trace, mlp_from=resid, mlp_in=x, mlp_raw=out)
+        return out if block.mlp_post_norm is None else block.mlp_post_norm(out)
 
     def pattern(
         self, layer: int, q: Float[Tensor, "row head pos d_head"], k: Float[Tensor, "row kv_head pos d_head"]
@@ -219,9 +227,6 @@ class FunctionalBlocks:
             return None
         columns = slice(heads.start * self.d_head, heads.stop * self.d_head)
         return F.linear(dz.flatten(-2), block.o.weight[:, columns])
-
-    def _queries(self, block: BlockWeights, q: Tensor, places: Tensor) -> Tensor:
-        return self._shaped(block, q, block.q_norm, places, self.n_heads, rotate=True)
 
     def _keys_values(self, block: BlockWeights, kv: Tensor, places: Tensor) -> KeysValues:
         k, v = kv.chunk(2, dim=-1)
@@ -269,6 +274,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     turned = low * cos[..., :half] - high * sin[..., :half]
     high.mul_(cos[..., half:]).add_(low * sin[..., half:])
     low.copy_(turned)
+
+
+def _keep(trace: Trace | None, **values: Tensor) -> None:
+    """Copy what was computed: blocks go on in place."""
+    if trace is not None:
+        trace |= {name: value.clone() for name, value in values.items()}
 
 
 def _picked(x: Tensor, queries: Tensor) -> Tensor:
@@ -353,22 +364,8 @@ def trace_block(
         blocks: The blocks.
         layer: Which.
         resid: Its input.
-        bypass: Mix nothing: every token's own values stand where the mixed ones would.
+        bypass: Mix nothing: each position keeps its own values.
     """
-    block = blocks.blocks[layer]
-    x = resid if block.attn_norm is None else block.attn_norm(resid)
-    raw_q, raw_k, q, (k, v) = blocks.attention_parts(layer, x)
-    if bypass:
-        z = v.repeat_interleave(blocks.n_heads // blocks.n_kv, 1).transpose(1, 2).flatten(-2)
-    else:
-        z = blocks.mix(layer, q, (k, v))
-    projected = block.o(z)
-    added = projected if block.attn_post_norm is None else block.attn_post_norm(projected)
-    mlp_from = resid if block.parallel else resid + added
-    mlp_in = mlp_from if block.mlp_norm is None else block.mlp_norm(mlp_from)
-    mlp_raw = block.mlp(mlp_in)
-    mlp_added = mlp_raw if block.mlp_post_norm is None else block.mlp_post_norm(mlp_raw)
-    out = resid + added + mlp_added
-    return BlockTrace(
-        resid, x, raw_q, raw_k, q, k, v, projected, added, mlp_from, mlp_in, mlp_raw, out
-    )  # fmt: skip
+    trace: Trace = {}
+    out = blocks.run(layer, resid, trace=trace, bypass=bypass)
+    return BlockTrace(resid=resid, out=out, **trace)
