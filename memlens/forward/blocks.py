@@ -159,7 +159,7 @@ class FunctionalBlocks:
             q = qkv.rows(slice(0, split))(_picked(x, queries))
             asked = places[queries]
             visible = block.around.visible[:, : first + x.shape[1]][asked][:, None]
-        _keep(trace, attn_in=x, raw_q=q, raw_k=kv.chunk(2, dim=-1)[0])
+        _keep(trace, attn_in=x)
         del qkv, x  # free before attention and the MLP take their memory
         k, v = self._keys_values(block, kv, places)
         q = self._shaped(block, q, block.q_norm, asked, self.n_heads, rotate=True)
@@ -309,8 +309,6 @@ class BlockTrace:
     Attributes:
         resid: Its input.
         attn_in: What attention reads.
-        raw_q: Queries as projected, all heads side by side: before norm, clipping and rotation.
-        raw_k: Keys likewise.
         q: Queries as used.
         k: Keys as used.
         v: Values as used.
@@ -325,8 +323,6 @@ class BlockTrace:
 
     resid: Float[Tensor, "row pos d_model"]
     attn_in: Float[Tensor, "row pos d_model"]
-    raw_q: Float[Tensor, "row pos q_width"]
-    raw_k: Float[Tensor, "row pos kv_width"]
     q: Float[Tensor, "row head pos d_head"]
     k: Float[Tensor, "row kv_head pos d_head"]
     v: Float[Tensor, "row kv_head pos d_head"]
@@ -344,11 +340,6 @@ class BlockTrace:
         """Return these rows where `chosen`, else the other's."""
         pairs = ((getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
         return BlockTrace(*(torch.where(chosen.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
-
-    def repeated(self, times: int) -> BlockTrace:
-        """Return all rows `times` times, one copy of all after the other."""
-        parts = (getattr(self, name) for name in self.__dataclass_fields__)
-        return BlockTrace(*(p.repeat(times, *[1] * (p.ndim - 1)) for p in parts))
 
 
 def trace_block(
