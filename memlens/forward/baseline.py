@@ -1,7 +1,7 @@
-"""One teacher-forced pass over a set: what the model says of each target token.
+"""One teacher-forced pass over a set: what the model predicts at each target token.
 
-Only target positions are unembedded, a memory budget's worth at a time, and reduced at once: no tensor
-`[sequence, position, vocabulary]` is ever made. Rows of similar length go together.
+Only target positions are unembedded, in chunks that fit the memory budget, and reduced immediately: no tensor
+`[sequence, position, vocabulary]` is ever created. Sequences of similar length are batched together.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from memlens.models.checks import nonfinite_error
 from memlens.sequences.set import SequenceSet
 
 Reducer = Callable[[Float[Tensor, "target vocab"], Int[Tensor, "target"]], Tensor]
-"""From the logits that predict targets, and the targets, to one number each."""
+"""From the logits that predict targets, and the targets, to one number per target."""
 
 
 def teacher_forced_stats(
@@ -34,13 +34,13 @@ def teacher_forced_stats(
     banned: int | None = None,
     progress: bool = True,
 ) -> TargetStats:
-    """Return the statistics of every target token, `[seq, target]`, in the order of the set.
+    """Return the statistics of every target token, `[seq, target]`, in the set's order.
 
     Args:
         model: A TransformerLens model.
-        seqs: The set, already checked.
-        batch_size: Sequences a forward pass; chosen to a memory budget by default.
-        banned: A token that decoding may not emit: its logit counts as minus infinity everywhere.
+        seqs: The set, which has been checked.
+        batch_size: Sequences per forward pass; chosen by the memory budget by default.
+        banned: A token that decoding may not emit: its logit is taken to be minus infinity everywhere.
         progress: Show a progress bar.
 
     Raises:
@@ -58,18 +58,18 @@ def teacher_forced(
     banned: int | None = None,
     progress: bool = True,
 ) -> tuple[TargetStats, dict[str, Tensor]]:
-    """Return what `teacher_forced_stats` gives, and further numbers of every target from the same pass.
+    """Return the result of `teacher_forced_stats`, and further numbers per target from the same pass.
 
     Args:
         model: A TransformerLens model.
-        seqs: The set, already checked.
-        extras: By name, functions of a chunk of logits; they may give infinities.
-        batch_size: Sequences a forward pass; chosen to a memory budget by default.
-        banned: A token that decoding may not emit: its logit counts as minus infinity everywhere.
+        seqs: The set, which has been checked.
+        extras: By name, functions of a chunk of logits; they may return infinities.
+        batch_size: Sequences per forward pass; chosen by the memory budget by default.
+        banned: A token that decoding may not emit: its logit is taken to be minus infinity everywhere.
         progress: Show a progress bar.
 
     Returns:
-        The statistics, and each extra as `[seq, target]`, 0 where there is no target.
+        The statistics, and each extra as `[seq, target]` with 0 where there is no target.
 
     Raises:
         NonFiniteError: A logit is NaN or infinite; names the first layer and the sequence.
@@ -109,7 +109,7 @@ def _target_logits(model: Any) -> Gather:
 
 
 def _whole_logits(model: Any) -> Gather:
-    """The same for models whose blocks cannot be entered: the plain forward pass."""
+    """The same for models that cannot be run layer by layer: the plain forward pass."""
 
     def gather(tokens: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         logits = model(tokens.to(next(model.parameters()).device))
@@ -121,7 +121,7 @@ def _whole_logits(model: Any) -> Gather:
 def _batch_values(
     gather: Gather, batch: SequenceSet, chunk: int, banned: int | None, extras: Mapping[str, Reducer]
 ) -> dict[str, Tensor]:
-    """Return each number of the batch's targets in one line, `[target]`."""
+    """Return each number for all targets of the batch, flattened to `[target]`."""
     logits_at = gather(batch.tokens)
     row, column = batch.target_mask.nonzero(as_tuple=True)
     position = batch.target_positions[row, column] - 1
@@ -150,7 +150,7 @@ def _check_finite(model: Any, seqs: SequenceSet, rows: Tensor, flat: Mapping[str
 
 
 def _scatter(flat: Mapping[str, Tensor], seqs: SequenceSet, rows: Tensor, into: dict[str, Tensor]) -> None:
-    """Write a batch's lines of targets to their places in `[seq, target]` arrays."""
+    """Write a batch's flattened targets to their places in `[seq, target]` arrays."""
     row, column = seqs.target_mask[rows].nonzero(as_tuple=True)
     for name, values in flat.items():
         if name not in into:

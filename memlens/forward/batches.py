@@ -14,12 +14,12 @@ from memlens.sequences.set import SequenceSet
 
 @dataclass(frozen=True)
 class Targets:
-    """Where the targets of a batch are predicted, and which they are.
+    """The targets of a batch, and where they are predicted.
 
     Attributes:
         positions: Positions of the predicting logits, `[batch, target]`; 0 outside the mask.
         ids: Target ids; 0 outside the mask.
-        mask: True where a target stands.
+        mask: True where there is a target.
     """
 
     positions: Tensor
@@ -30,7 +30,7 @@ class Targets:
 def make_batches(
     seqs: SequenceSet, size: int, device: torch.device, within: range | None = None
 ) -> Iterator[tuple[Batch, Targets]]:
-    """Cut a set (or only its rows `within`) into batches, each padded only to its own longest sequence."""
+    """Split a set (or only its rows `within`) into batches, each padded to its own longest sequence."""
     within = range(len(seqs)) if within is None else within
     for first in range(within.start, within.stop, size):
         rows = torch.arange(first, min(first + size, within.stop))
@@ -48,13 +48,13 @@ def make_batches(
 
 
 def at_targets(final: Tensor, targets: Targets) -> Tensor:
-    """Final residuals at the predicting positions, `[copies * batch, target, d_model]`."""
+    """Return final residuals at the predicting positions, `[copies * batch, target, d_model]`."""
     positions = targets.positions.repeat(len(final) // len(targets.positions), 1)
     return final[torch.arange(len(final), device=final.device)[:, None], positions]
 
 
 def logits_at(unembed: Callable[[Tensor], Tensor], rows: Tensor, mask: Tensor) -> Tensor:
-    """Logits of final residuals `[row, target, d_model]` where a target stands; 0 elsewhere."""
+    """Return the logits of final residuals `[row, target, d_model]`; 0 where there is no target."""
     if bool(mask.all()):
         return unembed(rows)
     some = unembed(rows[mask])
@@ -63,12 +63,12 @@ def logits_at(unembed: Callable[[Tensor], Tensor], rows: Tensor, mask: Tensor) -
 
 @dataclass(frozen=True)
 class Batch:
-    """The sequences that a hook is about to see.
+    """The sequences that a hook sees.
 
     Attributes:
         rows: Their row numbers in the `SequenceSet`.
         tokens: Their ids, padded on the right.
-        mask: True where a real token stands.
+        mask: True where there is a real token.
         predicts: True at the positions whose logits predict a target token.
     """
 

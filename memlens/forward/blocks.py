@@ -1,10 +1,10 @@
 """A model's blocks as plain functions of the residual, at some positions only.
 
-`FunctionalBlocks` computes what the model's own blocks compute where nothing is hooked, with three
-freedoms that a module's forward does not have: positions before the first changed one are not computed
-(their keys and values come from outside), in the last block only chosen positions are queried, and
-attention runs through the fused kernel. `FunctionalBlocks.of` compares each block with the model's own
-and gives None where they differ, or where the model has a form it does not know: then the model runs.
+`FunctionalBlocks` computes what the model's own blocks compute where nothing is hooked, but can do three
+things that a module's forward cannot: positions before the first changed one are not computed (their keys
+and values are passed in), the last block is queried at chosen positions only, and attention uses the fused
+kernel. `FunctionalBlocks.of` compares each block with the model's own and returns None where they differ or
+where the model has an unknown form; then the model itself runs.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ Trace = dict[str, Tensor]
 """What a block computed on the way, by the names of `BlockTrace`."""
 
 _COMPARED: WeakKeyDictionary[Any, tuple[tuple[int, ...], dict[int, int]]] = WeakKeyDictionary()
-"""Models that were compared: their modules, and by layer the width up to which they agree."""
+"""Models that have been compared: their modules, and for each layer the width up to which they agree."""
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 _LIBRARIES = ("transformer_lens.", "transformers.", "memlens.")
-"""Whose own hooks collect and change nothing that blocks as functions do not do too."""
+"""Libraries whose own hooks change nothing that functional blocks do not reproduce."""
 
 
 class FunctionalBlocks:
-    """Blocks as functions; see the module's docstring.
+    """Blocks as functions; see the module docstring.
 
     Args:
         trunk: The model.
         layers: Which blocks.
-        width: The greatest number of positions.
+        width: The largest number of positions.
 
     Raises:
-        UnsupportedModelError: A block has a form that is not known.
+        UnsupportedModelError: A block has an unknown form.
     """
 
     n_heads: int
@@ -69,12 +69,12 @@ class FunctionalBlocks:
 
     @staticmethod
     def of(trunk: Trunk, resid: Mapping[int, Tensor]) -> FunctionalBlocks | None:
-        """Return the blocks, or None where they would not give what the model gives.
+        """Return the blocks, or None where they would not reproduce the model.
 
         Args:
             trunk: The model.
             resid: The model's own residual `[batch, pos, d_model]` at the input of consecutive layers; the
-                last is the output of the last block compared.
+                last one is the output of the last block to compare.
         """
         layers = sorted(resid)
         if _has_hooks(trunk.model):
@@ -103,7 +103,7 @@ class FunctionalBlocks:
         return self.trunk.finish_logits(self.unembedding(self.final_norm(resid)))
 
     def keys_values(self, layer: int, resid: Float[Tensor, "row pos d_model"], first: int = 0) -> KeysValues:
-        """Return a layer's keys and values of residuals that stand at positions ``first ..``."""
+        """Return a layer's keys and values of residuals at positions ``first ..``."""
         block = self.blocks[layer]
         x = resid if block.attn_norm is None else block.attn_norm(resid)
         split = self.n_heads * self.d_head
@@ -221,7 +221,7 @@ class FunctionalBlocks:
     def head_output_change(
         self, layer: int, dz: Float[Tensor, "*batch head d_head"], heads: slice
     ) -> Float[Tensor, "*batch d_model"] | None:
-        """Return what a change of some heads' `z` adds to the residual; None where that is not linear."""
+        """Return what a change of some heads' `z` adds to the residual; None where this is not linear."""
         block = self.blocks[layer]
         if block.attn_post_norm is not None:
             return None
@@ -249,12 +249,12 @@ class FunctionalBlocks:
             return x
         x = x.clone() if x.requires_grad else x  # autograd allows no rotation in place of a view
         cos, sin = (t[places] for t in block.around.rotary)
-        if places.ndim == 2:  # places differ by row
+        if places.ndim == 2:  # positions differ between rows
             cos, sin = cos[:, None], sin[:, None]
         if cos.dtype == x.dtype:
             _rotate(x, cos, sin)
             return x
-        wide = x.to(cos.dtype)  # a model may rotate in more bits than its weights have
+        wide = x.to(cos.dtype)  # a model may rotate in a wider dtype than its weights have
         _rotate(wide, cos, sin)
         return wide.to(x.dtype)
 
@@ -277,7 +277,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def _keep(trace: Trace | None, **values: Tensor) -> None:
-    """Copy what was computed: blocks go on in place."""
+    """Store copies of what was computed, since blocks continue in place."""
     if trace is not None:
         trace |= {name: value.clone() for name, value in values.items()}
 
@@ -287,7 +287,7 @@ def _picked(x: Tensor, queries: Tensor) -> Tensor:
 
 
 def _has_hooks(model: Any) -> bool:
-    """Whether a user's hook listens inside the model: then only its own forward is the truth."""
+    """Whether the model has a user's hook: then only its own forward is correct."""
     if any(point.fwd_hooks for point in model.hook_dict.values()):
         return True
     hooks = (h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
@@ -304,7 +304,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class BlockTrace:
-    """What a block computes, row by row.
+    """What a block computes on the way from its input to its output.
 
     Attributes:
         resid: Its input.
@@ -313,7 +313,7 @@ class BlockTrace:
         k: Keys as used.
         v: Values as used.
         projected: Attention's projected output.
-        added: What attention adds to the residual: `projected` after a post-norm, where there is one.
+        added: What attention adds to the residual: `projected`, after a post-norm where there is one.
         mlp_from: What the norm before the MLP reads: the residual after attention, or in a parallel block the
             block's input.
         mlp_in: What the MLP reads.

@@ -1,4 +1,4 @@
-"""Activations at the positions that predict targets, from a run or from a cache the user already has."""
+"""Activations of a set: at the positions that predict targets, of a source set, and their means."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class AtTargets:
     """One batch.
 
     Attributes:
-        targets: Where the targets are predicted, and which they are.
+        targets: The targets, and where they are predicted.
         acts: Each activation at the predicting positions, ``{name: [batch, target, …]}``.
         final: The residual after the last block there, `[batch, target, d_model]`.
     """
@@ -53,16 +53,16 @@ def at_targets(
     Args:
         trunk: The model.
         seqs: The sequences.
-        names: Hook names (blocks only).
-        cache: An `ActivationCache` (or mapping) of the model on exactly ``seqs.tokens``; run anew if None.
+        names: Hook names (inside layers only).
+        cache: An `ActivationCache` (or mapping) of the model on exactly ``seqs.tokens``; computed if None.
         batch_size: Sequences at a time.
-        progress: Show a bar.
-        desc: The bar's words.
+        progress: Show a progress bar.
+        desc: Its description.
 
     Raises:
         EmptySetError: No sequences.
-        SequenceError: The cache is of another number of sequences or positions.
-        SiteError: The cache lacks an activation.
+        SequenceError: The cache has another number of sequences or positions.
+        SiteError: An activation is missing from the cache.
     """
     check_sequences(seqs, trunk.model, on_eos="keep")
     last = f"blocks.{trunk.n_layers - 1}.hook_resid_post"
@@ -95,14 +95,14 @@ def _from_cache(cache: Any, name: str, seqs: SequenceSet) -> Tensor:
 
 
 class ActivationSource:
-    """Activations of a source set, row by row beside the sequences of the running batch.
+    """Activations of a source set, row by row for the sequences of the running batch.
 
     Args:
         model: A TransformerLens model.
         source: The set whose activations are wanted.
         names: Hook names.
-        rows: Which source row stands beside each sequence; the same number by default.
-        under: An edit that the source runs under.
+        rows: The source row for each sequence; the same row number by default.
+        under: An intervention under which the source runs.
     """
 
     trunk: Trunk
@@ -125,12 +125,12 @@ class ActivationSource:
         self._store: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """What it is, without what it happens to hold."""
+        """What identifies it, without the activations it currently holds."""
         return {**self.__dict__, "_key": None, "_store": {}}
 
     @torch.no_grad()
     def of(self, batch: Batch) -> dict[str, Tensor]:
-        """Return ``{name: [batch, pos, …]}``; a shorter source row is repeated from its start."""
+        """Return ``{name: [batch, pos, …]}``; a shorter source row is repeated from its beginning."""
         key = (self.trunk.dtype, *batch.rows.tolist())
         if key != self._key:
             rows, width = self.rows[batch.rows], batch.tokens.shape[1]
@@ -153,7 +153,7 @@ class ActivationSource:
 
 
 def _placed(name: str, activation: Tensor, places: Int[Tensor, "batch pos"]) -> Tensor:
-    """Take positions; attention weights, which have two axes of them, stay as they are."""
+    """Select positions; attention weights, which have two position axes, are left as they are."""
     if name.endswith("hook_pattern"):
         return activation
     return activation[torch.arange(len(places))[:, None], places]

@@ -1,8 +1,8 @@
 """Greedy continuations, decoded only from the first error on.
 
-Up to its first error a greedy continuation *is* the truth, so those tokens are fed, not decoded. Rows whose
-first errors lie at different places go through one key-value cache in lockstep: at every step a row that is
-still before its error is fed its true token, the others what they decoded.
+Up to its first error a greedy continuation equals the truth, so those tokens are fed, not decoded. Rows with
+first errors at different positions share one key-value cache in lockstep: at every step, a row that is still
+before its error is fed its true token, and the others what they decoded.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def greedy_continuations(
     banned: int | None = None,
     progress: bool = False,
 ) -> Int[Tensor, "row target"]:
-    """Return what greedy decoding gives after each prefix, as many tokens as the continuation has.
+    """Return the greedy continuation of each prefix, with as many tokens as the true continuation.
 
     Args:
         model: A TransformerLens model.
         seqs: The set.
         rows: Which sequences; all by default.
-        first_error: For each of them the target at which decoding first differs from the truth (0 where it
-            is not known: then everything is decoded).
-        first_token: The token decoded there, where it is known: saves one step.
+        first_error: For each of them, the target at which decoding first differs from the truth (0 where this
+            is unknown, so that everything is decoded).
+        first_token: The token decoded there, if known, which saves one step.
         batch_size: Sequences decoded together; chosen by the size of the cache by default.
         banned: A token that decoding may not emit.
         progress: Show a progress bar.
@@ -85,7 +85,7 @@ def _targets_of(tokens: Tensor, seqs: SequenceSet, rows: Tensor) -> Tensor:
 
 
 def _rows_per_cache(model: Any, length: int) -> int:
-    """Return how many sequences' keys and values stay within the memory budget."""
+    """Return how many sequences' keys and values fit into the memory budget."""
     parameter = next(model.parameters())
     cfg = model.cfg
     heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
@@ -95,7 +95,7 @@ def _rows_per_cache(model: Any, length: int) -> int:
 
 class _Decoder(Protocol):
     def step(self, tokens: Int[Tensor, "row new"]) -> Float[Tensor, "row vocab"]:
-        """Take in the next tokens and return the logits after the last of them."""
+        """Process the next tokens and return the logits after the last of them."""
         ...
 
 
@@ -109,7 +109,7 @@ class _HookedDecoder:
         self.cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, n_rows)
 
     def step(self, tokens: Tensor) -> Tensor:
-        # The mask is given because TransformerLens would else take end-of-text tokens for padding.
+        # Without a mask TransformerLens would take end-of-text tokens for padding.
         resid = self.model(
             tokens.to(self.trunk.device),
             past_kv_cache=self.cache,
@@ -120,7 +120,7 @@ class _HookedDecoder:
 
 
 class _BridgeDecoder:
-    """The bridge's Hugging Face model with its own cache: TransformerLens hooks act in it as well."""
+    """The bridge's Hugging Face model with its own cache; TransformerLens hooks also act there."""
 
     def __init__(self, model: Any) -> None:
         self.model = model.original_model

@@ -1,6 +1,6 @@
-"""Hook names, in one place, and hooks that are always taken off again.
+"""Hook names, and hooks that are always removed again.
 
-Names are TransformerLens' own (`blocks.3.attn.hook_z`). A *site* is a short word for one kind of hook
+Names are TransformerLens' own (`blocks.3.attn.hook_z`). A *site* is a short name for one kind of hook
 (`"z"`), the same for every architecture and both backends.
 """
 
@@ -27,10 +27,10 @@ class Site:
     """One kind of hook.
 
     Attributes:
-        name: The short word.
+        name: The short name.
         template: The hook name with `{layer}` in it.
         shape: The activation's axes.
-        meaning: One line.
+        meaning: A one-line description.
     """
 
     name: str
@@ -47,19 +47,19 @@ SITES: Mapping[str, Site] = MappingProxyType(
                 "resid_pre",
                 "blocks.{layer}.hook_resid_pre",
                 "batch pos d_model",
-                "residual at a block's input",
+                "residual at a layer's input",
             ),
             Site(
                 "resid_mid",
                 "blocks.{layer}.hook_resid_mid",
                 "batch pos d_model",
-                "residual between attention and MLP (sequential blocks only)",
+                "residual between attention and MLP (sequential layers only)",
             ),
             Site(
                 "resid_post",
                 "blocks.{layer}.hook_resid_post",
                 "batch pos d_model",
-                "residual at a block's output",
+                "residual at a layer's output",
             ),
             Site(
                 "attn_out",
@@ -88,7 +88,7 @@ SITES: Mapping[str, Site] = MappingProxyType(
 
 
 def hook_name(site: str, layer: int) -> str:
-    """Return TransformerLens' name of a site at a layer.
+    """Return the TransformerLens name of a site in a layer.
 
     >>> hook_name("z", 3)
     'blocks.3.attn.hook_z'
@@ -98,7 +98,7 @@ def hook_name(site: str, layer: int) -> str:
 
 
 def layer_of(name: str) -> int | None:
-    """Return the block a hook name belongs to, or None where it belongs to none.
+    """Return the layer that a hook name belongs to, or None.
 
     >>> layer_of("blocks.3.attn.hook_z"), layer_of("hook_embed")
     (3, None)
@@ -114,10 +114,10 @@ def check_layer(layer: int, n_layers: int) -> None:
 
 
 def chosen_layers(layers: Sequence[int] | None, n_layers: int) -> list[int]:
-    """Return the layers asked for, all of them by default.
+    """Return the requested layers; all of them by default.
 
     Raises:
-        SiteError: The model has no such layer.
+        SiteError: The model does not have such a layer.
     """
     chosen = list(range(n_layers) if layers is None else layers)
     for layer in chosen:
@@ -145,10 +145,10 @@ def resolve_hook(model: Any, name: str, known: Mapping[str, Any] | None = None) 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
         name: A hook name.
-        known: The model's `hook_dict`, where the caller has it: the bridge makes it anew at each access.
+        known: The model's `hook_dict`, if the caller has it: the bridge rebuilds it at each access.
 
     Raises:
-        SiteError: The model has no hook of this name (near matches are given), or it is misnamed.
+        SiteError: The model has no hook of this name (the message suggests similar names), or it is misnamed.
     """
     points = model.hook_dict if known is None else known
     layer = layer_of(name)
@@ -170,15 +170,15 @@ def has_site(model: Any, site: str, layer: int = 0) -> bool:
 
 @contextmanager
 def attached(model: Any, hooks: Iterable[tuple[Any, HookFn]], *, prepend: bool = False) -> Iterator[None]:
-    """Put hooks on for the length of a `with` block; they go, and only they, also after an exception.
+    """Attach hooks for the duration of a `with` block; exactly these are removed, also after an exception.
 
-    Unlike ``model.hooks`` a name that the model does not have is an error, and points that are already
-    resolved (`resolve_hook`) cost no look-up.
+    Unlike with ``model.hooks``, a name that the model does not have is an error, and points that are already
+    resolved (`resolve_hook`) need no look-up.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
-        hooks: Pairs of a hook name or a `HookPoint`, and a hook function.
-        prepend: Run before the hooks that the model already has, not after them.
+        hooks: Pairs of a hook name or `HookPoint` and a hook function.
+        prepend: Run before the hooks that the model already has instead of after them.
 
     Raises:
         SiteError: The model has no hook of a given name.
@@ -200,16 +200,16 @@ def attached(model: Any, hooks: Iterable[tuple[Any, HookFn]], *, prepend: bool =
 
 @contextmanager
 def capturing(model: Any, names: Sequence[str], *, before_hooks: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Collect the activations at `names` of whatever runs inside the `with` block.
+    """Collect the activations at `names` from whatever runs inside the `with` block.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
         names: Hook names.
-        before_hooks: Collect what stood there before the model's own user hooks changed it.
+        before_hooks: Collect activations before the user's hooks on the model change them.
 
     Yields:
-        A dictionary from hook name to activation, filled as the model runs. Activations are cloned, so a
-        later in-place edit does not change them.
+        A dictionary from hook name to activation, filled as the model runs. Activations are cloned, so that
+        later in-place changes do not affect them.
     """
     store: dict[str, Tensor] = {}
 

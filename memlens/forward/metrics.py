@@ -1,10 +1,10 @@
-"""The one place where logits at target positions become numbers.
+"""Metrics: how logits at target positions become numbers.
 
-The logits that predict the token at position ``p`` stand at ``p - 1``; callers hand in the logits that
-*predict* the targets, already gathered. Everything is reduced at once, so that no tensor of the size of
+The token at position ``p`` is predicted by the logits at ``p - 1``; callers pass the logits that *predict*
+the targets, already gathered. They are reduced immediately, so that no tensor of the size of
 ``[sequence, position, vocabulary]`` is ever kept.
 
-Ties: `argmax` is the first of the largest logits (as `torch.argmax` on one row), and `rank` counts the
+Ties: `argmax` is the first of the largest logits (as in `torch.argmax` on one row), and `rank` counts the
 tokens with a *strictly* greater logit. So ``rank == 0`` with ``margin == 0`` is a tie.
 """
 
@@ -26,7 +26,7 @@ from memlens.registry import Registry
 
 @dataclass(frozen=True)
 class TargetStats:
-    """What the model says of each target token, teacher-forced.
+    """What the model predicts at each target token, teacher-forced.
 
     Attributes:
         logprob: Log-probability of the target, in nats.
@@ -34,8 +34,9 @@ class TargetStats:
         argmax: Id of the token with the greatest logit.
         entropy: Shannon entropy of the next-token distribution, in nats.
         spread: Standard deviation of log p under the next-token distribution, in nats; its mean is -entropy.
-        margin: Logit of the target minus the greatest other logit; positive where the target is on top.
-        mask: True where a target stands; the other entries mean nothing.
+        margin: Logit of the target minus the greatest other logit; positive where the target is the arg-max.
+        correct: Whether the target is the arg-max.
+        mask: True where there is a target; other entries are meaningless.
     """
 
     logprob: Float[Tensor, "seq target"]
@@ -49,20 +50,20 @@ class TargetStats:
 
     @staticmethod
     def cat(parts: list[TargetStats]) -> TargetStats:
-        """Join along the sequence axis."""
+        """Concatenate along the sequence axis."""
         return TargetStats(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(TargetStats)))
 
 
 class LazyTargetStats:
-    """What `TargetStats` holds, each computed from the logits when first asked for (on the logits' device).
+    """The fields of `TargetStats`, each computed from the logits on first use (on the logits' device).
 
-    Sums over the vocabulary are taken relative to the greatest logit and their logarithm in float64, so
-    that a log-probability or an entropy is as exact as the logits, not as coarse as a float32 of its size.
+    Sums over the vocabulary are relative to the greatest logit and their logarithm is in float64, so that a
+    log-probability or an entropy is as exact as the logits, not as coarse as a float32 of its size.
 
     Args:
         logits: The logits that predict the targets.
         ids: The target tokens; entries outside `mask` may be anything.
-        mask: True where a target stands.
+        mask: True where there is a target.
     """
 
     mask: Tensor
@@ -104,7 +105,7 @@ class LazyTargetStats:
 
     @cached_property
     def rank(self) -> Int[Tensor, "seq target"]:
-        """How many tokens have a strictly greater logit."""
+        """Number of tokens with a strictly greater logit."""
         return (self._logits > self._chosen).sum(-1).cpu()
 
     @cached_property
@@ -147,7 +148,7 @@ def target_stats(
     Args:
         logits: The logits that predict the targets.
         ids: The target tokens; entries outside `mask` may be anything.
-        mask: True where a target stands.
+        mask: True where there is a target.
 
     >>> stats = target_stats(torch.tensor([[[0.0, 2.0, 1.0]]]), torch.tensor([[2]]), torch.tensor([[True]]))
     >>> stats.rank.item(), stats.argmax.item(), stats.margin.item()

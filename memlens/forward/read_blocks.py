@@ -1,8 +1,8 @@
 """What one block computes, read from either backend into one plain form.
 
-`FunctionalBlocks` runs on these. They hold views (or small rearranged copies) of the model's present
-weights, so they are read anew for each use and never kept. Nothing here is trusted: whoever uses them
-compares their output with the model's own first.
+`FunctionalBlocks` runs on these. They hold views (or small rearranged copies) of the model's current weights,
+so they are read again for each use and never kept. Nothing here is trusted: users first compare the output
+with the model's own.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from memlens.forward.read_weights import Linear, Norm, attention_post_norm, read
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a block is given beside the residual.
+    """What a block receives in addition to the residual.
 
     Attributes:
         visible: True where a query (row) sees a key (column).
-        rotary: Cosines and sines by position, halves rotated against each other; None without rotation.
+        rotary: Cosines and sines by position, for rotating the two halves of features; None without rotation.
     """
 
     visible: Bool[Tensor, "pos pos"]
@@ -41,14 +41,15 @@ class BlockWeights:
         attn_post_norm: Between attention and the residual; None where there is none.
         mlp_norm: Before the MLP.
         mlp_post_norm: Between the MLP and the residual.
-        qkv: Gives queries, keys and values in one map, in this order, head by head: a copy, not to be kept.
+        qkv: Returns the map to queries, keys and values, in this order, head by head: a copy, not to be kept.
         q_norm: Norm of the queries of a position: of all heads together (OLMo 2), or of each head (Qwen 3).
         k_norm: Norm of the keys likewise.
         clip: Bound of queries, keys and values; None for no bound.
         scale: Factor of the attention scores.
         o: Attention's output projection.
         mlp: The MLP.
-        parallel: Whether the MLP reads the block's input and not attention's sum.
+        parallel: Whether the MLP reads the block's input instead of the residual after attention.
+        around: What the block receives in addition to the residual.
     """
 
     attn_norm: Callable[[Tensor], Tensor] | None
@@ -72,11 +73,11 @@ def read_block(model: Any, layer: int, around: Surroundings, *, parallel: bool) 
     Args:
         model: The model.
         layer: The block.
-        around: What `Trunk.surroundings` says of it.
+        around: Its entry of `Trunk.surroundings`.
         parallel: Whether attention and MLP read the same input.
 
     Raises:
-        UnsupportedModelError: A part is not of a known form.
+        UnsupportedModelError: A part has an unknown form.
     """
     block = model.blocks[layer]
     bridge = hasattr(model, "original_model")
@@ -111,9 +112,9 @@ def read_block(model: Any, layer: int, around: Surroundings, *, parallel: bool) 
 
 
 def _block_norms(model: Any, layer: int) -> tuple[Any, Any, Any, Any]:
-    """The norms before and after attention and before and after the MLP; None where there is none.
+    """Return the norms before and after attention and before and after the MLP; None where there is none.
 
-    Releases of TransformerLens differ in the name of a post-norm: `ln1` and `ln2`, or these with `_post`.
+    Releases of TransformerLens differ in the names of post-norms: `ln1` and `ln2`, or these with `_post`.
     """
     block = model.blocks[layer]
     first, second = getattr(block, "ln1", None), getattr(block, "ln2", None)
@@ -128,12 +129,12 @@ def read_unembedding(model: Any) -> tuple[Norm, Linear]:
     """Read the final norm and the unembedding.
 
     Raises:
-        UnsupportedModelError: The unembedding is not of a known form.
+        UnsupportedModelError: The unembedding has an unknown form.
     """
     norm = read_norm(model.ln_final, model.cfg.d_model, model.cfg, next(model.parameters()))
     if hasattr(model, "original_model"):
         return norm, _linear(model.unembed)
-    bias = model.unembed.b_U.detach()  # zeros in a model that has none: not worth their time
+    bias = model.unembed.b_U.detach()  # zeros in a model without one: not worth the time
     return norm, Linear(model.unembed.W_U.detach().T, bias if bool(bias.any()) else None)
 
 
@@ -186,14 +187,14 @@ def _linear(component: Any) -> Linear:
 
 
 def causal(width: int, device: torch.device, window: int | None = None) -> Bool[Tensor, "pos pos"]:
-    """Return which keys each query sees: those before it and itself, at most `window` of them."""
+    """Return which keys each query sees: itself and those before it, at most `window` of them."""
     place = torch.arange(width, device=device)
     gap = place[:, None] - place[None]
     return (gap >= 0) & (gap < (window or width + 1))
 
 
 def hooked_surroundings(model: Any, width: int) -> list[Surroundings]:
-    """What `HookedTransformer` gives its blocks beside the residual."""
+    """Return what `HookedTransformer` passes to its blocks in addition to the residual."""
     cfg, found = model.cfg, []
     for block in model.blocks:
         attn, rotary = block.attn, None
@@ -210,7 +211,7 @@ def hooked_surroundings(model: Any, width: int) -> list[Surroundings]:
 def bridge_surroundings(
     model: Any, given: Sequence[tuple[Tensor | None, Any]], width: int
 ) -> list[Surroundings]:
-    """The same from the masks and rotations that a bridge's blocks were seen to be given."""
+    """Return the same from the masks and rotations that a bridge's blocks were seen to receive."""
     found = []
     for block, (mask, rotary) in zip(model.blocks, given, strict=True):
         own = getattr(block.attn.original_component, "bias", None)

@@ -1,10 +1,10 @@
-"""`Trunk`: run some of a model's blocks from a residual, and unembed only the positions asked for.
+"""`Trunk`: run some of a model's layers from a residual, and unembed only the requested positions.
 
-Both backends give the same three steps, `embed`, `run` and `unembed`, and their composition is the
-model's own forward pass, to the last bit or nearly. TransformerLens hooks fire in the blocks that run.
+Both backends offer the same three steps, `embed`, `run` and `unembed`, whose composition is the model's own
+forward pass up to rounding. TransformerLens hooks fire in the layers that run.
 
-Blocks before `start` really do not run: `HookedTransformer` can start at a layer; in a
-`TransformerBridge` the skipped blocks are replaced by a pass-through for the length of one call.
+Layers before `start` are really skipped: `HookedTransformer` can start at a layer; in a `TransformerBridge`
+the skipped blocks are replaced by a pass-through for the duration of one call.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _EXTRA_OUTPUTS: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 
 
 def is_bridge(model: Any) -> bool:
-    """Whether the model is a `TransformerBridge` (else it is taken for a `HookedTransformer`)."""
+    """Whether the model is a `TransformerBridge` (otherwise it is taken to be a `HookedTransformer`)."""
     return hasattr(model, "original_model")
 
 
 def check_model(model: Any) -> None:
-    """Raise `UnsupportedModelError` unless this is a TransformerLens model, and without active dropout."""
+    """Raise `UnsupportedModelError` unless this is a TransformerLens model without active dropout."""
     if not hasattr(model, "blocks") or not hasattr(model, "cfg"):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a TransformerLens model: load it with memlens.load_model first."
@@ -51,14 +51,14 @@ _DROPOUT_RATES = ("p", "attention_dropout", "attn_dropout", "dropout")
 
 
 class Trunk:
-    """A view of a model as embedding, blocks and unembedding; it holds no weights of its own.
+    """A view of a model as embedding, layers and unembedding; it holds no weights of its own.
 
     Args:
         model: A `HookedTransformer` or a `TransformerBridge`.
 
     Raises:
-        UnsupportedModelError: The model is not a causal stack of blocks that can be entered in the middle,
-            or it is in training mode and has dropout.
+        UnsupportedModelError: The model is not a causal stack of layers that can be run from the middle, or it
+            is in training mode and has dropout.
 
     Example:
         >>> import memlens as ml, torch
@@ -86,7 +86,7 @@ class Trunk:
 
     @property
     def device(self) -> torch.device:
-        """Where the embedding stands, and so where tokens must go."""
+        """Device of the embedding, where tokens must be."""
         return next(self.model.parameters()).device
 
     @property
@@ -95,21 +95,21 @@ class Trunk:
         return next(self.model.parameters()).dtype
 
     def embed(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        """Return the residual at the input of block 0 (with position embeddings, where there are any)."""
+        """Return the residual at the input of layer 0 (with position embeddings, where there are any)."""
         return self._run.embed(tokens.to(self.device))
 
     def run(
         self, resid: Float[Tensor, "batch pos d_model"], start: int = 0, stop: int | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Run blocks ``start .. stop-1``.
+        """Run layers ``start .. stop-1``.
 
         Args:
-            resid: The residual at the input of block `start`.
-            start: First block that runs.
-            stop: First block that does not run; all of them by default.
+            resid: The residual at the input of layer `start`.
+            start: First layer that runs.
+            stop: First layer that does not run; by default all layers from `start` on run.
 
         Returns:
-            The residual at the input of block `stop`, before any final norm.
+            The residual at the input of layer `stop`, before any final norm.
         """
         stop = self.n_layers if stop is None else stop
         if start >= stop:
@@ -137,10 +137,10 @@ class Trunk:
         return logits
 
     def surroundings(self, width: int) -> list[Surroundings]:
-        """Return what each block is given beside the residual, for `width` positions.
+        """Return what each block receives in addition to the residual, for `width` positions.
 
         Raises:
-            UnsupportedModelError: Positions enter in a way that has no such form.
+            UnsupportedModelError: Positions enter in a way that cannot be expressed so.
         """
         return self._run.surroundings(width)
 
@@ -191,7 +191,7 @@ class _BridgeRunner:
 
     @property
     def extra_outputs(self) -> int | None:
-        """How many outputs a block hands on beside the residual (None: a bare tensor); asked once a model."""
+        """Number of outputs of a block besides the residual (None: a bare tensor); found once per model."""
         if self.model not in _EXTRA_OUTPUTS:
             _EXTRA_OUTPUTS[self.model] = self._probe_block_output()
         return _EXTRA_OUTPUTS[self.model]
@@ -238,7 +238,7 @@ class _BridgeRunner:
                 return (resid, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": resid}
 
-        _ = self.extra_outputs  # asking for it runs the blocks, which must not be given this residual
+        _ = self.extra_outputs  # finding it runs the blocks, which must not receive this residual
         handle = self.blocks[start].register_forward_pre_hook(swap, with_kwargs=True)
         try:
             return self._forward(start, stop, inputs_embeds=resid)
@@ -246,8 +246,8 @@ class _BridgeRunner:
             handle.remove()
 
     def surroundings(self, width: int) -> list[Surroundings]:
-        """Blocks that do not run are still given their masks and rotations."""
-        _ = self.extra_outputs  # asking for it runs the blocks, so it must be known before
+        """Skipped blocks still receive their masks and rotations."""
+        _ = self.extra_outputs  # finding it runs the blocks, so it must be known before
         given: list[tuple[Tensor | None, Any]] = []
 
         def look(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
@@ -264,7 +264,7 @@ class _BridgeRunner:
 
 
 def _pass_through(extra_outputs: int | None) -> Callable[..., Any]:
-    """A module that hands its input on, in the form that the surrounding model expects."""
+    """Return a forward that returns its input, in the form that the surrounding model expects."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -274,7 +274,7 @@ def _pass_through(extra_outputs: int | None) -> Callable[..., Any]:
 
 
 def _inner_norm(model: Any, base: nn.Module) -> nn.Module:
-    """The final norm as the inner decoder calls it (the bridge's component stands in its place)."""
+    """Return the final norm as the inner decoder calls it (the bridge's component takes its place)."""
     inside = {id(m) for m in base.modules()}
     if id(model.ln_final) not in inside:
         raise UnsupportedModelError(

@@ -1,3 +1,3 @@
-"""How a model comes in, and how its blocks are run."""
+"""How a model comes in: names, families, files, the two backends, adapters; the zoo's checkpoints."""
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def check_bridge_supports(config: Any, name: str) -> None:
     architecture = architecture_of(config)
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise UnsupportedModelError(
-            f"{name!r} is a {architecture}, which the installed TransformerLens cannot put a bridge around: "
+            f"{name!r} is a {architecture}, which the installed TransformerLens cannot bridge: "
             f"upgrade transformer-lens, or use a model of another architecture."
         )
 
@@ -47,17 +47,17 @@ def build_bridge(
     dtype: torch.dtype,
     process_weights: bool = False,
 ) -> TransformerBridge:
-    """Return the bridge around a Hugging Face model: it changes it in place, keeps it as `.original_model`.
+    """Return a bridge around a Hugging Face model, which is changed in place and kept as `.original_model`.
 
     Args:
-        hf_model: The model; its attention is set to run step by step, so that hooks see the pattern.
+        hf_model: The model; its attention is set to the eager implementation, so that hooks see the pattern.
         tokenizer: One from `prepare_tokenizer`, or None for a model that takes token ids only.
-        name: What `cfg.model_name` shall say.
+        name: The value of `cfg.model_name`.
         dtype: The dtype of its weights.
         process_weights: Fold LayerNorms and center weights (TransformerLens' compatibility mode).
 
     Raises:
-        UnsupportedModelError: TransformerLens cannot put a bridge around this variant of the architecture.
+        UnsupportedModelError: TransformerLens cannot bridge this variant of the architecture.
     """
     hf_model.config.architectures = hf_model.config.architectures or [type(hf_model).__name__]
     with quiet(), _readable_refusal(name):
@@ -80,8 +80,8 @@ def build_bridge(
 def _rotate_in_the_weights_dtype(bridge: TransformerBridge) -> None:
     """Cast rotated queries and keys back, as Hugging Face does.
 
-    OLMo's rotations are float32 whatever the weights are; the bridge leaves queries and keys so, and in 16
-    bits attention then fails.
+    OLMo's rotations are float32 whatever the dtype of the weights; the bridge leaves queries and keys in it,
+    and attention then fails with 16-bit weights.
     """
     for block in bridge.blocks:
         for name in ("hook_rot_q", "hook_rot_k"):
@@ -96,12 +96,12 @@ def _cast(like: Tensor, module: Any, args: Any, output: Tensor) -> Tensor:
 
 @contextmanager
 def _readable_refusal(name: str) -> Iterator[None]:
-    """Adapters assume what a family's published models have, and fail in any way on a variant."""
+    """Adapters assume the form of a family's published models, and fail in arbitrary ways on a variant."""
     try:
         yield
     except _REFUSALS as error:
         reason = f"{type(error).__name__}: {error}".strip(": ")
         raise UnsupportedModelError(
-            f"TransformerLens could not put a bridge around {name!r} ({reason}): its config has an option "
-            f"that TransformerLens' adapter for this architecture does not know."
+            f"TransformerLens could not bridge {name!r} ({reason}): its config has an option that "
+            "TransformerLens' adapter for this architecture does not know."
         ) from error

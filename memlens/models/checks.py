@@ -17,7 +17,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
 def check_causal(config: Any, name: str) -> None:
-    """Raise `UnsupportedModelError` unless a config is of a decoder-only causal language model.
+    """Raise `UnsupportedModelError` unless a config describes a decoder-only causal language model.
 
     >>> from transformers import GPTNeoXConfig
     >>> check_causal(GPTNeoXConfig(), "a model")
@@ -53,7 +53,7 @@ def check_plain_weights(model: nn.Module, name: str) -> None:
 
 
 def check_finite_weights(model: nn.Module, name: str) -> None:
-    """Raise `NonFiniteError` naming the first layer and parameter that hold NaN or infinity."""
+    """Raise `NonFiniteError`, naming the first layer and parameter with NaN or infinity, if there is one."""
     for parameter_name, parameter in model.named_parameters():
         if parameter.is_floating_point() and (n_bad := _count_nonfinite(parameter)):
             found = _LAYER.search(parameter_name)
@@ -66,7 +66,7 @@ def check_finite_weights(model: nn.Module, name: str) -> None:
 
 
 def _count_nonfinite(values: Tensor) -> int:
-    """One pass decides for nearly every tensor: a sum is finite only if all its terms are."""
+    """One pass suffices for nearly every tensor: a sum is finite only if all of its terms are."""
     if bool(torch.isfinite(values.sum(dtype=torch.float32))):
         return 0
     return int((~torch.isfinite(values)).sum())

@@ -45,12 +45,12 @@ def build_hooked(
     """Return a `HookedTransformer` with a copy of a Hugging Face model's weights.
 
     Args:
-        hf_model: A model whose config has no `hooked_obstacle`.
+        hf_model: A model for whose config `hooked_obstacle` returns `""`.
         tokenizer: One from `prepare_tokenizer`, or None for a model that takes token ids only.
-        name: What `cfg.model_name` shall say.
+        name: The value of `cfg.model_name`.
         dtype: The dtype of the new model's weights.
-        device: Where the new model shall be.
-        process_weights: Fold LayerNorms, center what writes to the residual stream and the unembedding.
+        device: Device of the new model.
+        process_weights: Fold LayerNorms, and center the unembedding and what writes to the residual stream.
     """
     lens: Any = import_module("transformer_lens")
     architecture = architecture_of(hf_model)
@@ -74,7 +74,7 @@ def build_hooked(
 def _load(
     model: Any, weights: dict[str, Tensor], *, process_weights: bool, post_norm: bool, name: str
 ) -> None:
-    """Load converted weights; every parameter must get a value, save biases the architecture lacks."""
+    """Load converted weights; every parameter must get a value, except for biases the architecture lacks."""
     zeros = {key: p for key, p in model.named_parameters() if key.endswith((".b_Q", ".b_K", ".b_V"))}
     weights = {key: torch.zeros_like(p) for key, p in zeros.items()} | weights
     missing = sorted({key for key, _ in model.named_parameters()} - set(weights))

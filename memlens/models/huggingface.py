@@ -54,7 +54,7 @@ _NO_WEIGHTS = ("no file named model.safetensors", "does not appear to have a fil
 
 @contextmanager
 def named_errors(source: Source, revision: str | None) -> Iterator[None]:
-    """Turn what goes wrong while reading a checkpoint into a memlens error, with the first as its cause."""
+    """Turn errors while reading a checkpoint into memlens errors, with the original as the cause."""
     try:
         yield
     except MemlensError:
@@ -94,7 +94,7 @@ def _about_code(error: Exception, text: str, source: Source) -> MemlensError | N
         )
     if any(sign in text for sign in _UNKNOWN_ARCHITECTURE):
         return UnsupportedModelError(
-            f"The config of {source.name!r} is of no architecture that the installed transformers knows: "
+            f"The installed transformers does not know the architecture of {source.name!r}: "
             f"upgrade transformers, or check its config.json ({_first_line(error)})."
         )
     if isinstance(error, ImportError):
@@ -107,7 +107,7 @@ def _about_files(error: Exception, chain: list[BaseException], text: str, source
         return _no_weights(source)
     if "mismatch" in text:
         return ModelLoadError(
-            f"The weights of {source.name!r} do not have the shapes that its config.json says: "
+            f"The weights of {source.name!r} do not have the shapes that its config.json states: "
             f"the two do not belong together."
         )
     unread = isinstance(error, OSError) and "JSON" not in text and not source.local
@@ -198,10 +198,10 @@ def load_weights(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> PreTrainedModel:
-    """Return the checkpoint as a Hugging Face model in evaluation mode, with attention computed step by step.
+    """Return the checkpoint as a Hugging Face model in evaluation mode, with eager attention.
 
     Quantized GGUF weights are dequantized to `dtype`. Weights are read from safetensors only, unless
-    `allow_pickle`. An untrained source gets the weights that its model's training began from.
+    `allow_pickle`. For an untrained source the weights are those that its training began from.
 
     Raises:
         ModelLoadError: No weights, damaged ones, or some that the config asks for are missing.
@@ -209,7 +209,7 @@ def load_weights(
     """
     if source.untrained:
         if device_map is not None:
-            raise OptionError(f"device_map={device_map!r} cannot act on an untrained model: use device=.")
+            raise OptionError(f"device_map={device_map!r} has no effect on an untrained model: use device=.")
         return _untrained(source, config, dtype).to(device)  # pyright: ignore[reportArgumentType]
     with quiet(), named_errors(source, revision), _no_gguf_bar(source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -234,7 +234,7 @@ def load_weights(
 
 
 def _untrained(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a zoo model as its training began, by the seed in its record, in float16 as checkpoints are."""
+    """Return a zoo model as before training, by its recorded seed, rounded to float16 like checkpoints."""
     record = json.loads((Path(source.location) / "training.json").read_text(encoding="utf-8"))
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(record["training"]["spec"]["seed"])
@@ -243,7 +243,7 @@ def _untrained(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> 
 
 
 def _no_gguf_bar(source: Source) -> AbstractContextManager[Any]:
-    """Dequantizing draws a bar that no switch turns off; for a hub file the download's bar is worth more."""
+    """Dequantizing shows a bar that cannot be turned off; for a hub file the download bar matters more."""
     return redirect_stderr(io.StringIO()) if source.gguf_file and source.local else nullcontext()
 
 
@@ -252,7 +252,7 @@ def _gguf_options(source: Source) -> dict[str, str]:
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
-    """The weights are dequantized: TransformerLens must not take them for packed ones."""
+    """The weights are dequantized: TransformerLens must not take them for packed weights."""
     for holder, attributes in (
         (model.config, ("quantization_config",)),
         (model, ("hf_quantizer", "is_quantized", "quantization_method")),

@@ -32,7 +32,7 @@ BACKENDS = ("auto", "hooked", "bridge")
 
 @dataclass(frozen=True)
 class _Options:
-    """What a call of `load_model` asked for, checked."""
+    """The checked options of a call of `load_model`."""
 
     backend: str
     dtype: torch.dtype
@@ -66,8 +66,8 @@ def load_model(
         name: A model of the zoo (`"zoo/pythia-s"`; `"zoo/pythia-s-untrained"` has the weights that its
             training began from), a hub name (`"EleutherAI/pythia-70m"`; the organization may
             be left out for models of `families_table()`), a local checkpoint folder, a `.gguf` file, a loaded
-            Hugging Face model (a bridge is put around it, in place, with its dtype; PEFT adapters are
-            merged into a copy of it), or a TransformerLens model (given back as it is).
+            Hugging Face model (it is bridged in place, with its dtype; PEFT adapters are merged into a copy
+            of it), or a TransformerLens model (returned as it is).
         backend: `"hooked"` for `HookedTransformer` (TransformerLens 3.9 with Pythia, GPT-Neo or OLMo),
             `"bridge"` for `TransformerBridge`, `"auto"` for the first where it can run the model, else the
             second. A loaded Hugging Face model becomes a bridge under `"auto"`.
@@ -75,12 +75,12 @@ def load_model(
         checkpoint_step: Training step, for models with published checkpoints (Pythia, OLMo) and those of the
             zoo that were trained with them.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or a torch dtype.
-        device: Where to; CUDA if there is one, else the CPU.
+        device: Device; by default CUDA if available, else the CPU.
         device_map: Spread a large model over devices (see `accelerate`); bridge only, instead of `device`.
         process_weights: TransformerLens' classic form: LayerNorms folded, weights centered. Predictions stay
             the same; activations do not, and logits differ by a constant at each position.
         gguf_file: A GGUF file in the folder or repository. Its weights are dequantized.
-        tokenizer: Instead of the checkpoint's own.
+        tokenizer: Used instead of the checkpoint's own.
         trust_remote_code: Allow Python code that comes with the checkpoint to run.
         allow_pickle: Allow weights in `.bin` files, which can run code, where there are no safetensors.
         check_weights: Look for NaN and infinity in the weights, and refuse a model that fails `check_model`:
@@ -91,7 +91,7 @@ def load_model(
         checkpoint has none.
 
     Raises:
-        ModelNotFoundError: Nothing has this name, or the repository has no such revision or step.
+        ModelNotFoundError: There is no model of this name, or no such revision or step of it.
         ModelLoadError: The checkpoint's files are damaged, incomplete, or hold no safetensors; or the loaded
             model fails `check_model`.
         UnsupportedModelError: Not a causal language model, or the backend cannot run it.
@@ -194,11 +194,11 @@ def _is_transformer_lens(model: nn.Module) -> bool:
 
 
 def _refuse(misplaced: dict[str, Any], model: nn.Module) -> None:
-    """An option that cannot act is an error, not a silence."""
+    """An option without effect is an error."""
     for option, value in misplaced.items():
         if value is not None:
             raise OptionError(
-                f"{option}={value!r} cannot act on a {type(model).__name__} already loaded: leave it out."
+                f"{option}={value!r} has no effect on a loaded {type(model).__name__}: leave it out."
             )
 
 
@@ -216,7 +216,7 @@ def _from_huggingface(model: nn.Module, options: _Options, tokenizer: PreTrained
     model = without_peft(model)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"A {type(model).__name__} is no model memlens can use: give a HookedTransformer, a "
+            f"A {type(model).__name__} is not a model that memlens can use: give a HookedTransformer, a "
             f"TransformerBridge, or a Hugging Face PreTrainedModel."
         )
     name = str(model.config._name_or_path or type(model).__name__)
@@ -236,7 +236,7 @@ def _wrap(
     name: str,
     revision: str,
 ) -> Any:
-    """Check the weights and make the TransformerLens model."""
+    """Check the weights and build the TransformerLens model."""
     from memlens.forward.check_model import check_model, record_reference  # forward builds on models
 
     check_plain_weights(hf_model, name)

@@ -1,4 +1,4 @@
-"""What a model's name means: a bundled model, a checkpoint folder, a GGUF file, or a name on the hub."""
+"""What a model's name refers to: a zoo model, a checkpoint folder, a GGUF file, or a name on the hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ZOO_PREFIX = "zoo/"
 
 @cache
 def has_hooked_transformer() -> bool:
-    """Tell whether the installed TransformerLens still has `HookedTransformer` (3.9 has, 4.0 removed it)."""
+    """Return whether the installed TransformerLens has `HookedTransformer` (removed in 4.0)."""
     try:
         return hasattr(import_module("transformer_lens"), "HookedTransformer")
     except ImportError:  # what 4.x raises for the removed name
@@ -34,8 +34,8 @@ class Source:
         local: Whether `location` is a folder.
         gguf_file: Name of the GGUF file in it, or None.
         checkpoint: Which of a local model's training checkpoints this is, such as "step512", or "".
-        tokenizer_location: Where the tokenizer is; None: at `location`.
-        untrained: Whether the weights are to be those that training began from, not those at `location`.
+        tokenizer_location: Where the tokenizer is; None for `location`.
+        untrained: Whether to use the weights that training began from instead of those at `location`.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Source:
 
 
 def resolve_source(name: str | Path, *, gguf_file: str | None = None) -> Source:
-    """Find out what a name means, without reading any weights and without a network.
+    """Find out what a name refers to, without reading weights and without a network.
 
     Args:
         name: `"zoo/<name>"` or `"zoo/<name>-untrained"`, a checkpoint folder, a `.gguf` file, or a hub name.
@@ -57,7 +57,7 @@ def resolve_source(name: str | Path, *, gguf_file: str | None = None) -> Source:
         gguf_file: A GGUF file inside the folder or hub repository.
 
     Raises:
-        ModelNotFoundError: No such model in the zoo, no such path, or the folder is no checkpoint.
+        ModelNotFoundError: No such model in the zoo, no such path, or the folder is not a checkpoint.
     """
     text = str(name)
     if isinstance(name, str) and is_zoo_name(name):
@@ -75,7 +75,7 @@ def resolve_source(name: str | Path, *, gguf_file: str | None = None) -> Source:
 
 
 def unknown_name_error(name: str, reason: str = "") -> ModelNotFoundError:
-    """Return the error for a name that nothing answers to, with near matches from the table and the zoo."""
+    """Return the error for an unknown name, with similar names from the table and the zoo."""
     known = known_names()
     zoo = [ZOO_PREFIX + n for n in zoo_names()]
     hint = near_matches(name, [*zoo, *known, *(n.rpartition("/")[2] for n in known)])

@@ -1,4 +1,4 @@
-"""What a result has to say about the model it came from."""
+"""What a result records about the model it came from."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from memlens.models.families import architecture_of, family_of
 Fact = str | int | float | bool
 
 _FACTS: WeakKeyDictionary[nn.Module, dict[str, Fact]] = WeakKeyDictionary()
-"""What `load_model` knows of a model and the model itself does not tell; gone with the model."""
+"""What `load_model` knows about a model that the model itself does not tell; dropped with the model."""
 
 
 def remember(model: nn.Module, /, **facts: Fact) -> None:
-    """Keep facts about a model, for `describe`. Later facts replace earlier ones of the same name."""
+    """Record facts about a model for `describe`. Later facts replace earlier ones of the same name."""
     _FACTS.setdefault(model, {}).update(facts)
 
 
 def describe(model: Any) -> dict[str, Fact]:
-    """Return where a model comes from and what it is, in plain values that fit a file's attributes.
+    """Return where a model comes from and what it is, in plain values that file attributes can hold.
 
     It works for any TransformerLens model; what `load_model` remembered (name, revision) is added.
 

@@ -1,4 +1,4 @@
-"""Keep the console clean while TransformerLens and transformers load a model, and leave no trace of it."""
+"""Keep the console clean while TransformerLens and transformers load a model, without lasting effects."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def _not_from_transformer_lens(record: logging.LogRecord) -> bool:
 def quiet() -> Iterator[None]:
     """Silence warnings, log lines below ERROR, prints and progress bars of the loaders.
 
-    The hub's download bars stay: a download may take an hour. What is printed goes to this module's logger at
-    DEBUG. Log levels, handlers, filters, warning filters and progress bars are as before when the block ends,
-    also after an exception. (TransformerLens logs to the root logger, which then gets a handler: that one is
-    taken away again.)
+    The hub's download bars remain, since a download may take an hour. Printed text goes to this module's
+    logger at DEBUG. Log levels, handlers, filters, warning filters and progress bars are restored when the
+    block ends, also after an exception. (TransformerLens logs to the root logger, which then gets a handler; it
+    is removed again.)
     """
     root = logging.getLogger()
     handlers = list(root.handlers)
@@ -52,7 +52,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _no_loading_bars() -> Iterator[None]:
-    """Transformers' switch also turns the hub's bars: put those back as they were, at both ends."""
+    """Transformers' switch also affects the hub's bars, which are restored on entry and on exit."""
     loading_bars = transformers_logging.is_progress_bar_enabled()
     set_hub_bars = disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars
     transformers_logging.disable_progress_bar()

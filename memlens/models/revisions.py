@@ -19,11 +19,11 @@ from memlens.models.zoo import is_zoo_name
 
 
 def checkpoint_revision(source: Source, *, revision: str | None, step: int | None) -> str | None:
-    """Return the revision to load: the one asked for, or the one of a training step.
+    """Return the revision to load: the given one, or the one of a training step.
 
     Raises:
         OptionError: Both are given.
-        ModelNotFoundError: No revision of this step; the message lists the nearest.
+        ModelNotFoundError: There is no revision of this step; the message lists the nearest ones.
     """
     _check_one(revision, step)
     if step is None:
@@ -40,7 +40,7 @@ def checkpoint_steps(name: str | Path) -> list[int]:
     """Return the training steps that `load_model(name, checkpoint_step=...)` can load, in order.
 
     Args:
-        name: Of a model of the zoo or of the hub, or a checkpoint folder.
+        name: Name of a model of the zoo or of the hub, or a checkpoint folder.
 
     Raises:
         ModelNotFoundError: There is no such model.
@@ -57,13 +57,13 @@ def checkpoint_steps(name: str | Path) -> list[int]:
 
 
 def local_checkpoint(source: Source, *, revision: str | None, step: int | None) -> Source:
-    """Return where a local model's checkpoint of a training step is: `<folder>/checkpoints/step<N>`.
+    """Return the location of a local model's checkpoint of a training step: `<folder>/checkpoints/step<N>`.
 
-    A bundled model of the zoo has its checkpoints where it was trained on demand.
+    Checkpoints of a bundled zoo model are where it was trained on demand.
 
     Raises:
-        OptionError: Both are given, or the folder holds one checkpoint only.
-        ModelNotFoundError: No checkpoint of this step; the message lists those there are.
+        OptionError: Both are given, or the folder holds a single checkpoint.
+        ModelNotFoundError: There is no checkpoint of this step; the message lists those that exist.
     """
     _check_one(revision, step)
     if revision is None and step is None:
@@ -75,7 +75,7 @@ def local_checkpoint(source: Source, *, revision: str | None, step: int | None) 
     if not folders:
         what = f"revision={revision!r}" if revision is not None else f"checkpoint_step={step}"
         raise OptionError(
-            f"{what} does not go with the local folder {source.location!r}: it holds one checkpoint only"
+            f"{what} does not apply to the local folder {source.location!r}: it holds a single checkpoint"
             f"{_how_to_get_steps(source)}."
         )
     for path in folders.values():
@@ -83,13 +83,13 @@ def local_checkpoint(source: Source, *, revision: str | None, step: int | None) 
             base = str(path.parent.parent)
             return replace(source, location=str(path), checkpoint=wanted, tokenizer_location=base)
     known = ", ".join(map(str, sorted(folders)))
-    raise ModelNotFoundError(f"{source.name!r} has no checkpoint {wanted}: there are those of steps {known}.")
+    raise ModelNotFoundError(f"{source.name!r} has no checkpoint {wanted}: it has those of steps {known}.")
 
 
 def _steps_of(source: Source) -> dict[int, Path]:
-    """The folders of a local model's checkpoints by step.
+    """Return the folders of a local model's checkpoints by step.
 
-    Those of a bundled model lie in the cache, where the same recipe was run; not those of another run.
+    Those of a bundled model are in the cache, where the same recipe was run; other runs do not count.
     """
     own = Path(source.location)
     folders = [own]
@@ -102,7 +102,7 @@ def _steps_of(source: Source) -> dict[int, Path]:
 
 
 def _recipe(folder: Path) -> list[Any] | None:
-    """What decides the run that made a zoo model; None where the folder does not tell."""
+    """Return what determines the run that made a zoo model; None where the folder does not tell."""
     try:
         record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
         return [record[part]["spec"] for part in ("model", "corpus", "training")]
@@ -125,9 +125,9 @@ def _check_one(revision: str | None, step: int | None) -> None:
 
 
 def list_steps(repo: str) -> dict[int, str]:
-    """Return the revision of each published training step of a hub repository, in the order of steps.
+    """Return the revision of each published training step of a hub repository, in order of steps.
 
-    Asks the hub; without a network, what the local cache holds.
+    The hub is asked, or without a network the local cache.
     """
     found = {step: name for name in _revisions(repo) if (step := step_of(name)) is not None}
     return dict(sorted(found.items()))
@@ -136,7 +136,7 @@ def list_steps(repo: str) -> dict[int, str]:
 def _what_there_is(steps: dict[int, str], wanted: int) -> str:
     where = "in the local cache (offline)" if is_offline_mode() else "on the hub"
     if not steps:
-        return f"none of its revisions {where} is called after a training step."
+        return f"none of its revisions {where} is named after a training step."
     nearest = sorted(sorted(steps, key=lambda step: abs(step - wanted))[:4])
     return f"the nearest of {len(steps)} {where} are {', '.join(map(str, nearest))}."
 

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, in the form TransformerLens wants it."""
+"""A checkpoint's tokenizer, in the form that TransformerLens expects."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def load_tokenizer(
 
 
 def _check_has_words(tokenizer: PreTrainedTokenizerBase) -> None:
-    """For a folder without tokenizer files transformers makes one up, with special tokens only."""
+    """For a folder without tokenizer files transformers invents a tokenizer with special tokens only."""
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise ValueError("no vocabulary")
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return a tokenizer that puts the BOS token in front of text by default, where it has such a token.
+    """Return a tokenizer that puts the BOS token before text by default, if it has such a token.
 
-    TransformerLens wants that form (`to_tokens(..., prepend_bos=False)` takes the token away again) and reads
-    the tokenizer again from the name it came from, which fails for one made in memory or read from a GGUF
-    file. So it is made here, by a round trip through a temporary folder. The one that was given is not
-    changed. Pass `add_special_tokens=False` to get the bare tokens of a text.
+    TransformerLens expects this form (`to_tokens(..., prepend_bos=False)` removes the token again) and
+    otherwise reads the tokenizer again from its original name, which fails for one created in memory or read
+    from a GGUF file. So it is created here, by a round trip through a temporary folder. The given tokenizer is
+    not changed. Pass `add_special_tokens=False` to get the bare tokens of a text.
     """
     if tokenizer.bos_token is None or tokenizer.init_kwargs.get("add_bos_token"):
         return tokenizer
@@ -68,7 +68,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
 
 def placeholder_tokenizer() -> PreTrainedTokenizerBase:
-    """Return a tokenizer of one word: the bridge cannot be made without one. It is taken away afterwards."""
+    """Return a tokenizer with one word: a bridge cannot be built without one. It is removed afterwards."""
     backend = Tokenizer(models.WordLevel({"<|endoftext|>": 0}, unk_token="<|endoftext|>"))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<|endoftext|>", eos_token="<|endoftext|>"

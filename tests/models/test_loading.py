@@ -249,7 +249,7 @@ def test_neither_backend_knows_it(tmp_path):
     folder = write_tiny("gpt_neox", tmp_path, attention_bias=False)
     with pytest.raises(UnsupportedModelError, match="no biases"):
         load_model(folder, backend="hooked", device="cpu")
-    with pytest.raises(UnsupportedModelError, match="could not put a bridge around"):
+    with pytest.raises(UnsupportedModelError, match="could not bridge"):
         load_model(folder, backend="bridge", device="cpu")
 
 

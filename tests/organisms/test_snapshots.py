@@ -80,7 +80,7 @@ def test_steps_load_by_number_with_the_model_s_tokenizer(
     assert ml.load_sequences("zoo", model).attrs["source"] == "zoo/tiny"
     by_path = ml.load_model(with_steps, revision="step3", device="cpu")
     assert torch.equal(by_path.W_U, model.W_U)
-    with pytest.raises(ModelNotFoundError, match="no checkpoint step4: there are those of steps 0, 3, 6, 12"):
+    with pytest.raises(ModelNotFoundError, match="no checkpoint step4: it has those of steps 0, 3, 6, 12"):
         ml.load_model("zoo/tiny", checkpoint_step=4)
     with pytest.raises(OptionError, match="contradict"):
         ml.load_model("zoo/tiny", checkpoint_step=3, revision="step3")
@@ -103,7 +103,7 @@ def test_a_model_without_steps_says_how_to_have_them(
     tiny_organism: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MEMLENS_CACHE", str(tmp_path))
-    with pytest.raises(OptionError, match="holds one checkpoint only"):
+    with pytest.raises(OptionError, match="holds a single checkpoint"):
         ml.load_model(tiny_organism, checkpoint_step=3)
     with pytest.raises(OptionError, match="after `memlens zoo train pythia-s`"):
         ml.load_model("zoo/pythia-s", checkpoint_step=3)
