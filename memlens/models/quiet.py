@@ -24,8 +24,8 @@ def quiet() -> Iterator[None]:
 
     The hub's download bars remain, since a download may take an hour. Printed text goes to this module's
     logger at DEBUG. Log levels, handlers, filters, warning filters and progress bars are restored when the
-    block ends, also after an exception. (TransformerLens logs to the root logger, which then gets a handler; it
-    is removed again.)
+    block ends, also after an exception. (TransformerLens logs to the root logger, which then gets a handler;
+    it is removed again.)
     """
     root = logging.getLogger()
     handlers = list(root.handlers)

@@ -50,8 +50,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
     TransformerLens expects this form (`to_tokens(..., prepend_bos=False)` removes the token again) and
     otherwise reads the tokenizer again from its original name, which fails for one created in memory or read
-    from a GGUF file. So it is created here, by a round trip through a temporary folder. The given tokenizer is
-    not changed. Pass `add_special_tokens=False` to get the bare tokens of a text.
+    from a GGUF file. So it is created here, by a round trip through a temporary folder. The given tokenizer
+    is not changed. Pass `add_special_tokens=False` to get the bare tokens of a text.
     """
     if tokenizer.bos_token is None or tokenizer.init_kwargs.get("add_bos_token"):
         return tokenizer

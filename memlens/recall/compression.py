@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from memlens.errors import EmptySetError, OptionError, check_option
 from memlens.forward.memory import check_batch_size
-from memlens.forward.trunk import check_model
+from memlens.forward.trunk import require_model
 from memlens.models.provenance import describe
 from memlens.recall.extraction import Halves, Prompt, score_prompts, sequence_coords
 from memlens.results.kinds import register_kind
@@ -153,7 +153,7 @@ def prompt_compression(
         >>> bool((result["fewest_tokens"] <= result["stable_tokens"]).all())
         True
     """
-    check_model(model)
+    require_model(model)
     check_sequences(sequences, model)
     check_batch_size(batch_size)
     check_option("method", method, COMPRESSIONS)

@@ -14,7 +14,7 @@ from memlens.errors import OptionError, SequenceError, check_option
 from memlens.forward.baseline import Reducer, teacher_forced
 from memlens.forward.generate import greedy_continuations
 from memlens.forward.metrics import BUILT_IN, METRICS, TargetStats
-from memlens.forward.trunk import check_model
+from memlens.forward.trunk import require_model
 from memlens.models.provenance import describe
 from memlens.recall.columns import METRIC_GROUPS, SCORE_COLUMNS
 from memlens.recall.likelihood import check_share, min_k, min_k_plus_plus, nll, perplexity, zlib_ratio
@@ -191,7 +191,7 @@ def score_recall(
         >>> set(recall.table["exact_match"]) <= {0, 1}
         True
     """
-    check_model(model)
+    require_model(model)
     check_sequences(seqs, model, on_eos="raise" if ban_eos else "keep")
     extras = Extras(metrics, min_k, sampling or Sampling(), n_samples, probability, rules or TrivialRules())
     banned = _eos(model) if ban_eos else None

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from memlens.errors import OptionError, SequenceError, check_option
 from memlens.forward.memory import check_batch_size, rows_per_batch
-from memlens.forward.trunk import check_model
+from memlens.forward.trunk import require_model
 from memlens.recall.columns import SCORE_COLUMNS
 from memlens.recall.corpus.memorized_set import MemorizedSet, assemble_sets
 from memlens.recall.corpus.scan import Kept, PredictableRule, ScanRules, scan_block
@@ -119,7 +119,7 @@ def build_memorized_set(
         >>> len(found.memorized), found.counts["windows"]
         (5, 40)
     """
-    check_model(model)
+    require_model(model)
     check_batch_size(batch_size)
     check_option("on_eos", on_eos, ["drop", "keep"])
     numbers = {"prefix_len": prefix_len, "suffix_len": suffix_len, "n": n, "max_rows": max_rows,
