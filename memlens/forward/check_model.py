@@ -31,7 +31,7 @@ from torch import Tensor
 from memlens.errors import ModelLoadError, UnsupportedModelError
 from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.hooks import SITES, HookFn, attached, capturing, chosen_layers, hook_name, refuse_sites
-from memlens.forward.trunk import Trunk
+from memlens.forward.trunk import Trunk, require_model
 from memlens.models.provenance import describe
 
 Status = Literal["ok", "failed", "refused", "ignored", "absent", "slow", "not compared"]
@@ -203,7 +203,7 @@ def check_model(
         A table of what was compared: `.ok`, `.failures`, `.to_frame()`, and `.raise_if_failed()`.
 
     Raises:
-        UnsupportedModelError: Not a TransformerLens model.
+        UnsupportedModelError: Not a TransformerLens model, or one in training mode with dropout.
 
     Example:
         >>> import memlens as ml
@@ -211,10 +211,7 @@ def check_model(
         >>> found.ok, [check.name for check in found.checks][:3]
         (True, ['logits', 'trunk', 'site resid_pre'])
     """
-    if not hasattr(model, "blocks") or not hasattr(model, "cfg"):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not a TransformerLens model: load it with memlens.load_model first."
-        )
+    require_model(model)
     device = next(model.parameters()).device
     tokens = probe_tokens(model.cfg.d_vocab, model.cfg.n_ctx) if reference is None else reference.tokens
     tokens = tokens.to(device)
@@ -224,6 +221,7 @@ def check_model(
     with capturing(model, names) as resid:
         logits = model(tokens)
     checks = [_against_huggingface(model, reference, resid, logits)]
+    trunk, final = None, logits
     try:
         trunk = Trunk(model)
         if reference is not None and checks[0].status == "ok" and logits.dtype.itemsize < 4:

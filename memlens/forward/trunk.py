@@ -30,7 +30,7 @@ def is_bridge(model: Any) -> bool:
     return hasattr(model, "original_model")
 
 
-def check_model(model: Any) -> None:
+def require_model(model: Any) -> None:
     """Raise `UnsupportedModelError` unless this is a TransformerLens model without active dropout."""
     if not hasattr(model, "blocks") or not hasattr(model, "cfg"):
         raise UnsupportedModelError(
@@ -57,8 +57,8 @@ class Trunk:
         model: A `HookedTransformer` or a `TransformerBridge`.
 
     Raises:
-        UnsupportedModelError: The model is not a causal stack of layers that can be run from the middle, or it
-            is in training mode and has dropout.
+        UnsupportedModelError: The model is not a causal stack of layers that can be run from the middle, or
+            it is in training mode and has dropout.
 
     Example:
         >>> import memlens as ml, torch
@@ -70,7 +70,7 @@ class Trunk:
     """
 
     def __init__(self, model: Any) -> None:
-        check_model(model)
+        require_model(model)
         self.model = model
         cfg = model.cfg
         self.n_layers: int = len(model.blocks)

@@ -20,7 +20,7 @@ from memlens.errors import OptionError, SequenceError
 from memlens.forward.baseline import teacher_forced
 from memlens.forward.memory import check_batch_size
 from memlens.forward.metrics import METRICS
-from memlens.forward.trunk import check_model
+from memlens.forward.trunk import require_model
 from memlens.models.provenance import describe
 from memlens.recall.columns import LABELS
 from memlens.results.kinds import register_kind
@@ -174,7 +174,7 @@ def extraction_curve(
         >>> curve["exact_match"].dims, curve["prefix_len"].values.tolist()
         (('sequence', 'prefix_len'), [8, 16, 32])
     """
-    check_model(model)
+    require_model(model)
     check_sequences(sequences, model)
     check_batch_size(batch_size)
     halves = Halves.of(sequences, pinned)

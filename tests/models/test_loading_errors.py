@@ -96,7 +96,7 @@ def test_loaded_model_that_is_not_causal():
     )
     with pytest.raises(UnsupportedModelError, match="BertForMaskedLM"):
         load_model(model)
-    with pytest.raises(UnsupportedModelError, match="A Linear is no model"):
+    with pytest.raises(UnsupportedModelError, match="A Linear is not a model"):
         load_model(torch.nn.Linear(2, 2))
 
 
