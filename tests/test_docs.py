@@ -78,6 +78,13 @@ def test_every_name_of_memlens_on_a_page_exists(page: str, text: str) -> None:
                 value = getattr(value, step)
 
 
+@pytest.mark.parametrize(("page", "text"), _texts().items(), ids=_texts())
+def test_what_a_page_imports_from_memlens_exists(page: str, text: str) -> None:
+    for module, names in re.findall(r"^\s*from (memlens(?:\.\w+)*) import ([\w, ]+)", text, re.MULTILINE):
+        for name in re.split(r",\s*", re.sub(r" as \w+", "", names)):
+            assert hasattr(resolve_name(module), name), f"{page}: from {module} import {name}"
+
+
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_a_stored_tutorial_is_whole_small_and_says_nothing_of_the_machine(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
