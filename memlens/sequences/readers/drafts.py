@@ -163,7 +163,9 @@ def assemble(draft: Draft, tokenizer: Any, max_targets: int | None, prepend_bos:
         first = bos_id(tokenizer)
         has_one = np.array([len(row) > 0 and row[0] == first for row in rows], dtype=bool)
         if first == getattr(tokenizer, "unk_token_id", None) and "text" in table:  # may be an unknown word
-            has_one &= table["text"].astype(str).str.startswith(tokenizer.bos_token).to_numpy()
+            has_one &= (
+                table["text"].astype(str).str.startswith(str(getattr(tokenizer, "bos_token", ""))).to_numpy()
+            )
         if has_one.any():
             warnings.warn(
                 f"{has_one.sum()} of {len(rows)} sequences begin with the beginning-of-text token ({first}) "
