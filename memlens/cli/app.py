@@ -174,6 +174,30 @@ def plan(where: ModelChoice, what: SequenceChoice, *, as_json: Json = False) -> 
     print_plan(plan_works(model, localize_works(model, what.load(model))), as_json=as_json)
 
 
+def check(where: ModelChoice, *, as_json: Json = False) -> None:
+    """Check that a model is what it claims to be: logits, layers and hooks; exit with 0 if so, else with 1.
+
+    Example: memlens check zoo/pythia-s
+
+    Args:
+        where: The model.
+    """
+    import memlens as ml
+
+    try:
+        found = ml.check_model(where.load())
+    except ml.errors.ModelLoadError as error:
+        print_json({"ok": False, "error": str(error)}) if as_json else OUT.print(str(error))
+        raise SystemExit(1) from None
+    if as_json:
+        print_json({"ok": found.ok, "checks": records(found.to_frame())})
+    else:
+        OUT.print(str(found))
+    if not found.ok:
+        raise SystemExit(1)
+
+
+app.command(from_options(check), name="check")
 app.command(from_options(score), name="score")
 app.command(from_options(plan), name="plan")
 

@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import pandas as pd
 import torch
@@ -196,7 +197,7 @@ def check_model(
     Args:
         model: A TransformerLens model.
         reference: What the Hugging Face model computes (`record_reference`). `load_model` gives it; without
-            it the comparison with Hugging Face is left out.
+            it the result of that comparison is shown.
         layers: Layers whose sites are checked; all by default.
 
     Returns:
@@ -237,6 +238,8 @@ def check_model(
         refuse_sites(model, [c.name.removeprefix("site ") for c in found if c.status == "refused"])
         checks += found
         checks.append(_fast_path(trunk, resid, final))
+    if reference is not None:
+        _AT_LOAD[model] = replace(checks[0], note=f"{checks[0].note}, when it was loaded")
     return ModelCheck(
         str(getattr(model.cfg, "model_name", "") or type(model).__name__),
         str(trunk.dtype if trunk else next(model.parameters()).dtype).removeprefix("torch."),
@@ -269,7 +272,9 @@ def _against_huggingface(
     model: Any, reference: Reference | None, resid: dict[str, Tensor], logits: Tensor
 ) -> Check:
     if reference is None:
-        return Check("logits", "not compared", note="compared with Hugging Face's when the model was loaded")
+        return _AT_LOAD.get(
+            model, Check("logits", "not compared", note="not loaded by memlens, or unchecked")
+        )
     expected = reference.logits.to(logits.device)
     depth = len(model.blocks)
     if _processed(model):  # centering the unembedding shifts all logits of a position by one constant
@@ -332,6 +337,9 @@ def _fast_path(trunk: Trunk, resid: dict[str, Tensor], final: Tensor) -> Check:
         return Check("fast path", "slow", note=note)
     return Check("fast path", "ok", note="layers run as plain functions")
 
+
+_AT_LOAD: WeakKeyDictionary[Any, Check] = WeakKeyDictionary()
+"""What the comparison with Hugging Face gave when a model was loaded: later its own model is gone."""
 
 Claim = Callable[[dict[str, Tensor]], "tuple[Tensor, Tensor]"]
 """From the activations of a run with a zeroed site to two tensors that must be equal."""

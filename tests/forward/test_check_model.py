@@ -225,6 +225,8 @@ def test_adapters_are_merged_into_a_copy(family: str) -> None:
 def test_the_table_reads_well(tiny_model: Callable[..., Any]) -> None:
     found = ml.check_model(tiny_model("gpt_neo", "bridge"))
     assert list(found.to_frame()["name"])[:2] == ["logits", "trunk"]
+    assert (found.checks[0].status, found.checks[0].difference < 1e-5) == ("ok", True)
+    assert "when it was loaded" in found.checks[0].note
     text = repr(found)
     assert "site pattern" in text
     assert "what is written here has no effect" in text
