@@ -1,14 +1,14 @@
 from .compression import prompt_compression as prompt_compression
 from .corpus.build import build_memorized_set as build_memorized_set
+from .corpus.duplicates import InfiniGram as InfiniGram
 from .corpus.duplicates import count_duplicates as count_duplicates
-from .corpus.frequency import InfiniGram as InfiniGram
-from .corpus.frequency import token_counts as token_counts
+from .corpus.duplicates import token_counts as token_counts
 from .corpus.memorized_set import MemorizedSet as MemorizedSet
 from .corpus.scan import PredictableRule as PredictableRule
 from .counterfactual import CounterfactualScores as CounterfactualScores
 from .counterfactual import counterfactual_memorization as counterfactual_memorization
 from .criteria.ngrams import NgramReference as NgramReference
-from .criteria.options import CriteriaOptions as CriteriaOptions
+from .criteria.score import CriteriaOptions as CriteriaOptions
 from .criteria.score import score_criteria as score_criteria
 from .criteria.scores import CriteriaScores as CriteriaScores
 from .criteria.scores import calibrate_criteria as calibrate_criteria

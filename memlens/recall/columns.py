@@ -1,13 +1,27 @@
-"""The columns that scoring adds beyond the built-in metrics, in groups that can be asked for."""
+"""The columns that scoring adds beyond the built-in metrics, in groups, and what computes them.
+
+How likely a continuation is comes from the statistics of the one teacher-forced pass, over the continuation's
+tokens given the prefix; papers on membership score all tokens of a text: give a prefix of one token for that.
+Near-verbatim recall compares what was generated with the truth when tokens may shift: M compares position by
+position, so one token left out makes everything after it wrong; an edit distance does not mind.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from memlens.forward.metrics import BUILT_IN, METRICS, Direction
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from rapidfuzz.distance import Levenshtein
+from torch import Tensor
+
+from memlens.errors import OptionError
+from memlens.forward.metrics import BUILT_IN, METRICS, Direction, TargetStats
 
 
 @dataclass(frozen=True)
@@ -125,3 +139,175 @@ LABELS: Mapping[str, dict[str, Any]] = MappingProxyType(
     }
 )
 """Unit, meaning and direction of each number, as attributes of an array."""
+
+
+def nll(stats: TargetStats) -> Float[Tensor, "seq"]:
+    r"""Return the negative log-likelihood of each continuation, in nats.
+
+    .. math:: \mathrm{NLL} = -\sum_j \log p(y_j \mid \text{prefix}, y_{<j})
+
+    A sum over the targets, so it grows with their number; ``exp(-nll)`` is the chance that one plain sample
+    from the model is the continuation.
+    """
+    return -torch.where(stats.mask, stats.logprob, 0).sum(-1)
+
+
+def perplexity(stats: TargetStats) -> Float[Tensor, "seq"]:
+    """Return ``exp(nll / n)`` with n target tokens: no unit, 1 for a continuation that is certain."""
+    return (nll(stats) / stats.mask.sum(-1)).exp()
+
+
+def min_k(stats: TargetStats, share: float = 0.2) -> Float[Tensor, "seq"]:
+    """Return Min-K %: the mean log-probability (nats) of the least likely tokens; higher is more likely seen.
+
+    The ``max(1, floor(share * n))`` targets with the lowest log-probability, of n.
+
+    Args:
+        stats: What `target_stats` gave.
+        share: k as a share of the targets, in (0, 1]; with 1 it is the mean log-probability.
+
+    Raises:
+        OptionError: A share outside (0, 1].
+
+    Source: arXiv 2310.16789 (Min-K% Prob), there over all tokens of a text. The rounding is ours.
+    """
+    return _mean_of_lowest(stats.logprob, stats.mask, share)
+
+
+def min_k_plus_plus(stats: TargetStats, share: float = 0.2) -> Float[Tensor, "seq"]:
+    r"""Return Min-K %++: the mean of the lowest standardized log-probabilities; no unit.
+
+    .. math:: z_j = \frac{\log p(y_j) - \mu_j}{\sigma_j}, \quad
+        \mu_j = \sum_v p_j(v) \log p_j(v), \quad
+        \sigma_j^2 = \sum_v p_j(v) (\log p_j(v) - \mu_j)^2
+
+    with sums over the whole vocabulary: how much likelier the token is than one drawn from the model. Where a
+    distribution has no spread at all, z is 0.
+
+    Args:
+        stats: What `target_stats` gave.
+        share: As for `min_k`.
+
+    Raises:
+        OptionError: A share outside (0, 1].
+
+    Source: arXiv 2404.02936 (Min-K%++), there over all tokens of a text. The rounding is ours.
+    """
+    gap = stats.logprob + stats.entropy
+    z = torch.where(stats.spread > 0, gap / stats.spread.clamp_min(1e-30), 0)
+    return _mean_of_lowest(z, stats.mask, share)
+
+
+def zlib_bytes(texts: Sequence[str]) -> Float[Tensor, "seq"]:
+    """Return how many bytes each text takes in UTF-8 when zlib has compressed it (level 6).
+
+    >>> zlib_bytes(["", "aaaaaaaaaaaaaaaaaaaaaaaa"]).tolist()
+    [8.0, 11.0]
+    """
+    sizes = [len(zlib.compress(text.encode("utf-8", "replace"), 6)) for text in texts]
+    return torch.tensor(sizes, dtype=torch.float64)
+
+
+def zlib_ratio(stats: TargetStats, texts: Sequence[str]) -> Float[Tensor, "seq"]:
+    """Return NLL / `zlib_bytes`, in nats a byte: low where the model knows more than a compressor sees.
+
+    Args:
+        stats: What `target_stats` gave.
+        texts: The continuations as text.
+
+    Source: the idea of the ratio is that of arXiv 2012.07805 (its "zlib" attack compares perplexity with zlib
+    entropy of a whole text); here it is the summed NLL of the continuation over that of its own text.
+    """
+    return nll(stats) / zlib_bytes(texts)
+
+
+def check_share(share: float) -> None:
+    """Raise `OptionError` unless `share` is in (0, 1]."""
+    if not 0 < share <= 1:
+        raise OptionError(f"min_k={share} is not in (0, 1]: give a share of the targets, such as 0.2")
+
+
+def _mean_of_lowest(values: Tensor, mask: Tensor, share: float) -> Tensor:
+    check_share(share)
+    ordered = torch.where(mask, values, torch.inf).sort(-1).values
+    # A guard against 0.29 * 100 = 28.999…
+    count = (share * mask.sum(-1).double() + 1e-9).floor().clamp_min(1)
+    lowest = torch.arange(mask.shape[1]) < count[:, None]
+    return torch.where(lowest, ordered, 0).sum(-1) / count
+
+
+_BLOCK = 16_384
+"""Sequences whose tables are held at a time."""
+
+
+def near_verbatim_columns(
+    generated: Sequence[Sequence[int]], truth: Sequence[Sequence[int]]
+) -> dict[str, np.ndarray]:
+    """Return how nearly each generated continuation is the true one, one array a column.
+
+    - `edit_distance` (tokens): the fewest insertions, deletions and substitutions (each costs 1) that turn
+      one into the other (Levenshtein).
+    - `edit_similarity` (share): ``1 - edit_distance / max(len(generated), len(truth))``.
+    - `longest_run` (tokens): the longest run of tokens that occurs in both, at any position.
+    - `longest_run_at`, `longest_run_generated_at`: where its first occurrence begins in the truth (counted
+      from the continuation's first token) and in the generated tokens; -1 where there is none.
+
+    Source: standard definitions on tokens; the choice of these for near-verbatim recall is ours.
+
+    >>> columns = near_verbatim_columns([[1, 2, 3, 4]], [[9, 1, 2, 3]])
+    >>> {name: value.tolist() for name, value in columns.items() if name != "edit_similarity"}
+    {'edit_distance': [2], 'longest_run': [3], 'longest_run_at': [1], 'longest_run_generated_at': [0]}
+    """
+    pairs = list(zip(generated, truth, strict=True))
+    distance = np.array([Levenshtein.distance(a, b) for a, b in pairs], dtype=np.int64)
+    longest = np.array([max(len(a), len(b), 1) for a, b in pairs])
+    length, start, generated_start = longest_common_runs(truth, generated)
+    return {
+        "edit_distance": distance,
+        "edit_similarity": 1 - distance / longest,
+        "longest_run": length,
+        "longest_run_at": start,
+        "longest_run_generated_at": generated_start,
+    }
+
+
+def longest_common_runs(
+    first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]
+) -> tuple[Int[np.ndarray, "pair"], Int[np.ndarray, "pair"], Int[np.ndarray, "pair"]]:
+    """Return the longest run common to both of each pair: its length, and where it begins in each.
+
+    Of several longest runs the one that begins first in `first` is meant, then first in `second`. Starts are
+    -1 where nothing is common.
+
+    >>> [a.tolist() for a in longest_common_runs([[1, 2, 3]], [[7, 2, 3, 2]])]
+    [[2], [1], [1]]
+    """
+    parts = [
+        _runs(_padded(first[i : i + _BLOCK], -1), _padded(second[i : i + _BLOCK], -2))
+        for i in range(0, len(first), _BLOCK)
+    ]
+    lengths, starts, other_starts = np.concatenate([np.zeros((3, 0), np.int64), *parts], axis=1)
+    return lengths, starts, other_starts
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int) -> np.ndarray:
+    out = np.full((len(rows), max(map(len, rows), default=0)), fill, dtype=np.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def _runs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """All pairs at once; after step i, `run[:, j]` is the common run that ends at a's i and b's j."""
+    n = len(a)
+    best, a_end, b_end = (np.zeros(n, dtype=np.int64) for _ in range(3))
+    run = np.zeros((n, b.shape[1] + 1), dtype=np.int64)
+    every = np.arange(n)
+    for i in range(a.shape[1]):
+        run[:, 1:] = np.where(a[:, i : i + 1] == b, run[:, :-1] + 1, 0)
+        j = run.argmax(1)
+        longer = run[every, j] > best
+        best = np.where(longer, run[every, j], best)
+        a_end, b_end = np.where(longer, i + 1, a_end), np.where(longer, j, b_end)
+    found = best > 0
+    return np.stack([best, np.where(found, a_end - best, -1), np.where(found, b_end - best, -1)])

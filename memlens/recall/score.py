@@ -16,9 +16,17 @@ from memlens.forward.generate import greedy_continuations
 from memlens.forward.metrics import BUILT_IN, METRICS, TargetStats
 from memlens.forward.trunk import require_model
 from memlens.models.provenance import describe
-from memlens.recall.columns import METRIC_GROUPS, SCORE_COLUMNS
-from memlens.recall.likelihood import check_share, min_k, min_k_plus_plus, nll, perplexity, zlib_ratio
-from memlens.recall.near_verbatim import near_verbatim_columns
+from memlens.recall.columns import (
+    METRIC_GROUPS,
+    SCORE_COLUMNS,
+    check_share,
+    min_k,
+    min_k_plus_plus,
+    near_verbatim_columns,
+    nll,
+    perplexity,
+    zlib_ratio,
+)
 from memlens.recall.sampling import Sampling, check_chance, samples_needed
 from memlens.recall.scores import RecallScores
 from memlens.recall.trivial import TrivialRules, trivial_columns
@@ -149,7 +157,7 @@ def score_recall(
     continuation equals the truth), `generated` (its token ids) and `generated_text`.
 
     Further columns come in groups, all of them from the same passes: `likelihood` (`nll`, `perplexity`,
-    `min_k`, `min_k_plus_plus`, and with a tokenizer `zlib_ratio`; see `memlens.recall.likelihood`),
+    `min_k`, `min_k_plus_plus`, and with a tokenizer `zlib_ratio`; see `memlens.recall.columns`),
     `sampling` (`sample_logprob`, `samples_needed`, `np_discoverable`; see `Sampling` and `samples_needed`),
     `near_verbatim` (with `generate`: `edit_distance`, `edit_similarity`, `longest_run` and where it begins;
     see `near_verbatim_columns`) and `trivial` (`copied_share`, `type_token_ratio`, `repeated_share`,

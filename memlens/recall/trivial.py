@@ -17,7 +17,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from memlens.errors import OptionError
-from memlens.recall.near_verbatim import longest_common_runs
+from memlens.recall.columns import longest_common_runs
 from memlens.sequences.set import SequenceSet
 
 _UNITS = re.compile(r"\d+|[^\W\d]+|[^\s\w]")

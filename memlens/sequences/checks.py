@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from memlens.errors import EmptySetError, SequenceError, VocabularyError, check_option
-from memlens.sequences.rows import some, span
-from memlens.sequences.set import SequenceSet
+from memlens.sequences.set import SequenceSet, some, span
 from memlens.sequences.tokenizing import tokenizer_attrs
 
 

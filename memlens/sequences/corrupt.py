@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from memlens.errors import SequenceError, check_option
-from memlens.sequences.rows import some
-from memlens.sequences.set import SequenceSet
+from memlens.sequences.set import SequenceSet, some
 
 KINDS = ("replace_token", "shuffle_prefix", "other_sequence")
 

@@ -18,8 +18,7 @@ import pyarrow.parquet as pq
 
 from memlens.errors import ColumnError, FileFormatError
 from memlens.files import replacing
-from memlens.sequences.rows import RESERVED_COLUMNS
-from memlens.sequences.set import SequenceSet
+from memlens.sequences.set import RESERVED_COLUMNS, SequenceSet
 
 _KEY = b"memlens"
 

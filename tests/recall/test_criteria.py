@@ -13,8 +13,8 @@ import pytest
 
 import memlens as ml
 from memlens.errors import ColumnError, EmptySetError, OptionError, SequenceError
-from memlens.recall.criteria.edits import Swaps, word_counts
 from memlens.recall.criteria.references import Answers
+from memlens.recall.criteria.text import Swaps, word_counts
 from memlens.sequences.parquet import read_table
 from memlens.sequences.set import SequenceSet
 from tests.tiny import tiny_tokenizer

@@ -18,8 +18,7 @@ import memlens as ml
 from memlens.errors import OptionError, SequenceError, SourceNotFoundError
 from memlens.organisms.corpus.corpus import CorpusSpec, build_corpus
 from memlens.recall.corpus import duplicates as module
-from memlens.recall.corpus.duplicates import count_duplicates, count_ngrams
-from memlens.recall.corpus.frequency import InfiniGram, token_counts
+from memlens.recall.corpus.duplicates import InfiniGram, count_duplicates, count_ngrams, token_counts
 from memlens.sequences.set import SequenceSet
 
 ids = st.integers(0, 2)

@@ -14,7 +14,7 @@ import torch
 from memlens.errors import OptionError
 from memlens.forward import baseline as forward_module
 from memlens.forward.metrics import TargetStats, target_stats
-from memlens.recall.likelihood import min_k, min_k_plus_plus, nll, perplexity
+from memlens.recall.columns import min_k, min_k_plus_plus, nll, perplexity
 from memlens.recall.score import score_recall
 from tests.recall.sets import graded
 from tests.small import CASES

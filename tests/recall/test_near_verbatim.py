@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memlens.recall import near_verbatim as module
-from memlens.recall.near_verbatim import longest_common_runs, near_verbatim_columns
+from memlens.recall import columns as module
+from memlens.recall.columns import longest_common_runs, near_verbatim_columns
 from memlens.recall.score import score_recall
 from tests.recall.sets import graded, plain_greedy
 

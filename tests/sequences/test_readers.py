@@ -21,7 +21,7 @@ from memlens.errors import (
     VocabularyError,
 )
 from memlens.models.zoo import zoo_path
-from memlens.sequences.readers import zoo
+from memlens.sequences.readers import sources
 from memlens.sequences.readers.load import load_sequences
 from memlens.sequences.set import SequenceSet
 from tests.sequences.vocabularies import byte_level, characters, metaspace, model_with
@@ -196,7 +196,7 @@ def test_zoo_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         frame = pd.DataFrame({"id": [f"{name}-{i}" for i in range(len(rows))], "tokens": rows})
         frame.assign(prefix_len=2, text="t", domain="code", copies=4, source=f"zoo/{name}").to_parquet(path)
     bundled = tmp_path / "models" / "zoo"
-    monkeypatch.setattr(zoo, "zoo_folders", lambda: (bundled, tmp_path / "cache"))
+    monkeypatch.setattr(sources, "zoo_folders", lambda: (bundled, tmp_path / "cache"))
     seqs = load_sequences("zoo")
     assert seqs.ids == ["pythia-s-0", "pythia-s-1"]
     assert seqs.attrs["source"] == "zoo/pythia-s"
@@ -484,7 +484,7 @@ def test_a_zoo_folder_that_lacks_a_list_and_an_unknown_list_are_named(
     folder = tmp_path / "cache" / "old"
     folder.mkdir(parents=True)
     pd.DataFrame({"tokens": ROWS, "prefix_len": 2}).to_parquet(folder / "sequences.parquet")
-    monkeypatch.setattr(zoo, "zoo_folders", lambda: (tmp_path / "none", tmp_path / "cache"))
+    monkeypatch.setattr(sources, "zoo_folders", lambda: (tmp_path / "none", tmp_path / "cache"))
     assert load_sequences("zoo/old:sequences").rows() == ROWS
     with pytest.raises(SourceNotFoundError, match=r"'zoo/old' has no list of facts, it has sequences"):
         load_sequences("zoo/old:facts")

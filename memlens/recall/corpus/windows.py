@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from memlens.errors import ColumnError, FileFormatError, SequenceError, SourceNotFoundError, VocabularyError
-from memlens.sequences.readers.columns import TOKENS, find_column, listing
+from memlens.sequences.readers.drafts import TOKENS, find_column, listing
 from memlens.sequences.set import SequenceSet
 
 

@@ -19,11 +19,10 @@ import numpy as np
 import pandas as pd
 
 from memlens.errors import ColumnError, SequenceError, check_option
-from memlens.sequences.readers.columns import listing
-from memlens.sequences.readers.drafts import Draft, leave_out
+from memlens.sequences.readers.drafts import Draft, leave_out, listing
 from memlens.sequences.readers.registry import Request, register_form
 from memlens.sequences.readers.tables import need_tokenizer, texts_of
-from memlens.sequences.rows import unique_ids
+from memlens.sequences.set import unique_ids
 from memlens.sequences.tokenizing import Tokenizer, encode, first_word_token, split_points
 
 _MASK = "[MASK]"

@@ -1,4 +1,4 @@
-"""From rows as read to a `SequenceSet`: prefix lengths, what is left out, names, the token in front."""
+"""From rows as read to a `SequenceSet`: columns, prefix lengths, rows left out, ids, the token in front."""
 
 from __future__ import annotations
 
@@ -11,12 +11,55 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from memlens.errors import EmptySetError, SequenceError, VocabularyError
+from memlens.errors import ColumnError, EmptySetError, SequenceError, VocabularyError, near_matches
 from memlens.sequences.checks import eos_mask
-from memlens.sequences.readers.columns import ID, find_column
-from memlens.sequences.rows import some, unique_ids
-from memlens.sequences.set import Attr, SequenceSet
+from memlens.sequences.set import Attr, SequenceSet, some, unique_ids
 from memlens.sequences.tokenizing import bos_id, tokenizer_attrs
+
+TOKENS = ("tokens", "input_ids", "token_ids")
+
+
+PROMPT = ("prompt", "prefix", "context")
+
+
+CONTINUATION = ("continuation", "suffix", "target", "completion")
+
+
+TEXT = ("text", "sequence", "content", "sentence")
+
+
+ID = ("id", "uid", "sequence_id", "index")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The names of columns a caller gave; None: look for the usual names."""
+
+    tokens: str | None = None
+    prompt: str | None = None
+    continuation: str | None = None
+    text: str | None = None
+    id: str | None = None
+
+
+def find_column(frame: pd.DataFrame, given: str | None, usual: Sequence[str]) -> str | None:
+    """Return the given column, or the first usual one that is there, or None.
+
+    Raises:
+        ColumnError: The given column is not there.
+    """
+    if given is None:
+        return next((name for name in usual if name in frame), None)
+    if given not in frame:
+        hint = near_matches(given, map(str, frame.columns))
+        raise ColumnError(f"there is no column {given!r}: {listing(frame)}.{hint}")
+    return given
+
+
+def listing(frame: pd.DataFrame) -> str:
+    """Return the names of the columns there are, for an error message."""
+    return f"the columns are {', '.join(map(str, frame.columns)) or 'none'}"
+
 
 DEFAULT_PREFIX_LEN = 32
 """Tokens given to the model where nothing else says: the 32 + 32 of published lists."""

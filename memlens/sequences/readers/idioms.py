@@ -16,8 +16,7 @@ from memlens.errors import ColumnError, SequenceError, check_option
 from memlens.sequences.readers.drafts import Draft
 from memlens.sequences.readers.registry import Request, register_form
 from memlens.sequences.readers.tables import need_tokenizer, texts_of
-from memlens.sequences.rows import some
-from memlens.sequences.set import SequenceSet
+from memlens.sequences.set import SequenceSet, some
 from memlens.sequences.tokenizing import Tokenizer, encode, first_word_token, split_points
 from memlens.sequences.words import bare_word, is_stop_word
 

@@ -10,16 +10,16 @@ import numpy as np
 import pandas as pd
 
 from memlens.errors import ColumnError, SequenceError, near_matches
-from memlens.sequences.readers.columns import (
+from memlens.sequences.readers.drafts import (
     CONTINUATION,
     PROMPT,
     TEXT,
     TOKENS,
     Columns,
+    Draft,
     find_column,
     listing,
 )
-from memlens.sequences.readers.drafts import Draft
 from memlens.sequences.tokenizing import Tokenizer, encode, split_points
 
 _MASK = "attention_mask"

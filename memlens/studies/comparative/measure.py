@@ -22,7 +22,7 @@ from memlens.models.provenance import describe
 from memlens.models.zoo import is_zoo_name
 from memlens.organisms.untrained import untrained_like
 from memlens.recall.compression import prompt_compression
-from memlens.recall.corpus.frequency import token_counts
+from memlens.recall.corpus.duplicates import token_counts
 from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
 from memlens.results.groups import join_groups

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from memlens.recall.criteria.options import CriteriaOptions
-from memlens.recall.criteria.score import score_criteria
+from memlens.recall.criteria.score import CriteriaOptions, score_criteria
 from memlens.recall.criteria.scores import IDIOM_FLAGS, CriteriaScores, calibrate_criteria
 from memlens.report.model import Finding
 from memlens.results.statistics.agreement import RocArea, roc_area

@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from memlens.errors import OptionError
 from memlens.options import options_class
-from memlens.recall.criteria.options import CriteriaOptions
+from memlens.recall.criteria.score import CriteriaOptions
 
 Stream = Literal["resid_post", "resid_mid", "attn_out", "mlp_out"]
 Selection = Literal["dominant", "random", "norm_matched"]
