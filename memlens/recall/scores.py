@@ -33,10 +33,7 @@ if TYPE_CHECKING:
 GROUPS = ("copies", "domain")
 """Columns by which rates are given where the table has them."""
 
-_SUMMARIZED = (
-    *BUILT_IN,
-    *(name for name, column in COLUMNS.items() if column.summarized),
-)
+_SUMMARIZED = (*BUILT_IN, *(name for name, column in COLUMNS.items() if column.summarized))
 
 # Decided by what is counted, not by the values: a mean that happens to be 0 everywhere is not a proportion.
 _PROPORTIONS = (

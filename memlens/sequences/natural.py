@@ -68,12 +68,7 @@ def text_windows(tokenizer: Tokenizer, path: str | Path, window: int = 128) -> S
 
 
 def natural_controls(
-    text: SequenceSet,
-    like: SequenceSet,
-    *,
-    tokenizer: Tokenizer = None,
-    n: int | None = None,
-    seed: int = 0,
+    text: SequenceSet, like: SequenceSet, *, tokenizer: Tokenizer = None, n: int | None = None, seed: int = 0
 ) -> SequenceSet:
     """Cut prompts from running text that are as long as those of a set; the next token is the target.
 

@@ -117,10 +117,7 @@ def test_one_prompt_with_several_objects_is_ambiguous_without_names() -> None:
 
 
 def test_an_object_inside_its_subject_is_marked() -> None:
-    rows = [
-        record("Mat of Cats", "mat", "it is the [MASK]"),
-        record("a dog", "mat", "here is the [MASK]"),
-    ]
+    rows = [record("Mat of Cats", "mat", "it is the [MASK]"), record("a dog", "mat", "here is the [MASK]")]
     seqs = load_sequences(pd.DataFrame(rows), tokenizer=byte_level())
     assert seqs.table["object_in_subject"].tolist() == [True, False]
 
