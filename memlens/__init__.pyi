@@ -20,7 +20,7 @@ from .instruments.bypass.bypass import bypass_attention as bypass_attention
 from .instruments.bypass.bypass import bypassed as bypassed
 from .instruments.decode.decoding import decode_residual as decode_residual
 from .instruments.decode.logit_attribution import attribute_logits as attribute_logits
-from .instruments.noise.residual import perturb_residual as perturb_residual
+from .instruments.noise import perturb_residual as perturb_residual
 from .instruments.patch.patching import patch_activations as patch_activations
 from .instruments.patch.path_patching import patch_paths as patch_paths
 from .instruments.screen.gradients import attribute_gradients as attribute_gradients
@@ -41,8 +41,8 @@ from .studies.localization.study import localize as localize
 from .sweeps.contexts import applied as applied
 from .sweeps.interventions import BatchHook as BatchHook
 from .sweeps.interventions import Intervention as Intervention
-from .sweeps.measure import measure as measure
 from .sweeps.plan import plan as plan
+from .sweeps.run import measure as measure
 from .sweeps.run import sweep as sweep
 
 __version__: str

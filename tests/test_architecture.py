@@ -155,7 +155,6 @@ def test_only_public_faces_list_their_names() -> None:
 
 SMALL = {
     "instruments": "holds the folders of the instruments",
-    "instruments/noise": "two instruments, noise in the residual and in the prefix, each an idea of its own",
     "instruments/patch": "pairs of runs, activation patching and path patching",
     "models/zoo": "holds the checkpoints of the zoo; its code is in organisms/training",
     "organisms": "its corpus and training are folders",

@@ -9,8 +9,8 @@ from .bypass.bypass import bypass_attention as bypass_attention
 from .bypass.predictor import PredictorAgreement as PredictorAgreement
 from .decode.decoding import decode_residual as decode_residual
 from .decode.logit_attribution import attribute_logits as attribute_logits
-from .noise.prefix import perturb_prefix as perturb_prefix
-from .noise.residual import perturb_residual as perturb_residual
+from .noise import perturb_prefix as perturb_prefix
+from .noise import perturb_residual as perturb_residual
 from .patch.patching import patch_activations as patch_activations
 from .patch.path_patching import patch_paths as patch_paths
 from .screen.gradients import attribute_ablation as attribute_ablation

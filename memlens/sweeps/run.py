@@ -1,17 +1,27 @@
-"""`sweep`: one labelled array from many interventions."""
+"""`sweep`: one labeled array from many interventions; `measure`: the same without any.
+
+A sweep with a folder (`memlens.store.keyed_folder`) is cut into parts. Each part is a pure function of what
+the sweep was asked (the contents of the model, the sequences, the interventions and the metrics, see
+`memlens.store.fingerprint`), and one file.
+"""
 
 from __future__ import annotations
 
 import logging
+import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from memlens.errors import EmptySetError, InterventionError, check_option
+from memlens.files import replacing
+from memlens.forward.batches import make_batches
 from memlens.forward.hooks import resolve_hook
 from memlens.forward.memory import Budget
 from memlens.forward.metrics import MetricLike, as_metrics
@@ -23,13 +33,13 @@ from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 from memlens.store.fingerprint import fingerprint, model_fingerprint, sequences_fingerprint
-from memlens.store.shards import Shard, ShardStore, cut
+from memlens.store.keyed_folder import KeyedFolder
+from memlens.sweeps.contexts import in_float32
 from memlens.sweeps.engine.engine import Engine
 from memlens.sweeps.engine.schedule import joined, run_batches
 from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.labels import coords_of, labelled, make_result
 from memlens.sweeps.plan import intervention_flops
-from memlens.sweeps.precision import agreement_with_float32
 
 ENGINES = ("fast", "reference")
 _LOG = logging.getLogger(__name__)
@@ -214,6 +224,212 @@ def _warn_not_finite(values: Values) -> None:
     for name, array in values.items():
         if name == "target_logprob" and np.isnan(array).all(axis=tuple(range(array.ndim))[2:]).any():
             _LOG.warning("some interventions drive the model to NaN; their values are NaN in the result")
+
+
+@torch.no_grad()
+def measure(
+    model: Any,
+    sequences: SequenceSet,
+    metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
+    *,
+    per_token: bool = False,
+    memory_budget: int | None = None,
+    batch_size: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Return each metric of the unchanged model, one number per sequence (or `[seq, target]`).
+
+    Args:
+        model: A TransformerLens model.
+        sequences: What is recalled.
+        metrics: As for `sweep`.
+        per_token: Keep a `target` axis, NaN after a sequence's last target (built-in metrics only).
+        memory_budget: Bytes for activations.
+        batch_size: Sequences in a batch.
+
+    Raises:
+        EmptySetError: No sequences.
+        SequenceError, VocabularyError: A sequence does not fit the model.
+        NonFiniteError: The model gives NaN or infinity.
+    """
+    check_sequences(sequences, model, on_eos="keep")
+    trunk = Trunk(model)
+    budget = Budget.of(trunk, sequences, memory_budget, batch_size)
+    engine = Engine.of(trunk, sequences, metrics, budget, per_token=per_token)
+    parts = [
+        engine.baseline(trunk, b, t).values
+        for b, t in make_batches(sequences, budget.batch_size, trunk.device)
+    ]
+    return {name: joined([p[name].numpy() for p in parts]) for name in parts[0]}
+
+
+_PARTS_VERSION = 2
+"""Of the format; version 1 was identified by fingerprints that could collide."""
+_FEWEST = 16
+"""Interventions per part, at least: each part runs the un-intervened model once."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of a sweep: some sequences under some interventions.
+
+    Attributes:
+        rows: Row numbers of the sequences.
+        items: Numbers of the interventions.
+    """
+
+    rows: range
+    items: range
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        return (
+            f"sequences-{self.rows.start:06d}-{self.rows.stop:06d}"
+            f"-interventions-{self.items.start:06d}-{self.items.stop:06d}.npz"
+        )
+
+
+def cut(n_sequences: int, costs: Sequence[float], batch_size: int, most: float) -> list[Shard]:
+    """Cut a sweep into parts that cost about the same.
+
+    Args:
+        n_sequences: How many sequences.
+        costs: What each intervention costs on one sequence.
+        batch_size: Sequences of a part.
+        most: What a part should cost at most.
+
+    >>> [(s.rows, s.items) for s in cut(3, [1.0] * 40, 2, 40.0)]
+    [(range(0, 2), range(0, 20)), (range(0, 2), range(20, 40)), (range(2, 3), range(0, 40))]
+    """
+    shards = []
+    for first in range(0, n_sequences, batch_size):
+        rows = range(first, min(first + batch_size, n_sequences))
+        start, cost = 0, 0.0
+        for i, each in enumerate(costs):
+            if i - start >= _FEWEST and cost + each * len(rows) > most:
+                shards.append(Shard(rows, range(start, i)))
+                start, cost = i, 0.0
+            cost += each * len(rows)
+        shards.append(Shard(rows, range(start, len(costs))))
+    return shards
+
+
+class ShardStore:
+    """The finished parts of one sweep in a folder.
+
+    Args:
+        folder: The folder; created if it is missing.
+        about: What identifies the sweep: fingerprints and settings.
+        shards: How it is cut into parts; a sweep that was begun keeps its own cut.
+
+    Raises:
+        OtherRunError: The folder belongs to another sweep, or another version of memlens wrote it.
+        ResultError: Its manifest cannot be read.
+    """
+
+    shards: list[Shard]
+
+    def __init__(self, folder: str | Path, about: Mapping[str, str], shards: Sequence[Shard]) -> None:
+        cut = [[s.rows.start, s.rows.stop, s.items.start, s.items.stop] for s in shards]
+        self.folder = KeyedFolder(
+            folder, "sweep", about, version=_PARTS_VERSION, parts="*.npz", content={"parts": cut}
+        )
+        self.shards = [Shard(range(a, b), range(c, d)) for a, b, c, d in self.folder.content["parts"]]
+
+    def load(self, shard: Shard) -> tuple[Values, Values] | None:
+        """Return a part's baseline and values; None if it is not finished.
+
+        Raises:
+            ResultError: The file is damaged, or is not the part that this sweep wrote.
+        """
+        path = self.folder.path / shard.name
+        if not path.exists():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = {name: file[name] for name in file.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+            raise self.folder.damaged(shard.name, error) from error
+        self.folder.check(shard.name, found, found.pop("seal", None))
+        base = {n[5:]: a for n, a in found.items() if n.startswith("base ")}
+        return base, {n[6:]: a for n, a in found.items() if n.startswith("value ")}
+
+    def save(self, shard: Shard, base: Values, values: Values) -> None:
+        """Write a finished part, whole or not at all."""
+        named = {f"base {n}": a for n, a in base.items()} | {f"value {n}": a for n, a in values.items()}
+        seal = np.array(self.folder.seal(shard.name, named))
+        with replacing(self.folder.path / shard.name) as part, part.open("wb") as file:
+            np.savez(file, seal=seal, **named)  # pyright: ignore[reportArgumentType]
+
+
+_COMPARED_SEQUENCES = 4
+_COMPARED_INTERVENTIONS = 8
+
+
+@torch.no_grad()
+def agreement_with_float32(
+    trunk: Trunk,
+    seqs: SequenceSet,
+    interventions: Sequence[Intervention],
+    metrics: Sequence[MetricLike],
+    baseline: Mapping[str, np.ndarray],
+    values: Mapping[str, np.ndarray],
+    *,
+    per_token: bool,
+) -> dict[str, Any]:
+    """Compare some of a sweep's values with plain forwards in float32.
+
+    Args:
+        trunk: The model.
+        seqs: The sequences of the sweep.
+        interventions: Its interventions; up to eight, evenly spread, are run.
+        metrics: Its metrics.
+        baseline: Its un-intervened values.
+        values: Its values, `[seq, intervention, …]`.
+        per_token: Whether values have a `target` axis.
+
+    Returns:
+        `dtype`, how many `sequences` and `interventions` were compared, and by metric the largest absolute
+        difference of values, and of effects (intervened minus baseline).
+    """
+    items = _spread(len(interventions), _COMPARED_INTERVENTIONS)
+    rows = range(min(len(seqs), _COMPARED_SEQUENCES))
+    found: dict[str, dict[str, float]] = {}
+    with in_float32(trunk.model):
+        wide = Trunk(trunk.model)
+        budget = Budget.of(wide, seqs, None, len(rows))
+        runner = Engine.of(wide, seqs, metrics, budget, per_token=per_token)
+        ((batch, targets),) = make_batches(seqs, len(rows), wide.device, rows)
+        plain = runner.reference(batch, targets, None)
+        wanted = [runner.reference(batch, targets, interventions[i]) for i in items]
+    for name, before in plain.items():
+        found[name] = _differences(
+            baseline[name][: len(rows)],
+            values[name][: len(rows)][:, items],
+            before,
+            torch.stack([w[name] for w in wanted], 1),
+        )
+    return {
+        "dtype": str(trunk.dtype).removeprefix("torch."),
+        "sequences": len(rows),
+        "interventions": len(items),
+        "largest_difference": found,
+    }
+
+
+def _differences(base: np.ndarray, values: np.ndarray, plain: Tensor, wanted: Tensor) -> dict[str, float]:
+    width = plain.shape[1:]
+    if width:  # a `target` axis, padded to the widest of all sequences
+        base, values = base[:, : width[0]], values[..., : width[0]]
+    want, before = wanted.numpy().astype(float), plain.numpy().astype(float)
+    off = np.abs(values - want)
+    effects = np.abs((values - base[:, None]) - (want - before[:, None]))
+    return {"value": float(np.nanmax(off)), "effect": float(np.nanmax(effects))}
+
+
+def _spread(n: int, most: int) -> list[int]:
+    """Up to `most` numbers below `n`, evenly spread, first and last among them."""
+    return sorted({round(float(i)) for i in np.linspace(0, n - 1, min(n, most))})
 
 
 register_kind("sweep", plot=plot_sweep, reading=read_effects)

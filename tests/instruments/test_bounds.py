@@ -206,10 +206,7 @@ def state_of(model: Any) -> list[Any]:
 
 def test_layers_and_settings(tiny_model: Any) -> None:
     model = tiny_model("gpt_neox", "bridge")
-    whole, some = (
-        bounds(model, ragged()),
-        ml.bypass.bounds(model, ragged(), layers=[2, 0], progress=False),
-    )
+    whole, some = (bounds(model, ragged()), ml.bypass.bounds(model, ragged(), layers=[2, 0], progress=False))
     assert some.kind == "bypass_bounds"
     assert some["layer"].values.tolist() == [2, 0]
     assert np.allclose(some["limit"], whole.limit.sel(layer=[2, 0]), equal_nan=True)

@@ -19,7 +19,7 @@ from memlens.instruments.tasks import lm_eval as lm_eval_tasks
 from memlens.models.zoo import zoo_path
 from memlens.organisms.corpus.tokenizer import load_tokenizer
 from memlens.organisms.local_tasks import local_tasks
-from memlens.sweeps.measure import measure
+from memlens.sweeps.run import measure
 from tests.tiny import D_VOCAB
 
 pytest.importorskip("lm_eval")

@@ -64,11 +64,9 @@ def test_positions(tiny_model: Any, positions: str) -> None:
     result = ml.ablate_mlps(model, seqs, positions=positions, layers=[1], progress=False)
     for row, prefix in enumerate(seqs.prefix_len.tolist()):
         last = int(seqs.lengths[row]) - 1
-        where = {
-            "prompt": range(prefix),
-            "targets": range(prefix - 1, last),
-            "last_prompt": [prefix - 1],
-        }[positions]
+        where = {"prompt": range(prefix), "targets": range(prefix - 1, last), "last_prompt": [prefix - 1]}[
+            positions
+        ]
 
         def edit(x: torch.Tensor, hook: Any, where: Any = where) -> torch.Tensor:
             x = x.clone()

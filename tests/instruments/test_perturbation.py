@@ -11,8 +11,7 @@ import torch
 
 import memlens as ml
 from memlens.errors import OptionError, SequenceError, SiteError
-from memlens.instruments.noise.prefix import replaced_prefixes
-from memlens.instruments.noise.residual import NoiseSource, residual_noise
+from memlens.instruments.noise import NoiseSource, replaced_prefixes, residual_noise
 from memlens.sequences.set import SequenceSet
 from tests.small import CASES, largest_difference, ragged
 from tests.tiny import D_VOCAB, tiny_huggingface_model

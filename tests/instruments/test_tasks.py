@@ -253,10 +253,7 @@ def test_jsonl(tiny_model: Model, tmp_path: Path) -> None:
         ({"context": "w1", "choices": "w2"}, "line 2: choices='w2' is not a list of texts"),
         ({"context": "w1", "choices": ["w2", ""], "gold": 0}, "is not a list of texts"),
         ({"context": "w1", "choices": ["w2", "w3"]}, "line 2: gold=None is not a choice"),
-        (
-            {"context": "w1", "choices": ["w2", "w3"], "gold": 2},
-            "gold=2 is not a choice: give .* 0 to 1",
-        ),
+        ({"context": "w1", "choices": ["w2", "w3"], "gold": 2}, "gold=2 is not a choice: give .* 0 to 1"),
         ({"context": "w1", "choices": ["w2", "w3"], "gold": "w2"}, "gold='w2' is not a choice"),
         ({"context": ["w1"], "choices": ["w2", "w3"], "gold": 0}, "is neither a text nor one per choice"),
         ({"context": 3, "choices": ["w2", "w3"], "gold": 0}, "context=3 is neither a text"),

@@ -15,7 +15,7 @@ import pytest
 from memlens.errors import OtherRunError, ResultError
 from memlens.files import replacing
 from memlens.store.keyed_folder import KeyedFolder, read_manifest
-from memlens.store.shards import Shard, ShardStore
+from memlens.sweeps.run import Shard, ShardStore
 
 SHARDS = [Shard(range(2), range(3)), Shard(range(2, 4), range(3))]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import memlens as ml
-from memlens.sweeps.precision import in_float32
+from memlens.sweeps.contexts import in_float32
 from tests.small import CASES, corrupted, ragged
 
 

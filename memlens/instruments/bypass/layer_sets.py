@@ -244,7 +244,8 @@ class _Search:
         out: str | Path | None,
         options: Mapping[str, Any],
     ) -> None:
-        self.model, self.sequences, self.tasks, self.mode, self.over = model, sequences, tasks, mode, over
+        self.model, self.sequences, self.tasks, self.over = model, sequences, tasks, over
+        self.mode: BypassMode = mode
         self.n_resamples, self.seed, self.out, self.options = n_resamples, seed, out, dict(options)
         self.kinds: dict[Layers, list[str]] = {}
         self.tried: list[Layers] = []

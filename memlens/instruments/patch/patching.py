@@ -25,8 +25,7 @@ from memlens.results.readings import read_restored
 from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import BatchHook, ByBatch, Intervention, Reads
-from memlens.sweeps.measure import measure
-from memlens.sweeps.run import kept, sweep
+from memlens.sweeps.run import kept, measure, sweep
 
 PATCH_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern")
 _HEAD_AXIS = {"z": 2, "q": 2, "k": 2, "v": 2, "pattern": 1}
@@ -236,14 +235,7 @@ def _screen(model: Any, clean: SequenceSet, corrupt: SequenceSet, options: dict[
         return lambda cells: [by_cell[tuple(sorted(cell.items()))] for cell in cells]
 
     return _between_runs(
-        model,
-        clean,
-        corrupt,
-        options["direction"],
-        options["path"],
-        made,
-        site=site,
-        **common,
+        model, clean, corrupt, options["direction"], options["path"], made, site=site, **common
     )
 
 
@@ -258,14 +250,7 @@ def _neuron_screen(model: Any, clean: SequenceSet, corrupt: SequenceSet, options
 
     common = {"layers": options["layers"], "over": "neuron"}
     return _between_runs(
-        model,
-        clean,
-        corrupt,
-        options["direction"],
-        options["path"],
-        made,
-        site="mlp_post",
-        **common,
+        model, clean, corrupt, options["direction"], options["path"], made, site="mlp_post", **common
     )
 
 

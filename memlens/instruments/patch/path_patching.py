@@ -25,8 +25,7 @@ from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import ByBatch, Intervention
-from memlens.sweeps.measure import measure
-from memlens.sweeps.run import kept, sweep
+from memlens.sweeps.run import kept, measure, sweep
 
 Head = tuple[int, int]
 """A layer and a head of it."""
@@ -201,13 +200,7 @@ def patch_paths(
     check_pairs(clean, corrupt)
     source, base = (clean, corrupt) if direction == "denoising" else (corrupt, clean)
     patches = path_patches(
-        model,
-        base,
-        source,
-        senders=senders,
-        receivers=receivers,
-        receiver_input=receiver_input,
-        mlps=mlps,
+        model, base, source, senders=senders, receivers=receivers, receiver_input=receiver_input, mlps=mlps
     )
     settings = {
         "receiver_input": receiver_input,

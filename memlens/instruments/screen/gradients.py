@@ -34,7 +34,7 @@ from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.labels import make_result
-from memlens.sweeps.measure import measure
+from memlens.sweeps.run import measure
 
 
 def attribute_gradients(

@@ -17,8 +17,7 @@ from memlens.results.readings import read_tasks
 from memlens.results.result import Result
 from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.labels import make_result
-from memlens.sweeps.measure import measure
-from memlens.sweeps.run import kept, sweep
+from memlens.sweeps.run import kept, measure, sweep
 
 _METRICS = ("target_logprob", "exact_match")
 _LABELS = {

@@ -301,17 +301,7 @@ class ChoiceTask:
         return out
 
 
-_COLUMNS = (
-    "id",
-    "task",
-    "task_group",
-    "question",
-    "question_id",
-    "choice",
-    "gold",
-    "characters",
-    "text",
-)
+_COLUMNS = ("id", "task", "task_group", "question", "question_id", "choice", "gold", "characters", "text")
 
 
 def joined_requests(tasks: Sequence[ChoiceTask]) -> SequenceSet:

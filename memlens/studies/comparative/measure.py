@@ -16,7 +16,7 @@ from memlens.files import replacing
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.heads import ablate_heads
 from memlens.instruments.decode.decoding import decode_residual
-from memlens.instruments.noise.residual import perturb_residual
+from memlens.instruments.noise import perturb_residual
 from memlens.models.load import load_model
 from memlens.models.provenance import describe
 from memlens.models.zoo import is_zoo_name

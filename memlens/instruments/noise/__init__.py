@@ -1,1 +1,0 @@
-"""How much disturbance recall withstands."""
