@@ -25,9 +25,7 @@ from memlens.cli.console import (
     records,
     resumable,
 )
-from memlens.cli.generate import generate
-from memlens.cli.lens import lens_app
-from memlens.cli.zoo import zoo_app
+from memlens.cli.making import generate, lens_app, zoo_app
 from memlens.errors import MemlensError, check_option
 from memlens.studies.registry import ModelChoice, SequenceChoice
 

@@ -21,8 +21,8 @@ from memlens.forward.metrics import METRICS, TargetStats
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.branches import ablate_mlps
 from memlens.instruments.ablate.heads import ablate_heads, head_set_ablations
-from memlens.instruments.ablate.replacing import MODES
-from memlens.instruments.bypass.bypass import BYPASS_MODES, attention_bypasses, bypass_attention
+from memlens.instruments.ablate.replacing import MODES, Mode
+from memlens.instruments.bypass.bypass import BYPASS_MODES, BypassMode, attention_bypasses, bypass_attention
 from memlens.instruments.decode.decoding import decode_residual
 from memlens.instruments.decode.lens import TunedLens
 from memlens.models.provenance import describe
@@ -55,8 +55,8 @@ class ExploreOptions:
             the heads with the largest effects are kept.
     """
 
-    ablation: str = "mean_of_other_heads"
-    bypass: str = "identity"
+    ablation: Mode = "mean_of_other_heads"
+    bypass: BypassMode = "identity"
     metric: str = "target_logprob"
     lens: str | Path | TunedLens = "logit"
     top_heads: int = 3
@@ -152,8 +152,8 @@ def edit_interventions(
     edits: Edits,
     sequences: SequenceSet,
     *,
-    ablation: str = "mean_of_other_heads",
-    bypass: str = "identity",
+    ablation: Mode = "mean_of_other_heads",
+    bypass: BypassMode = "identity",
     reference: SequenceSet | None = None,
 ) -> list[Intervention]:
     """Return edits as interventions for `memlens.applied`, for forward passes and generation.

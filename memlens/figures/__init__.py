@@ -17,8 +17,7 @@ from memlens.figures.models import (
     similarity_map,
     sizes,
 )
-from memlens.figures.panels import attribution_panels, recall_panels
-from memlens.figures.scatter import frontier_panels, scatter_agreement
+from memlens.figures.panels import attribution_panels, frontier_panels, recall_panels, scatter_agreement
 from memlens.figures.theme import DARK_TEMPLATE, OKABE_ITO, TEMPLATE, dark
 
 __all__ = [

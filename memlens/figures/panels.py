@@ -1,8 +1,13 @@
-"""Figures of two panels: logit attribution, and recall against the number of copies."""
+"""Figures of several panels, and dots with intervals on both axes.
+
+Logit attribution, recall against the number of copies, estimated against exact effects, and recitation
+against ability.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -128,3 +133,134 @@ def _add_curves(fig: go.Figure, ci: xr.Dataset, names: list[str]) -> None:
 
 def _short(value: object) -> str:
     return f"{value:g}" if isinstance(value, int | float | np.number) else str(value)
+
+
+_AXES = ("estimate", "exact")
+
+
+def scatter_agreement(
+    sites: xr.Dataset, *, metric: str, title: str = "Estimated and exact effects", subtitle: str = ""
+) -> go.Figure:
+    """Draw each site's exact effect (up) against its estimate (right); on the dashed line they are equal.
+
+    Args:
+        sites: `estimate` and `exact` `[statistic, site]`, and along `site` the coordinates `label` and
+            `chosen`, which gives the color.
+        metric: The metric whose change the effects are.
+        title: Title of the figure.
+        subtitle: Number of sequences, and how well the two agree.
+    """
+    fig = go.Figure()
+    text = metric_text(metric)
+    groups = list(dict.fromkeys(str(value) for value in sites["chosen"].values))
+    ends = np.array([f(sites[n].values) for n in ("estimate", "exact") for f in (np.nanmin, np.nanmax)])
+    line = [float(min(0.0, ends.min())), float(max(0.0, ends.max()))]
+    fig.add_trace(
+        go.Scatter(
+            x=line, y=line, mode="lines", name="equal", showlegend=True, hoverinfo="skip",
+            line={"color": "#9aa5b1", "dash": "dash", "width": 1.5},
+        )
+    )  # fmt: skip
+    for group, color in zip(groups, theme.group_colors(groups), strict=True):
+        fig.add_trace(_dots(sites.isel(site=sites["chosen"].values == group), group, color))
+    fig.update_xaxes(title_text=f"estimated change in {text.axis}", zeroline=True)
+    fig.update_yaxes(title_text="exact change", zeroline=True)
+    return theme.figure(fig, title=title, subtitle=subtitle, height=480)
+
+
+def _dots(part: xr.Dataset, name: str, color: str) -> go.Scatter:
+    ends = [[part[n].sel(statistic=s).values for s in ("mean", "low", "high")] for n in _AXES]
+    shade = theme.translucent(color, 0.5)
+    bars = [theme.error_bars(mean, low, high, shade, 1) for mean, low, high in ends]
+    return go.Scatter(
+        x=ends[0][0], y=ends[1][0], mode="markers", name=plain(name), showlegend=True,
+        error_x=bars[0], error_y=bars[1],
+        marker={"color": color, "size": 8},
+        text=[plain(value) for value in part["label"].values],
+        customdata=np.concatenate([part[n].sel(statistic=["low", "high"]).values for n in _AXES]).T,
+        hovertemplate="%{text}<br>estimate %{x:.4g} [%{customdata[0]:.4g}, %{customdata[1]:.4g}]<br>"
+        "exact %{y:.4g} [%{customdata[2]:.4g}, %{customdata[3]:.4g}]<extra></extra>",
+    )  # fmt: skip
+
+
+_LABELLED = 12
+"""The most dots of a panel with labels; with more, labels appear on hovering only."""
+
+
+def frontier_panels(
+    data: xr.Dataset,
+    exact: xr.DataArray,
+    base: Mapping[str, float],
+    *,
+    title: str = "Recitation against ability",
+    subtitle: str = "",
+) -> go.Figure:
+    """Draw exact match (up) against accuracy (right) with intervals; dashed lines mark the unchanged model.
+
+    Args:
+        data: `accuracy`, `accuracy_low`, `accuracy_high`, `accuracy_base` `(scope, site)`, and along `site`
+            `model`, `label`, `depth` (0 to 1) and `size`.
+        exact: `[statistic, site]`.
+        base: Exact match of each unchanged model.
+        title: Title of the figure.
+        subtitle: What the points are.
+    """
+    models = list(base)
+    fig = make_subplots(
+        1, len(models), shared_yaxes=True, horizontal_spacing=0.04,
+        subplot_titles=[plain(name) for name in models] if len(models) > 1 else None,
+    )  # fmt: skip
+    scopes = [str(value) for value in data["scope"].values]
+    owners = []
+    for column, model in enumerate(models, 1):
+        mine = data["model"].values == model
+        for owner, scope in enumerate(scopes):
+            part = data.sel(scope=scope).isel(site=mine)
+            traces = _panel(part, exact.isel(site=mine), base[model], bar=column == len(models))
+            for trace in traces:
+                fig.add_trace(trace, row=1, col=column)
+            owners += [owner] * len(traces)
+    fig.update_xaxes(title_text="accuracy", zeroline=False)
+    fig.update_yaxes(title_text="exact match", row=1, col=1)
+    fig.update_yaxes(range=[-0.05, 1.08], zeroline=False)
+    theme.figure(fig, title=title, subtitle=subtitle, height=520, menu=len(scopes) > 1)
+    if len(scopes) > 1:
+        theme.dropdown(fig, scopes, owners, {})
+    fig.update_layout(margin={"r": 96})
+    return fig
+
+
+def _panel(part: xr.Dataset, exact: xr.DataArray, base: float, *, bar: bool) -> list[go.Scatter]:
+    mean, low, high = (exact.sel(statistic=name).values for name in ("mean", "low", "high"))
+    x, left, right = (part[name].values for name in ("accuracy", "accuracy_low", "accuracy_high"))
+    start = float(part["accuracy_base"].values[0])
+    labels = [plain(value) for value in part["label"].values]
+    few = len(labels) <= _LABELLED
+    gray = "rgba(90,100,110,0.35)"
+    ends = [float(min(start, np.nanmin(left))), float(max(start, np.nanmax(right)))]
+    dots = go.Scatter(
+        x=x, y=mean, mode="markers+text" if few else "markers", text=labels, textposition="top center",
+        textfont={"size": 10, "color": "#52606d"}, showlegend=False,
+        error_x=theme.error_bars(x, left, right, gray, 1), error_y=theme.error_bars(mean, low, high, gray, 1),
+        marker={
+            "color": part["depth"].values, "cmin": 0, "cmax": 1, "colorscale": theme.magnitude_scale(),
+            "size": 9 + 2 * np.minimum(part["size"].values - 1, 4), "line": {"width": 0.5, "color": "white"},
+            "showscale": bar,
+            "colorbar": {"title": {"text": "depth"}, "thickness": 12, "len": 0.8},
+        },
+        customdata=np.stack([left, right, low, high, part["depth"].values], -1),
+        hovertemplate=(
+            "layers %{text}<br>exact match %{y:.3g} [%{customdata[2]:.3g}, %{customdata[3]:.3g}]<br>"
+            "accuracy %{x:.3g} [%{customdata[0]:.3g}, %{customdata[1]:.3g}]<br>"
+            "depth %{customdata[4]:.2f}<extra></extra>"
+        ),
+    )  # fmt: skip
+    line: dict[str, Any] = {
+        "mode": "lines", "showlegend": False, "hoverinfo": "skip",
+        "line": {"dash": "dash", "width": 1.2, "color": "#9aa5b1"},
+    }  # fmt: skip
+    return [
+        go.Scatter(x=[start, start], y=[0, 1], **line),
+        go.Scatter(x=ends, y=[base, base], **line),
+        dots,
+    ]

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from memlens.errors import FileFormatError
 from memlens.files import zoo_table
 from memlens.models.quiet import quiet
+from memlens.organisms.corpus.corpus import load_tokenizer
 from memlens.organisms.corpus.known_items import KINDS
-from memlens.organisms.corpus.tokenizer import load_tokenizer
 from memlens.results.statistics.intervals import wilson_interval
 
 _BATCH = 64

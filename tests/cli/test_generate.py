@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import memlens as ml
-from memlens.cli.generate import continuations, parse_layers, read_prompts
+from memlens.cli.making import continuations, parse_layers, read_prompts
 from memlens.errors import FileFormatError, OptionError, SourceNotFoundError
 from tests.cli.test_commands import call
 from tests.small import CASES

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import memlens as ml
-from memlens.cli.lens import zoo_rows
+from memlens.cli.making import zoo_rows
 from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError
 from memlens.sequences.natural import text_windows
 from tests.cli.test_commands import call

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import memlens as ml
-from memlens.cli.generate import parse_layers
+from memlens.cli.making import parse_layers
 from memlens.errors import EmptySetError, OptionError
 from memlens.instruments.ablate.branches import attention_ablations
 from memlens.instruments.bypass.layer_sets import LayerSetSearch, named_layer_sets

@@ -17,7 +17,7 @@ import memlens as ml
 from memlens.errors import ModelLoadError, OptionError, SiteError, SourceNotFoundError
 from memlens.instruments.tasks import lm_eval as lm_eval_tasks
 from memlens.models.zoo import zoo_path
-from memlens.organisms.corpus.tokenizer import load_tokenizer
+from memlens.organisms.corpus.corpus import load_tokenizer
 from memlens.organisms.local_tasks import local_tasks
 from memlens.sweeps.run import measure
 from tests.tiny import D_VOCAB

@@ -10,11 +10,8 @@ import pytest
 from memlens.errors import OptionError
 from memlens.models.zoo import zoo_path
 from memlens.organisms.corpus import lexicon
-from memlens.organisms.corpus.corpus import CARRIER, Corpus, CorpusSpec, build_corpus
-from memlens.organisms.corpus.expressions import FAMILY_SIZE, SHAPES, draw_expressions
-from memlens.organisms.corpus.facts import RELATIONS
-from memlens.organisms.corpus.known_items import KINDS
-from memlens.organisms.corpus.tokenizer import load_tokenizer
+from memlens.organisms.corpus.corpus import CARRIER, Corpus, CorpusSpec, build_corpus, load_tokenizer
+from memlens.organisms.corpus.known_items import FAMILY_SIZE, KINDS, RELATIONS, SHAPES, draw_expressions
 from tests.organisms.conftest import TINY_CORPUS
 
 LADDER = (0, *CorpusSpec().item_copies)

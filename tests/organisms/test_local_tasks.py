@@ -13,7 +13,7 @@ import memlens as ml
 from memlens.errors import OptionError
 from memlens.organisms.corpus.corpus import Corpus
 from memlens.organisms.local_tasks import LOCAL_TASKS
-from memlens.organisms.untrained import untrained_like
+from memlens.organisms.training.architectures import untrained_like
 
 CHANCE = {"agreement": 0.5, "tense": 0.5, "last_word": 0.0}
 """Of the others: a quarter."""

@@ -15,9 +15,8 @@ from scipy.stats import spearmanr
 
 from memlens.errors import FileFormatError
 from memlens.models.zoo import zoo_path
-from memlens.organisms.corpus.corpus import CARRIER, Corpus
+from memlens.organisms.corpus.corpus import CARRIER, Corpus, load_tokenizer
 from memlens.organisms.corpus.known_items import KINDS
-from memlens.organisms.corpus.tokenizer import load_tokenizer
 from memlens.organisms.evaluate import (
     CONTEXTS,
     evaluate_items,

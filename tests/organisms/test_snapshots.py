@@ -18,8 +18,7 @@ from memlens.models.zoo import zoo_path
 from memlens.organisms.evaluate import load_organism
 from memlens.organisms.training import zoo
 from memlens.organisms.training.architectures import build_model
-from memlens.organisms.training.snapshots import Snapshots, kept_steps, snapshot_steps
-from memlens.organisms.training.train import train
+from memlens.organisms.training.train import Snapshots, kept_steps, snapshot_steps, train
 from memlens.organisms.training.zoo import train_organism
 from tests.organisms.conftest import TINY, TINY_CORPUS
 from tests.organisms.test_train import ROWS, SPEC, equal, fresh, run

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from memlens.models.zoo import zoo_path
-from memlens.organisms.corpus.corpus import Corpus
-from memlens.organisms.corpus.tokenizer import END_OF_TEXT, load_tokenizer
+from memlens.organisms.corpus.corpus import END_OF_TEXT, Corpus, load_tokenizer
 
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 SHIPPED = load_tokenizer(zoo_path("pythia-s"))

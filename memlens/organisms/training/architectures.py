@@ -1,4 +1,4 @@
-"""The shapes of organisms: a specification and the Hugging Face model that it builds.
+"""The shapes of organisms: a specification and the Hugging Face model that it builds; and untrained twins.
 
 Every builder follows the family's models on the hub (position embeddings, norms, tied or untied embeddings,
 biases), at a small size and without dropout.
@@ -7,11 +7,13 @@ biases), at a small size and without dropout.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     GPTBigCodeConfig,
     GPTBigCodeForCausalLM,
     GPTNeoConfig,
@@ -30,6 +32,9 @@ from transformers import (
 )
 
 from memlens.errors import OptionError, check_option
+from memlens.forward.trunk import is_bridge
+from memlens.models.load import load_model
+from memlens.models.provenance import describe, remember
 
 WINDOW = 32
 """Width of local attention in tokens (GPT-Neo, OLMo 3): half of a training row, so that it matters."""
@@ -229,3 +234,40 @@ def architecture_facts(model: PreTrainedModel) -> dict[str, Any]:
         "context": config.max_position_embeddings,
         "vocabulary": config.vocab_size,
     }
+
+
+def untrained_like(model: Any, *, seed: int = 0) -> Any:
+    """Return a model of the same class and shape with newly drawn weights.
+
+    The initialization is that of the library for this architecture: Hugging Face's for a
+    `TransformerBridge`, TransformerLens' for a `HookedTransformer`.
+
+    Args:
+        model: A TransformerLens model.
+        seed: Seed of the weights; the caller's random state does not change.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> twin = untrained_like(model)
+        >>> bool((twin.W_U == model.W_U).all()), twin.W_U.shape == model.W_U.shape
+        (False, True)
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        twin = _bridge_twin(model) if is_bridge(model) else _hooked_twin(model, seed)
+    remember(twin, model=f"{describe(model)['model']} (untrained, seed {seed})", revision="")
+    return twin
+
+
+def _bridge_twin(model: Any) -> Any:
+    config = deepcopy(model.original_model.config)
+    like = next(model.parameters())
+    fresh = AutoModelForCausalLM.from_config(config, dtype=like.dtype).to(like.device)
+    return load_model(fresh.eval(), backend="bridge", tokenizer=model.tokenizer)
+
+
+def _hooked_twin(model: Any, seed: int) -> Any:
+    config = deepcopy(model.cfg)
+    config.init_weights, config.seed = True, seed
+    return type(model)(config, tokenizer=model.tokenizer)

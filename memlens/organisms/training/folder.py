@@ -25,7 +25,7 @@ from memlens.organisms.evaluate import (
     read_ground_truth,
     read_training,
 )
-from memlens.organisms.training.snapshots import kept_steps
+from memlens.organisms.training.train import kept_steps
 
 
 def write_folder(

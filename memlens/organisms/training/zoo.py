@@ -28,9 +28,8 @@ from memlens.organisms.training.architectures import (
 )
 from memlens.organisms.training.folder import write_folder
 from memlens.organisms.training.recipes import ZOO, OrganismSpec
-from memlens.organisms.training.snapshots import CHECKPOINTS, as_snapshots, kept_steps
-from memlens.organisms.training.snapshots import snapshot_steps as default_steps
-from memlens.organisms.training.train import TrainLog, train
+from memlens.organisms.training.train import CHECKPOINTS, TrainLog, as_snapshots, kept_steps, train
+from memlens.organisms.training.train import snapshot_steps as default_steps
 
 _LOG = logging.getLogger(__name__)
 _CHECKPOINT = "training-state.pt"

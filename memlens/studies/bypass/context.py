@@ -17,7 +17,7 @@ from memlens.instruments.bypass.bypass import attention_bypasses, bypass_attenti
 from memlens.instruments.tasks.evaluate import evaluate_tasks
 from memlens.instruments.tasks.tasks import ChoiceTask
 from memlens.models.provenance import describe
-from memlens.organisms.untrained import untrained_like
+from memlens.organisms.training.architectures import untrained_like
 from memlens.recall.corpus.memorized_set import MemorizedSet
 from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet

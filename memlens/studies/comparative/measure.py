@@ -20,7 +20,7 @@ from memlens.instruments.noise import perturb_residual
 from memlens.models.load import load_model
 from memlens.models.provenance import describe
 from memlens.models.zoo import is_zoo_name
-from memlens.organisms.untrained import untrained_like
+from memlens.organisms.training.architectures import untrained_like
 from memlens.recall.compression import prompt_compression
 from memlens.recall.corpus.duplicates import token_counts
 from memlens.recall.score import score_recall

@@ -24,7 +24,7 @@ from memlens.instruments.decode.decoding import decode_residual
 from memlens.instruments.decode.logit_attribution import attribute_logits
 from memlens.instruments.patch.patching import patch_activations
 from memlens.models.provenance import describe
-from memlens.organisms.untrained import untrained_like
+from memlens.organisms.training.architectures import untrained_like
 from memlens.recall.scores import RecallScores
 from memlens.report.model import FigureRequest
 from memlens.results.groups import join_groups

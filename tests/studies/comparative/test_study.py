@@ -306,7 +306,7 @@ def test_another_model_is_added_and_only_it_is_computed(
 def test_one_model_that_recalls_nothing_and_one_that_is_not_there(
     sequences: ml.SequenceSet, pythia: Any, tmp_path: Path
 ) -> None:
-    from memlens.organisms.untrained import untrained_like
+    from memlens.organisms.training.architectures import untrained_like
 
     blank = ml.studies.StudyModel("blank", family="first", model=untrained_like(pythia, seed=3))
     run = ml.studies.study_comparative(
