@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memlens.errors import UnsupportedModelError
 from memlens.models.families import architecture_of
+from memlens.models.huggingface import placeholder_tokenizer
 from memlens.models.quiet import quiet
-from memlens.models.tokenizers import placeholder_tokenizer
 
 _REFUSALS = (
     AssertionError,

@@ -17,11 +17,16 @@ from memlens.models.bridge import build_bridge, check_bridge_supports
 from memlens.models.checks import check_causal, check_finite_weights, check_plain_weights
 from memlens.models.families import architecture_of, family_of
 from memlens.models.hooked import build_hooked, hooked_obstacle
-from memlens.models.huggingface import load_config, load_weights, parse_dtype
+from memlens.models.huggingface import (
+    load_config,
+    load_tokenizer,
+    load_weights,
+    parse_dtype,
+    prepare_tokenizer,
+)
 from memlens.models.names import Source, resolve_source
 from memlens.models.provenance import remember
 from memlens.models.revisions import checkpoint_revision, local_checkpoint
-from memlens.models.tokenizers import load_tokenizer, prepare_tokenizer
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
