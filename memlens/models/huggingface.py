@@ -1,4 +1,4 @@
-"""Read a checkpoint's config, weights and tokenizer through transformers, with errors that say what is wrong with it."""
+"""Read a checkpoint's config, weights and tokenizer through transformers, with errors that name the cause."""
 
 from __future__ import annotations
 

@@ -24,9 +24,8 @@ from memlens.models.huggingface import (
     parse_dtype,
     prepare_tokenizer,
 )
-from memlens.models.names import Source, resolve_source
+from memlens.models.names import Source, checkpoint_revision, local_checkpoint, resolve_source
 from memlens.models.provenance import remember
-from memlens.models.revisions import checkpoint_revision, local_checkpoint
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

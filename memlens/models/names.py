@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.file_download import repo_folder_name
 
 from memlens.errors import ModelNotFoundError, OptionError, near_matches
-from memlens.models.families import find_model, known_names
+from memlens.files import zoo_folders
+from memlens.models.families import find_model, known_names, step_of
 from memlens.models.zoo import UNTRAINED, is_zoo_name, zoo_names, zoo_path
 
 ZOO_PREFIX = "zoo/"
@@ -117,3 +124,144 @@ def _folder_source(path: Path, gguf_file: str | None) -> Source:
         )
     name = path.resolve().name if gguf_file is None else Path(gguf_file).stem
     return Source(name=name, location=str(path), local=True, gguf_file=gguf_file)
+
+
+def checkpoint_revision(source: Source, *, revision: str | None, step: int | None) -> str | None:
+    """Return the revision to load: the given one, or the one of a training step.
+
+    Raises:
+        OptionError: Both are given.
+        ModelNotFoundError: There is no revision of this step; the message lists the nearest ones.
+    """
+    _check_one(revision, step)
+    if step is None:
+        return revision
+    steps = list_steps(source.location)
+    if step in steps:
+        return steps[step]
+    raise ModelNotFoundError(
+        f"{source.name!r} has no checkpoint of step {step}: {_what_there_is(steps, step)}"
+    )
+
+
+def checkpoint_steps(name: str | Path) -> list[int]:
+    """Return the training steps that `load_model(name, checkpoint_step=...)` can load, in order.
+
+    Args:
+        name: Name of a model of the zoo or of the hub, or a checkpoint folder.
+
+    Raises:
+        ModelNotFoundError: There is no such model.
+
+    Example:
+        >>> from memlens.models.zoo import zoo_path
+        >>> checkpoint_steps(zoo_path("zoo/pythia-s"))
+        []
+    """
+    source = resolve_source(name)
+    if source.untrained:
+        return []
+    return sorted(_steps_of(source)) if source.local else list(list_steps(source.location))
+
+
+def local_checkpoint(source: Source, *, revision: str | None, step: int | None) -> Source:
+    """Return the location of a local model's checkpoint of a training step: `<folder>/checkpoints/step<N>`.
+
+    Checkpoints of a bundled zoo model are where it was trained on demand.
+
+    Raises:
+        OptionError: Both are given, or the folder holds a single checkpoint.
+        ModelNotFoundError: There is no checkpoint of this step; the message lists those that exist.
+    """
+    _check_one(revision, step)
+    if revision is None and step is None:
+        return source
+    if source.untrained:
+        raise OptionError(f"{source.name!r} has no training steps: leave checkpoint_step and revision out.")
+    wanted = revision if revision is not None else f"step{step}"
+    folders = _steps_of(source)
+    if not folders:
+        what = f"revision={revision!r}" if revision is not None else f"checkpoint_step={step}"
+        raise OptionError(
+            f"{what} does not apply to the local folder {source.location!r}: it holds a single checkpoint"
+            f"{_how_to_get_steps(source)}."
+        )
+    for path in folders.values():
+        if path.name == wanted:
+            base = str(path.parent.parent)
+            return replace(source, location=str(path), checkpoint=wanted, tokenizer_location=base)
+    known = ", ".join(map(str, sorted(folders)))
+    raise ModelNotFoundError(f"{source.name!r} has no checkpoint {wanted}: it has those of steps {known}.")
+
+
+def _steps_of(source: Source) -> dict[int, Path]:
+    """Return the folders of a local model's checkpoints by step.
+
+    Those of a bundled model are in the cache, where the same recipe was run; other runs do not count.
+    """
+    own = Path(source.location)
+    folders = [own]
+    if is_zoo_name(source.name):
+        others = [root / source.name.removeprefix("zoo/") for root in zoo_folders()]
+        folders += [other for other in others if other.is_dir() and _recipe(other) == _recipe(own)]
+    found = ([*folder.glob("checkpoints/step*/config.json")] for folder in folders)
+    paths = [config.parent for config in next(filter(None, found), [])]
+    return {step: path for path in paths if (step := step_of(path.name)) is not None}
+
+
+def _recipe(folder: Path) -> list[Any] | None:
+    """Return what determines the run that made a zoo model; None where the folder does not tell."""
+    try:
+        record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        return [record[part]["spec"] for part in ("model", "corpus", "training")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _how_to_get_steps(source: Source) -> str:
+    if not is_zoo_name(source.name):
+        return ""
+    short = source.name.removeprefix("zoo/")
+    return f"; the zoo's Pythia models have those of training steps after `memlens zoo train {short}`"
+
+
+def _check_one(revision: str | None, step: int | None) -> None:
+    if revision is not None and step is not None:
+        raise OptionError(
+            f"revision={revision!r} and checkpoint_step={step} contradict each other: give one."
+        )
+
+
+def list_steps(repo: str) -> dict[int, str]:
+    """Return the revision of each published training step of a hub repository, in order of steps.
+
+    The hub is asked, or without a network the local cache.
+    """
+    found = {step: name for name in _revisions(repo) if (step := step_of(name)) is not None}
+    return dict(sorted(found.items()))
+
+
+def _what_there_is(steps: dict[int, str], wanted: int) -> str:
+    where = "in the local cache (offline)" if is_offline_mode() else "on the hub"
+    if not steps:
+        return f"none of its revisions {where} is named after a training step."
+    nearest = sorted(sorted(steps, key=lambda step: abs(step - wanted))[:4])
+    return f"the nearest of {len(steps)} {where} are {', '.join(map(str, nearest))}."
+
+
+def _revisions(repo: str) -> list[str]:
+    if not is_offline_mode():
+        try:
+            refs = HfApi().list_repo_refs(repo)
+            return [ref.name for ref in [*refs.branches, *refs.tags]]
+        except HfHubHTTPError as error:
+            if getattr(error.response, "status_code", None) in (401, 404):
+                raise unknown_name_error(repo) from error
+        except OSError:  # no network: fall back on the cache
+            pass
+    return _cached_revisions(repo)
+
+
+def _cached_revisions(repo: str) -> list[str]:
+    refs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "refs"
+    return [str(path.relative_to(refs).as_posix()) for path in sorted(refs.rglob("*")) if path.is_file()]

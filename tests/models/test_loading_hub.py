@@ -11,7 +11,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import AutoModelForCausalLM
 
 from memlens.errors import ModelLoadError, ModelNotFoundError, OptionError
-from memlens.models import revisions
+from memlens.models import names
 from memlens.models.checks import verify_against_huggingface
 from memlens.models.load import load_model
 from memlens.models.names import has_hooked_transformer
@@ -112,13 +112,13 @@ def test_name_that_is_not_in_the_cache(cache):
 
 def test_steps_listed_on_the_hub(monkeypatch):
     refs = [SimpleNamespace(name=n) for n in ("main", "step10", "step2", "step1-tokens1B", "v0")]
-    monkeypatch.setattr(revisions, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(names, "is_offline_mode", lambda: False)
     monkeypatch.setattr(
-        revisions.HfApi,
+        names.HfApi,
         "list_repo_refs",
         lambda self, repo: SimpleNamespace(branches=refs[:3], tags=refs[3:]),
     )
-    assert list(revisions.list_steps("a/b").items()) == [(1, "step1-tokens1B"), (2, "step2"), (10, "step10")]
+    assert list(names.list_steps("a/b").items()) == [(1, "step1-tokens1B"), (2, "step2"), (10, "step10")]
 
 
 def test_steps_of_a_repository_that_does_not_exist(monkeypatch):
@@ -126,10 +126,10 @@ def test_steps_of_a_repository_that_does_not_exist(monkeypatch):
         response = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
         raise RepositoryNotFoundError("no such repository", response=response)
 
-    monkeypatch.setattr(revisions, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(revisions.HfApi, "list_repo_refs", refuse)
+    monkeypatch.setattr(names, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(names.HfApi, "list_repo_refs", refuse)
     with pytest.raises(ModelNotFoundError, match="pythia-70m"):
-        revisions.list_steps("EleutherAI/pythia-7Om")
+        names.list_steps("EleutherAI/pythia-7Om")
 
 
 def test_steps_fall_back_on_the_cache(cache, monkeypatch):
@@ -137,9 +137,9 @@ def test_steps_fall_back_on_the_cache(cache, monkeypatch):
         raise OSError("no route")
 
     put_in_cache(cache, "EleutherAI/pythia-70m", "gpt_neox", revision="step64")
-    monkeypatch.setattr(revisions, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(revisions.HfApi, "list_repo_refs", no_network)
-    assert revisions.list_steps("EleutherAI/pythia-70m") == {64: "step64"}
+    monkeypatch.setattr(names, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(names.HfApi, "list_repo_refs", no_network)
+    assert names.list_steps("EleutherAI/pythia-70m") == {64: "step64"}
 
 
 def test_pickled_weights_only_when_asked(cache, tmp_path_factory):

@@ -14,9 +14,8 @@ from transformers import AutoTokenizer
 import memlens as ml
 from memlens.errors import ModelNotFoundError, OptionError, ResultError
 from memlens.files import zoo_folders, zoo_table
-from memlens.models.names import has_hooked_transformer
+from memlens.models.names import checkpoint_steps, has_hooked_transformer
 from memlens.models.provenance import describe
-from memlens.models.revisions import checkpoint_steps
 from memlens.models.zoo import zoo_path
 from memlens.organisms.evaluate import load_organism, read_training
 from memlens.organisms.training.folder import copy_for_package

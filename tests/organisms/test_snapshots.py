@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import memlens as ml
 from memlens.errors import ModelNotFoundError, OptionError, ResultError
+from memlens.models.names import checkpoint_steps
 from memlens.models.provenance import describe
-from memlens.models.revisions import checkpoint_steps
 from memlens.models.zoo import zoo_path
 from memlens.organisms.evaluate import load_organism
 from memlens.organisms.training import zoo

@@ -121,7 +121,7 @@ class ComparativeInputs:
 
 def with_checkpoints(entries: Sequence[StudyModel], given: Sequence[str]) -> list[StudyModel]:
     """Return the models with the training steps to follow, from entries such as "zoo/pythia-s=100,200"."""
-    from memlens.models.revisions import checkpoint_steps
+    from memlens.models.names import checkpoint_steps
 
     wanted: dict[str, tuple[int, ...]] = {}
     for entry in given:
