@@ -5,8 +5,6 @@ Results go to standard output (with `--json` as one document), progress bars and
 
 from __future__ import annotations
 
-import json
-import math
 import shlex
 import sys
 from collections.abc import Iterator
@@ -19,6 +17,8 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from memlens.files import json_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,7 +65,7 @@ def resumable(out: Path | None) -> Iterator[None]:
 
 def print_json(value: object) -> None:
     """Print a value as JSON; NaN and infinity become null."""
-    sys.stdout.write(json.dumps(_plain(value), ensure_ascii=False, indent=2) + "\n")
+    sys.stdout.write(json_text(value, indent=2) + "\n")
 
 
 def print_run(run: StudyRun, seconds: float, *, as_json: bool = False) -> None:
@@ -109,17 +109,6 @@ def print_table(frame: pd.DataFrame, title: str) -> None:
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Return a table's rows, for JSON."""
     return [dict(zip(map(str, frame.columns), row, strict=True)) for row in frame.itertuples(index=False)]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    value = value.tolist() if hasattr(value, "tolist") else value  # numbers and arrays of numpy
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def _cell(value: object) -> str:

@@ -10,13 +10,7 @@ from memlens.figures.exploring import heatmap_attention, heatmap_effects, heatma
 from memlens.figures.heatmaps import heatmap_layer_head, heatmap_layer_position, heatmap_paths
 from memlens.figures.labels import MetricText, metric_text, plain, unique_tokens, visible
 from memlens.figures.lines import decoding_panels, dots_with_intervals, line_over_layers
-from memlens.figures.models import (
-    curves_by_family,
-    model_dots,
-    shares_by_model,
-    similarity_map,
-    sizes,
-)
+from memlens.figures.models import curves_by_family, model_dots, shares_by_model, similarity_map, sizes
 from memlens.figures.panels import attribution_panels, frontier_panels, recall_panels, scatter_agreement
 from memlens.figures.theme import DARK_TEMPLATE, OKABE_ITO, TEMPLATE, dark
 

@@ -259,8 +259,4 @@ def _panel(part: xr.Dataset, exact: xr.DataArray, base: float, *, bar: bool) -> 
         "mode": "lines", "showlegend": False, "hoverinfo": "skip",
         "line": {"dash": "dash", "width": 1.2, "color": "#9aa5b1"},
     }  # fmt: skip
-    return [
-        go.Scatter(x=[start, start], y=[0, 1], **line),
-        go.Scatter(x=ends, y=[base, base], **line),
-        dots,
-    ]
+    return [go.Scatter(x=[start, start], y=[0, 1], **line), go.Scatter(x=ends, y=[base, base], **line), dots]

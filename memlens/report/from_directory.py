@@ -32,12 +32,7 @@ from memlens.results.storage import load_result
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = "memlens run 1"
-SUFFIXES = {
-    "results": ".nc",
-    "tables": ".parquet",
-    "figures": ".plotly.json",
-    "explorers": ".explorer.json",
-}
+SUFFIXES = {"results": ".nc", "tables": ".parquet", "figures": ".plotly.json", "explorers": ".explorer.json"}
 """The parts of `run.json` whose entries are files, each with the end of their names."""
 _NOTES = ("findings", "failures", "sections", "citations")
 _Block = TypeVar("_Block")

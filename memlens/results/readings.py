@@ -19,8 +19,13 @@ from memlens.results.plots.layers import STRENGTHS
 from memlens.results.plots.selection import with_dims
 from memlens.results.result import Result
 from memlens.results.statistics.estimates import Estimate, median_estimate
-from memlens.results.statistics.intervals import FEWEST, mean_interval
-from memlens.results.statistics.restored import changed_too_little, restorable_metric, restored_share
+from memlens.results.statistics.intervals import (
+    FEWEST,
+    changed_too_little,
+    mean_interval,
+    restorable_metric,
+    restored_share,
+)
 from memlens.results.statistics.tasks import task_summary, task_tables
 
 _INNER = ("target", "draw")

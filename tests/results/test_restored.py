@@ -9,8 +9,7 @@ import xarray as xr
 import memlens as ml
 from memlens.errors import ResultError
 from memlens.results.result import Result
-from memlens.results.statistics.intervals import ratio_interval
-from memlens.results.statistics.restored import restored_share
+from memlens.results.statistics.intervals import ratio_interval, restored_share
 from tests.report import synthetic
 from tests.tiny import random_tokens
 

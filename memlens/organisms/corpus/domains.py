@@ -51,14 +51,8 @@ _EXCHANGES = (
         "How many <THING_pl> do you need?",
         ("I need <NUMBER>, and <NUMBER> <ADJ> <THING_pl>.", "Only <NUMBER>, for the <PERSON_pl> of <TOWN>."),
     ),
-    (
-        "Where did <NAME> go?",
-        ("To <TOWN>, with the <ADJ> <THING_sg>.", "<NAME> says that <CLAUSE_present>."),
-    ),
-    (
-        "I hope that <CLAUSE_present>.",
-        ("So do I, {first}.", "Why? <NAME> <VP_sg_present>."),
-    ),
+    ("Where did <NAME> go?", ("To <TOWN>, with the <ADJ> <THING_sg>.", "<NAME> says that <CLAUSE_present>.")),
+    ("I hope that <CLAUSE_present>.", ("So do I, {first}.", "Why? <NAME> <VP_sg_present>.")),
 )
 
 
@@ -68,9 +62,6 @@ def _capital(sentence: str) -> str:
 
 def story_bindings(rng: Random) -> dict[str, str]:
     """Draw the names of a story: `hero` with the pronoun, `friend`, `town` and `season`.
-
-    Args:
-        rng: The source of every choice.
 
     >>> story_bindings(Random(0))["pronoun"] in ("he", "she")
     True
@@ -106,9 +97,6 @@ def story_sentence(template: str, rng: Random, bindings: Mapping[str, str]) -> s
 def text_document(rng: Random) -> str:
     """Return a short story with one hero, one friend, one town and one tense throughout.
 
-    Args:
-        rng: The source of every choice.
-
     >>> text_document(Random(0)) == text_document(Random(0))
     True
     """
@@ -121,9 +109,6 @@ def text_document(rng: Random) -> str:
 
 def dialogue_document(rng: Random) -> str:
     r"""Return a dialogue of two people who take turns; answers mention the object that was asked for.
-
-    Args:
-        rng: The source of every choice.
 
     >>> dialogue_document(Random(0)).count("\n") >= 8
     True
@@ -173,9 +158,6 @@ def _statement(known: list[str], indent: str, rng: Random) -> str:
 def code_document(rng: Random) -> str:
     """Return one to three functions of a Python-like language, with names defined before they are read.
 
-    Args:
-        rng: The source of every choice.
-
     >>> compile(code_document(Random(0)), "toy", "exec") is not None
     True
     """
@@ -190,9 +172,6 @@ def _function(rng: Random) -> str:
 def code_lines(rng: Random) -> tuple[list[str], list[str]]:
     """Return the lines of a function without its last, and the names defined in them.
 
-    Args:
-        rng: The source of every choice.
-
     >>> code_lines(Random(0))[0][0].startswith("def ")
     True
     """
@@ -206,9 +185,6 @@ def code_lines(rng: Random) -> tuple[list[str], list[str]]:
 def arithmetic_document(rng: Random) -> str:
     """Return ten to sixteen lines of correct sums, differences and products.
 
-    Args:
-        rng: The source of every choice.
-
     >>> all(eval(s.replace("=", "==")) for s in arithmetic_document(Random(0)).splitlines())
     True
     """
@@ -217,9 +193,6 @@ def arithmetic_document(rng: Random) -> str:
 
 def sum_line(rng: Random) -> str:
     """Return one sum, difference or product with its result.
-
-    Args:
-        rng: The source of every choice.
 
     >>> eval(sum_line(Random(0)).replace("=", "=="))
     True
@@ -254,9 +227,6 @@ def _markdown_row(cells: list[str]) -> str:
 
 def table_document(rng: Random) -> str:
     """Return a table of three to five columns with a header, as comma-separated values or as Markdown.
-
-    Args:
-        rng: The source of every choice.
 
     >>> len({line.count(",") for line in table_document(Random(1)).splitlines()})
     1

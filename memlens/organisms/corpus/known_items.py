@@ -141,9 +141,7 @@ _THINGS = tuple(noun[0] for noun in lexicon.NOUNS if noun[0][0] not in "aeiou")
 
 RELATIONS: tuple[Relation, ...] = (
     Relation(
-        "home",
-        ("[X] lives in [Y]", "The house of [X] is in [Y]", "In [Y] you will meet [X]"),
-        lexicon.TOWNS,
+        "home", ("[X] lives in [Y]", "The house of [X] is in [Y]", "In [Y] you will meet [X]"), lexicon.TOWNS
     ),
     Relation(
         "trade",
@@ -151,9 +149,7 @@ RELATIONS: tuple[Relation, ...] = (
         tuple(person[0] for person in lexicon.PERSONS),
     ),
     Relation(
-        "possession",
-        ("[X] carries a [Y]", "In the bag of [X] is a [Y]", "This [Y] belongs to [X]"),
-        _THINGS,
+        "possession", ("[X] carries a [Y]", "In the bag of [X] is a [Y]", "This [Y] belongs to [X]"), _THINGS
     ),
     Relation(
         "door",

@@ -102,9 +102,6 @@ def lexicon_words() -> frozenset[str]:
 def invented_words(rng: Random) -> Iterator[str]:
     """Yield words of two syllables endlessly, without repeats and without any that contain a lexicon word.
 
-    Args:
-        rng: The source of every choice.
-
     >>> words = invented_words(Random(0))
     >>> len({next(words) for _ in range(50)})
     50

@@ -67,9 +67,7 @@ def plot_attribution(result: Result, s: Selection) -> go.Figure:
     ci = s.means(result, names, ("layer", "head"))
     note = "blue = pushes toward the target"
     return figures.attribution_panels(
-        ci,
-        title=s.title or "What writes the target's logit",
-        subtitle=s.subtitle(result, note=note),
+        ci, title=s.title or "What writes the target's logit", subtitle=s.subtitle(result, note=note)
     )
 
 
@@ -83,10 +81,7 @@ def plot_interventions(result: Result, s: Selection, *, most: int = 40) -> go.Fi
     names = s.names(result, "intervention")
     ci = s.means(result, names, ("intervention",), of=of)
     return figures.dots_with_intervals(
-        ci,
-        most=most,
-        title=s.title or "Every intervention",
-        subtitle=s.subtitle(result, of=of),
+        ci, most=most, title=s.title or "Every intervention", subtitle=s.subtitle(result, of=of)
     )
 
 
@@ -118,10 +113,7 @@ def plot_recall(result: Result, s: Selection) -> go.Figure:
         wanted = [name for name in ("exact_match", histogram) if name in shares] or shares
         ci = result.mean_ci(metric=list(dict.fromkeys(wanted)), group=group, **s.intervals)
     return figures.recall_panels(
-        result[histogram],
-        ci,
-        title=s.title or "What the model recalls",
-        subtitle=s.subtitle(result),
+        result[histogram], ci, title=s.title or "What the model recalls", subtitle=s.subtitle(result)
     )
 
 

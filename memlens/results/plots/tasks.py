@@ -116,9 +116,7 @@ def plot_edits(result: Result, s: Selection, *, edit: str | None = None) -> go.F
     shown = ("layer", "edit") if edit is None else ("layer",)
     ci = s.means(result, names, shown, of=of)
     return figures.line_over_layers(
-        ci,
-        title=s.title or "Other edits of each layer",
-        subtitle=s.subtitle(result, of=of),
+        ci, title=s.title or "Other edits of each layer", subtitle=s.subtitle(result, of=of)
     )
 
 

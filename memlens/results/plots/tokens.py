@@ -12,7 +12,7 @@ from memlens.errors import check_option
 from memlens.results.plots.layers import plot_layer_lines
 from memlens.results.plots.selection import Selection, one, single, takes, with_dims
 from memlens.results.result import Result
-from memlens.results.statistics.restored import changed_too_little, restorable_metric, restored_share
+from memlens.results.statistics.intervals import changed_too_little, restorable_metric, restored_share
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -110,9 +110,7 @@ def plot_decoding(
     ci = Result(derived).mean_ci(("sequence", "target"), **options)
     ci["rank"] = np.exp(ci["rank"])
     return figures.decoding_panels(
-        ci,
-        title=s.title or f"The {token} token, decoded after each layer",
-        subtitle=s.subtitle(result),
+        ci, title=s.title or f"The {token} token, decoded after each layer", subtitle=s.subtitle(result)
     )
 
 

@@ -114,11 +114,7 @@ def agreement(
     low, high = quantile_interval(samples, level)
     numbers: dict[str, float] = {"n": len(found), "n_found": int(found.sum()), "n_true": int(truth.sum())}
     for i, name in enumerate(AGREEMENT):
-        numbers |= {
-            name: float(values[i]),
-            f"{name}_low": float(low[i]),
-            f"{name}_high": float(high[i]),
-        }
+        numbers |= {name: float(values[i]), f"{name}_low": float(low[i]), f"{name}_high": float(high[i])}
     return numbers
 
 

@@ -78,9 +78,7 @@ class Tradeoff:
         drawn = self.removed_draws, self.cost_draws, self.removed_draws - self.cost_draws
         for name, draws in zip(("removed", "cost", "selectivity"), drawn, strict=True):
             low, high = quantile_interval(draws, level)
-            frame = frame.assign(
-                **{name: getattr(self, name), f"{name}_low": low, f"{name}_high": high},
-            )
+            frame = frame.assign(**{name: getattr(self, name), f"{name}_low": low, f"{name}_high": high})
         return frame.assign(worst_task=list(self.worst))
 
     def take(self, edits: Sequence[int] | Bool[np.ndarray, "edit"]) -> Tradeoff:
@@ -289,11 +287,7 @@ _DIMS = ("layer", "layers")
 
 
 def join_frontier(
-    parts: Mapping[str, tuple[Result, Result]],
-    *,
-    level: float = 0.95,
-    n_resamples: int = 2000,
-    seed: int = 0,
+    parts: Mapping[str, tuple[Result, Result]], *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0
 ) -> Result:
     """Join the effects of edits on recitation and on accuracy on tasks, for one or several models.
 
