@@ -45,9 +45,6 @@ class NoiseSource:
         draw: Draws of one seed differ.
     """
 
-    seed: int
-    draw: int
-
     def __init__(self, seed: int = 0, draw: int = 0) -> None:
         self.seed, self.draw = seed, draw
         self._key: tuple[Any, ...] = ()
@@ -268,13 +265,7 @@ def perturb_residual(
 
 
 class _Similarities:
-    """Looks at the residual of one disturbed run and compares it with the clean one.
-
-    Args:
-        clean: The clean residual.
-        places: Where to look, the noise's own place first; a hook may stand twice.
-        positions: Which positions are averaged over.
-    """
+    """Looks at the residual of one disturbed run and compares it with the clean one."""
 
     def __init__(self, clean: ActivationSource, places: Sequence[str], positions: str) -> None:
         self.clean, self.places, self.positions = clean, list(places), positions

@@ -20,8 +20,6 @@ _HEARD: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 class EditWatch:
     """Notices which hooks fired and which changed their activation, until a hook is known to work."""
 
-    heard: set[str]
-
     def __init__(self, model: Any, probe_tokens: Tensor) -> None:
         self.model = model
         self.probe_tokens = probe_tokens
@@ -71,12 +69,6 @@ class EditWatch:
 @torch.no_grad()
 def check_hook_is_heard(model: Any, name: str, tokens: Tensor, quiet: Tensor | None = None) -> None:
     """Raise unless noise written to a hook changes at least one bit of the logits.
-
-    Args:
-        model: A TransformerLens model.
-        name: A hook name.
-        tokens: A few token ids, `[1, pos]`.
-        quiet: The logits without noise, where they are known.
 
     Raises:
         SilentInterventionError: Every logit stayed bit-identical.

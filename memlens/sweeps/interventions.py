@@ -109,12 +109,9 @@ class Intervention:
     def __add__(self, other: Intervention) -> Intervention:
         """Both edits together, this one's hooks first."""
         return Intervention(
-            f"{self.name} + {other.name}",
-            (*self.hooks, *other.hooks),
-            {**self.coords, **other.coords},
-            min(self.first_position, other.first_position),
-            _both(self.observed, other.observed),
-        )
+            f"{self.name} + {other.name}", (*self.hooks, *other.hooks), {**self.coords, **other.coords},
+            min(self.first_position, other.first_position), _both(self.observed, other.observed),
+        )  # fmt: skip
 
     def _plain(self, name: str, fn: Any, batch: Batch | None) -> HookFn:
         if not isinstance(fn, BatchHook):

@@ -211,17 +211,12 @@ def _plan_of(
     trunk: Trunk, sequences: SequenceSet, interventions: Sequence[Intervention], count: _Count
 ) -> Plan:
     return Plan(
-        n_sequences=len(sequences),
-        n_interventions=len(interventions),
-        block_forwards=count.blocks,
+        n_sequences=len(sequences), n_interventions=len(interventions), block_forwards=count.blocks,
         reference_block_forwards=len(sequences) * trunk.n_layers * (1 + len(interventions)),
-        block_positions=round(count.positions),
-        unembedded_positions=count.targets,
-        block_flops=count.flops,
-        unembed_flops=2.0 * trunk.d_model * trunk.d_vocab * count.targets,
-        bytes=count.kept + count.working,
+        block_positions=round(count.positions), unembedded_positions=count.targets, block_flops=count.flops,
+        unembed_flops=2.0 * trunk.d_model * trunk.d_vocab * count.targets, bytes=count.kept + count.working,
         expected_seconds=None,
-    )
+    )  # fmt: skip
 
 
 def intervention_flops(

@@ -292,12 +292,6 @@ class Shard:
 def cut(n_sequences: int, costs: Sequence[float], batch_size: int, most: float) -> list[Shard]:
     """Cut a sweep into parts that cost about the same.
 
-    Args:
-        n_sequences: How many sequences.
-        costs: What each intervention costs on one sequence.
-        batch_size: Sequences of a part.
-        most: What a part should cost at most.
-
     >>> [(s.rows, s.items) for s in cut(3, [1.0] * 40, 2, 40.0)]
     [(range(0, 2), range(0, 20)), (range(0, 2), range(20, 40)), (range(2, 3), range(0, 40))]
     """
@@ -317,17 +311,10 @@ def cut(n_sequences: int, costs: Sequence[float], batch_size: int, most: float) 
 class ShardStore:
     """The finished parts of one sweep in a folder.
 
-    Args:
-        folder: The folder; created if it is missing.
-        about: What identifies the sweep: fingerprints and settings.
-        shards: How it is cut into parts; a sweep that was begun keeps its own cut.
-
     Raises:
         OtherRunError: The folder belongs to another sweep, or another version of memlens wrote it.
         ResultError: Its manifest cannot be read.
     """
-
-    shards: list[Shard]
 
     def __init__(self, folder: str | Path, about: Mapping[str, str], shards: Sequence[Shard]) -> None:
         cut = [[s.rows.start, s.rows.stop, s.items.start, s.items.stop] for s in shards]
@@ -378,15 +365,6 @@ def agreement_with_float32(
     per_token: bool,
 ) -> dict[str, Any]:
     """Compare some of a sweep's values with plain forwards in float32.
-
-    Args:
-        trunk: The model.
-        seqs: The sequences of the sweep.
-        interventions: Its interventions; up to eight, evenly spread, are run.
-        metrics: Its metrics.
-        baseline: Its un-intervened values.
-        values: Its values, `[seq, intervention, …]`.
-        per_token: Whether values have a `target` axis.
 
     Returns:
         `dtype`, how many `sequences` and `interventions` were compared, and by metric the largest absolute

@@ -70,14 +70,9 @@ def ablate_mlps(
     replacement = Replacement(mode, positions, reference, seed)
     interventions = mlp_ablations(model, sequences, layers=layers, **vars(replacement))
     return sweep(
-        model,
-        sequences,
-        interventions,
-        metrics,
-        kind="mlp_ablation",
-        settings=replacement.settings,
+        model, sequences, interventions, metrics, kind="mlp_ablation", settings=replacement.settings,
         **options,
-    )
+    )  # fmt: skip
 
 
 def mlp_ablations(

@@ -361,14 +361,9 @@ def ablate_head_pairs(
     }
     replacement = Replacement(mode, positions, reference, seed)
     result = sweep(
-        model,
-        sequences,
-        head_set_ablations(model, sequences, sets, **vars(replacement)),
-        metrics,
-        kind="head_pair_ablation",
-        settings={**replacement.settings, "heads": labels},
-        **options,
-    )
+        model, sequences, head_set_ablations(model, sequences, sets, **vars(replacement)), metrics,
+        kind="head_pair_ablation", settings={**replacement.settings, "heads": labels}, **options,
+    )  # fmt: skip
     return kept(Result(_squared(result, metric_names(metrics), cells, labels)), options.get("out"))
 
 

@@ -125,13 +125,9 @@ def measure_dominance(
     one = int(seqs.lengths.max()) * norms.numel() * trunk.dtype.itemsize
     names = [hook_name("mlp_post", layer) for layer in layers]
     items = at_targets(
-        trunk,
-        seqs,
-        names,
-        batch_size=min(16, max(1, _CAPTURE_BYTES // one)),
-        progress=progress,
+        trunk, seqs, names, batch_size=min(16, max(1, _CAPTURE_BYTES // one)), progress=progress,
         desc="dominant neurons",
-    )
+    )  # fmt: skip
     parts = [_most_dominant(item, names, norms, top_k) for item in items]
     neurons, coefficient, dominance = (np.concatenate(p) for p in zip(*parts, strict=True))
     return Dominance(layers, neurons, coefficient, dominance, norms.cpu().numpy())

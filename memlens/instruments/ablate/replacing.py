@@ -73,12 +73,6 @@ class Replacement:
     ) -> dict[int, MakeReplace]:
         """Return what replaces the activations of a site, by layer.
 
-        Args:
-            model: A TransformerLens model.
-            site: A site, such as "z" or "mlp_out".
-            layers: The layers.
-            sequences: The sequences that are changed.
-
         Raises:
             OptionError: "mean_of_other_heads" at a site other than "z".
             SiteError: "mean_of_other_heads" in a model with one head per layer.
@@ -111,12 +105,7 @@ class Replacement:
         return ByBatch(make) if differs else make(None)
 
     def hook(self, by: MakeReplace, part: Part = None) -> HookFn | BatchHook:
-        """Return the hook that replaces an activation, or some of its heads together.
-
-        Args:
-            by: From `by_layer`.
-            part: The head or heads; None for the whole activation.
-        """
+        """Return the hook that replaces an activation, or some of its heads together."""
 
         def make(batch: Batch | None) -> HookFn:
             replace, at = by(batch), self.where(batch)

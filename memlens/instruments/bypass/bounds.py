@@ -244,15 +244,7 @@ def bound_batch(
     targets: Targets,
     layers: Sequence[int],
 ) -> BatchBounds:
-    """Run all bypasses of one batch side by side, and bound each of them in the layer that is bypassed.
-
-    Args:
-        known: The model.
-        resid: The residual at the input of layer 0.
-        real: True where there is a token.
-        targets: Where logits are compared.
-        layers: The layers that are bypassed, each alone.
-    """
+    """Run all bypasses of one batch side by side, and bound each of them in the layer that is bypassed."""
     out, n = BatchBounds(), len(resid)
     started: list[int] = []
     edited, unchanged = resid[:0], real[:0, 0]  # residuals of the bypassed runs, stacked; rows that are equal
@@ -296,16 +288,13 @@ def _bound_block(
         return trace.projected.norm(dim=-1).masked_fill(~real, 0).amax(-1).clamp_min(1e-300)
 
     values = {
-        "measured_B1": projected,
-        "bound_B1": moved,
-        "measured_B2": projected,
+        "measured_B1": projected, "bound_B1": moved, "measured_B2": projected,
         "bound_B2": _farthest(base.attn_in, others) * weighted,
         "measured_B3": (edited.added - base.added).norm(dim=-1),
         "bound_B3": torch.full_like(projected, _from_weights(norms)),
-        "measured_B4": (edited.out - base.out).norm(dim=-1),
-        "bound_B4": path * after * projected,
+        "measured_B4": (edited.out - base.out).norm(dim=-1), "bound_B4": path * after * projected,
         "predictor": weighted,
-    }
+    }  # fmt: skip
     for name, value in values.items():
         out.tokens.setdefault(name, {})[layer] = value.masked_fill(~real, torch.nan)
     whole = {

@@ -97,13 +97,10 @@ def bypass_attention(
         model, mode=mode, layers=layers, heads=heads, span=span, width=width, over=over, strengths=strengths
     )
     settings = {
-        "mode": mode,
-        "heads": None if heads is None else list(heads),
-        "span": span,
-        "width": width if span == "window" else None,
-        "over": over,
+        "mode": mode, "heads": None if heads is None else list(heads), "span": span,
+        "width": width if span == "window" else None, "over": over,
         "strengths": None if strengths is None else list(strengths),
-    }
+    }  # fmt: skip
     return sweep(
         model, sequences, interventions, metrics, kind="attention_bypass", settings=settings, **options
     )

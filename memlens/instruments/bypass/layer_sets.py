@@ -202,15 +202,10 @@ def search_layer_sets(
     search.random(n_random, n_layers)
     search.round()
     settings = {
-        "mode": mode,
-        "over": over,
-        "greedy_size": greedy_size,
+        "mode": mode, "over": over, "greedy_size": greedy_size,
         "exact": "every set" if everything else f"sets of the best {exact_pool} single blocks",
-        "n_random": n_random,
-        "tasks": search.counted,
-        "n_resamples": n_resamples,
-        "seed": seed,
-    }
+        "n_random": n_random, "tasks": search.counted, "n_resamples": n_resamples, "seed": seed,
+    }  # fmt: skip
     return search.done(settings)
 
 
@@ -287,13 +282,9 @@ class _Search:
         assert self.recall is not None
         assert self.accuracy is not None
         return edit_tradeoff(
-            take_half(self.recall, part, self.seed),
-            take_half(self.accuracy, part, self.seed, within="task"),
-            over=self.over,
-            tasks=self.counted or None,
-            n_resamples=n_resamples,
-            seed=self.seed,
-        )
+            take_half(self.recall, part, self.seed), take_half(self.accuracy, part, self.seed, within="task"),
+            over=self.over, tasks=self.counted or None, n_resamples=n_resamples, seed=self.seed,
+        )  # fmt: skip
 
     def ranked(self, kind: str | None = None) -> list[Layers]:
         """Return the tried sets of a kind, the most selective on the choosing half first."""

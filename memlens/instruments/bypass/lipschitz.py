@@ -75,12 +75,6 @@ def mlp_stretch(
     :math:`\|W_2\| (\sup|\phi'| \max|p|\, \|W_g\| + \max|\phi(g)|\, \|W_1\|)`: :math:`p` and :math:`g` move on
     straight lines, so their greatest values stand at the ends, and :math:`|\phi(g)|` is greatest at an end or
     at its dip.
-
-    Args:
-        mlp: The MLP.
-        norms: Spectral norms of its `into`, `gate` and `out`.
-        x0: One end.
-        x1: The other.
     """
     into, gate, out = norms
     if mlp.gate is None:
@@ -131,13 +125,10 @@ class BlockNorms:
         clipped = block.clip is not None
         gate = torch.zeros(()) if mlp.gate is None else spectral_norm(mlp.gate.weight)
         return cls(
-            block=block,
-            mlp=mlp,
-            mlp_norms=(spectral_norm(mlp.into.weight), gate, spectral_norm(mlp.out.weight)),
-            w_v=w_v,
-            w_o=w_o,
+            block=block, mlp=mlp,
+            mlp_norms=(spectral_norm(mlp.into.weight), gate, spectral_norm(mlp.out.weight)), w_v=w_v, w_o=w_o,
             gain=spectral_norm(w_v) * spectral_norm(w_o) if clipped else product_norm(w_o, w_v),
-        )
+        )  # fmt: skip
 
     def mlp_path(self, a: BlockTrace, b: BlockTrace) -> Float[Tensor, "row pos"]:
         """Return how much norm, MLP and post-norm together can stretch a token's difference."""

@@ -83,8 +83,7 @@ class TunedLens:
             SourceNotFoundError: There is nothing at `path`.
             FileFormatError: The folder is not a lens, or its files are damaged or do not belong together.
         """
-        content = read_lens(path)
-        return cls(content.weight, content.bias, content.facts)
+        return read_lens(path)
 
     def save(self, path: str | Path, *, layout: str = "memlens") -> Path:
         """Write the lens to a folder, each file whole or not at all.
@@ -101,8 +100,7 @@ class TunedLens:
             OptionError: Another layout.
         """
         check_option("layout", layout, LENS_LAYOUTS)
-        content = LensContent(self.weight, self.bias, dict(self.facts))
-        return (write_own if layout == "memlens" else write_published)(path, content)
+        return (write_own if layout == "memlens" else write_published)(path, self)
 
     @property
     def n_layers(self) -> int:
@@ -188,10 +186,6 @@ class TunedLens:
 def as_lens(lens: str | Path | TunedLens, model: Any) -> TunedLens | None:
     """Return the lens that an option means and check that it fits; None for the logit lens.
 
-    Args:
-        lens: "logit", a `TunedLens`, or the folder of one.
-        model: The model that is to be read.
-
     Raises:
         SourceNotFoundError: No such folder.
         FileFormatError: The folder is not a lens.
@@ -218,21 +212,6 @@ PUBLISHED_FILES = ("config.json", "params.pt")
 FORMAT = "memlens tuned lens 1"
 
 
-@dataclass(frozen=True)
-class LensContent:
-    """What a lens' files hold.
-
-    Attributes:
-        weight: One matrix a translator, float32.
-        bias: One vector a translator, float32.
-        facts: Everything else, as JSON types.
-    """
-
-    weight: Float[Tensor, "layer d_model d_model"]
-    bias: Float[Tensor, "layer d_model"]
-    facts: dict[str, Any]
-
-
 def digest(weight: Tensor, bias: Tensor) -> str:
     """Return a short name of the numbers of a lens: equal for equal translators.
 
@@ -247,11 +226,8 @@ def digest(weight: Tensor, bias: Tensor) -> str:
     return found.hexdigest()[:16]
 
 
-def read_lens(path: str | Path) -> LensContent:
+def read_lens(path: str | Path) -> TunedLens:
     """Read a lens from its folder, of either layout.
-
-    Args:
-        path: The folder, or one of the two files in it.
 
     Raises:
         SourceNotFoundError: There is nothing at `path`.
@@ -265,47 +241,44 @@ def read_lens(path: str | Path) -> LensContent:
     folder = folder if folder.is_dir() else folder.parent
     for files, read in ((OWN_FILES, _read_own), (PUBLISHED_FILES, _read_published)):
         if all((folder / name).is_file() for name in files):
-            content = read(folder)
-            _check_finite(content, folder)
-            return content
+            lens = read(folder)
+            _check_finite(lens, folder)
+            return lens
     raise FileFormatError(
         f"{folder} is not a tuned lens: it needs {' and '.join(OWN_FILES)}, or "
         f"{' and '.join(PUBLISHED_FILES)}."
     )
 
 
-def write_own(folder: str | Path, content: LensContent) -> Path:
+def write_own(folder: str | Path, lens: TunedLens) -> Path:
     """Write memlens' layout, each file whole or not at all; the JSON names the numbers that it belongs to."""
     folder = Path(folder)
-    tensors = {"weight": content.weight.detach().cpu().contiguous(), "bias": content.bias.detach().cpu()}
+    tensors = {"weight": lens.weight.detach().cpu().contiguous(), "bias": lens.bias.detach().cpu()}
     with replacing(folder / OWN_FILES[1]) as part:
         save_file(tensors, part)
-    about = {"format": FORMAT, "fingerprint": digest(content.weight, content.bias), **content.facts}
+    about = {"format": FORMAT, "fingerprint": digest(lens.weight, lens.bias), **lens.facts}
     write_atomically(folder / OWN_FILES[0], json.dumps(about, indent=1).encode())
     return folder
 
 
-def write_published(folder: str | Path, content: LensContent) -> Path:
+def write_published(folder: str | Path, lens: TunedLens) -> Path:
     """Write the layout of the `tuned-lens` library, each file whole or not at all."""
     folder = Path(folder)
     state: dict[str, Tensor] = {}
-    for i, (weight, bias) in enumerate(zip(content.weight, content.bias, strict=True)):
+    for i, (weight, bias) in enumerate(zip(lens.weight, lens.bias, strict=True)):
         state |= {f"{i}.weight": weight.detach().cpu().clone(), f"{i}.bias": bias.detach().cpu().clone()}
     config = {
-        "base_model_name_or_path": content.facts.get("base_model", ""),
-        "base_model_revision": content.facts.get("revision") or None,
-        "d_model": content.weight.shape[-1],
-        "num_hidden_layers": len(content.weight),
-        "bias": True,
-        "lens_type": "linear_tuned_lens",
-    }
+        "base_model_name_or_path": lens.facts.get("base_model", ""),
+        "base_model_revision": lens.facts.get("revision") or None, "d_model": lens.weight.shape[-1],
+        "num_hidden_layers": len(lens.weight), "bias": True, "lens_type": "linear_tuned_lens",
+    }  # fmt: skip
     with replacing(folder / PUBLISHED_FILES[1]) as part:
         torch.save(state, part)
     write_atomically(folder / PUBLISHED_FILES[0], json.dumps(config, indent=1).encode())
     return folder
 
 
-def _read_own(folder: Path) -> LensContent:
+def _read_own(folder: Path) -> TunedLens:
     about = _read_json(folder / OWN_FILES[0])
     if about.get("format") != FORMAT:
         raise FileFormatError(
@@ -323,10 +296,10 @@ def _read_own(folder: Path) -> LensContent:
             f"{OWN_FILES[1]} in {folder} is not the file that {OWN_FILES[0]} describes: save the lens again."
         )
     facts = {key: value for key, value in about.items() if key not in ("format", "fingerprint")}
-    return LensContent(weight, bias, facts)
+    return TunedLens(weight, bias, facts)
 
 
-def _read_published(folder: Path) -> LensContent:
+def _read_published(folder: Path) -> TunedLens:
     config = _read_json(folder / PUBLISHED_FILES[0])
     depth, width = config.get("num_hidden_layers"), config.get("d_model")
     if not isinstance(depth, int) or not isinstance(width, int) or depth < 1 or width < 1:
@@ -354,7 +327,7 @@ def _read_published(folder: Path) -> LensContent:
         "processed_weights": False,
         "source": "tuned-lens files",
     }
-    return LensContent(weight, bias, facts)
+    return TunedLens(weight, bias, facts)
 
 
 def _load_state(path: Path) -> Mapping[str, Tensor]:
@@ -379,8 +352,8 @@ def _check_shapes(state: Mapping[str, Tensor], width: int, path: Path) -> None:
             )
 
 
-def _check_finite(content: LensContent, folder: Path) -> None:
-    if not (content.weight.isfinite().all() and content.bias.isfinite().all()):
+def _check_finite(lens: TunedLens, folder: Path) -> None:
+    if not (lens.weight.isfinite().all() and lens.bias.isfinite().all()):
         raise FileFormatError(
             f"the tuned lens in {folder} holds NaN or infinity: train or download it again."
         )

@@ -143,14 +143,10 @@ def _attribute(
     logits = trunk.unembed(item.final)
     total = logits.gather(-1, item.targets.ids[..., None])[..., 0] - (logits.mean(-1) if centered else 0)
     return {
-        "head": heads,
-        "attn": attn,
-        "attn_bias": attn - heads.sum(-1),
-        "mlp": mlp,
+        "head": heads, "attn": attn, "attn_bias": attn - heads.sum(-1), "mlp": mlp,
         "embedding": credit(item.acts[hook_name("resid_pre", 0)]),
-        "bias": _mean((norm.bias * direction).sum(-1) + unembed_bias, mask),
-        "total": _mean(total, mask),
-    }
+        "bias": _mean((norm.bias * direction).sum(-1) + unembed_bias, mask), "total": _mean(total, mask),
+    }  # fmt: skip
 
 
 def _mean(values: Float[Tensor, "batch target *site"], mask: Tensor) -> np.ndarray:

@@ -62,16 +62,7 @@ def compare_runs(
     direction: str,
     clean: SequenceSet,
 ) -> Result:
-    """Name the two runs, add the normalized effect of the first metric, and the clean tokens as text.
-
-    Args:
-        result: Values of each patched run, and of the base run as `<metric>_baseline`.
-        model: The model, for its tokenizer.
-        source: Values of the run that was patched from, by metric.
-        names: The metrics.
-        direction: One of `DIRECTIONS`: which of the two runs was patched.
-        clean: The clean set.
-    """
+    """Name the two runs, add the normalized effect of the first metric, and the clean tokens as text."""
     data = result.data
     of_source, of_base = ("clean", "corrupt") if direction == "denoising" else ("corrupt", "clean")
     for name in names:

@@ -294,18 +294,9 @@ def _between_runs(
     return Screen(base, estimate, made(source), settings, finish)
 
 
-register_kind(
-    "activation_patching",
-    plot=plot_patch_map,
-    reading=read_restored,
-    cites=(("meng2022", "causal tracing, the origin of activation patching"),),
-)
-register_kind(
-    "neuron_patching",
-    plot=plot_sites,
-    reading=read_restored,
-    cites=(("meng2022", "causal tracing, the origin of activation patching"),),
-)
+_CITES = (("meng2022", "causal tracing, the origin of activation patching"),)
+register_kind("activation_patching", plot=plot_patch_map, reading=read_restored, cites=_CITES)
+register_kind("neuron_patching", plot=plot_sites, reading=read_restored, cites=_CITES)
 register_instrument(
     "patching", ranks="site", kind="activation_patching", run=patch_activations, pairs=True, screen=_screen,
     options=("direction", "path", "site", "over", "positions"),

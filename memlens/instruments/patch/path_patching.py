@@ -32,20 +32,7 @@ Head = tuple[int, int]
 
 
 class FrozenRuns:
-    """Activations of frozen runs, made when a batch needs them; only the last one is kept.
-
-    Args:
-        model: A TransformerLens model.
-        base: The run that is patched.
-        source: Where the sender's output comes from, row by row.
-        layers: The senders' layers.
-        mlps: "recomputed" or "frozen".
-    """
-
-    trunk: Trunk
-    mlps: str
-    base: ActivationSource
-    source: ActivationSource
+    """Activations of frozen runs, made when a batch needs them; only the last one is kept."""
 
     def __init__(
         self, model: Any, base: SequenceSet, source: SequenceSet, layers: Sequence[int], mlps: str
@@ -63,14 +50,7 @@ class FrozenRuns:
         return {**self.__dict__, "_key": None, "_kept": None}
 
     def at(self, batch: Batch, sender: Head, site: str, layer: int) -> Float[Tensor, "batch pos ..."]:
-        """Return what a site of a block holds in the frozen run.
-
-        Args:
-            batch: The sequences.
-            sender: The head that changes.
-            site: A site, such as "q", "mlp_out" or "resid_post".
-            layer: The block, not before the sender's.
-        """
+        """Return what a site of a block holds in the frozen run."""
         key = (self.trunk.dtype, tuple(batch.rows.tolist()), sender, site, layer)
         if key != self._key or self._kept is None:
             self._key, self._kept = key, self._run(batch, sender, site, layer)

@@ -65,11 +65,6 @@ def recall_of_top(
     greatest exact score down until they amount to :math:`k`; the share of the screened ones is the recall.
     With every site verified that is exact.
 
-    Args:
-        score: Exact scores; the greatest are the top.
-        screened: Which sites the screen chose; their number is :math:`k`.
-        n_rest: How many sites it left out.
-
     Returns:
         The recall (NaN where nothing of a rest was verified), and how many random sites are in the top.
 

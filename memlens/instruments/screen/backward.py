@@ -278,14 +278,7 @@ class GradientRun:
     def estimate(
         self, deltas: Deltas, embedded: Callable[[Batch], Tensor] | None, cells: Cells, progress: bool
     ) -> tuple[str, np.ndarray, np.ndarray]:
-        """Return the metric's name, its values `[seq]` and the effects `[seq, layer, …]`.
-
-        Args:
-            deltas: The change of each layer's activation.
-            embedded: The source run's residual at the input of block 0, for the path of that name.
-            cells: What is told apart.
-            progress: Show a bar.
-        """
+        """Return the metric's name, its values `[seq]` and the effects `[seq, layer, …]`."""
         metric = self.metric
         spots = [spot(self.site, layer) for layer in self.layers]
         values, effects = [], []

@@ -199,21 +199,14 @@ def screen_then_verify(
         INSTRUMENTS[instrument].kind, tool, model, dims, sites, metrics, batch_size, progress, options
     )
     data = Verified(
-        stacked.values[:, chosen],
-        _at(exact.effect(metric), dims, sites).values,
-        np.arange(len(chosen)) < top_k,
-        len(ranked),
-        score,
-    )
+        stacked.values[:, chosen], _at(exact.effect(metric), dims, sites).values,
+        np.arange(len(chosen)) < top_k, len(ranked), score,
+    )  # fmt: skip
     return Screening(
         _table(data, dims, sites, np.argsort(ranked)[chosen] + 1, level, n_resamples, seed),
-        agreement_table(data, level=level, n_resamples=n_resamples, seed=seed),
-        estimate,
-        exact,
-        metric,
-        len(ranked),
-        top_k,
-    )
+        agreement_table(data, level=level, n_resamples=n_resamples, seed=seed), estimate, exact, metric,
+        len(ranked), top_k,
+    )  # fmt: skip
 
 
 def _chosen(ranked: np.ndarray, top_k: int, n_random: int, seed: int) -> tuple[np.ndarray, int]:

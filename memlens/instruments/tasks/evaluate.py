@@ -78,15 +78,9 @@ def evaluate_tasks(
     settings = {"tasks": {task.name: _about(task) for task in tasks}}
     if interventions:
         swept = sweep(
-            model,
-            requests,
-            interventions,
-            _METRICS,
-            kind="task_accuracy",
-            settings=settings,
-            out=out,
+            model, requests, interventions, _METRICS, kind="task_accuracy", settings=settings, out=out,
             **options,
-        )
+        )  # fmt: skip
     elif out is not None:
         raise OptionError(f"out={str(out)!r} keeps a sweep, and there are no interventions: give some.")
     else:

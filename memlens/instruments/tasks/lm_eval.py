@@ -50,11 +50,6 @@ class LensLM(LM):
         progress: Show bars.
     """
 
-    model: Any
-    interventions: tuple[Intervention, ...]
-    encoder: PairEncoder
-    progress: bool
-
     def __init__(
         self,
         model: Any,

@@ -66,12 +66,9 @@ class Question:
                 f"{name}: gold={gold!r} is not a choice: give a number from 0 to {len(choices) - 1}."
             )
         return cls(
-            tuple(contexts),
-            tuple(f"{delimiter}{choice}" for choice in choices),
-            tuple(numbers),
-            tuple(map(len, choices)),
-            name,
-        )
+            tuple(contexts), tuple(f"{delimiter}{choice}" for choice in choices), tuple(numbers),
+            tuple(map(len, choices)), name,
+        )  # fmt: skip
 
 
 def _is_text(value: object) -> bool:

@@ -133,13 +133,6 @@ class Engine:
         probe_tokens: A few token ids for the check that hooks are heard.
     """
 
-    model: Any
-    reduce: Reduce
-    chunk_tokens: int
-    unembed_rows: int
-    reduced_rows: int
-    watch: EditWatch
-
     def __init__(
         self,
         model: Any,
@@ -163,13 +156,10 @@ class Engine:
     ) -> Engine:
         """An engine that measures these metrics within a budget."""
         return Engine(
-            trunk.model,
-            make_reduce(metrics, per_token=per_token),
-            chunk_tokens=budget.chunk_tokens,
-            unembed_rows=budget.unembed_rows,
-            reduced_rows=budget.reduced_rows,
+            trunk.model, make_reduce(metrics, per_token=per_token), chunk_tokens=budget.chunk_tokens,
+            unembed_rows=budget.unembed_rows, reduced_rows=budget.reduced_rows,
             probe_tokens=seqs.tokens[:1, :4].to(trunk.device),
-        )
+        )  # fmt: skip
 
     def reference(
         self, batch: Batch, targets: Targets, intervention: Intervention | None

@@ -106,13 +106,7 @@ def _place(name: str) -> tuple[int | None, str | None]:
 def edited(
     hooks: Sequence[tuple[str, Any, HookFn]], entry: Entry, acts: Mapping[str, Tensor]
 ) -> Float[Tensor, "batch pos ..."]:
-    """Return the edited activation: what the hooks make of the captured baseline.
-
-    Args:
-        hooks: Names, hook points and functions, in order.
-        entry: The point they edit.
-        acts: The baseline's activations.
-    """
+    """Return the edited activation: what the hooks make of the captured baseline."""
     for name, point, fn in hooks:
         if name != entry.name:
             fn(acts[name].clone(), point)
@@ -132,16 +126,7 @@ def start_of(
     blocks: FunctionalBlocks,
     stop: int,
 ) -> Start | None:
-    """Carry an edited activation to the residual; None where it changes nothing before `stop`.
-
-    Args:
-        entry: The edited point.
-        new: Its edited activation.
-        acts: The baseline's activations.
-        resid: The baseline's residual at each block's input.
-        blocks: The model's blocks.
-        stop: The positions from here on predict nothing.
-    """
+    """Carry an edited activation to the residual; None where it changes nothing before `stop`."""
     old = acts[entry.name]
     first = _first_change(old[:, :stop], new[:, :stop])
     if first is None:

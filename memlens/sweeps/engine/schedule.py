@@ -31,18 +31,7 @@ def run_batches(
     bar: Any,
     rows: range,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Run all batches; return the baseline `[seq, …]` and values `[seq, intervention, …]` of each metric.
-
-    Args:
-        runner: The engine.
-        trunk: The model.
-        seqs: The set.
-        costed: Interventions, and what each adds to the bar for one sequence.
-        engine: "fast" or "reference".
-        budget: How much is run at a time.
-        bar: What shows the progress.
-        rows: Which sequences of the set.
-    """
+    """Run all batches; return the baseline `[seq, …]` and values `[seq, intervention, …]` of each metric."""
     base: list[Values] = []
     out: list[list[Values]] = []
     costs, interventions = [cost for cost, _ in costed], [item for _, item in costed]
