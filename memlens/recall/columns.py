@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from rapidfuzz.distance import Levenshtein
@@ -47,81 +48,48 @@ class Column:
     cites: tuple[tuple[str, str], ...] = ()
 
 
-COLUMNS: Mapping[str, Column] = MappingProxyType(
-    {
-        "near_tie": Column(
-            "", "0 or 1", "whether the margin is too small to decide the exact match", proportion=True
-        ),
-        "memorization_score": Column(
-            "",
-            "share of tokens",
-            "share of positions at which the greedy continuation equals the true one",
-            "higher",
-            cites=(("chen2026", "memorization score M"),),
-        ),
-        "nll": Column("likelihood", "nats", "negative log-probability of the whole continuation", "lower"),
-        "perplexity": Column("likelihood", "1", "exp of the mean negative log-probability", "lower"),
-        "min_k": Column(
-            "likelihood",
-            "nats",
-            "mean log-probability of the least likely targets",
-            "higher",
-            cites=(("shi2024", "Min-K %"),),
-        ),
-        "min_k_plus_plus": Column(
-            "likelihood",
-            "1",
-            "mean of the lowest log-probabilities, standardized over the vocabulary",
-            "higher",
-            cites=(("zhang2024", "Min-K %++"),),
-        ),
-        "zlib_ratio": Column(
-            "likelihood",
-            "nats per byte",
-            "NLL over the text's size after zlib",
-            "lower",
-            cites=(("carlini2021", "ratio to the size compressed by zlib"),),
-        ),
-        "sample_logprob": Column(
-            "sampling", "nats", "log-probability that one sample is the whole continuation", "higher"
-        ),
-        "samples_needed": Column(
-            "sampling",
-            "samples",
-            "fewest samples that contain it with probability p",
-            "lower",
-            summarized=False,
-        ),
-        "np_discoverable": Column(
-            "sampling",
-            "0 or 1",
-            "whether n samples contain it with probability p",
-            "higher",
-            proportion=True,
-            cites=(("hayes2025", "(n, p)-discoverable extraction"),),
-        ),
-        "edit_distance": Column(
-            "near_verbatim", "tokens", "Levenshtein distance between generated and true continuation", "lower"
-        ),
-        "edit_similarity": Column(
-            "near_verbatim", "share", "1 - edit distance over the longer length", "higher"
-        ),
-        "longest_run": Column("near_verbatim", "tokens", "longest run of tokens in both", "higher"),
-        "longest_run_at": Column(
-            "near_verbatim", "position", "where it begins in the true continuation", summarized=False
-        ),
-        "longest_run_generated_at": Column(
-            "near_verbatim", "position", "where it begins in the generated tokens", summarized=False
-        ),
-        "copied_share": Column("trivial", "share", "longest run of the continuation found in the prefix"),
-        "type_token_ratio": Column("trivial", "share", "distinct tokens over tokens of the continuation"),
-        "repeated_share": Column("trivial", "share", "tokens that repeat with the best period"),
-        "step_share": Column("trivial", "share", "tokens or words that continue in constant steps"),
-        "trivial": Column(
-            "trivial", "0 or 1", "one of the four rules explains the continuation", proportion=True
-        ),
-    }
-)
+# fmt: off
+COLUMNS: Mapping[str, Column] = MappingProxyType({
+    "near_tie": Column(
+        "", "0 or 1", "whether the margin is too small to decide the exact match", proportion=True),
+    "memorization_score": Column(
+        "", "share of tokens", "share of positions at which the greedy continuation equals the true one",
+        "higher", cites=(("chen2026", "memorization score M"),)),
+    "nll": Column("likelihood", "nats", "negative log-probability of the whole continuation", "lower"),
+    "perplexity": Column("likelihood", "1", "exp of the mean negative log-probability", "lower"),
+    "min_k": Column(
+        "likelihood", "nats", "mean log-probability of the least likely targets", "higher",
+        cites=(("shi2024", "Min-K %"),)),
+    "min_k_plus_plus": Column(
+        "likelihood", "1", "mean of the lowest log-probabilities, standardized over the vocabulary", "higher",
+        cites=(("zhang2024", "Min-K %++"),)),
+    "zlib_ratio": Column(
+        "likelihood", "nats per byte", "NLL over the text's size after zlib", "lower",
+        cites=(("carlini2021", "ratio to the size compressed by zlib"),)),
+    "sample_logprob": Column(
+        "sampling", "nats", "log-probability that one sample is the whole continuation", "higher"),
+    "samples_needed": Column(
+        "sampling", "samples", "fewest samples that contain it with probability p", "lower",
+        summarized=False),
+    "np_discoverable": Column(
+        "sampling", "0 or 1", "whether n samples contain it with probability p", "higher", proportion=True,
+        cites=(("hayes2025", "(n, p)-discoverable extraction"),)),
+    "edit_distance": Column(
+        "near_verbatim", "tokens", "Levenshtein distance between generated and true continuation", "lower"),
+    "edit_similarity": Column("near_verbatim", "share", "1 - edit distance over the longer length", "higher"),
+    "longest_run": Column("near_verbatim", "tokens", "longest run of tokens in both", "higher"),
+    "longest_run_at": Column(
+        "near_verbatim", "position", "where it begins in the true continuation", summarized=False),
+    "longest_run_generated_at": Column(
+        "near_verbatim", "position", "where it begins in the generated tokens", summarized=False),
+    "copied_share": Column("trivial", "share", "longest run of the continuation found in the prefix"),
+    "type_token_ratio": Column("trivial", "share", "distinct tokens over tokens of the continuation"),
+    "repeated_share": Column("trivial", "share", "tokens that repeat with the best period"),
+    "step_share": Column("trivial", "share", "tokens or words that continue in constant steps"),
+    "trivial": Column(
+        "trivial", "0 or 1", "one of the four rules explains the continuation", proportion=True),
+})
+# fmt: on
 """By name, in the order of the table."""
 
 METRIC_GROUPS = ("likelihood", "sampling", "near_verbatim", "trivial")
@@ -139,6 +107,16 @@ LABELS: Mapping[str, dict[str, Any]] = MappingProxyType(
     }
 )
 """Unit, meaning and direction of each number, as attributes of an array."""
+
+
+def sequence_coords(table: pd.DataFrame) -> dict[str, Any]:
+    """Return the ids, and the columns that serve as groups, as coordinates of the dimension `sequence`."""
+    coords: dict[str, Any] = {"sequence": table["id"].to_numpy(dtype=object)}
+    for name in ("domain", "copies", "source"):
+        if name in table:
+            values, numeric = table[name], pd.api.types.is_numeric_dtype(table[name])
+            coords[name] = ("sequence", values.to_numpy() if numeric else values.astype(str).to_numpy(object))
+    return coords
 
 
 def nll(stats: TargetStats) -> Float[Tensor, "seq"]:

@@ -13,7 +13,8 @@ from memlens.errors import EmptySetError, OptionError, check_option
 from memlens.forward.memory import check_batch_size
 from memlens.forward.trunk import require_model
 from memlens.models.provenance import describe
-from memlens.recall.extraction import Halves, Prompt, score_prompts, sequence_coords
+from memlens.recall.columns import sequence_coords
+from memlens.recall.extraction import Halves, Prompt, score_prompts
 from memlens.results.kinds import register_kind
 from memlens.results.plots.layers import plot_strengths
 from memlens.results.readings import read_compression
@@ -177,7 +178,7 @@ def prompt_compression(
             ratio = "compression_ratio" if name == "fewest" else "stable_compression_ratio"
             arrays[ratio] = ("sequence", arrays[f"{name}_tokens"][1] / n_prefix, {"units": "share"})
     arrays["recalled"] = ("sequence", recalled.astype(float), {"units": "0 or 1"})
-    data = xr.Dataset(arrays, {**sequence_coords(sequences), **coords})
+    data = xr.Dataset(arrays, {**sequence_coords(sequences.table), **coords})
     settings = {"method": method, "budget": budget, "pinned": pinned, "sequences": dict(sequences.attrs)}
     return Result.create(data, kind="prompt_compression", settings=settings, **describe(model))
 

@@ -6,12 +6,11 @@ recalled? A teacher-forced pass answers, prompts of similar length together (`sc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 from tqdm.auto import tqdm
@@ -22,7 +21,7 @@ from memlens.forward.memory import check_batch_size
 from memlens.forward.metrics import METRICS
 from memlens.forward.trunk import require_model
 from memlens.models.provenance import describe
-from memlens.recall.columns import LABELS
+from memlens.recall.columns import LABELS, sequence_coords
 from memlens.results.kinds import register_kind
 from memlens.results.plots.layers import plot_strengths
 from memlens.results.readings import read_strengths
@@ -107,10 +106,11 @@ def score_prompts(
     """
     found = {name: np.zeros(len(prompts)) for name in PROMPT_METRICS}
     # Short prompts first, so that blocks (and batches in them) hold little padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][1]) + len(_target(halves, prompts[i])))
-    for index in _blocks(order):
+    targets = [halves.continuations[row] for row, _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][1]) + len(targets[i]))
+    for index in (order[start : start + _BLOCK] for start in range(0, len(order), _BLOCK)):
         rows = [[*halves.pinned[prompts[i][0]], *prompts[i][1]] for i in index]
-        tokens = [row + _target(halves, prompts[i]) for row, i in zip(rows, index, strict=True)]
+        tokens = [row + targets[i] for row, i in zip(rows, index, strict=True)]
         part = SequenceSet.from_tokens(tokens, [len(row) for row in rows])
         stats, _ = teacher_forced(model, part, {}, batch_size=batch_size, progress=False)
         for name in PROMPT_METRICS:
@@ -118,15 +118,6 @@ def score_prompts(
         if bar is not None:
             bar.update(len(index))
     return found
-
-
-def _target(halves: Halves, prompt: Prompt) -> list[int]:
-    return halves.continuations[prompt[0]]
-
-
-def _blocks(order: list[int]) -> Iterator[list[int]]:
-    for start in range(0, len(order), _BLOCK):
-        yield order[start : start + _BLOCK]
 
 
 def extraction_curve(
@@ -191,20 +182,9 @@ def extraction_curve(
         array = np.full((len(halves), len(lengths)), np.nan)
         array[place] = found[name]
         arrays[name] = (("sequence", "prefix_len"), array, LABELS[name])
-    data = xr.Dataset(arrays, {**sequence_coords(sequences), "prefix_len": lengths})
+    data = xr.Dataset(arrays, {**sequence_coords(sequences.table), "prefix_len": lengths})
     settings = {"prefix_lengths": lengths, "pinned": pinned, "sequences": dict(sequences.attrs)}
     return Result.create(data, kind="extraction_curve", settings=settings, **describe(model))
-
-
-def sequence_coords(seqs: SequenceSet) -> dict[str, Any]:
-    """Return the ids, and the columns that serve as groups, as coordinates."""
-    coords: dict[str, Any] = {"sequence": seqs.table["id"].to_numpy(dtype=object)}
-    for name in ("domain", "copies", "source"):
-        if name in seqs.table:
-            values = seqs.table[name]
-            numeric = pd.api.types.is_numeric_dtype(values)
-            coords[name] = ("sequence", values.to_numpy() if numeric else values.astype(str).to_numpy(object))
-    return coords
 
 
 def _lengths(asked: Sequence[int] | None, longest: int) -> list[int]:

@@ -67,11 +67,8 @@ class Extras:
         if "likelihood" in self.groups:
             found["min_k_share"] = self.share
         if "sampling" in self.groups:
-            found |= {
-                "n_samples": self.n_samples,
-                "probability": self.probability,
-                **self.sampling.settings(),
-            }
+            found |= {"n_samples": self.n_samples, "probability": self.probability}
+            found |= self.sampling.settings()
         return found | (self.rules.settings() if "trivial" in self.groups else {})
 
     def reducers(self) -> Mapping[str, Reducer]:
@@ -98,7 +95,10 @@ class Extras:
         if "sampling" in self.groups:
             # The plain scheme's is the model's own log-probability.
             logprob = sampled.get("sample_logprob", stats.logprob)
-            found |= self._sampling(logprob.where(seqs.target_mask, 0).sum(-1).numpy())
+            total = logprob.where(seqs.target_mask, 0).sum(-1).numpy()
+            needed = samples_needed(total, self.probability)
+            discoverable = (needed <= self.n_samples).astype(np.int64)
+            found |= {"sample_logprob": total, "samples_needed": needed, "np_discoverable": discoverable}
         if "trivial" in self.groups:
             found |= trivial_columns(seqs, tokenizer, self.rules)
         return found
@@ -110,14 +110,6 @@ class Extras:
         if "near_verbatim" not in self.groups:
             return {}
         return near_verbatim_columns(list(generated), _continuations(seqs))
-
-    def _sampling(self, logprob: np.ndarray) -> dict[str, np.ndarray]:
-        needed = samples_needed(logprob, self.probability)
-        return {
-            "sample_logprob": logprob,
-            "samples_needed": needed,
-            "np_discoverable": (needed <= self.n_samples).astype(np.int64),
-        }
 
 
 def _continuations(seqs: SequenceSet) -> list[list[int]]:

@@ -15,7 +15,7 @@ from jaxtyping import Int
 
 from memlens.errors import EmptySetError, FileFormatError, OptionError, SequenceError
 from memlens.forward.metrics import BUILT_IN, METRICS
-from memlens.recall.columns import COLUMNS, LABELS, SCORE_COLUMNS
+from memlens.recall.columns import COLUMNS, LABELS, SCORE_COLUMNS, sequence_coords
 from memlens.recall.matching import Matching, match_controls
 from memlens.results.kinds import register_kind
 from memlens.results.plots.layers import plot_recall
@@ -235,25 +235,14 @@ class RecallScores:
 
     def to_result(self) -> Result:
         """Return the metrics as a `Result` of kind "recall": dimension `sequence`, groups as coordinates."""
-        import xarray as xr
-
         from memlens.results.result import Result
 
-        metrics = [*BUILT_IN, *COLUMNS]
         arrays = {
             name: ("sequence", self.table[name].to_numpy(dtype=float), LABELS.get(name, {}))
-            for name in metrics
+            for name in (*BUILT_IN, *COLUMNS)
             if name in self.table
         }
-        coords: dict[str, Any] = {"sequence": self.table["id"].to_numpy(dtype=object)}
-        for name in ("domain", "copies", "source"):
-            if name in self.table:
-                values = self.table[name]
-                numeric = pd.api.types.is_numeric_dtype(values)
-                coords[name] = (
-                    "sequence",
-                    values.to_numpy() if numeric else values.astype(str).to_numpy(object),
-                )
+        coords = sequence_coords(self.table)
         settings = {"sequences": dict(self.sequences.attrs), "criterion": self.criterion, **self.attrs}
         return Result.create(xr.Dataset(arrays, coords), kind="recall", settings=settings, **self.attrs)
 
@@ -280,8 +269,14 @@ class RecallScores:
             )
         if not len(pool):
             raise EmptySetError(f"no sequence scores below {below} ({best}): score unmemorized ones too")
-        counts = _token_counts(self.sequences) if token_counts is None else np.asarray(token_counts)
-        _check_counts(counts, self.sequences)
+        seqs, largest = self.sequences, int(self.sequences.tokens.max())
+        found = seqs.tokens.numpy()[seqs.mask.numpy()]
+        counts = np.bincount(found) if token_counts is None else np.asarray(token_counts)
+        if counts.ndim != 1 or len(counts) <= largest:
+            raise SequenceError(
+                f"token_counts has shape {counts.shape}, but the sequences hold the token id {largest}: "
+                "give one count for each id of the vocabulary"
+            )
         return match_controls(memorized, pool, counts, n_per=n_per, seed=seed)
 
     def __repr__(self) -> str:
@@ -293,19 +288,6 @@ class RecallScores:
         scored = [c for c in ("id", "text", "domain", "copies", *SCORE_COLUMNS) if c in self.table]
         head = self.table[scored].head(5).to_html(escape=True, index=False)
         return f"<p><b>{escape(repr(self))}</b></p>{head}"
-
-
-def _token_counts(seqs: SequenceSet) -> np.ndarray:
-    return np.bincount(seqs.tokens.numpy()[seqs.mask.numpy()])
-
-
-def _check_counts(counts: np.ndarray, seqs: SequenceSet) -> None:
-    largest = int(seqs.tokens.max())
-    if counts.ndim != 1 or len(counts) <= largest:
-        raise SequenceError(
-            f"token_counts has shape {counts.shape}, but the sequences hold the token id {largest}: "
-            "give one count for each id of the vocabulary"
-        )
 
 
 register_kind("recall", plot=plot_recall, reading=read_recall)

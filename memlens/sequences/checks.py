@@ -43,10 +43,8 @@ class SequenceReport:
     checked_vocabulary: int = 0
 
     def __str__(self) -> str:
-        parts = [
-            f"{self.n_sequences} sequences, {self.n_tokens} tokens "
-            f"(length {_range(self.lengths)}, prefix {_range(self.prefix_lens)})"
-        ]
+        length, prefix = (span(torch.tensor(bounds)) for bounds in (self.lengths, self.prefix_lens))
+        parts = [f"{self.n_sequences} sequences, {self.n_tokens} tokens (length {length}, prefix {prefix})"]
         if self.duplicates:
             parts.append(f"{len(self.duplicates)} repeat an earlier one: {some(self.duplicates)}")
         if self.eos_rows:
@@ -193,7 +191,3 @@ def _duplicates(seqs: SequenceSet) -> tuple[str, ...]:
             repeated.append(name)
         seen.add(key)
     return tuple(repeated)
-
-
-def _range(bounds: tuple[int, int]) -> str:
-    return span(torch.tensor(bounds))

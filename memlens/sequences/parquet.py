@@ -42,7 +42,7 @@ def write_table(frame: pd.DataFrame, path: str | Path, **settings: Any) -> Path:
 
 def _write(table: pa.Table, path: str | Path, settings: Mapping[str, Any]) -> Path:
     table = table.replace_schema_metadata(
-        {**(table.schema.metadata or {}), _KEY: json.dumps(settings, default=_native)}
+        {**(table.schema.metadata or {}), _KEY: json.dumps(settings, default=lambda value: value.item())}
     )
     with replacing(path) as part:
         pq.write_table(table, part)
@@ -58,7 +58,8 @@ def read_table(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-        raise FileFormatError(f"{path} is not a parquet file: {_first_line(error)}") from error
+        said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise FileFormatError(f"{path} is not a parquet file: {said}") from error
     frame = table.to_pandas()
     for name in table.schema.names:
         if pa.types.is_nested(table.schema.field(name).type):
@@ -97,16 +98,5 @@ def _widened(seqs: SequenceSet, width: int) -> SequenceSet:
     return SequenceSet.from_tokens(tokens, seqs.prefix_len, table=seqs.table, mask=mask, attrs=seqs.attrs)
 
 
-def _native(value: Any) -> Any:
-    """Turn a NumPy scalar among the attributes into Python's own."""
-    return value.item()
-
-
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return [_plain(v) for v in value.tolist()]
-    return value
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return [_plain(v) for v in value.tolist()] if isinstance(value, np.ndarray) else value

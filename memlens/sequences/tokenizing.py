@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from memlens.errors import SequenceError
@@ -49,14 +50,8 @@ def split_points(tokenizer: Tokenizer, prompts: Sequence[str], rows: Sequence[Se
         prompts: The text that is given to the model.
         rows: The token ids of prompt and continuation together.
     """
-    return [_common_prefix(a, b) for a, b in zip(encode(tokenizer, prompts), rows, strict=True)]
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    n = 0
-    while n < min(len(a), len(b)) and a[n] == b[n]:
-        n += 1
-    return n
+    pairs = zip(encode(tokenizer, prompts), rows, strict=True)
+    return [sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(*pair, strict=False))) for pair in pairs]
 
 
 def first_word_token(tokenizer: Tokenizer, row: Sequence[int], start: int) -> int:

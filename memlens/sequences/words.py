@@ -69,7 +69,8 @@ def stem(word: str) -> str:
     base = bare_word(word).removesuffix("'s").removesuffix("'")
     if len(base) <= 3:
         return base
-    return _without_e(_without_verb_ending(_singular(base)))
+    word = _without_verb_ending(_singular(base))
+    return word[:-1] if word.endswith("e") and len(word) > 3 else word
 
 
 def _singular(word: str) -> str:
@@ -93,7 +94,3 @@ def _without_verb_ending(word: str) -> str:
         return word
     doubled = base[-1] == base[-2] and base[-1] not in "lsz"
     return base[:-1] if doubled else base
-
-
-def _without_e(word: str) -> str:
-    return word[:-1] if word.endswith("e") and len(word) > 3 else word

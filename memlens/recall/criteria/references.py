@@ -99,14 +99,12 @@ class ModelReference:
             return Answers(top1, logprob, 0)
         seqs = SequenceSet.from_tokens([rows[i] for i in asked], prefix[asked])
         check_sequences(seqs, self.model, on_eos="keep")
-        size = batch_size or self._batch_size(int(seqs.lengths.max()))
+        device = next(self.model.parameters()).device
+        size = batch_size or rows_per_batch(self.model.cfg, int(seqs.lengths.max()), device)
         stats = teacher_forced_stats(self.model, seqs, batch_size=size, progress=progress)
         top1[asked] = (stats.margin[:, 0] > 0).double().numpy()
         logprob[asked] = stats.logprob[:, 0].numpy()
         return Answers(top1, logprob, -(-len(asked) // size))
-
-    def _batch_size(self, length: int) -> int:
-        return rows_per_batch(self.model.cfg, length, next(self.model.parameters()).device)
 
 
 def target_rows(

@@ -49,28 +49,18 @@ def make_edits(
         words = prompt.split()
         edits.append((row, "full", 0, "", "", prompt))
         if len(words) > 1:
-            edits += _suffixes(row, words, max_suffix)
-            edits += _deletions(row, words)
-            edits += _substitutions(row, words, target, swaps)
+            longest = min(len(words) - 1, max_suffix)
+            edits += [(row, "suffix", k, "", "", " ".join(words[-k:])) for k in range(1, longest + 1)]
+            around = [(i, word, words[:i], words[i + 1 :]) for i, word in enumerate(words)]
+            edits += [(row, "deletion", i, w, "", " ".join([*a, *b])) for i, w, a, b in around]
+            edits += [
+                (row, "substitution", i, word, other, " ".join([*before, other, *after]))
+                for i, word, before, after in around
+                for other in swaps.of(word, i, [*words, target])
+            ]
         edits += _leads(row, prompt, contexts)
     frame = pd.DataFrame(edits, columns=COLUMNS)
     return frame.assign(target=np.array(targets, dtype=object)[frame["row"].to_numpy(dtype=int)])
-
-
-def _suffixes(row: int, words: Sequence[str], longest: int) -> Iterator[Edit]:
-    for k in range(1, min(len(words) - 1, longest) + 1):
-        yield row, "suffix", k, "", "", " ".join(words[-k:])
-
-
-def _deletions(row: int, words: Sequence[str]) -> Iterator[Edit]:
-    for i, word in enumerate(words):
-        yield row, "deletion", i, word, "", " ".join([*words[:i], *words[i + 1 :]])
-
-
-def _substitutions(row: int, words: Sequence[str], target: str, swaps: Swaps) -> Iterator[Edit]:
-    for i, word in enumerate(words):
-        for other in swaps.of(word, i, [*words, target]):
-            yield row, "substitution", i, word, other, " ".join([*words[:i], other, *words[i + 1 :]])
 
 
 def _leads(row: int, prompt: str, contexts: Mapping[str, Sequence[str]]) -> Iterator[Edit]:
@@ -139,7 +129,8 @@ def text_columns(
     """Return the columns of leaks and of common targets (see `score_criteria`)."""
     prompts = [prompt.split() for prompt in frame["prompt"]]
     targets = frame["target"].tolist()
-    leaks = [_leak(words, target) for words, target in zip(prompts, targets, strict=True)]
+    pairs = zip(prompts, map(stem, targets), strict=True)
+    leaks = [next((word for word in words if stem(word) == form), "") for words, form in pairs]
     similarity, similar = _similar(prompts, targets, embeddings)
     frequency = _per_million(targets, counts)
     zipf = np.log10(np.maximum(np.nan_to_num(frequency), 1e-9)) + 3
@@ -168,11 +159,6 @@ def corpus_columns(
         with np.errstate(invalid="ignore"):
             columns |= {"corpus_share": both / alone, "corpus_count": alone.astype(float)}
     return columns if ngrams is None else columns | ngrams.baselines(prompts, targets)
-
-
-def _leak(words: Sequence[str], target: str) -> str:
-    """Return the word of the prompt that is a form of the target, or an empty string."""
-    return next((word for word in words if stem(word) == stem(target)), "")
 
 
 def _per_million(targets: Sequence[str], counts: Mapping[str, float] | None) -> np.ndarray:
@@ -235,16 +221,15 @@ def _similar(
 
 
 def _unit_vectors(words: Sequence[str], embeddings: Any) -> dict[str, np.ndarray]:
-    vectors = _of_model(words, embeddings) if hasattr(embeddings, "W_E") else _of_mapping(words, embeddings)
+    if hasattr(embeddings, "W_E"):
+        vectors = _of_model(words, embeddings)
+    else:
+        vectors = {word: np.asarray(embeddings[word], dtype=float) for word in words if word in embeddings}
     shapes = {vector.shape for vector in vectors.values()}
     if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
         raise SequenceError(f"embeddings have vectors of the shapes {sorted(shapes)}: give lines of numbers")
     norms = {word: float(np.linalg.norm(vector)) for word, vector in vectors.items()}
     return {word: vector / norms[word] for word, vector in vectors.items() if norms[word] > 0}
-
-
-def _of_mapping(words: Sequence[str], embeddings: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {word: np.asarray(embeddings[word], dtype=float) for word in words if word in embeddings}
 
 
 def _of_model(words: Sequence[str], model: Any) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,17 +33,7 @@ _NAMES = ("id", "uuid")
 
 @dataclass(frozen=True)
 class ClozeOptions:
-    """How cloze records are read.
-
-    Attributes:
-        target: "first_token": the sequence ends with the object's first token; "word": with all of it.
-        one_token: Leave out objects of several tokens.
-        keep_ambiguous: Keep (subject, relation) pairs with several objects (column `ambiguous`).
-        template: For records without a sentence of their own: one for all, or one for each relation.
-        subject_column: The column of subjects.
-        object_column: The column of objects.
-        relation_column: The column of relations; None: predicate_id, relation or pred.
-    """
+    """How cloze records are read: the arguments of `fact_sequences`."""
 
     target: str = "first_token"
     one_token: bool = False
@@ -120,7 +110,7 @@ def _sentences(frame: pd.DataFrame, options: ClozeOptions) -> pd.DataFrame:
             "target": [text.strip() for text in texts_of(frame, options.object_column)],
         }
     )
-    kept = [name for name in frame if not _nested(frame[name].tolist()) and name not in (*_NAMES, *table)]
+    kept = [name for name in frame if not any(map(_is_nested, frame[name])) and name not in (*_NAMES, *table)]
     table = pd.concat([table, frame[kept].reset_index(drop=True)], axis=1)
     table = table.drop(columns=["text", "prompt", "tokens", "prefix_len", *_SENTENCES], errors="ignore")
     sentences = _masked(frame, table, options)
@@ -136,8 +126,8 @@ def _texts(frame: pd.DataFrame, name: str | None) -> list[str]:
     return texts_of(frame, name) if name is not None and name in frame else [""] * len(frame)
 
 
-def _nested(values: Iterable[Any]) -> bool:
-    return any(isinstance(value, list | tuple | dict | np.ndarray) for value in values)
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, list | tuple | dict | np.ndarray)
 
 
 def _masked(frame: pd.DataFrame, table: pd.DataFrame, options: ClozeOptions) -> list[list[str]]:
@@ -177,16 +167,12 @@ def _as_list(value: Any, row: int, column: str) -> list[str]:
             value = json.loads(value)
         except json.JSONDecodeError:
             value = [value]  # a sentence that begins with its mask
-    sentences = [value] if isinstance(value, str) else list(value) if _is_sequence(value) else None
+    sentences = [value] if isinstance(value, str) else list(value) if _is_nested(value) else None
     if sentences is None or not all(isinstance(sentence, str) for sentence in sentences):
         raise SequenceError(
             f"row {row} of column {column!r} is {str(value)[:40]!r}: give text or a list of it"
         )
     return sentences
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, list | tuple | np.ndarray)
 
 
 def _with_prompts(table: pd.DataFrame, options: ClozeOptions) -> tuple[pd.DataFrame, dict[str, list[bool]]]:

@@ -17,17 +17,9 @@ from memlens.sequences.set import Attr, SequenceSet, some, unique_ids
 from memlens.sequences.tokenizing import bos_id, tokenizer_attrs
 
 TOKENS = ("tokens", "input_ids", "token_ids")
-
-
 PROMPT = ("prompt", "prefix", "context")
-
-
 CONTINUATION = ("continuation", "suffix", "target", "completion")
-
-
 TEXT = ("text", "sequence", "content", "sentence")
-
-
 ID = ("id", "uid", "sequence_id", "index")
 
 

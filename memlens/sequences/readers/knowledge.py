@@ -152,13 +152,7 @@ _TEMPLATE = re.compile(r"(?s)(.*\S)\s*\{identifier\}\W*")
 
 @dataclass(frozen=True)
 class IdentifierOptions:
-    """How identifiers are read.
-
-    Attributes:
-        template: The template of a pair, with `{label}` and then `{identifier}`, the latter last. None: the
-            table's column `template`, else `IDENTIFIER_TEMPLATE`.
-        label_column: The column of labels.
-        identifier_column: The column of identifiers.
+    """How identifiers are read: the arguments of `identifier_sequences`.
 
     Raises:
         OptionError: The template lacks a place, or the identifier is not last in it.
@@ -240,11 +234,8 @@ def _pairs(frame: pd.DataFrame, options: IdentifierOptions) -> pd.DataFrame:
         identifier=identifiers,
         template=templates,
     )
-    return (
-        table
-        if any(name in table for name in ID)
-        else table.assign(id=[str(row) for row in range(len(table))])
-    )
+    has_ids = any(name in table for name in ID)
+    return table if has_ids else table.assign(id=[str(row) for row in range(len(table))])
 
 
 def _lead(template: str) -> str:

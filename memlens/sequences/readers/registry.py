@@ -105,34 +105,19 @@ def register_source(
     name: str, what: str, accepts: Callable[[Any], bool]
 ) -> Callable[[Callable[[Any, Request], Opened]], Callable[[Any, Request], Opened]]:
     """Register the decorated function as the opener of one form of source."""
-
-    def registered(fn: Callable[[Any, Request], Opened]) -> Callable[[Any, Request], Opened]:
-        SOURCES.add(name, Source(what, accepts, fn))
-        return fn
-
-    return registered
+    return lambda fn: SOURCES.add(name, Source(what, accepts, fn)).open
 
 
 def register_file(suffix: str, what: str) -> Callable[[ReadFile], ReadFile]:
     """Register the decorated function as the reader of files with a suffix, such as ".csv"."""
-
-    def registered(fn: ReadFile) -> ReadFile:
-        FILES.add(suffix.lower(), FileFormat(what, fn))
-        return fn
-
-    return registered
+    return lambda fn: FILES.add(suffix.lower(), FileFormat(what, fn)).read
 
 
 def register_form(
     name: str, accepts: Callable[[pd.DataFrame], bool]
 ) -> Callable[[Callable[[pd.DataFrame, Request], Draft]], Callable[[pd.DataFrame, Request], Draft]]:
     """Register the decorated function as the reader of tables with certain columns, but no token ids."""
-
-    def registered(fn: Callable[[pd.DataFrame, Request], Draft]) -> Callable[[pd.DataFrame, Request], Draft]:
-        FORMS.add(name, Form(accepts, fn))
-        return fn
-
-    return registered
+    return lambda fn: FORMS.add(name, Form(accepts, fn)).read
 
 
 def open_source(source: Any, request: Request) -> Opened:
