@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import plotly.graph_objects as go
+
+if TYPE_CHECKING:
+    from memlens.results.statistics.estimates import Estimate
 
 EXPLORER_FORMAT = "memlens explorer 1"
 
@@ -40,6 +43,13 @@ class Finding:
     unit: str = ""
     n: int | None = None
     control: str | None = None
+
+    @classmethod
+    def of(
+        cls, title: str, statement: str, found: Estimate, unit: str = "", control: str | None = None
+    ) -> Finding:
+        """Return a finding about an estimate; an estimate over 0 sequences has no known `n`."""
+        return cls(title, statement, found.value, found.low, found.high, unit, found.n or None, control)
 
     @property
     def number(self) -> str:

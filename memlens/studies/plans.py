@@ -37,6 +37,15 @@ class PlanTable:
     document: Mapping[str, Any]
 
 
+def blank_sequences(n: int, length: int, prefix_len: int) -> SequenceSet:
+    """Return sequences of which only the lengths matter."""
+    import torch
+
+    import memlens as ml
+
+    return ml.SequenceSet.from_tokens(torch.zeros((n, length), dtype=torch.long), prefix_len)
+
+
 def plan_works(model: Any, works: Works, note: str = "") -> PlanTable:
     """Return what each sweep would cost on this machine.
 

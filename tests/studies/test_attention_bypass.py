@@ -17,7 +17,7 @@ from memlens.errors import EmptySetError, OptionError
 from memlens.organisms.training.zoo import zoo_corpus
 from memlens.results.groups import quartiles
 from memlens.results.statistics.intervals import halves
-from memlens.studies.bypass.context import METRICS
+from memlens.studies.bypass.blocks import METRICS
 from memlens.studies.bypass.findings import scaling
 from memlens.studies.running import StudyRun
 from tests.cli.test_commands import call
@@ -276,7 +276,7 @@ def test_a_part_that_fails_costs_only_itself(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("memlens.studies.bypass.context.evaluate_tasks", broken)
+    monkeypatch.setattr("memlens.studies.bypass.blocks.evaluate_tasks", broken)
     options = ml.studies.BypassOptions(
         **{**vars(SMALL), "joint_sequences": 0, "edits": (), "heads": False, "free_running": False}
     )

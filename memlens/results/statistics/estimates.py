@@ -149,9 +149,10 @@ def mean_estimate(array: xr.DataArray, *, seed: int = 0) -> Estimate:
     return Estimate.of(mean_interval(values, method="bootstrap", seed=seed))
 
 
-def share_estimate(array: xr.DataArray) -> Estimate:
-    """Return the share of ones over sequences, with Wilson's interval."""
-    return Estimate.of(mean_interval(array, method="wilson"))
+def share_estimate(hits: Any) -> Estimate:
+    """Return the share of ones among `[sequence]`, with Wilson's interval; NaN of no sequences."""
+    values = xr.DataArray(np.asarray(hits, float), dims="sequence")
+    return Estimate.of(mean_interval(values, method="wilson")) if len(values) else Estimate.unknown()
 
 
 def ratio_estimate(part: xr.DataArray, whole: xr.DataArray, *, seed: int = 0) -> Estimate:

@@ -12,13 +12,13 @@ from pydantic import Field, PositiveInt
 from memlens.errors import OptionError
 from memlens.options import options_class
 from memlens.studies.bypass.options import BypassOptions
-from memlens.studies.plans import NOTE, PlanTable, plan_works
+from memlens.studies.plans import NOTE, PlanTable, blank_sequences, plan_works
 from memlens.studies.registry import STUDIES, Call, Study
 
 if TYPE_CHECKING:
     from memlens.instruments.tasks.tasks import ChoiceTask
     from memlens.sequences.set import SequenceSet
-    from memlens.studies.bypass.context import BypassInputs
+    from memlens.studies.bypass.blocks import BypassInputs
     from memlens.studies.plans import Works
     from memlens.sweeps.interventions import Intervention
 
@@ -130,7 +130,6 @@ class BypassSources:
     def _works(self, model: Any, tasks: Sequence[ChoiceTask], options: BypassOptions) -> Works:
         import memlens as ml
         from memlens.instruments.tasks.tasks import joined_requests
-        from memlens.studies.comparative.plan import blank_sequences
 
         edits = ml.edits.attention_bypasses(model)
         examined = blank_sequences(options.max_sequences, self.prefix_len + self.suffix_len, self.prefix_len)

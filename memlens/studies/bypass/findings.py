@@ -1,29 +1,34 @@
-"""Findings of the attention-bypass study, each one sentence with its number, interval and control."""
+"""Findings of the attention-bypass study, each one sentence with its number, and the drops by quartile."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
+from jaxtyping import Float
 
 from memlens.instruments.bypass.layer_sets import LayerSetSearch
 from memlens.report.model import Finding
 from memlens.results.groups import layers_label, quartiles
 from memlens.results.result import Result
-from memlens.results.statistics.estimates import mean_estimate, share_estimate
-from memlens.results.statistics.tradeoff import Tradeoff
-from memlens.studies.bypass.context import BypassInputs
-from memlens.studies.bypass.controls import MEMORIZED, UNTRAINED
+from memlens.results.statistics.estimates import Estimate, mean_estimate, share_estimate
+from memlens.results.statistics.intervals import bootstrap_means, quantile_interval
+from memlens.results.statistics.tasks import task_tables
+from memlens.results.statistics.tradeoff import Tradeoff, removed_share
 from memlens.studies.bypass.options import BypassOptions
-from memlens.studies.bypass.tables import GAP
-from memlens.studies.localization import findings as common
+
+MEMORIZED, UNTRAINED = "memorized", "untrained weights"
+MEASURES = ("relative_drop", "relative_drop_chance_corrected")
+GAP = "language minus reasoning"
+_Draws = Float[np.ndarray, "draw layer"]
 
 
-def recited(swept: Mapping[str, Result], inputs: BypassInputs) -> Finding:
-    """How much of each group the unchanged model recites."""
+def recited(swept: Mapping[str, Result], given: int) -> Finding:
+    """How much of each group the unchanged model recites, with the number of sequences given as memorized."""
     shares = {name: share_estimate(result.baseline("exact_match")) for name, result in swept.items()}
     main, base = shares[MEMORIZED], swept[MEMORIZED].baseline("exact_match")
     rest = [
@@ -33,16 +38,12 @@ def recited(swept: Mapping[str, Result], inputs: BypassInputs) -> Finding:
         if name != MEMORIZED
     ]
     own = mean_estimate(swept[MEMORIZED].baseline("target_logprob"))
-    return Finding(
+    return Finding.of(
         "What is recited",
-        f"{len(inputs.groups[MEMORIZED])} sequences were given as memorized; the unchanged model recites "
-        f"{int(base.sum())} "
+        f"{given} sequences were given as memorized; the unchanged model recites {int(base.sum())} "
         f"of the {main.n} that are examined, with {own} nats a token.",
-        main.value,
-        main.low,
-        main.high,
+        main,
         "share of sequences",
-        main.n,
         "recited of the others, and their log-probability: " + "; ".join(rest) if rest else None,
     )
 
@@ -54,18 +55,14 @@ def blocks_in_words(result: Result) -> str:
     return f"Exact match with the attention of block 0, 1, … bypassed: {kept}."
 
 
-def needed_block(swept: Mapping[str, Result], seed: int) -> Finding:
-    """The block whose bypass harms recitation most."""
-    return common.bypassed_layer(swept, seed)
-
-
 def selective_block(
     choosing: Tradeoff, scoring: Tradeoff, swept: Mapping[str, Result], options: BypassOptions
 ) -> Finding:
     """The single block with the best selectivity."""
     place = int(np.nanargmax(choosing.selectivity))
-    row = scoring.table().iloc[place]
+    row: Any = scoring.table().iloc[place]
     layer = int(row["layer"])
+    worst = f"most on {row['worst_task']}" if options.over == "max" else "the mean over tasks"
     others = np.delete(scoring.selectivity, place)
     elsewhere = []
     for name, result in swept.items():
@@ -75,17 +72,13 @@ def selective_block(
     control = f"the other blocks have {np.mean(others):.3g} on average, {np.max(others):.3g} at best"
     if elsewhere:
         control += "; log-probability of other text under the same bypass: " + ", ".join(elsewhere)
-    return Finding(
+    return Finding.of(
         "The most selective block",
-        f"Bypassing the attention of block {layer} removes {row['removed']:.2f} "
-        f"[{row['removed_low']:.2f}, {row['removed_high']:.2f}] of recitation and costs {row['cost']:.2f} "
-        f"[{row['cost_low']:.2f}, {row['cost_high']:.2f}] of the accuracy above chance "
-        f"({_cost_words(options, row)}; chosen on one half of the data, measured on the other).",
-        float(row["selectivity"]),
-        float(row["selectivity_low"]),
-        float(row["selectivity_high"]),
+        f"Bypassing the attention of block {layer} removes {_spoken(row, 'removed')} of recitation and costs "
+        f"{_spoken(row, 'cost')} of the accuracy above chance ({worst}; chosen on one half of the data, "
+        "measured on the other).",
+        Estimate.from_row(row, "selectivity", prefix="selectivity_", n=None),
         "selectivity (share removed less share lost)",
-        None,
         control,
     )
 
@@ -100,70 +93,116 @@ def nothing_to_lose(name: str, accuracy: Result) -> Finding:
     )
     return Finding(
         f"The price of a bypass in {name}",
-        "The unchanged model is not surely above chance on any of the tasks, so that no price can be set "
-        "against "
-        f"what a bypass removes. Accuracy: {said}.",
+        "The unchanged model is not clearly above chance on any of the tasks, so that no price can be set "
+        f"against what a bypass removes. Accuracy: {said}.",
     )
 
 
-def _cost_words(options: BypassOptions, row: Any) -> str:
-    return f"most on {row['worst_task']}" if options.over == "max" else "the mean over tasks"
+def _spoken(row: Any, name: str, prefix: str | None = None) -> str:
+    """Return a column of a row with the interval in `NAME_low` and `NAME_high`, or in other columns."""
+    prefix = f"{name}_" if prefix is None else prefix
+    return f"{row[name]:.2f} [{row[f'{prefix}low']:.2f}, {row[f'{prefix}high']:.2f}]"
 
 
 def best_set(
     best: pd.DataFrame, areas: pd.DataFrame, search: LayerSetSearch, elsewhere: Mapping[str, Result]
 ) -> Finding:
     """The most selective set of blocks, beside random sets of its size and single blocks."""
-    rows = best.set_index("search")
+    rows: Any = best.set_index("search")
     top, single = rows.loc["any"], rows.loc["single block"]
-    area = areas.set_index("family")
+    area, label = areas.set_index("family"), str(top["layers"])
     parts = []
     if top["random_sets"]:
         parts.append(
             f"{int(top['random_sets'])} other sets of {int(top['size'])}: {top['random_mean']:.3g} on "
-            f"average, "
-            f"{top['random_share']:.2f} of them do as well"
+            f"average, {top['random_share']:.2f} of them do as well"
         )
     parts.append(f"the best single block ({single['layers']}) has {single['selectivity']:.3g}")
     for name, result in elsewhere.items():
         if name != MEMORIZED:
-            change = mean_estimate(result.effect("target_logprob").isel(intervention=0))
+            change = mean_estimate(result.effect("target_logprob").isel(layers=0))
             parts.append(f"{name} text changes by {change} nats a token")
-    families = "; ".join(
-        f"{name} {row['area']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" for name, row in area.iterrows()
-    )
-    return Finding(
+    families = "; ".join(f"{name} {_spoken(row, 'area', '')}" for name, row in area.iterrows())
+    return Finding.of(
         "The most selective set of blocks",
-        f"Of {len(search.sets)} sets, bypassing {_blocks(str(top['layers']))} is best on one half of the "
-        f"data; "
-        f"on the other it removes {top['removed']:.2f} [{top['removed_low']:.2f}, "
-        f"{top['removed_high']:.2f}] of "
-        f"recitation and costs {top['cost']:.2f} [{top['cost_low']:.2f}, {top['cost_high']:.2f}]. Area under "
-        f"the frontier by family of sets: {families}.",
-        float(top["selectivity"]),
-        float(top["selectivity_low"]),
-        float(top["selectivity_high"]),
+        f"Of {len(search.sets)} sets, bypassing block{'' if label.isdigit() else 's'} {label} is best on one "
+        f"half of the data; on the other it removes {_spoken(top, 'removed')} of recitation and costs "
+        f"{_spoken(top, 'cost')}. Area under the frontier by family of sets: {families}.",
+        Estimate.from_row(top, "selectivity", prefix="selectivity_", n=None),
         "selectivity",
-        None,
         "; ".join(parts),
     )
 
 
-def _blocks(label: str) -> str:
-    return f"block {label}" if label.isdigit() else f"blocks {label}"
+def quartile_table(
+    recall: Result,
+    accuracy: Result,
+    *,
+    tasks: Sequence[str],
+    parts: int = 4,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return what bypassing single blocks costs, averaged over the blocks of each part of depth.
+
+    Args:
+        recall: Bypass of each block, on memorized sequences.
+        accuracy: The same on tasks.
+        tasks: Tasks that count: those with something to lose (`tasks_above_chance`).
+        parts: In how many parts depth is cut.
+        level: Coverage of the intervals.
+        n_resamples: Of the bootstraps over sequences, and over questions within tasks.
+        seed: Of the bootstraps.
+
+    Returns:
+        Columns `what` ("recitation", a group of tasks, or the gap between language and reasoning), `measure`,
+        `part` (1 is the first), `layers`, `mean`, `low`, `high`. Drops are relative to the unchanged model
+        and positive where something is lost; of tasks raw and corrected for chance. A group's drop is the
+        mean over its tasks.
+    """
+    drawn: dict[tuple[str, str], tuple[_Draws, _Draws]] = {}
+    base = recall.baseline("exact_match").values.astype(float)
+    exact = recall["exact_match"].transpose("sequence", "layer").values.astype(float)
+    values = np.column_stack([base, exact])
+    drawn["recitation", "relative_drop"] = (
+        removed_share(values.mean(0)[None]),
+        removed_share(bootstrap_means(values, n_resamples, seed)),
+    )
+    tables = {name: table for name, table in task_tables(accuracy).items() if name in tasks}
+    for measure in MEASURES:
+        each = {
+            name: (
+                table.measured(lambda t: t.mean(0, keepdims=True))[measure],
+                table.measured(lambda t, n=i: bootstrap_means(t, n_resamples, seed + 1 + n))[measure],
+            )
+            for i, (name, table) in enumerate(tables.items())
+        }
+        for group in dict.fromkeys(table.group for table in tables.values()):
+            mine = [each[name] for name, table in tables.items() if table.group == group]
+            value, draws = (np.nanmean([pair[i] for pair in mine], 0) for i in (0, 1))
+            drawn[group, measure] = value, draws
+        if ("language", measure) in drawn and ("reasoning", measure) in drawn:
+            both = drawn["language", measure], drawn["reasoning", measure]
+            drawn[GAP, measure] = both[0][0] - both[1][0], both[0][1] - both[1][1]
+    rows = []
+    for (what, measure), (value, draws) in drawn.items():
+        for number, layers in enumerate(quartiles(value.shape[1], parts), 1):
+            low, high = quantile_interval(draws[:, layers].mean(1, keepdims=True), level)
+            mean = float(value[0, layers].mean())
+            rows.append((what, measure, number, layers_label(layers), mean, float(low[0]), float(high[0])))
+    return pd.DataFrame(rows, columns=["what", "measure", "part", "layers", "mean", "low", "high"])
 
 
 def by_quartile(table: pd.DataFrame, swept: Mapping[str, Result]) -> list[Finding]:
     """Late against early blocks, and language against reasoning, raw and corrected for chance."""
-    rows = table.set_index(["what", "measure", "part"]).sort_index()
+    rows: Any = table.set_index(["what", "measure", "part"]).sort_index()
     parts = sorted(set(table["part"]))
     first, last = parts[0], parts[-1]
 
     def spoken(what: str, measure: str, part: int) -> str:
-        if (what, measure, part) not in rows.index:
-            return "not known"
-        row = rows.loc[(what, measure, part)]
-        return f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        key = (what, measure, part)
+        return _spoken(rows.loc[key], "mean", "") if key in rows.index else "not known"
 
     corrected = "relative_drop_chance_corrected"
     groups = [what for what in dict.fromkeys(table["what"]) if what not in ("recitation", GAP)]
@@ -173,18 +212,14 @@ def by_quartile(table: pd.DataFrame, swept: Mapping[str, Result]) -> list[Findin
         costs[part] = each or "nothing that is above chance"
     row = rows.loc[("recitation", "relative_drop", last)]
     found = [
-        Finding(
+        Finding.of(
             "Late against early blocks",
             f"One block of the last part of depth (blocks {row['layers']}) takes {row['mean']:.2f} of "
-            f"recitation "
-            f"on average and costs {costs[last]}; one of the first part takes "
+            f"recitation on average and costs {costs[last]}; one of the first part takes "
             f"{spoken('recitation', 'relative_drop', first)} and costs {costs[first]} (drops corrected for "
             "chance).",
-            float(row["mean"]),
-            float(row["low"]),
-            float(row["high"]),
+            replace(Estimate.from_row(row, "mean", n=None), n=swept[MEMORIZED].data.sizes["sequence"]),
             "share of recitation, last part",
-            swept[MEMORIZED].data.sizes["sequence"],
             _stack_control(swept),
         )
     ]
@@ -195,16 +230,12 @@ def by_quartile(table: pd.DataFrame, swept: Mapping[str, Result]) -> list[Findin
             for part in parts
         )
         found.append(
-            Finding(
+            Finding.of(
                 "Language against reasoning",
                 "Language tasks lose more than reasoning tasks where the difference is positive. Difference "
-                "of "
-                f"the mean relative drops by part of depth: {all_parts}.",
-                float(row["mean"]),
-                float(row["low"]),
-                float(row["high"]),
+                f"of the mean relative drops by part of depth: {all_parts}.",
+                Estimate.from_row(row, "mean", n=None),
                 "difference of raw drops, first part",
-                None,
                 "the same difference corrected for chance: tasks with few choices cannot lose all of their "
                 "accuracy, so the raw one is partly made by the number of choices",
             )
@@ -233,9 +264,8 @@ def scaling(table: pd.DataFrame, parts: int) -> Finding:
         late = rows.loc[rows["layer"] >= layers * (1 - 1 / parts)]
         row = rows.loc[rows["selectivity_chosen"].idxmax()].to_dict()
         words.append(
-            f"{name}: block {row['layer']} of {layers}, selectivity {row['selectivity']:.2f} "
-            f"[{row['selectivity_low']:.2f}, {row['selectivity_high']:.2f}]; its last blocks remove "
-            f"{late['removed'].mean():.2f} on average at a cost of {late['cost'].mean():.2f}"
+            f"{name}: block {row['layer']} of {layers}, selectivity {_spoken(row, 'selectivity')}; its last "
+            f"blocks remove {late['removed'].mean():.2f} on average at a cost of {late['cost'].mean():.2f}"
         )
     return Finding(
         "From one model to the next",
@@ -258,23 +288,19 @@ def special(table: pd.DataFrame) -> Finding:
         )
     control = controls[0]
     mine = table.loc[table["edit"] == "identity"]
-    place = mine[f"minus {control}"].idxmin()
-    row = mine.loc[place]
+    row: Any = mine.loc[mine[f"minus {control}"].idxmin()]
     certain = (table[f"minus {control} high"] < 0) & (table[f"minus {control} p_corrected"] < 0.05)
     edits = table["edit"].to_numpy()
     hits = {edit: certain.to_numpy(bool)[edits == edit] for edit in dict.fromkeys(edits.tolist())}
     listed = ", ".join(f"{edit} {hit.sum()} of {len(hit)}" for edit, hit in hits.items())
-    return Finding(
+    return Finding.of(
         "What is special to memorized text",
         f"The bypass harms memorized text more than {control} text by the most at blocks {row['layers']}. "
         "Parts of depth at which an edit harms memorized text more (interval below 0, p < 0.05 corrected for "
         f"all): {listed}. What every edit does is no trait of attention: recited text is fragile to all of "
         "them, and has more log-probability to lose.",
-        float(row[f"minus {control}"]),
-        float(row[f"minus {control} low"]),
-        float(row[f"minus {control} high"]),
+        Estimate.from_row(row, f"minus {control}", prefix=f"minus {control} ", n=None),
         f"nats a token, memorized less {control}",
-        None,
         f"effect of the same bypass on memorized text {row[MEMORIZED]:.3g}, on {control} text "
         f"{row[control]:.3g} nats a token",
     )
@@ -301,23 +327,19 @@ def beside_removal(results: Mapping[str, Result], parts: int, seed: int) -> Find
     gap = gaps[MEMORIZED]
     words = (
         "So most of what it does there is not the loss of what attention brings in, but what it writes "
-        "instead: "
-        "each token's own values at full weight."
+        "instead: each token's own values at full weight."
         if gap.high < 0 and gap.value < 0.5 * float(changed(main, "identity").mean())
-        else "So it does surely more than a removal."
+        else "So it clearly does more than a removal."
         if gap.high < 0
-        else "So it does not surely do more than a removal."
+        else "So it does not clearly do more than a removal."
     )
     zero = f", by nothing {said('zero')}" if "zero" in main["edit"].values else ""
-    return Finding(
+    return Finding.of(
         "Bypass against removal, late blocks",
         f"In blocks {layers_label(last)} the bypass changes the log-probability of memorized text by "
         f"{said('identity')} nats a token, attention replaced by its mean {said('mean')}{zero}. {words}",
-        gap.value,
-        gap.low,
-        gap.high,
+        gap,
         "nats a token, bypass less mean",
-        gap.n,
         "the same difference: " + "; ".join(f"{name} {e}" for name, e in gaps.items() if name != MEMORIZED)
         if len(gaps) > 1
         else None,
@@ -326,31 +348,26 @@ def beside_removal(results: Mapping[str, Result], parts: int, seed: int) -> Find
 
 def any_stack(depth: pd.DataFrame) -> Finding:
     """What of the order by depth is true of any residual stack."""
-    rows = depth.loc[depth["edit"] == "identity"].set_index("group")
+    rows: Any = depth.loc[depth["edit"] == "identity"].set_index("group")
     main = rows.loc[MEMORIZED]
     rest = "; ".join(
-        f"{name} {row['correlation']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-        for name, row in rows.iterrows()
-        if name != MEMORIZED
+        f"{name} {_spoken(row, 'correlation', '')}" for name, row in rows.iterrows() if name != MEMORIZED
     )
     known = UNTRAINED in rows.index
     shared = known and rows.loc[UNTRAINED, "high"] < 0
     words = (
         "Untrained weights show this order too: that early edits matter more is no sign of memorization."
         if shared
-        else "Untrained weights do not surely show this order."
+        else "Untrained weights do not clearly show this order."
         if known
         else "It was not asked of untrained weights."
     )
-    return Finding(
+    return Finding.of(
         "What any residual stack does",
         f"On memorized text the size of the bypass' effect goes with depth by a rank correlation of "
         f"{main['correlation']:.2f}. {words}",
-        float(main["correlation"]),
-        float(main["low"]),
-        float(main["high"]),
+        Estimate.from_row(main, "correlation"),
         "rank correlation of effect size and depth",
-        int(main["n"]),
         rest or None,
     )
 
@@ -373,16 +390,12 @@ def heads_against_blocks(heads: Result, blocks: Result | None, seed: int) -> Fin
             f"its whole block: {whole} nats a token; the other heads of the block alone: {others:.3g} on "
             "average"
         )
-    return Finding(
+    return Finding.of(
         "Single heads",
         f"The most harmful bypass of a single head is that of head {site['head']} of layer {site['layer']}, "
-        f"the "
-        f"largest of {mean.size}: it changes the target log-probability by {main} nats a token.",
-        main.value,
-        main.low,
-        main.high,
+        f"the largest of {mean.size}: it changes the target log-probability by {main} nats a token.",
+        main,
         "nats a token",
-        main.n,
         control,
     )
 
@@ -395,7 +408,7 @@ def bounded(result: Result, agreements: pd.DataFrame) -> Finding:
     medians = slack.median([dim for dim in slack.dims if dim != "bound"])
     tight = ", ".join(f"{name} {float(medians.sel(bound=name)):.3g}" for name in medians["bound"].values)
     said = "; ".join(
-        f"{row['predictor']} on {row['weights']} {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        f"{row['predictor']} on {row['weights']} {_spoken(row, 'value', '')}"
         for _, row in agreements.iterrows()
     )
     return Finding(

@@ -19,7 +19,7 @@ from memlens.report.bibliography import Citation
 from memlens.sequences.set import SequenceSet
 from memlens.studies.bypass import blocks as part
 from memlens.studies.bypass import sides as side
-from memlens.studies.bypass.context import TEXTS, BypassContext, BypassInputs
+from memlens.studies.bypass.blocks import TEXTS, BypassContext, BypassInputs
 from memlens.studies.bypass.options import BypassOptions
 from memlens.studies.running import StudyDirectory, StudyRun
 

@@ -82,11 +82,7 @@ class ComparativeInputs:
                 f"in {options.noise_draws} draws, and greedy decoding of every sequence.",
                 *(f"{_names(part)}: {note}" for note, part in table.groupby("note", sort=False)),
             ],
-            {
-                "device_tflops": self.device_tflops,
-                "sizes": asdict(sizes),
-                "models": table.to_dict("records"),
-            },
+            {"device_tflops": self.device_tflops, "sizes": asdict(sizes), "models": table.to_dict("records")},
         )
 
     def _config(self) -> StudyConfig:

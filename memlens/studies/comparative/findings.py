@@ -386,9 +386,7 @@ def as_finding(judged: Judged) -> Finding:
     title, control = f"{claim.title}: {judged.verdict}", judged.control or None
     if not np.isfinite(number.value):
         return Finding(title, statement, control=control)
-    return Finding(
-        title, statement, number.value, number.low, number.high, claim.unit, number.n, control
-    )  # fmt: skip
+    return Finding.of(title, statement, number, claim.unit, control)
 
 
 def signature_table(models: pd.DataFrame, similarity: pd.DataFrame | None = None) -> pd.DataFrame:

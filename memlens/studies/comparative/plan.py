@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-import numpy as np
 import pandas as pd
 import torch
 from pydantic import Field, PositiveInt
@@ -15,10 +14,10 @@ from memlens.forward.hooks import hook_name
 from memlens.models.families import Shape, find_model
 from memlens.models.provenance import describe
 from memlens.options import options_class
-from memlens.sequences.set import SequenceSet
 from memlens.studies.comparative.config import StudyModel
 from memlens.studies.comparative.measure import loaded
 from memlens.studies.comparative.options import ComparativeOptions
+from memlens.studies.plans import blank_sequences
 from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.plan import ModelShape, Plan, plan_shape
 
@@ -230,8 +229,3 @@ def counted_edit(site: str, layers: Sequence[int], number: int = 0) -> Intervent
 
 def _nothing(x: torch.Tensor, hook: object) -> torch.Tensor:
     return x
-
-
-def blank_sequences(n: int, length: int, prefix_len: int) -> SequenceSet:
-    """Return sequences of which only the lengths matter."""
-    return SequenceSet.from_tokens(np.zeros((n, length), dtype=np.int64), prefix_len)

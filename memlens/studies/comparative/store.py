@@ -51,11 +51,7 @@ class ModelStore:
         return self._content["parts"].get(part, {}).get("key") == key
 
     def make(
-        self,
-        part: str,
-        key: str,
-        work: Callable[[], str | None],
-        options: Mapping[str, Any] | None = None,
+        self, part: str, key: str, work: Callable[[], str | None], options: Mapping[str, Any] | None = None
     ) -> None:
         """Compute a part unless the folder holds it.
 

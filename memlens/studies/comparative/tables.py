@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from memlens.errors import ResultError
 from memlens.results.result import Result
-from memlens.results.statistics.estimates import Estimate, mean_estimate, median_estimate
+from memlens.results.statistics.estimates import Estimate, mean_estimate, median_estimate, share_estimate
 from memlens.results.statistics.intervals import bootstrap_means
 from memlens.studies.comparative.analyze.domains import domain_table, structural_gap, structural_share
 from memlens.studies.comparative.analyze.frequency import (
@@ -65,7 +65,6 @@ from memlens.studies.comparative.findings import claim_table, judge_all, signatu
 from memlens.studies.comparative.measure import CONTROL, MEMORIZED
 from memlens.studies.comparative.options import IMPORTANCES, ComparativeOptions
 from memlens.studies.comparative.store import SavedModel
-from memlens.studies.idioms.findings import share_of
 
 Rows = pd.DataFrame | list[dict[str, Any]] | dict[str, Any]
 
@@ -92,7 +91,7 @@ def _scores(model: SavedModel, options: ComparativeOptions) -> Rows:
     """Shares of sequences with M = 0, between and 1, and at either end with Wilson's interval."""
     m = score_of(model.recall.table)
     parts = {"at_0": (m == 0).mean(), "between": ((m > 0) & (m < 1)).mean(), "at_1": (m == 1).mean()}
-    return {**parts, **share_of((m == 0) | (m == 1)).row("at_ends")}
+    return {**parts, **share_estimate((m == 0) | (m == 1)).row("at_ends")}
 
 
 def _compression(model: SavedModel, options: ComparativeOptions) -> Rows:
@@ -110,7 +109,7 @@ def _compression(model: SavedModel, options: ComparativeOptions) -> Rows:
         **mean_estimate(_array(ratio), seed=options.seed).row("ratio"),
         "median": median_estimate(ratio, seed=options.seed).value,
         "stable_ratio": np.nan if stable is None else float(stable.mean()),
-        **share_of(ratio <= 0.5).row("up_to_half", prefix="half_", n=None),
+        **share_estimate(ratio <= 0.5).row("up_to_half", prefix="half_", n=None),
     }
 
 
@@ -167,8 +166,9 @@ def _training_events(model: SavedModel, options: ComparativeOptions) -> Rows:
         rows.append(
             {
                 "copies": name, "n": len(part), "ever": len(ever), "median_first": ever["first"].median(),
-                **share_of(ever["forgotten"] > 0).row("ever_forgotten", n=None),
-                "relearned": share_of(again["relearned"] > 0).value, "kept": share_of(ever["last"]).value,
+                **share_estimate(ever["forgotten"] > 0).row("ever_forgotten", n=None),
+                "relearned": share_estimate(again["relearned"] > 0).value,
+                "kept": share_estimate(ever["last"]).value,
             }
         )  # fmt: skip
     return rows

@@ -41,15 +41,12 @@ def resid_post(result: Result) -> Result:
 
 def recalled(name: str, table: pd.DataFrame) -> Finding:
     """The share of items whose target is the model's prediction."""
-    share = share_of(table["exact_match"])
-    return Finding(
+    share = share_estimate(table["exact_match"])
+    return Finding.of(
         f"{name.capitalize()}: what is recalled",
         f"The model predicts the target of {int(share.value * share.n + 0.5)} of {len(table)} {name}.",
-        share.value,
-        share.low,
-        share.high,
+        share,
         f"share of {name}",
-        share.n,
         _subset_words(table),
     )
 
@@ -64,7 +61,7 @@ def recall_by_subset(table: pd.DataFrame) -> pd.DataFrame:
     """Return the recalled share of all items and of each subset that the file's flags and columns define.
 
     Args:
-        table: One row an item, with `exact_match`.
+        table: One row per item, with `exact_match`.
 
     Returns:
         Columns `subset`, `n`, `recalled`, `low`, `high` (Wilson, 95 %).
@@ -82,18 +79,17 @@ def recall_by_subset(table: pd.DataFrame) -> pd.DataFrame:
             subsets |= {f"{column} {value}": values == value for value in sorted(set(values))}
     rows = []
     for label, chosen in subsets.items():
-        share = share_of(table.loc[chosen, "exact_match"])
-        rows.append((label, share.n, share.value, share.low, share.high))
-    return pd.DataFrame(rows, columns=["subset", "n", "recalled", "low", "high"])
+        rows.append({"subset": label, **share_estimate(table.loc[chosen, "exact_match"]).row("recalled")})
+    return pd.DataFrame(rows)
 
 
 def recall_by_frequency(table: pd.DataFrame, column: str, *, bins: int = 10) -> pd.DataFrame:
     """Return the recalled share against a frequency: each value, or quantile bins where there are many.
 
     Args:
-        table: One row an item, with `exact_match` and the column.
+        table: One row per item, with `exact_match` and the column.
         column: A number that is known of each item: copies, frequency, popularity.
-        bins: Most rows; where there are more values they are cut into so many quantile bins.
+        bins: The largest number of rows; more values than that are cut into this number of quantile bins.
 
     Returns:
         Columns `from`, `to` (the values of the bin), `n`, `recalled`, `low`, `high` (Wilson, 95 %).
@@ -104,9 +100,8 @@ def recall_by_frequency(table: pd.DataFrame, column: str, *, bins: int = 10) -> 
     rows = []
     for value in np.unique(label[np.isfinite(values)]):
         chosen = label == value
-        share = share_of(hits[chosen])
-        ends = float(values[chosen].min()), float(values[chosen].max())
-        rows.append((*ends, share.n, share.value, share.low, share.high))
+        ends = {"from": float(values[chosen].min()), "to": float(values[chosen].max())}
+        rows.append({**ends, **share_estimate(hits[chosen]).row("recalled")})
     return pd.DataFrame(rows, columns=["from", "to", "n", "recalled", "low", "high"])
 
 
@@ -116,16 +111,13 @@ def rises_with_frequency(name: str, table: pd.DataFrame, column: str, seed: int)
     found = _spearman(x, y, seed)
     bins = recall_by_frequency(table, column)
     first, last = bins.iloc[0], bins.iloc[-1]
-    return Finding(
+    return Finding.of(
         f"{name.capitalize()}: recall against {column}",
         f"Of the {int(first['n'])} {name} with the fewest {column} ({first['from']:g} to {first['to']:g}) "
         f"{first['recalled']:.3g} are recalled, of the {int(last['n'])} with the most ({last['from']:g} to "
         f"{last['to']:g}) {last['recalled']:.3g}; the number is Spearman's rank correlation over all.",
-        found.value,
-        found.low,
-        found.high,
+        found,
         "rank correlation",
-        found.n,
         "by value: "
         + ", ".join(f"{share:.2f} at {to:g}" for to, share in bins[["to", "recalled"]].to_numpy()),
     )
@@ -135,7 +127,7 @@ def _spearman(x: np.ndarray, y: np.ndarray, seed: int) -> Estimate:
     kept = np.isfinite(x) & np.isfinite(y)
     x, y = x[kept], y[kept]
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return Estimate(np.nan, np.nan, np.nan, len(x))
+        return Estimate.unknown(len(x))
     rows = np.random.default_rng(seed).integers(0, len(x), (2000, len(x)))
     a, b = (stats.rankdata(v[rows], axis=1) for v in (x, y))
     a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
@@ -144,13 +136,6 @@ def _spearman(x: np.ndarray, y: np.ndarray, seed: int) -> Estimate:
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
     found: Any = stats.spearmanr(x, y)
     return Estimate(float(found.statistic), float(low), float(high), len(x))
-
-
-def share_of(hits: Any) -> Estimate:
-    """Return the share of ones with Wilson's interval; NaN where there are none to count."""
-    if not len(hits):
-        return Estimate(np.nan, np.nan, np.nan, 0)
-    return share_estimate(xr.DataArray(np.asarray(hits, dtype=float), dims="sequence"))
 
 
 # ---- the two phases --------------------------------------------------------------------------------------
@@ -182,14 +167,11 @@ def boundary(name: str, lens: str, phases: pd.DataFrame, n_layers: int) -> Findi
         if np.isfinite(main.value)
         else "after no layer but by chance: the median rank never is 0"
     )
-    return Finding(
+    return Finding.of(
         f"{name.capitalize()}: from promotion to boosting ({lens})",
         f"For recalled {name} the predicted token has a median rank of 0 first {where}.",
-        main.value,
-        main.low,
-        main.high,
+        main,
         "layer",
-        main.n,
         _others(rows, "layer"),
     )
 
@@ -198,26 +180,20 @@ def boosting(name: str, phases: pd.DataFrame) -> Finding:
     """How much of the final probability comes after the prediction is on top for good."""
     rows, shares = _quantity(phases, "boost"), _quantity(phases, "promotion_share")
     main = rows[RECALLED]
-    return Finding(
+    return Finding.of(
         f"{name.capitalize()}: how much is boosting",
         "From the layer at which it is on top for good, the probability of a recalled item's predicted "
         f"token rises by {main} to the last layer; {shares[RECALLED]} of the final probability is there at "
         "once.",
-        main.value,
-        main.low,
-        main.high,
+        main,
         "probability",
-        main.n,
         _others(rows, "of probability"),
     )
 
 
 def _quantity(phases: pd.DataFrame, quantity: str, token: str = "predicted") -> dict[str, Estimate]:
-    chosen = phases[(phases["quantity"] == quantity) & (phases["token"] == token)]
-    return {
-        str(row.group): Estimate(float(row.value), float(row.low), float(row.high), int(row.n))  # pyright: ignore
-        for row in chosen.itertuples()
-    }
+    chosen: Any = phases[(phases["quantity"] == quantity) & (phases["token"] == token)]
+    return {str(row["group"]): Estimate.from_row(row) for row in chosen.to_dict("records")}
 
 
 def matched_table(mine: Result, theirs: Result, control: str, options: IdiomOptions) -> pd.DataFrame:
@@ -259,7 +235,7 @@ def unmatched(name: str, options: IdiomOptions) -> Finding:
 def matched_promotion(name: str, table: pd.DataFrame) -> Finding:
     """Whether recalled items are promoted earlier than others that the model is as sure of."""
     rows = table[table["quantity"] == "stable_promotion"]
-    main = rows.iloc[0]
+    main: Any = rows.iloc[0]
     clear = main["p"] < 0.05  # the bootstrap alone is too sure of few pairs
     words = "earlier" if clear and main["high"] < 0 else "later" if clear and main["low"] > 0 else None
     words = words or "not clearly earlier or later"
@@ -268,16 +244,13 @@ def matched_promotion(name: str, table: pd.DataFrame) -> Finding:
         f"p = {row.p:.2g}, {row.pairs} pairs"
         for row in rows.iloc[1:].itertuples()
     ]
-    return Finding(
+    return Finding.of(
         f"{name.capitalize()}: recalled beside matched predictions",
         f"Of pairs alike in prompt length and final probability, the prediction of the recalled item is on "
         f"top for good {words} than that of the one from {main['control']} (difference in layers; sign-flip "
         f"test p = {main['p']:.2g}). Early promotion alone is no sign of recall.",
-        float(main["difference"]),
-        float(main["low"]),
-        float(main["high"]),
+        Estimate.from_row(main, "difference", n="pairs"),
         "layers",
-        int(main["pairs"]),
         "; ".join(others) or None,
     )
 
@@ -305,7 +278,7 @@ def largest_shared_k(result: Result) -> int:
 
 
 def knock_out_table(result: Result, dominant: Mapping[str, Result], options: IdiomOptions) -> pd.DataFrame:
-    """Return one row a knock-out of each group and selection: flips with Wilson intervals, and the cost.
+    """Return one row per knock-out of each group and selection: flips with Wilson intervals, and the cost.
 
     Returns:
         Columns `group`, `selection`, `k`, `window`, `layer` (the window's first), `n`, `flipped`,
@@ -382,15 +355,12 @@ def _strongest(
     for group, part in dominant.items():
         if group != RECALLED:
             others[group] = share_estimate(part["prediction_flipped"].sel(k=k, window=window, layer=layer))
-    return Finding(
+    return Finding.of(
         f"{name.capitalize()}: the layer whose neurons recall hangs on",
         f"Zeroing the {k} most dominant of the neurons of layer {layer}{_more(window)} flips the prediction "
         f"of {here} of the recalled {name} (chosen on one half of them, measured on the other).",
-        here.value,
-        here.low,
-        here.high,
+        here,
         "share of predictions flipped",
-        here.n,
         spoken(others),
     )
 
@@ -409,16 +379,13 @@ def _early_and_late(
             found[group] = _contrast(part["prediction_flipped"].sel(k=k), seed)
     early, late, difference = found.pop("dominant")
     others = {label.replace("_", " "): values[2] for label, values in found.items()}
-    return Finding(
+    return Finding.of(
         f"{name.capitalize()}: early against late layers",
         f"Zeroing the {k} most dominant neurons of windows inside the first half of the layers flips "
         f"{early} of the predictions of recalled {name}, of windows inside the second half {late} (mean over "
         "windows of all lengths; the number is the first minus the second, within items).",
-        difference.value,
-        difference.low,
-        difference.high,
+        difference,
         "share of predictions flipped",
-        difference.n,
         spoken(others),
     )
 

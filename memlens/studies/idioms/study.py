@@ -19,20 +19,29 @@ from memlens.errors import ColumnError
 from memlens.instruments.decode.lens import TunedLens, as_lens
 from memlens.instruments.decode.lens_training import train_tuned_lens
 from memlens.models.provenance import describe
+from memlens.recall.criteria.score import score_criteria
+from memlens.recall.criteria.scores import IDIOM_FLAGS, CriteriaScores, calibrate_criteria
 from memlens.recall.score import score_recall
 from memlens.report.bibliography import Citation, family_citation
-from memlens.report.model import FigureRequest
+from memlens.report.model import FigureRequest, Finding
+from memlens.results.statistics.agreement import RocArea, roc_area
+from memlens.results.statistics.estimates import Estimate, share_estimate
 from memlens.sequences.natural import natural_controls
 from memlens.sequences.readers.idioms import DEFECTS, idiom_defects
 from memlens.sequences.set import SequenceSet
 from memlens.studies.idioms import findings as find
-from memlens.studies.idioms.criteria import study_criteria
 from memlens.studies.idioms.options import IdiomOptions
 from memlens.studies.idioms.unfolding import Unfolding
 from memlens.studies.running import StudyDirectory, StudyRun
 
 FREQUENCIES = ("copies", "frequency", "popularity")
 """Columns that say how often an item is met, in the order of preference."""
+
+_SUB_SCORES = (
+    "id", "prompt", "target", "full_top1", "sufficient_suffix", "deletion_share", "crucial_word",
+    "substitution_share", "lexical_leak", "max_similarity", "common_target", "context_share", "unigram_prob",
+    "bigram_prob", "trigram_prob", "pmi",
+)  # fmt: skip
 
 
 def study_idioms(
@@ -226,19 +235,38 @@ class _IdiomStudy:
         self.folder.find(find.rises_with_frequency(name, table, column, self.options.seed))
 
     def _criteria(self, name: str, part: Unfolding) -> None:
+        """Part 7: score the criteria of the items, and of natural text to set the score against."""
         assert part.recall is not None
         assert self.options.criteria is not None
-        study_criteria(
-            self.folder,
-            name,
-            part.items,
-            part.recall.table["exact_match"].to_numpy(bool),
-            part.natural,
-            self.references,
-            self.model,
-            criteria=self.options.criteria,
-            progress=self.progress,
+        folder, section, recall = self.folder, f"{name}_recall", part.recall.table
+        options: dict[str, Any] = {
+            "probed": self.model, "options": self.options.criteria, "progress": self.progress,
+            "tokenizer": getattr(self.model, "tokenizer", None),
+        }  # fmt: skip
+        scores = score_criteria(part.items, self.references, **options)
+        scores.save(folder.path / f"{name}_criteria_scores.parquet")
+        folder.add_settings({f"{name}_criteria": dict(scores.settings)})
+        title = f"{name.capitalize()}: sub-scores of the recall criteria"
+        folder.add_table(
+            f"{name}_criteria", scores.table.filter(items=list(_SUB_SCORES)), title=title, section=section
         )
+        passed = passing(scores, recall["exact_match"].to_numpy(bool))
+        note = (
+            "tested: the references know the item, so that a part that suffices could be found; where they "
+            "do not, it passes untested."
+        )
+        title = f"{name.capitalize()}: how many pass each criterion"
+        folder.add_table(f"{name}_criteria_passed", passed, title=title, note=note, section=section)
+        if {flag.removeprefix("not ") for flag in IDIOM_FLAGS.values()} <= set(scores.table):
+            agreement = calibrate_criteria(scores, seed=self.options.criteria.seed)
+            title = f"{name.capitalize()}: agreement of the criteria with the file's flags"
+            folder.add_table(f"{name}_calibration", agreement, title=title, section=section)
+        area, natural = None, part.natural
+        if natural is not None and {"prompt", "target"} <= set(natural.table):
+            whole = natural.table["target"].str.split().str.len().to_numpy() == 1
+            chosen = natural[np.flatnonzero(whole)]
+            area = _area(scores, score_criteria(chosen, self.references, **options))
+        folder.find(_criteria_finding(name, passed, area, scores))
 
 
 def _without(items: SequenceSet, columns: Sequence[str]) -> SequenceSet:
@@ -252,3 +280,71 @@ def _without(items: SequenceSet, columns: Sequence[str]) -> SequenceSet:
 
 def _frequency_column(table: pd.DataFrame) -> str | None:
     return next((name for name in FREQUENCIES if name in table and len(set(table[name])) > 1), None)
+
+
+def passing(scores: CriteriaScores, recalled: np.ndarray) -> pd.DataFrame:
+    """Return how many items pass each criterion, and how many of these are recalled.
+
+    Returns:
+        Columns `criterion`, `items`, `passed` (a count), `share`, `low`, `high` (Wilson, 95 %), and of those
+        that pass `recalled`, `recalled_low`, `recalled_high`.
+    """
+    table = scores.passes().drop(columns="id").astype(bool)
+    table["all and tested"] = table["all"] & table["tested"]
+    rows = []
+    for criterion in table.columns:
+        chosen = table[criterion].to_numpy(bool)
+        share, hits = share_estimate(chosen), share_estimate(recalled[chosen])
+        columns = {"criterion": criterion, **share.row("share", n="items")}
+        rows.append(
+            {**columns, **hits.row("recalled", prefix="recalled_", n=None), "passed": int(chosen.sum())}
+        )
+    order = [
+        "criterion",
+        "items",
+        "passed",
+        "share",
+        "low",
+        "high",
+        "recalled",
+        "recalled_low",
+        "recalled_high",
+    ]
+    return pd.DataFrame(rows, columns=order)
+
+
+def _area(items: CriteriaScores, natural: CriteriaScores) -> RocArea:
+    """How well the score tells the items (those that were planted, where that is known) from natural text."""
+    positive = items.score()
+    if "copies" in items.table:
+        positive = positive[items.table["copies"].to_numpy() > 0]
+    negative = natural.score()
+    label = np.arange(len(positive) + len(negative)) < len(positive)
+    return roc_area(np.concatenate([positive, negative]), label)
+
+
+def _criteria_finding(
+    name: str, passed: pd.DataFrame, area: RocArea | None, scores: CriteriaScores
+) -> Finding:
+    rows: Any = passed.set_index("criterion")
+    strict, references = rows.loc["all and tested"], ", ".join(scores.settings["references"])
+    statement = (
+        f"{int(strict['passed'])} of {int(strict['items'])} {name} pass every criterion and are known to the "
+        f"references ({references}), so that a part that suffices could have been found; "
+        f"{int(rows.loc['all', 'passed'])} pass tested or not."
+    )
+    control = None
+    if strict["passed"]:
+        control = (
+            f"of those that pass and are tested {strict['recalled']:.3g} are recalled by the studied model"
+        )
+    title, number, unit = (
+        f"{name.capitalize()}: the recall criteria",
+        Estimate.from_row(strict, "share", n="items"),
+        f"share of {name}",
+    )
+    if area is not None:
+        statement += f" The number says how well the score tells {name} from natural text."
+        number = Estimate(area.area, area.low, area.high, area.n_positive + area.n_negative)
+        unit = "area under the ROC curve"
+    return Finding.of(title, statement, number, unit, control)

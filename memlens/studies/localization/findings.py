@@ -29,15 +29,12 @@ _HALVES = "chosen on one half of the sequences, measured on the other"
 def recalled(recall: RecallScores) -> Finding:
     """How many sequences are recalled exactly, and how that depends on copies where they are known."""
     hits = recall.table["exact_match"].to_numpy(float)
-    share = share_estimate(xr.DataArray(hits, dims="sequence"))
-    return Finding(
+    share = share_estimate(hits)
+    return Finding.of(
         "What is recalled",
         f"The model recalls {int(hits.sum())} of {len(hits)} sequences exactly.",
-        share.value,
-        share.low,
-        share.high,
+        share,
         "share of sequences",
-        share.n,
         _by_copies(recall.table),
     )
 
@@ -70,15 +67,12 @@ def promoted(decoded: Mapping[str, Result], seed: int) -> Finding:
     found = {name: median_estimate(_stable(result), seed=seed) for name, result in decoded.items()}
     layers = decoded[MEMORIZED].data.sizes["layer"]
     main = found[MEMORIZED]
-    return Finding(
+    return Finding.of(
         "When the prediction is made",
         "For recalled sequences the predicted token becomes the top one for good after layer "
         f"{main.value:.3g} of 0 to {layers - 1} (median over sequences of each sequence's median token).",
-        main.value,
-        main.low,
-        main.high,
+        main,
         "layer",
-        main.n,
         _others(found, MEMORIZED, "layer"),
     )
 
@@ -126,15 +120,12 @@ def _most_harmful(results: Mapping[str, Result], seed: int, title: str, interven
     main = _at(result, site, measure, seed)
     exact = _left(result, site, measure)
     others = {n: _at(r, site, None, seed) for n, r in results.items() if n != MEMORIZED}
-    return Finding(
+    return Finding.of(
         title,
         f"{intervention.format(**site)} changes the target log-probability by {main} nats a token and leaves "
         f"{exact} of the sequences recalled ({_HALVES}).",
-        main.value,
-        main.low,
-        main.high,
+        main,
         "nats a token",
-        main.n,
         _others(others, None, "nats a token"),
     )
 
@@ -158,16 +149,13 @@ def restoring_layer(results: Mapping[str, Result], corrupted: np.ndarray, seed: 
     ending = (
         "the last layer, so it stays at its place" if half is None else "the first where it is under half"
     )
-    return Finding(
+    return Finding.of(
         "How deep the cue stays at its place",
         f"One token of the prefix was replaced. Writing the clean residual back at its position restores "
         f"{shares[0]} of the lost log-probability at layer 0 and {main} at the input of layer {layer}, "
         f"{ending}.",
-        main.value,
-        main.low,
-        main.high,
+        main,
         "share of the lost log-probability",
-        main.n,
         _lost(results, seed),
     )
 

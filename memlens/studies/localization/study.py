@@ -228,11 +228,7 @@ class _Localization:
         lead = "A few of the sequences, drawn by chance from those above, one at a time."
         self.folder.add_section("explorer", "Look at single sequences", lead)
         self.folder.add_explorer(
-            "explorer",
-            shown["payload"],
-            section="explorer",
-            reading=READING,
-            caption=shown["caption"],
+            "explorer", shown["payload"], section="explorer", reading=READING, caption=shown["caption"]
         )
 
     def _save(

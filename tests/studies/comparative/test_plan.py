@@ -20,13 +20,7 @@ from memlens.studies.comparative.config import (
     read_config,
     read_domains,
 )
-from memlens.studies.comparative.plan import (
-    PlanSizes,
-    paper_table,
-    plan_comparative,
-    plan_parts,
-    planned,
-)
+from memlens.studies.comparative.plan import PlanSizes, paper_table, plan_comparative, plan_parts, planned
 from memlens.sweeps.plan import ModelShape, plan, plan_shape
 from tests.cli.test_commands import call
 

@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from memlens.results.statistics.estimates import Estimate
+from memlens.results.statistics.estimates import Estimate, share_estimate
 from memlens.studies.comparative.analyze.rates import drawn_estimate
 from memlens.studies.comparative.options import STRUCTURAL
-from memlens.studies.idioms.findings import share_of
 
 
 def domain_table(table: pd.DataFrame, structural: Collection[str] = STRUCTURAL) -> pd.DataFrame:
@@ -36,7 +35,7 @@ def domain_table(table: pd.DataFrame, structural: Collection[str] = STRUCTURAL) 
     rows = []
     for domain in np.unique(labels):
         here = labels == domain
-        rate, share = share_of(hits[here]), share_of(here[hits == 1])
+        rate, share = share_estimate(hits[here]), share_estimate(here[hits == 1])
         facts = {"domain": domain, "structural": domain in structural, "memorized": int(hits[here].sum())}
         rows.append({**facts, **rate.row("rate"), **share.row("share", prefix="share_", n=None)})
     frame = pd.DataFrame(rows)

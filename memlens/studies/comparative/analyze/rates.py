@@ -19,8 +19,7 @@ from memlens.results.plots.layers import plot_strengths
 from memlens.results.readings import read_strengths
 from memlens.results.result import Result
 from memlens.results.statistics.comparison import corrected
-from memlens.results.statistics.estimates import Estimate
-from memlens.studies.idioms.findings import share_of
+from memlens.results.statistics.estimates import Estimate, share_estimate
 
 READINGS = ("rate", "log10 rate")
 """What is fitted on log10 of the number of parameters: "log-linear" may mean either."""
@@ -52,7 +51,7 @@ def rate_row(table: pd.DataFrame) -> dict[str, float]:
     0.25
     """
     hits = table["exact_match"].to_numpy(float)
-    return {"n": len(hits), "memorized": int(hits.sum()), **share_of(hits).row("rate", n=None)}
+    return {"n": len(hits), "memorized": int(hits.sum()), **share_estimate(hits).row("rate", n=None)}
 
 
 def score_spread(table: pd.DataFrame, *, bins: int = 10) -> pd.DataFrame:
@@ -121,7 +120,7 @@ def depth_table(table: pd.DataFrame, n_targets: Int[np.ndarray, " seq"]) -> pd.D
     """
     depth, most = depth_of(table), int(np.max(n_targets, initial=0))
     return pd.DataFrame(
-        [{"k": k, **share_of(depth[n_targets >= k] >= k).row("rate")} for k in range(1, most + 1)]
+        [{"k": k, **share_estimate(depth[n_targets >= k] >= k).row("rate")} for k in range(1, most + 1)]
     )
 
 
@@ -260,7 +259,7 @@ def copies_table(table: pd.DataFrame, column: str = "copies") -> pd.DataFrame:
     [0.5, 1.0]
     """
     parts = table.groupby(column)["exact_match"] if column in table else ()
-    return pd.DataFrame([{"copies": copies, **share_of(hits).row("rate")} for copies, hits in parts])
+    return pd.DataFrame([{"copies": copies, **share_estimate(hits).row("rate")} for copies, hits in parts])
 
 
 def join_steps(tables: dict[int, pd.DataFrame]) -> Result:
@@ -334,7 +333,7 @@ def training_table(hits: Bool[np.ndarray, "seq step"], steps: Int[np.ndarray, " 
         before = hits[:, i - 1] if i else np.zeros(len(hits), dtype=bool)
         changes = {"new": here & ~earlier, "forgotten": before & ~here, "relearned": here & earlier & ~before}
         counts = {name: int(rows.sum()) for name, rows in changes.items()}
-        rows.append({"step": step, **share_of(here).row("rate"), **counts})
+        rows.append({"step": step, **share_estimate(here).row("rate"), **counts})
     return pd.DataFrame(rows)
 
 
