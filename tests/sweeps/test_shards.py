@@ -155,7 +155,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import memlens as ml
-import memlens.sweeps
+import memlens.sweeps.run
 sys.modules["memlens.sweeps.run"]._SHARD_FLOPS = {"cpu": 0.0, "cuda": 0.0}
 from tests.small import corrupted, ragged
 model = ml.load_model(sys.argv[1], backend="bridge")
