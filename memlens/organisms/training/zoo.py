@@ -106,7 +106,7 @@ def train_organism(
         resume: See `train_zoo_model`.
         checkpoint_every: Steps between two writes of the training state.
         snapshot_steps: Steps whose weights are kept as `<out>/checkpoints/step<N>`; by default those of
-            `organisms.training.snapshots.snapshot_steps` if the specification asks for snapshots.
+            `organisms.training.train.snapshot_steps` if the specification asks for snapshots.
 
     Returns:
         The folder.
