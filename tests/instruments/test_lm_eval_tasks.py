@@ -282,7 +282,7 @@ def test_as_lm_eval_holds_its_interventions(tiny_model: Callable[..., Any], tiny
     logprobs = [
         r[0][0] for s in sorted(found["samples"]["tiny_mc"], key=lambda s: s["doc_id"]) for r in s["resps"]
     ]
-    direct = ml.sweep(model, task.requests, edits, ["target_logprob"], progress=False)
+    direct = ml.sweep(model, task.requests, [edit], ["target_logprob"], progress=False)
     total = direct["target_logprob"].values[:, 0] * task.requests.n_targets.numpy()
     np.testing.assert_allclose(logprobs, total, atol=1e-4)
     assert not np.allclose(total, direct["target_logprob_baseline"].values * task.requests.n_targets.numpy())

@@ -319,7 +319,7 @@ def test_knock_outs_persist(tiny_model: Any, tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
     assert np.array_equal(first["prediction_flipped"], again["prediction_flipped"], equal_nan=True)
     assert ml.load_result(tmp_path / "result.nc").data.identical(again.data)
-    with pytest.raises(ResultError, match="the interventions differ"):
+    with pytest.raises(ResultError, match="different: the interventions"):
         ml.knock_out_neurons(model, seqs, seed=1, **options)
 
 
