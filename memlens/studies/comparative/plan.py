@@ -56,7 +56,8 @@ def paper_table() -> pd.DataFrame:
         found = find_model(name)
         size, heads = found[1].size if found else "", shape.n_layers * shape.n_heads
         rows.append({**facts, "size": size, "heads": heads})
-    return pd.DataFrame(rows)[["family", "model", "size", "revision", "corpus", "heads", "note"]]
+    columns = ["family", "model", "size", "revision", "corpus", "heads", "note"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 _SAMPLE = 64
