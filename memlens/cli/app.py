@@ -29,7 +29,7 @@ from memlens.cli.making import generate, lens_app, zoo_app
 from memlens.errors import MemlensError, check_option
 from memlens.studies.registry import ModelChoice, SequenceChoice
 
-app = App(
+app: App = App(
     name="memlens",
     help="Find where in a language model a memorized sequence is recalled.",
     version=memlens.__version__,

@@ -39,7 +39,7 @@ Json = Annotated[
 Quiet = Annotated[
     bool, Parameter(name=["--quiet", "-q"], negative=(), show_default=False, help="Show no progress bars.")
 ]
-Switch = Parameter(negative=(), show_default=False)
+Switch: Parameter = Parameter(negative=(), show_default=False)
 """Of a flag that is off unless it is given."""
 
 

@@ -196,7 +196,7 @@ def _print_text(model: Any, prompts: list[str], found: dict[str, list[list[int]]
             OUT.print(Text.assemble(heading, (text, "bold"), model.tokenizer.decode(rows[i])))
 
 
-lens_app = App(name="lens", help="Tuned lenses: affine translators for residual decoding.")
+lens_app: App = App(name="lens", help="Tuned lenses: affine translators for residual decoding.")
 
 
 def lens_train(
@@ -303,7 +303,7 @@ def _print_gain(trained: Any) -> None:
     OUT.print(table)
 
 
-zoo_app = App(name="zoo", help="Models with known memories, bundled or trained on demand.")
+zoo_app: App = App(name="zoo", help="Models with known memories, bundled or trained on demand.")
 
 _DEFAULT = "pythia-s"
 

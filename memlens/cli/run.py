@@ -25,7 +25,7 @@ from memlens.options import read_options
 from memlens.studies.plans import PlanTable
 from memlens.studies.registry import STUDIES, Call, Study
 
-run_app = App(name="run", help="Run a study and write its results and report to a folder.")
+run_app: App = App(name="run", help="Run a study and write its results and report to a folder.")
 
 
 def study_command(study: Study) -> Any:

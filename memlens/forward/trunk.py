@@ -69,6 +69,9 @@ class Trunk:
         True
     """
 
+    logit_scale: float
+    logit_softcap: float | None
+
     def __init__(self, model: Any) -> None:
         require_model(model)
         self.model = model

@@ -45,6 +45,9 @@ class NoiseSource:
         draw: Draws of one seed differ.
     """
 
+    seed: int
+    draw: int
+
     def __init__(self, seed: int = 0, draw: int = 0) -> None:
         self.seed, self.draw = seed, draw
         self._key: tuple[Any, ...] = ()

@@ -20,6 +20,8 @@ _HEARD: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 class EditWatch:
     """Notices which hooks fired and which changed their activation, until a hook is known to work."""
 
+    heard: set[str]
+
     def __init__(self, model: Any, probe_tokens: Tensor) -> None:
         self.model = model
         self.probe_tokens = probe_tokens

@@ -316,6 +316,9 @@ class ShardStore:
         ResultError: Its manifest cannot be read.
     """
 
+    folder: KeyedFolder
+    shards: list[Shard]
+
     def __init__(self, folder: str | Path, about: Mapping[str, str], shards: Sequence[Shard]) -> None:
         cut = [[s.rows.start, s.rows.stop, s.items.start, s.items.stop] for s in shards]
         self.folder = KeyedFolder(

@@ -65,6 +65,10 @@ class TransformersBypass:
         mode: "identity" or "zero".
     """
 
+    model: nn.Module
+    layers: tuple[int, ...]
+    mode: str
+
     def __init__(self, model: nn.Module, layers: Sequence[int], mode: str) -> None:
         modules = _attention_modules(model)
         for layer in layers:

@@ -34,6 +34,11 @@ Head = tuple[int, int]
 class FrozenRuns:
     """Activations of frozen runs, made when a batch needs them; only the last one is kept."""
 
+    trunk: Trunk
+    mlps: str
+    base: ActivationSource
+    source: ActivationSource
+
     def __init__(
         self, model: Any, base: SequenceSet, source: SequenceSet, layers: Sequence[int], mlps: str
     ) -> None:

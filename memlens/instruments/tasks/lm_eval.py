@@ -50,6 +50,11 @@ class LensLM(LM):
         progress: Show bars.
     """
 
+    model: Any
+    interventions: tuple[Intervention, ...]
+    encoder: PairEncoder
+    progress: bool
+
     def __init__(
         self,
         model: Any,

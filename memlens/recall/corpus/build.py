@@ -275,6 +275,8 @@ class ScanStore:
         ResultError: Its manifest cannot be read.
     """
 
+    folder: KeyedFolder
+
     def __init__(self, folder: str | Path, about: Mapping[str, Any]) -> None:
         self.folder = KeyedFolder(folder, "scan", about, version=_VERSION, parts="[!.]*")
 

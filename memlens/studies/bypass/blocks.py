@@ -100,6 +100,14 @@ class BypassInputs:
 class BypassContext:
     """A model with its sequences, the folder, the options, and what was measured so far."""
 
+    inputs: BypassInputs
+    folder: StudyDirectory
+    options: BypassOptions
+    progress: bool
+    model: Any
+    n_layers: int
+    groups: dict[str, SequenceSet]
+
     def __init__(
         self, inputs: BypassInputs, folder: StudyDirectory, options: BypassOptions, *, progress: bool
     ) -> None:

@@ -386,6 +386,10 @@ class Made:
         tables: What was made so far, by name, with all models.
     """
 
+    models: list[SavedModel]
+    options: ComparativeOptions
+    why_no_test: str
+
     def __init__(self, models: Sequence[SavedModel], options: ComparativeOptions) -> None:
         self.models, self.options = list(models), options
         self.tables: dict[str, pd.DataFrame] = {}

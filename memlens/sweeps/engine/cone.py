@@ -29,6 +29,13 @@ class Cone:
         chunk_tokens: Greatest number of positions (over all rows) that run through a block at a time.
     """
 
+    blocks: FunctionalBlocks
+    resid: Mapping[int, Tensor]
+    stop: int
+    positions: Tensor
+    chunk_tokens: int
+    n_layers: int
+
     def __init__(
         self,
         blocks: FunctionalBlocks,

@@ -133,6 +133,13 @@ class Engine:
         probe_tokens: A few token ids for the check that hooks are heard.
     """
 
+    model: Any
+    reduce: Reduce
+    chunk_tokens: int
+    unembed_rows: int
+    reduced_rows: int
+    watch: EditWatch
+
     def __init__(
         self,
         model: Any,
