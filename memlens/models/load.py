@@ -26,6 +26,7 @@ from memlens.models.huggingface import (
 )
 from memlens.models.names import Source, checkpoint_revision, local_checkpoint, resolve_source
 from memlens.models.provenance import remember
+from memlens.models.quiet import quiet
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -247,7 +248,8 @@ def _wrap(
     reference = None
     if options.check_weights:
         check_finite_weights(hf_model, name)
-        reference = record_reference(hf_model, name)
+        with quiet():
+            reference = record_reference(hf_model, name)
     hf_model, adapters = merged_adapters(hf_model, name)
     if tokenizer is not None:
         tokenizer = prepare_tokenizer(tokenizer)
@@ -273,5 +275,7 @@ def _wrap(
     remember(model, **facts)
     if reference is not None:
         layers = sorted({0, len(model.blocks) - 1})
-        check_model(model, reference=reference, layers=layers).raise_if_failed()
+        with quiet():
+            found = check_model(model, reference=reference, layers=layers)
+        found.raise_if_failed()
     return model

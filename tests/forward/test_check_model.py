@@ -17,6 +17,7 @@ from memlens.forward import check_model as module
 from memlens.forward.check_model import check_model, probe_tokens, record_reference
 from memlens.forward.hooks import hook_name
 from memlens.models.load import load_model
+from memlens.models.names import has_hooked_transformer
 from tests.tiny import FAMILIES, HOOKED_FAMILIES, tiny_huggingface_model
 
 CASES = [(f, "bridge") for f in FAMILIES] + [(f, "hooked") for f in HOOKED_FAMILIES]
@@ -47,7 +48,7 @@ def test_a_right_model_passes_in_full(
 def test_sixteen_bits_pass_and_a_small_change_of_one_layer_is_seen(
     family: str, backend: str, dtype: torch.dtype, tiny_folder: Callable[[str], Path]
 ) -> None:
-    if backend == "hooked" and not hasattr(__import__("transformer_lens"), "HookedTransformer"):
+    if backend == "hooked" and not has_hooked_transformer():
         pytest.skip("this TransformerLens has no HookedTransformer")
     folder = tiny_folder(family)
     model = load_model(folder, backend=backend, dtype=dtype, device="cpu")
