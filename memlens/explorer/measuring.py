@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from memlens.choices import BypassMode
 from memlens.errors import OptionError, check_option
 from memlens.explorer.attention import attention_maps
 from memlens.explorer.data import Continuation, Edits, Exploration, SequenceView, strongest_heads
@@ -22,7 +23,7 @@ from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.branches import ablate_mlps
 from memlens.instruments.ablate.heads import ablate_heads, head_set_ablations
 from memlens.instruments.ablate.replacing import MODES, Mode
-from memlens.instruments.bypass.bypass import BYPASS_MODES, BypassMode, attention_bypasses, bypass_attention
+from memlens.instruments.bypass.bypass import BYPASS_MODES, attention_bypasses, bypass_attention
 from memlens.instruments.decode.decoding import decode_residual
 from memlens.instruments.decode.lens import TunedLens
 from memlens.models.provenance import describe

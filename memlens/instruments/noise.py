@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -12,13 +12,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from memlens.choices import NoiseScale, NoiseSite, Positions
 from memlens.errors import OptionError, check_option
 from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource
 from memlens.forward.hooks import HookFn, check_layer, hook_name
 from memlens.forward.metrics import MetricLike, metric_names
 from memlens.forward.trunk import Trunk
-from memlens.instruments.ablate.replacing import POSITIONS, Positions, where
+from memlens.instruments.ablate.replacing import POSITIONS, where
 from memlens.results.kinds import register_kind
 from memlens.results.plots.layers import plot_strengths
 from memlens.results.readings import read_strengths
@@ -30,8 +31,8 @@ from memlens.sweeps.interventions import ByBatch, Intervention
 from memlens.sweeps.labels import make_result
 from memlens.sweeps.run import kept, measure, sweep
 
-NOISE_SITES = ("resid_post", "resid_pre")
-SCALES = ("norm", "std")
+NOISE_SITES: tuple[str, ...] = get_args(NoiseSite)
+SCALES: tuple[str, ...] = get_args(NoiseScale)
 
 
 class NoiseSource:

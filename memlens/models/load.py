@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from memlens.choices import Backend
 from memlens.errors import OptionError, UnsupportedModelError, check_option
 from memlens.models.adapters import merged_adapters, without_peft
 from memlens.models.bridge import build_bridge, check_bridge_supports
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 
-BACKENDS = ("auto", "hooked", "bridge")
+BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import xarray as xr
 from tqdm.auto import tqdm
 
+from memlens.choices import Compression
 from memlens.errors import EmptySetError, OptionError, check_option
 from memlens.forward.memory import check_batch_size
 from memlens.forward.trunk import require_model
@@ -86,7 +87,7 @@ def delete_greedily(
     return [(search.left, search.complete) for search in searches]
 
 
-COMPRESSIONS = ("keep_last", "keep_first", "greedy_deletion")
+COMPRESSIONS: tuple[str, ...] = get_args(Compression)
 
 
 def prompt_compression(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import Field, PositiveInt
 
+from memlens.choices import Backend
 from memlens.errors import OptionError
 from memlens.options import Flags, options_class
 from memlens.registry import Registry
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 class Placement:
     """How models are loaded."""
 
-    backend: Literal["auto", "hooked", "bridge"] = "auto"
+    backend: Backend = "auto"
     """Which TransformerLens class runs the model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the weights."""

@@ -13,7 +13,8 @@ from scipy.stats import spearmanr
 
 import memlens as ml
 from memlens.errors import OptionError, SequenceError, SiteError
-from memlens.instruments.screen.agreement import Verified, agreement_table, rank_correlation, recall_of_top
+from memlens.instruments.screen.screening import Verified, agreement_table, recall_of_top
+from memlens.results.statistics.agreement import rank_correlation
 from tests.small import CASES, corrupted, ragged
 
 RECALL, SHARE = "recall of exact top k", "share of the rest above the screened median"

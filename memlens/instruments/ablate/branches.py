@@ -8,7 +8,7 @@ from typing import Any
 from memlens.forward.hooks import chosen_layers, hook_name
 from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
-from memlens.instruments.ablate.replacing import Mode, Positions, Replacement
+from memlens.instruments.ablate.replacing import Replacement
 from memlens.instruments.screen.instruments import register_instrument
 from memlens.results.kinds import register_kind
 from memlens.results.plots.layers import plot_layer_lines

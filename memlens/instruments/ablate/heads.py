@@ -11,11 +11,12 @@ import numpy as np
 import torch
 import xarray as xr
 
+from memlens.choices import Mode, Positions
 from memlens.errors import OptionError, ResultError, SiteError
 from memlens.forward.hooks import check_head, check_layer, chosen_layers, hook_name
 from memlens.forward.metrics import MetricLike, metric_names
 from memlens.forward.trunk import Trunk
-from memlens.instruments.ablate.replacing import Mode, Positions, Replacement
+from memlens.instruments.ablate.replacing import Replacement
 from memlens.instruments.screen.gradients import attribute_ablation
 from memlens.instruments.screen.instruments import Cell, Screen, register_instrument
 from memlens.results.kinds import register_kind

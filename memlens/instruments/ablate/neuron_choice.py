@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from memlens.choices import NeuronSelection
 from memlens.errors import OptionError, check_option
 from memlens.forward.capture import AtTargets, at_targets
 from memlens.forward.hooks import check_layer, hook_name
@@ -24,7 +25,7 @@ from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.labels import make_result
 
-SELECTIONS = ("dominant", "random", "norm_matched")
+SELECTIONS: tuple[str, ...] = get_args(NeuronSelection)
 MEASURED_AT = ("last_prompt", "targets")
 
 _CAPTURE_BYTES = 2**28

@@ -14,6 +14,7 @@ import xarray as xr
 from jaxtyping import Int
 from torch import Tensor
 
+from memlens.choices import Mode, Positions
 from memlens.errors import OptionError, SiteError, check_option
 from memlens.forward.batches import Batch
 from memlens.forward.hooks import HookFn, check_layer, chosen_layers, hook_name
@@ -28,7 +29,7 @@ from memlens.instruments.ablate.neuron_choice import (
     chosen_neurons,
     measure_dominance,
 )
-from memlens.instruments.ablate.replacing import MakeReplace, Mode, Positions, Replacement
+from memlens.instruments.ablate.replacing import MakeReplace, Replacement
 from memlens.instruments.screen.gradients import attribute_ablation
 from memlens.instruments.screen.instruments import Cell, Screen, register_instrument
 from memlens.results.kinds import register_kind

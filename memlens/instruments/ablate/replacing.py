@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from memlens.choices import Mode, Positions
 from memlens.errors import OptionError, SequenceError, SiteError, check_option
 from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource, mean_activations
@@ -18,11 +19,8 @@ from memlens.forward.trunk import Trunk
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import BatchHook, ByBatch
 
-Mode = Literal["mean_of_other_heads", "zero", "mean", "resample"]
 MODES: tuple[str, ...] = get_args(Mode)
-Positions = Literal["all", "prompt", "targets", "last_prompt"]
 POSITIONS: tuple[str, ...] = get_args(Positions)
-"""Every position; the prompt's; those that predict a target; the one that predicts the first target."""
 
 Part = int | list[int] | None
 """A head, or several heads; None for the whole activation."""

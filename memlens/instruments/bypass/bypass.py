@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from memlens.choices import BypassControl, BypassedTo, BypassMode
 from memlens.errors import OptionError, check_option
 from memlens.forward.hooks import HookFn, check_head, check_layer, chosen_layers, hook_name
 from memlens.forward.metrics import MetricLike
@@ -24,10 +25,8 @@ from memlens.sweeps.contexts import applied
 from memlens.sweeps.interventions import Intervention, Reads
 from memlens.sweeps.run import sweep
 
-BypassMode = Literal["identity", "zero", "uniform", "first_token"]
-BYPASS_MODES = ("identity", "zero")
-CONTROL_MODES = ("uniform", "first_token")
-"""Controls: other attention matrices. They need the whole text at once."""
+BYPASS_MODES: tuple[str, ...] = get_args(BypassedTo)
+CONTROL_MODES: tuple[str, ...] = get_args(BypassControl)
 Span = Literal["layer", "window", "suffix", "prefix"]
 SPANS: tuple[str, ...] = get_args(Span)
 

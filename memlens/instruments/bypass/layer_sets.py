@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from memlens.choices import BypassMode
 from memlens.errors import EmptySetError, OptionError, check_option
 from memlens.forward.trunk import Trunk
-from memlens.instruments.bypass.bypass import BypassMode, attention_bypasses
+from memlens.instruments.bypass.bypass import attention_bypasses
 from memlens.instruments.tasks.evaluate import evaluate_tasks
 from memlens.instruments.tasks.tasks import ChoiceTask
 from memlens.results.groups import layers_label, quartiles, take_half

@@ -19,12 +19,12 @@ from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.hooks import attached, chosen_layers, hook_name
 from memlens.forward.trunk import Trunk, is_bridge
 from memlens.instruments.bypass.lipschitz import product_norm
-from memlens.instruments.screen.agreement import rank_correlation, standard_interval
 from memlens.models.provenance import describe
 from memlens.results.kinds import register_kind
 from memlens.results.plots.layers import plot_layer_lines
 from memlens.results.readings import read_predictor
 from memlens.results.result import Result
+from memlens.results.statistics.agreement import rank_correlation, standard_interval
 from memlens.results.statistics.intervals import bootstrap_means
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet

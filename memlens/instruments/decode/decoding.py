@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from memlens.choices import Stream
 from memlens.errors import OptionError, SiteError, check_option
 from memlens.forward.capture import AtTargets, at_targets
 from memlens.forward.hooks import has_site, hook_name
@@ -100,7 +101,7 @@ def _reduced(
     return torch.stack([*of(ids), *of(predicted), entropy, kl], dim=-1)
 
 
-STREAMS = ("resid_post", "resid_mid", "attn_out", "mlp_out")
+STREAMS: tuple[str, ...] = get_args(Stream)
 _LOGIT_LENS = "logit lens: final norm and unembedding"
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from torch import Tensor
 
+from memlens.choices import PatchSite
 from memlens.errors import OptionError, SiteError, check_option
 from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource
@@ -27,7 +28,7 @@ from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import BatchHook, ByBatch, Intervention, Reads
 from memlens.sweeps.run import kept, measure, sweep
 
-PATCH_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern")
+PATCH_SITES: tuple[str, ...] = get_args(PatchSite)
 _HEAD_AXIS = {"z": 2, "q": 2, "k": 2, "v": 2, "pattern": 1}
 """Sites that tell heads apart, and on which axis; `pattern` has the query position on axis 2."""
 OVER = ("position", "head", "head_position")

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from memlens.choices import Mode, Positions
 from memlens.errors import check_option
 from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource
 from memlens.forward.hooks import hook_name
 from memlens.forward.metrics import MetricLike
-from memlens.instruments.ablate.replacing import Mode, Positions, Replacement
+from memlens.instruments.ablate.replacing import Replacement
 from memlens.instruments.patch.pairs import DIRECTIONS, check_pairs, checked_positions, compare_runs
 from memlens.instruments.screen.backward import GRADIENT_SITES, GradientRun
 from memlens.instruments.screen.cells import Cells, check_over

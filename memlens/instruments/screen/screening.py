@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import xarray as xr
+from jaxtyping import Bool, Float, Int
 
 from memlens.errors import EmptySetError, OptionError, check_option
 from memlens.forward.metrics import MetricLike, metric_names
-from memlens.instruments.screen.agreement import Verified, agreement_table
 from memlens.instruments.screen.instruments import INSTRUMENTS, Screen, screen_of
 from memlens.results.result import Result
-from memlens.results.statistics.intervals import mean_interval
+from memlens.results.statistics.agreement import rank_correlation, share_interval, standard_interval
+from memlens.results.statistics.intervals import bootstrap_means, mean_interval
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.run import sweep
 
@@ -263,3 +264,90 @@ def _table(
     table["rank_estimate"] = ranks
     order = np.argsort(-data.score(table["exact"].to_numpy()), kind="stable")
     return table.iloc[order].reset_index(drop=True)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """Sites with both an estimate and an exact effect, one value per sequence.
+
+    Attributes:
+        estimate: Estimated effects; NaN where a sequence lacks the site.
+        exact: Exact effects.
+        screened: True for the sites the screen chose, False for random ones of the rest.
+        n_sites: How many sites there are, verified or not.
+        score: From effects to what sites are ranked by, greatest first.
+    """
+
+    estimate: Float[np.ndarray, "sequence site"]
+    exact: Float[np.ndarray, "sequence site"]
+    screened: Bool[np.ndarray, " site"]
+    n_sites: int
+    score: Callable[[np.ndarray], np.ndarray]
+
+    @property
+    def n_rest(self) -> int:
+        """How many sites the screen left out."""
+        return self.n_sites - int(self.screened.sum())
+
+
+def recall_of_top(
+    score: Float[np.ndarray, "*resample site"], screened: Bool[np.ndarray, " site"], n_rest: int
+) -> tuple[Float[np.ndarray, "*resample"], Int[np.ndarray, "*resample"]]:
+    r"""Return the share of the exact top :math:`k` that a screen of :math:`k` sites caught.
+
+    Each of the :math:`r` random sites stands for ``n_rest / r`` sites of the rest. Sites are counted from the
+    greatest exact score down until they amount to :math:`k`; the share of the screened ones is the recall.
+    With every site verified that is exact.
+
+    Returns:
+        The recall (NaN where nothing of a rest was verified), and how many random sites are in the top.
+
+    >>> score, screened = np.array([9.0, 1.0, 5.0, 0.0]), np.array([True, True, False, False])
+    >>> recall_of_top(score, screened, 2)[0].item()
+    0.5
+    """
+    k, sampled = int(screened.sum()), int((~screened).sum())
+    if n_rest and not sampled:
+        return np.full(score.shape[:-1], np.nan), np.zeros(score.shape[:-1], int)
+    weight = np.where(screened, 1.0, n_rest / max(1, sampled))
+    order = np.argsort(-np.where(np.isfinite(score), score, -np.inf), axis=-1, kind="stable")
+    weight, own = weight[order], screened[order]
+    room = np.clip(k - (np.cumsum(weight, -1) - weight), 0, weight)
+    return (room * own).sum(-1) / k, ((room > 1e-9) & ~own).sum(-1)
+
+
+def agreement_table(data: Verified, *, level: float, n_resamples: int, seed: int) -> pd.DataFrame:
+    """Return each statistic with its interval; see `memlens.screen_then_verify`."""
+    means = [np.nanmean(x, axis=0) for x in (data.estimate, data.exact)]
+    samples = [bootstrap_means(x, n_resamples, seed) for x in (data.estimate, data.exact)]
+    if len(data.estimate) < 2:
+        samples = [np.full_like(x, np.nan) for x in samples]  # one sequence tells nothing of the spread
+    k, rest, drawn = int(data.screened.sum()), data.n_rest, int((~data.screened).sum())
+    rows: dict[str, tuple[float, float, float, int]] = {}
+    groups = {"screened": data.screened, "random": ~data.screened}
+    if rest == drawn:
+        groups["all sites"] = np.ones(len(data.screened), bool)
+    for name, part in groups.items():
+        if part.any():
+            value = float(rank_correlation(means[0][part], means[1][part]))
+            spread = rank_correlation(samples[0][:, part], samples[1][:, part])
+            rows[f"rank correlation, {name}"] = (
+                value,
+                *standard_interval(value, spread, level, -1.0),
+                int(part.sum()),
+            )
+    value, missed = recall_of_top(data.score(means[1]), data.screened, rest)
+    spread, _ = recall_of_top(data.score(samples[1]), data.screened, rest)
+    low, high = standard_interval(float(value), spread, level, 0.0)
+    if 0 < drawn < rest:
+        least, most = share_interval(int(missed), drawn, level)
+        low = np.fmin(low, max(0.0, 1 - most * rest / k))
+        high = np.fmax(high, max(0.0, 1 - least * rest / k))
+    rows["recall of exact top k"] = float(value), float(low), float(high), len(data.screened)
+    if drawn:
+        typical = np.nanmedian(data.score(means[1])[data.screened])
+        above = int((data.score(means[1])[~data.screened] >= typical).sum())
+        share = above / drawn
+        low, high = share_interval(above, drawn, level) if drawn < rest else (share, share)
+        rows["share of the rest above the screened median"] = share, low, high, drawn
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high", "n_sites"])

@@ -10,13 +10,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Float
 
+from memlens.choices import TaskCost
 from memlens.errors import EmptySetError, OptionError, ResultError, check_option
 from memlens.results.kinds import register_kind
 from memlens.results.plots.tasks import plot_frontier
@@ -25,7 +26,7 @@ from memlens.results.result import Result
 from memlens.results.statistics.intervals import bootstrap_means, quantile_interval, wilson_interval
 from memlens.results.statistics.tasks import TaskTables, task_tables
 
-OVER = ("max", "mean")
+OVER: tuple[str, ...] = get_args(TaskCost)
 
 
 @dataclass(frozen=True, eq=False)

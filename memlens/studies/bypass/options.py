@@ -6,10 +6,11 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from memlens.choices import BypassControl, BypassedTo, TaskCost
 from memlens.errors import OptionError
 from memlens.options import Flags, options_class
 
-Edit = Literal["identity", "zero", "mean", "uniform", "first_token", "mlp_zero", "mlp_mean"]
+Edit = Literal[BypassedTo, "mean", BypassControl, "mlp_zero", "mlp_mean"]
 EDITS: tuple[Edit, ...] = get_args(Edit)
 """What replaces a layer's attention (or MLP): "identity" is the bypass, the others are its controls."""
 
@@ -18,7 +19,7 @@ EDITS: tuple[Edit, ...] = get_args(Edit)
 class BypassOptions:
     """Options of `study_attention_bypass`; the run records all of them."""
 
-    mode: Literal["identity", "zero"] = "identity"
+    mode: BypassedTo = "identity"
     """How attention is bypassed: "identity" as in the paper, or "zero"."""
     max_sequences: Annotated[int, Field(ge=4)] = 128
     """Most sequences of each group to examine, chosen at random."""
@@ -40,7 +41,7 @@ class BypassOptions:
     """Most sequences for the search over sets of layers; 0 leaves it out."""
     joint_questions: PositiveInt | None = 50
     """Most questions of each task for that search; None takes all."""
-    over: Literal["max", "mean"] = "max"
+    over: TaskCost = "max"
     """Whether the cost of an edit is the largest or the mean loss over tasks."""
     greedy_size: PositiveInt = 4
     """Layers in the last set of the greedy search."""

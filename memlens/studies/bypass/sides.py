@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from memlens.choices import Mode
 from memlens.instruments.ablate.branches import attention_ablations, mlp_ablations
-from memlens.instruments.ablate.replacing import Mode
 from memlens.instruments.bypass.bounds import bypass_bounds
 from memlens.instruments.bypass.bypass import (
     BYPASS_MODES,
@@ -22,13 +22,13 @@ from memlens.instruments.bypass.bypass import (
 )
 from memlens.instruments.bypass.layer_sets import LayerSetSearch, search_layer_sets
 from memlens.instruments.bypass.predictor import bypass_predictor, predictor_agreement
-from memlens.instruments.screen.agreement import rank_correlation, standard_interval
 from memlens.report.model import FigureRequest
 from memlens.results.groups import by_part, join_groups, layers_label, quartiles
 from memlens.results.kinds import register_kind
 from memlens.results.plots.tasks import plot_edits
 from memlens.results.readings import read_effects
 from memlens.results.result import Result
+from memlens.results.statistics.agreement import rank_correlation, standard_interval
 from memlens.results.statistics.comparison import compare_groups
 from memlens.results.statistics.intervals import bootstrap_means, mean_interval
 from memlens.results.statistics.tradeoff import join_frontier

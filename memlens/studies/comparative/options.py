@@ -6,6 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, PositiveInt
 
+from memlens.choices import Compression, Mode, NoiseScale, NoiseSite, Positions
 from memlens.errors import OptionError
 from memlens.options import options_class
 
@@ -47,7 +48,7 @@ class ComparativeOptions:
     """Sequences with M within this distance of 1/2 form the half-memorized bucket."""
     unmemorized_below: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Sequences with M below this count as unmemorized (controls, frequency threshold)."""
-    compression: Literal["keep_last", "keep_first", "greedy_deletion"] = "keep_last"
+    compression: Compression = "keep_last"
     """Which end of the prompt is kept, or greedy deletion of tokens."""
     compression_budget: PositiveInt | None = None
     """Most prompts tried per sequence; None tries all lengths."""
@@ -57,11 +58,11 @@ class ComparativeOptions:
     """Strengths of the noise; must contain 0."""
     noise_layer: int = 0
     """The layer at which noise is added."""
-    noise_site: Literal["resid_post", "resid_pre"] = "resid_post"
+    noise_site: NoiseSite = "resid_post"
     """The layer's output or its input."""
-    noise_positions: Literal["all", "prompt", "targets", "last_prompt"] = "prompt"
+    noise_positions: Positions = "prompt"
     """Positions at which noise is added."""
-    noise_scale: Literal["norm", "std"] = "norm"
+    noise_scale: NoiseScale = "norm"
     """What the strength is relative to (see `perturb_residual`)."""
     noise_draws: PositiveInt = 3
     """Draws of the noise per sequence."""
@@ -71,7 +72,7 @@ class ComparativeOptions:
     """Positions over which similarity is averaged."""
     max_examined: PositiveInt = 48
     """Most memorized sequences for decoding and recovery; as many matched controls are added."""
-    head_mode: Literal["mean_of_other_heads", "zero", "mean", "resample"] = "mean_of_other_heads"
+    head_mode: Mode = "mean_of_other_heads"
     """How heads are ablated."""
     importance: Importance = "target_logprob"
     """The metric whose loss under ablation is a head's importance; all three are saved."""

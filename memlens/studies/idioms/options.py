@@ -6,12 +6,10 @@ from typing import Literal, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from memlens.choices import NeuronSelection, Positions, Stream
 from memlens.errors import OptionError
 from memlens.options import options_class
 from memlens.recall.criteria.score import CriteriaOptions
-
-Stream = Literal["resid_post", "resid_mid", "attn_out", "mlp_out"]
-Selection = Literal["dominant", "random", "norm_matched"]
 
 
 @options_class
@@ -45,9 +43,9 @@ class IdiomOptions:
     """Numbers of consecutive layers; None: 1 to 5."""
     non_top: bool = True
     """Also knock out all but the top k (k of 10, 100, 1000, windows of 1 to 3)."""
-    selections: tuple[Selection, ...] = get_args(Selection)
+    selections: tuple[NeuronSelection, ...] = get_args(NeuronSelection)
     """Which neurons are knocked out: "dominant", and the controls "random" and "norm_matched"."""
-    positions: Literal["all", "prompt", "targets", "last_prompt"] = "all"
+    positions: Positions = "all"
     """Positions at which neurons are knocked out."""
     replace: Literal["zero", "mean"] = "zero"
     """What replaces their activation: zero, or the mean over all positions of the knocked-out set."""

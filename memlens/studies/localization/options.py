@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import NonNegativeInt, PositiveInt
 
+from memlens.choices import BypassedTo, Mode, PatchSite
 from memlens.options import options_class
 
 
@@ -19,13 +18,11 @@ class LocalizeOptions:
     """Most sequences for activation patching."""
     max_positions: PositiveInt = 48
     """Most positions for activation patching, evenly spaced."""
-    head_mode: Literal["mean_of_other_heads", "zero", "mean", "resample"] = "mean_of_other_heads"
+    head_mode: Mode = "mean_of_other_heads"
     """What replaces the output of an ablated head."""
-    bypass_mode: Literal["identity", "zero"] = "identity"
+    bypass_mode: BypassedTo = "identity"
     """How attention is bypassed."""
-    patch_site: Literal[
-        "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern"
-    ] = "resid_pre"
+    patch_site: PatchSite = "resid_pre"
     """Which activation is patched."""
     corrupted_position: int = -2
     """Which prefix token is replaced for patching, counted from the end of the prefix. At the last one, -1,
