@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -274,7 +276,7 @@ def test_what_cannot_be_a_task_is_said(tiny_model: Model, tmp_path: Path) -> Non
         ml.tasks.ChoiceTask.from_records([], model)
     with pytest.raises(EmptySetError, match="no tasks"):
         ml.evaluate_tasks(model, [])
-    with pytest.raises(OptionError, match="two have one name"):
+    with pytest.raises(OptionError, match="two have the same name"):
         joined_requests([task, task])
     with pytest.raises(OptionError, match="is not a ChoiceTask"):
         ml.evaluate_tasks(model, [task.requests])  # pyright: ignore[reportArgumentType]
@@ -353,3 +355,11 @@ def test_summary_of_something_else_is_refused(made_up: ml.Result) -> None:
         ml.tasks.task_summary(made_up, level=2)
     with pytest.raises(ResultError, match="sweep result is not an evaluation of tasks"):
         ml.tasks.task_summary(ml.Result(made_up.data.assign_attrs(kind="sweep")))
+
+
+def test_tasks_of_files_need_no_lm_eval() -> None:
+    code = (
+        "import sys; sys.modules['lm_eval'] = None; import memlens as ml; print(ml.tasks.ChoiceTask.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "ChoiceTask\n", done.stderr

@@ -1,4 +1,4 @@
-"""From a context and its continuation to token ids, as lm-evaluation-harness' `HFLM` cuts them."""
+"""Tokenizing a context and its continuation as lm-evaluation-harness' `HFLM` does."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class PairTokens:
     """A request as token ids.
 
     Attributes:
-        context: What is given.
-        continuation: What is scored.
-        dropped: Tokens of the context that were cut away on the left because the model's context is shorter.
+        context: The tokens given.
+        continuation: The tokens scored.
+        dropped: Number of tokens cut from the left of the context because it was too long for the model.
     """
 
     context: list[int]
@@ -30,17 +30,17 @@ class PairTokens:
 
 @dataclass(frozen=True)
 class PairEncoder:
-    """Tokenizes requests as lm-evaluation-harness does, so that its log-likelihoods can be compared.
+    """Tokenizes requests as lm-evaluation-harness does, so that log-likelihoods can be compared with its own.
 
-    Spaces at the end of a context go to the continuation; context and continuation are tokenized together,
-    and as many tokens as the context alone has are cut off in front. An empty context becomes the
-    beginning-of-text token (else the end-of-text token). What is too long for the model loses tokens on the
-    left; `HFLM` keeps one token more there, because it does not feed the last one.
+    Spaces at the end of a context move to the continuation. Context and continuation are tokenized together,
+    and the continuation starts after as many tokens as the context alone has. An empty context becomes the
+    beginning-of-text token, or the end-of-text token where there is none. A request that is too long for the
+    model loses tokens on the left; `HFLM` keeps one token more, because it does not feed the last one.
 
     Attributes:
         tokenizer: A Hugging Face tokenizer.
-        bos: Whether the beginning-of-text token goes in front of every context.
-        n_ctx: The longest request that the model takes, in tokens; None: no limit.
+        bos: Whether the beginning-of-text token is put before every context.
+        n_ctx: Most tokens of a request; None for no limit.
 
     Example:
         >>> import memlens as ml
@@ -55,15 +55,15 @@ class PairEncoder:
 
     @classmethod
     def of(cls, model: Any, *, prepend_bos: bool | None = None, n_ctx: int | None = None) -> PairEncoder:
-        """Return the encoder of a TransformerLens model, or of a Hugging Face tokenizer.
+        """Return the encoder of a TransformerLens model or a Hugging Face tokenizer.
 
         Args:
-            model: The model; its context is the limit. Or a tokenizer.
+            model: The model, whose context length is the limit; or a tokenizer.
             prepend_bos: None does what the checkpoint's own tokenizer does (see `puts_bos_first`).
-            n_ctx: Instead of the model's.
+            n_ctx: The limit, in place of the model's.
 
         Raises:
-            OptionError: Neither has a tokenizer, or `prepend_bos` is True and there is no such token.
+            OptionError: There is no tokenizer, or `prepend_bos` is True and the tokenizer has no such token.
         """
         tokenizer = getattr(model, "tokenizer", model if callable(getattr(model, "encode", None)) else None)
         if tokenizer is None:
@@ -77,11 +77,11 @@ class PairEncoder:
         return cls(tokenizer, prepend_bos, n_ctx or getattr(getattr(model, "cfg", None), "n_ctx", None))
 
     def __call__(self, context: str, continuation: str) -> PairTokens:
-        """Return the ids of one request.
+        """Return the token ids of a request.
 
         Raises:
-            SequenceError: Nothing is left to score, nothing is given, or the continuation alone is longer
-                than the model's context.
+            SequenceError: The context or the continuation has no token, or the continuation alone is too long
+                for the model.
         """
         given, scored = self._pair(context, continuation)
         if not scored or not given:
@@ -98,7 +98,7 @@ class PairEncoder:
         return PairTokens(given[dropped:], scored, dropped)
 
     def prompt(self, context: str) -> list[int]:
-        """Return the ids of a text that is to be continued; of an empty one the first token alone.
+        """Return the token ids of a text to be continued; for an empty text, the first token alone.
 
         >>> import memlens as ml
         >>> encoder = PairEncoder.of(ml.load_model("zoo/pythia-s"))
@@ -132,10 +132,10 @@ class PairEncoder:
 
 
 def puts_bos_first(model: Any) -> bool:
-    """Tell whether a tokenizer puts the beginning-of-text token in front of text by its own rules.
+    """Return whether a tokenizer puts the beginning-of-text token before a text by its own rules.
 
-    TransformerLens' models carry a tokenizer that always does; what counts there is the checkpoint's own,
-    read again from where it came from (offline), or without one the convention of the model's family.
+    The tokenizer of a TransformerLens model always does. For a model, the checkpoint's own tokenizer is
+    therefore read again (offline); without one, the convention of the model's family counts.
 
     Args:
         model: A TransformerLens model, or a Hugging Face tokenizer.
@@ -151,7 +151,7 @@ def _own_rule(name: str) -> bool:
     try:
         with quiet():
             return _begins_with_bos(AutoTokenizer.from_pretrained(name, local_files_only=True))
-    except Exception:  # transformers raises nearly every kind of error where there are no tokenizer files
+    except Exception:  # without tokenizer files, transformers raises errors of almost any class
         found = find_model(name)
         return found is not None and found[0].bos
 

@@ -1,4 +1,4 @@
-"""`evaluate_tasks`: benchmark accuracy under every intervention, from one sweep over all tasks' requests."""
+"""Benchmark accuracy under every intervention, from one sweep over the requests of all tasks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from memlens.sweeps.run import kept, measure, sweep
 
 _METRICS = ("target_logprob", "exact_match")
 _LABELS = {
-    "accuracy": "1 where the likeliest choice is right",
-    "accuracy_norm": "1 where the choice likeliest for its characters is right",
-    "accuracy_chance_corrected": "accuracy less chance, over 1 less chance",
-    "gold_logprob": "nats: log-probability of the right choice, summed over its tokens",
+    "accuracy": "1 if the likeliest choice is correct",
+    "accuracy_norm": "1 if the choice with the highest log-probability per character is correct",
+    "accuracy_chance_corrected": "(accuracy - chance) / (1 - chance)",
+    "gold_logprob": "nats: log-probability of the correct choice, summed over its tokens",
 }
 
 
@@ -38,31 +38,31 @@ def evaluate_tasks(
 ) -> Result:
     r"""Measure the accuracy on tasks under every intervention, with one `sweep` over all their requests.
 
-    Each choice is a sequence whose continuation is scored: what an intervention at layer l leaves as it was
-    before l is computed once, for all interventions. Log-likelihoods, `accuracy` and `accuracy_norm` are
-    lm-evaluation-harness' (`acc`, `acc_norm`): see `ChoiceTask.score`.
+    Each choice is a sequence whose continuation is scored; the layers before an intervention are computed
+    once for all interventions. Log-likelihoods, `accuracy` and `accuracy_norm` are those of
+    lm-evaluation-harness (`acc`, `acc_norm`); see `ChoiceTask.score`.
 
     Args:
         model: A TransformerLens model.
-        tasks: What is asked.
-        interventions: What is changed, as for `sweep`; none: only the model as it is.
+        tasks: The tasks.
+        interventions: As for `sweep`; with none, only the unchanged model is measured.
         out: A folder that keeps finished parts, as for `sweep`.
-        options: Further options of `sweep` (of `measure` where there are no interventions).
+        options: Further options of `sweep`, or of `measure` if there are no interventions.
 
     Returns:
-        Kind "task_accuracy", one value for each question (dimension `sequence`) and intervention:
+        Kind "task_accuracy", one value per question (dimension `sequence`) and intervention:
 
         - `accuracy`, `accuracy_norm`: 0 or 1;
         - `accuracy_chance_corrected`: :math:`(a - c)/(1 - c)` with the task's chance level c, so that its
-          mean over a task is 0 for guessing and 1 for knowing all;
-        - `gold_logprob`: nats, summed over the tokens of the right choice.
+          mean over a task is 0 for guessing and 1 if every answer is correct;
+        - `gold_logprob`: nats, summed over the tokens of the correct choice.
 
-        Beside them the values without intervention, and along `sequence` the coordinates `task`,
-        `task_group`, `n_choices` and `chance`: ``result.mean_ci(group="task")``, `task_summary`.
+        Each has its baseline, the value without intervention. Along `sequence` run the coordinates `task`,
+        `task_group`, `n_choices` and `chance`, for ``result.mean_ci(group="task")`` and `task_summary`.
 
     Raises:
         EmptySetError: There are no tasks.
-        OptionError: Two tasks have one name, or `out` without interventions.
+        OptionError: Two tasks have the same name, or `out` is given without interventions.
         SequenceError, VocabularyError: The tasks were made for another tokenizer, or are too long.
 
     Example:
@@ -75,14 +75,15 @@ def evaluate_tasks(
         (('sequence', 'layer'), 4)
     """
     requests = joined_requests(tasks)
-    settings = {"tasks": {task.name: _about(task) for task in tasks}}
+    about = {t.name: {"group": t.group, "questions": len(t), "chance": t.chance} for t in tasks}
+    settings = {"tasks": about}
     if interventions:
         swept = sweep(
             model, requests, interventions, _METRICS, kind="task_accuracy", settings=settings, out=out,
             **options,
         )  # fmt: skip
     elif out is not None:
-        raise OptionError(f"out={str(out)!r} keeps a sweep, and there are no interventions: give some.")
+        raise OptionError(f"out={str(out)!r} keeps a sweep, but there are no interventions: give some.")
     else:
         options.pop("progress", None)
         values = measure(model, requests, _METRICS, **options)
@@ -91,12 +92,8 @@ def evaluate_tasks(
     return kept(_per_question(swept, tasks, requests.n_targets.numpy()), out)
 
 
-def _about(task: ChoiceTask) -> dict[str, Any]:
-    return {"group": task.group, "questions": len(task), "chance": task.chance}
-
-
 def _per_question(swept: Result, tasks: Sequence[ChoiceTask], n_targets: np.ndarray) -> Result:
-    """Turn numbers of requests into numbers of questions."""
+    """Turn scores of requests into scores of questions."""
     data = swept.data
     sites = {str(n): c for n, c in data.coords.items() if "sequence" not in c.dims}
     variables: dict[str, xr.Variable] = {}

@@ -1,8 +1,7 @@
-"""Benchmark tasks as log-likelihood requests: questions with choices, one sequence for each choice."""
+"""Benchmark tasks as log-likelihood requests: questions with choices, one sequence per choice."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from memlens.errors import EmptySetError, FileFormatError, OptionError, SourceNotFoundError
 from memlens.instruments.tasks.encoding import PairEncoder
+from memlens.sequences.readers.sources import json_lines
 from memlens.sequences.set import SequenceSet
 from memlens.sequences.tokenizing import tokenizer_attrs
 
@@ -24,11 +24,11 @@ class Question:
     """A question before it is tokenized.
 
     Attributes:
-        contexts: What is given, one for each choice.
-        continuations: What is scored, one for each choice.
-        gold: The right choices' numbers.
+        contexts: The text given, one per choice.
+        continuations: The text scored, one per choice.
+        gold: Numbers of the correct choices.
         characters: Length of each choice, by which `accuracy_norm` divides.
-        name: Of the question, unique in its task.
+        name: Name of the question, unique within its task.
     """
 
     contexts: tuple[str, ...]
@@ -39,22 +39,23 @@ class Question:
 
     @classmethod
     def of(cls, record: Mapping[str, Any], name: str, delimiter: str = " ") -> Question:
-        """Return the question of a record.
+        """Make a question from a record.
 
         Args:
-            record: `context` (a text, or one for each choice), `choices` (texts), `gold` (the right one's
-                number, or several; may be left out where there is one choice).
-            name: Of the question.
-            delimiter: What stands between context and choice; it does not count as a character.
+            record: `context` (one text, or one per choice), `choices` (texts), and `gold` (the number of the
+                correct choice, or several numbers; optional if there is only one choice).
+            name: Name of the question.
+            delimiter: Text between context and choice; not counted in `characters`.
 
         Raises:
-            FileFormatError: A field is missing or of another kind, or `gold` names no choice.
+            FileFormatError: A field is missing or has the wrong type, or `gold` is not a choice.
         """
         for field in ("context", "choices"):
             if field not in record:
                 raise FileFormatError(f"{name} has no {field!r}: a question needs context, choices and gold.")
         choices, context = record["choices"], record["context"]
-        if not isinstance(choices, list | tuple) or not choices or not all(map(_is_text, choices)):
+        texts = isinstance(choices, list | tuple) and all(isinstance(c, str) and c for c in choices)
+        if not choices or not texts:
             raise FileFormatError(f"{name}: choices={choices!r} is not a list of texts.")
         contexts = [context] * len(choices) if isinstance(context, str) else context
         if not isinstance(contexts, list | tuple) or len(contexts) != len(choices):
@@ -71,45 +72,17 @@ class Question:
         )  # fmt: skip
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file with one a line, each checked to be a question.
-
-    Raises:
-        SourceNotFoundError: There is no such file.
-        FileFormatError: A line is not a record or not a question; the message names the line.
-    """
-    if not path.is_file():
-        raise SourceNotFoundError(f"there is no file {path}: a task is one JSON record per line.")
-    records = []
-    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise FileFormatError(f"{path}, line {number} is not JSON: {error.msg}.") from error
-        if not isinstance(record, dict):
-            raise FileFormatError(f"{path}, line {number} is not a record: {line.strip()[:40]!r}.")
-        Question.of(record, f"{path}, line {number}")
-        records.append(record)
-    return records
-
-
 @dataclass(frozen=True, eq=False)
 class ChoiceTask:
     """A benchmark as one `SequenceSet`: each sequence is a context (prefix) with one choice (continuation).
 
     Attributes:
-        name: Of the task.
-        group: What it is counted to, such as "language" or "reasoning".
-        requests: One row for each choice of each question, in order; its table holds `question` (number),
-            `question_id`, `choice` (number), `gold` (whether it is right) and `characters`.
-        chance: The accuracy of guessing: the mean over questions of the share of choices that are right; 0
-            where there is a single choice, which is right when greedy decoding gives it.
+        name: Name of the task.
+        group: The group it belongs to, such as "language" or "reasoning".
+        requests: One row per choice of each question, in order; its table holds `question` (number),
+            `question_id`, `choice` (number), `gold` (whether the choice is correct) and `characters`.
+        chance: Accuracy of guessing: the mean over questions of the share of choices that are correct. A
+            question with a single choice, which is correct if greedy decoding produces it, counts as 0.
 
     Raises:
         OptionError: `chance` is not in [0, 1).
@@ -144,20 +117,20 @@ class ChoiceTask:
         chance: float | None = None,
         prepend_bos: bool | None = None,
     ) -> ChoiceTask:
-        """Make a task of records.
+        """Make a task from records.
 
         Args:
             records: `{"context": text, "choices": [text, …], "gold": number}`; see `Question.of`. An `id`
                 names the question.
             model: A TransformerLens model, or a Hugging Face tokenizer.
-            name: Of the task.
-            group: Of the task.
-            delimiter: What stands between context and choice.
-            chance: Instead of what the numbers of choices say.
+            name: Name of the task.
+            group: Group of the task.
+            delimiter: Text between context and choice.
+            chance: Accuracy of guessing, in place of the one that follows from the numbers of choices.
             prepend_bos: See `PairEncoder.of`.
 
         Raises:
-            FileFormatError: A record lacks a field, or `gold` names no choice.
+            FileFormatError: A record lacks a field, or its `gold` is not the number of a choice.
             EmptySetError: There are no records.
             SequenceError: A request leaves no token to score, or is too long for the model.
         """
@@ -170,20 +143,24 @@ class ChoiceTask:
 
     @classmethod
     def from_jsonl(cls, path: str | Path, model: Any, **options: Any) -> ChoiceTask:
-        """Read a task from a file with one record a line, in the form of `from_records`.
+        """Read a task from a file with one record per line; see `from_records` for the other arguments.
 
-        Args:
-            path: The file.
-            model: A TransformerLens model, or a Hugging Face tokenizer.
-            options: As for `from_records`; the name is the file's by default.
+        The task is named after the file by default.
 
         Raises:
             SourceNotFoundError: There is no such file.
-            FileFormatError: A line is not a record; names the line.
+            FileFormatError: A line is not a record or not a question; the message names the line.
         """
         path = Path(path)
-        options = {"name": path.stem, **options}
-        return cls.from_records(read_records(path), model, **options)
+        if not path.is_file():
+            raise SourceNotFoundError(f"there is no file {path}: a task is one JSON record per line.")
+        records = []
+        for place, record in json_lines(path):
+            if not isinstance(record, dict):
+                raise FileFormatError(f"{place} is not a record: {str(record)[:40]!r}.")
+            Question.of(record, place)
+            records.append(record)
+        return cls.from_records(records, model, **{"name": path.stem, **options})
 
     @classmethod
     def from_questions(
@@ -195,19 +172,7 @@ class ChoiceTask:
         group: str,
         chance: float | None = None,
     ) -> ChoiceTask:
-        """Make a task of questions.
-
-        Args:
-            questions: In order.
-            encoder: Tokenizes them.
-            name: Of the task.
-            group: Of the task.
-            chance: Instead of what the numbers of choices say.
-
-        Raises:
-            EmptySetError: There are no questions.
-            SequenceError: A request leaves no token to score, or is too long for the model.
-        """
+        """Make a task from questions that `encoder` tokenizes; see `from_records` for the rest."""
         if not questions:
             raise EmptySetError(f"the task {name!r} has no questions: give at least one.")
         pairs, table = [], []
@@ -240,12 +205,12 @@ class ChoiceTask:
 
     @cached_property
     def question_ids(self) -> list[str]:
-        """The questions' names, in order."""
+        """Names of the questions, in order."""
         return list(dict.fromkeys(self.requests.table["question_id"]))
 
     @cached_property
     def _rows(self) -> Int[np.ndarray, "question choice"]:
-        """The request of each choice, -1 where a question has fewer choices than another."""
+        """The request of each choice; -1 pads questions with fewer choices than others."""
         choice, number = (self.requests.table[c].to_numpy(int) for c in ("choice", "question"))
         _, first, question = np.unique(number, return_index=True, return_inverse=True)
         rows = np.full((len(first), choice.max() + 1), -1)
@@ -254,34 +219,35 @@ class ChoiceTask:
 
     @property
     def n_choices(self) -> Int[np.ndarray, "question"]:
-        """How many choices each question has."""
+        """Number of choices of each question."""
         return (self._rows >= 0).sum(1)
 
     @property
     def gold(self) -> Bool[np.ndarray, "question choice"]:
-        """Which choices are right."""
+        """Which choices are correct."""
         return self.requests.table["gold"].to_numpy(bool)[self._rows] & (self._rows >= 0)
 
     def take(self, questions: Sequence[int] | slice) -> ChoiceTask:
-        """Return the task of these questions only, say every other one: `task.take(slice(0, None, 2))`."""
+        """Return the task with some of its questions: `task.take(slice(0, None, 2))` has every other one."""
         chosen = self._rows[questions]
         return ChoiceTask(self.name, self.group, self.requests[chosen[chosen >= 0].tolist()], self.chance)
 
     def score(
         self, logprob: Float[np.ndarray, "request *site"], greedy: Float[np.ndarray, "request *site"]
     ) -> dict[str, Float[np.ndarray, "question *site"]]:
-        r"""Return what a model's numbers for the requests mean for the questions.
+        r"""Turn a model's scores of the requests into scores of the questions.
 
         A choice's score is the sum of its tokens' log-probabilities :math:`\ell_c` (`accuracy`), or
-        :math:`\ell_c` over its characters (`accuracy_norm`): 1 where the first of the best choices is right.
-        A question with a single choice is right where greedy decoding gives it. NaN where a score is.
+        :math:`\ell_c` divided by its characters (`accuracy_norm`). A question counts 1 if the first of the
+        choices with the best score is correct; one with a single choice, if greedy decoding produces it. NaN
+        if one of the scores is NaN.
 
         Args:
             logprob: Sum over the continuation's tokens, in nats.
-            greedy: 1 where every token of the continuation is the arg-max.
+            greedy: 1 if every token of the continuation is the arg-max.
 
         Returns:
-            `accuracy`, `accuracy_norm` (0 or 1) and `gold_logprob` (nats, of the best right choice).
+            `accuracy` and `accuracy_norm` (0 or 1), and `gold_logprob` (nats, of the best correct choice).
         """
         site = (None,) * (logprob.ndim - 1)
         there, gold = (self._rows >= 0)[(..., *site)], self.gold[(..., *site)]
@@ -302,12 +268,12 @@ _COLUMNS = ("id", "task", "task_group", "question", "question_id", "choice", "go
 
 
 def joined_requests(tasks: Sequence[ChoiceTask]) -> SequenceSet:
-    """Return all tasks' requests as one set, task after task.
+    """Return the requests of all tasks as one set, task after task.
 
     Raises:
         EmptySetError: There are no tasks.
-        OptionError: Two tasks have one name, or something else stands for a task.
-        SequenceError: Two tasks have a question of one name.
+        OptionError: Two tasks have the same name, or something is not a task.
+        SequenceError: Two tasks have a question with the same name.
     """
     if not tasks:
         raise EmptySetError("there are no tasks to evaluate: give at least one.")
@@ -316,7 +282,7 @@ def joined_requests(tasks: Sequence[ChoiceTask]) -> SequenceSet:
             raise OptionError(f"{task!r} is not a ChoiceTask: make one with ChoiceTask.from_records.")
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
-        raise OptionError(f"tasks {names}: two have one name; rename one.")
+        raise OptionError(f"tasks {names}: two have the same name; rename one.")
     joined = tasks[0].requests
     for task in tasks[1:]:
         joined = joined.concat(task.requests)

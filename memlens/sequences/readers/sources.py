@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def _read_npy(path: Path, _: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]
 
 @register_file(".jsonl", "JSON lines")
 def _read_jsonl(path: Path, _: Sequence[str]) -> tuple[list[Any] | pd.DataFrame, dict[str, Any]]:
-    values = [_parse_line(path, n, line) for n, line in enumerate(_lines(path), 1) if line.strip()]
+    values = [value for _, value in json_lines(path)]
     kinds = {type(v) for v in values}
     if kinds == {dict}:
         return pd.DataFrame(values), {}
@@ -43,20 +43,25 @@ def _read_jsonl(path: Path, _: Sequence[str]) -> tuple[list[Any] | pd.DataFrame,
     )
 
 
-def _lines(path: Path) -> list[str]:
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the place ("FILE, line 3") and the value of each line of JSON in a file; blank lines are skipped.
+
+    Raises:
+        FileFormatError: The file is not UTF-8 text, or a line is not JSON.
+    """
     try:
-        return path.read_text("utf-8-sig").split("\n")
+        lines = path.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise FileFormatError(f"{path} is not UTF-8 text: byte {error.start} cannot be read") from error
-
-
-def _parse_line(path: Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise FileFormatError(
-            f"{path}, line {number} is not JSON: {error.msg} at column {error.colno} of {line[:40]!r}"
-        ) from error
+    for number, line in enumerate(lines, 1):
+        place = f"{path}, line {number}"
+        try:
+            if line.strip():
+                yield place, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise FileFormatError(
+                f"{place} is not JSON: {error.msg} at column {error.colno} of {line[:40]!r}"
+            ) from error
 
 
 @register_file(".csv", "a comma-separated table")
