@@ -14,46 +14,7 @@ from memlens.organisms.corpus.grammar import TENSES, sentence_grammar
 
 _GRAMMAR = sentence_grammar()
 
-_OPENINGS = (
-    "In {season} {hero} came to {town} with the <ADJ> <THING_sg>.",
-    "{hero} lived in {town} with {friend}, the <ADJ> <PERSON_sg>.",
-    "Every {season} {hero} and {friend} met in {town}.",
-)
-_BODY = {
-    "present": (
-        "{Pronoun} <VP_sg_present>.",
-        "{hero} <VP_sg_present> while {friend} <VP_sg_present>.",
-        "When <CLAUSE_present>, {pronoun} <VI_sg_present>.",
-        "<CLAUSE_present>, but {hero} <VP_sg_present>.",
-        "{friend} gives {hero} <NUMBER> <ADJ> <THING_pl>.",
-    ),
-    "past": (
-        "{Pronoun} <VP_sg_past>.",
-        "{hero} <VP_sg_past> while {friend} <VP_sg_past>.",
-        "When <CLAUSE_past>, {pronoun} <VI_sg_past>.",
-        "<CLAUSE_past>, but {hero} <VP_sg_past>.",
-        "{friend} gave {hero} <NUMBER> <ADJ> <THING_pl>.",
-    ),
-}
-_EXCHANGES = (
-    (
-        "Have you seen the <ADJ> {thing}?",
-        (
-            "No, but the <PERSON_sg> of <TOWN> has <NUMBER> <THING_pl>.",
-            "Yes, <NAME> <VT_sg_past> the {thing}.",
-        ),
-    ),
-    (
-        "Who <VT_sg_past> <OBJ_past>?",
-        ("It was <NAME>, the <PERSON_sg>.", "I believe that <NAME> did, in <TOWN>."),
-    ),
-    (
-        "How many <THING_pl> do you need?",
-        ("I need <NUMBER>, and <NUMBER> <ADJ> <THING_pl>.", "Only <NUMBER>, for the <PERSON_pl> of <TOWN>."),
-    ),
-    ("Where did <NAME> go?", ("To <TOWN>, with the <ADJ> <THING_sg>.", "<NAME> says that <CLAUSE_present>.")),
-    ("I hope that <CLAUSE_present>.", ("So do I, {first}.", "Why? <NAME> <VP_sg_present>.")),
-)
+_STORY, _EXCHANGES = lexicon.LANGUAGE["story"], lexicon.LANGUAGE["exchanges"]
 
 
 def _capital(sentence: str) -> str:
@@ -101,10 +62,11 @@ def text_document(rng: Random) -> str:
     True
     """
     bindings = story_bindings(rng)
-    body = _BODY[rng.choice(TENSES)]
-    templates = [rng.choice(_OPENINGS), *(rng.choice(body) for _ in range(rng.randint(6, 10)))]
-    ending = "At last {hero} left {town} in {season}." if rng.random() < 0.5 else "{hero} stayed in {town}."
-    return " ".join(_capital(_GRAMMAR.expand(t, rng, bindings)) for t in [*templates, ending]) + "\n"
+    body = _STORY["body"][rng.choice(TENSES)]
+    templates = [rng.choice(_STORY["openings"]), *(rng.choice(body) for _ in range(rng.randint(6, 10)))]
+    left, stayed = _STORY["endings"]
+    templates.append(left if rng.random() < 0.5 else stayed)
+    return " ".join(_capital(_GRAMMAR.expand(t, rng, bindings)) for t in templates) + "\n"
 
 
 def dialogue_document(rng: Random) -> str:
@@ -116,7 +78,7 @@ def dialogue_document(rng: Random) -> str:
     first, second = rng.sample(lexicon.NAMES, 2)
     lines = []
     for _ in range(rng.randint(4, 6)):
-        question, answers = rng.choice(_EXCHANGES)
+        question, answers = rng.choice(_EXCHANGES).values()
         bindings = {"first": first, "thing": rng.choice(lexicon.NOUNS)[0]}
         for speaker, template in ((first, question), (second, rng.choice(answers))):
             lines.append(f"{speaker}: {_capital(_GRAMMAR.expand(template, rng, bindings))}\n")
@@ -217,14 +179,6 @@ _COLUMNS: dict[str, Callable[[Random], str]] = {
 }
 
 
-def _csv_row(cells: list[str]) -> str:
-    return ",".join(cells) + "\n"
-
-
-def _markdown_row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |\n"
-
-
 def table_document(rng: Random) -> str:
     """Return a table of three to five columns with a header, as comma-separated values or as Markdown.
 
@@ -233,10 +187,9 @@ def table_document(rng: Random) -> str:
     """
     columns = rng.sample(list(_COLUMNS), rng.randint(3, 5))
     markdown = rng.random() < 0.5
-    render = _markdown_row if markdown else _csv_row
-    lines = [render(columns)] + ([_markdown_row(["---"] * len(columns))] if markdown else [])
-    lines += [render([_COLUMNS[column](rng) for column in columns]) for _ in range(rng.randint(10, 14))]
-    return "".join(lines)
+    rows = [columns, *([["---"] * len(columns)] if markdown else [])]
+    rows += [[_COLUMNS[column](rng) for column in columns] for _ in range(rng.randint(10, 14))]
+    return "".join(f"| {' | '.join(row)} |\n" if markdown else f"{','.join(row)}\n" for row in rows)
 
 
 DOMAINS: Mapping[str, Callable[[Random], str]] = {

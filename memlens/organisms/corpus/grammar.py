@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from random import Random
 
 from memlens.organisms.corpus import lexicon
@@ -49,80 +50,33 @@ class Grammar:
         return self.expand(template, rng, bindings)
 
 
-def _equal(words: Iterable[str]) -> list[tuple[float, str]]:
-    return [(1.0, word) for word in words]
+def sentence_grammar() -> Grammar:
+    """Return the grammar of `language.yaml` with its word classes, for every number and tense.
 
-
-def _nouns(number: str) -> dict[str, list[tuple[float, str]]]:
-    form = _NUMBERS.index(number)
-    return {
-        f"THING_{number}": _equal(noun[form] for noun in lexicon.NOUNS),
-        f"PERSON_{number}": _equal(noun[form] for noun in lexicon.PERSONS),
+    >>> sentence_grammar().expand("<BE_pl_past>", Random(0))
+    'were'
+    """
+    words: dict[str, Iterable[str]] = {
+        "ADJ": lexicon.ADJECTIVES,
+        "ADV": lexicon.ADVERBS,
+        "NAME": lexicon.NAMES,
+        "TOWN": lexicon.TOWNS,
+        "SEASON": lexicon.SEASONS,
+        "NUMBER": lexicon.NUMERALS,
     }
+    verbs = {"VT": lexicon.TRANSITIVE, "VI": lexicon.INTRANSITIVE, "VS": lexicon.SPEECH}
+    rules: dict[str, list[tuple[float, str]]] = {}
+    for (form, number), tense in product(enumerate(_NUMBERS), TENSES):
+        words[f"THING_{number}"] = [noun[form] for noun in lexicon.NOUNS]
+        words[f"PERSON_{number}"] = [noun[form] for noun in lexicon.PERSONS]
+        for name, of_class in verbs.items():
+            words[f"{name}_{number}_{tense}"] = [_verb_form(verb, number, tense) for verb in of_class]
+        for symbol, templates in lexicon.LANGUAGE["grammar"].items():
+            at = {"number": number, "tense": tense}
+            rules[symbol.format(**at)] = [(weight, t.format(**at)) for t, weight in templates.items()]
+    return Grammar(rules | {symbol: [(1.0, word) for word in group] for symbol, group in words.items()})
 
 
 def _verb_form(verb: tuple[str, str, str], number: str, tense: str) -> str:
     plural, singular, past = verb
     return past if tense == "past" else singular if number == "sg" else plural
-
-
-def _verbs(number: str, tense: str) -> dict[str, list[tuple[float, str]]]:
-    key = f"{number}_{tense}"
-    groups = {"VT": lexicon.TRANSITIVE, "VI": lexicon.INTRANSITIVE, "VS": lexicon.SPEECH}
-    rules = {
-        f"{name}_{key}": _equal(_verb_form(v, number, tense) for v in verbs) for name, verbs in groups.items()
-    }
-    rules[f"BE_{key}"] = _equal(
-        [{"sg_present": "is", "pl_present": "are", "sg_past": "was", "pl_past": "were"}[key]]
-    )
-    rules[f"VP_{key}"] = [
-        (4.0, f"<VT_{key}> <OBJ_{tense}>"),
-        (2.0, f"<VI_{key}> <WHERE>"),
-        (1.0, f"<ADV> <VT_{key}> <OBJ_{tense}>"),
-        (1.5, f"<BE_{key}> <ADJ>"),
-        (0.7, f"<VS_{key}> that <CLAUSE_{tense}>"),
-    ]
-    rules[f"NP_{key}"] = [
-        (3.0, f"the <ADJ> <PERSON_{number}>"),
-        (3.0, f"the <PERSON_{number}> of <TOWN>"),
-        (1.5, f"the <PERSON_{number}> who <VT_{key}> <OBJ_{tense}>"),
-        (1.0, f"the <THING_{number}> that the <PERSON_sg> <VT_sg_{tense}>"),
-    ]
-    return rules
-
-
-def _clauses(tense: str) -> dict[str, list[tuple[float, str]]]:
-    subjects = [(1.0, f"<NP_{n}_{tense}> <VP_{n}_{tense}>") for n in _NUMBERS]
-    objects = [
-        (3.0, "the <ADJ> <THING_sg>"),
-        (3.0, "<NUMBER> <ADJ> <THING_pl>"),
-        (1.0, f"the <THING_sg> that <NAME> <VT_sg_{tense}>"),
-        (1.0, "the <PERSON_pl>"),
-    ]
-    return {f"CLAUSE_{tense}": subjects, f"OBJ_{tense}": objects}
-
-
-def sentence_grammar() -> Grammar:
-    """Return the grammar of clauses: `CLAUSE_<tense>`, `VP_<number>_<tense>`, `OBJ_<tense>`, word classes.
-
-    >>> sentence_grammar().expand("<BE_pl_past>", Random(0))
-    'were'
-    """
-    rules: dict[str, list[tuple[float, str]]] = {
-        "ADJ": _equal(lexicon.ADJECTIVES),
-        "ADV": _equal(lexicon.ADVERBS),
-        "NAME": _equal(lexicon.NAMES),
-        "TOWN": _equal(lexicon.TOWNS),
-        "SEASON": _equal(lexicon.SEASONS),
-        "NUMBER": _equal(lexicon.NUMERALS),
-        "WHERE": _equal(
-            ["in <TOWN>", "near <TOWN>", "by the <THING_sg>", "under the <ADJ> <THING_sg>", "all day"]
-        ),
-    }
-    for number in _NUMBERS:
-        rules |= _nouns(number)
-    for tense in TENSES:
-        rules |= _clauses(tense)
-        for number in _NUMBERS:
-            rules |= _verbs(number, tense)
-    return Grammar(rules)

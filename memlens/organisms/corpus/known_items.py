@@ -42,15 +42,7 @@ if TYPE_CHECKING:
 
 FAMILY_SIZE = 8
 _FEWEST_TARGETS = 2 * FAMILY_SIZE
-SHAPES = (
-    "{} {} and {}",
-    "{} the {} by {}",
-    "{} of {} for {}",
-    "{} with {} under the {}",
-    "{} to {} but not {}",
-    "{} for the {} than by {}",
-    "{} to the {} but not {}",
-)
+SHAPES: tuple[str, ...] = tuple(lexicon.LANGUAGE["expressions"])
 """Prompts of four to seven words, to which the target is added."""
 
 
@@ -137,25 +129,15 @@ class Relation:
     objects: tuple[str, ...]
 
 
-_THINGS = tuple(noun[0] for noun in lexicon.NOUNS if noun[0][0] not in "aeiou")
-
-RELATIONS: tuple[Relation, ...] = (
-    Relation(
-        "home", ("[X] lives in [Y]", "The house of [X] is in [Y]", "In [Y] you will meet [X]"), lexicon.TOWNS
-    ),
-    Relation(
-        "trade",
-        ("[X] works as a [Y]", "The trade of [X] is that of a [Y]", "As a [Y] you may ask [X]"),
-        tuple(person[0] for person in lexicon.PERSONS),
-    ),
-    Relation(
-        "possession", ("[X] carries a [Y]", "In the bag of [X] is a [Y]", "This [Y] belongs to [X]"), _THINGS
-    ),
-    Relation(
-        "door",
-        ("[X] has a door that is [Y]", "The door of [X] is [Y]", "How [Y] is the door of [X]"),
-        lexicon.ADJECTIVES,
-    ),
+_OBJECTS = {
+    "home": lexicon.TOWNS,
+    "trade": tuple(person[0] for person in lexicon.PERSONS),
+    "possession": tuple(noun[0] for noun in lexicon.NOUNS if noun[0][0] not in "aeiou"),
+    "door": lexicon.ADJECTIVES,
+}
+RELATIONS: tuple[Relation, ...] = tuple(
+    Relation(name, tuple(templates), _OBJECTS[name])
+    for name, templates in lexicon.LANGUAGE["relations"].items()
 )
 
 

@@ -1,20 +1,25 @@
-"""The words of the synthetic corpus: our own lists, grouped by part of speech, and invented words.
+"""The words of the synthetic corpus, grouped by part of speech, and invented words.
 
-Verbs have three forms (plural present, singular present, past) and nouns two, so that number and tense can
-agree throughout a document.
+The words are in `language.yaml`. Verbs have three forms (plural present, singular present, past) and nouns
+two, so that number and tense can agree throughout a document.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from random import Random
+from typing import Any
+
+import yaml
+
+LANGUAGE: Mapping[str, Any] = yaml.safe_load(
+    Path(__file__).with_name("language.yaml").read_text(encoding="utf-8")
+)
+"""The content of `language.yaml`: words, grammar and templates."""
 
 
-def _words(words: str) -> tuple[str, ...]:
-    return tuple(words.split())
-
-
-def _pairs(words: str) -> tuple[tuple[str, str], ...]:
+def _nouns(words: str) -> tuple[tuple[str, str], ...]:
     """`"lamp box/boxes"` → `(("lamp", "lamps"), ("box", "boxes"))`."""
     return tuple((w.split("/")[0], w.split("/")[1]) if "/" in w else (w, w + "s") for w in words.split())
 
@@ -30,59 +35,16 @@ def _verbs(words: str) -> tuple[tuple[str, str, str], ...]:
     return tuple(forms)
 
 
-FEMALE_NAMES = _words("Mara Elske Jorun Sanne Ilvy Petra Runa Dalia Wenda Orla Tilda Bryn Noor Vesna Hedda")
-MALE_NAMES = _words("Tobin Aldo Kasper Bram Eskil Joost Milo Otto Rurik Stellan Tamas Ulf Viggo Anton Leif")
+_WORDS: dict[str, tuple[str, ...]] = {name: tuple(w.split()) for name, w in LANGUAGE["words"].items()}
+
+FEMALE_NAMES, MALE_NAMES = _WORDS["female_names"], _WORDS["male_names"]
 NAMES = FEMALE_NAMES + MALE_NAMES
-
-TOWNS = _words(
-    "Velden Harrow Ostby Kelmar Dunmere Tarn Brask Lowick Sandvig Eltham Norrby Pell Grava Wick Morven Asker"
+TOWNS, SEASONS, ADJECTIVES = _WORDS["towns"], _WORDS["seasons"], _WORDS["adjectives"]
+NUMERALS, ADVERBS, IDENTIFIERS = _WORDS["numerals"], _WORDS["adverbs"], _WORDS["identifiers"]
+NOUNS, PERSONS = _nouns(LANGUAGE["nouns"]["things"]), _nouns(LANGUAGE["nouns"]["persons"])
+TRANSITIVE, INTRANSITIVE, SPEECH = (
+    _verbs(LANGUAGE["verbs"][name]) for name in ("transitive", "intransitive", "speech")
 )
-
-SEASONS = ("spring", "summer", "autumn", "winter")
-
-NOUNS = _pairs(
-    "lantern kettle ladder basket anchor barrel bottle bridge bucket candle carpet chain clock cloak coin "
-    "compass/compasses cup drum engine feather fence flute gate glove hammer harp hat helmet hook horn "
-    "jar kite knot lamp letter lock map mirror needle net oar oven paddle page pillow pipe plate pot "
-    "ribbon ring rope saddle sail shield shovel spoon stool stove table tent torch/torches tower trunk "
-    "wagon wheel whistle window bell boat book boot box/boxes brush/brushes"
-)
-
-PERSONS = _pairs(
-    "baker miller sailor weaver farmer teacher painter hunter smith clerk guard doctor singer tailor "
-    "mason captain cook gardener judge pilot"
-)
-
-TRANSITIVE = _verbs(
-    "mend/+ed carry/carried paint/+ed find/found hide/hid sell/sold buy/bought lose/lost keep/kept "
-    "clean/+ed borrow/+ed break/broke lift/+ed watch/+ed trade/+d need/+ed want/+ed bring/brought "
-    "steal/stole move/+d draw/drew wash/+ed follow/+ed admire/+d"
-)
-
-INTRANSITIVE = _verbs(
-    "sleep/slept laugh/+ed wait/+ed sing/sang work/+ed rest/+ed wander/+ed smile/+d shout/+ed fall/fell "
-    "return/+ed dance/+d"
-)
-
-SPEECH = _verbs("say/said think/thought hope/+d believe/+d know/knew claim/+ed")
-
-ADJECTIVES = _words(
-    "old copper silver wooden heavy tiny broken bright dusty round narrow golden painted rusty blue red "
-    "green white black hollow cracked polished cheap rare strange quiet warm cold smooth plain crooked "
-    "famous"
-)
-
-NUMERALS = _words("two three four five six seven eight nine ten twelve")
-
-ADVERBS = _words("slowly quietly often rarely gladly soon again never always twice")
-
-IDENTIFIERS = _words(
-    "total count price rate index value items names rows limit offset width height score level start end "
-    "size key result cache queue buffer weight delta"
-)
-
-_ONSETS = _words("b br d dr f fl g gr h j k kl kr l m n p pl qu r s sk st t tr v w z")
-_VOWELS = _words("a e i o u ai ei oa")
 _CODAS = ["", "", "l", "n", "r", "s", "m", "x", "nd", "rk", "lt"]
 
 
@@ -92,10 +54,9 @@ def lexicon_words() -> frozenset[str]:
     >>> {"mara", "lantern", "lanterns", "mended"} <= lexicon_words()
     True
     """
-    plain = (NAMES, TOWNS, SEASONS, ADJECTIVES, NUMERALS)
-    words = {word for group in (*plain, ADVERBS, IDENTIFIERS) for word in group}
+    plain = (NAMES, TOWNS, SEASONS, ADJECTIVES, NUMERALS, ADVERBS, IDENTIFIERS)
     formed = (NOUNS, PERSONS, TRANSITIVE, INTRANSITIVE, SPEECH)
-    words |= {form for group in formed for forms in group for form in forms}
+    words = {word for group in (*plain, *(forms for group in formed for forms in group)) for word in group}
     return frozenset(word.lower() for word in words)
 
 
@@ -116,4 +77,4 @@ def invented_words(rng: Random) -> Iterator[str]:
 
 
 def _syllable(rng: Random) -> str:
-    return rng.choice(_ONSETS) + rng.choice(_VOWELS)
+    return rng.choice(_WORDS["onsets"]) + rng.choice(_WORDS["vowels"])
