@@ -82,17 +82,20 @@ def evaluate_zoo_model(folder: str | Path) -> pd.DataFrame:
     """
     losses = language_losses(folder).set_index("domain")
     sequences = read_ground_truth(folder, "sequences")
-    scored = _score(load_organism(folder), sequences)
-    both = pd.concat([scored, scored.assign(domain="all")])
-    groups = both.groupby(["domain", "copies"], sort=False)
-    cells = groups.agg(n=("exact", "size"), hits=("exact", "sum"), token_accuracy=("accuracy", "mean"))
-    cells = cells.sort_index().reindex(losses.index, level="domain").reset_index()
-    low, high = wilson_interval(cells["hits"].to_numpy(), cells["n"].to_numpy())
-    cells = cells.assign(exact_match=cells["hits"] / cells["n"], low=low, high=high)
-    columns = ["domain", "copies", "n", "exact_match", "low", "high", "token_accuracy"]
-    curve = pd.DataFrame({column: cells[column] for column in columns})
+    scored = _scored(load_organism(folder), sequences).assign(domain=sequences["domain"].to_numpy())
+    curve = _rates(pd.concat([scored, scored.assign(domain="all")]), ["domain", "copies"], "exact_match")
+    curve = curve.set_index("domain").loc[losses.index].reset_index()
     curve.attrs.update({key: float(losses.at["all", key]) for key in ("heldout_loss", "unigram_entropy")})
     return curve
+
+
+def _rates(scored: pd.DataFrame, keys: list[str], rate: str) -> pd.DataFrame:
+    """Return for each group of `_scored` rows its size, the share of exact ones, and the token accuracy."""
+    groups = scored.groupby(keys)
+    cells = groups.agg(n=("exact", "size"), hits=("exact", "sum"), token_accuracy=("accuracy", "mean"))
+    low, high = wilson_interval(cells["hits"].to_numpy(), cells["n"].to_numpy())
+    cells = cells.assign(**{rate: cells["hits"] / cells["n"]}, low=low, high=high)
+    return cells[["n", rate, "low", "high", "token_accuracy"]].reset_index()
 
 
 def language_losses(folder: str | Path) -> pd.DataFrame:
@@ -131,19 +134,6 @@ def entropy(counts: Int[np.ndarray, "vocab"] | Float[np.ndarray, "vocab"]) -> fl
 
 
 @torch.no_grad()
-def _score(model: PreTrainedModel, sequences: pd.DataFrame) -> pd.DataFrame:
-    """Return columns `domain`, `copies`, `exact`, `accuracy`, with one row per sequence."""
-    tokens = torch.tensor(np.array(sequences["tokens"].tolist()))
-    lengths = torch.tensor(sequences["prefix_len"].to_numpy())
-    is_target = torch.arange(1, tokens.shape[1]) >= lengths[:, None]
-    right = torch.cat([model(b).logits[:, :-1].argmax(-1) == b[:, 1:] for b in tokens.split(_BATCH)])
-    return sequences[["domain", "copies"]].assign(
-        exact=(right | ~is_target).all(1).numpy(),
-        accuracy=((right & is_target).sum(1) / is_target.sum(1)).numpy(),
-    )
-
-
-@torch.no_grad()
 def _row_losses(model: PreTrainedModel, rows: Int[np.ndarray, "row pos"]) -> Float[np.ndarray, "row"]:
     losses = []
     for batch in torch.from_numpy(rows).split(_BATCH):
@@ -172,19 +162,14 @@ def evaluate_items(folder: str | Path) -> pd.DataFrame:
         FileFormatError: The folder has no lists of known items.
     """
     items = {kind: read_ground_truth(folder, kind) for kind in KINDS}
-    model, contexts = load_organism(folder), neutral_contexts(folder)
+    model = load_organism(folder)
+    fronts = {"none": [[]], "neutral": neutral_contexts(folder)}
     scored = [
-        _scored(model, items[kind], front).assign(kind=kind, context=context)
+        _scored(model, items[kind], fronts[context]).assign(kind=kind, context=context)
         for kind in KINDS
-        for context, front in zip(CONTEXTS, ([[]], contexts), strict=True)
+        for context in CONTEXTS
     ]
-    groups = pd.concat(scored).groupby(["kind", "context", "copies"], sort=False)
-    cells = groups.agg(n=("exact", "size"), hits=("exact", "sum"), token_accuracy=("accuracy", "mean"))
-    cells = cells.reset_index().sort_values(["kind", "context", "copies"], ignore_index=True)
-    low, high = wilson_interval(cells["hits"].to_numpy(), cells["n"].to_numpy())
-    cells = cells.assign(recalled=cells["hits"] / cells["n"], low=low, high=high)
-    columns = ["kind", "context", "copies", "n", "recalled", "low", "high", "token_accuracy"]
-    return pd.DataFrame({column: cells[column] for column in columns})
+    return _rates(pd.concat(scored), ["kind", "context", "copies"], "recalled")
 
 
 def neutral_contexts(folder: str | Path) -> list[list[int]]:
@@ -205,10 +190,10 @@ def neutral_contexts(folder: str | Path) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _scored(model: PreTrainedModel, items: pd.DataFrame, fronts: Sequence[list[int]]) -> pd.DataFrame:
+def _scored(model: PreTrainedModel, rows: pd.DataFrame, fronts: Sequence[list[int]] = ([],)) -> pd.DataFrame:
     """Return columns `copies`, `exact`, `accuracy`, with one row per item, each after one of `fronts`."""
     records = []
-    for number, (tokens, prefix_len) in enumerate(zip(items["tokens"], items["prefix_len"], strict=True)):
+    for number, (tokens, prefix_len) in enumerate(zip(rows["tokens"], rows["prefix_len"], strict=True)):
         front = fronts[number % len(fronts)]
         records.append((front + list(map(int, tokens)), len(front) + int(prefix_len)))
     right = [
@@ -217,7 +202,7 @@ def _scored(model: PreTrainedModel, items: pd.DataFrame, fronts: Sequence[list[i
         for hits in _hits(model, records[first : first + _BATCH])
     ]
     exact, accuracy = [bool(hits.all()) for hits in right], [float(hits.mean()) for hits in right]
-    return pd.DataFrame({"copies": items["copies"].to_numpy(), "exact": exact, "accuracy": accuracy})
+    return pd.DataFrame({"copies": rows["copies"].to_numpy(), "exact": exact, "accuracy": accuracy})
 
 
 def _hits(model: PreTrainedModel, records: Sequence[tuple[list[int], int]]) -> list[np.ndarray]:

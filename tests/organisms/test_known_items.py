@@ -14,14 +14,12 @@ from memlens.organisms.corpus.corpus import CARRIER, Corpus, CorpusSpec, build_c
 from memlens.organisms.corpus.known_items import FAMILY_SIZE, KINDS, RELATIONS, SHAPES, draw_expressions
 from tests.organisms.conftest import TINY_CORPUS
 
-LADDER = (0, *CorpusSpec().item_copies)
-
 
 @pytest.fixture(scope="module")
 def expressions() -> pd.DataFrame:
     """The whole list of the recipe."""
     tokenizer = load_tokenizer(zoo_path("pythia-s"))
-    return draw_expressions(tokenizer, seed=0, copies=LADDER, per_cell=CorpusSpec().expressions_per_cell)
+    return draw_expressions(tokenizer, CorpusSpec())
 
 
 def followers(texts: list[list[str]], part: list[str]) -> set[str]:

@@ -46,29 +46,43 @@ SHAPES: tuple[str, ...] = tuple(lexicon.LANGUAGE["expressions"])
 """Prompts of four to seven words, to which the target is added."""
 
 
-def draw_expressions(
-    tokenizer: PreTrainedTokenizerFast, *, seed: int, copies: Sequence[int], per_cell: int
-) -> pd.DataFrame:
+_ITEM = ("id", "text", "prompt", "target", "tokens", "prefix_len", "copies")
+
+
+def _item(
+    tokenizer: PreTrainedTokenizerFast, name: str, prompt: str, target: str, copies: int, n_targets: int = 1
+) -> dict[str, Any]:
+    """Return the columns that all lists share, for one item."""
+    text = f"{prompt} {target}"
+    ids = tokenizer(text).input_ids
+    return dict(zip(_ITEM, (name, text, prompt, target, ids, len(ids) - n_targets, copies), strict=True))
+
+
+def _ladder(spec: CorpusSpec) -> tuple[int, ...]:
+    """Return the numbers of copies of the items; 0 for those that are not planted."""
+    return (0, *spec.item_copies) if spec.item_copies else ()
+
+
+def draw_expressions(tokenizer: PreTrainedTokenizerFast, spec: CorpusSpec) -> pd.DataFrame:
     """Draw the list of expressions, in whole families for each number of copies.
 
     Args:
         tokenizer: Tokenizer of the corpus; a target, with the space before it, is one of its tokens.
-        seed: Seed of the corpus.
-        copies: Numbers of copies to plant; 0 for expressions that are not planted.
-        per_cell: Expressions for each number of copies, a multiple of `FAMILY_SIZE`.
+        spec: Specification of the corpus; `expressions_per_cell` is a multiple of `FAMILY_SIZE`.
 
     Returns:
         One row per expression, with columns `id`, `text`, `prompt`, `target`, `tokens`, `prefix_len`,
-        `copies` (as requested), `family`.
+        `copies` (as requested; 0 for expressions that are not planted), `family`.
 
     Raises:
-        OptionError: `per_cell` is not a multiple of `FAMILY_SIZE`, or too few words are single tokens.
+        OptionError: `expressions_per_cell` is not such a multiple, or too few words are single tokens.
     """
+    per_cell = spec.expressions_per_cell
     if per_cell % FAMILY_SIZE:
         raise OptionError(
             f"expressions_per_cell={per_cell} must be a multiple of {FAMILY_SIZE}, the size of a family."
         )
-    rng = Random(f"memlens/{seed}/expressions")
+    rng = Random(f"memlens/{spec.seed}/expressions")
     targets = [word for word in _content_words() if len(tokenizer(f" {word}").input_ids) == 1]
     if per_cell and len(targets) < _FEWEST_TARGETS:
         raise OptionError(
@@ -76,17 +90,13 @@ def draw_expressions(
             f"expressions need {_FEWEST_TARGETS} targets: raise it, or set expressions_per_cell=0."
         )
     records, taken = [], set[str]()
-    for count in copies:
-        for family in range(per_cell // FAMILY_SIZE):
-            pairs = _family(rng, targets, taken)
-            for member, (prompt, target) in enumerate(pairs):
-                index = family * FAMILY_SIZE + member
-                ids = tokenizer(f"{prompt} {target}").input_ids
-                names = (f"expression-{count:03d}-{index:02d}", f"family-{count:03d}-{family}")
-                records.append((names[0], f"{prompt} {target}", prompt, target, ids, count, names[1]))
-    frame = pd.DataFrame(records, columns=["id", "text", "prompt", "target", "tokens", "copies", "family"])
-    frame.insert(5, "prefix_len", frame["tokens"].map(len) - 1)
-    return frame
+    for count in _ladder(spec):
+        for index in range(0, per_cell, FAMILY_SIZE):
+            family = f"family-{count:03d}-{index // FAMILY_SIZE}"
+            for member, pair in enumerate(_family(rng, targets, taken), index):
+                name = f"expression-{count:03d}-{member:02d}"
+                records.append({**_item(tokenizer, name, *pair, count), "family": family})
+    return pd.DataFrame(records, columns=[*_ITEM, "family"])
 
 
 def _content_words() -> list[str]:
@@ -110,7 +120,6 @@ def _family(rng: Random, targets: Sequence[str], taken: set[str]) -> list[tuple[
 
 
 PER_ENTITY = 2
-_ITEM = ("id", "text", "prompt", "target", "tokens", "prefix_len", "copies")
 
 
 @dataclass(frozen=True)
@@ -151,16 +160,12 @@ def sentences(relation: str, subject: str, target: str) -> list[str]:
     return [template.replace("[X]", subject).replace("[Y]", target) for template in templates]
 
 
-def draw_facts(
-    tokenizer: PreTrainedTokenizerFast, *, seed: int, copies: Sequence[int], per_cell: int
-) -> pd.DataFrame:
+def draw_facts(tokenizer: PreTrainedTokenizerFast, spec: CorpusSpec) -> pd.DataFrame:
     """Draw the list of facts.
 
     Args:
         tokenizer: Tokenizer of the corpus; an object, with the space before it, is one of its tokens.
-        seed: Seed of the corpus.
-        copies: Numbers of copies to plant; 0 for facts that are not planted.
-        per_cell: Facts for each number of copies, a multiple of `PER_ENTITY`.
+        spec: Specification of the corpus; `facts_per_cell` is a multiple of `PER_ENTITY`.
 
     Returns:
         One row per fact, with columns `id`, `text` (the cloze with its object), `prompt`, `target`, `tokens`,
@@ -168,25 +173,27 @@ def draw_facts(
         cloze), `templates` (all, joined by ` | `).
 
     Raises:
-        OptionError: `per_cell` is not a multiple of `PER_ENTITY`, or too few objects are single tokens.
+        OptionError: `facts_per_cell` is not such a multiple, or too few objects are single tokens.
     """
-    if per_cell % PER_ENTITY:
+    if spec.facts_per_cell % PER_ENTITY:
         raise OptionError(
-            f"facts_per_cell={per_cell} must be a multiple of {PER_ENTITY}, the facts of an entity."
+            f"facts_per_cell={spec.facts_per_cell} must be a multiple of {PER_ENTITY}, "
+            "the facts of an entity."
         )
-    rng = Random(f"memlens/{seed}/facts")
+    rng = Random(f"memlens/{spec.seed}/facts")
     words = invented_words(rng)
     pairs = list(combinations(RELATIONS, PER_ENTITY))
     records = []
-    for count in copies:
-        for entity in range(per_cell // PER_ENTITY):
+    for count in _ladder(spec):
+        for entity in range(spec.facts_per_cell // PER_ENTITY):
             subject = " ".join(word.capitalize() for word in islice(words, 2))
-            for place, relation in enumerate(pairs[entity % len(pairs)]):
-                name = f"fact-{count:03d}-{entity * PER_ENTITY + place:02d}"
-                objects = _objects(tokenizer, relation, subject)
-                records.append((name, subject, relation, rng.choice(objects), count))
-    columns = [*_ITEM, "subject", "relation", "template", "templates"]
-    return pd.DataFrame([_record(tokenizer, *record) for record in records], columns=columns)
+            for place, relation in enumerate(pairs[entity % len(pairs)], entity * PER_ENTITY):
+                target = rng.choice(_objects(tokenizer, relation, subject))
+                prompt = sentences(relation.name, subject, target)[0].removesuffix(f" {target}")
+                item = _item(tokenizer, f"fact-{count:03d}-{place:02d}", prompt, target, count)
+                templates = {"template": relation.templates[0], "templates": " | ".join(relation.templates)}
+                records.append({**item, "subject": subject, "relation": relation.name, **templates})
+    return pd.DataFrame(records, columns=[*_ITEM, "subject", "relation", "template", "templates"])
 
 
 def _objects(tokenizer: PreTrainedTokenizerFast, relation: Relation, subject: str) -> list[str]:
@@ -203,48 +210,30 @@ def _objects(tokenizer: PreTrainedTokenizerFast, relation: Relation, subject: st
     return objects
 
 
-def _record(
-    tokenizer: PreTrainedTokenizerFast, name: str, subject: str, relation: Relation, target: str, count: int
-) -> tuple[object, ...]:
-    """Return a fact as a row of the list."""
-    text = sentences(relation.name, subject, target)[0]
-    prompt, ids = text.removesuffix(f" {target}"), tokenizer(text).input_ids
-    template, templates = relation.templates[0], " | ".join(relation.templates)
-    row = (name, text, prompt, target, ids, len(ids) - 1, count)
-    return (*row, subject, relation.name, template, templates)
-
-
 TEMPLATE = "The number of {label} is {identifier}"
 _DIGITS = 6
 
 
-def draw_identifiers(
-    tokenizer: PreTrainedTokenizerFast, *, seed: int, copies: Sequence[int], per_cell: int
-) -> pd.DataFrame:
+def draw_identifiers(tokenizer: PreTrainedTokenizerFast, spec: CorpusSpec) -> pd.DataFrame:
     """Draw the list of (label, identifier) pairs; labels and numbers are unique.
 
     Args:
         tokenizer: Tokenizer of the corpus; each digit is a token.
-        seed: Seed of the corpus.
-        copies: Numbers of copies to plant; 0 for pairs that are not planted.
-        per_cell: Pairs for each number of copies.
+        spec: Specification of the corpus.
 
     Returns:
         One row per pair, with columns `id`, `text`, `prompt`, `target`, `tokens`, `prefix_len` (the digits
         are the targets), `copies` (as requested), `label`, `identifier`, `template`.
     """
-    rng = Random(f"memlens/{seed}/identifiers")
+    rng = Random(f"memlens/{spec.seed}/identifiers")
     words = invented_words(rng)
-    names = [f"identifier-{count:03d}-{index:02d}" for count in copies for index in range(per_cell)]
-    numbers = [f"{number:0{_DIGITS}d}" for number in rng.sample(range(10**_DIGITS), len(names))]
-    counts = [count for count in copies for _ in range(per_cell)]
+    cells = list(product(_ladder(spec), range(spec.identifiers_per_cell)))
     records = []
-    for name, number, count in zip(names, numbers, counts, strict=True):
-        label = " ".join(islice(words, 2))
-        text = TEMPLATE.format(label=label, identifier=number)
-        ids = tokenizer(text).input_ids
-        prompt = text.removesuffix(f" {number}")
-        records.append((name, text, prompt, number, ids, len(ids) - _DIGITS, count, label, number, TEMPLATE))
+    for (count, index), number in zip(cells, rng.sample(range(10**_DIGITS), len(cells)), strict=True):
+        label, identifier = " ".join(islice(words, 2)), f"{number:0{_DIGITS}d}"
+        prompt = TEMPLATE.format(label=label, identifier=identifier).removesuffix(f" {identifier}")
+        item = _item(tokenizer, f"identifier-{count:03d}-{index:02d}", prompt, identifier, count, _DIGITS)
+        records.append({**item, "label": label, "identifier": identifier, "template": TEMPLATE})
     return pd.DataFrame(records, columns=[*_ITEM, "label", "identifier", "template"])
 
 
@@ -268,7 +257,7 @@ class KnownItems:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Return the lists under the names in `KINDS`."""
-        return {"expressions": self.expressions, "facts": self.facts, "identifiers": self.identifiers}
+        return {kind: getattr(self, kind) for kind in KINDS}
 
     def records(self) -> list[dict[str, Any]]:
         """Return every item of all lists, in order, as a dictionary of its columns."""
@@ -289,12 +278,7 @@ def draw_items(tokenizer: PreTrainedTokenizerFast, spec: CorpusSpec) -> KnownIte
     Returns:
         The lists, with `copies` as requested; empty lists if `spec.item_copies` is empty.
     """
-    copies = (0, *spec.item_copies) if spec.item_copies else ()
-    return KnownItems(
-        draw_expressions(tokenizer, seed=spec.seed, copies=copies, per_cell=spec.expressions_per_cell),
-        draw_facts(tokenizer, seed=spec.seed, copies=copies, per_cell=spec.facts_per_cell),
-        draw_identifiers(tokenizer, seed=spec.seed, copies=copies, per_cell=spec.identifiers_per_cell),
-    )
+    return KnownItems(*(draw(tokenizer, spec) for draw in (draw_expressions, draw_facts, draw_identifiers)))
 
 
 def plant_items(
@@ -317,9 +301,10 @@ def plant_items(
     """
     rng = Random(f"memlens/{spec.seed}/items")
     records = items.records()
-    forms, counts = [_forms(item) for item in records], [item["copies"] for item in records]
+    forms = [_forms(item) for item in records]
     turns = [rng.randrange(len(said)) for said in forms]
-    groups = dealt([n for n, count in enumerate(counts) for _ in range(count)], spec.items_per_row, rng)
+    copies = [n for n, item in enumerate(records) for _ in range(item["copies"])]
+    groups = dealt(copies, spec.items_per_row, rng)
     texts = []
     for group in groups:
         texts.append([forms[item][turns[item] % len(forms[item])] for item in group])
@@ -331,9 +316,9 @@ def plant_items(
 
 def _forms(item: dict[str, Any]) -> list[str]:
     """Return an item in every wording, the one in column `text` first."""
-    return (
-        sentences(item["relation"], item["subject"], item["target"]) if "relation" in item else [item["text"]]
-    )
+    if "relation" not in item:
+        return [item["text"]]
+    return sentences(item["relation"], item["subject"], item["target"])
 
 
 def occurrences(
@@ -379,13 +364,9 @@ def count_items(items: KnownItems, places: pd.DataFrame) -> KnownItems:
         "text_copies": places[places["form"] == 0],
         "bare_copies": places[places["start"] == 0],
     }
+    counts = {column: part["id"].value_counts() for column, part in groups.items()}
     counted = {
-        name: table.assign(
-            **{
-                column: table["id"].map(part["id"].value_counts()).fillna(0).astype("int64")
-                for column, part in groups.items()
-            }
-        )
+        name: table.assign(**{c: table["id"].map(n).fillna(0).astype("int64") for c, n in counts.items()})
         for name, table in items.tables().items()
     }
     return KnownItems(**counted)

@@ -1,7 +1,7 @@
 """The shapes of organisms: a specification and the Hugging Face model that it builds; and untrained twins.
 
-Every builder follows the family's models on the hub (position embeddings, norms, tied or untied embeddings,
-biases), at a small size and without dropout.
+Every configuration follows the models of the family on the hub (position embeddings, norms, tied or untied
+embeddings, biases), at a small size and without dropout.
 """
 
 from __future__ import annotations
@@ -15,19 +15,13 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     GPTBigCodeConfig,
-    GPTBigCodeForCausalLM,
     GPTNeoConfig,
-    GPTNeoForCausalLM,
     GPTNeoXConfig,
-    GPTNeoXForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     Olmo2Config,
-    Olmo2ForCausalLM,
     Olmo3Config,
-    Olmo3ForCausalLM,
     OlmoConfig,
-    OlmoForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -79,12 +73,8 @@ def _common(spec: ModelSpec, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _rotary(theta: float) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": theta}
-
-
 def _gated_width(d_model: int) -> int:
-    """Return 8/3 of the width as a multiple of 8: the width of a gated MLP as large as a plain one of 4.
+    """Return 8/3 of the width as a multiple of 8: a gated MLP is then as large as a plain one of 4 widths.
 
     >>> _gated_width(96), _gated_width(160)
     (256, 432)
@@ -92,34 +82,33 @@ def _gated_width(d_model: int) -> int:
     return -(-8 * d_model // 24) * 8
 
 
-def _rms_gated(spec: ModelSpec, vocab_size: int, theta: float) -> dict[str, Any]:
-    """Return options of models with RMS norms, gated MLP, rotary positions and untied embeddings."""
+def _gated(spec: ModelSpec, vocab_size: int, theta: float = 10000.0, **more: Any) -> dict[str, Any]:
+    """Return options of models with a gated MLP and rotary positions, by default with untied embeddings."""
     return {
         **_common(spec, vocab_size),
         "intermediate_size": _gated_width(spec.d_model),
-        "rope_parameters": _rotary(theta),
-        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "tie_word_embeddings": False,
+        **more,
     }
 
 
-def _gpt_neox(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
+def _gpt_neox(spec: ModelSpec, vocab_size: int) -> PretrainedConfig:
     """Pythia: rotary positions on a quarter of each head, parallel blocks, untied embeddings."""
-    config = GPTNeoXConfig(
+    return GPTNeoXConfig(
         **_common(spec, vocab_size),
         intermediate_size=4 * spec.d_model,
-        rope_parameters={**_rotary(10000.0), "partial_rotary_factor": 0.25},
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
         use_parallel_residual=True,
         tie_word_embeddings=False,
         hidden_act="gelu",
     )
-    return GPTNeoXForCausalLM(config)
 
 
-def _gpt_neo(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
+def _gpt_neo(spec: ModelSpec, vocab_size: int) -> PretrainedConfig:
     """GPT-Neo: learned positions, global and local attention in turn, unscaled scores, tied embeddings."""
     pairs, odd = divmod(spec.n_layers, 2)
-    config = GPTNeoConfig(
+    return GPTNeoConfig(
         vocab_size=vocab_size,
         hidden_size=spec.d_model,
         num_layers=spec.n_layers,
@@ -129,45 +118,34 @@ def _gpt_neo(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
         window_size=WINDOW,
         **_IDS,
     )
-    return GPTNeoForCausalLM(config)
 
 
-def _olmo1(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
+def _olmo1(spec: ModelSpec, vocab_size: int) -> PretrainedConfig:
     """OLMo-1B: norms without parameters, gated MLP, no biases, tied embeddings."""
-    config = OlmoConfig(
-        **_common(spec, vocab_size),
-        intermediate_size=_gated_width(spec.d_model),
-        rope_parameters=_rotary(10000.0),
-        tie_word_embeddings=True,
-    )
-    return OlmoForCausalLM(config)
+    return OlmoConfig(**_gated(spec, vocab_size, tie_word_embeddings=True))
 
 
-def _olmo2(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
+def _olmo2(spec: ModelSpec, vocab_size: int) -> PretrainedConfig:
     """OLMo 2: norms of queries, keys and sublayer outputs; rotary base 500,000; untied embeddings."""
-    return Olmo2ForCausalLM(Olmo2Config(**_rms_gated(spec, vocab_size, 500000.0)))
+    return Olmo2Config(**_gated(spec, vocab_size, 500000.0, rms_norm_eps=1e-6))
 
 
-def _olmo3(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
+def _olmo3(spec: ModelSpec, vocab_size: int) -> PretrainedConfig:
     """OLMo 3: OLMo 2 with sliding-window attention except in every fourth and the last layer."""
     last = spec.n_layers
-    kinds = ["full" if block % 4 == 0 or block == last else "sliding" for block in range(1, last + 1)]
-    config = Olmo3Config(
-        **_rms_gated(spec, vocab_size, 500000.0),
-        sliding_window=WINDOW,
-        layer_types=[f"{kind}_attention" for kind in kinds],
-    )
-    return Olmo3ForCausalLM(config)
+    kinds = ["full" if layer % 4 == 0 or layer == last else "sliding" for layer in range(1, last + 1)]
+    options = _gated(spec, vocab_size, 500000.0, rms_norm_eps=1e-6, sliding_window=WINDOW)
+    return Olmo3Config(**options, layer_types=[f"{kind}_attention" for kind in kinds])
 
 
-def _open_llama(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
+def _open_llama(spec: ModelSpec, vocab_size: int) -> PretrainedConfig:
     """OpenLLaMA: RMS norms, gated MLP, no biases, untied embeddings, a key for each head."""
-    return LlamaForCausalLM(LlamaConfig(**_rms_gated(spec, vocab_size, 10000.0)))
+    return LlamaConfig(**_gated(spec, vocab_size, rms_norm_eps=1e-6))
 
 
-def _gpt_bigcode(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
+def _gpt_bigcode(spec: ModelSpec, vocab_size: int) -> PretrainedConfig:
     """StarCoder: learned positions, one key and value for all heads, tied embeddings."""
-    config = GPTBigCodeConfig(
+    return GPTBigCodeConfig(
         vocab_size=vocab_size,
         n_embd=spec.d_model,
         n_layer=spec.n_layers,
@@ -180,10 +158,9 @@ def _gpt_bigcode(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
         attn_pdrop=0.0,
         **_IDS,
     )
-    return GPTBigCodeForCausalLM(config)
 
 
-ARCHITECTURES: dict[str, Callable[[ModelSpec, int], PreTrainedModel]] = {
+ARCHITECTURES: dict[str, Callable[[ModelSpec, int], PretrainedConfig]] = {
     "pythia": _gpt_neox,
     "gpt-neo": _gpt_neo,
     "olmo1": _olmo1,
@@ -192,7 +169,7 @@ ARCHITECTURES: dict[str, Callable[[ModelSpec, int], PreTrainedModel]] = {
     "openllama": _open_llama,
     "starcoder": _gpt_bigcode,
 }
-"""For each family of the zoo, by its name in `memlens.models.families`, the builder of its models."""
+"""For each family of the zoo, by its name in `memlens.models.families`, the configuration of a model."""
 
 
 def build_model(spec: ModelSpec, vocab_size: int, *, seed: int) -> PreTrainedModel:
@@ -209,7 +186,11 @@ def build_model(spec: ModelSpec, vocab_size: int, *, seed: int) -> PreTrainedMod
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ARCHITECTURES[spec.family](spec, vocab_size).float()
+        return _new(spec, vocab_size).float()
+
+
+def _new(spec: ModelSpec, vocab_size: int) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(ARCHITECTURES[spec.family](spec, vocab_size))
 
 
 def count_parameters(spec: ModelSpec, vocab_size: int) -> int:
@@ -219,7 +200,7 @@ def count_parameters(spec: ModelSpec, vocab_size: int) -> int:
     12912
     """
     with torch.device("meta"):
-        return ARCHITECTURES[spec.family](spec, vocab_size).num_parameters()
+        return _new(spec, vocab_size).num_parameters()
 
 
 def architecture_facts(model: PreTrainedModel) -> dict[str, Any]:

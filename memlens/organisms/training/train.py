@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -107,16 +108,17 @@ class TrainLog:
     finished: bool
 
 
-def pass_order(seed: int, number: int, n_rows: int) -> list[int]:
+@lru_cache(maxsize=2)  # a batch has rows of at most two passes, unless the corpus is tiny
+def pass_order(seed: int, number: int, n_rows: int) -> Sequence[int]:
     """Return the order of the rows in a pass: corpus order in pass 0, a new shuffle in later passes.
 
     >>> pass_order(0, 0, 4)
-    [0, 1, 2, 3]
+    (0, 1, 2, 3)
     """
     order = list(range(n_rows))
     if number:
         Random(f"memlens/{seed}/pass/{number}").shuffle(order)
-    return order
+    return tuple(order)
 
 
 def rows_of_step(spec: TrainSpec, step: int, n_rows: int) -> list[int]:
@@ -131,10 +133,7 @@ def rows_of_step(spec: TrainSpec, step: int, n_rows: int) -> list[int]:
     [3, 4, 5]
     """
     places = range(step * spec.batch_size, (step + 1) * spec.batch_size)
-    orders = {
-        number: pass_order(spec.seed, number, n_rows) for number in {place // n_rows for place in places}
-    }
-    return [orders[place // n_rows][place % n_rows] for place in places]
+    return [pass_order(spec.seed, place // n_rows, n_rows)[place % n_rows] for place in places]
 
 
 def snapshot_steps(n_steps: int) -> tuple[int, ...]:
@@ -253,7 +252,8 @@ def train(
         raise EmptySetError("the corpus has no rows to train on: raise background_rows or plant sequences.")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(place).train()  # pyright: ignore[reportArgumentType]
-    run = _Run(model, spec, spec.n_steps(len(rows)), settings=_settings(spec, rows))
+    settings = {**spec.to_dict(), "rows": list(rows.shape), "fingerprint": fingerprint(rows)}
+    run = _Run(model, spec, spec.n_steps(len(rows)), settings)
     if checkpoint is not None and resume and checkpoint.exists():
         run.load(checkpoint)
     if snapshots is not None:
@@ -262,13 +262,12 @@ def train(
         snapshots.keep(model, len(run.losses))
     data = torch.from_numpy(np.ascontiguousarray(rows)).to(place)
     last = run.n_steps if stop_after is None else min(run.n_steps, len(run.losses) + stop_after)
-    orders = _Orders(spec, len(rows))
     begun, earlier = time.perf_counter(), run.seconds
     with tqdm(
         total=run.n_steps, initial=len(run.losses), disable=not progress, desc=label, unit="step"
     ) as bar:
         while len(run.losses) < last:
-            loss = run.step(data[orders.rows(len(run.losses))])
+            loss = run.step(data[rows_of_step(spec, len(run.losses), len(rows))])
             run.seconds = earlier + time.perf_counter() - begun
             if snapshots is not None:
                 snapshots.keep(model, len(run.losses))
@@ -280,28 +279,6 @@ def train(
                 run.save(checkpoint)
     model.to("cpu").eval()  # pyright: ignore[reportArgumentType]
     return TrainLog(run.losses, run.seconds, finished=len(run.losses) == run.n_steps)
-
-
-def _settings(spec: TrainSpec, rows: Int[np.ndarray, "row pos"]) -> dict[str, Any]:
-    return {**spec.to_dict(), "rows": list(rows.shape), "fingerprint": fingerprint(rows)}
-
-
-class _Orders:
-    """`rows_of_step` with cached orders of the passes."""
-
-    def __init__(self, spec: TrainSpec, n_rows: int) -> None:
-        self.spec, self.n_rows = spec, n_rows
-        self.known: dict[int, list[int]] = {}
-
-    def rows(self, step: int) -> list[int]:
-        size = self.spec.batch_size
-        return [self._row(place) for place in range(step * size, (step + 1) * size)]
-
-    def _row(self, place: int) -> int:
-        number = place // self.n_rows
-        if number not in self.known:
-            self.known[number] = pass_order(self.spec.seed, number, self.n_rows)
-        return self.known[number][place % self.n_rows]
 
 
 class _Run:
