@@ -1,7 +1,4 @@
-"""Checks on entry: whether a set fits a model, and is what it should be.
-
-All of it happens before any forward pass; every error names the row and the value.
-"""
+"""Checks of a set before any forward pass: does it fit a model? Every error names the row and the value."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -20,17 +18,17 @@ from memlens.sequences.tokenizing import tokenizer_attrs
 
 @dataclass(frozen=True)
 class SequenceReport:
-    """What a check of a set found; nothing in it keeps the set from being used.
+    """What a check of a set found; none of it prevents the set from being used.
 
     Attributes:
-        n_sequences: Sequences in the set.
-        n_tokens: Real tokens in the set.
+        n_sequences: Number of sequences.
+        n_tokens: Number of real tokens.
         lengths: Shortest and longest sequence, in tokens.
-        prefix_lens: Smallest and largest prefix, in tokens.
-        duplicates: Ids of sequences whose tokens and prefix length an earlier one has too.
+        prefix_lens: Shortest and longest prefix, in tokens.
+        duplicates: Ids of sequences with the same tokens and prefix length as an earlier one.
         eos_rows: Ids of sequences with an end-of-text token inside the continuation.
-        empty_rows: Rows of the source that held nothing and were left out when it was read.
-        checked_vocabulary: Size of the vocabulary the ids were checked against; 0 where there was none.
+        empty_rows: Empty rows of the source, left out when it was read.
+        checked_vocabulary: Size of the vocabulary that the ids were checked against; 0 if there was none.
     """
 
     n_sequences: int
@@ -48,7 +46,7 @@ class SequenceReport:
         if self.duplicates:
             parts.append(f"{len(self.duplicates)} repeat an earlier one: {some(self.duplicates)}")
         if self.eos_rows:
-            parts.append(f"{len(self.eos_rows)} hold an end-of-text token: {some(self.eos_rows)}")
+            parts.append(f"{len(self.eos_rows)} contain an end-of-text token: {some(self.eos_rows)}")
         if self.empty_rows:
             parts.append(f"{len(self.empty_rows)} empty rows were left out: {some(self.empty_rows)}")
         return "; ".join(parts)
@@ -68,18 +66,18 @@ def check_sequences(
 
     Args:
         seqs: The set.
-        model: A TransformerLens model: what is not given below is taken from its `cfg` and `tokenizer`.
+        model: A TransformerLens model: its `cfg` and `tokenizer` give the defaults of the next arguments.
         d_vocab: Size of the vocabulary (the rows of the embedding).
-        n_ctx: The longest sequence the model takes, in tokens.
+        n_ctx: The model's context length, in tokens.
         eos_token_id: The end-of-text token, or several. Greedy decoding in most studies never emits one,
-            so a continuation that holds one can never match.
-        on_eos: "raise" if a continuation holds one, or "keep" and only report it.
-        check_tokenizer: Refuse a set that another tokenizer made (where the set records one).
+            so a continuation that contains one can never match.
+        on_eos: "raise" if a continuation contains one, or "keep" it and only report it.
+        check_tokenizer: Refuse a set made with another tokenizer (if the set records one).
 
     Raises:
         EmptySetError: The set has no sequences.
         VocabularyError: An id is outside the vocabulary, or another tokenizer made the set.
-        SequenceError: A sequence is longer than the context, or holds an end-of-text token.
+        SequenceError: A sequence is longer than the context, or contains an end-of-text token.
 
     >>> print(check_sequences(SequenceSet.from_tokens([[5, 6, 7], [5, 6, 7]], 2), d_vocab=10))
     2 sequences, 6 tokens (length 3, prefix 2); 1 repeat an earlier one: '1'
@@ -100,14 +98,20 @@ def check_sequences(
         _check_vocabulary(seqs, d_vocab)
     if n_ctx is not None:
         _check_context(seqs, n_ctx)
-    return _report(seqs, d_vocab or 0, _eos_rows(seqs, eos, on_eos))
+    return SequenceReport(
+        n_sequences=len(seqs),
+        n_tokens=int(seqs.mask.sum()),
+        lengths=(int(seqs.lengths.min()), int(seqs.lengths.max())),
+        prefix_lens=(int(seqs.prefix_len.min()), int(seqs.prefix_len.max())),
+        duplicates=_duplicates(seqs),
+        eos_rows=_eos_rows(seqs, eos, on_eos),
+        empty_rows=tuple(int(row) for row in str(seqs.attrs.get("empty_rows", "")).split()),
+        checked_vocabulary=d_vocab or 0,
+    )
 
 
 def check_is_set(seqs: object) -> None:
-    """Raise `SequenceError` if something other than a set of sequences is given: texts, ids, a table.
-
-    >>> check_is_set(SequenceSet.from_tokens([[5, 6, 7]], 2))
-    """
+    """Raise `SequenceError` for anything other than a set of sequences: texts, ids, a table."""
     if not isinstance(seqs, SequenceSet):
         raise SequenceError(
             f"a {type(seqs).__name__} is not a SequenceSet: read it with memlens.load_sequences first"
@@ -129,8 +133,7 @@ def _eos_rows(seqs: SequenceSet, eos: int | Collection[int] | None, on_eos: str)
             f"{len(rows)} sequences have an end-of-text token ({eos}) inside the continuation, in rows "
             f"{some(rows)}: leave them out (on_eos='drop' when loading) or allow them (on_eos='keep')"
         )
-    ids = seqs.ids
-    return tuple(ids[row] for row in rows)
+    return tuple(seqs.table["id"].iloc[rows])
 
 
 def _check_vocabulary(seqs: SequenceSet, d_vocab: int) -> None:
@@ -168,26 +171,7 @@ def _check_tokenizer(seqs: SequenceSet, tokenizer: Any) -> None:
         warnings.warn(f"{words}: make sure that the ids mean the same", stacklevel=4)
 
 
-def _report(seqs: SequenceSet, d_vocab: int, eos_rows: tuple[str, ...]) -> SequenceReport:
-    return SequenceReport(
-        n_sequences=len(seqs),
-        n_tokens=int(seqs.mask.sum()),
-        lengths=(int(seqs.lengths.min()), int(seqs.lengths.max())),
-        prefix_lens=(int(seqs.prefix_len.min()), int(seqs.prefix_len.max())),
-        duplicates=_duplicates(seqs),
-        eos_rows=eos_rows,
-        empty_rows=tuple(int(row) for row in str(seqs.attrs.get("empty_rows", "")).split()),
-        checked_vocabulary=d_vocab,
-    )
-
-
 def _duplicates(seqs: SequenceSet) -> tuple[str, ...]:
-    seen: set[tuple[int, bytes]] = set()
-    repeated = []
-    lengths, prefix_lens = seqs.lengths.tolist(), seqs.prefix_len.tolist()
-    for row, name in enumerate(seqs.ids):
-        key = (prefix_lens[row], seqs.tokens[row, : lengths[row]].numpy().tobytes())
-        if key in seen:
-            repeated.append(name)
-        seen.add(key)
-    return tuple(repeated)
+    lengths = torch.stack([seqs.lengths, seqs.prefix_len], 1)
+    keys = [row.tobytes() for row in torch.cat([lengths, seqs.tokens], 1).numpy()]
+    return tuple(seqs.table["id"][pd.Series(keys).duplicated()])

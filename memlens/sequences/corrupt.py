@@ -1,7 +1,7 @@
-"""Corrupted sequences: the same targets after a prefix that was changed.
+"""Corrupted sequences: the same targets after a changed prefix.
 
-They are the other half of activation patching, and a control for recall: what a model still predicts
-after a corrupted prefix it does not need the prefix for.
+They are the other half of activation patching, and a control for recall: what a model still predicts after a
+corrupted prefix does not depend on the prefix.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ def corrupt(
     Kinds:
 
     - `replace_token`: `n_tokens` tokens of each prefix, at random positions or at `positions`, are replaced
-      by tokens drawn from the set's own unigram distribution, never by the token that was there.
+      by other tokens, drawn from the set's own unigram distribution.
     - `shuffle_prefix`: the prefix's tokens in another order.
     - `other_sequence`: the prefix of another sequence of the set with the same prefix length, each used
-      once, never one that is equal to the own.
+      once, never an equal one.
 
-    A beginning-of-text token that memlens put in front (`prepend_bos`) stays where it is.
+    A beginning-of-text token that memlens prepended (`prepend_bos`) stays where it is.
 
     Args:
         seqs: The set.
         kind: One of `KINDS`.
         seed: The same seed gives the same corruption.
-        n_tokens: How many tokens `replace_token` replaces in each prefix.
-        positions: Where `replace_token` does; negative ones count from the end of the prefix, so that -1 is
-            the token right before the continuation. Overrides `n_tokens`.
+        n_tokens: Number of tokens that `replace_token` replaces in each prefix.
+        positions: Positions at which `replace_token` replaces tokens; negative ones count from the end of the
+            prefix: -1 is the token right before the continuation. Overrides `n_tokens`.
 
     Returns:
         The set; its table gains `corrupted_positions` (where a token differs from the original's) and
@@ -111,12 +111,10 @@ def _resolved(position: int, prefix_len: int, first: int, row: int) -> int:
 
 
 def _unigram_sampler(seqs: SequenceSet, rng: np.random.Generator) -> Callable[[int], int]:
-    """Return a draw from the set's unigram distribution that leaves out one given token."""
+    """Return a function that draws from the set's unigram distribution, excluding a given token."""
     ids, counts = np.unique(seqs.tokens.numpy()[seqs.mask.numpy()], return_counts=True)
     if len(ids) < 2:
-        raise SequenceError(
-            "the set holds fewer than two different tokens: there is nothing to replace one by"
-        )
+        raise SequenceError("the set has fewer than two different tokens: there is none to replace one by")
     ends = np.cumsum(counts)
     places = {int(token): place for place, token in enumerate(ids)}
 
@@ -135,9 +133,7 @@ def _shuffle_prefixes(tokens: np.ndarray, seqs: SequenceSet, rng: np.random.Gene
         prefix = tokens[row, first:prefix_len].copy()
         others = np.flatnonzero(prefix != prefix[0]) if len(prefix) else prefix
         if not len(others):
-            raise SequenceError(
-                f"the prefix of row {row} holds one token only, repeated: it cannot be shuffled"
-            )
+            raise SequenceError(f"the prefix of row {row} repeats a single token: it cannot be shuffled")
         shuffled = rng.permutation(prefix)
         if (shuffled == prefix).all():
             swap = int(rng.choice(others))
@@ -154,16 +150,16 @@ def _exchange_prefixes(tokens: np.ndarray, seqs: SequenceSet, rng: np.random.Gen
         if givers is None:
             raise SequenceError(
                 f"rows {some(rows.tolist())} have a prefix of {prefix_len} tokens, and too few differ "
-                "to give each row another's: add sequences of that prefix length"
+                "to exchange them: add sequences with that prefix length"
             )
         tokens[rows, :prefix_len] = original[rows[givers], :prefix_len]
 
 
 def _derangement(prefixes: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
-    """Return for each row another row whose content differs, each used once; None where there is none.
+    """Return for each row another row whose content differs, each used once; None if impossible.
 
-    With equal rows side by side, a turn by the size of the largest group of equals never meets an equal
-    one, as long as that group is at most half of all.
+    With equal rows next to each other, a rotation by the size of the largest group of equal rows never maps
+    a row to an equal one, as long as that group is at most half of all.
     """
     _, content = np.unique(prefixes, axis=0, return_inverse=True)
     content = rng.permutation(content.max() + 1)[content.ravel()]

@@ -1,4 +1,4 @@
-"""Natural text as a control: running text, and prompts cut from it that are as long as those of a set."""
+"""Natural text as a control: running text, and prompts cut from it with the lengths of a set's prompts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from memlens.sequences.set import SequenceSet
 from memlens.sequences.tokenizing import Tokenizer, encode
 
 _SPACES = ("Ġ", "▁")
-"""How byte-level and SentencePiece vocabularies write the space in front of a word."""
+"""How byte-level and SentencePiece vocabularies write the space before a word."""
 
 
 def text_ids(tokenizer: Tokenizer, path: str | Path) -> list[int]:
     """Return a text file as one long row of token ids.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         path: A text file in UTF-8.
 
     Raises:
@@ -42,18 +42,13 @@ def text_ids(tokenizer: Tokenizer, path: str | Path) -> list[int]:
 
 
 def text_windows(tokenizer: Tokenizer, path: str | Path, window: int = 128) -> SequenceSet:
-    """Return a text file as windows of token ids; what is left over at the end is dropped.
+    """Return a text file as windows of `window` token ids, without an incomplete one at the end.
 
-    Args:
-        tokenizer: The model's.
-        path: A text file in UTF-8.
-        window: Tokens of a window.
+    See `text_ids` for the other arguments and errors.
 
     Raises:
         OptionError: A window of fewer than two tokens.
-        SourceNotFoundError: No such file.
-        FileFormatError: The file is not UTF-8.
-        SequenceError: There is no tokenizer, or the text has fewer than two windows.
+        SequenceError: The text has fewer than two windows.
     """
     if window < 2:
         raise OptionError(f"window={window} leaves nothing to predict: give 2 tokens or more.")
@@ -72,19 +67,19 @@ def natural_controls(
 ) -> SequenceSet:
     """Cut prompts from running text that are as long as those of a set; the next token is the target.
 
-    The model has no reason to have stored them, so what is found for recalled sequences and for these alike
-    is not a sign of recall. If a tokenizer is given, prompts and targets begin with a word, as those of
-    idioms do (the token starts with white space and a letter), so that word pieces are not easy targets.
+    The model has no reason to have stored them, so an effect that recalled sequences and these have in common
+    is not a sign of recall. With a tokenizer, prompts and targets begin with a word, as those of idioms do
+    (the token starts with white space and a letter), so that word pieces are not easy targets.
 
     Args:
-        text: Running text; prefix lengths make no difference. Rows must be longer than the prompts of `like`.
-        like: The set whose prompt lengths (in tokens) are taken in turn.
-        tokenizer: The model's; None lets prompts and targets begin anywhere.
-        n: How many; as many as `like` has by default.
-        seed: Of the places.
+        text: Running text; its prefix lengths are ignored. Rows must be longer than the prompts of `like`.
+        like: The set whose prompt lengths (in tokens) are used in turn.
+        tokenizer: The model's tokenizer; None: prompts and targets may begin anywhere.
+        n: Number of controls; by default as many as `like` has.
+        seed: Seed of the places.
 
     Returns:
-        Sequences of one target each, none twice; the table has `text_row`, `start`, the other columns of
+        Sequences with one target each, all different; the table has `text_row`, `start`, the other columns of
         the text's table, and with a tokenizer `text`, `prompt` and `target` (the word that the target
         begins).
 
@@ -121,7 +116,7 @@ def natural_controls(
 
 
 def _word_starts(text: SequenceSet, tokenizer: Tokenizer) -> np.ndarray:
-    """Tell for each place whether a word begins there, `[seq, pos]`."""
+    """Return whether a word begins at each place, `[seq, pos]`."""
     if tokenizer is None:
         return text.mask.numpy()
     ids, places = np.unique(text.tokens.numpy(), return_inverse=True)
@@ -152,9 +147,9 @@ def _cut(
 
 
 def _spelled(rows: list[list[int]], ends: list[np.ndarray], tokenizer: Any) -> dict[str, list[str]]:
-    """Return the texts of prompts, of the whole words that the targets begin, and of the sequences."""
+    """Return the texts of the prompts, of the words that the targets begin, and of the sequences."""
     prompts = tokenizer.batch_decode([row[:-1] for row in rows])
-    # No word has more than eight tokens; what follows the first word is left off.
+    # No word has more than eight tokens.
     words = tokenizer.batch_decode([end[:8].tolist() for end in ends])
     return {
         "prompt": [prompt.strip() for prompt in prompts],

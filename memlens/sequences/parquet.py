@@ -1,7 +1,7 @@
 """Parquet files of sequences: columns `tokens` and `prefix_len` in addition to the table's own.
 
-memlens' settings are in the file's metadata under the key `memlens` (JSON), so that any other program
-reads the file as an ordinary table.
+memlens' settings are in the file's metadata under the key `memlens` (JSON); other programs read the file as
+an ordinary table.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def as_arrow(seqs: SequenceSet) -> pa.Table:
 
 
 def write_table(frame: pd.DataFrame, path: str | Path, **settings: Any) -> Path:
-    """Write a table that has no sequences to `path` (whole or not at all), with settings for `read_table`."""
+    """Write a table without sequences to `path` (whole or not at all), with settings for `read_table`."""
     return _write(pa.Table.from_pandas(frame, preserve_index=False), path, settings)
 
 
@@ -89,7 +89,7 @@ def read_parquet(path: str | Path) -> tuple[SequenceSet, dict[str, Any]]:
 
 
 def _widened(seqs: SequenceSet, width: int) -> SequenceSet:
-    """Restore columns of bare padding, which rows of tokens cannot tell."""
+    """Restore columns that are all padding, which rows of tokens do not show."""
     missing = width - seqs.tokens.shape[1]
     if missing <= 0:
         return seqs

@@ -1,4 +1,4 @@
-"""`SequenceSet`: token ids, how much of each sequence is given, and one row of facts per sequence.
+"""`SequenceSet`: token ids, the length of each sequence's prefix, and one row of facts per sequence.
 
 A sequence is a *prefix* (given to the model) and a *continuation* (the target tokens: what the model may
 have memorized). Ragged sets are padded on the right; padding is never read. Nothing here needs a model.
@@ -19,19 +19,16 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from memlens.errors import SequenceError
+from memlens.errors import ColumnError, SequenceError, VocabularyError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
-from memlens.errors import ColumnError, VocabularyError
-
 Rows = int | slice | Sequence[int] | Sequence[bool] | np.ndarray | pd.Series | Tensor
-"""What `SequenceSet.__getitem__` takes."""
+"""What `SequenceSet.__getitem__` accepts."""
 
 RESERVED_COLUMNS = ("tokens", "prefix_len")
-"""Columns of a file that the set itself keeps."""
+"""Columns of a file that become attributes of the set, not columns of its table."""
 
 
 def pad(tokens: Tensor | np.ndarray | Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -105,9 +102,7 @@ def checked_table(table: pd.DataFrame, n: int) -> pd.DataFrame:
         raise SequenceError(f"the table has {len(table)} rows for {n} sequences")
     for name in RESERVED_COLUMNS:
         if name in table:
-            raise ColumnError(
-                f"the table has a column {name!r}, which the set itself keeps: rename or drop it"
-            )
+            raise ColumnError(f"the table has the reserved column {name!r}: rename or drop it")
     table = table.reset_index(drop=True)
     if "id" not in table:
         table.insert(0, "id", [str(i) for i in range(n)])
@@ -119,7 +114,7 @@ def checked_table(table: pd.DataFrame, n: int) -> pd.DataFrame:
 
 
 def row_index(rows: Rows, n: int) -> Int[Tensor, "row"]:
-    """Return the positions of the chosen rows, in the order asked for."""
+    """Return the positions of the chosen rows, in the given order."""
     if isinstance(rows, slice):
         return torch.arange(n)[rows] if (rows.step or 1) > 0 else torch.from_numpy(np.arange(n)[rows].copy())
     if isinstance(rows, pd.Series):
@@ -153,26 +148,24 @@ def some(values: Sequence[object], n: int = 5) -> str:
 
 
 def unique_ids(ids: Sequence[object]) -> list[str]:
-    """Return the ids as strings, later ones of the same name told apart by "-2", "-3", ….
+    """Return the ids as strings; repeated ones get the suffix "-2", "-3", ….
 
     >>> unique_ids(["a", "b", "a"])
     ['a', 'b', 'a-2']
     """
-    taken: set[str] = set()
-    names: list[str] = []
+    names: dict[str, None] = {}
     known = set(map(str, ids))
     for name in map(str, ids):
         free, n = name, 1
-        while free in taken or (n > 1 and free in known):
+        while free in names or (n > 1 and free in known):
             n += 1
             free = f"{name}-{n}"
-        taken.add(free)
-        names.append(free)
-    return names
+        names[free] = None
+    return list(names)
 
 
 Attr = str | int | float | bool
-"""A setting that is kept with a set: something JSON and parquet can hold."""
+"""A setting that is kept with a set, in JSON or parquet."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,15 +178,15 @@ class SequenceSet:
     Attributes:
         tokens: Token ids, int64 on the CPU, padded on the right with 0.
         mask: True for real tokens.
-        prefix_len: How many tokens are given to the model, at least 1 and less than the length.
+        prefix_len: Number of tokens given to the model, at least 1 and less than the length.
         table: One row per sequence; at least the column `id` (unique strings).
         attrs: Where the set comes from and how it was made.
 
     Raises:
-        SequenceError: Shapes that do not fit, a mask that is not right-padded, or a prefix that leaves
-            nothing given or nothing to predict; names the row.
+        SequenceError: Shapes that do not fit, a mask that is not right-padded, an empty prefix or an empty
+            continuation; names the row.
         VocabularyError: A negative token id; names row and position.
-        ColumnError: The table holds a column that the set itself keeps (`tokens`, `prefix_len`).
+        ColumnError: The table has a reserved column (`tokens`, `prefix_len`).
 
     >>> seqs = SequenceSet.from_tokens([[5, 6, 7, 8], [5, 9, 2]], prefix_len=2)
     >>> seqs.target_ids
@@ -233,12 +226,12 @@ class SequenceSet:
         mask: Tensor | np.ndarray | None = None,
         attrs: Mapping[str, Attr] | None = None,
     ) -> SequenceSet:
-        """Make a set of a 2-D array of ids, or of rows of different lengths.
+        """Make a set from a 2-D array of ids, or from rows of different lengths.
 
         Args:
             tokens: `[seq, pos]` integers, or one list of ids per sequence.
             prefix_len: One number for all, or one per sequence.
-            table: Facts about the sequences; ids "0", "1", … are made where it has no column `id`.
+            table: Facts about the sequences; the ids are "0", "1", … if it has no column `id`.
             mask: True for real tokens; by default all of an array, and each row's own length.
             attrs: Kept with the set.
 
@@ -246,8 +239,7 @@ class SequenceSet:
             SequenceError: As the constructor does.
         """
         padded, own_mask = pad(tokens)
-        shape = (padded.shape[0],)
-        prefix = torch.from_numpy(np.broadcast_to(np.array(prefix_len), shape).copy())
+        prefix = torch.from_numpy(np.broadcast_to(np.array(prefix_len), len(padded)).copy())
         used = own_mask if mask is None else torch.as_tensor(mask)
         table = pd.DataFrame(index=range(len(padded))) if table is None else table
         return cls(padded, used, prefix, table, attrs or {})
@@ -257,12 +249,12 @@ class SequenceSet:
 
     @cached_property
     def lengths(self) -> Int[Tensor, "seq"]:
-        """Real tokens of each sequence, prefix and continuation."""
+        """Number of real tokens of each sequence, prefix and continuation."""
         return self.mask.sum(-1)
 
     @cached_property
     def n_targets(self) -> Int[Tensor, "seq"]:
-        """Target tokens of each sequence."""
+        """Number of target tokens of each sequence."""
         return self.lengths - self.prefix_len
 
     @property
@@ -272,12 +264,12 @@ class SequenceSet:
 
     @property
     def uniform(self) -> bool:
-        """True when all sequences have one length and one prefix length."""
+        """True if all sequences have the same length and the same prefix length."""
         return bool(self.mask.all()) and len(self.prefix_len.unique()) <= 1
 
     @cached_property
     def target_mask(self) -> Bool[Tensor, "seq target"]:
-        """True where `target_ids` and `target_positions` hold a target."""
+        """True where `target_ids` and `target_positions` have a target."""
         return torch.arange(self.max_targets) < self.n_targets[:, None]
 
     @cached_property
@@ -311,8 +303,17 @@ class SequenceSet:
         pairs = zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)
         return [row[:length] for row, length in pairs]
 
+    def halves(self) -> tuple[list[list[int]], list[list[int]]]:
+        """The real tokens of each prefix, and of each continuation.
+
+        >>> SequenceSet.from_tokens([[5, 6, 7], [5, 9]], 1).halves()
+        ([[5], [5]], [[6, 7], [9]])
+        """
+        pairs = list(zip(self.rows(), self.prefix_len.tolist(), strict=True))
+        return [row[:n] for row, n in pairs], [row[n:] for row, n in pairs]
+
     def __getitem__(self, rows: Rows) -> SequenceSet:
-        """Return the asked-for sequences, in the order asked for, without columns of bare padding."""
+        """Return the chosen sequences, in the given order, without columns that are all padding."""
         index = row_index(rows, len(self))
         width = int(self.lengths[index].max()) if len(index) else 0
         return SequenceSet(
@@ -324,21 +325,20 @@ class SequenceSet:
         )
 
     def concat(self, other: SequenceSet, *, id_suffix: str = "") -> SequenceSet:
-        """Return this set followed by `other`; attributes that differ are this set's.
+        """Return this set followed by `other`; where attributes differ, this set's are kept.
 
         Args:
             other: The sequences to append.
-            id_suffix: Appended to the ids of `other`, for sets that name their sequences alike.
+            id_suffix: Appended to the ids of `other`, for sets with the same ids.
 
         Raises:
-            SequenceError: Both sets have a sequence of the same id.
+            SequenceError: Both sets have a sequence with the same id.
         """
         theirs = other.table.assign(id=other.table["id"] + id_suffix)
         shared = sorted(set(self.ids) & set(theirs["id"]))
         if shared:
             raise SequenceError(
-                f"both sets have sequences with the ids {some(shared)}: "
-                "pass id_suffix= to tell the second set's apart"
+                f"both sets have sequences with the ids {some(shared)}: pass id_suffix= for the second set"
             )
         return SequenceSet.from_tokens(
             self.rows() + other.rows(),
@@ -349,8 +349,7 @@ class SequenceSet:
 
     def first_targets(self, n: int = 1) -> SequenceSet:
         """Return the same sequences with at most `n` target tokens each."""
-        ends = (self.prefix_len + n).tolist()
-        rows = [row[:end] for row, end in zip(self.rows(), ends, strict=True)]
+        rows = [prefix + targets[:n] for prefix, targets in zip(*self.halves(), strict=True)]
         return SequenceSet.from_tokens(rows, self.prefix_len, table=self.table, attrs=self.attrs)
 
     def with_table(self, table: pd.DataFrame) -> SequenceSet:
@@ -364,8 +363,8 @@ class SequenceSet:
     def to_parquet(self, path: str | Path) -> Path:
         """Write the set to one parquet file that `from_parquet` reads back without loss.
 
-        The columns are those of the table and `tokens` (list of int64) and `prefix_len`; the attributes
-        are in the file's metadata.
+        The columns are those of the table, `tokens` (list of int64) and `prefix_len`; the attributes are in
+        the file's metadata.
         """
         from memlens.sequences.parquet import write_parquet
 
@@ -386,8 +385,7 @@ class SequenceSet:
     def to_dataset(self) -> Dataset:
         """Return a Hugging Face dataset with the columns that `to_parquet` writes.
 
-        `memlens.load_sequences(dataset)` reads it back; so it does once it was pushed to the hub
-        (`"hf:NAME"`).
+        `memlens.load_sequences` reads it back, also from the hub (`"hf:NAME"`).
 
         >>> SequenceSet.from_tokens([[5, 6, 7], [8, 9, 3]], 1).to_dataset().column_names
         ['id', 'tokens', 'prefix_len']

@@ -1,7 +1,7 @@
 """From text to token ids, and where the prefix ends.
 
-Special tokens are never added by the tokenizer's own rules: training windows have none, and whether a
-beginning-of-text token is put in front is the caller's choice (`prepend_bos`).
+The tokenizer's own special tokens are never added: training windows have none, and whether a
+beginning-of-text token comes first is the caller's choice (`prepend_bos`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import hashlib
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
+
+import numpy as np
+from jaxtyping import Int
 
 from memlens.errors import SequenceError
 from memlens.sequences.set import Attr
@@ -38,38 +41,64 @@ def bos_id(tokenizer: Tokenizer) -> int:
 
 
 def split_points(tokenizer: Tokenizer, prompts: Sequence[str], rows: Sequence[Sequence[int]]) -> list[int]:
-    """Return how many tokens of each whole text belong to its prompt.
+    """Return how many tokens of each text belong to its prompt.
 
-    The whole text is tokenized once, as a model reads it in training; the prefix is the longest run of
-    leading tokens that the prompt alone gives too. So a space between prompt and continuation goes to the
-    first target (" sat"), whichever of the two it was written in, for tokenizers that keep a space with
-    the word that follows. A token that straddles the boundary is a target.
+    The text is tokenized as a whole, as in training; the prefix is the longest run of leading tokens that
+    the prompt alone has too. A space between prompt and continuation therefore goes to the first target
+    (" sat"), whichever of the two it was written in, if the tokenizer keeps a space with the word that
+    follows. A token that straddles the boundary is a target.
 
     Args:
-        tokenizer: What made `rows`.
-        prompts: The text that is given to the model.
+        tokenizer: The tokenizer that made `rows`.
+        prompts: The text given to the model.
         rows: The token ids of prompt and continuation together.
     """
     pairs = zip(encode(tokenizer, prompts), rows, strict=True)
     return [sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(*pair, strict=False))) for pair in pairs]
 
 
-def first_word_token(tokenizer: Tokenizer, row: Sequence[int], start: int) -> int:
-    """Return the first position from `start` on whose token is more than white space.
+def encode_answers(
+    tokenizer: Tokenizer, prompts: Sequence[str], texts: Sequence[str]
+) -> tuple[list[list[int]], Int[np.ndarray, "text"]]:
+    """Return the tokens of each text, and the position at which the word after its prompt begins.
 
-    Tokenizers that keep spaces apart from words give a bare space first; it tells nothing of the word.
+    That position is the text's split point, or the first position after it whose token is more than white
+    space: tokenizers that keep spaces apart from words give a bare space first, which says nothing about
+    the word.
+
+    Args:
+        tokenizer: The tokenizer.
+        prompts: What each text begins with.
+        texts: Prompt and answer together.
+
+    Raises:
+        SequenceError: There is no tokenizer.
     """
+    rows = encode(need_tokenizer(tokenizer), texts)
+    starts = split_points(tokenizer, prompts, rows)
+    found = [_word_position(tokenizer, row, start) for row, start in zip(rows, starts, strict=True)]
+    return rows, np.array(found, dtype=np.int64)
+
+
+def _word_position(tokenizer: Tokenizer, row: Sequence[int], start: int) -> int:
     for position in range(start, len(row) - 1):
         if tokenizer.decode([row[position]]).strip():
             return position
     return len(row) - 1 if start < len(row) else start
 
 
+def need_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """Return the tokenizer, or raise `SequenceError` if there is none."""
+    if tokenizer is None:
+        raise SequenceError("text needs a tokenizer: pass the model, or tokenizer=")
+    return tokenizer
+
+
 def tokenizer_attrs(tokenizer: Tokenizer) -> dict[str, Attr]:
     """Return what identifies a tokenizer: its name, the size of its vocabulary and a fingerprint.
 
-    The fingerprint is of up to 512 vocabulary entries spread evenly, so that copies of one vocabulary
-    under different names (all Pythia sizes) agree and added special tokens do not matter.
+    The fingerprint is computed from up to 512 evenly spaced vocabulary entries, so copies of one vocabulary
+    under different names (all Pythia sizes) agree, and added special tokens do not matter.
     """
     size = int(tokenizer.vocab_size)
     ids = range(0, size, max(1, size // 512))

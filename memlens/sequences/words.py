@@ -1,6 +1,6 @@
-"""English words: stop words, what a word is without its punctuation, and a plain stem.
+"""English words: stop words, words without their punctuation, and plain stems.
 
-No dictionary and no tagger: rules of a few lines that say what they do. They know English only.
+A few simple rules, without a dictionary or a tagger, for English only.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def bare_word(word: str, *, lowercase: bool = True) -> str:
 
 
 def is_stop_word(word: str) -> bool:
-    """Tell whether a word is on the stop list, alone or before a clitic ("he's", "don't").
+    """Return whether a word is on the stop list, alone or before a clitic ("he's", "don't").
 
     >>> [is_stop_word(word) for word in ("The", "he's", "bucket", "bucket's")]
     [True, True, False, False]
@@ -60,8 +60,8 @@ def is_stop_word(word: str) -> bool:
 def stem(word: str) -> str:
     """Return a word without its regular inflection: plural, possessive, -ed, -ing, and a final e.
 
-    A rule of thumb and no lemma: irregular forms (gave, goats and sheep, better) keep their own stems, and
-    some words that are not related get the same one. At least three letters with a vowel must remain.
+    A rule of thumb, not a lemma: irregular forms (gave, goats and sheep, better) keep their own stems, and
+    some unrelated words get the same one. At least three letters with a vowel must remain.
 
     >>> [stem(word) for word in ("halts", "parties", "running", "makes", "making", "bygones", "ring")]
     ['halt', 'party', 'run', 'mak', 'mak', 'bygon', 'ring']

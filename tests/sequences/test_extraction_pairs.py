@@ -62,8 +62,8 @@ def test_different_numbers_of_rows(tmp_path: Path, model: Any) -> None:
 @pytest.mark.parametrize(
     ("suffix", "message"),
     [
-        (np.ones((3, 5)), r"train_suffix.npy holds float64 of shape \(3, 5\)"),
-        (np.ones(3, np.uint16), r"train_suffix.npy holds uint16 of shape \(3,\)"),
+        (np.ones((3, 5)), r"train_suffix.npy contains float64 of shape \(3, 5\)"),
+        (np.ones(3, np.uint16), r"train_suffix.npy contains uint16 of shape \(3,\)"),
         (np.ones((3, 0), np.uint16), r"train_suffix.npy has shape \(3, 0\)"),
     ],
 )

@@ -182,11 +182,11 @@ def test_other_packages_register_formats(tmp_path: Path, monkeypatch: pytest.Mon
         registry.names()
         monkeypatch.setattr(registry, "_items", dict(registry._items))
 
-    @register_file(".ids", "lines of ids")
+    @register_file(".ids")
     def read(path: Path, as_text: Any) -> Any:
         return [[int(part) for part in line.split()] for line in path.read_text().splitlines()], {}
 
-    @register_source("range", "a range of ids", lambda source: isinstance(source, range))
+    @register_source("range", lambda source: isinstance(source, range))
     def _open(source: range, request: Any) -> Any:
         from memlens.sequences.readers.registry import Opened
 
@@ -199,4 +199,4 @@ def test_other_packages_register_formats(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(FileFormatError, match=r"use one of \.npy, .*\.ids"):
         load_sequences(tmp_path / "x.fasta")
     with pytest.raises(OptionError, match=r"'\.ids' is registered already"):
-        register_file(".ids", "another")(lambda path, as_text: ([], {}))
+        register_file(".ids")(lambda path, as_text: ([], {}))

@@ -78,7 +78,7 @@ def test_labels_with_several_identifiers_and_repeated_pairs_are_left_out() -> No
 
 def test_wrong_templates_and_columns_are_named(tmp_path: Path) -> None:
     for template in ("{label} is", "{identifier} is {label}", "{label} has {identifier} coins"):
-        with pytest.raises(OptionError, match="does not say a label and then its identifier"):
+        with pytest.raises(OptionError, match="does not contain a label and then its identifier"):
             identifier_sequences(FRAME, tokenizer=byte_level(), template=template)
     with pytest.raises(ColumnError, match=r"no column 'lable'.*Did you mean 'label'"):
         identifier_sequences(FRAME, tokenizer=byte_level(), label_column="lable")

@@ -100,7 +100,7 @@ def test_ids_that_repeat_are_told_apart_and_named(tmp_path: Path) -> None:
 
 def test_rows_of_the_same_prompt_and_target_are_one(tmp_path: Path) -> None:
     rows = [*ROWS, row("turn a blind eye", "b1")]
-    with pytest.warns(UserWarning, match="1 idioms stand in the file again.*'turn a blind eye'"):
+    with pytest.warns(UserWarning, match="1 repeated idioms are left out.*'turn a blind eye'"):
         seqs = load_sequences(write(tmp_path, rows), tokenizer=byte_level())
     assert seqs.ids == ["a1", "a2", "a3"]
 

@@ -353,7 +353,7 @@ def test_a_file_that_does_not_exist(tmp_path: Path) -> None:
             "no column 'test': the columns are text, b. Did you mean 'text'",
         ),
         (["tokens", "b"], {"tokens_column": "token"}, "no column 'token': .*Did you mean 'tokens'"),
-        (["prompt", "b"], {}, "continuations is missing beside 'prompt': the columns are prompt, b"),
+        (["prompt", "b"], {}, "'prompt' needs a column of continuations: the columns are prompt, b"),
         (["text", "b"], {"id_column": "c"}, "no column 'c'"),
     ],
 )
@@ -486,7 +486,7 @@ def test_a_zoo_folder_that_lacks_a_list_and_an_unknown_list_are_named(
     pd.DataFrame({"tokens": ROWS, "prefix_len": 2}).to_parquet(folder / "sequences.parquet")
     monkeypatch.setattr(sources, "zoo_folders", lambda: (tmp_path / "none", tmp_path / "cache"))
     assert load_sequences("zoo/old:sequences").rows() == ROWS
-    with pytest.raises(SourceNotFoundError, match=r"'zoo/old' has no list of facts, it has sequences"):
+    with pytest.raises(SourceNotFoundError, match="without a list of facts, it has sequences"):
         load_sequences("zoo/old:facts")
     with pytest.raises(OptionError, match=r"'fact' is not known.*Did you mean 'facts'"):
         load_sequences("zoo/old:fact")

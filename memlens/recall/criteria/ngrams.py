@@ -18,25 +18,25 @@ _UNKNOWN = -1
 
 
 class NgramReference:
-    r"""A predictor that knows n-grams of one corpus and nothing else: a reference for `score_criteria`.
+    r"""A predictor that knows only the n-grams of one corpus: a reference for `score_criteria`.
 
-    Witten-Bell interpolation: with c(h, w) the count of w after history h, c(h) their sum over w, and T(h)
-    how many different w follow h,
+    Witten-Bell interpolation: with c(h, w) the count of w after history h, c(h) its sum over w, and T(h) the
+    number of different w that follow h,
 
     .. math:: p(w|h) = \frac{c(h, w) + T(h)\,p(w|h')}{c(h) + T(h)},
 
-    where h' is h without its first word; p(w|h) = p(w|h') where nothing follows h in the corpus. Below single
-    words stands 1 / (V + 1), V the size of the vocabulary, the last share for all unknown words. So it is a
-    distribution without a parameter. Its prediction is the one most likely word; a tie predicts nothing.
+    where h' is h without its first word; p(w|h) = p(w|h') if nothing follows h in the corpus. Single words
+    back off to 1 / (V + 1) with V the size of the vocabulary; all unknown words together have the last share.
+    The distribution has no parameter. The prediction is the most likely word; a tie is not a prediction.
 
     Args:
         corpus: Texts; or, with a tokenizer, also token ids: an array `[token]` or `[row, pos]`, or lists of
-            ids. N-grams never cross the border of two texts or rows.
-        order: Longest n-gram: `order - 1` words are looked back at.
-        tokenizer: Count tokens of this tokenizer. Without it words are counted: what is between white
-            space, without the punctuation around it.
-        lowercase: Take words in lower case; nothing is done to tokens.
-        name: How results call it; "4-gram of 120 words" by default.
+            ids. N-grams never cross the border between two texts or rows.
+        order: Length of the longest n-gram; the history has `order - 1` words.
+        tokenizer: Count tokens of this tokenizer. Without it, words are counted: text between white space,
+            without the punctuation around it.
+        lowercase: Convert words to lower case; tokens stay as they are.
+        name: Its name in results; "4-gram of 120 words" by default.
 
     Raises:
         OptionError: An order below 1.
@@ -78,7 +78,7 @@ class NgramReference:
         self.name = name or f"{order}-gram of {int(self._unigrams.sum())} {unit}"
 
     def predict(self, texts: Sequence[str]) -> list[str]:
-        """Return the most likely word (or token, as text) after each text, the first of equals."""
+        """Return the most likely word (or token, as text) after each text; of several, the first."""
         histories = [self._history(text) for text in texts]
         best = [int(self._distribution(history, self.order)[:-1].argmax()) for history in histories]
         if self.tokenizer is not None:
@@ -89,30 +89,24 @@ class NgramReference:
     def probability(
         self, texts: Sequence[str], targets: Sequence[str], *, order: int | None = None
     ) -> Float[np.ndarray, "text"]:
-        """Return the probability of each target (its first token) after its text, looking back less far.
+        """Return the probability of each target (its first token) after its text.
 
         Args:
             texts: The prompts.
             targets: The words that follow.
-            order: Longest n-gram used; 1 gives the share of the word in the corpus, smoothed.
+            order: Longest n-gram used; 1 gives the word's smoothed share of the corpus. By default the
+                reference's own.
 
         Raises:
-            OptionError: An order outside 1 … the reference's own.
+            OptionError: An order below 1 or above the reference's own.
         """
         used = self.order if order is None else order
         if not 1 <= used <= self.order:
             raise OptionError(f"order={used}: this reference counted n-grams of 1 to {self.order} words")
         return self._score(texts, targets, used)[0]
 
-    def answer(
-        self,
-        prompts: Sequence[str],
-        targets: Sequence[str],
-        *,
-        batch_size: int | None = None,
-        progress: bool = False,
-    ) -> Answers:
-        """Return how likely each target is after its prompt, and whether it is the prediction."""
+    def answer(self, prompts: Sequence[str], targets: Sequence[str], **_: Any) -> Answers:
+        """See `Reference.answer`; there is nothing to batch."""
         probability, top1 = self._score(prompts, targets, self.order)
         return Answers(top1, np.log(probability), 0)
 
@@ -148,7 +142,7 @@ class NgramReference:
     def _questions(
         self, prompts: Sequence[str], targets: Sequence[str]
     ) -> tuple[list[list[int]], Int[np.ndarray, "prompt"]]:
-        """Return what precedes each target, and the target's id; unknown ones get the last place."""
+        """Return what precedes each target, and the target's id; unknown words get the last id."""
         if self.tokenizer is not None:
             rows, prefix_len = target_rows(self.tokenizer, prompts, targets)
             ids = [row[n] for row, n in zip(rows, prefix_len, strict=True)]
@@ -184,7 +178,7 @@ class NgramReference:
         return [[self._ids.setdefault(self._word(w), len(self._ids)) for w in text.split()] for text in texts]
 
     def _distribution(self, history: Sequence[int], order: int) -> Float[np.ndarray, "word"]:
-        """Return p over the vocabulary and, last, all unknown words."""
+        """Return p over the vocabulary and, in the last place, all unknown words."""
         seen, total = int((self._unigrams > 0).sum()), int(self._unigrams.sum())
         floor = np.append(self._unigrams > 0, True) / (seen + 1)
         p = (np.append(self._unigrams, 0) + seen * floor) / (total + seen)
@@ -211,7 +205,7 @@ class NgramReference:
 
 
 def _known_end(history: Sequence[int], longest: int) -> tuple[int, ...]:
-    """Return the last `longest` words, and of these what follows the last unknown one."""
+    """Return those of the last `longest` words that follow the last unknown one."""
     end = list(history[-longest:]) if longest else []
     while _UNKNOWN in end:
         end = end[end.index(_UNKNOWN) + 1 :]

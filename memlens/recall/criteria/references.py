@@ -1,6 +1,6 @@
-"""Reference predictors: what says whether part of a prompt is enough, in place of the model that is probed.
+"""Reference predictors, which decide in place of the probed model whether part of a prompt is enough.
 
-References have vocabularies of their own, so all work is on text: a reference is asked for the word that
+References have vocabularies of their own, so they work on text: a reference is asked for the word that
 follows a prompt, and answers for the first token of that word under its own tokenizer.
 """
 
@@ -11,27 +11,26 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from memlens.errors import OptionError
 from memlens.forward.baseline import teacher_forced_stats
 from memlens.forward.memory import rows_per_batch
 from memlens.models.provenance import describe
 from memlens.sequences.checks import check_sequences
-from memlens.sequences.readers.tables import need_tokenizer
-from memlens.sequences.set import SequenceSet
-from memlens.sequences.tokenizing import Tokenizer, bos_id, encode, first_word_token, split_points
+from memlens.sequences.set import SequenceSet, unique_ids
+from memlens.sequences.tokenizing import Tokenizer, bos_id, encode_answers, need_tokenizer
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a reference says of each prompt's target.
+    """What a reference says about each prompt's target.
 
     Attributes:
         top1: 1 where the target is more likely than every other token (a tie is not a prediction), else 0;
-            NaN where the question could not be put (no token of the prompt is left before the target).
+            NaN where the reference could not be asked (no token of the prompt is left before the target).
         logprob: Log-probability of the target's first token, in nats; NaN as above.
-        n_passes: Forward passes it took.
+        n_passes: Number of forward passes.
     """
 
     top1: Float[np.ndarray, "prompt"]
@@ -58,15 +57,15 @@ class Reference(Protocol):
 
 
 class ModelReference:
-    """A TransformerLens model as a reference, asked in as few batched passes as memory allows.
+    """A TransformerLens model as a reference, run in as few batches as memory allows.
 
     Args:
         model: The model, with its own tokenizer.
-        name: How results call it; by default the model's name.
-        prepend_bos: Put the beginning-of-text token in front of every prompt.
+        name: Its name in results; by default the model's.
+        prepend_bos: Prepend the beginning-of-text token to every prompt.
 
     Raises:
-        SequenceError: The model has no tokenizer, or none with such a token.
+        SequenceError: The model has no tokenizer, or a tokenizer without such a token.
     """
 
     tokenizer: Tokenizer
@@ -86,13 +85,13 @@ class ModelReference:
         batch_size: int | None = None,
         progress: bool = False,
     ) -> Answers:
-        """Return how likely each target is after its prompt, and whether it is the prediction.
+        """See `Reference.answer`.
 
         Raises:
             SequenceError: A prompt is longer than the model's context.
         """
-        rows, prefix_len = target_rows(self.tokenizer, prompts, targets)
-        rows, prefix = [[*self._bos, *row] for row in rows], np.array(prefix_len) + len(self._bos)
+        rows, prefix = target_rows(self.tokenizer, prompts, targets)
+        rows, prefix = [[*self._bos, *row] for row in rows], prefix + len(self._bos)
         top1, logprob = np.full((2, len(rows)), np.nan)
         asked = np.flatnonzero(prefix > 0)
         if not len(asked):
@@ -109,35 +108,34 @@ class ModelReference:
 
 def target_rows(
     tokenizer: Tokenizer, prompts: Sequence[str], targets: Sequence[str]
-) -> tuple[list[list[int]], list[int]]:
-    """Return the tokens of each prompt and its target's first token, and how many are the prompt's.
+) -> tuple[list[list[int]], Int[np.ndarray, "prompt"]]:
+    """Return the tokens of each prompt and of its target's first token, and the number before that token.
 
     Prompt and target are tokenized together, with one space between them, as `read_idioms` does.
     """
     texts = [f"{prompt} {target}" for prompt, target in zip(prompts, targets, strict=True)]
-    rows = encode(tokenizer, texts)
-    starts = split_points(tokenizer, prompts, rows) if texts else []
-    prefix_len = [first_word_token(tokenizer, row, start) for row, start in zip(rows, starts, strict=True)]
+    rows, prefix_len = encode_answers(tokenizer, prompts, texts)
     return [row[: n + 1] for row, n in zip(rows, prefix_len, strict=True)], prefix_len
 
 
 def as_references(
     references: Any, probed: Any = None, *, prepend_bos: bool = False, allow_probed: bool = False
-) -> tuple[list[Named], bool]:
-    """Return the references under names of their own, and whether the probed model is among them.
+) -> tuple[dict[str, Reference], bool]:
+    """Return the references under unique names, and whether the probed model is among them.
 
     Args:
         references: A model or another reference, a sequence of them, or a mapping from names to them.
         probed: The model that is studied, or its name.
         prepend_bos: For models: see `ModelReference`.
-        allow_probed: Let the probed model be a reference.
+        allow_probed: Accept the probed model as a reference.
 
     Raises:
         OptionError: There is no reference, or the probed model is one.
     """
+    given = references.values() if isinstance(references, Mapping) else references
     found = [
         reference if isinstance(reference, Reference) else ModelReference(reference, prepend_bos=prepend_bos)
-        for reference in _listed(references)
+        for reference in (given if isinstance(references, Mapping | list | tuple) else [given])
     ]
     if not found:
         raise OptionError("references is empty: give at least one model or NgramReference")
@@ -148,11 +146,11 @@ def as_references(
             "references, or set allow_probed_reference=True"
         )
     names = list(references) if isinstance(references, Mapping) else [r.name for r in found]
-    return [Named(r, name) for r, name in zip(found, _distinct(names), strict=True)], bool(circular)
+    return dict(zip(unique_ids(names), found, strict=True)), bool(circular)
 
 
 def is_probed(reference: Any, probed: Any) -> bool:
-    """Tell whether a reference, or a bare model, is the probed model or has its name."""
+    """Return whether a reference, or a bare model, is the probed model or has its name."""
     if probed is None:
         return False
     model = getattr(reference, "model", reference)
@@ -163,26 +161,5 @@ def is_probed(reference: Any, probed: Any) -> bool:
 
 
 def name_of(model: Any) -> str | None:
-    """Return the name of a model or a reference; None for things without one."""
+    """Return the name of a model or a reference; None for anything without a name."""
     return str(describe(model)["model"]) if hasattr(model, "cfg") else getattr(model, "name", None)
-
-
-def _listed(references: Any) -> list[Any]:
-    if isinstance(references, Mapping):
-        return list(references.values())
-    return list(references) if isinstance(references, list | tuple) else [references]
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Number the names that repeat."""
-    return [
-        name if (n := list(names[:i]).count(name)) == 0 else f"{name}-{n + 1}" for i, name in enumerate(names)
-    ]
-
-
-@dataclass(frozen=True)
-class Named:
-    """A reference under the name that a result calls it by."""
-
-    reference: Reference
-    name: str

@@ -1,23 +1,23 @@
 """`score_criteria`: can a sequence only be recalled, or does part of it, or plain likelihood, give it away?
 
 A sequence of n words is a prompt (its first n-1 words) and a target (the last). If a model predicts the
-target of a sequence that meets two criteria, it has very likely recalled it: the target is the only right
-continuation, whatever text surrounds it (criterion 1), and it takes the whole prompt, every word as it is,
-to make it so (criterion 2). Source: Haviv et al., arXiv 2210.03588, section 2. How the criteria are tested
+target of a sequence that meets two criteria, it has very likely recalled it: the target is the only correct
+continuation, whatever text surrounds it (criterion 1), and this takes the whole prompt, with every word
+unchanged (criterion 2). Source: Haviv et al., arXiv 2210.03588, section 2. The way the criteria are tested
 here, on any sequence, is ours: the study's own test was not published.
 
-What it cannot show. A test of this kind finds violations; it never proves that there is none. A reference
-that does not know a sequence (`full_top1` is 0) cannot find that a part of it suffices *to someone who knows
-it*, and cannot tell whether contexts change it: such a sequence passes because nothing was tested (see
-`tested` in `CriteriaScores.passes`). A weak reference passes more sequences than a strong one, and all
-references together only stand for "what one can guess without having memorized this". None of it looks at
-the probed model or says that the sequence was in its training data.
+Limits. Such a test finds violations; it never proves that there are none. A reference that does not know a
+sequence (`full_top1` is 0) cannot find that a part of it suffices *for someone who knows it*, nor whether
+contexts change it: such a sequence passes because nothing was tested (see `tested` in
+`CriteriaScores.passes`). A weak reference passes more sequences than a strong one, and all references
+together only represent "what can be guessed without having memorized this". The test does not look at the
+probed model, and does not show that the sequence was in its training data.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -29,7 +29,7 @@ from memlens.errors import ColumnError, EmptySetError, OptionError, SequenceErro
 from memlens.options import options_class
 from memlens.recall.corpus.duplicates import Corpus, NgramCounter
 from memlens.recall.criteria.ngrams import NgramReference
-from memlens.recall.criteria.references import Named, as_references, is_probed, name_of
+from memlens.recall.criteria.references import Reference, as_references, is_probed, name_of
 from memlens.recall.criteria.scores import (
     CriteriaScores,
     answer_columns,
@@ -47,14 +47,14 @@ NEUTRAL_CONTEXTS = (
     "Here is one more example:",
     "She wrote these words on the board:",
 )
-"""Lead-ins that say nothing of a topic."""
+"""Lead-ins without a topic."""
 
 SHIFTED_CONTEXTS = (
     "The recipe asks for two cups of flour and a little salt.",
     "Rain is expected in the north, with strong winds along the coast.",
     "The committee approved the annual budget for public transport.",
 )
-"""Lead-ins about something else."""
+"""Lead-ins about another topic."""
 
 
 @options_class
@@ -66,25 +66,25 @@ class CriteriaOptions:
     """
 
     max_suffix: PositiveInt = 4
-    """K, the largest number of last words that are tried as a part; a proper part has fewer than all."""
+    """K, the largest number of last words tried as a part; a proper part has fewer than all."""
     part_threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
     """A part of the prompt (some last words, a deletion, a substitution) still gives the target if the target
     is more likely than this; None: if it is the prediction."""
     min_references: PositiveInt = 1
     """m, the number of references that must agree that an edited prompt still gives the target."""
     substitutes: NonNegativeInt = 1
-    """Number of words that are tried in place of each word."""
+    """Number of words tried in place of each word."""
     pool: PositiveInt = 10
     """Substitutes are drawn from this many words above and below the word in frequency."""
     neutral_contexts: tuple[str, ...] = NEUTRAL_CONTEXTS
-    """Lead-ins that say nothing of a topic."""
+    """Lead-ins without a topic."""
     shifted_contexts: tuple[str, ...] = SHIFTED_CONTEXTS
     """Lead-ins about another topic."""
     common_zipf: float = 5.5
     """With `corpus_counts`: a target with at least this Zipf frequency (log10 of the occurrences per billion
     words) is common."""
     prepend_bos: bool = False
-    """Put the beginning-of-text token before every prompt of a model."""
+    """Prepend the beginning-of-text token to every prompt of a model."""
     allow_probed_reference: bool = False
     """Accept the probed model as a reference too, with a warning."""
     batch_size: PositiveInt | None = None
@@ -108,46 +108,47 @@ def score_criteria(
 ) -> CriteriaScores:
     """Test sequences for the two criteria of a sequence that can only be recalled (see the module).
 
-    Every reference is asked for the target after the prompt and after each edited prompt, all of them pooled
-    and each text once. An edited prompt *keeps* the target where at least `min_references` references have
-    its first token as their one prediction. The sub-scores, a column each:
+    Every reference is asked for the target after the prompt and after each edited prompt, once per different
+    text. An edited prompt *keeps* the target if at least `min_references` references have its first token as
+    their prediction. The sub-scores, one column each:
 
     - `full_top1`: share of references that predict the target from the whole prompt; `full_logprob` (nats).
-    - `sufficient_suffix`: fewest last words (1 … K, never all) that keep the target, NaN where none do;
+    - `sufficient_suffix`: fewest last words (1 … K, never all) that keep the target, NaN if none do;
       `suffix_1`, … the share of references for each k, `suffix_1_prob`, … their mean probability.
     - `deletion_share`: share of single-word deletions that keep it; `crucial_word`: the word whose deletion
-      costs most log-probability, with its place `crucial_place` and the change `crucial_effect` (nats).
-    - `substitution_share`: the same after putting a word of like frequency in one word's place.
-    - `lexical_leak`: the target, or a word of the same plain stem (regular English endings only), stands in
+      costs the most log-probability, with its place `crucial_place` and the change `crucial_effect` (nats).
+    - `substitution_share`: share of substitutions of one word by another of similar frequency that keep it.
+    - `lexical_leak`: the target, or a word with the same plain stem (regular English endings only), is in
       the prompt: `leak_word`. `max_similarity`: largest cosine between the target and a word of the prompt
       (1 if the target is in it), and `similar_word`.
     - `common_target`: on the stop list, or above `common_zipf`; `target_frequency`, per million words.
     - `context_share`: share of lead-ins that keep it; `neutral_share` and `shifted_share` of each kind.
     - `corpus_share`: count(prompt + target) / count(prompt) in the corpus; `corpus_count`: count(prompt).
     - `unigram_prob`, `bigram_prob`, `trigram_prob`, `pmi` of the target: see `NgramReference.baselines`.
-    - `whole_logprob`, `part_logprob_max`, `part_logprob_mean`: what `CriteriaScores.score` is made of.
+    - `whole_logprob`, `part_logprob_max`, `part_logprob_mean`: the terms of `CriteriaScores.score`.
 
     What could not be measured (no corpus, no embeddings, a prompt of one word) is NaN.
 
     Args:
-        sequences: A set whose table has the columns `prompt` and `target` (one word), as the idiom reader
-            gives; any set, with a tokenizer (the target is then the continuation's first word); or a table.
+        sequences: A set whose table has the columns `prompt` and `target` (one word), such as one read from
+            the idiom file; any set, with a tokenizer (the target is then the continuation's first word); or
+            a table.
         references: TransformerLens models, `NgramReference`s, or anything with a `name` and `answer`: one,
             a list, or a mapping from names. None of them may be the probed model.
-        probed: The model that is studied, or its name, so that it is not taken as a reference by mistake.
+        probed: The model that is studied, or its name, so that it is not used as a reference by mistake.
         options: How the criteria are tested.
-        corpus_counts: How often words occur in running text: for substitutes and common targets. By default
+        corpus_counts: How often words occur in running text, for substitutes and common targets. By default
             substitutes are matched on the frequencies in the given sequences.
         embeddings: A mapping from words to vectors, or a TransformerLens model whose token embeddings
             (without their mean and first principal direction) are averaged over a word's tokens.
         ngrams: For the baselines; by default the first `NgramReference` among the references.
         corpus: Token ids, or a counter such as `InfiniGram`, for `corpus_share`; needs `tokenizer`.
-        tokenizer: The corpus's, and the one that `sequences` without text columns are decoded with.
+        tokenizer: The corpus's tokenizer, which also decodes `sequences` without text columns.
         progress: Show a progress bar.
 
     Raises:
-        OptionError: No reference; the probed model is one, or gives the embeddings; more references must
-            agree than there are; a corpus without a tokenizer.
+        OptionError: No reference; the probed model is one, or gives the embeddings; `min_references` exceeds
+            their number; a corpus without a tokenizer.
         ColumnError: There are no columns `prompt` and `target`, and no tokenizer.
         SequenceError: An empty prompt, or a target that is not one word.
         EmptySetError: There are no sequences.
@@ -170,7 +171,7 @@ def score_criteria(
     if circular:
         warnings.warn("the probed model is among the references: it judges itself", stacklevel=2)
     edits, top1, logprob, passes = _ask(frame, found, corpus_counts, options, progress)
-    ngrams = ngrams or next((r.reference for r in found if isinstance(r.reference, NgramReference)), None)
+    ngrams = ngrams or next((r for r in found.values() if isinstance(r, NgramReference)), None)
     n = len(frame)
     kept = keeps(edits, top1, logprob, least=options.min_references, threshold=options.part_threshold)
     columns = {
@@ -182,7 +183,7 @@ def score_criteria(
     }
     settings = {
         **asdict(options),
-        "references": [r.name for r in found],
+        "references": list(found),
         "n_passes": passes,
         "n_prompts": len(edits.drop_duplicates(["prompt", "target"])),
         "probed_is_reference": circular,
@@ -222,17 +223,17 @@ def _frame(sequences: SequenceSet | pd.DataFrame, tokenizer: Tokenizer | None) -
 
 def _decoded(seqs: SequenceSet, tokenizer: Tokenizer) -> dict[str, list[str]]:
     """Return the text of the prefix and the first word of the continuation."""
-    pairs = list(zip(seqs.rows(), seqs.prefix_len.tolist(), strict=True))
-    after = [tokenizer.decode(row[n:]).split() for row, n in pairs]
+    prefixes, continuations = seqs.halves()
+    words = [tokenizer.decode(row).split() for row in continuations]
     return {
-        "prompt": [tokenizer.decode(row[:n]) for row, n in pairs],
-        "target": [words[0] if words else "" for words in after],
+        "prompt": [tokenizer.decode(row) for row in prefixes],
+        "target": [row[0] if row else "" for row in words],
     }
 
 
 def _check(
     options: CriteriaOptions,
-    references: Sequence[Named],
+    references: Mapping[str, Reference],
     embeddings: Any,
     probed: Any,
     corpus: Any,
@@ -245,17 +246,17 @@ def _check(
     if hasattr(embeddings, "W_E") and is_probed(embeddings, probed) and not options.allow_probed_reference:
         raise OptionError("the probed model gives the embeddings: give another's, or a mapping of vectors")
     if corpus is not None and tokenizer is None:
-        raise OptionError("corpus= needs tokenizer=: the one that its token ids are of")
+        raise OptionError("corpus= needs tokenizer=: the one that its token ids come from")
 
 
 def _ask(
     frame: pd.DataFrame,
-    references: Sequence[Named],
+    references: Mapping[str, Reference],
     counts: Mapping[str, float] | None,
     options: CriteriaOptions,
     progress: bool,
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray, dict[str, int]]:
-    """Put every question once to every reference: the edits, and `[reference, edit]` answers."""
+    """Ask every reference once about every edited prompt: the edits, and `[reference, edit]` answers."""
     prompts, targets = frame["prompt"].tolist(), frame["target"].tolist()
     own = word_counts([f"{p} {t}" for p, t in zip(prompts, targets, strict=True)])
     swaps = Swaps(counts or own, pool=options.pool, n=options.substitutes, seed=options.seed)
@@ -265,28 +266,30 @@ def _ask(
     which = asked.ngroup().to_numpy()
     unique = edits.iloc[np.unique(which, return_index=True)[1]]
     texts, words = unique["prompt"].tolist(), unique["target"].tolist()
-    asking = {"batch_size": options.batch_size, "progress": progress}
-    answers = [r.reference.answer(texts, words, **asking) for r in references]
-    top1 = np.stack([answer.top1 for answer in answers])[:, which]
-    logprob = np.stack([answer.logprob for answer in answers])[:, which]
-    return edits, top1, logprob, {r.name: a.n_passes for r, a in zip(references, answers, strict=True)}
+    answers = {
+        name: reference.answer(texts, words, batch_size=options.batch_size, progress=progress)
+        for name, reference in references.items()
+    }
+    top1 = np.stack([answer.top1 for answer in answers.values()])[:, which]
+    logprob = np.stack([answer.logprob for answer in answers.values()])[:, which]
+    return edits, top1, logprob, {name: answer.n_passes for name, answer in answers.items()}
 
 
 def _by_reference(
     frame: pd.DataFrame,
-    references: Sequence[Named],
+    references: Mapping[str, Reference],
     edits: pd.DataFrame,
     top1: np.ndarray,
     logprob: np.ndarray,
     options: CriteriaOptions,
 ) -> pd.DataFrame:
     parts, n = [], len(frame)
-    for i, reference in enumerate(references):
+    for i, name in enumerate(references):
         own = {"top1": top1[[i]], "logprob": logprob[[i]]}
         kept = keeps(edits, **own, least=1, threshold=options.part_threshold)
         columns = answer_columns(edits, **own, n=n, max_suffix=options.max_suffix)
         columns |= part_columns(edits, kept, n) | logprob_columns(edits, logprob[[i]], n)
-        parts.append(pd.DataFrame({"id": frame["id"], "reference": reference.name, **columns}))
+        parts.append(pd.DataFrame({"id": frame["id"], "reference": name, **columns}))
     return pd.concat(parts, ignore_index=True)
 
 

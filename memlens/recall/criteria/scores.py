@@ -1,4 +1,4 @@
-"""`CriteriaScores`: the sub-scores of the two criteria, one row per sequence, and what they decide."""
+"""`CriteriaScores`: the sub-scores of the two criteria, one row per sequence, and decisions from them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import pandas as pd
@@ -19,15 +19,23 @@ from memlens.results.statistics.agreement import agreement
 _SHOWN = ("id", "prompt", "target", "full_top1", "sufficient_suffix", "deletion_share", "context_share")
 
 
+class Limits(TypedDict, total=False):
+    """The thresholds of `CriteriaScores.violations`."""
+
+    max_deletion: float
+    max_substitution: float
+    max_similarity: float
+
+
 @dataclass(frozen=True, eq=False)
 class CriteriaScores:
-    """How far each sequence can only be recalled: sub-scores, and decisions at thresholds of your choice.
+    """To what extent each sequence can only be recalled: sub-scores, and decisions at chosen thresholds.
 
     Attributes:
-        table: One row per sequence: the columns that were given, then the sub-scores (see `score_criteria`).
+        table: One row per sequence: the given columns, then the sub-scores (see `score_criteria`).
         by_reference: One row per sequence and reference: the sub-scores of that reference alone.
-        edits: One row a question that was put: row, kind, prompt, the share of references that predict the
-            target (`top1`), whether that is enough (`kept`), mean log-probability (`logprob`, nats).
+        edits: One row per edited prompt: row, kind, prompt, the share of references that predict the target
+            (`top1`), whether that is enough (`kept`), mean log-probability (`logprob`, nats).
         settings: Every option, the references' names and their numbers of forward passes.
     """
 
@@ -42,15 +50,18 @@ class CriteriaScores:
     def violations(
         self, *, max_deletion: float = 0.0, max_substitution: float = 0.0, max_similarity: float = 0.75
     ) -> pd.DataFrame:
-        """Return, one column a kind of leak, whether a sequence has it.
+        """Return `id` and one column per kind of leak: whether the sequence has it.
 
         `suffix` (some last words suffice), `deletion` and `substitution` (more than the allowed share of
         edits keeps the target), `lexical`, `similar`, `common`. What was not measured is not a violation.
 
         Args:
             max_deletion: Share of single-word deletions that may keep the target.
-            max_substitution: The same of substitutions.
-            max_similarity: Highest cosine between target and a word of the prompt that is not a leak.
+            max_substitution: Share of substitutions that may keep the target.
+            max_similarity: Highest allowed cosine between the target and a word of the prompt.
+
+        Raises:
+            OptionError: A share outside [0, 1].
         """
         for name, value in {"max_deletion": max_deletion, "max_substitution": max_substitution}.items():
             if not 0 <= value <= 1:
@@ -69,43 +80,28 @@ class CriteriaScores:
     def passes(
         self,
         *,
-        max_deletion: float = 0.0,
-        max_substitution: float = 0.0,
-        max_similarity: float = 0.75,
         min_context: float = 0.9,
         min_corpus_share: float = 0.9,
         min_corpus_count: int = 5,
         min_known: float = 0.5,
+        **limits: Unpack[Limits],
     ) -> pd.DataFrame:
-        """Return which criteria each sequence passes: no violation was found.
+        """Return `id` and one boolean column per criterion: whether no violation was found.
 
-        - `irreducible`: no last words suffice, and no more than the allowed deletions and substitutions do.
-        - `no_leak`: the target or a form of it is not in the prompt, nor a word too similar.
-        - `single_target`: the target stays the prediction in at least `min_context` of the contexts (asked
-          only of sequences that the references know), and in the corpus at least `min_corpus_share` of the
-          prompt's occurrences go on with it (asked only where there are `min_corpus_count` of them).
+        - `irreducible`: no last words suffice, nor more than the allowed deletions and substitutions.
+        - `no_leak`: the prompt contains neither the target or a form of it, nor a word too similar.
+        - `single_target`: the target stays the prediction in at least `min_context` of the contexts (tested
+          only for sequences that the references know), and in the corpus at least `min_corpus_share` of the
+          prompt's occurrences are followed by it (tested only for `min_corpus_count` occurrences or more).
         - `uncommon_target`: a warning only; it is not part of `all`.
-        - `tested`: at least `min_known` of the references predict the target from the whole prompt. **Where
-          this is False, the references could not have found a violation of `irreducible` that rests on
-          knowing the sequence, and contexts were not asked of.**
+        - `tested`: at least the share `min_known` of the references predict the target from the whole prompt.
+          **Where this is False, the references could not have found a violation of `irreducible` that depends
+          on knowing the sequence, and contexts were not tested.**
         - `all`: irreducible, no leak and single target. For the strict reading take `all & tested`.
 
-        Args:
-            max_deletion: See `violations`.
-            max_substitution: See `violations`.
-            max_similarity: See `violations`.
-            min_context: Share of contexts that must keep the target.
-            min_corpus_share: See above.
-            min_corpus_count: See above.
-            min_known: Share of the references.
-
-        Returns:
-            `id` and one boolean column each.
+        The keywords `max_deletion`, `max_substitution` and `max_similarity` are those of `violations`.
         """
-        found = self.violations(
-            max_deletion=max_deletion, max_substitution=max_substitution, max_similarity=max_similarity
-        )
-        table = self.table
+        found, table = self.violations(**limits), self.table
         known = table["full_top1"] >= min_known
         counted = table["corpus_count"] >= min_corpus_count
         wavers = known & (table["context_share"] < min_context)
@@ -121,13 +117,13 @@ class CriteriaScores:
         return pd.DataFrame({"id": table["id"], **passed, "all": every})
 
     def score(self, *, part: str = "max") -> np.ndarray:
-        """Return one number a sequence, in nats: how much the whole prompt says that none of its parts does.
+        """Return one number per sequence, in nats: what the whole prompt says and none of its parts does.
 
         S = mean over the bare prompt and the prompt in each context of log p(target | prompt), minus the
         largest (`part="max"`) or mean (`part="mean"`) log p(target | part) over all suffixes, deletions and
         substitutions; log p is the mean over references. High for sequences that the references know, in
-        any context, and only whole; near 0 both for sequences of which a part suffices and for those that
-        the references do not know. "max" is the definition (one part that suffices is enough), "mean" is
+        any context, and only as a whole; near 0 both for sequences of which a part suffices and for those
+        that the references do not know. "max" is the definition (one sufficient part is enough), "mean" is
         less noisy. NaN for prompts of one word. Leaks and common targets are not part of it.
 
         Raises:
@@ -143,7 +139,7 @@ class CriteriaScores:
     def save(self, path: str | Path) -> Path:
         """Write the table to a parquet file, with the settings in its metadata (key `memlens`, JSON).
 
-        The edits are not in it: `scores.edits.to_parquet(...)` keeps them.
+        The edits are not in it; save them with `scores.edits.to_parquet(...)`.
         """
         from memlens.sequences.parquet import write_table
 
@@ -170,38 +166,34 @@ IDIOM_FLAGS: Mapping[str, str] = MappingProxyType(
         "guessable": "not hard_to_guess",
     }
 )
-"""The idiom file's flags and the decisions that stand for them. `frequent_target_ind` is False for common
-targets, against its name."""
+"""The idiom file's flags and the decisions that correspond to them. `frequent_target_ind` is False for common
+targets, despite its name."""
 
 
 def calibrate_criteria(
     scores: CriteriaScores,
     flags: Mapping[str, str] | None = None,
     *,
-    max_deletion: float = 0.0,
-    max_substitution: float = 0.0,
-    max_similarity: float = 0.75,
     level: float = 0.95,
     n_resamples: int = 2000,
     seed: int = 0,
+    **limits: Unpack[Limits],
 ) -> pd.DataFrame:
     """Return how well decisions agree with flags of the scored table: precision, recall, Cohen's kappa.
 
     Decisions are the columns of `CriteriaScores.violations` ("suffix", "deletion", "substitution",
     "lexical", "similar", "common"), and "part" (a suffix, or too many deletions or substitutions keep the
-    target), "leak" (lexical or similar), "guessable" (a suffix suffices, or a leak: what the file's
-    `hard_to_guess` denies), or any yes-or-no column of the table.
+    target), "leak" (lexical or similar), "guessable" (a suffix suffices, or a leak: the opposite of the
+    file's `hard_to_guess`), or any yes-or-no column of the table.
 
     Args:
-        scores: What `score_criteria` gave, of a table with the flags.
-        flags: From a decision to a flag's column, with "not " in front where the flag says the opposite; by
+        scores: What `score_criteria` returned for a table with the flags.
+        flags: From a decision to a flag's column, with "not " in front if the flag means the opposite; by
             default `IDIOM_FLAGS`, those of the idiom file.
-        max_deletion: See `CriteriaScores.violations`.
-        max_substitution: See `CriteriaScores.violations`.
-        max_similarity: See `CriteriaScores.violations`.
         level: Coverage of the intervals (bootstrap over sequences).
-        n_resamples: Of the bootstrap.
-        seed: Of the bootstrap.
+        n_resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
+        **limits: `max_deletion`, `max_substitution`, `max_similarity`: see `CriteriaScores.violations`.
 
     Returns:
         One row per pair: `decision`, `flag`, and the columns of `memlens.results.statistics.agreement`.
@@ -211,9 +203,7 @@ def calibrate_criteria(
 
     Source: ours; the flags are those of arXiv 2210.03588's data file.
     """
-    found = decisions(
-        scores, max_deletion=max_deletion, max_substitution=max_substitution, max_similarity=max_similarity
-    )
+    found = _decisions(scores, **limits)
     rows = []
     for decision, flag in (IDIOM_FLAGS if flags is None else flags).items():
         ours = _column(decision, found if decision in found else scores.table, [*found, *scores.table])
@@ -223,9 +213,9 @@ def calibrate_criteria(
     return pd.DataFrame(rows)
 
 
-def decisions(scores: CriteriaScores, **thresholds: float) -> pd.DataFrame:
-    """Return `CriteriaScores.violations` and what `calibrate_criteria` makes of them."""
-    found = scores.violations(**thresholds).drop(columns="id")
+def _decisions(scores: CriteriaScores, **limits: Unpack[Limits]) -> pd.DataFrame:
+    """Return `CriteriaScores.violations` and the decisions that combine them."""
+    found = scores.violations(**limits).drop(columns="id")
     part = found["suffix"] | found["deletion"] | found["substitution"]
     leak = found["lexical"] | found["similar"]
     return found.assign(part=part, leak=leak, guessable=found["suffix"] | leak)
@@ -246,7 +236,7 @@ Answers = Float[np.ndarray, "reference edit"]
 
 
 def mean_over_references(values: Answers) -> Float[np.ndarray, "edit"]:
-    """Return the mean over the references that could be asked; NaN where none could."""
+    """Return the mean over the references that could be asked; NaN if none could."""
     known = np.isfinite(values)
     with np.errstate(invalid="ignore"):
         return np.where(known, values, 0.0).sum(0) / known.sum(0)
@@ -257,8 +247,8 @@ def keeps(
 ) -> Float[np.ndarray, "edit"]:
     """Return 1 where at least `least` references still give the target, else 0; NaN where none was asked.
 
-    A reference gives the target where it is its prediction; after a part of the prompt (suffix, deletion,
-    substitution), where `threshold` is a number, where the target is more likely than that.
+    A reference gives the target if it is its prediction; or, after a part of the prompt (suffix, deletion,
+    substitution) and with a `threshold`, if the target is more likely than that.
     """
     gives = top1 == 1
     if threshold is not None:
@@ -276,7 +266,7 @@ def edit_share(edits: pd.DataFrame, values: np.ndarray, kinds: Collection[str], 
 
 
 def part_columns(edits: pd.DataFrame, kept: np.ndarray, n: int) -> dict[str, np.ndarray]:
-    """Return what follows from which edits keep the target: the shares, and the fewest last words."""
+    """Return the sub-scores that depend on which edits keep the target: shares, and fewest last words."""
     suffixes = ((edits["kind"] == "suffix") & (kept == 1)).to_numpy()
     rows, words = edits["row"].to_numpy(dtype=np.int64), edits["index"].to_numpy(dtype=float)
     return {
@@ -292,7 +282,7 @@ def part_columns(edits: pd.DataFrame, kept: np.ndarray, n: int) -> dict[str, np.
 def answer_columns(
     edits: pd.DataFrame, top1: Answers, logprob: Answers, n: int, max_suffix: int
 ) -> dict[str, np.ndarray]:
-    """Return what is said of the whole prompt and of each suffix, and the word that counts most."""
+    """Return the answers to the whole prompt and to each suffix, and the word that matters most."""
     share, mean = mean_over_references(top1), mean_over_references(logprob)
     probability = mean_over_references(np.exp(logprob))
     columns = {
@@ -318,7 +308,7 @@ def _crucial(edits: pd.DataFrame, mean: np.ndarray, full: np.ndarray) -> dict[st
 
 
 def logprob_columns(edits: pd.DataFrame, logprob: Answers, n: int) -> dict[str, np.ndarray]:
-    """Return what `CriteriaScores.score` is made of, in nats."""
+    """Return the terms of `CriteriaScores.score`, in nats."""
     mean = mean_over_references(logprob)
     parts = edits["kind"].isin(PARTS).to_numpy() & np.isfinite(mean)
     rows = edits["row"].to_numpy(dtype=np.int64)[parts]

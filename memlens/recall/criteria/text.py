@@ -1,7 +1,7 @@
-"""Prompts and targets as text: the questions for references, and the sub-scores that need no reference.
+"""Prompts and targets as text: the edited prompts for references, and the sub-scores without references.
 
-Questions are prompts with parts cut, swapped or put before; the sub-scores are lexical leaks, common targets,
-counts in a corpus and baselines.
+Edited prompts have parts cut, replaced or prepended; the sub-scores are lexical leaks, common targets, counts
+in a corpus and baselines.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from memlens.errors import SequenceError
 from memlens.recall.corpus.duplicates import Corpus, NgramCounter, count_ngrams
 from memlens.recall.criteria.ngrams import NgramReference
 from memlens.recall.criteria.references import target_rows
-from memlens.sequences.readers.tables import need_tokenizer
-from memlens.sequences.tokenizing import Tokenizer, encode
+from memlens.sequences.tokenizing import Tokenizer, encode, need_tokenizer
 from memlens.sequences.words import bare_word, is_stop_word, stem
 
 Edit = tuple[int, str, int, str, str, str]
-"""Row of the set, kind, number within the kind, the word touched, its replacement, the prompt."""
+"""Row of the set, kind, number within the kind, the word edited, its replacement, the prompt."""
 
 COLUMNS = ["row", "kind", "index", "word", "replacement", "prompt"]
 
@@ -38,9 +37,9 @@ def make_edits(
     swaps: Swaps,
     contexts: Mapping[str, Sequence[str]],
 ) -> pd.DataFrame:
-    """Return one row per question: `row`, `kind`, `index`, `word`, `replacement`, `prompt`, `target`.
+    """Return one row per edited prompt: `row`, `kind`, `index`, `word`, `replacement`, `prompt`, `target`.
 
-    Kinds: "full" (the prompt itself), "suffix" (`index` is how many last words are kept), "deletion" and
+    Kinds: "full" (the prompt itself), "suffix" (`index` is the number of last words kept), "deletion" and
     "substitution" (`index` is the word's place, from 0), and the names of `contexts` (`index` is the
     lead-in's place). A prompt of one word has no parts, so no suffix, deletion or substitution.
     """
@@ -76,17 +75,17 @@ def word_counts(texts: Sequence[str]) -> Counter[str]:
 
 
 class Swaps:
-    """Words of like frequency to put in a word's place.
+    """Substitutes for words, of similar frequency.
 
     The words are ranked by how often they occur; a word's substitutes are drawn from the `pool` above and
-    the `pool` below it that do not occur in the sequence. What is drawn depends on the seed, the sequence
-    and the word's place, not on the other sequences' order. Punctuation and capitals are the old word's.
+    the `pool` below it that do not occur in the sequence. The draw depends on the seed, the sequence and the
+    word's place, not on the other sequences. Substitutes take the word's punctuation and capitals.
 
     Args:
         counts: How often each word occurs.
-        pool: How many words above and below are candidates.
-        n: How many substitutes each word gets.
-        seed: Decides between candidates.
+        pool: Number of candidates above and below.
+        n: Number of substitutes for each word.
+        seed: Seed of the draw.
     """
 
     def __init__(self, counts: Mapping[str, float], *, pool: int, n: int, seed: int) -> None:
@@ -99,7 +98,7 @@ class Swaps:
         self._pool, self._n, self._seed = pool, n, seed
 
     def of(self, word: str, place: int, sequence: Sequence[str]) -> list[str]:
-        """Return the substitutes of the word at a place of a sequence; fewer where there are too few."""
+        """Return up to `n` substitutes of the word at a place of a sequence."""
         bare = bare_word(word)
         at = bisect_left(self._ranked, (self._counts[bare], crc32(bare.encode()), bare))
         taken = {bare_word(other) for other in sequence}
@@ -151,7 +150,7 @@ def corpus_columns(
     ngrams: NgramReference | None,
     progress: bool,
 ) -> dict[str, np.ndarray]:
-    """Return the columns of counts and of baselines; NaN where there is nothing to count in."""
+    """Return the columns of counts and of baselines; NaN without a corpus or n-grams."""
     prompts, targets = frame["prompt"].tolist(), frame["target"].tolist()
     columns = {name: np.full(len(frame), np.nan) for name in ("corpus_share", "corpus_count", *BASELINES)}
     if corpus is not None:
@@ -164,10 +163,8 @@ def corpus_columns(
 def _per_million(targets: Sequence[str], counts: Mapping[str, float] | None) -> np.ndarray:
     if counts is None:
         return np.full(len(targets), np.nan)
-    merged: dict[str, float] = {}
-    for word, count in counts.items():
-        merged[bare_word(word)] = merged.get(bare_word(word), 0.0) + count
-    return 1e6 * np.array([merged.get(bare_word(t), 0.0) for t in targets]) / sum(merged.values())
+    merged = pd.Series(counts, dtype=float).groupby(bare_word).sum()
+    return (1e6 * merged.reindex(map(bare_word, targets), fill_value=0.0) / merged.sum()).to_numpy()
 
 
 def _corpus_counts(
@@ -179,32 +176,22 @@ def _corpus_counts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return how often prompt and target, and the prompt alone, occur in the corpus.
 
-    Both at the beginning of a text and after a space, which many tokenizers tell apart.
+    Both at the beginning of a text and after a space, which many tokenizers encode differently.
     """
-    wanted: list[tuple[int, ...]] = []
-    owners: list[int] = []
-    n = len(prompts)
+    n, wanted = len(prompts), set[tuple[int, tuple[int, ...]]]()
     for lead in ("", " "):
-        led = [lead + prompt for prompt in prompts]
-        rows, prefix_len = target_rows(tokenizer, led, targets)
+        rows, prefix_len = target_rows(tokenizer, [lead + prompt for prompt in prompts], targets)
         halves = [row[:length] for row, length in zip(rows, prefix_len, strict=True)]
-        wanted += [tuple(row) for row in (*rows, *halves)]
-        owners += range(2 * n)
-    unique = sorted({(owner, ngram) for owner, ngram in zip(owners, wanted, strict=True) if ngram})
-    ngrams = [ngram for _, ngram in unique]
-    found = (
-        corpus.count_ngrams(ngrams, progress=progress)
-        if isinstance(corpus, NgramCounter)
-        else count_ngrams(ngrams, corpus, progress=progress)
-    )
-    totals = np.bincount([owner for owner, _ in unique], found, 2 * n)
+        wanted |= {(i, tuple(ngram)) for i, ngram in enumerate([*rows, *halves]) if ngram}
+    owners, ngrams = zip(*sorted(wanted), strict=True)
+    totals = np.bincount(owners, count_ngrams(ngrams, corpus, progress=progress), 2 * n)
     return totals[:n], totals[n:]
 
 
 def _similar(
     prompts: Sequence[Sequence[str]], targets: Sequence[str], embeddings: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the largest cosine of the target with a word of the prompt, and that word."""
+    """Return the largest cosine between the target and a word of the prompt, and that word."""
     best, words = np.full(len(targets), np.nan), np.full(len(targets), "", dtype=object)
     if embeddings is None:
         return best, words
@@ -227,17 +214,17 @@ def _unit_vectors(words: Sequence[str], embeddings: Any) -> dict[str, np.ndarray
         vectors = {word: np.asarray(embeddings[word], dtype=float) for word in words if word in embeddings}
     shapes = {vector.shape for vector in vectors.values()}
     if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
-        raise SequenceError(f"embeddings have vectors of the shapes {sorted(shapes)}: give lines of numbers")
+        raise SequenceError(f"embeddings have vectors of the shapes {sorted(shapes)}: give 1-D vectors")
     norms = {word: float(np.linalg.norm(vector)) for word, vector in vectors.items()}
     return {word: vector / norms[word] for word, vector in vectors.items() if norms[word] > 0}
 
 
 def _of_model(words: Sequence[str], model: Any) -> dict[str, np.ndarray]:
-    """Average a word's token embeddings, without what they have in common.
+    """Average a word's token embeddings, without what all of them share.
 
-    The mean over the vocabulary and the first principal direction are taken away ("all but the top", Mu and
-    Viswanath, arXiv 1702.01417, with one direction): the latter says mostly how frequent a token is, and
-    makes all frequent words alike.
+    The mean over the vocabulary and the first principal direction are removed ("all but the top", Mu and
+    Viswanath, arXiv 1702.01417, with one direction): the latter mostly encodes how frequent a token is, and
+    makes all frequent words similar.
     """
     matrix = _without_top(model.W_E.detach().float().cpu().numpy())
     rows = encode(need_tokenizer(model.tokenizer), [f" {word}" for word in words])

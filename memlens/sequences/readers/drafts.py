@@ -1,4 +1,4 @@
-"""From rows as read to a `SequenceSet`: columns, prefix lengths, rows left out, ids, the token in front."""
+"""From rows as read to a `SequenceSet`: columns, prefix lengths, rows left out, ids, `prepend_bos`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ID = ("id", "uid", "sequence_id", "index")
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of columns a caller gave; None: look for the usual names."""
+    """The column names that a caller gave; None: look for the usual names."""
 
     tokens: str | None = None
     prompt: str | None = None
@@ -35,10 +35,10 @@ class Columns:
 
 
 def find_column(frame: pd.DataFrame, given: str | None, usual: Sequence[str]) -> str | None:
-    """Return the given column, or the first usual one that is there, or None.
+    """Return the given column, or the first usual one that exists, or None.
 
     Raises:
-        ColumnError: The given column is not there.
+        ColumnError: The given column does not exist.
     """
     if given is None:
         return next((name for name in usual if name in frame), None)
@@ -49,12 +49,12 @@ def find_column(frame: pd.DataFrame, given: str | None, usual: Sequence[str]) ->
 
 
 def listing(frame: pd.DataFrame) -> str:
-    """Return the names of the columns there are, for an error message."""
+    """Return the names of a table's columns, for an error message."""
     return f"the columns are {', '.join(map(str, frame.columns)) or 'none'}"
 
 
 DEFAULT_PREFIX_LEN = 32
-"""Tokens given to the model where nothing else says: the 32 + 32 of published lists."""
+"""Tokens given to the model by default: published lists have 32 + 32."""
 
 _ROW = "__source_row__"
 
@@ -65,9 +65,9 @@ class Draft:
 
     Attributes:
         rows: Token ids, one list per row, or a 2-D array.
-        prefix_len: Tokens given to the model, one per row; None where the source does not say.
-        table: The other columns, and `text` where there is one.
-        attrs: What is known of the set.
+        prefix_len: Tokens given to the model, one number per row; None if the source does not say.
+        table: The other columns, and `text` if there is one.
+        attrs: What is known about the set.
     """
 
     rows: list[list[int]] | np.ndarray
@@ -77,9 +77,9 @@ class Draft:
 
 
 def with_prefix(draft: Draft, prefix_len: Any, seed: int = 0) -> Draft:
-    """Settle each row's prefix length: the caller's, else the source's, else `DEFAULT_PREFIX_LEN`.
+    """Set each row's prefix length: the caller's, else the source's, else `DEFAULT_PREFIX_LEN`.
 
-    "drawn" draws one for each row, from 1 to its length less 1.
+    "drawn" draws one for each row, from 1 to its length minus 1.
     """
     n = len(draft.rows)
     if isinstance(prefix_len, str) and prefix_len == "drawn":
@@ -96,12 +96,12 @@ def with_prefix(draft: Draft, prefix_len: Any, seed: int = 0) -> Draft:
 
 
 def check_ids(draft: Draft, d_vocab: int | None, tokenizer: Any) -> None:
-    """Refuse ids that no tokenizer gives, and warn of rows that seem to hold padding.
+    """Refuse ids outside the vocabulary, and warn of rows that seem to contain padding.
 
     Args:
         draft: Sequences as read.
-        d_vocab: Size of the model's vocabulary, if it is known.
-        tokenizer: Says which id is padding, if any.
+        d_vocab: Size of the model's vocabulary, if known.
+        tokenizer: Its padding token is looked for, if it has one of its own.
 
     Raises:
         VocabularyError: An id is negative or outside the vocabulary; names row and position.
@@ -133,19 +133,19 @@ def check_ids(draft: Draft, d_vocab: int | None, tokenizer: Any) -> None:
 
 
 def without_empty(draft: Draft) -> Draft:
-    """Leave out rows that hold nothing, with a warning and the attribute `empty_rows`."""
+    """Leave out empty rows, with a warning and the attribute `empty_rows`."""
     lengths = _lengths(draft)
     draft = replace(draft, table=draft.table.assign(**{_ROW: np.arange(len(lengths))}))
     empty = np.flatnonzero(lengths == 0)
     if not len(empty):
         return draft
-    warnings.warn(f"{len(empty)} rows are empty and are left out: rows {some(empty.tolist())}", stacklevel=3)
+    warnings.warn(f"{len(empty)} rows are empty and are left out: rows {some(empty.tolist())}", stacklevel=4)
     draft = replace(draft, attrs={**draft.attrs, "empty_rows": " ".join(map(str, empty))})
     return _kept(draft, lengths > 0)
 
 
 def without_short(draft: Draft, on_short: str) -> Draft:
-    """Leave out ("drop") sequences that are not longer than their prefix, or raise for the first."""
+    """Leave out sequences that are not longer than their prefix ("drop"), or raise for the first."""
     lengths, prefix_len = _lengths(draft), _prefix_lens(draft)
     source_rows = draft.table[_ROW].to_numpy()
     draft = replace(draft, table=draft.table.drop(columns=[_ROW]))
@@ -164,7 +164,7 @@ def without_short(draft: Draft, on_short: str) -> Draft:
 
 
 def named(draft: Draft, id_column: str | None) -> Draft:
-    """Give each row a unique id: the file's, with a suffix if several rows share one."""
+    """Give each row a unique id: the file's, with a suffix where several rows share one."""
     column = find_column(draft.table, id_column, ID)
     if column is None:
         return draft
@@ -173,9 +173,9 @@ def named(draft: Draft, id_column: str | None) -> Draft:
     if ids != names:
         repeated = [name for name, count in Counter(names).items() if count > 1]
         warnings.warn(
-            f"{len(names)} rows have {len(set(names))} ids: {some(repeated)} stand for more than one "
-            "sequence and are told apart by a suffix",
-            stacklevel=3,
+            f"{len(names)} rows have {len(set(names))} ids: {some(repeated)} belong to more than one "
+            "sequence and get a suffix",
+            stacklevel=4,
         )
     table = draft.table.drop(columns=["id"], errors="ignore")
     table.insert(0, "id", ids)
@@ -183,13 +183,16 @@ def named(draft: Draft, id_column: str | None) -> Draft:
 
 
 def assemble(draft: Draft, tokenizer: Any, max_targets: int | None, prepend_bos: bool) -> SequenceSet:
-    """Make the set: cut long continuations, decode missing texts, put the token in front if asked."""
+    """Make the set: cut long continuations, decode missing texts, prepend the beginning-of-text token."""
     rows, prefix_len, attrs = draft.rows, _prefix_lens(draft), dict(draft.attrs)
-    cut = False
+    table, cut = draft.table, False
     if max_targets is not None:
-        rows, cut = _shortened(rows, prefix_len, max_targets)
+        if max_targets < 1:
+            raise SequenceError(f"max_targets={max_targets}: keep at least one token of each continuation")
+        ends = prefix_len + max_targets
+        cut = bool((_lengths(draft) > ends).any())
+        rows = [list(row[:end]) for row, end in zip(rows, ends, strict=True)]
         attrs["max_targets"] = max_targets
-    table = draft.table
     if tokenizer is not None:
         attrs = {**tokenizer_attrs(tokenizer), **attrs}
         if len(rows) and ("text" not in table or cut):
@@ -204,8 +207,8 @@ def assemble(draft: Draft, tokenizer: Any, max_targets: int | None, prepend_bos:
         if has_one.any():
             warnings.warn(
                 f"{has_one.sum()} of {len(rows)} sequences begin with the beginning-of-text token ({first}) "
-                "already: no second one is put in front of them",
-                stacklevel=3,
+                "already: they get no second one",
+                stacklevel=4,
             )
         rows = [list(row) if has else [first, *row] for row, has in zip(rows, has_one, strict=True)]
         prefix_len = prefix_len + ~has_one
@@ -214,7 +217,7 @@ def assemble(draft: Draft, tokenizer: Any, max_targets: int | None, prepend_bos:
 
 
 def drop_eos(seqs: SequenceSet, tokenizer: Any) -> SequenceSet:
-    """Leave out sequences with an end-of-text token among their targets; `n_dropped_eos` says how many."""
+    """Leave out sequences with an end-of-text token among their targets; `n_dropped_eos` counts them."""
     dropped = eos_mask(seqs, getattr(tokenizer, "eos_token_id", None))
     return seqs[~dropped].with_attrs(n_dropped_eos=int(dropped.sum()))
 
@@ -235,44 +238,31 @@ def _kept(draft: Draft, keep: np.ndarray) -> Draft:
     return replace(draft, rows=rows, prefix_len=_prefix_lens(draft)[keep], table=table)
 
 
-def _shortened(
-    rows: list[list[int]] | np.ndarray, prefix_len: np.ndarray, max_targets: int
-) -> tuple[list[list[int]], bool]:
-    if max_targets < 1:
-        raise SequenceError(f"max_targets={max_targets}: keep at least one token of each continuation")
-    ends = (prefix_len + max_targets).tolist()
-    cut = any(len(row) > end for row, end in zip(rows, ends, strict=True))
-    return [list(row[:end]) for row, end in zip(rows, ends, strict=True)], cut
-
-
 def leave_out(
     table: pd.DataFrame, reasons: Mapping[str, Sequence[bool] | np.ndarray], what: str
 ) -> tuple[pd.DataFrame, dict[str, Attr]]:
-    """Return the rows for which no reason holds, and what was left out.
+    """Return the rows to which no reason applies, and what was left out.
 
-    A row that several reasons hold for counts under the first. The attributes are `n_left_out`, the number
-    of rows, and `left_out`, a line such as "2 object not last; 1 repeated".
+    A row counts under the first reason that applies. The attributes are `n_left_out`, the number of rows, and
+    `left_out`, such as "2 with several objects; 1 repeated".
 
     Args:
         table: One row per item.
-        reasons: For each reason, True where it holds.
+        reasons: For each reason, True where it applies.
         what: What a row is, in the plural, for the messages.
 
     Raises:
         EmptySetError: Nothing is left.
     """
     gone = np.zeros(len(table), dtype=bool)
-    counts: dict[str, int] = {}
+    counts: list[str] = []
     for reason, mask in reasons.items():
         new = np.asarray(mask, dtype=bool) & ~gone
         gone |= new
-        if new.any():
-            counts[reason] = int(new.sum())
-    if not counts:
-        return table.reset_index(drop=True), {"n_left_out": 0, "left_out": ""}
-    said = "; ".join(f"{count} {reason}" for reason, count in counts.items())
-    if gone.all():
+        counts += [f"{new.sum()} {reason}"] if new.any() else []
+    said = "; ".join(counts)
+    if counts and gone.all():
         raise EmptySetError(f"none of {len(table)} {what} can be used: {said}")
-    warnings.warn(f"{gone.sum()} of {len(table)} {what} are left out: {said}", stacklevel=6)
-    kept = table.iloc[np.flatnonzero(~gone)].reset_index(drop=True)
-    return kept, {"n_left_out": int(gone.sum()), "left_out": said}
+    if counts:
+        warnings.warn(f"{gone.sum()} of {len(table)} {what} are left out: {said}", stacklevel=6)
+    return table[~gone].reset_index(drop=True), {"n_left_out": int(gone.sum()), "left_out": said}

@@ -1,8 +1,8 @@
-"""The idiom file (IdioMem): idioms whose last word is to be recalled from the others.
+"""The idiom file (IdioMem): idioms whose last word is to be recalled from the words before it.
 
 Source: Haviv et al., "Understanding Transformer Memorization Recall Through Idioms", arXiv 2210.03588,
-section 2. The prompt is all but the last word; the target is the last word's first token (as in the
-study) or the whole word. Rows are keyed by prompt and target: the released file has 852 rows and 850 ids.
+section 2. The prompt is everything before the last word; the target is the last word's first token (as in
+the study) or the whole word. Prompt and target identify a row: the released file has 852 rows and 850 ids.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import pandas as pd
 from memlens.errors import ColumnError, SequenceError, check_option
 from memlens.sequences.readers.drafts import Draft
 from memlens.sequences.readers.registry import Request, register_form
-from memlens.sequences.readers.tables import need_tokenizer, texts_of
+from memlens.sequences.readers.tables import texts_of
 from memlens.sequences.set import SequenceSet, some
-from memlens.sequences.tokenizing import Tokenizer, encode, first_word_token, split_points
+from memlens.sequences.tokenizing import Tokenizer, encode_answers
 from memlens.sequences.words import bare_word, is_stop_word
 
 DEFINITIONS = frozenset(
@@ -36,11 +36,11 @@ DEFINITIONS = frozenset(
 
 DEFECTS = {
     "definition": "a dictionary definition, not an idiom",
-    "stop_word_prompt": "every word before the last is a stop word, which the study's own rule leaves out",
-    "shared_prompt": "another row has the same prompt, so that more than one target is right",
+    "stop_word_prompt": "every word before the last is a stop word, which the study's own rule excludes",
+    "shared_prompt": "another row has the same prompt, so more than one target is correct",
     "repeated_id": "another row of the file has the same id",
     "shared_ending": "another row has the same last three words: a near duplicate",
-    "placeholder": "holds a word that stands for any other (someone's, one's, something)",
+    "placeholder": "contains a placeholder word (someone's, one's, something)",
     "contradiction": "hard_to_guess is not the opposite of (prompt_comp_ind or similarity_ind)",
 }
 """What can be wrong with a row of the idiom file: the column that marks it, and why it matters."""
@@ -57,16 +57,16 @@ def _open_idioms(frame: pd.DataFrame, request: Request) -> Draft:
 
 
 def read_idioms(frame: pd.DataFrame, tokenizer: Tokenizer, *, target: str = "first_token") -> Draft:
-    """Return the sequences of an idiom table, every flag kept, its defects marked and warned of.
+    """Return the sequences of an idiom table, with all its flags; defects are marked, with a warning.
 
     The columns added are `prompt`, `target` (the last word), `n_words`, `text`, `source_id` (the id in the
     file; `id` is made unique), and one for each of `DEFECTS` (see `idiom_defects`).
 
     Args:
-        frame: One row an idiom; column `idiom`, and what else there is.
-        tokenizer: The model's.
+        frame: One row per idiom: the column `idiom`, and any others.
+        tokenizer: The model's tokenizer.
         target: "first_token": the sequence ends with the first token of the last word (with its leading
-            space where the tokenizer keeps it with the word); "word": with the whole word.
+            space, if the tokenizer keeps it with the word); "word": with the whole word.
 
     Raises:
         SequenceError: An idiom has fewer than two words.
@@ -75,27 +75,25 @@ def read_idioms(frame: pd.DataFrame, tokenizer: Tokenizer, *, target: str = "fir
     check_option("target", target, ["first_token", "word"])
     table = _without_repeats(_with_words(frame))
     _warn_of_defects(table)
-    rows = encode(need_tokenizer(tokenizer), table["text"].tolist())
-    starts = split_points(tokenizer, table["prompt"].tolist(), rows)
-    prefix_len = [first_word_token(tokenizer, row, s) for row, s in zip(rows, starts, strict=True)]
+    rows, prefix_len = encode_answers(tokenizer, table["prompt"].tolist(), table["text"].tolist())
     if target == "first_token":
         rows = [row[: start + 1] for row, start in zip(rows, prefix_len, strict=True)]
-    return Draft(rows, np.array(prefix_len, dtype=np.int64), table, {"target": target})
+    return Draft(rows, prefix_len, table, {"target": target})
 
 
 def idiom_defects(sequences: SequenceSet | pd.DataFrame) -> pd.DataFrame:
-    """Return what is wrong with the rows of an idiom file, one row per defect; no row is left out.
+    """Return what is wrong with the rows of an idiom file, one row per defect.
 
     Args:
-        sequences: What `load_sequences` gave for such a file, or its table.
+        sequences: What `load_sequences` returned for such a file, or its table.
 
     Returns:
-        `row` (place in the set), `id`, `text`, `defect` (a key of `DEFECTS`) and `why`; by defect, then row.
+        `row` (in the set), `id`, `text`, `defect` (a key of `DEFECTS`) and `why`, sorted by defect, then row.
 
     Raises:
         ColumnError: The set was not read from an idiom file.
 
-    Source: ours, of the data file of arXiv 2210.03588.
+    Source: ours, for the data file of arXiv 2210.03588.
     """
     table = sequences.table if isinstance(sequences, SequenceSet) else sequences
     missing = [name for name in DEFECTS if name not in table]
@@ -103,12 +101,12 @@ def idiom_defects(sequences: SequenceSet | pd.DataFrame) -> pd.DataFrame:
         raise ColumnError(
             f"the table has no column {missing[0]!r}: read the idiom file with memlens.load_sequences"
         )
-    parts = []
-    for defect, why in DEFECTS.items():
-        rows = np.flatnonzero(table[defect].to_numpy(dtype=bool))
-        part = table.iloc[rows][["id", "text"]].assign(row=rows, defect=defect, why=why)
-        parts.append(part[["row", "id", "text", "defect", "why"]])
-    return pd.concat(parts, ignore_index=True)
+    rows = table[["id", "text"]].reset_index(drop=True).rename_axis("row").reset_index()
+    marked = [
+        rows[table[defect].to_numpy(dtype=bool)].assign(defect=defect, why=why)
+        for defect, why in DEFECTS.items()
+    ]
+    return pd.concat(marked, ignore_index=True)
 
 
 def _with_words(frame: pd.DataFrame) -> pd.DataFrame:
@@ -148,7 +146,7 @@ def _with_defects(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _all_stop(word: str) -> bool:
-    """A comma or another sign next to a word is a token of its own, and not a stop word."""
+    """Punctuation next to a word is a token of its own, and not a stop word."""
     return is_stop_word(word) and bare_word(word) == word.lower().replace("’", "'")
 
 
@@ -156,10 +154,8 @@ def _without_repeats(table: pd.DataFrame) -> pd.DataFrame:
     repeated = table.duplicated(["prompt", "target"])
     if repeated.any():
         texts = table.loc[repeated, "text"].tolist()
-        warnings.warn(
-            f"{len(texts)} idioms stand in the file again and are left out: {some(texts)}", stacklevel=6
-        )
-    return _with_defects(table.iloc[np.flatnonzero(~repeated)].reset_index(drop=True))
+        warnings.warn(f"{len(texts)} repeated idioms are left out: {some(texts)}", stacklevel=6)
+    return _with_defects(table[~repeated].reset_index(drop=True))
 
 
 _WARNED = (
@@ -167,7 +163,7 @@ _WARNED = (
     ("contradiction", "contradict hard_to_guess = not (prompt_comp_ind or similarity_ind)", 5),
     ("stop_word_prompt", "have only stop words before the target (column 'stop_word_prompt')", 5),
 )
-"""Defects that are warned of: column, what it says of the rows, how many are named."""
+"""Defects that cause a warning: column, what is wrong with the rows, how many of them are named."""
 
 
 def _warn_of_defects(table: pd.DataFrame) -> None:

@@ -1,6 +1,6 @@
 """`fact_sequences` and `identifier_sequences`: facts about the world, as prompts and targets.
 
-An identifier (a name's number, say) is stated by a template, and the continuation is the whole identifier.
+A template states an identifier (such as a person's number), and the continuation is the whole identifier.
 Identifiers are text: leading zeros are kept.
 """
 
@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from memlens.errors import ColumnError, OptionError, SequenceError, near_matches
+from memlens.errors import OptionError, SequenceError
 from memlens.sequences.readers.cloze import ClozeOptions, read_clozes
-from memlens.sequences.readers.drafts import ID, Draft, leave_out, listing
+from memlens.sequences.readers.drafts import ID, Draft, find_column, leave_out
 from memlens.sequences.readers.load import settle
 from memlens.sequences.readers.registry import Request, read_file, register_form
-from memlens.sequences.readers.tables import need_tokenizer, texts_of
+from memlens.sequences.readers.tables import texts_of
 from memlens.sequences.set import SequenceSet
-from memlens.sequences.tokenizing import Tokenizer, encode, first_word_token, split_points
+from memlens.sequences.tokenizing import Tokenizer, encode_answers
 
 
 def fact_sequences(
@@ -42,16 +41,16 @@ def fact_sequences(
 ) -> SequenceSet:
     """Load facts as cloze sentences with the object last: the prompt is the text before it.
 
-    Records are in the form of the LAMA probes: `masked_sentences` (a list) or `masked_sentence`, with
-    `[MASK]`, or `template` with `[X]` and `[Y]`; `obj_label`, and where there are `sub_label` and
-    `predicate_id` or `relation`. What cannot be used is left out, with one warning and the attributes
-    `n_left_out` and `left_out`: see `memlens.sequences.readers.cloze.read_clozes`, also for the columns.
+    Records have the form of the LAMA probes: `masked_sentences` (a list) or `masked_sentence`, with
+    `[MASK]`, or `template` with `[X]` and `[Y]`; `obj_label`; optionally `sub_label` and `predicate_id` or
+    `relation`. Unusable records are left out, with one warning and the attributes `n_left_out` and
+    `left_out`; see `memlens.sequences.readers.cloze.read_clozes`, which also describes the columns.
 
     Args:
         source: A `.jsonl`, `.csv` or `.parquet` file, or a table.
-        model: A TransformerLens model; its tokenizer reads the text.
-        template: For records that hold no sentence: one for all ("[X] was born in [Y] ."), or a mapping
-            from relations to templates.
+        model: A TransformerLens model; its tokenizer encodes the text.
+        template: For records without a sentence: one template for all ("[X] was born in [Y] ."), or a
+            mapping from relations to templates.
         subject_column: The column of subjects.
         object_column: The column of objects.
         relation_column: The column of relations (default: predicate_id, relation or pred).
@@ -59,11 +58,11 @@ def fact_sequences(
         one_token: Leave out objects of several tokens.
         keep_ambiguous: Keep subjects that have several objects in one relation (column `ambiguous`).
         tokenizer: Used instead of the model's.
-        prepend_bos: Put a beginning-of-text token in front of every sequence.
+        prepend_bos: Prepend a beginning-of-text token to every sequence.
         name: A name for the set.
 
     Returns:
-        One sequence a fact; columns `prompt`, `target`, `subject`, `relation`, `object_in_subject`, ….
+        One sequence per fact; columns `prompt`, `target`, `subject`, `relation`, `object_in_subject`, ….
 
     Raises:
         ColumnError: A column is missing.
@@ -97,27 +96,29 @@ def identifier_sequences(
     prepend_bos: bool = False,
     name: str | None = None,
 ) -> SequenceSet:
-    """Load (label, identifier) pairs: the prompt says the label, the continuation is the whole identifier.
+    """Load (label, identifier) pairs: the prompt contains the label, the continuation is the identifier.
+
+    Pairs that repeat, and labels with several identifiers under one template, are left out with one warning.
 
     Args:
-        source: A `.csv`, `.jsonl` or `.parquet` file, or a table. Identifiers are text: a file's leading
-            zeros are kept. Further columns (`frequency`, `popularity`, …) stay in the table.
-        model: A TransformerLens model; its tokenizer reads the text.
+        source: A `.csv`, `.jsonl` or `.parquet` file, or a table. Further columns (`frequency`,
+            `popularity`, …) stay in the table.
+        model: A TransformerLens model; its tokenizer encodes the text.
         template: The template of a pair, with `{label}`, and `{identifier}` last. Default: the table's column
             `template`, else "The number of {label} is {identifier}".
         label_column: The column of labels.
         identifier_column: The column of identifiers.
         tokenizer: Used instead of the model's.
-        prepend_bos: Put a beginning-of-text token in front of every sequence.
+        prepend_bos: Prepend a beginning-of-text token to every sequence.
         name: A name for the set.
 
     Returns:
-        One sequence per pair; columns `prompt`, `target`, `label`, `identifier`, ….
+        One sequence per pair; columns `text`, `prompt`, `target` (the identifier), `label`, `identifier`, ….
 
     Raises:
         ColumnError: A column is missing.
-        OptionError: The template lacks a place, or the identifier is not last in it.
-        SequenceError: A label or identifier is empty, or not text.
+        OptionError: A template lacks one of the two, or the identifier is not last in it.
+        SequenceError: A label is empty, or an identifier is empty or neither text nor a whole number.
         EmptySetError: Nothing is left.
 
     >>> import memlens as ml
@@ -127,15 +128,14 @@ def identifier_sequences(
     >>> seqs.texts, model.to_string(seqs.target_ids[0])
     (['Call the mill at 0417'], '0417')
     """
-    options = IdentifierOptions(template, label_column, identifier_column)
     frame, origin = _frame(source, as_text=(identifier_column,))
     reader = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
-    draft = read_identifiers(frame, reader, options)
+    draft = _read_identifiers(_pairs(frame, template, label_column, identifier_column), reader)
     return settle(draft, model, reader, origin, prepend_bos=prepend_bos, name=name)
 
 
 def _frame(source: str | Path | pd.DataFrame, as_text: tuple[str, ...] = ()) -> tuple[pd.DataFrame, str]:
-    """Return a table and the name of where it is from."""
+    """Return a table and the name of its source."""
     if isinstance(source, pd.DataFrame):
         return source.reset_index(drop=True), "DataFrame"
     content, _ = read_file(Path(source).expanduser(), as_text=as_text)
@@ -150,81 +150,35 @@ IDENTIFIER_TEMPLATE = "The number of {label} is {identifier}"
 _TEMPLATE = re.compile(r"(?s)(.*\S)\s*\{identifier\}\W*")
 
 
-@dataclass(frozen=True)
-class IdentifierOptions:
-    """How identifiers are read: the arguments of `identifier_sequences`.
-
-    Raises:
-        OptionError: The template lacks a place, or the identifier is not last in it.
-    """
-
-    template: str | None = None
-    label_column: str = "label"
-    identifier_column: str = "identifier"
-
-    def __post_init__(self) -> None:
-        if self.template is not None:
-            _lead(self.template)
-
-
-def holds_identifiers(frame: pd.DataFrame) -> bool:
-    """Tell whether a table's columns are those of identifiers."""
-    return "label" in frame and "identifier" in frame
-
-
-@register_form("identifiers", holds_identifiers)
+@register_form("identifiers", lambda frame: "label" in frame and "identifier" in frame)
 def _open_identifiers(frame: pd.DataFrame, request: Request) -> Draft:
-    return read_identifiers(frame, request.tokenizer)
+    return _read_identifiers(_pairs(frame, None, "label", "identifier"), request.tokenizer)
 
 
-def read_identifiers(
-    frame: pd.DataFrame, tokenizer: Tokenizer, options: IdentifierOptions | None = None
-) -> Draft:
-    """Return the sequences of a table of identifiers.
-
-    Pairs that repeat, and labels with several identifiers under one template, are left out with one warning.
-    The columns added are `text`, `prompt`, `target` (the identifier), `label` and `identifier`; all others
-    (`frequency`, `popularity`, …) are kept.
-
-    Args:
-        frame: One row per pair.
-        tokenizer: The model's.
-        options: See `IdentifierOptions`.
-
-    Raises:
-        ColumnError: A column is missing.
-        OptionError: A template lacks a place, or the identifier is not last in it.
-        SequenceError: A label is empty, or an identifier is empty or no text or whole number.
-        EmptySetError: Nothing is left.
-    """
-    options = options or IdentifierOptions()
-    table = _pairs(frame, options)
+def _read_identifiers(table: pd.DataFrame, tokenizer: Tokenizer) -> Draft:
     several = table.groupby("prompt")["target"].transform("nunique").to_numpy() > 1
     reasons = {
         "repeated": table.duplicated(["prompt", "target"]).to_numpy(),
         "with several identifiers for their label": several,
     }
     table, attrs = leave_out(table, reasons, "pairs")
-    rows = encode(need_tokenizer(tokenizer), table["text"].tolist())
-    starts = split_points(tokenizer, table["prompt"].tolist(), rows)
-    prefix_len = [first_word_token(tokenizer, row, start) for row, start in zip(rows, starts, strict=True)]
-    return Draft(rows, np.array(prefix_len, dtype=np.int64), table, attrs)
+    rows, prefix_len = encode_answers(tokenizer, table["prompt"].tolist(), table["text"].tolist())
+    return Draft(rows, prefix_len, table, attrs)
 
 
-def _pairs(frame: pd.DataFrame, options: IdentifierOptions) -> pd.DataFrame:
-    for name in (options.label_column, options.identifier_column):
-        if name not in frame:
-            hint = near_matches(name, map(str, frame.columns))
-            raise ColumnError(f"there is no column {name!r}: {listing(frame)}.{hint}")
-    labels = [label.strip() for label in texts_of(frame, options.label_column)]
-    identifiers = [_text(value, row) for row, value in enumerate(frame[options.identifier_column].tolist())]
+def _pairs(frame: pd.DataFrame, template: str | None, label_column: str, number_column: str) -> pd.DataFrame:
+    """Return the table with `text`, `prompt`, `target`, `label`, `identifier` and `template`."""
+    for name in (label_column, number_column):
+        find_column(frame, name, ())
+    labels = [label.strip() for label in texts_of(frame, label_column)]
+    identifiers = [_text(value, row) for row, value in enumerate(frame[number_column].tolist())]
     for row, label in enumerate(labels):
         if not label:
             raise SequenceError(f"row {row} has an empty label: give each identifier one, or leave it out")
-    own = texts_of(frame, "template") if "template" in frame and options.template is None else None
-    templates = own or [options.template or IDENTIFIER_TEMPLATE] * len(frame)
+    own = texts_of(frame, "template") if "template" in frame and template is None else None
+    templates = own or [IDENTIFIER_TEMPLATE if template is None else template] * len(frame)
     prompts = [_lead(text).replace("{label}", label) for text, label in zip(templates, labels, strict=True)]
-    given = [options.label_column, options.identifier_column, "text", "prompt", "target", "template"]
+    given = [label_column, number_column, "text", "prompt", "target", "template"]
     table = frame.drop(columns=given, errors="ignore").reset_index(drop=True)
     table = table.assign(
         text=[f"{prompt} {number}" for prompt, number in zip(prompts, identifiers, strict=True)],
@@ -243,14 +197,14 @@ def _lead(template: str) -> str:
     found = _TEMPLATE.fullmatch(template)
     if found is None or "{label}" not in found[1]:
         raise OptionError(
-            f"the template {template!r} does not say a label and then its identifier: write it like "
+            f"the template {template!r} does not contain a label and then its identifier: write it like "
             f"{IDENTIFIER_TEMPLATE!r}, with the identifier last"
         )
     return found[1]
 
 
 def _text(value: Any, row: int) -> str:
-    """Return an identifier as text: text as it is, whole numbers in digits."""
+    """Return an identifier as text: text unchanged, whole numbers in digits."""
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, str) and value.strip():

@@ -64,15 +64,15 @@ def load_sequences(
     - `("prefix.npy", "suffix.npy")`: two such files whose rows are the two halves of each sequence, such as
       `train_prefix.npy` and `train_suffix.npy` of the lm-extraction-benchmark.
     - `"x.jsonl"`, `"x.csv"`, `"x.parquet"`, a DataFrame, a Hugging Face dataset, a dictionary of columns (a
-      tokenizer's output), a list of records: a column of token ids, without what its column `attention_mask`
-      marks as padding; or prompts and continuations; or texts; or the idiom file (a column `idiom`); or cloze
-      records in the form of the LAMA probes (see `fact_sequences`); or identifiers (columns `label` and
-      `identifier`; see `identifier_sequences`).
+      tokenizer's output), a list of records: a column of token ids (without what a column `attention_mask`
+      marks as padding); or prompts and continuations; or texts; or the idiom file (a column `idiom`); or
+      cloze records in the form of the LAMA probes (see `fact_sequences`); or identifiers (columns `label`
+      and `identifier`; see `identifier_sequences`).
     - `"hf:NAME"` or `"hf:NAME:SPLIT"`: `datasets.load_dataset(NAME, split=split)`, such as
       EleutherAI/pythia-memorized-evals.
-    - `"zoo"`, `"zoo/NAME"`: the list of planted sequences that is shipped with a model of the zoo;
-      `"zoo:LIST"`, `"zoo/NAME:LIST"`: another of its lists: `expressions`, `facts`, `identifiers`, or
-      `heldout` (rows kept out of training in which no document ends).
+    - `"zoo"`, `"zoo/NAME"`: the planted sequences that come with a model of the zoo; `"zoo:LIST"`,
+      `"zoo/NAME:LIST"`: another of its lists: `expressions`, `facts`, `identifiers`, or `heldout` (rows kept
+      out of training in which no document ends).
     - A list or generator of strings, of lists of ids, or of pairs of a prompt and its continuation (two
       strings, or two lists of ids); a 2-D array or tensor; a `SequenceSet`.
 
@@ -81,30 +81,30 @@ def load_sequences(
 
     Args:
         source: See above.
-        model: A TransformerLens model; its tokenizer reads text, and its vocabulary and context are what
-            the sequences are checked against.
-        prefix_len: Number of tokens given to the model, one for all or one per sequence. By default the
-            source's own (a column `prefix_len`, or where the prompt ends), else 32. "drawn": drawn uniformly
-            from the positions inside each sequence, with `seed`.
+        model: A TransformerLens model; its tokenizer encodes text, and the sequences are checked against
+            its vocabulary and context.
+        prefix_len: Number of tokens given to the model, one number for all or one per sequence. By default
+            the source's own (a column `prefix_len`, or where the prompt ends), else 32. "drawn": drawn
+            uniformly from the positions inside each sequence, with `seed`.
         max_targets: Keep at most this many tokens of each continuation.
         tokenizer: Used instead of the model's.
-        prepend_bos: Put a beginning-of-text token in front of every sequence that does not begin with one. It
-            is part of the prefix, in addition to `prefix_len`. Training windows have none, hence the default.
+        prepend_bos: Prepend a beginning-of-text token to every sequence that does not begin with one. It is
+            part of the prefix, in addition to `prefix_len`. Training windows have none, hence the default.
         text_column: The column of texts (default: text, sequence, content or sentence).
         prompt_column: The column of prompts (default: prompt, prefix or context).
         continuation_column: The column of continuations (default: continuation, suffix, target or
-            completion). The boundary is set by `memlens.sequences.tokenizing.split_points`.
+            completion). See `memlens.sequences.tokenizing.split_points` for the boundary.
         tokens_column: The column of token ids (default: tokens, input_ids or token_ids).
-        id_column: The column of names (default: id, uid, sequence_id or index). Names that repeat are told
-            apart by a suffix, with a warning.
+        id_column: The column of names (default: id, uid, sequence_id or index). Repeated names get a suffix,
+            with a warning.
         target: For the idiom file and cloze records: "first_token" of the last word, or the whole "word".
-        on_eos: A continuation holds an end-of-text token: "raise" (needs the model), "drop" the sequence, or
-            "keep" it.
-        on_short: A sequence is not longer than its prefix: "raise" or "drop".
+        on_eos: What to do if a continuation contains an end-of-text token: "raise" (needs the model), "drop"
+            the sequence, or "keep" it.
+        on_short: What to do if a sequence is not longer than its prefix: "raise" or "drop".
         split: The split of a Hugging Face dataset.
         limit: Read at most this many rows.
         name: A name for the set, kept in its attributes.
-        check_tokenizer: Refuse a set that another tokenizer made (if the set records one).
+        check_tokenizer: Refuse a set made with another tokenizer (if the set records one).
         seed: For drawn prefix lengths.
 
     Returns:
@@ -112,11 +112,11 @@ def load_sequences(
 
     Raises:
         SourceNotFoundError: No such file, dataset or zoo list.
-        FileFormatError: A file is not what its name says.
+        FileFormatError: A file's content does not fit its name.
         ColumnError: A column is missing.
         EmptySetError: Nothing is left.
         VocabularyError: A token id is negative or outside the vocabulary, or another tokenizer made the set.
-        SequenceError: A sequence is too short, too long or holds an end-of-text token.
+        SequenceError: A sequence is too short, too long or contains an end-of-text token.
 
     >>> load_sequences([[3, 1, 4, 1, 5], [9, 2, 6]], prefix_len=2)
     SequenceSet(2 sequences, prefix 2, continuation 1-3 tokens, from list)
@@ -130,19 +130,23 @@ def load_sequences(
     draft = _read(opened.content, columns, request)
     check_ids(draft, getattr(getattr(model, "cfg", None), "d_vocab", None), tokenizer)
     attrs = {**opened.attrs, **draft.attrs}
-    attrs = {**attrs, "source": attrs.get("source", opened.origin), "on_eos": on_eos}
-    draft = with_prefix(replace(draft, attrs=attrs), prefix_len, seed)
-    draft = named(without_short(without_empty(draft), on_short), columns.id)
-    seqs = assemble(draft, tokenizer, max_targets, prepend_bos)
-    seqs = drop_eos(seqs, tokenizer) if on_eos == "drop" else seqs
-    seqs = seqs.with_attrs(name=name) if name else seqs
-    if model is not None:
-        _check(seqs, model, tokenizer, on_eos=on_eos, check_tokenizer=check_tokenizer)
-    return seqs
+    return settle(
+        with_prefix(replace(draft, attrs=attrs), prefix_len, seed),
+        model,
+        tokenizer,
+        str(attrs.get("source", opened.origin)),
+        prepend_bos=prepend_bos,
+        name=name,
+        max_targets=max_targets,
+        id_column=columns.id,
+        on_eos=on_eos,
+        on_short=on_short,
+        check_tokenizer=check_tokenizer,
+    )
 
 
 def _read(content: Any, columns: Columns, request: Request) -> Draft:
-    """Return the sequences in what a source holds, tokenized if they are text."""
+    """Return the sequences in a source's content, tokenized if they are text."""
     limit = request.limit
     content = as_frame_or_rows(content, limit)
     if not isinstance(content, pd.DataFrame):
@@ -151,34 +155,34 @@ def _read(content: Any, columns: Columns, request: Request) -> Draft:
     frame = content if limit is None else content.head(limit)
     frame = frame.drop(columns=["__index_level_0__"], errors="ignore").reset_index(drop=True)
     if not (columns.tokens or columns.text or columns.prompt or any(name in frame for name in TOKENS)):
-        form = next((form for form in FORMS.values() if form.accepts(frame)), None)
-        if form is not None:
-            return form.read(frame, request)
+        for accepts, read_form in FORMS.values():
+            if accepts(frame):
+                return read_form(frame, request)
     return read_frame(frame, columns, request.tokenizer)
 
 
 def settle(
-    draft: Draft, model: Any, tokenizer: Any, source: str, *, prepend_bos: bool, name: str | None
+    draft: Draft,
+    model: Any,
+    tokenizer: Any,
+    source: str,
+    *,
+    prepend_bos: bool,
+    name: str | None,
+    max_targets: int | None = None,
+    id_column: str | None = None,
+    on_eos: str = "raise",
+    on_short: str = "raise",
+    check_tokenizer: bool = True,
 ) -> SequenceSet:
-    """Make a set from a draft with known prefix lengths, and check that it fits the model.
-
-    Args:
-        draft: As a reader gives it.
-        model: A TransformerLens model, or None.
-        tokenizer: What made the draft.
-        source: Its name.
-        prepend_bos: Put a beginning-of-text token in front.
-        name: A name for the set, or None.
-    """
-    attrs = {**draft.attrs, "source": source, "on_eos": "raise", **({"name": name} if name else {})}
-    draft = without_short(without_empty(replace(draft, attrs=attrs)), "raise")
-    seqs = assemble(named(draft, None), tokenizer, None, prepend_bos)
-    if model is not None:
-        _check(seqs, model, tokenizer, on_eos="raise", check_tokenizer=True)
-    return seqs
-
-
-def _check(seqs: SequenceSet, model: Any, tokenizer: Any, *, on_eos: str, check_tokenizer: bool) -> None:
+    """Make a set from a draft, and check that it fits the model; see `load_sequences` for the arguments."""
+    draft = replace(draft, attrs={**draft.attrs, "source": source, "on_eos": on_eos})
+    draft = named(without_short(without_empty(draft), on_short), id_column)
+    seqs = assemble(draft, tokenizer, max_targets, prepend_bos)
+    seqs = drop_eos(seqs, tokenizer) if on_eos == "drop" else seqs
+    seqs = seqs.with_attrs(name=name) if name else seqs
+    if model is None:
+        return seqs
     report = check_sequences(
         seqs,
         model,
@@ -191,10 +195,11 @@ def _check(seqs: SequenceSet, model: Any, tokenizer: Any, *, on_eos: str, check_
             f"{len(report.duplicates)} sequences repeat an earlier one: {some(report.duplicates)}",
             stacklevel=3,
         )
-    _log.info("%s: %s", seqs.attrs.get("source"), report)
+    _log.info("%s: %s", source, report)
+    return seqs
 
 
-@register_source("hf", "a dataset of the hub", lambda s: isinstance(s, str) and s.startswith("hf:"))
+@register_source("hf", lambda s: isinstance(s, str) and s.startswith("hf:"))
 def _open_hub(source: str, request: Request) -> Opened:
     """Open "hf:NAME" or "hf:NAME:SPLIT"."""
     import datasets
@@ -212,7 +217,7 @@ def _open_hub(source: str, request: Request) -> Opened:
         ) from error
 
 
-@register_source("set", "a SequenceSet", lambda s: isinstance(s, SequenceSet))
+@register_source("set", lambda s: isinstance(s, SequenceSet))
 def _open_set(source: SequenceSet, _: Request) -> Opened:
     frame = source.table.assign(tokens=source.rows(), prefix_len=source.prefix_len.numpy())
     return Opened(frame, "SequenceSet", dict(source.attrs))
@@ -230,7 +235,7 @@ def as_frame_or_rows(content: Any, limit: int | None) -> pd.DataFrame | np.ndarr
         return _dataset_frame(content, limit)
     if isinstance(content, Mapping):
         return _mapping_frame(content)
-    if isinstance(content, Tensor | np.ndarray) and not _is_text(content):
+    if isinstance(content, Tensor | np.ndarray) and getattr(content.dtype, "kind", "") not in ("U", "O"):
         return _integer_array(content)
     if isinstance(content, str | bytes | set | frozenset | io.IOBase) or not isinstance(content, Iterable):
         raise SequenceError(
@@ -263,14 +268,10 @@ def _listed(rows: list[Any]) -> pd.DataFrame | list[list[int]]:
     return _id_rows(rows)
 
 
-def _is_text(content: Any) -> bool:
-    return isinstance(content, np.ndarray) and content.dtype.kind in "UO"
-
-
 def _dataset_frame(dataset: Any, limit: int | None) -> pd.DataFrame:
     if not hasattr(dataset, "select"):
         if limit is None:
-            raise SequenceError("a streamed dataset has no end: say how many rows to read with limit=")
+            raise SequenceError("a streamed dataset has no end: give the number of rows to read with limit=")
         return pd.DataFrame(list(islice(dataset, limit)))
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))

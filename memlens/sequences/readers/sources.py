@@ -1,11 +1,11 @@
-"""What `.npy`, `.jsonl`, `.csv` and `.parquet` files and the zoo's lists hold, before any tokenizing."""
+"""The content of `.npy`, `.jsonl`, `.csv` and `.parquet` files and of the zoo's lists, before tokenizing."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -17,19 +17,27 @@ from memlens.sequences.readers.registry import Opened, Request, read_file, regis
 from memlens.sequences.tokenizing import tokenizer_attrs
 
 
-@register_file(".npy", "a NumPy array")
+@register_file(".npy")
 def _read_npy(path: Path, _: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise FileFormatError(f"{path} is not a .npy file of numbers: {error}") from error
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
-        what = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "an archive"
-        raise FileFormatError(f"{path} holds {what}: sequences are a two-dimensional array of integers")
+    array = load_array(path)
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
+        what = f"{array.dtype} of shape {array.shape}"
+        raise FileFormatError(f"{path} contains {what}: sequences are a two-dimensional array of integers")
     return array, {}
 
 
-@register_file(".jsonl", "JSON lines")
+def load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    """Return the array in a `.npy` file, or raise `FileFormatError` if it contains anything else."""
+    try:
+        array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive")
+    except (ValueError, EOFError, OSError) as error:
+        raise FileFormatError(f"{path} is not a .npy file of numbers: {error}") from error
+    return array
+
+
+@register_file(".jsonl")
 def _read_jsonl(path: Path, _: Sequence[str]) -> tuple[list[Any] | pd.DataFrame, dict[str, Any]]:
     values = [value for _, value in json_lines(path)]
     kinds = {type(v) for v in values}
@@ -64,7 +72,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             ) from error
 
 
-@register_file(".csv", "a comma-separated table")
+@register_file(".csv")
 def _read_csv(path: Path, as_text: Sequence[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
     try:
         # Texts such as "NA" and "null" are texts, so only empty cells count as missing.
@@ -76,13 +84,13 @@ def _read_csv(path: Path, as_text: Sequence[str]) -> tuple[pd.DataFrame, dict[st
         raise FileFormatError(f"{path} is not a comma-separated table of UTF-8 text: {error}") from error
 
 
-@register_file(".parquet", "a parquet file")
+@register_file(".parquet")
 def _read_parquet(path: Path, _: Sequence[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
     return read_table(path)
 
 
 def is_pair(source: Any) -> bool:
-    """Whether a source is a tuple or list of two `.npy` files.
+    """Return whether a source is a tuple or list of two `.npy` files.
 
     >>> is_pair(("train_prefix.npy", "train_suffix.npy")), is_pair(("a text", "another"))
     (True, False)
@@ -94,7 +102,7 @@ def is_pair(source: Any) -> bool:
     )
 
 
-@register_source("pair", "two .npy files, of prefixes and of suffixes", is_pair)
+@register_source("pair", is_pair)
 def _open_pair(source: Sequence[str | Path], _: Request) -> Opened:
     return Opened(read_pair(*source), " + ".join(Path(part).name for part in source))
 
@@ -108,32 +116,28 @@ def read_pair(prefix_path: str | Path, suffix_path: str | Path) -> pd.DataFrame:
 
     Raises:
         SourceNotFoundError: One of the files is missing.
-        FileFormatError: A file holds no two-dimensional array of integers, or one without columns.
+        FileFormatError: A file does not contain a two-dimensional array of integers, or has no columns.
         SequenceError: The arrays have different numbers of rows.
     """
     paths = [Path(path).expanduser() for path in (prefix_path, suffix_path)]
-    prefix, suffix = (_read(path) for path in paths)
+    prefix, suffix = (read_file(path)[0].astype(np.int64) for path in paths)
+    for path, array in zip(paths, (prefix, suffix), strict=True):
+        if not array.shape[1]:
+            raise FileFormatError(f"{path} has shape {array.shape}: give at least one token per row")
     if len(prefix) != len(suffix):
         raise SequenceError(
             f"{paths[0].name} has {len(prefix)} rows and {paths[1].name} has {len(suffix)}: row by row they "
             "are the two halves of one sequence, so give files of one list"
         )
-    rows = np.concatenate([prefix.astype(np.int64), suffix.astype(np.int64)], axis=1)
+    rows = np.concatenate([prefix, suffix], axis=1)
     return pd.DataFrame({"tokens": rows.tolist(), "prefix_len": prefix.shape[1]})
 
 
-def _read(path: Path) -> np.ndarray:
-    array, _ = read_file(path)
-    if not array.shape[1]:
-        raise FileFormatError(f"{path} has shape {array.shape}: give at least one token per row")
-    return array
-
-
 ZOO_LISTS = ("sequences", "expressions", "facts", "identifiers", "heldout")
-"""The lists of sequences that the folder of a zoo model may hold; the first is that of planted sequences."""
+"""The lists of sequences that the folder of a zoo model may have; the first has the planted sequences."""
 
 DEFAULT_ZOO = "zoo/pythia-s"
-"""The list that a bare "zoo" means if the model does not tell."""
+"""The list that "zoo" means if the model is not from the zoo."""
 
 _ZOO_END = 0
 """The end-of-text token of every tokenizer of the zoo."""
@@ -143,7 +147,7 @@ def _is_zoo(source: Any) -> bool:
     return isinstance(source, str) and (source == "zoo" or source.startswith(("zoo/", "zoo:")))
 
 
-@register_source("zoo", "a list of the zoo", _is_zoo)
+@register_source("zoo", _is_zoo)
 def _open_zoo(source: str, request: Request) -> Opened:
     model_name, colon, kind = source.partition(":")
     name = _zoo_name(model_name, request.model)
@@ -151,34 +155,31 @@ def _open_zoo(source: str, request: Request) -> Opened:
     content, settings = read_file(path)
     if kind == "heldout":
         content = _heldout(content)
-    if "source" in content:  # the file may lie with another model of the same corpus
+    if "source" in content:  # the file may be that of another model of the same corpus
         content = content.assign(source=name)
     origin = f"{name}:{kind}" if kind not in ("", "sequences") else name
-    return Opened(content, origin, {**_tokenizer_of(_zoo_folder(name)), **settings.get("attrs", {})})
+    return Opened(content, origin, {**_tokenizer_of(name), **settings.get("attrs", {})})
 
 
 def zoo_file(name: str, kind: str = "sequences") -> Path:
-    """Return a list of a zoo model: shipped with it or with another of its corpus, or made on demand.
+    """Return the file of a zoo model's list, or of another model's of the same corpus.
 
     Args:
-        name: "zoo/pythia-s", for instance.
-        kind: Which list, one of `ZOO_LISTS`.
+        name: Such as "zoo/pythia-s".
+        kind: One of `ZOO_LISTS`.
 
     Raises:
         OptionError: There is no such kind of list.
         SourceNotFoundError: There is no such model, or it lacks the list.
     """
     check_option("the zoo's list", kind, ZOO_LISTS)
-    short = name.removeprefix("zoo/").removesuffix("-untrained")
-    for folder in (root / short for root in zoo_folders()):
-        path = zoo_table(folder, kind)
-        if path is not None:
+    for folder in _zoo_folders(name):
+        if path := zoo_table(folder, kind):
             return path
-        there = [known for known in ZOO_LISTS if zoo_table(folder, known)]
-        if there:
+        if there := [known for known in ZOO_LISTS if zoo_table(folder, known)]:
             raise SourceNotFoundError(
-                f"{name!r} has no list of {kind}, it has {', '.join(there)}: it was trained without; train "
-                "it again with `memlens zoo train`, or take another model's."
+                f"{name!r} was trained without a list of {kind}, it has {', '.join(there)}: train it again "
+                "with `memlens zoo train`, or take another model's."
             )
     found = (p.parent.name for folder in zoo_folders() for p in folder.glob("*/sequences.parquet"))
     known = sorted({f"zoo/{found_name}" for found_name in found})
@@ -187,7 +188,7 @@ def zoo_file(name: str, kind: str = "sequences") -> Path:
 
 
 def _heldout(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return rows kept out of training as sequences, without those in which a document ends."""
+    """Return the rows kept out of training as sequences, except those in which a document ends."""
     numbers = frame.groupby("domain").cumcount()
     ids = [f"heldout-{domain}-{n:03d}" for domain, n in zip(frame["domain"], numbers, strict=True)]
     whole = [_ZOO_END not in row for row in frame["tokens"]]
@@ -195,21 +196,21 @@ def _heldout(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _zoo_name(source: str, model: Any) -> str:
-    """Return "zoo/NAME"; for a bare "zoo" the model's own list if it is of the zoo."""
+    """Return "zoo/NAME"; for "zoo" alone the name of the model, if it is from the zoo."""
     if source != "zoo":
         return source
     folder = Path(str(getattr(getattr(model, "tokenizer", None), "name_or_path", "")))
     return f"zoo/{folder.name}" if folder.parent in zoo_folders() else DEFAULT_ZOO
 
 
-def _zoo_folder(name: str) -> Path:
-    folders = [root / name.removeprefix("zoo/").removesuffix("-untrained") for root in zoo_folders()]
-    return next((folder for folder in folders if folder.is_dir()), folders[0])
+def _zoo_folders(name: str) -> list[Path]:
+    return [root / name.removeprefix("zoo/").removesuffix("-untrained") for root in zoo_folders()]
 
 
-def _tokenizer_of(folder: Path) -> dict[str, Any]:
+def _tokenizer_of(name: str) -> dict[str, Any]:
     """Return what identifies the tokenizer of a zoo model, so that its list is refused for other models."""
-    if not (folder / "tokenizer.json").is_file():
+    folder = next((path for path in _zoo_folders(name) if (path / "tokenizer.json").is_file()), None)
+    if folder is None:
         return {}
     from transformers import AutoTokenizer
 

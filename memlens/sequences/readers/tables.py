@@ -1,4 +1,4 @@
-"""From a table to token ids: which columns hold the sequences, in the forms people keep them."""
+"""From a table to token ids: which columns contain the sequences, in any of the usual forms."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from memlens.sequences.readers.drafts import (
     find_column,
     listing,
 )
-from memlens.sequences.tokenizing import Tokenizer, encode, split_points
+from memlens.sequences.tokenizing import Tokenizer, encode, need_tokenizer, split_points
 
 _MASK = "attention_mask"
 _NO_SPACES = "\u0e00"
@@ -30,11 +30,11 @@ _NO_SPACES = "\u0e00"
 def read_frame(frame: pd.DataFrame, columns: Columns, tokenizer: Tokenizer) -> Draft:
     """Return the sequences of a table.
 
-    Looked for in this order: a column of token ids, a prompt and its continuation, a text. A name that
-    the caller gave goes first.
+    They are looked for in this order: a column of token ids, a prompt and its continuation, a text. A name
+    given by the caller takes precedence.
 
     Raises:
-        ColumnError: A named column is missing, or no usual one is there.
+        ColumnError: A named column is missing, or there is no usual one.
         SequenceError: A text needs a tokenizer and there is none.
     """
     given = [k for k in ("tokens", "prompt", "text") if getattr(columns, k)] or ["tokens", "prompt", "text"]
@@ -43,7 +43,7 @@ def read_frame(frame: pd.DataFrame, columns: Columns, tokenizer: Tokenizer) -> D
     if "prompt" in given and (prompt := find_column(frame, columns.prompt, PROMPT)):
         continuation = find_column(frame, columns.continuation, CONTINUATION)
         if continuation is None:
-            raise ColumnError(f"a column of continuations is missing beside {prompt!r}: {listing(frame)}")
+            raise ColumnError(f"{prompt!r} needs a column of continuations: {listing(frame)}")
         return _prompt_rows(frame, prompt, continuation, tokenizer)
     if "text" in given and (name := find_column(frame, columns.text, TEXT)):
         return _text_rows(frame, name, tokenizer)
@@ -52,13 +52,6 @@ def read_frame(frame: pd.DataFrame, columns: Columns, tokenizer: Tokenizer) -> D
         f"no column of sequences: {listing(frame)}; name one with tokens_column, text_column, or "
         f"prompt_column and continuation_column.{hint}"
     )
-
-
-def need_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """Return the tokenizer or raise `SequenceError`."""
-    if tokenizer is None:
-        raise SequenceError("text needs a tokenizer: pass the model, or tokenizer=")
-    return tokenizer
 
 
 def _token_rows(frame: pd.DataFrame, name: str) -> Draft:
@@ -76,7 +69,7 @@ def _token_rows(frame: pd.DataFrame, name: str) -> Draft:
 
 
 def _unpadded(rows: list[list[int]], frame: pd.DataFrame) -> list[list[int]]:
-    """Return the tokens that the attention mask marks as real, which must be one run."""
+    """Return the tokens that the attention mask marks as real, which must be contiguous."""
     found = []
     for number, (row, value) in enumerate(zip(rows, frame[_MASK].tolist(), strict=True)):
         mask = np.array(_parse_tokens(value, number, _MASK))
@@ -89,34 +82,32 @@ def _unpadded(rows: list[list[int]], frame: pd.DataFrame) -> list[list[int]]:
         if len(real) and real[-1] - real[0] + 1 != len(real):
             raise SequenceError(
                 f"the attention_mask of row {number} has a gap: only padding at the start or the end can be "
-                "left out"
+                "removed"
             )
         if len(real) and real[0] and "prefix_len" in frame:
             raise SequenceError(
                 f"row {number} is padded at the start and has a prefix_len, which may or may not count the "
-                "padding: leave the padding out"
+                "padding: remove the padding"
             )
         found.append(row[real[0] : real[-1] + 1] if len(real) else [])
     return found
 
 
 def _parse_tokens(value: Any, row: int, name: str) -> list[int]:
-    """Return one row's ids; a table of text holds them as "[1, 2, 3]" or "1 2 3"."""
+    """Return one row's ids; a table of text writes them as "[1, 2, 3]" or "1 2 3"."""
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return []
     try:
         if isinstance(value, str):
             return [int(part) for part in value.strip("[]() \n").replace(",", " ").split()]
         array = np.asarray(value)
-        if array.size and not np.issubdtype(array.dtype, np.integer):
+        if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
             raise ValueError
-        return array.astype(np.int64).tolist() if array.ndim == 1 else _refuse(row, name, value)
+        return array.astype(np.int64).tolist()
     except (ValueError, TypeError):
-        return _refuse(row, name, value)
-
-
-def _refuse(row: int, name: str, value: Any) -> list[int]:
-    raise SequenceError(f"row {row} of column {name!r} is {str(value)[:40]!r}: give a list of integer ids")
+        raise SequenceError(
+            f"row {row} of column {name!r} is {str(value)[:40]!r}: give a list of integer ids"
+        ) from None
 
 
 def _prefix_column(frame: pd.DataFrame) -> np.ndarray | None:
@@ -147,7 +138,7 @@ def _warn_of_glue(
     rows: Sequence[Sequence[int]],
     splits: Sequence[int],
 ) -> None:
-    """Warn of continuations that join the last word of their prompt, so that another word is asked for."""
+    """Warn of continuations that join the last word of their prompt, so that the target is another word."""
     glued = []
     for number, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
         ends = prompt[-1:] + continuation[:1]
@@ -166,7 +157,7 @@ def _warn_of_glue(
 
 
 def _cut(tokenizer: Tokenizer, prompt: str, row: Sequence[int], split: int) -> bool:
-    """Whether a token that is asked for begins inside the prompt with more than white space."""
+    """Return whether a target begins inside the prompt with more than white space."""
     if len(tokenizer.decode(list(row[:split]))) >= len(prompt):
         return False
     return bool(tokenizer.decode(encode(tokenizer, [prompt])[0][split:]).strip())

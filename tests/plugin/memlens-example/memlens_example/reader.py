@@ -12,7 +12,7 @@ from memlens.errors import FileFormatError
 from memlens.sequences.readers.registry import register_file
 
 
-@register_file(".pairs", "prompts and continuations")
+@register_file(".pairs")
 def read_pairs(path: Path, as_text: Sequence[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return a table with the columns `prompt` and `continuation`, which `load_sequences` recognizes."""
     rows = [line.partition("=>") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
