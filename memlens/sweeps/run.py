@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -46,6 +46,18 @@ _LOG = logging.getLogger(__name__)
 _SHARD_FLOPS = {"cpu": 1e12, "cuda": 1e15}
 """What a persisted part costs at most: some ten seconds."""
 Values = dict[str, np.ndarray]
+
+
+class SweepOptions(TypedDict, total=False):
+    """The options of `sweep` that the instruments built on it take and pass on; `sweep` describes them."""
+
+    engine: str
+    per_token: bool
+    memory_budget: int | None
+    batch_size: int | None
+    progress: bool
+    out: str | Path | None
+    check_dtype: bool | None
 
 
 @torch.no_grad()

@@ -163,7 +163,7 @@ def test_bad_input(tiny_model: Any) -> None:
     model, seqs = tiny_model("gpt_neox", "bridge"), ragged()
     with pytest.raises(OptionError, match="makes no pair"):
         ml.instruments.ablate_head_pairs(model, seqs, [(0, 0)])
-    with pytest.raises(SiteError, match="holds a head twice"):
+    with pytest.raises(SiteError, match="contains a head twice"):
         ml.instruments.ablate_head_pairs(model, seqs, [(0, 0), (0, 0)])
     with pytest.raises(SiteError, match="head 9 does not exist"):
         ml.instruments.ablate_head_pairs(model, seqs, [(0, 0), (0, 9)])

@@ -14,7 +14,7 @@ import torch
 import memlens as ml
 from memlens.errors import OptionError, ResultError, SiteError
 from memlens.forward.read_weights import value_vectors
-from memlens.instruments.ablate.neuron_choice import Dominance, chosen_neurons, measure_dominance
+from memlens.instruments.ablate.neuron_choice import chosen_neurons, value_norms
 from memlens.instruments.ablate.neurons import _Grid
 from tests.small import CASES, ragged
 
@@ -139,8 +139,9 @@ def test_an_empty_knock_out_is_a_no_op(tiny_model: Any, keep: bool) -> None:
 @pytest.mark.parametrize("selection", ["dominant", "random", "norm_matched"])
 def test_requested_k_is_applied_k(tiny_model: Any, selection: str) -> None:
     model, seqs = tiny_model("llama_gqa", "bridge"), ragged()
-    found = measure_dominance(model, seqs, 9, [0, 1, 2], progress=False)
-    sets = chosen_neurons(found, 9, selection)
+    found = ml.instruments.dominant_neurons(model, seqs, 9, progress=False)
+    norms = value_norms(model, [0, 1, 2]).numpy()
+    sets = chosen_neurons(found["neuron"].values, norms, [0, 1, 2], 9, selection)
     assert sets.shape == (4, 3, 9)
     assert all(len(set(one)) == 9 for row in sets for one in row)
     by_layer = {layer: sets[:, layer] for layer in range(3)}
@@ -159,7 +160,7 @@ def test_grid_sizes_of_the_released_code() -> None:
 
     def cells(n_layers: int) -> int:
         def count(ks: tuple[int, ...], keep: bool, windows: tuple[int, ...]) -> int:
-            grid = _Grid(ks, keep, windows, ("dominant",), "last_prompt", 1, 0)
+            grid = _Grid(ks, keep, windows, ("dominant",), "last_prompt", 1)
             return len(list(grid.cells(range(n_layers), n_layers, width=4096)))
 
         return count((1, 10, 100, 1000), False, (1, 2, 3, 4, 5)) + count((10, 100, 1000), True, (1, 2, 3))
@@ -210,24 +211,23 @@ def test_norm_matched_controls_are_the_nearest_others() -> None:
     rng = np.random.default_rng(0)
     norms = rng.uniform(1, 2, (1, 50)).astype(np.float32)
     top = rng.permutation(50)[:5][None, None]
-    found = Dominance([0], top, top * 0.0, top * 0.0, norms)
-    one = chosen_neurons(found, 1, "norm_matched")[0, 0, 0]
+    one = chosen_neurons(top, norms, [0], 1, "norm_matched")[0, 0, 0]
     first = top[0, 0, 0]
     others = np.delete(np.arange(50), first)
     assert one == others[np.abs(norms[0, others] - norms[0, first]).argmin()]
-    five = chosen_neurons(found, 5, "norm_matched", seed=1)[0, 0]
+    five = chosen_neurons(top, norms, [0], 5, "norm_matched", seed=1)[0, 0]
     assert len(set(five)) == 5
     assert not set(five) & set(top[0, 0])
     gap = np.abs(norms[0, five] - norms[0, top[0, 0]])
     assert gap.max() < 0.2  # the nearest of 45 uniform norms, not any
-    half = chosen_neurons(Dominance([0], np.arange(25)[None, None], norms, norms, norms), 25, "norm_matched")
+    half = chosen_neurons(np.arange(25)[None, None], norms, [0], 25, "norm_matched")
     assert sorted(half[0, 0]) == list(range(25, 50))
 
 
 def test_random_controls_cover_the_layer_evenly() -> None:
     top = np.zeros((400, 1, 10), dtype=int)
     norms = np.ones((1, 40), dtype=np.float32)
-    drawn = chosen_neurons(Dominance([0], top, top * 0.0, top * 0.0, norms), 10, "random")
+    drawn = chosen_neurons(top, norms, [0], 10, "random")
     counts = np.bincount(drawn.ravel(), minlength=40)
     assert counts.min() > 60  # 100 expected, standard deviation 8.7
     assert counts.max() < 140

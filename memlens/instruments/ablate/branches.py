@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
-from memlens.forward.hooks import chosen_layers, hook_name
+from memlens.choices import Mode
+from memlens.forward.hooks import chosen_layers
 from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
-from memlens.instruments.ablate.replacing import Replacement
+from memlens.instruments.ablate.replacing import AblationOptions, Replacement, ReplacementOptions
 from memlens.instruments.screen.instruments import register_instrument
 from memlens.results.kinds import register_kind
 from memlens.results.plots.layers import plot_layer_lines
@@ -25,32 +26,21 @@ def ablate_mlps(
     *,
     mode: Mode = "zero",
     layers: Sequence[int] | None = None,
-    positions: Positions = "all",
-    reference: SequenceSet | None = None,
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
-    seed: int = 0,
-    **options: Any,
+    **options: Unpack[AblationOptions],
 ) -> Result:
-    r"""Ablate the MLP of each layer, one at a time, and measure recall.
+    """Ablate the MLP of each layer, one at a time, and measure recall.
 
     What the MLP adds to the residual (`hook_mlp_out`, including its bias, after a post-norm if there is one)
-    becomes
-
-    - ``"zero"``: 0;
-    - ``"mean"``: its mean over all positions of `reference`;
-    - ``"resample"``: its value at the same position of another sequence of `reference`, drawn once.
+    is replaced.
 
     Args:
         model: A TransformerLens model.
         sequences: What is recalled.
-        mode: One of the above.
+        mode: "zero", "mean" or "resample"; see `ablate_heads`.
         layers: Layers to ablate; all by default.
-        positions: "all", "prompt" (the positions of the prompt), "targets" (those that predict a target) or
-            "last_prompt" (the one that predicts the first target).
-        reference: The set for "mean" and "resample"; `sequences` itself by default.
         metrics: As for `sweep`.
-        seed: For "resample".
-        options: Further options of `sweep`.
+        options: `positions`, `reference` and `seed` as for `ablate_heads`; further options of `sweep`.
 
     Returns:
         Kind "mlp_ablation": each metric `(sequence, layer)`, and its baseline `(sequence)`.
@@ -67,12 +57,11 @@ def ablate_mlps(
         >>> result["target_logprob"].dims
         ('sequence', 'layer')
     """
-    replacement = Replacement(mode, positions, reference, seed)
+    replacement, rest = Replacement.split(mode, options)
     interventions = mlp_ablations(model, sequences, layers=layers, **vars(replacement))
     return sweep(
-        model, sequences, interventions, metrics, kind="mlp_ablation", settings=replacement.settings,
-        **options,
-    )  # fmt: skip
+        model, sequences, interventions, metrics, kind="mlp_ablation", settings=replacement.settings, **rest
+    )
 
 
 def mlp_ablations(
@@ -81,13 +70,10 @@ def mlp_ablations(
     *,
     mode: Mode = "zero",
     layers: Sequence[int] | None = None,
-    positions: Positions = "all",
-    reference: SequenceSet | None = None,
-    seed: int = 0,
+    **options: Unpack[ReplacementOptions],
 ) -> list[Intervention]:
     """Return the interventions that `ablate_mlps` runs, one per layer; see there for the options."""
-    replacement = Replacement(mode, positions, reference, seed)
-    return _branch_ablations(model, sequences, "mlp_out", "MLP", layers, replacement)
+    return _ablations(model, sequences, "mlp_out", "MLP", layers, Replacement(mode, **options))
 
 
 def attention_ablations(
@@ -96,19 +82,16 @@ def attention_ablations(
     *,
     mode: Mode = "zero",
     layers: Sequence[int] | None = None,
-    positions: Positions = "all",
-    reference: SequenceSet | None = None,
-    seed: int = 0,
+    **options: Unpack[ReplacementOptions],
 ) -> list[Intervention]:
     """Return interventions that replace what attention adds to the residual, one per layer.
 
     Modes and options are those of `ablate_mlps`, applied to `hook_attn_out`.
     """
-    replacement = Replacement(mode, positions, reference, seed)
-    return _branch_ablations(model, sequences, "attn_out", "attention", layers, replacement)
+    return _ablations(model, sequences, "attn_out", "attention", layers, Replacement(mode, **options))
 
 
-def _branch_ablations(
+def _ablations(
     model: Any,
     sequences: SequenceSet,
     site: str,
@@ -116,16 +99,11 @@ def _branch_ablations(
     layers: Sequence[int] | None,
     replacement: Replacement,
 ) -> list[Intervention]:
-    layers = chosen_layers(layers, Trunk(model).n_layers)
-    by = replacement.by_layer(model, site, layers, sequences)
-    return [
-        Intervention(
-            f"{replacement.mode} {word} {layer}",
-            [(hook_name(site, layer), replacement.hook(by[layer]))],
-            {"layer": layer},
-        )
-        for layer in layers
+    cells = [
+        (f"{replacement.mode} {word} {layer}", {layer: None}, {"layer": layer})
+        for layer in chosen_layers(layers, Trunk(model).n_layers)
     ]
+    return replacement.interventions(model, sequences, site, cells)
 
 
 register_kind("mlp_ablation", plot=plot_layer_lines, reading=read_effects)

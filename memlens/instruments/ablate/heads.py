@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -13,12 +12,12 @@ import xarray as xr
 
 from memlens.choices import Mode, Positions
 from memlens.errors import OptionError, ResultError, SiteError
-from memlens.forward.hooks import check_head, check_layer, chosen_layers, hook_name
-from memlens.forward.metrics import MetricLike, metric_names
+from memlens.forward.hooks import check_head, check_layer, chosen_layers
+from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
-from memlens.instruments.ablate.replacing import Replacement
-from memlens.instruments.screen.gradients import attribute_ablation
-from memlens.instruments.screen.instruments import Cell, Screen, register_instrument
+from memlens.instruments.ablate.replacing import AblationOptions, Cell, Replacement, ReplacementOptions
+from memlens.instruments.screen.gradients import ablation_screen
+from memlens.instruments.screen.instruments import register_instrument
 from memlens.results.kinds import register_kind
 from memlens.results.plots.heads import plot_cumulative, plot_pairs
 from memlens.results.plots.layers import plot_head_map
@@ -26,10 +25,10 @@ from memlens.results.readings import read_cumulative, read_effects, read_pairs
 from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import Intervention
-from memlens.sweeps.run import kept, sweep
+from memlens.sweeps.run import SweepOptions, kept, sweep
 
 Head = tuple[int, int]
-"""Layer and head."""
+"""A layer and a head."""
 
 
 def ablate_heads(
@@ -43,7 +42,7 @@ def ablate_heads(
     reference: SequenceSet | None = None,
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[SweepOptions],
 ) -> Result:
     r"""Ablate each attention head, one at a time, and measure recall.
 
@@ -53,7 +52,8 @@ def ablate_heads(
       (the ablation of arXiv 2603.21658 as second-hand notes report it; site and positions are our choice);
     - ``"zero"``: 0;
     - ``"mean"``: its mean over all positions of `reference`;
-    - ``"resample"``: its value at the same position of another sequence of `reference`, drawn once.
+    - ``"resample"``: its value at the same position of another sequence of `reference`, drawn once per
+      sequence.
 
     With grouped queries, heads are query heads.
 
@@ -101,27 +101,17 @@ def head_ablations(
     mode: Mode = "mean_of_other_heads",
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
-    positions: Positions = "all",
-    reference: SequenceSet | None = None,
-    seed: int = 0,
+    **options: Unpack[ReplacementOptions],
 ) -> list[Intervention]:
     """Return the interventions that `ablate_heads` runs, one per head; see there for the options."""
-    replacement = Replacement(mode, positions, reference, seed)
+    replacement = Replacement(mode, **options)
     trunk = Trunk(model)
-    layers = chosen_layers(layers, trunk.n_layers)
-    heads = list(range(trunk.n_heads) if heads is None else heads)
-    for head in heads:
-        check_head(head, trunk.n_heads)
-    by = replacement.by_layer(model, "z", layers, sequences)
-    return [
-        Intervention(
-            f"{mode} L{layer}H{head}",
-            [(hook_name("z", layer), replacement.hook(by[layer], head))],
-            {"layer": layer, "head": head},
-        )
-        for layer in layers
-        for head in heads
+    cells = [
+        (f"{mode} {head_label((layer, head))}", [(layer, head)], {"layer": layer, "head": head})
+        for layer in chosen_layers(layers, trunk.n_layers)
+        for head in (range(trunk.n_heads) if heads is None else heads)
     ]
+    return replacement.interventions(model, sequences, "z", _checked(trunk, cells))
 
 
 def head_set_ablations(
@@ -130,46 +120,42 @@ def head_set_ablations(
     sets: Mapping[str, Sequence[Head]],
     *,
     mode: Mode = "mean_of_other_heads",
-    positions: Positions = "all",
-    reference: SequenceSet | None = None,
-    seed: int = 0,
+    **options: Unpack[ReplacementOptions],
 ) -> list[Intervention]:
-    """Return one intervention for each set of heads, which are ablated together.
+    """Return one intervention per set of heads, which are ablated together.
 
-    Modes are those of `ablate_heads`, all heads of a set at once: "mean_of_other_heads" is the mean of the
-    layer's heads that are not in the set, and zero where none is left.
+    Modes and options are those of `ablate_heads`, but for all heads of a set at once: "mean_of_other_heads"
+    is the mean of the layer's heads that are not in the set, and zero if there are none.
 
     Args:
         model: A TransformerLens model.
         sequences: What the interventions will run on.
         sets: Heads `(layer, head)` by name; an empty set changes nothing.
-        mode: See `ablate_heads`.
-        positions: See `ablate_heads`.
-        reference: The set for "mean" and "resample"; `sequences` itself by default.
-        seed: For "resample".
+        mode: As for `ablate_heads`.
+        options: As for `ablate_heads`.
 
     Raises:
         OptionError: Unknown mode or positions.
-        SiteError: A head that does not exist, or one that a set holds twice.
+        SiteError: A head that does not exist, or that a set contains twice.
     """
-    replacement = Replacement(mode, positions, reference, seed)
-    trunk = Trunk(model)
-    for name, heads in sets.items():
-        for layer, head in heads:
+    cells = _checked(Trunk(model), [(name, heads, {}) for name, heads in sets.items()])
+    return Replacement(mode, **options).interventions(model, sequences, "z", cells)
+
+
+def _checked(trunk: Trunk, sets: Iterable[tuple[str, Sequence[Head], Mapping[str, Any]]]) -> list[Cell]:
+    """Check named sets of heads, and group their heads by layer."""
+    cells: list[Cell] = []
+    for name, heads, coords in sets:
+        by_layer: dict[int, list[int]] = {}
+        for layer, head in sorted(heads):
             check_layer(layer, trunk.n_layers)
             check_head(head, trunk.n_heads)
+            by_layer.setdefault(layer, []).append(head)
         if len(set(heads)) < len(heads):
             raise SiteError(f"the set {name!r} contains a head twice: {list(heads)}.")
-    layers = sorted({layer for heads in sets.values() for layer, _ in heads})
-    by = replacement.by_layer(model, "z", layers, sequences)
-    found = []
-    for name, heads in sets.items():
-        together: dict[int, list[int]] = {}
-        for layer, head in sorted(heads):
-            together.setdefault(layer, []).append(head)
-        hooks = [(hook_name("z", n), replacement.hook(by[n], some)) for n, some in together.items()]
-        found.append(Intervention(name, hooks))
-    return found
+        parts = {layer: some[0] if len(some) == 1 else some for layer, some in by_layer.items()}
+        cells.append((name, parts, coords))
+    return cells
 
 
 def rank_heads(result: Result, metric: str | None = None) -> list[Head]:
@@ -206,39 +192,34 @@ def ablate_heads_cumulatively(
     counts: Sequence[int] | None = None,
     n_random: int = 3,
     mode: Mode = "mean_of_other_heads",
-    positions: Positions = "all",
-    reference: SequenceSet | None = None,
     metrics: Sequence[MetricLike] = ("exact_match", "target_logprob"),
-    seed: int = 0,
-    **options: Any,
+    **options: Unpack[AblationOptions],
 ) -> Result:
     """Ablate the first head of a ranking, the first two, and so on: how many until recall is lost?
 
-    Random orders of all heads are the control. A ranking looks better on the sequences it was made on: rank
-    on one half and test on the other.
+    Random orders of all heads serve as a baseline. A ranking looks better on the sequences it was made from:
+    rank on one half and test on the other.
 
     Args:
         model: A TransformerLens model.
         sequences: What is recalled.
         order: Heads `(layer, head)`, in the order of their ablation; or a result of `ablate_heads` (see
             `rank_heads`).
-        counts: Numbers of heads to ablate, each tried; by default 1, 2, 3, 4, 6, 8, 12, 16, 24, … up to all.
-        n_random: Random orders.
-        mode: See `ablate_heads` and `head_set_ablations`.
-        positions: See `ablate_heads`.
-        reference: The set for "mean" and "resample"; `sequences` itself by default.
+        counts: Numbers of heads to ablate; by default 1, 2, 3, 4, 6, 8, 12, 16, 24, … up to all.
+        n_random: Number of random orders.
+        mode: As for `ablate_heads` and `head_set_ablations`.
         metrics: As for `sweep`.
-        seed: For the random orders, and for "resample".
-        options: Further options of `sweep`.
+        options: `positions`, `reference` and `seed` (which also draws the random orders) as for
+            `ablate_heads`; further options of `sweep`.
 
     Returns:
         Kind "cumulative_head_ablation": each metric `(sequence, order, n_ablated)` with `order` "ranked",
         "random 0", …; and, where exact match is measured, `heads_until_lost` `(sequence, order)`: the
-        smallest count tried at which a sequence that the whole model recalls is no longer recalled, NaN
-        where it is never lost or was not recalled.
+        smallest count at which a sequence that the unchanged model recalls is no longer recalled, NaN
+        if it is never lost or was not recalled.
 
     Raises:
-        OptionError: No order, or a count that it cannot give.
+        OptionError: An empty order, or a count that exceeds it.
         SiteError: A head that does not exist.
 
     Example:
@@ -251,6 +232,7 @@ def ablate_heads_cumulatively(
         >>> lost["exact_match"].dims, lost["order"].values.tolist()
         (('sequence', 'order', 'n_ablated'), ['ranked', 'random 0', 'random 1', 'random 2'])
     """
+    replacement, rest = Replacement.split(mode, options)
     trunk = Trunk(model)
     ranked = rank_heads(order) if isinstance(order, Result) else [(int(a), int(b)) for a, b in order]
     counts = _counts(len(ranked)) if counts is None else list(counts)
@@ -259,26 +241,22 @@ def ablate_heads_cumulatively(
             f"counts={list(counts)} of an order of {len(ranked)} heads: give 1 to {len(ranked)}."
         )
     every = [(layer, head) for layer in range(trunk.n_layers) for head in range(trunk.n_heads)]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(replacement.seed)
     orders = {"ranked": ranked}
     for i in range(n_random):
         orders[f"random {i}"] = [every[j] for j in torch.randperm(len(every), generator=generator).tolist()]
-    cells = {f"{name}: {n}": (name, n, heads[:n]) for name, heads in orders.items() for n in counts}
-    replacement = Replacement(mode, positions, reference, seed)
-    sets = {key: heads for key, (_, _, heads) in cells.items()}
-    edits = [
-        replace(e, coords={"order": cells[e.name][0], "n_ablated": cells[e.name][1]})
-        for e in head_set_ablations(model, sequences, sets, **vars(replacement))
+    cells = [
+        (f"{name}: {n}", heads[:n], {"order": name, "n_ablated": n})
+        for name, heads in orders.items()
+        for n in counts
     ]
-    settings = {
-        **replacement.settings,
-        "n_random": n_random,
-        "ranking": [head_label(h) for h in ranked[: max(counts)]],
-    }
+    interventions = replacement.interventions(model, sequences, "z", _checked(trunk, cells))
+    ranking = [head_label(head) for head in ranked[: max(counts)]]
+    settings = {**replacement.settings, "n_random": n_random, "ranking": ranking}
     result = sweep(
-        model, sequences, edits, metrics, kind="cumulative_head_ablation", settings=settings, **options
+        model, sequences, interventions, metrics, kind="cumulative_head_ablation", settings=settings, **rest
     )
-    return kept(Result(result.data.assign(_until_lost(result))), options.get("out"))
+    return kept(Result(result.data.assign(_until_lost(result))), rest.get("out"))
 
 
 def _until_lost(result: Result) -> dict[str, xr.DataArray]:
@@ -297,7 +275,7 @@ def _counts(n: int) -> list[int]:
 
 
 def head_label(head: Head) -> str:
-    """Return what a head is called, such as `L3H2`."""
+    """Return the label of a head, such as `L3H2`."""
     return f"L{head[0]}H{head[1]}"
 
 
@@ -307,39 +285,33 @@ def ablate_head_pairs(
     heads: Sequence[Head],
     *,
     mode: Mode = "mean_of_other_heads",
-    positions: Positions = "all",
-    reference: SequenceSet | None = None,
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
-    seed: int = 0,
-    **options: Any,
+    **options: Unpack[AblationOptions],
 ) -> Result:
-    r"""Ablate every pair of some heads, and each of them alone.
+    r"""Ablate every pair of the given heads, and each head alone.
 
     The interaction of heads a and b in a metric :math:`m` is
 
     .. math:: m_{ab} - m_a - m_b + m_0
 
-    0 where their effects add up; negative where losing both hurts more than the sum (each stands in for the
-    other), positive where it hurts less (they work in one chain).
+    It is 0 where their effects add up, negative where losing both hurts more than the sum (each can replace
+    the other), and positive where it hurts less (they work in one chain).
 
     Args:
         model: A TransformerLens model.
         sequences: What is recalled.
-        heads: The heads `(layer, head)`; the pairs of n heads are n (n - 1) / 2.
-        mode: See `ablate_heads` and `head_set_ablations`.
-        positions: See `ablate_heads`.
-        reference: The set for "mean" and "resample"; `sequences` itself by default.
+        heads: The heads `(layer, head)`; n heads make n (n - 1) / 2 pairs.
+        mode: As for `ablate_heads` and `head_set_ablations`.
         metrics: As for `sweep`.
-        seed: For "resample".
-        options: Further options of `sweep`.
+        options: `positions`, `reference` and `seed` as for `ablate_heads`; further options of `sweep`.
 
     Returns:
         Kind "head_pair_ablation": each metric `(sequence, head_a, head_b)`, symmetric, single heads on the
-        diagonal; `interaction` of the first metric, NaN on the diagonal; heads are labelled `L3H2`.
+        diagonal; `interaction` of the first metric, NaN on the diagonal; heads are labeled `L3H2`.
 
     Raises:
         OptionError: Fewer than two heads.
-        SiteError: A head that does not exist, or is in `heads` twice.
+        SiteError: A head that does not exist, or that is given twice.
 
     Example:
         >>> import memlens as ml
@@ -353,65 +325,40 @@ def ablate_head_pairs(
     if len(heads) < 2:
         raise OptionError(f"heads={heads} makes no pair: give at least two heads as (layer, head).")
     if len(set(heads)) < len(heads):
-        raise SiteError(f"heads={heads} holds a head twice: give each once.")
-    labels = [head_label(h) for h in heads]
-    cells = [(i, i) for i in range(len(heads))] + list(combinations(range(len(heads)), 2))
-    sets = {
-        " + ".join(labels[i] for i in sorted(set(cell))): [heads[i] for i in sorted(set(cell))]
-        for cell in cells
-    }
-    replacement = Replacement(mode, positions, reference, seed)
+        raise SiteError(f"heads={heads} contains a head twice: give each once.")
+    replacement, rest = Replacement.split(mode, options)
+    labels = [head_label(head) for head in heads]
+    cells = [(i,) for i in range(len(heads))] + list(combinations(range(len(heads)), 2))
+    sets = {" + ".join(labels[i] for i in cell): [heads[i] for i in cell] for cell in cells}
     result = sweep(
         model, sequences, head_set_ablations(model, sequences, sets, **vars(replacement)), metrics,
-        kind="head_pair_ablation", settings={**replacement.settings, "heads": labels}, **options,
+        kind="head_pair_ablation", settings={**replacement.settings, "heads": labels}, **rest,
     )  # fmt: skip
-    return kept(Result(_squared(result, metric_names(metrics), cells, labels)), options.get("out"))
+    return kept(Result(_squared(result, cells, labels)), rest.get("out"))
 
 
-def _squared(
-    result: Result, names: Sequence[str], cells: Sequence[tuple[int, int]], labels: list[str]
-) -> xr.Dataset:
-    """From a list of pairs to a symmetric square of heads, with the interaction."""
+def _squared(result: Result, cells: Sequence[tuple[int, ...]], labels: list[str]) -> xr.Dataset:
+    """Turn a list of single heads and pairs into a symmetric square, and add the interaction."""
     data = result.data.drop_dims("intervention")
-    a, b = (np.array(side) for side in zip(*cells, strict=True))
+    a, b = (np.array([cell[side] for cell in cells]) for side in (0, -1))
     squares: dict[str, Any] = {}
-    for name in names:
+    for name in result.metrics:
         values = result[name].values
         square = np.full((len(values), len(labels), len(labels), *values.shape[2:]), np.nan)
-        square[:, a, b] = values
-        square[:, b, a] = values
+        square[:, a, b] = square[:, b, a] = values
         squares[name] = (("sequence", "head_a", "head_b", *result[name].dims[2:]), square)
     data = data.assign(squares).assign_coords(head_a=labels, head_b=labels)
-    both = data[names[0]]
-    alone = both.values[:, range(len(labels)), range(len(labels))]
-    first = both.copy(data=np.broadcast_to(alone[:, :, None], both.shape))
-    second = both.copy(data=np.broadcast_to(alone[:, None], both.shape))
-    interaction = both - first - second + result.baseline(names[0])
+    both = data[result.metrics[0]]
+    diagonal = both.values[:, range(len(labels)), range(len(labels))]
+    interaction = both - diagonal[:, :, None] - diagonal[:, None] + result.baseline(result.metrics[0])
     off = xr.DataArray(~np.eye(len(labels), dtype=bool), dims=("head_a", "head_b"))
     return data.assign(interaction=interaction.where(off).transpose(*both.dims))
-
-
-def _screen(model: Any, clean: SequenceSet, _: None, options: dict[str, Any]) -> Screen:
-    mode, positions = options["mode"], options["positions"] or "all"
-    common = {"mode": mode, "positions": positions, "reference": options["reference"]}
-    common |= {"seed": options["seed"], "layers": options["layers"]}
-
-    def interventions(cells: Sequence[Cell]) -> list[Intervention]:
-        some = {**common, "layers": sorted({cell["layer"] for cell in cells})}
-        by_cell = {(i.coords["layer"], i.coords["head"]): i for i in head_ablations(model, clean, **some)}
-        return [by_cell[cell["layer"], cell["head"]] for cell in cells]
-
-    def estimate(**method: Any) -> Result:
-        return attribute_ablation(model, clean, site="z", over="head", **common, **method)
-
-    settings = {"mode": mode, "positions": positions, "seed": options["seed"]}
-    return Screen(clean, estimate, interventions, settings)
 
 
 register_kind("head_ablation", plot=plot_head_map, reading=read_effects)
 register_kind("head_pair_ablation", plot=plot_pairs, reading=read_pairs)
 register_kind("cumulative_head_ablation", plot=plot_cumulative, reading=read_cumulative)
 register_instrument(
-    "head_ablation", ranks="head", kind="head_ablation", run=ablate_heads, screen=_screen,
-    options=("mode", "positions", "reference"),
+    "head_ablation", ranks="head", kind="head_ablation", run=ablate_heads,
+    screen=ablation_screen("z", "head"), options=("mode", "positions", "reference"),
 )  # fmt: skip

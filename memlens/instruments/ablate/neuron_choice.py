@@ -7,7 +7,6 @@ output matrix) times its value vector (its row of that matrix), plus a bias.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor
 from memlens.choices import NeuronSelection
 from memlens.errors import OptionError, check_option
 from memlens.forward.capture import AtTargets, at_targets
-from memlens.forward.hooks import check_layer, hook_name
+from memlens.forward.hooks import chosen_layers, hook_name
 from memlens.forward.read_weights import value_vectors
 from memlens.forward.trunk import Trunk
 from memlens.results.result import Result
@@ -29,25 +28,6 @@ SELECTIONS: tuple[str, ...] = get_args(NeuronSelection)
 MEASURED_AT = ("last_prompt", "targets")
 
 _CAPTURE_BYTES = 2**28
-
-
-@dataclass(frozen=True)
-class Dominance:
-    """The most dominant neurons of each sequence and layer.
-
-    Attributes:
-        layers: The layers.
-        neurons: Their numbers, most dominant first.
-        coefficient: What enters the output matrix there (its mean, where measured at several positions).
-        dominance: The coefficient's size (its mean) times the norm of the value vector.
-        norms: The norm of every neuron's value vector.
-    """
-
-    layers: Sequence[int]
-    neurons: Int[np.ndarray, "seq layer rank"]
-    coefficient: Float[np.ndarray, "seq layer rank"]
-    dominance: Float[np.ndarray, "seq layer rank"]
-    norms: Float[np.ndarray, "layer neuron"]
 
 
 def dominant_neurons(
@@ -63,13 +43,13 @@ def dominant_neurons(
 
     The dominance of neuron :math:`i` is :math:`|m_i| \cdot \lVert v_i \rVert_2`, where :math:`m_i` is its
     coefficient, the activation that enters the MLP's output matrix (in a gated MLP the product of gate and
-    up), and :math:`v_i` its value vector, its row of that matrix (arXiv 2210.03588, as its released code
-    has it). In OLMo 2 and 3 both stand before the norm that follows the MLP.
+    up), and :math:`v_i` its value vector, its row of that matrix (as in the released code of arXiv
+    2210.03588). In OLMo 2 and 3 both are taken before the norm that follows the MLP.
 
     Args:
         model: A TransformerLens model.
         sequences: What is recalled.
-        top_k: How many neurons of each layer.
+        top_k: How many neurons per layer.
         layers: All by default.
         measured_at: "last_prompt", the position that predicts the first target, or "targets", the mean over
             all predicting positions.
@@ -92,34 +72,9 @@ def dominant_neurons(
         >>> found["neuron"].dims, bool((found["dominance"].diff("rank") <= 0).all())
         (('sequence', 'layer', 'rank'), True)
     """
-    layers = list(range(Trunk(model).n_layers) if layers is None else layers)
-    found = measure_dominance(model, sequences, top_k, layers, measured_at=measured_at, progress=progress)
-    dims = ("sequence", "layer", "rank")
-    own = np.take_along_axis(found.norms[None], found.neurons, axis=2)
-    variables = {
-        "dominance": (dims, found.dominance),
-        "coefficient": (dims, found.coefficient),
-        "value_norm": (dims, own),
-    }
-    coords = {"layer": layers, "rank": list(range(top_k)), "neuron": (dims, found.neurons)}
-    settings = {"top_k": top_k, "measured_at": measured_at, "value_norm": "L2, before any norm after the MLP"}
-    return make_result("dominant_neurons", model, sequences, variables, coords, settings)
-
-
-def measure_dominance(
-    model: Any,
-    sequences: SequenceSet,
-    top_k: int,
-    layers: Sequence[int],
-    *,
-    measured_at: str = "last_prompt",
-    progress: bool = True,
-) -> Dominance:
-    """Measure dominance on the model as it is; see `dominant_neurons`."""
     check_option("measured_at", measured_at, MEASURED_AT)
     trunk = Trunk(model)
-    for layer in layers:
-        check_layer(layer, trunk.n_layers)
+    layers = chosen_layers(layers, trunk.n_layers)
     norms = value_norms(model, layers)
     check_top_k([top_k], norms.shape[1], least=1)
     seqs = sequences.first_targets() if measured_at == "last_prompt" else sequences
@@ -131,11 +86,22 @@ def measure_dominance(
     )  # fmt: skip
     parts = [_most_dominant(item, names, norms, top_k) for item in items]
     neurons, coefficient, dominance = (np.concatenate(p) for p in zip(*parts, strict=True))
-    return Dominance(layers, neurons, coefficient, dominance, norms.cpu().numpy())
+    value_norm = np.take_along_axis(norms.cpu().numpy()[None], neurons, axis=2)
+    dims = ("sequence", "layer", "rank")
+    arrays = {"dominance": dominance, "coefficient": coefficient, "value_norm": value_norm}
+    variables = {name: (dims, values) for name, values in arrays.items()}
+    coords = {"layer": layers, "rank": list(range(top_k)), "neuron": (dims, neurons)}
+    settings = {"top_k": top_k, "measured_at": measured_at, "value_norm": "L2, before any norm after the MLP"}
+    return make_result("dominant_neurons", model, sequences, variables, coords, settings)
+
+
+def value_norms(model: Any, layers: Sequence[int]) -> Float[Tensor, "layer neuron"]:
+    """Return the L2 norm of every value vector."""
+    return torch.stack([value_vectors(model, layer).float().norm(dim=-1) for layer in layers])
 
 
 def check_top_k(ks: Sequence[int], width: int, *, least: int = 0) -> None:
-    """Raise `OptionError` unless every k is a number of neurons that a layer has."""
+    """Raise `OptionError` unless every k is between `least` and the number of neurons of a layer."""
     for k in ks:
         if not least <= k <= width:
             raise OptionError(
@@ -152,11 +118,6 @@ def check_controls(k: int, width: int, selection: str) -> None:
         )
 
 
-def value_norms(model: Any, layers: Sequence[int]) -> Float[Tensor, "layer neuron"]:
-    """Return the L2 norm of every value vector."""
-    return torch.stack([value_vectors(model, layer).float().norm(dim=-1) for layer in layers])
-
-
 def _most_dominant(
     item: AtTargets, names: Sequence[str], norms: Tensor, top_k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -165,38 +126,46 @@ def _most_dominant(
     coefficient, size = (acts * share).sum(2), (acts.abs() * share).sum(2)
     dominance, order = (size * norms).sort(dim=-1, descending=True, stable=True)
     order = order[..., :top_k]
-    parts = (order.int(), coefficient.gather(-1, order), dominance[..., :top_k])
-    neurons, coefficients, dominances = (p.cpu().numpy() for p in parts)
-    return neurons, coefficients, dominances
+    coefficient = coefficient.gather(-1, order)
+    return order.int().cpu().numpy(), coefficient.cpu().numpy(), dominance[..., :top_k].cpu().numpy()
 
 
 def chosen_neurons(
-    found: Dominance, k: int, selection: str = "dominant", *, draw: int = 0, seed: int = 0
+    dominant: Int[np.ndarray, "seq layer rank"],
+    norms: Float[np.ndarray, "layer neuron"],
+    layers: Sequence[int],
+    k: int,
+    selection: str = "dominant",
+    *,
+    draw: int = 0,
+    seed: int = 0,
 ) -> Int[np.ndarray, "seq layer k"]:
     """Return `k` neurons of each sequence and layer.
 
     Args:
-        found: The most dominant ones, at least `k` of them.
+        dominant: The most dominant neurons, at least `k` per layer.
+        norms: The norm of every neuron's value vector.
+        layers: The layers.
         k: How many.
         selection: "dominant"; "random", any `k` of the layer, uniformly; "norm_matched", for each of the `k`
-            dominant ones another neuron, not one of them, with the nearest norm of its value vector, each
-            used once (in a random order where two want the same).
-        draw: Draws of one seed differ.
-        seed: A sequence's draw depends on the seed, its row, the layer and the draw, and on nothing else.
+            dominant neurons another that is not dominant and whose value vector has the nearest norm, each
+            used once (in a random order where two match the same).
+        draw: The number of the draw.
+        seed: A sequence's neurons depend only on the seed, its row, the layer and the draw.
 
     Raises:
         OptionError: Too few neurons to match with.
     """
-    check_controls(k, found.norms.shape[1], selection)
-    top, width = found.neurons[..., :k], found.norms.shape[1]
+    top, width = dominant[..., :k], norms.shape[1]
+    check_controls(k, width, selection)
     if selection == "dominant":
         return top
     out = np.empty_like(top)
     for row, own in enumerate(top):
-        for i, layer in enumerate(found.layers):
+        for i, layer in enumerate(layers):
             rng = np.random.default_rng([seed % 2**64, row, layer, draw])
             random = selection == "random"
-            out[row, i] = rng.permutation(width)[:k] if random else _matched(own[i], found.norms[i], rng)
+            out[row, i] = rng.permutation(width)[:k] if random else _matched(own[i], norms[i], rng)
     return out
 
 

@@ -1,10 +1,10 @@
-"""Replacing activations: `Replacement` says by what and at which positions. Every ablation uses one."""
+"""Replacing activations: what takes their place, and at which positions. Every ablation does it this way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, TypedDict, get_args
 
 import torch
 from jaxtyping import Bool, Int
@@ -17,35 +17,39 @@ from memlens.forward.capture import ActivationSource, mean_activations
 from memlens.forward.hooks import HookFn, hook_name
 from memlens.forward.trunk import Trunk
 from memlens.sequences.set import SequenceSet
-from memlens.sweeps.interventions import BatchHook, ByBatch
+from memlens.sweeps.interventions import BatchHook, ByBatch, Intervention
+from memlens.sweeps.run import SweepOptions
 
 MODES: tuple[str, ...] = get_args(Mode)
 POSITIONS: tuple[str, ...] = get_args(Positions)
 
 Part = int | list[int] | None
-"""A head, or several heads; None for the whole activation."""
+"""A head or neuron, or several of them; None for the whole activation."""
 Replace = Callable[[Tensor, Part], Tensor]
-"""From an activation and a part of it to the values that take the part's place."""
+"""Maps an activation and a part of it to the values that replace the part."""
 MakeReplace = Callable[[Batch | None], Replace]
-"""From a batch to what replaces its activations; only "resample" needs to know the batch."""
+"""Maps a batch to what replaces its activations; only "resample" needs to know the batch."""
+Cell = tuple[str, Mapping[int, Part], Mapping[str, Hashable]]
+"""An intervention's name, the part that it replaces in each of its layers, and its coordinates."""
+
+
+class ReplacementOptions(TypedDict, total=False):
+    """The options of `Replacement` other than the mode; `ablate_heads` describes them."""
+
+    positions: Positions
+    reference: SequenceSet | None
+    seed: int
+
+
+class AblationOptions(ReplacementOptions, SweepOptions):
+    """The options that every ablation takes beyond its mode and metrics."""
 
 
 @dataclass(frozen=True)
 class Replacement:
-    r"""By what an ablation replaces an activation, and at which positions.
+    """What an ablation puts in place of an activation, and at which positions.
 
-    Attributes:
-        mode: The values that take the activation's place:
-
-            - ``"zero"``: 0;
-            - ``"mean"``: the mean over all positions of `reference`;
-            - ``"resample"``: the activation at the same position of another sequence of `reference`, drawn
-              once per sequence;
-            - ``"mean_of_other_heads"`` (heads only): :math:`\frac{1}{H-1}\sum_{h' \ne h} z_{h'}` of the same
-              layer and position.
-        positions: One of `POSITIONS`.
-        reference: The set for "mean" and "resample"; None for the sequences that are changed.
-        seed: For "resample".
+    The attributes are the options of `ablate_heads`, which describes them.
 
     Raises:
         OptionError: Unknown mode or positions.
@@ -60,16 +64,23 @@ class Replacement:
         check_option("mode", self.mode, MODES)
         check_option("positions", self.positions, POSITIONS)
 
+    @classmethod
+    def split(cls, mode: Mode, options: AblationOptions) -> tuple[Replacement, SweepOptions]:
+        """Split the options of an ablation into its replacement and what it passes on to `sweep`."""
+        rest: Any = dict(options)
+        own = {name: rest.pop(name) for name in ReplacementOptions.__annotations__ if name in rest}
+        return cls(mode, **own), rest
+
     @property
     def settings(self) -> dict[str, Any]:
-        """What a result records of it."""
+        """What a result records about the replacement."""
         reference = "sequences" if self.reference is None else dict(self.reference.attrs)
         return {**vars(self), "reference": reference}
 
     def by_layer(
         self, model: Any, site: str, layers: Sequence[int], sequences: SequenceSet
     ) -> dict[int, MakeReplace]:
-        """Return what replaces the activations of a site, by layer.
+        """Return what replaces the activations of a site, for each layer.
 
         Raises:
             OptionError: "mean_of_other_heads" at a site other than "z".
@@ -94,16 +105,30 @@ class Replacement:
         return {layer: _from_source(source, name) for layer, name in names.items()}
 
     def where(self, batch: Batch | None) -> Bool[Tensor, "batch pos"] | None:
-        """Return the positions that are replaced; None for all of them."""
+        """Return the positions that are replaced; None for all positions."""
         return None if batch is None else where(batch, self.positions)
 
+    def interventions(
+        self, model: Any, sequences: SequenceSet, site: str, cells: Iterable[Cell]
+    ) -> list[Intervention]:
+        """Return one intervention per cell; raises what `by_layer` raises."""
+        cells = list(cells)
+        layers = sorted({layer for _, parts, _ in cells for layer in parts})
+        by = self.by_layer(model, site, layers, sequences)
+        return [
+            Intervention(
+                name, [(hook_name(site, n), self.hook(by[n], part)) for n, part in parts.items()], coords
+            )
+            for name, parts, coords in cells
+        ]
+
     def bound(self, make: Callable[[Batch | None], HookFn]) -> HookFn | BatchHook:
-        """Return the hook that `make` gives: a plain function where it is the same for every batch."""
+        """Return the hook that `make` makes: a plain function if it is the same for every batch."""
         differs = self.positions != "all" or self.mode == "resample"
         return ByBatch(make) if differs else make(None)
 
     def hook(self, by: MakeReplace, part: Part = None) -> HookFn | BatchHook:
-        """Return the hook that replaces an activation, or some of its heads together."""
+        """Return the hook that replaces an activation or a part of it."""
 
         def make(batch: Batch | None) -> HookFn:
             replace, at = by(batch), self.where(batch)
@@ -124,7 +149,7 @@ class Replacement:
 
 
 def where(batch: Batch, positions: str) -> Bool[Tensor, "batch pos"] | None:
-    """Return the positions that one of `POSITIONS` names; None for all of them."""
+    """Return the positions that one of `POSITIONS` names; None for "all"."""
     before = batch.predicts.cumsum(1) - batch.predicts.long()  # predicting positions to the left
     if positions == "targets":
         return batch.predicts
@@ -140,7 +165,7 @@ def _zeros(x: Tensor, part: Part) -> Tensor:
 
 
 def _mean_of_others(z: Tensor, part: Part) -> Tensor:
-    """The mean of the heads that stay (0 where none does); without a part, of each head's others."""
+    """The mean of the remaining heads (0 if none remains); without a part, of the others of each head."""
     if part is None:
         return (z.sum(2, keepdim=True) - z) / (z.shape[2] - 1)
     if isinstance(part, int):
@@ -155,7 +180,7 @@ def _constant(values: Tensor) -> MakeReplace:
 
 def _from_source(source: ActivationSource, name: str) -> MakeReplace:
     def by(batch: Batch | None) -> Replace:
-        assert batch is not None  # `Replacement.bound` gives one to "resample"
+        assert batch is not None  # `Replacement.bound` makes hooks by batch for "resample"
         donor = source.of(batch)[name]
         return lambda x, part: donor if part is None else donor[:, :, part]
 
@@ -163,7 +188,7 @@ def _from_source(source: ActivationSource, name: str) -> MakeReplace:
 
 
 def other_rows(n: int, n_reference: int, seed: int) -> Int[Tensor, " seq"]:
-    """Return, for each of `n` rows, a reference row with another number, drawn with a seed.
+    """Draw for each of `n` rows a reference row with a different number.
 
     Raises:
         SequenceError: There are fewer than two reference rows.

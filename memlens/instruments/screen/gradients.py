@@ -28,12 +28,14 @@ from memlens.instruments.ablate.replacing import Replacement
 from memlens.instruments.patch.pairs import DIRECTIONS, check_pairs, checked_positions, compare_runs
 from memlens.instruments.screen.backward import GRADIENT_SITES, GradientRun
 from memlens.instruments.screen.cells import Cells, check_over
+from memlens.instruments.screen.instruments import MakeScreen, Screen
 from memlens.results.kinds import register_kind
 from memlens.results.plots.heads import plot_gradients
 from memlens.results.readings import read_estimated
 from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
+from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.labels import make_result
 from memlens.sweeps.run import measure
 
@@ -249,6 +251,38 @@ def _result(
     if run.method == "integrated_gradients":
         about |= {"path": run.path, "steps": run.steps}
     return make_result("gradient_attribution", model, seqs, variables, coords, {**about, **settings})
+
+
+def ablation_screen(site: str, over: str) -> MakeScreen:
+    """Return the function that makes the screen of an ablation.
+
+    Args:
+        site: The site that is ablated.
+        over: "head" or "neuron".
+    """
+
+    def screen(model: Any, clean: SequenceSet, _: None, options: Mapping[str, Any]) -> Screen:
+        replacement = Replacement(
+            options["mode"], options["positions"] or "all", options["reference"], options["seed"]
+        )
+
+        def estimate(**method: Any) -> Result:
+            own = vars(replacement)
+            return attribute_ablation(
+                model, clean, site=site, over=over, layers=options["layers"], **own, **method
+            )
+
+        def interventions(cells: Sequence[Mapping[str, int]]) -> list[Intervention]:
+            named = [
+                (f"{replacement.mode} L{c['layer']}{over[0].upper()}{c[over]}", {c["layer"]: c[over]}, c)
+                for c in cells
+            ]
+            return replacement.interventions(model, clean, site, named)
+
+        settings = {name: getattr(replacement, name) for name in ("mode", "positions", "seed")}
+        return Screen(clean, estimate, interventions, settings)
+
+    return screen
 
 
 register_kind(
