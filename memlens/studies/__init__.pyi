@@ -1,4 +1,4 @@
-from .bypass.blocks import BypassInputs as BypassInputs
+from .bypass.layers import BypassInputs as BypassInputs
 from .bypass.options import BypassOptions as BypassOptions
 from .bypass.study import study_attention_bypass as study_attention_bypass
 from .comparative.config import StudyModel as StudyModel

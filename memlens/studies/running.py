@@ -1,22 +1,24 @@
-"""What every study needs of its folder: findings, steps of which one may fail, and what the run gave."""
+"""What every study needs: a folder with findings, steps that may fail, and the words of its report."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import yaml
 
 from memlens.errors import MemlensError, OtherRunError
-from memlens.files import write_atomically
+from memlens.files import write_json
 from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
 from memlens.report.model import Finding
 from memlens.report.run_directory import RunDirectory
+from memlens.results.statistics.estimates import Estimate
 from memlens.sequences.set import SequenceSet
 from memlens.store.fingerprint import fingerprint, model_fingerprint, sequences_fingerprint
 
@@ -27,7 +29,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class StudyRun:
-    """What a study gave.
+    """What a study returns.
 
     Attributes:
         report: The HTML file.
@@ -41,7 +43,7 @@ class StudyRun:
 
 
 class StudyDirectory(RunDirectory):
-    """A run's folder that goes on when a step of the study fails."""
+    """A run's folder that continues when a step of the study fails."""
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # pyright: ignore[reportArgumentType]
@@ -49,7 +51,7 @@ class StudyDirectory(RunDirectory):
         self.failures: dict[str, str] = {}
 
     def step(self, name: str, work: Callable[[], None]) -> None:
-        """Run a step; if it fails for any reason, record that and go on with the other steps."""
+        """Run a step; if it fails for any reason, record that and continue with the next."""
         try:
             work()
         except Exception as error:
@@ -60,10 +62,10 @@ class StudyDirectory(RunDirectory):
         return Path(self.path) / "sweeps" / name.replace(" ", "_").replace("/", "_")
 
     def kept(self, name: str, work: Callable[..., _T]) -> _T:
-        """Run a sweep that keeps its parts in `place(name)`, so that a second run goes on with it.
+        """Run a sweep that keeps its parts in `place(name)`, so that a second run resumes it.
 
-        Where another sweep stands there, of other options, sequences or weights, it is left alone: the next
-        free name is taken (`name-2`, …), and found again by a run with these options.
+        If that folder holds a sweep with other options, sequences or weights, it is left alone: the next free
+        name is used (`name-2`, …), and a run with these options finds it again.
 
         Args:
             name: Of the sweep.
@@ -78,14 +80,15 @@ class StudyDirectory(RunDirectory):
                 number += 1
 
     def scored(self, name: str, model: Any, seqs: SequenceSet, **options: Any) -> RecallScores:
-        """Score recall, or read the scores that an earlier run kept.
+        """Score recall, or read the scores of an earlier run.
 
-        They are kept by the weights, the edits that are held on the model, the sequences and the options.
+        They are identified by the weights, the interventions active on the model, the sequences and the
+        options.
 
         Args:
-            name: Of the folder that keeps them.
+            name: Of the folder for these scores.
             model: A TransformerLens model.
-            seqs: What is scored.
+            seqs: The sequences.
             **options: Of `score_recall`.
         """
         about = sorted((key, value) for key, value in options.items() if key != "progress")
@@ -99,12 +102,12 @@ class StudyDirectory(RunDirectory):
     def stored(
         self, name: str, model: Any, seqs: SequenceSet, options: Any, make: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
-        """Make a JSON object, or read what an earlier run kept of these weights, sequences and options."""
+        """Make a JSON object, or read that of an earlier run with the same weights, sequences and options."""
         place = self._keyed(name, model, seqs, options, ".json")
         if place.is_file():
             return json.loads(place.read_text(encoding="utf-8"))
         made = make()
-        write_atomically(place, json.dumps(made).encode())
+        write_json(place, made, indent=None)
         return made
 
     def _keyed(self, name: str, model: Any, seqs: SequenceSet, about: Any, suffix: str) -> Path:
@@ -114,25 +117,76 @@ class StudyDirectory(RunDirectory):
         return place
 
     def failed(self, name: str, error: BaseException) -> None:
-        """Record that a step failed: an unforeseen error with its type, and its traceback in the log."""
-        unforeseen = not isinstance(error, (MemlensError, RuntimeError, ValueError))
-        _LOG.warning("%s failed: %s", name, error, exc_info=error if unforeseen else None)
-        self.failures[name] = f"{type(error).__name__}: {error}" if unforeseen else str(error)
+        """Record that a step failed; an unexpected error with its type, and its traceback in the log."""
+        unexpected = not isinstance(error, (MemlensError, RuntimeError, ValueError))
+        _LOG.warning("%s failed: %s", name, error, exc_info=error if unexpected else None)
+        self.failures[name] = f"{type(error).__name__}: {error}" if unexpected else str(error)
         self.add_failure(name, self.failures[name])
 
     def find(self, finding: Finding) -> None:
-        """Note a finding."""
+        """Record a finding."""
         self.findings.append(finding)
         self.add_finding(finding)
 
     def done(self) -> StudyRun:
-        """Write the report and return what the study gave."""
+        """Write the report and return what the study found."""
         return StudyRun(self.finish(), self.findings, self.failures)
 
 
+class Texts:
+    """The words of a study's report: the `texts.yaml` in the folder of its modules.
+
+    Args:
+        module: The file of a module (`__file__`).
+    """
+
+    def __init__(self, module: str) -> None:
+        text = Path(module).with_name("texts.yaml").read_text(encoding="utf-8")
+        self._entries: dict[str, Any] = yaml.safe_load(text)
+
+    def __getitem__(self, part: str) -> Any:
+        return self._entries[part]
+
+    def finding(
+        self, name: str, found: Estimate | None = None, *, control: str | None = None, **values: Any
+    ) -> Finding:
+        """Return a finding, with its texts filled in.
+
+        Args:
+            name: Of the entry in `findings`, with the keys `title` and `statement`, and optionally `unit` and
+                `control`.
+            found: The number, which the texts call `{found}`.
+            control: What the number is compared with. The entry's own `control` is the text around
+                `{control}`, which is left out without it.
+            **values: What else the texts name.
+        """
+        entry = {"unit": "", "control": "{control}", **self["findings"][name]}
+        words = {key: text.format(found=found, control=control, **values) for key, text in entry.items()}
+        if not control and "{control}" in entry["control"]:
+            words["control"] = None
+        if found is None:
+            return Finding(**words)
+        return Finding.of(words["title"], words["statement"], found, words["unit"], words["control"])
+
+
+def spoken(found: Mapping[str, Estimate], unit: str = "", *, skip: str | None = None) -> str | None:
+    """Return several estimates in one line; None if there are none but `skip`."""
+    unit = f" {unit}" if unit else ""
+    parts = [f"{name} {value}{unit}, n = {value.n}" for name, value in found.items() if name != skip]
+    return "; ".join(parts) or None
+
+
 def at_most(seqs: SequenceSet, most: int | None, seed: int) -> SequenceSet:
-    """Return the set, or a random choice of `most` of it in the set's order."""
+    """Return the set, or a random choice of `most` of its sequences, in the set's order."""
     if most is None or len(seqs) <= most:
         return seqs
     rng = np.random.default_rng(seed)
     return seqs[np.sort(rng.choice(len(seqs), most, replace=False))]
+
+
+def matched_with(chosen: SequenceSet, controls: SequenceSet) -> SequenceSet:
+    """Return the controls that are matched to chosen sequences; all of them if `matched_to` is not known."""
+    if "matched_to" not in controls.table:
+        return controls
+    wanted = controls.table["matched_to"].astype(str).isin(chosen.table["id"].astype(str))
+    return controls[np.flatnonzero(wanted)]

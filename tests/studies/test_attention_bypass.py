@@ -17,8 +17,8 @@ from memlens.errors import EmptySetError, OptionError
 from memlens.organisms.training.zoo import zoo_corpus
 from memlens.results.groups import quartiles
 from memlens.results.statistics.intervals import halves
-from memlens.studies.bypass.blocks import METRICS
 from memlens.studies.bypass.findings import scaling
+from memlens.studies.bypass.layers import METRICS
 from memlens.studies.running import StudyRun
 from tests.cli.test_commands import call
 
@@ -79,21 +79,21 @@ def test_all_parts_ran_and_stand_in_the_report(run: StudyRun, folder: Path) -> N
     assert titles == [
         "What is recited",
         "Which layer's attention recall needs",
-        "The most selective block",
+        "The most selective layer",
         "From one model to the next",
-        "Late against early blocks",
+        "Late against early layers",
         "Language against reasoning",
-        "The most selective set of blocks",
+        "The most selective set of layers",
         "Single heads",
         "What is special to memorized text",
-        "Bypass against removal, late blocks",
+        "Bypass against removal, late layers",
         "What any residual stack does",
         "Bounds",
     ]
     page = html.unescape((folder / "report.html").read_text(encoding="utf-8"))
     for words in (
         "Recitation against ability",
-        "Other edits of each layer",
+        "Other interventions on each layer",
         "Area under the frontier",
         "joint_questions",
     ):
@@ -145,7 +145,7 @@ def above_chance(tasks: Any) -> list[str]:
     return found
 
 
-def test_the_selective_block_is_chosen_on_one_half_and_scored_on_the_other(
+def test_the_selective_layer_is_chosen_on_one_half_and_scored_on_the_other(
     run: StudyRun, folder: Path
 ) -> None:
     blocks = ml.load_result(folder / "blocks.nc").data
@@ -164,8 +164,8 @@ def test_the_selective_block_is_chosen_on_one_half_and_scored_on_the_other(
                 costs.append(((base - some["accuracy"].mean("sequence")) / (base - chance)).values)
         scores.append(removed.values - np.max(costs, axis=0))
     best = int(np.argmax(scores[0]))
-    finding = next(f for f in run.findings if f.title == "The most selective block")
-    assert f"block {best} " in finding.statement
+    finding = next(f for f in run.findings if f.title == "The most selective layer")
+    assert f"layer {best} " in finding.statement
     assert finding.estimate == pytest.approx(scores[1][best], abs=1e-6)
     table = pd.read_parquet(folder / "selectivity.parquet")
     own = table[table["model"] == "zoo/pythia-s"]
@@ -173,7 +173,7 @@ def test_the_selective_block_is_chosen_on_one_half_and_scored_on_the_other(
     assert set(table["model"]) == {"zoo/pythia-s", "the same, less"}
 
 
-def test_quartiles_are_means_over_their_blocks(folder: Path) -> None:
+def test_quartiles_are_means_over_their_layers(folder: Path) -> None:
     rows = pd.read_parquet(folder / "quartiles.parquet").set_index(["what", "measure", "part"])
     blocks = ml.load_result(folder / "blocks.nc").data
     exact = blocks["exact_match"].values[blocks["group"].values == "memorized"].mean(0)
@@ -238,7 +238,7 @@ def test_late_bypass_is_set_against_removal(run: StudyRun, folder: Path) -> None
     gap = (mine["target_logprob"].sel(edit="identity") - mine["target_logprob"].sel(edit="mean")).mean(
         "layer"
     )
-    finding = next(f for f in run.findings if f.title == "Bypass against removal, late blocks")
+    finding = next(f for f in run.findings if f.title == "Bypass against removal, late layers")
     assert finding.estimate == pytest.approx(float(gap.mean()), abs=1e-6)
     assert finding.low is not None
     assert finding.low < float(gap.mean()) < (finding.high or 0)
@@ -276,7 +276,7 @@ def test_a_part_that_fails_costs_only_itself(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("memlens.studies.bypass.blocks.evaluate_tasks", broken)
+    monkeypatch.setattr("memlens.studies.bypass.layers.evaluate_tasks", broken)
     options = ml.studies.BypassOptions(
         **{**vars(SMALL), "joint_sequences": 0, "edits": (), "heads": False, "free_running": False}
     )
@@ -312,7 +312,7 @@ def test_bad_inputs_are_refused(pythia: Any, found: ml.recall.MemorizedSet) -> N
         ml.studies.BypassOptions(mode="uniform")
 
 
-def test_scaling_speaks_of_each_model_s_chosen_block() -> None:
+def test_scaling_speaks_of_each_model_s_chosen_layer() -> None:
     table = pd.DataFrame(
         {
             "model": ["a"] * 4 + ["b"] * 4,
@@ -326,9 +326,9 @@ def test_scaling_speaks_of_each_model_s_chosen_block() -> None:
         }
     )
     words = scaling(table, 4).statement
-    assert "a: block 2 of 4, selectivity 0.30" in words
-    assert "b: block 3 of 4, selectivity 0.80" in words
-    assert "remove 0.25 on average at a cost of 0.00" in words
+    assert "a: layer 2 of 4, selectivity 0.3 [" in words
+    assert "b: layer 3 of 4, selectivity 0.8 [" in words
+    assert "remove 0.25 and cost 0.00" in words
 
 
 def test_the_command_runs_on_saved_sequences_and_refuses_what_does_not_fit(
@@ -340,7 +340,7 @@ def test_the_command_runs_on_saved_sequences_and_refuses_what_does_not_fit(
     small = ["--max-sequences", "8", "--control-sequences", "4", "--joint-sequences", "0", "--bounds", "0"]
     code, shown, error = call(*given, *small, "--no-free-running", "--no-heads")
     assert code == 0, error
-    assert "The most selective block" in shown
+    assert "The most selective layer" in shown
     assert (tmp_path / "out" / "report.html").is_file()
     code, _, error = call(*given, "--corpus", "x.npy")
     assert code == 2

@@ -18,7 +18,7 @@ from memlens.studies.registry import STUDIES, Call, Study
 if TYPE_CHECKING:
     from memlens.instruments.tasks.tasks import ChoiceTask
     from memlens.sequences.set import SequenceSet
-    from memlens.studies.bypass.blocks import BypassInputs
+    from memlens.studies.bypass.layers import BypassInputs
     from memlens.studies.plans import Works
     from memlens.sweeps.interventions import Intervention
 

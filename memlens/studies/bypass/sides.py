@@ -1,4 +1,4 @@
-"""Sets of blocks, other edits, single heads and bounds (E6 to E8)."""
+"""Sets of layers, other interventions, single heads and bounds (E6 to E8)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from memlens.instruments.bypass.bypass import (
 )
 from memlens.instruments.bypass.layer_sets import LayerSetSearch, search_layer_sets
 from memlens.instruments.bypass.predictor import bypass_predictor, predictor_agreement
-from memlens.report.model import FigureRequest
 from memlens.results.groups import by_part, join_groups, layers_label, quartiles
 from memlens.results.kinds import register_kind
 from memlens.results.plots.tasks import plot_edits
@@ -34,8 +33,8 @@ from memlens.results.statistics.intervals import bootstrap_means, mean_interval
 from memlens.results.statistics.tradeoff import join_frontier
 from memlens.sequences.set import SequenceSet
 from memlens.studies.bypass import findings as find
-from memlens.studies.bypass.blocks import TEXTS, BypassContext
-from memlens.studies.bypass.findings import MEMORIZED, UNTRAINED
+from memlens.studies.bypass.findings import MEMORIZED, TEXTS, UNTRAINED
+from memlens.studies.bypass.layers import BypassContext
 from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.run import sweep
 
@@ -44,11 +43,10 @@ _CONTROL_METRICS = ("target_logprob", "completion_entropy", "exact_match")
 
 
 def joint(study: BypassContext) -> None:
-    """E6: sets of blocks bypassed together."""
-    if not study.options.joint_sequences or not study.inputs.tasks:
+    """E6: sets of layers bypassed together."""
+    options, tasks = study.options, study.inputs.tasks
+    if not options.joint_sequences or not tasks:
         return
-    options = study.options
-    tasks = study.inputs.tasks
     if options.joint_questions is not None:
         tasks = [task.take(slice(0, options.joint_questions)) for task in tasks]
     named = ("mode", "over", "greedy_size", "exact_layers", "exact_pool", "n_random", "n_resamples", "seed")
@@ -56,66 +54,37 @@ def joint(study: BypassContext) -> None:
     seqs = study.chosen(options.joint_sequences)[MEMORIZED]
     work = partial(search_layer_sets, study.model, seqs, tasks, progress=study.progress, **wanted)
     search = study.folder.kept("sets", work)
-    best, areas = search.best_table(), search.areas()
-    pair = join_frontier(
-        {study.inputs.name: (search.recall, search.accuracy)},
-        n_resamples=options.n_resamples,
-        seed=options.seed,
-    )
-    study.folder.add_result(
-        "sets", pair, title="Sets of blocks bypassed together", lead=TEXTS["sets"],
-        figures=[FigureRequest({"title": "Recitation against ability: sets of blocks"}, reading="")],
-    )  # fmt: skip
+    both = {study.inputs.name: (search.recall, search.accuracy)}
+    study.show("sets", join_frontier(both, **study.resampling))
     for name, result in (("recall", search.recall), ("tasks", search.accuracy)):
         result.save(study.folder.place("sets") / f"{name}.nc")
-    for name, frame, words in (
-        ("best_sets", best, "What each search chose, scored on the other half"),
-        ("areas", areas, "Area under the frontier, by family of sets"),
-        ("every_set", search.table, "Every set that was tried"),
-    ):
-        study.folder.add_table(name, frame, title=words, section="sets")
+    best, areas = search.best_table(), search.areas()
+    for name, frame in (("best_sets", best), ("areas", areas), ("every_set", search.table)):
+        study.table(name, frame)
     study.folder.find(find.best_set(best, areas, search, _elsewhere(study, search)))
 
 
 def edits(study: BypassContext) -> None:
-    """E8: other edits of each layer, on every group and on untrained weights."""
+    """E8: other interventions on each layer, on every group and on untrained weights."""
     if not study.options.edits:
         return
-    seqs = study.chosen(study.options.control_sequences)
-    results = {name: _edited(study, study.model, group, name) for name, group in seqs.items()}
-    if study.options.untrained_control:
-        results[UNTRAINED] = _edited(study, study.twin, seqs[MEMORIZED], UNTRAINED)
+    results = {
+        name: _edited(study, model, seqs, name)
+        for name, model, seqs in study.measured(study.options.control_sequences)
+    }
     for name, headed in study.headed.items():
         results[name] = with_heads(results[name], headed)
-    joined = join_groups(results)
-    figures = [
-        FigureRequest({"metric": "target_logprob", "title": "Every edit, on memorized text"}, reading="")
+    study.show("edits", results[MEMORIZED])
+    (figure,) = TEXTS["results"]["edits_by_group"]["figures"]
+    each = [
+        {**figure, "edit": edit, "title": f"Intervention: {edit}"}
+        for edit in results[MEMORIZED]["edit"].values.tolist()
     ]
-    study.folder.add_result(
-        "edits", results[MEMORIZED], title="Other edits of each layer", lead=TEXTS["edits"],
-        figures=figures,
-    )  # fmt: skip
-    study.folder.add_result(
-        "edits_by_group", joined, title="The bypass beside its controls, by group",
-        figures=[
-            FigureRequest(
-                {"metric": "target_logprob", "edit": edit, "group": "group", "title": f"Edit: {edit}"},
-                reading="",
-            )
-            for edit in results[MEMORIZED]["edit"].values.tolist()
-        ],
-    )  # fmt: skip
-    options = {"n_resamples": study.options.n_resamples, "seed": study.options.seed}
-    table = control_table(results, parts=study.options.quartiles, **options)
-    depth = depth_table(results, **options)
-    study.folder.add_table(
-        "controls", table, title="What is special to memorized text", note=TEXTS["controls"],
-        section="edits",
-    )  # fmt: skip
-    study.folder.add_table(
-        "depth", depth, title="How the size of each edit's effect goes with depth", note=TEXTS["depth"],
-        section="edits",
-    )  # fmt: skip
+    study.show("edits_by_group", join_groups(results), figures=each)
+    table = control_table(results, parts=study.options.quartiles, **study.resampling)
+    depth = depth_table(results, **study.resampling)
+    study.table("controls", table)
+    study.table("depth", depth)
     study.folder.find(find.special(table))
     removal = find.beside_removal(results, study.options.quartiles, study.options.seed)
     if removal is not None:
@@ -127,51 +96,36 @@ def heads(study: BypassContext) -> None:
     """E8: the bypass of single heads."""
     if not study.options.heads:
         return
-    some = [(name, study.model, seqs) for name, seqs in study.chosen(study.options.control_sequences).items()]
-    if study.options.untrained_control:
-        some.append((UNTRAINED, study.twin, some[0][2]))
-    for name, model, seqs in some:
+    for name, model, seqs in study.measured(study.options.control_sequences):
         single = partial(bypass_attention, model, seqs, mode="identity", over="head")
         work = partial(single, metrics=_CONTROL_METRICS, progress=study.progress)
         study.headed[name] = study.folder.kept(f"heads_{name}", work)
     result = study.headed[MEMORIZED]
-    study.folder.add_result(
-        "heads", result, title="Single heads bypassed",
-        figures=[FigureRequest({"metric": "target_logprob"})],
-    )  # fmt: skip
-    study.folder.find(find.heads_against_blocks(result, study.swept.get(MEMORIZED), study.options.seed))
+    study.show("heads", result, reading=None)
+    study.folder.find(find.heads_against_layers(result, study.swept.get(MEMORIZED), study.options.seed))
 
 
 def bounds(study: BypassContext) -> None:
     """E7: what a bypass can change, and what it does change."""
-    n = study.options.bounds_sequences
-    if not n:
+    if not study.options.bounds_sequences:
         return
-    seqs = study.chosen(n)[MEMORIZED]
+    seqs = study.chosen(study.options.bounds_sequences)[MEMORIZED]
     result = bypass_bounds(study.model, seqs, progress=study.progress)
-    study.folder.add_result(
-        "bounds", result, title="Bounds of what a bypass can change", lead=TEXTS["bounds"],
-        figures=[FigureRequest(reading=""), FigureRequest({"metric": "kl"}, reading="")],
-    )  # fmt: skip
-    agreements = []
-    models = {"this model": study.model}
+    study.show("bounds", result)
+    measured = {"this model": (study.model, result)}
     if study.options.untrained_control:
-        models[UNTRAINED] = study.twin
-    for name, model in models.items():
-        measured = result if name == "this model" else bypass_bounds(model, seqs, progress=False)
+        measured[UNTRAINED] = (study.twin, bypass_bounds(study.twin, seqs, progress=False))
+    agreements = []
+    for name, (model, changed) in measured.items():
+        if study.n_layers < 3:
+            break  # two layers have only two orders
         guessed = bypass_predictor(model, seqs, progress=False)
         for predictor in ("predictor", "relative_predictor"):
-            if study.n_layers > 2:
-                found = predictor_agreement(
-                    guessed, measured, "kl", predictor=predictor, seed=study.options.seed
-                )
-                agreements.append({"weights": name, **asdict(found)})
+            found = predictor_agreement(guessed, changed, "kl", predictor=predictor, seed=study.options.seed)
+            agreements.append({"weights": name, **asdict(found)})
     if agreements:
-        study.folder.add_table(
-            "predictor", pd.DataFrame(agreements),
-            title="How well a guess from one pass orders the layers", section="bounds",
-        )  # fmt: skip
-    study.folder.find(find.bounded(result, pd.DataFrame(agreements)))
+        study.table("predictor", pd.DataFrame(agreements))
+    study.folder.find(find.bounded(result, agreements))
 
 
 def _edited(study: BypassContext, model: Any, seqs: SequenceSet, name: str) -> Result:
@@ -182,7 +136,7 @@ def _edited(study: BypassContext, model: Any, seqs: SequenceSet, name: str) -> R
 
 
 def _elsewhere(study: BypassContext, search: LayerSetSearch) -> dict[str, Result]:
-    """Return what the best set does to each group."""
+    """Return the effect of the best set on each group."""
     layers = search.sets[search.best["any"]]
     edits = attention_bypasses(study.model, layers=[layers], mode=study.options.mode)
     return {
@@ -197,7 +151,7 @@ def _elsewhere(study: BypassContext, search: LayerSetSearch) -> dict[str, Result
 
 
 def control_edits(model: Any, sequences: SequenceSet, names: Sequence[str]) -> list[Intervention]:
-    """Return one intervention for each edit and layer, with the coordinates `edit` and `layer`.
+    """Return one intervention per name and layer, with the coordinates `edit` and `layer`.
 
     Args:
         model: A TransformerLens model.
@@ -230,7 +184,7 @@ def with_heads(edits: Result, heads: Result) -> Result:
 
 
 def control_table(results: Mapping[str, Result], *, parts: int, n_resamples: int, seed: int) -> pd.DataFrame:
-    """Return what each edit does to the target log-probability, by depth, memorized text beside the controls.
+    """Return what each intervention does to the target log-probability of each group, by part of depth.
 
     Args:
         results: By group, kind "bypass_controls"; with "memorized" among them.
@@ -239,51 +193,41 @@ def control_table(results: Mapping[str, Result], *, parts: int, n_resamples: int
         seed: Of the bootstraps and permutations.
 
     Returns:
-        One row per edit and part of depth: `edit`, `part` (1 is the first), `layers`; for each group its
-        mean effect (nats a token, negative is harm) with interval; and for each control group on the same
-        weights `minus …`: memorized less control, with interval and a permutation p-value that is corrected
-        for all rows (Benjamini and Hochberg).
+        One row per intervention and part of depth: `edit`, `part` (1 is the first), `layers`; for each group
+        its mean effect (nats per token, negative is harm) with interval; and for each control group on the
+        same weights `minus …`: memorized minus control, with interval and a permutation p-value that is
+        corrected for all rows (Benjamini and Hochberg).
     """
-    main = results[MEMORIZED]
-    cut = quartiles(main.data.sizes["layer"], parts)
-    rows: dict[tuple[str, int], dict[str, Any]] = {
-        (edit, number): {"edit": edit, "part": number, "layers": layers_label(layers)}
-        for edit in main["edit"].values.tolist()
-        for number, layers in enumerate(cut, 1)
-    }
     reduced = {name: by_part(result, parts) for name, result in results.items()}
+    columns: dict[str, xr.DataArray] = {}
     for name, result in reduced.items():
         ci = mean_interval(result.effect("target_logprob"), n_resamples=n_resamples, seed=seed)
-        for (edit, number), row in rows.items():
-            here = ci.sel(edit=edit, layer=number)
-            row |= {
-                f"{name}{tail}": float(here.sel(statistic=s))
-                for tail, s in (("", "mean"), (" low", "low"), (" high", "high"))
-            }
+        for tail, statistic in (("", "mean"), (" low", "low"), (" high", "high")):
+            columns[f"{name}{tail}"] = ci.sel(statistic=statistic).reset_coords(drop=True)
     for name, result in reduced.items():
-        if name in (MEMORIZED, UNTRAINED):
-            continue
-        compared = compare_groups(
-            reduced[MEMORIZED], result, "target_logprob", of="effect", n_resamples=n_resamples, seed=seed
-        )
-        for (edit, number), row in rows.items():
-            here = compared.sel(edit=edit, layer=number)
-            tails = {"": "difference", " low": "low", " high": "high", " p_corrected": "p_corrected"}
-            row |= {f"minus {name}{tail}": float(here[variable]) for tail, variable in tails.items()}
-    return pd.DataFrame(list(rows.values()))
+        if name not in (MEMORIZED, UNTRAINED):
+            compared = compare_groups(
+                reduced[MEMORIZED], result, "target_logprob", of="effect", n_resamples=n_resamples, seed=seed
+            )
+            columns[f"minus {name}"] = compared["difference"]
+            columns |= {f"minus {name} {tail}": compared[tail] for tail in ("low", "high", "p_corrected")}
+    frame = xr.Dataset(columns).to_dataframe(dim_order=["edit", "layer"]).reset_index(names=["edit", "part"])
+    labels = [layers_label(layers) for layers in quartiles(results[MEMORIZED].data.sizes["layer"], parts)]
+    frame.insert(2, "layers", [labels[part - 1] for part in frame["part"]])
+    return frame
 
 
 def depth_table(results: Mapping[str, Result], *, n_resamples: int, seed: int) -> pd.DataFrame:
-    """Return how the size of each edit's effect goes with depth, for memorized text and for the controls.
+    """Return how the size of each intervention's effect depends on depth, for every group.
 
     The size is the mean over sequences of the absolute change of the target log-probability: that of
-    untrained weights has no direction. A correlation near -1 on untrained weights says that early edits
-    matter more in any residual stack, memorized or not.
+    untrained weights has no direction. A correlation near -1 on untrained weights says that early
+    interventions matter more in any residual stack, memorized or not.
 
     Returns:
-        One row per edit and group: `edit`, `group`, `correlation` (Spearman's, over layers, of the size
-        and the layer's number) with its interval over sequences, `first` and `last` (nats a token, at the
-        first and last layer), `n`.
+        One row per intervention and group: `edit`, `group`, `correlation` (Spearman's, over layers, of the
+        size and the layer's number) with its interval over sequences, `first` and `last` (nats per token, at
+        the first and last layer), `n`.
     """
     rows = []
     for name, result in results.items():

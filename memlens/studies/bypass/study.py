@@ -1,14 +1,15 @@
-"""The attention-bypass study: what each block's attention gives to recitation, and what else hangs on it.
+"""The attention-bypass study: what each layer's attention contributes to recitation and to other abilities.
 
 After Menta, Agrawal and Agarwal, "Analyzing Memorization in LLMs through the Lens of Model Attribution"
 (arXiv 2501.05078). The bypass is theirs; the matched controls, intervals, halves, the search over sets of
-blocks, selectivity and bounds are ours, and every choice is a named parameter that the report lists.
+layers, selectivity and bounds are ours, and every choice is a named parameter that the report lists.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from memlens.models.provenance import describe
 from memlens.recall.corpus.memorized_set import MemorizedSet
 from memlens.report.bibliography import Citation
 from memlens.sequences.set import SequenceSet
-from memlens.studies.bypass import blocks as part
+from memlens.studies.bypass import layers as part
 from memlens.studies.bypass import sides as side
-from memlens.studies.bypass.blocks import TEXTS, BypassContext, BypassInputs
+from memlens.studies.bypass.findings import TEXTS
+from memlens.studies.bypass.layers import BypassContext, BypassInputs
 from memlens.studies.bypass.options import BypassOptions
 from memlens.studies.running import StudyDirectory, StudyRun
 
@@ -37,36 +39,36 @@ def study_attention_bypass(
     command: str | None = None,
     progress: bool = True,
 ) -> StudyRun:
-    """Study what each block's attention gives to recitation and to ability; write results and a report.
+    """Study what each layer's attention contributes to recitation and to ability; write results and a report.
 
-    1. The bypass of each block (E1): exact match, token accuracy, entropy and log-probability, on memorized,
+    1. The bypass of each layer (E1): exact match, token accuracy, entropy and log-probability, on memorized,
        not memorized and predictable text and on untrained weights; with free decoding the score M.
     2. Accuracy on tasks under the same bypasses (E2), raw and corrected for chance.
     3. Recitation against ability (E3), and the same for further models, say other sizes (E4).
     4. Drops by quartile of depth, language against reasoning (E5).
-    5. Sets of blocks bypassed together: suffixes, quartiles, greedy and exact search for the most selective,
+    5. Sets of layers bypassed together: suffixes, quartiles, greedy and exact search for the most selective,
        chosen on one half of the data and scored on the other (E6).
     6. Bounds of what a bypass can change against what it does change (E7).
-    7. Controls (E8): other edits of attention, the MLP and single heads, on the same groups.
+    7. Controls (E8): other interventions on attention, the MLP and single heads, on the same groups.
 
     Args:
         model: A TransformerLens model.
         sequences: What `build_memorized_set` found; or sequences that the model recites; or a mapping with
-            the groups "memorized" and, matched to it, "not memorized" and "predictable".
+            the groups "memorized" and, matched with it, "not memorized" and "predictable".
         out: The folder; results are saved there one by one. A second call with the same arguments continues
             the sweeps where they stopped.
         tasks: Benchmark tasks that measure what a bypass costs; without any, its cost is not known.
         others: Further models for step 3, each as `BypassInputs(model, sequences, tasks, name)`, or a
-            function that returns it, which is called in its turn, so that only one model is held in memory.
+            function that returns it, called when it is needed, so that one model at a time is in memory.
         name: The model's name in results; by default the name it was loaded under.
         options: See `BypassOptions`.
         title: Heading of the report.
-        command: The command line that makes it again, for the report.
+        command: The command line that repeats the run, for the report.
         progress: Show progress bars.
 
     Returns:
-        The report's path, the findings, and what failed. A step that fails is named in the report and does
-        not stop those that do not need it.
+        The report's path, the findings, and what failed. A step that fails is named in the report; steps that
+        do not depend on it still run.
 
     Raises:
         SequenceError, VocabularyError: The sequences do not fit, before any forward pass.
@@ -94,23 +96,22 @@ def study_attention_bypass(
             for task in inputs.tasks
         },
     }
+    title = title or TEXTS["title"].format(name=inputs.name)
     folder = StudyDirectory(
-        out,
-        title=title or f"What attention gives to recitation in {inputs.name}",
-        lead=TEXTS["lead"],
-        settings=settings,
-        command=command,
-        fresh=True,
+        out, title=title, lead=TEXTS["lead"], settings=settings, command=command, fresh=True
     )
     folder.add_citations(Citation("menta2025", "the study that this one follows"))
     study = BypassContext(inputs, folder, chosen, progress=progress)
-    folder.step("bypass of each block", lambda: part.blocks(study))
-    folder.step("tasks", lambda: part.accuracies(study))
-    folder.step("free decoding", lambda: part.free_running(study))
-    folder.step("recitation against ability", lambda: part.frontier(study, others))
-    folder.step("quartiles of depth", lambda: part.quartiles(study))
-    folder.step("sets of blocks", lambda: side.joint(study))
-    folder.step("single heads", lambda: side.heads(study))
-    folder.step("other edits", lambda: side.edits(study))
-    folder.step("bounds", lambda: side.bounds(study))
+    for name, work in (
+        ("bypass of each layer", part.layers),
+        ("tasks", part.accuracies),
+        ("free decoding", part.free_running),
+        ("recitation against ability", partial(part.frontier, others=others)),
+        ("quartiles of depth", part.quartiles),
+        ("sets of layers", side.joint),
+        ("single heads", side.heads),
+        ("other interventions", side.edits),
+        ("bounds", side.bounds),
+    ):
+        folder.step(name, partial(work, study))
     return folder.done()

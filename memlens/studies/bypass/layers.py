@@ -1,21 +1,19 @@
-"""Single blocks bypassed: what is recited, what it costs on tasks, and both against each other (E1 to E5).
+"""Single layers bypassed: what is recited, what it costs on tasks, and both against each other (E1 to E5).
 
 Begins with what all parts of the study share: `BypassInputs` and `BypassContext`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
-import yaml
 from tqdm.auto import tqdm
 
 from memlens.errors import EmptySetError, check_option
@@ -34,18 +32,15 @@ from memlens.results.statistics.tasks import task_summary
 from memlens.results.statistics.tradeoff import Tradeoff, edit_tradeoff, join_frontier, tasks_above_chance
 from memlens.sequences.set import SequenceSet
 from memlens.studies.bypass import findings as find
-from memlens.studies.bypass.findings import MEMORIZED, UNTRAINED
+from memlens.studies.bypass.findings import MEMORIZED, TEXTS, UNTRAINED
 from memlens.studies.bypass.options import BypassOptions
 from memlens.studies.localization.findings import bypassed_layer
-from memlens.studies.running import StudyDirectory, at_most
+from memlens.studies.running import StudyDirectory, at_most, matched_with
 
 _GROUPS = (MEMORIZED, "not memorized", "predictable")
 
-TEXTS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text(encoding="utf-8"))
-"""What the report says about its sections."""
-
 METRICS = ("exact_match", "target_accuracy", "target_logprob", "completion_entropy", "matching_prefix")
-"""Of every block, from one teacher-forced sweep."""
+"""Of every layer, from one teacher-forced sweep."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +50,7 @@ class BypassInputs:
     Attributes:
         model: A TransformerLens model.
         sequences: What `build_memorized_set` found; or sequences that the model recites; or a mapping with
-            the groups "memorized" and, matched to it, "not memorized" (not recited) and "predictable"
+            the groups "memorized" and, matched with it, "not memorized" (not recited) and "predictable"
             (predicted well without being recited).
         tasks: Benchmark tasks; see `ChoiceTask`.
         name: Its name in results; by default the name it was loaded under.
@@ -118,108 +113,101 @@ class BypassContext:
         self.swept: dict[str, Result] = {}
         self.headed: dict[str, Result] = {}
         self.tasks: Result | None = None
-        self._twin: Any = None
 
-    @property
+    @cached_property
     def twin(self) -> Any:
         """The model's shape with fresh weights."""
-        if self._twin is None:
-            self._twin = untrained_like(self.model, seed=self.options.seed)
-        return self._twin
+        return untrained_like(self.model, seed=self.options.seed)
+
+    @property
+    def resampling(self) -> dict[str, int]:
+        """The number of resamples of every bootstrap, and the seed."""
+        return {"n_resamples": self.options.n_resamples, "seed": self.options.seed}
 
     def chosen(self, most: int) -> dict[str, SequenceSet]:
-        """Return at most `most` memorized sequences, and of the controls those matched to them."""
-        found = dict(self.groups)
-        found[MEMORIZED] = at_most(found[MEMORIZED], most, self.options.seed)
-        ids = found[MEMORIZED].table["id"].astype(str).tolist()
-        for name, seqs in found.items():
-            if name != MEMORIZED and "matched_to" in seqs.table:
-                mine = np.flatnonzero(seqs.table["matched_to"].astype(str).isin(ids))
-                found[name] = seqs[mine.tolist()]
-            found[name] = at_most(found[name], most, self.options.seed)
+        """Return at most `most` memorized sequences, and of the controls those matched with them."""
+        memorized = at_most(self.groups[MEMORIZED], most, self.options.seed)
+        found = {MEMORIZED: memorized}
+        for name, seqs in self.groups.items():
+            if name != MEMORIZED:
+                found[name] = at_most(matched_with(memorized, seqs), most, self.options.seed)
         return {name: seqs for name, seqs in found.items() if len(seqs)}
 
+    def measured(self, most: int) -> Iterator[tuple[str, Any, SequenceSet]]:
+        """Yield what is measured: each group's name, model and sequences, with the untrained weights last."""
+        groups = self.chosen(most)
+        for name, seqs in groups.items():
+            yield name, self.model, seqs
+        if self.options.untrained_control:
+            yield UNTRAINED, self.twin, groups[MEMORIZED]
+
+    def show(
+        self,
+        name: str,
+        result: Result,
+        *,
+        figures: Sequence[Mapping[str, Any]] | None = None,
+        reading: str | None = "",
+        **options: Any,
+    ) -> None:
+        """Save a result, with the words and figures that `texts.yaml` has for it.
+
+        Args:
+            name: Of the result.
+            result: The result.
+            figures: Options of each figure, in place of those in `texts.yaml`.
+            reading: Of the first figure, None for that of its kind; the others have none.
+            **options: Further options of every figure.
+        """
+        words = dict(TEXTS["results"][name])
+        drawn = words.pop("figures")
+        requests = [
+            FigureRequest({**figure, **options}, reading="" if number else reading)
+            for number, figure in enumerate(figures or drawn)
+        ]
+        self.folder.add_result(name, result, figures=requests, **words)
+
+    def table(self, name: str, frame: pd.DataFrame) -> None:
+        """Save a table, with the words that `texts.yaml` has for it."""
+        self.folder.add_table(name, frame, **TEXTS["tables"][name])
+
     def bypass(self, model: Any, seqs: SequenceSet, name: str) -> Result:
-        """Bypass each block alone."""
+        """Bypass each layer alone."""
         work = partial(bypass_attention, model, seqs, mode=self.options.mode, metrics=METRICS)
         return self.folder.kept(f"blocks_{name}", partial(work, progress=self.progress))
 
     def evaluate(self, inputs: BypassInputs, name: str) -> Result:
-        """Answer the tasks with each block bypassed."""
+        """Answer the tasks with each layer bypassed."""
         edits = attention_bypasses(inputs.model, mode=self.options.mode)
         work = partial(evaluate_tasks, inputs.model, inputs.tasks, edits, progress=self.progress)
         return self.folder.kept(name, work)
 
 
-def blocks(study: BypassContext) -> None:
-    """E1: bypass each block alone, on every group and on untrained weights."""
-    for name, seqs in study.groups.items():
-        study.swept[name] = study.bypass(study.model, seqs, name)
-    if study.options.untrained_control:
-        study.swept[UNTRAINED] = study.bypass(study.twin, study.groups[MEMORIZED], UNTRAINED)
-    joined = join_groups(study.swept)
-    words = {
-        "exact_match": "What is recited exactly",
-        "target_accuracy": "Right tokens",
-        "target_logprob": "Log-probability of the truth",
-        "completion_entropy": "Entropy of the continuation",
-    }
-    figures = [
-        FigureRequest(
-            {"metric": metric, "group": "group", "title": f"{title}, one block bypassed at a time"},
-            reading=find.blocks_in_words(study.swept[MEMORIZED]) if metric == "exact_match" else "",
-        )
-        for metric, title in words.items()
-    ]
-    change = {"metric": "target_logprob", "group": "group", "of": "effect"}
-    figures.append(
-        FigureRequest({**change, "title": "What each bypass takes from the log-probability"}, reading="")
-    )
-    study.folder.add_result(
-        "blocks", joined, title="Attention of each block bypassed: what is recited",
-        lead=TEXTS["blocks"], figures=figures,
-    )  # fmt: skip
+def layers(study: BypassContext) -> None:
+    """E1: bypass each layer alone, on every group and on untrained weights."""
+    for name, model, seqs in study.measured(study.options.max_sequences):
+        study.swept[name] = study.bypass(model, seqs, name)
+    study.show("blocks", join_groups(study.swept), reading=find.layers_in_words(study.swept[MEMORIZED]))
     scan = study.inputs.scan
     if scan is not None:
         counts = pd.DataFrame({"windows": scan.counts}).reset_index(names="of the scan")
-        study.folder.add_table(
-            "scan", counts.loc[counts["windows"] > 0], title="What the scan of the corpus met",
-            section="blocks",
-        )  # fmt: skip
-        study.folder.add_table(
-            "balance", scan.balance(), title="How alike memorized sequences and their controls are",
-            note=TEXTS["balance"], section="blocks",
-        )  # fmt: skip
+        study.table("scan", counts.loc[counts["windows"] > 0])
+        study.table("balance", scan.balance())
     study.folder.find(find.recited(study.swept, len(study.inputs.groups[MEMORIZED])))
     study.folder.find(bypassed_layer(study.swept, study.options.seed))
 
 
 def accuracies(study: BypassContext) -> None:
-    """E2: the accuracy on every task under the bypass of each block."""
+    """E2: the accuracy on every task under the bypass of each layer."""
     if not study.inputs.tasks:
         study.folder.add_failure("tasks", "no tasks were given: what a bypass costs is not known.")
         return
     study.tasks = study.evaluate(study.inputs, "tasks")
-    options = {"n_resamples": study.options.n_resamples, "seed": study.options.seed}
-    by_part = {"group": "task_group", "parts": study.options.quartiles, **options}
-    drops = {"relative_drop": "raw", "relative_drop_chance_corrected": "corrected for chance"}
-    study.folder.add_result(
-        "tasks", study.tasks, title="Attention of each block bypassed: what it costs on tasks",
-        lead=TEXTS["tasks"],
-        figures=[
-            FigureRequest({"group": "task_group", **options}, reading=""),
-            FigureRequest({"group": "task", "metric": "accuracy", **options}, reading=""),
-            *(
-                FigureRequest(
-                    {**by_part, "metric": metric, "title": f"Mean drop by part of depth, {words}"}, reading=""
-                )
-                for metric, words in drops.items()
-            ),
-        ],
-    )  # fmt: skip
-    study.folder.add_table(
-        "task_summary", task_summary(study.tasks, **options), title="Every task and group", section="tasks"
-    )
+    parts = {"parts": study.options.quartiles}
+    drawn = TEXTS["results"]["tasks"]["figures"]
+    figures = [{**figure, **parts} if "parts" in figure else figure for figure in drawn]
+    study.show("tasks", study.tasks, figures=figures, **study.resampling)
+    study.table("task_summary", task_summary(study.tasks, **study.resampling))
 
 
 def free_running(study: BypassContext) -> None:
@@ -227,34 +215,20 @@ def free_running(study: BypassContext) -> None:
     if not study.options.free_running or MEMORIZED not in study.swept:
         return
     seqs = study.chosen(study.options.max_free_running)[MEMORIZED]
-    with tqdm(
-        total=study.n_layers + 1, desc="free decoding", unit="block", disable=not study.progress
-    ) as bar:
+    bar = tqdm(total=study.n_layers + 1, desc="free decoding", unit="layer", disable=not study.progress)
+    with bar:
         base, *values = (_decoded(study, seqs, layer, bar) for layer in (None, *range(study.n_layers)))
-    columns = ("memorization_score", "matching_prefix", "exact_match")
-    variables = {
-        name: (("sequence", "layer"), np.column_stack([v.table[name].to_numpy(float) for v in values]))
-        for name in columns
-    }
-    variables |= {f"{name}_baseline": ("sequence", base.table[name].to_numpy(float)) for name in columns}
+    variables: dict[str, Any] = {}
+    for name in ("memorization_score", "matching_prefix", "exact_match"):
+        each = [scores.table[name].to_numpy(float) for scores in values]
+        variables[name] = (("sequence", "layer"), np.column_stack(each))
+        variables[f"{name}_baseline"] = ("sequence", base.table[name].to_numpy(float))
     data = xr.Dataset(
         variables, {"sequence": seqs.table["id"].astype(str).tolist(), "layer": range(study.n_layers)}
     )
-    result = Result.create(
-        data,
-        kind="attention_bypass",
-        settings={"mode": study.options.mode, "decoding": "greedy, free-running"},
-        **describe(study.model),
-    )
-    study.folder.add_result(
-        "free_running", result, title="Free decoding with each block bypassed",
-        lead=TEXTS["free_running"],
-        figures=[
-            FigureRequest(
-                {"metric": "memorization_score", "title": "Score M, one block bypassed at a time"}, reading=""
-            )
-        ],
-    )  # fmt: skip
+    settings = {"mode": study.options.mode, "decoding": "greedy, free-running"}
+    result = Result.create(data, kind="attention_bypass", settings=settings, **describe(study.model))
+    study.show("free_running", result)
 
 
 def frontier(study: BypassContext, others: Iterable[BypassInputs | Callable[[], BypassInputs]]) -> None:
@@ -266,32 +240,23 @@ def frontier(study: BypassContext, others: Iterable[BypassInputs | Callable[[], 
         study.folder.step(f"further model {number + 1}", lambda given=given: _other(study, given, parts))
     if not parts:
         return
-    options = {"n_resamples": study.options.n_resamples, "seed": study.options.seed}
-    many = "one panel for each model" if len(parts) > 1 else "one dot for each block"
-    study.folder.add_result(
-        "frontier", join_frontier(parts, **options), title="Recitation against ability",
-        lead=TEXTS["frontier"],
-        figures=[FigureRequest({"title": f"Recitation against ability: {many}"}, reading="")],
-    )  # fmt: skip
+    title = {"title": "Recitation against ability: one panel per model"} if len(parts) > 1 else {}
+    study.show("frontier", join_frontier(parts, **study.resampling), **title)
     tables = []
     for name, (recall, accuracy) in parts.items():
         if not tasks_above_chance(accuracy):
             study.folder.find(find.nothing_to_lose(name, accuracy))
             continue
-        found = {part: _tradeoff(study, recall, accuracy, part) for part in (0, 1)}
-        scored = found[1].table()
-        chosen = pd.DataFrame({"selectivity_chosen": found[0].selectivity})
-        tables.append(pd.concat([scored, chosen], axis=1).assign(model=name))
+        choosing, scoring = (_tradeoff(study, recall, accuracy, part) for part in (0, 1))
+        table = scoring.table().assign(selectivity_chosen=choosing.selectivity)
+        table.insert(0, "model", name)
+        tables.append(table)
         if name == study.inputs.name:
-            study.folder.find(find.selective_block(found[0], found[1], study.swept, study.options))
+            study.folder.find(find.selective_layer(choosing, scoring, study.swept, study.options))
     if tables:
         table = pd.concat(tables, ignore_index=True)
-        table.insert(0, "model", table.pop("model"))
-        study.folder.add_table(
-            "selectivity", table, title="Selectivity of each block", note=TEXTS["selectivity"],
-            section="frontier",
-        )  # fmt: skip
-        if len(set(table["model"])) > 1:
+        study.table("selectivity", table)
+        if len(tables) > 1:
             study.folder.find(find.scaling(table, study.options.quartiles))
 
 
@@ -304,14 +269,9 @@ def quartiles(study: BypassContext) -> None:
         study.tasks,
         tasks=tasks_above_chance(study.tasks),
         parts=study.options.quartiles,
-        n_resamples=study.options.n_resamples,
-        seed=study.options.seed,
+        **study.resampling,
     )
-    study.folder.add_table(
-        "quartiles", table, title="Mean drop by part of depth, one block bypassed at a time",
-        note=TEXTS["quartiles"],
-        section="tasks",
-    )  # fmt: skip
+    study.table("quartiles", table)
     for finding in find.by_quartile(table, study.swept):
         study.folder.find(finding)
 
