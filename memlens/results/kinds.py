@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import plotly.graph_objects as go
 
 from memlens.errors import MemlensError, OptionError, check_option
 from memlens.registry import Registry
@@ -12,9 +14,6 @@ from memlens.results.groups import join_groups
 from memlens.results.plots.layers import plot_by_dimensions
 from memlens.results.plots.selection import ALWAYS, Selection
 from memlens.results.result import Result
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True)

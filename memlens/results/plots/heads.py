@@ -4,35 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 import xarray as xr
 
+from memlens import figures
 from memlens.results.plots.layers import plot_head_map, plot_interventions, plot_layer_lines
-from memlens.results.plots.selection import Selection, takes, with_dims
+from memlens.results.plots.selection import Of, Selection, takes, with_dims
 from memlens.results.plots.tokens import patch_values, plot_patch_map
 from memlens.results.result import Result
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 
 @takes(of=None, group=None)
 def plot_bypass(result: Result, s: Selection) -> go.Figure:
     """Draw curves over layers, one per strength where there are several; a map where heads differ."""
-    from memlens import figures
-
     if with_dims(result, "layer", "head"):
         return plot_head_map(result, s)
-    of = s.of or "value"
+    if s.group is not None or result.data.sizes.get("strength", 1) == 1:
+        return plot_layer_lines(result, s)
+    heading, note = "Each layer in turn: attention bypass in part", "strength 1 = full bypass"
     names = s.names(result, "layer")
-    if s.group is None and result.data.sizes.get("strength", 1) > 1:
-        ci = s.means(result, names, ("layer", "strength"), of=of)
-        subtitle = s.subtitle(result, of=of, note="strength 1 = full bypass")
-        heading = s.title or "Each layer in turn: attention bypass in part"
-        return figures.line_over_layers(ci, title=heading, subtitle=subtitle)
-    return plot_layer_lines(result, s)
+    ci, caption = s.drawn(result, ("layer", "strength"), heading, names=names, note=note)
+    return figures.line_over_layers(ci, **caption)
 
 
 @takes(of="value", group=None)
@@ -41,43 +36,25 @@ def plot_cumulative(result: Result, s: Selection) -> go.Figure:
 
     With a `group` only the ranked order is drawn, with one line per group.
     """
-    from memlens import figures
-
-    of = s.of or "value"
-    shown = ("n_ablated", "order") if s.group is None else ("n_ablated",)
-    chosen = result if s.group is None else Result(result.data.sel(order="ranked", drop=True))
-    names = s.names(chosen, *shown)
-    ci = s.means(chosen, names, shown, of=of)
-    return figures.line_over_layers(
-        ci,
-        x="n_ablated",
-        x_title="heads ablated",
-        title=s.title or "How many heads must go until recall goes",
-        subtitle=s.subtitle(result, of=of),
-    )
+    shown = ("n_ablated", "order")
+    if s.group is not None:
+        result, shown = Result(result.data.sel(order="ranked", drop=True)), ("n_ablated",)
+    ci, caption = s.drawn(result, shown, "How many heads must go until recall goes")
+    return figures.line_over_layers(ci, x="n_ablated", x_title="heads ablated", **caption)
 
 
 @takes(of=None, group=None)
 def plot_pairs(result: Result, s: Selection) -> go.Figure:
     """Draw the interaction of each pair of heads; a menu shows effects (single heads on the diagonal)."""
-    from memlens import figures
-
     dims = ("head_a", "head_b")
     names = sorted(s.names(result, *dims), key=lambda name: name != "interaction")
-    parts: dict[str, xr.DataArray] = {}
-    for name in names:
-        which = "value" if name == "interaction" else s.of or "effect"
-        parts[name] = s.means(result, [name], dims, of=which)[name]
-    ci = xr.Dataset(parts, attrs=result.data.attrs)
-    note = "red = more harm than the sum of both"
+    which: dict[str, Of] = dict.fromkeys(names, s.of or "effect") | {"interaction": "value"}
+    parts = {name: s.means(result, [name], dims, of=which[name])[name] for name in names}
     return figures.heatmap_paths(
-        ci,
-        metrics=names,
-        x="head_b",
-        y="head_a",
+        xr.Dataset(parts, attrs=result.data.attrs), metrics=names, x="head_b", y="head_a",
         title=s.title or "Pairs of heads: what both do beyond the sum of each",
-        subtitle=s.subtitle(result, note=note),
-    )
+        subtitle=s.subtitle(result, note="red = more harm than the sum of both"),
+    )  # fmt: skip
 
 
 _LETTERS = {"layer": "L", "head": "H", "neuron": "N", "position": " at "}
@@ -113,8 +90,6 @@ def plot_sites(result: Result, s: Selection, *, most: int = 40) -> go.Figure:
 @takes(of=None, group=None, sequence=None)
 def plot_paths(result: Result, s: Selection) -> go.Figure:
     """Draw what each path restores: sender by receiver, or each head's path to the logits."""
-    from memlens import figures
-
     noising = result.settings.get("direction") == "noising"
     verb = "left after" if noising else "restored by"
     if not with_dims(result, "sender_layer"):
@@ -137,8 +112,6 @@ def plot_screening(
     title: str = "Estimated and exact effects of the verified sites",
 ) -> go.Figure:
     """Draw a screen's verified sites; see `memlens.instruments.Screening`."""
-    from memlens import figures
-
     dims = [d for d in _LETTERS if d in table]
     labels = ["".join(f"{_LETTERS[d]}{row[d]}" for d in dims) for _, row in table.iterrows()]
     arrays = {

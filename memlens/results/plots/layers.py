@@ -2,87 +2,61 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import numpy as np
+import plotly.graph_objects as go
 import xarray as xr
 
+from memlens import figures
 from memlens.errors import OptionError, SiteError, check_option
 from memlens.results.plots.selection import Plot, Selection, chooses, single, takes, with_dims
 from memlens.results.result import Result
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 
 @takes(of=None, group=None, sequence=None)
 def plot_head_map(result: Result, s: Selection) -> go.Figure:
     """Draw the effect of each head; effects where the result has baselines, else values."""
-    from memlens import figures
-
     of = s.of_result(result)
-    names = s.names(result, "layer", "head")
-    heading = s.title or f"Effect of each head: {_words(result.kind)}"
-    note = s.note(result, names, of)
-    if s.sequence is not None:
-        ci = single(result, names, ("layer", "head"), of, s.sequence)
-        subtitle = " · ".join(filter(None, (f"one sequence, {s.sequence}", note)))
+    shown, names = ("layer", "head"), s.names(result, "layer", "head")
+    note, heading = s.note(result, names, of), f"Effect of each head: {_words(result.kind)}"
+    if s.sequence is None:
+        ci, caption = s.drawn(result, shown, heading, of=of, note=note)
     else:
-        ci = s.means(result, names, ("layer", "head"), of=of)
-        subtitle = s.subtitle(result, of=of, note=note)
-    return figures.heatmap_layer_head(ci, signed=of == "effect", title=heading, subtitle=subtitle)
+        ci = single(result, names, shown, of, s.sequence)
+        subtitle = " · ".join(filter(None, (f"one sequence, {s.sequence}", note)))
+        caption = {"title": s.title or heading, "subtitle": subtitle}
+    return figures.heatmap_layer_head(ci, signed=of == "effect", **caption)
 
 
 @takes(of="value", group=None)
 def plot_layer_lines(result: Result, s: Selection) -> go.Figure:
     """Draw curves over layers, with the unchanged model's value as a dashed line."""
-    from memlens import figures
-
-    of = s.of or "value"
-    names = s.names(result, "layer")
-    ci = s.means(result, names, ("layer",), of=of)
-    base = None
-    if of == "value":
-        stems = [name for name in names if f"{name}_baseline" in result.data]
-        if stems:
-            wanted = [f"{name}_baseline" for name in stems]
-            base = s.means(result, wanted, ())
-            base = base.rename(dict(zip(wanted, stems, strict=True)))
-    return figures.line_over_layers(
-        ci,
-        baseline=base,
-        title=s.title or f"Each layer in turn: {_words(result.kind)}",
-        subtitle=s.subtitle(result, of=of),
-    )
+    ci, caption = s.drawn(result, ("layer",), f"Each layer in turn: {_words(result.kind)}")
+    stems = [f"{name}" for name in ci if f"{name}_baseline" in result.data] if s.of != "effect" else []
+    base = s.means(result, [f"{name}_baseline" for name in stems], ()) if stems else None
+    if base is not None:
+        base = base.rename({f"{name}_baseline": name for name in stems})
+    return figures.line_over_layers(ci, baseline=base, **caption)
 
 
 @takes(group=None)
 def plot_attribution(result: Result, s: Selection) -> go.Figure:
     """Draw the direct effects of heads and layers on the target's logit."""
-    from memlens import figures
-
     if s.group is not None:
         raise OptionError("group= is not drawn for logit attribution: select one group's sequences first.")
     names = [*with_dims(result, "layer", "head")[:1], *(n for n in ("attn", "mlp") if n in result.data)]
-    ci = s.means(result, names, ("layer", "head"))
     note = "blue = pushes toward the target"
-    return figures.attribution_panels(
-        ci, title=s.title or "What writes the target's logit", subtitle=s.subtitle(result, note=note)
+    ci, caption = s.drawn(
+        result, ("layer", "head"), "What writes the target's logit", of="value", names=names, note=note
     )
+    return figures.attribution_panels(ci, **caption)
 
 
 @takes(of=None, group=None)
 def plot_interventions(result: Result, s: Selection, *, most: int = 40) -> go.Figure:
     """Draw each intervention's effect as a dot with its interval."""
-    from memlens import figures
-
     of = s.of_result(result)
-    result = _in_a_row(result)
-    names = s.names(result, "intervention")
-    ci = s.means(result, names, ("intervention",), of=of)
-    return figures.dots_with_intervals(
-        ci, most=most, title=s.title or "Every intervention", subtitle=s.subtitle(result, of=of)
-    )
+    ci, caption = s.drawn(_in_a_row(result), ("intervention",), "Every intervention", of=of)
+    return figures.dots_with_intervals(ci, most=most, **caption)
 
 
 def _in_a_row(result: Result) -> Result:
@@ -102,8 +76,6 @@ def _in_a_row(result: Result) -> Result:
 @takes(group="copies")
 def plot_recall(result: Result, s: Selection) -> go.Figure:
     """Draw recall rates against a group, and the histogram of the score."""
-    from memlens import figures
-
     group = s.group
     order = ("memorization_score", "target_accuracy", "exact_match")
     shares = [name for name in order[::-1] if name in result.metrics]
@@ -144,22 +116,21 @@ _LINES = {
 @takes(group=None)
 def plot_bounds(result: Result, s: Selection) -> go.Figure:
     """Draw what each layer's bypass changes and its bounds, the mean over tokens; or one metric."""
-    from memlens import figures
-
     metric = s.metric
     if s.group is not None:
         raise OptionError("group= is not drawn for bounds: select one group's sequences first.")
     if metric is not None and metric not in ("slack", "measured", "limit"):
         return plot_layer_lines(result, s)
+    shown = ("bound", "layer")
     if metric == "slack":
-        ci, words = s.means(result, [metric], ("bound", "layer")), "bound over measured"
-        heading = s.title or f"Bypassed attention: {words}"
+        words = "bound over measured"
+        ci, caption = s.drawn(result, shown, f"Bypassed attention: {words}", of="value")
     else:
-        names = [name for name in with_dims(result, "bound", "layer") if name != "slack"]
-        given = s.means(result, names, ("bound", "layer"))
-        ci, words = _stacked(given), "norm of the change"
-        heading = s.title or "Bypassed attention: what changes, and what bounds it"
-    fig = figures.line_over_layers(ci, title=heading, subtitle=s.subtitle(result))
+        words, heading = "norm of the change", "Bypassed attention: what changes, and what bounds it"
+        names = [name for name in with_dims(result, *shown) if name != "slack"]
+        ci, caption = s.drawn(result, shown, heading, of="value", names=names)
+        ci = _stacked(ci)
+    fig = figures.line_over_layers(ci, **caption)
     fig.update_yaxes(title_text=words, type="log", exponentformat="power")
     return fig
 
@@ -199,8 +170,6 @@ def plot_knock_outs(
     Several `k` are drawn side by side. With controls (or a `group`) these are side by side instead, for one
     `k`: the largest unless one is given.
     """
-    from memlens import figures
-
     data = result.data
     if k is not None and k not in data["k"].values:
         raise SiteError(f"k={k} is not in this result: use one of {data['k'].values.tolist()}.")
@@ -222,36 +191,25 @@ def plot_knock_outs(
     of = s.of or "effect"
     names = s.names(chosen, "layer", "window")
     names = sorted(names, key=lambda name: name not in ("prediction_flipped", "target_missed"))
-    ci = s.means(chosen, names, ("layer", "window", side), of=of)
     what = "all but the top" if result.settings.get("keep") else "the top"
-    count = "k" if k is None else str(k)
-    heading = s.title or f"Knock-out of {what} {count} neurons of a layer"
-    return figures.heatmap_layer_position(
-        ci, metrics=names, x="window", signed=of == "effect", title=heading,
-        subtitle=s.subtitle(result, of=of, note=s.note(chosen, names, of)),
-    )  # fmt: skip
+    heading = f"Knock-out of {what} {'k' if k is None else k} neurons of a layer"
+    note = s.note(chosen, names, of)
+    ci, caption = s.drawn(chosen, ("layer", "window", side), heading, of=of, names=names, note=note)
+    return figures.heatmap_layer_position(ci, metrics=names, x="window", signed=of == "effect", **caption)
 
 
 @takes(of="value", group=None)
 def plot_strengths(result: Result, s: Selection) -> go.Figure:
     """Draw curves over the strength of a perturbation; a metric with layers is drawn over these instead."""
-    from memlens import figures
-
     x = next(name for name in STRENGTHS if name in result.data.dims)
-    of = s.of or "value"
     if s.metric is not None and "layer" in result[s.metric].dims:
         if s.group is not None:
             raise OptionError(f"group= is not drawn for {s.metric!r}: its lines are strengths.")
-        ci = s.means(result, [s.metric], ("layer", x), of=of)
-        heading = s.title or "Each layer's residual, clean against disturbed"
-        place: dict[str, Any] = {"x": "layer"}
-    else:
-        names = [n for n in s.names(result, x) if "layer" not in result[n].dims]
-        ci = s.means(result, names, (x,), of=of)
-        heading = s.title or f"Recall by {STRENGTHS[x]}"
-        place = {"x": x, "x_title": STRENGTHS[x]}
-    subtitle = s.subtitle(result, of=of)
-    return figures.line_over_layers(ci, title=heading, subtitle=subtitle, **place)
+        ci, caption = s.drawn(result, ("layer", x), "Each layer's residual, clean against disturbed")
+        return figures.line_over_layers(ci, **caption)
+    names = [n for n in s.names(result, x) if "layer" not in result[n].dims]
+    ci, caption = s.drawn(result, (x,), f"Recall by {STRENGTHS[x]}", names=names)
+    return figures.line_over_layers(ci, x=x, x_title=STRENGTHS[x], **caption)
 
 
 @chooses

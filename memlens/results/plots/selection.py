@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
+import plotly.graph_objects as go
 import xarray as xr
 
 from memlens.errors import OptionError, SiteError, check_option
 from memlens.figures.labels import metric_text
 from memlens.results.result import Result
 from memlens.results.statistics.intervals import METHODS
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 Of = Literal["value", "effect"]
 ALWAYS = ("title", "level", "method", "n_resamples", "seed")
@@ -105,9 +103,27 @@ class Selection:
         numbers = f"{what} over {count} sequences, {100 * self.level:g} % interval"
         return " · ".join(filter(None, (numbers, note, str(result.data.attrs.get("model", "")))))
 
+    def drawn(
+        self,
+        result: Result,
+        shown: tuple[str, ...],
+        title: str,
+        *,
+        of: Of | None = None,
+        names: list[str] | None = None,
+        note: str = "",
+    ) -> tuple[xr.Dataset, dict[str, Any]]:
+        """Return the means of `names` (by default of all with the dimensions shown), title and subtitle.
+
+        Where neither `of` nor the selection says what to show, it is values.
+        """
+        of = of or self.of or "value"
+        ci = self.means(result, self.names(result, *shown) if names is None else names, shown, of=of)
+        return ci, {"title": self.title or title, "subtitle": self.subtitle(result, of=of, note=note)}
+
 
 _TAILS = ("_baseline", "_corrupt")
-Plot = Callable[..., "go.Figure"]
+Plot = Callable[..., go.Figure]
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 

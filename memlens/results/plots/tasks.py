@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
+import plotly.graph_objects as go
 import xarray as xr
 
+from memlens import figures
 from memlens.errors import OptionError, check_option
 from memlens.results.groups import by_part
 from memlens.results.plots.layers import plot_interventions, plot_layer_lines
@@ -15,9 +16,6 @@ from memlens.results.plots.selection import Selection, takes
 from memlens.results.result import Result
 from memlens.results.statistics.intervals import mean_interval
 from memlens.results.statistics.tasks import MEASURES, task_summary
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 
 @takes(group="task_group")
@@ -29,8 +27,6 @@ def plot_tasks(result: Result, s: Selection, *, parts: int | None = None) -> go.
         s: `metric` is a key of `task_summary.MEASURES`, all by default; `group` is "task_group" or "task".
         parts: Average over the layers of each of this many parts of depth.
     """
-    from memlens import figures
-
     metric, group = s.metric, s.group
     if metric is not None and metric not in MEASURES:
         return plot_layer_lines(result, s)
@@ -86,26 +82,13 @@ def _baselines(result: Result, group: str, names: list[str], wanted: Mapping[str
 @takes(of="value")
 def plot_sets(result: Result, s: Selection, *, most: int = 40) -> go.Figure:
     """Draw each set of layers as a dot with its interval."""
-    from memlens import figures
-
-    of = s.of or "value"
-    names = s.names(result, "layers")
-    ci = s.means(result, names, ("layers",), of=of)
-    return figures.dots_with_intervals(
-        ci,
-        dim="layers",
-        most=most,
-        title=s.title or "Every set of bypassed layers",
-        subtitle=s.subtitle(result, of=of),
-    )
+    ci, caption = s.drawn(result, ("layers",), "Every set of bypassed layers")
+    return figures.dots_with_intervals(ci, dim="layers", most=most, **caption)
 
 
 @takes(of="effect", group=None)
 def plot_edits(result: Result, s: Selection, *, edit: str | None = None) -> go.Figure:
     """Draw curves over layers, one line per edit; with `edit`, that edit only, one line per group."""
-    from memlens import figures
-
-    of = s.of or "effect"
     known = [str(value) for value in result["edit"].values]
     if edit is not None:
         check_option("edit", edit, known)
@@ -114,17 +97,14 @@ def plot_edits(result: Result, s: Selection, *, edit: str | None = None) -> go.F
         raise OptionError(f"group= draws one edit: name it, such as edit={known[0]!r}.")
     names = s.names(result, "layer")
     shown = ("layer", "edit") if edit is None else ("layer",)
-    ci = s.means(result, names, shown, of=of)
-    return figures.line_over_layers(
-        ci, title=s.title or "Other edits of each layer", subtitle=s.subtitle(result, of=of)
-    )
+    heading = "Other edits of each layer"
+    ci, caption = s.drawn(result, shown, heading, of=s.of or "effect", names=names)
+    return figures.line_over_layers(ci, **caption)
 
 
 @takes()
 def plot_frontier(result: Result, s: Selection) -> go.Figure:
     """Draw exact match (up) against accuracy (right), with one panel per model; a menu chooses the tasks."""
-    from memlens import figures
-
     data = result.data
     base = {}
     for model in dict.fromkeys(data["model"].values.tolist()):

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+import plotly.graph_objects as go
 import xarray as xr
 
+from memlens import figures
 from memlens.errors import check_option
 from memlens.results.plots.layers import plot_layer_lines
 from memlens.results.plots.selection import Selection, one, single, takes, with_dims
 from memlens.results.result import Result
 from memlens.results.statistics.intervals import changed_too_little, restorable_metric, restored_share
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
 
 @takes(of=None, group=None, sequence=None)
 def plot_patch_map(result: Result, s: Selection) -> go.Figure:
     """Draw what patching each layer and position (or head) restores."""
-    from memlens import figures
-
     x = next((d for d in ("head", "position", "target") if with_dims(result, "layer", d)), None)
     if x is None:
         return plot_layer_lines(result, replace(s, of="value"))
@@ -91,8 +87,6 @@ def plot_decoding(
 
     The token is the "target", or the "predicted" one, which the model says in the end.
     """
-    from memlens import figures
-
     data = result.data
     if "stream" in data.dims:
         check_option("stream", stream, [str(value) for value in data["stream"].values])
@@ -115,8 +109,6 @@ def plot_decoding(
 
 
 def _decoding_map(result: Result, s: Selection, sequence: str) -> go.Figure:
-    from memlens import figures
-
     row = one(result, sequence)
     x = "target" if "target" in row.dims else "position"
     names = [s.metric] if s.metric else [n for n in result.metrics if set(row[n].dims) == {"layer", x}]
