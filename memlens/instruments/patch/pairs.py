@@ -3,80 +3,141 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 
-from memlens.errors import SequenceError, SiteError
+from memlens.errors import SequenceError, SiteError, check_option
+from memlens.forward.metrics import MetricLike
 from memlens.results.result import Result
 from memlens.sequences.checks import check_is_set
 from memlens.sequences.set import SequenceSet
+from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.labels import token_labels
+from memlens.sweeps.run import SweepOptions, kept, measure, sweep
 
 DIRECTIONS = ("denoising", "noising")
 
 
-def checked_positions(seqs: SequenceSet, positions: Sequence[int] | None) -> list[int]:
-    """Return positions that the set has; by default all that can reach a target.
+@dataclass(frozen=True)
+class Pairs:
+    """Clean and corrupt sequences, row by row, and the direction in which activations are moved.
+
+    Attributes:
+        clean: The sequences as recalled.
+        corrupt: The same targets after another prefix.
+        direction: "denoising" (clean activations are written into the corrupt run) or "noising".
 
     Raises:
-        SiteError: A position does not exist.
+        OptionError: Unknown direction.
+        SequenceError: The rows differ in length, prefix length or targets.
+    """
+
+    clean: SequenceSet
+    corrupt: SequenceSet
+    direction: str
+
+    def __post_init__(self) -> None:
+        check_option("direction", self.direction, DIRECTIONS)
+        clean, corrupt = self.clean, self.corrupt
+        check_is_set(clean)
+        check_is_set(corrupt)
+        if len(clean) != len(corrupt):
+            raise SequenceError(
+                f"{len(clean)} clean and {len(corrupt)} corrupt sequences: they must be pairs, row by row."
+            )
+        same = (clean.lengths == corrupt.lengths) & (clean.prefix_len == corrupt.prefix_len)
+        if not bool(same.all()):
+            row = int(torch.nonzero(~same)[0])
+            raise SequenceError(
+                f"pair {row} differs in length or prefix length: clean and corrupt must have one shape."
+            )
+        if not torch.equal(clean.target_ids, corrupt.target_ids):
+            row = int(torch.nonzero((clean.target_ids != corrupt.target_ids).any(-1))[0])
+            raise SequenceError(
+                f"pair {row} has different continuations: corrupt the prefix only (memlens.corrupt)."
+            )
+
+    @property
+    def source(self) -> SequenceSet:
+        """The sequences whose activations are moved."""
+        return self.clean if self.direction == "denoising" else self.corrupt
+
+    @property
+    def base(self) -> SequenceSet:
+        """The sequences whose run is changed."""
+        return self.corrupt if self.direction == "denoising" else self.clean
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a result records about the pairs."""
+        return {"direction": self.direction, "corruption": dict(self.corrupt.attrs)}
+
+    def sweep(
+        self,
+        model: Any,
+        patches: Sequence[Intervention],
+        metrics: Sequence[MetricLike],
+        options: SweepOptions,
+        *,
+        kind: str,
+        settings: Mapping[str, Any],
+    ) -> Result:
+        """Run patches on the base, and return the result of `sweep` with the comparison of `compared`."""
+        settings = {**settings, **self.settings}
+        result = sweep(model, self.base, patches, metrics, kind=kind, settings=settings, **options)
+        per_token = options.get("per_token", False)
+        return kept(self.compared(model, result, metrics, per_token=per_token), options.get("out"))
+
+    def compared(
+        self, model: Any, result: Result, metrics: Sequence[MetricLike], *, per_token: bool = False
+    ) -> Result:
+        """Measure the source run and add it to a result on the base; see `compare_runs`."""
+        source = measure(model, self.source, metrics, per_token=per_token)
+        return compare_runs(result, model, source, self.direction, self.clean)
+
+
+def checked_positions(seqs: SequenceSet, positions: Sequence[int] | None) -> list[int]:
+    """Return the given positions; by default all that can reach a target.
+
+    Raises:
+        SiteError: The sequences do not have such a position.
     """
     last = int(seqs.lengths.max()) - 1  # the last token predicts nothing
-    if positions is None:
-        return list(range(last))
-    for p in positions:
+    for p in positions or ():
         if not 0 <= p <= last:
             raise SiteError(f"position {p} does not exist: the sequences have positions 0 to {last}.")
-    return list(positions)
-
-
-def check_pairs(clean: SequenceSet, corrupt: SequenceSet) -> None:
-    """Raise `SequenceError` unless rows are pairs of one length, one prefix length and the same targets."""
-    check_is_set(clean)
-    check_is_set(corrupt)
-    if len(clean) != len(corrupt):
-        raise SequenceError(
-            f"{len(clean)} clean and {len(corrupt)} corrupt sequences: they must be pairs, row by row."
-        )
-    same = (clean.lengths == corrupt.lengths) & (clean.prefix_len == corrupt.prefix_len)
-    if not bool(same.all()):
-        row = int(torch.nonzero(~same)[0])
-        raise SequenceError(
-            f"pair {row} differs in length or prefix length: clean and corrupt must have one shape."
-        )
-    if not torch.equal(clean.target_ids, corrupt.target_ids):
-        row = int(torch.nonzero((clean.target_ids != corrupt.target_ids).any(-1))[0])
-        raise SequenceError(
-            f"pair {row} has different continuations: corrupt the prefix only (memlens.corrupt)."
-        )
+    return list(range(last) if positions is None else positions)
 
 
 def compare_runs(
-    result: Result,
-    model: Any,
-    source: Mapping[str, np.ndarray],
-    names: Sequence[str],
-    direction: str,
-    clean: SequenceSet,
+    result: Result, model: Any, source: Mapping[str, np.ndarray], direction: str, clean: SequenceSet
 ) -> Result:
-    """Name the two runs, add the normalized effect of the first metric, and the clean tokens as text."""
+    """Name the two runs, add the normalized effect of the first metric, and the clean tokens as text.
+
+    Args:
+        result: Of the patches; its baseline is the base run.
+        model: A TransformerLens model.
+        source: The metrics of the source run.
+        direction: "denoising" or "noising".
+        clean: The clean sequences.
+    """
     data = result.data
     of_source, of_base = ("clean", "corrupt") if direction == "denoising" else ("corrupt", "clean")
-    for name in names:
-        dims = ("sequence", "target")[: source[name].ndim]
-        data = data.assign({f"{name}_{of_source}": (dims, source[name])})
+    for name, values in source.items():
+        data = data.assign({f"{name}_{of_source}": (("sequence", "target")[: values.ndim], values)})
         data = data.assign({f"{name}_{of_base}": data[f"{name}_baseline"]})
-    first = names[0]
+    first = next(iter(source))
     low, high = data[f"{first}_corrupt"], data[f"{first}_clean"]
     span = high - low
     effect = ((data[first] - low) / span.where(span != 0)).rename("normalized_effect")
     data = data.assign(normalized_effect=effect)
     if "position" in data.dims:
         in_sequence = data["position"] < xr.DataArray(clean.lengths.numpy() - 1, dims="sequence")
-        data = data.assign({n: data[n].where(in_sequence) for n in (*names, "normalized_effect")})
+        data = data.assign({n: data[n].where(in_sequence) for n in (*source, "normalized_effect")})
         labels = token_labels(model, clean.tokens, clean.mask)
         if labels is not None:
             data = data.assign(token=(("sequence", "position"), labels[:, data["position"].values]))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import product
 from numbers import Integral
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float
@@ -14,9 +15,10 @@ from memlens.errors import OptionError, SiteError, check_option
 from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource
 from memlens.forward.hooks import HookFn, attached, capturing, check_head, check_layer, hook_name
-from memlens.forward.metrics import MetricLike, metric_names
+from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
-from memlens.instruments.patch.pairs import DIRECTIONS, check_pairs, compare_runs
+from memlens.instruments.ablate.heads import Head, head_label
+from memlens.instruments.patch.pairs import Pairs
 from memlens.instruments.screen.instruments import register_instrument
 from memlens.results.kinds import register_kind
 from memlens.results.plots.heads import plot_paths
@@ -25,14 +27,14 @@ from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import ByBatch, Intervention
-from memlens.sweeps.run import kept, measure, sweep
+from memlens.sweeps.run import SweepOptions
 
-Head = tuple[int, int]
-"""A layer and a head of it."""
+RECEIVER_INPUTS = ("logits", "q", "k", "v", "mlp")
+MLPS = ("recomputed", "frozen")
 
 
 class FrozenRuns:
-    """Activations of frozen runs, made when a batch needs them; only the last one is kept."""
+    """Activations of frozen runs, computed when a batch needs them; only the last is kept."""
 
     trunk: Trunk
     mlps: str
@@ -51,11 +53,11 @@ class FrozenRuns:
         self._kept: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What it is, without what it happens to hold."""
+        """What identifies it, without the activation it currently holds."""
         return {**self.__dict__, "_key": None, "_kept": None}
 
     def at(self, batch: Batch, sender: Head, site: str, layer: int) -> Float[Tensor, "batch pos ..."]:
-        """Return what a site of a block holds in the frozen run."""
+        """Return the activation at a site in the frozen run."""
         key = (self.trunk.dtype, tuple(batch.rows.tolist()), sender, site, layer)
         if key != self._key or self._kept is None:
             self._key, self._kept = key, self._run(batch, sender, site, layer)
@@ -72,15 +74,15 @@ class FrozenRuns:
         else:
             start, resid = sender[0], base[hook_name("resid_pre", sender[0])].clone()
             hooks = [self._sending(batch, sender)]
-        held = [hook_name("attn_out", n) for n in range(max(start, sender[0] + 1), layer + 1)]
-        hooks += [(name, _holding(base[name])) for name in held]
+        for name in (hook_name("attn_out", n) for n in range(max(start, sender[0] + 1), layer + 1)):
+            hooks.append((name, lambda x, hook, held=base[name]: held))
         wanted = hook_name(site, layer)
         with attached(self.trunk.model, hooks), capturing(self.trunk.model, [wanted]) as store:
             self.trunk.run(resid, start, layer + 1)
         return store[wanted]
 
     def _change(self, batch: Batch, sender: Head) -> Tensor:
-        """By how much the sender changes what its block's attention adds to the residual."""
+        """How much the sender changes what its layer's attention adds to the residual."""
         layer, base = sender[0], self.base.of(batch)
         name = hook_name("attn_out", layer)
         with (
@@ -103,14 +105,6 @@ class FrozenRuns:
         return name, fn
 
 
-def _holding(value: Tensor) -> Callable[..., Tensor]:
-    return lambda x, hook: value
-
-
-RECEIVER_INPUTS = ("logits", "q", "k", "v", "mlp")
-MLPS = ("recomputed", "frozen")
-
-
 def patch_paths(
     model: Any,
     clean: SequenceSet,
@@ -122,7 +116,7 @@ def patch_paths(
     mlps: str = "recomputed",
     direction: str = "denoising",
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
-    **options: Any,
+    **options: Unpack[SweepOptions],
 ) -> Result:
     r"""Move one head's output between two runs, and let it act along one path only.
 
@@ -181,22 +175,10 @@ def patch_paths(
         >>> result["normalized_effect"].dims
         ('sequence', 'sender_layer', 'sender_head', 'receiver_layer', 'receiver_head')
     """  # fmt: skip
-    check_option("direction", direction, DIRECTIONS)
-    check_pairs(clean, corrupt)
-    source, base = (clean, corrupt) if direction == "denoising" else (corrupt, clean)
-    patches = path_patches(
-        model, base, source, senders=senders, receivers=receivers, receiver_input=receiver_input, mlps=mlps
-    )
-    settings = {
-        "receiver_input": receiver_input,
-        "mlps": mlps,
-        "direction": direction,
-        "corruption": dict(corrupt.attrs),
-    }
-    result = sweep(model, base, patches, metrics, kind="path_patching", settings=settings, **options)
-    of_source = measure(model, source, metrics, per_token=options.get("per_token", False))
-    whole = compare_runs(result, model, of_source, metric_names(metrics), direction, clean)
-    return kept(whole, options.get("out"))
+    pairs = Pairs(clean, corrupt, direction)
+    settings = {"receiver_input": receiver_input, "mlps": mlps}
+    patches = path_patches(model, pairs.base, pairs.source, senders=senders, receivers=receivers, **settings)
+    return pairs.sweep(model, patches, metrics, options, kind="path_patching", settings=settings)
 
 
 def path_patches(
@@ -222,39 +204,26 @@ def path_patches(
 
 def _intervention(runs: FrozenRuns, sender: Head, receiver: Head, receiver_input: str) -> Intervention:
     layer, head = receiver
-    name = f"L{sender[0]}H{sender[1]} to "
+    part: int | slice = head if receiver_input in ("q", "k", "v") else slice(None)
+    site = {"logits": "resid_post", "mlp": "mlp_out"}.get(receiver_input, receiver_input)
     if receiver_input == "logits":
-        coords: dict[str, Hashable] = {"layer": sender[0], "head": sender[1]}
-        write = _receive(runs, sender, "resid_post", layer, None)
-        return Intervention(name + "logits", [(hook_name("resid_post", layer), write)], coords)
-    coords = {"sender_layer": sender[0], "sender_head": sender[1], "receiver_layer": layer}
-    if receiver_input == "mlp":
-        write = _receive(runs, sender, "mlp_out", layer, None)
-        return Intervention(f"{name}L{layer} mlp", [(hook_name("mlp_out", layer), write)], coords)
-    return Intervention(
-        f"{name}L{layer}H{head} {receiver_input}",
-        [(hook_name(receiver_input, layer), _receive(runs, sender, receiver_input, layer, head))],
-        {**coords, "receiver_head": head},
-    )
-
-
-def _receive(runs: FrozenRuns, sender: Head, site: str, layer: int, head: int | None) -> ByBatch:
-    """Write what the site holds in the frozen run: all of it, or one head's part."""
+        end, coords = "logits", {"layer": sender[0], "head": sender[1]}
+    else:
+        end = f"L{layer} mlp" if receiver_input == "mlp" else f"{head_label(receiver)} {receiver_input}"
+        coords = {"sender_layer": sender[0], "sender_head": sender[1], "receiver_layer": layer}
+        coords |= {} if receiver_input == "mlp" else {"receiver_head": head}
 
     def make(batch: Batch) -> Callable[..., Tensor]:
-        new = runs.at(batch, sender, site, layer)
-        part = new if head is None else new[:, :, head].clone()
+        new = runs.at(batch, sender, site, layer)[:, :, part].clone()
 
         def fn(x: Tensor, hook: Any) -> Tensor:
-            if head is None:
-                return part.to(x.dtype)
             out = x.clone()
-            out[:, :, head] = part.to(x.dtype)
+            out[:, :, part] = new.to(x.dtype)
             return out
 
         return fn
 
-    return ByBatch(make)
+    return Intervention(f"{head_label(sender)} to {end}", [(hook_name(site, layer), ByBatch(make))], coords)
 
 
 def _paths(
@@ -264,21 +233,18 @@ def _paths(
     receiver_input: str,
 ) -> list[tuple[Head, Head]]:
     """All pairs of a sender and a receiver that it reaches, checked; sender by sender."""
-    last = trunk.n_layers - 1
+    starts = _heads(senders, "senders", trunk.n_layers, trunk.n_heads)
     if receiver_input == "logits":
         if receivers is not None:
             raise OptionError(f"receivers={receivers!r}: the logits are the only receiver, leave it out.")
-        ends, gap = [(last, 0)], 0
+        ends, gap = [(trunk.n_layers - 1, 0)], 0
     else:
         ends = _ends(trunk, receivers, receiver_input)
         gap = 0 if receiver_input == "mlp" and not trunk.parallel else 1
-    starts = [(n, h) for n in range(trunk.n_layers) for h in range(trunk.n_heads)]
-    if senders is not None:
-        starts = _heads(senders, "senders", trunk.n_layers, trunk.n_heads)
     pairs = [(s, r) for s in starts for r in ends if r[0] >= s[0] + gap]
-    asked = [("sender", s, 0) for s in starts if senders is not None or not pairs]
-    asked = [("receiver", r, 1) for r in ends if receivers is not None] + asked
-    for name, head, part in asked:
+    given = [("receiver", r, 1) for r in ends if receivers is not None]
+    given += [("sender", s, 0) for s in starts if senders is not None or not pairs]
+    for name, head, part in given:
         if all(pair[part] != head for pair in pairs):
             label = head[0] if part and receiver_input == "mlp" else head
             raise SiteError(
@@ -288,28 +254,26 @@ def _paths(
     return pairs
 
 
-def _ends(trunk: Trunk, receivers: Sequence[Head] | Sequence[int] | None, receiver_input: str) -> list[Head]:
+def _ends(trunk: Trunk, receivers: Sequence[Any] | None, receiver_input: str) -> list[Head]:
+    """The receivers as pairs; an MLP has the head 0."""
     if receiver_input == "mlp":
-        layers = range(trunk.n_layers) if receivers is None else receivers
-        return _heads([(layer, 0) for layer in layers], "receivers", trunk.n_layers, 1)
+        layers = None if receivers is None else [(layer, 0) for layer in receivers]
+        return _heads(layers, "receivers", trunk.n_layers, 1)
     n_heads = trunk.n_heads if receiver_input == "q" else trunk.n_kv_heads
-    if receivers is None:
-        return [(n, h) for n in range(trunk.n_layers) for h in range(n_heads)]
     return _heads(receivers, "receivers", trunk.n_layers, n_heads)
 
 
-def _heads(given: Sequence[Any], name: str, n_layers: int, n_heads: int) -> list[Head]:
-    """Check pairs of a layer and a head."""
-    found: list[Head] = []
-    for item in given:
+def _heads(given: Sequence[Any] | None, name: str, n_layers: int, n_heads: int) -> list[Head]:
+    """Check pairs of a layer and a head; all by default."""
+    for item in given or ():
         if not (
             isinstance(item, tuple | list) and len(item) == 2 and all(isinstance(x, Integral) for x in item)
         ):
             raise SiteError(f"{name} holds {item!r}: give pairs (layer, head), or layers for 'mlp'.")
         check_layer(item[0], n_layers)
         check_head(item[1], n_heads)
-        found.append((int(item[0]), int(item[1])))
-    return list(dict.fromkeys(found))
+    every = product(range(n_layers), range(n_heads)) if given is None else given
+    return list(dict.fromkeys((int(layer), int(head)) for layer, head in every))
 
 
 register_kind(

@@ -25,7 +25,7 @@ from memlens.forward.capture import ActivationSource
 from memlens.forward.hooks import hook_name
 from memlens.forward.metrics import MetricLike
 from memlens.instruments.ablate.replacing import Replacement
-from memlens.instruments.patch.pairs import DIRECTIONS, check_pairs, checked_positions, compare_runs
+from memlens.instruments.patch.pairs import Pairs, checked_positions
 from memlens.instruments.screen.backward import GRADIENT_SITES, GradientRun
 from memlens.instruments.screen.cells import Cells, check_over
 from memlens.instruments.screen.instruments import MakeScreen, Screen
@@ -37,7 +37,6 @@ from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.labels import make_result
-from memlens.sweeps.run import measure
 
 
 def attribute_gradients(
@@ -119,9 +118,8 @@ def attribute_gradients(
         >>> result.effect("target_logprob").dims
         ('sequence', 'layer', 'head')
     """
-    check_option("direction", direction, DIRECTIONS)
-    check_pairs(clean, corrupt)
-    source, base = (clean, corrupt) if direction == "denoising" else (corrupt, clean)
+    pairs = Pairs(clean, corrupt, direction)
+    source, base = pairs.source, pairs.base
     run = GradientRun.of(model, base, site, layers, metric, method, path, steps, batch_size)
     over = check_over(site, over or "position")
     cells = Cells(over, checked_positions(source, positions), site)
@@ -137,9 +135,8 @@ def attribute_gradients(
         return store.of(batch)[hook_name("resid_pre", 0)]
 
     name, values, effects = run.estimate(deltas, embedded, cells, progress)
-    settings = {"direction": direction, "corruption": dict(corrupt.attrs)}
-    result = _result(model, base, name, values, effects, cells, run, settings)
-    return compare_runs(result, model, measure(model, source, [metric]), [name], direction, clean)
+    result = _result(model, base, name, values, effects, cells, run, pairs.settings)
+    return pairs.compared(model, result, [metric])
 
 
 def attribute_ablation(
