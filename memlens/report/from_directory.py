@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -35,7 +35,6 @@ _FORMAT = "memlens run 1"
 SUFFIXES = {"results": ".nc", "tables": ".parquet", "figures": ".plotly.json", "explorers": ".explorer.json"}
 """The parts of `run.json` whose entries are files, each with the end of their names."""
 _NOTES = ("findings", "failures", "sections", "citations")
-_Block = TypeVar("_Block")
 
 
 def report_from_directory(path: str | Path, to: str | Path | None = None) -> Path:
@@ -64,32 +63,21 @@ def report_from_directory(path: str | Path, to: str | Path | None = None) -> Pat
     if not run["finished"]:
         warnings.append("This run is not finished: the report shows what is there so far.")
     cited = _noted(run["citations"], warnings)
-
-    def of(part: str, section: str) -> list[Any]:
-        return [entry for entry in run[part] if entry.get("section") == section]
-
-    sections = [
-        Section(
-            entry["title"],
-            entry["lead"],
-            _drawn(path, entry, warnings, cited),
-            _tables(path, of("tables", entry["name"]), warnings),
-        )
-        for entry in run["results"]
-    ]
-    sections += [
-        Section(
-            entry["title"],
-            entry["lead"],
-            _each("figure", _figure, _files(path, "figures", of("figures", entry["name"])), warnings),
-            _tables(path, of("tables", entry["name"]), warnings),
-            _each("explorer", _explorer, _files(path, "explorers", of("explorers", entry["name"])), warnings),
-        )
-        for entry in run["sections"]
-    ]
     named = {entry["name"] for part in ("results", "sections") for entry in run[part]}
-    left = [table for table in run["tables"] if table.get("section") not in named]
-    sections.append(Section("Tables", tables=_tables(path, left, warnings)))
+    for table in run["tables"]:
+        table["section"] = table.get("section") if table.get("section") in named else None
+
+    def section(title: str, lead: str, name: str | None, figures: Sequence[FigureBlock]) -> Section:
+        tables, drawn, explorers = (
+            _blocks(path, run, part, name, warnings) for part in ("tables", "figures", "explorers")
+        )
+        return Section(title, lead, [*figures, *drawn], tables, explorers)
+
+    sections = []
+    for entry in (*run["results"], *run["sections"]):
+        figures = _drawn(path, entry, warnings, cited) if "figures" in entry else []
+        sections.append(section(entry["title"], entry["lead"], entry["name"], figures))
+    sections.append(section("Tables", "", None, []))
     return write_report(
         to if to is not None else path / "report.html",
         title=run["title"],
@@ -185,11 +173,8 @@ def _drawn(
     return figures
 
 
-def _tables(path: Path, entries: Iterable[Mapping[str, Any]], warnings: list[str]) -> list[TableBlock]:
-    def read(file: Path, entry: Mapping[str, Any]) -> TableBlock:
-        return TableBlock(entry["title"], pd.read_parquet(file), entry["note"])
-
-    return _each("table", read, _files(path, "tables", entries), warnings)
+def _table(file: Path, entry: Mapping[str, Any]) -> TableBlock:
+    return TableBlock(entry["title"], pd.read_parquet(file), entry["note"])
 
 
 def _figure(file: Path, entry: Mapping[str, Any]) -> FigureBlock:
@@ -204,24 +189,21 @@ def _explorer(file: Path, entry: Mapping[str, Any]) -> ExplorerBlock:
     return ExplorerBlock(payload, entry["reading"], entry["caption"])
 
 
-def _files(
-    path: Path, part: str, entries: Iterable[Mapping[str, Any]]
-) -> list[tuple[Path, Mapping[str, Any]]]:
-    return [(file_of(path, part, entry["name"]), entry) for entry in entries]
+_READERS = {"tables": _table, "figures": _figure, "explorers": _explorer}
 
 
-def _each(
-    what: str,
-    read: Callable[[Path, Mapping[str, Any]], _Block],
-    entries: Iterable[tuple[Path, Mapping[str, Any]]],
-    warnings: list[str],
-) -> list[_Block]:
-    """Return the content of each file; for one that cannot be read, a warning instead."""
-    found = []
-    for file, entry in entries:
+def _blocks(
+    path: Path, run: Mapping[str, Any], part: str, section: str | None, warnings: list[str]
+) -> list[Any]:
+    """Return the tables, figures or explorers of a section; for a file that cannot be read, a warning."""
+    found: list[Any] = []
+    for entry in run[part]:
+        if entry.get("section") != section:
+            continue
+        file, what = file_of(path, part, entry["name"]), part.removesuffix("s")
         try:
-            found.append(read(file, entry))
-        except Exception as error:  # as above
+            found.append(_READERS[part](file, entry))
+        except Exception as error:  # nor must one file
             _LOG.warning("the %s %s cannot be read: %s", what, file, error)
             warnings.append(f"The {what} {file.name} cannot be read: {error}")
     return found

@@ -1,9 +1,9 @@
 """One HTML file that opens from disk without a network connection.
 
 Plotly's script is embedded once. A content security policy allows only this module's scripts, by their
-hashes, and forbids loading anything, so that even text that escaped the escaping could neither run nor send
-data. All text goes through jinja2 with autoescape. Figures are JSON in which `<`, `>` and `&` are written as
-escapes, so that `</script>` in a token cannot end the block that contains it.
+hashes, and forbids loading anything, so that even text that was not escaped could neither run nor send data.
+All text goes through jinja2 with autoescape. Figures are JSON in which `<`, `>` and `&` are escaped, so that
+`</script>` in a token cannot end the element that contains it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import math
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata, resources
 from pathlib import Path
@@ -54,7 +53,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _inner(value: Any) -> Mapping[str, Any] | None:
-    """Return what gets names of its own: a dictionary, or the entries of a list that holds any."""
+    """Return what is flattened further: a dictionary, or the entries of a list with dictionaries or lists."""
     nested = (Mapping, list, tuple)
     if isinstance(value, (list, tuple)) and any(isinstance(entry, nested) for entry in value):
         return {str(place): entry for place, entry in enumerate(value, 1)}
@@ -62,7 +61,7 @@ def _inner(value: Any) -> Mapping[str, Any] | None:
 
 
 def methods_text(settings: Mapping[str, Any]) -> str:
-    """Return paragraphs that say how a run was made, from what the settings hold and nothing else.
+    """Return paragraphs that say how a run was made, from the settings alone.
 
     Args:
         settings: Facts of the model (`model`, `revision`, `backend`, `transformer_lens`, `dtype`, `device`,
@@ -100,9 +99,7 @@ def write_report(
     sections: Sequence[Section],
     settings: Mapping[str, Any],
     lead: str = "",
-    methods: str | None = None,
     command: str | None = None,
-    seed: int | None = None,
     versions: Mapping[str, str] | None = None,
     warnings: Sequence[str] = (),
     created: str | None = None,
@@ -115,11 +112,10 @@ def write_report(
         title: The heading.
         findings: Shown first, each with its interval, n and control.
         sections: Figures and tables.
-        settings: Every parameter; nested dictionaries become dotted names in the table.
+        settings: Every parameter; nested dictionaries become dotted names in the table. The paragraphs on
+            methods come from them (see `methods_text`).
         lead: One paragraph below the heading.
-        methods: Paragraphs on how it was done; generated from `settings` by default.
         command: The command line (or code) that repeats the run.
-        seed: The seed; `settings["seed"]` by default.
         versions: Package versions of the run; those installed here by default.
         warnings: What went wrong or is missing, shown above the findings.
         created: Time, as text; now by default.
@@ -149,9 +145,9 @@ def write_report(
         warnings=warnings,
         sections=[_section(section, place, numbers) for place, section in enumerate(sections, 1)],
         settings=flatten(settings),
-        methods=_paragraphs(methods if methods is not None else methods_text(settings)),
+        methods=_paragraphs(methods_text(settings)),
         command=command,
-        seed=seed if seed is not None else settings.get("seed"),
+        seed=settings.get("seed"),
         versions=versions if versions is not None else versions_here(),
         references=references,
         created=created or datetime.now(UTC).isoformat(timespec="seconds"),
@@ -185,27 +181,6 @@ def safe_json(text: str) -> Markup:
     return Markup("".join(marks.get(letter, letter) for letter in text))
 
 
-@dataclass(frozen=True)
-class _Figure:
-    id: str
-    number: int
-    heading: str
-    subheading: str
-    json: Markup
-    height: int
-    reading: list[str]
-    caption: str
-
-
-@dataclass(frozen=True)
-class _Table:
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    numeric: list[bool]
-    note: str
-
-
 def _section(section: Section, place: int, numbers: Any) -> dict[str, Any]:
     return {
         "id": f"section-{place}",
@@ -222,17 +197,23 @@ def _explorer(block: ExplorerBlock, name: str) -> dict[str, Any]:
     return {"id": name, "json": data, "reading": _paragraphs(block.reading), "caption": block.caption}
 
 
-def _figure(block: FigureBlock, number: int) -> _Figure:
+def _figure(block: FigureBlock, number: int) -> dict[str, Any]:
     fig = go.Figure(block.figure)
     heading, subheading = _title_texts(fig)
     top = fig.layout.margin.t  # pyright: ignore[reportAttributeAccessIssue]
     fig.update_layout(title=None, width=None, autosize=True, margin_t=max(32, (top or 100) - _TITLE_ROOM))
     height = int(fig.layout.height or 450) - _TITLE_ROOM  # pyright: ignore
     fig.update_layout(height=height)
-    return _Figure(
-        f"figure-{number}", number, heading or block.caption or f"Figure {number}", subheading,
-        safe_json(fig.to_json() or "{}"), height, _paragraphs(block.reading), block.caption,
-    )  # fmt: skip
+    return {
+        "id": f"figure-{number}",
+        "number": number,
+        "heading": heading or block.caption or f"Figure {number}",
+        "subheading": subheading,
+        "json": safe_json(fig.to_json() or "{}"),
+        "height": height,
+        "reading": _paragraphs(block.reading),
+        "caption": block.caption,
+    }
 
 
 def _title_texts(fig: go.Figure) -> tuple[str, str]:
@@ -243,15 +224,19 @@ def _title_texts(fig: go.Figure) -> tuple[str, str]:
     return shown[0], shown[1]
 
 
-def _table(block: TableBlock) -> _Table:
+def _table(block: TableBlock) -> dict[str, Any]:
     frame = block.frame.head(block.rows)
     if not isinstance(frame.index, pd.RangeIndex):
         frame = frame.reset_index()
     left = len(block.frame) - len(frame)
-    note = " ".join(part for part in (block.note, f"{left} more rows are not shown." if left else "") if part)
-    numeric = [bool(pd.api.types.is_numeric_dtype(frame.iloc[:, i])) for i in range(frame.shape[1])]
-    rows = [[_cell(value) for value in row] for row in frame.itertuples(index=False, name=None)]
-    return _Table(block.title, [str(name) for name in frame.columns], rows, numeric, note)
+    note = " ".join(filter(None, (block.note, f"{left} more rows are not shown." if left else "")))
+    return {
+        "title": block.title,
+        "columns": [str(name) for name in frame.columns],
+        "rows": [[_cell(value) for value in row] for row in frame.itertuples(index=False, name=None)],
+        "numeric": [bool(pd.api.types.is_numeric_dtype(column)) for column in frame.dtypes],
+        "note": note,
+    }
 
 
 def _cell(value: object) -> str:

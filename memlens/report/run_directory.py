@@ -2,28 +2,15 @@
 
 The folder holds::
 
-    DIR/run.json            what the folder holds (below)
+    DIR/run.json            what the folder holds
     DIR/<name>.nc           one result each
     DIR/<name>.parquet      one table each (recall.parquet: the recall scores)
-    DIR/<name>.plotly.json  one figure each that does not come from a single result
+    DIR/<name>.plotly.json  one figure each that is not drawn from a single result
     DIR/<name>.explorer.json  sequences to explore one by one
     DIR/report.html         written by `finish` or `report_from_directory`
 
-`run.json` holds::
-
-    {"format": "memlens run 1", "title": str, "lead": str, "command": str | null, "created": str,
-     "finished": bool, "settings": {...}, "versions": {package: version},
-     "findings": [{"title", "statement", "estimate", "low", "high", "unit", "n", "control"}],
-     "results": [{"name", "title", "lead",
-                  "figures": [{"options": {...}, "reading": str | null, "caption": str}]}],
-     "tables": [{"name", "title", "note", "section"}],
-     "sections": [{"name", "title", "lead"}],
-     "figures": [{"name", "section", "reading", "caption"}],
-     "explorers": [{"name", "section", "reading", "caption"}],
-     "failures": [{"step": str, "message": str}],
-     "citations": [{"key": str, "what": str}]}
-
-It is rewritten atomically after each addition, so that nothing is lost when a later step fails.
+`run.json` (see `docs/file-formats.md`) is rewritten atomically after each addition, so that nothing is lost
+when a later step fails.
 """
 
 from __future__ import annotations

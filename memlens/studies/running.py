@@ -148,7 +148,7 @@ class Texts:
         return self._entries[part]
 
     def finding(
-        self, name: str, found: Estimate | None = None, *, control: str | None = None, **values: Any
+        self, name: str, found: Estimate | None = None, /, *, control: str | None = None, **values: Any
     ) -> Finding:
         """Return a finding, with its texts filled in.
 

@@ -77,7 +77,7 @@ def test_all_parts_ran_and_found_something(run: StudyRun, folder: Path) -> None:
             "from promotion to boosting (tuned lens)",
             "how much is boosting",
             "recalled beside matched predictions",
-            "the layer whose neurons recall hangs on",
+            "the layer whose neurons recall depends on",
             "early against late layers",
             "the recall criteria",
         ):

@@ -1,4 +1,4 @@
-"""Tables and findings of the idiom study, each number with its interval and its control."""
+"""Tables and findings of the idiom study, each number with its interval; the words are in `texts.yaml`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
-from scipy import stats
 
 from memlens.report.model import Finding
 from memlens.results.result import Result
-from memlens.results.statistics.comparison import compare_groups, corrected
-from memlens.results.statistics.estimates import Estimate, chosen_site, mean_estimate, share_estimate
+from memlens.results.statistics.agreement import rank_correlation
+from memlens.results.statistics.comparison import compare_groups
+from memlens.results.statistics.estimates import Estimate, mean_estimate, share_estimate
 from memlens.results.statistics.intervals import halves, mean_interval
 from memlens.studies.idioms.options import IdiomOptions
+from memlens.studies.running import Texts, spoken
+
+TEXTS = Texts(__file__)
+"""What the report says."""
 
 RECALLED, MISSED = "recalled", "not recalled"
 _SUBSETS = {
@@ -31,9 +35,14 @@ _MATCHED = ("first_promotion", "near_promotion", "stable_promotion", "boost", "p
 
 
 def resid_post(result: Result) -> Result:
-    """Return what was decoded after whole blocks."""
+    """Return what was decoded after each layer."""
     data = result.data
     return Result(data.sel(stream="resid_post", drop=True) if "stream" in data.dims else data)
+
+
+def finding(key: str, name: str, found: Estimate | None = None, /, **values: Any) -> Finding:
+    """Return a finding about the items called `name`; see `Texts.finding`."""
+    return TEXTS.finding(key, found, name=name, Name=name.capitalize(), **values)
 
 
 # ---- what is recalled ------------------------------------------------------------------------------------
@@ -41,20 +50,11 @@ def resid_post(result: Result) -> Result:
 
 def recalled(name: str, table: pd.DataFrame) -> Finding:
     """The share of items whose target is the model's prediction."""
+    rows = recall_by_subset(table).iloc[1:6]
+    parts = [f"{row.subset}: {row.recalled:.3g} of {row.n}" for row in rows.itertuples()]
+    hits = int(table["exact_match"].sum())
     share = share_estimate(table["exact_match"])
-    return Finding.of(
-        f"{name.capitalize()}: what is recalled",
-        f"The model predicts the target of {int(share.value * share.n + 0.5)} of {len(table)} {name}.",
-        share,
-        f"share of {name}",
-        _subset_words(table),
-    )
-
-
-def _subset_words(table: pd.DataFrame) -> str | None:
-    rows = recall_by_subset(table).iloc[1:]
-    parts = [f"{row.subset}: {row.recalled:.3g} of {row.n}" for row in rows.head(5).itertuples()]
-    return "; ".join(parts) or None
+    return finding("recalled", name, share, control="; ".join(parts), recalled=hits, n=len(table))
 
 
 def recall_by_subset(table: pd.DataFrame) -> pd.DataFrame:
@@ -88,7 +88,7 @@ def recall_by_frequency(table: pd.DataFrame, column: str, *, bins: int = 10) -> 
 
     Args:
         table: One row per item, with `exact_match` and the column.
-        column: A number that is known of each item: copies, frequency, popularity.
+        column: A number for each item: copies, frequency, popularity.
         bins: The largest number of rows; more values than that are cut into this number of quantile bins.
 
     Returns:
@@ -108,18 +108,16 @@ def recall_by_frequency(table: pd.DataFrame, column: str, *, bins: int = 10) -> 
 def rises_with_frequency(name: str, table: pd.DataFrame, column: str, seed: int) -> Finding:
     """Whether recall rises with a frequency: Spearman's rank correlation over items, with its interval."""
     x, y = table[column].to_numpy(float), table["exact_match"].to_numpy(float)
-    found = _spearman(x, y, seed)
     bins = recall_by_frequency(table, column)
-    first, last = bins.iloc[0], bins.iloc[-1]
-    return Finding.of(
-        f"{name.capitalize()}: recall against {column}",
-        f"Of the {int(first['n'])} {name} with the fewest {column} ({first['from']:g} to {first['to']:g}) "
-        f"{first['recalled']:.3g} are recalled, of the {int(last['n'])} with the most ({last['from']:g} to "
-        f"{last['to']:g}) {last['recalled']:.3g}; the number is Spearman's rank correlation over all.",
-        found,
-        "rank correlation",
-        "by value: "
-        + ", ".join(f"{share:.2f} at {to:g}" for to, share in bins[["to", "recalled"]].to_numpy()),
+    shares = [f"{share:.2f} at {to:g}" for to, share in bins[["to", "recalled"]].to_numpy()]
+    return finding(
+        "rises_with_frequency",
+        name,
+        _spearman(x, y, seed),
+        control=", ".join(shares),
+        column=column,
+        first=bins.iloc[0],
+        last=bins.iloc[-1],
     )
 
 
@@ -129,13 +127,8 @@ def _spearman(x: np.ndarray, y: np.ndarray, seed: int) -> Estimate:
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return Estimate.unknown(len(x))
     rows = np.random.default_rng(seed).integers(0, len(x), (2000, len(x)))
-    a, b = (stats.rankdata(v[rows], axis=1) for v in (x, y))
-    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
-    with np.errstate(invalid="ignore"):
-        drawn = (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    found: Any = stats.spearmanr(x, y)
-    return Estimate(float(found.statistic), float(low), float(high), len(x))
+    low, high = np.nanpercentile(rank_correlation(x[rows], y[rows]), [2.5, 97.5])
+    return Estimate(float(rank_correlation(x, y)), float(low), float(high), len(x))
 
 
 # ---- the two phases --------------------------------------------------------------------------------------
@@ -165,34 +158,21 @@ def boundary(name: str, lens: str, phases: pd.DataFrame, n_layers: int) -> Findi
     where = (
         f"after layer {main.value:.3g} of 0 to {n_layers - 1}"
         if np.isfinite(main.value)
-        else "after no layer but by chance: the median rank never is 0"
+        else "after no layer, except by chance: the median rank is never 0"
     )
-    return Finding.of(
-        f"{name.capitalize()}: from promotion to boosting ({lens})",
-        f"For recalled {name} the predicted token has a median rank of 0 first {where}.",
-        main,
-        "layer",
-        _others(rows, "layer"),
-    )
+    others = spoken(rows, "layer", skip=RECALLED)
+    return finding("boundary", name, main, control=others, lens=lens, where=where)
 
 
 def boosting(name: str, phases: pd.DataFrame) -> Finding:
     """How much of the final probability comes after the prediction is on top for good."""
     rows, shares = _quantity(phases, "boost"), _quantity(phases, "promotion_share")
-    main = rows[RECALLED]
-    return Finding.of(
-        f"{name.capitalize()}: how much is boosting",
-        "From the layer at which it is on top for good, the probability of a recalled item's predicted "
-        f"token rises by {main} to the last layer; {shares[RECALLED]} of the final probability is there at "
-        "once.",
-        main,
-        "probability",
-        _others(rows, "of probability"),
-    )
+    others = spoken(rows, "of probability", skip=RECALLED)
+    return finding("boosting", name, rows[RECALLED], control=others, share=shares[RECALLED])
 
 
-def _quantity(phases: pd.DataFrame, quantity: str, token: str = "predicted") -> dict[str, Estimate]:
-    chosen: Any = phases[(phases["quantity"] == quantity) & (phases["token"] == token)]
+def _quantity(phases: pd.DataFrame, quantity: str) -> dict[str, Estimate]:
+    chosen: Any = phases[(phases["quantity"] == quantity) & (phases["token"] == "predicted")]
     return {str(row["group"]): Estimate.from_row(row) for row in chosen.to_dict("records")}
 
 
@@ -217,55 +197,35 @@ def matched_table(mine: Result, theirs: Result, control: str, options: IdiomOpti
     return pd.DataFrame(rows, columns=columns)
 
 
-def with_corrected_p(table: pd.DataFrame) -> pd.DataFrame:
-    """Add `p_corrected`, Benjamini and Hochberg's over all rows."""
-    return table.assign(p_corrected=corrected(table["p"].to_numpy(float)))
-
-
 def unmatched(name: str, options: IdiomOptions) -> Finding:
     """The finding where too few items have a control that is alike."""
-    return Finding(
-        f"{name.capitalize()}: recalled beside matched predictions",
-        f"Fewer than two recalled {name} have a control within the calipers ({options.length_caliper:g} "
-        f"tokens, {options.probability_caliper:g} of probability): nothing is said of how they differ from "
-        "other predictions that the model is as sure of.",
-    )
+    calipers = {"length": options.length_caliper, "probability": options.probability_caliper}
+    return finding("unmatched", name, **calipers)
 
 
 def matched_promotion(name: str, table: pd.DataFrame) -> Finding:
-    """Whether recalled items are promoted earlier than others that the model is as sure of."""
+    """Whether recalled items are promoted earlier than others of which the model is as certain."""
     rows = table[table["quantity"] == "stable_promotion"]
     main: Any = rows.iloc[0]
-    clear = main["p"] < 0.05  # the bootstrap alone is too sure of few pairs
-    words = "earlier" if clear and main["high"] < 0 else "later" if clear and main["low"] > 0 else None
-    words = words or "not clearly earlier or later"
+    clear = main["p"] < 0.05  # with few pairs, the bootstrap interval alone is too narrow
+    when = "earlier" if clear and main["high"] < 0 else "later" if clear and main["low"] > 0 else None
     others = [
         f"against {row.control}: {row.difference:.3g} [{row.low:.3g}, {row.high:.3g}] layers, "
         f"p = {row.p:.2g}, {row.pairs} pairs"
         for row in rows.iloc[1:].itertuples()
     ]
-    return Finding.of(
-        f"{name.capitalize()}: recalled beside matched predictions",
-        f"Of pairs alike in prompt length and final probability, the prediction of the recalled item is on "
-        f"top for good {words} than that of the one from {main['control']} (difference in layers; sign-flip "
-        f"test p = {main['p']:.2g}). Early promotion alone is no sign of recall.",
+    return finding(
+        "matched_promotion",
+        name,
         Estimate.from_row(main, "difference", n="pairs"),
-        "layers",
-        "; ".join(others) or None,
+        control="; ".join(others),
+        when=when or "not clearly earlier or later",
+        other=main["control"],
+        p=main["p"],
     )
 
 
-def _others(found: Mapping[str, Estimate], unit: str) -> str | None:
-    return spoken({name: value for name, value in found.items() if name != RECALLED}, unit)
-
-
-def spoken(found: Mapping[str, Estimate], unit: str = "") -> str | None:
-    """Return several estimates in one line; None where there are none."""
-    unit = f" {unit}" if unit else ""
-    return "; ".join(f"{name} {value}{unit}, n = {value.n}" for name, value in found.items()) or None
-
-
-_MEAN = {"flipped": "", "logprob": "_change"}
+# ---- knock-outs ------------------------------------------------------------------------------------------
 
 
 def largest_shared_k(result: Result) -> int:
@@ -305,13 +265,15 @@ def _rows(part: Result, group: str, selection: str, options: IdiomOptions) -> pd
     shares = mean_interval(flips, method="wilson" if "draw" not in part.data.dims else "bootstrap")
     change = mean_interval(cost, method="bootstrap", n_resamples=options.n_resamples, seed=options.seed)
     columns: dict[str, Any] = {"n": shares["n"]}
-    for key, array in (("flipped", shares), ("logprob", change)):
-        for place, statistic in (("", "mean"), ("_low", "low"), ("_high", "high")):
-            columns[f"{key}{place or _MEAN[key]}"] = array.sel(statistic=statistic, drop=True).drop_vars("n")
+    for names, array in (
+        (("flipped", "flipped_low", "flipped_high"), shares),
+        (("logprob_change", "logprob_low", "logprob_high"), change),
+    ):
+        for name, statistic in zip(names, ("mean", "low", "high"), strict=True):
+            columns[name] = array.sel(statistic=statistic).reset_coords(drop=True)
     table = xr.Dataset(columns).to_dataframe().reset_index()
     table = table.loc[table["n"] > 0].assign(group=group, selection=selection)
-    order = ["group", "selection", "k", "window", "layer", "n", "flipped", "flipped_low", "flipped_high"]
-    return table.filter(items=[*order, "logprob_change", "logprob_low", "logprob_high"])
+    return table.filter(items=["group", "selection", "k", "window", "layer", *columns])
 
 
 def _over_draws(array: xr.DataArray) -> xr.DataArray:
@@ -343,7 +305,7 @@ def _strongest(
     window = int(flips["dominant"]["window"].min())
     main = flips["dominant"].sel(window=window)
     choose, measure = halves(main.sizes["sequence"], seed)
-    layer = chosen_site(_as_result(main), "flipped", choose, of="value", largest=True)["layer"]
+    layer = int(main.isel(sequence=choose).mean("sequence").idxmax("layer"))
     here = share_estimate(main.sel(layer=layer).isel(sequence=measure))
     others = {
         f"{label.replace('_', ' ')} neurons": mean_estimate(
@@ -355,18 +317,8 @@ def _strongest(
     for group, part in dominant.items():
         if group != RECALLED:
             others[group] = share_estimate(part["prediction_flipped"].sel(k=k, window=window, layer=layer))
-    return Finding.of(
-        f"{name.capitalize()}: the layer whose neurons recall hangs on",
-        f"Zeroing the {k} most dominant of the neurons of layer {layer}{_more(window)} flips the prediction "
-        f"of {here} of the recalled {name} (chosen on one half of them, measured on the other).",
-        here,
-        "share of predictions flipped",
-        spoken(others),
-    )
-
-
-def _more(window: int) -> str:
-    return "" if window == 1 else f" and the {window - 1} after it"
+    more = "" if window == 1 else f" and the {window - 1} after it"
+    return finding("strongest", name, here, control=spoken(others), k=k, layer=layer, more=more)
 
 
 def _early_and_late(
@@ -379,15 +331,7 @@ def _early_and_late(
             found[group] = _contrast(part["prediction_flipped"].sel(k=k), seed)
     early, late, difference = found.pop("dominant")
     others = {label.replace("_", " "): values[2] for label, values in found.items()}
-    return Finding.of(
-        f"{name.capitalize()}: early against late layers",
-        f"Zeroing the {k} most dominant neurons of windows inside the first half of the layers flips "
-        f"{early} of the predictions of recalled {name}, of windows inside the second half {late} (mean over "
-        "windows of all lengths; the number is the first minus the second, within items).",
-        difference,
-        "share of predictions flipped",
-        spoken(others),
-    )
+    return finding("early_and_late", name, difference, control=spoken(others), k=k, early=early, late=late)
 
 
 def _contrast(flips: xr.DataArray, seed: int) -> tuple[Estimate, Estimate, Estimate]:
@@ -396,9 +340,3 @@ def _contrast(flips: xr.DataArray, seed: int) -> tuple[Estimate, Estimate, Estim
     early = flips.where(last < n_layers // 2).mean(("layer", "window"), skipna=True)
     late = flips.where(flips["layer"] >= n_layers // 2).mean(("layer", "window"), skipna=True)
     return tuple(mean_estimate(array, seed=seed) for array in (early, late, early - late))  # pyright: ignore
-
-
-def _as_result(array: xr.DataArray) -> Result:
-    return Result.create(
-        xr.Dataset({"flipped": array.drop_vars("k", errors="ignore")}), kind="neuron_knockout"
-    )

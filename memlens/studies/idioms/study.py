@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,22 @@ from memlens.errors import ColumnError
 from memlens.instruments.decode.lens import TunedLens, as_lens
 from memlens.instruments.decode.lens_training import train_tuned_lens
 from memlens.models.provenance import describe
-from memlens.recall.criteria.score import score_criteria
+from memlens.recall.criteria.score import CriteriaOptions, score_criteria
 from memlens.recall.criteria.scores import IDIOM_FLAGS, CriteriaScores, calibrate_criteria
 from memlens.recall.score import score_recall
 from memlens.report.bibliography import Citation, family_citation
 from memlens.report.model import FigureRequest, Finding
 from memlens.results.statistics.agreement import RocArea, roc_area
 from memlens.results.statistics.estimates import Estimate, share_estimate
-from memlens.sequences.natural import natural_controls
 from memlens.sequences.readers.idioms import DEFECTS, idiom_defects
 from memlens.sequences.set import SequenceSet
 from memlens.studies.idioms import findings as find
 from memlens.studies.idioms.options import IdiomOptions
-from memlens.studies.idioms.unfolding import Unfolding
+from memlens.studies.idioms.unfolding import IdiomContext, Unfolding
 from memlens.studies.running import StudyDirectory, StudyRun
 
 FREQUENCIES = ("copies", "frequency", "popularity")
-"""Columns that say how often an item is met, in the order of preference."""
+"""Columns that say how often an item occurs in training text, in order of preference."""
 
 _SUB_SCORES = (
     "id", "prompt", "target", "full_top1", "sufficient_suffix", "deletion_share", "crucial_word",
@@ -64,19 +64,19 @@ def study_idioms(
 
     1. Split: recalled items (the model's prediction is the target), others, and natural text; pairs matched
        on prompt length and final probability.
-    2. Decoding over layers by the logit lens (after each block, attention and MLP) and by a tuned lens.
+    2. Decoding over layers by the logit lens (after each layer, attention and MLP) and by a tuned lens.
     3. The two phases as numbers, and recalled items against their matched controls.
     4. Knock-outs of the most dominant neurons over layers x window, with random and norm-matched controls.
     5. The same for facts.
-    6. Recall of identifiers against how often they are met.
+    6. Recall of identifiers against how often they occur.
     7. The recall criteria, where there are reference models.
 
     Args:
         model: A TransformerLens model.
         sequences: Fixed expressions whose last word is the target, as `load_sequences` reads the idiom file;
             only the first target token counts.
-        out: The folder; results are saved there one by one. A second call with the same arguments takes up
-            the knock-out grid where it stopped.
+        out: The folder; results are saved there one by one. A second call with the same arguments resumes the
+            knock-out grid where it stopped.
         text: Running natural text, for controls and for training the lens.
         facts: Cloze statements whose object is the target.
         identifiers: (label, identifier) pairs; the whole identifier is the continuation.
@@ -85,15 +85,15 @@ def study_idioms(
         train_lens: Train one on `text` (kept in the folder `lens`) where none is given.
         options: See `IdiomOptions`.
         title: Heading of the report.
-        command: The command line that makes it again, for the report.
+        command: The command line that repeats the run, for the report.
         progress: Show progress bars.
 
     Returns:
-        The report's path, the findings, and what failed. A step that fails is named in the report and does
-        not stop those that do not need it.
+        The report's path, the findings, and what failed. A step that fails is named in the report; steps that
+        do not depend on it still run.
 
     Raises:
-        EmptySetError, SequenceError, VocabularyError: The sequences do not fit; before any forward pass.
+        EmptySetError, SequenceError, VocabularyError: The sequences do not fit, before any forward pass.
         ResultError: The lens is of another model.
         ColumnError: `leave_out` names a column that is not there.
 
@@ -119,154 +119,101 @@ def study_idioms(
         if not any(column in seqs.table for seqs in (sequences, facts) if seqs is not None):
             raise ColumnError(f"leave_out names {column!r}, a column that neither idioms nor facts have.")
     own_lens = None if lens is None else as_lens(lens, model)
-    folder = StudyDirectory(
-        out,
-        title=title or f"How {about['model']} recalls {len(sequences)} fixed expressions",
-        settings=settings,
-        command=command,
-        fresh=True,
-    )
+    title = title or find.TEXTS["title"].format(model=about["model"], n=len(sequences))
+    folder = StudyDirectory(out, title=title, settings=settings, command=command, fresh=True)
     folder.add_citations(
         Citation("haviv2023", "the study that this one follows"),
         *family_citation(str(about["family"]), str(about["model"])),
     )
-    study = _IdiomStudy(model, folder, chosen, text, own_lens, list(references), progress=progress)
+    study = IdiomContext(model, folder, chosen, text, own_lens, references, progress)
     if own_lens is None and train_lens and text is not None:
-        folder.step("training the tuned lens", study.train_lens)
-    study.items("idioms", sequences)
+        folder.step("training the tuned lens", lambda: _train_lens(study, text))
+    _items(study, "idioms", sequences)
     if facts is not None:
-        study.items("facts", facts)
+        _items(study, "facts", facts)
     if identifiers is not None:
-        folder.step("identifiers", lambda: study.identifiers(identifiers))
+        folder.step("identifiers", lambda: _identifiers(study, identifiers))
     return folder.done()
 
 
-class _IdiomStudy:
-    def __init__(
-        self,
-        model: Any,
-        folder: StudyDirectory,
-        options: IdiomOptions,
-        text: SequenceSet | None,
-        lens: TunedLens | None,
-        references: list[Any],
-        *,
-        progress: bool,
-    ) -> None:
-        self.model, self.folder, self.options, self.text = model, folder, options, text
-        self.lens, self.references, self.progress = lens, references, progress
+def _train_lens(study: IdiomContext, text: SequenceSet) -> None:
+    """Train a tuned lens on the natural text; it is saved with the results."""
+    options, most = study.options, study.options.lens_window
+    rows = [row[i : i + most] for row in text.rows() for i in range(0, len(row), most)]
+    study.lens = train_tuned_lens(
+        study.model,
+        SequenceSet.from_tokens([row for row in rows if len(row) > 1], 1),
+        steps=options.lens_steps,
+        batch_size=options.lens_batch_size,
+        seed=options.seed,
+        progress=study.progress,
+    )
+    study.lens.save(study.folder.path / "lens")
+    title = "Tuned lens: divergence from the model, held-out text"
+    study.folder.add_table("lens_gain", study.lens.heldout_kl(), title=title)
 
-    def train_lens(self) -> None:
-        """Train a tuned lens on the natural text; it is kept beside the results."""
-        assert self.text is not None
-        most = self.options.lens_window
-        rows = [row[i : i + most] for row in self.text.rows() for i in range(0, len(row), most)]
-        rows = [row for row in rows if len(row) > 1]
-        self.lens = train_tuned_lens(
-            self.model,
-            SequenceSet.from_tokens(rows, 1),
-            steps=self.options.lens_steps,
-            batch_size=self.options.lens_batch_size,
-            seed=self.options.seed,
-            progress=self.progress,
-        )
-        self.lens.save(self.folder.path / "lens")
-        self.folder.add_table(
-            "lens_gain", self.lens.heldout_kl(), title="Tuned lens: divergence from the model, held-out text"
-        )
 
-    def items(self, name: str, items: SequenceSet) -> None:
-        """Parts 1 to 4 for one set of items, its recall by frequency, and its criteria."""
-        if set(DEFECTS) <= set(items.table):
-            self.folder.add_table(
-                f"{name}_defects", idiom_defects(items), title=f"{name.capitalize()}: defects of the file",
-                section=f"{name}_recall",
-            )  # fmt: skip
-        items = _without(items, self.options.leave_out)
-        part = Unfolding(
-            self.model, name, items, self._natural(items), self.lens, self.folder, self.options,
-            progress=self.progress,
-        )  # fmt: skip
-        self.folder.step(name, part.run)
-        if part.recall is None:
-            return
-        table = part.recall.table
-        self.folder.step(f"{name}: frequency", lambda: self._frequency(name, table))
-        if self.references and self.options.criteria is not None:
-            self.folder.step(f"{name}: criteria", lambda: self._criteria(name, part))
+def _items(study: IdiomContext, name: str, items: SequenceSet) -> None:
+    """Parts 1 to 4 for one set of items, its recall by frequency, and its criteria."""
+    if set(DEFECTS) <= set(items.table):
+        study.table(name, "defects", idiom_defects(items))
+    part = Unfolding(study, name, _without(items, study.options.leave_out))
+    study.folder.step(name, part.run)
+    if part.recall is None:
+        return
+    table = part.recall.table
+    study.folder.step(f"{name}: frequency", lambda: _frequency(study, name, table))
+    criteria = study.options.criteria
+    if study.references and criteria is not None:
+        study.folder.step(f"{name}: criteria", lambda: _criteria(study, part, table, criteria))
 
-    def identifiers(self, seqs: SequenceSet) -> None:
-        """Part 6: whole identifiers, recalled or not, against how often their label is met."""
-        recall = score_recall(
-            self.model, seqs, generate=False, metrics=("likelihood", "near_verbatim"), progress=self.progress
-        )
-        recall.save(self.folder.path / "identifiers_recall.parquet")
-        column = _frequency_column(recall.table)
-        figure = FigureRequest({"group": column} if column else {})
-        self.folder.add_result(
-            "identifiers_recall", recall.to_result(), title="Identifiers recalled", figures=[figure]
-        )
-        columns = ["label", "identifier", column, "exact_match", "matching_prefix", "target_accuracy", "nll"]
-        shown = recall.table.filter(items=[name for name in columns if name])
-        self.folder.add_table("identifiers", shown, title="Every identifier", section="identifiers_recall")
-        self.folder.find(find.recalled("identifiers", recall.table))
-        self._frequency("identifiers", recall.table)
 
-    def _natural(self, items: SequenceSet) -> SequenceSet | None:
-        if self.text is None:
-            return None
-        return natural_controls(
-            self.text,
-            items.first_targets(),
-            tokenizer=getattr(self.model, "tokenizer", None),
-            n=self.options.control_n,
-            seed=self.options.seed,
-        )
+def _identifiers(study: IdiomContext, seqs: SequenceSet) -> None:
+    """Part 6: whole identifiers, recalled or not, against how often their label is met."""
+    metrics = ("likelihood", "near_verbatim")
+    recall = score_recall(study.model, seqs, generate=False, metrics=metrics, progress=study.progress)
+    recall.save(study.folder.path / "identifiers_recall.parquet")
+    column = _frequency_column(recall.table)
+    figure = FigureRequest({"group": column} if column else {})
+    study.folder.add_result(
+        "identifiers_recall", recall.to_result(), title="Identifiers recalled", figures=[figure]
+    )
+    columns = ["label", "identifier", column, "exact_match", "matching_prefix", "target_accuracy", "nll"]
+    shown = recall.table.filter(items=[name for name in columns if name])
+    study.folder.add_table("identifiers", shown, title="Every identifier", section="identifiers_recall")
+    study.folder.find(find.recalled("identifiers", recall.table))
+    _frequency(study, "identifiers", recall.table)
 
-    def _frequency(self, name: str, table: pd.DataFrame) -> None:
-        column = _frequency_column(table)
-        if column is None:
-            return
-        found = find.recall_by_frequency(table, column)
-        self.folder.add_table(
-            f"{name}_by_{column}", found, title=f"{name.capitalize()}: recall by {column}",
-            section=f"{name}_recall",
-        )  # fmt: skip
-        self.folder.find(find.rises_with_frequency(name, table, column, self.options.seed))
 
-    def _criteria(self, name: str, part: Unfolding) -> None:
-        """Part 7: score the criteria of the items, and of natural text to set the score against."""
-        assert part.recall is not None
-        assert self.options.criteria is not None
-        folder, section, recall = self.folder, f"{name}_recall", part.recall.table
-        options: dict[str, Any] = {
-            "probed": self.model, "options": self.options.criteria, "progress": self.progress,
-            "tokenizer": getattr(self.model, "tokenizer", None),
-        }  # fmt: skip
-        scores = score_criteria(part.items, self.references, **options)
-        scores.save(folder.path / f"{name}_criteria_scores.parquet")
-        folder.add_settings({f"{name}_criteria": dict(scores.settings)})
-        title = f"{name.capitalize()}: sub-scores of the recall criteria"
-        folder.add_table(
-            f"{name}_criteria", scores.table.filter(items=list(_SUB_SCORES)), title=title, section=section
-        )
-        passed = passing(scores, recall["exact_match"].to_numpy(bool))
-        note = (
-            "tested: the references know the item, so that a part that suffices could be found; where they "
-            "do not, it passes untested."
-        )
-        title = f"{name.capitalize()}: how many pass each criterion"
-        folder.add_table(f"{name}_criteria_passed", passed, title=title, note=note, section=section)
-        if {flag.removeprefix("not ") for flag in IDIOM_FLAGS.values()} <= set(scores.table):
-            agreement = calibrate_criteria(scores, seed=self.options.criteria.seed)
-            title = f"{name.capitalize()}: agreement of the criteria with the file's flags"
-            folder.add_table(f"{name}_calibration", agreement, title=title, section=section)
-        area, natural = None, part.natural
-        if natural is not None and {"prompt", "target"} <= set(natural.table):
-            whole = natural.table["target"].str.split().str.len().to_numpy() == 1
-            chosen = natural[np.flatnonzero(whole)]
-            area = _area(scores, score_criteria(chosen, self.references, **options))
-        folder.find(_criteria_finding(name, passed, area, scores))
+def _frequency(study: IdiomContext, name: str, table: pd.DataFrame) -> None:
+    column = _frequency_column(table)
+    if column is None:
+        return
+    found = find.recall_by_frequency(table, column)
+    study.table(name, f"by_{column}", found, words="frequency", column=column)
+    study.folder.find(find.rises_with_frequency(name, table, column, study.options.seed))
+
+
+def _criteria(study: IdiomContext, part: Unfolding, table: pd.DataFrame, criteria: CriteriaOptions) -> None:
+    """Part 7: score the criteria of the items, and of natural text, which the score should tell from them."""
+    folder, name = study.folder, part.name
+    score = partial(
+        score_criteria, references=study.references, probed=study.model, options=criteria,
+        progress=study.progress, tokenizer=getattr(study.model, "tokenizer", None),
+    )  # fmt: skip
+    scores = score(part.items)
+    scores.save(folder.path / f"{name}_criteria_scores.parquet")
+    folder.add_settings({f"{name}_criteria": dict(scores.settings)})
+    study.table(name, "criteria", scores.table.filter(items=list(_SUB_SCORES)))
+    passed = passing(scores, table["exact_match"].to_numpy(bool))
+    study.table(name, "criteria_passed", passed)
+    if {flag.removeprefix("not ") for flag in IDIOM_FLAGS.values()} <= set(scores.table):
+        study.table(name, "calibration", calibrate_criteria(scores, seed=criteria.seed))
+    area, natural = None, part.natural
+    if natural is not None and {"prompt", "target"} <= set(natural.table):
+        whole = natural.table["target"].str.split().str.len().to_numpy() == 1
+        area = _area(scores, score(natural[np.flatnonzero(whole)]))
+    folder.find(_criteria_finding(name, passed, area, scores))
 
 
 def _without(items: SequenceSet, columns: Sequence[str]) -> SequenceSet:
@@ -295,22 +242,12 @@ def passing(scores: CriteriaScores, recalled: np.ndarray) -> pd.DataFrame:
     for criterion in table.columns:
         chosen = table[criterion].to_numpy(bool)
         share, hits = share_estimate(chosen), share_estimate(recalled[chosen])
-        columns = {"criterion": criterion, **share.row("share", n="items")}
-        rows.append(
-            {**columns, **hits.row("recalled", prefix="recalled_", n=None), "passed": int(chosen.sum())}
-        )
-    order = [
-        "criterion",
-        "items",
-        "passed",
-        "share",
-        "low",
-        "high",
-        "recalled",
-        "recalled_low",
-        "recalled_high",
-    ]
-    return pd.DataFrame(rows, columns=order)
+        row = {"criterion": criterion, **share.row("share", n="items")}
+        row |= {**hits.row("recalled", prefix="recalled_", n=None), "passed": int(chosen.sum())}
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    frame.insert(2, "passed", frame.pop("passed"))
+    return frame
 
 
 def _area(items: CriteriaScores, natural: CriteriaScores) -> RocArea:
@@ -327,24 +264,21 @@ def _criteria_finding(
     name: str, passed: pd.DataFrame, area: RocArea | None, scores: CriteriaScores
 ) -> Finding:
     rows: Any = passed.set_index("criterion")
-    strict, references = rows.loc["all and tested"], ", ".join(scores.settings["references"])
-    statement = (
-        f"{int(strict['passed'])} of {int(strict['items'])} {name} pass every criterion and are known to the "
-        f"references ({references}), so that a part that suffices could have been found; "
-        f"{int(rows.loc['all', 'passed'])} pass tested or not."
-    )
-    control = None
-    if strict["passed"]:
-        control = (
-            f"of those that pass and are tested {strict['recalled']:.3g} are recalled by the studied model"
-        )
-    title, number, unit = (
-        f"{name.capitalize()}: the recall criteria",
-        Estimate.from_row(strict, "share", n="items"),
-        f"share of {name}",
-    )
+    strict = rows.loc["all and tested"]
+    number, unit, about = Estimate.from_row(strict, "share", n="items"), f"share of {name}", ""
     if area is not None:
-        statement += f" The number says how well the score tells {name} from natural text."
         number = Estimate(area.area, area.low, area.high, area.n_positive + area.n_negative)
         unit = "area under the ROC curve"
-    return Finding.of(title, statement, number, unit, control)
+        about = f" The number says how well the score separates {name} from natural text."
+    return find.finding(
+        "criteria",
+        name,
+        number,
+        control=f"{strict['recalled']:.3g}" if strict["passed"] else None,
+        strict=int(strict["passed"]),
+        n=int(strict["items"]),
+        references=", ".join(scores.settings["references"]),
+        passed=int(rows.loc["all", "passed"]),
+        area=about,
+        unit=unit,
+    )

@@ -1,15 +1,16 @@
-"""How one prediction unfolds over layers: recalled items, those that are not, and natural text.
+"""How one prediction unfolds over layers: of recalled items, of others, and of natural text.
 
-One set of items with one target each goes through split, decoding, phases, matched comparison and knock-outs;
+A set of items with one target each goes through split, decoding, phases, matched comparison and knock-outs;
 idioms and facts are such sets.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -27,53 +28,74 @@ from memlens.report.model import FigureRequest
 from memlens.results.groups import join_groups
 from memlens.results.kinds import reading
 from memlens.results.result import Result
+from memlens.results.statistics.comparison import corrected
+from memlens.sequences.natural import natural_controls
 from memlens.sequences.set import SequenceSet
 from memlens.studies.idioms import findings as find
-from memlens.studies.idioms.findings import controls_in_words, knock_out_table, knocked_out, largest_shared_k
 from memlens.studies.idioms.options import IdiomOptions
 from memlens.studies.running import StudyDirectory, at_most
 
 RECALLED, MISSED, NATURAL = find.RECALLED, find.MISSED, "natural text"
+_TOKENS: tuple[Literal["predicted", "target"], ...] = ("predicted", "target")
+
+
+@dataclass(eq=False)
+class IdiomContext:
+    """What all parts of the study share.
+
+    Attributes:
+        model: A TransformerLens model.
+        folder: Where results go.
+        options: See `IdiomOptions`.
+        text: Running natural text, or None.
+        lens: A tuned lens, or None.
+        references: What the recall criteria ask.
+        progress: Show progress bars.
+    """
+
+    model: Any
+    folder: StudyDirectory
+    options: IdiomOptions
+    text: SequenceSet | None
+    lens: TunedLens | None
+    references: Sequence[Any]
+    progress: bool
+
+    def table(
+        self, name: str, key: str, frame: pd.DataFrame, *, words: str | None = None, **values: Any
+    ) -> None:
+        """Save a table about the items called `name`, with its words from `texts.yaml`.
+
+        Args:
+            name: Of the items.
+            key: The rest of the table's name.
+            frame: The table.
+            words: Key of its words, if another one than `key`.
+            **values: What the words name, such as the lens; `section` is the result that it belongs to.
+        """
+        entry = find.TEXTS["tables"][words or key]
+        text = {part: entry[part].format(Name=name.capitalize(), **values) for part in entry}
+        text["section"] = f"{name}_{text['section']}"
+        self.folder.add_table(f"{name}_{key}", frame, **text)
 
 
 class Unfolding:
     """The parts of the study that idioms and facts share.
 
     Args:
-        model: A TransformerLens model.
+        study: What all parts share.
         name: Of the items in file names, such as "idioms".
         items: One target token each.
-        natural: Prompts cut from natural text, or None.
-        lens: A tuned lens, or None.
-        folder: Where results go.
-        options: See `IdiomOptions`.
-        progress: Show progress bars.
     """
 
-    model: Any
     name: str
-    folder: StudyDirectory
-    natural: SequenceSet | None
-    lens: TunedLens | None
-    options: IdiomOptions
-    progress: bool
     items: SequenceSet
+    natural: SequenceSet | None
 
-    def __init__(
-        self,
-        model: Any,
-        name: str,
-        items: SequenceSet,
-        natural: SequenceSet | None,
-        lens: TunedLens | None,
-        folder: StudyDirectory,
-        options: IdiomOptions,
-        *,
-        progress: bool,
-    ) -> None:
-        self.model, self.name, self.folder = model, name, folder
-        self.natural, self.lens, self.options, self.progress = natural, lens, options, progress
-        self.items = items.first_targets()
+    def __init__(self, study: IdiomContext, name: str, items: SequenceSet) -> None:
+        self.study, self.model, self.folder, self.options = study, study.model, study.folder, study.options
+        self.name, self.items = name, items.first_targets()
+        self.natural = self._natural_text()
         self.recall: RecallScores | None = None
         self.groups: dict[str, SequenceSet] = {}
         self.decoded: dict[str, Result] = {}
@@ -95,7 +117,7 @@ class Unfolding:
     def split(self) -> None:
         """Part 1: score the items; recalled are those whose target the model predicts."""
         self.recall = score_recall(
-            self.model, self.items, generate=False, metrics=("likelihood",), progress=self.progress
+            self.model, self.items, generate=False, metrics=("likelihood",), progress=self.study.progress
         )
         hits = self.recall.table["exact_match"].to_numpy(bool)
         scored = self.items.with_table(self.recall.table)
@@ -103,49 +125,38 @@ class Unfolding:
             if part is not None and len(part):
                 self.groups[name] = part
         self.recall.save(self.folder.path / f"{self.name}_recall.parquet")
-        self.folder.add_result(f"{self.name}_recall", self.recall.to_result(), title=self._title("recalled"))
-        table = find.recall_by_subset(self.recall.table)
-        self._table("subsets", table, "Recall by subset", "recall")
+        self._show("recall", self.recall.to_result(), "recalled")
+        self._table("subsets", find.recall_by_subset(self.recall.table))
         self.folder.find(find.recalled(self.name, self.recall.table))
 
     def decode(self) -> None:
-        """Part 2: decode every group after each block, attention and MLP; part 3: the phases."""
+        """Part 2: decode every group after each layer, attention and MLP; part 3: the phases."""
         streams = [s for s in self.options.streams if has_site(self.model, s)]
         streams.sort(key=lambda stream: stream != "resid_post")  # the phases are read from the first
-        self.decoded = self._decoded(self.groups, streams)
+        self.decoded = self._decoded(streams)
         joined = join_groups(self.decoded)
         figures = [
             FigureRequest(
                 {"group": "group", "token": "predicted", "stream": stream, "title": title},
                 reading=find.decoded_in_words(self.decoded) if stream == "resid_post" else "",
             )
-            for stream, title in _STREAM_TITLES.items()
+            for stream, title in find.TEXTS["streams"].items()
             if stream in streams
         ]
         for metric in ("entropy", "kl_to_final"):
             figures.append(FigureRequest({"group": "group", "metric": metric}, reading=""))
-        self.folder.add_result(
-            f"{self.name}_decoding", joined, title=self._title("decoded by the logit lens"), figures=figures
-        )
-        self._phases("logit lens", joined, "decoding")
+        self._show("decoding", joined, "decoded by the logit lens", figures)
+        self._phases("logit", joined, "decoding")
 
     def decode_tuned(self) -> None:
         """Part 2 and 3 again through the tuned lens."""
-        if self.lens is None:
+        if self.study.lens is None:
             return
-        decoded = self._decoded(self.groups, ["resid_post"], self.lens)
+        decoded = self._decoded(["resid_post"], self.study.lens)
         joined = join_groups(decoded)
-        figure = FigureRequest(
-            {"group": "group", "token": "predicted", "title": _STREAM_TITLES["resid_post"]},
-            reading=find.decoded_in_words(decoded),
-        )
-        self.folder.add_result(
-            f"{self.name}_decoding_tuned",
-            joined,
-            title=self._title("decoded by the tuned lens"),
-            figures=[figure],
-        )
-        self._phases("tuned lens", joined, "decoding_tuned")
+        figure = _predicted_token(find.TEXTS["streams"]["resid_post"], decoded)
+        self._show("decoding_tuned", joined, "decoded by the tuned lens", [figure])
+        self._phases("tuned", joined, "decoding_tuned")
 
     def compare(self) -> None:
         """Part 3: recalled against not recalled and natural text, alike in length and final probability."""
@@ -160,27 +171,18 @@ class Unfolding:
                 continue
             mine, theirs = self._matched_results(other, pairs)
             groups = {RECALLED: mine, f"matched {other}": theirs}
-            matched = join_groups(groups)
-            title = "Matched pairs: the predicted token, decoded after each block"
-            figure = FigureRequest(
-                {"group": "group", "token": "predicted", "title": title},
-                reading=find.decoded_in_words(groups),
-            )
-            self.folder.add_result(
-                f"{self.name}_matched_{other.replace(' ', '_')}",
-                matched,
-                title=self._title(f"beside {other}, matched"),
-                figures=[figure],
-            )
+            figure = _predicted_token("Matched pairs: the predicted token, decoded after each layer", groups)
+            name, title = f"matched_{other.replace(' ', '_')}", f"beside {other}, matched"
+            self._show(name, join_groups(groups), title, [figure])
             tables.append(find.matched_table(mine, theirs, other, self.options))
         if balances:
-            balance = pd.concat(balances, ignore_index=True)
-            self._table("balance", balance, "How alike the matched pairs are", "decoding")
+            self._table("balance", pd.concat(balances, ignore_index=True))
         if not tables:
             self.folder.find(find.unmatched(self.name, self.options))
             return
-        table = find.with_corrected_p(pd.concat(tables, ignore_index=True))
-        self._table("matched", table, "Recalled minus matched control", "decoding")
+        table = pd.concat(tables, ignore_index=True)
+        table = table.assign(p_corrected=corrected(table["p"].to_numpy(float)))
+        self._table("matched", table)
         self.folder.find(find.matched_promotion(self.name, table))
 
     def knock_outs(self) -> None:
@@ -202,29 +204,23 @@ class Unfolding:
             self._keep_knock_outs(word, result, dominant)
 
     def _keep_knock_outs(self, word: str, result: Result, dominant: Mapping[str, Result]) -> None:
-        of_all = largest_shared_k(result)
+        of_all = find.largest_shared_k(result)
         what = "the top k" if word == "top" else "all but the top k"
-        alone = {"selection": "dominant"} if len(self.options.selections) > 1 else {}
+        name, title = f"knock_out_{word}", f"with {what} neurons knocked out"
+        controls = len(self.options.selections) > 1
+        alone = {"selection": "dominant"} if controls else {}
         figures = [FigureRequest(alone, reading=reading(dominant[RECALLED]))]
-        if len(self.options.selections) > 1:
-            figures.append(FigureRequest({"k": of_all}, reading=controls_in_words(result, of_all)))
-        self.folder.add_result(
-            f"{self.name}_knock_out_{word}",
-            result,
-            title=self._title(f"with {what} neurons knocked out"),
-            figures=figures,
-        )
+        if controls:
+            figures.append(FigureRequest({"k": of_all}, reading=find.controls_in_words(result, of_all)))
+        self._show(name, result, title, figures)
         if len(dominant) > 1:
-            self.folder.add_result(
-                f"{self.name}_knock_out_{word}_groups",
-                join_groups(dominant),
-                title=self._title(f"with {what} neurons knocked out, beside other predictions"),
-                figures=[FigureRequest({"group": "group", "k": of_all}, reading="")],
-            )
-        table = knock_out_table(result, dominant, self.options)
-        self._table(f"knock_out_{word}", table, f"Every knock-out of {what}", f"knock_out_{word}")
+            figure = FigureRequest({"group": "group", "k": of_all}, reading="")
+            title += ", beside other predictions"
+            self._show(f"{name}_groups", join_groups(dominant), title, [figure])
+        table = find.knock_out_table(result, dominant, self.options)
+        self._table(name, table, words="knock_out", what=what, section=name)
         if word == "top":
-            for finding in knocked_out(self.name, result, dominant, self.options.seed):
+            for finding in find.knocked_out(self.name, result, dominant, self.options.seed):
                 self.folder.find(finding)
 
     def _knocked_out(self, seqs: SequenceSet, group: str, keep: bool, selections: tuple[str, ...]) -> Result:
@@ -232,12 +228,12 @@ class Unfolding:
         place = f"{self.name}_{group.replace(' ', '_')}_{'non_top' if keep else 'top'}"
         named = ("top_k", "windows", "positions", "n_draws", "seed")
         wanted: dict[str, Any] = {name: getattr(options, name) for name in named}
-        wanted |= {"mode": options.replace, "metrics": ("target_logprob",), "progress": self.progress}
+        wanted |= {"mode": options.replace, "metrics": ("target_logprob",), "progress": self.study.progress}
         knock_out = partial(knock_out_neurons, self.model, seqs, keep=keep, selection=selections, **wanted)
         return self.folder.kept(place, knock_out)
 
     def _other_items(self) -> dict[str, SequenceSet]:
-        """Of each control group those matched with recalled items; all of it where none are."""
+        """Return the items of each control group that are matched with recalled ones; all if none are."""
         found = {}
         for other in (MISSED, NATURAL):
             if other not in self.groups:
@@ -248,37 +244,34 @@ class Unfolding:
             found[other] = at_most(some, self.options.max_others, self.options.seed)
         return found
 
-    def _decoded(
-        self, groups: Mapping[str, SequenceSet], streams: list[str], lens: TunedLens | None = None
-    ) -> dict[str, Result]:
-        return {
-            name: decode_residual(
-                self.model, seqs, lens="logit" if lens is None else lens, streams=streams,
-                progress=self.progress,
-            )
-            for name, seqs in groups.items()
-        }  # fmt: skip
+    def _natural_text(self) -> SequenceSet | None:
+        if self.study.text is None:
+            return None
+        return natural_controls(
+            self.study.text,
+            self.items,
+            tokenizer=getattr(self.model, "tokenizer", None),
+            n=self.options.control_n,
+            seed=self.options.seed,
+        )
+
+    def _decoded(self, streams: list[str], lens: TunedLens | Literal["logit"] = "logit") -> dict[str, Result]:
+        decode = partial(decode_residual, self.model, lens=lens, streams=streams)
+        return {name: decode(seqs, progress=self.study.progress) for name, seqs in self.groups.items()}
 
     def _phases(self, lens: str, joined: Result, section: str) -> None:
-        options = self.options
-        found = [
-            promotion_summary(
-                joined, group="group", token=token, near=options.near_rank, seed=options.seed,
-                n_resamples=options.n_resamples,
-            ).assign(token=token, lens=lens)
-            for token in ("predicted", "target")
-        ]  # fmt: skip
+        options = {"n_resamples": self.options.n_resamples, "seed": self.options.seed}
+        summary = partial(promotion_summary, joined, group="group", near=self.options.near_rank, **options)
+        words = {"lens": f"{lens} lens", "section": section}
+        found = [summary(token=token).assign(token=token, lens=words["lens"]) for token in _TOKENS]
         table = pd.concat(found, ignore_index=True)
         by_layer = table["layer"].notna().to_numpy()
         phases = table.loc[~by_layer].drop(columns="layer").reset_index(drop=True)
-        self._table(f"phases_{lens.split()[0]}", phases, f"The two phases, {lens}", section)
-        self._table(
-            f"ranks_{lens.split()[0]}", table.loc[by_layer].reset_index(drop=True),
-            f"Geometric mean rank (1 is the top) by layer, {lens}", section,
-        )  # fmt: skip
-        layers = joined.data.sizes["layer"]
-        self.folder.find(find.boundary(self.name, lens, phases, layers))
-        if lens == "logit lens":
+        self._table(f"phases_{lens}", phases, words="phases", **words)
+        ranks = table.loc[by_layer].reset_index(drop=True)
+        self._table(f"ranks_{lens}", ranks, words="ranks", **words)
+        self.folder.find(find.boundary(self.name, words["lens"], phases, joined.data.sizes["layer"]))
+        if lens == "logit":
             self.folder.find(find.boosting(self.name, phases))
 
     def _pairs(self, other: str) -> Pairs:
@@ -299,22 +292,17 @@ class Unfolding:
         links = mine["sequence"].values
         return mine, Result(theirs.assign_coords(matched_to=("sequence", links)))
 
-    def _title(self, rest: str) -> str:
-        return f"{self.name.capitalize()} {rest}"
+    def _show(self, key: str, result: Result, title: str, figures: Iterable[FigureRequest] = ()) -> None:
+        title = f"{self.name.capitalize()} {title}"
+        self.folder.add_result(f"{self.name}_{key}", result, title=title, figures=figures)
 
-    def _table(self, name: str, frame: pd.DataFrame, title: str, section: str) -> None:
-        self.folder.add_table(
-            f"{self.name}_{name}", frame, title=f"{self.name.capitalize()}: {title[:1].lower()}{title[1:]}",
-            section=f"{self.name}_{section}",
-        )  # fmt: skip
+    def _table(self, key: str, frame: pd.DataFrame, **words: Any) -> None:
+        self.study.table(self.name, key, frame, **words)
 
 
-_STREAM_TITLES = {
-    "resid_post": "The predicted token, decoded after each block",
-    "resid_mid": "The predicted token, decoded after each attention",
-    "attn_out": "The predicted token, decoded from each attention's output alone",
-    "mlp_out": "The predicted token, decoded from each MLP's output alone",
-}
+def _predicted_token(title: str, decoded: Mapping[str, Result]) -> FigureRequest:
+    options = {"group": "group", "token": "predicted", "title": title}
+    return FigureRequest(options, reading=find.decoded_in_words(decoded))
 
 
 def _with_controls(dominant: Result, controls: Result) -> Result:

@@ -1,8 +1,8 @@
 """The main job: where does this model recall these sequences?
 
-Score, decode, attribute, ablate, bypass, patch; every effect beside matched controls that the model does not
-recall, depth beside an untrained twin, and every chosen site chosen on one half of the sequences and
-reported on the other.
+Score, decode, attribute, ablate, bypass, patch. Every effect is compared with that on matched controls that
+the model does not recall, depth with an untrained twin, and every site is chosen on one half of the sequences
+and reported on the other.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from memlens.sequences.set import SequenceSet
 from memlens.studies.localization import findings as find
 from memlens.studies.localization.findings import CONTROL, MEMORIZED, UNTRAINED
 from memlens.studies.localization.options import LocalizeOptions
-from memlens.studies.running import StudyDirectory, StudyRun, at_most
+from memlens.studies.running import StudyDirectory, StudyRun, at_most, matched_with
 
 
 def localize(
@@ -54,19 +54,19 @@ def localize(
     Args:
         model: A TransformerLens model.
         sequences: What it may have memorized.
-        out: The folder; results are saved there one by one, as soon as they are there. A second call with
-            the same arguments takes up the sweeps where they stopped.
+        out: The folder; results are saved there one by one. A second call with the same arguments resumes the
+            sweeps where they stopped.
         options: See `LocalizeOptions`.
         title: Heading of the report.
-        command: The command line that makes it again, for the report.
+        command: The command line that repeats the run, for the report.
         progress: Show progress bars.
 
     Returns:
-        The report's path, the findings, and what failed. A step that fails is named in the report and does
-        not stop those that do not need it.
+        The report's path, the findings, and what failed. A step that fails is named in the report; steps that
+        do not depend on it still run.
 
     Raises:
-        EmptySetError, SequenceError, VocabularyError: The sequences do not fit; before any forward pass.
+        EmptySetError, SequenceError, VocabularyError: The sequences do not fit, before any forward pass.
 
     Example:
         >>> import memlens as ml, tempfile
@@ -90,27 +90,26 @@ class _Localization:
         check_sequences(self.seqs, self.model)
         settings = {"study": "localize", **asdict(self.options)}
         settings |= {"model": describe(self.model), "sequences": dict(self.seqs.attrs)}
-        title = title or f"Where {describe(self.model)['model']} recalls {len(self.seqs)} sequences"
+        title = title or find.TEXTS["title"].format(model=settings["model"]["model"], n=len(self.seqs))
         self.folder = StudyDirectory(self.out, title=title, settings=settings, command=command, fresh=True)
         recall = self.folder.scored("recall", self.model, self.seqs, progress=self.progress)
         self._keep_recall(recall)
         memorized = recall.memorized()
         if len(memorized) < 2:
             self.folder.findings.clear()
-            self.folder.find(find.nothing_recalled(recall))
+            self.folder.find(find.recalled(recall, enough=False))
             return self.folder.done()
         memorized = at_most(memorized, self.options.max_sequences, self.options.seed)
         groups = self._groups(recall, memorized)
-        self.twin = (
-            untrained_like(self.model, seed=self.options.seed) if self.options.untrained_control else None
-        )
-        self.folder.step("decoding", lambda: self._decode(recall, groups))
-        self.folder.step("head ablation", lambda: self._ablate(groups))
-        self.folder.step("attention bypass", lambda: self._bypass(groups))
-        self.folder.step("activation patching", lambda: self._patch(groups))
-        self.folder.step("logit attribution", lambda: self._attribute(groups))
-        if self.options.explored_memorized + self.options.explored_controls:
-            self.folder.step("explorer", lambda: self._explore(groups))
+        for name, work in (
+            ("decoding", partial(self._decode, recall)),
+            ("head ablation", self._ablate),
+            ("attention bypass", self._bypass),
+            ("activation patching", self._patch),
+            ("logit attribution", self._attribute),
+            ("explorer", self._explore),
+        ):
+            self.folder.step(name, partial(work, groups))
         return self.folder.done()
 
     def _keep_recall(self, recall: RecallScores) -> None:
@@ -129,10 +128,7 @@ class _Localization:
         except MemlensError as error:
             self.folder.failed("matched controls", error)
             return {MEMORIZED: memorized}
-        if "matched_to" in controls.table:
-            wanted = controls.table["matched_to"].isin(memorized.table["id"]).to_numpy()
-            controls = controls[np.flatnonzero(wanted)]
-        return {MEMORIZED: memorized, CONTROL: controls}
+        return {MEMORIZED: memorized, CONTROL: matched_with(memorized, controls)}
 
     def _decode(self, recall: RecallScores, groups: Mapping[str, SequenceSet]) -> None:
         everything = {**groups, "all not recalled": recall.unmemorized(1.0)}
@@ -149,16 +145,14 @@ class _Localization:
         results = {name: self._kept("heads", name, partial(work, seqs)) for name, seqs in groups.items()}
         self._save("head_ablation", "Which heads matter", results)
         self.folder.find(find.strongest_head(results, self.options.seed))
-        self.folder.add_table(
-            "heads",
-            find.head_table(results, self.options.seed),
-            title="The heads that matter most for recall",
-        )
+        table = find.head_table(results, self.options.seed)
+        self.folder.add_table("heads", table, title="The heads that matter most for recall")
 
     def _bypass(self, groups: Mapping[str, SequenceSet]) -> None:
         places = [(name, self.model, seqs) for name, seqs in groups.items()]
-        if self.twin is not None:
-            places.append((UNTRAINED, self.twin, groups[MEMORIZED]))
+        if self.options.untrained_control:
+            twin = untrained_like(self.model, seed=self.options.seed)
+            places.append((UNTRAINED, twin, groups[MEMORIZED]))
         mode = self.options.bypass_mode
         results = {
             name: self._kept("bypass", name, partial(bypass_attention, model, seqs, mode=mode))
@@ -191,14 +185,11 @@ class _Localization:
         return np.union1d(spread, always).tolist()
 
     def _attribute(self, groups: Mapping[str, SequenceSet]) -> None:
-        results = {
-            name: attribute_logits(self.model, seqs, progress=self.progress) for name, seqs in groups.items()
-        }
-        for name, result in results.items():
+        for name, seqs in groups.items():
+            result = attribute_logits(self.model, seqs, progress=self.progress)
             title = f"What writes the target's logit: {name}"
-            self.folder.add_result(
-                f"logit_attribution_{name}", result, title=title, figures=[FigureRequest()]
-            )
+            figures = [FigureRequest()]
+            self.folder.add_result(f"logit_attribution_{name}", result, title=title, figures=figures)
 
     def _kept(self, what: str, group: str, work: Callable[..., Result]) -> Result:
         return self.folder.kept(f"{what}_{group}", partial(work, progress=self.progress))
@@ -234,7 +225,7 @@ class _Localization:
     def _save(
         self, name: str, title: str, results: Mapping[str, Result], *, one_sequence: bool = False
     ) -> None:
-        """Save the groups as one result, with a figure that sets them side by side."""
+        """Save the groups as one result, with a figure that shows them side by side."""
         words = "\n\n".join(f"{group.capitalize()}: {reading(result)}" for group, result in results.items())
         figures = [FigureRequest({"group": "group"}, reading=words)]
         if one_sequence:
