@@ -246,7 +246,7 @@ def test_bad_input(tiny_folder: Any, tiny_model: Any) -> None:
         bounds(folded, ragged())
     with pytest.raises(SiteError, match="layer 7 does not exist"):
         bounds(model, ragged(), layers=[7])
-    with pytest.raises(OptionError, match=r"layers=\[\] leaves nothing"):
+    with pytest.raises(OptionError, match=r"layers=\[\] selects nothing"):
         bounds(model, ragged(), layers=[])
     with pytest.raises(OptionError, match="dtype='bfloat16' rounds too much"):
         bounds(model, ragged(), dtype="bfloat16")

@@ -291,9 +291,9 @@ def test_bad_input(tiny_model: Any) -> None:
     model = tiny_model("gpt_neox", "bridge")
     with pytest.raises(OptionError, match=r"mode='identiy'.*identity"):
         ml.edits.attention_bypasses(model, mode="identiy")
-    with pytest.raises(OptionError, match="heads= goes with mode='identity'"):
+    with pytest.raises(OptionError, match="heads= does not work with mode='zero'"):
         ml.edits.attention_bypasses(model, mode="zero", heads=[1])
-    with pytest.raises(OptionError, match=r"strength=1.5 is not a share"):
+    with pytest.raises(OptionError, match=r"strength=1.5 is out of range"):
         ml.edits.attention_bypasses(model, strengths=[1.5])
     with pytest.raises(OptionError, match=r"width=4 is not a window of a model with 3 layers"):
         ml.bypass_attention(model, ragged(), span="window", width=4)

@@ -176,7 +176,7 @@ def test_a_layer_that_ignores_the_registry_is_an_error(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(attention, "forward", own)
     with (
-        pytest.raises(SilentInterventionError, match="LlamaAttention did not ask"),
+        pytest.raises(SilentInterventionError, match="LlamaAttention did not use"),
         bypass_in_transformers(hf, 1),
     ):
         hf(torch.tensor([ROWS[0]]))

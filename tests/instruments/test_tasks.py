@@ -358,8 +358,6 @@ def test_summary_of_something_else_is_refused(made_up: ml.Result) -> None:
 
 
 def test_tasks_of_files_need_no_lm_eval() -> None:
-    code = (
-        "import sys; sys.modules['lm_eval'] = None; import memlens as ml; print(ml.tasks.ChoiceTask.__name__)"
-    )
+    code = "import sys; sys.modules['lm_eval'] = None; import memlens as ml; print(ml.tasks.ChoiceTask)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "ChoiceTask\n", done.stderr
+    assert "ChoiceTask" in done.stdout, done.stderr

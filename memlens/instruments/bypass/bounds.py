@@ -1,9 +1,9 @@
-"""Bounds on what a bypass of attention can change, with what it does change, at every layer and token."""
+"""Bounds on what an attention bypass can change, and what it does change, at every layer and token."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,45 +43,45 @@ def bypass_bounds(
     batch_size: int = 4,
     progress: bool = True,
 ) -> Result:
-    r"""Bound what the bypass of each layer's attention ("identity") can change, and measure what it does.
+    r"""Bound what bypassing the attention of each layer ("identity") can change, and measure what it changes.
 
-    Identity and bounds are memlens' own; no published theorem is quoted. :math:`A_h` is a head's attention
-    matrix, :math:`z_t` what attention reads, :math:`M_h = W_O^h W_V^h` with its spectral norm, and
+    The identity and the bounds are ours; they are not a published theorem. :math:`A_h` is a head's attention
+    matrix, :math:`z_t` the input of attention, :math:`\|M_h\|` the spectral norm of :math:`W_O^h W_V^h`, and
     :math:`\Delta_t` the change of attention's projected output at token :math:`t`.
 
     - D1, an identity: :math:`\Delta = \sum_h (I - A_h) Z M_h^\top`; biases cancel, since rows of
       :math:`A_h` sum to 1.
     - B1: :math:`\|\Delta_t\| \le \sum_h \|((I - A_h) Z)_t\| \|M_h\|`.
-    - B2: :math:`\|\Delta_t\| \le \max_{s<t} \|z_s - z_t\| \sum_h (1 - A_h[t, t]) \|M_h\|`, over tokens that
-      :math:`t` sees.
+    - B2: :math:`\|\Delta_t\| \le \max_{s<t} \|z_s - z_t\| \sum_h (1 - A_h[t, t]) \|M_h\|`, over the tokens
+      that :math:`t` attends to.
     - B3, from weights alone: what attention adds changes by
       :math:`\le 2 \sqrt d\, \|\gamma\|_\infty \sum_h \|M_h\|`, with :math:`\gamma` of the norm before
-      attention; where a norm stands after it, :math:`2 \sqrt d\, \|\gamma_{post}\|_\infty`.
+      attention; if there is a norm after it, by :math:`\le 2 \sqrt d\, \|\gamma_{post}\|_\infty`.
     - B4: the block's output changes by
-      :math:`\le (1 + L_{ln2} L_{mlp} L_{post}) L_{post} \|\Delta_t\|`, by :math:`\|\Delta_t\|` where
-      attention and MLP are parallel. Each :math:`L` holds on the line between both runs: a norm's is
-      :math:`\|\gamma\|_\infty / \sqrt{\min \mathrm{var} + \epsilon}` with the least variance in closed form.
+      :math:`\le (1 + L_{ln2} L_{mlp} L_{post}) L_{post} \|\Delta_t\|`, or by :math:`\|\Delta_t\|` if
+      attention and MLP are parallel. Each :math:`L` holds on the line between both runs; that of a norm is
+      :math:`\|\gamma\|_\infty / \sqrt{\min \mathrm{var} + \epsilon}`, with the least variance in closed form.
 
-    Clipped values (OLMo 1) are bounded with :math:`\|W_O^h\| \|W_V^h\|` in the place of :math:`\|M_h\|` and
-    :math:`\sum_s A_{ts} \|z_s - z_t\|` in that of :math:`\|((I - A) Z)_t\|`.
+    For clipped values (OLMo 1), :math:`\|W_O^h\| \|W_V^h\|` takes the place of :math:`\|M_h\|`, and
+    :math:`\sum_s A_{ts} \|z_s - z_t\|` that of :math:`\|((I - A) Z)_t\|`.
 
-    That changes shrink with the depth of the bypass is true of untrained weights too: compare with a control.
+    With untrained weights, changes also shrink with the depth of the bypass: compare with a control.
 
     Args:
-        model: A TransformerLens model; while this runs, its weights are held in `dtype` as well.
-        sequences: What the model reads, teacher-forced.
-        layers: The layers that are bypassed, each alone; all by default.
-        dtype: "float64", or "float32" where memory is short; then rounding may pass a bound.
+        model: A TransformerLens model; its weights are held in `dtype` as well while this runs.
+        sequences: The input of the model, teacher-forced.
+        layers: The layers to bypass, one at a time; all by default.
+        dtype: "float64", or "float32" to save memory; rounding errors may then exceed a bound.
         batch_size: Sequences at a time; all bypasses of a batch run side by side.
-        progress: Show a bar.
+        progress: Show a progress bar.
 
     Returns:
         Kind "bypass_bounds":
 
         - `measured`, `limit` and `slack` (limit / measured, NaN where nothing changed)
           `(sequence, bound, layer, position)` for the bounds B1 to B4;
-        - `rounding` `(sequence, layer)`: a change of the block's output (over all tokens) of no more than
-          this is counted as none;
+        - `rounding` `(sequence, layer)`: a change of the block's output (over all tokens) up to this size
+          counts as no change;
         - `identity_error` `(sequence, layer)`, the largest error of D1 over attention's largest output;
         - `logit_change` (the norm), `max_logit_change` and `kl` (of the bypassed from the plain prediction,
           in nats) `(sequence, layer, target)`;
@@ -91,8 +91,8 @@ def bypass_bounds(
     Raises:
         OptionError: Another dtype, or no layers.
         SiteError: A layer that does not exist.
-        UnsupportedModelError: Blocks whose parts are not known, or that hooks change, or a bridge with
-            processed weights.
+        UnsupportedModelError: Blocks that memlens cannot read or that have hooks, or a bridge with processed
+            weights.
         EmptySetError: No sequences.
 
     Example:
@@ -109,15 +109,15 @@ def bypass_bounds(
     check_readable(model)
     chosen = some_layers(layers, Trunk(model).n_layers)
     check_sequences(sequences, model, on_eos="keep")
-    parts: list[BatchBounds] = []
+    parts: list[Found] = []
     with in_dtype(model, wide), tqdm(total=len(sequences), disable=not progress, desc="bounds") as bar:
         trunk = Trunk(model)
-        known = _read(trunk, int(sequences.lengths.max()))
+        blocks, norms = _read(trunk, int(sequences.lengths.max()))
         for batch, targets in make_batches(sequences, batch_size, trunk.device):
             resid = trunk.embed(batch.tokens)
             if not parts:
-                _check_blocks(known, resid[:1], _AGREES[wide])
-            parts.append(bound_batch(known, resid, batch.mask, targets, chosen))
+                _check_blocks(blocks, resid[:1], _AGREES[wide])
+            parts.append(_bound_batch(blocks, norms, resid, batch.mask, targets, chosen))
             bar.update(len(batch.rows))
     variables, coords = _variables(parts, sequences, chosen)
     settings = {
@@ -129,9 +129,10 @@ def bypass_bounds(
     return make_result("bypass_bounds", model, sequences, variables, coords, settings)
 
 
-def _read(trunk: Trunk, width: int) -> Known:
+def _read(trunk: Trunk, width: int) -> tuple[FunctionalBlocks, dict[int, BlockNorms]]:
     try:
-        return Known.of(FunctionalBlocks(trunk, range(trunk.n_layers), width))
+        blocks = FunctionalBlocks(trunk, range(trunk.n_layers), width)
+        return blocks, {layer: BlockNorms.of(blocks, layer) for layer in blocks.blocks}
     except (AttributeError, KeyError, TypeError) as error:
         raise UnsupportedModelError(
             f"this model's blocks cannot be read as matrices and norms ({error}), so they cannot be bounded: "
@@ -139,54 +140,49 @@ def _read(trunk: Trunk, width: int) -> Known:
         ) from error
 
 
-def _check_blocks(known: Known, resid: Float[Tensor, "one pos d_model"], tolerance: float) -> None:
-    """Compare each block with the model's own, which may take its softmax in float32."""
-    trunk = known.blocks.trunk
-    for layer in range(trunk.n_layers):
-        want, found = trunk.run(resid, layer, layer + 1), known.blocks.run(layer, resid)
+def _check_blocks(blocks: FunctionalBlocks, resid: Float[Tensor, "1 pos d_model"], tolerance: float) -> None:
+    """Compare each block with the model's own, which may compute its softmax in float32."""
+    for layer in range(blocks.trunk.n_layers):
+        want, found = blocks.trunk.run(resid, layer, layer + 1), blocks.run(layer, resid)
         off = float((found - want).abs().max() / want.abs().max())
         if not off <= tolerance:
             raise UnsupportedModelError(
-                f"block {layer} does not compute what its weights say (off by {off:.2g} of its output): a "
-                "hook stands on it, or it has a part that memlens does not know."
+                f"block {layer} does not compute what its weights say (off by {off:.2g} of its output): it "
+                "has a hook, or a part that memlens does not know."
             )
         resid = want
 
 
 def _variables(
-    parts: Sequence[BatchBounds], seqs: SequenceSet, layers: Sequence[int]
+    parts: Sequence[Found], seqs: SequenceSet, layers: Sequence[int]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Join batches to arrays with dimensions."""
-    width = int(seqs.lengths.max())
-    tokens = {n: _joined([p.tokens[n] for p in parts], layers, width) for n in parts[0].tokens}
-    rows = {n: _joined([p.rows[n] for p in parts], layers) for n in parts[0].rows}
-    targets = {n: _joined([p.targets[n] for p in parts], layers, seqs.max_targets) for n in parts[0].targets}
-    measured, limit = (np.stack([tokens[f"{n}_{b}"] for b in BOUNDS], 1) for n in ("measured", "bound"))
+    sizes = {"position": int(seqs.lengths.max()), "target": seqs.max_targets}
     by_token, by_row = ("sequence", "bound", "layer", "position"), ("sequence", "layer")
-    variables: dict[str, Any] = {
+    found: dict[str, Any] = {}
+    for name in parts[0]:
+        last = "target" if name in _BY_TARGET else "position"
+        dims = by_row if name in _BY_ROW else (*by_row, last)
+        found[name] = (dims, _joined([part[name] for part in parts], layers, sizes.get(dims[-1])))
+    measured, limit = (np.stack([found.pop(f"{n}_{b}")[1] for b in BOUNDS], 1) for n in ("measured", "bound"))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        changed = measured > found["rounding"][1][:, None, :, None]
+        slack = np.where(changed, limit / measured, np.nan)
+    found["kl"] = (*found["kl"], {"units": "nats", "long_name": "KL of the predictions"})
+    variables = {
         "measured": (by_token, measured, {"long_name": "change by the bypass"}),
-        "limit": (by_token, limit, {"long_name": "bound of the change"}),
-        "slack": (by_token, _ratio(limit, measured, rows["rounding"]), {"long_name": "bound over measured"}),
-        "predictor": (("sequence", "layer", "position"), tokens["predictor"]),
-        **{n: (by_row, v) for n, v in rows.items()},
-        **{n: (("sequence", "layer", "target"), v, _UNITS.get(n, {})) for n, v in targets.items()},
+        "limit": (by_token, limit, {"long_name": "bound on the change"}),
+        "slack": (by_token, slack, {"long_name": "bound over measured"}),
+        **found,
     }
-    coords = {
-        "layer": list(layers),
-        "bound": list(BOUNDS),
-        "position": list(range(width)),
-        "target": list(range(seqs.max_targets)),
-    }
-    return variables, coords
-
-
-_UNITS = {"kl": {"units": "nats", "long_name": "KL of the predictions"}}
+    along = {dim: list(range(size)) for dim, size in sizes.items()}
+    return variables, {"layer": list(layers), "bound": list(BOUNDS), **along}
 
 
 def _joined(
-    parts: Sequence[dict[int, Tensor]], layers: Sequence[int], width: int | None = None
-) -> np.ndarray:
-    """One array `[sequence, layer, …]`, padded with NaN to `width` along the last axis."""
+    parts: Sequence[Mapping[int, Tensor]], layers: Sequence[int], width: int | None
+) -> Float[np.ndarray, "sequence layer *rest"]:
+    """One array, padded with NaN to `width` along the last axis."""
     stacked = [torch.stack([part[layer] for layer in layers], 1) for part in parts]
     if width is not None:
         pads = [(0, width - s.shape[-1]) for s in stacked]
@@ -194,91 +190,62 @@ def _joined(
     return torch.cat(stacked).cpu().numpy()
 
 
-def _ratio(limit: np.ndarray, measured: np.ndarray, rounding: np.ndarray) -> np.ndarray:
-    """Limit over measured; NaN where the change is no more than rounding."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(measured > rounding[:, None, :, None], limit / measured, np.nan)
-
-
+Found = dict[str, dict[int, Tensor]]
+"""One batch: by variable and bypassed layer `[row, position]`, `[row]` or `[row, target]`; NaN is padding."""
+_BY_ROW = ("identity_error", "diagonal_mass", "rounding")
+_BY_TARGET = ("logit_change", "max_logit_change", "kl")
 _ROUNDINGS = 32
 
 
-@dataclass(frozen=True)
-class Known:
-    """What is computed once for a model.
-
-    Attributes:
-        blocks: Its blocks.
-        norms: Their norms, by layer.
-    """
-
-    blocks: FunctionalBlocks
-    norms: Mapping[int, BlockNorms]
-
-    @classmethod
-    def of(cls, blocks: FunctionalBlocks) -> Known:
-        """Read a model."""
-        norms = {layer: BlockNorms.of(blocks, layer) for layer in blocks.blocks}
-        return cls(blocks, norms)
-
-
-@dataclass
-class BatchBounds:
-    """The results of one batch, by variable and bypassed layer; NaN where there is no token.
-
-    Attributes:
-        tokens: Variables `[row, position]`.
-        rows: Variables `[row]`.
-        targets: Variables `[row, target]`.
-    """
-
-    tokens: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    rows: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    targets: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-
-
-def bound_batch(
-    known: Known,
+def _bound_batch(
+    blocks: FunctionalBlocks,
+    norms: Mapping[int, BlockNorms],
     resid: Float[Tensor, "row pos d_model"],
     real: Bool[Tensor, "row pos"],
     targets: Targets,
     layers: Sequence[int],
-) -> BatchBounds:
-    """Run all bypasses of one batch side by side, and bound each of them in the layer that is bypassed."""
-    out, n = BatchBounds(), len(resid)
+) -> Found:
+    """Run all bypasses of one batch side by side, and bound each in the layer that is bypassed."""
+    out: Found = defaultdict(dict)
+    n = len(resid)
     started: list[int] = []
-    edited, unchanged = resid[:0], real[:0, 0]  # residuals of the bypassed runs, stacked; rows that are equal
-    for layer in range(known.blocks.trunk.n_layers):
-        both = trace_block(known.blocks, layer, torch.cat([resid, edited]))
+    edited, unchanged = resid[:0], real[:0, 0]  # residuals of the bypassed runs, stacked; rows left unchanged
+    for layer in range(blocks.trunk.n_layers):
+        both = trace_block(blocks, layer, torch.cat([resid, edited]))
         base = both[slice(0, n)]
-        same = base.out.repeat(len(started), 1, 1)  # rows of one batch may differ in their rounding
+        same = base.out.repeat(len(started), 1, 1)  # rounding may differ between the rows of a batch
         edited = torch.where(unchanged[:, None, None], same, both.out[n:])
         if layer in layers:
-            bypassed = trace_block(known.blocks, layer, resid, bypass=True)
+            bypassed = trace_block(blocks, layer, resid, bypass=True)
             rounding = _rounding(base, bypassed, real)
             none = _total(bypassed.out - base.out, real) <= rounding
             bypassed = base.where(none, bypassed)
-            out.rows.setdefault("rounding", {})[layer] = rounding
-            _bound_block(known, layer, base, bypassed, real, out)
+            pattern = blocks.pattern(layer, base.q, base.k)
+            for name, value in _bound_block(norms[layer], pattern, base, bypassed, real).items():
+                out[name][layer] = value
+            out["rounding"][layer] = rounding
             started.append(layer)
             edited, unchanged = torch.cat([edited, bypassed.out]), torch.cat([unchanged, none])
         resid = base.out
-    _compare_logits(known, resid, dict(zip(started, edited.split(n), strict=True)), targets, out)
+    rows = torch.arange(n, device=resid.device)[:, None]
+    plain = blocks.unembed(resid[rows, targets.positions])
+    for layer, final in zip(started, edited.split(n), strict=True):
+        logits = blocks.unembed(final[rows, targets.positions])
+        for name, value in _changes(plain, logits).items():
+            out[name][layer] = value.masked_fill(~targets.mask, torch.nan)
     return out
 
 
 def _bound_block(
-    known: Known, layer: int, base: BlockTrace, edited: BlockTrace, real: Tensor, out: BatchBounds
-) -> None:
+    norms: BlockNorms, pattern: Tensor, base: BlockTrace, edited: BlockTrace, real: Tensor
+) -> dict[str, Tensor]:
     """The identity D1 and the bounds B1 to B4, in the block that is bypassed."""
-    norms, blocks = known.norms[layer], known.blocks
     block = norms.block
-    pattern = blocks.pattern(layer, base.q, base.k)
     change = edited.projected - base.projected
     moved, identity = _mixing(norms, base, pattern)
     error = (change - identity).norm(dim=-1).masked_fill(~real, 0).amax(-1)
     others = pattern - torch.diag_embed(pattern.diagonal(dim1=-2, dim2=-1))
-    shared = others.sum(-1)  # 1 - A[t, t], without the rounding of the difference
+    shared = others.sum(-1)  # 1 - A[t, t], without the rounding error of the difference
     weighted = torch.einsum("bht,h->bt", shared, norms.gain)
     projected = change.norm(dim=-1)
     after = norm_between(block.attn_post_norm, base.projected, edited.projected)
@@ -295,14 +262,11 @@ def _bound_block(
         "measured_B4": (edited.out - base.out).norm(dim=-1), "bound_B4": path * after * projected,
         "predictor": weighted,
     }  # fmt: skip
-    for name, value in values.items():
-        out.tokens.setdefault(name, {})[layer] = value.masked_fill(~real, torch.nan)
-    whole = {
+    return {
+        **{name: value.masked_fill(~real, torch.nan) for name, value in values.items()},
         "identity_error": error / torch.maximum(longest(base), longest(edited)),
         "diagonal_mass": 1 - shared.mean(1).masked_fill(~real, 0).sum(-1) / real.sum(-1),
     }
-    for name, value in whole.items():
-        out.rows.setdefault(name, {})[layer] = value
 
 
 def _mixing(norms: BlockNorms, base: BlockTrace, pattern: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,7 +281,7 @@ def _mixing(norms: BlockNorms, base: BlockTrace, pattern: Tensor) -> tuple[Tenso
             apart = z - weights @ z
             length = apart.norm(dim=-1)
             identity += apart @ norms.w_v[head].mT @ norms.w_o[head].mT
-        else:  # clipped values are no linear function of z, but no farther apart than unclipped ones
+        else:  # clipped values are not linear in z, but no farther apart than unclipped ones
             v = base.v[:, head // groups]
             length = (weights * far).sum(-1)
             identity += (v - weights @ v) @ norms.w_o[head].mT
@@ -330,12 +294,12 @@ def _distances(z: Tensor) -> Float[Tensor, "row query key"]:
 
 
 def _farthest(z: Tensor, others: Float[Tensor, "row head query key"]) -> Float[Tensor, "row pos"]:
-    """How far the farthest token that any head looks at stands from each token."""
+    """Distance from each token to the farthest token that any head attends to."""
     return _distances(z).masked_fill(~(others > 0).any(1), 0).amax(-1)
 
 
 def _from_weights(norms: BlockNorms) -> float:
-    """B3: outputs of a norm stand within twice its radius of each other."""
+    """B3: two outputs of a norm differ by at most twice its radius."""
     post = norms.block.attn_post_norm
     norm, gain = (norms.block.attn_norm, float(norms.gain.sum())) if post is None else (post, 1.0)
     if not isinstance(norm, Norm):
@@ -343,33 +307,20 @@ def _from_weights(norms: BlockNorms) -> float:
     return 2 * len(norm.weight) ** 0.5 * float(norm.weight.abs().max()) * gain
 
 
-def _compare_logits(
-    known: Known, final: Tensor, edited: Mapping[int, Tensor], targets: Targets, out: BatchBounds
-) -> None:
-    """What each bypass changes in the predictions."""
-    rows = torch.arange(len(final), device=final.device)[:, None]
-    plain = known.blocks.unembed(final[rows, targets.positions])
-    for layer, resid in edited.items():
-        logits = known.blocks.unembed(resid[rows, targets.positions])
-        found = {
-            "logit_change": (logits - plain).norm(dim=-1),
-            "max_logit_change": (logits - plain).abs().amax(-1),
-            "kl": _kl(plain, logits),
-        }
-        for name, value in found.items():
-            out.targets.setdefault(name, {})[layer] = value.masked_fill(~targets.mask, torch.nan)
+def _changes(plain: Tensor, logits: Tensor) -> dict[str, Tensor]:
+    """What a bypass changes in the predictions."""
+    p, q = plain.log_softmax(-1), logits.log_softmax(-1)
+    return {
+        "logit_change": (logits - plain).norm(dim=-1),
+        "max_logit_change": (logits - plain).abs().amax(-1),
+        "kl": (p.exp() * (p - q)).sum(-1).clamp_min(0),
+    }
 
 
 def _rounding(base: BlockTrace, edited: BlockTrace, real: Tensor) -> Float[Tensor, " row"]:
-    """How large a change may be that is none: what float arithmetic leaves of equal sums."""
+    """Largest change that float arithmetic can leave between equal sums."""
     largest = [_total(x, real) for t in (base, edited) for x in (t.resid, t.projected, t.out)]
     return _ROUNDINGS * torch.finfo(base.out.dtype).eps * torch.stack(largest).amax(0)
-
-
-def _kl(a: Tensor, b: Tensor) -> Tensor:
-    """Divergence of the bypassed model's prediction from the plain one's, in nats."""
-    p, q = a.log_softmax(-1), b.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
 
 
 def _total(x: Float[Tensor, "row pos d"], real: Int[Tensor, "row pos"]) -> Float[Tensor, " row"]:

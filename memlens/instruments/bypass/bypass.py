@@ -1,4 +1,4 @@
-"""Attention bypass ("short-circuiting"): every token of a layer attends only to itself, or to nothing."""
+"""Attention bypass ("short-circuiting"): every token attends only to itself, or to nothing."""
 
 from __future__ import annotations
 
@@ -48,41 +48,41 @@ def bypass_attention(
     r"""Bypass the attention of each layer, of windows or suffixes of layers, or of heads, and measure recall.
 
     - ``"identity"``: the attention matrix of every head becomes the identity, so that
-      :math:`z_{h,t} = v_{h,t}`; value and output projections, biases, norms and the MLP stay
+      :math:`z_{h,t} = v_{h,t}`; value and output projections, biases, norms and the MLP stay as they are
       (as in the released code of arXiv 2501.05078). It is implemented on values, which works on every
       architecture.
-    - ``"zero"``: attention adds nothing to the residual, not even its bias (ours, as a control).
+    - ``"zero"``: attention adds nothing to the residual, not even its bias (ours, for comparison).
     - ``"uniform"``: every token attends equally to itself and all tokens before it,
-      :math:`z_{h,t} = \frac{1}{t+1} \sum_{s \le t} v_{h,s}` (ours, as a control; sliding windows are
+      :math:`z_{h,t} = \frac{1}{t+1} \sum_{s \le t} v_{h,s}` (ours, for comparison; sliding windows are
       ignored).
-    - ``"first_token"``: every token attends only to the first one, :math:`z_{h,t} = v_{h,0}` (ours, as a
-      control: many heads rest there).
+    - ``"first_token"``: every token attends only to the first one, :math:`z_{h,t} = v_{h,0}` (ours, for
+      comparison: many heads attend mostly there).
 
-    With a strength :math:`a` the attention matrix is :math:`(1-a)A + aI`: :math:`z_{h,t}` becomes
-    :math:`(1-a)z_{h,t} + a\,v_{h,t}` (of "zero": :math:`1-a` times what attention adds).
+    With a strength :math:`a` the attention matrix is :math:`(1-a)A + aI`, and :math:`z_{h,t}` becomes
+    :math:`(1-a)z_{h,t} + a\,v_{h,t}`; with "zero", what attention adds is multiplied by :math:`1-a`.
 
     Args:
         model: A TransformerLens model.
-        sequences: What is recalled.
+        sequences: The recalled sequences.
         mode: One of the above.
-        layers: The layers at which a bypass starts (a "prefix": ends); all by default.
+        layers: The layers at which a bypass starts (for "prefix", ends); all by default.
         heads: Only these heads (not with "zero"); all by default. With grouped queries, query heads.
-        span: What is bypassed together: the layer alone ("layer"), `width` consecutive layers starting with
-            it ("window"; windows that would pass the last layer are left out), the layer and all later ones
-            ("suffix"), or all layers up to and including it ("prefix").
-        width: Layers in a window.
+        span: Which layers are bypassed together: the layer alone ("layer"), `width` consecutive layers
+            starting with it ("window"; windows beyond the last layer are left out), the layer and all later
+            ones ("suffix"), or all layers up to and including it ("prefix").
+        width: Number of layers in a window.
         over: "head" bypasses each of `heads` separately (not with "zero").
         strengths: Strengths :math:`a` from 0 to 1, each tried separately; only full strength by default.
         metrics: As for `sweep`.
         options: Further options of `sweep`.
 
     Returns:
-        Kind "attention_bypass": each metric `(sequence, layer)`, followed by `head` and `strength` where
+        Kind "attention_bypass": each metric `(sequence, layer)`, followed by `head` and `strength` if
         requested, and its baseline `(sequence)`.
 
     Raises:
         OptionError: Unknown mode, span or `over`, heads with mode "zero", a strength outside 0 to 1, or a
-            window wider than the model is deep.
+            window with more layers than the model.
         SiteError: A layer or head that does not exist.
 
     Example:
@@ -116,22 +116,10 @@ def attention_bypasses(
     over: str | None = None,
     strengths: Sequence[float] | None = None,
 ) -> list[Intervention]:
-    """Return the interventions that `bypass_attention` runs; see there for the options.
+    """Return the interventions that `bypass_attention` runs; see there for the arguments and errors.
 
-    Args:
-        model: A TransformerLens model.
-        mode: See `bypass_attention`.
-        layers: One intervention for each entry: a layer, or several layers that are bypassed together. Sets
-            of layers are labeled `layers` in a result ("0, 3-5"), single ones `layer`.
-        heads: See `bypass_attention`.
-        span: See `bypass_attention`; sets of layers are taken as they are.
-        width: See `bypass_attention`.
-        over: See `bypass_attention`.
-        strengths: See `bypass_attention`.
-
-    Raises:
-        OptionError: See `bypass_attention`; or a set without layers.
-        SiteError: A layer or head that does not exist.
+    An entry of `layers` may also be a set of layers to bypass together, whatever `span` is. Sets are labeled
+    `layers` in a result ("0, 3-5"), single layers `layer`.
 
     Example:
         >>> import memlens as ml
@@ -146,10 +134,10 @@ def attention_bypasses(
         check_option("over", over, ("head",))
     for strength in strengths or []:
         if not 0 <= strength <= 1:
-            raise OptionError(f"strength={strength} is not a share: give a number from 0 to 1.")
+            raise OptionError(f"strength={strength} is out of range: give a number from 0 to 1.")
     if mode == "zero" and (heads is not None or over is not None):
         raise OptionError(
-            "heads= goes with mode='identity': ablate single heads to zero with ablate_heads(mode='zero')."
+            "heads= does not work with mode='zero': set single heads to zero with ablate_heads(mode='zero')."
         )
     trunk = Trunk(model)
     for head in heads or []:
@@ -179,7 +167,7 @@ def attention_bypasses(
 def _places(
     n_layers: int, layers: Sequence[int | Sequence[int]] | None, span: str, width: int
 ) -> list[tuple[dict[str, Hashable], Sequence[int]]]:
-    """The layers that are bypassed together, each with its label."""
+    """The sets of layers to bypass together, each with its label."""
     singles = [layer for layer in layers or [] if not isinstance(layer, Sequence)]
     if layers is None or len(singles) == len(layers):
         named = spans(n_layers, span=span, width=width, layers=None if layers is None else singles)
@@ -187,7 +175,7 @@ def _places(
     sets = [entry if isinstance(entry, Sequence) else [entry] for entry in layers]
     for together in sets:
         if not together:
-            raise OptionError("a set without layers bypasses nothing: give at least one layer.")
+            raise OptionError("an empty set of layers bypasses nothing: give at least one layer.")
         for layer in together:
             check_layer(layer, n_layers)
     return [({"layers": layers_label(together)}, together) for together in sets]
@@ -196,16 +184,16 @@ def _places(
 def spans(
     n_layers: int, *, span: str = "layer", width: int = 2, layers: Sequence[int] | None = None
 ) -> dict[int, list[int]]:
-    """Return which layers are bypassed together, by the layer that names them.
+    """Return which layers are bypassed together, by the layer after which they are named.
 
     Args:
         n_layers: Number of layers of the model.
         span: "layer", "window", "suffix" or "prefix"; see `bypass_attention`.
-        width: Layers in a window.
-        layers: The naming layers; all by default.
+        width: Number of layers in a window.
+        layers: The layers that give names; all by default.
 
     Raises:
-        OptionError: An unknown span, or a window wider than the model is deep.
+        OptionError: An unknown span, or a window with more layers than the model.
         SiteError: A layer that does not exist.
 
     >>> spans(4, span="window", width=3)
@@ -238,17 +226,18 @@ def bypassed(
     heads: Sequence[int] | None = None,
     strength: float = 1.0,
 ) -> Iterator[Any]:
-    """Hold a bypass for the length of a `with` block.
+    """Bypass attention inside a `with` block.
 
-    A token that sees only itself needs no cache and no padding mask, so a forward pass, generation with or
-    without a cache, left-padded batches, and a prompt fed in chunks all give the same tokens.
+    A token that attends only to itself needs neither a cache nor a padding mask, so a forward pass,
+    generation with or without a cache, left-padded batches, and a prompt fed in chunks all give the same
+    tokens.
 
     Args:
         model: A TransformerLens model.
         layers: The layer, or the layers bypassed together.
         mode: "identity" or "zero"; see `bypass_attention`.
         heads: Only these heads ("identity" only); all by default.
-        strength: How much of it, 0 to 1.
+        strength: Strength of the bypass, from 0 to 1.
 
     Yields:
         The model.
@@ -279,13 +268,13 @@ _MIXED: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": _uniform,
     "first_token": lambda v: v[:, :1].expand_as(v),
 }
-"""What each mode makes of the values `[batch, pos, head, d_head]`."""
+"""What each mode turns the values `[batch, pos, head, d_head]` into."""
 
 
 def _hooks(
     trunk: Trunk, layer: int, mode: str, heads: Sequence[int] | None, strength: float
 ) -> list[tuple[str, HookFn]]:
-    """Scale what attention adds ("zero"), or remember the values and write what the mode makes of them."""
+    """Scale what attention adds ("zero"), or store the values and write what the mode turns them into."""
     if mode == "zero":
         return [(hook_name("attn_out", layer), lambda x, hook: x * (1 - strength))]
     mixed = _MIXED[mode]

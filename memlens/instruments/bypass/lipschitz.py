@@ -1,8 +1,8 @@
-r"""How much a norm or an MLP can stretch a difference: upper bounds, not estimates.
+r"""Upper bounds on how much a norm or an MLP can stretch a difference of inputs.
 
-All are ours. Each holds along the straight line between two inputs that are both known: a difference of
-outputs is the integral of the Jacobian along it, so the Jacobian's largest norm on the line bounds the
-stretch. Norms of matrices are spectral.
+All are ours. Each holds on the straight line between two known inputs: the difference of the outputs is the
+integral of the Jacobian along the line, so the largest norm of the Jacobian on it bounds the stretch. Norms
+of matrices are spectral.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def spectral_norm(weight: Float[Tensor, "*batch a b"]) -> Float[Tensor, "*batch"
 def product_norm(
     a: Float[Tensor, "*batch out inner"], b: Float[Tensor, "*batch inner in"]
 ) -> Float[Tensor, "*batch"]:
-    """Return the spectral norm of `a @ b` without making the product.
+    """Return the spectral norm of `a @ b` without computing the product.
 
     >>> round(float(product_norm(torch.tensor([[3.0], [0.0]]), torch.tensor([[0.0, 2.0]]))), 6)
     6.0
@@ -46,9 +46,9 @@ def norm_stretch(
 ) -> Float[Tensor, "*batch"]:
     r"""Return how much a norm can stretch differences on the line from `x` to `x + dx`.
 
-    :math:`\|\gamma\|_\infty / \sqrt{\min_{\tau \in [0, 1]} \mathrm{var}(x + \tau\,dx) + \epsilon}`; the
-    variance (the mean square, of an RMSNorm) is a convex quadratic of :math:`\tau`, so its least value is
-    known. Without a norm it is 1.
+    :math:`\|\gamma\|_\infty / \sqrt{\min_{\tau \in [0, 1]} \mathrm{var}(x + \tau\,dx) + \epsilon}`. The
+    variance (for an RMSNorm, the mean square) is a convex quadratic in :math:`\tau`, so its minimum is known.
+    1 without a norm.
     """
     if norm is None:
         return torch.ones_like(x[..., 0])
@@ -57,7 +57,7 @@ def norm_stretch(
     v0, v1, c = x.square().mean(-1), dx.square().mean(-1), (x * dx).mean(-1)
     at = torch.where(v1 > 0, -c / v1, 0.0).clamp(0, 1)
     least = (x + at[..., None] * dx).square().mean(-1)
-    # all three are the same number but for rounding; the least of them is taken to be safe
+    # both expressions are equal up to rounding; the smaller one is safe
     least = torch.minimum(least, (v0 + 2 * at * c + at * at * v1).clamp_min(0))
     return norm.weight.abs().max() / (least + norm.eps).sqrt()
 
@@ -70,11 +70,10 @@ def mlp_stretch(
 ) -> Float[Tensor, "*batch"]:
     r"""Return how much an MLP can stretch differences on the line from `x0` to `x1`.
 
-    Without a gate :math:`\|W_1\| \|W_2\| \sup|\phi'|`. With one, where
-    :math:`f = W_2(\phi(g) \odot p)`, it is
-    :math:`\|W_2\| (\sup|\phi'| \max|p|\, \|W_g\| + \max|\phi(g)|\, \|W_1\|)`: :math:`p` and :math:`g` move on
-    straight lines, so their greatest values stand at the ends, and :math:`|\phi(g)|` is greatest at an end or
-    at its dip.
+    Without a gate, :math:`\|W_1\| \|W_2\| \sup|\phi'|`. With a gate, :math:`f = W_2(\phi(g) \odot p)`, it is
+    :math:`\|W_2\| (\sup|\phi'| \max|p|\, \|W_g\| + \max|\phi(g)|\, \|W_1\|)`. As :math:`p` and :math:`g` move
+    on straight lines, their largest values are at the ends; :math:`|\phi(g)|` is largest at an end or at the
+    minimum of :math:`\phi`.
     """
     into, gate, out = norms
     if mlp.gate is None:
@@ -85,8 +84,18 @@ def mlp_stretch(
 
 
 def _reach(a: Tensor, b: Tensor) -> Tensor:
-    """How far from 0 anything between `a` and `b` can be, number by number."""
+    """The largest distance from 0 between `a` and `b`, elementwise."""
     return torch.maximum(a.abs(), b.abs())
+
+
+def head_matrices(
+    blocks: FunctionalBlocks, layer: int
+) -> tuple[Float[Tensor, "head d_head d_model"], Float[Tensor, "head d_model d_head"]]:
+    """Return the value matrices of a layer, one per query head, and its output matrices."""
+    block, n_values = blocks.blocks[layer], blocks.n_kv * blocks.d_head
+    w_v = block.qkv().weight[-n_values:].unflatten(0, (-1, blocks.d_head))
+    w_o = block.o.weight.unflatten(1, (blocks.n_heads, blocks.d_head)).transpose(0, 1)
+    return w_v.repeat_interleave(blocks.n_heads // blocks.n_kv, 0), w_o
 
 
 @dataclass(frozen=True)
@@ -94,13 +103,13 @@ class BlockNorms:
     """A block's weights and their norms.
 
     Attributes:
-        block: The weights.
-        mlp: The MLP's.
-        mlp_norms: Of its `into`, `gate` and `out`.
-        w_v: Value matrices by query head.
-        w_o: Output matrices by head.
-        gain: The largest a head can make a token of its values: the norm of `w_o w_v`, or where values are
-            clipped between them the product of both norms.
+        block: The weights of the block.
+        mlp: The weights of its MLP.
+        mlp_norms: Spectral norms of the MLP's `into`, `gate` and `out`.
+        w_v: Value matrices, one per query head.
+        w_o: Output matrices, one per head.
+        gain: Largest factor by which a head can stretch its input: the norm of `w_o w_v`, or the product of
+            both norms if values are clipped in between.
     """
 
     block: BlockWeights
@@ -115,13 +124,10 @@ class BlockNorms:
         """Read a layer.
 
         Raises:
-            UnsupportedModelError: Its MLP has a form that is not known.
+            UnsupportedModelError: memlens does not know the form of its MLP.
         """
-        block, groups = blocks.blocks[layer], blocks.n_heads // blocks.n_kv
-        mlp = read_mlp(blocks.trunk.model, layer)
-        w_v = block.qkv().weight[-blocks.n_kv * blocks.d_head :].unflatten(0, (-1, blocks.d_head))
-        w_v = w_v.repeat_interleave(groups, 0)
-        w_o = block.o.weight.unflatten(1, (blocks.n_heads, blocks.d_head)).transpose(0, 1)
+        block, mlp = blocks.blocks[layer], read_mlp(blocks.trunk.model, layer)
+        w_v, w_o = head_matrices(blocks, layer)
         clipped = block.clip is not None
         gate = torch.zeros(()) if mlp.gate is None else spectral_norm(mlp.gate.weight)
         return cls(
@@ -131,7 +137,7 @@ class BlockNorms:
         )  # fmt: skip
 
     def mlp_path(self, a: BlockTrace, b: BlockTrace) -> Float[Tensor, "row pos"]:
-        """Return how much norm, MLP and post-norm together can stretch a token's difference."""
+        """Return how much norm, MLP and post-norm together can stretch the difference at a token."""
         before = norm_between(self.block.mlp_norm, a.mlp_from, b.mlp_from)
         after = norm_between(self.block.mlp_post_norm, a.mlp_raw, b.mlp_raw)
         return before * mlp_stretch(self.mlp, self.mlp_norms, a.mlp_in, b.mlp_in) * after
@@ -140,5 +146,5 @@ class BlockNorms:
 def norm_between(
     norm: object, a: Float[Tensor, "*batch d"], b: Float[Tensor, "*batch d"]
 ) -> Float[Tensor, "*batch"]:
-    """Return how much a norm (or its absence, None) can stretch differences between `a` and `b`."""
+    """Return how much a norm, or None, can stretch differences between `a` and `b`."""
     return norm_stretch(norm if isinstance(norm, Norm) else None, a, b - a)

@@ -1,9 +1,10 @@
-"""What a bypass would change, guessed from one baseline pass; and how well the guess orders the layers."""
+"""Predicting from one baseline pass what a bypass changes, and how well this orders the layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from memlens.forward.batches import make_batches
 from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.hooks import attached, chosen_layers, hook_name
 from memlens.forward.trunk import Trunk, is_bridge
-from memlens.instruments.bypass.lipschitz import product_norm
+from memlens.instruments.bypass.lipschitz import head_matrices, product_norm
 from memlens.models.provenance import describe
 from memlens.results.kinds import register_kind
 from memlens.results.plots.layers import plot_layer_lines
@@ -40,28 +41,28 @@ def bypass_predictor(
     batch_size: int = 16,
     progress: bool = True,
 ) -> Result:
-    r"""Guess from the baseline alone how much each layer's bypass changes.
+    r"""Predict from the baseline alone how much bypassing each layer changes.
 
-    :math:`\sum_h (1 - A_h[t, t])\, \|W_O^h W_V^h\|`: how much of its attention each head gives to other
-    tokens, times how long it can make what it takes from them (spectral norm). It is the factor of the bound
-    B2 of `bypass_bounds` that tells layers apart. Ours.
+    :math:`\sum_h (1 - A_h[t, t])\, \|W_O^h W_V^h\|`: the attention of each head to other tokens, times the
+    largest factor by which it can stretch what it reads there (spectral norm). This is the part of the bound
+    B2 of `bypass_bounds` that depends on the layer. Ours.
 
     Args:
         model: A TransformerLens model.
-        sequences: What the model reads, teacher-forced.
+        sequences: The input of the model, teacher-forced.
         layers: Layers; all by default.
         batch_size: Sequences at a time.
-        progress: Show a bar.
+        progress: Show a progress bar.
 
     Returns:
         Kind "bypass_predictor", `(sequence, layer)`, averaged over the positions that predict a target:
         `predictor`; `attention_to_others`, the mean over heads of :math:`1 - A_h[t, t]`; and
-        `relative_predictor`, the mean of the predictor over the norm of the residual at the block's input.
+        `relative_predictor`, the predictor divided by the norm of the residual at the block's input.
 
     Raises:
         OptionError: No layers.
         SiteError: A layer that does not exist.
-        UnsupportedModelError: Blocks whose parts are not known, or a bridge with processed weights.
+        UnsupportedModelError: Blocks that memlens cannot read, or a bridge with processed weights.
         EmptySetError: No sequences.
 
     Example:
@@ -88,19 +89,19 @@ def bypass_predictor(
 
 
 def check_readable(model: Any) -> None:
-    """Raise `UnsupportedModelError` for a bridge whose weights TransformerLens has processed."""
+    """Raise `UnsupportedModelError` for a bridge with weights processed by TransformerLens."""
     if is_bridge(model) and describe(model)["processed_weights"]:
         raise UnsupportedModelError(
-            "the weights of this TransformerBridge are processed, and cannot be read as its blocks use them: "
+            "the weights of this TransformerBridge are processed and differ from those that its blocks use: "
             "load it with process_weights=False."
         )
 
 
 def some_layers(layers: Sequence[int] | None, n_layers: int) -> list[int]:
-    """Return the layers asked for, all by default; none is an `OptionError`."""
+    """Return the given layers, or all; an empty list is an `OptionError`."""
     chosen = chosen_layers(layers, n_layers)
     if not chosen:
-        raise OptionError("layers=[] leaves nothing to look at: give at least one layer.")
+        raise OptionError("layers=[] selects nothing: give at least one layer.")
     return chosen
 
 
@@ -109,40 +110,28 @@ def ov_gains(model: Any, layers: Sequence[int]) -> dict[int, Float[Tensor, " hea
     r"""Return the spectral norm :math:`\|W_O^h W_V^h\|` of each head, by layer.
 
     Raises:
-        UnsupportedModelError: Blocks whose parts are not known.
+        UnsupportedModelError: Blocks that memlens cannot read.
     """
     blocks = FunctionalBlocks(Trunk(model), layers, width=2)
-    found = {}
-    for layer in layers:
-        block, d_head = blocks.blocks[layer], blocks.d_head
-        w_v = block.qkv().weight[-blocks.n_kv * d_head :].unflatten(0, (-1, d_head))
-        w_o = block.o.weight.unflatten(1, (blocks.n_heads, d_head)).transpose(0, 1)
-        w_v = w_v.repeat_interleave(blocks.n_heads // blocks.n_kv, 0)
-        found[layer] = product_norm(w_o.double(), w_v.double())
-    return found
+    pairs = {layer: head_matrices(blocks, layer) for layer in layers}
+    return {layer: product_norm(w_o.double(), w_v.double()) for layer, (w_v, w_o) in pairs.items()}
 
 
 def _of_batch(
     trunk: Trunk, tokens: Tensor, predicts: Tensor, layers: Sequence[int], gains: dict[int, Tensor]
 ) -> dict[str, Tensor]:
-    """Run one batch; of each pattern only the diagonal is kept."""
+    """Run one batch, keeping only the diagonal of each pattern."""
     shared: dict[int, Tensor] = {}
     lengths: dict[int, Tensor] = {}
 
-    def diagonal(layer: int) -> Callable[..., None]:
-        def look(pattern: Tensor, hook: Any) -> None:
-            shared[layer] = 1 - pattern.diagonal(dim1=-2, dim2=-1).double()
+    def diagonal(layer: int, pattern: Tensor, hook: Any) -> None:
+        shared[layer] = 1 - pattern.diagonal(dim1=-2, dim2=-1).double()
 
-        return look
+    def length(layer: int, resid: Tensor, hook: Any) -> None:
+        lengths[layer] = resid.double().norm(dim=-1)
 
-    def length(layer: int) -> Callable[..., None]:
-        def look(resid: Tensor, hook: Any) -> None:
-            lengths[layer] = resid.double().norm(dim=-1)
-
-        return look
-
-    hooks = [(hook_name("pattern", layer), diagonal(layer)) for layer in layers]
-    hooks += [(hook_name("resid_pre", layer), length(layer)) for layer in layers]
+    looks = (("pattern", diagonal), ("resid_pre", length))
+    hooks = [(hook_name(site, layer), partial(look, layer)) for site, look in looks for layer in layers]
     with attached(trunk.model, hooks):
         trunk.run(trunk.embed(tokens), stop=max(layers) + 1)
     count = predicts.sum(-1)
@@ -165,11 +154,11 @@ class PredictorAgreement:
     Attributes:
         value: Spearman's rank correlation over layers of mean predictor and mean damage.
         low: Lower end of its interval over sequences.
-        high: Upper end.
-        n_layers: Layers compared.
-        n_sequences: Sequences averaged.
-        predictor: Which variable predicted.
-        metric: What the damage was measured by.
+        high: Upper end of the interval.
+        n_layers: Number of layers.
+        n_sequences: Number of sequences.
+        predictor: The predicting variable.
+        metric: The metric of the damage.
     """
 
     value: float
@@ -197,25 +186,25 @@ def predictor_agreement(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> PredictorAgreement:
-    """Compare what was predicted of each layer's bypass with what it did, on the same sequences.
+    """Compare what was predicted for the bypass of each layer with what it did, on the same sequences.
 
     Args:
-        predicted: From `bypass_predictor`.
-        measured: From `bypass_attention`, or from `bypass_bounds`.
-        metric: A metric of `measured`. Of one with a baseline the effect is taken, turned so that harm is
-            positive; of another (`kl`) the value. Dimensions other than the layer are averaged.
-        predictor: Which variable of `predicted`.
+        predicted: Result of `bypass_predictor`.
+        measured: Result of `bypass_attention` or `bypass_bounds`.
+        metric: A metric of `measured`. If it has a baseline, its effect counts, with harm positive; otherwise
+            (`kl`) its value. Dimensions other than the layer are averaged.
+        predictor: A variable of `predicted`.
         level: Coverage of the interval.
         n_resamples: Resamples of the bootstrap over sequences.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Returns:
-        The rank correlation over layers; 1 where the predictor orders them as the damage does. The interval
-        is that value ± the bootstrap's standard error times the normal quantile; it says how reliably these
-        layers of this model are so ordered for other sequences, and nothing of other models.
+        The rank correlation over layers; 1 if predictor and damage order them alike. The interval is the
+        value ± the bootstrap's standard error times the normal quantile. It tells how reliable this order of
+        this model's layers is for other sequences, and nothing about other models.
 
     Raises:
-        ResultError: Other sequences or layers, or fewer than three layers.
+        ResultError: The results differ in sequences or layers, or have fewer than three layers.
     """
     x, y = predicted[predictor], _damage(measured, metric)
     for dim in ("sequence", "layer"):

@@ -1,9 +1,9 @@
-"""Attention bypass of a plain Hugging Face model, so that it is served without TransformerLens.
+"""Attention bypass of a plain Hugging Face model, for serving without TransformerLens.
 
-Most architectures ask transformers' registry for their attention function; a bypassed block is given one
-of its own through a config of its own, and every other block keeps the one it has. The block's cache is
-still filled, so that blocks, caches and masks around it stay as they are. GPT-Neo does not ask the registry;
-there, the values are written where the mixed values would stand.
+Most architectures get their attention function from transformers' registry. A bypassed block gets another one
+through its own copy of the config; other blocks keep theirs. The cache of a bypassed block is still filled,
+so nothing around it changes. GPT-Neo does not use the registry; there, a hook writes the values where the
+mixed values would be.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -37,18 +37,18 @@ _CACHES = ("past_key_values", "layer_past", "past_key_value")
 
 @dataclass
 class _Held:
-    """The identity as it stands on one attention module, for all who asked for it.
+    """The identity on one attention module, shared by all bypasses of the module.
 
     Attributes:
-        holders: How many bypasses of this module have not been removed.
-        config: The config to give back; None where hooks do all.
-        handles: Hooks to take off.
-        fired: Whether the identity ran in the present forward.
+        hooks: Removes its hooks.
+        config: The module's own config, if it was replaced.
+        holders: Number of bypasses that have not been removed.
+        fired: Whether the identity ran in the current forward.
     """
 
-    holders: int = 0
+    hooks: ExitStack = field(default_factory=ExitStack)
     config: Any = None
-    handles: list[Any] = field(default_factory=list)
+    holders: int = 0
     fired: bool = False
 
 
@@ -56,12 +56,12 @@ _HELD: WeakKeyDictionary[nn.Module, _Held] = WeakKeyDictionary()
 """Bypassed modules: bypasses may be nested, and removed in any order."""
 
 
-class TransformersBypass:
-    """A bypass that stands on a Hugging Face model until it is removed: see `bypass_in_transformers`.
+class TransformersBypass(AbstractContextManager["TransformersBypass"]):
+    """A bypass of a Hugging Face model that lasts until it is removed; see `bypass_in_transformers`.
 
     Attributes:
         model: The Hugging Face model.
-        layers: The bypassed blocks.
+        layers: The bypassed layers.
         mode: "identity" or "zero".
     """
 
@@ -76,53 +76,45 @@ class TransformersBypass:
             if layer not in modules:
                 raise SiteError(f"layer {layer} of {type(model).__name__} has no attention to bypass.")
         self.model, self.layers, self.mode = model, tuple(dict.fromkeys(layers)), mode
-        self._modules: list[nn.Module] = []
-        self._handles: list[Any] = []
+        self._undo, self._removed = ExitStack(), False
         chosen = [modules[layer] for layer in self.layers]
         for module in chosen:
             _check_served(module)
         for module in chosen:
             if mode == "zero":
-                self._handles.append(module.register_forward_hook(_zeros))
+                self._undo.callback(module.register_forward_hook(_zeros).remove)
             else:
                 _hold(module)
-                self._modules.append(module)
+                self._undo.callback(_release, module)
 
     def remove(self) -> None:
         """Give the model its own attention back; a second call does nothing."""
-        while self._modules:
-            _release(self._modules.pop())
-        while self._handles:
-            self._handles.pop().remove()
+        self._undo.close()
+        self._removed = True
 
-    def __enter__(self) -> TransformersBypass:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.remove()
 
     def __repr__(self) -> str:
-        state = "" if self._modules or self._handles else ", removed"
+        state = ", removed" if self._removed else ""
         return f"<bypass of layers {list(self.layers)} ({self.mode}{state}) on {type(self.model).__name__}>"
 
 
 def bypass_in_transformers(
     hf_model: Any, layers: int | Sequence[int], mode: str = "identity"
 ) -> TransformersBypass:
-    """Bypass the attention of some blocks of a plain Hugging Face model, for forward and `generate`.
+    """Bypass the attention of some layers of a plain Hugging Face model, for forward and `generate`.
 
-    The edit is that of `memlens.bypassed`: with "identity" every token's mixed values are its own values;
-    with "zero" attention adds nothing to the residual. It acts from this call on, until `remove()` or the end
-    of a `with` block; bypasses may be nested, and removed in any order. A bypassed block sees neither cache
-    nor mask, so generation with any cache, left-padded batches and a prompt fed in chunks all give the tokens
-    of plain forwards. Other blocks keep their own attention implementation.
+    The intervention is that of `memlens.bypassed`: with "identity", the mixed values of each token are its
+    own values; with "zero", attention adds nothing to the residual. It is in effect from this call until
+    `remove()` or the end of a `with` block; bypasses may be nested, and removed in any order. A bypassed
+    layer sees neither cache nor mask, so generation with any cache, left-padded batches and a prompt fed in
+    chunks all give the same tokens as plain forwards. Other layers keep their own attention implementation.
 
     Args:
-        hf_model: A decoder of transformers whose attention goes through transformers' registry (GPT-NeoX,
-            OLMo 1, 2 and 3, Llama, GPTBigCode, Starcoder2 and most others), or a GPT-Neo.
-        layers: The block, or the blocks bypassed together.
+        hf_model: A decoder of transformers whose attention uses transformers' registry (GPT-NeoX, OLMo 1, 2
+            and 3, Llama, GPTBigCode, Starcoder2 and most others), or a GPT-Neo.
+        layers: The layer, or the layers bypassed together.
         mode: "identity" or "zero".
 
     Returns:
@@ -133,7 +125,7 @@ def bypass_in_transformers(
         SiteError: A layer that does not exist.
         UnsupportedModelError: A TransformerLens model (use `memlens.bypassed`), a model with an encoder, or
             an architecture whose attention cannot be reached.
-        SilentInterventionError: In a forward, when the model did not ask the registry after all.
+        SilentInterventionError: In a forward, if the model did not use the registry after all.
 
     Example:
         >>> import memlens as ml, torch
@@ -162,8 +154,8 @@ def _check_plain(model: Any) -> None:
         )
     if any(type(m).__module__.startswith("transformer_lens") for m in model.modules()):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is run by TransformerLens: use memlens.bypassed on the model that "
-            "load_model gave."
+            f"{type(model).__name__} is a TransformerLens model: use memlens.bypassed on what load_model "
+            "returned."
         )
     if not hasattr(model, "config") or getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
@@ -184,13 +176,13 @@ def _attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         if own and isinstance(layer, int) and not getattr(module, "is_cross_attention", False):
             if layer in found:
                 raise UnsupportedModelError(
-                    f"{type(model).__name__} has more than one attention in layer {layer}: memlens does not "
-                    "know which to bypass."
+                    f"{type(model).__name__} has more than one attention module in layer {layer}: memlens "
+                    "does not know which one to bypass."
                 )
             found[layer] = module
     if not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no attention that transformers numbers by layer: load it with "
+            f"{type(model).__name__} has no attention modules with layer numbers: load it with "
             "memlens.load_model and use memlens.bypassed."
         )
     return found
@@ -204,8 +196,8 @@ def _asks_registry(module: nn.Module) -> bool:
 def _check_served(module: nn.Module) -> None:
     if not _asks_registry(module) and type(module).__name__ not in _GPT_NEO:
         raise UnsupportedModelError(
-            f"{type(module).__name__} does not take its attention from transformers' registry: load the "
-            "model with memlens.load_model and use memlens.bypassed."
+            f"{type(module).__name__} does not use transformers' attention registry: load the model with "
+            "memlens.load_model and use memlens.bypassed."
         )
 
 
@@ -219,17 +211,14 @@ def _hold(module: nn.Module) -> None:
 def _release(module: nn.Module) -> None:
     held = _HELD[module]
     held.holders -= 1
-    if held.holders:
-        return
-    for handle in held.handles:
-        handle.remove()
-    if held.config is not None:
-        module.config = held.config
-    del _HELD[module]
+    if not held.holders:
+        held.hooks.close()
+        module.config = held.config or module.config
+        del _HELD[module]
 
 
 def _redirect(module: Any, held: _Held) -> None:
-    """Let this module ask the registry for the identity, and see no older values than its input's."""
+    """Make this module get the identity from the registry, and see only the values of its own input."""
     AttentionInterface.register(_IDENTITY, _identity_attention)
 
     def before(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -240,21 +229,19 @@ def _redirect(module: Any, held: _Held) -> None:
     def after(_module: nn.Module, _args: Any, _out: Any) -> None:
         if not held.fired:
             raise SilentInterventionError(
-                f"{type(module).__name__} did not ask transformers' registry for its attention, so the "
-                "bypass had no effect: load the model with memlens.load_model and use memlens.bypassed."
+                f"{type(module).__name__} did not use transformers' attention registry, so the bypass had no "
+                "effect: load the model with memlens.load_model and use memlens.bypassed."
             )
 
-    held.handles = [
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after),
-    ]
+    held.hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+    held.hooks.callback(module.register_forward_hook(after).remove)
     held.config = module.config
     module.config = copy.copy(module.config)
     module.config._attn_implementation_internal = _IDENTITY
 
 
 class _Filled:
-    """A cache that takes what it is given and gives it back alone, without what it holds."""
+    """A cache that stores new keys and values but returns only these, without the earlier ones."""
 
     def __init__(self, cache: Any) -> None:
         self._cache = cache
@@ -270,7 +257,7 @@ class _Filled:
 def _identity_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Transformers' attention function for weights that are the identity: `[batch, pos, head, d_head]`."""
+    """Attention function for transformers whose weights are the identity: `[batch, pos, head, d_head]`."""
     if module in _HELD:
         _HELD[module].fired = True
     own = value[:, :, -query.shape[2] :]
@@ -278,7 +265,7 @@ def _identity_attention(
 
 
 def _write_values(module: Any, held: _Held) -> None:
-    """GPT-Neo: what the output projection is given becomes what the value projection gave."""
+    """GPT-Neo: the input of the output projection becomes the output of the value projection."""
     kept: list[Tensor] = []
 
     def remember(_module: nn.Module, _args: Any, values: Tensor) -> None:
@@ -287,12 +274,10 @@ def _write_values(module: Any, held: _Held) -> None:
     def write(_module: nn.Module, args: Any) -> Any:
         return (kept.pop(), *args[1:])
 
-    held.handles = [
-        module.v_proj.register_forward_hook(remember),
-        module.out_proj.register_forward_pre_hook(write),
-    ]
+    held.hooks.callback(module.v_proj.register_forward_hook(remember).remove)
+    held.hooks.callback(module.out_proj.register_forward_pre_hook(write).remove)
 
 
 def _zeros(_module: nn.Module, _args: Any, out: Any) -> Any:
-    """Attention's output, bias included, becomes 0; a norm after it keeps that (norms there have no bias)."""
+    """Make attention's output, bias included, 0; it stays 0 after a norm, since norms there have no bias."""
     return (torch.zeros_like(out[0]), *out[1:]) if isinstance(out, tuple) else torch.zeros_like(out)
