@@ -15,6 +15,7 @@ from rich.text import Text
 from memlens.cli.commands import from_options
 from memlens.cli.console import OUT, Json, Quiet, Switch, print_json, print_table, records, resumable
 from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError
+from memlens.instruments.decode.lens_options import LensOptions
 from memlens.studies.registry import ModelChoice
 
 if TYPE_CHECKING:
@@ -201,21 +202,15 @@ lens_app: App = App(name="lens", help="Tuned lenses: affine translators for resi
 
 def lens_train(
     where: ModelChoice,
+    options: LensOptions,
     *,
     out: Path,
     text: Path | None = None,
     tokens: Path | None = None,
     zoo_corpus: Annotated[bool, Switch] = False,
-    steps: int = 250,
-    lr: float | None = None,
-    batch_size: int = 16,
-    optimizer: str = "sgd",
-    weight_decay: float = 1e-3,
-    holdout: float = 0.1,
     window: int = 128,
     limit: int | None = None,
     published: Annotated[bool, Switch] = False,
-    seed: int = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -225,20 +220,14 @@ def lens_train(
 
     Args:
         where: The model.
+        options: How the lens is trained.
         out: Folder for the lens.
         text: A text file (UTF-8), which is cut into windows.
         tokens: Token ids: .npy, or another file of sequences.
         zoo_corpus: The text that a zoo model was trained on, without what was planted in it.
-        steps: Number of updates.
-        lr: Learning rate (default: 1 for sgd, 1e-3 for adam).
-        batch_size: Windows per update.
-        optimizer: sgd or adam.
-        weight_decay: Pull towards the logit lens.
-        holdout: Share of the windows that is held out.
         window: Tokens per window of text.
         limit: Use at most this many windows.
         published: Also write config.json and params.pt in the format of tuned-lens.
-        seed: Seed of every random choice.
     """
     import memlens as ml
     from memlens.sequences.natural import text_windows
@@ -255,18 +244,8 @@ def lens_train(
         rows = ml.load_sequences(str(tokens), loaded, prefix_len=1)
     else:
         rows = zoo_rows(where.model)
-    trained = ml.lens.train_tuned_lens(
-        loaded,
-        rows if limit is None else rows[:limit],
-        steps=steps,
-        lr=lr,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        weight_decay=weight_decay,
-        holdout=holdout,
-        seed=seed,
-        progress=not quiet,
-    )
+    rows = rows if limit is None else rows[:limit]
+    trained = ml.lens.train_tuned_lens(loaded, rows, options, progress=not quiet)
     folder = trained.save(out)
     if published:
         trained.save(out, layout="published")

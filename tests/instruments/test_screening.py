@@ -212,8 +212,8 @@ def test_bad_input(tiny_model: Any) -> None:
     for options, error, words in (
         ({"instrument": "patch"}, OptionError, "unknown instrument 'patch'"),
         ({"instrument": "patching"}, SequenceError, "needs corrupt sequences"),
-        ({"instrument": "head_ablation", "corrupt": corrupt}, SequenceError, "no use for corrupt"),
-        ({"instrument": "head_ablation", "site": "z"}, OptionError, "site='z' means nothing"),
+        ({"instrument": "head_ablation", "corrupt": corrupt}, SequenceError, "does not use corrupt"),
+        ({"instrument": "head_ablation", "site": "z"}, OptionError, "does not use site='z'"),
         ({"instrument": "head_ablation", "top_k": 0}, OptionError, "top_k=0"),
         ({"instrument": "head_ablation", "n_random": -1}, OptionError, "n_random=-1"),
         ({"instrument": "head_ablation", "rank_by": "size"}, OptionError, "rank_by='size'"),
@@ -254,7 +254,7 @@ def test_a_new_instrument_is_screened_by_its_name(tiny_model: Any) -> None:
             for name in ("mine", "head_ablation")
         )
         assert mine.table.equals(theirs.table)
-        with pytest.raises(OptionError, match="mode='mean' means nothing to instrument='mine'"):
+        with pytest.raises(OptionError, match="instrument='mine' does not use mode='mean'"):
             ml.screen_then_verify(model, clean, instrument="mine", mode="mean", **options)
         with pytest.raises(OptionError, match="measures nothing"):
             ml.instruments.register_instrument("nothing", ranks="head", kind=own.kind)

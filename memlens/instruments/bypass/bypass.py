@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.contexts import applied
 from memlens.sweeps.interventions import Intervention, Reads
-from memlens.sweeps.run import sweep
+from memlens.sweeps.run import SweepOptions, sweep
 
 BYPASS_MODES: tuple[str, ...] = get_args(BypassedTo)
 CONTROL_MODES: tuple[str, ...] = get_args(BypassControl)
@@ -43,7 +43,7 @@ def bypass_attention(
     over: str | None = None,
     strengths: Sequence[float] | None = None,
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
-    **options: Any,
+    **options: Unpack[SweepOptions],
 ) -> Result:
     r"""Bypass the attention of each layer, of windows or suffixes of layers, or of heads, and measure recall.
 

@@ -1,4 +1,4 @@
-"""Decoding the residual stream: how the prediction unfolds over layers (logit lens and tuned lens)."""
+"""Decoding the residual stream: how the prediction develops over layers (logit lens and tuned lens)."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from memlens.sweeps.labels import make_result, token_labels
 
 STATISTICS = ("probability", "rank", "predicted_probability", "predicted_rank", "entropy", "kl_to_final")
 _PORTION_BYTES = {"cpu": 2**25, "cuda": 2**28}
-"""Logits that are unembedded together. On the CPU, larger tensors would be given fresh memory every time."""
+"""Size of the logits unembedded together. On the CPU, larger tensors get fresh memory every time."""
 _CACHE_BYTES = {"cpu": 2**22, "cuda": 2**28}
-"""Logits that are reduced together. On the CPU they stay in the cache from one operation to the next."""
+"""Size of the logits reduced together. On the CPU, they stay in the cache from one operation to the next."""
 
 
 def portions(
     trunk: Trunk, n_rows: int, copies: int, sizes: Mapping[str, int] = _PORTION_BYTES
 ) -> Iterator[slice]:
-    """Cut rows so that the logits of `copies` residuals a row stay small."""
+    """Divide rows so that the logits of `copies` residuals per row stay small."""
     budget = sizes["cpu" if trunk.device.type == "cpu" else "cuda"]
     step = max(1, budget // (trunk.d_vocab * 4 * copies))
     for first in range(0, n_rows, step):
@@ -54,14 +54,14 @@ def compare_to_final(
 
     Args:
         trunk: The model.
-        resid: What is decoded, translated already where there is a lens.
+        resid: The residuals to decode, already translated if there is a lens.
         final: The residual after the last block.
         ids: Target token of each row.
-        last_site: The site whose residual is `final` itself: it is not unembedded twice.
+        last_site: The site whose residual is `final` itself and need not be unembedded again.
 
     Returns:
         `STATISTICS` in order: probability and zero-based rank (tokens with a strictly larger logit) of the
-        target, the same of the token that is most likely in the end, the entropy of :math:`p_l`, and
+        target, the same for the token that the final residual predicts, the entropy of :math:`p_l`, and
         :math:`D_{KL}(p_{L-1} \,\|\, p_l)`, in nats.
     """
     n_sites = resid.shape[1]
@@ -81,7 +81,7 @@ def compare_to_final(
 def _reduced(
     logits: Float[Tensor, "row site vocab"], ids: Int[Tensor, " row"]
 ) -> Float[Tensor, "row site statistic"]:
-    """Reduce logits of which site 0 is the final one."""
+    """Reduce logits to `STATISTICS`; site 0 is the final residual."""
     wide = logits.float()
     shifted = wide - wide.amax(-1, keepdim=True)
     probs = shifted.softmax(-1)
@@ -116,42 +116,41 @@ def decode_residual(
     batch_size: int = 16,
     progress: bool = True,
 ) -> Result:
-    r"""Turn the residual after every block into next-token probabilities, at each target.
+    r"""Decode the residual after every block into next-token probabilities, at each target.
 
-    With the final norm and unembedding, :math:`p_l = \mathrm{softmax}(W_U\,\mathrm{LN}_f(x_l))` (logit
-    lens), for the position that predicts each target token, teacher-forced; a tuned lens puts
-    :math:`x_l + W x_l + b` in the place of :math:`x_l`. The last layer's lens is the model itself, with both.
+    The logit lens applies the final norm and the unembedding,
+    :math:`p_l = \mathrm{softmax}(W_U\,\mathrm{LN}_f(x_l))`, at the position that predicts each target token,
+    teacher-forced; a tuned lens replaces :math:`x_l` by :math:`x_l + W x_l + b`. At the last layer, both are
+    the model itself.
 
     Args:
         model: A TransformerLens model.
-        sequences: What is recalled.
-        lens: "logit", a `TunedLens`, or the folder of one (see `TunedLens.load`). It is trained on, and
-            reads, the residual after a block; further streams are read by the logit lens, whatever `lens` is.
-        streams: What to decode: "resid_post" (after each block), "resid_mid" (after its attention, in
-            sequential blocks), "attn_out" and "mlp_out" (that part alone, normed by itself: its scores
-            are directions, not probabilities of anything the model says). More than one adds a dimension.
+        sequences: The recalled sequences.
+        lens: "logit", a `TunedLens`, or the folder of one (see `TunedLens.load`). A tuned lens reads only the
+            residual after a block, on which it was trained; other streams are read by the logit lens.
+        streams: The activations to decode: "resid_post" (after each block), "resid_mid" (after its attention,
+            in sequential blocks), "attn_out" and "mlp_out" (one part alone, normed by itself: its scores are
+            directions, not probabilities of the model). More than one adds a dimension.
         cache: An `ActivationCache` of ``sequences.tokens`` to read instead of running the model.
         batch_size: Sequences at a time.
-        progress: Show a bar.
+        progress: Show a progress bar.
 
     Returns:
         Kind "residual_decoding", `(sequence, layer, target)`:
 
         - `probability`, `rank` (zero-based) of the target token;
-        - `predicted_probability`, `predicted_rank` of the token that the model predicts in the end;
+        - `predicted_probability`, `predicted_rank` of the token that the model finally predicts;
         - `entropy` of :math:`p_l`, and `kl_to_final` :math:`= D_{KL}(p_{L-1} \,\|\, p_l)`, in nats;
 
-        and for the predicted token in the (first) stream, `(sequence, target)`: `first_promotion`, the
-        first layer of rank 0; `near_promotion`, the first of rank 10 or less; `stable_promotion`, the first
-        layer from which the rank stays 0; `boost`, the probability gained from there to the end;
-        `promotion_share`, the share of the final probability reached there. NaN outside ragged
-        continuations. The settings `lens` and `lens_fingerprint` say which lens it was.
+        and for the predicted token in the (first) stream, the variables `(sequence, target)` of
+        `promotion_layers`. NaN outside ragged continuations. The settings `lens` and `lens_fingerprint`
+        identify the lens.
 
     Raises:
         OptionError: Unknown stream, or a tuned lens without "resid_post".
         SiteError: "resid_mid" in parallel blocks, or a cache without the activations.
-        ResultError: A tuned lens of another model's shape, or for processed weights.
-        SourceNotFoundError: No lens there.
+        ResultError: A tuned lens that does not fit the model.
+        SourceNotFoundError: There is no lens at the path.
         FileFormatError: A damaged lens.
         EmptySetError: No sequences.
 
@@ -166,22 +165,14 @@ def decode_residual(
     tuned = as_lens(lens, model)
     _check_streams(model, streams, tuned)
     names = [hook_name(s, layer) for s in streams for layer in range(trunk.n_layers)]
-    parts = [
-        _decode(trunk, item, streams, tuned)
-        for item in at_targets(
-            trunk,
-            sequences,
-            names,
-            cache=cache,
-            batch_size=batch_size,
-            progress=progress,
-            desc="decode residual",
-        )
-    ]
+    how: dict[str, Any] = {"cache": cache, "batch_size": batch_size, "progress": progress}
+    batches = at_targets(trunk, sequences, names, desc="decode residual", **how)
+    parts = [_decode(trunk, item, streams, tuned) for item in batches]
     values = {key: _joined([p[key] for p in parts]) for key in parts[0]}
-    tail = ("sequence", "stream", "layer", "target") if len(streams) > 1 else ("sequence", "layer", "target")
+    several = len(streams) > 1
+    dims = ("sequence", *(["stream"] if several else []), "layer", "target")
     variables: dict[str, Any] = {
-        key: (tail, array if len(streams) > 1 else array[:, 0]) for key, array in values.items()
+        key: (dims, array if several else array[:, 0]) for key, array in values.items()
     }
     phases = promotion_layers(
         torch.from_numpy(values["predicted_rank"][:, 0]),
@@ -195,7 +186,7 @@ def decode_residual(
         "layer": list(range(trunk.n_layers)),
         "target": list(range(sequences.max_targets)),
     }
-    if len(streams) > 1:
+    if several:
         coords["stream"] = list(streams)
     settings = {**_lens_settings(tuned), "streams": list(streams)}
     return make_result("residual_decoding", model, sequences, variables, coords, settings)
@@ -208,7 +199,7 @@ def _check_streams(model: Any, streams: Sequence[str], lens: TunedLens | None) -
             raise SiteError(f"this model's parallel blocks have no {stream!r}: decode 'resid_post' instead.")
     if lens is not None and "resid_post" not in streams:
         raise OptionError(
-            f"streams={tuple(streams)} has nothing that a tuned lens reads: add 'resid_post', or use "
+            f"streams={tuple(streams)} has nothing that a tuned lens reads: add 'resid_post', or give "
             "lens='logit'."
         )
 
@@ -228,14 +219,13 @@ def _decode(
     trunk: Trunk, item: AtTargets, streams: Sequence[str], lens: TunedLens | None
 ) -> dict[str, Float[np.ndarray, "seq stream layer target"]]:
     """Decode one batch."""
-    mask, layers = item.targets.mask, range(trunk.n_layers)
+    mask, n_layers = item.targets.mask, trunk.n_layers
     sites: list[Tensor] = []
     for stream in streams:
-        for layer in layers:
+        for layer in range(n_layers):
             resid = item.acts[hook_name(stream, layer)][mask]
-            read = lens is not None and stream == "resid_post"
-            sites.append(lens.translate(resid, layer) if lens is not None and read else resid)
-    last = (list(streams).index("resid_post") + 1) * len(layers) - 1 if "resid_post" in streams else None
+            sites.append(lens.translate(resid, layer) if lens and stream == "resid_post" else resid)
+    last = (list(streams).index("resid_post") + 1) * n_layers - 1 if "resid_post" in streams else None
     resid = torch.stack(sites, dim=1)
     flat = compare_to_final(trunk, resid, item.final[mask], item.targets.ids[mask], last).cpu()
     out: dict[str, np.ndarray] = {}
@@ -247,7 +237,7 @@ def _decode(
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    """Join batches; each is padded along `target` to the whole set's width."""
+    """Join batches, padded along `target` to a common width."""
     width = max(p.shape[-1] for p in parts)
     pads = [np.pad(p, [(0, 0)] * 3 + [(0, width - p.shape[-1])], constant_values=np.nan) for p in parts]
     return np.concatenate(pads)

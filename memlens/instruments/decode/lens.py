@@ -18,11 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from memlens.errors import FileFormatError, OptionError, ResultError, SourceNotFoundError, check_option
-from memlens.files import replacing, write_atomically
+from memlens.files import replacing, write_json
 from memlens.forward.trunk import Trunk
 from memlens.models.provenance import describe
 
-LENS_LAYOUTS = ("memlens", "published")
 _LOG = logging.getLogger(__name__)
 
 
@@ -30,24 +29,24 @@ _LOG = logging.getLogger(__name__)
 class TunedLens:
     r"""Affine translators from the residual of each layer to that of the last one.
 
-    The lens of the residual :math:`h` at the input of block i is
+    With the lens, the prediction from the residual :math:`h` at the input of block i is
     :math:`\mathrm{softmax}(W_U\,\mathrm{LN}_f(h + W_i h + b_i))`. Translators are numbered as in published
-    files: translator i reads the *input* of block i, so that the output of block l (`resid_post`) is read by
-    translator l + 1. The output of the last block is what the model itself unembeds and has no translator.
-    With :math:`W_i = 0` and :math:`b_i = 0` it is the logit lens, exactly.
+    files: translator i reads the *input* of block i, so the output of block l (`resid_post`) is read by
+    translator l + 1. The output of the last block, which the model itself unembeds, has no translator. With
+    :math:`W_i = 0` and :math:`b_i = 0` this is exactly the logit lens.
 
-    Source: Belrose et al. 2023, arXiv 2303.08112; the residual form and the numbering are those of the
-    `tuned-lens` library's files.
+    Source: Belrose et al. 2023, arXiv 2303.08112; the residual form and the numbering are those of the files
+    of the `tuned-lens` library.
 
     Attributes:
         weight: :math:`W_i`, `[layer, d_model, d_model]`, float32; it multiplies column vectors.
         bias: :math:`b_i`, `[layer, d_model]`.
-        facts: What the lens belongs to and how it came about: `base_model`, `revision`,
-            `processed_weights`, and for a lens trained here `training` (every parameter) and `heldout`
-            (see `heldout_kl`).
+        facts: The model that the lens belongs to and its training: `base_model`, `revision`,
+            `processed_weights`, and if it was trained by memlens `training` (all options) and `heldout` (see
+            `heldout_kl`).
 
     Raises:
-        OptionError: Shapes that do not fit each other.
+        OptionError: The shapes of weight and bias do not fit.
 
     Example:
         >>> lens = TunedLens.identity(n_layers=2, d_model=3)
@@ -83,28 +82,44 @@ class TunedLens:
             SourceNotFoundError: There is nothing at `path`.
             FileFormatError: The folder is not a lens, or its files are damaged or do not belong together.
         """
-        return read_lens(path)
+        folder = Path(path).expanduser()
+        if not folder.exists():
+            raise SourceNotFoundError(
+                f"there is no tuned lens at {folder}: give the folder that holds its files, or 'logit'."
+            )
+        folder = folder if folder.is_dir() else folder.parent
+        for files, read in ((OWN_FILES, _read_own), (PUBLISHED_FILES, _read_published)):
+            if all((folder / name).is_file() for name in files):
+                lens = read(folder)
+                if not (lens.weight.isfinite().all() and lens.bias.isfinite().all()):
+                    raise FileFormatError(
+                        f"the tuned lens in {folder} holds NaN or infinity: train or download it again."
+                    )
+                return lens
+        raise FileFormatError(
+            f"{folder} is not a tuned lens: it needs {' and '.join(OWN_FILES)}, or "
+            f"{' and '.join(PUBLISHED_FILES)}."
+        )
 
     def save(self, path: str | Path, *, layout: str = "memlens") -> Path:
-        """Write the lens to a folder, each file whole or not at all.
+        """Write the lens to a folder and return the folder; each file is written whole or not at all.
 
         Args:
-            path: The folder; made where it is missing.
+            path: The folder; created if it does not exist.
             layout: "memlens" (`lens.safetensors`, and `lens.json` with all facts) or "published" (`params.pt`
-                and `config.json` as the `tuned-lens` library reads them; training facts are left out).
-
-        Returns:
-            The folder.
+                and `config.json` as the `tuned-lens` library reads them, without the training facts).
 
         Raises:
             OptionError: Another layout.
         """
-        check_option("layout", layout, LENS_LAYOUTS)
-        return (write_own if layout == "memlens" else write_published)(path, self)
+        layouts = {"memlens": _write_own, "published": _write_published}
+        check_option("layout", layout, layouts)
+        layouts[layout](Path(path), self)
+        return Path(path)
 
     @property
     def n_layers(self) -> int:
-        """Layers of the model that the lens is for."""
+        """Number of layers of the model."""
         return len(self.weight)
 
     @property
@@ -114,12 +129,17 @@ class TunedLens:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A short name of the numbers in the lens; results record it."""
-        return digest(self.weight, self.bias)
+        """A short hash of the numbers in the lens, which results record."""
+        found = hashlib.sha256()
+        for tensor in (self.weight, self.bias):
+            array = tensor.detach().cpu().float().contiguous().numpy()
+            found.update(repr(array.shape).encode())
+            found.update(array.data)
+        return found.hexdigest()[:16]
 
     @property
     def name(self) -> str:
-        """The model that the lens was made for, and its fingerprint."""
+        """The model that the lens belongs to, and its fingerprint."""
         return f"{self.facts.get('base_model') or 'unnamed'} {self.fingerprint}"
 
     def translate(
@@ -129,8 +149,8 @@ class TunedLens:
 
         Args:
             resid: Residuals at the output of block `layer`.
-            layer: The block; -1 for the embedding (the input of block 0). The last block's output is
-                returned as it is.
+            layer: The block; -1 for the embedding (the input of block 0). The output of the last block is
+                returned unchanged.
 
         Returns:
             :math:`h + W_{l+1} h + b_{l+1}`, computed in float32 and returned in the type of `resid`.
@@ -142,10 +162,10 @@ class TunedLens:
         return (wide + torch.nn.functional.linear(wide, weight, bias)).to(resid.dtype)
 
     def check_fits(self, model: Any) -> None:
-        """Raise `ResultError` unless the lens has the depth and width of a model, and its kind of weights.
+        """Raise `ResultError` unless the lens fits the depth, the width and the processing of a model.
 
-        Processed weights (LayerNorms folded, writing weights centered) give other residuals than those that
-        the translators were trained on. Another name of the model is only logged: names differ by folder.
+        Processed weights (LayerNorms folded, writing weights centered) change the residuals that the
+        translators were trained on. A different model name is only logged, because names depend on folders.
         """
         trunk, about = Trunk(model), describe(model)
         if (self.n_layers, self.d_model) != (trunk.n_layers, trunk.d_model):
@@ -164,14 +184,14 @@ class TunedLens:
             _LOG.warning("the tuned lens was trained on %r and reads %r", base, about["model"])
 
     def heldout_kl(self) -> pd.DataFrame:
-        r"""Return how far each layer's lens stood from the model on held-out text, before and after training.
+        r"""Return the divergence of each layer's lens from the model on held-out text.
 
         Returns:
-            One row per layer: `layer` (-1 is the embedding), `logit_lens` and `tuned_lens`, the mean
-            :math:`D_{KL}(p_{L-1} \,\|\, p_l)` in nats, and `n_tokens`.
+            One row per layer: `layer` (-1 is the embedding), the mean :math:`D_{KL}(p_{L-1} \,\|\, p_l)` in
+            nats of the `logit_lens` and the `tuned_lens`, and `n_tokens`.
 
         Raises:
-            ResultError: The lens does not say: it was not trained by memlens.
+            ResultError: The lens was not trained by memlens.
         """
         if "heldout" not in self.facts:
             raise ResultError(
@@ -184,13 +204,7 @@ class TunedLens:
 
 
 def as_lens(lens: str | Path | TunedLens, model: Any) -> TunedLens | None:
-    """Return the lens that an option means and check that it fits; None for the logit lens.
-
-    Raises:
-        SourceNotFoundError: No such folder.
-        FileFormatError: The folder is not a lens.
-        ResultError: The lens is of another shape than the model, or for processed weights.
-    """
+    """Return the lens that an option names, after `TunedLens.check_fits`; None for the logit lens."""
     if isinstance(lens, str) and lens == "logit":
         return None
     found = lens if isinstance(lens, TunedLens) else TunedLens.load(lens)
@@ -202,101 +216,56 @@ def _short(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].lower()
 
 
-# Both layouts number translators by the hidden state that they read: translator 0 reads the embedding (the
-# input of layer 0) and translator i the input of layer i, the output of layer i - 1. The output of the
-# last layer has none. The published folder holds `config.json` and `params.pt`, a state dict with the keys
-# "{i}.weight" `[d_model, d_model]` and "{i}.bias" `[d_model]`; it is read with `weights_only=True`, so that
-# no pickled code ever runs.
+# Both layouts number translators as `TunedLens` does. In the published one, `params.pt` is a state dict with
+# the keys "{i}.weight" `[d_model, d_model]` and "{i}.bias" `[d_model]`. It is read with `weights_only=True`,
+# so that no pickled code runs.
 OWN_FILES = ("lens.json", "lens.safetensors")
 PUBLISHED_FILES = ("config.json", "params.pt")
 FORMAT = "memlens tuned lens 1"
 
 
-def digest(weight: Tensor, bias: Tensor) -> str:
-    """Return a short name of the numbers of a lens: equal for equal translators.
-
-    >>> digest(torch.zeros(1, 2, 2), torch.zeros(1, 2)) == digest(torch.ones(1, 2, 2), torch.zeros(1, 2))
-    False
-    """
-    found = hashlib.sha256()
-    for tensor in (weight, bias):
-        array = tensor.detach().cpu().float().contiguous().numpy()
-        found.update(repr(array.shape).encode())
-        found.update(array.data)
-    return found.hexdigest()[:16]
-
-
-def read_lens(path: str | Path) -> TunedLens:
-    """Read a lens from its folder, of either layout.
-
-    Raises:
-        SourceNotFoundError: There is nothing at `path`.
-        FileFormatError: The folder is not a lens, or its files are damaged or do not belong together.
-    """
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        raise SourceNotFoundError(
-            f"there is no tuned lens at {folder}: give the folder that holds its files, or 'logit'."
-        )
-    folder = folder if folder.is_dir() else folder.parent
-    for files, read in ((OWN_FILES, _read_own), (PUBLISHED_FILES, _read_published)):
-        if all((folder / name).is_file() for name in files):
-            lens = read(folder)
-            _check_finite(lens, folder)
-            return lens
-    raise FileFormatError(
-        f"{folder} is not a tuned lens: it needs {' and '.join(OWN_FILES)}, or "
-        f"{' and '.join(PUBLISHED_FILES)}."
-    )
-
-
-def write_own(folder: str | Path, lens: TunedLens) -> Path:
-    """Write memlens' layout, each file whole or not at all; the JSON names the numbers that it belongs to."""
-    folder = Path(folder)
+def _write_own(folder: Path, lens: TunedLens) -> None:
+    """Write memlens' layout; the JSON file records the fingerprint of the numbers that it belongs to."""
     tensors = {"weight": lens.weight.detach().cpu().contiguous(), "bias": lens.bias.detach().cpu()}
     with replacing(folder / OWN_FILES[1]) as part:
         save_file(tensors, part)
-    about = {"format": FORMAT, "fingerprint": digest(lens.weight, lens.bias), **lens.facts}
-    write_atomically(folder / OWN_FILES[0], json.dumps(about, indent=1).encode())
-    return folder
+    write_json(folder / OWN_FILES[0], {"format": FORMAT, "fingerprint": lens.fingerprint, **lens.facts})
 
 
-def write_published(folder: str | Path, lens: TunedLens) -> Path:
-    """Write the layout of the `tuned-lens` library, each file whole or not at all."""
-    folder = Path(folder)
+def _write_published(folder: Path, lens: TunedLens) -> None:
+    """Write the layout of the `tuned-lens` library."""
     state: dict[str, Tensor] = {}
     for i, (weight, bias) in enumerate(zip(lens.weight, lens.bias, strict=True)):
         state |= {f"{i}.weight": weight.detach().cpu().clone(), f"{i}.bias": bias.detach().cpu().clone()}
     config = {
         "base_model_name_or_path": lens.facts.get("base_model", ""),
-        "base_model_revision": lens.facts.get("revision") or None, "d_model": lens.weight.shape[-1],
-        "num_hidden_layers": len(lens.weight), "bias": True, "lens_type": "linear_tuned_lens",
+        "base_model_revision": lens.facts.get("revision") or None, "d_model": lens.d_model,
+        "num_hidden_layers": lens.n_layers, "bias": True, "lens_type": "linear_tuned_lens",
     }  # fmt: skip
     with replacing(folder / PUBLISHED_FILES[1]) as part:
         torch.save(state, part)
-    write_atomically(folder / PUBLISHED_FILES[0], json.dumps(config, indent=1).encode())
-    return folder
+    write_json(folder / PUBLISHED_FILES[0], config)
 
 
 def _read_own(folder: Path) -> TunedLens:
     about = _read_json(folder / OWN_FILES[0])
     if about.get("format") != FORMAT:
         raise FileFormatError(
-            f"{folder / OWN_FILES[0]} says format {about.get('format')!r}: this memlens reads {FORMAT!r}."
+            f"{folder / OWN_FILES[0]} has the format {about.get('format')!r}: this memlens reads {FORMAT!r}."
         )
     try:
         tensors = load_file(folder / OWN_FILES[1])
-        weight, bias = tensors["weight"].float(), tensors["bias"].float()
-    except Exception as error:  # safetensors raises a class of its own for damaged files
+        facts = {key: value for key, value in about.items() if key not in ("format", "fingerprint")}
+        lens = TunedLens(tensors["weight"].float(), tensors["bias"].float(), facts)
+    except Exception as error:  # safetensors raises its own class for damaged files
         raise FileFormatError(
             f"{folder / OWN_FILES[1]} is damaged ({_reason(error)}): save the lens again."
         ) from error
-    if digest(weight, bias) != about.get("fingerprint"):
+    if lens.fingerprint != about.get("fingerprint"):
         raise FileFormatError(
             f"{OWN_FILES[1]} in {folder} is not the file that {OWN_FILES[0]} describes: save the lens again."
         )
-    facts = {key: value for key, value in about.items() if key not in ("format", "fingerprint")}
-    return TunedLens(weight, bias, facts)
+    return lens
 
 
 def _read_published(folder: Path) -> TunedLens:
@@ -304,8 +273,8 @@ def _read_published(folder: Path) -> TunedLens:
     depth, width = config.get("num_hidden_layers"), config.get("d_model")
     if not isinstance(depth, int) or not isinstance(width, int) or depth < 1 or width < 1:
         raise FileFormatError(
-            f"{folder / PUBLISHED_FILES[0]} gives num_hidden_layers={depth!r} and d_model={width!r}: a tuned "
-            "lens' configuration has both as whole numbers."
+            f"{folder / PUBLISHED_FILES[0]} gives num_hidden_layers={depth!r} and d_model={width!r}: the "
+            "configuration of a tuned lens has both as positive whole numbers."
         )
     state = _load_state(folder / PUBLISHED_FILES[1])
     biased = bool(config.get("bias", True))
@@ -314,9 +283,15 @@ def _read_published(folder: Path) -> TunedLens:
         wrong = ", ".join(sorted(set(state) ^ wanted)[:4])
         raise FileFormatError(
             f"{folder / PUBLISHED_FILES[1]} does not hold the translators of {depth} layers (see {wrong}): "
-            "give a lens of the present tuned-lens layout, with keys such as '0.weight'."
+            "give a lens in the current layout of tuned-lens, with keys such as '0.weight'."
         )
-    _check_shapes(state, width, folder / PUBLISHED_FILES[1])
+    for name, tensor in state.items():
+        want = (width, width) if name.endswith("weight") else (width,)
+        if tuple(tensor.shape) != want:
+            raise FileFormatError(
+                f"{name!r} in {folder / PUBLISHED_FILES[1]} has the shape {tuple(tensor.shape)}, and the "
+                f"configuration says {want}: the two files do not belong to the same lens."
+            )
     weight = torch.stack([state[f"{i}.weight"].float() for i in range(depth)])
     bias = torch.zeros(depth, width)
     if biased:
@@ -333,30 +308,13 @@ def _read_published(folder: Path) -> TunedLens:
 def _load_state(path: Path) -> Mapping[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and type errors alike: the file is not a plain state dict
+    except Exception as error:  # zip, pickle or type errors: not a plain state dict
         raise FileFormatError(
             f"{path} cannot be read as plain tensors ({_reason(error)}): download it again."
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise FileFormatError(f"{path} holds a {type(state).__name__}, not named tensors: download it again.")
     return state
-
-
-def _check_shapes(state: Mapping[str, Tensor], width: int, path: Path) -> None:
-    for name, tensor in state.items():
-        want = (width, width) if name.endswith("weight") else (width,)
-        if tuple(tensor.shape) != want:
-            raise FileFormatError(
-                f"{name!r} in {path} has the shape {tuple(tensor.shape)}, and the configuration says {want}: "
-                "the two files are not of one lens."
-            )
-
-
-def _check_finite(lens: TunedLens, folder: Path) -> None:
-    if not (lens.weight.isfinite().all() and lens.bias.isfinite().all()):
-        raise FileFormatError(
-            f"the tuned lens in {folder} holds NaN or infinity: train or download it again."
-        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,15 +1,15 @@
-r"""Training a tuned lens: each layer's translator learns to say what the model will say in the end.
+r"""Training a tuned lens: each layer's translator learns to predict the final prediction of the model.
 
 The loss of translator i is :math:`D_{KL}(p_{L-1} \,\|\, p_i)`, a mean over tokens. Its gradient at the logits
-is :math:`(p_i - p_{L-1}) / n`, so only the unembedding and the final norm are gone back through, never the
-blocks: the residuals of all layers are read once a batch, without gradients.
+is :math:`(p_i - p_{L-1}) / n`, so the backward pass only runs through the unembedding and the final norm. The
+residuals of all layers are read once per batch, without gradients.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -18,101 +18,46 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from memlens.errors import NonFiniteError, OptionError, SequenceError, check_option
+from memlens.errors import NonFiniteError, SequenceError
 from memlens.forward.hooks import capturing, hook_name
 from memlens.forward.trunk import Trunk
 from memlens.instruments.decode.decoding import STATISTICS, compare_to_final, portions
 from memlens.instruments.decode.lens import TunedLens
+from memlens.instruments.decode.lens_options import LensOptions
 from memlens.models.provenance import describe
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 
-LENS_OPTIMIZERS = ("sgd", "adam")
-_RATES = {"sgd": 1.0, "adam": 1e-3}
 _KL = STATISTICS.index("kl_to_final")
-
-
-@dataclass(frozen=True)
-class _Options:
-    """Every parameter of a training; kept in the lens."""
-
-    steps: int
-    lr: float
-    batch_size: int
-    optimizer: str
-    momentum: float
-    weight_decay: float
-    clip: float
-    holdout: float
-    max_holdout: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        check_option("optimizer", self.optimizer, LENS_OPTIMIZERS)
-        for name in ("steps", "lr", "batch_size", "clip", "max_holdout"):
-            if getattr(self, name) <= 0:
-                raise OptionError(f"{name}={getattr(self, name)} trains nothing: give a number above 0.")
-        if not 0 < self.holdout < 1:
-            raise OptionError(f"holdout={self.holdout} is not a share: give a number between 0 and 1.")
-        if self.weight_decay < 0 or not 0 < self.momentum < 1:
-            raise OptionError(
-                f"weight_decay={self.weight_decay} or momentum={self.momentum} is out of range: give at "
-                "least 0, and a number between 0 and 1."
-            )
-
-    def rate(self, step: int) -> float:
-        """The share of the learning rate at a step: a linear fall to 0, for Adam after a warm-up."""
-        warm = min(1000, self.steps // 5) if self.optimizer == "adam" else 0
-        return (step + 1) / warm if step < warm else (self.steps - step) / (self.steps - warm)
 
 
 def train_tuned_lens(
     model: Any,
     sequences: SequenceSet | Int[Tensor, "seq pos"] | Int[np.ndarray, "seq pos"] | Sequence[Sequence[int]],
+    options: LensOptions | None = None,
     *,
-    steps: int = 250,
-    lr: float | None = None,
-    batch_size: int = 16,
-    optimizer: str = "sgd",
-    momentum: float = 0.9,
-    weight_decay: float = 1e-3,
-    clip: float = 1.0,
-    holdout: float = 0.1,
-    max_holdout: int = 128,
-    seed: int = 0,
     progress: bool = True,
+    **changes: Any,
 ) -> TunedLens:
-    r"""Train the translators of all layers at once; the model stays as it is.
+    r"""Train the translators of all layers at once; the model stays unchanged.
 
-    Every token of every sequence counts, prefix and continuation alike. Do not train on the sequences that
-    are to be decoded: translators would learn to bring their very continuations forward, and early layers
-    would seem to know them.
+    Every token of every sequence counts, prefix and continuation alike. Do not train on the sequences to be
+    decoded: the translators would learn their continuations, and early layers would seem to know them.
 
     Args:
         model: A TransformerLens model; training runs on its device.
-        sequences: What it reads: a set, token ids `[seq, pos]`, or lists of token ids.
-        steps: Updates.
-        lr: Learning rate at its highest; 1 for "sgd" (multiplied by 1 - `momentum`) and 1e-3 for "adam".
-            It falls linearly to 0.
-        batch_size: Sequences of an update.
-        optimizer: "sgd" (Nesterov momentum, as in Belrose et al. 2023) or "adam" (AMSGrad, with a warm-up of
-            a fifth of the steps, 1,000 at most).
-        momentum: Of SGD; Adam's first beta.
-        weight_decay: Pulls translators to the identity.
-        clip: Largest norm of the gradient of all translators together.
-        holdout: Share of the sequences that is not trained on.
-        max_holdout: Most sequences that are held out.
-        seed: Of the split and of the order of sequences. The same seed gives the same lens on the same
-            device and number of threads.
-        progress: Show a bar.
+        sequences: The training text: a set, token ids `[seq, pos]`, or lists of token ids.
+        options: See `LensOptions`.
+        progress: Show a progress bar.
+        changes: Fields of `LensOptions` to set, such as `steps=80`.
 
     Returns:
-        The lens; `lens.heldout_kl()` says for each layer what was gained on the held-out sequences.
+        The lens; `lens.heldout_kl()` reports the gain of each layer on the held-out sequences.
 
     Raises:
-        OptionError: An unknown optimizer or a number out of range.
+        OptionError: An unknown option, or a value that is not allowed.
         SequenceError: Fewer than two sequences, or sequences that do not fit the model.
-        NonFiniteError: The divergence is not finite: the learning rate was too high.
+        NonFiniteError: The divergence is not finite because the learning rate was too high.
 
     Example:
         >>> import memlens as ml
@@ -122,33 +67,30 @@ def train_tuned_lens(
         >>> lens.heldout_kl().columns.tolist()
         ['layer', 'logit_lens', 'tuned_lens', 'n_tokens']
     """
-    rate = _RATES.get(optimizer, 1.0) if lr is None else lr
-    options = _Options(
-        steps, rate, batch_size, optimizer, momentum, weight_decay, clip, holdout, max_holdout, seed
-    )  # fmt: skip
+    options = replace(options or LensOptions(), **changes)
     trunk, seqs = Trunk(model), _as_set(sequences)
     check_sequences(seqs, model, on_eos="keep")
     if len(seqs) < 2:
         raise SequenceError("one sequence cannot be both trained on and held out: give two or more.")
-    order = torch.randperm(len(seqs), generator=torch.Generator().manual_seed(seed)).tolist()
-    n_held = min(max_holdout, max(1, round(holdout * len(seqs))), len(seqs) - 1)
+    order = torch.randperm(len(seqs), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    n_held = min(options.max_holdout, max(1, round(options.holdout * len(seqs))), len(seqs) - 1)
     held, trained = seqs[order[:n_held]], seqs[order[n_held:]]
     translators = _Translators(trunk, options)
-    with tqdm(total=steps, disable=not progress, desc="train tuned lens", unit="step") as bar:
+    with tqdm(total=options.steps, disable=not progress, desc="train tuned lens", unit="step") as bar:
         for tokens, mask in _batches(trained, options):
             loss = translators.step(tokens, mask)
             bar.set_postfix(kl=f"{loss:.3f}", refresh=False)
             bar.update()
     weight, bias = translators.weight.detach().cpu(), translators.bias.detach().cpu()
     lens = TunedLens(weight, bias, _facts(model, options, len(trained)))
-    table = _heldout(trunk, held, lens, batch_size)
+    table = _heldout(trunk, held, lens, options.batch_size)
     return TunedLens(weight, bias, {**lens.facts, "heldout": table})
 
 
 class _Translators:
-    """The translators in training, and their optimizer."""
+    """The translators being trained, and their optimizer."""
 
-    def __init__(self, trunk: Trunk, options: _Options) -> None:
+    def __init__(self, trunk: Trunk, options: LensOptions) -> None:
         shape, device = (trunk.n_layers, trunk.d_model), trunk.device
         self.trunk, self.options = trunk, options
         self.weight = nn.Parameter(torch.zeros(*shape, trunk.d_model, device=device))
@@ -158,7 +100,7 @@ class _Translators:
         self.highest = self.optimizer.param_groups[0]["lr"]
 
     def step(self, tokens: Int[Tensor, "seq pos"], mask: Bool[Tensor, "seq pos"]) -> float:
-        """Do one update; return the divergence before it, a mean over layers."""
+        """Do one update and return the divergence before it, a mean over layers."""
         with torch.no_grad():
             hidden, final = _hidden(self.trunk, tokens, mask)
             translated = hidden + torch.baddbmm(self.bias[:, None], hidden, self.weight.mT)
@@ -166,7 +108,7 @@ class _Translators:
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"the tuned lens' divergence is {loss} at step {self.n_steps}: give a smaller lr than "
-                f"{self.options.lr}."
+                f"{self.options.highest_lr:g}."
             )
         self.weight.grad, self.bias.grad = slope.mT @ hidden, slope.sum(1)
         nn.utils.clip_grad_norm_([self.weight, self.bias], self.options.clip)
@@ -176,20 +118,18 @@ class _Translators:
         return loss
 
 
-def _optimizer(parameters: list[nn.Parameter], options: _Options) -> torch.optim.Optimizer:
-    decay, beta = options.weight_decay, options.momentum
+def _optimizer(parameters: list[nn.Parameter], options: LensOptions) -> torch.optim.Optimizer:
+    lr, decay, beta = options.highest_lr, options.weight_decay, options.momentum
     if options.optimizer == "adam":
-        return torch.optim.Adam(
-            parameters, lr=options.lr, betas=(beta, 0.999), weight_decay=decay, amsgrad=True
-        )
-    lr = options.lr * (1 - beta)  # momentum multiplies steps by 1 / (1 - beta) in the long run
+        return torch.optim.Adam(parameters, lr=lr, betas=(beta, 0.999), weight_decay=decay, amsgrad=True)
+    lr *= 1 - beta  # in the long run, momentum multiplies steps by 1 / (1 - beta)
     return torch.optim.SGD(parameters, lr=lr, momentum=beta, nesterov=True, weight_decay=decay)
 
 
 def _hidden(
     trunk: Trunk, tokens: Int[Tensor, "seq pos"], mask: Bool[Tensor, "seq pos"]
 ) -> tuple[Float[Tensor, "layer row d_model"], Float[Tensor, "row d_model"]]:
-    """The inputs of all blocks, in float32, and the output of the last one, where `mask` is True."""
+    """Return the inputs of all blocks, in float32, and the output of the last one, where `mask` is True."""
     names = [hook_name("resid_post", layer) for layer in range(trunk.n_layers - 1)]
     start = trunk.embed(tokens)
     with capturing(trunk.model, names) as store:
@@ -200,7 +140,7 @@ def _hidden(
 def _divergence(
     trunk: Trunk, translated: Float[Tensor, "layer row d_model"], final: Float[Tensor, "row d_model"]
 ) -> tuple[float, Float[Tensor, "layer row d_model"]]:
-    """The mean divergence over layers and rows, and the slope of the layers' sum at the residuals."""
+    """Return the mean divergence over layers and rows, and the gradient of their sum over layers."""
     total, slope = torch.zeros((), device=final.device), torch.empty_like(translated)
     n_layers, n_rows = translated.shape[:2]
     for part in portions(trunk, n_rows, n_layers + 1):
@@ -218,7 +158,7 @@ def _divergence(
 
 @torch.no_grad()
 def _heldout(trunk: Trunk, seqs: SequenceSet, lens: TunedLens, batch_size: int) -> list[dict[str, Any]]:
-    """Divergence of each layer on held-out sequences by the logit lens and by the tuned lens."""
+    """Divergence of each layer on held-out sequences, with the logit lens and with the tuned lens."""
     sums, n = torch.zeros(trunk.n_layers + 1, 2), 0
     layers = range(-1, trunk.n_layers - 1)
     for first in range(0, len(seqs), batch_size):
@@ -238,14 +178,14 @@ def _heldout(trunk: Trunk, seqs: SequenceSet, lens: TunedLens, batch_size: int) 
     ]
 
 
-def _batches(seqs: SequenceSet, options: _Options) -> Iterator[tuple[Tensor, Tensor]]:
-    """`steps` batches: shuffled passes, one after the other."""
+def _batches(seqs: SequenceSet, options: LensOptions) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield one batch per step from shuffled passes over the sequences."""
     generator = torch.Generator().manual_seed(options.seed + 1)
     order: list[int] = []
     for _ in range(options.steps):
         while len(order) < options.batch_size:
             order += torch.randperm(len(seqs), generator=generator).tolist()
-        rows = order[: options.batch_size]  # across two passes a row may stand here twice
+        rows = order[: options.batch_size]  # a row may occur twice where two passes meet
         del order[: options.batch_size]
         width = int(seqs.lengths[rows].max())
         yield seqs.tokens[rows, :width], seqs.mask[rows, :width]
@@ -258,8 +198,8 @@ def _as_set(sequences: Any) -> SequenceSet:
     return SequenceSet.from_tokens(rows, prefix_len=1)
 
 
-def _facts(model: Any, options: _Options, n_trained: int) -> Mapping[str, Any]:
+def _facts(model: Any, options: LensOptions, n_trained: int) -> Mapping[str, Any]:
     about = describe(model)
     kept = {name: about[name] for name in ("revision", "processed_weights", "memlens", "dtype")}
-    training = {**asdict(options), "n_sequences": n_trained, "loss": "kl"}
+    training = {**asdict(options), "lr": options.highest_lr, "n_sequences": n_trained, "loss": "kl"}
     return {"base_model": about["model"], **kept, "training": training}

@@ -1,4 +1,4 @@
-"""Direct logit attribution: what each head and MLP writes straight into the target's logit."""
+"""Direct logit attribution: what each head and MLP writes directly into the target's logit."""
 
 from __future__ import annotations
 
@@ -41,24 +41,24 @@ def attribute_logits(
     batch_size: int = 8,
     progress: bool = True,
 ) -> Result:
-    r"""Split each target's logit into what embedding, heads and MLPs wrote to the residual.
+    r"""Divide each target's logit among what embedding, heads and MLPs wrote to the residual.
 
-    With the final norm's scale :math:`\sigma` held at its value in this run the logit is linear in the
-    residual: component :math:`c` gives :math:`\frac{(c - \bar c)\,\gamma}{\sigma}\cdot W_U[:,y]` (no
-    :math:`\bar c` under RMSNorm). All components and the biases sum to the logit exactly. Where a block
-    norms its attention output (OLMo 2 and 3), that norm's scale is held too.
+    With the scale :math:`\sigma` of the final norm fixed at its value in this run, the logit is linear in the
+    residual: component :math:`c` contributes :math:`\frac{(c - \bar c)\,\gamma}{\sigma}\cdot W_U[:,y]`
+    (without :math:`\bar c` for RMSNorm). All components and the biases sum to the logit exactly. If a block
+    norms its attention output (OLMo 2 and 3), the scale of that norm is fixed too.
 
     Args:
         model: A TransformerLens model.
-        sequences: What is recalled.
-        baseline: "mean_logit" measures the target's logit above the mean over the vocabulary, which takes
-            out what raises all tokens alike; "none" takes the bare logit.
+        sequences: The recalled sequences.
+        baseline: "mean_logit" measures the target's logit above the mean over the vocabulary, without what
+            raises all tokens alike; "none" measures the logit itself.
         cache: An `ActivationCache` of ``sequences.tokens`` to read instead of running the model.
         batch_size: Sequences at a time.
-        progress: Show a bar.
+        progress: Show a progress bar.
 
     Returns:
-        Kind "logit_attribution", in logits, means over the continuation's tokens: `head`
+        Kind "logit_attribution", in logits, means over the continuation's tokens: `head_logit`
         `(sequence, layer, head)`, `attn`, `attn_bias` and `mlp` `(sequence, layer)`, `embedding`, `bias`
         and `total` `(sequence)`. `attn` is the sum of its heads and `attn_bias`; `total` is `embedding` +
         all `attn` + all `mlp` + `bias`.
@@ -82,28 +82,18 @@ def attribute_logits(
     names.append(hook_name("resid_pre", 0))
     writers = [_Writer(trunk, layer) for layer in layers]
     norm = read_norm(model.ln_final, trunk.d_model, model.cfg, next(model.parameters()))
-    parts = [
-        _attribute(trunk, writers, norm, item, centered=baseline == "mean_logit")
-        for item in at_targets(
-            trunk,
-            sequences,
-            names,
-            cache=cache,
-            batch_size=batch_size,
-            progress=progress,
-            desc="attribute logits",
-        )
-    ]
-    dims = {"head": ("layer", "head"), "attn": ("layer",), "attn_bias": ("layer",), "mlp": ("layer",)}
+    how: dict[str, Any] = {"cache": cache, "batch_size": batch_size, "progress": progress}
+    batches = at_targets(trunk, sequences, names, desc="attribute logits", **how)
+    centered = baseline == "mean_logit"
+    parts = [_attribute(trunk, writers, norm, item, centered=centered) for item in batches]
+    dims = {"head_logit": ("layer", "head"), "attn": ("layer",), "attn_bias": ("layer",), "mlp": ("layer",)}
     variables = {k: (("sequence", *dims.get(k, ())), np.concatenate([p[k] for p in parts])) for k in parts[0]}
     coords = {"layer": list(layers), "head": list(range(trunk.n_heads))}
-    # the variable `head` and the coordinate `head` cannot share a name in one dataset
-    variables["head_logit"] = variables.pop("head")
     return make_result("logit_attribution", model, sequences, variables, coords, {"baseline": baseline})
 
 
 class _Writer:
-    """What the heads of one layer add to the residual, behind the block's post-norm where it has one."""
+    """What the heads of one layer add to the residual, after the block's post-norm if it has one."""
 
     def __init__(self, trunk: Trunk, layer: int) -> None:
         self.layer = layer
@@ -115,7 +105,7 @@ class _Writer:
     def heads(
         self, z: Float[Tensor, "batch target head d_head"]
     ) -> Float[Tensor, "batch target head d_model"]:
-        """Return each head's part of `hook_attn_out`."""
+        """Return the part of each head in `hook_attn_out`."""
         out = einsum(z, self.w_o, "b t h d, h d m -> b t h m")
         if self.post is None or self.affine is None:
             return out
@@ -131,7 +121,7 @@ def _attribute(
     mask = item.targets.mask
 
     def credit(part: Float[Tensor, "batch target *site d_model"]) -> np.ndarray:
-        """Mean over targets of a part's logit, `[batch, *site]`."""
+        """Return the mean over targets of a part's logit, `[batch, *site]`."""
         extra = part.ndim - 3
         shape = (*direction.shape[:2], *[1] * extra, -1)
         logit = (norm.linear(part) * direction.reshape(shape) * inverse.reshape(shape)).sum(-1)
@@ -143,9 +133,10 @@ def _attribute(
     logits = trunk.unembed(item.final)
     total = logits.gather(-1, item.targets.ids[..., None])[..., 0] - (logits.mean(-1) if centered else 0)
     return {
-        "head": heads, "attn": attn, "attn_bias": attn - heads.sum(-1), "mlp": mlp,
+        "attn": attn, "attn_bias": attn - heads.sum(-1), "mlp": mlp,
         "embedding": credit(item.acts[hook_name("resid_pre", 0)]),
         "bias": _mean((norm.bias * direction).sum(-1) + unembed_bias, mask), "total": _mean(total, mask),
+        "head_logit": heads,
     }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""Promotion and boosting: at which layers a prediction comes to the top, for one token and for a group.
+"""Promotion and boosting: the layers at which a prediction reaches the top, per token and per group.
 
-Which token rises, and how early, does not tell recall from a confident guess: compare with controls that are
-matched on the final probability.
+An early promotion does not distinguish recall from a confident guess: compare with controls that are matched
+on the final probability.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from memlens.errors import ResultError, check_option
 from memlens.results.result import Result
-from memlens.results.statistics.intervals import mean_interval
+from memlens.results.statistics.intervals import mean_interval, rows_by_group
 
 NEAR_RANK = 10
-"""Zero-based rank up to which a token counts as near the top."""
+"""Largest zero-based rank that counts as near the top."""
 
 _COLUMNS = ["group", "quantity", "layer", "value", "low", "high", "n"]
 _MEANS = ("first_promotion", "near_promotion", "stable_promotion", "boost", "promotion_share")
@@ -32,18 +32,18 @@ def promotion_layers(
     probability: Float[Tensor, "*batch layer target"],
     near: int = NEAR_RANK,
 ) -> dict[str, Float[Tensor, "*batch target"]]:
-    """Return where a token is promoted to the top and how far its probability is boosted after that.
+    """Return where a token is promoted to the top, and by how much its probability is boosted after that.
 
     Args:
-        rank: Zero-based rank of the token at each layer; NaN where there is no target.
+        rank: Zero-based rank of the token at each layer; NaN if there is no target.
         probability: Its probability at each layer.
         near: Largest rank that counts as near the top.
 
     Returns:
-        `first_promotion`: first layer of rank 0; `near_promotion`: first layer of rank `near` or less;
-        `stable_promotion`: first layer from which the rank is 0 up to the last; `boost`: last probability
-        minus that at `stable_promotion`; `promotion_share`: the ratio of the latter to the former. NaN where
-        the token never gets (or stays) there.
+        `first_promotion`, the first layer of rank 0; `near_promotion`, the first layer of rank `near` or
+        less; `stable_promotion`, the first layer from which the rank stays 0; `boost`, the final probability
+        minus that at `stable_promotion`; `promotion_share`, the ratio of the latter to the former. NaN if
+        there is no such layer.
 
     >>> rank = torch.tensor([5.0, 0.0, 2.0, 0.0, 0.0])[:, None]
     >>> out = promotion_layers(rank, torch.tensor([0.0, 0.2, 0.1, 0.4, 0.8])[:, None])
@@ -75,12 +75,12 @@ def promotion_summary(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    r"""Summarize a residual decoding over sequences: the two phases as numbers with intervals.
+    r"""Summarize the two phases of a residual decoding over sequences, with intervals.
 
     Args:
-        result: Of `decode_residual`; where it has several streams, the first is taken.
-        group: A coordinate along `sequence`, such as `domain`; each group is summarized by itself.
-        token: "predicted" (the token the model predicts in the end) or "target".
+        result: Result of `decode_residual`; of several streams, the first is used.
+        group: A coordinate along `sequence`, such as `domain`; each group is summarized separately.
+        token: "predicted" (the token that the model finally predicts) or "target".
         near: Largest rank that counts as near the top.
         level: Coverage of the intervals.
         n_resamples: Resamples of the bootstrap over sequences; a sequence's targets stay together.
@@ -89,16 +89,16 @@ def promotion_summary(
     Returns:
         Columns `group`, `quantity`, `layer`, `value`, `low`, `high`, `n` (sequences):
 
-        - `boundary`: first layer at which the median rank over all targets is 0, and `boundary_depth`, the
-          same over the number of layers minus 1. NaN where no layer has that (for an end of the interval:
-          where the bootstrap quantile has none);
-        - `promoted`: share of targets whose token stays at rank 0 from some layer on (always 1 for the
-          predicted token, but for ties);
-        - means of `first_promotion`, `near_promotion`, `stable_promotion`, `boost`, `promotion_share` over
-          the targets that have them (see `promotion_layers`), and `stable_depth`, `stable_promotion` over
-          the number of layers minus 1;
-        - `geometric_mean_rank` at each `layer`: :math:`\exp(\mathrm{mean}\,\ln(1 + \mathrm{rank}))`, 1 where
-          all are on top. The mean rank itself is ruled by few outliers in a large vocabulary.
+        - `boundary`, the first layer at which the median rank over all targets is 0, and `boundary_depth`,
+          the same divided by the number of layers minus 1. NaN if there is no such layer (for an end of the
+          interval: if the bootstrap quantile has none);
+        - `promoted`, the share of targets whose token stays at rank 0 from some layer on (always 1 for the
+          predicted token, except for ties);
+        - the means of `first_promotion`, `near_promotion`, `stable_promotion`, `boost` and `promotion_share`
+          (see `promotion_layers`) over the targets that have them, and `stable_depth`, which is
+          `stable_promotion` divided by the number of layers minus 1;
+        - `geometric_mean_rank` at each `layer`: :math:`\exp(\mathrm{mean}\,\ln(1 + \mathrm{rank}))`, which is
+          1 if all tokens are at the top. In a large vocabulary, the mean rank is dominated by few outliers.
 
     Raises:
         ResultError: The result is not a residual decoding, or does not have the group.
@@ -116,33 +116,21 @@ def promotion_summary(
         raise ResultError(f"a {result.kind} result has no promotion: give that of decode_residual.")
     check_option("token", token, ("predicted", "target"))
     prefix = "predicted_" if token == "predicted" else ""
-    names = {"rank": f"{prefix}rank", "probability": f"{prefix}probability"}
-    curves = {key: _first_stream(result[name]) for key, name in names.items()}
+    rank, probability = (_first_stream(result[f"{prefix}{name}"]) for name in ("rank", "probability"))
     options = {"level": level, "n_resamples": n_resamples, "seed": seed}
-    parts: list[dict[str, Any]] = []
-    for label, rows in _groups(result, group):
-        rank, probability = (curves[key].values[rows] for key in ("rank", "probability"))
-        layers = curves["rank"]["layer"].values
-        for row in _summary(rank, probability, layers, near, options):
-            parts.append({"group": label, "n": len(rank), **row})
+    layers = rank["layer"].values
+    groups = rows_by_group(result[group]) if group else {"all": np.arange(len(rank))}
+    parts = [
+        {"group": str(label), "n": len(rows), **row}
+        for label, rows in groups.items()
+        for row in _summary(rank.values[rows], probability.values[rows], layers, near, options)
+    ]
     return pd.DataFrame(parts, columns=_COLUMNS)
 
 
 def _first_stream(array: xr.DataArray) -> xr.DataArray:
     array = array.isel(stream=0) if "stream" in array.dims else array
     return array.transpose("sequence", "layer", "target")
-
-
-def _groups(result: Result, group: str | None) -> Iterator[tuple[str, np.ndarray]]:
-    if group is None:
-        yield "all", np.ones(result.data.sizes["sequence"], dtype=bool)
-        return
-    labels = result[group]
-    if labels.dims != ("sequence",):
-        raise ResultError(f"group={group!r} has dimensions {labels.dims}: give one along 'sequence' only.")
-    values = np.array([str(value) for value in labels.values], dtype=object)
-    for value in pd.unique(labels.values):
-        yield str(value), values == str(value)
 
 
 def _summary(
@@ -176,7 +164,7 @@ def _row(quantity: str, interval: np.ndarray, layer: int | None = None) -> dict[
 def _mean(
     values: Float[np.ndarray, "seq target"], *, level: float, n_resamples: int, seed: int
 ) -> Float[np.ndarray, "3"]:
-    """Mean, low and high over sequences of the means inside each."""
+    """Mean, low and high over sequences of the means within each."""
     if not np.isfinite(values).any():
         return np.full(3, np.nan)
     array = xr.DataArray(values.astype(float), dims=("sequence", "target")).mean("target")
@@ -189,7 +177,7 @@ def _boundary(
 ) -> Float[np.ndarray, "3"]:
     """First layer of median rank 0, with its percentile interval over sequences.
 
-    The median of ranks is 0 exactly where more than half of them are, so that counts are enough.
+    The median of ranks is 0 exactly if more than half of them are 0, so counts are enough.
     """
     on_top, there = (rank == 0).sum(-1), np.isfinite(rank).sum(-1)  # [seq, layer]
     n = len(rank)
@@ -203,7 +191,7 @@ def _boundary(
 
 
 def _first_majority(weights: np.ndarray, on_top: np.ndarray, there: np.ndarray) -> Float[np.ndarray, " draw"]:
-    """First layer at which more than half of the weighted targets are on top; infinity where none is."""
+    """First layer at which more than half of the weighted targets are at the top; infinity if none."""
     reached = 2 * (weights @ on_top) > weights @ there
     return np.where(reached.any(1), reached.argmax(1), np.inf)
 

@@ -1,7 +1,7 @@
-"""One forward and one backward pass: the gradient of a metric with respect to activations.
+"""Gradients of a metric with respect to activations, and the estimates of effects that they give.
 
-The sweep engine runs no gradients; this is the one place that does. Only activations get a gradient: the
-parameters' `requires_grad` is off while the model runs and then as it was before, and no `.grad` is written.
+The sweep engine runs no gradients; only this module does. Gradients are taken of activations alone: the
+parameters' `requires_grad` is off while the model runs and restored afterwards, and no `.grad` is written.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,16 @@ from tqdm.auto import tqdm
 
 from memlens.errors import NonFiniteError, OptionError, SilentInterventionError, SiteError, check_option
 from memlens.forward.batches import Batch, Targets, at_targets, logits_at, make_batches
-from memlens.forward.hooks import HookFn, attached, chosen_layers, has_site, hook_name
+from memlens.forward.hooks import attached, capturing, chosen_layers, has_site, hook_name
 from memlens.forward.memory import check_batch_size, default_budget, fitting, logits_bytes, row_bytes
 from memlens.forward.metrics import METRICS, Metric, MetricLike, as_metric
 from memlens.forward.trunk import Trunk
-from memlens.instruments.screen.cells import Cells
+from memlens.instruments.patch.pairs import checked_positions
+from memlens.instruments.screen.cells import Cells, check_over
+from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
+from memlens.sweeps.labels import make_result
 
 
 @dataclass(frozen=True)
@@ -33,33 +37,33 @@ class Spot:
     """Where a gradient is taken.
 
     Attributes:
-        layer: The block.
-        read: The hook whose activation is meant.
-        write: The hook that a change of it is written to.
+        layer: The layer.
+        read: The hook of the activation.
+        write: The hook at which changes of the activation are written.
     """
 
     layer: int
     read: str
     write: str
 
+    @classmethod
+    def of(cls, site: str, layer: int) -> Spot:
+        """Return the spot of a site.
 
-def spot(site: str, layer: int) -> Spot:
-    """Return the spot of a site.
-
-    The residual between attention and MLP is reached by way of its second summand, attention's output: a
-    change of one is a change of the other, and the bridge's own hook stands on the MLP's branch alone.
-    """
-    write = "attn_out" if site == "resid_mid" else site
-    return Spot(layer, hook_name(site, layer), hook_name(write, layer))
+        The residual between attention and MLP is changed through its second summand, attention's output,
+        because the bridge's own hook is on the branch to the MLP only.
+        """
+        write = "attn_out" if site == "resid_mid" else site
+        return cls(layer, hook_name(site, layer), hook_name(write, layer))
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one forward and backward pass gave.
+    """The outcome of one forward and backward pass.
 
     Attributes:
         values: The metric, `[batch]`.
-        gradients: By layer, the gradient of each sequence's metric, in the activation's shape.
+        gradients: By layer, the gradient of each sequence's metric, in the shape of the activation.
         activations: By layer, the activation that was read.
     """
 
@@ -68,12 +72,8 @@ class Pass:
     activations: Mapping[int, Tensor]
 
 
-def differentiable(metric: MetricLike) -> Metric:
-    """Return a metric that has a gradient; `margin`'s is that of the one token with the smallest lead.
-
-    Raises:
-        OptionError: A metric that is unknown, or piecewise constant.
-    """
+def _differentiable(metric: MetricLike) -> Metric:
+    """Return a metric that has a gradient; `margin` has that of the one token with the smallest lead."""
     found = as_metric(metric)
     if not found.differentiable:
         smooth = [repr(m.name) for m in METRICS.values() if m.differentiable]
@@ -94,34 +94,49 @@ def run_backward(
     spots: Sequence[Spot],
     shift: Tensor | None = None,
 ) -> Pass:
-    """Run the blocks from `start` and take the metric's gradient at `spots`.
+    """Run the layers from `start` on and take the metric's gradient at `spots`.
 
     Args:
         trunk: The model.
-        targets: What is predicted where.
-        resid: The residual at the input of block `start`.
-        start: The first block that runs.
-        metric: One that `differentiable` returned.
-        spots: Where; with none of them nothing is differentiated.
-        shift: What is added at the spots (then there is one), for a gradient elsewhere than here.
+        targets: The targets and where they are predicted.
+        resid: The residual at the input of layer `start`.
+        start: The first layer that runs.
+        metric: A differentiable metric.
+        spots: Where gradients are taken; without any, nothing is differentiated.
+        shift: Added to the activation at the only spot, for a gradient at another point.
 
     Raises:
-        SilentInterventionError: A spot's hook never ran, or nothing depends on what it gives.
+        SilentInterventionError: A spot's hook did not run, or nothing depends on its activation.
         NonFiniteError: The metric is NaN or infinite.
-        OptionError: A user's metric returns another shape, or has no gradient.
+        OptionError: A custom metric has another shape, or no gradient.
     """
     taken: dict[str, Tensor] = {}
-    seen: dict[str, Tensor] = {}
-    hooks = [(s.write, _taking(taken, s.write, shift)) for s in spots]
-    hooks += [(s.read, _looking(seen, s.read)) for s in spots if s.read != s.write]
-    with _parameters_at_rest(trunk.model), torch.set_grad_enabled(bool(spots)), attached(trunk.model, hooks):
+
+    def take(name: str, x: Tensor, hook: Any) -> Tensor:
+        moved = x if shift is None else (x + shift.to(x.dtype)).detach()
+        leaf = moved.clone() if moved.requires_grad else moved.detach().clone().requires_grad_()
+        taken[name] = leaf
+        return leaf.clone()  # later in-place writes are not allowed on a leaf
+
+    with (
+        _parameters_at_rest(trunk.model),
+        torch.set_grad_enabled(bool(spots)),
+        attached(trunk.model, [(s.write, partial(take, s.write)) for s in spots]),
+        capturing(trunk.model, [s.read for s in spots if s.read != s.write]) as seen,
+    ):
         final = trunk.run(resid.clone(), start)
         for s in spots:
             if s.write not in taken:
-                raise SilentInterventionError(f"the hook {s.write!r} never ran: there is no gradient there.")
+                raise SilentInterventionError(f"the hook {s.write!r} did not run: it has no gradient.")
         if spots and not final.requires_grad:
             raise _ignored(spots[0])
-        values = _metric(trunk, targets, final, metric)
+        at = at_targets(final, targets)
+        values = metric(logits_at(trunk.unembed, at, targets.mask), targets.ids, targets.mask)
+        if not bool(torch.isfinite(values).all()):
+            raise NonFiniteError(
+                "the metric is NaN or infinite without any intervention: check the weights, or use a wider "
+                "dtype."
+            )
         gradients = _gradients(values, [taken[s.write] for s in spots], spots)
     every = {**{name: leaf.detach() for name, leaf in taken.items()}, **seen}
     return Pass(
@@ -129,35 +144,6 @@ def run_backward(
         {s.layer: g for s, g in zip(spots, gradients, strict=True)},
         {s.layer: every[s.read] for s in spots},
     )
-
-
-def _taking(taken: dict[str, Tensor], name: str, shift: Tensor | None) -> HookFn:
-    def take(x: Tensor, hook: Any) -> Tensor:
-        moved = x if shift is None else (x + shift.to(x.dtype)).detach()
-        leaf = moved.clone() if moved.requires_grad else moved.detach().clone().requires_grad_()
-        taken[name] = leaf
-        return leaf.clone()  # what comes after may write in place, which a leaf does not allow
-
-    return take
-
-
-def _looking(seen: dict[str, Tensor], name: str) -> HookFn:
-    def look(x: Tensor, hook: Any) -> None:
-        seen[name] = x.detach().clone()
-
-    return look
-
-
-def _metric(trunk: Trunk, targets: Targets, final: Tensor, metric: Metric) -> Tensor:
-    values = metric(
-        logits_at(trunk.unembed, at_targets(final, targets), targets.mask), targets.ids, targets.mask
-    )
-    if not bool(torch.isfinite(values).all()):
-        raise NonFiniteError(
-            "the metric is NaN or infinite on a run without any change: check the weights, or use a wider "
-            "dtype."
-        )
-    return values
 
 
 def _gradients(values: Tensor, leaves: Sequence[Tensor], spots: Sequence[Spot]) -> Sequence[Tensor]:
@@ -174,13 +160,13 @@ def _gradients(values: Tensor, leaves: Sequence[Tensor], spots: Sequence[Spot]) 
 
 def _ignored(s: Spot) -> SilentInterventionError:
     return SilentInterventionError(
-        f"writing to the hook {s.write!r} changes no logit of this model: use another site."
+        f"what is written to the hook {s.write!r} changes no logit of this model: use another site."
     )
 
 
 @contextmanager
 def _parameters_at_rest(model: nn.Module) -> Iterator[None]:
-    """No parameter is differentiated inside the block."""
+    """Differentiate no parameter inside the `with` block."""
     inner = getattr(model, "original_model", None)
     modules = [model, *([inner] if isinstance(inner, nn.Module) else [])]
     held = {id(p): (p, p.requires_grad) for m in modules for p in m.parameters()}
@@ -194,35 +180,27 @@ def _parameters_at_rest(model: nn.Module) -> Iterator[None]:
 
 
 GRADIENT_SITES = (
-    "resid_pre",
-    "resid_mid",
-    "resid_post",
-    "attn_out",
-    "mlp_out",
-    "mlp_post",
-    "z",
-    "q",
-    "k",
-    "v",
-    "pattern",
-)
+    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_post", "z", "q", "k", "v", "pattern",
+)  # fmt: skip
 GRADIENT_METHODS = ("attribution_patching", "integrated_gradients")
 PATHS = ("site", "embedding")
 
 Deltas = Callable[[Batch, Mapping[int, Tensor]], dict[int, Tensor]]
-"""From a batch and its activations by layer to what is to be added to each."""
+"""Maps a batch and its activations by layer to what is added to each of them."""
 
 
-@dataclass(frozen=True)
 class GradientRun:
-    """What is differentiated, where and how; `of` checks it before anything runs.
+    """Estimates from gradients at one site; `attribute_gradients` describes the arguments.
+
+    All options are checked before anything runs.
 
     Attributes:
         trunk: The model.
-        seqs: The base run's sequences.
+        seqs: The sequences of the base run.
         site: One of `GRADIENT_SITES`.
         layers: The layers.
-        metric: What is differentiated.
+        cells: The sites that the result distinguishes.
+        metric: The differentiable metric.
         method: One of `GRADIENT_METHODS`.
         path: One of `PATHS`.
         steps: Points on the path.
@@ -233,102 +211,132 @@ class GradientRun:
     seqs: SequenceSet
     site: str
     layers: list[int]
+    cells: Cells
     metric: Metric
     method: str
     path: str
     steps: int
     batch_size: int
 
-    @staticmethod
-    def of(
+    def __init__(
+        self,
         model: Any,
         seqs: SequenceSet,
         site: str,
+        over: str | None,
+        *,
         layers: Sequence[int] | None,
+        positions: Sequence[int] | None = None,
         metric: MetricLike,
         method: str,
-        path: str,
+        path: str = "site",
         steps: int,
         batch_size: int | None,
-    ) -> GradientRun:
-        """Check the options and choose layers and batch size; see `attribute_gradients`."""
+    ) -> None:
         check_option("site", site, GRADIENT_SITES)
         check_option("method", method, GRADIENT_METHODS)
         check_option("path", path, PATHS)
-        smooth = differentiable(metric)
+        self.metric = _differentiable(metric)
         if not isinstance(steps, int) or steps < 1:
             raise OptionError(f"steps={steps!r} is not a number of points on a path: give 1 or more.")
         check_batch_size(batch_size)
         check_sequences(seqs, model, on_eos="keep")
-        trunk = Trunk(model)
+        self.trunk, self.seqs, self.site = Trunk(model), seqs, site
         if not has_site(model, site):
             raise SiteError(f"this model has no site {site!r}: parallel blocks have no 'resid_mid'.")
-        wanted = chosen_layers(layers, trunk.n_layers)
-        size = batch_size or _batch_size(trunk, seqs)
-        return GradientRun(trunk, seqs, site, wanted, smooth, method, path, steps, size)
+        self.layers = chosen_layers(layers, self.trunk.n_layers)
+        self.cells = Cells(check_over(site, over), checked_positions(seqs, positions), site)
+        self.method, self.path, self.steps = method, path, steps
+        self.batch_size = batch_size or _batch_size(self.trunk, seqs)
 
-    @property
-    def passes(self) -> int:
-        """Forward and backward passes a batch."""
-        if self.method == "attribution_patching":
-            return 1
-        return 1 + self.steps * (len(self.layers) if self.path == "site" else 1)
+    def result(
+        self,
+        deltas: Deltas,
+        progress: bool,
+        settings: Mapping[str, Any],
+        embedded: Callable[[Batch], Tensor] | None = None,
+    ) -> Result:
+        """Return the metric of the base run and its estimate for every cell.
+
+        Args:
+            deltas: What would be added to the activations.
+            progress: Show a progress bar.
+            settings: Further settings of the result.
+            embedded: Returns the residual at the end of the path "embedding".
+        """
+        values, effects = self._estimate(deltas, embedded, progress)
+        shape = (-1, *[1] * (effects.ndim - 1))
+        if "position" in self.cells.dims:
+            last = self.seqs.lengths.numpy().reshape(shape) - 1
+            effects = np.where(np.array(self.cells.positions) < last, effects, np.nan)
+        name = self.metric.name
+        variables = {
+            name: (("sequence", "layer", *self.cells.dims), values.reshape(shape) + effects),
+            f"{name}_baseline": (("sequence",), values),
+        }
+        coords = {"layer": self.layers, **self.cells.coords(effects.shape)}
+        about: dict[str, Any] = {
+            "site": self.site, "over": self.cells.over, "method": self.method, "metrics": [name],
+        }  # fmt: skip
+        if self.method == "integrated_gradients":
+            about |= {"path": self.path, "steps": self.steps}
+        return make_result(
+            "gradient_attribution", self.trunk.model, self.seqs, variables, coords, {**about, **settings}
+        )
 
     @torch.inference_mode(False)
-    def estimate(
-        self, deltas: Deltas, embedded: Callable[[Batch], Tensor] | None, cells: Cells, progress: bool
-    ) -> tuple[str, np.ndarray, np.ndarray]:
-        """Return the metric's name, its values `[seq]` and the effects `[seq, layer, …]`."""
-        metric = self.metric
-        spots = [spot(self.site, layer) for layer in self.layers]
+    def _estimate(
+        self, deltas: Deltas, embedded: Callable[[Batch], Tensor] | None, progress: bool
+    ) -> tuple[Float[np.ndarray, "seq"], Float[np.ndarray, "seq layer *cell"]]:
+        """Return the metric and the effects."""
+        spots = [Spot.of(self.site, layer) for layer in self.layers]
         values, effects = [], []
-        total = self.passes * len(self.seqs)
+        integrated = self.method == "integrated_gradients"
+        on_path = self.steps * (len(self.layers) if self.path == "site" else 1)
+        total = len(self.seqs) * (1 + on_path if integrated else 1)
         with tqdm(total=total, disable=not progress, desc="gradient attribution", unit="pass") as bar:
             for batch, targets in make_batches(self.seqs, self.batch_size, self.trunk.device):
                 with torch.no_grad():
                     resid = self.trunk.embed(batch.tokens)
-                base = run_backward(self.trunk, targets, resid, 0, metric, spots)
+                base = run_backward(self.trunk, targets, resid, 0, self.metric, spots)
                 bar.update(len(batch.rows))
                 delta = deltas(batch, base.activations)
                 gradients: Mapping[int, Tensor] = base.gradients
-                if self.method == "integrated_gradients":
+                if integrated:
                     end = None if self.path == "site" or embedded is None else embedded(batch)
-                    gradients = self._integrated(targets, metric, spots, resid, delta, end, bar)
+                    gradients = dict.fromkeys(self.layers, torch.zeros(()))
+                    for step in self._path(targets, spots, resid, delta, end):
+                        for layer, g in step.items():
+                            gradients[layer] = gradients[layer] + _wide(g) / self.steps
+                        bar.update(len(batch.rows))
                 values.append(base.values.double().cpu().numpy())
-                effects.append(cells.reduce({n: _product(delta[n], gradients[n]) for n in self.layers}))
-        return metric.name, np.concatenate(values), np.concatenate(effects)
+                products = {n: _wide(delta[n]) * _wide(gradients[n]) for n in self.layers}
+                effects.append(self.cells.reduce(products))
+        return np.concatenate(values), np.concatenate(effects)
 
-    def _integrated(
+    def _path(
         self,
         targets: Targets,
-        metric: Metric,
         spots: Sequence[Spot],
         resid: Tensor,
         delta: Mapping[int, Tensor],
         end: Tensor | None,
-        bar: Any,
-    ) -> dict[int, Tensor]:
-        """The mean gradient over the midpoints of the path, by layer."""
-        found: dict[int, Tensor] = {}
+    ) -> Iterator[Mapping[int, Tensor]]:
+        """Yield the gradients at the midpoints of the path, by layer."""
         middles = [(k + 0.5) / self.steps for k in range(self.steps)]
         if end is not None:
             for share in middles:
                 moved = resid + share * (end - resid).to(resid.dtype)
-                step = run_backward(self.trunk, targets, moved, 0, metric, spots)
-                _accumulate(found, step.gradients, self.steps)
-                bar.update(len(resid))
-            return found
+                yield run_backward(self.trunk, targets, moved, 0, self.metric, spots).gradients
+            return
         for s, here in zip(spots, self._inputs(resid), strict=True):
             for share in middles:
                 shift = share * delta[s.layer]
-                step = run_backward(self.trunk, targets, here, s.layer, metric, [s], shift)
-                _accumulate(found, step.gradients, self.steps)
-                bar.update(len(resid))
-        return found
+                yield run_backward(self.trunk, targets, here, s.layer, self.metric, [s], shift).gradients
 
     @torch.no_grad()
     def _inputs(self, resid: Tensor) -> Iterator[Float[Tensor, "batch pos d_model"]]:
-        """The residual at the input of each layer, in the order of `layers`."""
+        """Yield the residual at the input of each of `layers`."""
         at, start = resid, 0
         for layer in self.layers:
             at, start = (resid, 0) if layer < start else (at, start)
@@ -336,23 +344,13 @@ class GradientRun:
             yield at
 
 
-def _accumulate(found: dict[int, Tensor], gradients: Mapping[int, Tensor], steps: int) -> None:
-    for layer, g in gradients.items():
-        part = _wide(g) / steps
-        found[layer] = part if layer not in found else found[layer] + part
-
-
-def _product(delta: Tensor, gradient: Tensor) -> Tensor:
-    return _wide(delta) * _wide(gradient)
-
-
 def _wide(x: Tensor) -> Tensor:
-    """At least float32: products of 16-bit numbers are summed over many positions."""
+    """Convert to at least float32: products of 16-bit numbers are summed over many positions."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _batch_size(trunk: Trunk, seqs: SequenceSet) -> int:
-    """As many sequences as fit: every block's activations are kept for the backward pass."""
+    """As many sequences as fit: the activations of all layers are kept for the backward pass."""
     item = trunk.dtype.itemsize
     row = trunk.n_layers * row_bytes(trunk.model.cfg, int(seqs.lengths.max()), item)
     row += int(seqs.n_targets.max()) * logits_bytes(trunk.d_vocab, item)

@@ -1,4 +1,4 @@
-"""Cells: from an array over positions, heads or neurons to the sites that a result tells apart."""
+"""Cells: from an array over positions, heads or neurons to the sites that a result distinguishes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from memlens.errors import OptionError, check_option
 from memlens.forward.hooks import SITES
 
 OVER = ("position", "layer", "head", "head_position", "neuron", "neuron_position")
-
-
 _PARTS = {"head": ("head", "kv_head"), "neuron": ("d_mlp",)}
 
 
 def check_over(site: str, over: str | None) -> str:
-    """Return `over`, or the site's own parts where it is None.
+    """Return `over`, or the parts of the site if it is None.
 
     Raises:
         OptionError: An unknown `over`, or one that the site does not have.
@@ -40,12 +38,12 @@ def check_over(site: str, over: str | None) -> str:
 
 @dataclass(frozen=True)
 class Cells:
-    """Which axes of an activation are told apart; all others are summed.
+    """The axes of an activation that are kept; all others are summed.
 
     Attributes:
         over: One of `OVER`.
-        positions: The token positions that are kept, where `over` names them.
-        site: The activation's site.
+        positions: The token positions to keep, if `over` has positions.
+        site: The site of the activation.
     """
 
     over: str
@@ -81,7 +79,7 @@ class Cells:
         return self._picked(_array(kept.transpose(1, 2)))
 
     def _picked(self, x: np.ndarray) -> np.ndarray:
-        """Only the positions asked for; those that a batch of shorter sequences lacks are NaN."""
+        """Select the positions; those beyond the sequences of a batch are NaN."""
         wide = np.full((*x.shape[:-1], max(self.positions, default=-1) + 1), np.nan)
         n = min(wide.shape[-1], x.shape[-1])
         wide[..., :n] = x[..., :n]

@@ -1,33 +1,31 @@
-r"""Gradients as a cheap filter: what a patch or an ablation would do, to first order, for all sites at once.
+r"""Gradients as a cheap filter: first-order estimates of patching or ablation, for all sites at once.
 
-Sign and unit are those of the exact instruments: an effect is the estimated change of the metric, in the
-metric's unit, when a site's activation :math:`a` becomes :math:`a'`. Every estimate has the form
+Sign and unit are those of the exact instruments: an effect is the estimated change of the metric, in its own
+unit, when a site's activation :math:`a` becomes :math:`a'`. Every estimate has the form
 
 .. math:: \hat\Delta = (a' - a) \cdot g
 
-and the methods differ in :math:`g` alone: the gradient of the metric at the base run (attribution patching),
-or its mean along a path (integrated gradients). Nothing here is exact: `memlens.screen_then_verify` runs
-the exact sweep where these estimates are largest. Out of scope: gradients of parameters.
+and the methods differ only in :math:`g`: the gradient of the metric at the base run (attribution patching),
+or its mean along a path (integrated gradients). The estimates are not exact: `memlens.screen_then_verify`
+runs the exact sweep where they are largest. Gradients of parameters are out of scope.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
-import numpy as np
 from torch import Tensor
 
-from memlens.choices import Mode, Positions
+from memlens.choices import Mode
 from memlens.errors import check_option
 from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource
 from memlens.forward.hooks import hook_name
 from memlens.forward.metrics import MetricLike
-from memlens.instruments.ablate.replacing import Replacement
-from memlens.instruments.patch.pairs import Pairs, checked_positions
+from memlens.instruments.ablate.replacing import Replacement, ReplacementOptions
+from memlens.instruments.patch.pairs import Pairs
 from memlens.instruments.screen.backward import GRADIENT_SITES, GradientRun
-from memlens.instruments.screen.cells import Cells, check_over
 from memlens.instruments.screen.instruments import MakeScreen, Screen
 from memlens.results.kinds import register_kind
 from memlens.results.plots.heads import plot_gradients
@@ -36,7 +34,6 @@ from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import Intervention
-from memlens.sweeps.labels import make_result
 
 
 def attribute_gradients(
@@ -56,10 +53,10 @@ def attribute_gradients(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Result:
-    r"""Estimate what `patch_activations` would give, for every site of a kind from a few passes.
+    r"""Estimate the result of `patch_activations` for every site of a kind from a few passes.
 
-    With :math:`a` the activation of a cell in the run that is patched (the base: `corrupt` when denoising),
-    :math:`a'` that of the other run (the source) and :math:`m` the metric, the estimate is
+    With :math:`a` the activation of a cell in the patched run (the base: `corrupt` for denoising), :math:`a'`
+    that in the other run (the source) and :math:`m` the metric, the estimate is
 
     .. math:: \hat m_\text{patched} = m_\text{base} + (a' - a) \cdot g
 
@@ -67,43 +64,43 @@ def attribute_gradients(
       one backward pass give all cells. (Attribution patching: Nanda 2023; Syed et al., arXiv 2310.10348,
       score edges by the same first-order product.)
     - ``method="integrated_gradients"``, ``path="site"``: :math:`g` is the mean gradient along the straight
-      line from base to source *of this site's whole activation in one layer*, all positions, heads and
-      neurons together, with nothing else changed. So the cells of a layer sum to the exact effect of
+      line from base to source *of the whole activation of this site in one layer* (all positions, heads and
+      neurons together), with nothing else changed. The cells of a layer therefore sum to the exact effect of
       patching all of them at once, up to the error of the sum over `steps` midpoints (completeness:
-      Sundararajan et al., arXiv 1703.01365). One forward and backward from that layer on, for each step and
-      layer.
-    - ``method="integrated_gradients"``, ``path="embedding"``: the residual at the input of block 0 goes along
-      the straight line, the gradient at every cell is averaged over that, and multiplied with the cell's own
-      :math:`a' - a` (the inputs' path that Hanna et al., arXiv 2403.17806, use in EAP-IG). One forward and
-      backward per step for all layers; complete at block 0's `resid_pre` only.
+      Sundararajan et al., arXiv 1703.01365). This takes one forward and backward pass from the layer on per
+      step and layer.
+    - ``method="integrated_gradients"``, ``path="embedding"``: the residual at the input of block 0 moves
+      along the straight line; the gradient at every cell is averaged over the path and multiplied with the
+      cell's own :math:`a' - a` (as in EAP-IG, Hanna et al., arXiv 2403.17806). This takes one forward and
+      backward pass per step for all layers, and is complete at the `resid_pre` of block 0 only.
 
     Args:
-        model: A TransformerLens model; it may be in a `torch.no_grad` block.
-        clean: The sequences as recalled.
+        model: A TransformerLens model; `torch.no_grad` may be active.
+        clean: The recalled sequences.
         corrupt: The same targets after another prefix, row by row.
-        site: One of `GRADIENT_SITES`. `k` and `v` have the key-value heads; a position of "pattern" is the
-            query's.
+        site: One of `GRADIENT_SITES`. `k` and `v` have key-value heads; the positions of "pattern" are those
+            of the query.
         over: "position" (each layer and position; the default), "layer", "head" or "head_position" (sites
-            with heads), "neuron" or "neuron_position" (`mlp_post`); what is not named is summed.
+            with heads), "neuron" or "neuron_position" (`mlp_post`); other dimensions are summed.
         direction: "denoising" patches clean into corrupt, "noising" the reverse.
-        method: As above.
-        path: As above; for integrated gradients.
+        method: See above.
+        path: See above; for integrated gradients.
         steps: Points on the path; for integrated gradients.
         layers: All by default.
-        positions: Token positions to keep where `over` names them; by default all that can reach a target.
+        positions: Token positions to keep, if `over` has positions; by default all that can reach a target.
         metric: "target_logprob", "margin" (of the token with the smallest lead), "completion_entropy", or a
-            differentiable function of (logits, ids, mask) that gives one number per sequence.
-        batch_size: Sequences at a time; chosen by memory by default.
-        progress: Show a bar.
+            differentiable function of (logits, ids, mask) that returns one number per sequence.
+        batch_size: Sequences at a time; chosen to fit the memory by default.
+        progress: Show a progress bar.
 
     Returns:
-        Kind "gradient_attribution", in the form of `patch_activations`: the metric's estimated value in each
-        patched run, `(sequence, layer, position)` or as `over` says; `<metric>_baseline`, `<metric>_clean`,
-        `<metric>_corrupt` `(sequence)`, which are exact; and `normalized_effect`. `Result.effect` gives the
-        estimated change.
+        Kind "gradient_attribution", in the form of `patch_activations`: the estimated value of the metric in
+        each patched run, `(sequence, layer, position)` or as given by `over`; `<metric>_baseline`,
+        `<metric>_clean`, `<metric>_corrupt` `(sequence)`, which are exact; and `normalized_effect`.
+        `Result.effect` returns the estimated change.
 
     Raises:
-        OptionError: An unknown option, a metric without a gradient, or `over` that the site does not have.
+        OptionError: An unknown option, a metric without a gradient, or an `over` that the site does not have.
         SiteError: A layer, a position or (in parallel blocks) a site that does not exist.
         SequenceError: The two sets do not fit.
         SilentInterventionError: The model ignores what is written to the site.
@@ -119,10 +116,11 @@ def attribute_gradients(
         ('sequence', 'layer', 'head')
     """
     pairs = Pairs(clean, corrupt, direction)
-    source, base = pairs.source, pairs.base
-    run = GradientRun.of(model, base, site, layers, metric, method, path, steps, batch_size)
-    over = check_over(site, over or "position")
-    cells = Cells(over, checked_positions(source, positions), site)
+    source = pairs.source
+    run = GradientRun(
+        model, pairs.base, site, over or "position", layers=layers, positions=positions, metric=metric,
+        method=method, path=path, steps=steps, batch_size=batch_size,
+    )  # fmt: skip
     check_sequences(source, model, on_eos="keep")
     names = [hook_name(site, layer) for layer in run.layers]
     store = ActivationSource(model, source, [*names, hook_name("resid_pre", 0)])
@@ -134,8 +132,7 @@ def attribute_gradients(
     def embedded(batch: Batch) -> Tensor:
         return store.of(batch)[hook_name("resid_pre", 0)]
 
-    name, values, effects = run.estimate(deltas, embedded, cells, progress)
-    result = _result(model, base, name, values, effects, cells, run, pairs.settings)
+    result = run.result(deltas, progress, pairs.settings, embedded)
     return pairs.compared(model, result, [metric])
 
 
@@ -146,56 +143,51 @@ def attribute_ablation(
     site: str = "z",
     over: str | None = None,
     mode: Mode = "zero",
-    positions: Positions = "all",
-    reference: SequenceSet | None = None,
     method: str = "integrated_gradients",
     steps: int = 8,
     layers: Sequence[int] | None = None,
     metric: MetricLike = "target_logprob",
     batch_size: int | None = None,
     progress: bool = True,
-    seed: int = 0,
+    **options: Unpack[ReplacementOptions],
 ) -> Result:
-    r"""Estimate what ablating each head, neuron or block would give, from a few passes.
+    r"""Estimate the result of ablating each head, neuron or layer from a few passes.
 
-    The estimate is :math:`\hat m = m + (a' - a) \cdot g`, where :math:`a'` is what the ablation puts in the
-    place of :math:`a`: 0 ("zero"), its mean over all positions of `reference` ("mean"), what it is at the
-    same position of another sequence ("resample"), or the mean of the layer's other heads
-    ("mean_of_other_heads"); see `ablate_heads`. :math:`g` is the mean gradient along the straight line on
-    which the *whole layer* is ablated together ("integrated_gradients", the default: then the cells of a
-    layer sum to the effect of ablating all of it), or the gradient at the run without any change
-    ("attribution_patching").
+    The estimate is :math:`\hat m = m + (a' - a) \cdot g`, where :math:`a'` is what replaces the activation
+    :math:`a`; see `ablate_heads` for `mode`, `positions`, `reference` and `seed`. :math:`g` is the mean
+    gradient along the straight line on which the *whole layer* is ablated together ("integrated_gradients",
+    the default: the cells of a layer then sum to the effect of ablating all of it), or the gradient at the
+    unchanged run ("attribution_patching").
 
-    An ablation is a large step, and the metric is far from linear along it: expect an order of the sites and
-    not their sizes. Where recall is all but certain, the log-probability is flat and its gradient next to
-    nothing, so that the one-pass estimate says little of recalled sequences: with 16 of them in
-    `zoo/pythia-s`, its rank correlation with exact head ablation is about 0.4, that of integrated gradients
-    with 8 steps 0.9 and more.
+    An ablation is a large step along which the metric is far from linear: expect the estimates to order the
+    sites, not to give their sizes. Where recall is almost certain, the log-probability is flat and its
+    gradient almost zero, so the one-pass estimate says little about recalled sequences. With 16 of them in
+    `zoo/pythia-s`, its rank correlation with exact head ablation is about 0.4; that of integrated gradients
+    with 8 steps is at least 0.9.
 
     Args:
-        model: A TransformerLens model; it may be in a `torch.no_grad` block.
-        sequences: What is recalled.
-        site: "z", "mlp_post" (neurons), "mlp_out", "attn_out", or another of `GRADIENT_SITES` but "pattern".
+        model: A TransformerLens model; `torch.no_grad` may be active.
+        sequences: The recalled sequences.
+        site: "z", "mlp_post" (neurons), "mlp_out", "attn_out", or another of `GRADIENT_SITES` except
+            "pattern".
         over: As for `attribute_gradients`; by default "head" for sites with heads, "neuron" for `mlp_post`,
             "layer" for others.
         mode: What replaces the activation.
-        positions: "all", "prompt", "targets" or "last_prompt", as for `ablate_heads`.
-        reference: The set for "mean" and "resample"; `sequences` itself by default.
-        method: "integrated_gradients" (`steps` passes a layer) or "attribution_patching" (one pass).
+        method: "integrated_gradients" (`steps` passes per layer) or "attribution_patching" (one pass).
         steps: Points on the path; for integrated gradients.
         layers: All by default.
         metric: As for `attribute_gradients`.
-        batch_size: Sequences at a time; chosen by memory by default.
-        progress: Show a bar.
-        seed: For "resample".
+        batch_size: Sequences at a time; chosen to fit the memory by default.
+        progress: Show a progress bar.
+        options: `positions`, `reference` and `seed`, as for `ablate_heads`.
 
     Returns:
-        Kind "gradient_attribution", in the form of `ablate_heads`: the metric's estimated value in each
-        ablated run, `(sequence, layer, head)` or as `over` says, and `<metric>_baseline` `(sequence)`.
+        Kind "gradient_attribution", in the form of `ablate_heads`: the estimated value of the metric in each
+        ablated run, `(sequence, layer, head)` or as given by `over`, and `<metric>_baseline` `(sequence)`.
 
     Raises:
-        OptionError: An unknown option, a metric without a gradient, or `over` that the site does not have.
-        SiteError: A layer or a site that does not exist, or a lone head without others.
+        OptionError: An unknown option, a metric without a gradient, or an `over` that the site does not have.
+        SiteError: A layer or a site that does not exist, or "mean_of_other_heads" with only one head.
         SequenceError: "resample" with fewer than two reference sequences.
         SilentInterventionError: The model ignores what is written to the site.
 
@@ -209,9 +201,11 @@ def attribute_ablation(
         ('sequence', 'layer', 'neuron')
     """
     check_option("site", site, [s for s in GRADIENT_SITES if s != "pattern"])
-    replacement = Replacement(mode, positions, reference, seed)
-    run = GradientRun.of(model, sequences, site, layers, metric, method, "site", steps, batch_size)
-    cells = Cells(check_over(site, over), checked_positions(sequences, None), site)
+    replacement = Replacement(mode, **options)
+    run = GradientRun(
+        model, sequences, site, over, layers=layers, metric=metric, method=method, steps=steps,
+        batch_size=batch_size,
+    )  # fmt: skip
     by = replacement.by_layer(model, site, run.layers, sequences)
 
     def deltas(batch: Batch, here: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -221,33 +215,7 @@ def attribute_ablation(
             return found
         return {layer: d * at.reshape(*at.shape, *[1] * (d.ndim - 2)) for layer, d in found.items()}
 
-    name, values, effects = run.estimate(deltas, None, cells, progress)
-    return _result(model, sequences, name, values, effects, cells, run, replacement.settings)
-
-
-def _result(
-    model: Any,
-    seqs: SequenceSet,
-    name: str,
-    values: np.ndarray,
-    effects: np.ndarray,
-    cells: Cells,
-    run: GradientRun,
-    settings: Mapping[str, Any],
-) -> Result:
-    if "position" in cells.dims:
-        last = seqs.lengths.numpy().reshape(-1, *[1] * (effects.ndim - 1)) - 1
-        effects = np.where(np.array(cells.positions) < last, effects, np.nan)
-    estimate = values.reshape(-1, *[1] * (effects.ndim - 1)) + effects
-    variables = {
-        name: (("sequence", "layer", *cells.dims), estimate),
-        f"{name}_baseline": (("sequence",), values),
-    }
-    coords = {"layer": run.layers, **cells.coords(effects.shape)}
-    about: dict[str, Any] = {"site": run.site, "over": cells.over, "method": run.method, "metrics": [name]}
-    if run.method == "integrated_gradients":
-        about |= {"path": run.path, "steps": run.steps}
-    return make_result("gradient_attribution", model, seqs, variables, coords, {**about, **settings})
+    return run.result(deltas, progress, replacement.settings)
 
 
 def ablation_screen(site: str, over: str) -> MakeScreen:

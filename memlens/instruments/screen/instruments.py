@@ -1,4 +1,4 @@
-"""The instruments that rank components of a model, each registered where it is defined."""
+"""The registry of instruments that rank components of a model; each is registered where it is defined."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Interventions = Callable[[Sequence[Cell]], list[Intervention]]
 
 @dataclass(frozen=True)
 class Screen:
-    """A gradient estimate of every component, with the exact interventions at some; ready to run.
+    """A gradient estimate of all components, and the exact interventions on some of them.
 
     Attributes:
-        base: The sequences that are changed.
-        estimate: Returns the gradients' result; takes the options of the method.
-        interventions: Returns the exact interventions at some cells.
-        settings: What the exact result records.
+        base: The sequences under intervention.
+        estimate: Returns the result of the gradients; takes the options of the method.
+        interventions: Returns the exact interventions on some cells.
+        settings: Settings of the exact result.
         finish: Completes the exact result.
     """
 
@@ -38,7 +38,7 @@ class Screen:
 
 
 MakeScreen = Callable[..., Screen]
-"""From a model, clean and corrupt sequences and options to a screen."""
+"""Maps a model, clean and corrupt sequences and options to a screen."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,11 @@ class Instrument:
 
     Attributes:
         name: Its name.
-        ranks: What it ranks: "layer", "head", "neuron" or "site"; a dimension of its result, but for "site".
+        ranks: What it ranks: "layer", "head", "neuron" or "site"; except for "site", a dimension of its
+            result.
         kind: The kind of its result, which has the figure, the reading and the citation.
-        run: The function that measures every component: of (model, sequences), or of (model, clean, corrupt)
-            where it compares pairs; None if there are too many components to measure all of them.
+        run: Measures every component; takes (model, sequences), or (model, clean, corrupt) with `pairs`. None
+            if there are too many components to measure all of them.
         pairs: Whether it compares clean with corrupt sequences.
         screen: For `memlens.screen_then_verify`; None if there is no gradient estimate.
         options: The options of `memlens.screen_then_verify` that the screen uses.
@@ -83,10 +84,10 @@ def register_instrument(
     screen: MakeScreen | None = None,
     options: Sequence[str] = (),
 ) -> Instrument:
-    """Declare an instrument that ranks components, in the module that defines it; see `Instrument`.
+    """Register an instrument that ranks components, in the module that defines it; see `Instrument`.
 
     Raises:
-        OptionError: The name is taken, or there is neither `run` nor `screen`.
+        OptionError: The name is taken, or neither `run` nor `screen` is given.
     """
     if run is None and screen is None:
         raise OptionError(f"the instrument {name!r} measures nothing: give run= or screen=.")
@@ -110,10 +111,10 @@ def screen_of(
     if tool.pairs and corrupt is None:
         raise SequenceError(f"instrument={name!r} needs corrupt sequences: make them with memlens.corrupt.")
     if not tool.pairs and corrupt is not None:
-        raise SequenceError(f"instrument={name!r} has no use for corrupt sequences: leave them out.")
+        raise SequenceError(f"instrument={name!r} does not use corrupt sequences: leave them out.")
     for option, value in options.items():
         if option not in {*tool.options, "layers", "seed"} and value != _UNSET[option]:
-            raise OptionError(f"{option}={value!r} means nothing to instrument={name!r}: leave it out.")
+            raise OptionError(f"instrument={name!r} does not use {option}={value!r}: leave it out.")
     return tool.screen(model, clean, corrupt, options)
 
 

@@ -1,4 +1,4 @@
-"""Screen by gradients, verify exactly where an estimate is large, and say what was missed."""
+"""Screening by gradients, with exact verification where estimates are large, and what the screen missed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from memlens.errors import EmptySetError, OptionError, check_option
 from memlens.forward.metrics import MetricLike, metric_names
-from memlens.instruments.screen.instruments import INSTRUMENTS, Screen, screen_of
+from memlens.instruments.screen.instruments import INSTRUMENTS, screen_of
 from memlens.results.result import Result
 from memlens.results.statistics.agreement import rank_correlation, share_interval, standard_interval
 from memlens.results.statistics.intervals import bootstrap_means, mean_interval
@@ -29,27 +29,26 @@ RANK_BY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "decrease": np.negative,
     "increase": np.positive,
 }
-"""What sites are ranked by: the size of the metric's mean change, or how far it falls or rises."""
+"""The score by which sites are ranked: the size of the metric's mean change, its decrease or its increase."""
 Site = tuple[Hashable, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Screening:
-    """What a screen chose, what the exact sweep then gave, and how well they agree.
+    """The choice of a screen, the results of the exact sweep, and their agreement.
 
     Attributes:
-        table: One row a verified site: its labels, `chosen` ("screened" or "random"), `estimate` and `exact`
-            (mean change of the metric over sequences, each with `_low` and `_high`), `rank_estimate` (among
-            all sites, 1 is the first) and `n` (sequences that have the site); greatest exact effect first.
-        agreement: `value`, `low`, `high` and `n_sites` of Spearman's rank correlation of estimated and exact
-            effects (on the screened sites, on the random ones and, where all were verified, on all), of the
-            recall of the exact top k, and of the share of the rest above the screened median. See
-            `screen_then_verify`.
-        estimate: The gradients' result, with every site.
-        exact: The sweep's result; sites that were not verified are NaN or absent.
-        metric: What was estimated and compared.
-        n_sites: How many sites there are.
-        top_k: How many the screen chose.
+        table: One row per verified site: its labels, `chosen` ("screened" or "random"), `estimate` and
+            `exact` (mean change of the metric over sequences, each with `_low` and `_high`), `rank_estimate`
+            (among all sites, starting with 1) and `n` (sequences that have the site); largest exact effect
+            first.
+        agreement: `value`, `low`, `high` and `n_sites` of each statistic of `screen_then_verify`. Rank
+            correlations are given on the screened sites, on the random ones, and on all if all were verified.
+        estimate: The result of the gradients, with every site.
+        exact: The result of the sweep; sites that were not verified are NaN or absent.
+        metric: The metric that was estimated and compared.
+        n_sites: Number of sites.
+        top_k: Number of sites that the screen chose.
     """
 
     table: pd.DataFrame
@@ -61,7 +60,7 @@ class Screening:
     top_k: int
 
     def plot(self, **options: Any) -> go.Figure:
-        """Return the figure: each verified site's exact effect against its estimate."""
+        """Return a figure of the exact effects of the verified sites against their estimates."""
         from memlens.results.plots.heads import plot_screening
 
         return plot_screening(self.table, self.agreement, self.metric, self.estimate.data.attrs, **options)
@@ -103,49 +102,49 @@ def screen_then_verify(
     progress: bool = True,
     **options: Any,
 ) -> Screening:
-    r"""Estimate every site's effect by gradients, run the exact sweep on the largest, report the agreement.
+    r"""Estimate the effect of every site by gradients, and run the exact sweep where effects are large.
 
     All sites are ranked by their estimated mean effect over the sequences. The exact sweep runs on the first
-    `top_k` of them, and on `n_random` drawn evenly from the rest, which show what the screen missed.
+    `top_k` sites, and on `n_random` sites drawn uniformly from the rest, which show what the screen missed.
 
-    Every agreement comes with an interval:
+    The agreement of estimates and exact effects is reported with intervals:
 
-    - *rank correlation*: Spearman's, of mean estimated and mean exact effects over sites. On the screened
-      sites alone it is lower than on all of them, since these differ less. The interval is the value plus and
-      minus the standard error of a bootstrap over sequences, times the normal quantile;
-    - *recall of the exact top k*: the share of the `top_k` truly largest sites that the screen chose. The
-      random sites stand for the rest: each counts as many as it was drawn from. The interval is the same,
-      widened (unless every site was verified) to Clopper and Pearson's for the share of the rest that belongs
-      to the top: with few random sites it is wide, as it should be;
-    - *share of the rest above the screened median*: how many of the random sites are at least as large as the
-      typical screened one, with Clopper and Pearson's interval.
+    - *rank correlation*: Spearman's, of mean estimated and mean exact effects over sites. It is lower on the
+      screened sites alone than on all of them, since these differ less. The interval is the value ± the
+      standard error of a bootstrap over sequences, times the normal quantile;
+    - *recall of the exact top k*: the share of the `top_k` truly largest sites that the screen chose. Each
+      random site represents an equal part of the rest. The interval is computed in the same way and, unless
+      every site was verified, widened to the interval of Clopper and Pearson for the share of the rest that
+      belongs to the top; it is wide if there are few random sites;
+    - *share of the rest above the screened median*: the share of the random sites with at least the median
+      effect of the screened ones, with the interval of Clopper and Pearson.
 
-    All of them take the screened set as given. Gradients at a run that recalls are small (see
-    `attribute_ablation`): hence integrated gradients are the default; "attribution_patching" needs one pass.
+    The screened set counts as given. Integrated gradients are the default because the gradient at a recalled
+    continuation is small (see `attribute_ablation`); "attribution_patching" needs one pass only.
 
-    Instruments, and what they are compared with (the registry `memlens.instruments.INSTRUMENTS` has those
-    of other packages too):
+    The instruments are listed below; the registry `memlens.instruments.INSTRUMENTS` also has those of other
+    packages:
 
     - "patching": `attribute_gradients` against `patch_activations`, with `site`, `over`, `direction`;
     - "head_ablation": `attribute_ablation` against `ablate_heads`, with `mode`, `reference`;
     - "neuron_ablation": the same for single neurons of all MLPs;
-    - "neuron_patching": single neurons moved between the runs, with `direction`.
+    - "neuron_patching": patching of single neurons, with `direction`.
 
     Args:
         model: A TransformerLens model.
-        clean: The sequences as recalled.
+        clean: The recalled sequences.
         corrupt: The same targets after another prefix; for the two patching instruments only.
         instrument: One of the above.
-        top_k: Sites the screen chooses.
-        n_random: Further sites to verify, drawn from the rest.
-        verify: "screened", or "all" to verify every site (then the agreement is exact).
+        top_k: Number of sites that the screen chooses.
+        n_random: Number of further sites to verify, drawn from the rest.
+        verify: "screened", or "all" to verify every site, which makes the agreement exact.
         rank_by: "magnitude" of the mean effect, or "decrease" or "increase" of the metric.
         site: For "patching", "resid_pre" by default.
         over: For "patching", as for `patch_activations`.
         direction: For patching, as for `patch_activations`.
         mode: For ablation, as for `ablate_heads`.
         layers: All by default.
-        positions: For "patching" token positions; for ablation one of `ablate_heads`' names.
+        positions: For "patching", token positions; for ablation, as for `ablate_heads`.
         reference: For ablation, as for `ablate_heads`.
         method: As for `attribute_gradients`.
         path: As for `attribute_gradients`.
@@ -153,15 +152,16 @@ def screen_then_verify(
         metrics: As for `sweep`; the first one is estimated and compared, and must have a gradient.
         level: Coverage of all intervals.
         n_resamples: Resamples of the bootstrap.
-        seed: For the random sites, the bootstrap, and "resample".
-        batch_size: Sequences at a time, in both halves.
-        progress: Show bars.
+        seed: Seed of the random sites, the bootstrap, and "resample".
+        batch_size: Sequences at a time, for gradients and sweep.
+        progress: Show progress bars.
         options: Further options of `sweep`.
 
     Raises:
         OptionError: An unknown option, or a first metric without a gradient.
-        SequenceError: The two sets do not fit, or one is missing or too many.
+        SequenceError: The two sets do not fit, or `corrupt` is missing or not used.
         SiteError: A layer, a position or a site that does not exist.
+        EmptySetError: There is no site to screen.
 
     Example:
         >>> import memlens as ml
@@ -194,48 +194,26 @@ def screen_then_verify(
     stacked = stacked.isel(site=np.flatnonzero(np.isfinite(stacked.values).any(0)))
     score = RANK_BY[rank_by]
     ranked = np.argsort(-score(np.nanmean(stacked.values, axis=0)), kind="stable")
-    chosen, top_k = _chosen(ranked, top_k, n_random if verify == "screened" else len(ranked), seed)
+    if not len(ranked):
+        raise EmptySetError("there is no site to screen: give at least one layer and position.")
+    top_k = min(top_k, len(ranked))
+    rest = np.random.default_rng(seed).permutation(ranked[top_k:])
+    chosen = np.concatenate([ranked[:top_k], rest[:n_random] if verify == "screened" else rest])
     sites: list[Site] = [tuple(stacked["site"].values[i]) for i in chosen]
-    exact = _verify(
-        INSTRUMENTS[instrument].kind, tool, model, dims, sites, metrics, batch_size, progress, options
-    )
+    cells = [dict(zip(dims, (int(str(v)) for v in site), strict=True)) for site in sites]
+    swept = sweep(
+        model, tool.base, tool.interventions(cells), metrics, kind=INSTRUMENTS[instrument].kind,
+        settings=tool.settings, batch_size=batch_size, progress=progress, **options,
+    )  # fmt: skip
+    exact = tool.finish(swept, metrics)
     data = Verified(
         stacked.values[:, chosen], _at(exact.effect(metric), dims, sites).values,
         np.arange(len(chosen)) < top_k, len(ranked), score,
     )  # fmt: skip
-    return Screening(
-        _table(data, dims, sites, np.argsort(ranked)[chosen] + 1, level, n_resamples, seed),
-        agreement_table(data, level=level, n_resamples=n_resamples, seed=seed), estimate, exact, metric,
-        len(ranked), top_k,
-    )  # fmt: skip
-
-
-def _chosen(ranked: np.ndarray, top_k: int, n_random: int, seed: int) -> tuple[np.ndarray, int]:
-    """The first `top_k` of a ranking and some of the rest, and how many the first are."""
-    if not len(ranked):
-        raise EmptySetError("there is no site to screen: give at least one layer and position.")
-    first, rest = ranked[:top_k], ranked[top_k:]
-    some = np.random.default_rng(seed).permutation(rest)[:n_random]
-    return np.concatenate([first, some]), len(first)
-
-
-def _verify(
-    kind: str,
-    tool: Screen,
-    model: Any,
-    dims: Sequence[str],
-    sites: Sequence[Site],
-    metrics: Sequence[MetricLike],
-    batch_size: int | None,
-    progress: bool,
-    options: dict[str, Any],
-) -> Result:
-    cells = [dict(zip(dims, (int(str(v)) for v in site), strict=True)) for site in sites]
-    result = sweep(
-        model, tool.base, tool.interventions(cells), metrics, kind=kind, settings=tool.settings,
-        batch_size=batch_size, progress=progress, **options,
-    )  # fmt: skip
-    return tool.finish(result, metrics)
+    bootstrap = {"level": level, "n_resamples": n_resamples, "seed": seed}
+    table = _table(data, dims, sites, np.argsort(ranked)[chosen] + 1, **bootstrap)
+    agreement = agreement_table(data, **bootstrap)
+    return Screening(table, agreement, estimate, exact, metric, len(ranked), top_k)
 
 
 def _at(effects: xr.DataArray, dims: Sequence[str], sites: Sequence[Site]) -> xr.DataArray:
@@ -249,15 +227,13 @@ def _table(
     dims: Sequence[str],
     sites: Sequence[Site],
     ranks: np.ndarray,
-    level: float,
-    n_resamples: int,
-    seed: int,
+    **bootstrap: Any,
 ) -> pd.DataFrame:
     table = pd.DataFrame(list(sites), columns=list(dims))
     table["chosen"] = np.where(data.screened, "screened", "random")
     for name in ("estimate", "exact"):
         array = xr.DataArray(getattr(data, name), dims=("sequence", "site"))
-        found = mean_interval(array, level=level, n_resamples=n_resamples, seed=seed, method="bootstrap")
+        found = mean_interval(array, method="bootstrap", **bootstrap)
         for part, tail in (("mean", ""), ("low", "_low"), ("high", "_high")):
             table[name + tail] = found.sel(statistic=part).values
         table["n"] = found["n"].values
@@ -271,11 +247,11 @@ class Verified:
     """Sites with both an estimate and an exact effect, one value per sequence.
 
     Attributes:
-        estimate: Estimated effects; NaN where a sequence lacks the site.
+        estimate: Estimated effects; NaN if a sequence lacks the site.
         exact: Exact effects.
-        screened: True for the sites the screen chose, False for random ones of the rest.
-        n_sites: How many sites there are, verified or not.
-        score: From effects to what sites are ranked by, greatest first.
+        screened: True for the sites that the screen chose, False for random ones of the rest.
+        n_sites: Number of sites, verified or not.
+        score: Maps effects to the score by which sites are ranked, largest first.
     """
 
     estimate: Float[np.ndarray, "sequence site"]
@@ -286,21 +262,21 @@ class Verified:
 
     @property
     def n_rest(self) -> int:
-        """How many sites the screen left out."""
+        """Number of sites that the screen left out."""
         return self.n_sites - int(self.screened.sum())
 
 
 def recall_of_top(
     score: Float[np.ndarray, "*resample site"], screened: Bool[np.ndarray, " site"], n_rest: int
 ) -> tuple[Float[np.ndarray, "*resample"], Int[np.ndarray, "*resample"]]:
-    r"""Return the share of the exact top :math:`k` that a screen of :math:`k` sites caught.
+    r"""Return the share of the exact top :math:`k` that a screen of :math:`k` sites found.
 
-    Each of the :math:`r` random sites stands for ``n_rest / r`` sites of the rest. Sites are counted from the
-    greatest exact score down until they amount to :math:`k`; the share of the screened ones is the recall.
-    With every site verified that is exact.
+    Each of the :math:`r` random sites represents ``n_rest / r`` sites of the rest. Sites are counted from the
+    largest exact score down until their number reaches :math:`k`; the share of screened sites among them is
+    the recall. It is exact if every site was verified.
 
     Returns:
-        The recall (NaN where nothing of a rest was verified), and how many random sites are in the top.
+        The recall (NaN if no site of the rest was verified), and the number of random sites in the top.
 
     >>> score, screened = np.array([9.0, 1.0, 5.0, 0.0]), np.array([True, True, False, False])
     >>> recall_of_top(score, screened, 2)[0].item()
@@ -317,11 +293,11 @@ def recall_of_top(
 
 
 def agreement_table(data: Verified, *, level: float, n_resamples: int, seed: int) -> pd.DataFrame:
-    """Return each statistic with its interval; see `memlens.screen_then_verify`."""
+    """Return the statistics of `screen_then_verify` with their intervals."""
     means = [np.nanmean(x, axis=0) for x in (data.estimate, data.exact)]
     samples = [bootstrap_means(x, n_resamples, seed) for x in (data.estimate, data.exact)]
     if len(data.estimate) < 2:
-        samples = [np.full_like(x, np.nan) for x in samples]  # one sequence tells nothing of the spread
+        samples = [np.full_like(x, np.nan) for x in samples]  # one sequence has no spread
     k, rest, drawn = int(data.screened.sum()), data.n_rest, int((~data.screened).sum())
     rows: dict[str, tuple[float, float, float, int]] = {}
     groups = {"screened": data.screened, "random": ~data.screened}
@@ -331,11 +307,8 @@ def agreement_table(data: Verified, *, level: float, n_resamples: int, seed: int
         if part.any():
             value = float(rank_correlation(means[0][part], means[1][part]))
             spread = rank_correlation(samples[0][:, part], samples[1][:, part])
-            rows[f"rank correlation, {name}"] = (
-                value,
-                *standard_interval(value, spread, level, -1.0),
-                int(part.sum()),
-            )
+            low, high = standard_interval(value, spread, level, -1.0)
+            rows[f"rank correlation, {name}"] = value, low, high, int(part.sum())
     value, missed = recall_of_top(data.score(means[1]), data.screened, rest)
     spread, _ = recall_of_top(data.score(samples[1]), data.screened, rest)
     low, high = standard_interval(float(value), spread, level, 0.0)

@@ -105,19 +105,14 @@ def _per_question(swept: Result, tasks: Sequence[ChoiceTask], n_targets: np.ndar
         total = values * n_targets.reshape(-1, *[1] * (values.ndim - 1))
         for name, array in _scored(tasks, total, greedy.values.astype(float)).items():
             variables[name + tail] = xr.Variable(mean.dims, array, {"long_name": _LABELS[name]})
-    counted = [len(task) for task in tasks]
-    along = {
-        "task": np.repeat([task.name for task in tasks], counted),
-        "task_group": np.repeat([task.group for task in tasks], counted),
-        "chance": np.repeat([task.chance for task in tasks], counted),
-        "n_choices": np.concatenate([task.n_choices for task in tasks]),
-    }
-    coords: dict[str, Any] = {
+    counted, in_order = [len(task) for task in tasks], {"keep_order": 1}
+    coords = {
         "sequence": [name for task in tasks for name in task.question_ids],
-        **{name: ("sequence", values) for name, values in along.items()},
+        "task": ("sequence", np.repeat([task.name for task in tasks], counted), in_order),
+        "task_group": ("sequence", np.repeat([task.group for task in tasks], counted), in_order),
+        "chance": ("sequence", np.repeat([task.chance for task in tasks], counted)),
+        "n_choices": ("sequence", np.concatenate([task.n_choices for task in tasks])),
     }
-    for name in ("task", "task_group"):
-        coords[name] = ("sequence", along[name], {"keep_order": 1})
     return Result(xr.Dataset(variables, {**coords, **sites}, data.attrs))
 
 

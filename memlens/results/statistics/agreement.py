@@ -192,7 +192,7 @@ def _bootstrap_area(
 def rank_correlation(
     a: Float[np.ndarray, "*resample site"], b: Float[np.ndarray, "*resample site"]
 ) -> Float[np.ndarray, "*resample"]:
-    """Return Spearman's rank correlation over the last axis; NaN with fewer than 3 sites, or NaN in one.
+    """Return Spearman's rank correlation over the last axis; NaN with fewer than 3 sites or a NaN.
 
     >>> rank_correlation(np.array([1.0, 2.0, 5.0]), np.array([0.1, 0.3, 0.2])).round(6).item()
     0.5
@@ -208,10 +208,10 @@ def rank_correlation(
 
 
 def standard_interval(value: float, samples: np.ndarray, level: float, least: float) -> tuple[float, float]:
-    """Return value ± the bootstrap's standard error times the normal quantile, within `least` and 1.
+    """Return value ± the bootstrap's standard error times the normal quantile, between `least` and 1.
 
-    A percentile interval would not do: the noise of a resample is shared by estimate and exact effect, which
-    raises their correlation, and moves sites out of the top, which lowers the recall.
+    A percentile interval of an agreement is biased: two estimates share the noise of a resample, which raises
+    their correlation, and it moves sites out of the top, which lowers the recall.
     """
     known = samples[np.isfinite(samples)]
     if len(known) < 2 or not np.isfinite(value):
@@ -221,7 +221,7 @@ def standard_interval(value: float, samples: np.ndarray, level: float, least: fl
 
 
 def share_interval(hits: int, n: int, level: float) -> tuple[float, float]:
-    """Return Clopper and Pearson's interval of a share, which is exact for few draws.
+    """Return the interval of Clopper and Pearson of a share, which is exact for few draws.
 
     >>> [round(x, 3) for x in share_interval(0, 10, 0.95)]
     [0.0, 0.308]

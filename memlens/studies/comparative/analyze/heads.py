@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +16,7 @@ from jaxtyping import Bool, Float
 from scipy import stats
 
 from memlens.errors import OptionError, ResultError
+from memlens.results.statistics.agreement import rank_correlation
 
 
 def set_size(n: int, fraction: float) -> int:
@@ -215,10 +215,7 @@ def rank_agreement(first: xr.DataArray, second: xr.DataArray) -> float:
     NaN where one of them is equal for all heads.
     """
     a, b = (array.mean("sequence").transpose("layer", "head").values.ravel() for array in (first, second))
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return float("nan")
-    found: Any = stats.spearmanr(a, b)
-    return float(found.statistic)
+    return float(rank_correlation(a, b))
 
 
 NULLS = ("heads anywhere", "heads inside their layers", "domain labels shuffled")
