@@ -25,8 +25,8 @@ from memlens.sweeps.contexts import applied
 from memlens.sweeps.interventions import Intervention, Reads
 from memlens.sweeps.run import SweepOptions, sweep
 
-BYPASS_MODES: tuple[str, ...] = get_args(BypassedTo)
-CONTROL_MODES: tuple[str, ...] = get_args(BypassControl)
+BYPASS_MODES: tuple[BypassedTo, ...] = get_args(BypassedTo)
+CONTROL_MODES: tuple[BypassControl, ...] = get_args(BypassControl)
 Span = Literal["layer", "window", "suffix", "prefix"]
 SPANS: tuple[str, ...] = get_args(Span)
 

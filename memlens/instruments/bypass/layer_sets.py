@@ -323,7 +323,8 @@ class _Search:
         ).join(scoring.table().drop(columns="layers"))
         best = {name: layers_label(layers) for name, layers in self._best().items()}
         sets = dict(zip(labels, self.tried, strict=True))
-        return LayerSetSearch(*self.results, sets, table, best, choosing, scoring, dict(settings))
+        recall, accuracy = self.results
+        return LayerSetSearch(recall, accuracy, sets, table, best, choosing, scoring, dict(settings))
 
 
 def _subsets(layers: Iterable[int]) -> list[Layers]:

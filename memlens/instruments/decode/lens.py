@@ -113,7 +113,7 @@ class TunedLens:
             OptionError: Another layout.
         """
         layouts = {"memlens": _write_own, "published": _write_published}
-        check_option("layout", layout, layouts)
+        check_option("layout", layout, list(layouts))
         layouts[layout](Path(path), self)
         return Path(path)
 
