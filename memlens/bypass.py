@@ -1,4 +1,4 @@
-"""Attention bypass beyond the sweep: sets of layers, bounds, a predictor, and plain transformers models."""
+"""Attention bypass beyond the sweep: sets of layers, bounds, a predictor, and Hugging Face models."""
 
 from memlens.instruments.bypass.bounds import bypass_bounds as bounds
 from memlens.instruments.bypass.layer_sets import LayerSetSearch, search_layer_sets

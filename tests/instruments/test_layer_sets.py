@@ -85,8 +85,8 @@ def test_choices_see_one_half_and_scores_the_other(search: LayerSetSearch) -> No
         wanted = removed - np.max([c.values for c in cost], axis=0)
         np.testing.assert_allclose(search.table[column], wanted, atol=1e-9)
     table = search.table.set_index("layers")
-    singles = table[table["kinds"].str.contains("single block")]
-    assert search.best["single block"] == singles["selectivity_chosen"].idxmax()
+    singles = table[table["kinds"].str.contains("single layer")]
+    assert search.best["single layer"] == singles["selectivity_chosen"].idxmax()
     assert search.best["any"] == table["selectivity_chosen"].idxmax()
     suffixes = table.loc[["0-5", "1-5", "2-5", "3-5", "4-5", "5"]]
     assert search.best["suffix"] == suffixes["selectivity_chosen"].idxmax()
@@ -94,7 +94,7 @@ def test_choices_see_one_half_and_scores_the_other(search: LayerSetSearch) -> No
 
 def test_greedy_takes_the_best_next_block(search: LayerSetSearch) -> None:
     table = search.table.set_index("layers")
-    path = {1: search.best["single block"]}
+    path = {1: search.best["single layer"]}
     for size in (2, 3):
         before = set(parse_layers(path[size - 1]))
         wider = [layers_label(before | {layer}) for layer in range(6) if layer not in before]
@@ -106,10 +106,10 @@ def test_greedy_takes_the_best_next_block(search: LayerSetSearch) -> None:
 def test_best_sets_stand_beside_random_ones_of_their_size(search: LayerSetSearch) -> None:
     best = search.best_table().set_index("search")
     table = search.table
-    label, size = best.loc["single block", "layers"], 1
+    label, size = best.loc["single layer", "layers"], 1
     others = table[(table["size"] == size) & (table["layers"] != label)]["selectivity"]
-    assert best.loc["single block", "random_sets"] == len(others) == 5
-    assert best.loc["single block", "random_mean"] == pytest.approx(others.mean())
+    assert best.loc["single layer", "random_sets"] == len(others) == 5
+    assert best.loc["single layer", "random_mean"] == pytest.approx(others.mean())
     areas = search.areas().set_index("family")
     assert ((areas["low"] <= areas["area"] + 1e-9) & (areas["area"] <= areas["high"] + 1e-9)).all()
     assert areas.loc["any set", "sets"] == len(table)

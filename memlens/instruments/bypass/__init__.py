@@ -1,1 +1,1 @@
-"""What breaks when attention mixes nothing: bypass, sets of layers, bounds, serving."""
+"""What a model loses if attention mixes nothing: bypass, sets of layers, bounds, serving."""

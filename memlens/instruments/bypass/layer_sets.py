@@ -43,7 +43,7 @@ class LayerSetSearch:
         table: One row per set: `layers` (its label), `size`, `kinds` (the searches that tried it),
             `selectivity_chosen` (on the choosing half), and on the scoring half the columns of
             `Tradeoff.table`.
-        best: The label that each kind of search chose ("single block", "suffix", "quartile", "greedy",
+        best: The label that each kind of search chose ("single layer", "suffix", "quartile", "greedy",
             "exact", "any").
         choosing: The trade-off on the choosing half.
         scoring: The trade-off on the scoring half.
@@ -67,7 +67,7 @@ class LayerSetSearch:
         if there are none.
         """
         table = self.table.set_index("layers")
-        unbiased = self._of_kind("random", "every set", "single block")
+        unbiased = self._of_kind("random", "every set", "single layer")
         found = []
         for kind, label in self.best.items():
             row = table.loc[label]
@@ -98,7 +98,7 @@ class LayerSetSearch:
         Returns:
             Columns `family`, `sets` (tried), `on_frontier`, `area`, `low`, `high`; see `frontier_area`.
         """
-        families = {name: self._of_kind(name) for name in ("single block", "suffix", "prefix", "random")}
+        families = {name: self._of_kind(name) for name in ("single layer", "suffix", "prefix", "random")}
         families["any set"] = np.ones(len(self.table), dtype=bool)
         rows = []
         for name, member in families.items():
@@ -169,7 +169,7 @@ def search_layer_sets(
         >>> small = {"exact_layers": 1, "exact_pool": 2, "progress": False}
         >>> found = ml.bypass.search_layer_sets(model, seqs, tasks, **small)
         >>> sorted(found.best)
-        ['any', 'exact', 'greedy', 'quartile', 'single block', 'suffix']
+        ['any', 'exact', 'greedy', 'quartile', 'single layer', 'suffix']
     """
     check_option("over", over, OVER)
     if min(greedy_size, exact_pool) < 1 or n_random < 0:
@@ -190,7 +190,7 @@ def search_layer_sets(
         search.plan("every set", _subsets(range(n_layers)))
     search.round()
     if not everything:
-        pool = sorted(search.ranked("single block")[:exact_pool], key=lambda layers: layers[0])
+        pool = sorted(search.ranked("single layer")[:exact_pool], key=lambda layers: layers[0])
         search.plan("exact", _subsets(layer for layers in pool for layer in layers))
     search.greedy(min(greedy_size, n_layers))
     search.round()
@@ -198,7 +198,7 @@ def search_layer_sets(
     search.round()
     settings = {
         "mode": mode, "over": over, "greedy_size": greedy_size,
-        "exact": "every set" if everything else f"sets of the best {exact_pool} single blocks",
+        "exact": "every set" if everything else f"sets of the best {exact_pool} single layers",
         "n_random": n_random, "tasks": search.counted, "n_resamples": n_resamples, "seed": seed,
     }  # fmt: skip
     return search.done(settings, n_resamples)
@@ -212,7 +212,7 @@ def named_layer_sets(n_layers: int) -> dict[str, list[Layers]]:
     """
     every = tuple(range(n_layers))
     return {
-        "single block": [(layer,) for layer in every],
+        "single layer": [(layer,) for layer in every],
         "suffix": [every[layer:] for layer in every],
         "prefix": [every[: layer + 1] for layer in every],
         "quartile": [tuple(part) for part in quartiles(n_layers)],
@@ -282,7 +282,7 @@ class _Search:
 
     def greedy(self, size: int) -> None:
         """Add one layer at a time, the best one each time."""
-        best = self.ranked("single block")[0]
+        best = self.ranked("single layer")[0]
         self.plan("greedy", [best])
         while len(best) < size:
             wider = [tuple(sorted((*best, layer))) for layer in range(self.n_layers) if layer not in best]
@@ -302,7 +302,7 @@ class _Search:
     def _best(self) -> dict[str, Layers]:
         """The most selective set of each kind of search, on the choosing half."""
         order = self.ranked()
-        searches = {name: {name} for name in ("single block", "suffix", "quartile", "greedy")}
+        searches = {name: {name} for name in ("single layer", "suffix", "quartile", "greedy")}
         searches["exact"] = {"exact", "every set"}
         best = {
             name: next(layers for layers in order if kinds & set(self.kinds[layers]))

@@ -1,1 +1,1 @@
-"""When does the prediction appear: lenses, decoding, promotion, logit attribution."""
+"""Where the prediction appears: lenses, decoding, promotion, logit attribution."""

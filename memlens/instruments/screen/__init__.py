@@ -1,1 +1,1 @@
-"""Gradients as a filter, exact effects after it."""
+"""Gradients as a filter before exact effects."""

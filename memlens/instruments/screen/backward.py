@@ -20,12 +20,11 @@ from tqdm.auto import tqdm
 
 from memlens.errors import NonFiniteError, OptionError, SilentInterventionError, SiteError, check_option
 from memlens.forward.batches import Batch, Targets, at_targets, logits_at, make_batches
-from memlens.forward.hooks import attached, capturing, chosen_layers, has_site, hook_name
+from memlens.forward.hooks import SITES, attached, capturing, chosen_layers, has_site, hook_name
 from memlens.forward.memory import check_batch_size, default_budget, fitting, logits_bytes, row_bytes
 from memlens.forward.metrics import METRICS, Metric, MetricLike, as_metric
 from memlens.forward.trunk import Trunk
 from memlens.instruments.patch.pairs import checked_positions
-from memlens.instruments.screen.cells import Cells, check_over
 from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
@@ -182,36 +181,43 @@ def _parameters_at_rest(model: nn.Module) -> Iterator[None]:
 GRADIENT_SITES = (
     "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_post", "z", "q", "k", "v", "pattern",
 )  # fmt: skip
+OVER = ("position", "layer", "head", "head_position", "neuron", "neuron_position")
+_PARTS = {"head": ("head", "kv_head"), "neuron": ("d_mlp",)}
 GRADIENT_METHODS = ("attribution_patching", "integrated_gradients")
 PATHS = ("site", "embedding")
+
+
+def _checked_over(site: str, over: str | None) -> str:
+    """Return `over` if the site has it; the parts of the site if it is None."""
+    axes = SITES[site].shape.split()
+    own = next((part for part, names in _PARTS.items() if set(names) & set(axes)), None)
+    if over is None:
+        return own or "layer"
+    check_option("over", over, OVER)
+    part = over.removesuffix("_position")
+    if part in _PARTS and part != own:
+        needed = "'z'" if part == "head" else "'mlp_post'"
+        raise OptionError(f"over={over!r} needs site={needed}: {site!r} has no {part}s.")
+    return over
+
 
 Deltas = Callable[[Batch, Mapping[int, Tensor]], dict[int, Tensor]]
 """Maps a batch and its activations by layer to what is added to each of them."""
 
 
 class GradientRun:
-    """Estimates from gradients at one site; `attribute_gradients` describes the arguments.
+    """Estimates from gradients at one site; `attribute_gradients` describes the options.
 
-    All options are checked before anything runs.
-
-    Attributes:
-        trunk: The model.
-        seqs: The sequences of the base run.
-        site: One of `GRADIENT_SITES`.
-        layers: The layers.
-        cells: The sites that the result distinguishes.
-        metric: The differentiable metric.
-        method: One of `GRADIENT_METHODS`.
-        path: One of `PATHS`.
-        steps: Points on the path.
-        batch_size: Sequences at a time.
+    All options are checked before anything runs. The attributes are the options as checked: `layers` and
+    `positions` are complete, `metric` is differentiable, and `batch_size` is chosen.
     """
 
     trunk: Trunk
     seqs: SequenceSet
     site: str
+    over: str
     layers: list[int]
-    cells: Cells
+    positions: list[int]
     metric: Metric
     method: str
     path: str
@@ -245,9 +251,14 @@ class GradientRun:
         if not has_site(model, site):
             raise SiteError(f"this model has no site {site!r}: parallel blocks have no 'resid_mid'.")
         self.layers = chosen_layers(layers, self.trunk.n_layers)
-        self.cells = Cells(check_over(site, over), checked_positions(seqs, positions), site)
+        self.over, self.positions = _checked_over(site, over), checked_positions(seqs, positions)
         self.method, self.path, self.steps = method, path, steps
         self.batch_size = batch_size or _batch_size(self.trunk, seqs)
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The dimensions of a result after the layer."""
+        return () if self.over == "layer" else tuple(self.over.split("_"))
 
     def result(
         self,
@@ -266,17 +277,19 @@ class GradientRun:
         """
         values, effects = self._estimate(deltas, embedded, progress)
         shape = (-1, *[1] * (effects.ndim - 1))
-        if "position" in self.cells.dims:
+        coords = {dim: list(range(n)) for dim, n in zip(self.dims, effects.shape[2:], strict=True)}
+        coords["layer"] = self.layers
+        if "position" in self.dims:
+            coords["position"] = self.positions
             last = self.seqs.lengths.numpy().reshape(shape) - 1
-            effects = np.where(np.array(self.cells.positions) < last, effects, np.nan)
+            effects = np.where(np.array(self.positions) < last, effects, np.nan)
         name = self.metric.name
         variables = {
-            name: (("sequence", "layer", *self.cells.dims), values.reshape(shape) + effects),
+            name: (("sequence", "layer", *self.dims), values.reshape(shape) + effects),
             f"{name}_baseline": (("sequence",), values),
         }
-        coords = {"layer": self.layers, **self.cells.coords(effects.shape)}
         about: dict[str, Any] = {
-            "site": self.site, "over": self.cells.over, "method": self.method, "metrics": [name],
+            "site": self.site, "over": self.over, "method": self.method, "metrics": [name],
         }  # fmt: skip
         if self.method == "integrated_gradients":
             about |= {"path": self.path, "steps": self.steps}
@@ -310,8 +323,8 @@ class GradientRun:
                             gradients[layer] = gradients[layer] + _wide(g) / self.steps
                         bar.update(len(batch.rows))
                 values.append(base.values.double().cpu().numpy())
-                products = {n: _wide(delta[n]) * _wide(gradients[n]) for n in self.layers}
-                effects.append(self.cells.reduce(products))
+                products = [_wide(delta[n]) * _wide(gradients[n]) for n in self.layers]
+                effects.append(np.stack([self._summed(p) for p in products], axis=1))
         return np.concatenate(values), np.concatenate(effects)
 
     def _path(
@@ -342,6 +355,25 @@ class GradientRun:
             at, start = (resid, 0) if layer < start else (at, start)
             at, start = self.trunk.run(at, start, layer), layer
             yield at
+
+    def _summed(self, x: Tensor) -> Float[np.ndarray, "batch *cell"]:
+        """Sum an array in the shape of the activation over the axes that `over` does not name."""
+        x = x.transpose(1, 2) if self.site == "pattern" else x  # heads first, then queries
+        parted = len(SITES[self.site].shape.split()) == 4
+        kept = x.sum(-1) if parted else x  # [batch, pos] and heads or features
+        if self.over == "layer":
+            kept = kept.flatten(1).sum(1)
+        elif self.over in ("head", "neuron"):
+            kept = kept.sum(1)
+        else:
+            kept = kept.sum(-1) if self.over == "position" else kept.transpose(1, 2)
+        summed = kept.double().cpu().numpy()
+        if "position" not in self.dims:
+            return summed
+        wide = np.full((*summed.shape[:-1], max(self.positions, default=-1) + 1), np.nan)
+        n = min(wide.shape[-1], summed.shape[-1])
+        wide[..., :n] = summed[..., :n]  # positions beyond the sequences of this batch stay NaN
+        return wide[..., self.positions]
 
 
 def _wide(x: Tensor) -> Tensor:

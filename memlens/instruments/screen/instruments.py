@@ -102,7 +102,7 @@ def screen_of(
     Raises:
         OptionError: An unknown name, an instrument without a gradient estimate, or an option that the
             instrument does not have.
-        SequenceError: `corrupt` is missing, or given where there is nothing to patch.
+        SequenceError: `corrupt` is missing, or given for an instrument that does not use it.
     """
     tool = INSTRUMENTS[name]
     if tool.screen is None:

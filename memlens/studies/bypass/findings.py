@@ -99,7 +99,7 @@ def best_set(
 ) -> Finding:
     """The most selective set of layers, compared with random sets of its size and with single layers."""
     rows: Any = best.set_index("search")
-    top, single = rows.loc["any"], rows.loc["single block"]
+    top, single = rows.loc["any"], rows.loc["single layer"]
     parts = []
     if top["random_sets"]:
         parts.append(
