@@ -8,7 +8,7 @@ from typing import Literal
 Backend = Literal["auto", "hooked", "bridge"]
 """Which TransformerLens class runs a model; see `memlens.load_model`."""
 
-Mode = Literal["mean_of_other_heads", "zero", "mean", "resample"]
+AblationMode = Literal["mean_of_other_heads", "zero", "mean", "resample"]
 """What replaces an ablated activation."""
 Positions = Literal["all", "prompt", "targets", "last_prompt"]
 """Every position; the prompt's; those that predict a target; the one that predicts the first target."""

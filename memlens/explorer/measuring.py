@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from memlens.choices import BypassMode
+from memlens.choices import AblationMode, BypassMode
 from memlens.errors import OptionError, check_option
 from memlens.explorer.attention import attention_maps
 from memlens.explorer.data import Continuation, Edits, Exploration, SequenceView, strongest_heads
@@ -22,7 +22,7 @@ from memlens.forward.metrics import METRICS, TargetStats
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.branches import ablate_mlps
 from memlens.instruments.ablate.heads import ablate_heads, head_set_ablations
-from memlens.instruments.ablate.replacing import MODES, Mode
+from memlens.instruments.ablate.replacing import MODES
 from memlens.instruments.bypass.bypass import BYPASS_MODES, attention_bypasses, bypass_attention
 from memlens.instruments.decode.decoding import decode_residual
 from memlens.instruments.decode.lens import TunedLens
@@ -56,7 +56,7 @@ class ExploreOptions:
             the heads with the largest effects are kept.
     """
 
-    ablation: Mode = "mean_of_other_heads"
+    ablation: AblationMode = "mean_of_other_heads"
     bypass: BypassMode = "identity"
     metric: str = "target_logprob"
     lens: str | Path | TunedLens = "logit"
@@ -153,7 +153,7 @@ def edit_interventions(
     edits: Edits,
     sequences: SequenceSet,
     *,
-    ablation: Mode = "mean_of_other_heads",
+    ablation: AblationMode = "mean_of_other_heads",
     bypass: BypassMode = "identity",
     reference: SequenceSet | None = None,
 ) -> list[Intervention]:

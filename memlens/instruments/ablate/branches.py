@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Unpack
 
-from memlens.choices import Mode
+from memlens.choices import AblationMode
 from memlens.forward.hooks import chosen_layers
 from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
@@ -24,7 +24,7 @@ def ablate_mlps(
     model: Any,
     sequences: SequenceSet,
     *,
-    mode: Mode = "zero",
+    mode: AblationMode = "zero",
     layers: Sequence[int] | None = None,
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
     **options: Unpack[AblationOptions],
@@ -68,7 +68,7 @@ def mlp_ablations(
     model: Any,
     sequences: SequenceSet,
     *,
-    mode: Mode = "zero",
+    mode: AblationMode = "zero",
     layers: Sequence[int] | None = None,
     **options: Unpack[ReplacementOptions],
 ) -> list[Intervention]:
@@ -80,7 +80,7 @@ def attention_ablations(
     model: Any,
     sequences: SequenceSet,
     *,
-    mode: Mode = "zero",
+    mode: AblationMode = "zero",
     layers: Sequence[int] | None = None,
     **options: Unpack[ReplacementOptions],
 ) -> list[Intervention]:

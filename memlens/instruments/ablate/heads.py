@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from memlens.choices import Mode, Positions
+from memlens.choices import AblationMode, Positions
 from memlens.errors import OptionError, ResultError, SiteError
 from memlens.forward.hooks import check_head, check_layer, chosen_layers
 from memlens.forward.metrics import MetricLike
@@ -35,7 +35,7 @@ def ablate_heads(
     model: Any,
     sequences: SequenceSet,
     *,
-    mode: Mode = "mean_of_other_heads",
+    mode: AblationMode = "mean_of_other_heads",
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     positions: Positions = "all",
@@ -98,7 +98,7 @@ def head_ablations(
     model: Any,
     sequences: SequenceSet,
     *,
-    mode: Mode = "mean_of_other_heads",
+    mode: AblationMode = "mean_of_other_heads",
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     **options: Unpack[ReplacementOptions],
@@ -119,7 +119,7 @@ def head_set_ablations(
     sequences: SequenceSet,
     sets: Mapping[str, Sequence[Head]],
     *,
-    mode: Mode = "mean_of_other_heads",
+    mode: AblationMode = "mean_of_other_heads",
     **options: Unpack[ReplacementOptions],
 ) -> list[Intervention]:
     """Return one intervention per set of heads, which are ablated together.
@@ -191,7 +191,7 @@ def ablate_heads_cumulatively(
     *,
     counts: Sequence[int] | None = None,
     n_random: int = 3,
-    mode: Mode = "mean_of_other_heads",
+    mode: AblationMode = "mean_of_other_heads",
     metrics: Sequence[MetricLike] = ("exact_match", "target_logprob"),
     **options: Unpack[AblationOptions],
 ) -> Result:
@@ -284,7 +284,7 @@ def ablate_head_pairs(
     sequences: SequenceSet,
     heads: Sequence[Head],
     *,
-    mode: Mode = "mean_of_other_heads",
+    mode: AblationMode = "mean_of_other_heads",
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
     **options: Unpack[AblationOptions],
 ) -> Result:

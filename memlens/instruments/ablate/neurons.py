@@ -14,7 +14,7 @@ import xarray as xr
 from jaxtyping import Int
 from torch import Tensor
 
-from memlens.choices import Mode
+from memlens.choices import AblationMode
 from memlens.errors import OptionError, SiteError, check_option
 from memlens.forward.batches import Batch
 from memlens.forward.hooks import HookFn, check_layer, chosen_layers, hook_name
@@ -89,7 +89,7 @@ def knock_out_neurons(
     windows: int | Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
     selection: str | Sequence[str] = "dominant",
-    mode: Mode = "zero",
+    mode: AblationMode = "zero",
     measured_at: str = "last_prompt",
     n_draws: int = 1,
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
@@ -213,7 +213,7 @@ def neuron_knock_outs(
     sets: Mapping[str, Mapping[int, Sequence[int] | np.ndarray | Tensor]],
     *,
     keep: bool = False,
-    mode: Mode = "zero",
+    mode: AblationMode = "zero",
     **options: Unpack[ReplacementOptions],
 ) -> list[Intervention]:
     """Return one intervention per set of neurons, which are knocked out together.

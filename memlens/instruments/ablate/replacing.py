@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from memlens.choices import Mode, Positions
+from memlens.choices import AblationMode, Positions
 from memlens.errors import OptionError, SequenceError, SiteError, check_option
 from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource, mean_activations
@@ -20,7 +20,7 @@ from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import BatchHook, ByBatch, Intervention
 from memlens.sweeps.run import SweepOptions
 
-MODES: tuple[str, ...] = get_args(Mode)
+MODES: tuple[str, ...] = get_args(AblationMode)
 POSITIONS: tuple[str, ...] = get_args(Positions)
 
 Part = int | list[int] | None
@@ -55,7 +55,7 @@ class Replacement:
         OptionError: Unknown mode or positions.
     """
 
-    mode: Mode = "zero"
+    mode: AblationMode = "zero"
     positions: Positions = "all"
     reference: SequenceSet | None = None
     seed: int = 0
@@ -65,7 +65,7 @@ class Replacement:
         check_option("positions", self.positions, POSITIONS)
 
     @classmethod
-    def split(cls, mode: Mode, options: AblationOptions) -> tuple[Replacement, SweepOptions]:
+    def split(cls, mode: AblationMode, options: AblationOptions) -> tuple[Replacement, SweepOptions]:
         """Split the options of an ablation into its replacement and what it passes on to `sweep`."""
         rest: Any = dict(options)
         own = {name: rest.pop(name) for name in ReplacementOptions.__annotations__ if name in rest}

@@ -17,7 +17,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from memlens.choices import Mode
+from memlens.choices import AblationMode
 from memlens.errors import check_option
 from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource
@@ -142,7 +142,7 @@ def attribute_ablation(
     *,
     site: str = "z",
     over: str | None = None,
-    mode: Mode = "zero",
+    mode: AblationMode = "zero",
     method: str = "integrated_gradients",
     steps: int = 8,
     layers: Sequence[int] | None = None,

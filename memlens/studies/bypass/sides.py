@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from memlens.choices import Mode
+from memlens.choices import AblationMode
 from memlens.instruments.ablate.branches import attention_ablations, mlp_ablations
 from memlens.instruments.bypass.bounds import bypass_bounds
 from memlens.instruments.bypass.bypass import (
@@ -163,9 +163,9 @@ def control_edits(model: Any, sequences: SequenceSet, names: Sequence[str]) -> l
         if name in (*BYPASS_MODES, *CONTROL_MODES):
             edits = attention_bypasses(model, mode=name)
         elif name.startswith("mlp_"):
-            edits = mlp_ablations(model, sequences, mode=cast(Mode, name.removeprefix("mlp_")))
+            edits = mlp_ablations(model, sequences, mode=cast(AblationMode, name.removeprefix("mlp_")))
         else:
-            edits = attention_ablations(model, sequences, mode=cast(Mode, name))
+            edits = attention_ablations(model, sequences, mode=cast(AblationMode, name))
         found += [
             replace(edit, name=f"{name}: {edit.name}", coords={"edit": name, **edit.coords}) for edit in edits
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from memlens.choices import BypassedTo, Mode, PatchSite
+from memlens.choices import AblationMode, BypassedTo, PatchSite
 from memlens.options import options_class
 
 
@@ -18,7 +18,7 @@ class LocalizeOptions:
     """Most sequences for activation patching."""
     max_positions: PositiveInt = 48
     """Most positions for activation patching, evenly spaced."""
-    head_mode: Mode = "mean_of_other_heads"
+    head_mode: AblationMode = "mean_of_other_heads"
     """What replaces the output of an ablated head."""
     bypass_mode: BypassedTo = "identity"
     """How attention is bypassed."""
