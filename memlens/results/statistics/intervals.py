@@ -182,7 +182,7 @@ def rows_by_group(labels: xr.DataArray) -> dict[Any, np.ndarray]:
     return {key: np.flatnonzero(same == key) for key in keys}
 
 
-def bootstrap_means(table: np.ndarray, n_resamples: int, seed: int) -> np.ndarray:
+def bootstrap_means(table: np.ndarray, n_resamples: int, seed: int | np.random.Generator) -> np.ndarray:
     """Return the mean of each column under `n_resamples` resamples of the rows: `[resample, site]`.
 
     A resample with no value of a column (all NaN) gives NaN there.
@@ -190,7 +190,7 @@ def bootstrap_means(table: np.ndarray, n_resamples: int, seed: int) -> np.ndarra
     return weighted_means(_resamples(table.shape[0], n_resamples, seed), table)
 
 
-def _resamples(rows: int, n_resamples: int, seed: int) -> np.ndarray:
+def _resamples(rows: int, n_resamples: int, seed: int | np.random.Generator) -> np.ndarray:
     """Return how often each row stands in each resample, as floats: `[resample, row]`."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(rows, np.full(rows, 1 / rows), size=n_resamples).astype(np.float64)

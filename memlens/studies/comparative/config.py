@@ -13,6 +13,8 @@ import pandas as pd
 
 from memlens.errors import OptionError
 from memlens.models.families import find_model
+from memlens.models.load import load_model
+from memlens.models.provenance import describe
 from memlens.models.zoo import is_zoo_name
 from memlens.options import options_class, read_options
 from memlens.sequences.readers.load import load_sequences
@@ -55,6 +57,15 @@ class StudyModel:
     model: Any = field(default=None, repr=False, compare=False)
     """A model that is already loaded; `name` is then only a label."""
 
+    def load(self) -> Any:
+        """Return the model, as given or loaded now."""
+        if self.model is not None:
+            return self.model
+        return load_model(
+            self.name, backend=self.backend, revision=self.revision, checkpoint_step=self.checkpoint_step,
+            dtype=self.dtype, device=self.device,
+        )  # fmt: skip
+
     @property
     def label(self) -> str:
         """The model's name in tables and figures, with its step or revision."""
@@ -90,7 +101,9 @@ class StudyModel:
 
     def settings(self) -> dict[str, Any]:
         """Return the fields as JSON, without a loaded model."""
-        return {key: value for key, value in asdict(replace(self, model=None)).items() if key != "model"}
+        values = asdict(replace(self, model=None))
+        del values["model"]
+        return values
 
 
 def parse_model(given: str | StudyModel | Mapping[str, Any] | Any) -> StudyModel:
@@ -106,20 +119,17 @@ def parse_model(given: str | StudyModel | Mapping[str, Any] | Any) -> StudyModel
         return given
     if isinstance(given, Mapping):
         values = {str(key): value for key, value in given.items() if value is not None}
-        if "name" not in values:
-            return StudyModel(**values)  # raises
-        return replace(parse_model(str(values.pop("name"))), **values)
-    if isinstance(given, str | Path):
-        name, at, revision = str(given).rpartition("@")
-        if not at or Path(str(given)).exists():
-            return StudyModel(str(given))
-        step = re.fullmatch(r"step(\d+)", revision)
-        if step and is_zoo_name(name):
-            return StudyModel(name, checkpoint_step=int(step[1]))
-        return StudyModel(name, revision=revision)
-    from memlens.models.provenance import describe
-
-    return StudyModel(str(describe(given)["model"]), model=given)
+        named = parse_model(str(values.pop("name"))) if "name" in values else StudyModel(**values)  # raises
+        return replace(named, **values)
+    if not isinstance(given, str | Path):
+        return StudyModel(str(describe(given)["model"]), model=given)
+    name, at, revision = str(given).rpartition("@")
+    if not at or Path(given).exists():
+        return StudyModel(str(given))
+    step = re.fullmatch(r"step(\d+)", revision)
+    if step and is_zoo_name(name):
+        return StudyModel(name, checkpoint_step=int(step[1]))
+    return StudyModel(name, revision=revision)
 
 
 def parse_sources(given: Sequence[str]) -> dict[str, str]:
@@ -230,6 +240,5 @@ def per_domain(seqs: SequenceSet, most: int | None, seed: int) -> SequenceSet:
     rows = []
     for i, domain in enumerate(pd.unique(labels)):
         own = np.flatnonzero(labels == domain)
-        chosen = at_most(seqs[own], most, seed + i)
-        rows += own[seqs.table["id"].iloc[own].isin(chosen.ids).to_numpy()].tolist()
+        rows += own[np.isin(seqs[own].ids, at_most(seqs[own], most, seed + i).ids)].tolist()
     return seqs[np.sort(np.array(rows, dtype=int))]

@@ -1,128 +1,112 @@
-"""Figures of the report, drawn from its tables: one declarative list, `FIGURES`."""
+"""Figures of the report, drawn from its tables: one declarative list, `FIGURES`.
+
+Titles, readings and sections are in `texts.yaml`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from memlens.figures.models import curves_by_family, model_dots, shares_by_model, similarity_map, sizes
 from memlens.studies.comparative.analyze.profiles import cluster
-from memlens.studies.comparative.measure import CONTROL, MEMORIZED
-from memlens.studies.comparative.store import SavedModel
+from memlens.studies.comparative.options import CONTROL, MEMORIZED
 from memlens.studies.comparative.tables import Made
 
-Draw = Callable[..., go.Figure | None]
-"""Draws a figure, given `Made` and its titles; None where there is nothing to show."""
 
+@dataclass(frozen=True)
+class Figure:
+    """One figure of the report.
 
-def largest_of_families(table: pd.DataFrame, models: Sequence[SavedModel]) -> pd.DataFrame:
-    """Return the rows of each family's largest model."""
-    size = {model.label: float(model.facts["n_params"]) * (not model.control) for model in models}
-    sizes_of: Any = pd.Series([size[str(name)] for name in table["model"]], index=table.index)
-    return table.loc[np.asarray(sizes_of == sizes_of.groupby(table["family"]).transform("max"))]
-
-
-def _curves(
-    table: str,
-    x: str,
-    *,
-    mean: str = "mean",
-    largest: bool = False,
-    rows: Callable[[Any], Any] = lambda frame: frame,
-    **options: Any,
-) -> Draw:
-    """Return what draws one line per model from a table.
-
-    Args:
-        table: Its name.
-        x: The column to the right.
-        mean: The column that is drawn.
-        largest: Only each family's largest model.
-        rows: Chooses rows.
-        **options: Of `curves_by_family`.
+    Attributes:
+        table: The table that it shows.
+        draw: Draws rows of the table, given the figure's titles.
+        mean: The column that is drawn as `mean`.
+        rows: Chooses the rows.
+        largest: Whether only each family's largest model is shown.
     """
 
-    def draw(made: Made, **words: Any) -> go.Figure | None:
-        frame = made.table(table)
-        frame = rows(frame) if len(frame) else frame
+    table: str
+    draw: Callable[..., go.Figure]
+    mean: str = "mean"
+    rows: Callable[[Any], Any] = lambda frame: frame
+    largest: bool = False
+
+    def of(self, made: Made, **words: str) -> go.Figure | None:
+        """Draw the figure; None where there is nothing to show."""
+        frame: Any = made.table(self.table)
+        frame = self.rows(frame) if len(frame) else frame
         if not len(frame):
             return None
-        if largest:
-            frame = largest_of_families(frame, made.models)
-        return curves_by_family(frame.rename(columns={mean: "mean"}), x, **options, **words)
-
-    return draw
+        if self.largest:
+            frame = largest_of_families(frame, made.table("rates"))
+        return self.draw(frame.rename(columns={self.mean: "mean"}), **words)
 
 
-def _rate_and_size(made: Made, **words: str) -> go.Figure | None:
-    series = made.series("rates")
-    return sizes(series, **words) if len(series) else None
+def largest_of_families(frame: Any, rates: Any) -> pd.DataFrame:
+    """Return the rows of each family's largest model; controls only where a family has nothing else."""
+    rates = rates[rates["model"].isin(frame["model"])]
+    size = rates["n_params"] * ~rates["control"]
+    largest = rates["model"][size == size.groupby(rates["family"]).transform("max")]
+    return frame[frame["model"].isin(largest)]
 
 
-def _scores(made: Made, **words: str) -> go.Figure | None:
-    spread: Any = made.table("score_spread")
-    whole = spread.groupby(["model", "part"], sort=False, as_index=False).agg({"share": "sum"})
+def _scores(frame: Any, **words: str) -> go.Figure:
+    whole = frame.groupby(["model", "part"], sort=False, as_index=False).agg({"share": "sum"})
     parts = "M " + whole["part"].replace({"0": "= 0", "1": "= 1"})
     return shares_by_model(whole.assign(part=parts), "part", **words)
 
 
-def _compression(made: Made, **words: str) -> go.Figure | None:
-    table = made.table("compression")
-    return model_dots(table.rename(columns={"ratio": "mean"}), **words) if len(table) else None
+def _domain_shares(frame: pd.DataFrame, **words: str) -> go.Figure:
+    return shares_by_model(frame, "domain", "equal_share", **words)
 
 
-def _domain_shares(made: Made, **words: str) -> go.Figure | None:
-    table = made.table("domains")
-    known = table.loc[table["equal_share"].notna()]
-    return shares_by_model(known, "domain", "equal_share", **words) if len(known) else None
+def _head_overlap(frame: pd.DataFrame, **words: str) -> go.Figure:
+    return model_dots(frame.assign(kind=frame["statistic"]), reference="exact", **words)
 
 
-def _head_overlap(made: Made, **words: str) -> go.Figure | None:
-    table = made.table("head_overlap")
-    if not len(table):
-        return None
-    shown = table["statistic"].isin(["across domains", "inside a domain"])
-    rows = table.loc[shown & (table["null"] == "heads anywhere")]
-    dots = rows.assign(mean=rows["value"], kind=rows["statistic"])
-    return model_dots(dots, reference="exact", **words)
-
-
-def _profile_similarity(made: Made, **words: str) -> go.Figure | None:
-    found = made.profiles
-    if len(found.models) < 2:
-        return None
-    merges, order = cluster(found.similarity, made.options.linkage)
-    return similarity_map(found.similarity, found.labels, merges, order, **words)
+def _profile_similarity(frame: pd.DataFrame, linkage: str, **words: str) -> go.Figure:
+    labels = frame["model"].tolist()
+    similarity = frame[labels].to_numpy()
+    return similarity_map(similarity, labels, *cluster(similarity, linkage), **words)
 
 
 def _examined(frame: Any) -> Any:
     return frame[frame["group"].isin([MEMORIZED, CONTROL])]
 
 
-FIGURES: dict[str, tuple[str, Draw]] = {
-    "rate_and_size": ("rates", _rate_and_size),
-    "scores": ("rates", _scores),
-    "depth": ("rates", _curves("depth", "k", mean="rate")),
-    "compression": ("compression", _compression),
-    "domain_shares": ("domains", _domain_shares),
-    "frequency": ("frequency", _curves("frequency", "offset", dash="bucket", largest=True)),
-    "copies": (
-        "training",
-        _curves("copies", "copies", mean="rate", rows=lambda frame: frame[frame["copies"] > 0], log_x=True),
+def _compared(frame: Any) -> Any:
+    statistics = frame["statistic"].isin(["across domains", "inside a domain"])
+    return frame[statistics & (frame["null"] == "heads anywhere")]
+
+
+def _curves(x: str, **options: Any) -> Callable[..., go.Figure]:
+    return partial(curves_by_family, x=x, **options)
+
+
+FIGURES: dict[str, Figure] = {
+    "rate_and_size": Figure("rates", sizes, rows=lambda frame: frame[~frame["control"]]),
+    "scores": Figure("score_spread", _scores),
+    "depth": Figure("depth", _curves("k"), "rate"),
+    "compression": Figure("compression", model_dots, "ratio"),
+    "domain_shares": Figure("domains", _domain_shares, rows=lambda frame: frame.dropna(subset="equal_share")),
+    "frequency": Figure("frequency", _curves("offset", dash="bucket"), largest=True),
+    "copies": Figure(
+        "copies", _curves("copies", log_x=True), "rate", rows=lambda frame: frame[frame["copies"] > 0]
     ),
-    "training": ("training", _curves("training", "step", mean="rate")),
-    "noise": ("noise", _curves("noise", "alpha", mean="rate")),
-    "similarity": ("noise", _curves("similarity", "depth", rows=_examined, largest=True, dash="group")),
-    "decoding": (
-        "layers",
-        _curves("decoding", "depth", rows=lambda f: _examined(f[f["token"] == "true"]), dash="group"),
+    "training": Figure("training", _curves("step"), "rate"),
+    "noise": Figure("noise", _curves("alpha"), "rate"),
+    "similarity": Figure("similarity", _curves("depth", dash="group"), rows=_examined, largest=True),
+    "decoding": Figure(
+        "decoding", _curves("depth", dash="group"), rows=lambda f: _examined(f[f["token"] == "true"])
     ),
-    "head_overlap": ("heads", _head_overlap),
-    "profiles": ("signatures", _curves("profiles", "depth")),
-    "profile_similarity": ("signatures", _profile_similarity),
+    "head_overlap": Figure("head_overlap", _head_overlap, "value", rows=_compared),
+    "profiles": Figure("profiles", _curves("depth")),
+    "profile_similarity": Figure("profile_similarity", _profile_similarity),
 }
-"""By name: the section and what draws it."""
+"""By name, in the order of the report."""

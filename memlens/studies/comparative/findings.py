@@ -1,27 +1,29 @@
 """Findings: the paper's claims, each judged by one number of the study's tables.
 
-The claims and their words are in `texts.yaml`; `EVIDENCE` names what judges each of them. A claim is judged
-by a number with a direction and its 95 % interval, or by a permutation null.
+The claims, their words and what each is judged from are in `texts.yaml`. A claim is judged by a number with a
+direction and its 95 % interval, or by a permutation null.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 import yaml
 
 from memlens.report.model import Finding
 from memlens.results.statistics.estimates import Estimate
+from memlens.results.statistics.intervals import mean_interval
 from memlens.studies.comparative.analyze.domains import domain_agreement
 from memlens.studies.comparative.analyze.frequency import BUCKETS
 from memlens.studies.comparative.analyze.profiles import FamilyTest
 from memlens.studies.comparative.analyze.rates import smaller_beats_larger
-from memlens.studies.comparative.measure import CONTROL, MEMORIZED, UNTRAINED
+from memlens.studies.comparative.options import MEMORIZED
 
 TEXTS: dict[str, Any] = yaml.safe_load(
     resources.files("memlens.studies.comparative").joinpath("texts.yaml").read_text(encoding="utf-8")
@@ -31,8 +33,6 @@ VERDICTS = ("holds", "does not hold", "undecided", "not tested")
 
 _FEW_LABELINGS = 20
 """With fewer ways to label the models no p can be 0.05."""
-
-_NONE = pd.DataFrame()
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,16 @@ class Claim:
         known_from: How we know it.
         toy: Why models trained on a toy corpus may differ.
         unit: Of the number that judges it.
+        table: The table that holds the number.
+        rule: How it is judged: the name of one of `RULES`.
+        column: The number's column ("overlap": the statistic).
+        prefix: Of the columns `low` and `high` of its interval.
+        n: Column of its count.
+        sign: The side of `against` on which the paper has the number: 1 above, -1 below, 0 unknown.
+        against: What it is compared with.
         needs: What it is judged from.
         found: Begins the sentence that says what was found.
-        control: What the number is compared with.
+        control: What the number is compared with, in words.
     """
 
     title: str
@@ -55,6 +62,13 @@ class Claim:
     known_from: str
     toy: str
     unit: str
+    table: str
+    rule: str = "pooled"
+    column: str = ""
+    prefix: str = ""
+    n: str = "n"
+    sign: int = 1
+    against: float = 0.0
     needs: str = "What it needs was not measured."
     found: str = ""
     control: str = ""
@@ -93,7 +107,7 @@ def judge(estimate: Estimate, sign: int, against: float = 0.0) -> str:
     >>> judge(Estimate(0.3, 0.1, 0.5, 10), -1)
     'does not hold'
     """
-    if not estimate.excludes(against):
+    if not sign or not estimate.excludes(against):
         return "undecided"
     return "holds" if sign * (estimate.low - against) > 0 else "does not hold"
 
@@ -119,71 +133,72 @@ def over_models(estimates: Sequence[Estimate]) -> Estimate:
     >>> round(found.value, 2), round(found.low, 2), found.n
     (2.0, -0.48, 3)
     """
-    from scipy import stats
-
-    known = [estimate for estimate in estimates if np.isfinite(estimate.value)]
-    if not known:
-        return Estimate.unknown()
-    n, mean = len(known), float(np.mean([estimate.value for estimate in known]))
-    if n < 3:
-        low, high = np.mean([(estimate.low, estimate.high) for estimate in known], axis=0).tolist()
-        return Estimate(mean, low, high, known[0].n if n == 1 else n)
-    spread = np.std([estimate.value for estimate in known], ddof=1)
-    half = float(stats.t.ppf(0.975, n - 1) * spread / np.sqrt(n))
-    return Estimate(mean, mean - half, mean + half, n)
+    if len(estimates) == 1:
+        return estimates[0]
+    if len(estimates) == 2:
+        ends = np.array([(estimate.value, estimate.low, estimate.high) for estimate in estimates])
+        value, low, high = ends.mean(0).tolist()
+        return Estimate(value, low, high, 2)
+    values = xr.DataArray([estimate.value for estimate in estimates], dims="model")
+    return Estimate.of(mean_interval(values, "model", method="t"))
 
 
-def _estimates(table: pd.DataFrame, value: str, prefix: str = "", n: str = "n") -> list[Estimate]:
+def _estimates(claim: Claim, table: Any) -> list[Estimate]:
     """Return one estimate per row; rows without a number are left out."""
-    count = n if n in table else None
-    rows = [Estimate.from_row(row, value, prefix=prefix, n=count) for row in table.to_dict("records")]
-    return [estimate for estimate in rows if np.isfinite(estimate.value)]
+    rows = table[np.isfinite(table[claim.column])].to_dict("records")
+    n = claim.n if claim.n in table else None
+    return [Estimate.from_row(row, claim.column, prefix=claim.prefix, n=n) for row in rows]
 
 
-def _pooled(
-    claim: str,
-    table: pd.DataFrame,
-    value: str,
-    sign: int,
-    *,
-    prefix: str = "",
-    n: str = "n",
-    against: float = 0.0,
-    control: str = "",
-) -> Judged | None:
+Evidence = tuple[str, Estimate, str, str]
+"""The sentence, the number, the control and the verdict of a `Judged` claim."""
+
+
+def _pooled(claim: Claim, table: Any) -> Evidence | None:
     """Judge the mean of a column over models; None where no model has the number.
 
-    Args:
-        claim: Key of the claim.
-        table: One row per model.
-        value: The column; its interval is in `prefix` + "low" and "high".
-        sign: The side of `against` on which the paper has it.
-        prefix: See above.
-        n: Column of the counts.
-        against: What it is compared with.
-        control: Further words on the control.
+    With several strengths of noise the strongest counts. With several groups, memorized sequences are judged,
+    and the other groups' numbers are the control.
     """
-    own = _estimates(table, value, prefix, n)
+    if "alpha" in table:
+        table = table[table["alpha"] == table["alpha"].max()]
+    control = []
+    if "group" in table:
+        for group, part in table[table["group"] != MEMORIZED].groupby("group", sort=False):
+            if others := _estimates(claim, part):
+                control.append(f"{group} {over_models(others)}")
+        table = table[table["group"] == MEMORIZED]
+    own = _estimates(claim, table)
     if not own:
         return None
-    mean, verdicts = over_models(own), [judge(estimate, sign, against) for estimate in own]
+    mean, verdicts = over_models(own), [judge(estimate, claim.sign, claim.against) for estimate in own]
     over = "one model"
     if len(own) > 1:
         over = (
             f"mean over {len(own)} models; by a model's own interval it holds in {verdicts.count('holds')} "
             f"and does not hold in {verdicts.count('does not hold')}"
         )
-    text = CLAIMS[claim]
-    found = f"{text.found} is {mean} ({over})."
-    return Judged(claim, found, mean, text.control + control, judge(mean, sign, against))
+    sentence, verdict = f"{claim.found} is {mean} ({over}).", judge(mean, claim.sign, claim.against)
+    return sentence, mean, claim.control + "; ".join(control), verdict
 
 
-def _fitted(claim: str, fits: pd.DataFrame, sign: int) -> Judged | None:
-    """Judge the slope on size that all families share, or one family's; None where nothing was fitted."""
-    if not len(fits):
-        return None
+def _overlap(claim: Claim, table: Any) -> Evidence | None:
+    """Judge an overlap of heads minus what random sets give."""
+    nulls = table[table["statistic"] == claim.column].groupby("null")
+    rows, layered = (nulls.get_group(null) for null in ("heads anywhere", "heads inside their layers"))
+    above = pd.DataFrame({name: rows[name] - rows["exact"] for name in ("value", "low", "high")})
+    control = (
+        f"it is {rows['value'].mean():.3g}, by chance {rows['exact'].mean():.3g}; with heads shuffled inside "
+        f"their layers {layered['null_mean'].mean():.3g}, and significantly above that in "
+        f"{np.count_nonzero(layered['p_above'] <= 0.05)} of {len(layered)} models"
+    )
+    return _pooled(replace(claim, column="value", control=control), above)
+
+
+def _fitted(claim: Claim, fits: Any) -> Evidence:
+    """Judge the slope on size that all families share, or one family's."""
     joint = fits[fits["family"] == "all families"]
-    row: Any = (joint if len(joint) else fits).iloc[0]
+    row = (joint if len(joint) else fits).iloc[0]
     slope = Estimate.from_row(row, "slope", prefix="" if np.isfinite(row["low"]) else "boot_", n="sizes")
     others = "; ".join(
         f"{other['family']}, {other['reading']}: {Estimate.from_row(other, 'slope', n='sizes')}, "
@@ -191,43 +206,20 @@ def _fitted(claim: str, fits: pd.DataFrame, sign: int) -> Judged | None:
         for other in fits.drop(index=row.name).to_dict("records")
     )
     found = (
-        f"{CLAIMS[claim].found} changes by {slope} with every factor 10 in parameters ({row['family']}, "
+        f"{claim.found} changes by {slope} with every factor 10 in parameters ({row['family']}, "
         f"{slope.n} sizes, R² {row['r2']:.2g})."
     )
-    verdict = "undecided" if claim == "depth" else judge(slope, sign)  # depth has no direction to judge
-    return Judged(claim, found, slope, CLAIMS[claim].control + others, verdict)
+    return found, slope, claim.control + others, judge(slope, claim.sign)
 
 
-def _agreed(claim: str, values: np.ndarray) -> Judged | None:
-    """Judge the mean rank correlation of families; `values` is `[family, domain or position]`."""
-    found = domain_agreement(values)
-    if not np.isfinite(found["value"]):
-        return None
-    text, n = CLAIMS[claim], int(found["n"])
-    return Judged(
-        claim,
-        f"{text.found} is {found['value']:.3g} (mean, all pairs of {n} families).",
-        Estimate(found["value"], n=n),
-        f"{text.control} shuffled: [{found['null_low']:.3g}, {found['null_high']:.3g}], p = {found['p']:.2g}",
-        by_null(found["p"]),
-    )
-
-
-# ---- evidence --------------------------------------------------------------------------------------------
-
-Get = Callable[[str], pd.DataFrame]
-"""Gives a table by name; one that was not made is empty."""
-
-
-def _families(get: Get) -> Judged | None:
-    rates = get("rates")
-    pairs = smaller_beats_larger(rates) if len(rates) else rates
+def _smaller(claim: Claim, rates: Any) -> Evidence | None:
+    """Judge in how many pairs of two families the smaller model recalls more."""
+    pairs = smaller_beats_larger(rates)
     if not len(pairs):
         return None
-    clear = int((pairs["p_corrected"].to_numpy() < 0.05).sum())
-    means: Any = rates.groupby("family")["rate"].mean()
-    return Judged(
-        "families",
+    clear = int((pairs["p_corrected"] < 0.05).sum())
+    means = rates.groupby("family")["rate"].mean()
+    return (
         f"In {clear} of {len(pairs)} pairs of two families the smaller model recalls significantly more "
         "(one-sided tests, corrected for all pairs).",
         Estimate(clear / len(pairs), n=len(pairs)),
@@ -236,82 +228,35 @@ def _families(get: Get) -> Judged | None:
     )
 
 
-def _domains_shared(get: Get) -> Judged | None:
-    table = get("domains")
-    if not len(table):
-        return None
+def _domains(claim: Claim, table: Any) -> Evidence | None:
     rates = table.pivot_table(index="family", columns="domain", values="rate").dropna(axis=1)
-    return _agreed("domains_shared", rates.to_numpy())
+    return _agreed(claim, rates.to_numpy())
 
 
-def _frequency_shared(get: Get) -> Judged | None:
-    table = get("frequency")
-    if not len(table):
-        return None
+def _offsets(claim: Claim, table: Any) -> Evidence | None:
     wide = table.pivot_table(index=["family", "offset"], columns="bucket", values="mean")
     if BUCKETS[0] not in wide or BUCKETS[2] not in wide:
         return None
     gaps = (wide[BUCKETS[0]] - wide[BUCKETS[2]]).unstack("offset").dropna()
-    return _agreed("frequency_shared", gaps.to_numpy())
+    return _agreed(claim, gaps.to_numpy())
 
 
-def _strongest(table: pd.DataFrame) -> pd.DataFrame:
-    return table.loc[table["alpha"] == table["alpha"].max()] if len(table) else table
-
-
-def _memorized(claim: str, table: pd.DataFrame, value: str, sign: int, **options: Any) -> Judged | None:
-    """Judge the memorized group's number; the other groups' numbers are the control."""
-    if not len(table):
+def _agreed(claim: Claim, values: np.ndarray) -> Evidence | None:
+    """Judge the mean rank correlation of families; `values` is `[family, domain or position]`."""
+    found = domain_agreement(values)
+    if not np.isfinite(found["value"]):
         return None
-    others = {
-        name: _estimates(table.loc[table["group"] == name], value, options.get("prefix", ""))
-        for name in (CONTROL, UNTRAINED)
-    }
-    control = "; ".join(f"{name} {over_models(found)}" for name, found in others.items() if found)
-    own = table.loc[table["group"] == MEMORIZED]
-    return _pooled(claim, own, value, sign, control=control, **options)
+    n, p = int(found["n"]), found["p_above"]
+    null = f"shuffled: [{found['null_low']:.3g}, {found['null_high']:.3g}], p = {p:.2g}"
+    sentence = f"{claim.found} is {found['value']:.3g} (mean, all pairs of {n} families)."
+    return sentence, Estimate(found["value"], n=n), f"{claim.control} {null}", by_null(p)
 
 
-def _overlap(claim: str, table: pd.DataFrame, statistic: str) -> Judged | None:
-    """Judge an overlap of heads minus what random sets give."""
-    if not len(table):
-        return None
-    nulls = table.loc[table["statistic"] == statistic].groupby("null")
-    rows, layered = (nulls.get_group(null) for null in ("heads anywhere", "heads inside their layers"))
-    above = pd.DataFrame({name: rows[name] - rows["exact"] for name in ("value", "low", "high")})
-    control = (
-        f"it is {rows['value'].mean():.3g}, by chance {rows['exact'].mean():.3g}; with heads shuffled inside "
-        f"their layers {layered['null_mean'].mean():.3g}, and significantly above that in "
-        f"{int((layered['p_above'].to_numpy() <= 0.05).sum())} of {len(layered)} models"
-    )
-    return _pooled(claim, above, "value", 1, control=control)
-
-
-EVIDENCE: Mapping[str, Callable[[Get], Judged | None]] = {
-    "size": lambda get: _fitted("size", get("size_fits"), 1),
-    "families": _families,
-    "depth": lambda get: _fitted("depth", get("depth_fits"), 1),
-    "bipolar": lambda get: _pooled("bipolar", get("scores"), "at_ends", 1, against=0.5),
-    "compressible": lambda get: _pooled("compressible", get("compression"), "ratio", -1, against=1.0),
-    "half": lambda get: _pooled(
-        "half", get("compression"), "up_to_half", 1, prefix="half_", against=0.5
-    ),
-    "structural": lambda get: _pooled("structural", get("structural"), "gap", 1),
-    "structural_size": lambda get: _fitted("structural_size", get("structural_fits"), -1),
-    "domains_shared": _domains_shared,
-    "boundary": lambda get: _pooled("boundary", get("boundary_gaps"), "gap", 1),
-    "frequency_shared": _frequency_shared,
-    "denoising": lambda get: _memorized("denoising", _strongest(get("recovery")), "recovery", 1),
-    "recovery": lambda get: _pooled("recovery", _strongest(get("recovery_gaps")), "gap", -1, n="pairs"),
-    "structural_noise": lambda get: _pooled("structural_noise", get("structural_noise"), "change", 1),
-    "burst": lambda get: _memorized("burst", get("bursts"), "burst", 1, against=0.5),
-    "before_last": lambda get: _memorized(
-        "before_last", get("bursts"), "before_last", 1, prefix="before_", against=0.5
-    ),
-    "in_domain": lambda get: _overlap("in_domain", get("head_overlap"), "inside a domain"),
-    "universal": lambda get: _overlap("universal", get("head_overlap"), "universal"),
+RULES: Mapping[str, Callable[[Claim, pd.DataFrame], Evidence | None]] = {
+    "pooled": _pooled, "overlap": _overlap, "fitted": _fitted, "smaller": _smaller, "domains": _domains,
+    "offsets": _offsets,
 }  # fmt: skip
-"""For each claim but "signature", what judges it; None where the tables hold nothing for it."""
+"""Judge a claim by its table; None where that holds nothing for it. "signature" is judged by its tests."""
 
 
 def judge_all(
@@ -324,17 +269,19 @@ def judge_all(
         tests: "families", and "untrained" for the twins of random weights, where there are such tests.
         signature: Similarity within families minus across, with its interval over sequences.
     """
-    found = []
-    for claim, text in CLAIMS.items():
-        if claim == "signature":
-            judged = _signature(tests, signature)
-        else:
-            judged = EVIDENCE[claim](lambda name: tables.get(name, _NONE))
-        found.append(judged or Judged(claim, text.needs, Estimate.unknown(), "", "not tested"))
-    return found
+    judged = []
+    for name, claim in CLAIMS.items():
+        table, found = tables.get(claim.table), None
+        if claim.rule == "signature":
+            found = _signature(tests, signature)
+        elif table is not None and len(table):
+            found = RULES[claim.rule](claim, table)
+        sentence, estimate, control, verdict = found or (claim.needs, Estimate.unknown(), "", "not tested")
+        judged.append(Judged(name, sentence, estimate, control, verdict))
+    return judged
 
 
-def _signature(tests: Mapping[str, FamilyTest], signature: Estimate | None) -> Judged | None:
+def _signature(tests: Mapping[str, FamilyTest], signature: Estimate | None) -> Evidence | None:
     if "families" not in tests or signature is None:
         return None
     rows = tests["families"].table.set_index("statistic")
@@ -348,10 +295,10 @@ def _signature(tests: Mapping[str, FamilyTest], signature: Estimate | None) -> J
         other = tests["untrained"].table.set_index("statistic").loc["accuracy"]
         control += f"; untrained twins {other['value']:.3g} (p = {other['p']:.2g})"
     found = f"Profiles are {signature} more similar within families than across."
-    verdict = by_null(float(gap["p"]))
     if tests["families"].labelings < _FEW_LABELINGS:
-        verdict, control = "undecided", f"too few models for a permutation test to decide; {control}"
-    return Judged("signature", found, signature, control, verdict)
+        few = "too few models for a permutation test to decide"
+        return found, signature, f"{few}; {control}", "undecided"
+    return found, signature, control, by_null(float(gap["p"]))
 
 
 def claim_table(judged: Sequence[Judged]) -> pd.DataFrame:
@@ -412,27 +359,29 @@ def signature_table(models: pd.DataFrame, similarity: pd.DataFrame | None = None
         means: Any = models.groupby("family")[column].mean()
         means = means.dropna().sort_values(ascending=trait["first"] == "lowest")
         here = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
-        order = "family is not here"
-        if family in means.index and len(means) > 1:
-            order = "as noted" if means.index[0] == family else "otherwise"
-        rows.append((family, trait["noted"], here, order))
+        known = family in means.index and len(means) > 1
+        rows.append((family, trait["noted"], here, _order(means.index[0] == family) if known else _ABSENT))
     if similarity is not None and len(similarity):
         rows.append(("olmo1, olmo2, olmo3", TEXTS["generations"], *_generations(models, similarity)))
     return pd.DataFrame(rows, columns=["family", "noted", "here", "order"])
 
 
-def _generations(models: pd.DataFrame, similarity: pd.DataFrame) -> tuple[str, str]:
+_ABSENT = "family is not here"
+
+
+def _order(as_noted: bool) -> str:
+    return "as noted" if as_noted else "otherwise"
+
+
+def _generations(models: Any, similarity: Any) -> tuple[str, str]:
     """Compare pairs of two generations of OLMo with the other pairs of two families."""
-    families = dict(zip(models["model"], models["family"], strict=True))
-    labels = [str(label) for label in similarity["model"] if label in families]
-    values = similarity.set_index("model").loc[labels, labels].to_numpy(float)
-    ours, others = [], []
-    for i, a in enumerate(labels):
-        for j, b in enumerate(labels[:i]):
-            if families[a] != families[b]:
-                both = families[a].startswith("olmo") and families[b].startswith("olmo")
-                (ours if both else others).append(values[i, j])
-    if not ours or not others:
-        return "", "family is not here"
-    here = f"pairs of generations {np.mean(ours):.3g}, other pairs across families {np.mean(others):.3g}"
-    return here, "as noted" if np.mean(ours) > np.mean(others) else "otherwise"
+    families = models.set_index("model")["family"]
+    pairs = similarity.melt("model", var_name="other")
+    pairs = pairs[pairs[["model", "other"]].isin(families.index).all(axis=1)]
+    one, two = (pairs[name].map(families) for name in ("model", "other"))
+    olmo = one.str.startswith("olmo") & two.str.startswith("olmo")
+    ours, others = (float(pairs["value"][(one != two) & chosen].mean()) for chosen in (olmo, ~olmo))
+    if not np.isfinite(ours - others):
+        return "", _ABSENT
+    here = f"pairs of generations {ours:.3g}, other pairs across families {others:.3g}"
+    return here, _order(ours > others)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,6 @@ from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.heads import ablate_heads
 from memlens.instruments.decode.decoding import decode_residual
 from memlens.instruments.noise import perturb_residual
-from memlens.models.load import load_model
 from memlens.models.provenance import describe
 from memlens.models.zoo import is_zoo_name
 from memlens.organisms.training.architectures import untrained_like
@@ -32,57 +32,26 @@ from memlens.store.fingerprint import fingerprint, model_fingerprint, sequences_
 from memlens.studies.comparative.analyze.frequency import token_frequencies
 from memlens.studies.comparative.analyze.rates import join_steps
 from memlens.studies.comparative.config import StudyModel, per_domain, read_domains
-from memlens.studies.comparative.options import ComparativeOptions
-from memlens.studies.comparative.store import ModelStore, SavedModel, folder_name
+from memlens.studies.comparative.options import (
+    CONTROL,
+    MEMORIZED,
+    UNTRAINED,
+    ComparativeOptions,
+    Measure,
+)
+from memlens.studies.comparative.store import SavedModel, folder_name
 from memlens.studies.running import StudyDirectory, at_most
 
-
-def loaded(entry: StudyModel) -> Any:
-    """Return the model of an entry, as given or loaded now."""
-    if entry.model is not None:
-        return entry.model
-    return load_model(
-        entry.name, backend=entry.backend, revision=entry.revision, checkpoint_step=entry.checkpoint_step,
-        dtype=entry.dtype, device=entry.device,
-    )  # fmt: skip
-
-
-def facts_of(model: Any, entry: StudyModel) -> dict[str, Any]:
-    """Return what is recorded of a model: its identity, sizes, and the fingerprint of its weights."""
-    described, trunk = describe(model), Trunk(model)
-    return {
-        **described,
-        "label": entry.label,
-        "family": entry.family_of(described),
-        "corpus": entry.corpus_of,
-        "control": entry.is_control,
-        "n_layers": trunk.n_layers,
-        "n_heads": trunk.n_heads,
-        "fingerprint": model_fingerprint(model),
-        "entry": entry.settings(),
-    }
-
-
-MEMORIZED, CONTROL, UNTRAINED = "memorized", "matched control", "untrained twin"
-
 _GROUPED = ("max_examined", "unmemorized_below", "seed")
+_NOISE = ("alphas", "noise_layer", "noise_site", "noise_positions", "noise_scale", "noise_draws")
 _USES: dict[str, tuple[str, ...]] = {
-    "recall": (),
     "groups": _GROUPED,
-    "frequency": (),
     "compression": ("compression", "compression_budget", "max_compressed", "seed"),
     "decoding": (*_GROUPED, "untrained"),
-    "noise": (
-        "alphas", "noise_layer", "noise_site", "noise_positions", "noise_scale", "noise_draws",
-        "noise_per_domain", "seed",
-    ),
-    "recovery": (
-        *_GROUPED, "untrained", "alphas", "noise_layer", "noise_site", "noise_positions", "noise_scale",
-        "noise_draws", "similarity_at",
-    ),
+    "noise": (*_NOISE, "noise_per_domain", "seed"),
+    "recovery": (*_GROUPED, "untrained", *_NOISE, "similarity_at"),
     "heads": ("head_mode", "heads_per_domain", "untrained", "seed"),
-    "training": (),
-}  # fmt: skip
+}
 """The options that a part depends on, besides model and sequences."""
 
 _METRICS = {
@@ -90,8 +59,6 @@ _METRICS = {
     "recovery": ("target_logprob", "exact_match"),
     "heads": ("target_logprob", "target_accuracy", "exact_match"),
 }
-
-_SWEPT = ("noise", "heads")
 
 
 def measure_model(
@@ -118,97 +85,91 @@ def measure_model(
     Raises:
         MemlensError: The model or its sequences cannot be loaded, or cannot be scored.
     """
-    return _Measures(entry, sources, Path(root), options, progress).run(folder)
+    work = _Measures(entry, sources, Path(root), options, progress)
+    work.make("recall")
+    wanted = {*options.measures} - {"recall"}
+    wanted |= {"groups"} if wanted & {"decoding", "recovery"} else set()
+    for part in get_args(Measure):
+        if part in wanted:
+            folder.step(f"{entry.label}: {part}", partial(work.make, part))
+    return SavedModel(work.path)
 
 
 class _Measures:
+    """Computes the parts of one model: each method named after a part saves it, or says why it cannot."""
+
     def __init__(
         self, entry: StudyModel, sources: Any, root: Path, options: ComparativeOptions, progress: bool
     ) -> None:
         self.entry, self.options, self.progress = entry, options, progress
-        self.model = loaded(entry)
+        self.model = entry.load()
         self.seqs = read_domains(sources, self.model, options)
-        self.facts = facts_of(self.model, entry)
-        self.path = root / folder_name(entry.label, str(self.facts["fingerprint"]))
-        self.store = ModelStore(self.path, self.facts)
+        described, trunk, weights = describe(self.model), Trunk(self.model), model_fingerprint(self.model)
+        facts = {
+            **described,
+            "label": entry.label,
+            "family": entry.family_of(described),
+            "corpus": entry.corpus_of,
+            "control": entry.is_control,
+            "n_layers": trunk.n_layers,
+            "n_heads": trunk.n_heads,
+            "fingerprint": weights,
+            "entry": entry.settings(),
+        }
+        self.path = root / folder_name(entry.label, weights)
+        self.saved = SavedModel(self.path, facts)
         self.on = sequences_fingerprint(self.seqs)
 
-    def run(self, folder: StudyDirectory) -> SavedModel:
-        self._make("recall", self._recall)
-        works: dict[str, Callable[[], str | None]] = {
-            "groups": self._groups, "frequency": self._frequency, "compression": self._compression,
-            "decoding": self._decoding, "noise": self._noise, "recovery": self._recovery,
-            "heads": self._heads, "training": self._training,
-        }  # fmt: skip
-        wanted = {"recall", *self.options.measures}
-        wanted |= {"groups"} if wanted & {"decoding", "recovery"} else set()
-        for part, work in works.items():
-            if part in wanted:
-                folder.step(
-                    f"{self.entry.label}: {part}", lambda part=part, work=work: self._make(part, work)
-                )
-        return SavedModel.open(self.path)
-
-    def _make(self, part: str, work: Callable[[], str | None]) -> None:
-        chosen: dict[str, Any] = {name: getattr(self.options, name) for name in _USES[part]}
+    def make(self, part: str) -> None:
+        chosen: dict[str, Any] = {name: getattr(self.options, name) for name in _USES.get(part, ())}
         if part == "training":
             chosen["checkpoints"] = self.entry.checkpoints
         if part in ("frequency", "groups", "decoding", "recovery"):
             chosen["counts"] = self.entry.counts
         self.key = fingerprint([part, self.on, sorted(chosen.items()), _METRICS.get(part, ())])
-        self.store.make(part, self.key, work, chosen)
-        if part in _SWEPT:  # a finished sweep needs no parts to resume from
-            shutil.rmtree(self._sweep(part), ignore_errors=True)
+        self.saved.make(part, self.key, getattr(self, part), chosen)
+        shutil.rmtree(self.sweep(part), ignore_errors=True)  # a finished sweep needs no parts to resume from
 
-    def _sweep(self, part: str) -> Path:
+    def sweep(self, part: str) -> Path:
         """Return the folder that keeps a sweep's finished parts until the sweep is done."""
         return self.path / "sweeps" / f"{part}-{self.key[:8]}"
 
+    @cached_property
+    def twin(self) -> Any:
+        return untrained_like(self.model, seed=self.options.seed)
+
     # ---- the parts ---------------------------------------------------------------------------------------
 
-    def _recall(self) -> None:
-        recall = score_recall(self.model, self.seqs, metrics=(), progress=self.progress)
-        recall.save(self.path / "recall.parquet")
+    def recall(self) -> None:
+        scores = score_recall(self.model, self.seqs, metrics=(), progress=self.progress)
+        scores.save(self.path / "recall.parquet")
 
-    @cached_property
-    def recall(self) -> RecallScores:
-        return RecallScores.load(self.path / "recall.parquet")
-
-    def _groups(self) -> str | None:
-        memorized = self.recall.memorized()
+    def groups(self) -> str | None:
+        memorized = self.saved.recall.memorized()
         chosen = at_most(memorized, self.options.max_examined, self.options.seed)
-        rows = [pd.DataFrame({"id": chosen.ids, "group": MEMORIZED, "matched_to": ""})]
+        groups = pd.DataFrame({"id": chosen.ids, "group": MEMORIZED, "matched_to": ""})
         note = None
         if len(chosen):
             try:
-                counts, _ = self._counts()
-                controls = self.recall.matched_controls(
-                    seed=self.options.seed, below=self.options.unmemorized_below, token_counts=counts
-                )
-                wanted = controls.table["matched_to"].isin(chosen.ids).to_numpy()
-                table = controls.table[wanted]
-                rows.append(
-                    pd.DataFrame({"id": table["id"], "group": CONTROL, "matched_to": table["matched_to"]})
-                )
+                controls = self.saved.recall.matched_controls(
+                    seed=self.options.seed, below=self.options.unmemorized_below,
+                    token_counts=self._counts()[0],
+                )  # fmt: skip
+                found = controls.table.loc[controls.table["matched_to"].isin(chosen.ids)]
+                groups = pd.concat([groups, found[["id", "matched_to"]].assign(group=CONTROL)])
             except MemlensError as error:  # all sequences are memorized: continue without controls
                 note = None if len(chosen) > 1 else str(error)
         if len(chosen) < 2:
             note = f"{len(memorized)} memorized sequences: too few to examine"
         with replacing(self.path / "groups.parquet") as part:
-            pd.concat(rows, ignore_index=True).to_parquet(part)
+            groups.reset_index(drop=True).to_parquet(part)
         return note
 
-    def _chosen(self, group: str) -> SequenceSet:
-        table = pd.read_parquet(self.path / "groups.parquet")
-        ids = table.loc[table["group"] == group, "id"].tolist()
-        place = {name: i for i, name in enumerate(self.seqs.ids)}
-        return self.seqs[[place[name] for name in ids]] if ids else self.seqs[[]]
-
-    def _frequency(self) -> None:
-        counts, counted_in = self._counts()
-        token_frequencies(self.seqs, counts, counted_in).save(self.path / "frequency.nc")
+    def frequency(self) -> None:
+        token_frequencies(self.seqs, *self._counts()).save(self.path / "frequency.nc")
 
     def _counts(self) -> tuple[np.ndarray, str]:
+        """Return how often each token occurs, and where that was counted."""
         given, size = self.entry.counts, int(self.model.cfg.d_vocab)
         if given is None and is_zoo_name(self.entry.name):
             try:
@@ -223,8 +184,8 @@ class _Measures:
         tokens = self.seqs.tokens.numpy()[self.seqs.mask.numpy()]
         return np.bincount(tokens, minlength=size), "the scored sequences themselves"
 
-    def _compression(self) -> str | None:
-        memorized = self.recall.memorized()
+    def compression(self) -> str | None:
+        memorized = self.saved.recall.memorized()
         if not len(memorized):
             return "no memorized sequence to compress"
         chosen = at_most(memorized, self.options.max_compressed, self.options.seed)
@@ -235,81 +196,67 @@ class _Measures:
         result.save(self.path / "compression.nc")
         return None
 
-    def _decoding(self) -> str | None:
-        return self._of_groups(
-            "decoding", lambda model, seqs: decode_residual(model, seqs, progress=self.progress)
-        )
+    def decoding(self) -> str | None:
+        return self._of_groups("decoding", partial(decode_residual, progress=self.progress))
 
-    def _recovery(self) -> str | None:
-        options = {**self._noise_options(), "similarity_at": self.options.similarity_at}
-        return self._of_groups(
-            "recovery",
-            lambda model, seqs: perturb_residual(model, seqs, metrics=_METRICS["recovery"], **options),
-        )
+    def recovery(self) -> str | None:
+        return self._of_groups("recovery", partial(self._perturb, similarity_at=self.options.similarity_at))
 
     def _of_groups(self, part: str, work: Callable[[Any, SequenceSet], Result]) -> str | None:
         """Measure memorized sequences and their matched controls, and the former on the twin."""
-        groups = {name: self._chosen(name) for name in (MEMORIZED, CONTROL)}
+        place, chosen = {name: i for i, name in enumerate(self.seqs.ids)}, self.saved.groups
+        groups = {
+            name: self.seqs[[place[i] for i in chosen.loc[chosen["group"] == name, "id"]]]
+            for name in (MEMORIZED, CONTROL)
+        }
         if len(groups[MEMORIZED]) < 2:
             return f"{len(groups[MEMORIZED])} memorized sequences: too few to examine"
         results = {name: work(self.model, seqs) for name, seqs in groups.items() if len(seqs)}
         if self.options.untrained:
             results[UNTRAINED] = work(self.twin, groups[MEMORIZED])
-        _without_tokens(join_groups(results)).save(self.path / f"{part}.nc")
+        data = join_groups(results).data.drop_vars("token", errors="ignore")  # the recall table has the text
+        Result(data).save(self.path / f"{part}.nc")
         return None
 
-    @cached_property
-    def twin(self) -> Any:
-        return untrained_like(self.model, seed=self.options.seed)
-
-    def _noise_options(self) -> dict[str, Any]:
+    def _perturb(self, model: Any, seqs: SequenceSet, part: str = "recovery", **options: Any) -> Result:
         o = self.options
-        return {
-            "alphas": o.alphas, "layer": o.noise_layer, "site": o.noise_site, "positions": o.noise_positions,
-            "scale": o.noise_scale, "n_draws": o.noise_draws, "seed": o.seed, "progress": self.progress,
-        }  # fmt: skip
-
-    def _noise(self) -> None:
-        seqs = per_domain(self.seqs, self.options.noise_per_domain, self.options.seed)
-        result = perturb_residual(
-            self.model, seqs, metrics=_METRICS["noise"], recovery=False,
-            out=self._sweep("noise"), **self._noise_options(),
+        return perturb_residual(
+            model, seqs, metrics=_METRICS[part], alphas=o.alphas, layer=o.noise_layer, site=o.noise_site,
+            positions=o.noise_positions, scale=o.noise_scale, n_draws=o.noise_draws, seed=o.seed,
+            progress=self.progress, **options,
         )  # fmt: skip
+
+    def noise(self) -> None:
+        seqs = per_domain(self.seqs, self.options.noise_per_domain, self.options.seed)
+        result = self._perturb(self.model, seqs, "noise", recovery=False, out=self.sweep("noise"))
         result.save(self.path / "noise.nc")
 
-    def _heads(self) -> str | None:
-        memorized = per_domain(self.recall.memorized(), self.options.heads_per_domain, self.options.seed)
-        if not len(memorized):
+    def heads(self) -> str | None:
+        options, memorized = self.options, self.saved.recall.memorized()
+        chosen = per_domain(memorized, options.heads_per_domain, options.seed)
+        if not len(chosen):
             return "no memorized sequence to ablate heads for"
-        bare = self.seqs[[i for i, name in enumerate(self.seqs.ids) if name in set(memorized.ids)]]
-        options: dict[str, Any] = {
-            "mode": self.options.head_mode, "seed": self.options.seed, "progress": self.progress,
-            "metrics": _METRICS["heads"],
-        }  # fmt: skip
-        ablate_heads(self.model, bare, out=self._sweep("heads"), **options).save(self.path / "heads.nc")
+        bare = self.seqs[[i for i, name in enumerate(self.seqs.ids) if name in set(chosen.ids)]]
+        ablate = partial(
+            ablate_heads, mode=options.head_mode, seed=options.seed, metrics=_METRICS["heads"],
+            progress=self.progress,
+        )  # fmt: skip
+        ablate(self.model, bare, out=self.sweep("heads")).save(self.path / "heads.nc")
         (self.path / "heads_untrained.nc").unlink(missing_ok=True)
-        if self.options.untrained:
-            few = at_most(bare, self.options.max_examined, self.options.seed)
-            ablate_heads(self.twin, few, **options).save(self.path / "heads_untrained.nc")
+        if options.untrained:
+            few = at_most(bare, options.max_examined, options.seed)
+            ablate(self.twin, few).save(self.path / "heads_untrained.nc")
         return None
 
-    def _training(self) -> str | None:
+    def training(self) -> str | None:
         if not self.entry.checkpoints:
             return "no checkpoints were given"
         tables = {}
         for step in sorted(set(self.entry.checkpoints)):
             file = self.path / "steps" / f"{step}-{self.key[:8]}.parquet"
             if not file.exists():
-                model = load_model(
-                    self.entry.name, checkpoint_step=step, backend=self.entry.backend,
-                    dtype=self.entry.dtype, device=self.entry.device,
-                )  # fmt: skip
+                model = replace(self.entry, model=None, revision=None, checkpoint_step=step).load()
                 score_recall(model, self.seqs, generate=False, metrics=(), progress=self.progress).save(file)
             tables[step] = RecallScores.load(file).table
         join_steps(tables).save(self.path / "training.nc")
         return None
-
-
-def _without_tokens(result: Result) -> Result:
-    """Drop the targets' text, which the recall table holds."""
-    return Result(result.data.drop_vars("token", errors="ignore"))

@@ -21,6 +21,9 @@ IMPORTANCES = get_args(Importance)
 ProfileKind = Literal["sum", "count", "mean"]
 Similarity = Literal["cosine", "pearson"]
 
+MEMORIZED, CONTROL, UNTRAINED = "memorized", "matched control", "untrained twin"
+"""The groups of sequences that are decoded and followed under noise."""
+
 STRUCTURAL = ("code", "math", "arithmetic", "table", "github", "stack", "starcoder")
 """Domains that count as structural text by default; all others are free text."""
 
@@ -105,3 +108,7 @@ class ComparativeOptions:
     def __post_init__(self) -> None:
         if 0.0 not in self.alphas:
             raise OptionError(f"alphas={self.alphas} lacks 0, which the others are compared with.")
+
+
+DEFAULTS = ComparativeOptions()
+"""What every function of `analyze` takes when it is called without options."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Annotated
 
 import pandas as pd
@@ -15,7 +16,6 @@ from memlens.models.families import Shape, find_model
 from memlens.models.provenance import describe
 from memlens.options import options_class
 from memlens.studies.comparative.config import StudyModel
-from memlens.studies.comparative.measure import loaded
 from memlens.studies.comparative.options import ComparativeOptions
 from memlens.studies.plans import blank_sequences
 from memlens.sweeps.interventions import Intervention
@@ -39,25 +39,6 @@ PAPER_MODELS = (
     "bigcode/starcoderbase-3b", "bigcode/starcoderbase-7b",
 )  # fmt: skip
 """The paper's twenty models, in the order of families and sizes; their shapes are in the family table."""
-
-
-def paper_table() -> pd.DataFrame:
-    """Return one row per model of the paper.
-
-    Columns `family`, `model`, `size`, `revision`, `corpus`, `heads` (of all layers), `note` (what is not
-    known of the paper's choice).
-
-    >>> paper_table()["family"].value_counts().to_dict()["pythia"]
-    6
-    """
-    rows = []
-    for name in PAPER_MODELS:
-        facts, shape, _ = _facts(StudyModel(name))
-        found = find_model(name)
-        size, heads = found[1].size if found else "", shape.n_layers * shape.n_heads
-        rows.append({**facts, "size": size, "heads": heads})
-    columns = ["family", "model", "size", "revision", "corpus", "heads", "note"]
-    return pd.DataFrame(rows, columns=columns)
 
 
 _SAMPLE = 64
@@ -84,6 +65,10 @@ class PlanSizes:
     """Prompt tokens."""
     n_targets: PositiveInt = 32
     """Continuation tokens."""
+
+    def of_heads(self, n_params: int) -> int:
+        """Return the number of sequences for heads, in all domains, of a model of this size."""
+        return self.domains * (self.heads_if_large if n_params > self.large else self.heads_per_domain)
 
 
 def plan_comparative(
@@ -119,32 +104,31 @@ def plan_comparative(
     """
     if not device_tflops > 0:
         raise OptionError(f"device_tflops={device_tflops}: give the device's speed, a number above 0.")
-    chosen, sizes = [*models] or [StudyModel(name) for name in PAPER_MODELS], sizes or PlanSizes()
-    options = options or ComparativeOptions()
-    return pd.DataFrame([_row(entry, sizes, options, device_tflops) for entry in chosen])
-
-
-def _row(
-    entry: StudyModel, sizes: PlanSizes, options: ComparativeOptions, device_tflops: float
-) -> dict[str, object]:
-    facts, shape, n_params = _facts(entry)
-    parts = pd.DataFrame(plan_parts(shape, n_params, sizes, options)).T
-    hours = parts["flop"] / (device_tflops * 1e12) / 3600
-    note = facts.pop("note")
-    return {
-        **facts,
-        "sequences": sizes.per_domain * sizes.domains,
-        "head_sequences": sizes.domains * _head_sequences(n_params, sizes),
-        "heads": shape.n_layers * shape.n_heads,
-        "forwards": round(parts["forwards"].sum()),
-        "head_forwards": round(parts.loc["heads", "forwards"]),
-        "pflop": parts["flop"].sum() / 1e15,
-        "weights_gib": 2 * n_params / 2**30,
-        "activations_gib": parts["bytes"].max() / 2**30,
-        "hours": hours.sum(),
-        "head_hours": hours["heads"],
-        "note": note,
-    }
+    sizes, options = sizes or PlanSizes(), options or ComparativeOptions()
+    chosen = [*models] or [StudyModel(name) for name in PAPER_MODELS]
+    rows = []
+    for entry in chosen:
+        facts, shape, n_params = _facts(entry)
+        parts = pd.DataFrame(plan_parts(shape, n_params, sizes, options)).T
+        hours = parts["flop"] / (device_tflops * 1e12) / 3600
+        note = facts.pop("note")
+        rows.append(
+            {
+                **facts,
+                "sequences": sizes.per_domain * sizes.domains,
+                "head_sequences": sizes.of_heads(n_params),
+                "heads": shape.n_layers * shape.n_heads,
+                "forwards": round(parts["forwards"].sum()),
+                "head_forwards": round(parts.loc["heads", "forwards"]),
+                "pflop": parts["flop"].sum() / 1e15,
+                "weights_gib": 2 * n_params / 2**30,
+                "activations_gib": parts["bytes"].max() / 2**30,
+                "hours": hours.sum(),
+                "head_hours": hours["heads"],
+                "note": note,
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def _facts(entry: StudyModel) -> tuple[dict[str, str], ModelShape, int]:
@@ -158,7 +142,7 @@ def _facts(entry: StudyModel) -> tuple[dict[str, str], ModelShape, int]:
             revision = entry.revision or _REVISIONS.get(family.name, "main")
         facts = {"family": entry.family or family.name, "model": listed.name, "revision": revision}
         return {**facts, "corpus": entry.corpus_of, "note": note}, size, found[1].shape.n_params
-    model = loaded(entry)
+    model = entry.load()
     described = describe(model)
     facts = {
         "family": entry.family_of(described), "model": entry.label, "revision": str(described["revision"]),
@@ -169,14 +153,8 @@ def _facts(entry: StudyModel) -> tuple[dict[str, str], ModelShape, int]:
 
 def planned(shape: Shape) -> ModelShape:
     """Return a shape of the family table as plans take it."""
-    return ModelShape(
-        shape.n_layers, shape.d_model, shape.n_heads, shape.n_kv_heads, shape.d_head, shape.d_mlp,
-        shape.d_vocab, shape.gated_mlp, shape.parallel,
-    )  # fmt: skip
-
-
-def _head_sequences(n_params: int, sizes: PlanSizes) -> int:
-    return sizes.heads_if_large if n_params > sizes.large else sizes.heads_per_domain
+    names = [field.name for field in fields(ModelShape) if field.name != "dtype"]
+    return ModelShape(**{name: getattr(shape, name) for name in names})
 
 
 def plan_parts(
@@ -199,7 +177,7 @@ def plan_parts(
         "recall": _scaled(base, shape, n),
         "noise": _scaled(noised, shape, n),
         "recovery": _scaled(noised, shape, 2 * memorized),
-        "heads": _scaled(ablated, shape, sizes.domains * _head_sequences(n_params, sizes)),
+        "heads": _scaled(ablated, shape, sizes.of_heads(n_params)),
     }
     one, share = parts["recall"]["flop"] / n, sizes.n_targets / (sizes.prefix_len + sizes.n_targets)
     unembed = 2.0 * shape.d_model * shape.d_vocab * sizes.n_targets

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,38 +21,57 @@ from memlens.results.result import Result
 from memlens.results.storage import load_result
 from memlens.store.keyed_folder import read_manifest, write_manifest
 
-_VERSION = 1
-"""Of the format of `model.json`."""
+_FORMAT = ("comparative", 1)
+"""The format of `model.json`, and its version."""
 
 
-class ModelStore:
-    """The folder of one model, to write to.
+class SavedModel:
+    """The folder of one model.
 
     Args:
-        folder: The folder; made where it is missing.
-        facts: What is known of the model; replaces earlier facts.
+        path: The folder.
+        facts: What is known of the model, to begin or to go on with its folder; None reads what the folder
+            says.
+
+    Attributes:
+        path: The folder.
+        facts: `label`, `family`, `corpus`, `control`, `n_params`, `n_layers`, `n_heads`, `fingerprint`, and
+            what `memlens.models.provenance.describe` gives.
+        parts: By name: `key`, `seconds`, `note` (why a part is empty), `options` (it depends on).
+        label: The model's name in tables.
+        family: Its family.
+        control: Whether the model is outside the families.
 
     Raises:
-        ResultError: `model.json` is damaged.
+        ResultError: The folder does not hold a model, or is damaged.
     """
 
     path: Path
+    facts: dict[str, Any]
+    parts: dict[str, dict[str, Any]]
+    label: str
+    family: str
+    control: bool
 
-    def __init__(self, folder: str | Path, facts: Mapping[str, Any]) -> None:
-        self.path = Path(folder)
-        self.path.mkdir(parents=True, exist_ok=True)
-        old = _read(self.path) if (self.path / "model.json").exists() else {"parts": {}}
-        self._content = {"facts": dict(facts), "parts": old["parts"]}
-        self._write()
-
-    def done(self, part: str, key: str) -> bool:
-        """Whether the folder holds a part made from the same key."""
-        return self._content["parts"].get(part, {}).get("key") == key
+    def __init__(self, path: str | Path, facts: Mapping[str, Any] | None = None) -> None:
+        self.path = Path(path)
+        self._manifest = self.path / "model.json"
+        content = {"facts": facts, "parts": {}}
+        if facts is None or self._manifest.exists():
+            content = read_manifest(self._manifest, *_FORMAT)
+        if not isinstance(content.get("facts"), Mapping) or not isinstance(content.get("parts"), dict):
+            raise ResultError(f"{self._manifest} is damaged: delete the folder to compute it anew.")
+        self.facts, self.parts = dict(facts or content["facts"]), content["parts"]
+        self.label, self.family = str(self.facts["label"]), str(self.facts["family"])
+        self.control = bool(self.facts["control"])
+        if facts is not None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write()
 
     def make(
         self, part: str, key: str, work: Callable[[], str | None], options: Mapping[str, Any] | None = None
     ) -> None:
-        """Compute a part unless the folder holds it.
+        """Compute a part unless the folder holds one made from the same key.
 
         Args:
             part: Its name.
@@ -61,59 +79,22 @@ class ModelStore:
             work: Computes and saves it; returns why there is nothing to save, if so.
             options: The options it depends on, for the record.
         """
-        if self.done(part, key):
+        if self.parts.get(part, {}).get("key") == key:
             return
-        self._content["parts"].pop(part, None)
+        self.parts.pop(part, None)
         start = time.perf_counter()
         note = work()
         seconds = round(time.perf_counter() - start, 2)
-        made = {"key": key, "seconds": seconds, "note": note or "", "options": dict(options or {})}
-        self._content["parts"][part] = made
+        self.parts[part] = {
+            "key": key,
+            "seconds": seconds,
+            "note": note or "",
+            "options": dict(options or {}),
+        }
         self._write()
 
     def _write(self) -> None:
-        write_manifest(self.path / "model.json", "comparative", _VERSION, self._content)
-
-
-@dataclass(frozen=True, eq=False)
-class SavedModel:
-    """The folder of one model, to read from.
-
-    Attributes:
-        path: The folder.
-        facts: `label`, `family`, `corpus`, `control`, `n_params`, `n_layers`, `n_heads`, `fingerprint`, and
-            what `memlens.models.provenance.describe` gives.
-        parts: By name: `key`, `seconds`, `note` (why a part is empty), `options` (it depends on).
-    """
-
-    path: Path
-    facts: Mapping[str, Any]
-    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, folder: str | Path) -> SavedModel:
-        """Open a folder written by `ModelStore`.
-
-        Raises:
-            ResultError: It does not hold a model, or is damaged.
-        """
-        content = _read(Path(folder))
-        return cls(Path(folder), content["facts"], content["parts"])
-
-    @property
-    def label(self) -> str:
-        """The model's name in tables."""
-        return str(self.facts["label"])
-
-    @property
-    def family(self) -> str:
-        """Its family."""
-        return str(self.facts["family"])
-
-    @property
-    def control(self) -> bool:
-        """Whether the model is outside the families."""
-        return bool(self.facts["control"])
+        write_manifest(self._manifest, *_FORMAT, {"facts": self.facts, "parts": self.parts})
 
     def has(self, part: str) -> bool:
         """Whether a part was measured and is not empty."""
@@ -143,7 +124,7 @@ def saved_models(folder: str | Path) -> list[SavedModel]:
         ResultError: One of them is damaged.
     """
     files = sorted(Path(folder).glob("*/model.json"), key=lambda file: file.stat().st_mtime)
-    found = {model.label: model for model in (SavedModel.open(file.parent) for file in files)}
+    found = {model.label: model for model in (SavedModel(file.parent) for file in files)}
     return sorted(found.values(), key=lambda model: model.label)
 
 
@@ -154,10 +135,3 @@ def folder_name(label: str, fingerprint: str) -> str:
     'zoo-pythia-s-01234567'
     """
     return f"{re.sub(r'[^A-Za-z0-9._]+', '-', label).strip('-.') or 'model'}-{fingerprint[:8]}"
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    content = read_manifest(folder / "model.json", "comparative", _VERSION)
-    if not isinstance(content.get("facts"), dict) or not isinstance(content.get("parts"), dict):
-        raise ResultError(f"{folder / 'model.json'} is damaged: delete the folder to compute it anew.")
-    return content

@@ -24,7 +24,7 @@ from memlens.studies.comparative.findings import TEXTS, as_finding
 from memlens.studies.comparative.measure import measure_model
 from memlens.studies.comparative.options import ComparativeOptions
 from memlens.studies.comparative.store import SavedModel, saved_models
-from memlens.studies.comparative.tables import TABLES, Made, Table, judged
+from memlens.studies.comparative.tables import Made
 from memlens.studies.running import StudyDirectory, StudyRun
 
 
@@ -113,21 +113,20 @@ def _compare(models: list[SavedModel], folder: StudyDirectory, options: Comparat
     folder.add_citations(*(c for m in models for c in family_citation(m.family, str(m.facts["model"]))))
     made = Made(models, options)
 
-    def table(spec: Table) -> None:
-        made.tables[spec.name] = found = spec.of(made)
+    def table(name: str) -> None:
+        found = made.make(name)
         if len(found):
-            words = _filled(TEXTS["tables"][spec.name], made)
-            folder.add_table(spec.name, found, section=spec.section, **words)
+            folder.add_table(name, found, **_filled(TEXTS["tables"][name], made))
 
     def figure(name: str) -> None:
-        section, draw = FIGURES[name]
-        words = TEXTS["figures"][name]
-        found = draw(made, **_filled({k: v for k, v in words.items() if k != "reading"}, made))
+        words = _filled(TEXTS["figures"][name], made)
+        shown = {key: words.pop(key) for key in ("section", "reading")}
+        found = FIGURES[name].of(made, **words)
         if found is not None:
-            folder.add_figure(name, found, section=section, **_filled({"reading": words["reading"]}, made))
+            folder.add_figure(name, found, **shown)
 
-    for spec in TABLES:
-        folder.step(f"over all models: table {spec.name}", partial(table, spec))
+    for name in TEXTS["tables"]:
+        folder.step(f"over all models: table {name}", partial(table, name))
     for name in FIGURES:
         folder.step(f"over all models: figure {name}", partial(figure, name))
     for section, words in TEXTS["sections"].items():
@@ -137,7 +136,7 @@ def _compare(models: list[SavedModel], folder: StudyDirectory, options: Comparat
             folder.add_table(f"{section}_note", note, title="Not here", section=section)
 
     def findings() -> None:
-        for item in judged(made):
+        for item in made.judged:
             folder.find(as_finding(item))
 
     folder.step("over all models: findings", findings)

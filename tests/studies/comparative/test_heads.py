@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations, pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,11 +32,12 @@ from memlens.studies.comparative.analyze.profiles import (
     on_grid,
     similarity_matrix,
 )
+from memlens.studies.comparative.options import ComparativeOptions
 
 
-def effects(importance: np.ndarray, domains: list[str], **options: float) -> HeadEffects:
+def effects(importance: np.ndarray, domains: list[str], **options: Any) -> HeadEffects:
     array = xr.DataArray(importance, dims=("sequence", "layer", "head"))
-    return HeadEffects(array, np.array(domains), **options)  # pyright: ignore[reportArgumentType]
+    return HeadEffects(array, np.array(domains), ComparativeOptions(**options))
 
 
 # ---- the random overlap ----------------------------------------------------------------------------------
@@ -96,9 +98,9 @@ def planted(specific: bool, n: int = 30, seed: int = 0) -> HeadEffects:
 
 def test_overlap_tells_shared_from_domain_specific_heads() -> None:
     shared, own = (
-        head_overlap(planted(specific), n_permutations=199, n_splits=20, n_resamples=100).set_index(
-            ["statistic", "null"]
-        )
+        head_overlap(
+            planted(specific), ComparativeOptions(n_permutations=199, n_splits=20, n_resamples=100)
+        ).set_index(["statistic", "null"])
         for specific in (False, True)
     )
     across = ("across domains", "heads anywhere")
@@ -123,8 +125,8 @@ def test_overlap_tells_shared_from_domain_specific_heads() -> None:
 
 def test_overlap_statistics_equal_those_computed_by_hand() -> None:
     some = planted(True, n=9, seed=3)
-    table = head_overlap(some, n_permutations=199, n_splits=4, n_resamples=50)
-    means = {d: some.table[some.rows[d]].mean(0) for d in some.domains}
+    table = head_overlap(some, ComparativeOptions(n_permutations=199, n_splits=4, n_resamples=50))
+    means = {d: some.table[rows].mean(0) for d, rows in zip(some.domains, some.rows, strict=True)}
     sets = {d: set(np.argsort(-m)[:8]) for d, m in means.items()}
     pairs = [len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in combinations(some.domains, 2)]
     by = table.set_index(["statistic", "null"])
@@ -143,7 +145,7 @@ def test_overlap_statistics_equal_those_computed_by_hand() -> None:
 def test_random_effects_overlap_as_chance_says() -> None:
     rng = np.random.default_rng(1)
     some = effects(rng.normal(size=(200, 6, 8)), ["a", "b"] * 100)
-    row = head_overlap(some, n_permutations=199, n_splits=5, n_resamples=50).iloc[0]
+    row = head_overlap(some, ComparativeOptions(n_permutations=199, n_splits=5, n_resamples=50)).iloc[0]
     assert row["null_low"] - 0.1 <= row["value"] <= row["null_high"] + 0.1
     assert row["p_above"] > 0.01
 
@@ -151,7 +153,6 @@ def test_random_effects_overlap_as_chance_says() -> None:
 def test_small_domains_are_left_out_and_one_domain_has_no_overlap() -> None:
     some = effects(np.ones((5, 2, 2)), ["a", "a", "a", "a", "b"])
     assert some.domains == ["a"]
-    assert some.left_out == {"b": 1}
     assert head_overlap(some).empty
     none = effects(np.ones((2, 2, 2)), ["a", "b"])
     assert none.sets().shape == (0, 4)
@@ -164,7 +165,7 @@ def test_small_domains_are_left_out_and_one_domain_has_no_overlap() -> None:
 def test_halves_are_disjoint_and_stay_inside_their_domain() -> None:
     importance = np.zeros((8, 1, 8))
     importance[np.arange(8), 0, np.arange(8)] = 1.0  # sequence i speaks for head i alone
-    some = effects(importance, ["a"] * 4 + ["b"] * 4, fraction=0.25, least=2)
+    some = effects(importance, ["a"] * 4 + ["b"] * 4, top_fraction=0.25, min_per_domain=2)
     first, second = some.halves(20, np.random.default_rng(0))
     assert not (first & second).any()
     assert not first[:, 0, 4:].any()
@@ -239,26 +240,28 @@ def families(separate: float, seed: int = 0) -> tuple[np.ndarray, list[str], lis
 
 
 def test_families_are_told_from_profiles_only_where_they_differ() -> None:
-    clear = family_test(*families(0.9), n_permutations=499)
+    clear = family_test(*families(0.9), ComparativeOptions(n_permutations=499))
     rows = clear.table.set_index("statistic")
     assert rows.loc["accuracy", "value"] == 1.0
     assert rows.loc["difference", "p"] < 0.02
     assert (clear.predicted["family"] == clear.predicted["predicted"]).all()
     # Shuffled labels: the chance level of three families of three stays under a half.
     assert rows.loc["accuracy", "null_mean"] < 0.5
-    none = family_test(*families(0.0), n_permutations=499).table.set_index("statistic")
+    none = family_test(*families(0.0), ComparativeOptions(n_permutations=499)).table.set_index("statistic")
     assert none.loc["difference", "p"] > 0.05
 
 
 def test_family_numbers_by_hand() -> None:
     similarity = np.array([[1, 0.9, 0.2, 0.6], [0.9, 1, 0.1, 0.3], [0.2, 0.1, 1, 0.5], [0.6, 0.3, 0.5, 1]])
-    found = family_test(similarity, list("abcd"), ["x", "x", "y", "y"], n_permutations=9)
+    found = family_test(similarity, list("abcd"), ["x", "x", "y", "y"], ComparativeOptions(n_permutations=9))
     rows = found.table.set_index("statistic")
     assert rows.loc["within", "value"] == pytest.approx((0.9 + 0.5) / 2)
     assert rows.loc["across", "value"] == pytest.approx((0.2 + 0.6 + 0.1 + 0.3) / 4)
     assert rows.loc["within", "n"] == 2
     assert found.predicted["predicted"].tolist() == ["x", "x", "y", "y"]
-    alone = family_test(similarity[:3, :3], list("abc"), ["x", "x", "y"], n_permutations=9)
+    alone = family_test(
+        similarity[:3, :3], list("abc"), ["x", "x", "y"], ComparativeOptions(n_permutations=9)
+    )
     assert alone.predicted["model"].tolist() == ["a", "b"]
     with pytest.raises(ResultError, match="2 models"):
         family_test(similarity[:2, :2], list("ab"), ["x", "y"])

@@ -36,7 +36,7 @@ from memlens.studies.comparative.analyze.layers import (
     crossing,
     depth_curve,
     noise_table,
-    recovery_gap,
+    recovery_gaps,
     recovery_table,
     structural_change,
 )
@@ -51,9 +51,11 @@ from memlens.studies.comparative.analyze.rates import (
     training_events,
     training_table,
 )
+from memlens.studies.comparative.figures import FIGURES
 from memlens.studies.comparative.findings import (
     CLAIMS,
-    EVIDENCE,
+    RULES,
+    TEXTS,
     VERDICTS,
     by_null,
     claim_table,
@@ -62,12 +64,15 @@ from memlens.studies.comparative.findings import (
     over_models,
     signature_table,
 )
+from memlens.studies.comparative.options import ComparativeOptions
+from memlens.studies.comparative.tables import OVERALL, PER_MODEL
 
 # ---- rate and size ---------------------------------------------------------------------------------------
 
 
 def test_rate_has_wilson_s_interval() -> None:
-    row = rate_row(pd.DataFrame({"exact_match": [1] * 7 + [0] * 43}))
+    hits = [1] * 7 + [0] * 43
+    row = rate_row(pd.DataFrame({"exact_match": hits, "matching_prefix": hits, "target_accuracy": 0.5}))
     low, high = proportion_confint(7, 50, method="wilson")
     assert (row["rate"], row["n"], row["memorized"]) == (0.14, 50, 7)
     assert (row["low"], row["high"]) == pytest.approx((low, high))
@@ -112,7 +117,7 @@ def models(rates: dict[str, list[float]], n: int = 100_000) -> pd.DataFrame:
 
 def test_size_fits_are_scipy_s_regression_and_find_a_planted_slope() -> None:
     table = models({"a": [0.10, 0.21, 0.29], "b": [0.05, 0.14, 0.26], "c": [0.4, 0.5]})
-    fits = size_fits(table, n_resamples=200).set_index(["family", "reading"])
+    fits = size_fits(table, options=ComparativeOptions(n_resamples=200)).set_index(["family", "reading"])
     for family in ("a", "b"):
         part = table[table["family"] == family]
         by_hand: Any = stats.linregress(np.log10(part["n_params"]), part["rate"])
@@ -135,19 +140,23 @@ def test_size_fits_are_scipy_s_regression_and_find_a_planted_slope() -> None:
 
 
 def test_size_fits_leave_zero_rates_out_of_the_logarithm_and_say_so() -> None:
-    fits = size_fits(models({"a": [0.0, 0.01, 0.1, 0.2]}, n=1000), n_resamples=100).set_index("reading")
+    fits = size_fits(
+        models({"a": [0.0, 0.01, 0.1, 0.2]}, n=1000), options=ComparativeOptions(n_resamples=100)
+    ).set_index("reading")
     assert fits.loc["rate", "left_out"] == 0
     assert fits.loc["log10 rate", "left_out"] == 1
     assert fits.loc["log10 rate", "sizes"] == 3
     assert np.isfinite(fits.loc["log10 rate", ["slope", "boot_low"]].astype(float)).all()
-    nothing = size_fits(models({"a": [0.0, 0.0, 0.0]}), n_resamples=50).set_index("reading")
+    nothing = size_fits(models({"a": [0.0, 0.0, 0.0]}), options=ComparativeOptions(n_resamples=50)).set_index(
+        "reading"
+    )
     assert nothing.loc["rate", "slope"] == pytest.approx(0)
     assert np.isnan(nothing.loc["log10 rate", "slope"])
 
 
 def test_size_fits_of_another_column() -> None:
     table = models({"a": [0.1, 0.2, 0.3]}).assign(depth=[3.0, 5.0, 7.0])
-    row = size_fits(table, column="depth").iloc[0]
+    row = size_fits(table, "depth").iloc[0]
     assert row["slope"] == pytest.approx(2.0)
     assert row["r2"] == pytest.approx(1.0)
 
@@ -185,8 +194,8 @@ def test_domain_agreement_is_the_mean_rank_correlation() -> None:
     by_hand = [stats.spearmanr(rates[i], rates[j]).statistic for i in range(4) for j in range(i)]  # pyright: ignore
     found = domain_agreement(rates)
     assert found["value"] == pytest.approx(np.mean(by_hand))
-    assert found["p"] > 0.05
-    assert domain_agreement(np.arange(6) + rates * 0.1)["p"] < 0.01
+    assert found["p_above"] > 0.05
+    assert domain_agreement(np.arange(6) + rates * 0.1)["p_above"] < 0.01
     assert np.isnan(domain_agreement(rates[:, :2])["value"])
 
 
@@ -254,14 +263,13 @@ def test_frequency_threshold_turns_round_and_looks_inside_domains() -> None:
     inside = np.concatenate([part - part.mean() for part in (frequency[:3], frequency[3:])])
     pairs = [(inside[i] > inside[j]) + 0.5 * (inside[i] == inside[j]) for i in (0, 1, 5) for j in (2, 3, 4)]
     assert found.loc["inside domains", "area"] == pytest.approx(np.mean(pairs))
-    assert frequency_threshold(frequency, np.ones(6)).empty
+    assert frequency_threshold(frequency, np.ones(6), labels).empty
 
 
 def test_mean_log_frequencies(frequent: Any) -> None:
     result = frequent[0]
-    values, offsets = result["per_million"].values, result["per_million"]["offset"].values
-    by_hand = np.nanmean(np.log10(1 + values[:, offsets >= 0]), axis=1)
-    assert mean_log_frequencies(result, "continuation") == pytest.approx(by_hand)
+    values = result["per_million"].values
+    assert mean_log_frequencies(result) == pytest.approx(np.nanmean(np.log10(1 + values), axis=1))
 
 
 # ---- training --------------------------------------------------------------------------------------------
@@ -324,7 +332,7 @@ def noisy(n: int = 40, draws: int = 2) -> Result:
 
 def test_noise_tables_by_hand() -> None:
     result = noisy()
-    table = noise_table(result, n_resamples=200).set_index("alpha")
+    table = noise_table(result, options=ComparativeOptions(n_resamples=200)).set_index("alpha")
     hits = result["exact_match"].values
     assert table.loc[0.5, "rate"] == pytest.approx(hits[:, 2].mean())
     assert table.loc[0.5, "low"] < table.loc[0.5, "rate"] < table.loc[0.5, "high"]
@@ -334,7 +342,7 @@ def test_noise_tables_by_hand() -> None:
     assert table.loc[0.1, "leading"] == pytest.approx(result["matching_prefix"].values[:, 1].mean() / 8)
     right = result["target_accuracy"].values[:, 2]
     assert table.loc[0.5, "below_half"] == pytest.approx((right < 0.5).mean())
-    change = structural_change(result, n_resamples=200)
+    change = structural_change(result, options=ComparativeOptions(n_resamples=200))
     assert change.value == pytest.approx(table.loc[0.5, "structural"] - table.loc[0.0, "structural"])
     assert change.low < change.value < change.high
 
@@ -345,13 +353,11 @@ def test_recovery_and_its_gap_within_pairs() -> None:
     table = recovery_table(result).set_index(["group", "alpha"])
     assert table.loc[("memorized", 0.5), "recovery"] == pytest.approx(recovery[:20, 2].mean())
     matched = np.array([f"s{i}" for i in reversed(range(20))])
-    gap = recovery_gap(result, 0.5, "memorized", "matched control", matched)
-    by_hand = recovery[:20, 2][::-1] - recovery[20:, 2]
-    assert gap.value == pytest.approx(by_hand.mean())
-    assert gap.n == 20
-    free = recovery_gap(result, 0.5, "memorized", "matched control")
-    assert free.value == pytest.approx(gap.value)
-    assert np.isnan(recovery_gap(result, 0.5, "memorized", "nobody").value)
+    gap = recovery_gaps(result, matched).set_index("alpha").loc[0.5]
+    assert gap["gap"] == pytest.approx((recovery[:20, 2][::-1] - recovery[20:, 2]).mean())
+    assert gap["pairs"] == 20
+    assert gap["low"] < gap["gap"] < gap["high"]
+    assert recovery_gaps(result, matched[:1]).empty
 
 
 # ---- layers ----------------------------------------------------------------------------------------------
@@ -374,8 +380,11 @@ def test_burst_and_crossing_of_planted_curves() -> None:
 # ---- claims ----------------------------------------------------------------------------------------------
 
 
-def test_every_claim_has_evidence_or_is_the_signature() -> None:
-    assert set(EVIDENCE) | {"signature"} == set(CLAIMS)
+def test_every_claim_names_a_table_and_a_rule() -> None:
+    assert {claim.rule for claim in CLAIMS.values()} == {*RULES, "signature"}
+    assert {claim.table for claim in CLAIMS.values()} <= {*PER_MODEL, *OVERALL}
+    assert set(TEXTS["tables"]) == {*PER_MODEL, *OVERALL}
+    assert set(TEXTS["figures"]) == set(FIGURES)
     known = ("the abstract", "quoted by a reader", "a reader's note", "the same authors' earlier code")
     assert all(claim.known_from.startswith(known) for claim in CLAIMS.values())
     judged = judge_all({"rates": models({"a": [0.1]})}, {}, None)
@@ -415,7 +424,7 @@ def test_claims_are_judged_from_tables() -> None:
              "up_to_half": [0.2], "half_low": [0.1], "half_high": [0.3]}
         ),
     }  # fmt: skip
-    tables["size_fits"] = size_fits(tables["rates"], n_resamples=50)
+    tables["size_fits"] = size_fits(tables["rates"], options=ComparativeOptions(n_resamples=50))
     judged = {item.claim: item for item in judge_all(tables, {}, None)}
     assert judged["size"].verdict == "holds"
     assert judged["size"].estimate.value == pytest.approx(0.1025)

@@ -20,7 +20,7 @@ from memlens.studies.comparative.config import (
     read_config,
     read_domains,
 )
-from memlens.studies.comparative.plan import PlanSizes, paper_table, plan_comparative, plan_parts, planned
+from memlens.studies.comparative.plan import PlanSizes, plan_comparative, plan_parts, planned
 from memlens.sweeps.plan import ModelShape, plan, plan_shape
 from tests.cli.test_commands import call
 
@@ -28,7 +28,7 @@ from tests.cli.test_commands import call
 
 
 def test_every_model_of_the_paper_resolves_to_name_revision_and_corpus() -> None:
-    table = paper_table()
+    table = plan_comparative()
     assert table["family"].value_counts(sort=False).to_dict() == {
         "pythia": 6, "olmo1": 2, "olmo2": 4, "olmo3": 2, "openllama": 3, "starcoder": 3
     }  # fmt: skip

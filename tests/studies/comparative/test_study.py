@@ -18,12 +18,13 @@ import memlens as ml
 from memlens.errors import EmptySetError, OptionError
 from memlens.models.provenance import describe, remember
 from memlens.recall.scores import RecallScores
+from memlens.studies.comparative import config as comparative_config
 from memlens.studies.comparative import measure as comparative_measure
 from memlens.studies.comparative.analyze.heads import expected_jaccard
 from memlens.studies.comparative.analyze.profiles import layer_profile, on_grid
 from memlens.studies.comparative.findings import CLAIMS
-from memlens.studies.comparative.measure import CONTROL, MEMORIZED
-from memlens.studies.comparative.store import ModelStore, SavedModel, saved_models
+from memlens.studies.comparative.options import CONTROL, MEMORIZED
+from memlens.studies.comparative.store import SavedModel, saved_models
 from memlens.studies.running import StudyRun
 
 SMALL = ml.studies.ComparativeOptions(
@@ -351,7 +352,7 @@ def test_checkpoints_are_followed(
 ) -> None:
     steps = {10: shaken(pythia, 1.0, 1, "early"), 20: pythia, 30: shaken(pythia, 0.05, 2, "late")}
     monkeypatch.setattr(
-        comparative_measure,
+        comparative_config,
         "load_model",
         lambda name, checkpoint_step=None, **options: steps[checkpoint_step],
     )
@@ -393,20 +394,20 @@ def test_a_store_keeps_what_was_made_from_the_same(tmp_path: Path) -> None:
     def work() -> None:
         made.append("once")
 
-    store = ModelStore(tmp_path / "m", {"label": "m", "family": "f", "control": False})
+    store = SavedModel(tmp_path / "m", {"label": "m", "family": "f", "control": False})
     store.make("recall", "key", work)
     store.make("recall", "key", work)
-    again = ModelStore(tmp_path / "m", {"label": "m", "family": "f", "control": False})
+    again = SavedModel(tmp_path / "m", {"label": "m", "family": "f", "control": False})
     again.make("recall", "key", work)
     assert made == ["once"]
     again.make("recall", "other", work)
     assert len(made) == 2
     with pytest.raises(ValueError, match="on purpose"):
         again.make("heads", "key", lambda: (_ for _ in ()).throw(ValueError("on purpose")))
-    assert not SavedModel.open(tmp_path / "m").has("heads")
-    newer = ModelStore(tmp_path / "n", {"label": "m", "family": "g", "control": False})
+    assert not SavedModel(tmp_path / "m").has("heads")
+    newer = SavedModel(tmp_path / "n", {"label": "m", "family": "g", "control": False})
     newer.make("recall", "key", work)
     assert [model.family for model in saved_models(tmp_path)] == ["g"]
     (tmp_path / "m" / "model.json").write_text("{")
     with pytest.raises(ml.errors.ResultError, match="damaged"):
-        SavedModel.open(tmp_path / "m")
+        SavedModel(tmp_path / "m")

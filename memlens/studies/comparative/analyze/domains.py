@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
 from memlens.results.statistics.estimates import Estimate, share_estimate
-from memlens.studies.comparative.analyze.rates import drawn_estimate
-from memlens.studies.comparative.options import STRUCTURAL
+from memlens.results.statistics.intervals import bootstrap_means
+from memlens.studies.comparative.analyze.rates import against_null, drawn_estimate
+from memlens.studies.comparative.options import DEFAULTS, STRUCTURAL, ComparativeOptions
 
 
 def domain_table(table: pd.DataFrame, structural: Collection[str] = STRUCTURAL) -> pd.DataFrame:
@@ -44,12 +44,7 @@ def domain_table(table: pd.DataFrame, structural: Collection[str] = STRUCTURAL) 
 
 
 def structural_share(
-    hits: Float[np.ndarray, " seq"],
-    domains: np.ndarray,
-    structural: Collection[str] = STRUCTURAL,
-    *,
-    n_resamples: int = 1000,
-    seed: int = 0,
+    hits: Float[np.ndarray, " seq"], domains: np.ndarray, options: ComparativeOptions = DEFAULTS
 ) -> Estimate:
     """Return the share of structural text among the memorized, as an equal sample of every domain gives it.
 
@@ -59,106 +54,77 @@ def structural_share(
     Args:
         hits: How far each sequence is memorized: 0 or 1, or a mean over draws.
         domains: Its domain.
-        structural: Domains that count as structural text.
-        n_resamples: Of the bootstrap.
-        seed: Of the bootstrap.
+        options: `structural`, and `n_resamples` and `seed` of the bootstrap.
 
     >>> found = structural_share(np.array([1.0, 1, 0, 1]), np.array(["code", "code", "web", "web"]))
     >>> round(found.value, 3)
     0.667
     """
-    value, drawn = structural_draws(hits, domains, structural, n_resamples, seed)
-    return drawn_estimate(value, drawn, int((hits > 0).sum()))
-
-
-def structural_draws(
-    hits: Float[np.ndarray, " seq"],
-    domains: np.ndarray,
-    structural: Collection[str],
-    n_resamples: int,
-    seed: int,
-) -> tuple[float, Float[np.ndarray, " draw"]]:
-    """Return `structural_share` and its bootstrap draws; equal seeds resample the same sequences."""
-    rates, drawn, names = _rates(hits, domains, n_resamples, seed)
-    chosen = np.isin(names, list(structural))
-    return float(_share(rates[None], chosen)[0]), _share(drawn, chosen)
+    shares = shares_of(*resampled_rates(hits, domains, options))
+    return drawn_estimate(shares[0], shares[1:], int((hits > 0).sum()))
 
 
 def structural_gap(
-    hits: Float[np.ndarray, " seq"],
-    domains: np.ndarray,
-    structural: Collection[str] = STRUCTURAL,
-    *,
-    n_resamples: int = 1000,
-    seed: int = 0,
+    hits: Float[np.ndarray, " seq"], domains: np.ndarray, options: ComparativeOptions = DEFAULTS
 ) -> Estimate:
     """Return the mean rate of structural domains minus that of the others; every domain has the same weight.
 
-    NaN where all domains are of one kind.
+    NaN where all domains are of one kind. See `structural_share` for the arguments and the interval.
 
     >>> hits, domains = np.array([1.0, 1, 0, 1]), np.array(["code", "code", "web", "web"])
     >>> structural_gap(hits, domains).value
     0.5
     """
-    rates, drawn, names = _rates(hits, domains, n_resamples, seed)
-    chosen = np.isin(names, list(structural))
-    if chosen.all() or not chosen.any():
+    rates, structural = resampled_rates(hits, domains, options)
+    if structural.all() or not structural.any():
         return Estimate.unknown(len(hits))
-    gaps = drawn[:, chosen].mean(1) - drawn[:, ~chosen].mean(1)
-    return drawn_estimate(float(rates[chosen].mean() - rates[~chosen].mean()), gaps, len(hits))
+    gaps = rates[:, structural].mean(1) - rates[:, ~structural].mean(1)
+    return drawn_estimate(gaps[0], gaps[1:], len(hits))
+
+
+def resampled_rates(
+    hits: np.ndarray, domains: np.ndarray, options: ComparativeOptions
+) -> tuple[Float[np.ndarray, "1+draw domain"], np.ndarray]:
+    """Return the domains' rates, followed by those of bootstrap resamples, and which are structural."""
+    rng, labels = np.random.default_rng(options.seed), np.asarray(domains).astype(str)
+    names, rates = np.unique(labels), []
+    for name in names:
+        own = hits[labels == name][:, None].astype(float)
+        rates.append(np.vstack([own.mean(0), bootstrap_means(own, options.n_resamples, rng)]))
+    return np.hstack(rates), np.isin(names, options.structural)
+
+
+def shares_of(rates: np.ndarray, structural: np.ndarray) -> np.ndarray:
+    """Return the structural share in each row of `resampled_rates`; NaN where nothing is memorized."""
+    with np.errstate(invalid="ignore"):
+        return rates[:, structural].sum(1) / rates.sum(1)
 
 
 def domain_agreement(
-    rates: Float[np.ndarray, "model domain"], *, n_permutations: int = 999, seed: int = 0
+    rates: Float[np.ndarray, "model domain"], options: ComparativeOptions = DEFAULTS
 ) -> dict[str, float]:
     """Return the mean rank correlation of the domain rates of all pairs of models.
 
-    The null shuffles each model's domains.
+    The null shuffles each model's domains (`n_permutations` and `seed` of the options).
 
     Returns:
-        `value` (mean Spearman correlation), `null_low`, `null_high` (central 95 %), `p` (share of the null at
-        least as large) and `n` (models). NaN with fewer than two models or three domains; models whose rates
-        are all equal are left out.
+        `value` (mean Spearman correlation), `n` (models), and what `against_null` gives; with fewer than two
+        models or three domains, only `n` and a NaN `value`. Models whose rates are all equal are left out.
 
     >>> found = domain_agreement(np.array([[0.1, 0.2, 0.3, 0.4], [0.2, 0.3, 0.6, 0.7]]))
-    >>> round(found["value"], 3), found["p"] < 0.1
+    >>> round(found["value"], 3), found["p_above"] < 0.1
     (1.0, True)
     """
     from scipy.stats import rankdata
 
     rates = rates[np.ptp(rates, axis=1) > 0] if len(rates) else rates
     if len(rates) < 2 or rates.shape[1] < 3:
-        return dict.fromkeys(("value", "null_low", "null_high", "p"), np.nan) | {"n": len(rates)}
-    ranks = rankdata(rates, axis=1)
-    ranks = ranks - ranks.mean(1, keepdims=True)
-    ranks = ranks / np.linalg.norm(ranks, axis=1, keepdims=True)
-    rng = np.random.default_rng(seed)
+        return {"value": np.nan, "n": len(rates)}
+    ranks, rng = rankdata(rates, axis=1), np.random.default_rng(options.seed)
 
     def mean_correlation(rows: np.ndarray) -> float:
-        return float(np.mean([rows[i] @ rows[j] for i, j in combinations(range(len(rows)), 2)]))
+        return float(np.corrcoef(rows)[np.triu_indices(len(rows), 1)].mean())
 
     value = mean_correlation(ranks)
-    null = np.array([mean_correlation(rng.permuted(ranks, axis=1)) for _ in range(n_permutations)])
-    low, high = np.percentile(null, [2.5, 97.5]).tolist()
-    p = float((1 + (null >= value - 1e-12).sum()) / (1 + n_permutations))
-    return {"value": value, "null_low": low, "null_high": high, "p": p, "n": len(rates)}
-
-
-def _rates(
-    hits: np.ndarray, domains: np.ndarray, n_resamples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return each domain's rate, its bootstrap resamples, and the domains."""
-    rng, labels = np.random.default_rng(seed), np.asarray(domains).astype(str)
-    names = np.unique(labels)
-    rates, drawn = [], []
-    for name in names:
-        own = hits[labels == name]
-        weights = rng.multinomial(len(own), np.full(len(own), 1 / len(own)), size=n_resamples)
-        rates.append(own.mean())
-        drawn.append(weights @ own / len(own))
-    return np.array(rates), np.stack(drawn, 1), names
-
-
-def _share(rates: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    total = rates.sum(1)
-    return np.where(total > 0, rates[:, chosen].sum(1) / np.where(total > 0, total, 1), np.nan)
+    null = np.array([mean_correlation(rng.permuted(ranks, axis=1)) for _ in range(options.n_permutations)])
+    return {"value": value, "n": len(rates), **against_null(value, null)}

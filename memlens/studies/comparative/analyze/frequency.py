@@ -18,7 +18,7 @@ from memlens.results.statistics.agreement import roc_area
 from memlens.results.statistics.estimates import Estimate, mean_estimate
 from memlens.results.statistics.intervals import mean_interval
 from memlens.sequences.set import SequenceSet
-from memlens.studies.comparative.analyze.rates import difference
+from memlens.studies.comparative.analyze.rates import drawn_estimate
 
 BUCKETS = ("M = 1", "M about 0.5", "M = 0")
 
@@ -52,21 +52,17 @@ def token_frequencies(seqs: SequenceSet, counts: Int[np.ndarray, " vocab"], coun
     return Result.create(data, kind="token_frequency", settings=settings)
 
 
-def bucket_labels(scores: Float[np.ndarray, " seq"], *, half_width: float = 0.1) -> np.ndarray:
+def bucket_labels(scores: Float[np.ndarray, " seq"], half_width: float = 0.1) -> np.ndarray:
     """Return the bucket of each memorization score; "" for those in none.
 
     >>> bucket_labels(np.array([1.0, 0.45, 0.0, 0.2])).tolist()
     ['M = 1', 'M about 0.5', 'M = 0', '']
     """
-    out = np.full(len(scores), "", dtype=object)
-    for label, chosen in zip(
-        BUCKETS, (scores == 1, np.abs(scores - 0.5) <= half_width + 1e-9, scores == 0), strict=True
-    ):
-        out[chosen] = label
-    return out
+    found = (scores == 1, np.abs(scores - 0.5) <= half_width + 1e-9, scores == 0)
+    return np.select(found, np.array(BUCKETS, dtype=object), "")
 
 
-def frequency_by_offset(result: Result, buckets: np.ndarray, *, seed: int = 0) -> pd.DataFrame:
+def frequency_by_offset(result: Result, buckets: np.ndarray, seed: int = 0) -> pd.DataFrame:
     """Return the mean token frequency at each position, in each bucket.
 
     Returns:
@@ -74,41 +70,43 @@ def frequency_by_offset(result: Result, buckets: np.ndarray, *, seed: int = 0) -
         sequences). Buckets without sequences are left out.
     """
     rows = []
-    for bucket in [*BUCKETS, *sorted(set(buckets) - {*BUCKETS, ""})]:
-        if not (buckets == bucket).any():
-            continue
-        part = result["per_million"].isel(sequence=buckets == bucket)
+    for bucket, part in _parts(result, buckets):
         found = mean_interval(part, method="bootstrap", n_resamples=500, seed=seed)
         for i, offset in enumerate(part["offset"].values.tolist()):
             rows.append({"bucket": bucket, "offset": offset, **Estimate.of(found[:, i]).row("mean")})
     return pd.DataFrame(rows)
 
 
-def boundary_table(result: Result, buckets: np.ndarray, *, seed: int = 0) -> pd.DataFrame:
+def boundary_table(result: Result, buckets: np.ndarray, seed: int = 0) -> pd.DataFrame:
     """Return how the token frequency changes at the first continuation token, in each bucket.
 
     Returns:
         Columns `bucket`, `n`, `prefix` (mean over the prompt), `last` (its last token), `first` (the first
         continuation token), `continuation` (mean), in occurrences per million; `change` = first - prefix,
-        within each sequence, with `low` and `high` (bootstrap over sequences).
+        within each sequence, with `low` and `high` (bootstrap over sequences); `counted_in` (the corpus).
     """
     rows = []
-    offsets = result["per_million"]["offset"].values
-    for bucket in BUCKETS:
-        part = result["per_million"].isel(sequence=buckets == bucket)
-        if not part.sizes["sequence"]:
-            continue
-        prefix, first = part.isel(offset=offsets < 0).mean("offset"), part.sel(offset=0)
+    for bucket, part in _parts(result, buckets):
+        offsets = part["offset"].values
         means = {
-            "prefix": prefix, "last": part.sel(offset=-1), "first": first,
+            "prefix": part.isel(offset=offsets < 0).mean("offset"),
+            "last": part.sel(offset=-1),
+            "first": part.sel(offset=0),
             "continuation": part.isel(offset=offsets >= 0).mean("offset"),
-        }  # fmt: skip
+        }
         numbers = {name: float(array.mean()) for name, array in means.items()}
-        rows.append({"bucket": bucket, **numbers, **mean_estimate(first - prefix, seed=seed).row("change")})
+        change = mean_estimate(means["first"] - means["prefix"], seed=seed).row("change")
+        rows.append({"bucket": bucket, **numbers, **change, "counted_in": result.settings["counted_in"]})
     return pd.DataFrame(rows)
 
 
-def boundary_gap(result: Result, buckets: np.ndarray, *, seed: int = 0) -> Estimate:
+def _parts(result: Result, buckets: np.ndarray) -> list[tuple[str, xr.DataArray]]:
+    """Return the frequencies of each bucket that has sequences."""
+    array = result["per_million"]
+    return [(name, array.isel(sequence=buckets == name)) for name in BUCKETS if (buckets == name).any()]
+
+
+def boundary_gap(result: Result, buckets: np.ndarray, seed: int = 0) -> Estimate:
     """Return the change of frequency at the boundary of M = 1 sequences minus that of M = 0 ones.
 
     The change is the first continuation token minus the mean of the prompt, in occurrences per million;
@@ -117,22 +115,16 @@ def boundary_gap(result: Result, buckets: np.ndarray, *, seed: int = 0) -> Estim
     array = result["per_million"]
     change = (array.sel(offset=0) - array.isel(offset=array["offset"].values < 0).mean("offset")).values
     ours, theirs = (change[buckets == bucket] for bucket in (BUCKETS[0], BUCKETS[2]))
+    n, rng = len(ours) + len(theirs), np.random.default_rng(seed)
     if min(len(ours), len(theirs)) < 2:
-        return Estimate.unknown(len(ours) + len(theirs))
-    return difference(ours, theirs, seed)
+        return Estimate.unknown(n)
+    first, second = (part[rng.integers(0, len(part), (2000, len(part)))].mean(1) for part in (ours, theirs))
+    return drawn_estimate(float(ours.mean() - theirs.mean()), first - second, n)
 
 
-def mean_log_frequencies(result: Result, part: str = "all") -> Float[np.ndarray, " seq"]:
-    """Return each sequence's mean of log10(1 + occurrences per million).
-
-    Args:
-        result: See `token_frequencies`.
-        part: Over "all" tokens, the "prefix" (prompt) or the "continuation".
-    """
-    array = result["per_million"]
-    offsets = array["offset"].values
-    chosen = {"all": offsets == offsets, "prefix": offsets < 0, "continuation": offsets >= 0}[part]
-    return np.nanmean(np.log10(1 + array.values[:, chosen]), axis=1)
+def mean_log_frequencies(result: Result) -> Float[np.ndarray, " seq"]:
+    """Return each sequence's mean of log10(1 + occurrences per million), over prompt and continuation."""
+    return np.nanmean(np.log10(1 + result["per_million"].values.astype(float)), axis=1)
 
 
 def youden(score: Float[np.ndarray, " seq"], label: Bool[np.ndarray, " seq"]) -> tuple[float, float, float]:
@@ -157,15 +149,14 @@ def youden(score: Float[np.ndarray, " seq"], label: Bool[np.ndarray, " seq"]) ->
 def frequency_threshold(
     frequency: Float[np.ndarray, " seq"],
     scores: Float[np.ndarray, " seq"],
-    domains: np.ndarray | None = None,
-    *,
+    domains: np.ndarray,
     below: float = 0.5,
 ) -> pd.DataFrame:
     """Return the frequency that best separates memorized (M = 1) from unmemorized (M < `below`) sequences.
 
     Where the area is under 1/2, memorized sequences are the *less* frequent ones, and the cut is taken from
-    that side. With domains a second row compares within domains: each domain's mean is subtracted, so that
-    the domains themselves are not what is separated (the cut is relative to that mean).
+    that side. With several domains a second row compares within domains: each domain's mean is subtracted, so
+    that the domains themselves are not what is separated (the cut is relative to that mean).
 
     Args:
         frequency: Mean log10 frequency of each sequence.
@@ -179,26 +170,27 @@ def frequency_threshold(
         `memorized`, `unmemorized`. Empty where one of the groups is.
     """
     chosen = (scores == 1) | (scores < below)
-    label, values = scores[chosen] == 1, frequency[chosen]
+    label = scores[chosen] == 1
     if label.all() or not label.any():
         return pd.DataFrame()
-    rows = [{"comparison": "all", **_cut(values, label)}]
-    if domains is not None and len(set(domains[chosen])) > 1:
-        groups = pd.Series(values).groupby(np.asarray(domains)[chosen].astype(str))
-        inside = values - groups.transform("mean").to_numpy()
-        rows.append({"comparison": "inside domains", **_cut(inside, label)})
+    values, groups = pd.Series(frequency[chosen]), domains[chosen].astype(str)
+    compared = {"all": values}
+    if len(set(groups)) > 1:
+        compared["inside domains"] = values - values.groupby(groups).transform("mean")
+    rows = []
+    for comparison, part in compared.items():
+        area = roc_area(part, label)
+        sign = 1.0 if area.area >= 0.5 else -1.0
+        cut, sensitivity, specificity = youden(sign * part.to_numpy(), label)
+        rows.append(
+            {
+                "comparison": comparison, "area": area.area, "low": area.low, "high": area.high,
+                "more_frequent": sign > 0, "threshold": sign * cut, "sensitivity": sensitivity,
+                "specificity": specificity, "youden": sensitivity + specificity - 1,
+                "memorized": area.n_positive, "unmemorized": area.n_negative,
+            }
+        )  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def _cut(values: np.ndarray, label: np.ndarray) -> dict[str, Any]:
-    area = roc_area(values, label)
-    sign = 1.0 if area.area >= 0.5 else -1.0
-    cut, sensitivity, specificity = youden(sign * values, label)
-    return {
-        "area": area.area, "low": area.low, "high": area.high, "more_frequent": sign > 0,
-        "threshold": sign * cut, "sensitivity": sensitivity, "specificity": specificity,
-        "youden": sensitivity + specificity - 1, "memorized": area.n_positive, "unmemorized": area.n_negative,
-    }  # fmt: skip
 
 
 register_kind("token_frequency", plot=plot_recall, reading=read_frequency)

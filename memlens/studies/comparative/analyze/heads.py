@@ -6,7 +6,7 @@ Everything here works on saved effects of head ablations; nothing runs a model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -17,6 +17,9 @@ from scipy import stats
 
 from memlens.errors import OptionError, ResultError
 from memlens.results.statistics.agreement import rank_correlation
+from memlens.results.statistics.intervals import bootstrap_means
+from memlens.studies.comparative.analyze.rates import against_null, central
+from memlens.studies.comparative.options import DEFAULTS, ComparativeOptions
 
 
 def set_size(n: int, fraction: float) -> int:
@@ -94,12 +97,14 @@ class HeadEffects:
     Args:
         importance: `(sequence, layer, head)`: loss of recall, positive where the head helped.
         domains: Each sequence's domain.
-        fraction: Share of all heads that count as important.
-        least: Domains with fewer sequences are left out.
+        options: `top_fraction` of all heads count as important; domains with fewer than `min_per_domain`
+            sequences are left out.
 
     Attributes:
+        shape: Layers, and heads of a layer.
+        table: Importance for each sequence (rows) of each head of all layers (columns).
         domains: The remaining domains, sorted.
-        left_out: The other domains, with their number of sequences.
+        rows: Their rows of the table.
         n_heads: Number of heads in all layers.
         k: Heads in a set.
 
@@ -109,40 +114,30 @@ class HeadEffects:
 
     shape: tuple[int, int]
     table: Float[np.ndarray, "sequence site"]
-    left_out: dict[str, int]
     domains: list[str]
-    rows: dict[str, np.ndarray]
+    rows: list[np.ndarray]
     n_heads: int
     k: int
 
     def __init__(
-        self, importance: xr.DataArray, domains: np.ndarray, *, fraction: float = 0.2, least: int = 4
+        self, importance: xr.DataArray, domains: np.ndarray, options: ComparativeOptions = DEFAULTS
     ) -> None:
         array = importance.transpose("sequence", "layer", "head")
         if array.sizes["sequence"] == 0:
             raise ResultError("no sequences to find important heads with: ablate for at least one.")
         self.shape = array.sizes["layer"], array.sizes["head"]
         self.table = array.values.reshape(array.sizes["sequence"], -1).astype(float)
-        self.fraction = fraction
+        self.fraction, self.n_heads = options.top_fraction, self.table.shape[1]
+        self.k = set_size(self.n_heads, self.fraction)
         labels = np.asarray(domains).astype(str)
-        counts = {str(name): int((labels == name).sum()) for name in np.unique(labels)}
-        self.left_out = {name: n for name, n in counts.items() if n < least}
-        self.domains = [name for name in sorted(counts) if name not in self.left_out]
-        self.rows = {name: np.flatnonzero(labels == name) for name in self.domains}
-        self.n_heads = self.table.shape[1]
-        self.k = set_size(self.n_heads, fraction)
+        names, counts = np.unique(labels, return_counts=True)
+        self.domains = names[counts >= options.min_per_domain].tolist()
+        self.rows = [np.flatnonzero(labels == name) for name in self.domains]
 
-    def importance(self, rows: np.ndarray | None = None) -> Float[np.ndarray, "layer head"]:
-        """Return the mean importance of each head over all (or some) sequences."""
-        return (self.table if rows is None else self.table[rows]).mean(0).reshape(self.shape)
-
-    def sets(self) -> Bool[np.ndarray, "domain site"]:
-        """Return each domain's important heads."""
-        return top_set(self._means(self.rows), self.fraction)
-
-    def _means(self, rows: Mapping[str, np.ndarray]) -> Float[np.ndarray, "domain site"]:
-        means = [self.table[rows[name]].mean(0) for name in self.domains]
-        return np.array(means).reshape(len(means), self.n_heads)
+    def sets(self, rows: Sequence[np.ndarray] | None = None) -> Bool[np.ndarray, "domain site"]:
+        """Return each domain's important heads, of its own or of other rows."""
+        means = [self.table[own].mean(0) for own in (self.rows if rows is None else rows)]
+        return top_set(np.array(means).reshape(len(means), self.n_heads), self.fraction)
 
     def pairs(self) -> pd.DataFrame:
         """Return the Jaccard overlap of every pair of domains: columns `domain`, `other`, `jaccard`."""
@@ -152,44 +147,33 @@ class HeadEffects:
 
     def universal(self) -> list[tuple[int, int]]:
         """Return the heads (layer, head) that are in the set of every domain."""
-        places = np.flatnonzero(self.sets().all(0))
-        return [(int(place // self.shape[1]), int(place % self.shape[1])) for place in places]
+        places = np.argwhere(self.sets().all(0).reshape(self.shape)).tolist()
+        return [(layer, head) for layer, head in places]
 
     # ---- random redraws ----------------------------------------------------------------------------------
 
     def resampled(self, n: int, rng: np.random.Generator) -> Bool[np.ndarray, "n domain site"]:
         """Return the sets under `n` bootstrap resamples of the sequences within each domain."""
-        means = np.stack([self._drawn(self.rows[name], n, rng) for name in self.domains], axis=1)
-        return top_set(means, self.fraction)
+        means = [bootstrap_means(self.table[own], n, rng) for own in self.rows]
+        return top_set(np.stack(means, axis=1), self.fraction)
 
-    def _drawn(self, rows: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-        weights = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=n)
-        return weights @ self.table[rows] / len(rows)
-
-    def relabeled(self, n: int, rng: np.random.Generator) -> Bool[np.ndarray, "n domain site"]:
-        """Return the sets after shuffling the domain labels over the sequences."""
-        rows = np.concatenate([self.rows[name] for name in self.domains])
-        ends = np.cumsum([len(self.rows[name]) for name in self.domains])
-        order = rng.permuted(np.tile(rows, (n, 1)), axis=1)
-        means = np.empty((n, len(self.domains), self.n_heads))
-        for i, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-            for j in range(n):
-                means[j, i] = self.table[order[j, start:end]].mean(0)
-        return top_set(means, self.fraction)
+    def relabeled(self, rng: np.random.Generator) -> list[np.ndarray]:
+        """Return each domain's rows after shuffling the domain labels over the sequences."""
+        ends = np.cumsum([len(own) for own in self.rows])[:-1]
+        return np.split(rng.permutation(np.concatenate(self.rows)), ends)
 
     def random(self, n: int, n_sets: int, rng: np.random.Generator) -> Bool[np.ndarray, "n set site"]:
         """Return sets of heads drawn anywhere in the network."""
         return top_set(rng.random((n, n_sets, self.n_heads)), self.fraction)
 
     def in_their_layers(
-        self, sets: Bool[np.ndarray, "set site"], n: int, rng: np.random.Generator
-    ) -> Bool[np.ndarray, "n set site"]:
+        self, sets: Bool[np.ndarray, "... site"], rng: np.random.Generator
+    ) -> Bool[np.ndarray, "... site"]:
         """Return the sets with their heads shuffled within layers, which keeps the depth profile."""
-        grid = np.broadcast_to(sets.reshape(len(sets), *self.shape), (n, len(sets), *self.shape))
-        return rng.permuted(grid, axis=-1).reshape(n, *sets.shape)
+        return rng.permuted(sets.reshape(*sets.shape[:-1], *self.shape), axis=-1).reshape(sets.shape)
 
     def halves(
-        self, n: int, rng: np.random.Generator, rows: Mapping[str, np.ndarray] | None = None
+        self, n: int, rng: np.random.Generator, rows: Sequence[np.ndarray] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the sets of two disjoint random halves of each domain's sequences, `n` times.
 
@@ -201,12 +185,12 @@ class HeadEffects:
         Returns:
             Two arrays `[n, domain, site]`.
         """
-        first, second = ([] for _ in range(2))
+        first, second = [], []
         for _ in range(n):
-            parts = {name: rng.permutation(own) for name, own in (rows or self.rows).items()}
-            first.append(self._means({name: rows[: len(rows) // 2] for name, rows in parts.items()}))
-            second.append(self._means({name: rows[len(rows) // 2 :] for name, rows in parts.items()}))
-        return top_set(np.stack(first), self.fraction), top_set(np.stack(second), self.fraction)
+            parts = [rng.permutation(own) for own in (self.rows if rows is None else rows)]
+            first.append(self.sets([own[: len(own) // 2] for own in parts]))
+            second.append(self.sets([own[len(own) // 2 :] for own in parts]))
+        return np.stack(first), np.stack(second)
 
 
 def rank_agreement(first: xr.DataArray, second: xr.DataArray) -> float:
@@ -219,20 +203,9 @@ def rank_agreement(first: xr.DataArray, second: xr.DataArray) -> float:
 
 
 NULLS = ("heads anywhere", "heads inside their layers", "domain labels shuffled")
-_COLUMNS = (
-    "statistic", "value", "low", "high", "null", "null_mean", "null_low", "null_high", "p_above", "p_below",
-    "exact",
-)  # fmt: skip
 
 
-def head_overlap(
-    effects: HeadEffects,
-    *,
-    n_permutations: int = 999,
-    n_splits: int = 50,
-    n_resamples: int = 500,
-    seed: int = 0,
-) -> pd.DataFrame:
+def head_overlap(effects: HeadEffects, options: ComparativeOptions = DEFAULTS) -> pd.DataFrame:
     """Return the overlap of important heads, with intervals and nulls.
 
     Statistics:
@@ -251,114 +224,84 @@ def head_overlap(
 
     Args:
         effects: See `HeadEffects`; at least two domains.
-        n_permutations: Of each null.
-        n_splits: Random halves.
-        n_resamples: Of the bootstrap.
-        seed: Of all of it.
+        options: `n_permutations` of each null, `n_splits` into random halves, `n_resamples` of the bootstrap,
+            `seed` of all of it.
 
     Returns:
-        One row per statistic and null: columns `statistic`, `value`, `low`, `high`, `null` (of `NULLS`),
-        `null_mean`, `null_low`, `null_high` (central 95 %), `p_above` and `p_below` (share of the null at
-        least as large, and as small), `exact` (the null's exact mean where there is one). Empty with fewer
-        than two domains.
+        One row per statistic and null: columns `statistic`, `value`, `low`, `high`, `null` (of `NULLS`), what
+        `against_null` gives, `exact` (the null's exact mean where there is one). Empty with fewer than two
+        domains.
     """
     if len(effects.domains) < 2:
-        return pd.DataFrame(columns=list(_COLUMNS))
-    rng = np.random.default_rng(seed)
+        return pd.DataFrame()
+    rng, n, count = np.random.default_rng(options.seed), options.n_permutations, len(effects.domains)
     sets = effects.sets()
-    resampled = effects.resampled(n_resamples, rng)
-    drawn = {
-        "heads anywhere": effects.random(n_permutations, len(sets), rng),
-        "heads inside their layers": effects.in_their_layers(sets, n_permutations, rng),
-        "domain labels shuffled": effects.relabeled(n_permutations, rng),
-    }
+    resampled = effects.resampled(options.n_resamples, rng)
+    drawn = (
+        effects.random(n, count, rng),
+        effects.in_their_layers(np.broadcast_to(sets, (n, *sets.shape)), rng),
+        np.stack([effects.sets(effects.relabeled(rng)) for _ in range(n)]),
+    )
+    by_chance = expected_jaccard(effects.n_heads, effects.k)
     rows = []
-    exact = {
-        "across domains": expected_jaccard(effects.n_heads, effects.k),
-        "universal": (effects.k / effects.n_heads) ** len(sets),
-    }
-    measures: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-        "across domains": mean_pairwise, "universal": universal_share,
-    }  # fmt: skip
-    for name, measure in measures.items():
+    for name, measure, exact in (
+        ("across domains", mean_pairwise, by_chance),
+        ("universal", universal_share, (effects.k / effects.n_heads) ** count),
+    ):
         value = float(measure(sets))
         ends = _basic(value, measure(resampled))
-        for null, found in drawn.items():
-            known = exact[name] if null == "heads anywhere" else np.nan
-            rows.append((name, value, *ends, null, *_beside(value, measure(found)), known))
-    return pd.DataFrame(rows + _split_rows(effects, n_splits, n_permutations, rng), columns=list(_COLUMNS))
+        rows += _rows(name, value, ends, dict(zip(NULLS, map(measure, drawn), strict=True)), exact)
 
-
-def _split_rows(
-    effects: HeadEffects, n_splits: int, n_permutations: int, rng: np.random.Generator
-) -> list[tuple[object, ...]]:
-    first, second = effects.halves(n_splits, rng)
-    n = len(effects.domains)
-    inside = jaccard(first, second).mean(-1)
-    table = jaccard(first[:, :, None], second[:, None])
-    across = (table.sum((1, 2)) - np.trace(table, axis1=1, axis2=2)) / (n * (n - 1))
-    rows: list[tuple[object, ...]] = []
-    one = [part[rng.integers(0, n_splits, n_permutations)] for part in (first, second)]
-    pairs = {
-        "heads anywhere": (effects.random(n_permutations, n, rng), effects.random(n_permutations, n, rng)),
-        "heads inside their layers": tuple(
-            rng.permuted(part.reshape(len(part), n, *effects.shape), axis=-1).reshape(part.shape)
-            for part in one
-        ),
-    }
-    exact = expected_jaccard(effects.n_heads, effects.k)
+    halves = effects.halves(options.n_splits, rng)
+    inside, across = _inside_and_across(*halves)
+    some = [half[rng.integers(0, options.n_splits, n)] for half in halves]
+    anywhere = [effects.random(n, count, rng) for _ in halves]
+    in_layers = [effects.in_their_layers(half, rng) for half in some]
+    null = {name: jaccard(*pair).mean(-1) for name, pair in zip(NULLS, (anywhere, in_layers), strict=False)}
     for name, values in (("inside a domain", inside), ("across domains, halves", across)):
-        for null, (a, b) in pairs.items():
-            known = exact if null == "heads anywhere" else np.nan
-            beside = _beside(float(values.mean()), jaccard(a, b).mean(-1))
-            rows.append((name, float(values.mean()), *_central(values), null, *beside, known))
-    gap, shuffled = inside - across, _gaps_of_labels(effects, max(99, n_permutations // 10), n_splits, rng)
-    rows.append(
-        ("inside minus across", float(gap.mean()), *_central(gap), "domain labels shuffled",
-         *_beside(float(gap.mean()), shuffled), 0.0)
-    )  # fmt: skip
-    return rows
+        rows += _rows(name, float(values.mean()), central(values), null, by_chance)
+
+    gaps = []  # under shuffled labels, each a mean over a few splits
+    for _ in range(max(99, n // 10)):
+        few = effects.halves(min(options.n_splits, 5), rng, effects.relabeled(rng))
+        gaps.append(np.mean(np.subtract(*_inside_and_across(*few))))
+    gap, labels = inside - across, {NULLS[2]: np.array(gaps)}
+    return pd.DataFrame(rows + _rows("inside minus across", float(gap.mean()), central(gap), labels, 0.0))
 
 
-def _gaps_of_labels(effects: HeadEffects, n: int, n_splits: int, rng: np.random.Generator) -> np.ndarray:
-    """Return inside minus across under shuffled labels, each a mean over a few splits."""
-    rows = np.concatenate([effects.rows[name] for name in effects.domains])
-    ends = np.cumsum([len(effects.rows[name]) for name in effects.domains])[:-1]
-    few, count = min(n_splits, 5), len(effects.domains)
-    gaps = []
-    for _ in range(n):
-        parts = dict(zip(effects.domains, np.split(rng.permutation(rows), ends), strict=True))
-        first, second = effects.halves(few, rng, parts)
-        table = jaccard(first[:, :, None], second[:, None]).mean(0)
-        off = (table.sum() - np.trace(table)) / (count * (count - 1))
-        gaps.append(np.trace(table) / count - off)
-    return np.array(gaps)
+def _inside_and_across(
+    first: Bool[np.ndarray, "split domain site"], second: Bool[np.ndarray, "split domain site"]
+) -> tuple[Float[np.ndarray, " split"], Float[np.ndarray, " split"]]:
+    """Return the mean overlap of two halves of one domain, and of halves of two domains."""
+    table, n = jaccard(first[:, :, None], second[:, None]), first.shape[1]
+    inside = np.trace(table, axis1=1, axis2=2)
+    return inside / n, (table.sum((1, 2)) - inside) / (n * (n - 1))
+
+
+def _rows(
+    statistic: str, value: float, ends: tuple[float, float], nulls: Mapping[str, np.ndarray], exact: float
+) -> list[dict[str, object]]:
+    """Return one row per null; the exact mean is that of the first."""
+    low, high = ends
+    found = {"statistic": statistic, "value": value, "low": low, "high": high}
+    return [
+        {**found, "null": name, **against_null(value, null), "exact": np.nan if i else exact}
+        for i, (name, null) in enumerate(nulls.items())
+    ]
+
+
+def _basic(value: float, samples: np.ndarray) -> tuple[float, float]:
+    """Return the basic bootstrap's interval of a share."""
+    low, high = central(samples)
+    return float(np.clip(2 * value - high, 0, 1)), float(np.clip(2 * value - low, 0, 1))
 
 
 def head_table(effects: HeadEffects) -> pd.DataFrame:
     """Return every head: `layer`, `head`, `importance` (over all, and of each domain), `sets` it is in."""
     layer, head = np.divmod(np.arange(effects.n_heads), effects.shape[1])
-    table = pd.DataFrame({"layer": layer, "head": head, "importance": effects.importance().ravel()})
-    for name in effects.domains:
-        table[f"importance_{name}"] = effects.importance(effects.rows[name]).ravel()
+    table = pd.DataFrame({"layer": layer, "head": head, "importance": effects.table.mean(0)})
+    for name, rows in zip(effects.domains, effects.rows, strict=True):
+        table[f"importance_{name}"] = effects.table[rows].mean(0)
     if effects.domains:
         table["sets"] = effects.sets().sum(0)
     return table.sort_values("importance", ascending=False, ignore_index=True)
-
-
-def _basic(value: float, samples: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(samples, [2.5, 97.5])
-    return float(np.clip(2 * value - high, 0, 1)), float(np.clip(2 * value - low, 0, 1))
-
-
-def _central(samples: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(samples, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def _beside(value: float, null: np.ndarray) -> tuple[float, float, float, float, float]:
-    """Return a null's mean and central 95 %, and the shares of it at least as large and at least as small."""
-    n, slack = len(null), 1e-12
-    above = (1 + (null >= value - slack).sum()) / (1 + n)
-    below = (1 + (null <= value + slack).sum()) / (1 + n)
-    return float(null.mean()), *_central(null), float(above), float(below)

@@ -1,8 +1,11 @@
-"""What happens inside: decoding probability over layers, recall under noise, and recovery from it."""
+"""What happens inside: decoding probability over layers, recall under noise, and recovery from it.
+
+The results have a coordinate `group` along `sequence`: of `MEMORIZED`, `CONTROL` and `UNTRAINED`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,29 +15,23 @@ from jaxtyping import Float
 
 from memlens.results.result import Result
 from memlens.results.statistics.estimates import Estimate, mean_estimate
-from memlens.results.statistics.intervals import bootstrap_means, mean_interval
-from memlens.studies.comparative.analyze.domains import structural_draws, structural_share
-from memlens.studies.comparative.analyze.rates import difference, drawn_estimate
-from memlens.studies.comparative.options import STRUCTURAL
+from memlens.results.statistics.intervals import bootstrap_means, mean_interval, rows_by_group
+from memlens.studies.comparative.analyze.domains import resampled_rates, shares_of, structural_share
+from memlens.studies.comparative.analyze.rates import drawn_estimate
+from memlens.studies.comparative.options import CONTROL, DEFAULTS, MEMORIZED, ComparativeOptions
+
+Values = Float[np.ndarray, "seq layer"]
 
 
-def group_values(result: Result, metric: str, group: str) -> Float[np.ndarray, "seq layer"]:
-    """Return one group's values, one row per sequence and one column per layer, averaged over targets.
-
-    Args:
-        result: A result with a coordinate `group` along `sequence`.
-        metric: Which metric.
-        group: Which group; without such a group there are no rows.
-    """
-    data = result[metric].isel(sequence=result["group"].values.astype(str) == group)
-    if "target" in data.dims:
-        data = data.mean("target", skipna=True)
-    return data.transpose("sequence", "layer").values.astype(float)
+def group_values(result: Result, metric: str) -> dict[str, Values]:
+    """Return a metric of each group, one row per sequence, averaged over targets and draws of the noise."""
+    data = result[metric]
+    data = data.mean([dim for dim in ("target", "draw") if dim in data.dims], skipna=True)
+    data = data.transpose("sequence", "layer").astype(float)
+    return {group: data.values[rows] for group, rows in rows_by_group(data["group"]).items()}
 
 
-def depth_curve(
-    values: Float[np.ndarray, "seq layer"], *, n_resamples: int = 1000, seed: int = 0
-) -> pd.DataFrame:
+def depth_curve(values: Values, options: ComparativeOptions = DEFAULTS) -> pd.DataFrame:
     """Return the mean after each layer: columns `layer`, `depth`, `mean`, `low`, `high` (bootstrap), `n`.
 
     The output of layer l of L is at relative depth (l + 1) / L, so the last layer's is at 1.
@@ -42,13 +39,56 @@ def depth_curve(
     n, n_layers = values.shape
     low = high = np.full(n_layers, np.nan)
     if n > 1:
-        low, high = np.percentile(bootstrap_means(values, n_resamples, seed), [2.5, 97.5], axis=0)
+        drawn = bootstrap_means(values, options.n_resamples, options.seed)
+        low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
     layer = np.arange(n_layers)
     columns = {"layer": layer, "depth": (layer + 1) / n_layers, "mean": values.mean(0), "low": low}
     return pd.DataFrame({**columns, "high": high, "n": n})
 
 
-def burst(values: Float[np.ndarray, "seq layer"], *, n_resamples: int = 1000, seed: int = 0) -> Estimate:
+def decoding_table(result: Result, options: ComparativeOptions = DEFAULTS) -> pd.DataFrame:
+    """Return the decoding probability after each layer.
+
+    Columns as `depth_curve`, with `group` and `token`: the "true" one, or the one "predicted" at the end.
+    """
+    metrics = {"true": "probability", "predicted": "predicted_probability"}
+    values = {token: group_values(result, metric) for token, metric in metrics.items()}
+    return pd.concat(
+        [
+            depth_curve(values[token][group], options).assign(group=group, token=token)
+            for group in values["true"]
+            for token in metrics
+        ],
+        ignore_index=True,
+    )
+
+
+def burst_table(result: Result, options: ComparativeOptions = DEFAULTS) -> pd.DataFrame:
+    """Return where the decoding probability of the true token bursts, and where its mean passes 1/2.
+
+    Returns:
+        Columns `group`, `n`, `burst` with `low` and `high` (see `burst`), `crossing` with `crossing_low` and
+        `crossing_high` (see `crossing`), `before_last` with `before_low` and `before_high` (mean probability
+        after the next-to-last layer), `late_share` (of the whole rise, in the later half of the layers).
+    """
+    rows = []
+    for group, values in group_values(result, "probability").items():
+        curve = depth_curve(values, options)
+        means, last = curve["mean"].to_numpy(), curve.iloc[max(len(curve) - 2, 0)]
+        rise = means[-1] - means[0]
+        rows.append(
+            {
+                "group": group,
+                **burst(values, options).row("burst"),
+                **crossing(values, options).row("crossing", prefix="crossing_", n=None),
+                **Estimate.from_row(last, "mean").row("before_last", prefix="before_", n=None),
+                "late_share": (means[-1] - means[(len(means) - 1) // 2]) / rise if rise > 0 else np.nan,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def burst(values: Values, options: ComparativeOptions = DEFAULTS) -> Estimate:
     """Return the relative depth of the layer that raises the mean most.
 
     The rise from layer l to layer l + 1 is attributed to layer l + 1; the first layer's own rise, from what
@@ -61,13 +101,11 @@ def burst(values: Float[np.ndarray, "seq layer"], *, n_resamples: int = 1000, se
     def largest_rise(means: np.ndarray) -> np.ndarray:
         return (np.diff(means, axis=1).argmax(1) + 2) / means.shape[1]
 
-    return _of_curve(values, largest_rise, n_resamples, seed)
+    return _of_curve(values, largest_rise, options)
 
 
-def crossing(
-    values: Float[np.ndarray, "seq layer"], level: float = 0.5, *, n_resamples: int = 1000, seed: int = 0
-) -> Estimate:
-    """Return the relative depth of the first layer after which the mean is above `level`; NaN for none.
+def crossing(values: Values, options: ComparativeOptions = DEFAULTS) -> Estimate:
+    """Return the relative depth of the first layer after which the mean is above 1/2; NaN for none.
 
     Bootstrap over sequences, of the resamples that cross.
 
@@ -76,24 +114,23 @@ def crossing(
     """
 
     def first(means: np.ndarray) -> np.ndarray:
-        above = means > level
+        above = means > 0.5
         depth = (above.argmax(1) + 1) / means.shape[1]
         return np.where(above.any(1), depth, np.nan)
 
-    return _of_curve(values, first, n_resamples, seed)
+    return _of_curve(values, first, options)
 
 
 def _of_curve(
-    values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], n_resamples: int, seed: int
+    values: Values, statistic: Callable[[np.ndarray], np.ndarray], options: ComparativeOptions
 ) -> Estimate:
     n, n_layers = values.shape
     if n == 0 or n_layers < 2:
         return Estimate.unknown(n)
     value = float(statistic(values.mean(0, keepdims=True))[0])
-    if n < 2:
-        return Estimate(value, n=n)
-    found = drawn_estimate(value, statistic(bootstrap_means(values, n_resamples, seed)), n)
-    return found if found.known else Estimate(value, n=n)
+    drawn = statistic(bootstrap_means(values, options.n_resamples, options.seed))
+    found = drawn_estimate(value, drawn, n)
+    return found if found.known and n > 1 else Estimate(value, n=n)
 
 
 # ---- noise -----------------------------------------------------------------------------------------------
@@ -104,17 +141,13 @@ def over_draws(array: xr.DataArray) -> xr.DataArray:
     return array.mean("draw") if "draw" in array.dims else array
 
 
-def noise_table(
-    result: Result, structural: Collection[str] = STRUCTURAL, *, n_resamples: int = 1000, seed: int = 0
-) -> pd.DataFrame:
+def noise_table(result: Result, options: ComparativeOptions = DEFAULTS) -> pd.DataFrame:
     """Return rate, distribution of the score and structural share at each strength.
 
     Args:
         result: Kind "residual_perturbation" with `exact_match`, `matching_prefix` and `target_accuracy` of
             a sample of all sequences, and their coordinates `n_targets` and `domain`.
-        structural: Domains that count as structural text.
-        n_resamples: Of the bootstraps.
-        seed: Of the bootstraps.
+        options: `structural`, and `n_resamples` and `seed` of the bootstraps.
 
     Returns:
         Columns `alpha`, `n`, `rate`, `low`, `high` (mean over draws; bootstrap over sequences, Wilson's with
@@ -123,20 +156,18 @@ def noise_table(
         `all_right` (shares of sequences by that share: under 1/2, from there to under 1, and 1),
         `structural`, `structural_low`, `structural_high` (see `structural_share`).
     """
-    hits, accuracy = over_draws(result["exact_match"]), result["target_accuracy"]
-    leading = over_draws(result["matching_prefix"]) / result["n_targets"]
-    chances: dict[str, Any] = {"n_resamples": n_resamples, "seed": seed}
+    chances: dict[str, Any] = {"n_resamples": options.n_resamples, "seed": options.seed}
     rows = []
-    for alpha in hits["alpha"].values.tolist():
-        here, right = hits.sel(alpha=alpha), accuracy.sel(alpha=alpha).values
-        share = Estimate.unknown()
-        if "domain" in result.data.coords:
-            share = structural_share(here.values, result["domain"].values, structural, **chances)
+    for alpha in result["alpha"].values.tolist():
+        part = result.data.sel(alpha=alpha)
+        hits, right = over_draws(part["exact_match"]), part["target_accuracy"].values
+        leading = over_draws(part["matching_prefix"]) / part["n_targets"]
+        share = structural_share(hits.values, part["domain"].values, options)
         rows.append(
             {
                 "alpha": alpha,
-                **Estimate.of(mean_interval(here, **chances)).row("rate"),
-                "leading": float(leading.sel(alpha=alpha).mean()),
+                **Estimate.of(mean_interval(hits, **chances)).row("rate"),
+                "leading": float(leading.mean()),
                 "accuracy": float(right.mean()),
                 "below_half": float((right < 0.5).mean()),
                 "between": float(((right >= 0.5) & (right < 1)).mean()),
@@ -147,25 +178,37 @@ def noise_table(
     return pd.DataFrame(rows)
 
 
-def structural_change(
-    result: Result, structural: Collection[str] = STRUCTURAL, *, n_resamples: int = 1000, seed: int = 0
-) -> Estimate:
+def structural_change(result: Result, options: ComparativeOptions = DEFAULTS) -> Estimate:
     """Return the structural share of what is memorized under the strongest noise minus that without noise.
 
     Bootstrap over the same sequences, within each domain; `n` counts those that are still memorized in some
     draw. NaN where nothing is left, or all domains are of one kind.
     """
-    hits = over_draws(result["exact_match"])
-    labels = result["domain"].values.astype(str)
-    kinds = np.isin(np.unique(labels), list(structural))
-    if kinds.all() or not kinds.any():
-        return Estimate.unknown()
+    hits, labels = over_draws(result["exact_match"]), result["domain"].values
     clean, noisy = (hits.sel(alpha=alpha).values for alpha in (0.0, float(hits["alpha"].max())))
-    before, after = (structural_draws(h, labels, structural, n_resamples, seed) for h in (clean, noisy))
-    return drawn_estimate(after[0] - before[0], after[1] - before[1], int((noisy > 0).sum()))
+    before, structural = resampled_rates(clean, labels, options)
+    if structural.all() or not structural.any():
+        return Estimate.unknown()
+    after, _ = resampled_rates(noisy, labels, options)
+    change = shares_of(after, structural) - shares_of(before, structural)
+    return drawn_estimate(change[0], change[1:], int((noisy > 0).sum()))
 
 
-def recovery_table(result: Result, *, seed: int = 0) -> pd.DataFrame:
+def similarity_table(result: Result, options: ComparativeOptions = DEFAULTS) -> pd.DataFrame:
+    """Return the similarity to the clean residual after each layer, at the strongest noise.
+
+    Columns as `depth_curve`, with `group`; the last layer is at relative depth 1.
+    """
+    strongest = Result(result.data.sel(alpha=max(options.alphas)))
+    layers = result["similarity"]["layer"].values
+    frames = [
+        depth_curve(values, options).assign(group=group, layer=layers, depth=(layers + 1) / (layers[-1] + 1))
+        for group, values in group_values(strongest, "similarity").items()
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def recovery_table(result: Result, seed: int = 0) -> pd.DataFrame:
     """Return the similarity recovered, R = sim(last) - sim(at the noise), of each group at each strength.
 
     Returns:
@@ -173,40 +216,36 @@ def recovery_table(result: Result, *, seed: int = 0) -> pd.DataFrame:
         `at_last` (mean similarities).
     """
     rows = []
-    labels = result["group"].values.astype(str)
     recovery, at_noise = (over_draws(result[name]) for name in ("recovery", "similarity_at_noise"))
-    for group in dict.fromkeys(labels.tolist()):
+    for group, own in rows_by_group(result["group"]).items():
         for alpha in recovery["alpha"].values.tolist():
-            here, start = (a.sel(alpha=alpha).isel(sequence=labels == group) for a in (recovery, at_noise))
+            here, start = (array.sel(alpha=alpha).isel(sequence=own) for array in (recovery, at_noise))
             found, first = mean_estimate(here, seed=seed), float(start.mean())
             ends = {"at_noise": first, "at_last": first + found.value}
             rows.append({"group": group, "alpha": alpha, **found.row("recovery"), **ends})
     return pd.DataFrame(rows)
 
 
-def recovery_gap(
-    result: Result, alpha: float, ours: str, theirs: str, matched: np.ndarray | None = None, *, seed: int = 0
-) -> Estimate:
-    """Return how much more similarity one group recovers than another, at one strength.
+def recovery_gaps(result: Result, matched: np.ndarray, seed: int = 0) -> pd.DataFrame:
+    """Return how much more similarity memorized sequences recover than their matched controls.
 
     Args:
-        result: With the coordinate `group`.
-        alpha: The strength.
-        ours: The one group.
-        theirs: The other.
-        matched: For each sequence of the other group the id of the one it is matched to: differences are then
-            taken within pairs. Without it the groups are resampled independently.
-        seed: Of the bootstrap over sequences (or pairs).
+        result: Kind "residual_perturbation".
+        matched: For each control the id of the memorized sequence that it is matched to.
+        seed: Of the bootstrap over pairs.
+
+    Returns:
+        Columns `alpha`, `pairs`, `gap` (mean difference within pairs), `low`, `high` (bootstrap); empty with
+        fewer than two pairs.
     """
-    labels = result["group"].values.astype(str)
-    values = over_draws(result["recovery"]).sel(alpha=alpha)
-    a, b = (values.isel(sequence=labels == name) for name in (ours, theirs))
-    if not a.sizes["sequence"] or not b.sizes["sequence"]:
-        return Estimate.unknown()
-    if matched is not None:
-        rows = {str(name): i for i, name in enumerate(a["sequence"].values)}
-        pairs = [(rows[str(name)], j) for j, name in enumerate(matched) if str(name) in rows]
-        if pairs:
-            i, j = np.array(pairs).T
-            return mean_estimate(xr.DataArray(a.values[i] - b.values[j], dims="sequence"), seed=seed)
-    return difference(a.values, b.values, seed)
+    values, groups = over_draws(result["recovery"]), rows_by_group(result["group"])
+    if len(matched) < 2:
+        return pd.DataFrame()
+    ours, theirs = (values.isel(sequence=groups[name]) for name in (MEMORIZED, CONTROL))
+    gaps = ours.sel(sequence=matched.astype(str)).drop_vars("sequence") - theirs.drop_vars("sequence")
+    return pd.DataFrame(
+        [
+            {"alpha": alpha, **mean_estimate(gaps.sel(alpha=alpha), seed=seed).row("gap", n="pairs")}
+            for alpha in gaps["alpha"].values.tolist()
+        ]
+    )

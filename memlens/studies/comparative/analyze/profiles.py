@@ -7,19 +7,26 @@ so that models of different depth can be compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 from jaxtyping import Float, Int
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
 from memlens.errors import ResultError, check_option
+from memlens.results.statistics.estimates import Estimate
+from memlens.results.statistics.intervals import bootstrap_means
 from memlens.studies.comparative.analyze.heads import top_set
-from memlens.studies.comparative.options import ProfileKind, Similarity
+from memlens.studies.comparative.analyze.rates import against_null, central
+from memlens.studies.comparative.options import DEFAULTS, ComparativeOptions, ProfileKind, Similarity
+
+_DRAWS = 200
+"""Bootstrap resamples of every model's profile."""
 
 
 def layer_profile(
@@ -78,6 +85,79 @@ def similarity_matrix(
 
 
 @dataclass(frozen=True, eq=False)
+class Profiles:
+    """The depth profiles of several models.
+
+    Attributes:
+        models: The models' names.
+        families: Their families.
+        by_layer: Each model's own layers: `model`, `family`, `layer`, `depth`, `mean`, `low`, `high`.
+        similarity: Of all pairs.
+        drawn: The same under bootstrap resamples of every model's sequences.
+    """
+
+    models: list[str]
+    families: list[str]
+    by_layer: pd.DataFrame
+    similarity: Float[np.ndarray, "model model"]
+    drawn: Float[np.ndarray, "draw model model"]
+
+    @classmethod
+    def of(
+        cls,
+        importances: Mapping[str, xr.DataArray],
+        families: Mapping[str, str],
+        options: ComparativeOptions = DEFAULTS,
+    ) -> Profiles:
+        """Return how important heads are spread over depth in every model, and how similar the models are.
+
+        Args:
+            importances: Model to `(sequence, layer, head)`: loss of recall when the head is ablated.
+            families: Model to its family.
+            options: `profile`, `top_fraction`, `profile_bins`, `similarity` and `seed`.
+        """
+        kinds: dict[str, Any] = {"kind": options.profile, "fraction": options.top_fraction}
+        if not importances:
+            return cls([], [], pd.DataFrame(), np.zeros((0, 0)), np.zeros((0, 0, 0)))
+        frames, grids = [], []
+        for i, (model, importance) in enumerate(importances.items()):
+            values = importance.transpose("sequence", "layer", "head").values
+            means = bootstrap_means(values.reshape(len(values), -1), _DRAWS, options.seed + i)
+            profile = layer_profile(values.mean(0), **kinds)
+            samples = layer_profile(means.reshape(-1, *values.shape[1:]), **kinds)
+            low, high = np.percentile(samples, [2.5, 97.5], axis=0)
+            layers = np.arange(len(profile))
+            columns = {"layer": layers, "depth": (layers + 0.5) / len(layers), "mean": profile}
+            frame = pd.DataFrame({"model": model, "family": families[model], **columns})
+            frames.append(frame.assign(low=low, high=high))
+            grids.append(np.stack([on_grid(row, options.profile_bins) for row in (profile, *samples)]))
+        every = np.stack([similarity_matrix(rows, options.similarity) for rows in np.stack(grids, axis=1)])
+        names = list(importances)
+        by_layer = pd.concat(frames, ignore_index=True)
+        return cls(names, [families[name] for name in names], by_layer, every[0], every[1:])
+
+    def within_minus_across(self) -> Estimate | None:
+        """Return the mean similarity of pairs within families minus that of pairs across.
+
+        The interval is the basic bootstrap's over sequences, because resampled profiles are less similar than
+        the sample's. None without pairs of both kinds.
+        """
+        upper, same = _pairs(pd.factorize(np.array(self.families, dtype=object))[0])
+        if not same.any() or same.all():
+            return None
+        pairs = np.vstack([self.similarity[upper], self.drawn[:, *upper]])
+        gaps = pairs[:, same].mean(1) - pairs[:, ~same].mean(1)
+        value, (low, high) = float(gaps[0]), central(gaps[1:])
+        return Estimate(value, 2 * value - high, 2 * value - low, len(self.models))
+
+
+def _pairs(codes: Int[np.ndarray, " model"]) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """Return the places of all pairs of models in a matrix, and whether they are of one family."""
+    upper = np.triu_indices(len(codes), 1)
+    return upper, codes[upper[0]] == codes[upper[1]]
+
+
+@dataclass(frozen=True, eq=False)
 class FamilyTest:
     """Whether a model's family can be told from its profile.
 
@@ -100,9 +180,7 @@ def family_test(
     similarity: Float[np.ndarray, "model model"],
     models: Sequence[str],
     families: Sequence[str],
-    *,
-    n_permutations: int = 999,
-    seed: int = 0,
+    options: ComparativeOptions = DEFAULTS,
 ) -> FamilyTest:
     """Test whether profiles are more similar within families, and whether they reveal the family.
 
@@ -113,46 +191,41 @@ def family_test(
         similarity: Of all pairs of models.
         models: Their names.
         families: Their families.
-        n_permutations: Of the null.
-        seed: Of the null.
+        options: `n_permutations` and `seed` of the null.
 
     Raises:
         ResultError: There are fewer than three models, one family, or no family with two models.
     """
     codes, names = pd.factorize(np.asarray(families, dtype=object))
-    if len(models) < 3 or len(names) < 2 or np.bincount(codes).max() < 2:
+    sizes = np.bincount(codes)
+    if len(models) < 3 or len(names) < 2 or sizes.max() < 2:
         raise ResultError(
             f"{len(models)} models of {len(names)} families say nothing about families: give three or more "
             "models, of two or more families, one of them with two or more."
         )
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(options.seed)
     seen = _family_numbers(similarity, codes)
-    null = np.array([_family_numbers(similarity, rng.permutation(codes)) for _ in range(n_permutations)])
-    upper = np.triu_indices(len(codes), 1)
-    same = int((codes[upper[0]] == codes[upper[1]]).sum())
-    able = np.bincount(codes)[codes] > 1
-    counts = (same, len(upper[0]) - same, len(upper[0]), int(able.sum()))
-    rows = []
-    for i, name in enumerate(("within", "across", "difference", "accuracy")):
-        low, high = np.percentile(null[:, i], [2.5, 97.5])
-        p = (1 + (null[:, i] >= seen[i] - 1e-12).sum()) / (1 + len(null))
-        rows.append((name, seen[i], null[:, i].mean(), low, high, p, counts[i]))
-    columns = ["statistic", "value", "null_mean", "null_low", "null_high", "p", "n"]
-    guesses = _classified(similarity, codes)
-    predicted = pd.DataFrame({"model": models, "family": families, "predicted": names[guesses]})
-    labelings = math.factorial(len(codes)) // math.prod(
-        math.factorial(n) for n in np.bincount(codes).tolist()
-    )
-    left = predicted.loc[able].reset_index(drop=True)
-    return FamilyTest(pd.DataFrame(rows, columns=columns), left, labelings)
+    shuffled = [rng.permutation(codes) for _ in range(options.n_permutations)]
+    null = pd.DataFrame([_family_numbers(similarity, labels) for labels in shuffled])
+    able, (_, same) = sizes[codes] > 1, _pairs(codes)
+    counts = {"within": same.sum(), "across": (~same).sum(), "difference": len(same), "accuracy": able.sum()}
+    rows = [
+        {"statistic": name, "value": value, **against_null(value, null[name].to_numpy()), "n": counts[name]}
+        for name, value in seen.items()
+    ]
+    guesses = names[_classified(similarity, codes)]
+    predicted = pd.DataFrame({"model": models, "family": families, "predicted": guesses})
+    labelings = math.factorial(len(codes)) // math.prod(math.factorial(n) for n in sizes.tolist())
+    table = pd.DataFrame(rows).drop(columns="p_below").rename(columns={"p_above": "p"})
+    return FamilyTest(table, predicted.loc[able].reset_index(drop=True), labelings)
 
 
-def _family_numbers(similarity: np.ndarray, codes: Int[np.ndarray, " model"]) -> tuple[float, ...]:
-    upper = np.triu_indices(len(codes), 1)
-    values, same = similarity[upper], codes[upper[0]] == codes[upper[1]]
+def _family_numbers(similarity: np.ndarray, codes: Int[np.ndarray, " model"]) -> dict[str, float]:
+    upper, same = _pairs(codes)
+    values, able = similarity[upper], np.bincount(codes)[codes] > 1
     within, across = float(values[same].mean()), float(values[~same].mean())
-    able = np.bincount(codes)[codes] > 1
-    return within, across, within - across, float((_classified(similarity, codes) == codes)[able].mean())
+    right = float((_classified(similarity, codes) == codes)[able].mean())
+    return {"within": within, "across": across, "difference": within - across, "accuracy": right}
 
 
 def _classified(similarity: np.ndarray, codes: Int[np.ndarray, " model"]) -> Int[np.ndarray, " model"]:

@@ -1,10 +1,12 @@
 """How much a model recalls: rate, distribution of M, depth, size, copies and training time.
 
-Everything here works on saved recall tables; nothing runs a model.
+Everything here works on saved recall tables; nothing runs a model. How a value stands against its bootstrap
+draws or a null is here too, for all of `analyze`.
 """
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -19,10 +21,17 @@ from memlens.results.plots.layers import plot_strengths
 from memlens.results.readings import read_strengths
 from memlens.results.result import Result
 from memlens.results.statistics.comparison import corrected
-from memlens.results.statistics.estimates import Estimate, share_estimate
+from memlens.results.statistics.estimates import Estimate, mean_estimate, share_estimate
+from memlens.studies.comparative.options import DEFAULTS, ComparativeOptions
 
 READINGS = ("rate", "log10 rate")
 """What is fitted on log10 of the number of parameters: "log-linear" may mean either."""
+
+
+def central(samples: Float[np.ndarray, " draw"]) -> tuple[float, float]:
+    """Return the ends of the central 95 % of the samples."""
+    low, high = np.percentile(samples, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def drawn_estimate(value: float, drawn: Float[np.ndarray, " draw"], n: int) -> Estimate:
@@ -33,25 +42,48 @@ def drawn_estimate(value: float, drawn: Float[np.ndarray, " draw"], n: int) -> E
     drawn = drawn[np.isfinite(drawn)]
     if not np.isfinite(value) or not len(drawn):
         return Estimate.unknown(n)
-    low, high = np.percentile(drawn, [2.5, 97.5]).tolist()
-    return Estimate(float(value), low, high, n)
+    return Estimate(float(value), *central(drawn), n)
 
 
-def difference(a: np.ndarray, b: np.ndarray, seed: int) -> Estimate:
-    """Return the difference of two groups' means; bootstrap over sequences, each group on its own."""
-    rng = np.random.default_rng(seed)
-    first, second = (part[rng.integers(0, len(part), (2000, len(part)))].mean(1) for part in (a, b))
-    return drawn_estimate(float(a.mean() - b.mean()), first - second, len(a) + len(b))
+def against_null(value: float, null: Float[np.ndarray, " draw"]) -> dict[str, float]:
+    """Return how a value compares with the draws of a null.
+
+    Returns:
+        `null_mean`, `null_low`, `null_high` (central 95 %), `p_above` and `p_below`: the share of the null at
+        least as large, and at least as small, counting the value itself as one draw.
+    """
+    low, high = central(null)
+    above, below = (
+        (1 + found.sum()) / (1 + len(null)) for found in (null >= value - 1e-12, null <= value + 1e-12)
+    )
+    ends = {"null_mean": float(null.mean()), "null_low": low, "null_high": high}
+    return {**ends, "p_above": float(above), "p_below": float(below)}
 
 
 def rate_row(table: pd.DataFrame) -> dict[str, float]:
-    """Return the share of sequences with M = 1 (`rate`, with Wilson's `low`, `high`), `n` and `memorized`.
+    """Return a model's rate, its mean M, and the mean length of the correct leading run.
 
-    >>> rate_row(pd.DataFrame({"exact_match": [1, 0, 0, 0]}))["rate"]
-    0.25
+    Args:
+        table: Recall table with `exact_match`, `matching_prefix` and M (see `score_of`).
+
+    Returns:
+        `n`, `memorized`, `rate` (share of sequences with M = 1) with Wilson's `low` and `high`, `mean_m`,
+        `depth` (tokens) with `depth_low` and `depth_high` (bootstrap over sequences).
+
+    >>> frame = {"exact_match": [1, 0, 0, 0], "matching_prefix": [8, 2, 0, 0], "target_accuracy": 0.5}
+    >>> found = rate_row(pd.DataFrame(frame))
+    >>> found["rate"], found["depth"]
+    (0.25, 2.5)
     """
     hits = table["exact_match"].to_numpy(float)
-    return {"n": len(hits), "memorized": int(hits.sum()), **share_estimate(hits).row("rate", n=None)}
+    rate, depth = share_estimate(hits), mean_estimate(table["matching_prefix"].to_xarray())
+    return {
+        "n": len(hits),
+        "memorized": int(hits.sum()),
+        **rate.row("rate", n=None),
+        "mean_m": score_of(table).mean(),
+        **depth.row("depth", prefix="depth_", n=None),
+    }
 
 
 def score_spread(table: pd.DataFrame, *, bins: int = 10) -> pd.DataFrame:
@@ -92,20 +124,12 @@ def score_of(table: pd.DataFrame) -> Float[np.ndarray, " seq"]:
     return table[name].to_numpy(float)
 
 
-def depth_of(table: pd.DataFrame) -> Int[np.ndarray, " seq"]:
-    """Return how many tokens of each continuation are correct from its start.
-
-    A greedy continuation is correct up to its first error exactly as teacher forcing is, so no further pass
-    is needed.
-    """
-    return table["matching_prefix"].to_numpy(int)
-
-
 def depth_table(table: pd.DataFrame, n_targets: Int[np.ndarray, " seq"]) -> pd.DataFrame:
     """Return the exact-match rate of the first k tokens of the continuation, for every k.
 
-    Only sequences with at least k targets count at k. "Depth" is our reading: how arXiv 2603.21658 defines
-    memorization depth is not known here.
+    Only sequences with at least k targets count at k. A greedy continuation is correct up to its first error
+    exactly as teacher forcing is, so no further pass is needed. "Depth" is our reading: how arXiv 2603.21658
+    defines memorization depth is not known here.
 
     Args:
         table: Recall table with `matching_prefix`.
@@ -114,35 +138,28 @@ def depth_table(table: pd.DataFrame, n_targets: Int[np.ndarray, " seq"]) -> pd.D
     Returns:
         Columns `k`, `n`, `rate`, `low`, `high` (Wilson, 95 %).
 
-    >>> found = depth_table(pd.DataFrame({"matching_prefix": [2, 0]}), np.array([2, 2]))
-    >>> found["rate"].tolist()
+    >>> depth_table(pd.DataFrame({"matching_prefix": [2, 0]}), np.array([2, 2]))["rate"].tolist()
     [0.5, 0.5]
     """
-    depth, most = depth_of(table), int(np.max(n_targets, initial=0))
-    return pd.DataFrame(
-        [{"k": k, **share_estimate(depth[n_targets >= k] >= k).row("rate")} for k in range(1, most + 1)]
-    )
+    depth, lengths = table["matching_prefix"].to_numpy(int), range(1, int(np.max(n_targets, initial=0)) + 1)
+    return pd.DataFrame([{"k": k, **share_estimate(depth[n_targets >= k] >= k).row("rate")} for k in lengths])
 
 
 # ---- size ------------------------------------------------------------------------------------------------
 
 
-def size_fits(
-    models: pd.DataFrame, *, column: str = "", least: int = 3, n_resamples: int = 1000, seed: int = 0
-) -> pd.DataFrame:
+def size_fits(models: pd.DataFrame, column: str = "", options: ComparativeOptions = DEFAULTS) -> pd.DataFrame:
     r"""Fit the rate on the logarithm of size, in each family and in all families with one common slope.
 
     Both readings of "log-linear": :math:`r = a + b \log_{10} P` and
     :math:`\log_{10} r = a + b \log_{10} P`. The second leaves out models with rate 0 (`left_out` counts
-    them), so that it describes only the others.
+    them), so that it describes only the others. A family needs three sizes for a fit of its own.
 
     Args:
-        models: One row per model: `family`, `n_params`, and `n` with `memorized` (counts), or another
-            `column` (a number, such as a mean) to fit instead of the rate; then only with the first reading.
-        column: See above.
-        least: Fewest sizes of a family.
-        n_resamples: Of the bootstrap over sequences: each model's count is redrawn from its binomial.
-        seed: Of the bootstrap.
+        models: One row per model: `family`, `n_params`, and `n` with `memorized` (counts), or `column`.
+        column: A number, such as a mean, that is fitted instead of the rate; only with the first reading.
+        options: `n_resamples` and `seed` of the bootstrap over sequences, which redraws each model's count
+            from its binomial.
 
     Returns:
         Columns `family` ("all families" has one slope and an intercept per family), `reading`, `sizes`,
@@ -150,16 +167,15 @@ def size_fits(
         `boot_low`, `boot_high` (bootstrap, 95 %), `intercept`, `r2` (for all families: of the variance left
         after the intercepts). With as many fitted numbers as sizes, low and high are NaN.
     """
-    rng = np.random.default_rng(seed)
-    parts: dict[str, Any] = {
-        str(name): part for name, part in models.groupby("family") if len(set(part["n_params"])) >= least
-    }
-    joined: Any = models.groupby("family").filter(lambda part: len(set(part["n_params"])) >= 2)
+    rng = np.random.default_rng(options.seed)
+    sizes: Any = models.groupby("family")["n_params"].transform("nunique")
+    parts: dict[str, Any] = {str(name): part for name, part in models[sizes >= 3].groupby("family")}
+    joined: Any = models[sizes >= 2]
     if joined["family"].nunique() > 1:
         parts["all families"] = joined
     return pd.DataFrame(
         [
-            {"family": name, "reading": reading, **_fit(part, reading, column, n_resamples, rng)}
+            {"family": name, "reading": reading, **_fit(part, reading, column, options.n_resamples, rng)}
             for name, part in parts.items()
             for reading in ([column] if column else READINGS)
         ]
@@ -187,7 +203,7 @@ def _fit(
     slopes = slope_of(x, draws, groups)
     slopes = slopes[np.isfinite(slopes)]
     if len(slopes):
-        row["boot_low"], row["boot_high"] = np.percentile(slopes, [2.5, 97.5]).tolist()
+        row["boot_low"], row["boot_high"] = central(slopes)
     return {**row, **_least_squares(x[kept], y[kept], groups[kept])}
 
 
@@ -212,16 +228,10 @@ def slope_of(
     >>> slope_of(np.array([0.0, 1.0, 2.0]), np.array([[1.0, 3.0, 5.0]]), np.array(["a"] * 3)).tolist()
     [2.0]
     """
-    known = np.isfinite(y)
-    filled = np.where(known, y, 0)
-    above, below = np.zeros(len(y)), np.zeros(len(y))
-    for group in pd.unique(groups):
-        some = groups == group
-        weight, values, places = known[:, some].astype(float), filled[:, some], x[some]
-        count = np.maximum(weight.sum(1, keepdims=True), 1)
-        dx = (places - (weight * places).sum(1, keepdims=True) / count) * weight
-        dy = (values - values.sum(1, keepdims=True) / count) * weight
-        above, below = above + (dx * dy).sum(1), below + (dx * dx).sum(1)
+    values = pd.DataFrame(np.where(np.isfinite(y), y, np.nan).T)
+    places = values.notna().mul(x, axis=0).where(values.notna())
+    dx, dy = (part - part.groupby(groups).transform("mean") for part in (places, values))
+    above, below = (dx * dy).sum().to_numpy(), (dx * dx).sum().to_numpy()
     return np.where(below > 1e-12, above / np.where(below > 1e-12, below, 1), np.nan)
 
 
@@ -233,15 +243,13 @@ def smaller_beats_larger(rates: pd.DataFrame) -> pd.DataFrame:
         `p_corrected` (Benjamini and Hochberg over all pairs).
     """
     rows = []
-    ordered = rates.sort_values("n_params").to_dict("records")
-    for i, a in enumerate(ordered):
-        for b in ordered[i + 1 :]:
-            if a["family"] == b["family"] or a["n_params"] == b["n_params"]:
-                continue
-            joint = (a["memorized"] + b["memorized"]) / (a["n"] + b["n"])
-            error = np.sqrt(joint * (1 - joint) * (1 / a["n"] + 1 / b["n"]))
-            p = float(stats.norm.sf((a["rate"] - b["rate"]) / error)) if error > 0 else 1.0
-            rows.append((a["model"], b["model"], a["rate"], b["rate"], p))
+    for a, b in combinations(rates.sort_values("n_params").to_dict("records"), 2):
+        if a["family"] == b["family"] or a["n_params"] == b["n_params"]:
+            continue
+        joint = (a["memorized"] + b["memorized"]) / (a["n"] + b["n"])
+        error = np.sqrt(joint * (1 - joint) * (1 / a["n"] + 1 / b["n"]))
+        p = float(stats.norm.sf((a["rate"] - b["rate"]) / error)) if error > 0 else 1.0
+        rows.append((a["model"], b["model"], a["rate"], b["rate"], p))
     frame = pd.DataFrame(rows, columns=["smaller", "larger", "smaller_rate", "larger_rate", "p"])
     return frame.assign(p_corrected=corrected(frame["p"].to_numpy(float)))
 
@@ -249,7 +257,7 @@ def smaller_beats_larger(rates: pd.DataFrame) -> pd.DataFrame:
 # ---- copies and training time ----------------------------------------------------------------------------
 
 
-def copies_table(table: pd.DataFrame, column: str = "copies") -> pd.DataFrame:
+def copies_table(table: pd.DataFrame) -> pd.DataFrame:
     """Return the rate at each number of copies; empty where the table has no such column.
 
     Returns:
@@ -258,7 +266,7 @@ def copies_table(table: pd.DataFrame, column: str = "copies") -> pd.DataFrame:
     >>> copies_table(pd.DataFrame({"copies": [1, 1, 8], "exact_match": [0, 1, 1]}))["rate"].tolist()
     [0.5, 1.0]
     """
-    parts = table.groupby(column)["exact_match"] if column in table else ()
+    parts = table.groupby("copies")["exact_match"] if "copies" in table else ()
     return pd.DataFrame([{"copies": copies, **share_estimate(hits).row("rate")} for copies, hits in parts])
 
 
