@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -49,6 +48,8 @@ def generate(
         max_new_tokens: Tokens to generate.
         prepend_bos: Put the beginning-of-text token before every prompt.
     """
+    from memlens.results.groups import parse_layers
+
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
     if not texts:
         raise OptionError("there is no prompt: give --prompt TEXT or --prompts FILE.")
@@ -65,27 +66,6 @@ def generate(
         _print_json(model, texts, found, {"model": where.model, "bypass": layers, "mode": mode})
     else:
         _print_text(model, texts, found, layers)
-
-
-def parse_layers(text: str) -> list[int]:
-    """Return the layers that a list of numbers and ranges names, each of them once.
-
-    Raises:
-        OptionError: It is not such a list, or a range runs backwards.
-
-    >>> parse_layers("20-23,25")
-    [20, 21, 22, 23, 25]
-    """
-    layers: list[int] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+))?\s*", part, re.ASCII)
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if first > last:
-            raise OptionError(
-                f"{part.strip()!r} in {text!r} is not a layer or a range of layers: write it as in 20-23,25."
-            )
-        layers += range(first, last + 1)
-    return list(dict.fromkeys(layers))
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 import xarray as xr
 
-from memlens.errors import ResultError
+from memlens.errors import OptionError, ResultError
 from memlens.results.result import Result
 from memlens.results.statistics.intervals import halves
 
@@ -113,3 +114,24 @@ def layers_label(layers: Iterable[int]) -> str:
         else:
             runs.append([layer])
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def parse_layers(text: str) -> list[int]:
+    """Return the layers in a list of numbers and ranges, such as a label of `layers_label`, each once.
+
+    Raises:
+        OptionError: It is not such a list, or a range is in descending order.
+
+    >>> parse_layers("20-23,25")
+    [20, 21, 22, 23, 25]
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+))?\s*", part, re.ASCII)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise OptionError(
+                f"{part.strip()!r} in {text!r} is not a layer or a range of layers: write it as in 20-23,25."
+            )
+        layers += range(first, last + 1)
+    return list(dict.fromkeys(layers))

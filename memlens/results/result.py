@@ -16,7 +16,7 @@ import xarray as xr
 
 from memlens.errors import OptionError, ResultError, check_option, near_matches
 from memlens.files import replacing
-from memlens.results.statistics.intervals import mean_interval, rows_by_group
+from memlens.results.statistics.intervals import by_group, mean_interval
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -209,11 +209,9 @@ class Result:
         return names
 
     def _grouped(self, array: xr.DataArray, group: str, options: dict[str, Any]) -> xr.DataArray:
-        rows = rows_by_group(self[group])
         if options["method"] == "auto":  # one method for all groups, or their bands could not be compared
             options = {**options, "method": mean_interval(array, **options).attrs["interval_method"]}
-        parts = [mean_interval(array.isel(sequence=own), **options) for own in rows.values()]
-        return xr.concat(parts, dim=pd.Index(list(rows), name=group), combine_attrs="override", coords=["n"])
+        return by_group(self[group], lambda own: mean_interval(array.isel(sequence=own), **options))
 
     def plot(self, metric: str | None = None, **options: Any) -> go.Figure:
         """Return the figure of this kind of result; it is not shown.

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import memlens as ml
-from memlens.cli.making import continuations, parse_layers, read_prompts
+from memlens.cli.making import continuations, read_prompts
 from memlens.errors import FileFormatError, OptionError, SourceNotFoundError
+from memlens.results.groups import parse_layers
 from tests.cli.test_commands import call
 from tests.small import CASES
 from tests.tiny import D_VOCAB

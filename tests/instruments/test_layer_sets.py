@@ -10,11 +10,10 @@ import pytest
 import torch
 
 import memlens as ml
-from memlens.cli.making import parse_layers
 from memlens.errors import EmptySetError, OptionError
 from memlens.instruments.ablate.branches import attention_ablations
 from memlens.instruments.bypass.layer_sets import LayerSetSearch, named_layer_sets
-from memlens.results.groups import layers_label, quartiles, take_half
+from memlens.results.groups import layers_label, parse_layers, quartiles, take_half
 from memlens.results.statistics.intervals import halves
 from tests.small import CASES
 

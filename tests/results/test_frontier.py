@@ -66,7 +66,7 @@ def test_sets_of_layers_stand_at_their_mean_depth(pair: tuple[ml.Result, ml.Resu
     with pytest.raises(ResultError, match="have different layers"):
         join_frontier({"a": (odd, accuracy)})
     named = tuple(ml.Result(p.data.assign_coords(layers=["x", "0", "1"])) for p in (recall, accuracy))
-    with pytest.raises(ResultError, match="does not name layers"):
+    with pytest.raises(OptionError, match="is not a layer or a range of layers"):
         join_frontier({"a": named})  # pyright: ignore[reportArgumentType]
     with pytest.raises(EmptySetError):
         join_frontier({})

@@ -16,7 +16,7 @@ from memlens.forward.metrics import MetricLike, metric_names
 from memlens.instruments.screen.instruments import INSTRUMENTS, screen_of
 from memlens.results.result import Result
 from memlens.results.statistics.agreement import rank_correlation, share_interval, standard_interval
-from memlens.results.statistics.intervals import bootstrap_means, mean_interval
+from memlens.results.statistics.intervals import bootstrap_means, check_level, mean_interval
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.run import sweep
 
@@ -178,8 +178,7 @@ def screen_then_verify(
     for name, number, least in (("top_k", top_k, 1), ("n_random", n_random, 0)):
         if not isinstance(number, int) or number < least:
             raise OptionError(f"{name}={number!r} is not a number of sites: give {least} or more.")
-    if not 0 < level < 1:
-        raise OptionError(f"level={level!r} is not a coverage: give a number between 0 and 1, such as 0.95.")
+    check_level(level)
     metric = metric_names(metrics)[0]
     tool = screen_of(
         instrument, model, clean, corrupt, site=site, over=over, direction=direction, mode=mode,

@@ -12,7 +12,7 @@ import xarray as xr
 from memlens.errors import OptionError, SiteError, check_option
 from memlens.figures.labels import metric_text
 from memlens.results.result import Result
-from memlens.results.statistics.intervals import METHODS
+from memlens.results.statistics.intervals import METHODS, check_level
 
 Of = Literal["value", "effect"]
 ALWAYS = ("title", "level", "method", "n_resamples", "seed")
@@ -53,8 +53,7 @@ class Selection:
         if self.of is not None:
             check_option("of", self.of, get_args(Of))
         check_option("method", self.method, METHODS)
-        if not 0 < self.level < 1:
-            raise OptionError(f"level={self.level!r} is not a coverage: use a number between 0 and 1.")
+        check_level(self.level)
         if self.n_resamples < 1:
             raise OptionError(f"n_resamples={self.n_resamples}: use at least one resample.")
 

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import optimize, stats
 
-from memlens.errors import OptionError, ResultError, check_option
-from memlens.results.statistics.intervals import quantile_interval
+from memlens.errors import ResultError, check_option
+from memlens.results.statistics.intervals import check_level, quantile_interval
 
 AGREEMENT = ("precision", "recall", "kappa")
 
@@ -75,10 +75,9 @@ def roc_area(
         0.75
     """
     check_option("method", method, ["delong", "bootstrap"])
-    if not 0 < level < 1:
-        raise OptionError(f"level={level!r} is not a coverage: give a number between 0 and 1, such as 0.95.")
+    check_level(level)
     positive, negative = _groups(score, label)
-    area = _area(positive, negative)
+    area = float(_above(positive, negative).mean())
     if method == "bootstrap":
         low, high = _bootstrap_area(positive, negative, level, n_resamples, seed)
     elif area in (0.0, 1.0):
@@ -143,10 +142,6 @@ def _groups(score: Any, label: Any) -> tuple[np.ndarray, np.ndarray]:
     return positive, negative
 
 
-def _area(positive: np.ndarray, negative: np.ndarray) -> float:
-    return float(_above(positive, negative).mean())
-
-
 def _above(values: np.ndarray, others: np.ndarray) -> Float[np.ndarray, "value"]:
     """Return for each value the share of the others below it, with ties counted half."""
     ordered = np.sort(others)
@@ -182,7 +177,7 @@ def _bootstrap_area(
 ) -> tuple[float, float]:
     rng = np.random.default_rng(seed)
     areas = [
-        _area(rng.choice(positive, len(positive)), rng.choice(negative, len(negative)))
+        _above(rng.choice(positive, len(positive)), rng.choice(negative, len(negative))).mean()
         for _ in range(n_resamples)
     ]
     low, high = np.quantile(areas, [(1 - level) / 2, (1 + level) / 2])

@@ -65,13 +65,13 @@ def compare_groups(
         first, second = pairs
     x, y = (part.values.reshape(part.sizes["sequence"], -1) for part in (first, second))
     if paired:
-        interval = _paired_interval(x - y, level, n_resamples, seed)
-        p = _paired_p(x - y, n_permutations, seed)
+        difference, p = _means(x - y), _paired_p(x - y, n_permutations, seed)
+        samples = bootstrap_means(x - y, n_resamples, seed)
     else:
-        interval = _unpaired_interval(x, y, level, n_resamples, seed)
-        p = _unpaired_p(x, y, n_permutations, seed)
-    columns = dict(zip(("difference", "low", "high"), interval, strict=True))
-    columns |= {"p": p, "p_corrected": corrected(p)}
+        difference, p = _means(x) - _means(y), _unpaired_p(x, y, n_permutations, seed)
+        samples = bootstrap_means(x, n_resamples, seed) - bootstrap_means(y, n_resamples, seed + 1)
+    low, high = quantile_interval(samples, level)
+    columns = {"difference": difference, "low": low, "high": high, "p": p, "p_corrected": corrected(p)}
     site = first.isel(sequence=0, drop=True)
     attrs = {"metric": metric, "of": of, "level": level, "paired": paired, "n_a": len(x), "n_b": len(y)}
     arrays = {key: site.copy(data=values.reshape(site.shape)) for key, values in columns.items()}
@@ -118,18 +118,8 @@ def _paired(first: xr.DataArray, second: xr.DataArray) -> tuple[xr.DataArray, xr
     return first.isel(sequence=[rows[key] for key in keys]), xr.concat(controls, "sequence", coords="minimal")
 
 
-Interval = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-def _paired_interval(difference: np.ndarray, level: float, n_resamples: int, seed: int) -> Interval:
-    mean = weighted_means(np.ones((1, len(difference))), difference)[0]
-    return mean, *quantile_interval(bootstrap_means(difference, n_resamples, seed), level)
-
-
-def _unpaired_interval(x: np.ndarray, y: np.ndarray, level: float, n_resamples: int, seed: int) -> Interval:
-    mean = weighted_means(np.ones((1, len(x))), x)[0] - weighted_means(np.ones((1, len(y))), y)[0]
-    samples = bootstrap_means(x, n_resamples, seed) - bootstrap_means(y, n_resamples, seed + 1)
-    return mean, *quantile_interval(samples, level)
+def _means(table: np.ndarray) -> np.ndarray:
+    return weighted_means(np.ones((1, len(table))), table)[0]
 
 
 def _paired_p(difference: np.ndarray, n_permutations: int, seed: int) -> np.ndarray:

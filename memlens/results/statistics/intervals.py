@@ -1,15 +1,15 @@
 """Means over sequences with their confidence intervals, for every site at once.
 
-The unit of resampling is the sequence: two values of one sequence (at two layers, or two target tokens) are
-not independent, so other dimensions are averaged within each sequence first. NaN means "not measured" and is
+Sequences are the unit of resampling: two values of one sequence (at two layers, or two target tokens) are not
+independent, so other dimensions are averaged within each sequence first. NaN means "not measured" and is
 skipped. All methods are vectorized over sites: a bootstrap is one matrix product of resampling weights
-`[resample, sequence]` with the values `[sequence, site]`. The share of lost recall that patching restores is
-here too: a ratio of sums over all sequences.
+`[resample, sequence]` with the values `[sequence, site]`. `restored_share`, a ratio of sums over all
+sequences, is also here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +40,12 @@ def is_binary(values: np.ndarray) -> bool:
         return values.size > 0
     finite = values[np.isfinite(values)]
     return bool(finite.size) and bool(np.isin(finite, (0, 1)).all())
+
+
+def check_level(level: float) -> None:
+    """Raise `OptionError` unless `level` is a coverage."""
+    if not 0 < level < 1:
+        raise OptionError(f"level={level!r} is not a coverage: give a number between 0 and 1, such as 0.95.")
 
 
 def mean_interval(
@@ -78,8 +84,7 @@ def mean_interval(
         [0.75, 0.3, 0.95]
     """
     check_option("method", method, METHODS)
-    if not 0 < level < 1:
-        raise OptionError(f"level={level!r} is not a coverage: give a number between 0 and 1, such as 0.95.")
+    check_level(level)
     if dim not in values.dims:
         raise ResultError(
             f"{values.name or 'the array'} has no dimension {dim!r}: its dimensions are {values.dims}."
@@ -90,7 +95,9 @@ def mean_interval(
     if method == "auto":
         method = "wilson" if is_binary(table) else "bootstrap"
     n = np.isfinite(table).sum(0)
-    mean, low, high = _INTERVALS[method](table, n, level, n_resamples, seed)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(np.isfinite(table), table, 0.0).sum(0) / n
+    low, high = _INTERVALS[method](table, n, mean, level, n_resamples, seed)
     interval = mean, np.where(n < FEWEST, np.nan, low), np.where(n < FEWEST, np.nan, high)
     per_unit = [name for name, coord in values.coords.items() if dim in coord.dims]
     first = values.drop_vars(per_unit).sum(dim)  # only its shape and the sites' coordinates are used
@@ -165,8 +172,10 @@ def ratio_interval(
     ).assign_coords(n=(n.dims, n.values))
 
 
-def rows_by_group(labels: xr.DataArray) -> dict[Any, np.ndarray]:
-    """Return the rows of each group, with groups sorted, or in order of appearance (`keep_order`).
+def by_group(labels: xr.DataArray, interval: Callable[[np.ndarray], xr.DataArray]) -> xr.DataArray:
+    """Return an interval for the rows of each group, along a dimension with the name of the labels.
+
+    Groups are sorted, or in order of appearance where the labels have the attribute `keep_order`.
 
     Raises:
         ResultError: There is not one label per sequence.
@@ -179,7 +188,10 @@ def rows_by_group(labels: xr.DataArray) -> dict[Any, np.ndarray]:
     same = labels.values if numeric else np.array([str(value) for value in labels.values], dtype=object)
     keys = pd.unique(same)
     keys = keys if labels.attrs.get("keep_order") else np.sort(keys)
-    return {key: np.flatnonzero(same == key) for key in keys}
+    parts = [interval(np.flatnonzero(same == key)) for key in keys]
+    return xr.concat(
+        parts, dim=pd.Index(list(keys), name=labels.name), combine_attrs="override", coords=["n"]
+    )
 
 
 def bootstrap_means(table: np.ndarray, n_resamples: int, seed: int | np.random.Generator) -> np.ndarray:
@@ -251,39 +263,30 @@ def halves(n: int, seed: int) -> tuple[Int[np.ndarray, "a"], Int[np.ndarray, "b"
     return np.sort(order[: n // 2]), np.sort(order[n // 2 :])
 
 
-def _column_means(table: np.ndarray, n: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(np.isfinite(table), table, 0.0).sum(0) / n
+Ends = tuple[np.ndarray, np.ndarray]
 
 
 def _bootstrap(
-    table: np.ndarray, n: np.ndarray, level: float, n_resamples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    means, low, high = _column_means(table, n), *np.full((2, table.shape[1]), np.nan)
+    table: np.ndarray, n: np.ndarray, mean: np.ndarray, level: float, n_resamples: int, seed: int
+) -> Ends:
+    low, high = np.full((2, table.shape[1]), np.nan)
     for part in _blocks(table.shape[1] if table.shape[0] else 0, n_resamples):
         low[part], high[part] = quantile_interval(bootstrap_means(table[:, part], n_resamples, seed), level)
-    return means, low, high
+    return low, high
 
 
-def _wilson(
-    table: np.ndarray, n: np.ndarray, level: float, n_resamples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _wilson(table: np.ndarray, n: np.ndarray, mean: np.ndarray, level: float, *_: int) -> Ends:
     if not is_binary(table) and np.isfinite(table).any():
         raise OptionError("method='wilson' needs values that are all 0 or 1: use method='bootstrap'.")
     hits = np.where(np.isfinite(table), table, 0.0).sum(0)
-    low, high = wilson_interval(hits, np.maximum(n, 1), level)
-    low, high = np.where(n > 0, low, np.nan), np.where(n > 0, high, np.nan)
-    return _column_means(table, n), low, high
+    return wilson_interval(hits, np.maximum(n, 1), level)
 
 
-def _student(
-    table: np.ndarray, n: np.ndarray, level: float, n_resamples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    means = _column_means(table, n)
-    squares = np.where(np.isfinite(table), (table - means) ** 2, 0.0).sum(0)
+def _student(table: np.ndarray, n: np.ndarray, mean: np.ndarray, level: float, *_: int) -> Ends:
+    squares = np.where(np.isfinite(table), (table - mean) ** 2, 0.0).sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
         half = stats.t.ppf((1 + level) / 2, n - 1) * np.sqrt(squares / (n - 1) / n)
-    return means, means - half, means + half
+    return mean - half, mean + half
 
 
 _INTERVALS = {"bootstrap": _bootstrap, "wilson": _wilson, "t": _student}
@@ -361,11 +364,9 @@ def restored_share(
     if group is None:
         share = ratio_interval(part, whole, **options)
     else:
-        rows = rows_by_group(result[group])
-        parts = [
-            ratio_interval(part.isel(sequence=own), whole.isel(sequence=own), **options)
-            for own in rows.values()
-        ]
-        share = xr.concat(parts, dim=pd.Index(list(rows), name=group), combine_attrs="override", coords=["n"])
+        share = by_group(
+            result[group],
+            lambda own: ratio_interval(part.isel(sequence=own), whole.isel(sequence=own), **options),
+        )
     attrs = {**result.data.attrs, "metric": name, "n_sequences": result.data.sizes["sequence"]}
     return xr.Dataset({"restored_share": share.rename(n="n_restored_share")}, attrs=attrs)

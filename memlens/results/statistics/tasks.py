@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from memlens.errors import OptionError, ResultError
+from memlens.errors import ResultError
 from memlens.results.result import Result
-from memlens.results.statistics.intervals import bootstrap_means, quantile_interval
+from memlens.results.statistics.intervals import bootstrap_means, check_level, quantile_interval
 
 Table = Float[np.ndarray, "resample site"]
 Means = Mapping[str, Table]
@@ -90,8 +90,7 @@ def task_summary(
         >>> table["scope"].tolist(), table["measure"].unique().tolist()[:2]
         (['task', 'task', 'task', 'group', 'group', 'group'], ['accuracy', 'accuracy_norm'])
     """
-    if not 0 < level < 1:
-        raise OptionError(f"level={level!r} is not a coverage: give a number between 0 and 1, such as 0.95.")
+    check_level(level)
     tasks = task_tables(result)
     values = {name: task.measured(lambda table: table.mean(0, keepdims=True)) for name, task in tasks.items()}
     drawn = {

@@ -7,9 +7,8 @@ model or several, in one result to draw.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -19,6 +18,7 @@ from jaxtyping import Bool, Float
 
 from memlens.choices import TaskCost
 from memlens.errors import EmptySetError, OptionError, ResultError, check_option
+from memlens.results.groups import parse_layers
 from memlens.results.kinds import register_kind
 from memlens.results.plots.tasks import plot_frontier
 from memlens.results.readings import read_frontier
@@ -85,17 +85,12 @@ class Tradeoff:
     def take(self, edits: Sequence[int] | Bool[np.ndarray, "edit"]) -> Tradeoff:
         """Return the trade-off of some edits."""
         chosen = np.arange(len(self.removed))[np.asarray(edits)]
-        return Tradeoff(
-            self.sites.iloc[chosen].reset_index(drop=True),
-            self.removed[chosen],
-            self.cost[chosen],
-            [self.worst[int(i)] for i in chosen.tolist()],
-            self.removed_draws[:, chosen],
-            self.cost_draws[:, chosen],
-            self.exact_match[chosen],
-            self.accuracy[chosen],
-            self.tasks,
-            self.settings,
+        arrays = ("removed", "cost", "removed_draws", "cost_draws", "exact_match", "accuracy")
+        return replace(
+            self,
+            sites=self.sites.iloc[chosen].reset_index(drop=True),
+            worst=[self.worst[int(i)] for i in chosen.tolist()],
+            **{name: getattr(self, name)[..., chosen] for name in arrays},
         )
 
     def area(self, *, level: float = 0.95) -> tuple[float, float, float]:
@@ -309,6 +304,7 @@ def join_frontier(
     Raises:
         EmptySetError: No parts.
         ResultError: A part has neither a layer nor a set of layers, or its two results have different ones.
+        OptionError: A label does not name layers (see `memlens.results.groups.parse_layers`).
 
     Example:
         >>> import memlens as ml
@@ -344,7 +340,7 @@ def _one_model(
     labels = [str(value) for value in recall[dim].values.tolist()]
     if labels != [str(value) for value in accuracy[dim].values.tolist()]:
         raise ResultError(f"the two results of {name} have different layers: run both with the same edits.")
-    layers = [_layers_of(label) for label in labels]
+    layers = [parse_layers(label) for label in labels]
     last = max(1, *(max(some) for some in layers))
     tables = task_tables(accuracy)
     scopes = {ALL_TASKS: list(tables)}
@@ -381,18 +377,6 @@ def _one_model(
             "size": ("site", [len(some) for some in layers]),
         },
     )
-
-
-def _layers_of(label: str) -> list[int]:
-    """Return the layers that a label such as `0,2-4` names."""
-    found: list[int] = []
-    for part in label.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if match is None:
-            raise ResultError(f"{label!r} does not name layers: write them as in 0,2-4.")
-        first = int(match[1])
-        found += range(first, int(match[2] or first) + 1)
-    return found
 
 
 register_kind(
