@@ -8,7 +8,7 @@ direction decides between "harms" and "changes".
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,14 +65,11 @@ def read_effects(result: Result, metric: str | None) -> str:
         here = effect.sel(site)
         for other in effect[control].values[1:]:
             theirs = here.sel({control: other}, drop=True)
-            change, gap = (
-                Estimate.of(mean_interval(theirs)),
-                Estimate.of(mean_interval(first.sel(site) - theirs)),
-            )
+            change, gap = _mean(theirs), _mean(first.sel(site) - theirs)
             said += f" There {other} changes it by {_spoken(change, text)}; "
             said += f"the difference is {_spoken(gap, text)}."
     for group, own in list(groups.items())[1:]:
-        theirs = Estimate.of(mean_interval(first.sel(site).isel(sequence=own)))
+        theirs = _mean(first.sel(site).isel(sequence=own))
         said += f" In {group} it changes by {_spoken(theirs, text)} there, {_over(theirs.n)}."
     return said
 
@@ -95,8 +92,8 @@ def read_restored(result: Result, metric: str | None) -> str:
     restorable = restorable_metric(result)
     name = metric or ("restored_share" if restorable else result.metrics[0])
     if name == "restored_share" and restorable and changed_too_little(result):
-        lost = _inner_mean(result[f"{restorable}_clean"] - result[f"{restorable}_corrupt"])
-        text, found = metric_text(restorable, result[restorable]), Estimate.of(mean_interval(lost))
+        text = metric_text(restorable, result[restorable])
+        found = _mean(result[f"{restorable}_clean"] - result[f"{restorable}_corrupt"])
         lead = (
             f"The corruption changed too little to say what share of it is restored: the clean run's "
             f"{text.label} exceeds the corrupt one's by {_spoken(found, text)}. "
@@ -121,14 +118,13 @@ def read_restored(result: Result, metric: str | None) -> str:
 
 
 def read_decoding(result: Result, metric: str | None) -> str:
-    """Say how probable the targets are after the last layer, and from where on they are."""
+    """Say how probable the targets are after the last layer, and at which layer they become so."""
     data = result.data
     log_rank = mean_interval(_inner_mean(xr.apply_ufunc(np.log1p, data["rank"])), method="bootstrap")
     odds = mean_interval(_inner_mean(data["probability"]), method="bootstrap")
     last = Estimate.of(odds.isel(layer=-1))
-    said = (
-        f"After the last layer the target tokens have a mean probability of {last.text()}, {_over(last.n)}."
-    )
+    what = "the target tokens have a mean probability"
+    said = f"After the last layer {what} of {last.text()}, {_over(last.n)}."
     means = odds.sel(statistic="mean").values
     half = odds["layer"].values[means >= 0.5 * means[-1]]
     below = np.exp(log_rank.sel(statistic="mean").values) < 2
@@ -156,9 +152,9 @@ def read_attribution(result: Result, metric: str | None) -> str:
 
 def read_recall(result: Result, metric: str | None) -> str:
     """Say how much is recalled, and how that depends on the number of copies."""
-    name = metric or ("exact_match" if "exact_match" in result.metrics else result.metrics[0])
+    name = _chosen(result.metrics, metric)
     text, array = metric_text(name, result[name]), _inner_mean(result[name])
-    found = Estimate.of(mean_interval(array))
+    found = _mean(array)
     said = f"The {text.label}, {_over(found.n)}, is {_spoken(found, text)}."
     if "copies" not in result.data.coords:
         return said
@@ -166,13 +162,11 @@ def read_recall(result: Result, metric: str | None) -> str:
     if len(copies) < 2:
         return said
     method = mean_interval(array).attrs["interval_method"]
-    ends = [
-        _spoken(
-            Estimate.of(mean_interval(array.isel(sequence=result["copies"].values == c), method=method)), text
-        )
+    few, most = (
+        _spoken(_mean(array.isel(sequence=result["copies"].values == c), method), text)
         for c in (copies[0], copies[-1])
-    ]
-    return f"{said} With {copies[0]} copies it is {ends[0]}, with {copies[-1]} copies {ends[1]}."
+    )
+    return f"{said} With {copies[0]} copies it is {few}, with {copies[-1]} copies {most}."
 
 
 def read_pairs(result: Result, metric: str | None) -> str:
@@ -199,20 +193,20 @@ def read_pairs(result: Result, metric: str | None) -> str:
 
 def read_cumulative(result: Result, metric: str | None) -> str:
     """Say what ablating more and more heads does, in the ranked order and in random ones."""
-    name = metric or ("exact_match" if "exact_match" in result.metrics else result.metrics[0])
-    text, array = metric_text(name, result[name]), _inner_mean(result[name].astype(float))
+    name = _chosen(result.metrics, metric)
+    text, array = metric_text(name, result[name]), _inner_mean(result[name])
     most = result["n_ablated"].values.max()
     ranked = array.sel(order="ranked", drop=True)
     others = array.sel(order=[order for order in array["order"].values if order != "ranked"])
-    found = Estimate.of(mean_interval(ranked.sel(n_ablated=most)))
+    found = _mean(ranked.sel(n_ablated=most))
     said = f"With the {most} highest ranked heads ablated the {text.label} is {_spoken(found, text)}, "
     said += _over(found.n)
     if f"{name}_baseline" in result.data:
-        base = Estimate.of(mean_interval(_inner_mean(result.baseline(name))))
+        base = _mean(result.baseline(name))
         said += f"; the unchanged model's is {_spoken(base, text)}"
     if others.sizes["order"]:
         control = others.mean("order").sel(n_ablated=most)
-        theirs, gap = (Estimate.of(mean_interval(a)) for a in (control, ranked.sel(n_ablated=most) - control))
+        theirs, gap = _mean(control), _mean(ranked.sel(n_ablated=most) - control)
         said += (
             f". With as many random heads (the mean of {others.sizes['order']} orders) it is "
             f"{_spoken(theirs, text)}; ranked minus random is {_spoken(gap, text)}"
@@ -231,14 +225,14 @@ def read_strengths(result: Result, metric: str | None) -> str:
     """Say what a metric is at the smallest and the largest strength, on the sequences that have both."""
     x = next(name for name in STRENGTHS if name in result.data.dims)
     choices = [name for name in with_dims(result, x) if "layer" not in result[name].dims]
-    name = metric or ("exact_match" if "exact_match" in choices else choices[0])
-    text, array = metric_text(name, result[name]), _inner_mean(result[name].astype(float))
+    name = _chosen(choices, metric)
+    text, array = metric_text(name, result[name]), _inner_mean(result[name])
     array = array.mean([dim for dim in array.dims if dim not in ("sequence", x)]).sortby(x)
     ends = array[x].values[[0, -1]].tolist()
     start = f"{STRENGTHS[x]} = {ends[0]:g}" if x == "alpha" else f"{ends[0]:g} {STRENGTHS[x]}"
     low, high = (array.sel({x: end}, drop=True) for end in ends)
     both = low.notnull() & high.notnull()
-    a, b, change = (Estimate.of(mean_interval(part.where(both))) for part in (low, high, high - low))
+    a, b, change = (_mean(part.where(both)) for part in (low, high, high - low))
     said = (
         f"With {start} the {text.label} is {_spoken(a, text)}, with {ends[1]:g} it is "
         f"{_spoken(b, text)}; each sequence changes by {_spoken(change, text)}, {_over(change.n)}."
@@ -247,7 +241,7 @@ def read_strengths(result: Result, metric: str | None) -> str:
     if missing:
         said += f" {missing} further sequences have no value at one of these ends and are left out."
     if f"{name}_baseline" in result.data:
-        base = Estimate.of(mean_interval(_inner_mean(result.baseline(name))))
+        base = _mean(result.baseline(name))
         said += f" The unchanged model's is {_spoken(base, text)}."
     if change.known and not change.excludes(0):
         said += " The interval of the change includes 0: this may be no change at all."
@@ -261,16 +255,15 @@ def read_compression(result: Result, metric: str | None) -> str:
     ratio = data["compression_ratio"].isel(sequence=recalled)
     if not ratio.notnull().any():
         return ""
-    tokens = Estimate.of(mean_interval(data["fewest_tokens"].isel(sequence=recalled), method="bootstrap"))
-    share = Estimate.of(mean_interval(ratio, method="bootstrap"))
+    tokens = _mean(data["fewest_tokens"].isel(sequence=recalled), "bootstrap")
+    share = _mean(ratio, "bootstrap")
     said = (
         f"{int(recalled.sum())} of {len(recalled)} sequences are recalled from their whole prefix. For these "
         f"the fewest tokens that are enough ({method.replace('_', ' ')}) are {tokens.text('tokens')}, a "
         f"share of {share.text()} of the prefix, {_over(share.n)}."
     )
     if "stable_compression_ratio" in data:
-        stable = data["stable_compression_ratio"].isel(sequence=recalled)
-        mean = Estimate.of(mean_interval(stable, method="bootstrap"))
+        mean = _mean(data["stable_compression_ratio"].isel(sequence=recalled), "bootstrap")
         said += f" From a share of {mean.text()} on, every longer prompt that was tried is enough, too."
     if "complete" in data and (open_ends := int((data["complete"] == 0).sum())):
         said += f" {open_ends} deletions stopped at their budget: their numbers are upper limits."
@@ -299,7 +292,7 @@ def read_bounds(result: Result, metric: str | None) -> str:
 
 
 def read_predictor(result: Result, metric: str | None) -> str:
-    """Say which layer a guess from one plain pass puts first."""
+    """Say which layer the predictor, a guess from one pass without interventions, ranks first."""
     name = metric or "predictor"
     ci = mean_interval(_inner_mean(result[name]))
     site = _extreme(ci, 1)
@@ -325,9 +318,8 @@ def read_frontier(result: Result, metric: str | None) -> str:
         mean = exact.sel(statistic="mean").values
         best = int(np.nanargmax((base - mean) / base - (able - part["accuracy"].values) / able))
         n = Estimate.of(exact.isel(site=best))
-        cost = Estimate(
-            *(float(part[f"accuracy{end}"].values[best]) for end in ("", "_low", "_high")), n=FEWEST
-        )
+        ends = (float(part[f"accuracy{end}"].values[best]) for end in ("", "_low", "_high"))
+        cost = Estimate(*ends, n=FEWEST)
         said.append(
             f"{model}: with layers {part['label'].values[best]} bypassed exact match goes from {base:.3g} to "
             f"{n.text()} ({_over(n.n)}) and the accuracy on {scope} from {able:.3g} to {cost.text()}."
@@ -348,9 +340,7 @@ def read_tasks(result: Result, metric: str | None) -> str:
         members = [table for table in tables.values() if table.group == group]
         chance = np.mean([table.chance for table in members])
         least = own.loc[own["mean"].idxmin()]
-        found = Estimate(
-            float(least["mean"]), float(least["low"]), float(least["high"]), int(least["questions"])
-        )
+        found = Estimate.from_row(least, "mean", n="questions")
         text = found.text(units="questions")
         if sites:
             base = np.mean([table.tables["base"][:, 0].mean() for table in members])
@@ -369,7 +359,7 @@ def read_frequency(result: Result, metric: str | None) -> str:
     array = result["per_million"]
     parts = array.where(array["offset"] < 0), array.where(array["offset"] >= 0)
     before, after = (part.median("offset") for part in parts)
-    numbers = [Estimate.of(mean_interval(a, method="bootstrap")) for a in (before, after, after - before)]
+    numbers = [_mean(part, "bootstrap") for part in (before, after, after - before)]
     return (
         f"The median token of a prefix occurs {numbers[0].text()} times per million, that of a continuation "
         f"{numbers[1].text()} times; the difference is {numbers[2].text()}, {_over(numbers[2].n)}."
@@ -378,6 +368,14 @@ def read_frequency(result: Result, metric: str | None) -> str:
 
 def _inner_mean(array: xr.DataArray) -> xr.DataArray:
     return array.astype(float).mean([dim for dim in _INNER if dim in array.dims], keep_attrs=True)
+
+
+def _mean(array: xr.DataArray, method: str = "auto") -> Estimate:
+    return Estimate.of(mean_interval(_inner_mean(array), method=method))
+
+
+def _chosen(metrics: Sequence[str], asked: str | None) -> str:
+    return asked or ("exact_match" if "exact_match" in metrics else metrics[0])
 
 
 def _groups(result: Result) -> Mapping[str, np.ndarray]:
@@ -407,11 +405,8 @@ def _extreme(ci: xr.DataArray, sign: int) -> dict[Hashable, Any]:
 
 
 def _where(site: Mapping[Any, Any]) -> str:
-    return (
-        " at " + ", ".join(f"{str(dim).replace('_', ' ')} {value}" for dim, value in site.items())
-        if site
-        else ""
-    )
+    places = [f"{str(dim).replace('_', ' ')} {value}" for dim, value in site.items()]
+    return f" at {', '.join(places)}" if places else ""
 
 
 def _chance(ci: xr.DataArray) -> str:
