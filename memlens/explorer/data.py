@@ -65,7 +65,7 @@ class Edits:
 
 @dataclass(frozen=True, eq=False)
 class Continuation:
-    """What the model predicts for a sequence's targets and generates after the prefix, under some edits.
+    """The model's predictions of a sequence's targets, and what it generates after the prefix, under edits.
 
     Attributes:
         edits: The edits; none for the unchanged model.
@@ -99,7 +99,7 @@ class Continuation:
 
     def __repr__(self) -> str:
         score = self.memorization_score
-        return f"Continuation({self.edits.name}: {score:.0%} of {len(self.same)} tokens, {self.text!r})"
+        return f"Continuation({self.edits.name}: memorization score {score:.0%}, {self.text!r})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +147,8 @@ class SequenceView:
 
     @property
     def label(self) -> str:
-        """The id with its recall, for a menu."""
-        facts = [f"{self.continuation.memorization_score:.0%} recalled"]
+        """The id with its memorization score, for a menu."""
+        facts = [f"memorization score {self.continuation.memorization_score:.0%}"]
         facts += [f"{value} copies" if key == "copies" else value for key, value in self.facts.items()]
         return " · ".join([self.id, *facts])
 
@@ -188,15 +188,21 @@ class Exploration:
 
     def __getitem__(self, name: str) -> SequenceView:
         """Return the sequence with this id."""
-        for view in self.views:
-            if view.id == name:
-                return view
-        raise SiteError(
-            f"there is no sequence {name!r} among these {len(self)}.{near_matches(name, self.ids)}"
-        )
+        return self.views[row_of(name, self.ids)]
 
     def __repr__(self) -> str:
         return f"Exploration({len(self)} sequences of {self.settings.get('model', 'a model')})"
+
+
+def row_of(name: str, ids: Sequence[str]) -> int:
+    """Return the row of the sequence with an id.
+
+    Raises:
+        SiteError: There is no such sequence.
+    """
+    if name not in ids:
+        raise SiteError(f"there is no sequence {name!r} among these {len(ids)}.{near_matches(name, ids)}")
+    return ids.index(name)
 
 
 def strongest_heads(effects: Float[np.ndarray, "layer head"], better: int = 0) -> list[Head]:

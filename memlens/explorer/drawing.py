@@ -20,13 +20,10 @@ _WHOLE = 10**9
 
 def lens_figure(view: SequenceView) -> go.Figure:
     """Return the probability of each target after each layer."""
-    layers = range(len(view.lens_probability))
+    arrays = {"probability": view.lens_probability, "rank": view.lens_rank}
     data = xr.Dataset(
-        {
-            "probability": (("layer", "target"), view.lens_probability),
-            "rank": (("layer", "target"), view.lens_rank),
-        },
-        {"layer": list(layers)},
+        {name: (("layer", "target"), array) for name, array in arrays.items()},
+        {"layer": list(range(len(view.lens_probability)))},
     )
     places = range(view.prefix_len, len(view.tokens))
     return heatmap_lens(data, unique_tokens(list(view.targets), places))
@@ -45,19 +42,14 @@ def effects_figure(view: SequenceView, metric: str, chosen: Head | None = None) 
 def attention_figure(view: SequenceView, head: Head, weights: UInt8[np.ndarray, "query key"]) -> go.Figure:
     """Return a head's attention on the sequence."""
     data = xr.DataArray(weights / 255, dims=("query", "key"))
-    labels = unique_tokens(list(view.tokens))
-    return heatmap_attention(
-        data,
-        labels,
-        boundary=view.prefix_len,
-        title=f"Attention of {head_label(head)} in the unchanged model",
-    )
+    title = f"Attention of {head_label(head)} in the unchanged model"
+    return heatmap_attention(data, unique_tokens(list(view.tokens)), boundary=view.prefix_len, title=title)
 
 
 def shade(probability: float, right: bool) -> str:
-    """Return the color of a target: blue if greedy decoding gives it, otherwise vermilion.
+    """Return the color of a target: blue if it is the most likely token, otherwise vermilion.
 
-    The deeper the blue, the more likely the target; the deeper the vermilion, the less likely.
+    A deeper blue means a more likely target, a deeper vermilion a less likely one.
 
     >>> shade(1.0, True), shade(0.0, False)
     ('rgba(0,114,178,0.45)', 'rgba(213,94,0,0.45)')
@@ -85,13 +77,13 @@ def tokens_html(view: SequenceView, continuation: Continuation) -> str:
 
 
 def written_html(view: SequenceView, continuation: Continuation) -> str:
-    """Return what the model generates after the prefix, with tokens that differ from the truth underlined."""
+    """Return what the model generates after the prefix, with wrong tokens underlined."""
     marks = zip(continuation.tokens, continuation.same, strict=True)
     parts = [
         _text(token) if same else f"<u style='background:rgba({_WRONG},.25)'>{_text(token)}</u>"
         for token, same in marks
     ]
-    score = f"{continuation.memorization_score:.0%} of the tokens"
+    score = f"memorization score {continuation.memorization_score:.0%}"
     return f"<div><b>{escape(continuation.edits.name)}</b>: {score}</div>" + _block("".join(parts))
 
 

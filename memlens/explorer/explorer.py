@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import UInt8
 
-from memlens.errors import OptionError, SiteError, check_option, near_matches
+from memlens.errors import OptionError, check_option
 from memlens.explorer import drawing
 from memlens.explorer.attention import attention_maps
-from memlens.explorer.data import Continuation, Edits, Exploration, SequenceView, strongest_heads
+from memlens.explorer.data import Continuation, Edits, Exploration, SequenceView, row_of, strongest_heads
 from memlens.explorer.measuring import ExploreOptions, continuations, explore_sequences
 from memlens.figures.labels import metric_text
 from memlens.figures.theme import dark
@@ -45,9 +45,9 @@ def explore(
     """Explore sequences one by one: recall of tokens, lens, heads, attention, and the model under edits.
 
     Jupyter shows the returned object as a widget (extra `notebook`: ipywidgets and plotly's FigureWidget).
-    Choose a sequence, click a head to see where it attends, switch ablations and bypasses on and see at once
-    what the model generates. The same is available in Python, and `Explorer.write_html` writes a page that
-    does not need Python.
+    Select a sequence, click a head to see where it attends, switch on ablations and bypasses, and see at once
+    what the model generates. Everything is also available from Python, and `Explorer.write_html` writes a
+    page that does not need Python.
 
     Args:
         model: A TransformerLens model.
@@ -79,15 +79,9 @@ def explore(
 
 
 class Explorer:
-    """The result of `explore`: a selected sequence, a selected head, and the current edits.
+    """What `explore` returns: a selected sequence, a selected head, and the current edits.
 
-    Args:
-        model: A TransformerLens model.
-        sequences: The sequences to explore.
-        options: See `ExploreOptions`.
-        reference: The set for ablation by "mean"; `sequences` itself by default.
-        dark: Figures for a dark notebook.
-        progress: Show progress bars.
+    See `explore` for the arguments.
 
     Attributes:
         table: One row per sequence: its columns, `exact_match` and `target_accuracy` (see `score_recall`).
@@ -110,9 +104,8 @@ class Explorer:
         progress: bool = False,
     ) -> None:
         check_sequences(sequences, model, on_eos="keep")
-        self.options, self._model, self._progress = options, model, progress
-        self._dark = dark
-        self._sequences = sequences
+        self.options, self._model, self._sequences = options, model, sequences
+        self._dark, self._progress = dark, progress
         self._bare = sequences.with_table(sequences.table.filter(["id"]))
         self._reference = self._bare if reference is None else reference
         self._trunk = Trunk(model)
@@ -142,18 +135,12 @@ class Explorer:
 
     @property
     def view(self) -> SequenceView:
-        """The selected sequence in the unchanged model; computed at first access."""
+        """The selected sequence in the unchanged model; computed on first access."""
         if self._row not in self._views:
-            found = explore_sequences(
-                self._model,
-                self._sequences[[self._row]],
-                self.options,
-                reference=self._reference,
-                try_edits=False,
-                keep_attention=False,
-                progress=self._progress,
-            )
-            self._views[self._row] = found.views[0]
+            (self._views[self._row],) = explore_sequences(
+                self._model, self._sequences[[self._row]], self.options, reference=self._reference,
+                try_edits=False, keep_attention=False, progress=self._progress,
+            ).views  # fmt: skip
         return self._views[self._row]
 
     @property
@@ -172,8 +159,8 @@ class Explorer:
         key = (self._row, self.edits)
         if key not in self._written:
             one = self._bare[[self._row]]
-            (found,) = continuations(self._model, one, self.edits, self.options, self._reference)
-            self._written[key] = found
+            written = continuations(self._model, one, self.edits, self.options, self._reference)
+            (self._written[key],) = written
         return self._written[key]
 
     @property
@@ -182,9 +169,8 @@ class Explorer:
         key = (self._row, self.head)
         if key not in self._maps:
             n = int(self._bare.lengths[self._row])
-            self._maps[key] = attention_maps(self._model, self._bare.tokens[self._row, :n], [self.head])[
-                self.head
-            ]
+            maps = attention_maps(self._model, self._bare.tokens[self._row, :n], [self.head])
+            self._maps[key] = maps[self.head]
         return self._maps[key]
 
     def figure(self, kind: str = "effects") -> go.Figure:
@@ -214,11 +200,7 @@ class Explorer:
         Raises:
             SiteError: There is no such sequence.
         """
-        if name not in self.ids:
-            raise SiteError(
-                f"there is no sequence {name!r} among these {len(self.ids)}.{near_matches(name, self.ids)}"
-            )
-        self._row = self.ids.index(name)
+        self._row = row_of(name, self.ids)
         return self._changed()
 
     def select_head(self, layer: int, head: int) -> Explorer:
@@ -261,7 +243,7 @@ class Explorer:
 
     @property
     def widget(self) -> ExplorerWidget:
-        """The widget that Jupyter shows; made at first access.
+        """The widget that Jupyter shows; created on first access.
 
         Raises:
             OptionError: ipywidgets or anywidget is not installed.
@@ -270,7 +252,10 @@ class Explorer:
             try:
                 from memlens.explorer.widget import ExplorerWidget
             except ImportError as error:
-                raise OptionError(_missing(error)) from error
+                raise OptionError(
+                    f"the explorer in Jupyter needs ipywidgets and anywidget ({error}): run `pip install "
+                    "'memlens[notebook]'` and restart the kernel, or write a page with write_html(path)."
+                ) from error
             self._widget = ExplorerWidget(self)
         return self._widget
 
@@ -287,10 +272,7 @@ class Explorer:
         Raises:
             SiteError: There is no such sequence.
         """
-        for name in names or []:
-            if name not in self.ids:
-                raise SiteError(f"there is no sequence {name!r}.{near_matches(name, self.ids)}")
-        rows = [self.ids.index(name) for name in (self.ids if names is None else names)]
+        rows = [row_of(name, self.ids) for name in (self.ids if names is None else names)]
         return explore_sequences(
             self._model,
             self._sequences[rows],
@@ -308,7 +290,7 @@ class Explorer:
         most: int = 12,
         progress: bool | None = None,
     ) -> Path:
-        """Write the same view as one page that opens from disk without Python or a network.
+        """Write the same view as a single page that opens from disk, without Python or a network.
 
         Args:
             path: The `.html` file.
@@ -335,10 +317,3 @@ class Explorer:
         data, *facts = found if isinstance(found, tuple) else (found,)
         data = {**data, "text/plain": repr(self)}  # for front ends without widgets
         return (data, *facts) if facts else data
-
-
-def _missing(error: ImportError) -> str:
-    return (
-        f"the explorer in Jupyter needs ipywidgets and anywidget ({error}): run "
-        "`pip install 'memlens[notebook]'` and restart the kernel, or write a page with write_html(path)."
-    )

@@ -6,14 +6,15 @@ change.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import anywidget  # noqa: F401  (plotly's FigureWidget is made with it)
 import ipywidgets as widgets
-import numpy as np
 import plotly.graph_objects as go
 
 from memlens.explorer.drawing import tokens_html, written_html
+from memlens.files import json_text
 from memlens.instruments.ablate.heads import head_label
 
 if TYPE_CHECKING:
@@ -174,10 +175,10 @@ class ExplorerWidget:
 
 
 def _menu(explorer: Explorer) -> list[tuple[str, str]]:
-    """Return pairs of label (with recall) and id for the menu of sequences."""
+    """Return pairs of label (with target accuracy) and id for the menu of sequences."""
     shares = explorer.table["target_accuracy"]
     return [
-        (f"{name} · {share:.0%} of targets correct", name)
+        (f"{name} · target accuracy {share:.0%}", name)
         for name, share in zip(explorer.ids, shares, strict=True)
     ]
 
@@ -192,16 +193,5 @@ def _redraw(shown: Any, figure: Any) -> None:
 
 def _without_nan(figure: Any) -> Any:
     """Return a figure with None for NaN and infinity: a widget's message is JSON, which has neither."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(entry) for key, entry in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [clean(entry) for entry in value]
-        if isinstance(value, np.ndarray) and value.dtype.kind in "fO":
-            known = value.dtype.kind == "f" and np.isfinite(value).all()
-            return value if known else clean(value.tolist())
-        return None if isinstance(value, float) and not np.isfinite(value) else value
-
-    traces = [clean(trace.to_plotly_json()) for trace in figure.data]
+    traces = json.loads(json_text([trace.to_plotly_json() for trace in figure.data]))
     return go.Figure(traces, figure.layout)

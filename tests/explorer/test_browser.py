@@ -167,7 +167,7 @@ def test_a_click_on_a_bypass_and_the_menu_change_what_is_written(
     for place, name in ((1, "bypass L1"), (2, "ablate L1H2")):
         choose(page, "edit", name)
         edited = one.edited[place]
-        share = f"{name} ({edited.same.sum()} of 6 tokens)"
+        share = f"{name} (memorization score: {edited.same.sum()} of 6 tokens)"
         assert share in text_of(page, "written")
         written = page.run(
             "return Array.from(document.querySelectorAll('[data-part=written] tr')).pop()"

@@ -124,7 +124,7 @@ def test_what_does_not_exist_is_refused_and_changes_nothing(explorer: Explorer) 
 def test_menus_and_switches_show_what_the_model_says(explorer: Explorer, planted: ml.SequenceSet) -> None:
     widget = explorer.widget
     assert [value for _, value in widget.sequence.options] == planted.ids
-    assert widget.sequence.options[0][0] == f"{planted.ids[0]} · 100% of targets correct"
+    assert widget.sequence.options[0][0] == f"{planted.ids[0]} · target accuracy 100%"
     plain = widget.tokens.value
     assert plain == tokens_html(explorer.view, explorer.continuation)
     widget.bypass[1].value = True

@@ -111,7 +111,7 @@ def test_the_report_explores_some_of_both_groups(run: StudyRun, pythia: Any, pla
     payload = json.loads((run.report.parent / "explorer.explorer.json").read_text(encoding="utf-8"))
     labels = [sequence["label"] for sequence in payload["sequences"]]
     assert [label.split(" · ")[2] for label in labels] == ["memorized", "memorized", "matched control"]
-    assert [label.split(" · ")[1] == "100% recalled" for label in labels] == [True, True, False]
+    assert [label.split(" · ")[1] == "memorization score 100%" for label in labels] == [True, True, False]
     ids = [sequence["id"] for sequence in payload["sequences"]]
     heads = ml.load_result(run.report.parent / "head_ablation.nc")
     effect = heads.effect("target_logprob").sel(sequence=ids[0])

@@ -121,7 +121,7 @@
     };
     const share = function (one) {
       const right = one.same.split("1").length - 1;
-      return one.name + " (" + right + " of " + one.same.length + " tokens)";
+      return one.name + " (memorization score: " + right + " of " + one.same.length + " tokens)";
     };
     const drawWritten = function () {
       const sequence = shown(), one = written(), plain = sequence.as_it_is;
