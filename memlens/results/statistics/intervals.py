@@ -172,10 +172,8 @@ def ratio_interval(
     ).assign_coords(n=(n.dims, n.values))
 
 
-def by_group(labels: xr.DataArray, interval: Callable[[np.ndarray], xr.DataArray]) -> xr.DataArray:
-    """Return an interval for the rows of each group, along a dimension with the name of the labels.
-
-    Groups are sorted, or in order of appearance where the labels have the attribute `keep_order`.
+def rows_by_group(labels: xr.DataArray) -> dict[Any, np.ndarray]:
+    """Return the rows of each group, with groups sorted, or in order of appearance (`keep_order`).
 
     Raises:
         ResultError: There is not one label per sequence.
@@ -188,10 +186,14 @@ def by_group(labels: xr.DataArray, interval: Callable[[np.ndarray], xr.DataArray
     same = labels.values if numeric else np.array([str(value) for value in labels.values], dtype=object)
     keys = pd.unique(same)
     keys = keys if labels.attrs.get("keep_order") else np.sort(keys)
-    parts = [interval(np.flatnonzero(same == key)) for key in keys]
-    return xr.concat(
-        parts, dim=pd.Index(list(keys), name=labels.name), combine_attrs="override", coords=["n"]
-    )
+    return {key: np.flatnonzero(same == key) for key in keys}
+
+
+def by_group(labels: xr.DataArray, interval: Callable[[np.ndarray], xr.DataArray]) -> xr.DataArray:
+    """Return an interval for the rows of each group, along a dimension with the name of the labels."""
+    rows = rows_by_group(labels)
+    groups = pd.Index(list(rows), name=labels.name)
+    return xr.concat([interval(own) for own in rows.values()], groups, combine_attrs="override", coords=["n"])
 
 
 def bootstrap_means(table: np.ndarray, n_resamples: int, seed: int | np.random.Generator) -> np.ndarray:
