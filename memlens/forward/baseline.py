@@ -1,29 +1,111 @@
-"""One teacher-forced pass over a set: what the model predicts at each target token.
+"""The teacher-forced pass: what the unchanged model predicts at each target token.
 
-Only target positions are unembedded, in chunks that fit the memory budget, and reduced immediately: no tensor
-`[sequence, position, vocabulary]` is ever created. Sequences of similar length are batched together.
+Scoring, `memlens.sweeps.run.measure` and the baseline of a sweep are all this one pass. Only target positions
+are unembedded, in portions that fit the memory budget, and their logits are reduced immediately: no tensor
+`[sequence, position, vocabulary]` is ever created.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from memlens.errors import UnsupportedModelError
-from memlens.forward.memory import check_batch_size, default_budget, fitting, logits_bytes, rows_per_batch
+from memlens.forward.batches import Batch, Targets, at_targets, logits_at, make_batches
+from memlens.forward.capture import run_capturing
+from memlens.forward.memory import Budget, check_batch_size, rows_per_batch, unembedding_rows
 from memlens.forward.metrics import TargetStats, target_stats
 from memlens.forward.trunk import Trunk
 from memlens.models.checks import nonfinite_error
 from memlens.sequences.set import SequenceSet
 
+Reduce = Callable[
+    [Float[Tensor, "row target vocab"], Int[Tensor, "row target"], Bool[Tensor, "row target"]],
+    dict[str, Tensor],
+]
+"""From logits, target ids and mask to one CPU tensor per name, `[row, …]`."""
+
 Reducer = Callable[[Float[Tensor, "target vocab"], Int[Tensor, "target"]], Tensor]
 """From the logits that predict targets, and the targets, to one number per target."""
+
+
+@dataclass(frozen=True)
+class TeacherForced:
+    """Runs batches of sequences through the unchanged model and reduces the logits at their targets.
+
+    Attributes:
+        model: A TransformerLens model.
+        trunk: The model by layers; None if it cannot be run so, and its logits take the residual's place.
+        reduce: Turns logits at target positions into numbers.
+        unembed_rows: The largest number of target positions unembedded at a time.
+        reduced_rows: The largest number of target positions reduced at a time.
+    """
+
+    model: Any
+    trunk: Trunk | None
+    reduce: Reduce
+    unembed_rows: int
+    reduced_rows: int
+
+    @staticmethod
+    def of(trunk: Trunk, reduce: Reduce, budget: Budget) -> TeacherForced:
+        """Return the pass of a model within a memory budget."""
+        return TeacherForced(trunk.model, trunk, reduce, budget.unembed_rows, budget.reduced_rows)
+
+    def run(
+        self, batch: Batch, names: Sequence[str] = ()
+    ) -> tuple[Float[Tensor, "batch pos d_model"], dict[str, Tensor]]:
+        """Return the residual after the last layer, and the activations at the hooks `names`.
+
+        Raises:
+            NonFiniteError: The residual is NaN or infinite at a real token; names the first layer.
+        """
+        if self.trunk is None:
+            final, acts = self.model(batch.tokens), {}
+        else:
+            final, acts = run_capturing(self.trunk, batch.tokens, names, before_hooks=True)
+        if not bool(torch.isfinite(final[batch.mask]).all()):
+            bad = ~torch.isfinite(final).flatten(2).all(-1) & batch.mask
+            raise nonfinite_error(self.model, batch.tokens[bad.any(1)][:1])
+        return final, acts
+
+    def reduced(
+        self,
+        targets: Targets,
+        rows: Float[Tensor, "row target d_model"],
+        unembed: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """Unembed final residuals in portions and reduce them immediately.
+
+        Args:
+            targets: The targets of a batch.
+            rows: The residuals at its predicting positions, for one or more copies of the batch.
+            unembed: Used instead of the model's own unembedding.
+
+        Returns:
+            One dictionary per copy.
+        """
+        copies = len(rows) // len(targets.ids)
+        ids, mask = (t.repeat(copies, 1) for t in (targets.ids, targets.mask))
+        step, few = (max(1, n // max(1, ids.shape[1])) for n in (self.unembed_rows, self.reduced_rows))
+        unembed = unembed or (self.trunk.unembed if self.trunk else _as_it_is)
+        parts = []
+        for some in torch.arange(len(rows)).split(step):
+            logits = logits_at(unembed, rows[some], mask[some])
+            each = zip(logits.split(few), ids[some].split(few), mask[some].split(few), strict=True)
+            parts += [self.reduce(*part) for part in each]
+        values = {name: torch.cat([p[name] for p in parts]).chunk(copies) for name in parts[0]}
+        return [{name: value[i] for name, value in values.items()} for i in range(copies)]
+
+
+def _as_it_is(logits: Tensor) -> Tensor:
+    return logits
 
 
 def teacher_forced_stats(
@@ -34,18 +116,7 @@ def teacher_forced_stats(
     banned: int | None = None,
     progress: bool = True,
 ) -> TargetStats:
-    """Return the statistics of every target token, `[seq, target]`, in the set's order.
-
-    Args:
-        model: A TransformerLens model.
-        seqs: The set, which has been checked.
-        batch_size: Sequences per forward pass; chosen by the memory budget by default.
-        banned: A token that decoding may not emit: its logit is taken to be minus infinity everywhere.
-        progress: Show a progress bar.
-
-    Raises:
-        NonFiniteError: A logit is NaN or infinite; names the first layer and the sequence.
-    """
+    """Return the statistics of every target token; see `teacher_forced` for the arguments."""
     return teacher_forced(model, seqs, {}, batch_size=batch_size, banned=banned, progress=progress)[0]
 
 
@@ -58,12 +129,14 @@ def teacher_forced(
     banned: int | None = None,
     progress: bool = True,
 ) -> tuple[TargetStats, dict[str, Tensor]]:
-    """Return the result of `teacher_forced_stats`, and further numbers per target from the same pass.
+    """Return the statistics of every target token, `[seq, target]`, and further numbers from the same pass.
+
+    Sequences of similar length are batched together.
 
     Args:
         model: A TransformerLens model.
-        seqs: The set, which has been checked.
-        extras: By name, functions of a chunk of logits; they may return infinities.
+        seqs: The set, which has been checked; results are in its order.
+        extras: By name, functions of a portion of logits; they may return infinities.
         batch_size: Sequences per forward pass; chosen by the memory budget by default.
         banned: A token that decoding may not emit: its logit is taken to be minus infinity everywhere.
         progress: Show a progress bar.
@@ -72,87 +145,49 @@ def teacher_forced(
         The statistics, and each extra as `[seq, target]` with 0 where there is no target.
 
     Raises:
-        NonFiniteError: A logit is NaN or infinite; names the first layer and the sequence.
+        NonFiniteError: A logit is NaN or infinite; names the first layer.
     """
     check_batch_size(batch_size)
-    gather = _target_logits(model)
-    device = next(model.parameters()).device
-    size = batch_size or rows_per_batch(model.cfg, int(seqs.lengths.max()), device)
-    chunk = fitting(logits_bytes(model.cfg.d_vocab), default_budget(device))
-    arrays: dict[str, Tensor] = {}
-    bar = tqdm(total=len(seqs), desc="scoring", unit="seq", disable=not progress)
-    with torch.no_grad(), bar:
-        for rows in seqs.lengths.argsort(stable=True).split(size):
-            flat = _batch_values(gather, seqs[rows], chunk, banned, extras)
-            _check_finite(model, seqs, rows, flat)
-            _scatter(flat, seqs, rows, arrays)
-            bar.update(len(rows))
-    stats = TargetStats(**{f.name: arrays[f.name] for f in fields(TargetStats)})
-    return stats, {name: arrays[name] for name in extras}
-
-
-Gather = Callable[[Int[Tensor, "seq pos"]], Callable[[Tensor, Tensor], Float[Tensor, "target vocab"]]]
-"""From tokens to a function from (row, position) pairs to their logits."""
-
-
-def _target_logits(model: Any) -> Gather:
+    device, cfg = next(model.parameters()).device, model.cfg
     try:
         trunk = Trunk(model)
     except UnsupportedModelError:
-        return _whole_logits(model)
+        trunk = None
+    reduce = _stats_and(extras, banned)
+    forward = TeacherForced(model, trunk, reduce, *unembedding_rows(cfg.d_vocab, device))
+    size = batch_size or rows_per_batch(cfg, int(seqs.lengths.max()), device)
+    order, parts = seqs.lengths.argsort(stable=True), []
+    bar = tqdm(total=len(seqs), desc="scoring", unit="seq", disable=not progress)
+    with torch.no_grad(), bar:
+        for batch, targets in make_batches(seqs, size, device, order):
+            final, _ = forward.run(batch)
+            (found,) = forward.reduced(targets.each(), at_targets(final, targets)[targets.mask][:, None])
+            finite = torch.isfinite(found["logprob"] + found["entropy"])[:, 0]
+            if not finite.all():
+                owners = targets.mask.cpu().nonzero()[:, 0][~finite]
+                raise nonfinite_error(model, batch.tokens[owners[:1]])
+            parts.append(found)
+            bar.update(len(batch.rows))
+    arrays = {name: _placed(torch.cat([p[name][:, 0] for p in parts]), seqs, order) for name in parts[0]}
+    stats = TargetStats(**{f.name: arrays.pop(f.name) for f in fields(TargetStats)})
+    return stats, arrays
 
-    def gather(tokens: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        resid = trunk.run(trunk.embed(tokens), 0)
-        return lambda row, position: trunk.unembed(resid[row.to(resid.device), position.to(resid.device)])
 
-    return gather
+def _stats_and(extras: Mapping[str, Reducer], banned: int | None) -> Reduce:
+    """Reduce logits `[row, 1, vocab]` to `TargetStats` and further numbers."""
 
-
-def _whole_logits(model: Any) -> Gather:
-    """The same for models that cannot be run layer by layer: the plain forward pass."""
-
-    def gather(tokens: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        logits = model(tokens.to(next(model.parameters()).device))
-        return lambda row, position: logits[row.to(logits.device), position.to(logits.device)]
-
-    return gather
-
-
-def _batch_values(
-    gather: Gather, batch: SequenceSet, chunk: int, banned: int | None, extras: Mapping[str, Reducer]
-) -> dict[str, Tensor]:
-    """Return each number for all targets of the batch, flattened to `[target]`."""
-    logits_at = gather(batch.tokens)
-    row, column = batch.target_mask.nonzero(as_tuple=True)
-    position = batch.target_positions[row, column] - 1
-    ids = batch.target_ids[row, column]
-    parts = []
-    for some_rows, some_positions, some_ids in zip(
-        row.split(chunk), position.split(chunk), ids.split(chunk), strict=True
-    ):
-        logits = logits_at(some_rows, some_positions)
+    def reduce(logits: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         if banned is not None:
             logits = logits.index_fill(-1, torch.tensor([banned], device=logits.device), float("-inf"))
-        every = torch.ones(len(some_ids), 1, dtype=torch.bool)
-        stats = target_stats(logits[:, None], some_ids[:, None], every)
-        values = {f.name: getattr(stats, f.name)[:, 0] for f in fields(TargetStats)}
-        parts.append(values | {name: reduce(logits, some_ids).cpu() for name, reduce in extras.items()})
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        found = vars(target_stats(logits, ids, mask))
+        return {**found, **{name: fn(logits[:, 0], ids[:, 0]).cpu()[:, None] for name, fn in extras.items()}}
+
+    return reduce
 
 
-def _check_finite(model: Any, seqs: SequenceSet, rows: Tensor, flat: Mapping[str, Tensor]) -> None:
-    finite = torch.isfinite(flat["logprob"]) & torch.isfinite(flat["entropy"])
-    if not finite.all():
-        place = int((~finite).nonzero()[0])
-        owners = rows.repeat_interleave(seqs.n_targets[rows])
-        worst = seqs[int(owners[place])]
-        raise nonfinite_error(model, worst.tokens)
-
-
-def _scatter(flat: Mapping[str, Tensor], seqs: SequenceSet, rows: Tensor, into: dict[str, Tensor]) -> None:
-    """Write a batch's flattened targets to their places in `[seq, target]` arrays."""
-    row, column = seqs.target_mask[rows].nonzero(as_tuple=True)
-    for name, values in flat.items():
-        if name not in into:
-            into[name] = torch.zeros(len(seqs), seqs.max_targets, dtype=values.dtype)
-        into[name][rows[row], column] = values
+def _placed(flat: Tensor, seqs: SequenceSet, order: Tensor) -> Tensor:
+    """Return numbers of all targets, given row by row in another order, as `[seq, target]` arrays."""
+    mask = seqs.target_mask[order]
+    grid = torch.zeros(mask.shape, dtype=flat.dtype)
+    grid[mask] = flat
+    return grid[order.argsort()]

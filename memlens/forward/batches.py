@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,18 +22,21 @@ class Targets:
         mask: True where there is a target.
     """
 
-    positions: Tensor
-    ids: Tensor
-    mask: Tensor
+    positions: Int[Tensor, "batch target"]
+    ids: Int[Tensor, "batch target"]
+    mask: Bool[Tensor, "batch target"]
+
+    def each(self) -> Targets:
+        """Return every target as a batch row of its own."""
+        return Targets(*(t[self.mask][:, None] for t in (self.positions, self.ids, self.mask)))
 
 
 def make_batches(
-    seqs: SequenceSet, size: int, device: torch.device, within: range | None = None
+    seqs: SequenceSet, size: int, device: torch.device, rows: Sequence[int] | Tensor | None = None
 ) -> Iterator[tuple[Batch, Targets]]:
-    """Split a set (or only its rows `within`) into batches, each padded to its own longest sequence."""
-    within = range(len(seqs)) if within is None else within
-    for first in range(within.start, within.stop, size):
-        rows = torch.arange(first, min(first + size, within.stop))
+    """Split a set (or some of its rows, in the given order) into batches, each padded to its own longest."""
+    chosen = torch.as_tensor(range(len(seqs)) if rows is None else rows)
+    for rows in chosen.split(size):
         part = seqs[rows]
         width = int(part.lengths.max())
         mask = part.target_mask

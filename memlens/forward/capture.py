@@ -12,14 +12,23 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from memlens.errors import SequenceError, SiteError
-from memlens.forward.batches import Batch, Targets, make_batches
-from memlens.forward.hooks import HookFn, attached, capturing
+from memlens.forward.batches import Batch, Targets, at_targets, make_batches
+from memlens.forward.hooks import HookFn, attached, capturing, hook_name
 from memlens.forward.trunk import Trunk
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 
 if TYPE_CHECKING:
     from memlens.sweeps.interventions import Intervention
+
+
+def run_capturing(
+    trunk: Trunk, tokens: Int[Tensor, "batch pos"], names: Sequence[str], *, before_hooks: bool = False
+) -> tuple[Float[Tensor, "batch pos d_model"], dict[str, Tensor]]:
+    """Run tokens; return the last layer's output and the activations at `names` (see `capturing`)."""
+    with capturing(trunk.model, names, before_hooks=before_hooks) as store:
+        final = trunk.run(trunk.embed(tokens))
+    return final, store
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class AtTargets:
     Attributes:
         targets: The targets, and where they are predicted.
         acts: Each activation at the predicting positions, ``{name: [batch, target, …]}``.
-        final: The residual after the last block there, `[batch, target, d_model]`.
+        final: The residual after the last layer there, `[batch, target, d_model]`.
     """
 
     targets: Targets
@@ -38,7 +47,7 @@ class AtTargets:
 
 
 @torch.no_grad()
-def at_targets(
+def captured_at_targets(
     trunk: Trunk,
     seqs: SequenceSet,
     names: Sequence[str],
@@ -65,16 +74,14 @@ def at_targets(
         SiteError: An activation is missing from the cache.
     """
     check_sequences(seqs, trunk.model, on_eos="keep")
-    last = f"blocks.{trunk.n_layers - 1}.hook_resid_post"
+    last = hook_name("resid_post", trunk.n_layers - 1)
     with tqdm(total=len(seqs), disable=not progress, desc=desc, unit="seq") as bar:
         for batch, targets in make_batches(seqs, batch_size, trunk.device):
             if cache is None:
-                with capturing(trunk.model, [*names, last]) as full:
-                    trunk.run(trunk.embed(batch.tokens))
+                _, full = run_capturing(trunk, batch.tokens, [*names, last])
             else:
                 full = {n: _from_cache(cache, n, seqs)[batch.rows] for n in {*names, last}}
-            rows = torch.arange(len(batch.rows), device=targets.positions.device)[:, None]
-            picked = {n: a.to(trunk.device)[rows, targets.positions] for n, a in full.items()}
+            picked = {n: at_targets(a.to(trunk.device), targets) for n, a in full.items()}
             yield AtTargets(targets, {n: picked[n] for n in names}, picked[last])
             bar.update(len(batch.rows))
 
@@ -136,11 +143,8 @@ class ActivationSource:
             rows, width = self.rows[batch.rows], batch.tokens.shape[1]
             lengths = self.source.lengths[rows]
             tokens = self.source.tokens[rows, : int(lengths.max())].to(batch.tokens.device)
-            with (
-                attached(self.trunk.model, self._edit(rows)),
-                capturing(self.trunk.model, self.names) as store,
-            ):
-                self.trunk.run(self.trunk.embed(tokens))
+            with attached(self.trunk.model, self._edit(rows)):
+                _, store = run_capturing(self.trunk, tokens, self.names)
             places = torch.arange(width)[None] % lengths[:, None]
             self._key, self._store = key, {n: _placed(n, a, places) for n, a in store.items()}
         return self._store
@@ -167,8 +171,7 @@ def mean_activations(
     trunk = Trunk(model)
     sums: dict[str, Tensor] = {}
     for batch, _ in make_batches(sequences, batch_size, trunk.device):
-        with capturing(model, names) as store:
-            trunk.run(trunk.embed(batch.tokens))
+        _, store = run_capturing(trunk, batch.tokens, names)
         for name in names:
             part = store[name][batch.mask].sum(0, dtype=torch.float64)
             sums[name] = sums.get(name, torch.zeros_like(part)) + part

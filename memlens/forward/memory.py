@@ -72,7 +72,25 @@ def logits_bytes(d_vocab: int, itemsize: int = 4) -> int:
 
 def rows_per_batch(cfg: Any, length: int, device: torch.device) -> int:
     """Return how many sequences of `length` tokens one forward pass may hold; only targets are unembedded."""
-    return fitting(row_bytes(cfg, length), default_budget(device), most=256)
+    most = max(1, _CPU_POSITIONS // length) if device.type == "cpu" else 256
+    return fitting(row_bytes(cfg, length), default_budget(device), most=most)
+
+
+def unembedding_rows(
+    d_vocab: int, device: torch.device, itemsize: int = 4, total: int | None = None
+) -> tuple[int, int]:
+    """Return how many target positions may be unembedded at a time, and how many of them reduced.
+
+    Args:
+        d_vocab: The size of the vocabulary.
+        device: The model's device.
+        itemsize: Bytes of a logit.
+        total: The memory budget in bytes; `default_budget` by default.
+    """
+    cpu = device.type == "cpu"
+    cost, total = logits_bytes(d_vocab, itemsize), total or default_budget(device)
+    unembedded = fitting(cost, total, share=0.15, most=_CPU_UNEMBEDDED if cpu else None)
+    return unembedded, min(unembedded, _CPU_REDUCED) if cpu else unembedded
 
 
 @dataclass(frozen=True)
@@ -101,12 +119,9 @@ class Budget:
         check_batch_size(batch_size)
         total = memory_budget or default_budget(trunk.device)
         width, item = int(seqs.lengths.max()), trunk.dtype.itemsize
-        positions, unembedded = (
-            (_CPU_POSITIONS, _CPU_UNEMBEDDED) if trunk.device.type == "cpu" else (None, None)
-        )
+        positions = _CPU_POSITIONS if trunk.device.type == "cpu" else None
         tokens = fitting(position_bytes(trunk, width), total, share=0.6, most=positions)
-        unembed = fitting(logits_bytes(trunk.d_vocab, item), total, share=0.15, most=unembedded)
         kept = item * width * trunk.d_model * 4 * trunk.n_layers
         size = batch_size or max(1, min(len(seqs), tokens // width, fitting(kept, total, most=64)))
-        reduced = min(unembed, _CPU_REDUCED) if trunk.device.type == "cpu" else unembed
-        return Budget(total, size, max(tokens, size * width), tokens, unembed, reduced)
+        unembed = unembedding_rows(trunk.d_vocab, trunk.device, item, total)
+        return Budget(total, size, max(tokens, size * width), tokens, *unembed)

@@ -11,7 +11,8 @@ import torch
 
 from memlens.errors import EmptySetError
 from memlens.forward.blocks import FunctionalBlocks
-from memlens.forward.hooks import capturing, hook_name
+from memlens.forward.capture import run_capturing
+from memlens.forward.hooks import hook_name
 from memlens.forward.memory import Budget, position_bytes
 from memlens.forward.trunk import Trunk
 from memlens.sequences.set import SequenceSet
@@ -334,8 +335,7 @@ class _Count:
 def _carries(trunk: Trunk, seqs: SequenceSet) -> bool:
     """Whether the engine's own form of the blocks gives what the model gives, on a few tokens."""
     names = {hook_name("resid_pre", layer): layer for layer in range(trunk.n_layers)}
-    with capturing(trunk.model, list(names)) as store:
-        final = trunk.run(trunk.embed(seqs.tokens[:1, :8]))
+    final, store = run_capturing(trunk, seqs.tokens[:1, :8], list(names))
     resid = {layer: store[name] for name, layer in names.items()} | {trunk.n_layers: final}
     return FunctionalBlocks.of(trunk, resid) is not None
 

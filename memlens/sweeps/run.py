@@ -151,7 +151,7 @@ def sweep(
                 bar.update(sum(cost for cost, _ in some) * len(shard.rows))
                 bar.initial = bar.n  # what was done before counts for no speed
             else:
-                done = run_batches(runner, trunk, sequences, some, engine, budget, bar, shard.rows)
+                done = run_batches(runner, sequences, some, engine, budget, bar, shard.rows)
                 if store is not None:
                     store.save(shard, *done)
             parts.append((shard, *done))
@@ -267,10 +267,8 @@ def measure(
     trunk = Trunk(model)
     budget = Budget.of(trunk, sequences, memory_budget, batch_size)
     engine = Engine.of(trunk, sequences, metrics, budget, per_token=per_token)
-    parts = [
-        engine.baseline(trunk, b, t).values
-        for b, t in make_batches(sequences, budget.batch_size, trunk.device)
-    ]
+    batches = make_batches(sequences, budget.batch_size, trunk.device)
+    parts = [engine.baseline(batch, targets).values for batch, targets in batches]
     return {name: joined([p[name].numpy() for p in parts]) for name in parts[0]}
 
 

@@ -62,11 +62,11 @@ def test_passes_are_counted_and_batches_change_nothing(tiny_model: Any) -> None:
 def test_the_number_of_forward_passes_is_the_number_run(
     tiny_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from memlens.forward import baseline as forward
+    from memlens.forward.baseline import TeacherForced
 
     model, run = tiny_model("llama"), []
-    original = forward._batch_values
-    monkeypatch.setattr(forward, "_batch_values", lambda *args: run.append(1) or original(*args))
+    original = TeacherForced.run
+    monkeypatch.setattr(TeacherForced, "run", lambda *args: run.append(1) or original(*args))
     scores = ml.recall.score_criteria(
         TEXTS, model, progress=False, options=ml.recall.CriteriaOptions(batch_size=10)
     )

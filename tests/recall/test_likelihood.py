@@ -47,7 +47,7 @@ def test_columns_equal_the_definitions_on_plain_logits(
 ) -> None:
     model = tiny_model(family, backend)
     seqs = graded(model)
-    monkeypatch.setattr(forward_module, "fitting", lambda *sizes: 5)
+    monkeypatch.setattr(forward_module, "unembedding_rows", lambda *sizes: (5, 3))
     table = score_recall(model, seqs, min_k=0.4, batch_size=4, generate=False, progress=False).table
     for i, (row, prefix_len) in enumerate(zip(seqs.rows(), seqs.prefix_len.tolist(), strict=True)):
         with torch.no_grad():

@@ -88,7 +88,7 @@ def test_batch_and_chunk_sizes_do_not_matter(
     model = tiny_model("gpt_neox", backend)
     seqs = graded(model, seed=2)
     whole = score_recall(model, seqs, progress=False).table
-    monkeypatch.setattr(forward_module, "fitting", lambda *sizes: 3)
+    monkeypatch.setattr(forward_module, "unembedding_rows", lambda *sizes: (3, 2))
     for batch_size in (1, 2, 5):
         parts = score_recall(model, seqs, progress=False, batch_size=batch_size).table
         pd.testing.assert_frame_equal(parts, whole, atol=1e-5, rtol=1e-5)

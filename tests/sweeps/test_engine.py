@@ -20,6 +20,7 @@ from memlens.errors import (
     SiteError,
     UnsupportedModelError,
 )
+from memlens.forward.baseline import teacher_forced_stats
 from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.hooks import SITES, has_site, hook_name
 from memlens.sweeps.interventions import ByBatch
@@ -310,6 +311,18 @@ def test_a_name_is_no_model(model: Any) -> None:
     ):
         with pytest.raises(UnsupportedModelError, match=r"memlens\.load_model"):
             work(model, seqs)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama_gqa"])
+def test_scoring_and_the_baseline_of_a_sweep_are_one_pass(tiny_model: Any, family: str) -> None:
+    model, seqs = tiny_model(family, "bridge"), ragged()
+    edit = ml.Intervention("edit", [("blocks.1.hook_mlp_out", scaled(0.0))])
+    names = ("target_logprob", "matching_prefix", "margin", "completion_entropy")
+    swept = ml.sweep(model, seqs, [edit], names, progress=False, per_token=True)
+    scored = teacher_forced_stats(model, seqs, progress=False, batch_size=2)
+    for name in names:
+        want = ml.METRICS[name].of(scored, per_token=True)
+        np.testing.assert_allclose(swept.baseline(name), want, atol=1e-5)
 
 
 def test_not_finite_logits_name_the_layer(tiny_folder: Any) -> None:

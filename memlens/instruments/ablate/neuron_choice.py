@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memlens.choices import NeuronSelection
 from memlens.errors import OptionError, check_option
-from memlens.forward.capture import AtTargets, at_targets
+from memlens.forward.capture import AtTargets, captured_at_targets
 from memlens.forward.hooks import chosen_layers, hook_name
 from memlens.forward.read_weights import value_vectors
 from memlens.forward.trunk import Trunk
@@ -80,7 +80,7 @@ def dominant_neurons(
     seqs = sequences.first_targets() if measured_at == "last_prompt" else sequences
     one = int(seqs.lengths.max()) * norms.numel() * trunk.dtype.itemsize
     names = [hook_name("mlp_post", layer) for layer in layers]
-    items = at_targets(
+    items = captured_at_targets(
         trunk, seqs, names, batch_size=min(16, max(1, _CAPTURE_BYTES // one)), progress=progress,
         desc="dominant neurons",
     )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memlens.choices import Stream
 from memlens.errors import OptionError, SiteError, check_option
-from memlens.forward.capture import AtTargets, at_targets
+from memlens.forward.capture import AtTargets, captured_at_targets
 from memlens.forward.hooks import has_site, hook_name
 from memlens.forward.trunk import Trunk
 from memlens.instruments.decode.lens import TunedLens, as_lens
@@ -166,7 +166,7 @@ def decode_residual(
     _check_streams(model, streams, tuned)
     names = [hook_name(s, layer) for s in streams for layer in range(trunk.n_layers)]
     how: dict[str, Any] = {"cache": cache, "batch_size": batch_size, "progress": progress}
-    batches = at_targets(trunk, sequences, names, desc="decode residual", **how)
+    batches = captured_at_targets(trunk, sequences, names, desc="decode residual", **how)
     parts = [_decode(trunk, item, streams, tuned) for item in batches]
     values = {key: _joined([p[key] for p in parts]) for key in parts[0]}
     several = len(streams) > 1

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from memlens.errors import NonFiniteError, SequenceError
-from memlens.forward.hooks import capturing, hook_name
+from memlens.forward.capture import run_capturing
+from memlens.forward.hooks import hook_name
 from memlens.forward.trunk import Trunk
 from memlens.instruments.decode.decoding import STATISTICS, compare_to_final, portions
 from memlens.instruments.decode.lens import TunedLens
@@ -129,12 +130,10 @@ def _optimizer(parameters: list[nn.Parameter], options: LensOptions) -> torch.op
 def _hidden(
     trunk: Trunk, tokens: Int[Tensor, "seq pos"], mask: Bool[Tensor, "seq pos"]
 ) -> tuple[Float[Tensor, "layer row d_model"], Float[Tensor, "row d_model"]]:
-    """Return the inputs of all blocks, in float32, and the output of the last one, where `mask` is True."""
-    names = [hook_name("resid_post", layer) for layer in range(trunk.n_layers - 1)]
-    start = trunk.embed(tokens)
-    with capturing(trunk.model, names) as store:
-        final = trunk.run(start)
-    return torch.stack([start[mask], *(store[name][mask] for name in names)]).float(), final[mask]
+    """The inputs of all layers, in float32, and the output of the last one, where `mask` is True."""
+    names = [hook_name("resid_pre", layer) for layer in range(trunk.n_layers)]
+    final, acts = run_capturing(trunk, tokens, names)
+    return torch.stack([acts[name][mask] for name in names]).float(), final[mask]
 
 
 def _divergence(

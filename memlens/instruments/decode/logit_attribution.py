@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memlens.errors import check_option
-from memlens.forward.capture import AtTargets, at_targets
+from memlens.forward.capture import AtTargets, captured_at_targets
 from memlens.forward.hooks import hook_name
 from memlens.forward.read_weights import (
     Norm,
@@ -83,7 +83,7 @@ def attribute_logits(
     writers = [_Writer(trunk, layer) for layer in layers]
     norm = read_norm(model.ln_final, trunk.d_model, model.cfg, next(model.parameters()))
     how: dict[str, Any] = {"cache": cache, "batch_size": batch_size, "progress": progress}
-    batches = at_targets(trunk, sequences, names, desc="attribute logits", **how)
+    batches = captured_at_targets(trunk, sequences, names, desc="attribute logits", **how)
     centered = baseline == "mean_logit"
     parts = [_attribute(trunk, writers, norm, item, centered=centered) for item in batches]
     dims = {"head_logit": ("layer", "head"), "attn": ("layer",), "attn_bias": ("layer",), "mlp": ("layer",)}

@@ -12,7 +12,7 @@ hooks listen, every block from ``l`` on is the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memlens.forward.batches import Batch, Targets, at_targets, logits_at
+from memlens.forward.baseline import TeacherForced
+from memlens.forward.batches import Batch, Targets, at_targets
 from memlens.forward.blocks import FunctionalBlocks
-from memlens.forward.hooks import HookFn, attached, capturing, hook_name, resolve_hook
+from memlens.forward.hooks import HookFn, attached, hook_name, resolve_hook
 from memlens.forward.memory import Budget
 from memlens.forward.metrics import MetricLike, make_reduce
 from memlens.forward.trunk import Trunk
-from memlens.models.checks import nonfinite_error
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.contexts import EditWatch
 from memlens.sweeps.engine.cone import Cone
@@ -96,10 +96,6 @@ def _on_slices(parts: Sequence[tuple[slice, HookFn]], rows: int) -> HookFn:
     return call
 
 
-Reduce = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
-"""From logits `[seq, target, vocab]`, ids and mask `[seq, target]` to one tensor a metric, `[seq, …]`."""
-
-
 @dataclass(frozen=True)
 class Baseline:
     """One batch as it is.
@@ -125,34 +121,23 @@ class Engine:
     """Runs interventions over one batch after another; see the module's docstring.
 
     Args:
-        model: A TransformerLens model.
-        reduce: What to make of the logits at target positions.
-        chunk_tokens: Greatest number of positions that run through a block at a time.
-        unembed_rows: Greatest number of target positions unembedded at a time.
-        reduced_rows: Greatest number of target positions reduced at a time.
+        forward: The teacher-forced pass, and the metrics.
+        trunk: The model by layers.
+        chunk_tokens: The largest number of positions that run through a layer at a time.
         probe_tokens: A few token ids for the check that hooks are heard.
     """
 
+    forward: TeacherForced
+    trunk: Trunk
     model: Any
-    reduce: Reduce
     chunk_tokens: int
-    unembed_rows: int
-    reduced_rows: int
     watch: EditWatch
 
     def __init__(
-        self,
-        model: Any,
-        reduce: Reduce,
-        *,
-        chunk_tokens: int,
-        unembed_rows: int,
-        reduced_rows: int,
-        probe_tokens: Tensor,
+        self, forward: TeacherForced, trunk: Trunk, *, chunk_tokens: int, probe_tokens: Tensor
     ) -> None:
-        self.model, self.reduce, self.chunk_tokens = model, reduce, chunk_tokens
-        self.unembed_rows, self.reduced_rows = unembed_rows, reduced_rows
-        self.watch = EditWatch(model, probe_tokens)
+        self.forward, self.trunk, self.model, self.chunk_tokens = forward, trunk, trunk.model, chunk_tokens
+        self.watch = EditWatch(trunk.model, probe_tokens)
         self._points: dict[str, Any] = {}
         self._blocks: FunctionalBlocks | None = None
         self._width, self._first = 0, 0  # what the blocks cover
@@ -162,11 +147,9 @@ class Engine:
         trunk: Trunk, seqs: SequenceSet, metrics: Sequence[MetricLike], budget: Budget, *, per_token: bool
     ) -> Engine:
         """An engine that measures these metrics within a budget."""
-        return Engine(
-            trunk.model, make_reduce(metrics, per_token=per_token), chunk_tokens=budget.chunk_tokens,
-            unembed_rows=budget.unembed_rows, reduced_rows=budget.reduced_rows,
-            probe_tokens=seqs.tokens[:1, :4].to(trunk.device),
-        )  # fmt: skip
+        forward = TeacherForced.of(trunk, make_reduce(metrics, per_token=per_token), budget)
+        tokens = seqs.tokens[:1, :4].to(trunk.device)
+        return Engine(forward, trunk, chunk_tokens=budget.chunk_tokens, probe_tokens=tokens)
 
     def reference(
         self, batch: Batch, targets: Targets, intervention: Intervention | None
@@ -176,30 +159,27 @@ class Engine:
         with attached(self.model, self._watched(hooks)):
             logits = self.model(batch.tokens)
         self.watch.settle(name for name, _ in hooks)
-        rows = torch.arange(len(batch.rows), device=logits.device)[:, None]
-        return self.reduce(logits[rows, targets.positions], targets.ids, targets.mask)
+        return self.forward.reduce(at_targets(logits, targets), targets.ids, targets.mask)
 
     def baseline(
-        self, trunk: Trunk, batch: Batch, targets: Targets, interventions: Sequence[Intervention] = ()
+        self, batch: Batch, targets: Targets, interventions: Sequence[Intervention] = ()
     ) -> Baseline:
-        """Run a batch as it is, and keep what the interventions need of it."""
+        """Run a batch unchanged, and keep the activations that the interventions need."""
+        trunk = self.trunk
         starts = [i.start_layer for i in interventions if i.start_layer is not None]
         layers = range(min(starts, default=trunk.n_layers), trunk.n_layers)
         wanted = {n for i in interventions if (e := entry_of(i)) for n in e.captured(trunk.parallel)}
         names = {hook_name("resid_pre", layer): layer for layer in layers}
-        with capturing(self.model, sorted({*names, *wanted}), before_hooks=True) as store:
-            final = trunk.run(trunk.embed(batch.tokens))
-        if not bool(torch.isfinite(final[batch.mask]).all()):
-            raise nonfinite_error(self.model, batch.tokens)
-        resid = {layer: store[name] for name, layer in names.items()} | {trunk.n_layers: final}
-        cone = self._cone(trunk, resid, batch, targets)
-        values = self.reduced(trunk, targets, at_targets(final, targets))[0]
-        return Baseline(batch, targets, values, resid, {name: store[name] for name in wanted}, cone)
+        final, acts = self.forward.run(batch, sorted({*names, *wanted}))
+        resid = {layer: acts[name] for name, layer in names.items()} | {trunk.n_layers: final}
+        cone = self._cone(resid, batch, targets)
+        values = self.reduced(targets, at_targets(final, targets))[0]
+        return Baseline(batch, targets, values, resid, {name: acts[name] for name in wanted}, cone)
 
-    def _cone(self, trunk: Trunk, resid: dict[int, Tensor], batch: Batch, targets: Targets) -> Cone | None:
-        width, first = resid[trunk.n_layers].shape[1], min(resid)
+    def _cone(self, resid: dict[int, Tensor], batch: Batch, targets: Targets) -> Cone | None:
+        width, first = resid[self.trunk.n_layers].shape[1], min(resid)
         if width > self._width or first < self._first:
-            self._blocks = FunctionalBlocks.of(trunk, {n: r[:1] for n, r in resid.items()})
+            self._blocks = FunctionalBlocks.of(self.trunk, {n: r[:1] for n, r in resid.items()})
             self._width, self._first = width, first
         if self._blocks is None:
             return None
@@ -236,54 +216,37 @@ class Engine:
         own = at_targets(base.resid[base.cone.n_layers], base.targets)
         return torch.cat([own if s is None else next(each) for s in starts])
 
-    def stacked(self, trunk: Trunk, base: Baseline, interventions: Sequence[Intervention]) -> Tensor:
+    def stacked(self, base: Baseline, interventions: Sequence[Intervention]) -> Tensor:
         """The same for interventions of one first and last layer, in one forward along the batch."""
         first, last = interventions[0].start_layer, interventions[0].last_layer
         assert first is not None
         assert last is not None
         bound = [i.bound(base.batch) for i in interventions]
-        stop = trunk.n_layers if base.cone is None else last + 1
+        stop = self.trunk.n_layers if base.cone is None else last + 1
         try:
-            out = self._run_stacked(trunk, first, stop, base.resid[first], bound)
+            out = self._run_stacked(first, stop, base.resid[first], bound)
         except NotStackableError:
-            return torch.cat([self.stacked(trunk, base, [i]) for i in interventions])
+            return torch.cat([self.stacked(base, [i]) for i in interventions])
         self.watch.settle(name for hooks in bound for name, _ in hooks)
-        if base.cone is None or stop == trunk.n_layers:
+        if base.cone is None or stop == self.trunk.n_layers:
             return at_targets(out, base.targets)
         old = base.resid[stop][:, : base.cone.stop]
         parts = out[:, : base.cone.stop].chunk(len(bound))
         return self.downstream(base, [changed_from(stop, old, part) for part in parts])
 
     def _run_stacked(
-        self,
-        trunk: Trunk,
-        start: int,
-        stop: int,
-        resid: Tensor,
-        bound: Sequence[Sequence[tuple[str, HookFn]]],
+        self, start: int, stop: int, resid: Tensor, bound: Sequence[Sequence[tuple[str, HookFn]]]
     ) -> Tensor:
         if len(bound) == 1:
             with attached(self.model, self._watched(bound[0])):
-                return trunk.run(resid.clone(), start, stop)
+                return self.trunk.run(resid.clone(), start, stop)
         hooks = stacked_hooks([self._watched(hooks) for hooks in bound], len(resid))
         with attached(self.model, hooks):
-            return trunk.run(resid.repeat(len(bound), 1, 1), start, stop)
+            return self.trunk.run(resid.repeat(len(bound), 1, 1), start, stop)
 
-    def reduced(
-        self, trunk: Trunk, targets: Targets, rows: Float[Tensor, "row target d_model"]
-    ) -> list[dict[str, Tensor]]:
-        """Unembed final residuals in portions and reduce them at once; one dictionary a batch of rows."""
-        copies = len(rows) // len(targets.ids)
-        ids, mask = (t.repeat(copies, 1) for t in (targets.ids, targets.mask))
-        step, few = (max(1, n // max(1, ids.shape[1])) for n in (self.unembed_rows, self.reduced_rows))
-        unembed = trunk.unembed if self._blocks is None else self._blocks.unembed
-        parts = []
-        for some in torch.arange(len(rows)).split(step):
-            logits = logits_at(unembed, rows[some], mask[some])
-            each = zip(logits.split(few), ids[some].split(few), mask[some].split(few), strict=True)
-            parts += [self.reduce(*part) for part in each]
-        values = {name: torch.cat([p[name] for p in parts]).chunk(copies) for name in parts[0]}
-        return [{name: value[i] for name, value in values.items()} for i in range(copies)]
+    def reduced(self, targets: Targets, rows: Float[Tensor, "row target d_model"]) -> list[dict[str, Tensor]]:
+        """Return the metrics of final residuals, one dictionary per copy of the batch."""
+        return self.forward.reduced(targets, rows, self._blocks and self._blocks.unembed)
 
     def _point(self, name: str) -> Any:
         if name not in self._points:

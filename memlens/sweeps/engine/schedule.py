@@ -12,7 +12,6 @@ from torch import Tensor
 from memlens.errors import InterventionError
 from memlens.forward.batches import Batch, make_batches
 from memlens.forward.memory import Budget
-from memlens.forward.trunk import Trunk
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.engine.engine import Baseline, Engine, NotCarriedError
 from memlens.sweeps.engine.entries import entry_of
@@ -23,7 +22,6 @@ Values = dict[str, Tensor]
 
 def run_batches(
     runner: Engine,
-    trunk: Trunk,
     seqs: SequenceSet,
     costed: Sequence[tuple[float, Intervention]],
     engine: str,
@@ -35,18 +33,18 @@ def run_batches(
     base: list[Values] = []
     out: list[list[Values]] = []
     costs, interventions = [cost for cost, _ in costed], [item for _, item in costed]
-    for batch, targets in make_batches(seqs, budget.batch_size, trunk.device, rows):
+    for batch, targets in make_batches(seqs, budget.batch_size, runner.trunk.device, rows):
         done: dict[int, Values] = {}
         if engine == "reference":
             base.append(runner.reference(batch, targets, None))
             plain = list(enumerate(interventions))
         else:
-            kept = runner.baseline(trunk, batch, targets, interventions)
+            kept = runner.baseline(batch, targets, interventions)
             base.append(kept.values)
             plain = [(i, item) for i, item in enumerate(interventions) if item.start_layer is None]
-            finals = _fast(runner, trunk, kept, list(enumerate(interventions)), budget)
+            finals = _fast(runner, kept, list(enumerate(interventions)), budget)
             for part, final in _gathered(finals, targets.mask.numel(), budget.unembed_rows):
-                done |= dict(zip(part, runner.reduced(trunk, targets, final), strict=True))
+                done |= dict(zip(part, runner.reduced(targets, final), strict=True))
                 bar.update(sum(costs[i] for i in part) * len(batch.rows))
         for i, item in plain:
             done[i] = runner.reference(batch, targets, item)
@@ -82,7 +80,7 @@ def _check_names(out: list[list[Values]], interventions: Sequence[Intervention])
 
 
 def _fast(
-    runner: Engine, trunk: Trunk, base: Baseline, items: Numbered, budget: Budget
+    runner: Engine, base: Baseline, items: Numbered, budget: Budget
 ) -> Iterator[tuple[Numbered, Tensor]]:
     """Yield portions of interventions with their final residuals; those outside the blocks are left out."""
     size = len(base.batch.rows)
@@ -102,7 +100,7 @@ def _fast(
     for group in groups.values():
         for i in range(0, len(group), step):
             part = group[i : i + step]
-            yield part, _halving(lambda some: runner.stacked(trunk, base, [x for _, x in some]), part)
+            yield part, _halving(lambda some: runner.stacked(base, [x for _, x in some]), part)
 
 
 def _from_starts(runner: Engine, base: Baseline, items: Numbered) -> Tensor:
