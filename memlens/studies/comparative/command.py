@@ -17,8 +17,6 @@ from memlens.studies.plans import PlanTable
 from memlens.studies.registry import STUDIES, Call, Placement, Study
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from memlens.studies.comparative.config import StudyConfig, StudyModel
 
 
@@ -66,13 +64,9 @@ class ComparativeInputs:
         sizes = PlanSizes(per_domain=self.per_domain, domains=self.plan_domains)
         models = self._models(config, call.where)
         table = plan_comparative(models, sizes=sizes, options=options, device_tflops=self.device_tflops)
-        columns = [
-            "model", "revision", "corpus", "forwards", "head_forwards", "weights_gib", "activations_gib",
-            "hours", "head_hours",
-        ]  # fmt: skip
         hours, for_heads = (table[name].to_numpy().sum() for name in ("hours", "head_hours"))
         return PlanTable(
-            table.loc[:, columns],
+            table.drop(columns=["family", "sequences", "head_sequences", "heads", "pflop", "note"]),
             f"{self.per_domain:,} sequences in each of {self.plan_domains} domains, "
             f"{sizes.heads_per_domain:,} for heads ({sizes.heads_if_large:,} for models beyond "
             f"{sizes.large / 1e9:g} B), at {self.device_tflops:g} TFLOP/s",
@@ -80,7 +74,10 @@ class ComparativeInputs:
                 f"together {hours:,.0f} hours, {for_heads:,.0f} of them for heads",
                 f"Assumes {sizes.memorized:.0%} memorized sequences, {len(options.alphas)} noise strengths "
                 f"in {options.noise_draws} draws, and greedy decoding of every sequence.",
-                *(f"{_names(part)}: {note}" for note, part in table.groupby("note", sort=False)),
+                *(
+                    f"{', '.join(part['model'].str.rpartition('/')[2])}: {note}"
+                    for note, part in table.groupby("note", sort=False)
+                ),
             ],
             {"device_tflops": self.device_tflops, "sizes": asdict(sizes), "models": table.to_dict("records")},
         )
@@ -110,8 +107,7 @@ class ComparativeInputs:
                     f"{near_matches(name, known)}"
                 )
             many = isinstance(getattr(config.options, name), tuple)
-            found = yaml.safe_load(f"[{value}]" if many else value)
-            values[name] = tuple(found) if isinstance(found, list) else found
+            values[name] = yaml.safe_load(f"[{value}]" if many else value)
         return replace(config.options, **values)
 
 
@@ -133,10 +129,6 @@ def with_checkpoints(entries: Sequence[StudyModel], given: Sequence[str]) -> lis
             f"--checkpoints names {unknown[0]!r}, which is not among the models: name it there."
         )
     return [replace(e, checkpoints=wanted[e.label]) if e.label in wanted else e for e in entries]
-
-
-def _names(part: pd.DataFrame) -> str:
-    return ", ".join(str(name).rpartition("/")[2] for name in part["model"])
 
 
 STUDIES.add(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +90,16 @@ class StudyModel:
         if is_zoo_name(self.name):
             return _SIZE.sub("", _TWIN.sub("", self.name.removeprefix("zoo/")))
         found = find_model(self.name)
-        return found[0].name if found is not None else str(described.get("family", "unknown"))
+        return found[0].name if found else str(described.get("family", "unknown"))
 
     @property
     def corpus_of(self) -> str:
         """The training corpus; "" where it is not known."""
-        found = find_model(self.name)
-        if self.corpus is not None or found is None:
-            return self.corpus or ("the zoo's" if is_zoo_name(self.name) else "")
-        return found[1].corpus or found[0].corpus
+        if self.corpus is not None:
+            return self.corpus
+        if found := find_model(self.name):
+            return found[1].corpus or found[0].corpus
+        return "the zoo's" if is_zoo_name(self.name) else ""
 
     def settings(self) -> dict[str, Any]:
         """Return the fields as JSON, without a loaded model."""
@@ -185,24 +187,20 @@ def read_config(path: str | Path) -> StudyConfig:
     """
     path = Path(path)
     values = {key: value for key, value in read_options(path, StudyConfig).items() if value is not None}
+
+    def beside(source: str) -> str:
+        """Resolve a path relative to the YAML file; return any other source as it is."""
+        return str(path.parent / source) if (path.parent / source).exists() else source
+
     try:
-        values["models"] = tuple(parse_model(entry) for entry in values.get("models", ()))
+        models = [parse_model(entry) for entry in values.get("models", ())]
+        values["models"] = [replace(m, counts=beside(m.counts)) if m.counts else m for m in models]
         values["options"] = ComparativeOptions(**values.get("options", {}))
         config = StudyConfig(**values)
     except OptionError as error:
         raise OptionError(f"{path}: {error}") from None
-
-    def beside(source: str | None) -> str | None:
-        """Resolve a path relative to the YAML file; return any other source as it is."""
-        near = path.parent / (source or "")
-        return str(near) if source and not Path(source).is_absolute() and near.exists() else source
-
-    return replace(
-        config,
-        models=tuple(replace(model, counts=beside(model.counts)) for model in config.models),
-        domains={domain: beside(source) or source for domain, source in config.domains.items()},
-        sequences=beside(config.sequences),
-    )
+    domains = {domain: beside(source) for domain, source in config.domains.items()}
+    return replace(config, domains=domains, sequences=config.sequences and beside(config.sequences))
 
 
 def read_domains(
@@ -226,10 +224,7 @@ def read_domains(
         label: Any = domain or (seqs.table["domain"].astype(str) if "domain" in seqs.table else "all")
         ids = [f"{domain}/{i}" for i in seqs.ids] if domain else seqs.ids
         parts.append(seqs.with_table(seqs.table.assign(domain=label, id=ids)))
-    joined = parts[0]
-    for part in parts[1:]:
-        joined = joined.concat(part)
-    return per_domain(joined, options.max_per_domain, options.seed)
+    return per_domain(reduce(SequenceSet.concat, parts), options.max_per_domain, options.seed)
 
 
 def per_domain(seqs: SequenceSet, most: int | None, seed: int) -> SequenceSet:

@@ -271,10 +271,8 @@ def judge_all(
     """
     judged = []
     for name, claim in CLAIMS.items():
-        table, found = tables.get(claim.table), None
-        if claim.rule == "signature":
-            found = _signature(tests, signature)
-        elif table is not None and len(table):
+        found = _signature(tests, signature) if claim.rule == "signature" else None
+        if claim.rule in RULES and len(table := tables.get(claim.table, pd.DataFrame())):
             found = RULES[claim.rule](claim, table)
         sentence, estimate, control, verdict = found or (claim.needs, Estimate.unknown(), "", "not tested")
         judged.append(Judged(name, sentence, estimate, control, verdict))
@@ -309,20 +307,11 @@ def claim_table(judged: Sequence[Judged]) -> pd.DataFrame:
     """
     rows = []
     for item in judged:
-        claim = CLAIMS[item.claim]
-        rows.append(
-            {
-                "claim": claim.statement,
-                "verdict": item.verdict,
-                "found": item.found,
-                **item.estimate.row(n=None),
-                "unit": claim.unit if item.verdict != "not tested" else "",
-                "n": item.estimate.n,
-                "control": item.control,
-                "known_from": claim.known_from,
-                "why_a_toy_may_differ": claim.toy,
-            }
-        )
+        claim, unit = CLAIMS[item.claim], CLAIMS[item.claim].unit if item.verdict != "not tested" else ""
+        found = {"claim": claim.statement, "verdict": item.verdict, "found": item.found}
+        number = {**item.estimate.row(n=None), "unit": unit, "n": item.estimate.n, "control": item.control}
+        known = {"known_from": claim.known_from, "why_a_toy_may_differ": claim.toy}
+        rows.append({**found, **number, **known})
     return pd.DataFrame(rows)
 
 
@@ -360,20 +349,15 @@ def signature_table(models: pd.DataFrame, similarity: pd.DataFrame | None = None
         means = means.dropna().sort_values(ascending=trait["first"] == "lowest")
         here = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
         known = family in means.index and len(means) > 1
-        rows.append((family, trait["noted"], here, _order(means.index[0] == family) if known else _ABSENT))
+        rows.append((family, trait["noted"], here, means.index[0] == family if known else None))
     if similarity is not None and len(similarity):
         rows.append(("olmo1, olmo2, olmo3", TEXTS["generations"], *_generations(models, similarity)))
-    return pd.DataFrame(rows, columns=["family", "noted", "here", "order"])
+    frame = pd.DataFrame(rows, columns=["family", "noted", "here", "order"])
+    words = {True: "as noted", False: "otherwise", None: "family is not here"}
+    return frame.assign(order=[words[row[-1]] for row in rows])
 
 
-_ABSENT = "family is not here"
-
-
-def _order(as_noted: bool) -> str:
-    return "as noted" if as_noted else "otherwise"
-
-
-def _generations(models: Any, similarity: Any) -> tuple[str, str]:
+def _generations(models: Any, similarity: Any) -> tuple[str, bool | None]:
     """Compare pairs of two generations of OLMo with the other pairs of two families."""
     families = models.set_index("model")["family"]
     pairs = similarity.melt("model", var_name="other")
@@ -382,6 +366,5 @@ def _generations(models: Any, similarity: Any) -> tuple[str, str]:
     olmo = one.str.startswith("olmo") & two.str.startswith("olmo")
     ours, others = (float(pairs["value"][(one != two) & chosen].mean()) for chosen in (olmo, ~olmo))
     if not np.isfinite(ours - others):
-        return "", _ABSENT
-    here = f"pairs of generations {ours:.3g}, other pairs across families {others:.3g}"
-    return here, _order(ours > others)
+        return "", None
+    return f"pairs of generations {ours:.3g}, other pairs across families {others:.3g}", ours > others

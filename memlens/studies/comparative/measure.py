@@ -32,13 +32,7 @@ from memlens.store.fingerprint import fingerprint, model_fingerprint, sequences_
 from memlens.studies.comparative.analyze.frequency import token_frequencies
 from memlens.studies.comparative.analyze.rates import join_steps
 from memlens.studies.comparative.config import StudyModel, per_domain, read_domains
-from memlens.studies.comparative.options import (
-    CONTROL,
-    MEMORIZED,
-    UNTRAINED,
-    ComparativeOptions,
-    Measure,
-)
+from memlens.studies.comparative.options import CONTROL, MEMORIZED, UNTRAINED, ComparativeOptions, Measure
 from memlens.studies.comparative.store import SavedModel, folder_name
 from memlens.studies.running import StudyDirectory, at_most
 

@@ -104,10 +104,8 @@ def plan_comparative(
     """
     if not device_tflops > 0:
         raise OptionError(f"device_tflops={device_tflops}: give the device's speed, a number above 0.")
-    sizes, options = sizes or PlanSizes(), options or ComparativeOptions()
-    chosen = [*models] or [StudyModel(name) for name in PAPER_MODELS]
-    rows = []
-    for entry in chosen:
+    sizes, options, rows = sizes or PlanSizes(), options or ComparativeOptions(), []
+    for entry in [*models] or [StudyModel(name) for name in PAPER_MODELS]:
         facts, shape, n_params = _facts(entry)
         parts = pd.DataFrame(plan_parts(shape, n_params, sizes, options)).T
         hours = parts["flop"] / (device_tflops * 1e12) / 3600

@@ -41,6 +41,7 @@ class SavedModel:
         label: The model's name in tables.
         family: Its family.
         control: Whether the model is outside the families.
+        size: Its number of parameters; 0 where that is not recorded.
 
     Raises:
         ResultError: The folder does not hold a model, or is damaged.
@@ -52,6 +53,7 @@ class SavedModel:
     label: str
     family: str
     control: bool
+    size: int
 
     def __init__(self, path: str | Path, facts: Mapping[str, Any] | None = None) -> None:
         self.path = Path(path)
@@ -63,7 +65,7 @@ class SavedModel:
             raise ResultError(f"{self._manifest} is damaged: delete the folder to compute it anew.")
         self.facts, self.parts = dict(facts or content["facts"]), content["parts"]
         self.label, self.family = str(self.facts["label"]), str(self.facts["family"])
-        self.control = bool(self.facts["control"])
+        self.control, self.size = bool(self.facts["control"]), int(self.facts.get("n_params", 0))
         if facts is not None:
             self.path.mkdir(parents=True, exist_ok=True)
             self._write()

@@ -109,7 +109,7 @@ def study_comparative(
 
 def _compare(models: list[SavedModel], folder: StudyDirectory, options: ComparativeOptions) -> None:
     """Make all tables, figures and findings from what is saved."""
-    models = sorted(models, key=lambda m: (m.control, m.family, int(m.facts["n_params"]), m.label))
+    models = sorted(models, key=lambda m: (m.control, m.family, m.size, m.label))
     folder.add_citations(*(c for m in models for c in family_citation(m.family, str(m.facts["model"]))))
     made = Made(models, options)
 

@@ -33,11 +33,6 @@ _EMPTY = pd.DataFrame(columns=["model", "family"])
 # ---- of one model ----------------------------------------------------------------------------------------
 
 
-def _rates(model: SavedModel, options: ComparativeOptions) -> Rows:
-    facts = {"n_params": int(model.facts["n_params"]), "control": model.control}
-    return {**facts, **rates.rate_row(model.recall.table)}
-
-
 def _scores(model: SavedModel, options: ComparativeOptions) -> Rows:
     """Shares of sequences with M = 0, between and 1, and at either end with Wilson's interval."""
     m = rates.score_of(model.recall.table)
@@ -68,8 +63,7 @@ def _structural(model: SavedModel, options: ComparativeOptions) -> Rows:
     table = model.recall.table
     hits, labels = table["exact_match"].to_numpy(float), table["domain"].to_numpy(str)
     share = structural_share(hits, labels, options).row("structural_share", prefix="share_", n=None)
-    numbers = {**structural_gap(hits, labels, options).row("gap"), **share}
-    return {**numbers, "n_params": int(model.facts["n_params"])}
+    return {**structural_gap(hits, labels, options).row("gap"), **share, "n_params": model.size}
 
 
 def _buckets(model: SavedModel, options: ComparativeOptions) -> tuple[Result, np.ndarray, int]:
@@ -163,7 +157,9 @@ def _universal_heads(model: SavedModel, options: ComparativeOptions) -> Rows:
 
 
 PER_MODEL: dict[str, tuple[str, Callable[[SavedModel, ComparativeOptions], Rows]]] = {
-    "rates": ("recall", _rates),
+    "rates": (
+        "recall", lambda m, o: {"n_params": m.size, "control": m.control, **rates.rate_row(m.recall.table)},
+    ),
     "score_spread": ("recall", lambda m, o: rates.score_spread(m.recall.table)),
     "scores": ("recall", _scores),
     "depth": (

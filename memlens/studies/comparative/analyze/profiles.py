@@ -116,22 +116,21 @@ class Profiles:
             families: Model to its family.
             options: `profile`, `top_fraction`, `profile_bins`, `similarity` and `seed`.
         """
-        kinds: dict[str, Any] = {"kind": options.profile, "fraction": options.top_fraction}
         if not importances:
             return cls([], [], pd.DataFrame(), np.zeros((0, 0)), np.zeros((0, 0, 0)))
         frames, grids = [], []
         for i, (model, importance) in enumerate(importances.items()):
             values = importance.transpose("sequence", "layer", "head").values
-            means = bootstrap_means(values.reshape(len(values), -1), _DRAWS, options.seed + i)
-            profile = layer_profile(values.mean(0), **kinds)
-            samples = layer_profile(means.reshape(-1, *values.shape[1:]), **kinds)
-            low, high = np.percentile(samples, [2.5, 97.5], axis=0)
-            layers = np.arange(len(profile))
-            columns = {"layer": layers, "depth": (layers + 0.5) / len(layers), "mean": profile}
+            drawn = bootstrap_means(values.reshape(len(values), -1), _DRAWS, options.seed + i)
+            means = np.concatenate([values.mean(0)[None], drawn.reshape(-1, *values.shape[1:])])
+            profiles = layer_profile(means, kind=options.profile, fraction=options.top_fraction)
+            low, high = np.percentile(profiles[1:], [2.5, 97.5], axis=0)
+            layers = np.arange(values.shape[1])
+            columns = {"layer": layers, "depth": (layers + 0.5) / len(layers), "mean": profiles[0]}
             frame = pd.DataFrame({"model": model, "family": families[model], **columns})
             frames.append(frame.assign(low=low, high=high))
-            grids.append(np.stack([on_grid(row, options.profile_bins) for row in (profile, *samples)]))
-        every = np.stack([similarity_matrix(rows, options.similarity) for rows in np.stack(grids, axis=1)])
+            grids.append([on_grid(row, options.profile_bins) for row in profiles])
+        every = np.stack([similarity_matrix(rows, options.similarity) for rows in np.swapaxes(grids, 0, 1)])
         names = list(importances)
         by_layer = pd.concat(frames, ignore_index=True)
         return cls(names, [families[name] for name in names], by_layer, every[0], every[1:])
