@@ -1,14 +1,12 @@
-"""Commands that make something: `memlens generate` (text), `memlens lens` and `memlens zoo` (models)."""
+"""Commands that make text, lenses and models: `memlens generate`, `memlens lens` and `memlens zoo`."""
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App
-from rich.table import Table
 from rich.text import Text
 
 from memlens.cli.commands import from_options
@@ -40,13 +38,13 @@ def generate(
 
     Args:
         where: The model.
-        prompt: A text to continue; may be given several times.
-        prompts: A text file with one prompt per line, or .jsonl with "prompt" or "text".
+        prompt: Text to continue; can be repeated.
+        prompts: Text file with one prompt per line, or .jsonl file with "prompt" or "text" in each line.
         bypass: Layers whose attention is bypassed, such as 20-23,25.
-        mode: identity or zero.
-        compare: Also continue without the bypass.
-        max_new_tokens: Tokens to generate.
-        prepend_bos: Put the beginning-of-text token before every prompt.
+        mode: Mode of the bypass: identity or zero.
+        compare: Also generate without the bypass.
+        max_new_tokens: Maximum number of tokens to generate.
+        prepend_bos: Prepend the beginning-of-text token to every prompt.
     """
     from memlens.results.groups import parse_layers
 
@@ -57,15 +55,25 @@ def generate(
         raise OptionError("--compare needs a bypass to compare with: give --bypass LAYERS.")
     layers = [] if bypass is None else parse_layers(bypass)
     model = where.load()
-    runs: dict[str, list[int]] = {"with": layers, "without": []} if compare else {"with": layers}
+    runs = {"continuation": layers, "without_bypass": []} if compare else {"continuation": layers}
     found = {
-        name: continuations(model, texts, layers=some, mode=mode, n=max_new_tokens, prepend_bos=prepend_bos)
-        for name, some in runs.items()
+        key: continuations(model, texts, layers=some, mode=mode, n=max_new_tokens, prepend_bos=prepend_bos)
+        for key, some in runs.items()
     }
+    decode = model.tokenizer.decode
     if as_json:
-        _print_json(model, texts, found, {"model": where.model, "bypass": layers, "mode": mode})
-    else:
-        _print_text(model, texts, found, layers)
+        rows: list[dict[str, Any]] = [{"prompt": text} for text in texts]
+        for key, generated in found.items():
+            for row, ids in zip(rows, generated, strict=True):
+                row |= {key: decode(ids), f"{key}_tokens": ids}
+        print_json({"model": where.model, "bypass": layers, "mode": mode, "generations": rows})
+        return
+    bypassed = f"layers {','.join(map(str, layers))} bypassed: "
+    headings = {"continuation": bypassed, "without_bypass": "without bypass: "}
+    for i, text in enumerate(texts):
+        for key, generated in found.items():
+            heading = Text(headings[key], style="dim") if compare else Text()
+            OUT.print(Text.assemble(heading, (text, "bold"), decode(generated[i])))
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -73,30 +81,24 @@ def read_prompts(path: Path) -> list[str]:
 
     Raises:
         SourceNotFoundError: There is no such file.
-        FileFormatError: It is not UTF-8, or a line of a `.jsonl` file holds no prompt.
+        FileFormatError: It is not UTF-8, or a line of a `.jsonl` file has no prompt.
     """
+    from memlens.sequences.readers.sources import json_lines
+
     if not path.is_file():
         raise SourceNotFoundError(f"there is no file of prompts {path}: give the path of one.")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{path} is not UTF-8 text: save it as UTF-8.") from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix.lower() != ".jsonl":
-        return [line for _, line in numbered]
-    return [_prompt_of(line, f"{path}, line {number}") for number, line in numbered]
-
-
-def _prompt_of(line: str, place: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise FileFormatError(f"{place} is not JSON: {error}.") from error
-    row = row if isinstance(row, dict) else {}
-    text = row.get("prompt", row.get("text"))
-    if not isinstance(text, str) or not text:
-        raise FileFormatError(f"{place} has no text under 'prompt' or 'text': give one of them.")
-    return text
+        try:
+            return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise FileFormatError(f"{path} is not UTF-8 text: save it as UTF-8.") from error
+    prompts = []
+    for place, row in json_lines(path):
+        text = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
+        if not isinstance(text, str) or not text:
+            raise FileFormatError(f"{place} has no text under 'prompt' or 'text': give one of them.")
+        prompts.append(text)
+    return prompts
 
 
 def continuations(
@@ -117,8 +119,8 @@ def continuations(
         prompts: The texts.
         layers: Layers whose attention is bypassed; empty for the unchanged model.
         mode: "identity" or "zero".
-        n: Most tokens to generate.
-        prepend_bos: Put the beginning-of-text token first.
+        n: Maximum number of tokens to generate.
+        prepend_bos: Prepend the beginning-of-text token.
 
     Raises:
         OptionError: Fewer than one token, or an unknown mode.
@@ -137,7 +139,8 @@ def continuations(
     check_sequences(seqs, model, on_eos="keep")
     with bypass:
         found = greedy_continuations(model, seqs).tolist()
-    return [_until_end(row, model.tokenizer.eos_token_id) for row in found]
+    end = model.tokenizer.eos_token_id
+    return [row[: row.index(end)] if end in row else row for row in found]
 
 
 def _encoded(model: Any, prompts: list[str], prepend_bos: bool) -> list[list[int]]:
@@ -151,30 +154,6 @@ def _encoded(model: Any, prompts: list[str], prepend_bos: bool) -> list[list[int
         if not row:
             raise SequenceError(f"the prompt {text!r} has no tokens: give text, or --prepend-bos.")
     return rows
-
-
-def _until_end(row: list[int], end: int | None) -> list[int]:
-    return row[: row.index(end)] if end is not None and end in row else row
-
-
-def _print_json(model: Any, prompts: list[str], found: dict[str, list[list[int]]], about: Any) -> None:
-    rows = []
-    for i, text in enumerate(prompts):
-        row: dict[str, Any] = {"prompt": text}
-        for name, key in (("with", "continuation"), ("without", "without_bypass")):
-            if name in found:
-                row[key] = model.tokenizer.decode(found[name][i])
-                row[f"{key}_tokens"] = found[name][i]
-        rows.append(row)
-    print_json({**about, "generations": rows})
-
-
-def _print_text(model: Any, prompts: list[str], found: dict[str, list[list[int]]], layers: list[int]) -> None:
-    names = {"with": f"layers {','.join(map(str, layers))} bypassed: ", "without": "without bypass: "}
-    for i, text in enumerate(prompts):
-        for name, rows in found.items():
-            heading = Text(names[name], style="dim") if len(found) > 1 else Text()
-            OUT.print(Text.assemble(heading, (text, "bold"), model.tokenizer.decode(rows[i])))
 
 
 lens_app: App = App(name="lens", help="Tuned lenses: affine translators for residual decoding.")
@@ -194,7 +173,9 @@ def lens_train(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a tuned lens on text that will not be decoded later; write it, and print what it gained.
+    """Train a tuned lens, save it, and print how much closer to the model it is than the logit lens.
+
+    Train it on other text than the sequences that it will decode.
 
     Example: memlens lens train zoo/pythia-s --zoo-corpus --steps 100 --out my-lens
 
@@ -202,12 +183,12 @@ def lens_train(
         where: The model.
         options: How the lens is trained.
         out: Folder for the lens.
-        text: A text file (UTF-8), which is cut into windows.
-        tokens: Token ids: .npy, or another file of sequences.
-        zoo_corpus: The text that a zoo model was trained on, without what was planted in it.
+        text: Train on a text file (UTF-8), split into windows.
+        tokens: Train on token ids: a .npy or another file of sequences.
+        zoo_corpus: Train on the corpus of a zoo model, without the planted sequences.
         window: Tokens per window of text.
         limit: Use at most this many windows.
-        published: Also write config.json and params.pt in the format of tuned-lens.
+        published: Also write config.json and params.pt in the format of the tuned-lens package.
     """
     import memlens as ml
     from memlens.sequences.natural import text_windows
@@ -215,7 +196,7 @@ def lens_train(
     given = [text is not None, tokens is not None, zoo_corpus]
     if sum(given) != 1:
         raise OptionError(
-            f"{sum(given)} sources of text were given: give one of --text, --tokens, --zoo-corpus."
+            f"{sum(given)} sources of text were given: give exactly one of --text, --tokens, --zoo-corpus."
         )
     loaded = where.load()
     if text is not None:
@@ -232,7 +213,11 @@ def lens_train(
     if as_json:
         print_json({"lens": folder, "heldout_kl": records(trained.heldout_kl())})
     else:
-        _print_gain(trained)
+        table = trained.heldout_kl()
+        table["layer"] = table["layer"].map(lambda layer: "embedding" if layer < 0 else str(layer))
+        names = {"layer": "after layer", "logit_lens": "logit lens", "tuned_lens": "tuned lens"}
+        title = "Divergence from the model on held-out text (nats per token)"
+        print_table(table[list(names)].rename(columns=names), title)
         OUT.print(f"lens: {folder}")
 
 
@@ -240,7 +225,7 @@ lens_app.command(from_options(lens_train), name="train")
 
 
 def zoo_rows(name: str) -> np.ndarray:
-    """Return the rows that a zoo model was trained on, rebuilt from its recipe, without planted ones.
+    """Return the rows of a zoo model's training corpus without planted rows, regenerated from its recipe.
 
     Raises:
         ModelNotFoundError: The zoo has no such model.
@@ -253,23 +238,12 @@ def zoo_rows(name: str) -> np.ndarray:
     return corpus.rows[corpus.row_sequence == BACKGROUND]
 
 
-def _print_gain(trained: Any) -> None:
-    table = Table(title="Divergence from the model on held-out text (nats per token)")
-    for column in ("after block", "logit lens", "tuned lens"):
-        table.add_column(column, justify="right")
-    for layer, before, after, _ in trained.heldout_kl().itertuples(index=False):
-        table.add_row("embedding" if layer < 0 else str(layer), f"{before:.4g}", f"{after:.4g}")
-    OUT.print(table)
-
-
 zoo_app: App = App(name="zoo", help="Models with known memories, bundled or trained on demand.")
-
-_DEFAULT = "pythia-s"
 
 
 @zoo_app.command(name="list")
 def zoo_list(*, as_json: Json = False) -> None:
-    """List the models of the zoo: bundled, trained into the cache, or a recipe that can be trained.
+    """List the models of the zoo: bundled, in the cache, or a recipe that is not trained yet.
 
     Example: memlens zoo list
     """
@@ -295,9 +269,9 @@ def zoo_train(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train zoo models from their recipes, one after the other: same corpus, same seed, same models.
+    """Train zoo models from their recipes, one after the other; the same seed gives the same models.
 
-    Finished models are skipped, and so are bundled ones that were chosen by family and size.
+    Finished models are skipped, and so are bundled models that were selected by family and size.
 
     Example: memlens zoo train pythia-s olmo2-s --seed 0
 
@@ -307,22 +281,25 @@ def zoo_train(
         names: Recipes, such as olmo2-s (default: pythia-s).
         family: All recipes of a family: pythia, gpt-neo, olmo1, …, or all.
         size: All recipes of a size: xs, s, m or all.
-        out: Folder, for one model (default: the user's cache).
-        steps: Fewer or more steps than the recipe has.
-        device: cpu, cuda or mps; by default cuda where there is one.
+        out: Folder, for one model only (default: in the cache).
+        steps: Number of steps (default: the recipe's).
+        device: cpu, cuda or mps (default: cuda if available).
         seed: Seed of every random choice.
         resume: Continue interrupted runs and skip finished ones.
     """
     from memlens.organisms.evaluate import evaluate_zoo_model
-    from memlens.organisms.training.zoo import train_zoo_model
+    from memlens.organisms.training.recipes import select_recipes
+    from memlens.organisms.training.zoo import train_zoo_model, zoo_overview
 
-    chosen = list(names or ()) or ([] if family or size else [_DEFAULT])
-    bundled: list[str] = []
-    if family or size:
-        selected, bundled = _selection(family or "all", size or "all")
-        chosen = list(dict.fromkeys([*chosen, *selected]))
+    selected = select_recipes(family or "all", size or "all") if family or size else []
+    table = zoo_overview()
+    there = set(table.loc[table["status"] == "bundled", "model"])
+    bundled = [name for name in selected if f"zoo/{name}" in there]
+    chosen = list(dict.fromkeys([*(names or ()), *(name for name in selected if name not in bundled)]))
+    if not chosen and not selected:
+        chosen = ["pythia-s"]
     if out is not None and len(chosen) != 1:
-        raise OptionError(f"out={str(out)!r} is the folder of one model, but {len(chosen)} were chosen.")
+        raise OptionError(f"out={str(out)!r} is the folder of one model, but {len(chosen)} were selected.")
     curves: dict[str, tuple[Path, pd.DataFrame]] = {}
     for name in bundled if not as_json else []:
         OUT.print(f"zoo/{name}: bundled")
@@ -335,29 +312,21 @@ def zoo_train(
         if not as_json:
             _print_model(name, *curves[name], table=len(chosen) == 1)
     if as_json:
-        print_json([_told(name, *found) for name, found in curves.items()])
-
-
-def _told(name: str, folder: Path, curve: pd.DataFrame) -> dict[str, Any]:
-    """Return what JSON says of a model."""
-    told = {"model": f"zoo/{name.removeprefix('zoo/')}", "folder": folder}
-    return {**told, "heldout_loss": curve.attrs["heldout_loss"], "recall": records(curve)}
-
-
-def _selection(family: str, size: str) -> tuple[list[str], list[str]]:
-    """Return the recipes of a family and size to train, and those that are bundled already."""
-    from memlens.organisms.training.recipes import select_recipes
-    from memlens.organisms.training.zoo import zoo_overview
-
-    table = zoo_overview()
-    there = set(table.loc[table["status"] == "bundled", "model"])
-    wanted = select_recipes(family, size)
-    bundled = [name for name in wanted if f"zoo/{name}" in there]
-    return [name for name in wanted if name not in bundled], bundled
+        print_json(
+            [
+                {
+                    "model": f"zoo/{name.removeprefix('zoo/')}",
+                    "folder": folder,
+                    "heldout_loss": curve.attrs["heldout_loss"],
+                    "recall": records(curve),
+                }
+                for name, (folder, curve) in curves.items()
+            ]
+        )
 
 
 def _print_model(name: str, folder: Path, curve: pd.DataFrame, *, table: bool) -> None:
-    """Print what a model remembers: a table by copies, or one line where there are several models."""
+    """Print what a model memorized: a table by number of copies, or one line if there are several models."""
     total = curve.loc[curve["domain"] == "all"]
     if table:
         print_table(total, "Exact match by copies in the corpus")
@@ -366,5 +335,5 @@ def _print_model(name: str, folder: Path, curve: pd.DataFrame, *, table: bool) -
     often = total.iloc[-1]
     OUT.print(
         f"zoo/{name.removeprefix('zoo/')}: {often['exact_match']:.0%} of the sequences with "
-        f"{often['copies']} copies exact, held-out loss {curve.attrs['heldout_loss']:.2f} nats; {folder}"
+        f"{often['copies']} copies recalled, held-out loss {curve.attrs['heldout_loss']:.2f} nats; {folder}"
     )

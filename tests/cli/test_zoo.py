@@ -51,7 +51,7 @@ def test_one_model_shows_its_curve_and_may_have_its_folder(call: Call, tmp_path:
     shown = call("train", "olmo1-xs", "--steps", "2", "--out", str(tmp_path / "mine"), "-q")
     assert "Exact match by copies" in shown
     assert (tmp_path / "mine" / "README.md").is_file()
-    with pytest.raises(OptionError, match="the folder of one model, but 2 were chosen"):
+    with pytest.raises(OptionError, match="the folder of one model, but 2 were selected"):
         call("train", "olmo1-xs", "olmo2-xs", "--out", str(tmp_path / "mine"))
 
 
