@@ -7,7 +7,7 @@ before its error is fed its true token, and the others what they decoded.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -93,12 +93,6 @@ def _rows_per_cache(model: Any, length: int) -> int:
     return fitting(row_bytes, default_budget(parameter.device), most=256)
 
 
-class _Decoder(Protocol):
-    def step(self, tokens: Int[Tensor, "row new"]) -> Float[Tensor, "row vocab"]:
-        """Process the next tokens and return the logits after the last of them."""
-        ...
-
-
 class _HookedDecoder:
     """`HookedTransformer` with its own cache; only the last position is unembedded."""
 
@@ -108,7 +102,8 @@ class _HookedDecoder:
         self.model, self.trunk = model, Trunk(model)
         self.cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, n_rows)
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: Int[Tensor, "row new"]) -> Float[Tensor, "row vocab"]:
+        """Process the next tokens and return the logits after the last of them."""
         # Without a mask TransformerLens would take end-of-text tokens for padding.
         resid = self.model(
             tokens.to(self.trunk.device),
@@ -127,7 +122,8 @@ class _BridgeDecoder:
         self.device = next(model.parameters()).device
         self.past: Any = None
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: Int[Tensor, "row new"]) -> Float[Tensor, "row vocab"]:
+        """As that of `_HookedDecoder`."""
         out = self.model(
             input_ids=tokens.to(self.device), past_key_values=self.past, use_cache=True, logits_to_keep=1
         )

@@ -39,51 +39,31 @@ class Site:
     meaning: str
 
 
-SITES: Mapping[str, Site] = MappingProxyType(
-    {
-        s.name: s
-        for s in (
-            Site(
-                "resid_pre",
-                "blocks.{layer}.hook_resid_pre",
-                "batch pos d_model",
-                "residual at a layer's input",
-            ),
-            Site(
-                "resid_mid",
-                "blocks.{layer}.hook_resid_mid",
-                "batch pos d_model",
-                "residual between attention and MLP (sequential layers only)",
-            ),
-            Site(
-                "resid_post",
-                "blocks.{layer}.hook_resid_post",
-                "batch pos d_model",
-                "residual at a layer's output",
-            ),
-            Site(
-                "attn_out",
-                "blocks.{layer}.hook_attn_out",
-                "batch pos d_model",
-                "what attention adds to the residual (after a post-norm, where there is one)",
-            ),
-            Site(
-                "mlp_out",
-                "blocks.{layer}.hook_mlp_out",
-                "batch pos d_model",
-                "what the MLP adds to the residual (after a post-norm, where there is one)",
-            ),
-            Site("q", "blocks.{layer}.attn.hook_q", "batch pos head d_head", "queries"),
-            Site("k", "blocks.{layer}.attn.hook_k", "batch pos kv_head d_head", "keys"),
-            Site("v", "blocks.{layer}.attn.hook_v", "batch pos kv_head d_head", "values"),
-            Site("z", "blocks.{layer}.attn.hook_z", "batch pos head d_head", "each head's mixed values"),
-            Site("pattern", "blocks.{layer}.attn.hook_pattern", "batch head query key", "attention weights"),
-            Site(
-                "mlp_post", "blocks.{layer}.mlp.hook_post", "batch pos d_mlp", "the MLP's hidden activations"
-            ),
-        )
-    }
+_AT = "blocks.{layer}."
+_RESIDUAL, _HEADS, _KV_HEADS = "batch pos d_model", "batch pos head d_head", "batch pos kv_head d_head"
+_SITES = (
+    Site("resid_pre", _AT + "hook_resid_pre", _RESIDUAL, "residual at a layer's input"),
+    Site(
+        "resid_mid", _AT + "hook_resid_mid", _RESIDUAL, "residual between attention and MLP (if sequential)"
+    ),
+    Site("resid_post", _AT + "hook_resid_post", _RESIDUAL, "residual at a layer's output"),
+    Site(
+        "attn_out",
+        _AT + "hook_attn_out",
+        _RESIDUAL,
+        "what attention adds to the residual, after any post-norm",
+    ),
+    Site(
+        "mlp_out", _AT + "hook_mlp_out", _RESIDUAL, "what the MLP adds to the residual, after any post-norm"
+    ),
+    Site("q", _AT + "attn.hook_q", _HEADS, "queries"),
+    Site("k", _AT + "attn.hook_k", _KV_HEADS, "keys"),
+    Site("v", _AT + "attn.hook_v", _KV_HEADS, "values"),
+    Site("z", _AT + "attn.hook_z", _HEADS, "each head's mixed values"),
+    Site("pattern", _AT + "attn.hook_pattern", "batch head query key", "attention weights"),
+    Site("mlp_post", _AT + "mlp.hook_post", "batch pos d_mlp", "the MLP's hidden activations"),
 )
+SITES: Mapping[str, Site] = MappingProxyType({site.name: site for site in _SITES})
 """The sites by name."""
 
 

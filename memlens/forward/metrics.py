@@ -292,24 +292,11 @@ def _leading_run(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).cumprod(-1).sum(-1)
 
 
-def _hits(stats: Stats) -> Tensor:
-    return stats.correct.double()
+def _field(name: str) -> Callable[[Stats], Tensor]:
+    def values(stats: Stats) -> Tensor:
+        return getattr(stats, name).double()
 
-
-def _logprob(stats: Stats) -> Tensor:
-    return stats.logprob
-
-
-def _rank(stats: Stats) -> Tensor:
-    return stats.rank.double()
-
-
-def _entropy(stats: Stats) -> Tensor:
-    return stats.entropy
-
-
-def _margin(stats: Stats) -> Tensor:
-    return stats.margin
+    return values
 
 
 _BUILT_IN = (
@@ -319,7 +306,7 @@ _BUILT_IN = (
         unit="nats",
         meaning="mean log-probability of the continuation's tokens",
         better="higher",
-        per_target=_logprob,
+        per_target=_field("logprob"),
         reduce=_mean,
     ),
     Metric(
@@ -330,7 +317,7 @@ _BUILT_IN = (
         proportion=True,
         differentiable=False,
         cites=(("carlini2023", "exact match of the continuation"),),
-        per_target=_hits,
+        per_target=_field("correct"),
         reduce=_all,
     ),
     Metric(
@@ -339,7 +326,7 @@ _BUILT_IN = (
         meaning="number of the continuation's tokens that are right before the first error",
         better="higher",
         differentiable=False,
-        per_target=_hits,
+        per_target=_field("correct"),
         reduce=_leading_run,
     ),
     Metric(
@@ -348,7 +335,7 @@ _BUILT_IN = (
         meaning="share of the continuation's tokens that are the arg-max, teacher-forced",
         better="higher",
         differentiable=False,
-        per_target=_hits,
+        per_target=_field("correct"),
         reduce=_mean,
     ),
     Metric(
@@ -357,7 +344,7 @@ _BUILT_IN = (
         meaning="mean zero-based rank of the continuation's tokens",
         better="lower",
         differentiable=False,
-        per_target=_rank,
+        per_target=_field("rank"),
         reduce=_mean,
     ),
     Metric(
@@ -366,7 +353,7 @@ _BUILT_IN = (
         meaning="sum of the next-token entropies over the continuation's steps, teacher-forced",
         better="lower",
         cites=(("menta2025", "completion entropy"),),
-        per_target=_entropy,
+        per_target=_field("entropy"),
         reduce=_sum,
     ),
     Metric(
@@ -375,7 +362,7 @@ _BUILT_IN = (
         unit="logits",
         meaning="smallest difference between a target's logit and the best other token's",
         better="higher",
-        per_target=_margin,
+        per_target=_field("margin"),
         reduce=_minimum,
     ),
 )

@@ -10,7 +10,7 @@ the skipped blocks are replaced by a pass-through for the duration of one call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -227,9 +227,7 @@ class _BridgeRunner:
 
     def _forward(self, start: int, stop: int, **inputs: Tensor) -> Tensor:
         skipped = [*self.blocks[:start], *self.blocks[stop:]]
-        with ExitStack() as stack:
-            stack.enter_context(self._skipping(skipped, self.extra_outputs))
-            stack.enter_context(self._skipping([self.norm], None))
+        with self._skipping(skipped, self.extra_outputs), self._skipping([self.norm], None):
             return self.base(use_cache=False, **inputs).last_hidden_state
 
     def embed(self, tokens: Tensor) -> Tensor:

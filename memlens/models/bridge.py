@@ -18,15 +18,7 @@ from memlens.models.families import architecture_of
 from memlens.models.huggingface import placeholder_tokenizer
 from memlens.models.quiet import quiet
 
-_REFUSALS = (
-    AssertionError,
-    AttributeError,
-    KeyError,
-    TypeError,
-    ValueError,
-    NotImplementedError,
-    RuntimeError,
-)
+_REFUSALS = (AssertionError, AttributeError, KeyError, TypeError, ValueError, RuntimeError)
 
 
 def check_bridge_supports(config: Any, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The families of models that memlens is made for, each declared in one row.
+"""The families of models that memlens is made for, each declared in one entry of `families.yaml`.
 
 Every family here has an open pretraining corpus, so that a sequence can be known to have been seen.
 Other architectures that `TransformerBridge` supports load too; they are not in the table.
@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from memlens.models import hooked_forms
 from memlens.models.hooked_forms import HookedForm
@@ -20,7 +22,7 @@ from memlens.registry import Registry
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model, from which costs can be planned without loading it.
+    """The sizes of a model: its costs can be planned from them without loading it.
 
     Attributes:
         n_layers: Layers.
@@ -32,6 +34,8 @@ class Shape:
         gated_mlp: Whether the MLP has a gate (three matrices).
         parallel: Whether attention and MLP read the same input.
         tied: Whether embedding and unembedding share weights.
+        head_width: Width of a head where it is not `d_model` over `n_heads`.
+        itemsize: Bytes per weight and activation.
     """
 
     n_layers: int
@@ -43,11 +47,13 @@ class Shape:
     gated_mlp: bool
     parallel: bool = False
     tied: bool = False
+    head_width: int | None = None
+    itemsize: int = 2
 
     @property
     def d_head(self) -> int:
         """Width of a head."""
-        return self.d_model // self.n_heads
+        return self.head_width or self.d_model // self.n_heads
 
     @property
     def n_params(self) -> int:
@@ -123,173 +129,26 @@ def register_family(family: Family) -> Family:
     return FAMILIES.add(family.name, family)
 
 
-def _pythia(size: str, suffix: str = "", corpus: str | None = None) -> ModelEntry:
-    layers, width, heads, vocab = {
-        "14m": (6, 128, 4, 50304),
-        "31m": (6, 256, 8, 50304),
-        "70m": (6, 512, 8, 50304),
-        "160m": (12, 768, 12, 50304),
-        "410m": (24, 1024, 16, 50304),
-        "1b": (16, 2048, 8, 50304),
-        "1.4b": (24, 2048, 16, 50304),
-        "2.8b": (32, 2560, 32, 50304),
-        "6.9b": (32, 4096, 32, 50432),
-        "12b": (36, 5120, 40, 50688),
-    }[size]
-    shape = Shape(layers, width, heads, heads, 4 * width, vocab, gated_mlp=False, parallel=True)
-    return ModelEntry(f"EleutherAI/pythia-{size}{suffix}", size.upper(), corpus, shape)
+def _declared(name: str, facts: dict[str, Any]) -> Family:
+    """Return a family of `families.yaml`."""
+    traits = facts.pop("traits", {})
+    entries = []
+    for hub_name, entry in facts.pop("models").items():
+        sizes, own = entry.pop("shape", None), {"tied": True} if entry.pop("tied", False) else {}
+        shape = None if sizes is None else Shape(*sizes, **(traits | own))
+        entries.append(ModelEntry(hub_name, **entry, shape=shape))
+    form = facts.pop("hooked", None)
+    hooked = None if form is None else getattr(hooked_forms, form)
+    return Family(name=name, models=tuple(entries), hooked=hooked, **facts)
 
 
-def _gated(
-    name: str,
-    size: str,
-    layers: int,
-    width: int,
-    heads: int,
-    kv_heads: int,
-    d_mlp: int,
-    vocab: int,
-    *,
-    tied: bool = False,
-) -> ModelEntry:
-    return ModelEntry(
-        name, size, None, Shape(layers, width, heads, kv_heads, d_mlp, vocab, gated_mlp=True, tied=tied)
-    )
-
-
-def _starcoder(size: str, layers: int, width: int, heads: int) -> ModelEntry:
-    shape = Shape(layers, width, heads, 1, 4 * width, 49152, gated_mlp=False, tied=True)
-    return ModelEntry(f"bigcode/starcoderbase-{size}", size.upper(), None, shape)
-
-
-_PILE = "The Pile"
-_PYTHIA_SIZES = ["70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b"]
-
-register_family(
-    Family(
-        name="pythia",
-        architecture="GPTNeoXForCausalLM",
-        corpus=_PILE,
-        license="Apache-2.0",
-        cite="biderman2023",
-        checkpoints="step{step}",
-        hooked=hooked_forms.GPT_NEOX,
-        models=(
-            *(_pythia(size) for size in ["14m", "31m", *_PYTHIA_SIZES]),
-            *(_pythia(size, "-deduped", "The Pile, deduplicated") for size in _PYTHIA_SIZES),
-        ),
-    )
-)
-register_family(
-    Family(
-        name="gpt-neo",
-        architecture="GPTNeoForCausalLM",
-        corpus=_PILE,
-        license="MIT",
-        cite="black2021",
-        hooked=hooked_forms.GPT_NEO,
-        models=tuple(
-            ModelEntry(f"EleutherAI/gpt-neo-{size}", size.upper()) for size in ("125m", "1.3B", "2.7B")
-        ),
-    )
-)
-register_family(
-    Family(
-        name="olmo1",
-        architecture="OlmoForCausalLM",
-        corpus="Dolma",
-        license="Apache-2.0",
-        cite="groeneveld2024",
-        checkpoints="step{step}-tokens{tokens}B",
-        hooked=hooked_forms.OLMO,
-        models=(
-            _gated("allenai/OLMo-1B-hf", "1B", 16, 2048, 16, 16, 8192, 50304, tied=True),
-            ModelEntry("allenai/OLMo-1B-0724-hf", "1B"),
-            _gated("allenai/OLMo-7B-hf", "7B", 32, 4096, 32, 32, 11008, 50304),
-            ModelEntry("allenai/OLMo-7B-0424-hf", "7B"),
-            ModelEntry("allenai/OLMo-7B-0724-hf", "7B"),
-        ),
-    )
-)
-register_family(
-    Family(
-        name="olmo2",
-        architecture="Olmo2ForCausalLM",
-        corpus="OLMo-mix-1124, then Dolmino-mix-1124",
-        license="Apache-2.0",
-        cite="olmo2024",
-        checkpoints="stage1-step{step}-tokens{tokens}B",
-        post_norm=True,
-        hooked=hooked_forms.OLMO2,
-        models=(
-            _gated("allenai/OLMo-2-0425-1B", "1B", 16, 2048, 16, 16, 8192, 100352),
-            _gated("allenai/OLMo-2-1124-7B", "7B", 32, 4096, 32, 32, 11008, 100352),
-            _gated("allenai/OLMo-2-1124-13B", "13B", 40, 5120, 40, 40, 13824, 100352),
-            _gated("allenai/OLMo-2-0325-32B", "32B", 64, 5120, 40, 8, 27648, 100352),
-        ),
-    )
-)
-register_family(
-    Family(
-        name="olmo3",
-        architecture="Olmo3ForCausalLM",
-        corpus="Dolma 3",
-        license="Apache-2.0",
-        cite="olmo2025",
-        checkpoints="stage1-step{step}",
-        post_norm=True,
-        hooked=hooked_forms.OLMO3,
-        models=(
-            _gated("allenai/Olmo-3-1025-7B", "7B", 32, 4096, 32, 32, 11008, 100278),
-            _gated("allenai/Olmo-3-1125-32B", "32B", 64, 5120, 40, 8, 27648, 100278),
-        ),
-    )
-)
-register_family(
-    Family(
-        name="openllama",
-        architecture="LlamaForCausalLM",
-        corpus="RedPajama-Data-1T",
-        license="Apache-2.0",
-        cite="geng2023",
-        bos=True,
-        by_name=True,
-        models=(
-            _gated("openlm-research/open_llama_3b", "3B", 26, 3200, 32, 32, 8640, 32000),
-            _gated("openlm-research/open_llama_7b", "7B", 32, 4096, 32, 32, 11008, 32000),
-            _gated("openlm-research/open_llama_13b", "13B", 40, 5120, 40, 40, 13824, 32000),
-        ),
-    )
-)
-register_family(
-    Family(
-        name="starcoder",
-        architecture="GPTBigCodeForCausalLM",
-        corpus="The Stack v1.2 (starcoderdata)",
-        license="BigCode OpenRAIL-M v1",
-        cite="li2023",
-        models=(
-            _starcoder("1b", 24, 2048, 16),
-            _starcoder("3b", 36, 2816, 22),
-            _starcoder("7b", 42, 4096, 32),
-            ModelEntry("bigcode/starcoderbase", "15.5B"),
-        ),
-    )
-)
-register_family(
-    Family(
-        name="starcoder2",
-        architecture="Starcoder2ForCausalLM",
-        corpus="The Stack v2",
-        license="BigCode OpenRAIL-M v1",
-        cite="lozhkov2024",
-        models=tuple(ModelEntry(f"bigcode/starcoder2-{size}", size.upper()) for size in ("3b", "7b", "15b")),
-    )
-)
+_FILE = resources.files("memlens.models").joinpath("families.yaml")
+for _name, _facts in yaml.safe_load(_FILE.read_text(encoding="utf-8")).items():
+    register_family(_declared(_name, _facts))
 
 
 def family_by_architecture(architecture: str) -> Family | None:
-    """Return the family that a class of transformers belongs to; None where it is of none or of several."""
+    """Return the family that a class of transformers belongs to; None if it belongs to none or to several."""
     found = [f for f in FAMILIES.values() if f.architecture == architecture and not f.by_name]
     return found[0] if len(found) == 1 else None
 

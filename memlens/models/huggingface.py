@@ -17,7 +17,6 @@ from huggingface_hub.errors import (
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-    StrictDataclassError,
 )
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, models
@@ -43,20 +42,8 @@ from memlens.models.names import Source, unknown_name_error
 from memlens.models.quiet import quiet
 
 _LOG = logging.getLogger(__name__)
-_EXPECTED = (
-    SafetensorError,
-    StrictDataclassError,
-    RuntimeError,
-    ImportError,
-    EOFError,
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-)
 _UNKNOWN_ARCHITECTURE = (
-    "does not recognize this architecture",
+    "not recognize this architecture",
     "Unrecognized model in",
     "Unrecognized configuration",
 )
@@ -71,7 +58,7 @@ def named_errors(source: Source, revision: str | None) -> Iterator[None]:
         yield
     except MemlensError:
         raise
-    except _EXPECTED as error:
+    except Exception as error:
         raise _translate(error, source, revision) from error
 
 
@@ -155,12 +142,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -297,14 +279,10 @@ def load_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(source.tokenizer_location or source.location, **options)
             _check_has_words(tokenizer)
             return prepare_tokenizer(tokenizer)
-    except (
-        Exception
-    ) as error:  # transformers raises nearly every kind of error for a folder without tokenizer files
-        reason = str(error).strip().splitlines()
+    except Exception as error:  # of nearly any kind, for a folder without tokenizer files
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         _LOG.warning(
-            "%r has no tokenizer that can be read (%s): the model takes token ids only.",
-            source.name,
-            reason[0] if reason else type(error).__name__,
+            "%r has no readable tokenizer (%s): the model takes token ids only.", source.name, reason
         )
         return None
 

@@ -114,18 +114,11 @@ def load_model(
     """
     options = _check_options(backend, dtype, device, device_map, process_weights, check_weights)
     if isinstance(name, nn.Module):
-        misplaced: dict[str, Any] = {
-            "revision": revision,
-            "checkpoint_step": checkpoint_step,
-            "gguf_file": gguf_file,
-        }
-        misplaced |= {"device_map": device_map}
+        misplaced: dict[str, Any] = {"revision": revision, "checkpoint_step": checkpoint_step}
+        misplaced |= {"gguf_file": gguf_file, "device_map": device_map}
         if _is_transformer_lens(name):
-            misplaced |= {
-                "tokenizer": tokenizer,
-                "device": device,
-                "process_weights": process_weights or None,
-            }
+            misplaced |= {"tokenizer": tokenizer, "device": device}
+            misplaced |= {"process_weights": process_weights or None}
             return _as_it_is(name, backend, misplaced)
         _refuse(misplaced, name)
         return _from_huggingface(name.to(options.device) if device is not None else name, options, tokenizer)
@@ -263,11 +256,8 @@ def _wrap(
         "processed_weights": options.process_weights,
         **({"adapters": adapters} if adapters else {}),
     }
-    common: dict[str, Any] = {
-        "name": name,
-        "dtype": options.dtype,
-        "process_weights": options.process_weights,
-    }
+    common: dict[str, Any] = {"name": name, "dtype": options.dtype}
+    common["process_weights"] = options.process_weights
     model: Any
     if options.backend == "hooked":
         model = build_hooked(hf_model, tokenizer, device=options.device, **common)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -15,69 +16,33 @@ from memlens.forward.capture import run_capturing
 from memlens.forward.hooks import hook_name
 from memlens.forward.memory import Budget, position_bytes
 from memlens.forward.trunk import Trunk
+from memlens.models.families import Shape
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.engine.entries import entry_of
 from memlens.sweeps.engine.schedule import portions
 from memlens.sweeps.interventions import Intervention
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a model that costs depend on; it takes the place of a model that is not here.
+def shape_of(model: Any) -> Shape:
+    """Return the shape of a loaded model.
 
-    Attributes:
-        n_layers: Blocks.
-        d_model: Width of the residual.
-        n_heads: Query heads of a block.
-        n_kv_heads: Key and value heads.
-        d_head: Width of a head.
-        d_mlp: Width of the MLP.
-        d_vocab: Tokens.
-        gated_mlp: Whether the MLP has a gate.
-        parallel: Whether attention and MLP read the same input.
-        dtype: Of weights and activations.
+    >>> import memlens as ml
+    >>> shape_of(ml.load_model("zoo/pythia-s")).n_layers
+    6
     """
-
-    n_layers: int
-    d_model: int
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    d_mlp: int
-    d_vocab: int
-    gated_mlp: bool
-    parallel: bool
-    dtype: torch.dtype = torch.bfloat16
-
-    @classmethod
-    def of(cls, model: Any) -> ModelShape:
-        """Return the shape of a loaded model.
-
-        >>> import memlens as ml
-        >>> ModelShape.of(ml.load_model("zoo/pythia-s")).n_layers
-        6
-        """
-        trunk, cfg = Trunk(model), model.cfg
-        return cls(
-            trunk.n_layers, trunk.d_model, trunk.n_heads, trunk.n_kv_heads, trunk.d_head,
-            getattr(cfg, "d_mlp", None) or 4 * trunk.d_model, trunk.d_vocab,
-            bool(getattr(cfg, "gated_mlp", False)), trunk.parallel, trunk.dtype,
-        )  # fmt: skip
-
-    @property
-    def model(self) -> ModelShape:
-        """Itself: where a trunk has its model."""
-        return self
-
-    @property
-    def cfg(self) -> ModelShape:
-        """Itself: where a model has its configuration."""
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        """A GPU, by whose rules portions are cut."""
-        return torch.device("cuda")
+    trunk, cfg = Trunk(model), model.cfg
+    return Shape(
+        n_layers=trunk.n_layers,
+        d_model=trunk.d_model,
+        n_heads=trunk.n_heads,
+        n_kv_heads=trunk.n_kv_heads,
+        d_mlp=getattr(cfg, "d_mlp", None) or 4 * trunk.d_model,
+        d_vocab=trunk.d_vocab,
+        gated_mlp=bool(getattr(cfg, "gated_mlp", False)),
+        parallel=trunk.parallel,
+        head_width=trunk.d_head,
+        itemsize=trunk.dtype.itemsize,
+    )
 
 
 @dataclass(frozen=True)
@@ -85,14 +50,14 @@ class Plan:
     """The cost of a sweep.
 
     Attributes:
-        n_sequences: Sequences.
-        n_interventions: Interventions.
-        block_forwards: Blocks times sequences that the fast engine runs (the baseline included).
+        n_sequences: The number of sequences.
+        n_interventions: The number of interventions.
+        block_forwards: Layers times sequences that the fast engine runs, including the baseline.
         reference_block_forwards: The same for the reference engine.
-        block_positions: Blocks times positions that it runs: a block that runs on half of the positions
-            counts half of them, and the last block the positions that it is queried for.
+        block_positions: Layers times positions that the fast engine runs: a layer that runs on half of the
+            positions counts half, and the last layer counts the positions that it is queried for.
         unembedded_positions: Target positions that are unembedded.
-        block_flops: Floating-point operations of matrix products in blocks.
+        block_flops: Floating-point operations of matrix products in layers.
         unembed_flops: The same of unembedding.
         bytes: Peak memory of activations, not counting the weights.
         expected_seconds: Time, from a short calibration run; None without one.
@@ -141,10 +106,10 @@ def plan(
         interventions: What it would run.
         memory_budget: Bytes for activations.
         batch_size: Sequences in a batch.
-        calibrate: Time blocks and unembedding on a few sequences to estimate the seconds.
+        calibrate: Time layers and unembedding on a few sequences to estimate the seconds.
 
     Returns:
-        Block-forwards (one block on one sequence), unembedded positions, operations, bytes and seconds.
+        Block-forwards (one layer on one sequence), unembedded positions, operations, bytes and seconds.
 
     Example:
         >>> import memlens as ml
@@ -155,69 +120,65 @@ def plan(
         >>> cost.block_forwards, cost.reference_block_forwards
         (84, 168)
     """
-    if len(sequences) == 0:
-        raise EmptySetError("there are no sequences to plan for: give at least one.")
     trunk = Trunk(model)
-    count = _counted(
-        trunk, sequences, interventions, Budget.of(trunk, sequences, memory_budget, batch_size),
-        carries=_carries(trunk, sequences),
-    )  # fmt: skip
-    found = _plan_of(trunk, sequences, interventions, count)
+    found, count = _planned(
+        trunk, sequences, interventions, memory_budget, batch_size, carries=lambda: _carries(trunk, sequences)
+    )
     return replace(found, expected_seconds=_calibrated(trunk, sequences, count)) if calibrate else found
 
 
 def plan_shape(
-    shape: ModelShape,
+    shape: Shape,
     sequences: SequenceSet,
     interventions: Sequence[Intervention],
     *,
     memory_budget: int = 2**34,
     batch_size: int | None = None,
 ) -> Plan:
-    """Say what `sweep` would cost on a model of a given shape, which need not be here.
+    """Estimate what `sweep` would cost on a GPU with a model of a given shape, which need not be available.
 
-    Args:
-        shape: Of the model.
-        sequences: What it would run on; only lengths count.
-        interventions: What it would run; none gives the baseline pass alone.
-        memory_budget: Bytes for activations.
-        batch_size: Sequences in a batch.
-
-    Returns:
-        As `plan`, without seconds.
+    Arguments and result are those of `plan`, without seconds. Only the lengths of the sequences count, and
+    without interventions the cost is that of the baseline pass.
     """
-    if len(sequences) == 0:
-        raise EmptySetError("there are no sequences to plan for: give at least one.")
-    trunk = cast("Trunk", shape)  # the counting reads sizes only
-    budget = Budget.of(trunk, sequences, memory_budget, batch_size)
-    count = _counted(trunk, sequences, interventions, budget, carries=True)
-    return _plan_of(trunk, sequences, interventions, count)
+    sizes = SimpleNamespace(
+        **{f.name: getattr(shape, f.name) for f in fields(shape)},
+        d_head=shape.d_head,
+        model=SimpleNamespace(cfg=shape),
+        device=torch.device("cuda"),
+        dtype=SimpleNamespace(itemsize=shape.itemsize),
+    )
+    trunk = cast("Trunk", sizes)  # the counting reads sizes only
+    return _planned(trunk, sequences, interventions, memory_budget, batch_size, carries=lambda: True)[0]
 
 
-def _counted(
+def _planned(
     trunk: Trunk,
     sequences: SequenceSet,
     interventions: Sequence[Intervention],
-    budget: Budget,
+    memory_budget: int | None,
+    batch_size: int | None,
     *,
-    carries: bool,
-) -> _Count:
-    count = _Count(trunk, carries=carries)
+    carries: Callable[[], bool],
+) -> tuple[Plan, _Count]:
+    if len(sequences) == 0:
+        raise EmptySetError("there are no sequences to plan for: give at least one.")
+    budget = Budget.of(trunk, sequences, memory_budget, batch_size)
+    count = _Count(trunk, carries=carries())
     for first in range(0, len(sequences), budget.batch_size):
         count.batch(sequences[first : first + budget.batch_size], interventions, budget)
-    return count
-
-
-def _plan_of(
-    trunk: Trunk, sequences: SequenceSet, interventions: Sequence[Intervention], count: _Count
-) -> Plan:
-    return Plan(
-        n_sequences=len(sequences), n_interventions=len(interventions), block_forwards=count.blocks,
+    found = Plan(
+        n_sequences=len(sequences),
+        n_interventions=len(interventions),
+        block_forwards=count.blocks,
         reference_block_forwards=len(sequences) * trunk.n_layers * (1 + len(interventions)),
-        block_positions=round(count.positions), unembedded_positions=count.targets, block_flops=count.flops,
-        unembed_flops=2.0 * trunk.d_model * trunk.d_vocab * count.targets, bytes=count.kept + count.working,
+        block_positions=round(count.positions),
+        unembedded_positions=count.targets,
+        block_flops=count.flops,
+        unembed_flops=2.0 * trunk.d_model * trunk.d_vocab * count.targets,
+        bytes=count.kept + count.working,
         expected_seconds=None,
-    )  # fmt: skip
+    )
+    return found, count
 
 
 def intervention_flops(
@@ -308,7 +269,7 @@ class _Count:
         self.positions += more * self.kv_weights / self.weights
 
     def _run(self, blocks: int, size: int, positions: int, keys: int) -> None:
-        """Add whole blocks: their weights, and scores and mixing over the keys."""
+        """Add whole layers: their weights, and scores and mixing over the keys."""
         self.blocks += blocks * size
         self.positions += blocks * positions
         attention = 2 * keys * self.trunk.n_heads * self.trunk.d_head
@@ -333,7 +294,7 @@ class _Count:
 
 @torch.no_grad()
 def _carries(trunk: Trunk, seqs: SequenceSet) -> bool:
-    """Whether the engine's own form of the blocks gives what the model gives, on a few tokens."""
+    """Whether functional blocks reproduce the model on a few tokens."""
     names = {hook_name("resid_pre", layer): layer for layer in range(trunk.n_layers)}
     final, store = run_capturing(trunk, seqs.tokens[:1, :8], list(names))
     resid = {layer: store[name] for name, layer in names.items()} | {trunk.n_layers: final}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Annotated
 
 import pandas as pd
@@ -19,7 +18,7 @@ from memlens.studies.comparative.config import StudyModel
 from memlens.studies.comparative.options import ComparativeOptions
 from memlens.studies.plans import blank_sequences
 from memlens.sweeps.interventions import Intervention
-from memlens.sweeps.plan import ModelShape, Plan, plan_shape
+from memlens.sweeps.plan import Plan, plan_shape, shape_of
 
 _STAGE = "main is the end of all training stages; which stage was used, and what was sampled, is not known"
 _PLAIN = "the size is known; repository and revision are the obvious ones"
@@ -129,12 +128,12 @@ def plan_comparative(
     return pd.DataFrame(rows)
 
 
-def _facts(entry: StudyModel) -> tuple[dict[str, str], ModelShape, int]:
+def _facts(entry: StudyModel) -> tuple[dict[str, str], Shape, int]:
     """Return what identifies a model, its shape and its number of parameters."""
     found = find_model(entry.name)
     if found is not None and found[1].shape is not None:
         family, listed = found
-        size, revision, note = planned(found[1].shape), entry.revision or "main", "not in the paper's list"
+        size, revision, note = found[1].shape, entry.revision or "main", "not in the paper's list"
         if listed.name in PAPER_MODELS:
             note = _NOTES[family.name].format(size=listed.size)
             revision = entry.revision or _REVISIONS.get(family.name, "main")
@@ -146,17 +145,11 @@ def _facts(entry: StudyModel) -> tuple[dict[str, str], ModelShape, int]:
         "family": entry.family_of(described), "model": entry.label, "revision": str(described["revision"]),
         "corpus": entry.corpus_of, "note": "not in the paper's list: planned from the loaded model",
     }  # fmt: skip
-    return facts, ModelShape.of(model), int(described["n_params"])
-
-
-def planned(shape: Shape) -> ModelShape:
-    """Return a shape of the family table as plans take it."""
-    names = [field.name for field in fields(ModelShape) if field.name != "dtype"]
-    return ModelShape(**{name: getattr(shape, name) for name in names})
+    return facts, shape_of(model), int(described["n_params"])
 
 
 def plan_parts(
-    shape: ModelShape, n_params: int, sizes: PlanSizes, options: ComparativeOptions
+    shape: Shape, n_params: int, sizes: PlanSizes, options: ComparativeOptions
 ) -> dict[str, dict[str, float]]:
     """Return for each part its `forwards` (of whole sequences, or their equivalent), `flop` and `bytes`.
 
@@ -190,7 +183,7 @@ def plan_parts(
     return parts
 
 
-def _scaled(plan: Plan, shape: ModelShape, n: int) -> dict[str, float]:
+def _scaled(plan: Plan, shape: Shape, n: int) -> dict[str, float]:
     """Return a plan for the sample as one for `n` sequences."""
     times = n / plan.n_sequences
     flop = (plan.block_flops + plan.unembed_flops) * times

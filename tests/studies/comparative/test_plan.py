@@ -20,8 +20,8 @@ from memlens.studies.comparative.config import (
     read_config,
     read_domains,
 )
-from memlens.studies.comparative.plan import PlanSizes, plan_comparative, plan_parts, planned
-from memlens.sweeps.plan import ModelShape, plan, plan_shape
+from memlens.studies.comparative.plan import PlanSizes, plan_comparative, plan_parts
+from memlens.sweeps.plan import plan, plan_shape, shape_of
 from tests.cli.test_commands import call
 
 # ---- the paper's list ------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def test_a_shape_is_planned_as_the_model_it_is_of(tiny_model: Any, family: str) 
     seqs = ml.SequenceSet.from_tokens(np.ones((6, 12), dtype=int), 5)
     edits = ml.edits.head_ablations(model, seqs)
     there = plan(model, seqs, edits, calibrate=False, batch_size=6)
-    away = plan_shape(ModelShape.of(model), seqs, edits, batch_size=6)
+    away = plan_shape(shape_of(model), seqs, edits, batch_size=6)
     assert away.block_forwards == there.block_forwards
     assert away.block_flops == pytest.approx(there.block_flops)
     assert away.unembed_flops == there.unembed_flops
@@ -65,8 +65,7 @@ def test_plans_count_forwards_and_hours() -> None:
     assert found is not None
     hub = found[1].shape
     assert hub is not None
-    shape = planned(hub)
-    parts = plan_parts(shape, hub.n_params, sizes, options)
+    parts = plan_parts(hub, hub.n_params, sizes, options)
     assert parts["recall"]["forwards"] == 128
     # Noise after block 0: a baseline and two runs of the other eleven blocks.
     assert parts["noise"]["forwards"] == pytest.approx(128 * (12 + 2 * 11) / 12)
