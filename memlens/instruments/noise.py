@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Iterator, Sequence
+from typing import Any, Unpack, get_args
 
 import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from memlens.choices import NoiseScale, NoiseSite, Positions
 from memlens.errors import OptionError, check_option
 from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource
 from memlens.forward.hooks import HookFn, check_layer, hook_name
-from memlens.forward.metrics import MetricLike, metric_names
+from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.replacing import POSITIONS, where
 from memlens.results.kinds import register_kind
@@ -28,34 +27,28 @@ from memlens.sequences.checks import check_sequences
 from memlens.sequences.corrupt import corrupt
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import ByBatch, Intervention
-from memlens.sweeps.labels import make_result
-from memlens.sweeps.run import kept, measure, sweep
+from memlens.sweeps.run import SweepOptions, kept, sweep
 
 NOISE_SITES: tuple[str, ...] = get_args(NoiseSite)
 SCALES: tuple[str, ...] = get_args(NoiseScale)
 
 
 class NoiseSource:
-    """Standard normal numbers for every sequence, kept as long as their batch runs.
+    """Standard normal numbers for every sequence, kept while their batch runs.
 
-    A sequence's numbers depend on the seed, its row and the draw, and not on the batch, the order of the
-    interventions, the strength or padding.
-
-    Args:
-        seed: The seed.
-        draw: Draws of one seed differ.
+    A sequence's numbers depend only on the seed, its row and the number of the draw.
     """
 
     seed: int
     draw: int
 
-    def __init__(self, seed: int = 0, draw: int = 0) -> None:
+    def __init__(self, seed: int, draw: int) -> None:
         self.seed, self.draw = seed, draw
         self._key: tuple[Any, ...] = ()
         self._noise = torch.empty(0)
 
     def __getstate__(self) -> dict[str, int]:
-        """What it is, without what it happens to hold."""
+        """What identifies it, without the numbers it currently holds."""
         return {"seed": self.seed, "draw": self.draw}
 
     def of(self, batch: Batch, width: int) -> Float[Tensor, "batch pos width"]:
@@ -81,19 +74,12 @@ def embedding_noise(
 ) -> list[Intervention]:
     r"""Return relative Gaussian noise on the embeddings, one intervention per strength.
 
-    This corrupts the prompt. The noise is added to the residual at the input of layer 0 (token embeddings,
-    plus position embeddings if the model adds them there); the formula is that of `perturb_residual`.
-
-    Args:
-        model: A TransformerLens model.
-        alphas: Strengths: with `scale="norm"` the noise's expected length relative to the embedding's.
-        positions: "prompt" (the positions of the prompt), "all", "targets" or "last_prompt".
-        scale: "norm" or "std".
-        n_draws: Draws of the noise for each strength; more than one adds a coordinate `draw`.
-        seed: A sequence's noise depends only on the seed, its row in the set and the draw.
+    The noise corrupts the prompt. It is added to the residual at the input of layer 0 (token embeddings,
+    plus position embeddings if the model adds them there). Formula and arguments are those of
+    `perturb_residual`; more than one draw adds a coordinate `draw`.
 
     Raises:
-        OptionError: Unknown positions or scale, or a strength that is negative or not finite.
+        OptionError: Unknown positions or scale, or a strength that is negative, not finite or given twice.
 
     Example:
         >>> import memlens as ml
@@ -103,61 +89,62 @@ def embedding_noise(
         >>> ml.sweep(model, seqs, edits, progress=False)["target_logprob"].dims
         ('sequence', 'alpha')
     """
-    _check(alphas, n_draws)
-    return [
-        residual_noise(
-            model, source, alpha=alpha, layer=0, site="resid_pre", positions=positions, scale=scale,
-            name=f"embedding noise {alpha:g}", coords={"alpha": alpha} | draw,
-        )
-        for source, draw in _sources(seed, n_draws)
-        for alpha in alphas
-    ]  # fmt: skip
-
-
-def _sources(seed: int, n_draws: int) -> Iterator[tuple[NoiseSource, dict[str, Hashable]]]:
-    """A source of noise for each draw, shared by all strengths, with the draw's label."""
-    for draw in range(n_draws):
-        yield NoiseSource(seed, draw), {"draw": draw} if n_draws > 1 else {}
+    where: dict[str, Any] = {"layer": 0, "site": "resid_pre", "positions": positions, "scale": scale}
+    return residual_noise(model, alphas, **where, n_draws=n_draws, seed=seed, name="embedding noise")
 
 
 def residual_noise(
     model: Any,
-    source: NoiseSource,
+    alphas: Sequence[float],
     *,
-    alpha: float,
     layer: int,
     site: str,
     positions: str,
     scale: str,
-    name: str = "",
-    coords: Mapping[str, Hashable] | None = None,
-) -> Intervention:
-    """Return the noise of one strength at one site; see `perturb_residual`."""
+    n_draws: int,
+    seed: int,
+    name: str = "noise",
+) -> list[Intervention]:
+    """Return the noise of `perturb_residual`, one intervention per draw and strength."""
     check_option("site", site, NOISE_SITES)
     check_option("positions", positions, POSITIONS)
     check_option("scale", scale, SCALES)
-    check_alpha(alpha)
     check_layer(layer, Trunk(model).n_layers)
+    if not alphas or len(set(alphas)) < len(alphas):
+        raise OptionError(f"alphas={list(alphas)}: give at least one strength, and each only once.")
+    for alpha in alphas:
+        if not 0 <= alpha < float("inf"):
+            raise OptionError(f"alpha={alpha}: give a finite number, 0 or above.")
+    _check_draws(n_draws)
 
-    def make(batch: Batch) -> Callable[..., Tensor]:
-        at = where(batch, positions)
+    def noise(source: NoiseSource, alpha: float) -> ByBatch:
+        def make(batch: Batch) -> HookFn:
+            at = where(batch, positions)
 
-        def fn(x: Tensor, hook: Any) -> Tensor:
-            noise = source.of(batch, x.shape[-1])[:, : x.shape[1]].to(x)
-            new = x + alpha * _size(x, scale) * noise
-            return new if at is None else torch.where(at[:, : x.shape[1], None].to(x.device), new, x)
+            def fn(x: Tensor, hook: Any) -> Tensor:
+                noise = source.of(batch, x.shape[-1])[:, : x.shape[1]].to(x)
+                new = x + alpha * _size(x, scale) * noise
+                return new if at is None else torch.where(at[:, : x.shape[1], None].to(x.device), new, x)
 
-        return fn
+            return fn
 
-    return Intervention(
-        name or f"noise {alpha:g} {site} L{layer}", [(hook_name(site, layer), ByBatch(make))], coords or {}
-    )
+        return ByBatch(make)
+
+    sources = [NoiseSource(seed, draw) for draw in range(n_draws)]  # each is shared by all strengths
+    return [
+        Intervention(
+            f"{name} {alpha:g}",
+            [(hook_name(site, layer), noise(source, alpha))],
+            {"alpha": alpha} | ({"draw": source.draw} if n_draws > 1 else {}),
+        )
+        for source in sources
+        for alpha in alphas
+    ]
 
 
-def check_alpha(alpha: float) -> None:
-    """Raise `OptionError` unless a strength is a finite number, 0 or above."""
-    if not 0 <= alpha < float("inf"):
-        raise OptionError(f"alpha={alpha}: give a finite number, 0 or above.")
+def _check_draws(n_draws: int) -> None:
+    if n_draws < 1:
+        raise OptionError(f"n_draws={n_draws}: draw at least once.")
 
 
 def _size(x: Float[Tensor, "*batch d"], scale: str) -> Float[Tensor, "*batch 1"]:
@@ -184,7 +171,7 @@ def perturb_residual(
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match", "matching_prefix"),
     recovery: bool = True,
     similarity_at: str = "prompt",
-    **options: Any,
+    **options: Unpack[SweepOptions],
 ) -> Result:
     r"""Add relative Gaussian noise to the residual stream, at several strengths, and measure recall.
 
@@ -194,12 +181,12 @@ def perturb_residual(
 
     (``scale="norm"``: the noise is about :math:`\alpha` times as long as the residual), or with the standard
     deviation of :math:`h_t` over its features in place of the root mean square (``scale="std"``).
-    :math:`\epsilon` is drawn once for a sequence and is the same for all strengths. That arXiv 2603.21658
-    adds such noise at the first layer, with :math:`\alpha` from 0 to 0.5, and looks at how far later layers
-    return to the clean state, is second-hand knowledge; the formula, the grid, site, positions, draws, and
-    cosine as the similarity are our choices.
+    :math:`\epsilon` is drawn once per sequence and is the same for all strengths. That arXiv 2603.21658
+    adds such noise at the first layer, with :math:`\alpha` from 0 to 0.5, and measures how far later layers
+    return to the clean state, is second-hand knowledge; the formula, the strengths, site, positions, draws,
+    and cosine as the similarity are our choices.
 
-    *Recovery*: with the clean and the noisy residual :math:`h_l, h'_l` after block :math:`l`,
+    *Recovery*: with the clean and the noisy residual :math:`h_l, h'_l` after layer :math:`l`,
 
     .. math:: s_l = \cos(h_l, h'_l), \qquad R = s_{L-1} - s_\text{noise}
 
@@ -209,22 +196,22 @@ def perturb_residual(
         model: A TransformerLens model.
         sequences: What is recalled.
         alphas: Strengths, each once.
-        layer: The block whose site is disturbed.
-        site: "resid_post" (the block's output) or "resid_pre" (its input: at block 0 the embeddings).
-        positions: Where noise is added: "prompt" (the positions given to the model), "all" (the continuation
-            that is fed to the model, too), "targets" or "last_prompt".
+        layer: The layer whose residual is perturbed.
+        site: "resid_post" (the layer's output) or "resid_pre" (its input: at layer 0 the embeddings).
+        positions: Where noise is added: "prompt" (the positions of the prompt), "all" (also the continuation
+            that is fed to the model), "targets" or "last_prompt".
         scale: "norm" or "std".
         n_draws: Draws of the noise; more than one adds a dimension `draw`.
-        seed: A sequence's noise depends on the seed, its row and the draw only.
+        seed: A sequence's noise depends only on the seed, its row and the draw.
         metrics: As for `sweep`.
-        recovery: Measure similarities too: every later block then runs at all positions, which takes longer.
-        similarity_at: Which positions similarities are averaged over: "prompt", "last_prompt" (the one that
+        recovery: Also measure similarities: every later layer then runs at all positions, which takes longer.
+        similarity_at: Positions over which similarities are averaged: "prompt", "last_prompt" (the one that
             predicts the first target) or "targets" (all predicting positions).
         options: Further options of `sweep`.
 
     Returns:
         Kind "residual_perturbation": each metric `(sequence, alpha)` and its baseline `(sequence)`; with
-        `recovery` also `similarity` `(sequence, alpha, layer)` from the disturbed block on,
+        `recovery` also `similarity` `(sequence, alpha, layer)` from the perturbed layer on,
         `similarity_at_noise` and `recovery` `(sequence, alpha)`.
 
     Raises:
@@ -241,25 +228,18 @@ def perturb_residual(
     """
     alphas = [float(alpha) for alpha in alphas]
     check_option("similarity_at", similarity_at, SIMILARITY_AT)
-    _check(alphas, n_draws)
-    check_layer(layer, Trunk(model).n_layers)
+    noise: dict[str, Any] = {"layer": layer, "site": site, "positions": positions, "scale": scale}
+    noise |= {"n_draws": n_draws, "seed": seed}
+    interventions = residual_noise(model, alphas, **noise)
     layers = range(layer, Trunk(model).n_layers)
-    places = [hook_name(site, layer), *(hook_name("resid_post", n) for n in layers)]
-    clean = ActivationSource(model, sequences, list(dict.fromkeys(places)))
-    interventions = []
-    for source, draw in _sources(seed, n_draws):
-        for alpha in alphas:
-            noise = residual_noise(
-                model, source, alpha=alpha, layer=layer, site=site, positions=positions, scale=scale,
-                coords={"alpha": alpha} | draw,
-            )  # fmt: skip
-            looks = _Similarities(clean, places, similarity_at).intervention()
-            interventions.append(noise + looks if recovery else noise)
-    settings = {
-        "alphas": alphas, "layer": layer, "site": site, "positions": positions, "scale": scale,
-        "n_draws": n_draws, "seed": seed, "recovery": recovery, "similarity": "cosine",
-        "similarity_at": similarity_at,
-    }  # fmt: skip
+    if recovery:
+        places = [hook_name(site, layer), *(hook_name("resid_post", n) for n in layers)]
+        clean = ActivationSource(model, sequences, list(dict.fromkeys(places)))
+        interventions = [
+            edit + _Similarities(clean, places, similarity_at).intervention() for edit in interventions
+        ]
+    settings = {"alphas": alphas, **noise, "recovery": recovery, "similarity": "cosine"}
+    settings |= {"similarity_at": similarity_at}
     result = sweep(
         model, sequences, interventions, metrics, kind="residual_perturbation", settings=settings, **options
     )
@@ -269,23 +249,23 @@ def perturb_residual(
 
 
 class _Similarities:
-    """Looks at the residual of one disturbed run and compares it with the clean one."""
+    """Compares the residual of one noisy run with the clean one."""
 
     def __init__(self, clean: ActivationSource, places: Sequence[str], positions: str) -> None:
         self.clean, self.places, self.positions = clean, list(places), positions
         self._seen: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """What it is, without what it happens to hold."""
+        """What identifies it, without the similarities it currently holds."""
         return {**self.__dict__, "_seen": {}}
 
     def intervention(self) -> Intervention:
-        """Return the looking as an intervention that changes nothing."""
+        """Return an intervention that changes nothing and takes the similarities."""
         hooks = [(name, self._look(name)) for name in dict.fromkeys(self.places)]
         return Intervention("similarity", hooks, observed=self.observed)
 
     def observed(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the similarities of the batch that was run last."""
+        """Return the similarities in the last batch."""
         return {f"similarity {i}": self._seen[name] for i, name in enumerate(self.places)}
 
     def _look(self, name: str) -> ByBatch:
@@ -304,7 +284,7 @@ class _Similarities:
 def _mean_cosine(
     clean: Float[Tensor, "batch pos d"], noisy: Float[Tensor, "batch pos d"], at: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, " batch"]:
-    """The mean over some positions of the cosine of two residuals."""
+    """The cosine of two residuals, averaged over the positions `at`."""
     width = min(clean.shape[1], noisy.shape[1])
     clean, noisy, at = clean[:, :width].float(), noisy[:, :width].float(), at[:, :width].to(clean.device)
     cosine = torch.cosine_similarity(clean, noisy, dim=-1)
@@ -312,7 +292,7 @@ def _mean_cosine(
 
 
 def _with_recovery(data: xr.Dataset, layers: Sequence[int]) -> xr.Dataset:
-    """Put the similarities of all places into one array, and take their difference."""
+    """Join the similarities of all layers into one array, and add the recovery."""
     parts = [data[f"similarity {i}"] for i in range(len(layers) + 1)]
     curve = xr.concat(parts[1:], "layer").assign_coords(layer=list(layers))
     rest = [dim for dim in parts[0].dims if dim not in ("sequence", "alpha")]
@@ -321,15 +301,6 @@ def _with_recovery(data: xr.Dataset, layers: Sequence[int]) -> xr.Dataset:
         similarity_at_noise=parts[0],
         recovery=parts[-1] - parts[0],
     )
-
-
-def _check(alphas: Sequence[float], n_draws: int) -> None:
-    if not alphas or len(set(alphas)) < len(alphas):
-        raise OptionError(f"alphas={list(alphas)}: give at least one strength, and each only once.")
-    for alpha in alphas:
-        check_alpha(alpha)
-    if n_draws < 1:
-        raise OptionError(f"n_draws={n_draws}: draw at least once.")
 
 
 STRATEGIES = ("random", "first", "last")
@@ -346,29 +317,25 @@ def perturb_prefix(
     n_draws: int = 1,
     seed: int = 0,
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match", "matching_prefix"),
-    batch_size: int | None = None,
-    memory_budget: int | None = None,
-    progress: bool = True,
+    **options: Unpack[SweepOptions],
 ) -> Result:
     """Replace more and more tokens of each prefix and measure recall of the unchanged continuation.
 
-    Replacing tokens are drawn from the set's own unigram distribution and differ from those they replace, as
-    in `corrupt`. Within a draw, what is replaced for a smaller count stays replaced by the same token for a
-    greater one. A beginning-of-text token put in front by memlens stays (ours; it complements the noise of
-    `perturb_residual`, which is in no token).
+    The new tokens are drawn from the set's own unigram distribution and differ from those they replace, as
+    in `corrupt`. Within a draw, a larger count repeats the replacements of the smaller ones and adds to them.
+    A beginning-of-text token that memlens prepended stays. (Ours: a complement to the noise of
+    `perturb_residual`, which corresponds to no token.)
 
     Args:
         model: A TransformerLens model.
         sequences: What is recalled.
         counts: How many tokens are replaced, each number once; by default 0, 1, 2, 4 and 8, as far as every
             prefix is that long.
-        strategy: Which: "random" positions of the prefix, from its "first" on, or from its "last" back.
+        strategy: Which tokens: "random" ones of the prefix, its "first" or its "last".
         n_draws: Draws; more than one adds a dimension `draw`.
         seed: The same seed gives the same replacements, whatever the batches.
         metrics: As for `sweep`.
-        batch_size: Sequences in a batch; chosen from the budget by default.
-        memory_budget: Bytes that activations may take at a time.
-        progress: Show one bar.
+        options: Further options of `sweep`.
 
     Returns:
         Kind "prefix_perturbation": each metric `(sequence, replaced)`, and its baseline `(sequence)`.
@@ -386,58 +353,55 @@ def perturb_prefix(
         ('sequence', 'replaced')
     """
     check_sequences(sequences, model, on_eos="keep")
-    names = metric_names(metrics)
-    counts = _checked(sequences, counts, strategy, n_draws)
-    variants = list(replaced_prefixes(sequences, counts, strategy=strategy, n_draws=n_draws, seed=seed))
-    limits: dict[str, Any] = {"batch_size": batch_size, "memory_budget": memory_budget}
-    found = {name: np.full((len(sequences), len(counts), n_draws), np.nan) for name in names}
-    with tqdm(
-        total=(len(variants) + 1) * len(sequences),
-        disable=not progress,
-        desc="prefix perturbation",
-        unit="run",
-    ) as bar:
-        baseline = measure(model, sequences, metrics, **limits)
-        bar.update(len(sequences))
-        for i, draw, changed in variants:
-            values = baseline if changed is None else measure(model, changed, metrics, **limits)
-            for name in names:
-                found[name][:, i, draw] = values[name]
-            bar.update(len(sequences))
-    several = n_draws > 1
-    dims = ("sequence", "replaced", "draw") if several else ("sequence", "replaced")
-    variables: dict[str, Any] = {n: (dims, found[n] if several else found[n][..., 0]) for n in names}
-    variables |= {f"{n}_baseline": ("sequence", baseline[n]) for n in names}
-    coords = {"replaced": counts} | ({"draw": list(range(n_draws))} if several else {})
-    settings = {
-        "counts": counts, "strategy": strategy, "n_draws": n_draws, "seed": seed, "metrics": names,
-        "nested": True,
-    }  # fmt: skip
-    return make_result("prefix_perturbation", model, sequences, variables, coords, settings)
+    counts = _checked(sequences, counts, strategy)
+    _check_draws(n_draws)
+    draws: dict[str, Any] = {"strategy": strategy, "n_draws": n_draws, "seed": seed}
+    interventions = [
+        Intervention(
+            f"{count} replaced, draw {draw}",
+            [] if changed is None else [(hook_name("resid_pre", 0), _embedding(Trunk(model), changed))],
+            {"replaced": count} | ({"draw": draw} if n_draws > 1 else {}),
+        )
+        for count, draw, changed in replaced_prefixes(sequences, counts, **draws)
+    ]
+    settings = {"counts": counts, **draws, "nested": True}
+    return sweep(
+        model, sequences, interventions, metrics, kind="prefix_perturbation", settings=settings, **options
+    )
+
+
+def _embedding(trunk: Trunk, sequences: SequenceSet) -> ByBatch:
+    """Write the embeddings of other sequences, row by row."""
+
+    def make(batch: Batch) -> HookFn:
+        tokens = sequences.tokens[batch.rows, : batch.tokens.shape[1]].to(batch.tokens.device)
+        new = trunk.embed(tokens)
+        return lambda x, hook: new.to(x)
+
+    return ByBatch(make)
 
 
 def replaced_prefixes(
-    sequences: SequenceSet,
-    counts: Sequence[int],
-    *,
-    strategy: str = "random",
-    n_draws: int = 1,
-    seed: int = 0,
+    sequences: SequenceSet, counts: Sequence[int], *, strategy: str, n_draws: int, seed: int
 ) -> Iterator[tuple[int, int, SequenceSet | None]]:
-    """Yield for each count and draw their numbers and the changed set; None in its place for 0 tokens."""
+    """Yield each count, the number of each draw, and the changed set; None for a count of 0."""
     most = max(counts)
     first = 1 if sequences.attrs.get("prepend_bos") else 0
+    table = sequences.table.drop(columns="text", errors="ignore")
     for draw in range(n_draws):
         own = int(np.random.SeedSequence([seed % 2**64, draw]).generate_state(1)[0])
         where = {"first": range(first, first + most), "last": range(-most, 0)}.get(strategy)
         full = corrupt(sequences, seed=own, n_tokens=most, positions=where) if most else sequences
-        order = _order(full, sequences, strategy, own)
-        for i, count in enumerate(counts):
-            yield i, draw, _partly(sequences, full, order < count, count) if count else None
+        order = torch.from_numpy(_order(full, sequences, strategy, own))
+        for count in counts:
+            tokens = torch.where(order < count, full.tokens, sequences.tokens)
+            attrs = {**sequences.attrs, "corruption": "replace_token", "replaced": count}
+            changed = SequenceSet(tokens, sequences.mask, sequences.prefix_len, table, attrs)
+            yield count, draw, changed if count else None
 
 
 def _order(full: SequenceSet, clean: SequenceSet, strategy: str, seed: int) -> np.ndarray:
-    """At each replaced position when it is replaced, 0 for the first; a large number elsewhere."""
+    """When each replaced position is replaced, 0 for the first; a large number elsewhere."""
     order = np.full(clean.tokens.shape, clean.tokens.numel() + 1)
     rng = np.random.default_rng(seed)
     for row, changed in enumerate((full.tokens != clean.tokens).numpy()):
@@ -451,18 +415,8 @@ def _order(full: SequenceSet, clean: SequenceSet, strategy: str, seed: int) -> n
     return order
 
 
-def _partly(clean: SequenceSet, full: SequenceSet, replaced: np.ndarray, count: int) -> SequenceSet:
-    tokens = torch.where(torch.from_numpy(replaced), full.tokens, clean.tokens)
-    attrs = {**clean.attrs, "corruption": "replace_token", "replaced": count}
-    return SequenceSet(
-        tokens, clean.mask, clean.prefix_len, clean.table.drop(columns="text", errors="ignore"), attrs
-    )
-
-
-def _checked(sequences: SequenceSet, counts: Sequence[int] | None, strategy: str, n_draws: int) -> list[int]:
+def _checked(sequences: SequenceSet, counts: Sequence[int] | None, strategy: str) -> list[int]:
     check_option("strategy", strategy, STRATEGIES)
-    if n_draws < 1:
-        raise OptionError(f"n_draws={n_draws}: draw at least once.")
     if counts is None:
         first = 1 if sequences.attrs.get("prepend_bos") else 0
         shortest = int(sequences.prefix_len.min()) - first if len(sequences) else 0
@@ -473,6 +427,4 @@ def _checked(sequences: SequenceSet, counts: Sequence[int] | None, strategy: str
 
 
 register_kind("prefix_perturbation", plot=plot_strengths, reading=read_strengths)
-
-
 register_kind("residual_perturbation", plot=plot_strengths, reading=read_strengths)

@@ -11,7 +11,7 @@ import torch
 
 import memlens as ml
 from memlens.errors import OptionError, SequenceError, SiteError
-from memlens.instruments.noise import NoiseSource, replaced_prefixes, residual_noise
+from memlens.instruments.noise import replaced_prefixes, residual_noise
 from memlens.sequences.set import SequenceSet
 from tests.small import CASES, largest_difference, ragged
 from tests.tiny import D_VOCAB, tiny_huggingface_model
@@ -38,8 +38,7 @@ def changed(model: Any, seqs: SequenceSet, edit: ml.Intervention, name: str) -> 
 
 def noise(model: Any, alpha: float, **options: Any) -> ml.Intervention:
     options = {"layer": 0, "site": "resid_post", "positions": "prompt", "scale": "norm", **options}
-    seeds = {key: options.pop(key) for key in ("seed", "draw") if key in options}
-    return residual_noise(model, NoiseSource(**seeds), alpha=alpha, **options)
+    return residual_noise(model, [alpha], **{"n_draws": 1, "seed": 0, **options})[0]
 
 
 @pytest.mark.parametrize("scale", ["norm", "std"])
@@ -263,9 +262,10 @@ def test_bad_noise(tiny_model: Any) -> None:
 @pytest.mark.parametrize("strategy", ["random", "first", "last"])
 def test_replaced_positions(strategy: str) -> None:
     seqs = ragged()
-    variants = {i: s for i, _, s in replaced_prefixes(seqs, [0, 1, 3], strategy=strategy, seed=2)}
+    found = replaced_prefixes(seqs, [0, 1, 3], strategy=strategy, n_draws=1, seed=2)
+    variants = {count: s for count, _, s in found}
     assert variants[0] is None
-    one, three = variants[1], variants[2]
+    one, three = variants[1], variants[3]
     assert one is not None
     assert three is not None
     moved = [(s.tokens != seqs.tokens).numpy() for s in (one, three)]
@@ -286,10 +286,10 @@ def test_replaced_prefixes_are_measured(tiny_model: Any) -> None:
     result = ml.instruments.perturb_prefix(model, seqs, counts=[0, 2, 4], n_draws=2, seed=3, progress=False)
     assert result["target_logprob"].dims == ("sequence", "replaced", "draw")
     assert np.array_equal(result["target_logprob"].sel(replaced=0, draw=1), result.baseline("target_logprob"))
-    for i, draw, variant in replaced_prefixes(seqs, [0, 2, 4], n_draws=2, seed=3):
+    for n, draw, variant in replaced_prefixes(seqs, [0, 2, 4], strategy="random", n_draws=2, seed=3):
         if variant is not None:
             want = ml.measure(model, variant)["target_logprob"]
-            assert np.allclose(result["target_logprob"][:, i, draw], want, atol=1e-6)
+            assert np.allclose(result["target_logprob"].sel(replaced=n, draw=draw), want, atol=1e-6)
     assert float(abs(result.effect("target_logprob")).sel(replaced=[2, 4]).min()) > 1e-4
     again = ml.instruments.perturb_prefix(
         model, seqs, counts=[0, 2, 4], n_draws=2, seed=3, batch_size=1, progress=False
@@ -306,7 +306,7 @@ def test_default_counts_fit_every_prefix(tiny_model: Any) -> None:
     begun = ragged().with_attrs(prepend_bos=True)
     result = ml.instruments.perturb_prefix(model, begun, strategy="first", progress=False)
     assert result.settings["counts"] == [0, 1, 2]
-    for _, _, variant in replaced_prefixes(begun, [2], strategy="first"):
+    for _, _, variant in replaced_prefixes(begun, [2], strategy="first", n_draws=1, seed=0):
         assert variant is not None
         assert torch.equal(variant.tokens[:, 0], begun.tokens[:, 0])
 
