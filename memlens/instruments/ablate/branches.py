@@ -32,15 +32,7 @@ def ablate_mlps(
     """Ablate the MLP of each layer, one at a time, and measure recall.
 
     What the MLP adds to the residual (`hook_mlp_out`, including its bias, after a post-norm if there is one)
-    is replaced.
-
-    Args:
-        model: A TransformerLens model.
-        sequences: What is recalled.
-        mode: "zero", "mean" or "resample"; see `ablate_heads`.
-        layers: Layers to ablate; all by default.
-        metrics: As for `sweep`.
-        options: `positions`, `reference` and `seed` as for `ablate_heads`; further options of `sweep`.
+    is replaced. The arguments are those of `ablate_heads`; `mode` is "zero", "mean" or "resample".
 
     Returns:
         Kind "mlp_ablation": each metric `(sequence, layer)`, and its baseline `(sequence)`.

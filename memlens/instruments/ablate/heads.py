@@ -125,14 +125,8 @@ def head_set_ablations(
     """Return one intervention per set of heads, which are ablated together.
 
     Modes and options are those of `ablate_heads`, but for all heads of a set at once: "mean_of_other_heads"
-    is the mean of the layer's heads that are not in the set, and zero if there are none.
-
-    Args:
-        model: A TransformerLens model.
-        sequences: What the interventions will run on.
-        sets: Heads `(layer, head)` by name; an empty set changes nothing.
-        mode: As for `ablate_heads`.
-        options: As for `ablate_heads`.
+    is the mean of the layer's heads that are not in the set, and zero if there are none. `sets` holds heads
+    `(layer, head)` by name; an empty set changes nothing.
 
     Raises:
         OptionError: Unknown mode or positions.
@@ -297,13 +291,8 @@ def ablate_head_pairs(
     It is 0 where their effects add up, negative where losing both hurts more than the sum (each can replace
     the other), and positive where it hurts less (they work in one chain).
 
-    Args:
-        model: A TransformerLens model.
-        sequences: What is recalled.
-        heads: The heads `(layer, head)`; n heads make n (n - 1) / 2 pairs.
-        mode: As for `ablate_heads` and `head_set_ablations`.
-        metrics: As for `sweep`.
-        options: `positions`, `reference` and `seed` as for `ablate_heads`; further options of `sweep`.
+    n heads `(layer, head)` make n (n - 1) / 2 pairs. All other arguments are those of `ablate_heads`; a pair
+    is ablated as `head_set_ablations` describes.
 
     Returns:
         Kind "head_pair_ablation": each metric `(sequence, head_a, head_b)`, symmetric, single heads on the

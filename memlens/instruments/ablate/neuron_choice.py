@@ -140,21 +140,12 @@ def chosen_neurons(
     draw: int = 0,
     seed: int = 0,
 ) -> Int[np.ndarray, "seq layer k"]:
-    """Return `k` neurons of each sequence and layer.
+    """Return `k` neurons of each sequence and layer, given the most dominant ones and the value norms.
 
-    Args:
-        dominant: The most dominant neurons, at least `k` per layer.
-        norms: The norm of every neuron's value vector.
-        layers: The layers.
-        k: How many.
-        selection: "dominant"; "random", any `k` of the layer, uniformly; "norm_matched", for each of the `k`
-            dominant neurons another that is not dominant and whose value vector has the nearest norm, each
-            used once (in a random order where two match the same).
-        draw: The number of the draw.
-        seed: A sequence's neurons depend only on the seed, its row, the layer and the draw.
-
-    Raises:
-        OptionError: Too few neurons to match with.
+    The `selection` is "dominant"; "random", any `k` of the layer, uniformly; or "norm_matched": for each of
+    the `k` dominant neurons another that is not dominant and whose value vector has the nearest norm, each
+    used once (in a random order where two match the same). A sequence's neurons depend only on the seed, its
+    row, the layer and the draw. Raises what `check_controls` raises.
     """
     top, width = dominant[..., :k], norms.shape[1]
     check_controls(k, width, selection)

@@ -218,14 +218,10 @@ def neuron_knock_outs(
 ) -> list[Intervention]:
     """Return one intervention per set of neurons, which are knocked out together.
 
-    Args:
-        model: A TransformerLens model.
-        sequences: What the interventions will run on.
-        sets: By name, the numbers of the neurons in each layer: a list for all sequences, or `[seq, k]`, one
-            list per sequence (which needs `sweep`).
-        keep: Knock out all but these neurons of the layers.
-        mode: What replaces the coefficients: "zero", "mean" or "resample"; see `ablate_heads`.
-        options: As for `ablate_heads`; `positions` other than "all" need `sweep`.
+    `sets` holds, by name, the numbers of the neurons in each layer: a list for all sequences, or `[seq, k]`,
+    one list per sequence. With `keep`, all other neurons of these layers are knocked out. `mode` ("zero",
+    "mean" or "resample") says what replaces the coefficients; it and the options are those of `ablate_heads`.
+    Lists per sequence, and positions other than "all", need `sweep`.
 
     Raises:
         OptionError: Unknown mode or positions, or a set without a layer.

@@ -116,14 +116,9 @@ def checked_positions(seqs: SequenceSet, positions: Sequence[int] | None) -> lis
 def compare_runs(
     result: Result, model: Any, source: Mapping[str, np.ndarray], direction: str, clean: SequenceSet
 ) -> Result:
-    """Name the two runs, add the normalized effect of the first metric, and the clean tokens as text.
+    """Add both runs' metrics by name, the normalized effect of the first metric, and the tokens as text.
 
-    Args:
-        result: Of the patches; its baseline is the base run.
-        model: A TransformerLens model.
-        source: The metrics of the source run.
-        direction: "denoising" or "noising".
-        clean: The clean sequences.
+    The baseline of the result is the base run; `source` holds the metrics of the source run.
     """
     data = result.data
     of_source, of_base = ("clean", "corrupt") if direction == "denoising" else ("corrupt", "clean")

@@ -94,34 +94,21 @@ def patch_activations(
     check_option("direction", direction, DIRECTIONS)
     cells: dict[str, Any] = {"site": site, "over": over, "layers": layers, "positions": positions}
     settings = {"site": site, "over": over or "position"}
-    if isinstance(corrupt, Intervention):
-        settings |= {"direction": direction, "corruption": corrupt.name}
-        return _under_intervention(model, clean, corrupt, direction, cells, metrics, settings, options)
-    pairs = Pairs(clean, corrupt, direction)
-    patches = activation_patches(model, pairs.source, **cells)
-    return pairs.sweep(model, patches, metrics, options, kind="activation_patching", settings=settings)
-
-
-def _under_intervention(
-    model: Any,
-    clean: SequenceSet,
-    corrupt: Intervention,
-    direction: str,
-    cells: Mapping[str, Any],
-    metrics: Sequence[MetricLike],
-    settings: Mapping[str, Any],
-    options: SweepOptions,
-) -> Result:
-    """Patch between a clean run and the same run under an intervention."""
+    kind = "activation_patching"
+    if not isinstance(corrupt, Intervention):
+        pairs = Pairs(clean, corrupt, direction)
+        patches = activation_patches(model, pairs.source, **cells)
+        return pairs.sweep(model, patches, metrics, options, kind=kind, settings=settings)
+    settings |= {"direction": direction, "corruption": corrupt.name}
     denoising = direction == "denoising"
     patches = activation_patches(model, clean, under=None if denoising else corrupt, **cells)
     if denoising:
         patches = [replace(corrupt + patch, name=patch.name, coords=patch.coords) for patch in patches]
-    result = sweep(model, clean, patches, metrics, kind="activation_patching", settings=settings, **options)
+    result = sweep(model, clean, patches, metrics, kind=kind, settings=settings, **options)
     quick: Any = {k: v for k, v in options.items() if k not in ("progress", "out", "check_dtype")}
     alone = sweep(model, clean, [replace(corrupt, coords={})], metrics, progress=False, **quick)
     source = {name: alone[name].values[:, 0] for name in metric_names(metrics)}
-    if denoising:
+    if denoising:  # the base is the run under the intervention, and the source the clean one
         base = {f"{n}_baseline": result.data[f"{n}_baseline"].copy(data=v) for n, v in source.items()}
         source = {name: alone.baseline(name).values for name in source}
         result = Result(result.data.assign(base))
@@ -185,7 +172,7 @@ def _patches(
 def _hooks(store: ActivationSource, site: str, cell: Cell) -> list[tuple[str, HookFn | BatchHook]]:
     layer = cell["layer"]
     if site != "resid_mid" or not is_bridge(store.trunk.model):
-        return [(hook_name(site, layer), _write(store, site, cell))]
+        return [(hook_name(site, layer), write_cell(store, site, cell))]
     # The bridge's hook_resid_mid is on the MLP's branch only. The sum itself is set through its second
     # summand: resid_mid = resid_pre + attn_out.
     pre: list[Tensor] = []
@@ -193,12 +180,12 @@ def _hooks(store: ActivationSource, site: str, cell: Cell) -> list[tuple[str, Ho
     def remember(x: Tensor, hook: Any) -> None:
         pre[:] = [x]
 
-    write = _write(store, site, cell, less=pre)
+    write = write_cell(store, site, cell, less=pre)
     return [(hook_name("resid_pre", layer), Reads(remember)), (hook_name("attn_out", layer), write)]
 
 
-def _write(store: ActivationSource, site: str, cell: Cell, less: Sequence[Tensor] = ()) -> ByBatch:
-    """Write the source's activation at a cell, less what `less` holds when the hook runs."""
+def write_cell(store: ActivationSource, site: str, cell: Cell, less: Sequence[Tensor] = ()) -> ByBatch:
+    """Return a hook that writes the source's activation at a cell, less what `less` then holds."""
     every, place = slice(None), cell.get("position", slice(None))
     part = cell.get("head", cell.get("neuron", every))
     index = (every, part, place) if site == "pattern" else (every, place, part)
@@ -222,25 +209,18 @@ def _write(store: ActivationSource, site: str, cell: Cell, less: Sequence[Tensor
 def _screen(model: Any, clean: SequenceSet, corrupt: SequenceSet, options: Mapping[str, Any]) -> Screen:
     site = options["site"] or "resid_pre"
     _check_site(model, site, options["over"])
-    return _between_runs(model, clean, corrupt, site, options["over"], options)
+    return _between_runs(model, clean, corrupt, {**options, "site": site})
 
 
 def _neuron_screen(
     model: Any, clean: SequenceSet, corrupt: SequenceSet, options: Mapping[str, Any]
 ) -> Screen:
-    return _between_runs(model, clean, corrupt, "mlp_post", "neuron", options)
+    return _between_runs(model, clean, corrupt, {**options, "site": "mlp_post", "over": "neuron"})
 
 
-def _between_runs(
-    model: Any,
-    clean: SequenceSet,
-    corrupt: SequenceSet,
-    site: str,
-    over: str | None,
-    options: Mapping[str, Any],
-) -> Screen:
+def _between_runs(model: Any, clean: SequenceSet, corrupt: SequenceSet, options: Mapping[str, Any]) -> Screen:
     pairs = Pairs(clean, corrupt, options["direction"])
-    common = {"site": site, "over": over, "layers": options["layers"], "positions": options["positions"]}
+    common = {name: options[name] for name in ("site", "over", "layers", "positions")}
 
     def estimate(**method: Any) -> Result:
         own = {"direction": pairs.direction, "path": options["path"], **common}
@@ -249,7 +229,7 @@ def _between_runs(
     return Screen(
         pairs.base,
         estimate,
-        lambda cells: _patches(model, pairs.source, site, cells),
+        lambda cells: _patches(model, pairs.source, common["site"], cells),
         {**common, **pairs.settings},
         lambda result, metrics: pairs.compared(model, result, metrics),
     )

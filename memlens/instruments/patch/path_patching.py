@@ -19,6 +19,7 @@ from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.heads import Head, head_label
 from memlens.instruments.patch.pairs import Pairs
+from memlens.instruments.patch.patching import write_cell
 from memlens.instruments.screen.instruments import register_instrument
 from memlens.results.kinds import register_kind
 from memlens.results.plots.heads import plot_paths
@@ -94,15 +95,8 @@ class FrozenRuns:
 
     def _sending(self, batch: Batch, sender: Head) -> tuple[str, HookFn]:
         layer, head = sender
-        name = hook_name("z", layer)
-        new = self.source.of(batch)[name]
-
-        def fn(z: Tensor, hook: Any) -> Tensor:
-            out = z.clone()
-            out[:, :, head] = new[:, :, head].to(z.dtype)
-            return out
-
-        return name, fn
+        write = write_cell(self.source, "z", {"layer": layer, "head": head})
+        return hook_name("z", layer), write.bind(batch)
 
 
 def patch_paths(
@@ -124,21 +118,19 @@ def patch_paths(
     when denoising) and *source* the other:
 
     1. the base run with :math:`z_s` taken from the source and every other attention head held at its base
-       output; from it the receiver's new input is taken;
-    2. the base run with the receiver given that input, and everything after the receiver recomputed; this
+       output; it gives the receiver's new input;
+    2. the base run with that input to the receiver, and everything after the receiver recomputed; this
        run is measured.
 
     A receiver is a later head's queries, keys or values (`hook_q`, `hook_k`, `hook_v` of that head alone, at
     all positions), the output of a later MLP, or the logits: then run 1 itself is measured, and the effect is
-    the head's direct effect on them. With ``mlps="recomputed"`` MLPs between sender and receiver answer to
+    the head's direct effect on them. With ``mlps="recomputed"`` MLPs between sender and receiver respond to
     the change, as in Wang et al. (arXiv 2211.00593, section 3.1), whose algorithm this is; with "frozen" they
     are held as well, and only what the sender itself writes to the residual arrives. (Goldowsky-Dill et al.,
     arXiv 2304.05969, treat paths in general.)
 
-    Where a block norms its attention's output (OLMo 2 and 3), what the sender adds goes through that norm
-    together with the other heads' held outputs.
-
-    The normalized effect is that of `patch_activations`: 1 is the clean run and 0 the corrupt one.
+    Where a layer normalizes its attention's output (OLMo 2 and 3), what the sender adds goes through that
+    norm together with the other heads' held outputs. The normalized effect is that of `patch_activations`.
 
     Args:
         model: A TransformerLens model.
@@ -229,7 +221,7 @@ def _intervention(runs: FrozenRuns, sender: Head, receiver: Head, receiver_input
 def _paths(
     trunk: Trunk,
     senders: Sequence[Head] | None,
-    receivers: Sequence[Head] | Sequence[int] | None,
+    receivers: Sequence[Any] | None,
     receiver_input: str,
 ) -> list[tuple[Head, Head]]:
     """All pairs of a sender and a receiver that it reaches, checked; sender by sender."""
@@ -239,7 +231,10 @@ def _paths(
             raise OptionError(f"receivers={receivers!r}: the logits are the only receiver, leave it out.")
         ends, gap = [(trunk.n_layers - 1, 0)], 0
     else:
-        ends = _ends(trunk, receivers, receiver_input)
+        if receiver_input == "mlp" and receivers is not None:
+            receivers = [(layer, 0) for layer in receivers]
+        n_heads = {"mlp": 1, "q": trunk.n_heads}.get(receiver_input, trunk.n_kv_heads)
+        ends = _heads(receivers, "receivers", trunk.n_layers, n_heads)
         gap = 0 if receiver_input == "mlp" and not trunk.parallel else 1
     pairs = [(s, r) for s in starts for r in ends if r[0] >= s[0] + gap]
     given = [("receiver", r, 1) for r in ends if receivers is not None]
@@ -252,15 +247,6 @@ def _paths(
                 "(and its own layer's MLP where blocks are sequential)."
             )
     return pairs
-
-
-def _ends(trunk: Trunk, receivers: Sequence[Any] | None, receiver_input: str) -> list[Head]:
-    """The receivers as pairs; an MLP has the head 0."""
-    if receiver_input == "mlp":
-        layers = None if receivers is None else [(layer, 0) for layer in receivers]
-        return _heads(layers, "receivers", trunk.n_layers, 1)
-    n_heads = trunk.n_heads if receiver_input == "q" else trunk.n_kv_heads
-    return _heads(receivers, "receivers", trunk.n_layers, n_heads)
 
 
 def _heads(given: Sequence[Any] | None, name: str, n_layers: int, n_heads: int) -> list[Head]:

@@ -219,12 +219,7 @@ def attribute_ablation(
 
 
 def ablation_screen(site: str, over: str) -> MakeScreen:
-    """Return the function that makes the screen of an ablation.
-
-    Args:
-        site: The site that is ablated.
-        over: "head" or "neuron".
-    """
+    """Return the function that makes the screen of an ablation of each "head" or "neuron" at a site."""
 
     def screen(model: Any, clean: SequenceSet, _: None, options: Mapping[str, Any]) -> Screen:
         replacement = Replacement(
