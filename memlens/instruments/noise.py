@@ -235,9 +235,7 @@ def perturb_residual(
     if recovery:
         places = [hook_name(site, layer), *(hook_name("resid_post", n) for n in layers)]
         clean = ActivationSource(model, sequences, list(dict.fromkeys(places)))
-        interventions = [
-            edit + _Similarities(clean, places, similarity_at).intervention() for edit in interventions
-        ]
+        interventions = [edit + _similarities(clean, places, similarity_at) for edit in interventions]
     settings = {"alphas": alphas, **noise, "recovery": recovery, "similarity": "cosine"}
     settings |= {"similarity_at": similarity_at}
     result = sweep(
@@ -248,37 +246,27 @@ def perturb_residual(
     return kept(Result(_with_recovery(result.data, layers)), options.get("out"))
 
 
-class _Similarities:
-    """Compares the residual of one noisy run with the clean one."""
+def _similarities(clean: ActivationSource, places: Sequence[str], positions: str) -> Intervention:
+    """An intervention that changes nothing and compares the residual at some places with the clean one."""
+    seen: dict[str, Tensor] = {}
 
-    def __init__(self, clean: ActivationSource, places: Sequence[str], positions: str) -> None:
-        self.clean, self.places, self.positions = clean, list(places), positions
-        self._seen: dict[str, Tensor] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What identifies it, without the similarities it currently holds."""
-        return {**self.__dict__, "_seen": {}}
-
-    def intervention(self) -> Intervention:
-        """Return an intervention that changes nothing and takes the similarities."""
-        hooks = [(name, self._look(name)) for name in dict.fromkeys(self.places)]
-        return Intervention("similarity", hooks, observed=self.observed)
-
-    def observed(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the similarities in the last batch."""
-        return {f"similarity {i}": self._seen[name] for i, name in enumerate(self.places)}
-
-    def _look(self, name: str) -> ByBatch:
+    def look(name: str) -> ByBatch:
         def make(batch: Batch) -> HookFn:
-            clean, at = self.clean.of(batch)[name], where(batch, self.positions)
+            before, at = clean.of(batch)[name], where(batch, positions)
             assert at is not None
 
-            def look(x: Tensor, hook: Any) -> None:
-                self._seen[name] = _mean_cosine(clean, x, at)
+            def fn(x: Tensor, hook: Any) -> None:
+                seen[name] = _mean_cosine(before, x, at)
 
-            return look
+            return fn
 
         return ByBatch(make)
+
+    def observed(batch: Batch) -> dict[str, Tensor]:
+        return {f"similarity {i}": seen[name] for i, name in enumerate(places)}
+
+    hooks = [(name, look(name)) for name in dict.fromkeys(places)]
+    return Intervention("similarity", hooks, observed=observed)
 
 
 def _mean_cosine(
