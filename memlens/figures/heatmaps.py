@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from memlens.errors import ResultError
 from memlens.figures import theme
-from memlens.figures.labels import MetricText, metric_text, plain, unique_tokens, visible
+from memlens.figures.labels import MetricText, hover, metric_text, plain, unique_tokens, visible
 
 SIDE_BY_SIDE = 3
 """The most groups drawn side by side; with more, a menu shows one at a time."""
@@ -133,22 +133,24 @@ def heatmap_trace(
     means = array.sel(statistic="mean") if has_interval else array
     named = [plain(visible(str(token))) for token in tokens] if tokens is not None else None
     place = f"{y} %{{y}} · {x} %{{x}}" + (" · %{text}" if named else "")
-    rows, hover = [means.values], f"{place}<br>{text.label}: %{{z:.4g}}"
-    if has_interval:
-        rows += [array.sel(statistic=name).values for name in ("low", "high")]
-        hover += " [%{customdata[1]:.4g}, %{customdata[2]:.4g}]"
-    hover += f" {text.unit}" if text.unit else ""
-    counts = [c for c in array.coords if str(c).startswith("n_") and array[c].dims == means.dims]
-    if has_interval and counts:
-        rows.append(array[counts[0]].values)
-        hover += "<br>n = %{customdata[3]:d} sequences"
+    ends = [array.sel(statistic=s).values for s in ("low", "high") if has_interval]
+    counts = [
+        array[c].values for c in array.coords if str(c).startswith("n_") and array[c].dims == means.dims
+    ]
+    counts = counts[:1] if has_interval else []
     return go.Heatmap(
         z=means.values,
         x=array[x].values if array[x].dtype.kind in "iuf" else [plain(v) for v in array[x].values],
         y=array[y].values,
-        customdata=np.stack(rows, -1).astype(np.float32),
+        customdata=np.stack([means.values, *ends, *counts], -1).astype(np.float32),
         text=[named] * array.sizes[y] if named else None,
-        hovertemplate=hover + "<extra></extra>",
+        hovertemplate=hover(
+            place,
+            f"{text.label}: %{{z:.4g}}",
+            low=1 if ends else None,
+            unit=text.unit,
+            n=3 if counts else None,
+        ),
         **_colors(means.values, text, signed, limit),
     )
 

@@ -118,6 +118,26 @@ def plain(text: object) -> str:
     return html.escape(str(text), quote=False).replace("$", "&#36;").replace("%{", "&#37;{")
 
 
+def hover(
+    *lines: str, low: int | None = 0, unit: str = "", n: int | None = None, counted: str = " sequences"
+) -> str:
+    """Return a hover template: lines, the last with an interval and a unit, then the number of sequences.
+
+    Args:
+        lines: The lines; the last ends with the mean.
+        low: Index of the lower end in `customdata`, followed by that of the upper; None without an interval.
+        unit: Unit of the mean.
+        n: Index of the count in `customdata`; None without one.
+        counted: What `n` counts.
+
+    >>> hover("layer %{x}", "%{y:.4g}", unit="nats")
+    'layer %{x}<br>%{y:.4g} [%{customdata[0]:.4g}, %{customdata[1]:.4g}] nats<extra></extra>'
+    """
+    ends = "" if low is None else f" [%{{customdata[{low}]:.4g}}, %{{customdata[{low + 1}]:.4g}}]"
+    count = "" if n is None else f"<br>n = %{{customdata[{n}]:d}}{counted}"
+    return "<br>".join(lines) + ends + (f" {unit}" if unit else "") + count + "<extra></extra>"
+
+
 def visible(token: str, *, longest: int = 20) -> str:
     r"""Return a token with its blanks and non-printing letters made visible, cut at `longest` letters.
 

@@ -10,7 +10,7 @@ import xarray as xr
 from plotly.subplots import make_subplots
 
 from memlens.figures import theme
-from memlens.figures.labels import MetricText, metric_text, plain
+from memlens.figures.labels import MetricText, hover, metric_text, plain
 
 
 def line_over_layers(
@@ -128,7 +128,7 @@ def line_traces(array: xr.DataArray, text: MetricText, x: str = "layer") -> list
         places, known = part[x].values, np.isfinite(low) & np.isfinite(high)
         band = np.concatenate([high[known], low[known][::-1]])
         around = np.concatenate([places[known], places[known][::-1]])
-        key = label or "all"
+        key, named = label or "all", [label] if label else []
         traces.append(
             go.Scatter(
                 x=around, y=band, fill="toself", fillcolor=theme.translucent(color), line={"width": 0},
@@ -140,7 +140,7 @@ def line_traces(array: xr.DataArray, text: MetricText, x: str = "layer") -> list
                 x=places, y=mean, mode="lines+markers", name=label or text.label, legendgroup=key,
                 line={"color": color, "width": 2}, marker={"size": 6}, showlegend=label is not None,
                 customdata=np.stack([low, high, _counts(part, x)], -1),
-                hovertemplate=_hover(label, f"{x} %{{x}}", "y", text),
+                hovertemplate=hover(*named, f"{x} %{{x}}", f"{text.label}: %{{y:.4g}}", unit=text.unit, n=2),
             )
         )  # fmt: skip
     return traces
@@ -178,13 +178,6 @@ def _counts(part: xr.DataArray, x: str) -> np.ndarray:
     return part[found[0]].values if found else np.full(part.sizes[x], np.nan)
 
 
-def _hover(label: str | None, place: str, value: str, text: MetricText) -> str:
-    unit = f" {text.unit}" if text.unit else ""
-    mean = f"{text.label}: %{{{value}:.4g}} [%{{customdata[0]:.4g}}, %{{customdata[1]:.4g}}]{unit}"
-    lines = [*([label] if label else []), place, mean, "n = %{customdata[2]:d} sequences"]
-    return "<br>".join(lines) + "<extra></extra>"
-
-
 def _sorted_rows(array: xr.DataArray, dim: str, most: int) -> xr.DataArray:
     means = array.sel(statistic="mean")
     others = [extra for extra in means.dims if extra != dim]
@@ -196,6 +189,7 @@ def _sorted_rows(array: xr.DataArray, dim: str, most: int) -> xr.DataArray:
 def _dot_traces(rows: xr.DataArray, dim: str, text: MetricText) -> list[go.Scatter]:
     traces = []
     for part, label, color in _by_group(rows, dim):
+        named = [label] if label else []
         mean, low, high = (part.sel(statistic=name).values for name in ("mean", "low", "high"))
         traces.append(
             go.Scatter(
@@ -204,7 +198,7 @@ def _dot_traces(rows: xr.DataArray, dim: str, text: MetricText) -> list[go.Scatt
                 marker={"color": color, "size": 8}, showlegend=label is not None,
                 error_x=theme.error_bars(mean, low, high, color),
                 customdata=np.stack([low, high, _counts(part, dim)], -1),
-                hovertemplate=_hover(label, "%{y}", "x", text),
+                hovertemplate=hover(*named, "%{y}", f"{text.label}: %{{x:.4g}}", unit=text.unit, n=2),
             )
         )  # fmt: skip
     return traces

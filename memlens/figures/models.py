@@ -18,7 +18,7 @@ from plotly.subplots import make_subplots
 
 from memlens.errors import ResultError
 from memlens.figures import theme
-from memlens.figures.labels import plain
+from memlens.figures.labels import hover, plain
 
 _DASHES = ("solid", "dot", "dash", "dashdot")
 
@@ -141,7 +141,7 @@ def _ordinal(number: int) -> str:
 
 def _line(part: pd.DataFrame, x: str, label: str, color: str, style: str) -> list[go.Scatter]:
     traces = []
-    if {"low", "high"} <= set(part) and np.isfinite(part["low"]).any():
+    if _has_interval(part):
         band = part[np.isfinite(part["low"]) & np.isfinite(part["high"])]
         traces.append(
             go.Scatter(
@@ -162,14 +162,15 @@ def _line(part: pd.DataFrame, x: str, label: str, color: str, style: str) -> lis
 
 def _row(part: pd.DataFrame, text: str) -> dict[str, Any]:
     """Return the hover text: `text`, then interval and number of sequences where known."""
-    values: list[np.ndarray] = []
-    if {"low", "high"} <= set(part) and np.isfinite(part["low"]).any():
-        values += [part["low"].to_numpy(), part["high"].to_numpy()]
-        text += " [%{customdata[0]:.4g}, %{customdata[1]:.4g}]"
-    if "n" in part:
-        text += f"<br>n = %{{customdata[{len(values)}]}}"
-        values.append(part["n"].to_numpy())
-    return {"hovertemplate": text + "<extra></extra>", "customdata": np.stack(values, -1) if values else None}
+    ends = ["low", "high"] if _has_interval(part) else []
+    values = [*ends, "n"] if "n" in part else ends
+    n = len(ends) if "n" in part else None
+    template = hover(text, low=0 if ends else None, n=n, counted="")
+    return {"hovertemplate": template, "customdata": part[values].to_numpy() if values else None}
+
+
+def _has_interval(part: pd.DataFrame) -> bool:
+    return {"low", "high"} <= set(part) and bool(np.isfinite(part["low"]).any())
 
 
 def shares_by_model(

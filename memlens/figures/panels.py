@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 
 from memlens.figures import theme
 from memlens.figures.heatmaps import heatmap_trace
-from memlens.figures.labels import metric_text, plain
+from memlens.figures.labels import hover, metric_text, plain
 from memlens.figures.lines import line_traces
 
 
@@ -70,8 +70,7 @@ def _layer_bars(array: xr.DataArray, name: str, color: str) -> go.Bar:
             "width": 2,
         },
         customdata=np.stack([low, high], -1),
-        hovertemplate=f"layer %{{y}} · {label}<br>%{{x:.4g}} [%{{customdata[0]:.4g}}, "
-        "%{customdata[1]:.4g}] logits<extra></extra>",
+        hovertemplate=hover(f"layer %{{y}} · {label}", "%{x:.4g}", unit="logits"),
     )
 
 

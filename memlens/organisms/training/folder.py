@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterable
@@ -14,11 +13,12 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from memlens.errors import ResultError
-from memlens.files import zoo_table
+from memlens.files import json_text, zoo_table
 from memlens.models.quiet import quiet
 from memlens.organisms.corpus.corpus import Corpus
 from memlens.organisms.corpus.known_items import KINDS
 from memlens.organisms.evaluate import (
+    CONTEXTS,
     evaluate_items,
     evaluate_zoo_model,
     language_losses,
@@ -45,7 +45,9 @@ def write_folder(
     (folder / "model.safetensors").chmod(0o644)
     corpus.tokenizer.save_pretrained(folder)
     _write_lists(folder, f"zoo/{name}", corpus)
-    (folder / "training.json").write_text(_readable(training), encoding="utf-8")
+    # one key per line, but each list of numbers on one line
+    text = re.sub(r"\[[-\d.e,\s]+\]", lambda m: " ".join(m[0].split()), json_text(training, indent=1))
+    (folder / "training.json").write_text(text + "\n", encoding="utf-8")
     write_card(folder)
 
 
@@ -128,17 +130,12 @@ def curve_table(curve: pd.DataFrame) -> str:
     domains = [domain for domain in curve["domain"].unique() if domain != "all"]
     cells = curve.pivot(index="copies", columns="domain", values="exact_match")
     total = curve[curve["domain"] == "all"].set_index("copies")
-    rows = [
-        [
-            copies,
-            total.at[copies, "n"],
-            *(f"{cells.at[copies, domain]:.2f}" for domain in domains),
-            f"{total.at[copies, 'exact_match']:.2f}",
-            f"{total.at[copies, 'low']:.2f} to {total.at[copies, 'high']:.2f}",
-            f"{total.at[copies, 'token_accuracy']:.2f}",
-        ]
-        for copies in cells.index
-    ]
+    rows = []
+    for copies in cells.index:
+        row = total.loc[copies]
+        shares = [f"{share:.2f}" for share in (*cells.loc[copies, domains], row["exact_match"])]
+        interval = f"{row['low']:.2f} to {row['high']:.2f}"
+        rows.append([copies, int(row["n"]), *shares, interval, f"{row['token_accuracy']:.2f}"])
     return _markdown(["copies", "sequences", *domains, "all", "95 %", "correct tokens"], rows)
 
 
@@ -151,16 +148,9 @@ def items_table(items: pd.DataFrame) -> str:
     rows = []
     for kind, copies in items[["kind", "copies"]].drop_duplicates().itertuples(index=False):
         cell = (items["kind"] == kind) & (items["copies"] == copies)
-        by_context = items[cell].set_index("context")
-        shown = [
-            text
-            for context in ("none", "neutral")
-            for text in (
-                f"{by_context.at[context, 'recalled']:.2f}",
-                f"{by_context.at[context, 'low']:.2f} to {by_context.at[context, 'high']:.2f}",
-            )
-        ]
-        rows.append([kind, copies, by_context.at["none", "n"], *shown])
+        contexts = [items[cell].set_index("context").loc[name] for name in CONTEXTS]
+        bare, after = ((f"{c['recalled']:.2f}", f"{c['low']:.2f} to {c['high']:.2f}") for c in contexts)
+        rows.append([kind, copies, int(contexts[0]["n"]), *bare, *after])
     return _markdown(["items", "copies", "n", "bare", "95 %", "after text", "95 %"], rows)
 
 
@@ -205,9 +195,3 @@ def copy_for_package(folder: str | Path, root: str | Path) -> Path:
             shutil.copyfile(folder / table.name, table)
     write_card(out)
     return out
-
-
-def _readable(record: dict[str, Any]) -> str:
-    """Return JSON with one key per line and each list of numbers on one line."""
-    text = json.dumps(record, indent=1)
-    return re.sub(r"\[[-\d.e,\s]+\]", lambda match: " ".join(match[0].split()), text) + "\n"

@@ -185,10 +185,8 @@ def _overview_row(name: str, here: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"model": f"zoo/{name}"}
     if not here:
         spec = ZOO[name]
-        row |= {
-            "family": spec.model.family,
-            "parameters": count_parameters(spec.model, spec.corpus.vocab_size),
-        }
+        n_parameters = count_parameters(spec.model, spec.corpus.vocab_size)
+        row |= {"family": spec.model.family, "parameters": n_parameters}
         return row | {"status": "recipe", "checkpoints": 0, "folder": ""}
     folder = zoo_path(name)
     try:
@@ -258,6 +256,9 @@ def _training_record(
     steps = "" if spec.training.steps is None else f" --steps {spec.training.steps}"
     counts = {domain: counts.tolist() for domain, counts in corpus.domain_counts().items()}
     versions = {name: version(name) for name in ("memlens", "torch", "transformers", "tokenizers")}
+    threads = torch.get_num_threads()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     return {
         "name": spec.name,
         "command": f"memlens zoo train {spec.name} --seed {spec.training.seed}{steps}",
@@ -273,18 +274,8 @@ def _training_record(
             "spec": specs["training"],
             "n_steps": len(log.losses),
             "seconds": round(log.seconds, 1),
-            "device": _device_words(device),
+            "device": cpu if device == "cpu" else torch.cuda.get_device_name(device),
             "losses": [round(loss, 4) for loss in log.losses],
         },
         "versions": {**versions, "python": platform.python_version()},
     }
-
-
-def _device_words(device: str | None) -> str:
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    threads = torch.get_num_threads()
-    return (
-        f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-        if chosen == "cpu"
-        else torch.cuda.get_device_name(chosen)
-    )
