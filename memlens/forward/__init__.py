@@ -1,1 +1,1 @@
-"""How a model's blocks run: hooks, trunk, blocks as functions, weights, activations, metrics."""
+"""How a model's layers run: hooks, trunk, blocks as functions, weights, activations, metrics."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from memlens.errors import UnsupportedModelError
@@ -94,7 +94,7 @@ class TeacherForced:
         copies = len(rows) // len(targets.ids)
         ids, mask = (t.repeat(copies, 1) for t in (targets.ids, targets.mask))
         step, few = (max(1, n // max(1, ids.shape[1])) for n in (self.unembed_rows, self.reduced_rows))
-        unembed = unembed or (self.trunk.unembed if self.trunk else _as_it_is)
+        unembed = unembed or (self.trunk.unembed if self.trunk else nn.Identity())
         parts = []
         for some in torch.arange(len(rows)).split(step):
             logits = logits_at(unembed, rows[some], mask[some])
@@ -102,10 +102,6 @@ class TeacherForced:
             parts += [self.reduce(*part) for part in each]
         values = {name: torch.cat([p[name] for p in parts]).chunk(copies) for name in parts[0]}
         return [{name: value[i] for name, value in values.items()} for i in range(copies)]
-
-
-def _as_it_is(logits: Tensor) -> Tensor:
-    return logits
 
 
 def teacher_forced_stats(

@@ -1,4 +1,4 @@
-"""Batches of a set of sequences, and where their targets are predicted."""
+"""Batches of a set of sequences, and the positions that predict their targets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memlens.sequences.set import SequenceSet
 
 @dataclass(frozen=True)
 class Targets:
-    """The targets of a batch, and where they are predicted.
+    """The targets of a batch, and the positions that predict them.
 
     Attributes:
         positions: Positions of the predicting logits, `[batch, target]`; 0 outside the mask.
@@ -50,10 +50,15 @@ def make_batches(
         yield batch, Targets(positions.to(device), ids.to(device), mask.to(device))
 
 
+def at_positions(x: Tensor, positions: Int[Tensor, "batch target"]) -> Tensor:
+    """Return `x` `[copies * batch, pos, …]` at the positions of each row, `[copies * batch, target, …]`."""
+    positions = positions.repeat(len(x) // len(positions), 1)
+    return x[torch.arange(len(x), device=x.device)[:, None], positions]
+
+
 def at_targets(final: Tensor, targets: Targets) -> Tensor:
     """Return final residuals at the predicting positions, `[copies * batch, target, d_model]`."""
-    positions = targets.positions.repeat(len(final) // len(targets.positions), 1)
-    return final[torch.arange(len(final), device=final.device)[:, None], positions]
+    return at_positions(final, targets.positions)
 
 
 def logits_at(unembed: Callable[[Tensor], Tensor], rows: Tensor, mask: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""A model's blocks as plain functions of the residual, at some positions only.
+"""A model's blocks as plain functions of the residual, for some positions only.
 
-`FunctionalBlocks` computes what the model's own blocks compute where nothing is hooked, but can do three
-things that a module's forward cannot: positions before the first changed one are not computed (their keys
-and values are passed in), the last block is queried at chosen positions only, and attention uses the fused
-kernel. `FunctionalBlocks.of` compares each block with the model's own and returns None where they differ or
-where the model has an unknown form; then the model itself runs.
+`FunctionalBlocks` computes what the model's own blocks compute without hooks, but can do three things that a
+module's forward cannot: it skips positions before the first changed one (their keys and values are passed
+in), queries the last block at chosen positions only, and uses the fused attention kernel.
+`FunctionalBlocks.of` compares each block with the model's own and returns None if they differ or the form is
+unknown; then the model itself runs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from memlens.errors import UnsupportedModelError
+from memlens.forward.batches import at_positions
 from memlens.forward.read_blocks import BlockWeights, read_block, read_unembedding
 from memlens.forward.read_weights import Linear, Norm
 from memlens.forward.trunk import Trunk
@@ -28,7 +29,7 @@ KeysValues = tuple[Float[Tensor, "row kv_head pos d_head"], Float[Tensor, "row k
 """Keys (rotated) and values of one layer."""
 
 Trace = dict[str, Tensor]
-"""What a block computed on the way, by the names of `BlockTrace`."""
+"""Intermediate results of a block, by the names of `BlockTrace`."""
 
 _COMPARED: WeakKeyDictionary[Any, tuple[tuple[int, ...], dict[int, int]]] = WeakKeyDictionary()
 """Models that have been compared: their modules, and for each layer the width up to which they agree."""
@@ -127,14 +128,14 @@ class FunctionalBlocks:
             resid: Its input at the positions after those of `past`.
             past: Keys and values of the positions before.
             queries: The positions whose output is wanted, counted from the first of `resid`; all by default.
-            trace: Filled with copies of what is computed on the way (see `BlockTrace`).
-            bypass: Mix nothing: each position keeps its own values.
+            trace: Filled with copies of intermediate results (see `BlockTrace`).
+            bypass: Attention mixes nothing: each position keeps its own values.
         """
         norm = self.blocks[layer].attn_norm
         attn = self.attention(
             layer, resid if norm is None else norm(resid), past, queries, trace=trace, bypass=bypass
         )
-        return self.add(layer, resid if queries is None else _picked(resid, queries), attn, trace=trace)
+        return self.add(layer, resid if queries is None else at_positions(resid, queries), attn, trace=trace)
 
     def attention(
         self,
@@ -156,7 +157,7 @@ class FunctionalBlocks:
             visible, asked = block.around.visible[first : first + x.shape[1], : first + x.shape[1]], places
         else:
             kv = qkv.rows(slice(split, None))(x)
-            q = qkv.rows(slice(0, split))(_picked(x, queries))
+            q = qkv.rows(slice(0, split))(at_positions(x, queries))
             asked = places[queries]
             visible = block.around.visible[:, : first + x.shape[1]][asked][:, None]
         _keep(trace, attn_in=x)
@@ -277,13 +278,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def _keep(trace: Trace | None, **values: Tensor) -> None:
-    """Store copies of what was computed, since blocks continue in place."""
+    """Store copies of intermediate results, since blocks continue in place."""
     if trace is not None:
         trace |= {name: value.clone() for name, value in values.items()}
-
-
-def _picked(x: Tensor, queries: Tensor) -> Tensor:
-    return x[torch.arange(len(x), device=x.device)[:, None], queries]
 
 
 def _has_hooks(model: Any) -> bool:
@@ -304,7 +301,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class BlockTrace:
-    """What a block computes on the way from its input to its output.
+    """The intermediate results of a block.
 
     Attributes:
         resid: Its input.
@@ -355,7 +352,7 @@ def trace_block(
         blocks: The blocks.
         layer: Which.
         resid: Its input.
-        bypass: Mix nothing: each position keeps its own values.
+        bypass: Attention mixes nothing: each position keeps its own values.
     """
     trace: Trace = {}
     out = blocks.run(layer, resid, trace=trace, bypass=bypass)

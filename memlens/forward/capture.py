@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from memlens.errors import SequenceError, SiteError
-from memlens.forward.batches import Batch, Targets, at_targets, make_batches
+from memlens.forward.batches import Batch, Targets, at_positions, at_targets, make_batches
 from memlens.forward.hooks import HookFn, attached, capturing, hook_name
 from memlens.forward.trunk import Trunk
 from memlens.sequences.checks import check_sequences
@@ -160,7 +160,7 @@ def _placed(name: str, activation: Tensor, places: Int[Tensor, "batch pos"]) -> 
     """Select positions; attention weights, which have two position axes, are left as they are."""
     if name.endswith("hook_pattern"):
         return activation
-    return activation[torch.arange(len(places))[:, None], places]
+    return at_positions(activation, places)
 
 
 @torch.no_grad()

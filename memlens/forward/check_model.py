@@ -1,11 +1,11 @@
-"""`check_model`: is the loaded model really the model, and do its hooks do what their names say?
+"""`check_model`: does the loaded model compute what it should, and do its hooks do what their names say?
 
 Four things are compared on a few tokens, in the model's own precision:
 
 - *Hugging Face*: the logits, and the residual at the input of every layer, against those of the Hugging Face
   model that the weights came from. They are recorded before TransformerLens touches that model
   (`record_reference`), because a bridge changes it in place.
-- *trunk*: `Trunk`'s embed, run and unembed in a row against the model's own forward pass.
+- *trunk*: the composition of `Trunk`'s embed, run and unembed against the model's own forward pass.
 - *sites*: a zero written at each named site must do what the name claims. Zeroed `attn_out` leaves the
   residual without attention, zeroed `z` makes attention's output the same at every position, zeroed
   queries make attention the same for all tokens, and so on.
@@ -36,11 +36,11 @@ from memlens.forward.trunk import Trunk, require_model
 from memlens.models.provenance import describe
 
 Status = Literal["ok", "failed", "refused", "ignored", "absent", "slow", "not compared"]
-"""`ignored`: a site that shows its activation but does not heed what is written to it. `refused`: a site
-that is not what it is called, so that hooks on it are errors; the rest of the model is right."""
+"""`ignored`: the site shows its activation, but what is written to it has no effect. `refused`: the site does
+not do what its name claims, so hooks on it are errors; the rest of the model is right."""
 
 _DISPENSABLE = ("q", "k", "pattern", "mlp_post")
-"""Sites that a model can do without: they are refused alone, as `mlp_post` of a mixture of experts is."""
+"""Sites that a model can do without: only the site is refused, such as `mlp_post` of a mixture of experts."""
 
 _ROWS, _LENGTH = 2, 12
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.04, torch.float16: 0.01}
@@ -58,7 +58,7 @@ class Check:
 
     Attributes:
         name: What was compared, such as `"logits"` or `"site z"`.
-        status: `"ok"`, or what was found instead; see `Status`.
+        status: `"ok"`, or what was found instead (`Status`).
         difference: Root mean square of the difference relative to the reference's; NaN where none was taken.
         allowed: The largest `difference` that passes.
         layer: The first layer that differs, or None.
@@ -247,12 +247,9 @@ def check_model(
     )
 
 
-def relative_difference(a: Tensor, b: Tensor) -> float:
-    """Return the root mean square of ``a - b`` over that of `b` less its mean; infinite where not finite."""
-    a, b = a.double(), b.double().to(a.device)
-    scale = (b - b.mean(-1, keepdim=True)).square().mean().sqrt()
-    found = float((a - b).square().mean().sqrt() / scale.clamp_min(1e-12))
-    return found if found == found else float("inf")
+def _size(x: Tensor) -> float:
+    """Return the root mean square."""
+    return float(x.double().square().mean().sqrt())
 
 
 def _compared(
@@ -263,7 +260,9 @@ def _compared(
         allowed *= max(1.0, depth / 4) ** 0.5
     if a.shape != b.shape:
         return Check(name, "failed", allowed=allowed, note=f"shape {tuple(a.shape)}, not {tuple(b.shape)}")
-    difference = relative_difference(a, b)
+    a, b = a.double(), b.double().to(a.device)
+    difference = _size(a - b) / max(_size(b - b.mean(-1, keepdim=True)), 1e-12)
+    difference = difference if difference == difference else float("inf")
     status: Status = "ok" if difference <= allowed else "failed"
     return Check(name, status, difference, allowed, note=note)
 
@@ -290,9 +289,9 @@ def _against_huggingface(
         if name in resid and _compared("", resid[name], own, _TOLERANCE, depth=layer).status == "failed":
             first = max(0, layer - 1)
             note = "differs from Hugging Face's model" + (" in its embedding" if layer == 0 else "")
-            return Check("logits", "failed", found.difference, found.allowed, first, note)
+            return replace(found, layer=first, note=note)
     note = "differs from Hugging Face's model after the last layer's input"
-    return Check("logits", "failed", found.difference, found.allowed, len(model.blocks) - 1, note)
+    return replace(found, layer=depth - 1, note=note)
 
 
 def _by_layer(trunk: Trunk, reference: Reference, found: Check) -> Check:
@@ -302,10 +301,9 @@ def _by_layer(trunk: Trunk, reference: Reference, found: Check) -> Check:
     allowed = _SAME[reference.logits.dtype]
     rounding = torch.finfo(reference.logits.dtype).eps
     for layer, (start, end) in enumerate(pairwise(reference.resid)):
-        added = (end.double() - start.double()).square().mean().sqrt()
-        noise = rounding * end.double().square().mean().sqrt()
         out = trunk.run(start.to(trunk.device), layer, layer + 1).to(end.device)
-        off = float((out.double() - end.double()).square().mean().sqrt() / (added + noise / allowed))
+        added = _size(end.double() - start) + rounding * _size(end) / allowed
+        off = _size(out.double() - end) / max(added, 1e-12)
         if not off <= allowed:
             note = "what the layer adds to the residual differs from Hugging Face's model"
             return Check("logits", "failed", off, allowed, layer, note)
@@ -317,29 +315,29 @@ def _processed(model: Any) -> bool:
 
 
 def _blamed(found: Check, trunk: Trunk, resid: dict[str, Tensor], tokens: Tensor) -> Check:
-    """Say after which layer the trunk leaves the model's own forward pass."""
-    note = "embed, layers and unembed in a row are not the model's own forward pass"
+    """Return the check with the layer after which the trunk departs from the model's own forward pass."""
+    note = "embed, layers and unembed together are not the model's own forward pass"
     out = trunk.embed(tokens)
     for layer in range(trunk.n_layers):
         name = hook_name("resid_pre", layer)
         if name in resid and _compared("", out, resid[name], _SAME).status == "failed":
-            return Check("trunk", "failed", found.difference, found.allowed, max(0, layer - 1), note)
+            return replace(found, layer=max(0, layer - 1), note=note)
         out = trunk.run(out, layer, layer + 1)
     note += ": what follows the last layer (norm, unembedding, scaling of the logits) differs"
-    return Check("trunk", "failed", found.difference, found.allowed, None, note)
+    return replace(found, note=note)
 
 
 def _fast_path(trunk: Trunk, resid: dict[str, Tensor], final: Tensor) -> Check:
     inputs = {n: resid[hook_name("resid_pre", n)] for n in range(trunk.n_layers)}
     blocks = FunctionalBlocks.of(trunk, {n: r[:1] for n, r in inputs.items()} | {trunk.n_layers: final[:1]})
     if blocks is None:
-        note = "a layer has a form that memlens does not know: sweeps run the model's own modules, slower"
+        note = "a layer has an unknown form: sweeps run the model's own modules, which is slower"
         return Check("fast path", "slow", note=note)
     return Check("fast path", "ok", note="layers run as plain functions")
 
 
 _AT_LOAD: WeakKeyDictionary[Any, Check] = WeakKeyDictionary()
-"""What the comparison with Hugging Face gave when a model was loaded: later its own model is gone."""
+"""The result of the comparison with Hugging Face when a model was loaded; its own model is gone later."""
 
 Claim = Callable[[dict[str, Tensor]], "tuple[Tensor, Tensor]"]
 """From the activations of a run with a zeroed site to two tensors that must be equal."""
@@ -364,7 +362,7 @@ def _claims(trunk: Trunk, layer: int, plain: dict[str, Tensor]) -> Iterator[tupl
         return run[at("resid_post")], before
 
     def by_place(run: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Attention that no longer depends on the tokens (even, but for a bias by distance)."""
+        """Attention no longer depends on the tokens: it is uniform apart from a bias by distance."""
         pattern = run[at("pattern")]
         return pattern, pattern[:1].expand_as(pattern)
 
@@ -435,10 +433,10 @@ def _site(site: str, layer: int, plain: dict[str, Tensor], run: dict[str, Tensor
     except KeyError as error:
         return Check(f"site {site}", "absent", note=f"cannot be checked without {error}")
     allowed = _SAME.get(got.dtype, _SAME[torch.float32])
-    size = float(wanted.double().square().mean().sqrt())
+    size = _size(wanted)
     if site not in ("q", "k"):  # attention weights have a scale of their own
-        size = max(size, 0.1 * float(plain[out].double().square().mean().sqrt()))
-    difference = float((got.double() - wanted.double()).square().mean().sqrt()) / max(size, 1e-6)
+        size = max(size, 0.1 * _size(plain[out]))
+    difference = _size(got.double() - wanted.double()) / max(size, 1e-6)
     if difference <= allowed:
         return Check(f"site {site}", "ok", difference, allowed)
     note = "a zero written here does not do what the name claims"

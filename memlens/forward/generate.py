@@ -1,6 +1,6 @@
 """Greedy continuations, decoded only from the first error on.
 
-Up to its first error a greedy continuation equals the truth, so those tokens are fed, not decoded. Rows with
+Up to its first error a greedy continuation equals the truth, so those tokens are not decoded. Rows with
 first errors at different positions share one key-value cache in lockstep: at every step, a row that is still
 before its error is fed its true token, and the others what they decoded.
 """

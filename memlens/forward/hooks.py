@@ -1,4 +1,4 @@
-"""Hook names, and hooks that are always removed again.
+"""Hook names, and hooks that are always removed.
 
 Names are TransformerLens' own (`blocks.3.attn.hook_z`). A *site* is a short name for one kind of hook
 (`"z"`), the same for every architecture and both backends.
@@ -115,7 +115,7 @@ _MISNAMED: WeakKeyDictionary[Any, frozenset[str]] = WeakKeyDictionary()
 
 
 def refuse_sites(model: Any, sites: Iterable[str]) -> None:
-    """Let `resolve_hook` refuse these sites of a model: `check_model` found them to be something else."""
+    """Make `resolve_hook` refuse these sites of a model, which do not do what their names claim."""
     _MISNAMED[model] = frozenset(sites)
 
 
@@ -135,7 +135,7 @@ def resolve_hook(model: Any, name: str, known: Mapping[str, Any] | None = None) 
     for site in _MISNAMED.get(model, ()):
         if layer is not None and name == hook_name(site, layer):
             raise SiteError(
-                f"{name!r} does not do on this model what its name claims (see memlens.check_model): what is "
+                f"{name!r} does not do what its name claims on this model (see memlens.check_model): what is "
                 "written to it would change something else."
             )
     if name not in points:
@@ -144,13 +144,13 @@ def resolve_hook(model: Any, name: str, known: Mapping[str, Any] | None = None) 
 
 
 def has_site(model: Any, site: str, layer: int = 0) -> bool:
-    """Whether the model has this site, and it is what it is called (parallel blocks have no `resid_mid`)."""
+    """Whether the model has this site, and it is what its name says (parallel blocks have no `resid_mid`)."""
     return hook_name(site, layer) in model.hook_dict and site not in _MISNAMED.get(model, ())
 
 
 @contextmanager
 def attached(model: Any, hooks: Iterable[tuple[Any, HookFn]], *, prepend: bool = False) -> Iterator[None]:
-    """Attach hooks for the duration of a `with` block; exactly these are removed, also after an exception.
+    """Attach hooks inside a `with` statement; exactly these are removed, also after an exception.
 
     Unlike with ``model.hooks``, a name that the model does not have is an error, and points that are already
     resolved (`resolve_hook`) need no look-up.
@@ -180,7 +180,7 @@ def attached(model: Any, hooks: Iterable[tuple[Any, HookFn]], *, prepend: bool =
 
 @contextmanager
 def capturing(model: Any, names: Sequence[str], *, before_hooks: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Collect the activations at `names` from whatever runs inside the `with` block.
+    """Collect the activations at `names` from whatever runs inside the `with` statement.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.

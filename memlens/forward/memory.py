@@ -1,4 +1,4 @@
-"""How much memory a forward pass takes and may take: every batch size follows from one rule, `fitting`."""
+"""How much memory a forward pass takes and may take; every batch size follows from `fitting`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from memlens.sequences.set import SequenceSet
 _CPU_BYTES = 2**30
 _FREE_SHARE = 0.4
 
-# Larger portions are no faster on a CPU, and take more memory.
+# Larger portions are slower on a CPU, since they leave its caches, and take more memory.
 _CPU_POSITIONS = 2048
 _CPU_UNEMBEDDED = 256
 _CPU_REDUCED = 16
-"""Target positions reduced at a time on a CPU: what is computed from their logits stays in its caches."""
+"""Target positions whose logits are reduced at a time on a CPU, so that they stay in its caches."""
 
 
 def default_budget(device: torch.device) -> int:

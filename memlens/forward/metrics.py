@@ -1,7 +1,7 @@
 """Metrics: how logits at target positions become numbers.
 
 The token at position ``p`` is predicted by the logits at ``p - 1``; callers pass the logits that *predict*
-the targets, already gathered. They are reduced immediately, so that no tensor of the size of
+the targets, already gathered. They are reduced immediately, so that no tensor
 ``[sequence, position, vocabulary]`` is ever kept.
 
 Ties: `argmax` is the first of the largest logits (as in `torch.argmax` on one row), and `rank` counts the
@@ -143,12 +143,7 @@ def target_stats(
     ids: Int[Tensor, "seq target"],
     mask: Bool[Tensor, "seq target"],
 ) -> TargetStats:
-    """Reduce logits at target positions to `TargetStats` (on the CPU, computed in at least float32).
-
-    Args:
-        logits: The logits that predict the targets.
-        ids: The target tokens; entries outside `mask` may be anything.
-        mask: True where there is a target.
+    """Reduce logits at target positions to `TargetStats` on the CPU; arguments as for `LazyTargetStats`.
 
     >>> stats = target_stats(torch.tensor([[[0.0, 2.0, 1.0]]]), torch.tensor([[2]]), torch.tensor([[True]]))
     >>> stats.rank.item(), stats.argmax.item(), stats.margin.item()
@@ -251,7 +246,7 @@ class Metric:
 
     @property
     def attrs(self) -> dict[str, Any]:
-        """What an array of the metric's values says of itself; figures and readings use it."""
+        """The attributes of an array of the metric's values, which figures and readings use."""
         said = {"label": self.label, "units": self.unit, "long_name": self.meaning, "better": self.better}
         return {key: value for key, value in said.items() if value} | (
             {"proportion": True} if self.proportion else {}
@@ -374,7 +369,7 @@ MetricLike = str | Metric | MetricFunction
 
 
 def as_metric(metric: MetricLike) -> Metric:
-    """Return the metric that is meant.
+    """Return the metric of a name or a function.
 
     Raises:
         OptionError: No metric has this name.
@@ -385,7 +380,7 @@ def as_metric(metric: MetricLike) -> Metric:
 
 
 def as_metrics(metrics: Sequence[MetricLike]) -> list[Metric]:
-    """Return the metrics that are meant.
+    """Return the metrics of names or functions.
 
     Raises:
         OptionError: An unknown name, two metrics of one name, or none at all.

@@ -1,8 +1,7 @@
 """What one block computes, read from either backend into one plain form.
 
 `FunctionalBlocks` runs on these. They hold views (or small rearranged copies) of the model's current weights,
-so they are read again for each use and never kept. Nothing here is trusted: users first compare the output
-with the model's own.
+so they are read again for each use and never kept. Callers first compare the output with the model's own.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Norms, linear maps and MLPs, read from a model's own modules in either backend.
 
-They hold views of the model's present weights, so they are read anew for each use and never kept. Where a
-module's form is not known, it is read from what it does, so that no architecture needs its own reader.
+They hold views of the model's current weights, so they are read again for each use and never kept. A module
+of unknown form is read from its outputs, so that no architecture needs a reader of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -96,12 +97,12 @@ def read_norm(norm: Any, width: int, cfg: Any, like: Tensor) -> Norm:
 
 @torch.no_grad()
 def read_linear(component: Any, n_in: int | None = None) -> Linear | None:
-    """Read the affine map that a bridge's component wraps; None where there is none.
+    """Read the affine map that a bridge's component wraps, or None if there is none.
 
     Args:
         component: The component, or None.
-        n_in: The width of its input. With it, a module other than a plain `nn.Linear` is read too, from what
-            it returns for the identity matrix.
+        n_in: The width of its input. With it, modules other than a plain `nn.Linear` are read as well, from
+            their output for the identity matrix.
     """
     module = getattr(component, "original_component", None)
     if type(module) is nn.Linear:
@@ -169,7 +170,7 @@ def value_vectors(model: Any, layer: int) -> Float[Tensor, "neuron d_model"]:
     They are the rows of the MLP's output matrix, before any norm between the MLP and the residual.
 
     Raises:
-        UnsupportedModelError: The MLP has no single output matrix, as a mixture of experts has none.
+        UnsupportedModelError: The MLP has no single output matrix (a mixture of experts).
     """
     mlp = model.blocks[layer].mlp
     bridge = hasattr(model, "original_model")
@@ -200,10 +201,7 @@ class Activation:
     dip: float
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
+_gelu_tanh = partial(F.gelu, approximate="tanh")
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     {
         "gelu": Activation(F.gelu, 1.129, 0.17),

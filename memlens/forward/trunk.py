@@ -51,7 +51,7 @@ _DROPOUT_RATES = ("p", "attention_dropout", "attn_dropout", "dropout")
 
 
 class Trunk:
-    """A view of a model as embedding, layers and unembedding; it holds no weights of its own.
+    """A view of a model as embedding, layers and unembedding, without weights of its own.
 
     Args:
         model: A `HookedTransformer` or a `TransformerBridge`.
@@ -143,7 +143,7 @@ class Trunk:
         """Return what each block receives in addition to the residual, for `width` positions.
 
         Raises:
-            UnsupportedModelError: Positions enter in a way that cannot be expressed so.
+            UnsupportedModelError: Positions enter in a way that this form cannot express.
         """
         return self._run.surroundings(width)
 
@@ -187,14 +187,14 @@ class _BridgeRunner:
         self.base: Any = hf.base_model
         if self.base is hf or not hasattr(model, "ln_final") or not hasattr(model, "unembed"):
             raise UnsupportedModelError(
-                f"{type(hf).__name__} has no inner decoder that memlens can enter at a block: "
+                f"{type(hf).__name__} has no inner decoder that memlens can enter at a layer: "
                 "use engine='reference'."
             )
         self.norm: nn.Module = _inner_norm(model, self.base)
 
     @property
     def extra_outputs(self) -> int | None:
-        """Number of outputs of a block besides the residual (None: a bare tensor); found once per model."""
+        """Number of a block's outputs besides the residual (None for a bare tensor), found once per model."""
         if self.model not in _EXTRA_OUTPUTS:
             _EXTRA_OUTPUTS[self.model] = self._probe_block_output()
         return _EXTRA_OUTPUTS[self.model]

@@ -11,7 +11,7 @@ from memlens.errors import UnsupportedModelError
 
 
 def without_peft(model: nn.Module) -> nn.Module:
-    """Return the Hugging Face model inside a `PeftModel`, its adapters still in place; others as they are.
+    """Return the Hugging Face model inside a `PeftModel`, with its adapters; other models unchanged.
 
     Raises:
         UnsupportedModelError: The adapter is not in the layers (prompt or prefix tuning).
@@ -31,7 +31,7 @@ def without_peft(model: nn.Module) -> nn.Module:
 
 
 def merged_adapters(hf_model: Any, name: str) -> tuple[Any, str]:
-    """Return a copy with all active adapters merged into its weights, and their names; others as they are.
+    """Return a copy with all active adapters merged into its weights, and their names; others unchanged.
 
     The given model keeps its adapters. `load_model` compares the copy with the given model.
 

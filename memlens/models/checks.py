@@ -1,4 +1,4 @@
-"""Checks of a model before it is used: architecture, finite weights, agreement with Hugging Face's."""
+"""Checks of a model before it is used: architecture, readable and finite weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from memlens.errors import ModelLoadError, NonFiniteError, UnsupportedModelError
+from memlens.errors import NonFiniteError, UnsupportedModelError
 from memlens.models.families import architecture_of
 
 _OTHER_CAUSAL = {"GPT2LMHeadModel", "OpenAIGPTLMHeadModel"}
@@ -109,42 +109,3 @@ def nonfinite_error(model: Any, tokens: Int[Tensor, "seq pos"]) -> NonFiniteErro
         f"The activations hold NaN or infinity ({where}; dtype {model.cfg.dtype}): "
         f"load the model with dtype='float32' or 'bfloat16', or check its weights."
     )
-
-
-@torch.no_grad()
-def verify_against_huggingface(
-    model: Any, hf_model: nn.Module, tokens: Int[Tensor, "seq pos"], *, tolerance: float = 1e-4
-) -> float:
-    """Check that a TransformerLens model computes what the Hugging Face model computes.
-
-    Both run on the same tokens. Unprocessed weights are compared by logits; processed ones (see `load_model`)
-    by log-probabilities, because centering the unembedding shifts all logits of a position by one constant.
-
-    Args:
-        model: A TransformerLens model.
-        hf_model: The Hugging Face model that it should equal. Not the one a bridge was made from: the bridge
-            changes that one in place, so load it again.
-        tokens: Token ids, `[seq, pos]`.
-        tolerance: Largest allowed difference, relative to the largest logit where that is above 1.
-
-    Returns:
-        The largest absolute difference.
-
-    Raises:
-        ModelLoadError: They differ by more than `tolerance`.
-    """
-    from memlens.models.provenance import describe
-
-    device = next(hf_model.parameters()).device
-    expected = hf_model(tokens.to(device)).logits.float().cpu()
-    actual = model(tokens.to(model.cfg.device)).float().cpu()
-    scale = max(1.0, float(expected.abs().max()))
-    if describe(model)["processed_weights"]:
-        expected, actual = expected.log_softmax(-1), actual.log_softmax(-1)
-    difference = float((expected - actual).abs().max())
-    if not difference <= tolerance * scale:
-        raise ModelLoadError(
-            f"{describe(model)['model']!r} as {type(model).__name__} differs from Hugging Face's model by "
-            f"{difference:.2g} in its logits (allowed: {tolerance * scale:.2g}): use the other backend."
-        )
-    return difference

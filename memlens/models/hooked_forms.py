@@ -18,7 +18,7 @@ _ACTIVATIONS = {"gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "s
 
 @dataclass(frozen=True)
 class HookedForm:
-    """A family in `HookedTransformer`'s terms; the last three fields say which variants it can run.
+    """A family as `HookedTransformer` sees it; the last three fields say which variants it can run.
 
     Attributes:
         settings: From a Hugging Face config to the fields of a `HookedTransformerConfig`.
@@ -142,7 +142,7 @@ def _olmo3(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _olmo3_rotary(config: PreTrainedConfig) -> dict[str, Any]:
-    """Settings may differ by the kind of layer: YaRN where attention is global, plain where it slides."""
+    """Settings may differ by the kind of layer: YaRN for global attention, plain for sliding windows."""
     rope = getattr(config, "rope_parameters", None) or {}
     everywhere = rope.get("full_attention", rope) or {}
     sliding = rope.get("sliding_attention") or {}

@@ -271,12 +271,11 @@ def load_tokenizer(
     source: Source, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase | None:
     """Return the checkpoint's tokenizer, or None (with a line in the log) where none can be read."""
-    options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    if source.gguf_file is not None:
-        options["gguf_file"] = source.gguf_file
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **_gguf_options(source)}
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source.tokenizer_location or source.location, **options)
+            place = source.tokenizer_location or source.location
+            tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or "main", **options)
             _check_has_words(tokenizer)
             return prepare_tokenizer(tokenizer)
     except Exception as error:  # of nearly any kind, for a folder without tokenizer files

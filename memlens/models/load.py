@@ -25,7 +25,7 @@ from memlens.models.huggingface import (
     parse_dtype,
     prepare_tokenizer,
 )
-from memlens.models.names import Source, checkpoint_revision, local_checkpoint, resolve_source
+from memlens.models.names import checkpoint_revision, local_checkpoint, resolve_source
 from memlens.models.provenance import remember
 from memlens.models.quiet import quiet
 
@@ -89,8 +89,8 @@ def load_model(
         tokenizer: Used instead of the checkpoint's own.
         trust_remote_code: Allow Python code that comes with the checkpoint to run.
         allow_pickle: Allow weights in `.bin` files, which can run code, where there are no safetensors.
-        check_weights: Look for NaN and infinity in the weights, and refuse a model that fails `check_model`:
-            on a few tokens its logits must be Hugging Face's, and its hooks must do what their names claim.
+        check_weights: Refuse weights with NaN or infinity, and a model that fails `check_model`: on a few
+            tokens its logits must equal Hugging Face's, and its hooks must do what their names claim.
 
     Returns:
         A `HookedTransformer` or a `TransformerBridge`, in evaluation mode. `.tokenizer` is None where the
@@ -141,11 +141,8 @@ def load_model(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
-    return _wrap(hf_model, tokenizer, options, name=source.name, revision=_revision_fact(source, revision))
-
-
-def _revision_fact(source: Source, revision: str | None) -> str:
-    return source.checkpoint if source.local else revision or "main"
+    fact = source.checkpoint if source.local else revision or "main"
+    return _wrap(hf_model, tokenizer, options, name=source.name, revision=fact)
 
 
 def _check_options(
@@ -164,7 +161,7 @@ def _check_options(
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise OptionError(
-            f"device={device!r} is not a device torch knows: give 'cpu', 'cuda' or 'mps'."
+            f"device={device!r} is not a device that torch knows: give 'cpu', 'cuda' or 'mps'."
         ) from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(
@@ -193,7 +190,7 @@ def _is_transformer_lens(model: nn.Module) -> bool:
 
 
 def _refuse(misplaced: dict[str, Any], model: nn.Module) -> None:
-    """An option without effect is an error."""
+    """Raise `OptionError` for an option that has no effect."""
     for option, value in misplaced.items():
         if value is not None:
             raise OptionError(

@@ -1,4 +1,4 @@
-"""What a model's name refers to: a zoo model, a checkpoint folder, a GGUF file, or a name on the hub."""
+"""What a model's name refers to: a zoo model, a checkpoint folder, a GGUF file, or a hub name."""
 
 from __future__ import annotations
 
@@ -68,13 +68,15 @@ def resolve_source(name: str | Path, *, gguf_file: str | None = None) -> Source:
     """
     text = str(name)
     if isinstance(name, str) and is_zoo_name(name):
-        return _zoo_source(text)
+        trained = text.removesuffix(UNTRAINED)
+        return Source(text, str(zoo_path(trained)), local=True, untrained=trained != text)
     path = Path(text).expanduser()
     if path.is_file():
         return _file_source(path, gguf_file)
     if path.is_dir():
         return _folder_source(path, gguf_file)
-    if isinstance(name, Path) or _looks_like_path(text):
+    looks_like_path = text.startswith((".", "~", os.sep)) or text.count("/") > 1 or text.endswith(".gguf")
+    if isinstance(name, Path) or looks_like_path:
         raise ModelNotFoundError(f"{text!r} is neither a folder nor a .gguf file: check the path.")
     found = find_model(text)
     hub_name = found[1].name if found is not None else text
@@ -91,15 +93,6 @@ def unknown_name_error(name: str, reason: str = "") -> ModelNotFoundError:
         f"No model is called {name!r}: it is not in the zoo, not a folder here, and neither the Hugging Face "
         f"hub nor its local cache gave it{why}; check the name, or give a checkpoint folder.{hint}"
     )
-
-
-def _looks_like_path(text: str) -> bool:
-    return text.startswith((".", "~", os.sep)) or text.count("/") > 1 or text.endswith(".gguf")
-
-
-def _zoo_source(name: str) -> Source:
-    trained = name.removesuffix(UNTRAINED)
-    return Source(name=name, location=str(zoo_path(trained)), local=True, untrained=trained != name)
 
 
 def _file_source(path: Path, gguf_file: str | None) -> Source:
@@ -182,9 +175,11 @@ def local_checkpoint(source: Source, *, revision: str | None, step: int | None) 
     folders = _steps_of(source)
     if not folders:
         what = f"revision={revision!r}" if revision is not None else f"checkpoint_step={step}"
+        short = source.name.removeprefix(ZOO_PREFIX)
+        train = f"; the zoo's Pythia models have checkpoints after `memlens zoo train {short}`"
         raise OptionError(
             f"{what} does not apply to the local folder {source.location!r}: it holds a single checkpoint"
-            f"{_how_to_get_steps(source)}."
+            f"{train if is_zoo_name(source.name) else ''}."
         )
     for path in folders.values():
         if path.name == wanted:
@@ -197,7 +192,7 @@ def local_checkpoint(source: Source, *, revision: str | None, step: int | None) 
 def _steps_of(source: Source) -> dict[int, Path]:
     """Return the folders of a local model's checkpoints by step.
 
-    Those of a bundled model are in the cache, where the same recipe was run; other runs do not count.
+    Checkpoints of a bundled model are in the cache, if the same recipe was run there.
     """
     own = Path(source.location)
     folders = [own]
@@ -210,19 +205,12 @@ def _steps_of(source: Source) -> dict[int, Path]:
 
 
 def _recipe(folder: Path) -> list[Any] | None:
-    """Return what determines the run that made a zoo model; None where the folder does not tell."""
+    """Return what determines the run that made a zoo model, or None if it is not recorded."""
     try:
         record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
         return [record[part]["spec"] for part in ("model", "corpus", "training")]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _how_to_get_steps(source: Source) -> str:
-    if not is_zoo_name(source.name):
-        return ""
-    short = source.name.removeprefix("zoo/")
-    return f"; the zoo's Pythia models have those of training steps after `memlens zoo train {short}`"
 
 
 def _check_one(revision: str | None, step: int | None) -> None:
@@ -235,7 +223,7 @@ def _check_one(revision: str | None, step: int | None) -> None:
 def list_steps(repo: str) -> dict[int, str]:
     """Return the revision of each published training step of a hub repository, in order of steps.
 
-    The hub is asked, or without a network the local cache.
+    They come from the hub, or from the local cache without a network.
     """
     found = {step: name for name in _revisions(repo) if (step := step_of(name)) is not None}
     return dict(sorted(found.items()))

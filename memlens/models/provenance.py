@@ -1,4 +1,4 @@
-"""What a result records about the model it came from."""
+"""What a result records about its model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def remember(model: nn.Module, /, **facts: Fact) -> None:
 def describe(model: Any) -> dict[str, Fact]:
     """Return where a model comes from and what it is, in plain values that file attributes can hold.
 
-    It works for any TransformerLens model; what `load_model` remembered (name, revision) is added.
+    This works for any TransformerLens model; facts that `load_model` remembered (name, revision) are added.
 
     Returns:
         `model` (name), `revision` (`""` for a local folder), `backend`, `family`, `architecture`, `dtype`,

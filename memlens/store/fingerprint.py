@@ -1,8 +1,9 @@
-"""One fingerprint for all that identifies a run, so that its parts are never taken for another run's.
+"""Fingerprints of everything that identifies a run, so that its parts are never taken for another run's.
 
 Two things have the same fingerprint if their contents are equal: weights, token ids, a hook function's code
-with everything it closes over, names, numbers. For an object that keeps caches, ``__getstate__`` says what
-counts; a function that only watches another one names it in its attribute ``stands_for``.
+with everything it closes over, names, numbers; of a `SequenceSet` its ids, mask and prefix lengths. For an
+object that keeps caches, ``__getstate__`` says what counts; a function that only watches another one names it
+in its attribute ``stands_for``.
 
 The bytes of tensors are hashed by xxh3-128, which runs at the speed of memory (14 GB/s on one core, against
 0.7 GB/s for BLAKE2b and 0.5 GB/s for a checksum in torch); everything else, and the combination, by BLAKE2b.
@@ -48,15 +49,15 @@ _APART = {
 
 
 def fingerprint(value: Any, model: Any = None) -> str:
-    """Return a hexadecimal name of anything that an intervention or a metric is made of.
+    """Return a hexadecimal digest of anything that an intervention or a metric is made of.
 
-    A function's name is made of its code, defaults, what it closes over and the global values and functions
-    that it names; an object's of its class and its state. What has no readable state (an open file, an
+    A function is identified by its code, defaults, what it closes over and the global values and functions
+    that it names; an object by its class and its state. An object without readable state (an open file, an
     extension's object) counts by its type alone, with a warning in the log.
 
     Args:
         value: Tensors, arrays, functions, dataclasses, containers and plain values.
-        model: The swept model: it is named for itself (`model_fingerprint`) and not gone into.
+        model: The swept model, which is not followed: it has a fingerprint of its own (`model_fingerprint`).
 
     Example:
         >>> def halve(z, hook, by=2):
@@ -66,11 +67,6 @@ def fingerprint(value: Any, model: Any = None) -> str:
         (True, False)
     """
     return _Digest(model).of(value).hex()
-
-
-def sequences_fingerprint(seqs: SequenceSet) -> str:
-    """Return the name of a set: its ids, which of them are real, and where continuations begin."""
-    return _Digest(None).of(seqs).hex()
 
 
 @torch.no_grad()
@@ -145,7 +141,7 @@ def _digest(raw: Tensor) -> str:
 
 
 def _checksum(raw: Tensor) -> int:
-    """A sum of bytes weighted by position, modulo 2^64: it shows that a tensor has changed, no more."""
+    """A sum of bytes weighted by position, modulo 2^64: it only shows whether a tensor has changed."""
     total = 0
     for start in range(0, raw.numel(), _CHUNK):
         part = raw[start : start + _CHUNK]
@@ -156,7 +152,7 @@ def _checksum(raw: Tensor) -> int:
 
 
 class _Digest:
-    """Hashes by content; what it has seen once it does not go into again."""
+    """Hashes by content; an object that was hashed before is not followed again."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -166,7 +162,10 @@ class _Digest:
         while isinstance(value, types.FunctionType) and hasattr(value, "stands_for"):
             value = value.stands_for  # pyright: ignore[reportFunctionMemberAccess]
         if id(value) not in self.known:
-            self.known[id(value)] = value, b"itself"  # what holds itself is not followed for ever
+            self.known[id(value)] = (
+                value,
+                b"itself",
+            )  # an object that contains itself must not be followed forever
             seed = hashlib.blake2b(digest_size=16)
             for part in self._parts(value):
                 seed.update(len(part).to_bytes(8, "little") + part)

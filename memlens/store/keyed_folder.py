@@ -5,8 +5,8 @@ The manifest is JSON: a format tag (``"memlens sweep 2"``), the version of memle
 or not at all, so a run that was stopped at any moment continues with the parts that are missing.
 
     folder = KeyedFolder(out, "sweep", about, version=2)
-    seal = folder.seal("part-0.npz", arrays)        # kept inside the part
-    folder.check("part-0.npz", arrays, seal)        # when it is read
+    seal = folder.seal("part-0.npz", arrays)        # stored inside the part
+    folder.check("part-0.npz", arrays, seal)        # when the part is read
 
 A store whose manifest grows with its parts uses `read_manifest` and `write_manifest` alone
 (`memlens.studies.comparative.store`).
@@ -30,21 +30,21 @@ _LOG = logging.getLogger(__name__)
 
 
 class KeyedFolder:
-    """The folder of one run, begun or to be continued.
+    """The folder of one run, new or to be continued.
 
     Args:
         folder: The folder; created if it is missing.
         what: What the run is called in its format tag and in errors, such as "sweep".
         about: What identifies the run: names, as errors give them, and plain values.
-        version: Of the format.
+        version: The version of the format.
         parts: Pattern of the parts' file names.
-        content: What else the manifest holds; a run that was begun keeps what it began with.
+        content: Further content of a new manifest; a run that continues keeps what it began with.
 
     Attributes:
         path: The folder.
         manifest: The path of its manifest.
         key: A digest of `about`.
-        content: As `content`, from the run's beginning.
+        content: The further content that the run began with.
 
     Raises:
         OtherRunError: The folder belongs to another run, or another version of memlens wrote it.
@@ -100,7 +100,7 @@ class KeyedFolder:
             )
 
     def seal(self, name: str, content: Any) -> str:
-        """Return what a part carries inside, so that no other, moved or edited part is taken for it.
+        """Return what a part stores, so that no other, moved or edited part is mistaken for it.
 
         Args:
             name: Of the part's file.

@@ -20,7 +20,7 @@ from memlens.report.model import Finding
 from memlens.report.run_directory import RunDirectory
 from memlens.results.statistics.estimates import Estimate
 from memlens.sequences.set import SequenceSet
-from memlens.store.fingerprint import fingerprint, model_fingerprint, sequences_fingerprint
+from memlens.store.fingerprint import fingerprint, model_fingerprint
 
 _LOG = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class StudyDirectory(RunDirectory):
         return made
 
     def _keyed(self, name: str, model: Any, seqs: SequenceSet, about: Any, suffix: str) -> Path:
-        key = fingerprint([model_fingerprint(model), sequences_fingerprint(seqs), about])
+        key = fingerprint([model_fingerprint(model), fingerprint(seqs), about])
         place = self.place(name) / f"{key}{suffix}"
         place.parent.mkdir(parents=True, exist_ok=True)
         return place

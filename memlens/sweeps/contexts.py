@@ -1,9 +1,9 @@
-"""Any intervention, or a wider dtype, for the length of a `with` block."""
+"""Apply interventions, or a wider dtype, inside a `with` statement."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +18,7 @@ _HEARD: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
 class EditWatch:
-    """Notices which hooks fired and which changed their activation, until a hook is known to work."""
+    """Records which hooks ran and which changed their activation, until a hook is known to work."""
 
     heard: set[str]
 
@@ -31,7 +31,7 @@ class EditWatch:
         self.fired: set[str] = set()
 
     def wrap(self, name: str, fn: HookFn) -> HookFn:
-        """Return `fn`, watched unless the hook is known to be heard."""
+        """Return `fn`, watched unless the hook is known to work."""
         if name in self.heard:
             return fn
 
@@ -48,7 +48,7 @@ class EditWatch:
         return watched
 
     def settle(self, names: Iterable[str]) -> None:
-        """Check every hook of `names` that was edited, once.
+        """Check once each hook of `names` that changed its activation.
 
         Raises:
             SilentInterventionError: A hook never ran, or the model ignores what is written to it.
@@ -89,21 +89,21 @@ def check_hook_is_heard(model: Any, name: str, tokens: Tensor, quiet: Tensor | N
         loud = model(tokens)
     if torch.equal(before, loud):
         raise SilentInterventionError(
-            f"writing to the hook {name!r} changes no logit of this model: the edit would be ignored, "
-            "so use another site."
+            f"writing to the hook {name!r} changes no logit of this model: the intervention would be "
+            "ignored, so use another site."
         )
 
 
 @contextmanager
 def applied(model: Any, *interventions: Intervention) -> Iterator[Any]:
-    """Apply interventions to a model inside a `with` block: forward, generation, evaluation.
+    """Apply interventions to a model inside a `with` statement: forward, generation, evaluation.
 
     Hooks are gone afterwards, also after an exception. On the bridge they also act inside
     ``model.original_model(...)`` and its ``generate``.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
-        interventions: What is changed, in this order. A hook that differs by sequence (a `BatchHook`) needs
+        interventions: What to change, in this order. A hook that differs by sequence (a `BatchHook`) needs
             `sweep`.
 
     Yields:
@@ -111,7 +111,7 @@ def applied(model: Any, *interventions: Intervention) -> Iterator[Any]:
 
     Raises:
         SiteError: A hook name that the model does not have.
-        SilentInterventionError: On leaving, when a hook edited its activation and the model ignored it.
+        SilentInterventionError: On leaving, if the model ignored what a hook wrote.
 
     Example:
         >>> import memlens as ml, torch
@@ -134,10 +134,10 @@ def applied(model: Any, *interventions: Intervention) -> Iterator[Any]:
 
 @contextmanager
 def in_dtype(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Let a model run in a wider dtype for the length of a `with` block.
+    """Let a model run in a wider dtype inside a `with` statement.
 
-    The weights are the same numbers, so what differs is rounding on the way. Afterwards the model has its
-    own tensors again, not copies cast back. Needs memory for the wider weights beside them.
+    The weights keep their values, so only the rounding of activations differs. Afterwards the model has its
+    own tensors again, not copies cast back. Both sets of weights are in memory at once.
     """
     tensors = [*model.parameters(), *model.buffers()]
     narrow = [t for t in tensors if t.is_floating_point() and t.dtype.itemsize < dtype.itemsize]
@@ -155,8 +155,3 @@ def in_dtype(model: Any, dtype: torch.dtype) -> Iterator[None]:
             tensor.data = data
         for config, own in dtypes:
             config.dtype = own
-
-
-def in_float32(model: Any) -> AbstractContextManager[None]:
-    """Let a model of 16-bit weights run in float32 for the length of a `with` block; see `in_dtype`."""
-    return in_dtype(model, torch.float32)

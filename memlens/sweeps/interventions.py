@@ -1,6 +1,6 @@
-"""What is changed: `Intervention`, a named list of TransformerLens hooks.
+"""`Intervention`: a named list of TransformerLens hooks.
 
-Ablation, bypass, patching, knock-outs and a user's own hooks are all of this one kind, and one engine
+Ablation, bypass, patching, knock-outs and a user's own hooks all take this form, and one engine
 (`memlens.sweep`) runs them.
 """
 
@@ -28,34 +28,34 @@ class BatchHook(Protocol):
 
 @dataclass(frozen=True)
 class Reads:
-    """A hook function that only looks at its activation, as bypass looks at the values it will write.
+    """A hook function that only reads its activation, as bypass reads the values that it will write.
 
-    It tells the engine that this hook changes nothing, so that the blocks around it need not run.
+    It tells the engine that this hook changes nothing, so that the layers around it need not run.
     """
 
     look: HookFn
 
     def __call__(self, activation: Tensor, hook: Any) -> None:
-        """Show the activation to the function."""
+        """Pass the activation to the function."""
         self.look(activation, hook)
 
 
 @dataclass(frozen=True)
 class Intervention:
-    """A named edit of a forward pass.
+    """A named change of a forward pass.
 
     Attributes:
         name: What it is called in results and errors.
         hooks: Pairs of a TransformerLens hook name and a function ``fn(activation, hook)`` that returns
-            the new activation, or None to leave it (or to have edited it in place). The engine stacks
+            the new activation, or None if it left it unchanged or changed it in place. The engine stacks
             many interventions along the batch; each function sees only its own slice, as if it ran alone.
-            A `BatchHook` stands for a function where the edit differs by sequence.
+            Where the change differs by sequence, give a `BatchHook` instead of a function.
         coords: Labels of this intervention along the result's dimensions, such as ``{"layer": 3}``.
-        first_position: The first position it changes, where that is known: the engine then puts
-            interventions of like positions together. It changes the speed, never the result.
-        observed: Gives further numbers by name, `[batch]` each, once the hooks have run on a batch: what
-            hooks that look have seen. They are in the result with the metrics; all interventions of a
-            sweep must give the same names.
+        first_position: The first position it changes, if known: the engine then runs interventions at
+            similar positions together. It affects the speed, never the result.
+        observed: Returns further numbers by name, `[batch]` each, after the hooks have run on a batch: what
+            reading hooks have seen. They join the metrics in the result; all interventions of a sweep must
+            give the same names.
 
     Example:
         >>> import memlens as ml
@@ -87,14 +87,14 @@ class Intervention:
 
     @property
     def start_layer(self) -> int | None:
-        """The first block it touches; None where a hook lies outside the blocks."""
+        """The first layer it touches; None if a hook lies outside the layers."""
         layers = [layer_of(name) for name, _ in self.hooks]
         known = [layer for layer in layers if layer is not None]
         return min(known) if known and len(known) == len(layers) else None
 
     @property
     def last_layer(self) -> int | None:
-        """The last block it touches; None where a hook lies outside the blocks."""
+        """The last layer it touches; None if a hook lies outside the layers."""
         layers = [layer_of(name) for name, _ in self.hooks]
         return None if self.start_layer is None else max(layer for layer in layers if layer is not None)
 
@@ -107,7 +107,7 @@ class Intervention:
         return [(name, self._named(name, self._plain(name, fn, batch))) for name, fn in self.hooks]
 
     def __add__(self, other: Intervention) -> Intervention:
-        """Both edits together, this one's hooks first."""
+        """Both interventions together, with this one's hooks first."""
         return Intervention(
             f"{self.name} + {other.name}", (*self.hooks, *other.hooks), {**self.coords, **other.coords},
             min(self.first_position, other.first_position), _both(self.observed, other.observed),

@@ -21,7 +21,7 @@ Values = dict[str, np.ndarray]
 
 
 def _grid_keys(interventions: Sequence[Intervention]) -> list[str] | None:
-    """The coordinates that all interventions share and that tell them apart; None where there are none."""
+    """Return the coordinates that all interventions share and that tell them apart, or None."""
     keys = list(interventions[0].coords)
     if not keys or any(list(i.coords) != keys for i in interventions):
         return None
@@ -29,37 +29,34 @@ def _grid_keys(interventions: Sequence[Intervention]) -> list[str] | None:
     return keys if len(cells) == len(interventions) else None
 
 
-def _axis(interventions: Sequence[Intervention], key: str) -> list[Hashable]:
-    return list(dict.fromkeys(i.coords[key] for i in interventions))
+def gridded(
+    values: Values, interventions: Sequence[Intervention], per_token: bool
+) -> tuple[dict[str, Any], dict[str, list[Hashable]]]:
+    """Spread `[seq, intervention, …]` over the grid of the interventions' coordinates.
 
-
-def coords_of(interventions: Sequence[Intervention]) -> dict[str, list[Hashable]]:
-    """Return the coordinates of a sweep's dimensions beside `sequence`."""
+    Returns:
+        The variables with their dimensions, NaN in cells without an intervention; and the coordinates of the
+        dimensions other than `sequence`.
+    """
     keys = _grid_keys(interventions)
-    if keys is None:
-        return {"intervention": [i.name for i in interventions]}
-    return {key: _axis(interventions, key) for key in keys}
-
-
-def labelled(values: Values, interventions: Sequence[Intervention], per_token: bool) -> dict[str, Any]:
-    """Spread `[seq, intervention, …]` over the grid of coordinates; cells without one are NaN."""
-    keys = _grid_keys(interventions)
-    dims = ("sequence", "intervention") if keys is None else ("sequence", *keys)
+    dims = ("sequence", *(keys or ["intervention"]))
     tails = {name: ("target",) if per_token and array.ndim > 2 else () for name, array in values.items()}
     if keys is None:
-        return {name: ((*dims, *tails[name]), array) for name, array in values.items()}
-    axes = {key: {value: i for i, value in enumerate(_axis(interventions, key))} for key in keys}
-    index = tuple(np.array([axes[key][i.coords[key]] for i in interventions]) for key in keys)
-    out: dict[str, Any] = {}
+        variables: dict[str, Any] = {n: ((*dims, *tails[n]), array) for n, array in values.items()}
+        return variables, {"intervention": [i.name for i in interventions]}
+    axes = {key: list(dict.fromkeys(i.coords[key] for i in interventions)) for key in keys}
+    places = {key: {value: n for n, value in enumerate(axis)} for key, axis in axes.items()}
+    index = tuple(np.array([places[key][i.coords[key]] for i in interventions]) for key in keys)
+    variables = {}
     for name, array in values.items():
-        grid = np.full((len(array), *(len(a) for a in axes.values()), *array.shape[2:]), np.nan, array.dtype)
+        grid = np.full((len(array), *map(len, axes.values()), *array.shape[2:]), np.nan, array.dtype)
         grid[(slice(None), *index)] = array
-        out[name] = ((*dims, *tails[name]), grid)
-    return out
+        variables[name] = ((*dims, *tails[name]), grid)
+    return variables, axes
 
 
-def sequence_coords(seqs: SequenceSet) -> dict[str, Any]:
-    """The coordinates of a `sequence` dimension: ids, lengths, and the table's plain columns."""
+def labels_of(seqs: SequenceSet) -> dict[str, Any]:
+    """Return the coordinates of a `sequence` dimension: ids, lengths, and the table's plain columns."""
     table = seqs.table
     coords: dict[str, Any] = {
         "sequence": table["id"].astype(str).to_numpy(),
@@ -98,9 +95,9 @@ def make_result(
     settings: Mapping[str, Any],
     metrics: Sequence[Metric] = (),
 ) -> Result:
-    """Build a `Result` whose attributes say how it came about.
+    """Build a `Result` whose attributes record how it was made.
 
-    Arrays named after a metric (one of `metrics`, or a registered one) or its baseline say what they measure.
+    Arrays named after a metric (one of `metrics`, or a registered one) or its baseline carry its attributes.
     """
     about = describe(model)
     attrs = {
@@ -110,7 +107,7 @@ def make_result(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": json.dumps({**settings, "sequences": dict(seqs.attrs)}, default=str),
     }
-    labels = {name: c for name, c in sequence_coords(seqs).items() if name not in variables}
+    labels = {name: c for name, c in labels_of(seqs).items() if name not in variables}
     data = xr.Dataset(dict(variables), {**labels, **coords}, attrs)
     known = {metric.name: metric for metric in metrics}
     for name, array in data.data_vars.items():

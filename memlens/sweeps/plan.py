@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
@@ -312,12 +312,10 @@ def _calibrated(trunk: Trunk, seqs: SequenceSet, count: _Count) -> float:
     return count.positions * block + count.targets * unembed
 
 
-def _fastest(work: Any, repeats: int = 3) -> float:
-    times: list[float] = []
-    for _ in range(repeats):
-        start = time.perf_counter()
+def _fastest(work: Callable[[], Any], repeats: int = 3) -> float:
+    def timed() -> None:
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
+
+    return min(timeit.repeat(timed, number=1, repeat=repeats))

@@ -1,8 +1,8 @@
 """`sweep`: one labeled array from many interventions; `measure`: the same without any.
 
-A sweep with a folder (`memlens.store.keyed_folder`) is cut into parts. Each part is a pure function of what
-the sweep was asked (the contents of the model, the sequences, the interventions and the metrics, see
-`memlens.store.fingerprint`), and one file.
+A sweep with a folder (`memlens.store.keyed_folder`) is divided into parts, one file each. A part is a pure
+function of the contents of the model, the sequences, the interventions and the metrics (see
+`memlens.store.fingerprint`).
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from memlens.results.readings import read_effects
 from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
-from memlens.store.fingerprint import fingerprint, model_fingerprint, sequences_fingerprint
+from memlens.store.fingerprint import fingerprint, model_fingerprint
 from memlens.store.keyed_folder import KeyedFolder
-from memlens.sweeps.contexts import in_float32
+from memlens.sweeps.contexts import in_dtype
 from memlens.sweeps.engine.engine import Engine
 from memlens.sweeps.engine.schedule import joined, run_batches
 from memlens.sweeps.interventions import Intervention
-from memlens.sweeps.labels import coords_of, labelled, make_result
+from memlens.sweeps.labels import gridded, make_result
 from memlens.sweeps.plan import intervention_flops
 
 ENGINES = ("fast", "reference")
 _LOG = logging.getLogger(__name__)
 _SHARD_FLOPS = {"cpu": 1e12, "cuda": 1e15}
-"""What a persisted part costs at most: some ten seconds."""
+"""The largest cost of a saved part: about ten seconds."""
 Values = dict[str, np.ndarray]
 
 
@@ -80,38 +80,38 @@ def sweep(
     """Run every intervention on every sequence and measure it at the target positions.
 
     The fast engine equals the reference engine (plain `run_with_hooks`, one intervention at a time, full
-    logits) to 1e-5 in float32, for every intervention; hooks outside the blocks run on the reference path.
+    logits) to 1e-5 in float32, for every intervention; hooks outside the layers run on the reference path.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
-        sequences: What is recalled; targets are the continuations' tokens, teacher-forced.
-        interventions: What is changed. Where all carry the same `coords` keys, these become the
-            dimensions of the result (`layer`, `head`, …); else there is one dimension `intervention`.
+        sequences: The sequences; targets are the continuations' tokens, teacher-forced.
+        interventions: What to change. If all have the same `coords` keys, these become the dimensions of
+            the result (`layer`, `head`, …); otherwise there is one dimension `intervention`.
         metrics: Names of `memlens.METRICS`, `memlens.Metric` objects, or functions of (logits, ids, mask) at
             the target positions that return one number per sequence.
         engine: "fast" or "reference".
         per_token: Keep a `target` dimension (built-in metrics only).
-        memory_budget: Bytes that activations may take at a time; by default 1 GiB, on a GPU 40 % of what
-            is free. When the device runs out of memory the portions are halved.
+        memory_budget: Bytes that activations may take; by default 1 GiB, or 40 % of a GPU's free memory. If
+            the device runs out of memory, the portions are halved.
         batch_size: Sequences in a batch; chosen from the budget by default.
-        progress: Show one bar; it counts floating-point operations, so that its remaining time is realistic.
-        out: A folder that keeps every finished part, and at the end `result.nc`. The same call does only
-            what is missing, however the last one ended; values are those of an unbroken run.
+        progress: Show a progress bar that counts floating-point operations.
+        out: A folder for every finished part, and at the end for `result.nc`. The same call computes only
+            what is missing, however the last one ended; the values are those of an uninterrupted run.
         check_dtype: Also run a sample in float32 and record the largest differences as the setting
             `float32_agreement`; by default where the weights have 16 bits.
         kind: The result's kind (memlens' own analyses set theirs).
         settings: Further parameters to record.
 
     Returns:
-        A `Result` with one value per sequence and intervention for each metric, and the un-intervened
-        value (`<metric>_baseline`).
+        A `Result` with one value per sequence and intervention for each metric, and the value
+        without intervention (`<metric>_baseline`).
 
     Raises:
         EmptySetError: No sequences, or no interventions.
         SiteError: A hook name that the model does not have.
-        SilentInterventionError: A hook that edits, and is ignored by the model.
+        SilentInterventionError: The model ignores what a hook writes.
         InterventionError: A hook raised; the message names it.
-        NonFiniteError: The un-intervened model gives NaN or infinity.
+        NonFiniteError: The unchanged model gives NaN or infinity.
         ResultError: `out` holds another sweep, or a damaged part.
 
     Example:
@@ -167,17 +167,16 @@ def sweep(
         recorded["float32_agreement"] = agreement_with_float32(
             trunk, sequences, interventions, metrics, baseline, values, per_token=per_token
         )
-    variables = labelled(values, interventions, per_token)
+    variables, coords = gridded(values, interventions, per_token)
     for name, array in baseline.items():
         variables[f"{name}_baseline"] = (("sequence", *(["target"] * per_token)), array)
-    coords = coords_of(interventions)
     return kept(make_result(kind, model, sequences, variables, coords, recorded, measured), out)
 
 
 def kept(result: Result, out: str | Path | None) -> Result:
     """Return a result, saved as `result.nc` where the sweep has a folder `out`.
 
-    An analysis that adds to the result of `sweep` saves it through this function, too.
+    Analyses that extend the result of `sweep` save it through this function, too.
     """
     if out is not None:
         result.save(Path(out) / "result.nc")
@@ -191,10 +190,10 @@ def _about(
     metrics: Sequence[MetricLike],
     **options: Any,
 ) -> dict[str, str]:
-    """What identifies a persisted sweep; each part is compared separately, so that an error can name it."""
+    """Return what identifies a saved sweep, entry by entry, so that an error can name what differs."""
     return {
         "the model": model_fingerprint(model),
-        "the sequences": sequences_fingerprint(seqs),
+        "the sequences": fingerprint(seqs),
         "the interventions": fingerprint(list(interventions), model),
         "the metrics": fingerprint(list(metrics), model),
         "the options": fingerprint(options),
@@ -218,7 +217,7 @@ def _check_inputs(trunk: Trunk, seqs: SequenceSet, interventions: Sequence[Inter
     check_sequences(seqs, trunk.model, on_eos="keep")
     if isinstance(interventions, Intervention):
         raise InterventionError(
-            f"interventions is one Intervention ({interventions.name!r}): give a list of it."
+            f"interventions is one Intervention ({interventions.name!r}): give a list that contains it."
         )
     if not interventions:
         raise EmptySetError("there are no interventions to run: give at least one.")
@@ -252,16 +251,11 @@ def measure(
 
     Args:
         model: A TransformerLens model.
-        sequences: What is recalled.
-        metrics: As for `sweep`.
+        sequences: The sequences.
+        metrics: As for `sweep`, like the other arguments and the errors.
         per_token: Keep a `target` axis, NaN after a sequence's last target (built-in metrics only).
-        memory_budget: Bytes for activations.
+        memory_budget: Bytes that activations may take.
         batch_size: Sequences in a batch.
-
-    Raises:
-        EmptySetError: No sequences.
-        SequenceError, VocabularyError: A sequence does not fit the model.
-        NonFiniteError: The model gives NaN or infinity.
     """
     check_sequences(sequences, model, on_eos="keep")
     trunk = Trunk(model)
@@ -273,9 +267,9 @@ def measure(
 
 
 _PARTS_VERSION = 2
-"""Of the format; version 1 was identified by fingerprints that could collide."""
+"""The version of the format; version 1 used fingerprints that could collide."""
 _FEWEST = 16
-"""Interventions per part, at least: each part runs the un-intervened model once."""
+"""The smallest number of interventions per part, since each part runs the unchanged model once."""
 
 
 @dataclass(frozen=True)
@@ -300,7 +294,7 @@ class Shard:
 
 
 def cut(n_sequences: int, costs: Sequence[float], batch_size: int, most: float) -> list[Shard]:
-    """Cut a sweep into parts that cost about the same.
+    """Divide a sweep into parts of about the same cost.
 
     >>> [(s.rows, s.items) for s in cut(3, [1.0] * 40, 2, 40.0)]
     [(range(0, 2), range(0, 20)), (range(0, 2), range(20, 40)), (range(2, 3), range(0, 40))]
@@ -386,7 +380,7 @@ def agreement_with_float32(
     items = _spread(len(interventions), _COMPARED_INTERVENTIONS)
     rows = range(min(len(seqs), _COMPARED_SEQUENCES))
     found: dict[str, dict[str, float]] = {}
-    with in_float32(trunk.model):
+    with in_dtype(trunk.model, torch.float32):
         wide = Trunk(trunk.model)
         budget = Budget.of(wide, seqs, None, len(rows))
         runner = Engine.of(wide, seqs, metrics, budget, per_token=per_token)
@@ -419,7 +413,7 @@ def _differences(base: np.ndarray, values: np.ndarray, plain: Tensor, wanted: Te
 
 
 def _spread(n: int, most: int) -> list[int]:
-    """Up to `most` numbers below `n`, evenly spread, first and last among them."""
+    """Return up to `most` numbers below `n`, evenly spread, with the first and the last."""
     return sorted({round(float(i)) for i in np.linspace(0, n - 1, min(n, most))})
 
 

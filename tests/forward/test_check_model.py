@@ -102,7 +102,7 @@ def test_a_hook_that_is_not_what_its_name_says_is_refused(
     assert [check.name for check in found.failures] == ["site v"]
     assert [check.name for check in found.checks if check.status == "refused"] == ["site q"]
     monkeypatch.undo()
-    with pytest.raises(SiteError, match="does not do on this model what its name claims"):
+    with pytest.raises(SiteError, match="does not do what its name claims on this model"):
         model_hooks(model, "q")
     model_hooks(model, "z")
 

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from memlens.errors import OptionError, UnsupportedModelError
-from memlens.models.checks import verify_against_huggingface
 from memlens.models.load import load_model
 from memlens.models.names import has_hooked_transformer
 from memlens.models.provenance import describe
+from tests.models.equality import distance_from_huggingface
 from tests.tiny import FAMILIES, HOOKED_FAMILIES, N_CTX, random_tokens, tiny_tokenizer, write_tiny
 
 BOTH = [(f, b) for f in FAMILIES for b in ("hooked", "bridge") if b == "bridge" or f in HOOKED_FAMILIES]
@@ -104,7 +104,7 @@ def test_hooked_follows_the_config(family, overrides, tmp_path):
         plain = huggingface(write_tiny(family, tmp_path / "plain"))(random_tokens(2, 40)).logits
         expected = huggingface(folder)(random_tokens(2, 40)).logits
     assert (plain - expected).abs().max() > 1e-3  # the option acts
-    assert verify_against_huggingface(model, huggingface(folder), random_tokens(2, 40)) < 1e-5
+    assert distance_from_huggingface(model, huggingface(folder), random_tokens(2, 40)) < 1e-5
 
 
 OBSTACLES = [
@@ -124,7 +124,7 @@ def test_what_hooked_cannot_run_goes_to_the_bridge(family, overrides, reason, tm
         load_model(folder, backend="hooked", device="cpu")
     model = load_model(folder, device="cpu")
     assert type(model).__name__ == "TransformerBridge"
-    assert verify_against_huggingface(model, huggingface(folder), random_tokens()) < 1e-5
+    assert distance_from_huggingface(model, huggingface(folder), random_tokens()) < 1e-5
 
 
 @pytest.mark.skipif(has_hooked_transformer(), reason="this TransformerLens has it")
@@ -138,7 +138,7 @@ def test_zoo_name(tmp_path, monkeypatch):
     folder = write_tiny("gpt_neox", tmp_path / "zoo" / "tiny")
     model = load_model("zoo/tiny", device="cpu")
     assert describe(model)["model"] == "zoo/tiny"
-    assert verify_against_huggingface(model, huggingface(folder), random_tokens()) < 1e-5
+    assert distance_from_huggingface(model, huggingface(folder), random_tokens()) < 1e-5
 
 
 def test_transformer_lens_model_comes_back_as_it_is(tiny_model):
@@ -178,7 +178,7 @@ def test_huggingface_model_shows_attention_patterns(tiny_folder):
 def test_huggingface_model_as_hooked_transformer(tiny_folder):
     hf = huggingface(tiny_folder("olmo2"))
     model = load_model(hf, backend="hooked", tokenizer=tiny_tokenizer())
-    assert verify_against_huggingface(model, hf, random_tokens()) < 1e-5
+    assert distance_from_huggingface(model, hf, random_tokens()) < 1e-5
     assert model.to_tokens("w5 w6", prepend_bos=False).tolist() == [[5, 6]]
 
 
@@ -203,7 +203,7 @@ def test_without_tokenizer(family, tmp_path, caplog):
         model = load_model(folder, device="cpu")
     assert model.tokenizer is None
     assert "takes token ids only" in caplog.text
-    assert verify_against_huggingface(model, huggingface(folder), random_tokens()) < 1e-5
+    assert distance_from_huggingface(model, huggingface(folder), random_tokens()) < 1e-5
 
 
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
@@ -224,7 +224,7 @@ def test_device_map_goes_to_the_bridge(tiny_folder):
     folder = tiny_folder("gpt_neox")
     model = load_model(folder, device_map={"": "cpu"})
     assert type(model).__name__ == "TransformerBridge"
-    assert verify_against_huggingface(model, huggingface(folder), random_tokens()) < 1e-5
+    assert distance_from_huggingface(model, huggingface(folder), random_tokens()) < 1e-5
 
 
 OPTIONS = [

@@ -9,9 +9,9 @@ import torch
 from einops import rearrange
 
 from memlens.errors import ModelLoadError, OptionError
-from memlens.models.checks import verify_against_huggingface
 from memlens.models.load import load_model
 from memlens.models.provenance import describe
+from tests.models.equality import distance_from_huggingface
 from tests.tiny import D_VOCAB, END_OF_TEXT, N_CTX, random_tokens, tiny_huggingface_model
 
 N_HEADS, N_KV_HEADS = 4, 2
@@ -94,7 +94,7 @@ def files(hf_model, tmp_path_factory):
 def test_by_path(files, hf_model, capfd):
     model = load_model(files / "tiny-f32.gguf", device="cpu")
     assert capfd.readouterr() == ("", "")
-    assert verify_against_huggingface(model, hf_model, random_tokens(2, 40)) < 1e-5
+    assert distance_from_huggingface(model, hf_model, random_tokens(2, 40)) < 1e-5
     assert describe(model)["model"] == "tiny-f32"
     assert describe(model)["family"] == "llama"
     assert model.cfg.n_key_value_heads == N_KV_HEADS
@@ -102,7 +102,7 @@ def test_by_path(files, hf_model, capfd):
 
 def test_by_folder_and_file(files, hf_model):
     model = load_model(files, gguf_file="tiny-f32.gguf", device="cpu")
-    assert verify_against_huggingface(model, hf_model, random_tokens()) < 1e-5
+    assert distance_from_huggingface(model, hf_model, random_tokens()) < 1e-5
 
 
 def test_quantized_weights_become_float32(files, hf_model):

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from memlens.errors import ModelLoadError, ModelNotFoundError, OptionError
 from memlens.models import names
-from memlens.models.checks import verify_against_huggingface
 from memlens.models.load import load_model
 from memlens.models.names import has_hooked_transformer
 from memlens.models.provenance import describe
+from tests.models.equality import distance_from_huggingface
 from tests.models.hub_cache import put_in_cache
 from tests.tiny import random_tokens
 
@@ -44,7 +44,7 @@ def test_real_names(repo, tiny, family, cache):
     snapshot = put_in_cache(cache, repo, tiny)
     model = load_model(repo, device="cpu")
     hf_model = AutoModelForCausalLM.from_pretrained(snapshot).eval()
-    assert verify_against_huggingface(model, hf_model, random_tokens(2, 40)) < 1e-5
+    assert distance_from_huggingface(model, hf_model, random_tokens(2, 40)) < 1e-5
     facts = describe(model)
     hooked = family in HOOKED and has_hooked_transformer()
     assert facts["backend"] == ("HookedTransformer" if hooked else "TransformerBridge")
@@ -152,4 +152,4 @@ def test_pickled_weights_only_when_asked(cache, tmp_path_factory):
     with pytest.raises(ModelLoadError, match="allow_pickle=True"):
         load_model("openlm-research/open_llama_3b")
     loaded = load_model("openlm-research/open_llama_3b", allow_pickle=True, device="cpu")
-    assert verify_against_huggingface(loaded, model.eval(), random_tokens()) < 1e-5
+    assert distance_from_huggingface(loaded, model.eval(), random_tokens()) < 1e-5

@@ -17,7 +17,7 @@ from memlens.forward.capture import ActivationSource
 from memlens.models.names import has_hooked_transformer
 from memlens.sequences.set import SequenceSet
 from memlens.store import fingerprint as fingerprints
-from memlens.store.fingerprint import fingerprint, model_fingerprint, sequences_fingerprint
+from memlens.store.fingerprint import fingerprint, model_fingerprint
 from tests.small import corrupted, ragged
 
 FACTOR = 2
@@ -112,9 +112,9 @@ def test_a_patch_is_named_by_its_source(tiny_model: Any) -> None:
 
 def test_sequences_are_named_by_their_tokens() -> None:
     seqs = ragged()
-    assert sequences_fingerprint(seqs) == sequences_fingerprint(ragged())
-    assert sequences_fingerprint(seqs) != sequences_fingerprint(corrupted(seqs))
-    assert sequences_fingerprint(seqs) != sequences_fingerprint(seqs[:3])
+    assert fingerprint(seqs) == fingerprint(ragged())
+    assert fingerprint(seqs) != fingerprint(corrupted(seqs))
+    assert fingerprint(seqs) != fingerprint(seqs[:3])
 
 
 def changes(model: Any) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def test_random_changes_of_weights_and_tokens_do_not_collide() -> None:
     """Single and paired changes of one weight matrix and one set of sequences, 2,000 each."""
     rng = np.random.default_rng(0)
     weights, tokens = torch.randn(64, 64), torch.from_numpy(rng.integers(0, 100, (8, 20)))
-    names = {fingerprint(weights), sequences_fingerprint(SequenceSet.from_tokens(tokens, 8))}
+    names = {fingerprint(weights), fingerprint(SequenceSet.from_tokens(tokens, 8))}
     done = set()
     for number in range(2000):
         places = tuple(sorted(rng.choice(64 * 64, 1 + number % 2, replace=False).tolist()))
@@ -199,7 +199,7 @@ def test_random_changes_of_weights_and_tokens_do_not_collide() -> None:
         for place in rng.choice(160, 1 + number % 2, replace=False):
             changed[place] = (changed[place] + int(rng.integers(1, 100))) % 100
         seqs = SequenceSet.from_tokens(changed.view(8, 20), 8)
-        names.add(sequences_fingerprint(seqs))
+        names.add(fingerprint(seqs))
         rows.add(tuple(changed.tolist()))
     assert len(names) == 2 + len(done) + len(rows)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import memlens as ml
-from memlens.sweeps.contexts import in_float32
+from memlens.sweeps.contexts import in_dtype
 from tests.small import CASES, corrupted, ragged
 
 
@@ -32,7 +32,7 @@ def test_agreement_is_the_difference_to_the_same_weights_in_float32(
     assert 1e-7 < off["value"] < {"bfloat16": 0.1, "float16": 0.02}[dtype]
     assert all(torch.equal(p, before[n]) and p.dtype == before[n].dtype for n, p in model.named_parameters())
     assert torch.equal(model(clean.tokens), logits)
-    with in_float32(wide):
+    with in_dtype(wide, torch.float32):
         plain = ml.sweep(wide, clean, edits, ("target_logprob",), engine="reference", progress=False)
     whole = np.abs(got["target_logprob"].values - plain["target_logprob"].values)
     assert off["value"] <= whole.max() + 1e-6

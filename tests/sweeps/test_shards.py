@@ -69,7 +69,7 @@ def test_a_rerun_does_only_what_is_missing(
     plain = module.run_batches
 
     def counted(*args: Any) -> Any:
-        ran.append((args[-1], len(args[3])))
+        ran.append((args[-1], len(args[2])))
         return plain(*args)
 
     monkeypatch.setattr(module, "run_batches", counted)

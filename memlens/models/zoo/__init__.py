@@ -1,4 +1,4 @@
-"""Where the zoo's models lie: bundled in this folder, or trained on demand into the user's cache.
+"""Where the zoo's models are: bundled in this folder, or trained on demand into the user's cache.
 
 Each model is an ordinary Hugging Face checkpoint folder. Nothing heavy is imported here.
 """
@@ -46,7 +46,7 @@ def is_zoo_name(name: str) -> bool:
 
 
 def zoo_names() -> list[str]:
-    """Return the names of all models there are, without the prefix: bundled ones first, then the cache's.
+    """Return the names of all available models, without the prefix: bundled ones first, then the cache's.
 
     >>> "pythia-s" in zoo_names()
     True
@@ -56,7 +56,7 @@ def zoo_names() -> list[str]:
 
 
 def zoo_path(name: str) -> Path:
-    """Return the checkpoint folder of a zoo model; a bundled one comes before one in the cache.
+    """Return the checkpoint folder of a zoo model; a bundled one takes precedence over the cache.
 
     Args:
         name: `"zoo/pythia-s"` or `"pythia-s"`.
@@ -86,7 +86,7 @@ def zoo_path(name: str) -> Path:
 
 
 def _checkpoints(root: Path) -> list[Path]:
-    """Folders that hold a finished checkpoint; a run in progress lies in `<name>.partial`."""
+    """Return folders with a finished checkpoint; a run in progress is in `<name>.partial`."""
     if not root.is_dir():
         return []
     folders = sorted(path for path in root.iterdir() if path.suffix != ".partial")

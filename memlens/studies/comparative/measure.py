@@ -28,7 +28,7 @@ from memlens.recall.scores import RecallScores
 from memlens.results.groups import join_groups
 from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
-from memlens.store.fingerprint import fingerprint, model_fingerprint, sequences_fingerprint
+from memlens.store.fingerprint import fingerprint, model_fingerprint
 from memlens.studies.comparative.analyze.frequency import token_frequencies
 from memlens.studies.comparative.analyze.rates import join_steps
 from memlens.studies.comparative.config import StudyModel, per_domain, read_domains
@@ -112,7 +112,7 @@ class _Measures:
         }
         self.path = root / folder_name(entry.label, weights)
         self.saved = SavedModel(self.path, facts)
-        self.on = sequences_fingerprint(self.seqs)
+        self.on = fingerprint(self.seqs)
 
     def make(self, part: str) -> None:
         chosen: dict[str, Any] = {name: getattr(self.options, name) for name in _USES.get(part, ())}

@@ -1,9 +1,9 @@
-"""What changes downstream of some starts, and nothing else.
+"""Compute only what changes downstream of some starts.
 
-A change at position p of a block's input reaches positions ≥ p of later blocks only. `Cone` stacks the
-starts of a portion along the batch, runs the remaining blocks on the positions from the first changed
+A change at position p of a layer's input reaches only positions ≥ p of later layers. `Cone` stacks the
+starts of a portion along the batch, runs the remaining layers on the positions from the first changed
 one on, lets the stack grow as it passes the layers where others start, reads keys and values of the
-unchanged prefix from the baseline, and asks the last block for the target positions alone.
+unchanged prefix from the baseline, and queries the last layer at the target positions only.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from memlens.forward.batches import at_positions
 from memlens.forward.blocks import FunctionalBlocks, KeysValues
 from memlens.sweeps.engine.entries import Start
 
 
 class Cone:
-    """The downstream of one batch's baseline.
+    """Runs the layers downstream of changes to one batch's baseline.
 
     Args:
         blocks: The model's blocks.
-        resid: The baseline's residual at each block's input (`n_layers`: at the end), whole batch.
+        resid: The baseline's residual at each layer's input (`n_layers`: at the end), for the whole batch.
         positions: Predicting positions, `[batch, target]`; 0 outside the targets' mask.
-        stop: The positions from here on predict nothing.
-        chunk_tokens: Greatest number of positions (over all rows) that run through a block at a time.
+        stop: The first position after those that predict a target.
+        chunk_tokens: The largest number of positions (over all rows) that run through a layer at a time.
     """
 
     blocks: FunctionalBlocks
@@ -50,7 +51,7 @@ class Cone:
         self._kept: dict[int, KeysValues] = {}
 
     def final(self, starts: Sequence[Start]) -> Float[Tensor, "row target d_model"]:
-        """Return the residual after the last block at the predicting positions, start by start.
+        """Return the residual after the last layer at the predicting positions, start by start.
 
         Positions before the first changed one hold the baseline's.
         """
@@ -65,7 +66,7 @@ class Cone:
             if entering:
                 new = torch.cat([self._entered(s, first) for s in entering])
                 if layer == self.n_layers:
-                    new = _picked(new, local)
+                    new = at_positions(new, local)
                 active = new if active is None else torch.cat([active, new])
             if layer < self.n_layers:
                 assert active is not None
@@ -79,17 +80,17 @@ class Cone:
         )
 
     def _baseline(self, copies: int) -> Tensor:
-        return _picked(self.resid[self.n_layers], self.positions).repeat(copies, 1, 1)
+        return at_positions(self.resid[self.n_layers], self.positions).repeat(copies, 1, 1)
 
     def _entered(self, start: Start, first: int) -> Tensor:
-        """A start's residual at positions ``first .. stop``, at the input of its layer."""
+        """Return a start's residual at positions ``first .. stop``, at the input of its layer."""
         new = self.blocks.add_mlp(start.layer - 1, start.resid) if start.mid else start.resid
         if start.first == first:
             return new
         return torch.cat([self.resid[start.layer][:, first : start.first], new], 1)
 
     def _run(self, layer: int, active: Tensor, first: int, queries: Tensor | None) -> Tensor:
-        """Run a block on the stack, a chunk of whole batches at a time."""
+        """Run a layer on the stack, a chunk of whole batches at a time."""
         size, copies = len(self.positions), len(active) // len(self.positions)
         step = max(1, self.chunk_tokens // (size * active.shape[1]))
         parts = []
@@ -102,7 +103,7 @@ class Cone:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _past(self, layer: int, first: int, copies: int) -> KeysValues:
-        """Keys and values of the unchanged positions, for `copies` interventions."""
+        """Return keys and values of the unchanged positions, for `copies` interventions."""
         keys, values = (t[:, :, :first].repeat(copies, 1, 1, 1) for t in self._kv(layer))
         return keys, values
 
@@ -110,9 +111,3 @@ class Cone:
         if layer not in self._kept:
             self._kept[layer] = self.blocks.keys_values(layer, self.resid[layer][:, : self.stop])
         return self._kept[layer]
-
-
-def _picked(x: Tensor, positions: Tensor) -> Tensor:
-    """The positions `[batch, target]` of `x` `[copies * batch, pos, …]`."""
-    positions = positions.repeat(len(x) // len(positions), 1)
-    return x[torch.arange(len(x), device=x.device)[:, None], positions]

@@ -1,13 +1,13 @@
 """The two engines: the plain one, and the fast one that must equal it.
 
-*Reference*: one full `run_with_hooks` forward for each intervention, full logits.
+*Reference*: one full `run_with_hooks` forward per intervention, with full logits.
 
-*Fast*: one baseline pass keeps the residual at each block's input; an intervention that first touches
-layer ``l`` starts there, or after ``l`` where its edit can be carried through the block by itself
-(`memlens.sweeps.engine.entries`); interventions are stacked along the batch; blocks that no hook touches run
-only where something changed (`memlens.sweeps.engine.cone`); only positions that predict a target are
-unembedded, and reduced at once. Where the model's blocks have a form that is not known, or a user's own
-hooks listen, every block from ``l`` on is the model's own.
+*Fast*: one teacher-forced pass, the baseline, keeps the residual at each layer's input. An intervention
+that first touches layer ``l`` starts there, or after ``l`` if its change can be carried through the layer by
+itself (`memlens.sweeps.engine.entries`). Interventions are stacked along the batch. Layers that no hook
+touches run only where something changed (`memlens.sweeps.engine.cone`), and only positions that predict a
+target are unembedded. If the model's blocks have an unknown form, or the user has set hooks, the model's own
+blocks run from ``l`` on.
 """
 
 from __future__ import annotations
@@ -49,20 +49,15 @@ def stacked_hooks(bound: Sequence[Sequence[tuple[Any, HookFn]]], size: int) -> l
     for i, hooks in enumerate(bound):
         for point, fn in hooks:
             chains.setdefault(point, {}).setdefault(i, []).append(fn)
-    return [
-        (
-            point,
-            _on_slices(
-                [(slice(i * size, (i + 1) * size), _chain(fns)) for i, fns in parts.items()],
-                len(bound) * size,
-            ),
-        )
-        for point, parts in chains.items()
-    ]
+    stacked = []
+    for point, parts in chains.items():
+        slices = [(slice(i * size, (i + 1) * size), _chain(fns)) for i, fns in parts.items()]
+        stacked.append((point, _on_slices(slices, len(bound) * size)))
+    return stacked
 
 
 def _chain(fns: Sequence[HookFn]) -> HookFn:
-    """Several functions of one intervention on one hook, each seeing what the one before gave."""
+    """Chain the functions of one intervention on one hook: each receives what the one before returned."""
 
     def call(activation: Tensor, hook: Any) -> Tensor | None:
         value, changed = activation, False
@@ -75,9 +70,9 @@ def _chain(fns: Sequence[HookFn]) -> HookFn:
 
 
 def _on_slices(parts: Sequence[tuple[slice, HookFn]], rows: int) -> HookFn:
-    """One hook that lets each function see and change only its own rows.
+    """Return one hook in which each function sees and changes only its own rows.
 
-    A function that edits in place reaches whatever else reads the activation, as it does when it runs
+    A function that changes its activation in place affects whatever else reads it, as it does when it runs
     alone; a function that returns a new activation does not.
     """
 
@@ -98,15 +93,15 @@ def _on_slices(parts: Sequence[tuple[slice, HookFn]], rows: int) -> HookFn:
 
 @dataclass(frozen=True)
 class Baseline:
-    """One batch as it is.
+    """A batch without interventions.
 
     Attributes:
         batch: The sequences.
         targets: Their targets.
-        values: The un-intervened metrics.
-        resid: The residual at the input of blocks (`n_layers`: after the last).
-        acts: The activations that interventions edit or read.
-        cone: The unhooked blocks on what changes; None where the model's own must run.
+        values: The metrics.
+        resid: The residual at the input of layers (`n_layers`: after the last).
+        acts: The activations that interventions change or read.
+        cone: Runs functional blocks on what changes; None if the model's own blocks must run.
     """
 
     batch: Batch
@@ -146,7 +141,7 @@ class Engine:
     def of(
         trunk: Trunk, seqs: SequenceSet, metrics: Sequence[MetricLike], budget: Budget, *, per_token: bool
     ) -> Engine:
-        """An engine that measures these metrics within a budget."""
+        """Return an engine that measures these metrics within a budget."""
         forward = TeacherForced.of(trunk, make_reduce(metrics, per_token=per_token), budget)
         tokens = seqs.tokens[:1, :4].to(trunk.device)
         return Engine(forward, trunk, chunk_tokens=budget.chunk_tokens, probe_tokens=tokens)
@@ -154,7 +149,7 @@ class Engine:
     def reference(
         self, batch: Batch, targets: Targets, intervention: Intervention | None
     ) -> dict[str, Tensor]:
-        """One plain forward with one intervention's hooks (None: without any)."""
+        """Return the metrics of one plain forward with one intervention's hooks, or without any."""
         hooks = [] if intervention is None else intervention.bound(batch)
         with attached(self.model, self._watched(hooks)):
             logits = self.model(batch.tokens)
@@ -187,10 +182,10 @@ class Engine:
         return Cone(self._blocks, resid, targets.positions, stop, self.chunk_tokens)
 
     def start(self, base: Baseline, intervention: Intervention, entry: Entry) -> Start | None:
-        """Evaluate an intervention that edits one point on the baseline; None where it changes nothing.
+        """Evaluate an intervention at one point on the baseline; None if it changes nothing.
 
         Raises:
-            NotCarriedError: The edit has another shape than the activation.
+            NotCarriedError: The new activation has another shape.
         """
         assert base.cone is not None
         hooks = [
@@ -204,9 +199,9 @@ class Engine:
         return start_of(entry, new, base.acts, base.resid, base.cone.blocks, base.cone.stop)
 
     def downstream(self, base: Baseline, starts: Sequence[Start | None]) -> Tensor:
-        """The final residuals that follow from some starts, `[start * batch, target, d_model]`.
+        """Return the final residuals that follow from some starts, `[start * batch, target, d_model]`.
 
-        Where a start is None they are the baseline's.
+        For a start of None they are the baseline's.
         """
         assert base.cone is not None
         changed = [s for s in starts if s is not None]
@@ -217,7 +212,7 @@ class Engine:
         return torch.cat([own if s is None else next(each) for s in starts])
 
     def stacked(self, base: Baseline, interventions: Sequence[Intervention]) -> Tensor:
-        """The same for interventions of one first and last layer, in one forward along the batch."""
+        """Return the same for interventions with one first and last layer, stacked along the batch."""
         first, last = interventions[0].start_layer, interventions[0].last_layer
         assert first is not None
         assert last is not None
@@ -258,4 +253,4 @@ class Engine:
 
 
 class NotCarriedError(Exception):
-    """An edit cannot be carried to the residual by itself: its block has to run."""
+    """A change cannot be carried to the residual by itself: its layer has to run."""

@@ -1,15 +1,15 @@
-"""Where an intervention's change enters the residual, so that the block it touches need not run.
+"""Where an intervention's change enters the residual, so that the layer it touches need not run.
 
-A hook function is a function of the activation at its own point, and the first point that an
-intervention touches still has its baseline value. So an intervention that edits one point is evaluated on
-the captured baseline, and its change is carried from there to the residual by what the block does with it:
+A hook function depends on the activation at its own point, and the first point that an intervention
+touches still has its baseline value. So an intervention that changes one point is evaluated on the captured
+baseline, and its change is carried from there to the residual as the layer would carry it:
 
 - `resid_pre`, `resid_post`: the residual itself;
-- `mlp_out`, and `attn_out` in parallel blocks: the difference is added after the block;
+- `mlp_out`, and `attn_out` in parallel blocks: the difference is added after the layer;
 - `attn_out` in sequential blocks: the residual between attention and MLP, and the MLP runs;
 - `z`: the output projection, then as `attn_out`.
 
-Which positions changed is seen, not declared: nothing before the first of them is computed.
+The changed positions are found by comparison: nothing before the first of them is computed.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from memlens.sweeps.interventions import Intervention, Reads
 
 _ENTRY_SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z")
 _ORDER = ("resid_pre", "v", "z", "attn_out", "mlp_out", "resid_post")
-"""The points whose baseline may be read, in the order in which a block passes them."""
+"""The points whose baseline may be read, in the order in which a layer computes them."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The one point that an intervention edits.
+    """The one point that an intervention changes.
 
     Attributes:
-        layer: Its block.
+        layer: Its layer.
         site: Its site.
         name: Its hook name.
-        reads: The hook names that it only looks at.
+        reads: The hook names that it only reads.
     """
 
     layer: int
@@ -48,26 +48,26 @@ class Entry:
     reads: tuple[str, ...]
 
     def captured(self, parallel: bool) -> set[str]:
-        """The activations that the baseline pass has to keep for it."""
+        """Return the activations that the baseline has to keep for it."""
         beside = {hook_name("attn_out", self.layer)} if self.runs_mlp(parallel) else set()
         return {self.name, *self.reads, *beside}
 
     def next_layer(self) -> int:
-        """The first block that runs."""
+        """Return the first layer that runs."""
         return self.layer if self.site == "resid_pre" else self.layer + 1
 
     def runs_mlp(self, parallel: bool) -> bool:
-        """Whether the touched block's own MLP runs."""
+        """Return whether the touched layer's own MLP runs."""
         return not parallel and self.site in ("attn_out", "z")
 
 
 @dataclass(frozen=True)
 class Start:
-    """From where an intervention is computed on.
+    """Where the computation of an intervention begins.
 
     Attributes:
-        layer: The first block that runs.
-        mid: Whether `resid` stands before the MLP of the block before.
+        layer: The first layer that runs.
+        mid: Whether `resid` is the input of the previous layer's MLP.
         resid: The residual there at positions ``first ..``.
         first: The first position that changed.
     """
@@ -79,7 +79,7 @@ class Start:
 
 
 def entry_of(intervention: Intervention) -> Entry | None:
-    """Return the one point an intervention edits, or None where its blocks have to run."""
+    """Return the one point that an intervention changes, or None if its layers have to run."""
     edits = {name for name, fn in intervention.hooks if not isinstance(fn, Reads)}
     reads = tuple(name for name, fn in intervention.hooks if isinstance(fn, Reads))
     if len(edits) != 1:
@@ -106,7 +106,7 @@ def _place(name: str) -> tuple[int | None, str | None]:
 def edited(
     hooks: Sequence[tuple[str, Any, HookFn]], entry: Entry, acts: Mapping[str, Tensor]
 ) -> Float[Tensor, "batch pos ..."]:
-    """Return the edited activation: what the hooks make of the captured baseline."""
+    """Return the activation that the hooks make of the captured baseline."""
     for name, point, fn in hooks:
         if name != entry.name:
             fn(acts[name].clone(), point)
@@ -126,7 +126,7 @@ def start_of(
     blocks: FunctionalBlocks,
     stop: int,
 ) -> Start | None:
-    """Carry an edited activation to the residual; None where it changes nothing before `stop`."""
+    """Carry a changed activation to the residual; None if nothing changes before `stop`."""
     old = acts[entry.name]
     first = _first_change(old[:, :stop], new[:, :stop])
     if first is None:
@@ -153,7 +153,7 @@ def start_of(
 def changed_from(
     layer: int, old: Float[Tensor, "batch pos d_model"], new: Float[Tensor, "batch pos d_model"]
 ) -> Start | None:
-    """Start at a layer from the whole residual at its input; None where it is the baseline's."""
+    """Start at a layer from the residual at its input; None if that equals the baseline's."""
     first = _first_change(old, new)
     return None if first is None else Start(layer, False, new[:, first:], first)
 
@@ -164,7 +164,7 @@ def _first_change(old: Tensor, new: Tensor) -> int | None:
 
 
 def _changed_heads(new: Tensor, old: Tensor) -> tuple[Tensor, slice]:
-    """The change of `z` on the heads from the first to the last changed one, and which they are."""
+    """Return the change of `z` from the first to the last changed head, and these heads."""
     changed = torch.nonzero((new != old).any(-1).flatten(0, 1).any(0))[:, 0]
     heads = slice(int(changed[0]), int(changed[-1]) + 1)
     return new[:, :, heads] - old[:, :, heads], heads

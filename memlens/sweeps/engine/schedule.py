@@ -1,4 +1,4 @@
-"""In what order and in what portions a sweep's interventions run over its batches."""
+"""The order and the portions in which a sweep's interventions run on its batches."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run_batches(
 
 
 def _observed(item: Intervention, batch: Batch) -> Values:
-    """What an intervention's own hooks have seen of a batch they ran on."""
+    """Return what an intervention's reading hooks have seen of a batch."""
     found = {} if item.observed is None else item.observed(batch)
     for name, value in found.items():
         if value.shape != batch.rows.shape:
@@ -75,14 +75,14 @@ def _check_names(out: list[list[Values]], interventions: Sequence[Intervention])
             if values.keys() != row[0].keys():
                 raise InterventionError(
                     f"interventions {interventions[0].name!r} and {item.name!r} observe different things: "
-                    "sweep them apart."
+                    "run them in separate sweeps."
                 )
 
 
 def _fast(
     runner: Engine, base: Baseline, items: Numbered, budget: Budget
 ) -> Iterator[tuple[Numbered, Tensor]]:
-    """Yield portions of interventions with their final residuals; those outside the blocks are left out."""
+    """Yield portions of interventions with their final residuals; those outside the layers are left out."""
     size = len(base.batch.rows)
     carried = [x for x in items if base.cone is not None and entry_of(x[1]) is not None]
     own = {i for i, _ in carried}
@@ -115,7 +115,7 @@ def _from_starts(runner: Engine, base: Baseline, items: Numbered) -> Tensor:
 def _gathered(
     rows: Iterable[tuple[Numbered, Tensor]], each: int, wanted: int
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Join portions until they fill an unembedding: it reads a large matrix for however few positions."""
+    """Join portions until they fill an unembedding, which reads a large matrix however few the positions."""
     numbers: list[int] = []
     parts: list[Tensor] = []
     for part, final in rows:
@@ -129,7 +129,7 @@ def _gathered(
 
 
 def _halving(run: Callable[[Numbered], Tensor], items: Numbered) -> Tensor:
-    """Run a portion; where the device has no memory for it, run its halves."""
+    """Run a portion; if the device runs out of memory, run its halves."""
     try:
         return run(items)
     except torch.OutOfMemoryError:
@@ -154,17 +154,17 @@ Numbered = list[tuple[int, Intervention]]
 
 
 _WORTHWHILE = 512
-"""A smaller stack does not use the processor well: it takes in the next position's interventions."""
+"""A smaller stack uses the processor badly, so interventions at the next position join it."""
 
 
 def portions(items: Numbered, size: int, stop: int, tokens: int) -> Iterator[tuple[int, Numbered]]:
-    """Cut interventions into portions of like first positions, and of at most `tokens` positions.
+    """Divide interventions into portions with similar first positions and at most `tokens` positions.
 
     Args:
-        items: Numbered interventions that each edit one point.
+        items: Numbered interventions that each change one point.
         size: Sequences in the batch.
-        stop: Positions that are computed end here.
-        tokens: Greatest number of positions of a portion, over all its rows.
+        stop: Positions up to this one are computed.
+        tokens: The largest number of positions in a portion, over all its rows.
 
     Yields:
         The first position of a portion, and the portion.
