@@ -15,30 +15,14 @@ from memlens.models.families import Shape, find_model
 from memlens.models.provenance import describe
 from memlens.options import options_class
 from memlens.studies.comparative.config import StudyModel
+from memlens.studies.comparative.findings import TEXTS
 from memlens.studies.comparative.options import ComparativeOptions
 from memlens.studies.plans import blank_sequences
 from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.plan import Plan, plan_shape, shape_of
 
-_STAGE = "main is the end of all training stages; which stage was used, and what was sampled, is not known"
-_PLAIN = "the size is known; repository and revision are the obvious ones"
-_NOTES = {
-    "pythia": "sizes as in the authors' earlier code; whether deduplicated, and which step, is not known",
-    "olmo1": "which Dolma 1.x is not known: OLMo-{size}-0724-hf is of a later version",
-    "olmo2": _STAGE, "olmo3": _STAGE, "openllama": _PLAIN, "starcoder": _PLAIN,
-}  # fmt: skip
-_REVISIONS = {"pythia": "step143000"}
-
-PAPER_MODELS = (
-    "EleutherAI/pythia-160m", "EleutherAI/pythia-410m", "EleutherAI/pythia-1b", "EleutherAI/pythia-2.8b",
-    "EleutherAI/pythia-6.9b", "EleutherAI/pythia-12b", "allenai/OLMo-1B-hf", "allenai/OLMo-7B-hf",
-    "allenai/OLMo-2-0425-1B", "allenai/OLMo-2-1124-7B", "allenai/OLMo-2-1124-13B", "allenai/OLMo-2-0325-32B",
-    "allenai/Olmo-3-1025-7B", "allenai/Olmo-3-1125-32B", "openlm-research/open_llama_3b",
-    "openlm-research/open_llama_7b", "openlm-research/open_llama_13b", "bigcode/starcoderbase-1b",
-    "bigcode/starcoderbase-3b", "bigcode/starcoderbase-7b",
-)  # fmt: skip
+PAPER_MODELS: tuple[str, ...] = tuple(TEXTS["paper"]["models"])
 """The paper's twenty models, in the order of families and sizes; their shapes are in the family table."""
-
 
 _SAMPLE = 64
 """Sequences that are counted; costs are proportional to their number."""
@@ -135,8 +119,8 @@ def _facts(entry: StudyModel) -> tuple[dict[str, str], Shape, int]:
         family, listed = found
         size, revision, note = found[1].shape, entry.revision or "main", "not in the paper's list"
         if listed.name in PAPER_MODELS:
-            note = _NOTES[family.name].format(size=listed.size)
-            revision = entry.revision or _REVISIONS.get(family.name, "main")
+            note = TEXTS["paper"]["notes"][family.name].format(size=listed.size)
+            revision = entry.revision or TEXTS["paper"]["revisions"].get(family.name, "main")
         facts = {"family": entry.family or family.name, "model": listed.name, "revision": revision}
         return {**facts, "corpus": entry.corpus_of, "note": note}, size, found[1].shape.n_params
     model = entry.load()

@@ -21,8 +21,8 @@ from memlens.studies.comparative.analyze import frequency, layers, rates
 from memlens.studies.comparative.analyze.domains import domain_table, structural_gap, structural_share
 from memlens.studies.comparative.analyze.heads import HeadEffects, head_overlap, head_table, rank_agreement
 from memlens.studies.comparative.analyze.profiles import FamilyTest, Profiles, family_test
-from memlens.studies.comparative.findings import Judged, claim_table, judge_all, signature_table
-from memlens.studies.comparative.options import CONTROL, IMPORTANCES, MEMORIZED, ComparativeOptions
+from memlens.studies.comparative.findings import TEXTS, Judged, claim_table, judge_all, signature_table
+from memlens.studies.comparative.options import CONTROL, IMPORTANCES, ComparativeOptions
 from memlens.studies.comparative.store import SavedModel
 
 Rows = pd.DataFrame | list[dict[str, Any]] | dict[str, Any]
@@ -333,10 +333,11 @@ def _summary(made: Made) -> pd.DataFrame:
         for model in made.models
     ]  # fmt: skip
     table = table.merge(pd.DataFrame(facts), on="model")
-    for name, rows, columns in _SUMMARY:
-        found: Any = made.table(name)
+    sources: dict[str, Any] = {**made.tables, "noise_left": _noise_left(made.table("noise"))}
+    for words in TEXTS["summary"]:
+        found, columns = sources.get(words["table"], _EMPTY), words["columns"]
         if len(found):
-            found = rows(found) if callable(rows) else found.query(rows)
+            found = found.query(words["rows"]) if "rows" in words else found
             found = found[["model", *columns]].rename(columns=columns)
             table = table.merge(found, on="model", how="left")
     if len(similar := made.table("profile_similarity")):
@@ -347,27 +348,13 @@ def _summary(made: Made) -> pd.DataFrame:
     return table
 
 
-def _noise_left(noise: Any) -> pd.DataFrame:
+def _noise_left(noise: Any) -> Any:
     """The rate under the strongest noise over the rate without noise."""
+    if not len(noise):
+        return noise
     found = noise.pivot(index="model", columns="alpha", values="rate")
     left = found[found.columns.max()] / found[0.0].where(found[0.0] > 0)
     return left.rename("noise_left").reset_index()
-
-
-_ALL, _ANYWHERE = "model == model", "null == 'heads anywhere' and statistic == "
-_SUMMARY: tuple[tuple[str, Any, dict[str, str]], ...] = (
-    ("scores", _ALL, {"at_ends": "m_at_ends"}),
-    ("compression", _ALL, {"ratio": "compression_ratio"}),
-    ("structural", _ALL, {"structural_share": "structural_share"}),
-    ("thresholds", "comparison == 'all'", {"area": "frequency_area"}),
-    ("noise", _noise_left, {"noise_left": "noise_left"}),
-    ("recovery_gaps", "alpha == alpha.max()", {"gap": "recovery_gap"}),
-    ("bursts", f"group == '{MEMORIZED}'", {c: c for c in ("burst", "crossing", "before_last")}),
-    ("head_overlap", f"{_ANYWHERE} 'across domains'", {"value": "head_overlap"}),
-    ("head_overlap", f"{_ANYWHERE} 'inside a domain'", {"value": "head_overlap_inside"}),
-    ("head_overlap", f"{_ANYWHERE} 'universal'", {"value": "universal_heads"}),
-)
-"""The columns of the summary: table, which of its rows, and columns with their names in the summary."""
 
 
 def _signature_notes(made: Made) -> pd.DataFrame:

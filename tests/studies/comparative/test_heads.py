@@ -61,13 +61,13 @@ def test_random_overlap_is_the_one_reported_for_the_paper(
 
 
 def test_expected_jaccard_is_the_mean_over_all_pairs_of_subsets() -> None:
-    n, k, other = 7, 3, 2
+    n, k = 7, 3
     values = [
         len(set(a) & set(b)) / len(set(a) | set(b))
         for a in combinations(range(n), k)
-        for b in combinations(range(n), other)
+        for b in combinations(range(n), k)
     ]
-    assert expected_jaccard(n, k, other) == pytest.approx(np.mean(values), abs=1e-12)
+    assert expected_jaccard(n, k) == pytest.approx(np.mean(values), abs=1e-12)
     assert expected_jaccard(5, 5) == pytest.approx(1.0)
     with pytest.raises(OptionError, match="subsets of 6"):
         expected_jaccard(5, 6)

@@ -57,27 +57,21 @@ def jaccard(a: Bool[np.ndarray, "... site"], b: Bool[np.ndarray, "... site"]) ->
         return both / either
 
 
-def expected_jaccard(n: int, k: int, other: int | None = None) -> float:
-    r"""Return the exact mean Jaccard overlap of two independent random subsets of `n` sites.
+def expected_jaccard(n: int, k: int) -> float:
+    r"""Return the exact mean Jaccard overlap of two independent random subsets of `k` of `n` sites.
 
-    With sizes :math:`k, k'` the intersection :math:`X` is hypergeometric, and
+    The intersection :math:`X` is hypergeometric, and
 
-    .. math:: E\left[\frac{X}{k + k' - X}\right] = \sum_x P(X = x)\, \frac{x}{k + k' - x}
-
-    Args:
-        n: Sites.
-        k: Size of one subset.
-        other: Size of the other; `k` by default.
+    .. math:: E\left[\frac{X}{2k - X}\right] = \sum_x P(X = x)\, \frac{x}{2k - x}
 
     Example:
         >>> round(expected_jaccard(1344, 269), 4), round(expected_jaccard(256, 52), 4)
         (0.1114, 0.1139)
     """
-    other = k if other is None else other
-    if not 0 < k <= n or not 0 < other <= n:
-        raise OptionError(f"subsets of {k} and {other} out of {n} sites: give sizes from 1 to {n}.")
-    x = np.arange(min(k, other) + 1)
-    return float((stats.hypergeom.pmf(x, n, k, other) * x / (k + other - x)).sum())
+    if not 0 < k <= n:
+        raise OptionError(f"subsets of {k} out of {n} sites: give a size from 1 to {n}.")
+    x = np.arange(k + 1)
+    return float((stats.hypergeom.pmf(x, n, k, k) * x / (2 * k - x)).sum())
 
 
 def mean_pairwise(sets: Bool[np.ndarray, "... set site"]) -> np.ndarray:

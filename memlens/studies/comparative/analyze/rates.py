@@ -319,12 +319,16 @@ def training_events(hits: Bool[np.ndarray, "seq step"], steps: Int[np.ndarray, "
     >>> found.to_numpy(float).tolist()[0]
     [2.0, 1.0, 1.0, 1.0]
     """
-    ever = hits.any(1)
-    first = np.where(ever, np.asarray(steps, dtype=float)[hits.argmax(1)], np.nan)
-    lost = (hits[:, :-1] & ~hits[:, 1:]).sum(1)
-    gained = (~hits[:, :-1] & hits[:, 1:]).sum(1)
-    relearned = np.where(ever, gained + hits[:, 0] - 1, 0)
-    return pd.DataFrame({"first": first, "forgotten": lost, "relearned": relearned, "last": hits[:, -1]})
+    first = np.where(hits.any(1), np.asarray(steps, dtype=float)[hits.argmax(1)], np.nan)
+    changes = {name: found.sum(1) for name, found in _changes(hits).items() if name != "new"}
+    return pd.DataFrame({"first": first, **changes, "last": hits[:, -1]})
+
+
+def _changes(hits: Bool[np.ndarray, "seq step"]) -> dict[str, Bool[np.ndarray, "seq step"]]:
+    """Return where sequences are first memorized, forgotten, and learned again."""
+    before = np.pad(hits, ((0, 0), (1, 0)))[:, :-1]
+    earlier = np.maximum.accumulate(before, axis=1)
+    return {"new": hits & ~earlier, "forgotten": before & ~hits, "relearned": hits & earlier & ~before}
 
 
 def training_table(hits: Bool[np.ndarray, "seq step"], steps: Int[np.ndarray, " step"]) -> pd.DataFrame:
@@ -335,14 +339,9 @@ def training_table(hits: Bool[np.ndarray, "seq step"], steps: Int[np.ndarray, " 
         (recalled at the previous step and not here), `relearned` (recalled here and earlier, but not at the
         previous step).
     """
-    rows = []
-    for i, step in enumerate(np.asarray(steps).tolist()):
-        here, earlier = hits[:, i], hits[:, :i].any(1)
-        before = hits[:, i - 1] if i else np.zeros(len(hits), dtype=bool)
-        changes = {"new": here & ~earlier, "forgotten": before & ~here, "relearned": here & earlier & ~before}
-        counts = {name: int(rows.sum()) for name, rows in changes.items()}
-        rows.append({"step": step, **share_estimate(here).row("rate"), **counts})
-    return pd.DataFrame(rows)
+    rates = pd.DataFrame([share_estimate(here).row("rate") for here in hits.T])
+    rates.insert(0, "step", steps)
+    return rates.assign(**{name: found.sum(0) for name, found in _changes(hits).items()})
 
 
 register_kind("recall_over_training", plot=plot_strengths, reading=read_strengths)
