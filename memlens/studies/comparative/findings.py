@@ -217,7 +217,7 @@ def _smaller(claim: Claim, rates: Any) -> Evidence | None:
     pairs = smaller_beats_larger(rates)
     if not len(pairs):
         return None
-    clear = int((pairs["p_corrected"] < 0.05).sum())
+    clear = int(np.count_nonzero(pairs["p_corrected"] < 0.05))
     means = rates.groupby("family")["rate"].mean()
     return (
         f"In {clear} of {len(pairs)} pairs of two families the smaller model recalls significantly more "
