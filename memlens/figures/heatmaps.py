@@ -133,24 +133,17 @@ def heatmap_trace(
     means = array.sel(statistic="mean") if has_interval else array
     named = [plain(visible(str(token))) for token in tokens] if tokens is not None else None
     place = f"{y} %{{y}} · {x} %{{x}}" + (" · %{text}" if named else "")
-    ends = [array.sel(statistic=s).values for s in ("low", "high") if has_interval]
-    counts = [
-        array[c].values for c in array.coords if str(c).startswith("n_") and array[c].dims == means.dims
-    ]
-    counts = counts[:1] if has_interval else []
+    rows = [array.sel(statistic=name).values for name in ("mean", "low", "high")] if has_interval else [means]
+    counts = [c for c in array.coords if str(c).startswith("n_") and array[c].dims == means.dims]
+    rows += [array[name].values for name in counts[:1] if has_interval]
+    low, n = (1 if has_interval else None), (3 if len(rows) == 4 else None)
     return go.Heatmap(
         z=means.values,
         x=array[x].values if array[x].dtype.kind in "iuf" else [plain(v) for v in array[x].values],
         y=array[y].values,
-        customdata=np.stack([means.values, *ends, *counts], -1).astype(np.float32),
+        customdata=np.stack(rows, -1).astype(np.float32),
         text=[named] * array.sizes[y] if named else None,
-        hovertemplate=hover(
-            place,
-            f"{text.label}: %{{z:.4g}}",
-            low=1 if ends else None,
-            unit=text.unit,
-            n=3 if counts else None,
-        ),
+        hovertemplate=hover(place, f"{text.label}: %{{z:.4g}}", low=low, unit=text.unit, n=n),
         **_colors(means.values, text, signed, limit),
     )
 

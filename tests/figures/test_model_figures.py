@@ -70,7 +70,7 @@ def test_hovering_tells_interval_and_count(models: pd.DataFrame) -> None:
         sizes(points.sort_values("n_params", ascending=False)[::-1]).data[0],
         model_dots(points).data[0],
     ):
-        assert "[%{customdata[0]:.4g}, %{customdata[1]:.4g}]<br>n = %{customdata[2]}" in trace.hovertemplate
+        assert "[%{customdata[0]:.4g}, %{customdata[1]:.4g}]<br>n = %{customdata[2]:d}" in trace.hovertemplate
         assert len(trace.customdata) == len(trace.y)
         rates = trace.x if trace.orientation == "h" or isinstance(trace.y[0], str) else trace.y
         np.testing.assert_allclose(trace.customdata[:, 0], np.asarray(rates) / 2)
