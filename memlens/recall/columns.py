@@ -1,9 +1,9 @@
-"""The columns that scoring adds beyond the built-in metrics, in groups, and what computes them.
+"""The columns that scoring adds to the built-in metrics, in groups, and the functions that compute them.
 
-How likely a continuation is comes from the statistics of the one teacher-forced pass, over the continuation's
-tokens given the prefix; papers on membership score all tokens of a text: give a prefix of one token for that.
-Near-verbatim recall compares what was generated with the truth when tokens may shift: M compares position by
-position, so one token left out makes everything after it wrong; an edit distance does not mind.
+Likelihoods come from the statistics of the one teacher-forced pass, over the continuation's tokens given the
+prefix; papers on membership score all tokens of a text: use a prefix of one token for that. Near-verbatim
+recall compares the generated continuation with the true one when tokens may shift: M compares position by
+position, so one missing token makes everything after it wrong; an edit distance does not.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -30,9 +31,9 @@ class Column:
     """A column of the recall table.
 
     Attributes:
-        group: Which of `METRIC_GROUPS` it comes with; empty if it is always there.
+        group: Which of `METRIC_GROUPS` it belongs to; empty if it is always computed.
         unit: Its unit.
-        meaning: One line that says what it is.
+        meaning: What it is, in one line.
         better: Whether a higher or a lower value means better recall; None if neither does.
         summarized: Whether a mean over sequences is meaningful.
         proportion: Whether it is 0 or 1, so that its mean is a share of sequences.
@@ -92,7 +93,8 @@ COLUMNS: Mapping[str, Column] = MappingProxyType({
 # fmt: on
 """By name, in the order of the table."""
 
-METRIC_GROUPS = ("likelihood", "sampling", "near_verbatim", "trivial")
+MetricGroup = Literal["likelihood", "sampling", "near_verbatim", "trivial"]
+METRIC_GROUPS: tuple[MetricGroup, ...] = get_args(MetricGroup)
 
 SCORE_COLUMNS = (*BUILT_IN, *COLUMNS, "generated", "generated_text")
 """The columns that scoring adds to a set's table."""
@@ -110,7 +112,7 @@ LABELS: Mapping[str, dict[str, Any]] = MappingProxyType(
 
 
 def sequence_coords(table: pd.DataFrame) -> dict[str, Any]:
-    """Return the ids, and the columns that serve as groups, as coordinates of the dimension `sequence`."""
+    """Return the ids and the columns used for grouping as coordinates of the dimension `sequence`."""
     coords: dict[str, Any] = {"sequence": table["id"].to_numpy(dtype=object)}
     for name in ("domain", "copies", "source"):
         if name in table:
@@ -124,14 +126,14 @@ def nll(stats: TargetStats) -> Float[Tensor, "seq"]:
 
     .. math:: \mathrm{NLL} = -\sum_j \log p(y_j \mid \text{prefix}, y_{<j})
 
-    A sum over the targets, so it grows with their number; ``exp(-nll)`` is the chance that one plain sample
-    from the model is the continuation.
+    A sum over the targets, so it grows with their number; ``exp(-nll)`` is the probability that one sample
+    from the model's own distribution is the continuation.
     """
     return -torch.where(stats.mask, stats.logprob, 0).sum(-1)
 
 
 def perplexity(stats: TargetStats) -> Float[Tensor, "seq"]:
-    """Return ``exp(nll / n)`` with n target tokens: no unit, 1 for a continuation that is certain."""
+    """Return ``exp(nll / n)`` for n target tokens: no unit, 1 for a continuation that is certain."""
     return (nll(stats) / stats.mask.sum(-1)).exp()
 
 
@@ -141,7 +143,7 @@ def min_k(stats: TargetStats, share: float = 0.2) -> Float[Tensor, "seq"]:
     The ``max(1, floor(share * n))`` targets with the lowest log-probability, of n.
 
     Args:
-        stats: What `target_stats` gave.
+        stats: What `target_stats` returned.
         share: k as a share of the targets, in (0, 1]; with 1 it is the mean log-probability.
 
     Raises:
@@ -159,11 +161,11 @@ def min_k_plus_plus(stats: TargetStats, share: float = 0.2) -> Float[Tensor, "se
         \mu_j = \sum_v p_j(v) \log p_j(v), \quad
         \sigma_j^2 = \sum_v p_j(v) (\log p_j(v) - \mu_j)^2
 
-    with sums over the whole vocabulary: how much likelier the token is than one drawn from the model. Where a
-    distribution has no spread at all, z is 0.
+    with sums over the whole vocabulary: how much likelier the token is than one drawn from the model. z is 0
+    for a distribution without spread.
 
     Args:
-        stats: What `target_stats` gave.
+        stats: What `target_stats` returned.
         share: As for `min_k`.
 
     Raises:
@@ -177,7 +179,7 @@ def min_k_plus_plus(stats: TargetStats, share: float = 0.2) -> Float[Tensor, "se
 
 
 def zlib_bytes(texts: Sequence[str]) -> Float[Tensor, "seq"]:
-    """Return how many bytes each text takes in UTF-8 when zlib has compressed it (level 6).
+    """Return the number of bytes of each text in UTF-8, compressed by zlib (level 6).
 
     >>> zlib_bytes(["", "aaaaaaaaaaaaaaaaaaaaaaaa"]).tolist()
     [8.0, 11.0]
@@ -187,48 +189,39 @@ def zlib_bytes(texts: Sequence[str]) -> Float[Tensor, "seq"]:
 
 
 def zlib_ratio(stats: TargetStats, texts: Sequence[str]) -> Float[Tensor, "seq"]:
-    """Return NLL / `zlib_bytes`, in nats a byte: low where the model knows more than a compressor sees.
+    """Return NLL / `zlib_bytes`, in nats per byte: low if the model predicts more than a compressor can.
 
     Args:
-        stats: What `target_stats` gave.
+        stats: What `target_stats` returned.
         texts: The continuations as text.
 
-    Source: the idea of the ratio is that of arXiv 2012.07805 (its "zlib" attack compares perplexity with zlib
-    entropy of a whole text); here it is the summed NLL of the continuation over that of its own text.
+    Source: the idea is from arXiv 2012.07805 (its "zlib" attack compares perplexity with the zlib entropy of
+    a whole text); here it is the continuation's summed NLL over the compressed size of its own text.
     """
     return nll(stats) / zlib_bytes(texts)
 
 
-def check_share(share: float) -> None:
-    """Raise `OptionError` unless `share` is in (0, 1]."""
+def _mean_of_lowest(values: Tensor, mask: Tensor, share: float) -> Tensor:
     if not 0 < share <= 1:
         raise OptionError(f"min_k={share} is not in (0, 1]: give a share of the targets, such as 0.2")
-
-
-def _mean_of_lowest(values: Tensor, mask: Tensor, share: float) -> Tensor:
-    check_share(share)
     ordered = torch.where(mask, values, torch.inf).sort(-1).values
-    # A guard against 0.29 * 100 = 28.999…
+    # Guards against 0.29 * 100 = 28.999…
     count = (share * mask.sum(-1).double() + 1e-9).floor().clamp_min(1)
     lowest = torch.arange(mask.shape[1]) < count[:, None]
     return torch.where(lowest, ordered, 0).sum(-1) / count
 
 
-_BLOCK = 16_384
-"""Sequences whose tables are held at a time."""
-
-
 def near_verbatim_columns(
     generated: Sequence[Sequence[int]], truth: Sequence[Sequence[int]]
 ) -> dict[str, np.ndarray]:
-    """Return how nearly each generated continuation is the true one, one array a column.
+    """Return how close each generated continuation is to the true one, one array per column.
 
-    - `edit_distance` (tokens): the fewest insertions, deletions and substitutions (each costs 1) that turn
-      one into the other (Levenshtein).
+    - `edit_distance` (tokens): the fewest insertions, deletions and substitutions that turn one into the
+      other (Levenshtein).
     - `edit_similarity` (share): ``1 - edit_distance / max(len(generated), len(truth))``.
     - `longest_run` (tokens): the longest run of tokens that occurs in both, at any position.
-    - `longest_run_at`, `longest_run_generated_at`: where its first occurrence begins in the truth (counted
-      from the continuation's first token) and in the generated tokens; -1 where there is none.
+    - `longest_run_at`, `longest_run_generated_at`: where its first occurrence begins in the true continuation
+      (counted from its first token) and in the generated one; -1 if there is none.
 
     Source: standard definitions on tokens; the choice of these for near-verbatim recall is ours.
 
@@ -252,40 +245,18 @@ def near_verbatim_columns(
 def longest_common_runs(
     first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]
 ) -> tuple[Int[np.ndarray, "pair"], Int[np.ndarray, "pair"], Int[np.ndarray, "pair"]]:
-    """Return the longest run common to both of each pair: its length, and where it begins in each.
+    """Return the longest run that both of each pair contain: its length, and where it begins in each.
 
-    Of several longest runs the one that begins first in `first` is meant, then first in `second`. Starts are
-    -1 where nothing is common.
+    Of several longest runs it is the one that begins first in `first`, then first in `second`. Starts are -1
+    if the two have no token in common.
 
     >>> [a.tolist() for a in longest_common_runs([[1, 2, 3]], [[7, 2, 3, 2]])]
     [[2], [1], [1]]
     """
-    parts = [
-        _runs(_padded(first[i : i + _BLOCK], -1), _padded(second[i : i + _BLOCK], -2))
-        for i in range(0, len(first), _BLOCK)
+    matches = [
+        SequenceMatcher(None, a, b, autojunk=False).find_longest_match()
+        for a, b in zip(first, second, strict=True)
     ]
-    lengths, starts, other_starts = np.concatenate([np.zeros((3, 0), np.int64), *parts], axis=1)
+    found = [(m.size, m.a, m.b) if m.size else (0, -1, -1) for m in matches]
+    lengths, starts, other_starts = np.array(found, dtype=np.int64).reshape(-1, 3).T
     return lengths, starts, other_starts
-
-
-def _padded(rows: Sequence[Sequence[int]], fill: int) -> np.ndarray:
-    out = np.full((len(rows), max(map(len, rows), default=0)), fill, dtype=np.int64)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return out
-
-
-def _runs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """All pairs at once; after step i, `run[:, j]` is the common run that ends at a's i and b's j."""
-    n = len(a)
-    best, a_end, b_end = (np.zeros(n, dtype=np.int64) for _ in range(3))
-    run = np.zeros((n, b.shape[1] + 1), dtype=np.int64)
-    every = np.arange(n)
-    for i in range(a.shape[1]):
-        run[:, 1:] = np.where(a[:, i : i + 1] == b, run[:, :-1] + 1, 0)
-        j = run.argmax(1)
-        longer = run[every, j] > best
-        best = np.where(longer, run[every, j], best)
-        a_end, b_end = np.where(longer, i + 1, a_end), np.where(longer, j, b_end)
-    found = best > 0
-    return np.stack([best, np.where(found, a_end - best, -1), np.where(found, b_end - best, -1)])

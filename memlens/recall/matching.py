@@ -15,7 +15,7 @@ from memlens.errors import OptionError
 from memlens.sequences.set import SequenceSet
 
 _BLOCK = 1000
-"""Memorized sequences assigned together: within a block the assignment is optimal."""
+"""Memorized sequences assigned together: the assignment is optimal within a block."""
 
 _POOL = 20_000
 """Candidates a block chooses from."""
@@ -25,29 +25,17 @@ _COVARIATES = ("length", "prefix_len", "frequency")
 
 @dataclass(frozen=True, eq=False)
 class Matching:
-    """Memorized sequences, their controls, and how well they match.
+    """Controls for memorized sequences, and how well they match.
 
     Attributes:
-        memorized: What was matched.
-        pool: What the controls were taken from.
         controls: The controls, in the order of the memorized sequences.
-        covariates: For "memorized", "pool" and "controls" the values matched on, one row per sequence.
-        n_unmatched: Number of controls that were asked for and not found.
+        balance: Standardized mean differences `before` and `after` matching, one row per covariate.
+        n_unmatched: Number of controls that were wanted and not found.
     """
 
-    memorized: SequenceSet
-    pool: SequenceSet
     controls: SequenceSet
-    covariates: dict[str, pd.DataFrame]
+    balance: pd.DataFrame
     n_unmatched: int
-
-    def balance(self) -> pd.DataFrame:
-        """Return the standardized mean differences before and after matching, one row per covariate."""
-        ours, pool, controls = (self.covariates[name] for name in ("memorized", "pool", "controls"))
-        spread = _spread(ours, pool)
-        columns = {"before": ours.mean() - pool.mean(), "after": ours.mean() - controls.mean()}
-        table = pd.DataFrame({name: _standardized(gap, spread) for name, gap in columns.items()})
-        return table.rename_axis("covariate")
 
 
 def match_controls(
@@ -61,35 +49,28 @@ def match_controls(
 ) -> Matching:
     """Assign to each memorized sequence `n_per` sequences of the pool, none twice.
 
-    The cost of a pair is the difference in prefix length plus that in continuation length (absolute, in
-    tokens), and then the difference in mean log frequency, scaled so that all of these together weigh less
-    than one token. The columns of both tables that `also` names count along with frequency, all of them
-    in standard deviations of memorized and pool together. Sets beyond a thousand memorized sequences
-    are assigned in random blocks, each optimal on its own share of the pool.
+    The cost of a pair is the absolute difference in prefix length plus that in continuation length (tokens),
+    plus the difference in mean log frequency, scaled so that all of the latter together weigh less than one
+    token. The columns of both tables named in `also` count like frequency, all of them in standard deviations
+    of memorized and pool together. More than a thousand memorized sequences are assigned in random blocks,
+    each optimal on its own share of the pool.
     """
-    rng = np.random.default_rng(seed)
-    covariates = {
-        "memorized": _covariates(memorized, token_counts, also),
-        "pool": _covariates(pool, token_counts, also),
-    }
+    first, second = (_covariates(seqs, token_counts, also) for seqs in (memorized, pool))
     wanted = np.repeat(np.arange(len(memorized)), n_per)
-    pairs = np.concatenate(
-        [
-            _assign(covariates["memorized"], covariates["pool"], ours, theirs)
-            for ours, theirs in _blocks(wanted, len(pool), rng)
-        ]
-    )
-    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
-    ours, theirs = covariates["memorized"].iloc[pairs[:, 0]], covariates["pool"].iloc[pairs[:, 1]]
-    controls = pool[pairs[:, 1]]
-    ids = np.array(memorized.ids, dtype=object)[pairs[:, 0]]
+    blocks = _blocks(wanted, len(pool), np.random.default_rng(seed))
+    pairs = np.concatenate([_assign(first, second, rows, columns) for rows, columns in blocks])
+    a, b = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))].T
+    controls, theirs = pool[b], second.iloc[b].reset_index(drop=True)
+    gaps = theirs - first.iloc[a].reset_index(drop=True)
     table = controls.table.assign(
-        matched_to=ids,
-        length_difference=theirs["length"].to_numpy() - ours["length"].to_numpy(),
-        frequency_difference=theirs["frequency"].to_numpy() - ours["frequency"].to_numpy(),
+        matched_to=np.array(memorized.ids, dtype=object)[a],
+        length_difference=gaps["length"],
+        frequency_difference=gaps["frequency"],
     )
-    covariates["controls"] = theirs
-    return Matching(memorized, pool, controls.with_table(table), covariates, len(wanted) - len(pairs))
+    spread = _spread(first, second)
+    smd = {"before": _smd(first, second, spread), "after": _smd(first, theirs, spread)}
+    balance = pd.DataFrame(smd).rename_axis("covariate")
+    return Matching(controls.with_table(table), balance, len(wanted) - len(pairs))
 
 
 def mean_log_frequency(seqs: SequenceSet, counts: Int[np.ndarray, "vocab"]) -> Float[np.ndarray, "seq"]:
@@ -130,7 +111,7 @@ def _assign(ours: pd.DataFrame, pool: pd.DataFrame, rows: np.ndarray, columns: n
         fine = fine / spread[0]
         for i, each in enumerate(spread[1:], start=3):
             fine += np.abs(np.subtract.outer(a[:, i], b[:, i])) / each
-    # All of these differences together weigh under half a token, so lengths come first.
+    # All of these differences together weigh less than half a token, so lengths come first.
     weight = 1 / (2 * len(rows) * max(float(fine.max()), 1e-12))
     chosen = linear_sum_assignment(prefix_len + n_targets + weight * fine)
     return np.stack([rows[chosen[0]], columns[chosen[1]]], axis=1)
@@ -142,8 +123,8 @@ class Pairs:
 
     Attributes:
         ours: Rows of the first group, in order.
-        theirs: The row of the second group that each is matched with; none twice.
-        balance: One row per covariate: mean of either group before and after matching, and the standardized
+        theirs: The row of the second group matched with each; none twice.
+        balance: One row per covariate: both groups' means before and after matching, and the standardized
             mean differences.
     """
 
@@ -159,13 +140,13 @@ def match_pairs(ours: pd.DataFrame, theirs: pd.DataFrame, calipers: Mapping[str,
     r"""Match as many rows as possible, within the caliper of every covariate, with the least total distance.
 
     The distance of a pair is :math:`\sum_c |a_c - b_c| / w_c` with the caliper :math:`w_c` of covariate
-    :math:`c`; a pair outside any caliper is not made. Of the matchings with the most pairs, the one with the
-    least total distance is taken (an assignment, not greedy).
+    :math:`c`; rows further apart than any caliper are not matched. Of the matchings with the most pairs, the
+    one with the least total distance is returned (an assignment, not greedy).
 
     Args:
         ours: The covariates of the first group, one row per sequence.
-        theirs: Of the second.
-        calipers: The largest difference a covariate may have, above 0.
+        theirs: Those of the second group.
+        calipers: The largest allowed difference of each covariate, above 0.
 
     Raises:
         OptionError: A caliper is not above 0.
@@ -182,7 +163,7 @@ def match_pairs(ours: pd.DataFrame, theirs: pd.DataFrame, calipers: Mapping[str,
     for name, caliper in calipers.items():
         gap = np.abs(np.subtract.outer(ours[name].to_numpy(float), theirs[name].to_numpy(float))) / caliper
         distance, fits = distance + gap, fits & (gap <= 1 + 1e-9)
-    # A pair outside a caliper costs more than all that fit together, so as many as can be fit.
+    # A pair outside a caliper costs more than all others together, so there are as many pairs as possible.
     far = 1 + float(distance[fits].max(initial=0.0)) * (min(distance.shape, default=0) + 1)
     a, b = linear_sum_assignment(np.where(fits, distance, far))
     kept = fits[a, b]
@@ -198,15 +179,16 @@ def _balance(
     table = pd.DataFrame({"pairs": len(a)}, index=pd.Index(names, name="covariate"))
     for when, x, y in (("before", first, second), ("after", first.iloc[a], second.iloc[b])):
         table[f"first_{when}"], table[f"second_{when}"] = x.mean(), y.mean()
-        table[f"smd_{when}"] = _standardized(x.mean() - y.mean(), spread)
+        table[f"smd_{when}"] = _smd(x, y, spread)
     return table.reset_index()
 
 
 def _spread(first: Any, second: Any) -> pd.Series:
-    """Return the standard deviations of two groups together, by the mean of their variances."""
+    """Return the pooled standard deviations of two groups: the root of the mean of their variances."""
     return ((first.var(ddof=0) + second.var(ddof=0)) / 2) ** 0.5
 
 
-def _standardized(gap: pd.Series, spread: pd.Series) -> pd.Series:
-    """Return gap / spread; 0 for equal means even if the spread is 0."""
+def _smd(first: pd.DataFrame, second: pd.DataFrame, spread: pd.Series) -> pd.Series:
+    """Return the standardized mean differences; 0 for equal means even if the spread is 0."""
+    gap = first.mean() - second.mean()
     return (gap / spread.where(spread > 0)).where(gap != 0, 0.0)

@@ -1,36 +1,33 @@
-"""Extraction by sampling, without sampling: the chance that one sample is the whole continuation.
+"""Extraction by sampling, without sampling: the probability that one sample is the whole continuation.
 
-Under temperature, top-k and top-p the chance of a continuation is a product over its tokens, and each factor
-is known from the teacher-forced logits. So one pass tells what millions of samples would estimate.
+Under temperature, top-k and top-p the probability of a continuation is a product over its tokens, and each
+factor follows from the teacher-forced logits. One pass computes what millions of samples would estimate.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from memlens.errors import OptionError
+from memlens.options import options_class
 
 
-@dataclass(frozen=True)
+@options_class
 class Sampling:
     r"""How tokens are sampled: temperature, then top-k, then top-p, then what is left is renormalized.
 
-    With logits :math:`l`: (1) :math:`l / T`; (2) only tokens whose logit is at least the k-th largest stay
-    (ties with it stay too); (3) the least likely tokens whose probabilities (renormalized after step 2) add
-    up to at most :math:`1 - \text{top\_p}` go, the most likely token never does. These are the semantics and
-    the order of `transformers`' `generate(do_sample=True)`, whose own code does the work.
-
-    Attributes:
-        temperature: T, above 0.
-        top_k: Tokens kept, or None for all.
-        top_p: Probability kept, in (0, 1]; 1 keeps all.
+    With logits :math:`l`: (1) :math:`l / T`; (2) only tokens whose logit is at least the k-th largest remain
+    (including ties); (3) the least likely tokens whose probabilities (renormalized after step 2) add up to at
+    most :math:`1 - \text{top\_p}` are removed, but never the most likely token. These are the semantics and
+    the order of `transformers`' `generate(do_sample=True)`, whose own code is used.
 
     Raises:
         OptionError: A value out of range.
@@ -41,19 +38,12 @@ class Sampling:
     [1.0]
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise OptionError(
-                f"temperature={self.temperature} is not above 0: exact_match already is decoding at 0"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise OptionError(f"top_k={self.top_k} keeps no token: give 1 or more, or None for all")
-        if not 0 < self.top_p <= 1:
-            raise OptionError(f"top_p={self.top_p} is not in (0, 1]: 1 keeps all tokens")
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """T, above 0 (`exact_match` is decoding at 0)."""
+    top_k: PositiveInt | None = None
+    """Number of tokens kept; None keeps all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability kept, in (0, 1]; 1 keeps all tokens."""
 
     @property
     def plain(self) -> bool:
@@ -69,11 +59,11 @@ class Sampling:
         return ", ".join(parts)
 
     def settings(self) -> dict[str, float | int]:
-        """Return the parameters as plain numbers; `top_k` is 0 where all tokens are kept."""
+        """Return the parameters as numbers; `top_k` is 0 if all tokens are kept."""
         return {**asdict(self), "top_k": self.top_k or 0}
 
     def warp(self, logits: Float[Tensor, "target vocab"]) -> Float[Tensor, "target vocab"]:
-        """Return the logits that are sampled from: minus infinity for what is never sampled."""
+        """Return the logits that are sampled from: minus infinity for tokens that are never sampled."""
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         unused: Any = torch.empty(len(logits), 0, dtype=torch.long)
@@ -89,7 +79,7 @@ class Sampling:
     def logprob(
         self, logits: Float[Tensor, "target vocab"], ids: Int[Tensor, "target"]
     ) -> Float[Tensor, "target"]:
-        """Return each target's log-probability (nats) under this scheme, minus infinity where cut off."""
+        """Return each target's log-probability (nats) under this scheme, minus infinity if it is cut off."""
         scores = self.warp(logits)
         chosen = scores.gather(-1, ids.to(scores.device)[:, None])[:, 0]
         top = scores.amax(-1)
@@ -100,9 +90,9 @@ class Sampling:
 def samples_needed(
     logprob: Float[Tensor, "*seq"] | Float[np.ndarray, "*seq"], probability: float = 0.5
 ) -> Float[np.ndarray, "*seq"]:
-    r"""Return the fewest independent samples that hold the continuation with at least this probability.
+    r"""Return the fewest independent samples that contain the continuation with at least this probability.
 
-    With the chance :math:`p_z` of one sample, :math:`1 - (1 - p_z)^n \ge p` first holds at
+    With the probability :math:`p_z` of one sample, :math:`1 - (1 - p_z)^n \ge p` first holds at
 
     .. math:: n = \left\lceil \frac{\log(1 - p)}{\log(1 - p_z)} \right\rceil
 
@@ -113,8 +103,7 @@ def samples_needed(
         probability: p, in (0, 1).
 
     Returns:
-        Whole numbers as floats; infinite where the continuation is never sampled or takes over 1e308
-        samples.
+        Whole numbers as floats; infinite if the continuation is never sampled or takes over 1e308 samples.
 
     Raises:
         OptionError: A probability outside (0, 1).
@@ -124,18 +113,13 @@ def samples_needed(
     >>> samples_needed(np.array([np.log(0.5), np.log(0.01), 0.0, -np.inf]), 0.75).tolist()
     [2.0, 138.0, 1.0, inf]
     """
-    check_chance(probability)
+    if not 0 < probability < 1:
+        raise OptionError(f"probability={probability} is not in (0, 1): give p of (n, p), such as 0.5")
     logs = np.asarray(logprob, dtype=np.float64)
     with np.errstate(divide="ignore", over="ignore"):
-        # log(1 - p_z) = -p_z where p_z is tiny: taken from the logarithm it does not vanish too early.
+        # log(1 - p_z) = -p_z for tiny p_z: computed from the logarithm, it does not underflow too early.
         log_miss = np.where(logs > -30, np.log1p(-np.exp(np.minimum(logs, 0))), -np.exp(logs))
         exact = math.log1p(-probability) / log_miss
         exact = np.where(np.isnan(exact), np.inf, np.abs(exact))
-    # A quotient that is whole but for rounding must not be rounded up.
+    # A quotient that is whole except for rounding must not be rounded up.
     return np.maximum(np.ceil(exact * (1 - 1e-12)), 1.0)
-
-
-def check_chance(probability: float) -> None:
-    """Raise `OptionError` unless `probability` is in (0, 1)."""
-    if not 0 < probability < 1:
-        raise OptionError(f"probability={probability} is not in (0, 1): give p of (n, p), such as 0.5")

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from memlens.errors import OptionError, SequenceError, check_option
+from memlens.errors import SequenceError
 from memlens.forward.baseline import Reducer, teacher_forced
 from memlens.forward.generate import greedy_continuations
 from memlens.forward.metrics import BUILT_IN, METRICS, TargetStats
 from memlens.forward.trunk import require_model
 from memlens.models.provenance import describe
+from memlens.options import options_class
 from memlens.recall.columns import (
     METRIC_GROUPS,
     SCORE_COLUMNS,
-    check_share,
+    MetricGroup,
     min_k,
     min_k_plus_plus,
     near_verbatim_columns,
@@ -27,97 +28,73 @@ from memlens.recall.columns import (
     perplexity,
     zlib_ratio,
 )
-from memlens.recall.sampling import Sampling, check_chance, samples_needed
+from memlens.recall.sampling import Sampling, samples_needed
 from memlens.recall.scores import RecallScores
 from memlens.recall.trivial import TrivialRules, trivial_columns
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 
 
-@dataclass(frozen=True)
-class Extras:
-    """Which further columns are wanted, with their parameters (see `score_recall`).
+@options_class
+class _Extras:
+    """Which further columns are wanted, with their parameters (see `score_recall`)."""
 
-    Raises:
-        OptionError: An unknown group, or a number out of range.
-    """
-
-    groups: Collection[str]
-    share: float
+    metrics: tuple[MetricGroup, ...]
+    min_k: Annotated[float, Field(gt=0, le=1)]
     sampling: Sampling
-    n_samples: int
-    probability: float
+    n_samples: PositiveInt
+    probability: Annotated[float, Field(gt=0, lt=1)]
     rules: TrivialRules
 
-    def __post_init__(self) -> None:
-        if isinstance(self.groups, str):
-            raise OptionError(f"metrics={self.groups!r}: give a list of groups, such as [{self.groups!r}]")
-        for group in self.groups:
-            check_option("metrics", group, METRIC_GROUPS)
-        check_share(self.share)
-        check_chance(self.probability)
-        if self.n_samples < 1:
-            raise OptionError(f"n_samples={self.n_samples}: ask for at least one sample")
-
     def settings(self) -> dict[str, str | float | int]:
-        """Return the parameters of the groups that are wanted."""
-        found: dict[str, str | float | int] = {
-            "metrics": ",".join(g for g in METRIC_GROUPS if g in self.groups)
-        }
-        if "likelihood" in self.groups:
-            found["min_k_share"] = self.share
-        if "sampling" in self.groups:
-            found |= {"n_samples": self.n_samples, "probability": self.probability}
-            found |= self.sampling.settings()
-        return found | (self.rules.settings() if "trivial" in self.groups else {})
+        """Return the parameters of the chosen groups."""
+        wanted = [group for group in METRIC_GROUPS if group in self.metrics]
+        found: dict[str, str | float | int] = {"metrics": ",".join(wanted)}
+        if "likelihood" in self.metrics:
+            found["min_k_share"] = self.min_k
+        if "sampling" in self.metrics:
+            found |= {
+                "n_samples": self.n_samples,
+                "probability": self.probability,
+                **self.sampling.settings(),
+            }
+        return found | (self.rules.settings() if "trivial" in self.metrics else {})
 
     def reducers(self) -> Mapping[str, Reducer]:
-        """Return what the pass has to compute besides `TargetStats`."""
-        wanted = "sampling" in self.groups and not self.sampling.plain
+        """Return what the forward pass has to compute besides `TargetStats`."""
+        wanted = "sampling" in self.metrics and not self.sampling.plain
         return {"sample_logprob": self.sampling.logprob} if wanted else {}
 
     def columns(
         self, model: Any, seqs: SequenceSet, stats: TargetStats, sampled: Mapping[str, Tensor]
     ) -> dict[str, np.ndarray]:
-        """Return the columns that need no generation."""
+        """Return the columns that do not need generation."""
         tokenizer = getattr(model, "tokenizer", None)
         found: dict[str, np.ndarray] = {}
-        if "likelihood" in self.groups:
+        if "likelihood" in self.metrics:
             values = {
                 "nll": nll(stats),
                 "perplexity": perplexity(stats),
-                "min_k": min_k(stats, self.share),
-                "min_k_plus_plus": min_k_plus_plus(stats, self.share),
+                "min_k": min_k(stats, self.min_k),
+                "min_k_plus_plus": min_k_plus_plus(stats, self.min_k),
             }
             if tokenizer is not None:
-                values["zlib_ratio"] = zlib_ratio(stats, tokenizer.batch_decode(_continuations(seqs)))
+                values["zlib_ratio"] = zlib_ratio(stats, tokenizer.batch_decode(seqs.halves()[1]))
             found |= {name: value.numpy() for name, value in values.items()}
-        if "sampling" in self.groups:
-            # The plain scheme's is the model's own log-probability.
+        if "sampling" in self.metrics:
+            # Under the plain scheme it is the model's own log-probability.
             logprob = sampled.get("sample_logprob", stats.logprob)
             total = logprob.where(seqs.target_mask, 0).sum(-1).numpy()
             needed = samples_needed(total, self.probability)
             discoverable = (needed <= self.n_samples).astype(np.int64)
             found |= {"sample_logprob": total, "samples_needed": needed, "np_discoverable": discoverable}
-        if "trivial" in self.groups:
+        if "trivial" in self.metrics:
             found |= trivial_columns(seqs, tokenizer, self.rules)
         return found
 
-    def generated_columns(
-        self, seqs: SequenceSet, generated: Sequence[Sequence[int]]
-    ) -> dict[str, np.ndarray]:
-        """Return the columns that compare what was generated with the truth."""
-        if "near_verbatim" not in self.groups:
-            return {}
-        return near_verbatim_columns(list(generated), _continuations(seqs))
-
-
-def _continuations(seqs: SequenceSet) -> list[list[int]]:
-    return [row[p:] for row, p in zip(seqs.rows(), seqs.prefix_len.tolist(), strict=True)]
-
 
 NEAR_TIE = 1e-4
-"""Logits this close may change places with the batch size, the device or the library's release."""
+"""The order of logits this close may depend on the batch size, the device or the library's version."""
 
 
 def score_recall(
@@ -137,35 +114,35 @@ def score_recall(
 ) -> RecallScores:
     """Score how well a model recalls each continuation from its prefix.
 
-    One teacher-forced pass decides the exact match: a greedy continuation equals the truth exactly when the
-    arg-max is right at every target position, given the true tokens before it. Only sequences with an error
-    are decoded, and only from their first error on.
+    One teacher-forced pass decides the exact match: the greedy continuation is the true one if and only if
+    the arg-max is correct at every target position, given the true tokens before it. Only sequences with an
+    error are decoded, starting at their first error.
 
     The columns (`SCORE_COLUMNS`): `exact_match` (0 or 1), `matching_prefix` (tokens), `target_accuracy`
     (share, teacher-forced), `target_logprob` (mean, nats), `target_rank` (mean, zero-based),
     `completion_entropy` (sum over the steps, nats), `margin` (smallest lead of a target's logit over the
-    best other token's) and `near_tie` (that lead is under 1e-4 in size, so exact match is a matter of
+    best other token's) and `near_tie` (that lead is below 1e-4 in size, so exact match is a matter of
     rounding); with `generate` also `memorization_score` (M, the share of positions at which the greedy
-    continuation equals the truth), `generated` (its token ids) and `generated_text`.
+    continuation equals the true one), `generated` (its token ids) and `generated_text`.
 
-    Further columns come in groups, all of them from the same passes: `likelihood` (`nll`, `perplexity`,
-    `min_k`, `min_k_plus_plus`, and with a tokenizer `zlib_ratio`; see `memlens.recall.columns`),
-    `sampling` (`sample_logprob`, `samples_needed`, `np_discoverable`; see `Sampling` and `samples_needed`),
+    Further columns come in groups, computed in the same passes: `likelihood` (`nll`, `perplexity`, `min_k`,
+    `min_k_plus_plus`, and with a tokenizer `zlib_ratio`; see `memlens.recall.columns`), `sampling`
+    (`sample_logprob`, `samples_needed`, `np_discoverable`; see `Sampling` and `samples_needed`),
     `near_verbatim` (with `generate`: `edit_distance`, `edit_similarity`, `longest_run` and where it begins;
     see `near_verbatim_columns`) and `trivial` (`copied_share`, `type_token_ratio`, `repeated_share`,
     `step_share` and the flag `trivial`; see `trivial_continuations`).
 
     Args:
-        model: A TransformerLens model. Hooks that are set on it act as in any of its forward passes.
-        seqs: The sequences; checked against the model's vocabulary and context first.
-        batch_size: Sequences a forward pass; chosen to a memory budget by default.
+        model: A TransformerLens model. Hooks set on it act as in any of its forward passes.
+        seqs: The sequences; first checked against the model's vocabulary and context.
+        batch_size: Sequences per forward pass; by default as many as the memory budget allows.
         generate: Decode the sequences with an error, for M.
-        ban_eos: Never emit the end-of-text token, as decoding with a minimum length does: its logit counts
-            as minus infinity in every number.
-        metrics: The groups of further columns, out of `METRIC_GROUPS`; all by default, none with ().
+        ban_eos: Never emit the end-of-text token, as in decoding with a minimum length: its logit counts as
+            minus infinity in every number.
+        metrics: The groups of further columns, from `METRIC_GROUPS`; all by default, none with ().
         min_k: Share of the targets that `min_k` and `min_k_plus_plus` average over.
-        sampling: Temperature, top-k and top-p of the group `sampling`; the model's own distribution by
-            default.
+        sampling: Temperature, top-k and top-p of the group `sampling`; by default the model's own
+            distribution.
         n_samples: n of `np_discoverable`.
         probability: p of `samples_needed` and `np_discoverable`.
         rules: Thresholds of the flag `trivial`.
@@ -177,9 +154,10 @@ def score_recall(
     Raises:
         EmptySetError: There are no sequences.
         VocabularyError: A token id is outside the vocabulary.
-        SequenceError: A sequence is too long, or `ban_eos` meets an end-of-text target or no such token.
+        SequenceError: A sequence is too long; or with `ban_eos` a target is the end-of-text token, or the
+            tokenizer has none.
         OptionError: An unknown group, or a number out of range.
-        NonFiniteError: The model gives NaN or infinite logits; names the first layer.
+        NonFiniteError: The model's logits are NaN or infinite; names the first layer.
 
     Source: exact match and completion entropy as in arXiv 2501.05078 (Exact Match, Completion Entropy), M as
     in arXiv 2603.21658, section 3.2; deciding the exact match without decoding is ours.
@@ -193,7 +171,14 @@ def score_recall(
     """
     require_model(model)
     check_sequences(seqs, model, on_eos="raise" if ban_eos else "keep")
-    extras = Extras(metrics, min_k, sampling or Sampling(), n_samples, probability, rules or TrivialRules())
+    extras = _Extras(
+        metrics=metrics,  # pyright: ignore[reportArgumentType]
+        min_k=min_k,
+        sampling=sampling or Sampling(),
+        n_samples=n_samples,
+        probability=probability,
+        rules=rules or TrivialRules(),
+    )
     banned = _eos(model) if ban_eos else None
     seqs = seqs.with_table(seqs.table.drop(columns=list(SCORE_COLUMNS), errors="ignore"))
     stats, sampled = teacher_forced(
@@ -203,7 +188,8 @@ def score_recall(
     if generate:
         generated = generated_after(model, seqs, stats, batch_size, banned, progress)
         columns |= _generated_columns(model, seqs, generated)
-        columns |= extras.generated_columns(seqs, columns["generated"])
+        if "near_verbatim" in extras.metrics:
+            columns |= near_verbatim_columns(list(columns["generated"]), seqs.halves()[1])
     ordered = {name: columns[name] for name in SCORE_COLUMNS if name in columns}
     settings = {"generate": generate, "ban_eos": ban_eos, "near_tie_margin": NEAR_TIE, **extras.settings()}
     attrs = {**describe(model), **settings, "batch_size": batch_size or 0}
@@ -226,7 +212,7 @@ def _teacher_forced_columns(stats: TargetStats) -> dict[str, Any]:
 
 
 def _share(right: Tensor, mask: Tensor) -> np.ndarray:
-    """Return the share of targets that are right in double precision: thresholds are compared with it."""
+    """Return the share of correct targets, in double precision: it is compared with thresholds."""
     return ((right & mask).sum(-1).double() / mask.sum(-1)).numpy()
 
 
@@ -238,7 +224,7 @@ def generated_after(
     banned: int | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Return the greedy continuations `[seq, target]`: the truth where there is no error."""
+    """Return the greedy continuations `[seq, target]`: the true one if there is no error."""
     generated = seqs.target_ids.clone()
     first_error = METRICS["matching_prefix"].of(stats).long()
     rows = (first_error < seqs.n_targets).nonzero()[:, 0]

@@ -177,7 +177,7 @@ class RecallScores:
         """
         matching = self._matching(n_per, seed, threshold, below, token_counts)
         attrs: dict[str, Attr] = {"matching_seed": seed, "n_unmatched": matching.n_unmatched}
-        for when, differences in matching.balance().to_dict().items():
+        for when, differences in matching.balance.to_dict().items():
             attrs |= {f"smd_{when}_{covariate}": float(smd) for covariate, smd in differences.items()}
         controls = matching.controls
         return controls.with_attrs(**attrs, memorized_threshold=threshold, unmemorized_threshold=below)
@@ -201,7 +201,7 @@ class RecallScores:
             One row a covariate (`length`, `prefix_len`, `frequency`), columns `before` (against all
             unmemorized sequences) and `after` (against the controls).
         """
-        return self._matching(n_per, seed, threshold, below, token_counts).balance()
+        return self._matching(n_per, seed, threshold, below, token_counts).balance
 
     def summary(self, *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
         """Return means over sequences with their confidence intervals.

@@ -122,7 +122,7 @@ def test_groups_are_chosen_and_checked_before_any_pass(tiny_model: Models) -> No
     ran: list[bool] = []
     for options, words in (
         ({"metrics": ["likelyhood"]}, "'likelihood'"),
-        ({"metrics": "likelihood"}, "give a list"),
+        ({"metrics": "likelihood"}, "metrics='likelihood'"),
         ({"min_k": 2}, "min_k=2"),
         ({"probability": 1}, "probability=1"),
         ({"n_samples": 0}, "n_samples=0"),

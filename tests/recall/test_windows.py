@@ -77,7 +77,7 @@ def test_matching_on_a_further_column_is_optimal() -> None:
         cost = np.abs(a[:, None] - b[None]).sum(-1)
         best = min(permutations(range(6), 3), key=lambda chosen: cost[range(3), chosen].sum())
         assert found.controls.tokens.tolist() == pool.tokens[list(best)].tolist()
-        assert list(found.balance().index) == ["length", "prefix_len", "frequency", "x"]
+        assert list(found.balance.index) == ["length", "prefix_len", "frequency", "x"]
         plain = match_controls(ours, pool, counts, n_per=1, seed=0)
         differs += plain.controls.tokens.tolist() != found.controls.tokens.tolist()
     assert differs >= 4

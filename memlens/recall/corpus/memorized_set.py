@@ -147,9 +147,7 @@ def assemble_sets(
                     sets["memorized"], pool, token_counts, n_per=1, seed=settings["seed"], also=also
                 )
                 sets[role] = matching.controls
-                tables.append(
-                    matching.balance().reset_index().assign(controls=role).reindex(columns=_BALANCE)
-                )
+                tables.append(matching.balance.reset_index().assign(controls=role)[_BALANCE])
     counts = {**kept.counts, **{role: len(seqs) for role, seqs in sets.items()}}
     counts["beyond_n"] = kept.counts["memorized_found"] - counts["memorized"]
     balance = pd.concat(tables[1:] or tables, ignore_index=True)
