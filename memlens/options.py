@@ -159,7 +159,8 @@ def _option_error(cls: type, error: ErrorDetails, name: str | None = None) -> Op
         return OptionError(str(cause))
     place, value, kind = error["loc"], error["input"], error["type"]
     known = list(descriptions(cls))
-    name = name or (str(place[0]) if place else "")
+    first = place[0] if place else ""
+    name = name or (known[first] if isinstance(first, int) else first)  # an int: given by position
     if kind == "unexpected_keyword_argument":
         return OptionError(
             f"{cls.__name__} has no option {name!r}: it has {', '.join(known)}.{near_matches(name, known)}"

@@ -26,7 +26,7 @@ from memlens.sequences.set import SequenceSet
 
 @dataclass
 class _Search:
-    """One sequence's search: the places that are left, and the prompts it may still try."""
+    """One sequence's search: the remaining places, and the number of prompts it may still try."""
 
     row: int
     left: list[int]
@@ -35,7 +35,7 @@ class _Search:
     complete: bool = False
 
     def candidates(self) -> list[list[int]]:
-        """Return what is left after each single deletion, farthest from the continuation first."""
+        """Return what remains after each single deletion, farthest from the continuation first."""
         if len(self.left) == 1:
             self.done = self.complete = True
         if self.budget < 1:
@@ -46,7 +46,7 @@ class _Search:
         return found[: int(min(self.budget, len(found)))]
 
     def choose(self, candidates: list[list[int]], works: np.ndarray, logprob: np.ndarray) -> None:
-        """Go on with the best candidate that works; stop where there is none."""
+        """Continue with the best candidate that works; stop if there is none."""
         self.budget -= len(candidates)
         if works.any():
             self.left = candidates[int(np.where(works, logprob, -np.inf).argmax())]
@@ -57,13 +57,13 @@ class _Search:
 def delete_greedily(
     model: Any, halves: Halves, rows: list[int], budget: int | None, options: dict[str, Any]
 ) -> list[tuple[list[int], bool]]:
-    """Return for each row which places of its prefix are left, and whether no single one more can go.
+    """Return for each row which places of its prefix remain, and whether no other can be deleted.
 
     Args:
         model: A TransformerLens model.
         halves: The set.
         rows: Rows that are recalled from their whole prefix.
-        budget: Most prompts that are tried for a row.
+        budget: Largest number of prompts tried per row.
         options: For `score_prompts`: the batch size and the progress bar.
     """
     allowed = np.inf if budget is None else budget
@@ -109,33 +109,33 @@ def prompt_compression(
         \text{ratio} = c / P
 
     w need not be monotone: a longer prompt may fail where a shorter one works, so there is no bisection, and
-    both numbers are given. The continuation stays whole. Only sequences that are recalled from the whole
-    prefix enter; the others' values are NaN.
+    both numbers are returned. The continuation stays whole. Values are NaN for sequences that are not
+    recalled from the whole prefix.
 
-    Methods: "keep_last" gives the last c tokens (next to the continuation), "keep_first" the first c.
-    "greedy_deletion" takes tokens out from anywhere: in each round every single remaining token is left out
-    in turn, and of the prompts that work the one with the highest log-probability of the continuation goes on
-    to the next round, until none works. What is left cannot lose any one token; a smaller set may
-    still exist.
+    Methods: "keep_last" keeps the last c tokens (next to the continuation), "keep_first" the first c.
+    "greedy_deletion" removes tokens from anywhere: each round leaves out every remaining token in turn, and
+    of the prompts that work, the one with the highest log-probability of the continuation is used for the
+    next round, until none works. No single token can be removed from the result; a smaller set may still
+    exist.
 
     Args:
-        model: A TransformerLens model. Hooks that are set on it act.
+        model: A TransformerLens model. Hooks set on it act.
         sequences: The set, which may be ragged.
         method: One of `COMPRESSIONS`.
-        budget: Most prompts that are tried for a sequence. With "keep_last" and "keep_first" these are then
-            spread evenly from 1 to P tokens, and the definitions hold among those tried; a deletion stops
-            where it is (`complete` 0). All by default: P prompts, or up to P (P + 1) / 2 for the deletion.
-        pinned: First tokens of each sequence that every prompt begins with and that do not count, such as 1
-            for a beginning-of-text token.
-        batch_size: Prompts a forward pass; chosen to a memory budget by default.
+        budget: Largest number of prompts tried per sequence. With "keep_last" and "keep_first" their lengths
+            are spread evenly from 1 to P tokens, and the definitions apply to those tried; a deletion stops
+            early (`complete` is 0). By default all: P prompts, or up to P (P + 1) / 2 for the deletion.
+        pinned: Number of first tokens that every prompt begins with and that do not count, such as 1 for a
+            beginning-of-text token.
+        batch_size: Prompts per forward pass; by default as many as the memory budget allows.
         progress: Show a progress bar.
 
     Returns:
         Kind "prompt_compression", all `(sequence)`: `recalled` (0 or 1: from the whole prefix),
         `fewest_tokens` and `compression_ratio`. When one end is kept also `stable_tokens`,
-        `stable_compression_ratio`, and `works` `(sequence, prompt_tokens)`: 0 or 1, NaN where not tried.
-        After a deletion `kept` `(sequence, tokens_back)`: 1 where the token this many places before the
-        continuation is left, 0 where it was deleted; and `complete` (0 or 1).
+        `stable_compression_ratio`, and `works` `(sequence, prompt_tokens)`: 0 or 1, NaN if not tried. After a
+        deletion `kept` `(sequence, tokens_back)`: 1 if the token this many places before the continuation
+        remains, 0 if it was deleted; and `complete` (0 or 1).
 
     Raises:
         EmptySetError: There are no sequences, or none is recalled from its whole prefix.
@@ -160,7 +160,7 @@ def prompt_compression(
     check_batch_size(batch_size)
     check_option("method", method, COMPRESSIONS)
     if budget is not None and budget < 1:
-        raise OptionError(f"budget={budget}: allow at least one prompt a sequence, or None for all")
+        raise OptionError(f"budget={budget}: allow at least one prompt per sequence, or None for all")
     halves = Halves.of(sequences, pinned)
     whole: list[Prompt] = [(i, prefix) for i, prefix in enumerate(halves.prefixes)]
     with tqdm(total=len(whole), desc="compressing", unit="prompt", disable=not progress) as bar:
@@ -174,9 +174,8 @@ def prompt_compression(
         else:
             arrays, coords = _one_end(model, halves, rows, method == "keep_last", budget, options)
     n_prefix = np.array([len(prefix) for prefix in halves.prefixes])
-    for name in ("fewest", "stable"):
+    for name, ratio in (("fewest", "compression_ratio"), ("stable", "stable_compression_ratio")):
         if f"{name}_tokens" in arrays:
-            ratio = "compression_ratio" if name == "fewest" else "stable_compression_ratio"
             arrays[ratio] = ("sequence", arrays[f"{name}_tokens"][1] / n_prefix, {"units": "share"})
     arrays["recalled"] = ("sequence", recalled.astype(float), {"units": "0 or 1"})
     data = xr.Dataset(arrays, {**sequence_coords(sequences.table), **coords})
@@ -192,25 +191,19 @@ def _one_end(
     model: Any, halves: Halves, rows: list[int], last: bool, budget: int | None, options: dict[str, Any]
 ) -> Arrays:
     works = np.full((len(halves), halves.longest), np.nan)
-    prompts: list[Prompt] = []
-    cells: list[tuple[int, int]] = []
-    for i in rows:
-        prefix = halves.prefixes[i]
-        works[i, len(prefix) - 1] = 1
-        for c in _tried(len(prefix), budget):
-            prompts.append((i, prefix[-c:] if last else prefix[:c]))
-            cells.append((i, c - 1))
+    works[rows, [len(halves.prefixes[i]) - 1 for i in rows]] = 1
+    cells = [(i, c) for i in rows for c in _tried(len(halves.prefixes[i]), budget)]
+    prompts: list[Prompt] = [
+        (i, halves.prefixes[i][-c:] if last else halves.prefixes[i][:c]) for i, c in cells
+    ]
     options["bar"].total += len(prompts)
     if prompts:
-        place = tuple(np.array(cells).T)
-        works[place] = score_prompts(model, halves, prompts, **options)["exact_match"]
+        i, c = np.array(cells).T
+        works[i, c - 1] = score_prompts(model, halves, prompts, **options)["exact_match"]
     fewest, stable = (np.full(len(halves), np.nan) for _ in range(2))
     for i in rows:
-        fewest[i] = 1 + np.flatnonzero(works[i] == 1)[0]
-        fails = np.flatnonzero(works[i] == 0)
-        # The first length that was tried after the last failure.
-        after = works[i, fails[-1] + 1 :] if len(fails) else works[i]
-        stable[i] = 1 + np.flatnonzero(after == 1)[0] + (fails[-1] + 1 if len(fails) else 0)
+        good, bad = (1 + np.flatnonzero(works[i] == value) for value in (1, 0))
+        fewest[i], stable[i] = good[0], good[good > bad.max(initial=0)][0]
     labels = {"units": "0 or 1", "long_name": "whole continuation recalled"}
     arrays = {
         "works": (("sequence", "prompt_tokens"), works, labels),
@@ -221,7 +214,7 @@ def _one_end(
 
 
 def _tried(n: int, budget: int | None) -> list[int]:
-    """Return lengths below `n`, which itself is known to work: all, or a budget's worth with `n`."""
+    """Return the lengths to try below `n`, which is known to work: all, or `budget` including `n`."""
     if budget is None or budget >= n:
         return list(range(1, n))
     if budget == 1:

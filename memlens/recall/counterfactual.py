@@ -1,4 +1,4 @@
-"""Counterfactual memorization: recall under a model, less recall under its twin that never saw the text."""
+"""Counterfactual memorization: recall of a model minus recall of its twin that never saw the text."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ METRICS = ("target_accuracy", "exact_match", "memorization_score", "target_logpr
 
 @dataclass(frozen=True, eq=False)
 class CounterfactualScores:
-    """How much of each sequence's recall is owed to having seen it.
+    """How much of each sequence's recall is due to having seen it.
 
     Attributes:
-        table: One row per sequence: the set's own columns, and for each metric three: `<metric>` (under the
-            model), `<metric>_clean` (under the twin) and `<metric>_counterfactual` (the first less the
-            second). The metrics are `target_accuracy` (the paper's), `exact_match`, `memorization_score` and
+        table: One row per sequence: the set's own columns, and three for each metric: `<metric>` (of the
+            model), `<metric>_clean` (of the twin) and `<metric>_counterfactual` (the former minus the
+            latter). The metrics are `target_accuracy` (the paper's), `exact_match`, `memorization_score` and
             `target_logprob`.
-        trained: The scores under the model.
-        clean: The scores under the twin.
+        trained: The scores of the model.
+        clean: The scores of the twin.
         attrs: The model's facts, and `clean_model`.
     """
 
@@ -51,15 +51,15 @@ class CounterfactualScores:
         n_resamples: int = 2000,
         seed: int = 0,
     ) -> pd.DataFrame:
-        """Return means over sequences, a row for each value of a column, with bootstrap intervals.
+        """Return means over sequences, one row per value of a column, with bootstrap intervals.
 
         Args:
             by: A column of the table, such as "copies" or "domain".
-            metric: One of those of the table.
-            level: Of the intervals, which are of the counterfactual difference: both models are measured on
-                the same sequences, so sequences are resampled with both their values.
-            n_resamples: Of the bootstrap.
-            seed: Of the bootstrap.
+            metric: One of the table's metrics.
+            level: Coverage of the intervals, which are those of the counterfactual difference: both models
+                are measured on the same sequences, so sequences are resampled with both their values.
+            n_resamples: Number of bootstrap resamples.
+            seed: Seed of the bootstrap.
 
         Returns:
             Columns `by`'s name, `n` (sequences), `trained`, `clean`, `counterfactual`, `low`, `high`.
@@ -73,14 +73,16 @@ class CounterfactualScores:
         columns = {"trained": metric, "clean": f"{metric}_clean", "counterfactual": _difference(metric)}
         means = groups.agg(n=(metric, "size"), **{name: (c, "mean") for name, c in columns.items()})
         options: dict[str, Any] = {"level": level, "n_resamples": n_resamples, "seed": seed}
-        bounds = [_interval(part[_difference(metric)].to_numpy(dtype=float), options) for _, part in groups]
-        low, high = np.array(bounds).T
+        parts = [part.to_numpy(dtype=float) for _, part in groups[_difference(metric)]]
+        arrays = [xr.DataArray(values, dims="sequence") for values in parts]
+        bounds = [mean_interval(array, method="bootstrap", **options).values for array in arrays]
+        _, low, high = np.array(bounds).T
         return means.assign(low=low, high=high).reset_index()
 
     def __repr__(self) -> str:
         mean = self.table[_difference("target_accuracy")].mean()
         return (
-            f"CounterfactualScores({len(self)} sequences, {self.attrs.get('model', 'a model')} less "
+            f"CounterfactualScores({len(self)} sequences, {self.attrs.get('model', 'a model')} minus "
             f"{self.attrs.get('clean_model', 'its twin')}: {mean:+.2f} of the tokens)"
         )
 
@@ -94,18 +96,18 @@ def counterfactual_memorization(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> CounterfactualScores:
-    """Measure recall under a model less recall under one that was trained alike without the sequences.
+    """Measure a model's recall minus that of a model trained the same way without the sequences.
 
     ``mem(x) = M(model, x) - M(clean, x)``, where M is the share of the continuation's tokens that are
-    predicted, given all tokens before them (`target_accuracy`); the same difference is given for other
-    metrics of `score_recall`. What any model of the language predicts counts nothing. The definition takes
-    the mean over many models of either kind; here there is one of each, so a single sequence's value has
-    their noise, and means over sequences are what to read.
+    predicted, given all tokens before them (`target_accuracy`); other metrics of `score_recall` are compared
+    in the same way. What any model of the language predicts cancels out. The definition averages over many
+    models of both kinds; here there is one of each, so a single sequence's value is noisy: rely on means over
+    sequences.
 
     Args:
         model: A TransformerLens model.
         clean: Its twin, trained without the sequences, such as "zoo/pythia-s-clean" for "zoo/pythia-s".
-        sequences: What to score.
+        sequences: The sequences to score.
         generate: Decode, for `memorization_score` (M of greedy decoding).
         batch_size: As for `score_recall`.
         progress: Show progress bars.
@@ -117,7 +119,7 @@ def counterfactual_memorization(
         OptionError: Model and twin are the same model.
         EmptySetError, VocabularyError, SequenceError, NonFiniteError: As for `score_recall`.
 
-    Source: arXiv 2112.12938, definition 2.1 (M: the per-token accuracy); one model for each side is ours.
+    Source: arXiv 2112.12938, definition 2.1 (M: the per-token accuracy); using one model per side is ours.
 
     Example:
         >>> import memlens as ml
@@ -144,8 +146,3 @@ def counterfactual_memorization(
 
 def _difference(metric: str) -> str:
     return f"{metric}_counterfactual"
-
-
-def _interval(values: np.ndarray, options: dict[str, Any]) -> tuple[float, float]:
-    _, low, high = mean_interval(xr.DataArray(values, dims="sequence"), method="bootstrap", **options).values
-    return float(low), float(high)

@@ -1,7 +1,7 @@
 """`extraction_curve`: how much context discoverable extraction needs.
 
-Extraction curves and compression ask the same of thousands of shortened prompts: is the whole continuation
-recalled? A teacher-forced pass answers, prompts of similar length together (`score_prompts`).
+Extraction curves and compression ask of thousands of shortened prompts whether the whole continuation is
+recalled. Teacher-forced passes over prompts of similar length answer this (`score_prompts`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROMPT_METRICS = ("exact_match", "matching_prefix", "target_accuracy", "target_l
 """What is measured after each prompt (see `memlens.METRICS`)."""
 
 _BLOCK = 4096
-"""Prompts that are held at a time."""
+"""Prompts per teacher-forced pass."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Halves:
     """A set's prefixes and continuations as lists.
 
     Attributes:
-        pinned: First tokens of each prefix that are in every prompt and are not counted.
-        prefixes: What may be shortened.
+        pinned: First tokens of each prefix, which are in every prompt and are not counted.
+        prefixes: The rest of each prefix, which may be shortened.
         continuations: The targets.
     """
 
@@ -52,14 +52,14 @@ class Halves:
 
     @classmethod
     def of(cls, seqs: SequenceSet, pinned: int) -> Halves:
-        """Cut a set up.
+        """Split a set.
 
         Raises:
             OptionError: `pinned` is negative.
             SequenceError: A prefix has no token besides the pinned ones.
         """
         if pinned < 0:
-            raise OptionError(f"pinned={pinned}: give how many first tokens every prompt has, 0 for none")
+            raise OptionError(f"pinned={pinned}: give the number of first tokens in every prompt, or 0")
         shortest = int(seqs.prefix_len.min())
         if shortest <= pinned:
             row = int(seqs.prefix_len.argmin())
@@ -67,19 +67,15 @@ class Halves:
                 f"row {row} (id {seqs.ids[row]!r}) has a prefix of {shortest} tokens, all of them pinned "
                 f"(pinned={pinned}): nothing is left to shorten"
             )
-        pairs = list(zip(seqs.rows(), seqs.prefix_len.tolist(), strict=True))
-        return cls(
-            [row[:pinned] for row, _ in pairs],
-            [row[pinned:p] for row, p in pairs],
-            [row[p:] for row, p in pairs],
-        )
+        prefixes, continuations = seqs.halves()
+        return cls([row[:pinned] for row in prefixes], [row[pinned:] for row in prefixes], continuations)
 
     def __len__(self) -> int:
         return len(self.prefixes)
 
     @property
     def longest(self) -> int:
-        """The longest prefix, in tokens besides the pinned ones."""
+        """Length of the longest prefix, in tokens besides the pinned ones."""
         return max(map(len, self.prefixes))
 
 
@@ -101,11 +97,11 @@ def score_prompts(
         model: A TransformerLens model.
         halves: The set.
         prompts: Rows and what their prompts keep besides the pinned tokens; at least one token in all.
-        batch_size: Prompts a forward pass; chosen to a memory budget by default.
-        bar: A progress bar that is moved on by the number of prompts.
+        batch_size: Prompts per forward pass; by default as many as the memory budget allows.
+        bar: A progress bar to update with the number of prompts.
     """
     found = {name: np.zeros(len(prompts)) for name in PROMPT_METRICS}
-    # Short prompts first, so that blocks (and batches in them) hold little padding.
+    # Short prompts first, so that blocks and their batches have little padding.
     targets = [halves.continuations[row] for row, _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][1]) + len(targets[i]))
     for index in (order[start : start + _BLOCK] for start in range(0, len(order), _BLOCK)):
@@ -131,23 +127,23 @@ def extraction_curve(
 ) -> Result:
     """Measure recall of each continuation after the last k tokens before it, for several k.
 
-    A sequence is *discoverable* with k tokens of context where greedy decoding from them gives the whole
+    A sequence is *discoverable* with k tokens of context if greedy decoding from them gives the whole
     continuation: `exact_match` is 1. The mean over sequences is the share that is extracted; `.plot()` draws
-    it with its interval. Prompts are fed from position 0, as if nothing had stood before them.
+    it with its interval. Prompts start at position 0.
 
     Args:
-        model: A TransformerLens model. Hooks that are set on it act.
+        model: A TransformerLens model. Hooks set on it act.
         sequences: The set, which may be ragged.
         prefix_lengths: The k, in tokens, each once; by default 8, 16, 32, 64, … up to the longest prefix, and
             the longest prefix itself.
-        pinned: First tokens of each sequence that every prompt begins with and that do not count, such as 1
-            for a beginning-of-text token.
-        batch_size: Prompts a forward pass; chosen to a memory budget by default.
+        pinned: Number of first tokens that every prompt begins with and that do not count, such as 1 for a
+            beginning-of-text token.
+        batch_size: Prompts per forward pass; by default as many as the memory budget allows.
         progress: Show a progress bar.
 
     Returns:
         Kind "extraction_curve": `exact_match`, `matching_prefix`, `target_accuracy` and `target_logprob`,
-        each `(sequence, prefix_len)`. NaN where a prefix has fewer than k tokens: such sequences do not count
+        each `(sequence, prefix_len)`. NaN if a prefix has fewer than k tokens: such sequences do not count
         for this k. `.mean_ci()` gives the shares with intervals.
 
     Raises:
@@ -155,8 +151,8 @@ def extraction_curve(
         OptionError: A k below 1, given twice, or longer than every prefix.
         SequenceError: A prefix is all pinned.
 
-    Source: that more context extracts more is studied in arXiv 2202.07646; prompts that end where the
-    continuation begins, and the lengths, are our choice here.
+    Source: arXiv 2202.07646 studies how more context extracts more; prompts that end where the continuation
+    begins, and the lengths, are ours.
 
     Example:
         >>> import memlens as ml
@@ -187,16 +183,16 @@ def extraction_curve(
     return Result.create(data, kind="extraction_curve", settings=settings, **describe(model))
 
 
-def _lengths(asked: Sequence[int] | None, longest: int) -> list[int]:
-    if asked is None:
+def _lengths(given: Sequence[int] | None, longest: int) -> list[int]:
+    if given is None:
         powers = [8 * 2**i for i in range(longest.bit_length()) if 8 * 2**i < longest]
         return [*powers, longest]
-    lengths = sorted(int(k) for k in asked)
+    lengths = sorted(int(k) for k in given)
     if not lengths or lengths[0] < 1 or len(set(lengths)) < len(lengths):
-        raise OptionError(f"prefix_lengths={list(asked)}: give numbers of tokens from 1 on, each once")
+        raise OptionError(f"prefix_lengths={list(given)}: give numbers of tokens from 1 on, each once")
     if lengths[-1] > longest:
         raise OptionError(
-            f"prefix_lengths={list(asked)}: no prefix has {lengths[-1]} tokens, the longest has {longest}"
+            f"prefix_lengths={list(given)}: no prefix has {lengths[-1]} tokens, the longest has {longest}"
         )
     return lengths
 

@@ -188,7 +188,7 @@ def _spread(first: Any, second: Any) -> pd.Series:
     return ((first.var(ddof=0) + second.var(ddof=0)) / 2) ** 0.5
 
 
-def _smd(first: pd.DataFrame, second: pd.DataFrame, spread: pd.Series) -> pd.Series:
+def _smd(first: Any, second: Any, spread: pd.Series) -> pd.Series:
     """Return the standardized mean differences; 0 for equal means even if the spread is 0."""
     gap = first.mean() - second.mean()
     return (gap / spread.where(spread > 0)).where(gap != 0, 0.0)

@@ -50,14 +50,6 @@ class Sampling:
         """Whether tokens are sampled from the model's own distribution."""
         return self.temperature == 1 and self.top_k is None and self.top_p == 1
 
-    @property
-    def label(self) -> str:
-        """A short name, such as "T=0.8, top-k=40"."""
-        parts = [f"T={self.temperature:g}"]
-        parts += [] if self.top_k is None else [f"top-k={self.top_k}"]
-        parts += [] if self.top_p == 1 else [f"top-p={self.top_p:g}"]
-        return ", ".join(parts)
-
     def settings(self) -> dict[str, float | int]:
         """Return the parameters as numbers; `top_k` is 0 if all tokens are kept."""
         return {**asdict(self), "top_k": self.top_k or 0}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 import pandas as pd
@@ -31,54 +31,39 @@ if TYPE_CHECKING:
 
 
 GROUPS = ("copies", "domain")
-"""Columns by which rates are given where the table has them."""
+"""Columns by which rates are given if the table has them."""
 
 _SUMMARIZED = (*BUILT_IN, *(name for name, column in COLUMNS.items() if column.summarized))
 
-# Decided by what is counted, not by the values: a mean that happens to be 0 everywhere is not a proportion.
+# Decided by the column, not by its values: a mean that happens to be 0 everywhere is not a proportion.
 _PROPORTIONS = (
     *(name for name in BUILT_IN if METRICS[name].proportion),
     *(name for name, column in COLUMNS.items() if column.proportion),
 )
 
 
-def summarize(table: pd.DataFrame, *, level: float, n_resamples: int, seed: int) -> pd.DataFrame:
-    """Return one row for each metric of all sequences and of each value of each column of `GROUPS`.
-
-    Values that are not finite (a log-probability of minus infinity) are left out of the mean; `n` counts the
-    others.
-    """
-    options = {"level": level, "n_resamples": n_resamples, "seed": seed}
-    parts = [_summary(table, "all", "all", options)]
-    for column in GROUPS:
-        if column in table:
-            parts += [
-                _summary(part, column, value, options) for value, part in table.groupby(column, sort=True)
-            ]
-    return pd.concat(parts, ignore_index=True)
-
-
 def _summary(table: pd.DataFrame, by: str, group: object, options: dict[str, Any]) -> pd.DataFrame:
+    """Return one row per metric; values that are not finite are excluded, and `n` counts the others."""
     names = [name for name in _SUMMARIZED if name in table]
     values = table[names].to_numpy(dtype=float)
     array = xr.DataArray(np.where(np.isfinite(values), values, np.nan), dims=("sequence", "metric"))
-    binary = [i for i, n in enumerate(names) if n in _PROPORTIONS and is_binary(values[:, i])]
-    others = [i for i in range(len(names)) if i not in binary]
-    methods = [(rows, method) for rows, method in ((binary, "wilson"), (others, "bootstrap")) if rows]
+    binary = np.array([n in _PROPORTIONS and is_binary(values[:, i]) for i, n in enumerate(names)])
+    found = pd.DataFrame({"by": by, "group": pd.Series([group] * len(names), dtype=object), "metric": names})
     # All metrics of a kind at once: they share their resamples.
-    columns = [_intervals(array[:, rows], rows, method, options) for rows, method in methods]
-    found = pd.concat(columns).sort_index()
-    found.insert(0, "metric", names)
-    found.insert(0, "group", pd.Series([group] * len(names), dtype=object))
-    found.insert(0, "by", by)
-    return found
+    for rows, method in ((np.flatnonzero(binary), "wilson"), (np.flatnonzero(~binary), "bootstrap")):
+        if len(rows):
+            interval = mean_interval(array[:, rows], method=method, **options)
+            found.loc[rows, ["mean", "low", "high"]] = interval.values.T
+            found.loc[rows, "n"] = interval["n"].values
+            found.loc[rows, "method"] = method
+    return found.astype({"n": int})
 
 
-def _intervals(values: xr.DataArray, index: list[int], method: str, options: dict[str, Any]) -> pd.DataFrame:
-    interval = mean_interval(values, method=method, **options)
-    mean, low, high = interval.values
-    columns = {"mean": mean, "low": low, "high": high, "n": interval["n"].values, "method": method}
-    return pd.DataFrame(columns, index=index)
+class _MatchingOptions(TypedDict, total=False):
+    seed: int
+    threshold: float
+    below: float
+    token_counts: Int[np.ndarray, "vocab"] | Sequence[int] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,13 +93,12 @@ class RecallScores:
     def criterion(self) -> str:
         """The column that decides what is memorized: `memorization_score`, or without it `target_accuracy`.
 
-        Both are 1 for exact matches and for nothing else. Below 1 they differ: the second is teacher-forced,
-        so it is the more generous.
+        Both are 1 for exact matches only. Below 1 they differ: the latter, teacher-forced, is more generous.
         """
         return "memorization_score" if "memorization_score" in self.table else "target_accuracy"
 
     def memorized(self, threshold: float = 1.0) -> SequenceSet:
-        """Return the sequences whose score is at least `threshold`; 1 (exact matches) by default.
+        """Return the sequences whose score is at least `threshold`; by default 1 (exact matches).
 
         The set's table has the score columns; the set may be empty.
 
@@ -131,7 +115,7 @@ class RecallScores:
     def unmemorized(self, threshold: float = 0.5) -> SequenceSet:
         """Return the sequences whose score is below `threshold`.
 
-        The default 0.5 leaves out sequences recalled in large part: they are in neither set.
+        With the default 0.5, mostly recalled sequences are in neither set.
 
         Raises:
             OptionError: A threshold outside (0, 1].
@@ -154,22 +138,22 @@ class RecallScores:
         """Return unmemorized sequences that match the memorized ones in length and token frequency.
 
         Every memorized sequence gets `n_per` controls, none used twice: the assignment with the least total
-        difference, in which a token of difference in prefix or continuation length outweighs any difference
-        of frequency. Frequency is the mean over a sequence's tokens of ``log(1 + count)``.
+        difference, where one token of difference in prefix or continuation length outweighs any difference
+        in frequency. Frequency is the mean over a sequence's tokens of ``log(1 + count)``.
 
         Args:
-            n_per: Controls for each memorized sequence.
+            n_per: Controls per memorized sequence.
             seed: Decides between equally good controls.
             threshold: As for `memorized`.
-            below: As for `unmemorized`.
-            token_counts: How often each token id occurs in the training corpus; by default it is counted in
-                the scored set.
+            below: As the threshold of `unmemorized`.
+            token_counts: How often each token id occurs in the training corpus; by default counted in the
+                scored set.
 
         Returns:
             The controls, in the order of the memorized sequences; their table also has `matched_to` (an id),
-            `length_difference` (tokens) and `frequency_difference`. The attributes hold the standardized
-            mean differences before and after matching (`smd_before_length`, …, see `balance`) and
-            `n_unmatched`, the controls that were wanted and could not be had.
+            `length_difference` (tokens) and `frequency_difference`. The attributes have the standardized mean
+            differences before and after matching (`smd_before_length`, …, see `balance`) and `n_unmatched`,
+            the number of controls that were wanted and not found.
 
         Raises:
             EmptySetError: There are no memorized or no unmemorized sequences.
@@ -182,38 +166,36 @@ class RecallScores:
         controls = matching.controls
         return controls.with_attrs(**attrs, memorized_threshold=threshold, unmemorized_threshold=below)
 
-    def balance(
-        self,
-        n_per: int = 1,
-        *,
-        seed: int = 0,
-        threshold: float = 1.0,
-        below: float = 0.5,
-        token_counts: Int[np.ndarray, "vocab"] | Sequence[int] | None = None,
-    ) -> pd.DataFrame:
-        """Return how well `matched_controls` (of the same arguments) matches.
+    def balance(self, n_per: int = 1, **options: Unpack[_MatchingOptions]) -> pd.DataFrame:
+        """Return how well `matched_controls` matches, which has the same arguments.
 
         The standardized mean difference of a covariate is (mean of the memorized - mean of the controls) /
         (pooled standard deviation of the memorized and all unmemorized); under 0.1 in size is commonly
         called balanced.
 
         Returns:
-            One row a covariate (`length`, `prefix_len`, `frequency`), columns `before` (against all
+            One row per covariate (`length`, `prefix_len`, `frequency`), columns `before` (against all
             unmemorized sequences) and `after` (against the controls).
         """
-        return self._matching(n_per, seed, threshold, below, token_counts).balance
+        return self._matching(n_per, **options).balance
 
     def summary(self, *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
         """Return means over sequences with their confidence intervals.
 
         Shares of sequences (0/1 values) have Wilson's interval, other means the percentile bootstrap over
-        sequences. All sequences, then each value of `copies` and of `domain` where the table has them.
+        sequences. Rows are for all sequences, then for each value of `copies` and of `domain` if the table
+        has them. Values that are not finite (a log-probability of minus infinity) are excluded.
 
         Returns:
             Columns `by` ("all", "copies" or "domain"), `group`, `metric`, `mean`, `low`, `high`, `n`,
             `method`.
         """
-        return summarize(self.table, level=level, n_resamples=n_resamples, seed=seed)
+        options = {"level": level, "n_resamples": n_resamples, "seed": seed}
+        parts = [_summary(self.table, "all", "all", options)]
+        for column in (name for name in GROUPS if name in self.table):
+            groups = self.table.groupby(column, sort=True)
+            parts += [_summary(part, column, value, options) for value, part in groups]
+        return pd.concat(parts, ignore_index=True)
 
     def save(self, path: str | Path) -> Path:
         """Write scores and sequences to one parquet file that `load` reads back without loss."""
@@ -225,11 +207,11 @@ class RecallScores:
         """Read what `save` wrote.
 
         Raises:
-            FileFormatError: The file holds no recall scores.
+            FileFormatError: The file contains no recall scores.
         """
         whole, settings = read_parquet(path)
         if "recall" not in settings:
-            raise FileFormatError(f"{path} holds no recall scores: write them with RecallScores.save")
+            raise FileFormatError(f"{path} contains no recall scores: write them with RecallScores.save")
         bare = whole.table.drop(columns=list(SCORE_COLUMNS), errors="ignore")
         return cls(whole.table, whole.with_table(bare), settings["recall"])
 
@@ -258,9 +240,16 @@ class RecallScores:
         scored = self.sequences.with_table(self.table)
         return scored[rows].with_attrs(criterion=self.criterion, **attrs)
 
-    def _matching(self, n_per: int, seed: int, threshold: float, below: float, token_counts: Any) -> Matching:
+    def _matching(
+        self,
+        n_per: int,
+        seed: int = 0,
+        threshold: float = 1.0,
+        below: float = 0.5,
+        token_counts: Int[np.ndarray, "vocab"] | Sequence[int] | None = None,
+    ) -> Matching:
         if n_per < 1:
-            raise OptionError(f"n_per={n_per}: ask for at least one control a memorized sequence")
+            raise OptionError(f"n_per={n_per}: give at least one control per memorized sequence")
         memorized, pool = self.memorized(threshold), self.unmemorized(below)
         best = f"the highest {self.criterion} is {self._score.max():.2f}, the lowest {self._score.min():.2f}"
         if not len(memorized):
@@ -274,7 +263,7 @@ class RecallScores:
         counts = np.bincount(found) if token_counts is None else np.asarray(token_counts)
         if counts.ndim != 1 or len(counts) <= largest:
             raise SequenceError(
-                f"token_counts has shape {counts.shape}, but the sequences hold the token id {largest}: "
+                f"token_counts has shape {counts.shape}, but the sequences contain the token id {largest}: "
                 "give one count for each id of the vocabulary"
             )
         return match_controls(memorized, pool, counts, n_per=n_per, seed=seed)

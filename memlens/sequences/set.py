@@ -57,7 +57,7 @@ def _signed(tokens: np.ndarray) -> np.ndarray:
 
 
 def check_shapes(tokens: Tensor, mask: Tensor, prefix_len: Tensor) -> None:
-    """Raise `SequenceError` unless the three fit each other and hold integers."""
+    """Raise `SequenceError` unless the three fit each other and contain integers."""
     if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype in (torch.bool, torch.complex64):
         raise SequenceError(
             f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}: give integers [sequence, position]"
@@ -72,7 +72,7 @@ def check_shapes(tokens: Tensor, mask: Tensor, prefix_len: Tensor) -> None:
 
 
 def check_rows(tokens: Tensor, mask: Tensor, prefix_len: Tensor) -> None:
-    """Raise for the first row with a gap in its mask, a negative id, or nothing to give or to predict."""
+    """Raise for the first row with a gap in its mask, a negative id, or an empty prefix or continuation."""
     lengths = mask.sum(-1)
     right_padded = torch.arange(mask.shape[1]) < lengths[:, None]
     for row in _first_rows((mask != right_padded).any(-1)):
@@ -116,21 +116,16 @@ def checked_table(table: pd.DataFrame, n: int) -> pd.DataFrame:
 def row_index(rows: Rows, n: int) -> Int[Tensor, "row"]:
     """Return the positions of the chosen rows, in the given order."""
     if isinstance(rows, slice):
-        return torch.arange(n)[rows] if (rows.step or 1) > 0 else torch.from_numpy(np.arange(n)[rows].copy())
-    if isinstance(rows, pd.Series):
-        rows = rows.to_numpy()
-    array = np.asarray(rows if not isinstance(rows, Tensor) else rows.cpu().numpy())
-    if array.dtype == bool and array.ndim == 1:
-        if len(array) != n:
-            raise IndexError(f"a mask of {len(array)} rows does not fit a set of {n} sequences")
-        return torch.from_numpy(np.flatnonzero(array))
-    index = np.atleast_1d(array if array.size else array.astype(np.int64))
-    if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
+        return torch.from_numpy(np.arange(n)[rows].copy())
+    array = np.atleast_1d(rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows))
+    array = array if array.size else array.astype(np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "biu":
         raise TypeError("choose sequences by an integer, a slice, a mask of booleans or integers")
-    outside = index[(index < -n) | (index >= n)]
-    if outside.size:
+    if array.dtype == bool and len(array) != n:
+        raise IndexError(f"a mask of {len(array)} rows does not fit a set of {n} sequences")
+    if array.dtype != bool and (outside := array[(array < -n) | (array >= n)]).size:
         raise IndexError(f"row {int(outside[0])} does not exist: the set has {n} sequences")
-    return torch.from_numpy(np.where(index < 0, index + n, index).astype(np.int64))
+    return torch.from_numpy(np.arange(n)[array])
 
 
 def span(values: Tensor) -> str:

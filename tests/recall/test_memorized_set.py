@@ -455,7 +455,7 @@ def test_models_without_a_tokenizer_s_text(tiny_model: Callable[..., Any], famil
         ({"train": [[1]]}, SequenceError, "a dict is not a corpus"),
         (pd.DataFrame({"x": [[1]]}), ColumnError, "no column of token ids: the columns are x"),
         ("no/such.npy", SourceNotFoundError, "there is no file no/such.npy"),
-        ("corpus.jsonl", FileFormatError, r"is no .npy file"),
+        ("corpus.jsonl", FileFormatError, r"is not a .npy file"),
     ],
 )
 def test_sources_that_are_none(model: Any, source: Any, error: type[Exception], message: str) -> None:
@@ -466,8 +466,8 @@ def test_sources_that_are_none(model: Any, source: Any, error: type[Exception], 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"n": 0}, OptionError, "n=0 is below 1"),
-        ({"stride": 0}, OptionError, "stride=0 is below 1"),
+        ({"n": 0}, OptionError, "n=0 is not allowed: give"),
+        ({"stride": 0}, OptionError, "stride=0 is not allowed: give"),
         ({"suffix_len": 4000}, SequenceError, "window of 4032 tokens is longer than the model's context"),
         ({"below": 0.0}, OptionError, "below=0.0"),
         ({"on_eos": "raise"}, OptionError, "on_eos"),
@@ -485,7 +485,7 @@ def test_bad_options(
 def test_bad_rules() -> None:
     with pytest.raises(OptionError, match="measure='nll'"):
         PredictableRule("nll")
-    with pytest.raises(OptionError, match=r"threshold=1.5 is no target_accuracy"):
+    with pytest.raises(OptionError, match=r"threshold=1.5 is not a target_accuracy"):
         PredictableRule(threshold=1.5)
     with pytest.raises(OptionError, match=r"below=0"):
         PredictableRule(below=0)

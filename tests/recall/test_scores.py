@@ -178,7 +178,7 @@ def test_saved_scores_come_back(tmp_path: Path) -> None:
     assert dict(again.sequences.attrs) == dict(recall.sequences.attrs)
     assert dict(again.attrs) == dict(recall.attrs)
     path = recall.sequences.to_parquet(tmp_path / "set.parquet")
-    with pytest.raises(FileFormatError, match="holds no recall scores"):
+    with pytest.raises(FileFormatError, match="contains no recall scores"):
         RecallScores.load(path)
 
 

@@ -118,7 +118,7 @@ def test_two_files_are_a_pair_and_other_lists_of_files_are_refused(tmp_path: Pat
     for source in (paths, tuple(paths), [str(path) for path in paths]):
         assert load_sequences(source).rows() == [[0, 1, 2, 0, 1, 2], [3, 4, 5, 3, 4, 5]]
     for source in (["a.jsonl", "b.jsonl"], [str(path) for path in (*paths, paths[0])]):
-        with pytest.raises(SequenceError, match="the list holds file names"):
+        with pytest.raises(SequenceError, match="the list contains file names"):
             load_sequences(source, tokenizer=byte_level())
 
 

@@ -1,4 +1,4 @@
-"""`MemorizedSet`: the sequences of a corpus that a model recites, and what to compare them with."""
+"""`MemorizedSet`: the sequences of a corpus that a model recites, and controls for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pandas as pd
 from jaxtyping import Int
 
 from memlens.errors import FileFormatError, SourceNotFoundError
-from memlens.files import write_atomically
+from memlens.files import write_json
 from memlens.recall.corpus.scan import ROLES, Kept
 from memlens.recall.matching import match_controls
 from memlens.sequences.set import SequenceSet
@@ -34,19 +34,19 @@ _COUNTS = (
 
 @dataclass(frozen=True, eq=False)
 class MemorizedSet:
-    """What a scan of a corpus found: memorized sequences and two sets of controls, no window in two of them.
+    """What a scan of a corpus found: memorized sequences and two sets of controls, all disjoint.
 
     Attributes:
         memorized: Windows whose continuation greedy decoding gives, in the order in which they were found.
-        unmemorized: One for each of them (`matched_to`), as long, of tokens as frequent, with fewer tokens
-            right than a share.
-        predictable: The same of windows that the model predicts well without reciting them (see
-            `PredictableRule`), matched on token frequency and on `target_logprob`, too.
-        counts: How many windows met which end. `windows` = `end_of_text` + `exact_match` + `not_exact`;
-            `exact_match` = `memorized` + `beyond_n` (of the last block) + `exact_trivial` +
+        unmemorized: One control for each of them (`matched_to`), of the same length and similar token
+            frequency, with less than a given share of its tokens correct.
+        predictable: The same for windows that the model predicts well without reciting them (see
+            `PredictableRule`), also matched on `target_logprob`.
+        counts: How many windows were kept or left out, and why. `windows` = `end_of_text` + `exact_match` +
+            `not_exact`; `exact_match` = `memorized` + `beyond_n` (in the last block) + `exact_trivial` +
             `exact_duplicate_window` + `exact_duplicate_continuation`; `not_exact` = `unmemorized_found` +
-            `predictable_found` (candidates) + `between` (neither) + `pool_full` (more than the candidates
-            wanted) + `pool_trivial` + `pool_duplicate_window` + `pool_duplicate_continuation`. `rows` and
+            `predictable_found` (candidates) + `between` (neither) + `pool_full` (more candidates than wanted)
+            + `pool_trivial` + `pool_duplicate_window` + `pool_duplicate_continuation`. `rows` and
             `rows_too_short` are rows of the source; `unmemorized` and `predictable` the sizes of the sets.
         settings: The parameters of the scan, the model's facts, and what the numbers were computed with.
         matching: What `balance` returns.
@@ -64,8 +64,8 @@ class MemorizedSet:
 
         Standardized mean differences, memorized less control, of each covariate: against all candidates
         (`before`) and against the chosen ones (`after`); under 0.1 in size is commonly called balanced. No
-        candidate is as probable as a memorized sequence, so `target_logprob` is matched only in part: this
-        table says how far.
+        candidate is as probable as a memorized sequence, so `target_logprob` is matched only in part; the
+        table shows how closely.
 
         Returns:
             Columns `controls` ("unmemorized" or "predictable"), `covariate`, `before`, `after`.
@@ -83,7 +83,7 @@ class MemorizedSet:
             "settings": dict(self.settings),
             "balance": self.matching.to_dict(orient="records"),
         }
-        write_atomically(folder / _FILE, json.dumps(content, indent=1).encode())
+        write_json(folder / _FILE, content)
         return folder
 
     @classmethod
@@ -91,7 +91,7 @@ class MemorizedSet:
         """Read what `save` wrote.
 
         Raises:
-            SourceNotFoundError: The folder holds no memorized set (or a scan that is not finished).
+            SourceNotFoundError: The folder contains no memorized set (or a scan that is not finished).
             FileFormatError: A file is damaged.
         """
         path = Path(folder) / _FILE
@@ -99,16 +99,15 @@ class MemorizedSet:
             raise SourceNotFoundError(f"there is no {path}: the set was not saved, or its scan not finished")
         try:
             content = json.loads(path.read_text())
-            parts = content["counts"], content["settings"], pd.DataFrame(content["balance"], columns=_BALANCE)
-            known = content["format"] == _FORMAT
+            matching = pd.DataFrame(content["balance"], columns=_BALANCE)
+            facts = {name: content[name] for name in ("format", "counts", "settings")}
         except (ValueError, LookupError, TypeError) as error:
             raise FileFormatError(f"{path} is damaged: {error!r}") from error
-        if not known:
-            raise FileFormatError(f"{path} has the format {content['format']!r}, not {_FORMAT!r}")
-        sets = (SequenceSet.from_parquet(path.parent / f"{role}.parquet") for role in ROLES)
-        return cls(
-            **dict(zip(ROLES, sets, strict=True)), counts=parts[0], settings=parts[1], matching=parts[2]
-        )
+        if (found := facts.pop("format")) != _FORMAT:
+            raise FileFormatError(f"{path} has the format {found!r}, not {_FORMAT!r}")
+        matching = matching.astype({"before": float, "after": float})  # NaN is null in the file
+        sets = {role: SequenceSet.from_parquet(path.parent / f"{role}.parquet") for role in ROLES}
+        return cls(**sets, **facts, matching=matching)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{len(getattr(self, role))} {role}" for role in ROLES)
@@ -123,11 +122,11 @@ class MemorizedSet:
 def assemble_sets(
     model: Any, kept: Kept, token_counts: Int[np.ndarray, "vocab"], settings: Mapping[str, Any]
 ) -> MemorizedSet:
-    """Make the sets of what a scan kept: the first n memorized windows, and their controls.
+    """Make the sets from what a scan kept: the first n memorized windows, and their controls.
 
     Args:
-        model: The model; its tokenizer gives the texts.
-        kept: What `scan_block` found.
+        model: The model; its tokenizer decodes the texts.
+        kept: What `scan_block` kept.
         token_counts: How often each id occurs in the corpus.
         settings: What the sets and the result record.
     """
@@ -147,7 +146,8 @@ def assemble_sets(
                     sets["memorized"], pool, token_counts, n_per=1, seed=settings["seed"], also=also
                 )
                 sets[role] = matching.controls
-                tables.append(matching.balance.reset_index().assign(controls=role)[_BALANCE])
+                balance = matching.balance.reset_index().assign(controls=role)
+                tables.append(balance.reindex(columns=_BALANCE))
     counts = {**kept.counts, **{role: len(seqs) for role, seqs in sets.items()}}
     counts["beyond_n"] = kept.counts["memorized_found"] - counts["memorized"]
     balance = pd.concat(tables[1:] or tables, ignore_index=True)
@@ -161,7 +161,7 @@ def assemble_sets(
 
 
 def _finished(model: Any, seqs: SequenceSet, settings: Mapping[str, Any]) -> SequenceSet:
-    """Add texts, and what a set has to say of itself."""
+    """Add texts, and the attributes that describe a set."""
     attrs = {name: value for name, value in settings.items() if value is not None}
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is not None:

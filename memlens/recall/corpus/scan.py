@@ -1,6 +1,6 @@
-"""One block of a corpus scan: what the model says of its windows, and which of them are kept.
+"""One block of a corpus scan: the model's scores of its windows, and which of them are kept.
 
-What is kept of a block follows from the block, the model, the settings and the blocks before it.
+What is kept of a block depends only on the block, the model, the settings and the blocks before it.
 """
 
 from __future__ import annotations
@@ -8,14 +8,16 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import Field, PositiveInt
 
-from memlens.errors import OptionError, VocabularyError, check_option
+from memlens.errors import OptionError, VocabularyError
+from memlens.options import options_class
 from memlens.recall.corpus.windows import Block
 from memlens.recall.score import score_recall
 from memlens.recall.trivial import TrivialRules, trivial_columns
@@ -27,99 +29,71 @@ ROLES = ("memorized", "unmemorized", "predictable")
 _THRESHOLDS = {"target_accuracy": 0.5, "target_logprob": -1.5}
 
 
-@dataclass(frozen=True)
+@options_class
 class PredictableRule:
     """What counts as predictable: text that the model predicts well and does not recite.
 
-    A window is predictable where greedy decoding does not give its continuation, `measure` is at least
-    `threshold`, and the teacher-forced `target_accuracy` is under `below`. It is a statement on this model's
-    predictions alone. It does not show that the text was not in training, nor that none of its tokens is
-    recalled: what is memorized in part is predicted well, too, and `below` leaves out the worst of it only
-    (in the zoo, where copies are known, 6 % of the predictable windows were planted eight times or more, 13 %
+    A window is predictable if greedy decoding does not give its continuation, `measure` is at least
+    `threshold`, and the teacher-forced `target_accuracy` is under `below`. This is a statement about this
+    model's predictions only. It does not show that the text was not in training, nor that none of its tokens
+    is recalled: partly memorized text is predicted well, too, and `below` only excludes the worst of it (in
+    the zoo, where copies are known, 6 % of the predictable windows were planted eight times or more, 13 %
     with `below=0.9`). Where that matters, scan text that the model cannot have seen for controls. Definition
     and thresholds are ours.
-
-    Attributes:
-        measure: "target_accuracy" (share of the continuation's tokens that are the arg-max, teacher-forced)
-            or "target_logprob" (their mean log-probability, nats).
-        threshold: The least value; by default 0.5, or -1.5 nats.
-        below: Accuracy that the window must not reach.
 
     Raises:
         OptionError: An unknown measure, or a number out of range.
     """
 
-    measure: str = "target_accuracy"
+    measure: Literal["target_accuracy", "target_logprob"] = "target_accuracy"
+    """Share of the continuation's tokens that are the arg-max (teacher-forced), or their mean log-probability
+    in nats."""
     threshold: float | None = None
-    below: float = 0.75
+    """The least value; by default 0.5, or -1.5 nats."""
+    below: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """Accuracy that the window must not reach."""
 
     def __post_init__(self) -> None:
-        check_option("measure", self.measure, list(_THRESHOLDS))
         if self.threshold is None:
             object.__setattr__(self, "threshold", _THRESHOLDS[self.measure])
         assert self.threshold is not None
         low, high = (0, 1) if self.measure == "target_accuracy" else (-np.inf, 0)
         if not low <= self.threshold <= high:
-            raise OptionError(f"threshold={self.threshold} is no {self.measure}: give {low} to {high}")
-        if not 0 < self.below <= 1:
-            raise OptionError(f"below={self.below} is not in (0, 1]: give a share of the tokens")
+            raise OptionError(f"threshold={self.threshold} is not a {self.measure}: give {low} to {high}")
 
     def holds(self, table: pd.DataFrame) -> np.ndarray:
-        """Return for each row of scores whether the rule holds."""
+        """Return whether the rule applies, for each row of scores."""
         exact = table["exact_match"].to_numpy() == 1
         high = table[self.measure].to_numpy(dtype=float) >= self.threshold
         return ~exact & high & (table["target_accuracy"].to_numpy(dtype=float) < self.below)
 
     def settings(self) -> dict[str, str | float]:
-        """Return the rule under the names that a result records it by."""
-        assert self.threshold is not None
-        return {
-            "predictable_measure": self.measure,
-            "predictable_threshold": self.threshold,
-            "predictable_below": self.below,
-        }
+        """Return the rule under the names that results record."""
+        return {f"predictable_{name}": value for name, value in asdict(self).items()}
 
 
-@dataclass(frozen=True)
-class ScanRules:
-    """How windows are told apart.
+@options_class
+class ScanOptions:
+    """The options of a scan (see `build_memorized_set`)."""
 
-    Attributes:
-        prefix_len: Tokens given.
-        below: Windows of less accuracy are unmemorized.
-        predictable: Which windows are predictable; these are not among the unmemorized.
-        trivial: What a trivial continuation is.
-        keep_trivial: Whether to keep those.
-        eos: The end-of-text token; windows that continue with one are left out. None: kept.
-        pool_size: Candidates that are kept for each of the two sets of controls.
-    """
-
-    prefix_len: int
-    below: float
-    predictable: PredictableRule
-    trivial: TrivialRules
+    prefix_len: PositiveInt
+    suffix_len: PositiveInt
+    n: PositiveInt | None
+    seed: int
+    max_rows: PositiveInt | None
     keep_trivial: bool
-    eos: int | None
-    pool_size: int
+    stride: PositiveInt | None
+    below: Annotated[float, Field(gt=0, le=1)]
+    predictable: PredictableRule
+    rules: TrivialRules
+    on_eos: Literal["drop", "keep"]
+    pool_size: PositiveInt
+    block_size: PositiveInt
 
-
-class Seen:
-    """What was kept, by short names of whole windows and of their continuations."""
-
-    def __init__(self) -> None:
-        self._windows: set[tuple[bool, bytes]] = set()
-        self._continuations: set[tuple[bool, bytes]] = set()
-
-    def add(self, memorized: bool, window: bytes, continuation: bytes) -> None:
-        """Remember a window, among the memorized or among the others."""
-        self._windows.add((memorized, window))
-        self._continuations.add((memorized, continuation))
-
-    def repeated(self, memorized: bool, window: bytes, continuation: bytes) -> str | None:
-        """Return how a window repeats one of the memorized, or one of the others."""
-        if (memorized, window) in self._windows:
-            return "duplicate_window"
-        return "duplicate_continuation" if (memorized, continuation) in self._continuations else None
+    def settings(self) -> dict[str, Any]:
+        """Return the options under the names that results record."""
+        own = {name: value for name, value in asdict(self).items() if name not in ("predictable", "rules")}
+        return {**own, **self.predictable.settings(), **self.rules.settings()}
 
 
 @dataclass
@@ -128,114 +102,114 @@ class Kept:
 
     Attributes:
         sets: By role, what was kept of each block.
-        counts: How many windows met which end.
-        seen: The windows in the sets.
+        counts: How many windows were kept or left out, and why.
+        seen: Digests of whole windows and of their continuations, each with whether it is memorized.
     """
 
     sets: dict[str, list[SequenceSet]] = field(default_factory=lambda: {role: [] for role in ROLES})
     counts: Counter[str] = field(default_factory=Counter)
-    seen: Seen = field(default_factory=Seen)
+    seen: set[tuple[bool, bytes]] = field(default_factory=set)
 
     def size(self, role: str) -> int:
         """Return how many windows of a role there are."""
         return sum(map(len, self.sets[role]))
 
     def add(self, found: SequenceSet, counts: Mapping[str, int]) -> None:
-        """Add what `scan_block` gave."""
+        """Add what `scan_block` returned."""
         self.counts.update(counts)
         for role in ROLES:
             if (rows := found.table["role"].to_numpy() == role).any():
                 chosen = found[rows]
                 self.sets[role].append(chosen.with_table(chosen.table.drop(columns="role")))
-        for *key, role in zip(*_keys(found), found.table["role"], strict=True):
-            self.seen.add(role == "memorized", *key)
+        for key, role in zip(_keys(found), found.table["role"], strict=True):
+            self.seen |= {(role == "memorized", digest) for digest in key}
 
     def candidates(self, role: str) -> SequenceSet | None:
-        """Return all of a role; of the others than memorized only what no memorized one continues with."""
+        """Return all windows of a role; of controls only those without a memorized continuation."""
         if not self.sets[role]:
             return None
-        whole = _joined(self.sets[role])
+        sets = self.sets[role]
+        tokens, prefix_len = torch.cat([s.tokens for s in sets]), torch.cat([s.prefix_len for s in sets])
+        table = pd.concat([s.table for s in sets], ignore_index=True)
+        whole = SequenceSet.from_tokens(tokens, prefix_len, table=table)
         if role == "memorized":
             return whole
-        repeats = [self.seen.repeated(True, *key) for key in zip(*_keys(whole), strict=True)]
-        return whole[np.array([reason is None for reason in repeats])]
+        return whole[[_repeat(True, key, self.seen) is None for key in _keys(whole)]]
 
 
 def scan_block(
-    model: Any, block: Block, facts: pd.DataFrame, kept: Kept, rules: ScanRules, batch_size: int
+    model: Any, block: Block, facts: pd.DataFrame, kept: Kept, options: ScanOptions, batch_size: int
 ) -> tuple[SequenceSet, dict[str, int]]:
     """Score a block's windows and choose among them.
 
     Args:
         model: A TransformerLens model.
         block: The windows.
-        facts: One row a window, with its `id`.
+        facts: One row per window, with its `id`.
         kept: What the blocks before gave.
-        rules: How windows are told apart.
+        options: The options of the scan.
         batch_size: Windows per forward pass.
 
     Returns:
-        What is kept, with the columns `role`, `row`, `start`, the scores and how trivial it is; and how many
-        windows met which end.
+        What is kept, with the columns `role`, `row`, `start`, the scores and the shares that follow by rule;
+        and how many windows were kept or left out, and why.
 
     Raises:
         VocabularyError: An id is outside the model's vocabulary; names the row of the source.
     """
     _check_vocabulary(model, block)
-    seqs = SequenceSet.from_tokens(block.tokens, rules.prefix_len, table=facts)
+    seqs = SequenceSet.from_tokens(block.tokens, options.prefix_len, table=facts)
     counts = {"rows": block.n_rows, "rows_too_short": block.n_short, "windows": len(block)}
-    ended = eos_mask(seqs, rules.eos)
+    eos = getattr(getattr(model, "tokenizer", None), "eos_token_id", None)
+    ended = eos_mask(seqs, eos if options.on_eos == "drop" else None)
     counts["end_of_text"] = int(ended.sum())
     seqs = seqs[~ended]
     if not len(seqs):
         return seqs.with_table(seqs.table.assign(role=[])), counts
     recall = score_recall(
         model, seqs, generate=False, metrics=(), batch_size=batch_size, progress=False
-    )  # batches never hold windows of two blocks, so a resumed scan has the same batches
-    seqs = seqs.with_table(recall.table.assign(role=_roles(recall.table, rules)))
-    return _chosen(model, seqs, kept, rules, counts)
+    )  # batches never span two blocks, so a resumed scan has the same batches
+    seqs = seqs.with_table(recall.table.assign(role=_roles(recall.table, options)))
+    return _chosen(model, seqs, kept, options, counts)
 
 
-def _roles(table: pd.DataFrame, rules: ScanRules) -> np.ndarray:
-    """Return what each window may be; "between" is neither memorized nor a control."""
+def _roles(table: pd.DataFrame, options: ScanOptions) -> np.ndarray:
+    """Return each window's possible role; "between" is neither memorized nor a control."""
     roles = np.full(len(table), "between", dtype=object)
-    roles[table["target_accuracy"].to_numpy(dtype=float) < rules.below] = "unmemorized"
-    roles[rules.predictable.holds(table)] = "predictable"
+    roles[table["target_accuracy"].to_numpy(dtype=float) < options.below] = "unmemorized"
+    roles[options.predictable.holds(table)] = "predictable"
     roles[table["exact_match"].to_numpy() == 1] = "memorized"
     return roles
 
 
 def _chosen(
-    model: Any, seqs: SequenceSet, kept: Kept, rules: ScanRules, counts: dict[str, int]
+    model: Any, seqs: SequenceSet, kept: Kept, options: ScanOptions, counts: dict[str, int]
 ) -> tuple[SequenceSet, dict[str, int]]:
-    room = {role: rules.pool_size - kept.size(role) for role in ROLES[1:]}
+    room = {role: options.pool_size - kept.size(role) for role in ROLES[1:]}
     wanted = ["memorized", *(role for role, free in room.items() if free > 0)]
-    roles = seqs.table["role"].to_numpy(dtype=object)
-    tally = Counter(roles.tolist())
-    exact, between = tally["memorized"], tally["between"]
-    counts |= {"exact_match": exact, "not_exact": len(seqs) - exact, "between": between}
-    full = sum(tally[role] for role in ROLES if role not in wanted)
-    seqs = seqs[np.isin(roles.astype(str), wanted)]
-    tally = Counter({"pool_full": full})
+    tally = Counter(seqs.table["role"])
+    exact = tally["memorized"]
+    counts |= {"exact_match": exact, "not_exact": len(seqs) - exact, "between": tally["between"]}
+    tally = Counter({"pool_full": sum(tally[role] for role in ROLES if role not in wanted)})
+    seqs = seqs[seqs.table["role"].isin(wanted).to_numpy()]
     if len(seqs):
         tokenizer = getattr(model, "tokenizer", None)
-        seqs = seqs.with_table(seqs.table.assign(**trivial_columns(seqs, tokenizer, rules.trivial)))
-    rows = _picked(seqs, kept, rules, room, tally)
+        seqs = seqs.with_table(seqs.table.assign(**trivial_columns(seqs, tokenizer, options.rules)))
+    rows = _picked(seqs, kept, options, room, tally)
     return seqs[rows], {**counts, **tally}
 
 
 def _picked(
-    seqs: SequenceSet, kept: Kept, rules: ScanRules, room: dict[str, int], tally: Counter[str]
+    seqs: SequenceSet, kept: Kept, options: ScanOptions, room: dict[str, int], tally: Counter[str]
 ) -> list[int]:
-    """Return the rows to keep, in order, and count why the others are not."""
-    seen, rows = Seen(), []
-    windows, continuations = _keys(seqs)
+    """Return the rows to keep, in order, and count why the others are left out."""
+    seen: set[tuple[bool, bytes]] = set()
+    rows = []
     trivial = seqs.table["trivial"].tolist() if len(seqs) else []
-    for row, role in enumerate(seqs.table["role"]):
+    for row, (role, key) in enumerate(zip(seqs.table["role"], _keys(seqs), strict=True)):
         memorized = role == "memorized"
-        key = memorized, windows[row], continuations[row]
-        reason = "trivial" if trivial[row] and not rules.keep_trivial else None
-        reason = reason or kept.seen.repeated(*key) or seen.repeated(*key)
+        reason = "trivial" if trivial[row] and not options.keep_trivial else None
+        reason = reason or _repeat(memorized, key, kept.seen, seen)
         if reason:
             tally[f"{'exact' if memorized else 'pool'}_{reason}"] += 1
         elif not memorized and room[role] <= 0:
@@ -243,28 +217,27 @@ def _picked(
         else:
             room[role] = room.get(role, 0) - 1
             tally[f"{role}_found"] += 1
-            seen.add(*key)
+            seen |= {(memorized, digest) for digest in key}
             rows.append(row)
     return rows
 
 
-def _keys(seqs: SequenceSet) -> tuple[list[bytes], list[bytes]]:
-    """Return short names of each whole window and of its continuation."""
-    pairs = list(zip(seqs.tokens.numpy(), seqs.prefix_len.tolist(), strict=True))
-    named = [[_key(row), _key(row[prefix_len:])] for row, prefix_len in pairs]
-    return [pair[0] for pair in named], [pair[1] for pair in named]
+def _repeat(memorized: bool, key: tuple[bytes, bytes], *seen: set[tuple[bool, bytes]]) -> str | None:
+    """Return how a window repeats one of the memorized, or one of the others."""
+    for digest, reason in zip(key, ("duplicate_window", "duplicate_continuation"), strict=True):
+        if any((memorized, digest) in known for known in seen):
+            return reason
+    return None
 
 
-def _key(ids: np.ndarray) -> bytes:
+def _keys(seqs: SequenceSet) -> list[tuple[bytes, bytes]]:
+    """Return digests of each whole window and of its continuation."""
+    pairs = zip(seqs.tokens.numpy(), seqs.prefix_len.tolist(), strict=True)
+    return [(_digest(row), _digest(row[prefix_len:])) for row, prefix_len in pairs]
+
+
+def _digest(ids: np.ndarray) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(ids).tobytes(), digest_size=16).digest()
-
-
-def _joined(sets: list[SequenceSet]) -> SequenceSet:
-    return SequenceSet.from_tokens(
-        torch.cat([s.tokens for s in sets]),
-        torch.cat([s.prefix_len for s in sets]),
-        table=pd.concat([s.table for s in sets], ignore_index=True),
-    )
 
 
 def _check_vocabulary(model: Any, block: Block) -> None:

@@ -1,7 +1,8 @@
-"""Windows of a corpus in a seeded random order, a block at a time, without loading the corpus.
+"""Windows of a corpus in a seeded random order, one block at a time, without loading the corpus.
 
-Arrays (memory-mapped ones too) and lists of rows are shuffled throughout: where a row comes is computed, not
-stored. What can only be read from front to back (a generator, a streamed dataset) is shuffled within blocks.
+Arrays (also memory-mapped) and lists of rows are shuffled as a whole: a row's place in the order is computed,
+not stored. Sources that can only be read from front to back (a generator, a streamed dataset) are shuffled
+within blocks.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,21 @@ from torch import Tensor
 
 from memlens.errors import ColumnError, FileFormatError, SequenceError, SourceNotFoundError, VocabularyError
 from memlens.sequences.readers.drafts import TOKENS, find_column, listing
+from memlens.sequences.readers.sources import load_array
 from memlens.sequences.set import SequenceSet
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Some windows, in the order in which they are looked at.
+    """Some windows, in the order in which they are scanned.
 
     Attributes:
         tokens: Their ids.
-        row: The row of the source that each is from.
-        start: Where in its row it begins.
-        n_rows: Rows that were read (of an array: windows).
-        n_short: How many of them are shorter than a window.
-        whole: False where a limit cut the block short.
+        row: The row of the source that each comes from.
+        start: Where in its row each begins.
+        n_rows: Number of rows read (of an array: windows).
+        n_short: Number of rows shorter than a window.
+        whole: False if a limit cut the block short.
     """
 
     tokens: Int[np.ndarray, "window pos"]
@@ -48,14 +50,11 @@ class Block:
 
     @property
     def fingerprint(self) -> str:
-        """A name of what the block holds and where it stands."""
+        """A digest of the block's windows and their places."""
         digest = hashlib.blake2b(digest_size=16)
         for part in (self.tokens, self.row, self.start):
             digest.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
         return digest.hexdigest()
-
-
-Read = Callable[[Int[np.ndarray, "row"]], Block]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,67 +63,52 @@ class Windows:
 
     Attributes:
         kind: What the source is: "array", "rows" or "stream".
-        n_rows: How many rows (of an array: windows) there are; None where only reading to the end tells.
-        table: The rows' facts where the source has some: that of a `SequenceSet`.
-        read: From numbers of rows to their windows; of a stream None.
-        stream: The rows, from the first; of anything else None.
-        cut: From rows and their numbers to windows.
+        n_rows: Number of rows (of an array: windows); None for a stream.
+        table: The rows' facts if the source has some: those of a `SequenceSet`.
+        read: From numbers of rows to their windows; a stream gives its next rows, as many or fewer.
     """
 
     kind: str
     n_rows: int | None
     table: pd.DataFrame | None
-    read: Read | None
-    stream: Callable[[], Iterator[Any]] | None
-    cut: Callable[[Iterable[Any], np.ndarray], Block]
+    read: Callable[[Int[np.ndarray, "row"]], Block]
 
     def blocks(self, seed: int, size: int, limit: int | None = None) -> Iterator[Block]:
         """Yield the windows of `size` rows at a time, of at most `limit` rows in all.
 
         Args:
-            seed: Decides the order.
-            size: Rows of a block.
+            seed: Seed of the order.
+            size: Rows per block.
             limit: Stop after this many rows.
         """
-        if self.read is None:
-            yield from self._streamed(seed, size, limit)
-            return
-        n = self.n_rows or 0
-        for start in range(0, n if limit is None else min(n, limit), size):
-            end = min(start + size, n)
+        for start in count(0, size):
+            end = start + size if self.n_rows is None else min(start + size, self.n_rows)
             stop = end if limit is None else min(end, limit)
-            block = self.read(shuffled(np.arange(start, stop), n, seed))
-            yield _reordered(block, seed, start, stop == end)
-
-    def _streamed(self, seed: int, size: int, limit: int | None) -> Iterator[Block]:
-        assert self.stream is not None
-        rows, start = self.stream(), 0
-        while limit is None or start < limit:
-            wanted = size if limit is None else min(size, limit - start)
-            found = list(islice(rows, wanted))
-            if not found:
+            numbers = np.arange(start, stop)
+            if self.n_rows is not None:
+                numbers = shuffled(numbers, self.n_rows, seed)
+            block = self.read(numbers) if len(numbers) else None
+            if block is None or not block.n_rows:
                 return
-            block = self.cut(found, np.arange(start, start + len(found)))
-            yield _reordered(block, seed, start, len(found) < wanted or wanted == size)
-            start += len(found)
+            yield _reordered(block, seed, start, stop == end or block.n_rows < len(numbers))
 
 
 def open_windows(source: Any, length: int, stride: int | None, tokens_column: str | None) -> Windows:
-    """Make windows of a source.
+    """Return the windows of a source.
 
     Args:
         source: `[row, token]` or `[token]` integers, the path of a `.npy` file of them, a `SequenceSet`, a
             table or dataset with a column of ids, a list or an iterable of rows.
-        length: Tokens of a window.
-        stride: From one window to the next; None for the first window of each row alone (of one long text:
-            windows one after the other).
+        length: Tokens per window.
+        stride: Tokens from one window to the next; None for only the first window of each row (of one long
+            text: windows one after the other).
         tokens_column: The column of ids of a table or dataset.
 
     Raises:
         SourceNotFoundError: There is no such file.
-        FileFormatError: It is no `.npy` file of integers.
+        FileFormatError: It is not a `.npy` file of integers.
         ColumnError: There is no column of ids.
-        SequenceError: What was given holds no token ids, or nothing as long as a window.
+        SequenceError: The source does not consist of token ids, or has nothing as long as a window.
     """
     if isinstance(source, str | Path):
         source = _mapped(Path(source).expanduser())
@@ -150,20 +134,23 @@ def open_windows(source: Any, length: int, stride: int | None, tokens_column: st
 def _of_rows(
     source: Any, length: int, stride: int | None, tokens_column: str | None, table: pd.DataFrame | None
 ) -> Windows:
-    def cut(rows: Iterable[Any], numbers: np.ndarray) -> Block:
-        pairs = zip(rows, numbers.tolist(), strict=True)
+    def cut(rows: list[Any], numbers: np.ndarray) -> Block:
+        pairs = zip(rows, numbers.tolist(), strict=False)  # a stream may end early
         return _cut([_ids(row, number, tokens_column) for row, number in pairs], numbers, length, stride)
 
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
-        n_rows = len(source)
         return Windows(
-            "rows", n_rows, table, lambda rows: cut((source[row] for row in rows.tolist()), rows), None, cut
+            "rows",
+            len(source),
+            table,
+            lambda numbers: cut([source[row] for row in numbers.tolist()], numbers),
         )
-    return Windows("stream", None, None, None, lambda: iter(source), cut)
+    rows = iter(source)
+    return Windows("stream", None, None, lambda numbers: cut(list(islice(rows, len(numbers))), numbers))
 
 
 def shuffled(index: Int[np.ndarray, "index"], n: int, seed: int) -> Int[np.ndarray, "index"]:
-    """Return where a seeded permutation of 0 to n - 1 sends each index, without making the permutation.
+    """Return where a seeded permutation of 0 to n - 1 maps each index, without making the permutation.
 
     A Feistel network over the next power of four, walked until it is back below n.
 
@@ -193,15 +180,11 @@ def _feistel(value: np.ndarray, half: np.uint64, keys: np.ndarray) -> np.ndarray
 def _mapped(path: Path) -> np.ndarray:
     if path.suffix.lower() != ".npy":
         raise FileFormatError(
-            f"{path} is no .npy file: read other forms with memlens.load_sequences and give its set"
+            f"{path} is not a .npy file: read other formats with memlens.load_sequences and give its set"
         )
     if not path.is_file():
         raise SourceNotFoundError(f"there is no file {path}")
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise FileFormatError(f"{path} is not a .npy file of numbers: {error}") from error
-    return array
+    return load_array(path, mmap_mode="r")
 
 
 def _of_array(array: np.ndarray, length: int, stride: int | None) -> Windows:
@@ -226,14 +209,11 @@ def _of_array(array: np.ndarray, length: int, stride: int | None) -> Windows:
         tokens = [array[r, s : s + length] for r, s in zip(row, start, strict=True)]
         return Block(np.stack(tokens).astype(np.int64), row, start, len(numbers), 0)
 
-    def cut(rows: Iterable[Any], numbers: np.ndarray) -> Block:
-        return read(numbers)
-
-    return Windows("array", len(array) * per_row, None, read, None, cut)
+    return Windows("array", len(array) * per_row, None, read)
 
 
 def _column(columns: Iterable[Any], wanted: str | None) -> str:
-    """Return the column of ids, among the names of columns."""
+    """Return the name of the column of ids."""
     frame = pd.DataFrame(columns=list(columns))
     found = find_column(frame, wanted, TOKENS)
     if found is None:
@@ -256,7 +236,7 @@ def _ids(row: Any, number: int, tokens_column: str | None) -> np.ndarray:
 
 def _cut(rows: Sequence[np.ndarray], numbers: np.ndarray, length: int, stride: int | None) -> Block:
     tokens, row, start = [], [], []
-    for ids, number in zip(rows, numbers.tolist(), strict=True):
+    for ids, number in zip(rows, numbers.tolist(), strict=False):
         last = len(ids) - length
         for place in range(0, max(last + 1, 0), stride or max(last + 1, 1)):
             tokens.append(ids[place : place + length])
@@ -268,12 +248,12 @@ def _cut(rows: Sequence[np.ndarray], numbers: np.ndarray, length: int, stride: i
 
 
 def _reordered(block: Block, seed: int, first: int, whole: bool) -> Block:
-    """Shuffle within a block: windows of one row part, and streamed rows leave their order."""
+    """Shuffle within a block, which separates windows of one row and reorders streamed rows."""
     order = np.random.default_rng([seed, first]).permutation(len(block))
     negative = (block.tokens < 0).any(-1)
     if negative.any():
         row = int(block.row[negative.argmax()])
-        raise VocabularyError(f"row {row} of the corpus holds a negative token id: ids are 0 or more")
+        raise VocabularyError(f"row {row} of the corpus has a negative token id: ids are 0 or more")
     return replace(
         block, tokens=block.tokens[order], row=block.row[order], start=block.start[order], whole=whole
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ class NgramReference:
             raise OptionError(f"order={order}: an n-gram has at least one word")
         self.order = order
         self.tokenizer = tokenizer
-        self.lowercase = lowercase
+        self._word = partial(bare_word, lowercase=lowercase)
         self._ids: dict[str, int] = {}
         tokens = np.concatenate([np.zeros(0, np.int64), *self._blocks(corpus)])
         if not (tokens >= 0).any():
@@ -161,9 +162,6 @@ class NgramReference:
     def _known(self, ids: Sequence[int]) -> list[int]:
         size = len(self._unigrams)
         return [i if 0 <= i < size and self._unigrams[i] else _UNKNOWN for i in ids]
-
-    def _word(self, word: str) -> str:
-        return bare_word(word, lowercase=self.lowercase)
 
     def _blocks(self, corpus: Any) -> Iterable[np.ndarray]:
         rows: Any = corpus if isinstance(corpus, np.ndarray) else list(corpus)

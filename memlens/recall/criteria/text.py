@@ -163,8 +163,10 @@ def corpus_columns(
 def _per_million(targets: Sequence[str], counts: Mapping[str, float] | None) -> np.ndarray:
     if counts is None:
         return np.full(len(targets), np.nan)
-    merged = pd.Series(counts, dtype=float).groupby(bare_word).sum()
-    return (1e6 * merged.reindex(map(bare_word, targets), fill_value=0.0) / merged.sum()).to_numpy()
+    merged: Counter[str] = Counter()
+    for word, count in counts.items():
+        merged[bare_word(word)] += count  # pyright: ignore[reportArgumentType]
+    return 1e6 * np.array([float(merged[bare_word(t)]) for t in targets]) / sum(merged.values())
 
 
 def _corpus_counts(

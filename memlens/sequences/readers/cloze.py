@@ -1,6 +1,6 @@
 """Facts as cloze sentences: records whose last word, the object, is masked (the form of the LAMA probes).
 
-A record holds a sentence with `[MASK]` (columns `masked_sentences` or `masked_sentence`), or a template with
+A record has a sentence with `[MASK]` (columns `masked_sentences` or `masked_sentence`), or a template with
 `[X]` for the subject and `[Y]` for the object (column `template`), and the object (`obj_label`). A causal
 model can only be asked for an object that comes last: the prompt is the text before the mask.
 
@@ -164,11 +164,11 @@ def _templates(frame: pd.DataFrame, table: pd.DataFrame, options: ClozeOptions) 
 
 
 def _as_list(value: Any, row: int, column: str) -> list[str]:
-    """Return one record's sentences; a table of text holds a list as JSON."""
+    """Return one record's sentences; a table of text writes a list as JSON."""
     if isinstance(value, str) and value.startswith("["):
         with suppress(json.JSONDecodeError):  # a sentence may begin with its mask
             value = json.loads(value)
-    sentences = [value] if isinstance(value, str) else list(value) if _is_nested(value) else [None]
+    sentences: list[Any] = [value] if isinstance(value, str) else list(value) if _is_nested(value) else [None]
     if not all(isinstance(sentence, str) for sentence in sentences):
         raise SequenceError(
             f"row {row} of column {column!r} is {str(value)[:40]!r}: give text or a list of texts"

@@ -265,4 +265,4 @@ def leave_out(
         raise EmptySetError(f"none of {len(table)} {what} can be used: {said}")
     if counts:
         warnings.warn(f"{gone.sum()} of {len(table)} {what} are left out: {said}", stacklevel=6)
-    return table[~gone].reset_index(drop=True), {"n_left_out": int(gone.sum()), "left_out": said}
+    return table.loc[~gone].reset_index(drop=True), {"n_left_out": int(gone.sum()), "left_out": said}

@@ -155,7 +155,7 @@ def _without_repeats(table: pd.DataFrame) -> pd.DataFrame:
     if repeated.any():
         texts = table.loc[repeated, "text"].tolist()
         warnings.warn(f"{len(texts)} repeated idioms are left out: {some(texts)}", stacklevel=6)
-    return _with_defects(table[~repeated].reset_index(drop=True))
+    return _with_defects(table.loc[~repeated].reset_index(drop=True))
 
 
 _WARNED = (

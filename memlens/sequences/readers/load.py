@@ -227,7 +227,7 @@ def as_frame_or_rows(content: Any, limit: int | None) -> pd.DataFrame | np.ndarr
     """Return a table, or token ids without one: an array or a list of rows.
 
     Raises:
-        SequenceError: The content holds neither texts nor token ids.
+        SequenceError: The content is neither text nor token ids.
     """
     if isinstance(content, pd.DataFrame):
         return content
@@ -251,8 +251,8 @@ def _listed(rows: list[Any]) -> pd.DataFrame | list[list[int]]:
         names = [Path(row) for row in rows if "\n" not in row and len(row) < 4096]
         if len(names) == len(rows) and all(name.suffix.lower() in FILES for name in names):
             raise SequenceError(
-                f"the list holds file names, {some(rows, 2)}: give one file at a time, or the two .npy files "
-                "of prefixes and suffixes"
+                f"the list contains file names, {some(rows, 2)}: give one file at a time, or the two .npy "
+                "files of prefixes and suffixes"
             )
         return pd.DataFrame({"text": [str(row) for row in rows]})
     if rows and all(isinstance(row, Mapping) for row in rows):
