@@ -80,16 +80,11 @@ def report_from_directory(path: str | Path, to: str | Path | None = None) -> Pat
     sections.append(section("Tables", "", None, []))
     return write_report(
         to if to is not None else path / "report.html",
-        title=run["title"],
-        lead=run["lead"],
         findings=[Finding(**entry) for entry in run["findings"]],
         sections=[section for section in sections if section.figures or section.tables or section.explorers],
-        settings=run["settings"],
-        command=run["command"],
-        versions=run["versions"],
-        created=run["created"],
         warnings=warnings,
         references=bibliography(cited),
+        **{key: run[key] for key in ("title", "lead", "settings", "command", "versions", "created")},
     )
 
 

@@ -268,11 +268,8 @@ def _asset(name: str) -> str:
 
 def _plotly_js() -> str:
     """Return plotly's script without anything that would end a `<script>` element early."""
-    return (
-        re.sub(r"<(?=/script|!--)", r"\\x3c", get_plotlyjs(), flags=re.IGNORECASE)
-        .replace("\r\n", "\n")
-        .strip()
-    )
+    script = re.sub(r"<(?=/script|!--)", r"\\x3c", get_plotlyjs(), flags=re.IGNORECASE)
+    return script.replace("\r\n", "\n").strip()
 
 
 def _policy(scripts: Sequence[str]) -> str:

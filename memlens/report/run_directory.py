@@ -163,11 +163,8 @@ class RunDirectory:
     def _put(self, part: str, entry: dict[str, Any], key: str = "name") -> None:
         """Add an entry, or replace the older one with the same key."""
         entries = self._run[part]
-        places = [place for place, old in enumerate(entries) if old[key] == entry[key]]
-        if places:
-            entries[places[0]] = entry
-        else:
-            entries.append(entry)
+        place = next((i for i, old in enumerate(entries) if old[key] == entry[key]), len(entries))
+        entries[place : place + 1] = [entry]
         self._write()
 
     def _write(self) -> None:

@@ -34,7 +34,8 @@ class StudyRun:
     Attributes:
         report: The HTML file.
         findings: In order.
-        failures: Steps that failed, with their messages; the others are in the report.
+        failures: The messages of steps that failed. The report names them; steps that do not depend on them
+            still run.
     """
 
     report: Path
@@ -112,9 +113,7 @@ class StudyDirectory(RunDirectory):
 
     def _keyed(self, name: str, model: Any, seqs: SequenceSet, about: Any, suffix: str) -> Path:
         key = fingerprint([model_fingerprint(model), fingerprint(seqs), about])
-        place = self.place(name) / f"{key}{suffix}"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        return place
+        return self.place(name) / f"{key}{suffix}"
 
     def failed(self, name: str, error: BaseException) -> None:
         """Record that a step failed; an unexpected error with its type, and its traceback in the log."""

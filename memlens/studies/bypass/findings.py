@@ -65,11 +65,7 @@ def selective_layer(
     row: Any = scoring.table().iloc[place]
     others = np.delete(scoring.selectivity, place)
     control = f"the other layers have {np.mean(others):.3g} on average, {np.max(others):.3g} at best"
-    changed = {
-        name: mean_estimate(result.effect("target_logprob").sel(layer=row["layer"]), seed=options.seed)
-        for name, result in swept.items()
-    }
-    if elsewhere := spoken(changed, "nats per token", skip=MEMORIZED):
+    if elsewhere := _other_text(swept, {"layer": place}, options.seed):
         control += f"; log-probability of other text under the same bypass: {elsewhere}"
     return TEXTS.finding(
         "selective_layer",
@@ -94,6 +90,13 @@ def _estimate(row: Any, name: str) -> Estimate:
     return Estimate.from_row(row, name, prefix=f"{name}_", n=None)
 
 
+def _other_text(results: Mapping[str, Result], place: dict[str, int], seed: int = 0) -> str | None:
+    """Say how an intervention changes the log-probability of all but the memorized text."""
+    effects = {name: result.effect("target_logprob").isel(place) for name, result in results.items()}
+    found = {name: mean_estimate(effect, seed=seed) for name, effect in effects.items()}
+    return spoken(found, "nats per token", skip=MEMORIZED)
+
+
 def best_set(
     best: pd.DataFrame, areas: pd.DataFrame, search: LayerSetSearch, elsewhere: Mapping[str, Result]
 ) -> Finding:
@@ -107,11 +110,7 @@ def best_set(
             f"{top['random_mean']:.3g} on average, {top['random_share']:.2f} of them do as well"
         )
     parts.append(f"the best single layer ({single['layers']}) has {single['selectivity']:.3g}")
-    changed = {
-        name: mean_estimate(result.effect("target_logprob").isel(layers=0))
-        for name, result in elsewhere.items()
-    }
-    if others := spoken(changed, "nats per token", skip=MEMORIZED):
+    if others := _other_text(elsewhere, {"layers": 0}):
         parts.append(f"log-probability of other text: {others}")
     families = [
         f"{row['family']} {Estimate.from_row(row, 'area', n=None)}" for row in areas.to_dict("records")
@@ -134,7 +133,6 @@ def quartile_table(
     *,
     tasks: Sequence[str],
     parts: int = 4,
-    level: float = 0.95,
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -145,15 +143,14 @@ def quartile_table(
         accuracy: The same on tasks.
         tasks: Tasks that count: those with something to lose (`tasks_above_chance`).
         parts: Number of parts into which depth is cut.
-        level: Coverage of the intervals.
         n_resamples: Of the bootstraps over sequences, and over questions within tasks.
         seed: Of the bootstraps.
 
     Returns:
         Columns `what` ("recitation", a group of tasks, or the gap between language and reasoning), `measure`,
-        `part` (1 is the first), `layers`, `mean`, `low`, `high`. Drops are relative to the unchanged model
-        and positive where something is lost; those of tasks are raw and corrected for chance. A group's drop
-        is the mean over its tasks.
+        `part` (1 is the first), `layers`, `mean`, `low`, `high` (95 %). Drops are relative to the unchanged
+        model and positive where something is lost; those of tasks are raw and corrected for chance. A group's
+        drop is the mean over its tasks.
     """
     drawn: dict[tuple[str, str], tuple[_Draws, _Draws]] = {}
     base = recall.baseline("exact_match").values.astype(float)
@@ -164,17 +161,17 @@ def quartile_table(
         removed_share(bootstrap_means(values, n_resamples, seed)),
     )
     tables = {name: table for name, table in task_tables(accuracy).items() if name in tasks}
+    each = {
+        name: (
+            table.measured(lambda t: t.mean(0, keepdims=True)),
+            table.measured(lambda t, n=i: bootstrap_means(t, n_resamples, seed + 1 + n)),
+        )
+        for i, (name, table) in enumerate(tables.items())
+    }
     for measure in MEASURES:
-        each = {
-            name: (
-                table.measured(lambda t: t.mean(0, keepdims=True))[measure],
-                table.measured(lambda t, n=i: bootstrap_means(t, n_resamples, seed + 1 + n))[measure],
-            )
-            for i, (name, table) in enumerate(tables.items())
-        }
         for group in dict.fromkeys(table.group for table in tables.values()):
             mine = [each[name] for name, table in tables.items() if table.group == group]
-            value, draws = (np.nanmean([pair[i] for pair in mine], 0) for i in (0, 1))
+            value, draws = (np.nanmean([pair[i][measure] for pair in mine], 0) for i in (0, 1))
             drawn[group, measure] = value, draws
         if ("language", measure) in drawn and ("reasoning", measure) in drawn:
             pairs = zip(drawn["language", measure], drawn["reasoning", measure], strict=True)
@@ -183,7 +180,7 @@ def quartile_table(
     rows = []
     for (what, measure), (value, draws) in drawn.items():
         for number, layers in enumerate(quartiles(value.shape[1], parts), 1):
-            low, high = quantile_interval(draws[:, layers].mean(1, keepdims=True), level)
+            low, high = quantile_interval(draws[:, layers].mean(1, keepdims=True), 0.95)
             mean = float(value[0, layers].mean())
             rows.append((what, measure, number, layers_label(layers), mean, float(low[0]), float(high[0])))
     return pd.DataFrame(rows, columns=["what", "measure", "part", "layers", "mean", "low", "high"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -92,6 +92,7 @@ class BypassInputs:
         return {str(name): seqs for name, seqs in given.items() if seqs is not None and len(seqs)}
 
 
+@dataclass(eq=False)
 class BypassContext:
     """A model with its sequences, the folder, the options, and what was measured so far."""
 
@@ -99,20 +100,15 @@ class BypassContext:
     folder: StudyDirectory
     options: BypassOptions
     progress: bool
-    model: Any
-    n_layers: int
-    groups: dict[str, SequenceSet]
+    swept: dict[str, Result] = field(default_factory=dict)
+    headed: dict[str, Result] = field(default_factory=dict)
+    tasks: Result | None = None
 
-    def __init__(
-        self, inputs: BypassInputs, folder: StudyDirectory, options: BypassOptions, *, progress: bool
-    ) -> None:
-        self.inputs, self.folder, self.options, self.progress = inputs, folder, options, progress
-        self.model, self.n_layers = inputs.model, Trunk(inputs.model).n_layers
-        self.groups = inputs.groups
-        self.groups = self.chosen(options.max_sequences)
-        self.swept: dict[str, Result] = {}
-        self.headed: dict[str, Result] = {}
-        self.tasks: Result | None = None
+    def __post_init__(self) -> None:
+        self.model: Any = self.inputs.model
+        self.n_layers: int = Trunk(self.model).n_layers
+        self.groups: dict[str, SequenceSet] = self.inputs.groups
+        self.groups = self.chosen(self.options.max_sequences)
 
     @cached_property
     def twin(self) -> Any:
@@ -120,7 +116,7 @@ class BypassContext:
         return untrained_like(self.model, seed=self.options.seed)
 
     @property
-    def resampling(self) -> dict[str, int]:
+    def resampling(self) -> dict[str, Any]:
         """The number of resamples of every bootstrap, and the seed."""
         return {"n_resamples": self.options.n_resamples, "seed": self.options.seed}
 
@@ -150,14 +146,10 @@ class BypassContext:
         reading: str | None = "",
         **options: Any,
     ) -> None:
-        """Save a result, with the words and figures that `texts.yaml` has for it.
+        """Save a result, with the words and figures (options of `Result.plot`) from `texts.yaml`.
 
-        Args:
-            name: Of the result.
-            result: The result.
-            figures: Options of each figure, in place of those in `texts.yaml`.
-            reading: Of the first figure, None for that of its kind; the others have none.
-            **options: Further options of every figure.
+        `figures` replaces those figures, and `options` are added to each. `reading` belongs to the first one
+        (None: as for any result of its kind); the others have none.
         """
         words = dict(TEXTS["results"][name])
         drawn = words.pop("figures")
@@ -240,8 +232,8 @@ def frontier(study: BypassContext, others: Iterable[BypassInputs | Callable[[], 
         study.folder.step(f"further model {number + 1}", lambda given=given: _other(study, given, parts))
     if not parts:
         return
-    title = {"title": "Recitation against ability: one panel per model"} if len(parts) > 1 else {}
-    study.show("frontier", join_frontier(parts, **study.resampling), **title)
+    panels = [{"title": "Recitation against ability: one panel per model"}] if len(parts) > 1 else None
+    study.show("frontier", join_frontier(parts, **study.resampling), figures=panels)
     tables = []
     for name, (recall, accuracy) in parts.items():
         if not tasks_above_chance(accuracy):
@@ -294,18 +286,15 @@ def _other(
     seqs = at_most(inputs.groups[MEMORIZED], study.options.max_sequences, study.options.seed)
     recall = study.bypass(inputs.model, seqs, f"of_{inputs.name}")
     parts[inputs.name] = recall, study.evaluate(inputs, f"tasks_of_{inputs.name}")
-    study.folder.add_settings(
-        {f"further model {inputs.name}": {**describe(inputs.model), "memorized": dict(seqs.attrs)}}
-    )
+    about = {**describe(inputs.model), "memorized": dict(seqs.attrs)}
+    study.folder.add_settings({f"further model {inputs.name}": about})
 
 
 def _tradeoff(study: BypassContext, recall: Result, accuracy: Result, part: int) -> Tradeoff:
-    seed = study.options.seed
     return edit_tradeoff(
-        take_half(recall, part, seed),
-        take_half(accuracy, part, seed, within="task"),
+        take_half(recall, part, study.options.seed),
+        take_half(accuracy, part, study.options.seed, within="task"),
         over=study.options.over,
-        tasks=tasks_above_chance(accuracy) or None,
-        n_resamples=study.options.n_resamples,
-        seed=seed,
+        tasks=tasks_above_chance(accuracy),
+        **study.resampling,
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from memlens.choices import AblationMode
+from memlens.choices import AblationMode, BypassMode
 from memlens.instruments.ablate.branches import attention_ablations, mlp_ablations
 from memlens.instruments.bypass.bounds import bypass_bounds
 from memlens.instruments.bypass.bypass import (
@@ -161,7 +161,7 @@ def control_edits(model: Any, sequences: SequenceSet, names: Sequence[str]) -> l
     found = []
     for name in names:
         if name in (*BYPASS_MODES, *CONTROL_MODES):
-            edits = attention_bypasses(model, mode=name)
+            edits = attention_bypasses(model, mode=cast(BypassMode, name))
         elif name.startswith("mlp_"):
             edits = mlp_ablations(model, sequences, mode=cast(AblationMode, name.removeprefix("mlp_")))
         else:
@@ -240,9 +240,9 @@ def depth_table(results: Mapping[str, Result], *, n_resamples: int, seed: int) -
             spread = rank_correlation(drawn, np.broadcast_to(layers, drawn.shape))
             value = float(rank_correlation(mean, layers))
             low, high = standard_interval(value, spread, 0.95, -1.0)
-            rows.append((edit, name, value, low, high, float(mean[0]), float(mean[-1]), len(table)))
-    columns = ["edit", "group", "correlation", "low", "high", "first", "last", "n"]
-    return pd.DataFrame(rows, columns=columns)
+            row = {"edit": edit, "group": name, "correlation": value, "low": low, "high": high}
+            rows.append({**row, "first": float(mean[0]), "last": float(mean[-1]), "n": len(table)})
+    return pd.DataFrame(rows)
 
 
 register_kind("bypass_controls", plot=plot_edits, reading=read_effects)

@@ -67,8 +67,7 @@ def study_attention_bypass(
         progress: Show progress bars.
 
     Returns:
-        The report's path, the findings, and what failed. A step that fails is named in the report; steps that
-        do not depend on it still run.
+        The report's path, the findings, and what failed.
 
     Raises:
         SequenceError, VocabularyError: The sequences do not fit, before any forward pass.

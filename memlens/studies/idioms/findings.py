@@ -52,9 +52,9 @@ def recalled(name: str, table: pd.DataFrame) -> Finding:
     """The share of items whose target is the model's prediction."""
     rows = recall_by_subset(table).iloc[1:6]
     parts = [f"{row.subset}: {row.recalled:.3g} of {row.n}" for row in rows.itertuples()]
-    hits = int(table["exact_match"].sum())
-    share = share_estimate(table["exact_match"])
-    return finding("recalled", name, share, control="; ".join(parts), recalled=hits, n=len(table))
+    hits = table["exact_match"].to_numpy(float)
+    recalled, n = int(hits.sum()), len(hits)
+    return finding("recalled", name, share_estimate(hits), control="; ".join(parts), recalled=recalled, n=n)
 
 
 def recall_by_subset(table: pd.DataFrame) -> pd.DataFrame:
@@ -77,10 +77,8 @@ def recall_by_subset(table: pd.DataFrame) -> pd.DataFrame:
         values = np.array(table[column], dtype=str) if column in table else np.array([])
         if 1 < len(set(values)) <= 20:
             subsets |= {f"{column} {value}": values == value for value in sorted(set(values))}
-    rows = []
-    for label, chosen in subsets.items():
-        rows.append({"subset": label, **share_estimate(table.loc[chosen, "exact_match"]).row("recalled")})
-    return pd.DataFrame(rows)
+    hits = {label: share_estimate(table.loc[chosen, "exact_match"]) for label, chosen in subsets.items()}
+    return pd.DataFrame([{"subset": label, **share.row("recalled")} for label, share in hits.items()])
 
 
 def recall_by_frequency(table: pd.DataFrame, column: str, *, bins: int = 10) -> pd.DataFrame:
@@ -292,46 +290,42 @@ def controls_in_words(result: Result, k: int) -> str:
 def knocked_out(name: str, result: Result, dominant: Mapping[str, Result], seed: int) -> Iterator[Finding]:
     """Where the dominant neurons matter: the strongest window, and early against late ones."""
     k = largest_shared_k(result)
-    selections = dict(_by_selection(result))
-    one = {label: _over_draws(part["prediction_flipped"]).sel(k=k) for label, part in selections.items()}
-    yield _strongest(name, k, one, dominant, seed)
-    yield _early_and_late(name, k, one, dominant, seed)
+    flips = {
+        label.replace("_", " "): _over_draws(part["prediction_flipped"]).sel(k=k)
+        for label, part in _by_selection(result)
+    }
+    groups = {
+        group: part["prediction_flipped"].sel(k=k) for group, part in dominant.items() if group != RECALLED
+    }
+    yield _strongest(name, k, flips, groups, seed)
+    yield _early_and_late(name, k, {**flips, **groups}, seed)
 
 
-def _strongest(
-    name: str, k: int, flips: Mapping[str, xr.DataArray], dominant: Mapping[str, Result], seed: int
-) -> Finding:
+_Flips = Mapping[str, xr.DataArray]
+
+
+def _strongest(name: str, k: int, flips: _Flips, groups: _Flips, seed: int) -> Finding:
     """The single layer whose dominant neurons flip most predictions."""
     window = int(flips["dominant"]["window"].min())
-    main = flips["dominant"].sel(window=window)
-    choose, measure = halves(main.sizes["sequence"], seed)
-    layer = int(main.isel(sequence=choose).mean("sequence").idxmax("layer"))
-    here = share_estimate(main.sel(layer=layer).isel(sequence=measure))
-    others = {
-        f"{label.replace('_', ' ')} neurons": mean_estimate(
-            array.sel(window=window, layer=layer).isel(sequence=measure), seed=seed
-        )
-        for label, array in flips.items()
-        if label != "dominant"
-    }
-    for group, part in dominant.items():
-        if group != RECALLED:
-            others[group] = share_estimate(part["prediction_flipped"].sel(k=k, window=window, layer=layer))
+    choose, measure = halves(flips["dominant"].sizes["sequence"], seed)
+    mean = flips["dominant"].sel(window=window).isel(sequence=choose).mean("sequence")
+    layer = int(mean.idxmax("layer"))
+    site = {"window": window, "layer": layer}
+    here = {label: array.sel(site).isel(sequence=measure) for label, array in flips.items()}
+    main = share_estimate(here.pop("dominant"))
+    others = {f"{label} neurons": mean_estimate(array, seed=seed) for label, array in here.items()}
+    for group, array in groups.items():
+        others[group] = share_estimate(array.sel(site))
     more = "" if window == 1 else f" and the {window - 1} after it"
-    return finding("strongest", name, here, control=spoken(others), k=k, layer=layer, more=more)
+    return finding("strongest", name, main, control=spoken(others), k=k, layer=layer, more=more)
 
 
-def _early_and_late(
-    name: str, k: int, flips: Mapping[str, xr.DataArray], dominant: Mapping[str, Result], seed: int
-) -> Finding:
+def _early_and_late(name: str, k: int, flips: _Flips, seed: int) -> Finding:
     """Windows of the first half of the layers against those of the second, each item against itself."""
     found = {label: _contrast(array, seed) for label, array in flips.items()}
-    for group, part in dominant.items():
-        if group != RECALLED:
-            found[group] = _contrast(part["prediction_flipped"].sel(k=k), seed)
     early, late, difference = found.pop("dominant")
-    others = {label.replace("_", " "): values[2] for label, values in found.items()}
-    return finding("early_and_late", name, difference, control=spoken(others), k=k, early=early, late=late)
+    others = spoken({label: values[2] for label, values in found.items()})
+    return finding("early_and_late", name, difference, control=others, k=k, early=early, late=late)
 
 
 def _contrast(flips: xr.DataArray, seed: int) -> tuple[Estimate, Estimate, Estimate]:

@@ -61,17 +61,10 @@ class IdiomContext:
     references: Sequence[Any]
     progress: bool
 
-    def table(
-        self, name: str, key: str, frame: pd.DataFrame, *, words: str | None = None, **values: Any
-    ) -> None:
-        """Save a table about the items called `name`, with its words from `texts.yaml`.
+    def table(self, name: str, key: str, frame: pd.DataFrame, *, words: str = "", **values: Any) -> None:
+        """Save a table about the items called `name`, with its words from `texts.yaml`: those of `key`.
 
-        Args:
-            name: Of the items.
-            key: The rest of the table's name.
-            frame: The table.
-            words: Key of its words, if another one than `key`.
-            **values: What the words name, such as the lens; `section` is the result that it belongs to.
+        `words` is another key for them, and `values` is what they name, such as the lens.
         """
         entry = find.TEXTS["tables"][words or key]
         text = {part: entry[part].format(Name=name.capitalize(), **values) for part in entry}
@@ -102,7 +95,7 @@ class Unfolding:
         self.matched: dict[str, Pairs] = {}
 
     def run(self) -> None:
-        """Run all parts; one that fails does not stop those that do not need it."""
+        """Run all parts; one that fails does not stop those that do not depend on it."""
         self.split()
         if RECALLED not in self.groups:
             return

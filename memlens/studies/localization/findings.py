@@ -48,10 +48,10 @@ def recalled(recall: RecallScores, *, enough: bool = True) -> Finding:
 
 
 def _by_copies(table: pd.DataFrame) -> str | None:
-    if "copies" not in table or table["copies"].nunique() < 2:
+    if "copies" not in table or len(set(table["copies"])) < 2:
         return None
-    shares = table.groupby("copies")["exact_match"].mean()
-    return ", ".join(f"{share:.2f} at {copies}" for copies, share in shares.items())
+    groups = table.groupby("copies")["exact_match"]
+    return ", ".join(f"{hits.mean():.2f} at {copies}" for copies, hits in groups)
 
 
 def promoted(decoded: Mapping[str, Result], seed: int) -> Finding:
@@ -72,11 +72,7 @@ def head_table(results: Mapping[str, Result], seed: int, most: int = 20) -> pd.D
     """Return the heads with the most harmful ablation, compared with controls, p corrected for all heads."""
     result = results[MEMORIZED]
     ci = result.mean_ci("sequence", metric="target_logprob", of="effect", seed=seed)["target_logprob"]
-    frame = (
-        ci.to_dataframe("effect")
-        .reset_index()
-        .pivot(index=["layer", "head"], columns="statistic", values="effect")
-    )
+    frame = ci.reset_coords(drop=True).to_dataset("statistic").to_dataframe(dim_order=["layer", "head"])
     exact = result["exact_match"].mean("sequence").to_dataframe("exact_match_left")["exact_match_left"]
     frame = frame[["mean", "low", "high"]].add_prefix("effect_").join(exact)
     if CONTROL in results and results[CONTROL].data.sizes["sequence"] > 1:

@@ -8,7 +8,7 @@ and reported on the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,7 @@ def localize(
         progress: Show progress bars.
 
     Returns:
-        The report's path, the findings, and what failed. A step that fails is named in the report; steps that
-        do not depend on it still run.
+        The report's path, the findings, and what failed.
 
     Raises:
         EmptySetError, SequenceError, VocabularyError: The sequences do not fit, before any forward pass.
@@ -75,29 +74,26 @@ def localize(
         >>> run.report.name  # doctest: +SKIP
         'report.html'
     """
-    return _Localization(model, sequences, Path(out), options or LocalizeOptions(), progress).run(
-        title, command
-    )
+    check_sequences(sequences, model)
+    options, about = options or LocalizeOptions(), describe(model)
+    settings = {"study": "localize", **asdict(options), "model": about, "sequences": dict(sequences.attrs)}
+    title = title or find.TEXTS["title"].format(model=about["model"], n=len(sequences))
+    folder = StudyDirectory(out, title=title, settings=settings, command=command, fresh=True)
+    return _Localization(model, folder, options, progress).run(sequences)
 
 
+@dataclass(eq=False)
 class _Localization:
-    def __init__(
-        self, model: Any, seqs: SequenceSet, out: Path, options: LocalizeOptions, progress: bool
-    ) -> None:
-        self.model, self.seqs, self.out, self.options, self.progress = model, seqs, out, options, progress
+    model: Any
+    folder: StudyDirectory
+    options: LocalizeOptions
+    progress: bool
 
-    def run(self, title: str | None, command: str | None) -> StudyRun:
-        check_sequences(self.seqs, self.model)
-        settings = {"study": "localize", **asdict(self.options)}
-        settings |= {"model": describe(self.model), "sequences": dict(self.seqs.attrs)}
-        title = title or find.TEXTS["title"].format(model=settings["model"]["model"], n=len(self.seqs))
-        self.folder = StudyDirectory(self.out, title=title, settings=settings, command=command, fresh=True)
-        recall = self.folder.scored("recall", self.model, self.seqs, progress=self.progress)
-        self._keep_recall(recall)
+    def run(self, seqs: SequenceSet) -> StudyRun:
+        recall = self.folder.scored("recall", self.model, seqs, progress=self.progress)
         memorized = recall.memorized()
+        self._keep_recall(recall, enough=len(memorized) > 1)
         if len(memorized) < 2:
-            self.folder.findings.clear()
-            self.folder.find(find.recalled(recall, enough=False))
             return self.folder.done()
         memorized = at_most(memorized, self.options.max_sequences, self.options.seed)
         groups = self._groups(recall, memorized)
@@ -112,15 +108,12 @@ class _Localization:
             self.folder.step(name, partial(work, groups))
         return self.folder.done()
 
-    def _keep_recall(self, recall: RecallScores) -> None:
-        recall.save(self.out / "recall.parquet")
-        self.folder.add_result(
-            "recall", recall.to_result(), title="What is recalled", figures=[FigureRequest()]
-        )
-        self.folder.add_table(
-            "recall_summary", recall.summary().astype({"group": str}), title="Recall, by group"
-        )
-        self.folder.find(find.recalled(recall))
+    def _keep_recall(self, recall: RecallScores, *, enough: bool) -> None:
+        recall.save(self.folder.path / "recall.parquet")
+        self.folder.add_result("recall", recall.to_result(), title="What is recalled")
+        summary = recall.summary().astype({"group": str})
+        self.folder.add_table("recall_summary", summary, title="Recall, by group")
+        self.folder.find(find.recalled(recall, enough=enough))
 
     def _groups(self, recall: RecallScores, memorized: SequenceSet) -> dict[str, SequenceSet]:
         try:
@@ -179,17 +172,14 @@ class _Localization:
     def _positions(self, seqs: SequenceSet, always: np.ndarray) -> list[int]:
         """At most `max_positions` positions, spread evenly from the first changed one, and `always`."""
         first, last = int(always.min()), int(seqs.lengths.max()) - 2
-        spread = (
-            np.linspace(first, last, min(last - first + 1, self.options.max_positions)).round().astype(int)
-        )
-        return np.union1d(spread, always).tolist()
+        number = min(last - first + 1, self.options.max_positions)
+        return np.union1d(np.linspace(first, last, number).round().astype(int), always).tolist()
 
     def _attribute(self, groups: Mapping[str, SequenceSet]) -> None:
         for name, seqs in groups.items():
             result = attribute_logits(self.model, seqs, progress=self.progress)
             title = f"What writes the target's logit: {name}"
-            figures = [FigureRequest()]
-            self.folder.add_result(f"logit_attribution_{name}", result, title=title, figures=figures)
+            self.folder.add_result(f"logit_attribution_{name}", result, title=title)
 
     def _kept(self, what: str, group: str, work: Callable[..., Result]) -> Result:
         return self.folder.kept(f"{what}_{group}", partial(work, progress=self.progress))
