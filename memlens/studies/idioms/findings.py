@@ -53,8 +53,8 @@ def recalled(name: str, table: pd.DataFrame) -> Finding:
     rows = recall_by_subset(table).iloc[1:6]
     parts = [f"{row.subset}: {row.recalled:.3g} of {row.n}" for row in rows.itertuples()]
     hits = table["exact_match"].to_numpy(float)
-    recalled, n = int(hits.sum()), len(hits)
-    return finding("recalled", name, share_estimate(hits), control="; ".join(parts), recalled=recalled, n=n)
+    values = {"recalled": int(hits.sum()), "n": len(hits), "control": "; ".join(parts)}
+    return finding("recalled", name, share_estimate(hits), **values)
 
 
 def recall_by_subset(table: pd.DataFrame) -> pd.DataFrame:
