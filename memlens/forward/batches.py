@@ -34,11 +34,15 @@ class Targets:
 def make_batches(
     seqs: SequenceSet, size: int, device: torch.device, rows: Sequence[int] | Tensor | None = None
 ) -> Iterator[tuple[Batch, Targets]]:
-    """Split a set (or some of its rows, in the given order) into batches, each padded to its own longest."""
+    """Split a set (or some of its rows, in the given order) into batches, each padded to its own longest.
+
+    Where the set has the attribute `last_token_fed=False`, the longest sequences of a batch lose their last
+    token, which is a target and predicts none: so they may have one token more than the model's context.
+    """
     chosen = torch.as_tensor(range(len(seqs)) if rows is None else rows)
     for rows in chosen.split(size):
         part = seqs[rows]
-        width = int(part.lengths.max())
+        width = int(part.lengths.max()) - (not seqs.attrs.get("last_token_fed", True))
         mask = part.target_mask
         positions = torch.where(mask, part.target_positions - 1, 0)
         predicts = torch.zeros(len(part), width, dtype=torch.bool)

@@ -147,7 +147,8 @@ def _check_vocabulary(seqs: SequenceSet, d_vocab: int) -> None:
 
 
 def _check_context(seqs: SequenceSet, n_ctx: int) -> None:
-    too_long = (seqs.lengths > n_ctx).nonzero()
+    fed = seqs.lengths if seqs.attrs.get("last_token_fed", True) else seqs.lengths - 1
+    too_long = (fed > n_ctx).nonzero()
     if len(too_long):
         row = int(too_long[0])
         raise SequenceError(

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import memlens as ml
 from memlens.errors import ModelLoadError, OptionError, SiteError, SourceNotFoundError
 from memlens.instruments.tasks import lm_eval as lm_eval_tasks
+from memlens.instruments.tasks.tasks import Question
 from memlens.models.zoo import zoo_path
 from memlens.organisms.corpus.corpus import load_tokenizer
 from memlens.organisms.local_tasks import local_tasks
 from memlens.sweeps.run import measure
-from tests.tiny import D_VOCAB
+from tests.tiny import D_VOCAB, tiny_huggingface_model, tiny_tokenizer
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -248,7 +249,6 @@ def test_as_lm_eval_is_hflm_on_the_model_as_it_is() -> None:
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     theirs = HFLM(
         pretrained=plain, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=3, add_bos_token=False,
-        max_length=127,  # one less: it does not feed the last token, and we do
     )  # fmt: skip
     ours = ml.tasks.as_lm_eval(ml.load_model("zoo/pythia-s"), prepend_bos=False, progress=False)
     pairs = [request(text[: len(text) // 2], text[len(text) // 2 :]) for text in TEXTS[:2]]
@@ -267,6 +267,40 @@ def test_as_lm_eval_is_hflm_on_the_model_as_it_is() -> None:
     generated = ours.generate_until(asked)
     assert generated == theirs.generate_until(asked, disable_tqdm=True)
     assert len(set(map(len, generated))) > 1
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_requests_longer_than_the_context_equal_hflm(
+    tiny_model: Callable[..., Any], tmp_path: Path, bos: bool
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    model = tiny_model("gpt_neo")  # absolute positions: a token less of context changes every number
+    tokenizer = tiny_tokenizer()
+    theirs = HFLM(
+        pretrained=tiny_huggingface_model("gpt_neo"), tokenizer=tokenizer, batch_size=4, add_bos_token=bos
+    )
+    tokenizer.save_pretrained(tmp_path)
+    theirs.tokenizer = AutoTokenizer.from_pretrained(tmp_path, add_bos_token=bos)
+    assert theirs.max_length == model.cfg.n_ctx
+    ours = ml.tasks.as_lm_eval(model, prepend_bos=bos, progress=False)
+    rng = np.random.default_rng(1)
+    lengths = [model.cfg.n_ctx + extra for extra in (-2, -1, 0, 1, 30)]
+    pairs = [(words(rng, n), " " + words(rng, k)) for n in lengths for k in (1, 2, 5)]
+    pairs += [("w1", " " + words(rng, model.cfg.n_ctx)), ("", "w3 w4"), *[(" ", "w3 w4")] * bos]
+    asked = [request(*pair) for pair in pairs]
+    expected = [value for value, _ in theirs.loglikelihood(asked, disable_tqdm=True)]
+    np.testing.assert_allclose([value for value, _ in ours.loglikelihood(asked)], expected, rtol=1e-4)
+    texts = [request(text) for text in ("", "w5", *[words(rng, n) for n in (*lengths, 3 * lengths[0])])]
+    rolling = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
+    np.testing.assert_allclose(ours.loglikelihood_rolling(texts), rolling, rtol=1e-4)
+    questions = [Question((given,), (scored,), (0,), (1,), str(i)) for i, (given, scored) in enumerate(pairs)]
+    task = ml.tasks.ChoiceTask.from_questions(questions, ours.encoder, name="long", group="other")
+    found = ml.evaluate_tasks(model, [task], ml.edits.attention_bypasses(model, layers=[0]), progress=False)
+    np.testing.assert_allclose(found["gold_logprob_baseline"].values, expected, rtol=1e-4)
+    with ml.bypassed(model, [0]):
+        bypassed = [value for value, _ in ours.loglikelihood(asked)]
+    np.testing.assert_allclose(found["gold_logprob"].values[:, 0], bypassed, rtol=1e-4)
 
 
 def test_as_lm_eval_holds_its_interventions(tiny_model: Callable[..., Any], tiny_tasks: Path) -> None:

@@ -205,11 +205,13 @@ def test_long_contexts_lose_their_first_tokens(tiny_model: Model) -> None:
     model = tiny_model("gpt_neox")
     long = {"context": " ".join(["w1"] * 10 + ["w2"] * N_CTX), "choices": ["w3", "w4 w5"], "gold": 0}
     task = ml.tasks.ChoiceTask.from_records([long], model)
-    assert task.requests.rows()[0] == [2] * (N_CTX - 1) + [3]
-    assert task.requests.rows()[1] == [2] * (N_CTX - 2) + [4, 5]
+    assert task.requests.rows()[0] == [2] * N_CTX + [3]  # the last token is scored, not fed
+    assert task.requests.rows()[1] == [2] * (N_CTX - 1) + [4, 5]
     assert task.requests.attrs["truncated"] == 2
-    with pytest.raises(SequenceError, match=f"{N_CTX} tokens"):
-        ml.tasks.ChoiceTask.from_records([{"context": "w1", "choices": ["w1 " * N_CTX], "gold": 0}], model)
+    with pytest.raises(SequenceError, match=f"{N_CTX + 1} tokens"):
+        ml.tasks.ChoiceTask.from_records(
+            [{"context": "w1", "choices": ["w1 " * (N_CTX + 1)], "gold": 0}], model
+        )
 
 
 def test_contexts_may_differ_by_choice(tiny_model: Model) -> None:

@@ -35,12 +35,13 @@ class PairEncoder:
     Spaces at the end of a context move to the continuation. Context and continuation are tokenized together,
     and the continuation starts after as many tokens as the context alone has. An empty context becomes the
     beginning-of-text token, or the end-of-text token where there is none. A request that is too long for the
-    model loses tokens on the left; `HFLM` keeps one token more, because it does not feed the last one.
+    model loses tokens on the left. Its last token is scored but not fed, so a request may have one token more
+    than the model's context.
 
     Attributes:
         tokenizer: A Hugging Face tokenizer.
         bos: Whether the beginning-of-text token is put before every context.
-        n_ctx: Most tokens of a request; None for no limit.
+        n_ctx: Most tokens that the model is fed, one less than those of a request; None for no limit.
 
     Example:
         >>> import memlens as ml
@@ -89,11 +90,11 @@ class PairEncoder:
                 f"the context {context[-40:]!r} and the continuation {continuation[:40]!r} leave no token to "
                 f"{'score' if given else 'give'}: change the text."
             )
-        dropped = 0 if self.n_ctx is None else max(0, len(given) + len(scored) - self.n_ctx)
+        dropped = 0 if self.n_ctx is None else max(0, len(given) + len(scored) - self.n_ctx - 1)
         if dropped >= len(given):
             raise SequenceError(
                 f"the continuation {continuation[:40]!r} has {len(scored)} tokens, and the model's context "
-                f"holds {self.n_ctx} with at least one before it: shorten it."
+                f"holds {self.n_ctx}: shorten it."
             )
         return PairTokens(given[dropped:], scored, dropped)
 
@@ -105,7 +106,12 @@ class PairEncoder:
         >>> encoder.prompt("Mara was") == encoder("Mara was", " old").context
         True
         """
-        return self._ids(context) or [self._first()]
+        return self.ids(context) or [self._first()]
+
+    def ids(self, text: str) -> list[int]:
+        """Return the token ids of a text, after the beginning-of-text token if `bos` and it has none."""
+        begins = self.bos and not text.startswith(self.tokenizer.bos_token)
+        return [self.tokenizer.bos_token_id] * begins + self._bare(text)
 
     def _first(self) -> int:
         bos = self.tokenizer.bos_token_id
@@ -118,14 +124,8 @@ class PairEncoder:
             return (scored[:1], scored[1:]) if scored[:1] == [first] else ([first], scored)
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
-        given, whole = self._ids(bare), self._ids(bare + continuation)
+        given, whole = self.ids(bare), self.ids(bare + continuation)
         return given, whole[len(given) :]
-
-    def _ids(self, text: str) -> list[int]:
-        bos = self.tokenizer.bos_token
-        return [self.tokenizer.bos_token_id] * (
-            self.bos and bool(text) and not text.startswith(bos)
-        ) + self._bare(text)
 
     def _bare(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

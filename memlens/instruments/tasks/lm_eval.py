@@ -74,17 +74,14 @@ class LensLM(LM):
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-probability of whole texts, in windows as long as the model's context allows.
-
-        The windows are one token shorter than `HFLM`'s, because the last token is fed here too.
-        """
+        """Return the log-probability of whole texts, in windows as long as the model's context allows."""
         from lm_eval.utils import get_rolling_token_windows
 
         (first,) = self.encoder.prompt("")
         windows: list[list[PairTokens]] = []
         for request in requests:
-            ids = self.encoder.tokenizer.encode(request.args[0], add_special_tokens=False)
-            cut = get_rolling_token_windows(ids, first, self.max_length - 1, context_len=1)
+            ids = self.encoder.ids(request.args[0])
+            cut = get_rolling_token_windows(ids, first, self.max_length, context_len=1)
             windows.append(
                 [PairTokens([*given[: len(given) - len(asked) + 1]], asked) for given, asked in cut]
             )
@@ -124,7 +121,9 @@ class LensLM(LM):
         if not pairs:
             return []
         rows = [[*pair.context, *pair.continuation] for pair in pairs]
-        seqs = SequenceSet.from_tokens(rows, [len(pair.context) for pair in pairs])
+        seqs = SequenceSet.from_tokens(
+            rows, [len(pair.context) for pair in pairs], attrs={"last_token_fed": False}
+        )
         with applied(self.model, *self.interventions):
             stats = teacher_forced_stats(self.model, seqs, **self._options(disable_tqdm))
         total = stats.logprob.double().masked_fill(~stats.mask, 0).sum(1)

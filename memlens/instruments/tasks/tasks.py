@@ -184,8 +184,10 @@ class ChoiceTask:
         if chance is None:
             shares = [len(set(q.gold)) / len(q.continuations) for q in questions if len(q.continuations) > 1]
             chance = float(sum(shares) / max(1, len(questions)))
+        rows = [[*pair.context, *pair.continuation] for pair in pairs]
+        full = encoder.n_ctx is not None and max(map(len, rows)) > encoder.n_ctx
         requests = SequenceSet.from_tokens(
-            [[*pair.context, *pair.continuation] for pair in pairs],
+            rows,
             [len(pair.context) for pair in pairs],
             table=pd.DataFrame(table, columns=list(_COLUMNS)),
             attrs={
@@ -193,6 +195,7 @@ class ChoiceTask:
                 "source": name,
                 "prepend_bos": encoder.bos,
                 "truncated": sum(pair.dropped > 0 for pair in pairs),
+                **({"last_token_fed": False} if full else {}),
             },
         )
         return cls(name, group, requests, chance)
@@ -287,4 +290,6 @@ def joined_requests(tasks: Sequence[ChoiceTask]) -> SequenceSet:
     for task in tasks[1:]:
         joined = joined.concat(task.requests)
     truncated = sum(int(task.requests.attrs.get("truncated", 0)) for task in tasks)
-    return joined.with_attrs(source=", ".join(names), truncated=truncated)
+    full = any(task.requests.attrs.get("last_token_fed") is False for task in tasks)
+    more = {"last_token_fed": False} if full else {}
+    return joined.with_attrs(source=", ".join(names), truncated=truncated, **more)
