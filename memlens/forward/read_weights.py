@@ -117,7 +117,11 @@ def read_linear(component: Any, n_in: int | None = None) -> Linear | None:
     return Linear((module(eye) - bias).T, bias)
 
 
-def _hooked_linear(mlp: Any, part: str) -> Linear | None:
+def _mlp_linear(model: Any, layer: int, part: str, n_in: int | None = None) -> Linear | None:
+    """Return one affine map of a layer's MLP, or None if there is none; `n_in` as for `read_linear`."""
+    mlp = model.blocks[layer].mlp
+    if hasattr(model, "original_model"):
+        return read_linear(getattr(mlp, part, None), n_in)
     weight, bias = getattr(mlp, f"W_{part}", None), getattr(mlp, f"b_{part}", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         return None
@@ -172,12 +176,11 @@ def value_vectors(model: Any, layer: int) -> Float[Tensor, "neuron d_model"]:
     Raises:
         UnsupportedModelError: The MLP has no single output matrix (a mixture of experts).
     """
-    mlp = model.blocks[layer].mlp
-    bridge = hasattr(model, "original_model")
-    found = read_linear(getattr(mlp, "out", None), model.cfg.d_mlp) if bridge else _hooked_linear(mlp, "out")
+    found = _mlp_linear(model, layer, "out", model.cfg.d_mlp)
     if found is None:
+        kind = type(model.blocks[layer].mlp).__name__
         raise UnsupportedModelError(
-            f"the MLP of layer {layer} is a {type(mlp).__name__} without a single output matrix: its neurons "
+            f"the MLP of layer {layer} is a {kind} without a single output matrix: its neurons "
             "have no value vectors, so ablate the whole MLP instead (ablate_mlps)."
         )
     return found.weight.T
@@ -248,11 +251,7 @@ def read_mlp(model: Any, layer: int) -> MlpWeights:
     """
     mlp, name = model.blocks[layer].mlp, str(model.cfg.act_fn)
     where = f"the MLP of layer {layer} ({type(mlp).__name__}, activation {name!r})"
-    bridge = hasattr(model, "original_model")
-    into, gate, out = (
-        read_linear(getattr(mlp, part, None)) if bridge else _hooked_linear(mlp, part)
-        for part in ("in", "gate", "out")
-    )
+    into, gate, out = (_mlp_linear(model, layer, part) for part in ("in", "gate", "out"))
     if into is None or out is None or name not in ACTIVATIONS:
         raise UnsupportedModelError(f"{where} has a form whose bounds memlens does not know.")
     found = MlpWeights(into, gate, out, ACTIVATIONS[name])

@@ -158,9 +158,7 @@ def checkpoint_steps(name: str | Path) -> list[int]:
 
 
 def local_checkpoint(source: Source, *, revision: str | None, step: int | None) -> Source:
-    """Return the location of a local model's checkpoint of a training step: `<folder>/checkpoints/step<N>`.
-
-    Checkpoints of a bundled zoo model are where it was trained on demand.
+    """Return the location of a local model's training checkpoint: `<folder>/checkpoints/step<N>`.
 
     Raises:
         OptionError: Both are given, or the folder holds a single checkpoint.

@@ -38,14 +38,13 @@ from memlens.sweeps.contexts import in_dtype
 from memlens.sweeps.engine.engine import Engine
 from memlens.sweeps.engine.schedule import joined, run_batches
 from memlens.sweeps.interventions import Intervention
-from memlens.sweeps.labels import gridded, make_result
+from memlens.sweeps.labels import Values, gridded, make_result
 from memlens.sweeps.plan import intervention_flops
 
 ENGINES = ("fast", "reference")
 _LOG = logging.getLogger(__name__)
 _SHARD_FLOPS = {"cpu": 1e12, "cuda": 1e15}
 """The largest cost of a saved part: about ten seconds."""
-Values = dict[str, np.ndarray]
 
 
 class SweepOptions(TypedDict, total=False):
