@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from typing import TypeVar
+
 import numpy as np
 import torch
 
@@ -9,8 +13,22 @@ import memlens as ml
 from memlens.sequences.set import SequenceSet
 from tests.tiny import D_VOCAB, FAMILIES, HOOKED_FAMILIES
 
+Variant = TypeVar("Variant")
+
 CASES = [*((family, "hooked") for family in HOOKED_FAMILIES), *((family, "bridge") for family in FAMILIES)]
 """Every family with every backend it has; the fixture skips what the installed release does not have."""
+
+
+def spread(variants: Sequence[Variant], each: int = 1) -> list[tuple[str, str, Variant]]:
+    """Every case with `each` of the variants in turn, so that several cases meet every variant.
+
+    For variants that do not depend on the family: one that does is tested on all `CASES`. A family's two
+    backends meet different variants.
+    """
+    turns = itertools.cycle(variants)
+    found = [(*case, next(turns)) for case in CASES if case[1] == "hooked" for _ in range(each)]
+    next(turns)
+    return found + [(*case, next(turns)) for case in CASES if case[1] == "bridge" for _ in range(each)]
 
 
 def ragged(n: int = 4, seed: int = 0) -> SequenceSet:

@@ -11,14 +11,13 @@ import torch
 import memlens as ml
 from memlens.errors import OptionError, ResultError, SiteError
 from memlens.instruments.ablate.heads import head_set_ablations, rank_heads
-from tests.small import CASES, largest_difference, ragged
+from tests.small import largest_difference, ragged, spread
 
 SETS = {"none": [], "one": [(1, 2)], "layer": [(1, 0), (1, 3)], "two layers": [(0, 1), (2, 0), (2, 3)]}
 MODES = ("mean_of_other_heads", "zero", "mean", "resample")
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("family", "backend"), CASES)
+@pytest.mark.parametrize(("family", "backend", "mode"), spread(MODES, each=2))
 def test_fast_equals_reference(tiny_model: Any, family: str, backend: str, mode: str) -> None:
     model, seqs = tiny_model(family, backend), ragged()
     edits = head_set_ablations(model, seqs, {k: v for k, v in SETS.items() if v}, mode=mode)

@@ -11,7 +11,7 @@ import torch
 import memlens as ml
 from memlens.errors import OptionError, SequenceError, SilentInterventionError, SiteError
 from memlens.forward.hooks import hook_name
-from tests.small import CASES, corrupted, ragged
+from tests.small import CASES, corrupted, ragged, spread
 
 
 @pytest.mark.parametrize(("family", "backend"), CASES)
@@ -142,8 +142,10 @@ def test_heads_together_are_the_layer(tiny_model: Any) -> None:
     assert single["target_logprob"].dims == ("sequence", "layer", "head", "position")
 
 
-@pytest.mark.parametrize("site", ["q", "k", "v", "pattern"])
-@pytest.mark.parametrize(("family", "backend"), CASES)
+@pytest.mark.parametrize(
+    ("family", "backend", "site"),
+    [*((*case, "pattern") for case in CASES), *spread(["q", "k", "v"])],
+)
 def test_inside_attention(tiny_model: Any, family: str, backend: str, site: str) -> None:
     """Patches of all heads of a site together are what a plain hook with the clean cache does."""
     model, clean = tiny_model(family, backend), ragged()

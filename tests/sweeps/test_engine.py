@@ -24,7 +24,7 @@ from memlens.forward.baseline import teacher_forced_stats
 from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.hooks import SITES, has_site, hook_name
 from memlens.sweeps.interventions import ByBatch
-from tests.small import CASES, corrupted, counts_agree, largest_difference, near_ties, ragged
+from tests.small import CASES, corrupted, counts_agree, largest_difference, near_ties, ragged, spread
 from tests.tiny import write_tiny
 
 METRICS = ("target_logprob", "margin", "completion_entropy", "target_rank", "matching_prefix", "exact_match")
@@ -91,8 +91,7 @@ TOLERANCES = {"float64": 1e-6, "bfloat16": 0.1, "float16": 0.02}
 """Of log-probabilities; architectures that take a softmax in float32 whatever the weights bound float64's."""
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize(("family", "backend"), CASES)
+@pytest.mark.parametrize(("family", "backend", "dtype"), spread(list(TOLERANCES)))
 def test_dtypes(tiny_folder: Any, tiny_model: Any, family: str, backend: str, dtype: str) -> None:
     """In 16 bits both engines round on their own ways; neither may stand far from the other."""
     tiny_model(family, backend)  # skips what the installed release does not have

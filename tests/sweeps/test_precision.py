@@ -10,11 +10,10 @@ import torch
 
 import memlens as ml
 from memlens.sweeps.contexts import in_dtype
-from tests.small import CASES, corrupted, ragged
+from tests.small import corrupted, ragged, spread
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(("family", "backend"), CASES)
+@pytest.mark.parametrize(("family", "backend", "dtype"), spread(["bfloat16", "float16"]))
 def test_agreement_is_the_difference_to_the_same_weights_in_float32(
     tiny_folder: Any, tiny_model: Any, family: str, backend: str, dtype: str
 ) -> None:
