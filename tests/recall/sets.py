@@ -31,12 +31,14 @@ def graded(model: Any, *, seed: int = 0, n: int = 9) -> SequenceSet:
     for i in range(n):
         prefix_len = int(torch.randint(3, 12, (), generator=generator))
         length = prefix_len + int(torch.randint(2, 14, (), generator=generator))
-        row = _continued(model, prompts[i, :prefix_len], length)
+        if i % 3 == 2:
+            targets = torch.randint(0, D_VOCAB - 1, (length - prefix_len,), generator=generator)
+            row = torch.cat([prompts[i, :prefix_len], targets])
+        else:
+            row = _continued(model, prompts[i, :prefix_len], length)
         if i % 3 == 1:
             wrong = int(torch.randint(prefix_len, length, (), generator=generator))
             row[wrong] = (row[wrong] + 1) % (D_VOCAB - 1)
-        if i % 3 == 2:
-            row[prefix_len:] = torch.randint(0, D_VOCAB - 1, (length - prefix_len,), generator=generator)
         rows.append(row.tolist())
         prefix_lens.append(prefix_len)
     return SequenceSet.from_tokens(rows, prefix_lens)

@@ -74,14 +74,21 @@ def test_probabilities_equal_those_by_hand_and_add_up_to_1(scheme: Sampling) -> 
         assert float(found.sum()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("family", "backend"), CASES)
+@pytest.mark.parametrize(("family", "backend"), CASES[::3])
 def test_the_column_is_the_product_over_the_continuation(
     tiny_model: Models, family: str, backend: str
 ) -> None:
     model = tiny_model(family, backend)
     seqs = graded(model)
     recall = score_recall(
-        model, seqs, sampling=SCHEME, n_samples=3, probability=0.9, batch_size=4, progress=False
+        model,
+        seqs,
+        sampling=SCHEME,
+        n_samples=3,
+        probability=0.9,
+        batch_size=4,
+        generate=False,
+        progress=False,
     )
     for i, (row, prefix_len) in enumerate(zip(seqs.rows(), seqs.prefix_len.tolist(), strict=True)):
         with torch.no_grad():
