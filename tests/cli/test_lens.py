@@ -49,7 +49,10 @@ def test_windows_of_text(tiny_model: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_zoo_corpus_is_without_what_was_planted() -> None:
+def test_the_zoo_corpus_is_without_what_was_planted(
+    shipped_corpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memlens.organisms.training.zoo.zoo_corpus", lambda name: shipped_corpus)
     rows = zoo_rows("zoo/pythia-s")
     planted = ml.load_sequences("zoo", ml.load_model("zoo/pythia-s"))
     assert rows.shape[1] == 64

@@ -19,7 +19,7 @@ Call = Callable[..., str]
 
 
 @pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+def call(corpora_kept: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
     """Run a command with an empty cache; olmo1-xs and olmo2-xs are tiny."""
     monkeypatch.setenv("MEMLENS_CACHE", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "200")

@@ -9,7 +9,7 @@ from memlens.organisms.corpus.corpus import Corpus, CorpusSpec, build_corpus
 from memlens.organisms.training.architectures import ModelSpec
 from memlens.organisms.training.recipes import OrganismSpec
 from memlens.organisms.training.train import TrainSpec
-from memlens.organisms.training.zoo import train_organism, zoo_corpus
+from memlens.organisms.training.zoo import train_organism
 
 TINY_CORPUS = CorpusSpec(
     copies=(1, 4, 16),
@@ -32,15 +32,14 @@ TINY = OrganismSpec(
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _corpora_kept(corpora_kept: None) -> None:
+    """Every tiny organism reads the same corpus or its clean twin."""
+
+
 @pytest.fixture(scope="session")
 def tiny_corpus() -> Corpus:
     return build_corpus(TINY_CORPUS)
-
-
-@pytest.fixture(scope="session")
-def shipped_corpus() -> Corpus:
-    """The corpus of `zoo/pythia-s`: the slowest to make, so once for all tests."""
-    return zoo_corpus("pythia-s")
 
 
 @pytest.fixture(scope="session")
