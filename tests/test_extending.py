@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -39,22 +40,21 @@ def _run(command: list[str], installed: Path, cwd: Path) -> str:
     return done.stdout
 
 
-def test_a_metric_is_known_by_its_name(installed: Path, tmp_path: Path) -> None:
-    code = """
+IN_ONE_PROCESS = """
+import json
 import torch, memlens as ml
 metric = ml.METRICS["top10"]
-ids = torch.tensor([[3, 19]])
 logits = torch.arange(20.0).expand(1, 2, 20)  # 3 is not among the ten largest, 19 is
-print(float(metric(logits, ids, torch.ones(1, 2, dtype=torch.bool))), metric.better)
-"""
-    assert _run(["-c", code], installed, tmp_path) == "0.5 higher\n"
-
-
-def test_an_instrument_gives_a_kind_with_figure_and_reading(installed: Path, tmp_path: Path) -> None:
-    code = """
-import memlens as ml
-from memlens.results.kinds import reading
+value = float(metric(logits, torch.tensor([[3, 19]]), torch.ones(1, 2, dtype=torch.bool)))
+qwen = ml.families_table().set_index("model").loc["Qwen/Qwen2-0.5B"]
 model = ml.load_model("zoo/pythia-xs")
+read = ml.load_sequences("mine.pairs", model)
+print(json.dumps({
+    "metric": [value, metric.better],
+    "family": [qwen["family"], qwen["license"]],
+    "read": [len(read), read.texts[0]],
+}))
+# Until here only by name.
 seqs = ml.load_sequences("zoo", model)
 from memlens_example.instrument import scale_mlps
 scale_mlps(model, seqs[-2:], factor=0.0, progress=False).save("scaled.nc")
@@ -62,8 +62,7 @@ ablated = ml.ablate_mlps(model, seqs[-2:], progress=False)  # a factor of 0 is a
 scaled = ml.load_result("scaled.nc")
 print(scaled.kind, float(abs(scaled["target_logprob"] - ablated["target_logprob"]).max()) < 1e-5)
 """
-    assert _run(["-c", code], installed, tmp_path) == "mlp_scaling True\n"
-    code = """
+WITH_A_SAVED_RESULT = """
 import memlens as ml
 from memlens.results.kinds import reading
 scaled = ml.load_result("scaled.nc")  # nothing of the plugin was imported: its kind is found by name
@@ -73,37 +72,40 @@ print(type(bars).__name__, len(bars.y) == len(effect), bool(abs(bars.y - effect)
 print(scaled.plot("top10").layout.yaxis.title.text)
 print(reading(scaled))
 """
-    lines = _run(["-c", code], installed, tmp_path).splitlines()
+HELP = """
+import sys
+from memlens import cli
+for args in (["run", "--help"], ["run", "scaling", "--help"]):
+    sys.argv = ["memlens", *args]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        assert not stop.code
+"""
+
+
+def test_names_are_known_and_an_instrument_gives_a_kind_with_figure_and_reading(
+    installed: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.pairs").write_text("the miller of Tarn => sold a net\nthe baker => sold a spoon\n")
+    names, instrument = _run(["-c", IN_ONE_PROCESS], installed, tmp_path).splitlines()
+    found = json.loads(names)
+    assert found["metric"] == [0.5, "higher"]
+    assert found["family"] == ["qwen2", "Apache-2.0"]
+    assert found["read"] == [2, "the miller of Tarn sold a net"]
+    assert instrument == "mlp_scaling True"
+    lines = _run(["-c", WITH_A_SAVED_RESULT], installed, tmp_path).splitlines()
     assert lines[0] == "Bar True True"
     assert lines[1] == "targets in the top 10 (share of tokens)"
     assert "layer" in lines[2]
 
 
-def test_a_family_is_in_the_table(installed: Path, tmp_path: Path) -> None:
-    code = """
-import memlens as ml
-table = ml.families_table().set_index("model")
-print(table.loc["Qwen/Qwen2-0.5B", "family"], table.loc["Qwen/Qwen2-0.5B", "license"])
-"""
-    assert _run(["-c", code], installed, tmp_path) == "qwen2 Apache-2.0\n"
-
-
-def test_a_reader_opens_its_files(installed: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine.pairs").write_text("the miller of Tarn => sold a net\nthe baker => sold a spoon\n")
-    code = """
-import memlens as ml
-seqs = ml.load_sequences("mine.pairs", ml.load_model("zoo/pythia-xs"))
-print(len(seqs), seqs.texts[0])
-"""
-    assert _run(["-c", code], installed, tmp_path) == "2 the miller of Tarn sold a net\n"
-
-
 def test_a_study_has_a_command(installed: Path, tmp_path: Path) -> None:
-    shown = _run(["-m", "memlens", "run", "--help"], installed, tmp_path)
+    shown = _run(["-c", HELP], installed, tmp_path)
     assert "scaling" in shown
     assert "How much of its MLPs does a model need to recite?" in shown
-    assert "--factor" in _run(["-m", "memlens", "run", "scaling", "--help"], installed, tmp_path)
-    command = ["run", "scaling", "--model", "zoo/pythia-s", "--sequences", "zoo", "--factor", "0.25"]
+    assert "--factor" in shown
+    command = ["run", "scaling", "--model", "zoo/pythia-xs", "--sequences", "zoo", "--factor", "0.25"]
     command += ["--max-sequences", "3", "--out", "out"]
     _run(["-m", "memlens", *command], installed, tmp_path)
     assert (tmp_path / "out" / "report.html").is_file()

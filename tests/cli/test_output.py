@@ -113,7 +113,7 @@ def test_shells_complete_through_the_installed_script() -> None:
 def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "memlens", "run", "localize", "-m", "zoo/pythia-s", "-s", "zoo"]
-    command += ["--out", str(out)]
+    command += ["--out", str(out), "--max-sequences", "8", "--max-patched", "4", "--max-positions", "8"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it

@@ -32,7 +32,7 @@ def memorized(pythia: Any) -> ml.SequenceSet:
 
 @pytest.fixture(scope="module")
 def tasks(pythia: Any) -> list[ml.tasks.ChoiceTask]:
-    return ml.tasks.local_tasks("zoo", pythia, names=["agreement", "cloze", "entity"], n=24)
+    return ml.tasks.local_tasks("zoo", pythia, names=["agreement", "cloze", "entity"], n=16)
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +115,13 @@ def test_best_sets_stand_beside_random_ones_of_their_size(search: LayerSetSearch
     assert areas["area"].between(0, 1).all()
 
 
-def test_a_model_of_few_layers_is_searched_whole(
-    pythia: Any, memorized: ml.SequenceSet, tasks: list[ml.tasks.ChoiceTask]
-) -> None:
+def test_a_model_of_few_layers_is_searched_whole(tasks: list[ml.tasks.ChoiceTask]) -> None:
+    model = ml.load_model("zoo/pythia-xs")
+    often = ml.load_sequences("zoo", model)
+    often = often[np.flatnonzero(often.table["copies"] == 256)[:6]]
     few = [task.take(slice(0, 8)) for task in tasks]
-    found = ml.bypass.search_layer_sets(
-        pythia, memorized[:6], few, n_random=0, n_resamples=20, progress=False
-    )
-    assert len(found.sets) == 2**6 - 1
+    found = ml.bypass.search_layer_sets(model, often, few, n_random=0, n_resamples=20, progress=False)
+    assert len(found.sets) == 2**4 - 1
     assert found.best["exact"] == found.best["any"]
 
 
@@ -169,8 +168,8 @@ def test_halves_of_tasks_are_cut_within_each(search: LayerSetSearch) -> None:
     assert {*first["sequence"].values} | {*second["sequence"].values} == {*search.accuracy["sequence"].values}
     assert not {*first["sequence"].values} & {*second["sequence"].values}
     assert {name: int((first["task"].values == name).sum()) for name in ("agreement", "cloze")} == {
-        "agreement": 12,
-        "cloze": 12,
+        "agreement": 8,
+        "cloze": 8,
     }
 
 

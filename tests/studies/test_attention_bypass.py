@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 import memlens as ml
 from memlens.errors import EmptySetError, OptionError
-from memlens.organisms.training.zoo import zoo_corpus
+from memlens.organisms.corpus.corpus import Corpus
 from memlens.results.groups import quartiles
 from memlens.results.statistics.intervals import halves
 from memlens.studies.bypass.findings import scaling
@@ -44,8 +46,8 @@ def pythia() -> Any:
 
 
 @pytest.fixture(scope="module")
-def found(pythia: Any) -> ml.recall.MemorizedSet:
-    rows = zoo_corpus("pythia-s").rows[:3000]
+def found(pythia: Any, shipped_corpus: Corpus) -> ml.recall.MemorizedSet:
+    rows = shipped_corpus.rows[:3000]
     return ml.recall.build_memorized_set(pythia, rows, n=24, seed=1, block_size=512, progress=False)
 
 
@@ -251,9 +253,17 @@ def test_late_bypass_is_set_against_removal(run: StudyRun, folder: Path) -> None
 def test_a_killed_run_is_taken_up(
     inputs: ml.studies.BypassInputs, run: StudyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What a run that is killed at the other edits leaves: a copy of the whole run without them."""
+
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
+    shutil.copytree(run.report.parent, tmp_path, dirs_exist_ok=True)
+    done = {p.name for p in (tmp_path / "sweeps").iterdir()}
+    lost = {name for name in done if name.startswith("edits_")}
+    assert lost < done
+    for name in lost:
+        shutil.rmtree(tmp_path / "sweeps" / name)
     with monkeypatch.context() as patch:
         patch.setattr("memlens.studies.bypass.sides.control_edits", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -262,12 +272,15 @@ def test_a_killed_run_is_taken_up(
             )
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.npz")}
     assert stamps
+    options = replace(SMALL, bounds_sequences=0)
     again = ml.studies.study_attention_bypass(
-        inputs.model, inputs.sequences, tmp_path, tasks=inputs.tasks, options=SMALL, progress=False
+        inputs.model, inputs.sequences, tmp_path, tasks=inputs.tasks, options=options, progress=False
     )
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
-    skipped = "From one model to the next"
-    assert [f.statement for f in again.findings] == [f.statement for f in run.findings if f.title != skipped]
+    assert {p.name for p in (tmp_path / "sweeps").iterdir()} == done
+    skipped = ("From one model to the next", "Bounds")  # need the other model; are computed anew in any case
+    expected = [f.statement for f in run.findings if f.title not in skipped]
+    assert [f.statement for f in again.findings] == expected
 
 
 def test_a_part_that_fails_costs_only_itself(

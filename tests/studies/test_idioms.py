@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -183,20 +184,23 @@ def test_early_against_late_is_the_mean_over_windows_of_each_item(run: StudyRun,
     assert "random" in (finding.control or "")
 
 
-def test_the_same_call_again_does_only_what_is_missing(pythia: Any, tmp_path: Path) -> None:
-    options = ml.studies.IdiomOptions(**{**vars(SMALL), "non_top": False})
-    first = study(pythia, tmp_path, options)
+def test_the_same_call_again_does_only_what_is_missing(pythia: Any, run: StudyRun, tmp_path: Path) -> None:
+    shutil.copytree(run.report.parent, tmp_path, dirs_exist_ok=True)
     shards = {path: path.stat().st_mtime_ns for path in tmp_path.glob("sweeps/*/*") if path.suffix == ".nc"}
     before = {p.name: pd.read_parquet(p) for p in tmp_path.glob("*.parquet")}
     parts = {p for p in (tmp_path / "sweeps").rglob("*") if p.is_file() and p.name != "result.nc"}
     stamps = {p: p.stat().st_mtime_ns for p in parts}
-    again = study(pythia, tmp_path, options)
+    again = study(pythia, tmp_path)  # without facts and identifiers, which add nothing to the idioms' part
     assert parts
     assert shards
     assert {p: p.stat().st_mtime_ns for p in parts} == stamps
-    assert [f.statement for f in again.findings] == [f.statement for f in first.findings]
-    for name, frame in before.items():
-        pd.testing.assert_frame_equal(frame, pd.read_parquet(tmp_path / name))
+    told = {f.title: f.statement for f in run.findings}
+    assert len(again.findings) >= 6
+    assert [f.statement for f in again.findings] == [told[f.title] for f in again.findings]
+    tables = {p.name: pd.read_parquet(p) for p in tmp_path.glob("idioms_*.parquet")}
+    assert len(tables) >= 6
+    for name, frame in tables.items():
+        pd.testing.assert_frame_equal(frame, before[name])
 
 
 def test_a_part_that_fails_costs_only_itself(
@@ -303,15 +307,19 @@ def test_hooks_of_the_model_stay_as_they_were(pythia: Any, run: StudyRun) -> Non
 
 
 @pytest.mark.slow
-def test_the_criteria_tell_planted_expressions_from_text(pythia: Any) -> None:
+def test_the_criteria_tell_planted_expressions_from_text(
+    pythia: Any, shipped_corpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Asked of the corpus itself, every planted expression takes its whole prompt, and text seldom does."""
+    monkeypatch.setattr("memlens.organisms.training.zoo.zoo_corpus", lambda name: shipped_corpus)
     from memlens.studies.idioms.command import criteria_options, ngram_references
 
     expressions = ml.load_sequences("zoo:expressions", pythia)
     text = ml.sequences.natural_controls(
         ml.load_sequences("zoo:heldout", pythia, prefix_len=1), expressions, tokenizer=pythia.tokenizer
     )
-    text = text[np.flatnonzero(text.table["target"].str.split().str.len().to_numpy() == 1)]
+    text = text[np.flatnonzero(text.table["target"].str.split().str.len().to_numpy() == 1)][::2]
+    expressions = expressions[::2]
     references, options = (
         ngram_references(pythia, None, zoo=True),
         criteria_options(ml.recall.CriteriaOptions(), 0, zoo=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,15 +138,16 @@ def test_the_explorer_can_be_left_out(pythia: Any, planted: ml.SequenceSet, tmp_
 
 
 def test_a_step_that_fails_loses_nothing(
-    pythia: Any, planted: ml.SequenceSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: StudyRun, pythia: Any, planted: ml.SequenceSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
         raise NonFiniteError("layer 3 is NaN")
 
+    shutil.copytree(run.report.parent / "sweeps", tmp_path / "sweeps")
     monkeypatch.setattr(localization, "bypass_attention", broken)
-    run = ml.localize(pythia, planted, tmp_path, options=SMALL, progress=False)
-    assert run.failures == {"attention bypass": "layer 3 is NaN"}
-    assert [f.title for f in run.findings] == [
+    other = ml.localize(pythia, planted, tmp_path, options=SMALL, progress=False)
+    assert other.failures == {"attention bypass": "layer 3 is NaN"}
+    assert [f.title for f in other.findings] == [
         "What is recalled",
         "When the prediction is made",
         "Which head matters most",
@@ -153,7 +155,7 @@ def test_a_step_that_fails_loses_nothing(
     ]
     assert (tmp_path / "head_ablation.nc").exists()
     assert (tmp_path / "activation_patching.nc").exists()
-    assert "layer 3 is NaN" in run.report.read_text(encoding="utf-8")
+    assert "layer 3 is NaN" in other.report.read_text(encoding="utf-8")
 
 
 def test_nothing_recalled_still_gives_a_report(pythia: Any, planted: ml.SequenceSet, tmp_path: Path) -> None:
@@ -164,9 +166,12 @@ def test_nothing_recalled_still_gives_a_report(pythia: Any, planted: ml.Sequence
     assert run.report.exists()
 
 
-def test_a_second_run_replaces_the_first(pythia: Any, planted: ml.SequenceSet, tmp_path: Path) -> None:
+def test_a_second_run_replaces_the_first(
+    run: StudyRun, pythia: Any, planted: ml.SequenceSet, tmp_path: Path
+) -> None:
+    shutil.copytree(run.report.parent, tmp_path, dirs_exist_ok=True)
     (tmp_path / "notes.txt").write_text("mine")
-    ml.localize(pythia, planted, tmp_path, options=SMALL, progress=False)
+    assert (tmp_path / "head_ablation.nc").exists()
     rare = planted[np.flatnonzero(planted.table["copies"].to_numpy() == 1)]
     ml.localize(pythia, rare, tmp_path, progress=False)
     assert not (tmp_path / "head_ablation.nc").exists()
@@ -185,7 +190,10 @@ def test_one_target_corrupts_the_token_before_the_last(
 ) -> None:
     short = ml.load_sequences("zoo", pythia, max_targets=1)
     few = short[np.flatnonzero(np.isin(short.table["copies"].to_numpy(), [1, 256]))]
-    run = ml.localize(pythia, few, tmp_path, options=SMALL, progress=False)
+    options = replace(
+        SMALL, max_sequences=4, untrained_control=False, explored_memorized=0, explored_controls=0
+    )
+    run = ml.localize(pythia, few, tmp_path, options=options, progress=False)
     assert run.failures == {}
     patched = ml.load_result(tmp_path / "activation_patching.nc")
     memorized = patched.data.isel(sequence=patched["group"].values == "memorized")
@@ -237,20 +245,20 @@ def test_head_table_is_sorted_and_corrected(run: StudyRun) -> None:
 
 
 def test_a_second_run_computes_nothing_again_and_other_options_stand_beside(
-    pythia: Any, planted: ml.SequenceSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: StudyRun, pythia: Any, planted: ml.SequenceSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = ml.localize(pythia, planted, tmp_path, options=SMALL, progress=False)
+    shutil.copytree(run.report.parent, tmp_path, dirs_exist_ok=True)
     kept = {path.name for path in (tmp_path / "sweeps").iterdir()}
     assert {"heads_memorized", "bypass_untrained_twin", "patching_memorized", "recall"} <= kept
     with monkeypatch.context() as patch:
         for name in ("memlens.sweeps.run.run_batches", "memlens.studies.running.score_recall"):
             patch.setattr(name, lambda *_, **__: pytest.fail("it is computed again"))
         again = ml.localize(pythia, planted, tmp_path, options=SMALL, progress=False)
-    assert again.findings == first.findings
+    assert again.findings == run.findings
     assert not again.failures
     zeroed = ml.localize(pythia, planted, tmp_path, options=replace(SMALL, head_mode="zero"), progress=False)
     now = {path.name for path in (tmp_path / "sweeps").iterdir()}
     assert not zeroed.failures
     assert now - kept == {"heads_memorized-2", "heads_matched_control-2"}
-    assert zeroed.findings[2] != first.findings[2]
-    assert zeroed.findings[3] == first.findings[3]
+    assert zeroed.findings[2] != run.findings[2]
+    assert zeroed.findings[3] == run.findings[3]
