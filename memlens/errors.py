@@ -1,4 +1,4 @@
-"""Every error memlens raises, one class a kind.
+"""Every error that memlens raises, one class per kind.
 
 Each message is one sentence that says what was wrong, with which value, and what to do. All of them
 inherit from `MemlensError`, and from the built-in exception a caller would expect (`ValueError`,
@@ -79,13 +79,13 @@ class OtherRunError(ResultError):
     """A folder holds the parts of another run than the one that is to continue there."""
 
 
-def near_matches(value: str, known: Iterable[str], n: int = 3) -> str:
+def near_matches(value: str, known: Iterable[str]) -> str:
     """Return a hint such as `" Did you mean 'zero' or 'mean'?"`, or an empty string.
 
     >>> near_matches("zro", ["zero", "mean"])
     " Did you mean 'zero'?"
     """
-    close = get_close_matches(value, list(known), n=n, cutoff=0.5)
+    close = get_close_matches(value, list(known), cutoff=0.5)
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -48,11 +49,11 @@ def attention_maps(
         >>> maps[2, 1].shape, int(maps[2, 1][0, 0])
         ((3, 3), 255)
     """
-    trunk, by_layer = Trunk(model), _by_layer(heads)
-    for layer, some in by_layer.items():
+    trunk, by_layer = Trunk(model), defaultdict[int, list[int]](list)
+    for layer, head in sorted(set(heads)):
         check_layer(layer, trunk.n_layers)
-        for head in some:
-            check_head(head, trunk.n_heads)
+        check_head(head, trunk.n_heads)
+        by_layer[layer].append(head)
     found: dict[Head, np.ndarray] = {}
 
     def keep(layer: int) -> Callable[..., None]:
@@ -65,13 +66,6 @@ def attention_maps(
     if by_layer:
         with attached(model, [(hook_name("pattern", layer), keep(layer)) for layer in by_layer]):
             trunk.run(trunk.embed(tokens[None]), 0, max(by_layer) + 1)
-    return found
-
-
-def _by_layer(heads: Iterable[Head]) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
-    for layer, head in sorted(set(heads)):
-        found.setdefault(layer, []).append(head)
     return found
 
 

@@ -259,14 +259,11 @@ class Explorer:
             self._widget = ExplorerWidget(self)
         return self._widget
 
-    def exploration(
-        self, names: list[str] | None = None, *, try_edits: bool = True, progress: bool | None = None
-    ) -> Exploration:
+    def exploration(self, names: list[str] | None = None, *, progress: bool | None = None) -> Exploration:
         """Return the data of several sequences, with continuations under edits and attention.
 
         Args:
             names: Ids; all sequences by default.
-            try_edits: Also compute continuations under the edits of `ExploreOptions`.
             progress: Show progress bars; as given to `explore` by default.
 
         Raises:
@@ -278,7 +275,6 @@ class Explorer:
             self._sequences[rows],
             self.options,
             reference=self._reference,
-            try_edits=try_edits,
             progress=self._progress if progress is None else progress,
         )
 

@@ -118,23 +118,21 @@ def explore_sequences(
     bare = sequences.with_table(sequences.table.filter(["id"]))
     reference = bare if reference is None else reference
     arrays = _arrays(model, bare, options, reference, progress)
-    (plain,) = _under(model, bare, {Edits(): list(range(len(bare)))}, options, reference, False).values()
+    plain = continuations(model, bare, Edits(), options, reference)
     texts = Texts(model)
     views = [
         _view(sequences, row, texts, plain[row], {name: array[row] for name, array in arrays.items()})
         for row in range(len(bare))
     ]
     if try_edits:
-        planned = _planned(views, layers, options)
-        tried = _under(model, bare, planned, options, reference, progress)
-        views = [
-            replace(view, edited=[found[row] for found in tried.values() if row in found])
-            for row, view in enumerate(views)
-        ]
+        bar = tqdm(_planned(views, layers, options), desc="decoding under edits", disable=not progress)
+        tried = [continuations(model, bare, edits, options, reference) for edits in bar]
+        views = [replace(view, edited=[found[row] for found in tried]) for row, view in enumerate(views)]
     if keep_attention:
         share = options.attention_bytes // len(views)
         views = [
-            _with_attention(model, view, row, share) for view, row in zip(views, _rows(bare), strict=True)
+            _with_attention(model, view, tokens, share)
+            for view, tokens in zip(views, _rows(bare), strict=True)
         ]
     return Exploration(views, {**describe(model), **options.recorded(), "sequences": dict(sequences.attrs)})
 
@@ -143,9 +141,17 @@ def continuations(
     model: Any, sequences: SequenceSet, edits: Edits, options: ExploreOptions, reference: SequenceSet
 ) -> list[Continuation]:
     """Return the predictions under edits, one per sequence."""
-    rows = list(range(len(sequences)))
-    (found,) = _under(model, sequences, {edits: rows}, options, reference, False).values()
-    return [found[row] for row in rows]
+    texts = Texts(model)
+    edit = edit_interventions(
+        model, edits, sequences, ablation=options.ablation, bypass=options.bypass, reference=reference
+    )
+    with applied(model, *edit):
+        stats = teacher_forced_stats(model, sequences, progress=False)
+        written = generated_after(model, sequences, stats)
+    return [
+        _continuation(edits, texts, sequences[[row]], stats, row, ids)
+        for row, ids in enumerate(written.tolist())
+    ]
 
 
 def edit_interventions(
@@ -222,31 +228,6 @@ def _arrays(
     }
 
 
-def _under(
-    model: Any,
-    seqs: SequenceSet,
-    planned: Mapping[Edits, Sequence[int]],
-    options: ExploreOptions,
-    reference: SequenceSet,
-    progress: bool,
-) -> dict[Edits, dict[int, Continuation]]:
-    """Return the predictions by edits and row."""
-    texts, found = Texts(model), {}
-    for edits, rows in tqdm(planned.items(), desc="decoding under edits", disable=not progress):
-        some = seqs[list(rows)]
-        edit = edit_interventions(
-            model, edits, some, ablation=options.ablation, bypass=options.bypass, reference=reference
-        )
-        with applied(model, *edit):
-            stats = teacher_forced_stats(model, some, progress=False)
-            written = generated_after(model, some, stats)
-        found[edits] = {
-            row: _continuation(edits, texts, some[[i]], stats, i, ids)
-            for i, (row, ids) in enumerate(zip(rows, written.tolist(), strict=True))
-        }
-    return found
-
-
 def _continuation(
     edits: Edits, texts: Texts, one: SequenceSet, stats: TargetStats, row: int, written: Sequence[int]
 ) -> Continuation:
@@ -283,17 +264,13 @@ def _rows(seqs: SequenceSet) -> list[Tensor]:
     return [row[:n] for row, n in zip(seqs.tokens, seqs.lengths.tolist(), strict=True)]
 
 
-def _planned(
-    views: Sequence[SequenceView], layers: Sequence[int], options: ExploreOptions
-) -> dict[Edits, list[int]]:
-    """Return the edits to compute, each with its rows."""
-    every = list(range(len(views)))
+def _planned(views: Sequence[SequenceView], layers: Sequence[int], options: ExploreOptions) -> list[Edits]:
+    """Return the edits under which continuations are computed in advance."""
     recalled = [view for view in views if view.continuation.recalled] or list(views)
     effects = np.mean([view.head_effects for view in recalled], axis=0)
     top = strongest_heads(effects, metric_text(options.metric).better)[: options.top_heads]
     sets = [(head,) for head in top] + ([tuple(sorted(top))] if len(top) > 1 else [])
-    edits = [*(Edits((layer,)) for layer in layers), *(Edits(ablated=heads) for heads in sets)]
-    return dict.fromkeys(edits, every)
+    return list(dict.fromkeys([*(Edits((i,)) for i in layers), *(Edits(ablated=heads) for heads in sets)]))
 
 
 def _with_attention(model: Any, view: SequenceView, tokens: Tensor, room: int) -> SequenceView:

@@ -60,22 +60,18 @@ def caption_of(exploration: Exploration) -> str:
     return " ".join(parts)
 
 
-def write_explorer(
-    path: str | Path, exploration: Exploration, *, title: str | None = None, budget: int = BUDGET
-) -> Path:
+def write_explorer(path: str | Path, exploration: Exploration) -> Path:
     """Write a page that shows an exploration without Python or a network, and return its path.
 
     Args:
         path: The `.html` file; written atomically.
         exploration: As returned by `explore_sequences`.
-        title: The heading.
-        budget: Most bytes of data; see `explorer_payload` for what is left out beyond that.
     """
     model = str(exploration.settings.get("model", "a model"))
-    block = ExplorerBlock(explorer_payload(exploration, budget=budget), READING, caption_of(exploration))
+    block = ExplorerBlock(explorer_payload(exploration), READING, caption_of(exploration))
     return write_report(
         path,
-        title=title or f"{len(exploration)} sequences in {model}",
+        title=f"{len(exploration)} sequences in {model}",
         findings=[],
         sections=[Section("Explorer", explorers=[block])],
         settings=exploration.settings,
@@ -114,10 +110,8 @@ def explorer_payload(exploration: Exploration, *, budget: int = BUDGET) -> dict[
         _LOG.warning(
             "the explorer page takes %d bytes without any edits: show fewer sequences", _size(payload)
         )
-    edits = [_edits(view, words) for view in exploration.views]
-    room = _fill(sequences, "edited", edits, room)
-    maps = [_attention(view) for view in exploration.views]
-    _fill(sequences, "attention", maps, room)
+    room = _fill(sequences, "edited", [_edits(view, words) for view in exploration.views], room)
+    _fill(sequences, "attention", [_attention(view) for view in exploration.views], room)
     return payload
 
 

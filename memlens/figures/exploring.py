@@ -20,15 +20,12 @@ BRANCHES = {"mlp": "MLP", "bypass": "bypass"}
 """The columns to the right of the heads in `heatmap_effects`, and their names on the axis."""
 
 
-def heatmap_lens(
-    data: xr.Dataset, labels: Sequence[str], *, title: str = "The prediction after each layer"
-) -> go.Figure:
+def heatmap_lens(data: xr.Dataset, labels: Sequence[str]) -> go.Figure:
     """Draw the probability of each target after each layer.
 
     Args:
         data: `probability` and `rank` `[layer, target]`.
-        labels: one unique label a target, escaped (see `unique_tokens`).
-        title: Title of the figure.
+        labels: One unique label per target, escaped (see `unique_tokens`).
     """
     trace = go.Heatmap(
         z=data["probability"].transpose("layer", "target").values,
@@ -45,6 +42,7 @@ def heatmap_lens(
     fig.update_xaxes(type="category", title_text="target", tickangle=-60, showgrid=False)
     fig.update_yaxes(theme.layer_axis(data["layer"].values), showgrid=False)
     height = _height(data.sizes["layer"], 60)
+    title = "The prediction after each layer"
     return theme.figure(fig, title=title, subtitle="lens, teacher-forced", height=height)
 
 
@@ -54,16 +52,14 @@ def heatmap_effects(
     *,
     metric: str,
     chosen: tuple[int, int] | None = None,
-    title: str = "What each head and layer contributes",
 ) -> go.Figure:
     """Draw what ablating each head changes, next to each layer's MLP and attention bypass.
 
     Args:
         heads: `[layer, head]`, intervened minus baseline.
-        branches: the same `[layer]`, by the keys of `BRANCHES`.
-        metric: what the effects are of.
-        chosen: the layer and head that are framed.
-        title: Title of the figure.
+        branches: The same `[layer]`, by the keys of `BRANCHES`.
+        metric: The metric that changes.
+        chosen: The layer and head with a frame.
 
     Returns:
         The figure: heads at 0, 1, …, then a gap, then one column per branch (the second
@@ -95,6 +91,7 @@ def heatmap_effects(
             line={"color": _FRAME, "width": 3},
         )  # fmt: skip
     subtitle = "red = recall harmed" if text.better else "change of the metric"
+    title = "What each head and layer contributes"
     return theme.figure(fig, title=title, subtitle=subtitle, height=_height(len(layers), 0))
 
 
@@ -104,9 +101,9 @@ def heatmap_attention(
     """Draw the attention of one head: queries down, keys to the right.
 
     Args:
-        weights: `[query, key]`, from 0 to 1; what lies above the diagonal is left blank.
-        labels: one unique label a position, escaped.
-        boundary: where the continuation starts; lines are drawn before it.
+        weights: `[query, key]`, from 0 to 1; cells above the diagonal are left blank.
+        labels: One unique label per position, escaped.
+        boundary: Where the continuation starts; lines are drawn before it.
         title: Title of the figure.
     """
     z = weights.transpose("query", "key").values.astype(float)

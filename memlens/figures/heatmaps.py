@@ -21,7 +21,6 @@ SIDE_BY_SIDE = 3
 def heatmap_layer_head(
     ci: xr.Dataset,
     *,
-    metrics: Sequence[str] | None = None,
     signed: bool = True,
     title: str = "Effect of each head",
     subtitle: str = "",
@@ -32,7 +31,6 @@ def heatmap_layer_head(
         ci: Variables `[statistic, layer, head]`, as from `Result.mean_ci`; with a further dimension (a
             group) the maps share one color scale: side by side for up to `SIDE_BY_SIDE` groups, else one at a
             time with a menu.
-        metrics: Variables to draw; all by default.
         signed: Use red-white-blue around 0, else viridis.
         title: Title of the figure.
         subtitle: Number of sequences, and what sign and color mean.
@@ -40,13 +38,12 @@ def heatmap_layer_head(
     Returns:
         The figure; hovering shows layer, head, mean, interval and number of sequences.
     """
-    return _maps(ci, "head", metrics, signed, title, subtitle, token_axis(None, ci["head"].values, "head"))
+    return _maps(ci, "head", signed, title, subtitle, token_axis(None, ci["head"].values, "head"))
 
 
 def heatmap_layer_position(
     ci: xr.Dataset,
     *,
-    metrics: Sequence[str] | None = None,
     x: str = "position",
     signed: bool = True,
     tokens: Sequence[str] | None = None,
@@ -58,7 +55,6 @@ def heatmap_layer_position(
 
     Args:
         ci: Variables `[statistic, layer, x]` with intervals, or `[layer, x]` of one sequence.
-        metrics: Variables to draw; all by default.
         x: name of the dimension to the right, `position` or `target`.
         signed: Use red-white-blue around 0, else viridis.
         tokens: the token at each place; shown as labels that are unique and escaped, and on hovering.
@@ -67,7 +63,7 @@ def heatmap_layer_position(
         subtitle: Number of sequences, and what sign and color mean.
     """
     axis = token_axis(tokens, ci[x].values, x)
-    fig = _maps(ci, x, metrics, signed, title, subtitle, axis, tokens=tokens)
+    fig = _maps(ci, x, signed, title, subtitle, axis, tokens=tokens)
     if boundary is not None:
         fig.add_vline(x=boundary - 0.5, line={"dash": "dash", "color": theme.INK, "width": 1.5})
         fig.add_annotation(
@@ -84,10 +80,8 @@ def heatmap_layer_position(
 def heatmap_paths(
     ci: xr.Dataset,
     *,
-    metrics: Sequence[str] | None = None,
     x: str = "receiver",
     y: str = "sender",
-    signed: bool = True,
     title: str = "Effect of each path",
     subtitle: str = "",
 ) -> go.Figure:
@@ -96,15 +90,13 @@ def heatmap_paths(
     Args:
         ci: Variables `[statistic, sender, receiver]` with intervals, or `[sender, receiver]` of one sequence;
             both named, such as `L3H2`.
-        metrics: Variables to draw; all by default.
         x: the dimension to the right.
         y: the dimension up.
-        signed: Use red-white-blue around 0, else viridis.
         title: Title of the figure.
         subtitle: Number of sequences, and what sign and color mean.
     """
     axis = token_axis(None, ci[x].values, x.replace("_", " "))
-    return _maps(ci, x, metrics, signed, title, subtitle, axis, y=y)
+    return _maps(ci, x, True, title, subtitle, axis, y=y)
 
 
 def token_axis(tokens: Sequence[str] | None, places: np.ndarray, title: str) -> dict[str, Any]:
@@ -167,7 +159,6 @@ def _limit(values: np.ndarray, text: MetricText) -> float:
 def _maps(
     ci: xr.Dataset,
     x: str,
-    metrics: Sequence[str] | None,
     signed: bool,
     title: str,
     subtitle: str,
@@ -176,7 +167,7 @@ def _maps(
     y: str = "layer",
     tokens: Sequence[str] | None = None,
 ) -> go.Figure:
-    names = [str(name) for name in (metrics if metrics is not None else ci.data_vars)]
+    names = [str(name) for name in ci.data_vars]
     if not names:
         raise ResultError("a map needs at least one metric: the dataset has none.")
     first = ci[names[0]]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
@@ -17,7 +15,6 @@ def line_over_layers(
     ci: xr.Dataset,
     *,
     baseline: xr.Dataset | None = None,
-    metrics: Sequence[str] | None = None,
     x: str = "layer",
     x_title: str = "",
     title: str = "Each layer in turn",
@@ -26,15 +23,14 @@ def line_over_layers(
     """Draw the mean over layers (or another dimension) with its interval as a band, one line per group.
 
     Args:
-        ci: Variables `[statistic, layer]`, or with one more dimension for groups.
+        ci: Variables `[statistic, layer]`, or with one more dimension for groups; several give a menu.
         baseline: the same variables without `layer`; drawn as dashed lines.
-        metrics: Variables to draw; all by default. Several give a menu.
         x: name of the dimension to the right.
         x_title: what it is called; its name by default.
         title: Title of the figure.
         subtitle: Number of sequences.
     """
-    names = [str(name) for name in (metrics if metrics is not None else ci.data_vars)]
+    names = [str(name) for name in ci.data_vars]
     texts = [metric_text(name, ci[name]) for name in names]
     fig, owners = go.Figure(), []
     for owner, (name, text) in enumerate(zip(names, texts, strict=True)):
@@ -83,7 +79,6 @@ def decoding_panels(
 def dots_with_intervals(
     ci: xr.Dataset,
     *,
-    metrics: Sequence[str] | None = None,
     dim: str = "intervention",
     most: int = 40,
     title: str = "Every intervention",
@@ -92,14 +87,13 @@ def dots_with_intervals(
     """Draw a dot with its interval for each intervention, sorted by the mean.
 
     Args:
-        ci: Variables `[statistic, dim]`, or with one more dimension for groups.
-        metrics: Variables to draw; all by default. Several give a menu.
+        ci: Variables `[statistic, dim]`, or with one more dimension for groups; several give a menu.
         dim: the dimension whose entries become rows.
         most: The most rows to draw; the ones farthest from 0 are kept and the subtitle says so.
         title: Title of the figure.
         subtitle: Number of sequences, and what the sign means.
     """
-    names = [str(name) for name in (metrics if metrics is not None else ci.data_vars)]
+    names = [str(name) for name in ci.data_vars]
     texts = [metric_text(name, ci[name]) for name in names]
     fig, owners, orders = go.Figure(), [], []
     for owner, (name, text) in enumerate(zip(names, texts, strict=True)):

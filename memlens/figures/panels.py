@@ -6,7 +6,7 @@ against ability.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,6 @@ def recall_panels(
     values: xr.DataArray,
     ci: xr.Dataset | None = None,
     *,
-    metrics: Sequence[str] | None = None,
     title: str = "What the model recalls",
     subtitle: str = "",
 ) -> go.Figure:
@@ -87,14 +86,13 @@ def recall_panels(
     Args:
         values: one value per sequence, for the histogram.
         ci: Variables `[statistic, group]` that are shares; None draws the histogram only.
-        metrics: which variables of `ci`; all by default.
         title: Title of the figure.
         subtitle: Number of sequences.
     """
     text = metric_text(str(values.name), values)
     fig = make_subplots(1, 2 if ci is not None else 1, horizontal_spacing=0.12)
     if ci is not None:
-        _add_curves(fig, ci, [str(name) for name in (metrics if metrics is not None else ci.data_vars)])
+        _add_curves(fig, ci, [str(name) for name in ci.data_vars])
     finite = values.values[np.isfinite(values.values.astype(float))].astype(float)
     fig.add_trace(
         go.Histogram(

@@ -1,4 +1,4 @@
-"""Benchmark tasks from the generators of the zoo's corpus, with known answers and without a network.
+"""Benchmark tasks from the generators of the zoo's corpus, with known answers; they need no network.
 
 Questions are drawn from separate random streams, so none occurs in the training corpus. Their words and
 sentence patterns are those of the corpus, which may also contain some of the sums.
@@ -195,11 +195,10 @@ def local_tasks(
         raise OptionError("local_tasks needs the model or its tokenizer: give model=.")
     if n < 1:
         raise OptionError(f"n={n} asks nothing: give 1 or more.")
-    chosen = list(LOCAL_TASKS) if names is None else list(names)
-    for name in chosen:
+    for name in names or ():
         check_option("task", name, list(LOCAL_TASKS))
     encoder = PairEncoder.of(model, prepend_bos=prepend_bos)
-    tasks = [LOCAL_TASKS[name] for name in chosen]
+    tasks = [LOCAL_TASKS[name] for name in (LOCAL_TASKS if names is None else names)]
     return [
         ChoiceTask.from_questions(_questions(task, n, seed), encoder, name=task.name, group=task.group)
         for task in tasks
@@ -210,8 +209,7 @@ def _questions(task: LocalTask, n: int, seed: int) -> list[Question]:
     rng = Random(f"memlens/{seed}/tasks/{task.name}")
     places = [number % task.n_choices for number in range(n)]
     rng.shuffle(places)
-    seen: set[str] = set()
-    questions = []
+    seen, questions = set[str](), []
     for number, place in enumerate(places):
         drawn = task.draw(rng)
         while drawn.length > _LONGEST or drawn.context in seen:

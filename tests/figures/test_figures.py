@@ -71,7 +71,7 @@ def test_menu_shows_one_metric_at_a_time(heads: xr.Dataset) -> None:
     buttons = fig.layout.updatemenus[0].buttons
     assert [trace.visible for trace in fig.data] == [True, False, False]
     assert [button.args[0]["visible"] for button in buttons] == np.eye(3, dtype=bool).tolist()
-    assert not figures.heatmap_layer_head(heads, metrics=["exact_match"]).layout.updatemenus
+    assert not figures.heatmap_layer_head(heads[["exact_match"]]).layout.updatemenus
 
 
 def test_groups_share_one_scale() -> None:
@@ -313,6 +313,6 @@ def test_no_two_parts_of_a_figure_stand_in_one_place(name: str) -> None:
 
 def test_many_heads_and_positions_stay_light() -> None:
     ci = synthetic.head_ablation(48, 128).mean_ci(metric="target_logprob", of="effect", n_resamples=50)
-    fig = figures.heatmap_layer_head(ci, metrics=["target_logprob"])
+    fig = figures.heatmap_layer_head(ci[["target_logprob"]])
     assert len(fig.to_json()) < 400_000
     assert 128 / fig.layout.xaxis.dtick <= 24

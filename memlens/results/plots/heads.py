@@ -51,7 +51,7 @@ def plot_pairs(result: Result, s: Selection) -> go.Figure:
     which: dict[str, Of] = dict.fromkeys(names, s.of or "effect") | {"interaction": "value"}
     parts = {name: s.means(result, [name], dims, of=which[name])[name] for name in names}
     return figures.heatmap_paths(
-        xr.Dataset(parts, attrs=result.data.attrs), metrics=names, x="head_b", y="head_a",
+        xr.Dataset(parts, attrs=result.data.attrs), x="head_b", y="head_a",
         title=s.title or "Pairs of heads: what both do beyond the sum of each",
         subtitle=s.subtitle(result, note="red = more harm than the sum of both"),
     )  # fmt: skip

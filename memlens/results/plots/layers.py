@@ -195,7 +195,7 @@ def plot_knock_outs(
     heading = f"Knock-out of {what} {'k' if k is None else k} neurons of a layer"
     note = s.note(chosen, names, of)
     ci, caption = s.drawn(chosen, ("layer", "window", side), heading, of=of, names=names, note=note)
-    return figures.heatmap_layer_position(ci, metrics=names, x="window", signed=of == "effect", **caption)
+    return figures.heatmap_layer_position(ci, x="window", signed=of == "effect", **caption)
 
 
 @takes(of="value", group=None)

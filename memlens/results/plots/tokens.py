@@ -117,7 +117,7 @@ def _decoding_map(result: Result, s: Selection, sequence: str) -> go.Figure:
     labels = row["token"] if "token" in row.variables else None
     tokens = [str(v) for v in labels.values] if labels is not None and labels.dims == (x,) else None
     return figures.heatmap_layer_position(
-        row[names], metrics=names, x=x, signed=False, tokens=tokens,
+        row[names], x=x, signed=False, tokens=tokens,
         title=s.title or "Each target token, decoded after each layer",
         subtitle=f"one sequence, {sequence} · {result.data.attrs.get('model', '')}",
     )  # fmt: skip

@@ -124,22 +124,17 @@ class Estimate:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]" if self.known else f"{self.value:.3g}"
 
 
-def chosen_site(
-    result: Result, metric: str, rows: Int[np.ndarray, "row"], *, of: str = "effect", largest: bool = False
-) -> dict[str, int]:
-    """Return the site with the smallest (or largest) mean over some sequences, as coordinates.
+def chosen_site(result: Result, metric: str, rows: Int[np.ndarray, "row"]) -> dict[str, int]:
+    """Return the site with the smallest mean effect over some sequences, as coordinates.
 
     Args:
         result: A result with `sequence` and site dimensions.
-        metric: Which metric.
+        metric: The metric whose effect (intervened minus baseline) is smallest.
         rows: The sequences to choose on.
-        of: "effect" (intervened minus baseline) or "value".
-        largest: Take the largest mean, not the smallest.
     """
-    array = result.effect(metric) if of == "effect" else result[metric]
-    means = array.isel(sequence=rows).mean("sequence", skipna=True)
-    filled = means.fillna(-np.inf if largest else np.inf).values
-    place = np.unravel_index(int(filled.argmax() if largest else filled.argmin()), filled.shape)
+    means = result.effect(metric).isel(sequence=rows).mean("sequence", skipna=True)
+    filled = means.fillna(np.inf).values
+    place = np.unravel_index(int(filled.argmin()), filled.shape)
     return {str(dim): int(means[dim].values[i]) for dim, i in zip(means.dims, place, strict=True)}
 
 

@@ -300,12 +300,12 @@ def restorable_metric(result: Result) -> str | None:
     return names[0] if names else None
 
 
-def changed_too_little(result: Result, metric: str | None = None) -> bool:
-    """Return whether the corruption changed a metric too little to say what share of it patching restores.
+def changed_too_little(result: Result) -> bool:
+    """Return whether the corruption changed the metric too little to say what share of it patching restores.
 
     That is where the mean over sequences of clean minus corrupt has an interval that includes 0.
     """
-    name = metric or restorable_metric(result)
+    name = restorable_metric(result)
     if name is None:
         return False
     lost = result[f"{name}_clean"] - result[f"{name}_corrupt"]

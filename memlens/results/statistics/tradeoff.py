@@ -7,7 +7,7 @@ model or several, in one result to draw.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -160,15 +160,14 @@ def edit_tradeoff(
     base = recall.baseline(metric).values.astype(float)
     if not np.nanmean(base) > 0:
         raise ResultError(f"nothing is recited without an edit ({metric} is 0): there is nothing to remove.")
-    n = recall.data.sizes["sequence"]
-    values = np.column_stack([base, recall[metric].transpose("sequence", ...).values.reshape(n, -1)])
-    removed, draws = (
-        removed_share(values.mean(0)[None])[0],
-        removed_share(bootstrap_means(values, n_resamples, seed)),
-    )
-    lost = {name: _lost(tables[name], None, 0) for name in counted}
-    drawn = [_lost(tables[name], n_resamples, seed + 1 + i) for i, name in enumerate(counted)]
-    stacked = np.stack([lost[name][0] for name in counted])
+    values = np.column_stack([base, recall[metric].transpose("sequence", ...).values.reshape(len(base), -1)])
+    removed = removed_share(values.mean(0)[None])[0]
+    draws = removed_share(bootstrap_means(values, n_resamples, seed))
+    stacked = np.stack([_lost(tables[name], lambda table: table.mean(0)) for name in counted])
+    drawn = [
+        _lost(tables[name], lambda table, i=i: bootstrap_means(table, n_resamples, seed + 1 + i))
+        for i, name in enumerate(counted)
+    ]
     combine = _largest if over == "max" else _average
     return Tradeoff(
         sites,
@@ -184,20 +183,19 @@ def edit_tradeoff(
     )
 
 
-def tasks_above_chance(accuracy: Result, *, level: float = 0.95, margin: float = 0.05) -> list[str]:
+def tasks_above_chance(accuracy: Result, *, margin: float = 0.05) -> list[str]:
     """Return the tasks on which the model without an edit is significantly above chance.
 
     Only baselines are used, so that this choice does not depend on what an edit does.
 
     Args:
         accuracy: A result of `evaluate_tasks`.
-        level: Coverage of Wilson's interval.
-        margin: By how much its lower end must be above the task's chance level.
+        margin: By how much the lower end of Wilson's 95 % interval must be above the task's chance level.
     """
     found = []
     for name, task in task_tables(accuracy).items():
         base = task.tables["base"][:, 0]
-        if wilson_interval(float(base.sum()), len(base), level)[0] > task.chance + margin:
+        if wilson_interval(float(base.sum()), len(base))[0] > task.chance + margin:
             found.append(name)
     return found
 
@@ -269,12 +267,7 @@ def _average(lost: Float[np.ndarray, "task *site"]) -> Float[np.ndarray, "*site"
         return np.where(known, lost, 0.0).sum(0) / known.sum(0)
 
 
-def _lost(task: TaskTables, n_resamples: int | None, seed: int) -> Float[np.ndarray, "draw edit"]:
-    def means(table: np.ndarray) -> np.ndarray:
-        return (
-            table.mean(0, keepdims=True) if n_resamples is None else bootstrap_means(table, n_resamples, seed)
-        )
-
+def _lost(task: TaskTables, means: Callable[[np.ndarray], np.ndarray]) -> Float[np.ndarray, "*draw edit"]:
     return task.measured(means)["relative_drop_chance_corrected"]
 
 
