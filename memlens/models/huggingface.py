@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -104,11 +105,6 @@ def _about_code(error: Exception, text: str, source: Source) -> MemlensError | N
 def _about_files(error: Exception, chain: list[BaseException], text: str, source: Source) -> MemlensError:
     if any(sign in text for sign in _NO_WEIGHTS) and "config.json" not in text:
         return _no_weights(source)
-    if "mismatch" in text:
-        return ModelLoadError(
-            f"The weights of {source.name!r} do not have the shapes that its config.json states: "
-            f"the two do not belong together."
-        )
     unread = isinstance(error, OSError) and "JSON" not in text and not source.local
     if unread and not any(isinstance(e, SafetensorError) for e in chain):
         offline = any(sign in text for sign in _OFFLINE)
@@ -198,7 +194,8 @@ def load_weights(
     `allow_pickle`. For an untrained source the weights are those that its training began from.
 
     Raises:
-        ModelLoadError: No weights, damaged ones, or some that the config asks for are missing.
+        ModelLoadError: No weights, damaged ones, or missing, surplus or reshaped ones against the config; or
+            an index that names files outside of the folder.
         OptionError: `device_map` for an untrained model.
     """
     if source.untrained:
@@ -206,6 +203,7 @@ def load_weights(
             raise OptionError(f"device_map={device_map!r} has no effect on an untrained model: use device=.")
         return _untrained(source, config, dtype).to(device)  # pyright: ignore[reportArgumentType]
     with quiet(), named_errors(source, revision), _no_gguf_bar(source):
+        _check_stays_inside(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.location,
             config=config,
@@ -216,6 +214,7 @@ def load_weights(
             use_safetensors=None if allow_pickle or source.gguf_file else True,
             attn_implementation="eager",
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `_check_complete` refuses them by name
             **_gguf_options(source),
         )
     model, report = loaded
@@ -256,15 +255,49 @@ def _forget_quantization(model: PreTrainedModel) -> None:
                 delattr(holder, attribute)
 
 
+_NOT_WEIGHTS = re.compile(r"(^|\.)(inv_freq|masked_bias|(attn|attention)\.bias)$")
+"""Buffers in old checkpoints, computed anew by transformers: rotary frequencies and causal masks."""
+
+
 def _check_complete(source: Source, report: dict[str, Any]) -> None:
-    """Transformers fills missing weights with random numbers and only warns: here that is an error."""
-    missing = sorted(map(str, [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]))
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    """Raise unless checkpoint and config have the same tensors, of the same shapes.
+
+    Transformers only warns: it fills what is missing with random numbers and leaves out what is too much, so
+    that a config with a layer fewer would give a truncated model.
+    """
+    surplus = [name for name in report["unexpected_keys"] if not _NOT_WEIGHTS.search(name)]
+    reshaped = [
+        f"{name!r} ({list(there)} instead of {list(wanted)})"
+        for name, there, wanted in report["mismatched_keys"]
+    ]
+    wrong = {
+        "lack": [*map(repr, report["missing_keys"])],
+        "also hold": [*map(repr, surplus)],
+        "give another shape to": reshaped,
+    }
+    found = [f"{what} {_listed(sorted(names))}" for what, names in wrong.items() if names]
+    if found:
         raise ModelLoadError(
-            f"The weights of {source.name!r} lack {missing[0]!r}{more}, which its config asks for: "
-            f"the checkpoint and its config.json do not belong together, or the file is incomplete."
+            f"The weights of {source.name!r} {' and '.join(found)}, against its config.json: the two do not "
+            "belong together, or a file is incomplete."
         )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _check_stays_inside(source: Source) -> None:
+    """Refuse an index of weights that names files outside of its folder; the hub's client does so itself."""
+    for path in Path(source.location).glob("*.index.json") if source.local else ():
+        for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values():
+            inside = PureWindowsPath(name)  # which takes both slashes as separators
+            if inside.anchor or ".." in inside.parts:
+                raise ModelLoadError(
+                    f"{str(path)!r} names {name!r}, which is outside of the checkpoint's folder: "
+                    "download the checkpoint again, from a source you trust."
+                )
 
 
 def load_tokenizer(

@@ -154,8 +154,51 @@ def test_missing_weights_are_not_made_up(folder):
 
 
 def test_weights_of_another_shape(folder):
-    edit_config(folder, hidden_size=64)
-    with pytest.raises(ModelLoadError, match="do not belong together"):
+    edit_config(folder, intermediate_size=72)
+    with pytest.raises(
+        ModelLoadError,
+        match=r"another shape to 'gpt_neox\.layers\.0\.mlp\..*\[64\] instead of \[72\].*6 more",
+    ):
+        load_model(folder)
+
+
+def test_surplus_weights_are_not_left_out(folder):
+    edit_config(folder, num_hidden_layers=2)
+    with pytest.raises(ModelLoadError, match=r"also hold 'gpt_neox\.layers\.2\..* and 9 more.*do not belong"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt_neo", "llama", "gpt_bigcode"])
+def test_masks_and_rotary_frequencies_in_old_checkpoints_are_no_surplus(family, tmp_path):
+    folder = write_tiny(family, tmp_path / family)
+    attention = {
+        "gpt_neox": "gpt_neox.layers.0.attention",
+        "gpt_neo": "transformer.h.0.attn.attention",
+        "llama": "model.layers.0.self_attn",
+        "gpt_bigcode": "transformer.h.0.attn",
+    }[family]
+    buffers = {
+        f"{attention}.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
+        f"{attention}.masked_bias": torch.tensor(-1e9),
+        f"{attention}.rotary_emb.inv_freq": torch.ones(4),
+    }
+    if family == "llama":
+        del buffers[f"{attention}.bias"]
+    edit_weights(folder, lambda weights: weights.update(buffers))
+    assert load_model(folder, device="cpu").cfg.n_layers in (3, 4)
+
+
+@pytest.mark.parametrize(
+    "outside", ["../other/model.safetensors", "/tmp/model.safetensors", "..\\a", "C:\\a"]
+)
+def test_an_index_cannot_name_files_outside_of_its_folder(outside, folder, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (folder / "model.safetensors").rename(other / "model.safetensors")
+    names = load_file(other / "model.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, outside)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelLoadError, match="outside of the checkpoint's folder"):
         load_model(folder)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,12 @@ def test_zoo_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         SourceNotFoundError, match=r"'zoo/pythia-z'.*zoo/grown, zoo/pythia-s.*Did you mean 'zoo/pythia-s'"
     ):
         load_sequences("zoo/pythia-z")
+    outside = tmp_path / "outside" / "sequences.parquet"
+    outside.parent.mkdir()
+    shutil.copy(bundled / "pythia-s" / "sequences.parquet", outside)
+    for name in ("zoo/../../outside", f"zoo/{outside.parent}", "zoo/.."):
+        with pytest.raises(SourceNotFoundError, match="no planted sequences"):
+            load_sequences(name)
 
 
 def test_sets_written_by_memlens_come_back_with_their_attributes(tmp_path: Path) -> None:

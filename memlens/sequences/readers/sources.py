@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 import numpy as np
@@ -204,7 +204,10 @@ def _zoo_name(source: str, model: Any) -> str:
 
 
 def _zoo_folders(name: str) -> list[Path]:
-    return [root / name.removeprefix("zoo/").removesuffix("-untrained") for root in zoo_folders()]
+    """Return where a zoo model may be; nowhere for what is not a folder's name, such as "zoo/../a"."""
+    short = name.removeprefix("zoo/").removesuffix("-untrained")
+    is_name = short not in ("", "..") and PureWindowsPath(short).name == short
+    return [root / short for root in zoo_folders()] if is_name else []
 
 
 def _tokenizer_of(name: str) -> dict[str, Any]:
