@@ -51,6 +51,10 @@ class SourceNotFoundError(MemlensError, FileNotFoundError):
     """There is no such file, dataset or zoo list of sequences."""
 
 
+class WriteError(MemlensError, OSError):
+    """A file cannot be written: no space, no permission, or a path that cannot be."""
+
+
 class OptionError(MemlensError, ValueError):
     """A mode, site, metric, backend or engine that does not exist."""
 

@@ -14,6 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from memlens.errors import MemlensError, WriteError
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with `~` replaced by the home folder; `~x` stays where there is no user x."""
+    return Path(os.path.expanduser(path))
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -28,6 +35,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Yields:
         An empty file in the same folder, so that the last step is a rename and not a copy.
 
+    Raises:
+        WriteError: An `OSError` on the way, also in the body: no space, no permission, or not a path.
+
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with replacing(Path(folder) / "a" / "note.txt") as part:
@@ -35,27 +45,43 @@ def replacing(path: str | Path) -> Iterator[Path]:
         ...     [file.name for file in (Path(folder) / "a").iterdir()]
         ['note.txt']
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = f"{_machine()}-{os.getpid()}"
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{writer}.", suffix=".part")
-    os.close(handle)
-    part = Path(name)
+    path = expanded(path)
+    with _write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer = f"{_machine()}-{os.getpid()}"
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{writer}.", suffix=".part")
+        os.close(handle)
+        part = Path(name)
+        try:
+            yield part
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())  # else a rename may outlive a power failure and the content not
+            part.chmod(0o666 & ~_umask())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
     try:
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())  # else a rename may outlive a power failure and the content not
-        part.chmod(0o666 & ~_umask())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        yield
+    except MemlensError:
+        raise
+    except OSError as error:
+        raised = WriteError(
+            f"{path} cannot be written ({error.strerror or error}): free space, or give another path; what "
+            "stood there before is unchanged."
+        )
+        raised.errno = error.errno
+        raise raised from error
 
 
-def write_atomically(path: str | Path, content: bytes) -> Path:
+def write_atomically(path: str | Path, content: bytes | memoryview) -> Path:
     """Write `content` to `path`, whole or not at all (see `replacing`), and return the path."""
     with replacing(path) as part:
         part.write_bytes(content)
-    return Path(path)
+    return expanded(path)
 
 
 def write_json(path: str | Path, value: object, *, indent: int | None = 1) -> Path:

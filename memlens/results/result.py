@@ -223,7 +223,11 @@ class Result:
         return plot_result(self, metric, **options)
 
     def save(self, path: str | Path) -> Path:
-        """Write a netCDF file atomically; `memlens.load_result` reads it back exactly."""
+        """Write a netCDF file atomically; `memlens.load_result` reads it back exactly.
+
+        Raises:
+            WriteError: The file cannot be written, such as on a full disk; the result stays usable.
+        """
         from memlens.results.storage import save_dataset
 
         return save_dataset(self.data, path)

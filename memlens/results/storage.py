@@ -2,13 +2,15 @@
 
 The file is plain netCDF-4 (HDF5), so that xarray, R, Julia or `ncdump` read it without memlens. What netCDF
 cannot hold directly is encoded and marked: attributes also as one JSON string (`memlens_attrs`), strings with
-a NUL and object arrays of mixed types as JSON values, half precision as single. Numeric arrays carry a
-checksum (Fletcher-32), so that a damaged file is detected.
+a NUL and object arrays of mixed types as JSON values, half precision as single, names with a slash, a space
+or the like under another name (`memlens_names` has both). Numeric arrays carry a checksum (Fletcher-32), so
+that a damaged file is detected.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,14 @@ import numpy as np
 import xarray as xr
 
 from memlens.errors import ResultError
-from memlens.files import replacing
+from memlens.files import write_atomically
 from memlens.results.result import Result
 
 FORMAT = "memlens result 1"
 _ATTRS, _DTYPE, _JSON_VALUES = "memlens_attrs", "memlens_dtype", "memlens_json_values"
+_NAMES = "memlens_names"
+_PLAIN_NAME = re.compile(r"(?!.*_nc4_non_coord_|phony_dim_)\w[^\s/\0-\x1f\x7f\ud800-\udfff]*")
+"""What netCDF, HDF5 and the list of coordinates (names between spaces) take as it is."""
 _LARGE = 4096
 
 
@@ -61,20 +66,41 @@ def load_result(path: str | Path) -> Result:
 
 
 def save_dataset(data: xr.Dataset, path: str | Path) -> Path:
-    """Write `data` to `path`, whole or not at all."""
-    with replacing(path) as part:
-        encoded = encode(data)
-        encoded.to_netcdf(part, engine="h5netcdf", encoding=_compression(encoded))
-    return Path(path)
+    """Write `data` to `path`, whole or not at all.
+
+    The file is made in memory: the HDF5 library crashes on a full disk.
+
+    Raises:
+        WriteError: The file cannot be written.
+    """
+    encoded = encode(data)
+    content = encoded.to_netcdf(engine="h5netcdf", encoding=_compression(encoded))
+    return write_atomically(path, content)
 
 
 def encode(data: xr.Dataset) -> xr.Dataset:
-    """Return `data` in types that netCDF holds; `decode` undoes it."""
+    """Return `data` in types and under names that netCDF holds; `decode` undoes it."""
     encoded = data.copy()
     for name in encoded.variables:
         encoded[name] = _encode_variable(encoded[name].variable)
-    encoded.attrs = {**_encode_attrs(data.attrs), "memlens_format": FORMAT}
+    stored = _stored_names([*dict.fromkeys([*data.variables, *data.dims])])
+    encoded = encoded.rename(stored)
+    names = {_NAMES: json.dumps([*stored.items()])} if stored else {}
+    encoded.attrs = {**_encode_attrs(data.attrs), **names, "memlens_format": FORMAT}
     return encoded
+
+
+def _stored_names(names: list[Any]) -> dict[Any, str]:
+    """Return new names for those that netCDF cannot hold, different from all others."""
+    taken, stored = set(names), {}
+    for name in names:
+        if not (isinstance(name, str) and _PLAIN_NAME.fullmatch(name)):
+            plain = "named_" + re.sub(r"\W|_nc4_non_coord_", "_", str(name))
+            while plain in taken:
+                plain += "_"
+            taken.add(plain)
+            stored[name] = plain
+    return stored
 
 
 def decode(raw: xr.Dataset) -> xr.Dataset:
@@ -83,6 +109,7 @@ def decode(raw: xr.Dataset) -> xr.Dataset:
     for name in raw.variables:
         data[name] = _decode_variable(raw[name].variable)
         data[name].encoding = {}
+    data = data.rename({stored: name for name, stored in json.loads(raw.attrs.get(_NAMES, "[]"))})
     data.attrs = json.loads(raw.attrs[_ATTRS])
     data.encoding = {}
     return data
@@ -115,6 +142,7 @@ def _encode_attrs(attrs: Mapping[Any, Any]) -> dict[str, str | int | float]:
     plain = {
         str(key): value
         for key, value in attrs.items()
+        if key and _is_plain(str(key))
         if type(value) in (int, float) or (isinstance(value, str) and value and _is_plain(value))
     }
     small = {key: value for key, value in plain.items() if type(value) is not int or abs(value) < 2**63}

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xarray as xr
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from memlens.errors import ResultError
+from memlens.errors import ResultError, WriteError
 from memlens.results.result import Result
 from memlens.results.storage import load_result
 from tests.report import synthetic
@@ -124,19 +126,55 @@ def test_foreign_and_missing_files_are_named(tmp_path: Path) -> None:
         load_result(tmp_path)
 
 
-def test_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_old_file_and_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = synthetic.recall()
     path = result.save(tmp_path / "result.nc")
 
-    def fail(*_: object, **__: object) -> None:
-        raise OSError("disk full")
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(xr.Dataset, "to_netcdf", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(
+        WriteError, match=r"result\.nc cannot be written \(No space left on device\)"
+    ) as caught:
         result.save(path)
+    assert caught.value.errno == errno.ENOSPC
     monkeypatch.undo()
     assert [file.name for file in tmp_path.iterdir()] == ["result.nc"]
     _assert_same(load_result(path).data, result.data)
+    _assert_same(_round_trip(result, tmp_path).data, result.data)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_nothing_but_bytes_goes_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.mkstemp", lambda **_: (os.open("/dev/full", os.O_WRONLY), "/dev/full"))
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    with pytest.raises(WriteError, match="No space left on device"):
+        synthetic.recall().save(tmp_path / "result.nc")
+
+
+def test_paths_that_cannot_be_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "result.nc", tmp_path, tmp_path / ("x" * 300)):
+        with pytest.raises(WriteError, match="cannot be written"):
+            synthetic.recall().save(path)
+
+
+@FEW
+@given(names=st.lists(st.text(min_size=1, max_size=6), min_size=3, max_size=3, unique=True))
+@example(["a/b", "a b", "a_b"])
+@example(["..", ".", "/"])
+@example(["_nc4_non_coord_x", "phony_dim_0", "named_a_b"])
+@example(["\ud800", "x\0", "x "])
+def test_any_name_comes_back(tmp_path: Path, names: list[str]) -> None:
+    dim, value, label = names
+    variables = {value: (("sequence", dim), [[1.0, 2.0]])}
+    data = xr.Dataset(variables, {dim: [3, 4], label: (dim, ["s", "t"])}, {"kind": "recall"})
+    back = _round_trip(Result(data.assign_attrs({label: 1})), tmp_path).data
+    xr.testing.assert_identical(back, data.assign_attrs(back.attrs))
+    assert back.attrs[label] == 1
 
 
 def test_attributes_that_have_no_text_form_are_refused(tmp_path: Path) -> None:
