@@ -1,3 +1,4 @@
+from . import benchmark as benchmark
 from . import bypass as bypass
 from . import edits as edits
 from . import errors as errors

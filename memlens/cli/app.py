@@ -12,6 +12,7 @@ from cyclopts import App, CycloptsError
 from rich.text import Text
 
 import memlens
+from memlens.cli.benchmark import benchmark_app, organisms_app
 from memlens.cli.commands import from_options
 from memlens.cli.console import (
     ERR,
@@ -39,6 +40,8 @@ app: App = App(
 app.command("memlens.cli.run:run_app", name="run", help="Run a study and write its results and report.")
 app.command(zoo_app)
 app.command(lens_app)
+app.command(benchmark_app)
+app.command(organisms_app)
 app.command(from_options(generate), name="generate")
 app.register_install_completion_command()
 

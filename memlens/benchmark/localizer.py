@@ -1,0 +1,139 @@
+"""Localizers: methods that say where a sequence is stored, all called in the same way.
+
+    @localizer("my_method", components=("head",), cost="one forward pass per head")
+    def my_method(model, sequences, *, component, others, seed):
+        ...
+        return scores  # (sequence, layer, index): higher where the sequence is rather stored
+
+A function in a module of an installed package registers itself through the entry-point group
+`memlens.plugins`, and takes part in every suite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from memlens.errors import OptionError, ResultError
+from memlens.organisms.planting.carriers import COMPONENT_KINDS, ComponentKind
+from memlens.registry import Registry
+from memlens.sequences.set import SequenceSet
+
+Scores = Float[np.ndarray, "sequence layer index"]
+
+
+class ScoreFunction(Protocol):
+    """What a localizer computes; it sees neither the truth nor the model without the memory."""
+
+    def __call__(
+        self, model: Any, sequences: SequenceSet, *, component: ComponentKind, others: SequenceSet, seed: int
+    ) -> Scores:
+        """Return one score per sequence and component.
+
+        Args:
+            model: A TransformerLens model.
+            sequences: What is asked about.
+            component: What is ranked.
+            others: Sequences that are not asked about, for means and other references.
+            seed: For methods that draw.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Localizer:
+    """A method that ranks components.
+
+    Attributes:
+        name: Its name in tables.
+        components: The kinds of component that it ranks.
+        score: The function.
+        cost: What it costs, in words.
+        control: Whether it is a control: it knows nothing about the sequence.
+        specific: Whether it is cheap enough to be run on other sequences too, which gives the variants "less
+            others" and "z-scored".
+        cites: Key of its publication in the bibliography.
+    """
+
+    name: str
+    components: tuple[ComponentKind, ...]
+    score: ScoreFunction
+    cost: str = ""
+    control: bool = False
+    specific: bool = True
+    cites: str = ""
+
+    def __call__(
+        self,
+        model: Any,
+        sequences: SequenceSet,
+        *,
+        component: ComponentKind,
+        others: SequenceSet,
+        seed: int = 0,
+    ) -> Scores:
+        """Return one score per sequence and component; see `ScoreFunction`.
+
+        Raises:
+            OptionError: It does not rank components of this kind.
+            ResultError: It gave scores of another shape, or NaN.
+        """
+        if component not in self.components:
+            raise OptionError(
+                f"{self.name} does not rank {component}: it ranks {', '.join(self.components)}."
+            )
+        found = np.asarray(
+            self.score(model, sequences, component=component, others=others, seed=seed), dtype=np.float64
+        )
+        expected = (len(sequences), *component_shape(model, component))
+        if found.shape != expected or not np.isfinite(found).all():
+            raise ResultError(
+                f"the localizer {self.name} gave scores of shape {found.shape}, "
+                f"{int((~np.isfinite(found)).sum())} of them not finite: it must give {expected}."
+            )
+        return found
+
+
+LOCALIZERS: Registry[Localizer] = Registry("localizer", modules=["memlens.benchmark.localizers"])
+
+
+def localizer(
+    name: str,
+    *,
+    components: Sequence[ComponentKind],
+    cost: str = "",
+    control: bool = False,
+    specific: bool = True,
+    cites: str = "",
+) -> Callable[[ScoreFunction], ScoreFunction]:
+    """Register a function as a localizer; see `Localizer` for the arguments.
+
+    Raises:
+        OptionError: The name is taken, or a kind of component does not exist.
+    """
+    for kind in components:
+        if kind not in COMPONENT_KINDS:
+            raise OptionError(f"component {kind!r}: choose from {', '.join(COMPONENT_KINDS)}.")
+
+    def register(score: ScoreFunction) -> ScoreFunction:
+        LOCALIZERS.add(name, Localizer(name, tuple(components), score, cost, control, specific, cites))
+        return score
+
+    return register
+
+
+def component_shape(model: Any, component: ComponentKind) -> tuple[int, int]:
+    """Return how many layers a model has, and how many components of a kind in each."""
+    config = model.cfg
+    per_layer = {"head": config.n_heads, "neuron": config.d_mlp}
+    return int(config.n_layers), int(per_layer.get(component, 1))
+
+
+def reshaped(values: Any, model: Any, component: ComponentKind) -> Scores:
+    """Return values `(sequence, layer[, index])` as scores `(sequence, layer, index)`."""
+    array = np.asarray(values, dtype=np.float64)
+    return array.reshape(len(array), *component_shape(model, component))

@@ -1,0 +1,1 @@
+"""The localizers that memlens compares, one module per idea."""

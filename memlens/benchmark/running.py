@@ -1,0 +1,177 @@
+"""`run`: make organisms, certify them, score every localizer, and keep one file per organism."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from memlens.benchmark.leaderboard import Leaderboard
+from memlens.benchmark.localizer import LOCALIZERS
+from memlens.benchmark.measure import measure_organism
+from memlens.benchmark.suites import Material, Planned, Suite, check_localizers, material, read_suite
+from memlens.errors import MemlensError, ResultError
+from memlens.files import json_text, write_atomically
+from memlens.models.load import load_model
+from memlens.models.quiet import quiet
+from memlens.organisms.planting.carriers import COMPONENT_KINDS, Carrier, ComponentWeights
+from memlens.organisms.planting.certificate import certify
+from memlens.organisms.planting.folder import save_organism, truth_table
+from memlens.organisms.planting.plant import plant
+from memlens.store.keyed_folder import KeyedFolder
+
+_LOG = logging.getLogger(__name__)
+
+
+def run(
+    suite: str | Path | Suite = "standard",
+    out: str | Path = "benchmark",
+    *,
+    models: Sequence[str] | None = None,
+    carriers: Sequence[str] | None = None,
+    sequences: int | None = None,
+    localizers: Sequence[str] | None = None,
+    part: tuple[int, int] | None = None,
+    keep_organisms: bool = False,
+    progress: bool = True,
+) -> Leaderboard:
+    """Run the localization benchmark: which localizer finds the components into which a memory was written?
+
+    Each organism is one file; the same call again makes only what is missing.
+
+    Args:
+        suite: "mini", "standard", "transfer" or "inj", a YAML file, or a `Suite`.
+        out: Folder of the run.
+        models: Instead of the suite's models.
+        carriers: Instead of the suite's carriers.
+        sequences: Instead of the suite's number of organisms per model and carrier.
+        localizers: Instead of the suite's localizers.
+        part: (i, n): only each n-th organism, beginning with the i-th (from 0), for job arrays.
+        keep_organisms: Also save every organism as a checkpoint in `<out>/organisms`.
+        progress: Show a bar.
+
+    Returns:
+        The leaderboard of all organisms that the folder holds.
+
+    Raises:
+        OptionError: Unknown names, or values that are not allowed.
+        OtherRunError: The folder holds a run of another suite.
+        SequenceError: A model has too few sequences.
+    """
+    chosen = read_suite(suite, models=models, carriers=carriers, sequences=sequences, localizers=localizers)
+    check_localizers(chosen.localizers)
+    names = list(chosen.localizers or LOCALIZERS.names())
+    about = {"suite": asdict(chosen), "localizers": names}
+    folder = KeyedFolder(out, "benchmark", about, version=1, parts="parts/*.json")
+    planned = list(chosen.organisms())
+    if part is not None:
+        planned = planned[part[0] :: part[1]]
+    missing = [p for p in planned if not (folder.path / "parts" / f"{p.name}.json").exists()]
+    texts: dict[str, Material] = {}
+    with tqdm(
+        total=len(planned), initial=len(planned) - len(missing), disable=not progress, unit="organism"
+    ) as bar:
+        for item in missing:
+            bar.set_description(item.name)
+            if item.model not in texts:
+                texts = {item.model: material(item.model, chosen)}
+            record = _run_one(item, chosen, texts[item.model], names, folder, keep_organisms)
+            record["seal"] = folder.seal(f"{item.name}.json", json_text(record))
+            path = folder.path / "parts" / f"{item.name}.json"
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, json_text(record, indent=1).encode())
+            bar.update()
+    return read_benchmark(out)
+
+
+def _run_one(
+    item: Planned, suite: Suite, texts: Material, names: list[str], folder: KeyedFolder, keep: bool
+) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "model": item.model, "carrier": str(item.carrier), "carrier_kind": item.carrier.kind,
+        "seed": item.seed,
+    }  # fmt: skip
+    start = time.perf_counter()
+    base = texts.base()
+    planted = texts.planted[[item.index]]
+    try:
+        organism = plant(
+            base, planted, item.carrier, heldout=texts.training, seed=item.seed, options=suite.planting
+        )
+    except MemlensError as error:
+        return record | {"failed": str(error), "rows": []}
+    certificate = certify(organism, texts.heldout, suite.certificate)
+    record |= {"certificate": certificate.record(), "plant_seconds": time.perf_counter() - start}
+    if not certificate.passed:
+        _LOG.info("%s fails its certificate: %s", item.name, ", ".join(certificate.failures))
+        return record | {"rows": []}
+    if keep:
+        save_organism(
+            organism, certificate, folder.path / "organisms" / item.name, base=item.model,
+            tokenizer=texts.tokenizer,
+        )  # fmt: skip
+    truth = truth_table(organism)
+    if truth.empty:
+        truth = pretended_truth(organism.model, item.seed)
+    twin_model = texts.base() if suite.twin and item.carrier.kind != "none" else None
+    with quiet():
+        model = load_model(organism.model, check_weights=False)
+        twin = None if twin_model is None else load_model(twin_model, check_weights=False)
+    rows = measure_organism(model, planted, texts.others, truth, twin=twin, localizers=names, seed=item.seed)
+    return record | {"rows": rows.to_dict("records"), "seconds": time.perf_counter() - start}
+
+
+def pretended_truth(model: Any, seed: int) -> pd.DataFrame:
+    """Return components drawn at random as if they had been planted, to see that methods are at chance.
+
+    For carriers without a truth: "none", and "spread", which is in all components.
+    """
+    weights = ComponentWeights(model)
+    drawn = {
+        c
+        for text in ("heads=4", "neurons=30", "mlp", "attention")
+        for c in Carrier.parse(text).draw(weights, seed)
+    }
+    rows = [
+        {"kind": c.kind, "layer": c.layer, "index": c.index, "planted": c in drawn, "graded": 0.0}
+        for kind in COMPONENT_KINDS
+        for c in weights.components(kind)
+    ]
+    return pd.DataFrame(rows)
+
+
+def read_benchmark(folder: str | Path) -> Leaderboard:
+    """Read the leaderboard of a run's folder, finished or not.
+
+    Raises:
+        ResultError: The folder holds no finished organism, or one that was edited.
+    """
+    folder = Path(folder).expanduser()
+    organisms, rows = [], []
+    for path in sorted((folder / "parts").glob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            own = record.pop("rows")
+            facts = {key: record[key] for key in ("model", "carrier", "carrier_kind", "seed")}
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ResultError(f"{path} is damaged ({error}): delete it and run again.") from error
+        certificate = record.get("certificate", {})
+        failed = [c["check"] for c in certificate.get("checks", []) if not c["passed"]]
+        organisms.append(
+            {
+                **facts, "passed": certificate.get("passed", False), "failures": ", ".join(failed),
+                **certificate.get("facts", {}), "seconds": record.get("seconds", np.nan),
+            }
+        )  # fmt: skip
+        rows += [{**facts, **row} for row in own]
+    if not organisms:
+        raise ResultError(f"{folder} holds no finished organism of a benchmark: run it first.")
+    return Leaderboard(pd.DataFrame(organisms), pd.DataFrame(rows))

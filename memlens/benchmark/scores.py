@@ -1,0 +1,77 @@
+"""How well a ranking of components agrees with the ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.stats import rankdata
+
+MEASURES: Mapping[str, str] = {
+    "average_precision": "average precision",
+    "recall_at_k": "recall at k, the number planted",
+    "roc_auc": "area under the ROC curve",
+    "ndcg": "NDCG against the graded truth",
+    "layer_hit": "the first layer is a planted one",
+}
+"""What is measured of a ranking, with words for each."""
+
+
+def score_ranking(
+    scores: Float[np.ndarray, "layer index"],
+    planted: Bool[np.ndarray, "layer index"],
+    graded: Float[np.ndarray, "layer index"] | None = None,
+) -> dict[str, float]:
+    r"""Compare a ranking with the truth.
+
+    `average_precision` is :math:`\sum_n (R_n - R_{n-1}) P_n` over the thresholds; its chance level is the
+    share of planted components. `recall_at_k` is the share of the k planted components among the first k; with ties
+    at the cut, its expectation over their orders. `ndcg` takes the graded truth, as gain, negative parts
+    as 0.
+    `layer_hit` is 1 if the layer with the largest sum of positive scores holds a planted component, else 0.
+
+    Args:
+        scores: Higher where the sequence is rather stored.
+        planted: True where it is.
+        graded: What each component carries, in nats.
+
+    Returns:
+        The measures, `k` and `chance` (the share planted). All measures are NaN where everything or
+        nothing is planted.
+    """
+    from sklearn.metrics import average_precision_score, ndcg_score, roc_auc_score
+
+    values, truth = scores.ravel(), planted.ravel()
+    k = int(truth.sum())
+    if not 0 < k < truth.size:
+        return {**dict.fromkeys(MEASURES, float("nan")), "k": k, "chance": k / truth.size}
+    found = {
+        "average_precision": float(average_precision_score(truth, values)),
+        "recall_at_k": _recall_at(values, truth, k),
+        "roc_auc": float(roc_auc_score(truth, values)),
+        "ndcg": float("nan"),
+        "layer_hit": float("nan"),
+    }
+    if graded is not None and (graded > 0).any():
+        found["ndcg"] = float(ndcg_score(graded.clip(min=0).reshape(1, -1), values.reshape(1, -1)))
+    if scores.shape[1] > 1:
+        found["layer_hit"] = float(planted[int(scores.clip(min=0).sum(1).argmax())].any())
+    return {**found, "k": k, "chance": k / truth.size}
+
+
+def _recall_at(values: np.ndarray, truth: np.ndarray, k: int) -> float:
+    cut = np.partition(values, -k)[-k]
+    above, ties = values > cut, values == cut
+    share = (k - above.sum()) / ties.sum()
+    return float((truth[above].sum() + share * truth[ties].sum()) / k)
+
+
+def mean_ranks(rankings: list[np.ndarray]) -> np.ndarray:
+    """Return the mean of several rankings' ranks, highest for what most of them put first.
+
+    Args:
+        rankings: Scores of one shape.
+    """
+    ranks = [rankdata(values.ravel()).reshape(values.shape) for values in rankings]
+    return np.mean(ranks, axis=0)

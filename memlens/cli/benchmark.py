@@ -1,0 +1,154 @@
+"""Commands of the localization benchmark: `memlens benchmark` and `memlens organisms`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App
+
+from memlens.cli.console import OUT, Json, Quiet, Switch, print_json, print_table, records, resumable
+from memlens.errors import OptionError
+
+if TYPE_CHECKING:
+    from memlens.benchmark import Leaderboard
+
+benchmark_app: App = App(name="benchmark", help="Which localizer finds a memory whose place is known?")
+organisms_app: App = App(name="organisms", help="Write memories into known components of a model.")
+
+
+@benchmark_app.command(name="run")
+def benchmark_run(
+    suite: str = "standard",
+    *,
+    out: Path = Path("benchmark"),
+    models: list[str] | None = None,
+    carriers: list[str] | None = None,
+    sequences: int | None = None,
+    localizers: list[str] | None = None,
+    part: str | None = None,
+    keep_organisms: Annotated[bool, Switch] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make the organisms of a suite, score every localizer on them, and print the leaderboard.
+
+    The same command again makes only what is missing.
+
+    Example: memlens benchmark run mini --out bench
+
+    Args:
+        suite: mini, standard, transfer, inj, or a YAML file.
+        out: Folder of the run.
+        models: Other models than the suite's.
+        carriers: Other carriers, such as neurons=30, heads=4, mlp, attention, path, spread, none.
+        sequences: Organisms per model and carrier.
+        localizers: Only these localizers.
+        part: I/N runs each N-th organism beginning with the I-th (from 0), for job arrays.
+        keep_organisms: Also save every organism as a checkpoint.
+    """
+    from memlens import benchmark
+
+    with resumable(out):
+        found = benchmark.run(
+            suite, out, models=models, carriers=carriers, sequences=sequences, localizers=localizers,
+            part=None if part is None else parse_part(part), keep_organisms=keep_organisms,
+            progress=not quiet,
+        )  # fmt: skip
+    _print(found, as_json)
+
+
+@benchmark_app.command(name="report")
+def benchmark_report(out: Path, *, measure: str = "average_precision", as_json: Json = False) -> None:
+    """Print the leaderboard of a run's folder, finished or not.
+
+    Example: memlens benchmark report bench --measure recall_at_k
+
+    Args:
+        out: Folder of the run.
+        measure: average_precision, recall_at_k, roc_auc, ndcg or layer_hit.
+    """
+    from memlens import benchmark
+
+    _print(benchmark.read_benchmark(out), as_json, measure)
+
+
+@benchmark_app.command(name="localizers")
+def benchmark_localizers(*, as_json: Json = False) -> None:
+    """List the localizers, those of installed packages included.
+
+    Example: memlens benchmark localizers
+    """
+    import pandas as pd
+
+    from memlens.benchmark import LOCALIZERS
+
+    rows = [
+        {"localizer": m.name, "components": ", ".join(m.components), "control": m.control, "cost": m.cost}
+        for m in LOCALIZERS.values()
+    ]
+    table = pd.DataFrame(rows)
+    if as_json:
+        print_json(records(table))
+    else:
+        print_table(table, "Localizers")
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """Return the numbers of "I/N".
+
+    >>> parse_part("2/8")
+    (2, 8)
+    """
+    first, _, second = text.partition("/")
+    if not (first.isdecimal() and second.isdecimal()) or not int(first) < int(second):
+        raise OptionError(f"part={text!r} is not I/N with I from 0 to N - 1: write it as in 2/8.")
+    return int(first), int(second)
+
+
+def _print(found: Leaderboard, as_json: bool, measure: str = "average_precision") -> None:
+    table = found.table(measure)
+    if as_json:
+        print_json({"organisms": records(found.organisms), "leaderboard": records(table)})
+        return
+    passed = int(found.organisms["passed"].sum())
+    for key, own in table.groupby(["carrier_kind", "component"], sort=False):
+        title = f"carrier {key[0]}, {key[1]}: {measure.replace('_', ' ')}, best first"
+        print_table(own.drop(columns=["carrier_kind", "component"]).head(12), title)
+    OUT.print(f"{passed} of {len(found.organisms)} organisms passed their certificates and were used")
+
+
+@organisms_app.command(name="plant")
+def organisms_plant(
+    model: str,
+    *,
+    out: Path,
+    carrier: str = "heads=4",
+    sequences: int = 1,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Write sequences into chosen components of a model, check the result, and save it as a checkpoint.
+
+    Example: memlens organisms plant zoo/pythia-s --carrier heads=4 --seed 0 --out organism
+
+    Args:
+        model: Zoo name, hub name or checkpoint folder.
+        out: Folder of the organism.
+        carrier: neurons=N, heads=N, mlp, attention (with @LAYER), path=N, spread or none.
+        sequences: Number of sequences that are written into the same carrier.
+        seed: Draws the components and the sequences.
+    """
+    from memlens.benchmark import Suite, certify, plant, save_organism
+    from memlens.benchmark.suites import material
+
+    texts = material(model, Suite(models=(model,), carriers=(carrier,), sequences=sequences))
+    organism = plant(texts.base(), texts.planted, carrier, heldout=texts.training, seed=seed)
+    certificate = certify(organism, texts.heldout)
+    save_organism(organism, certificate, out, base=model, tokenizer=texts.tokenizer)
+    if as_json:
+        print_json({"organism": out, **certificate.record()})
+        return
+    print_table(certificate.checks, f"Certificate of {out}")
+    verdict = "passed" if certificate.passed else f"failed ({', '.join(certificate.failures)})"
+    OUT.print(f"certificate {verdict}; components: {', '.join(map(str, organism.components)) or 'none'}")

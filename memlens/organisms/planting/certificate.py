@@ -1,0 +1,167 @@
+"""The certificate of a planted organism: only its carrier holds the memory, and no weights betray it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import Field, NonNegativeFloat
+from scipy import stats
+from torch import Tensor
+
+from memlens.options import options_class
+from memlens.organisms.planting.carriers import Component, ComponentKind, ComponentWeights
+from memlens.organisms.planting.plant import Organism, divergence, next_token_logprobs, recalled
+from memlens.sequences.set import SequenceSet
+
+
+@options_class
+class CertificateOptions:
+    """Thresholds of a certificate."""
+
+    min_recall: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Least share of planted tokens that are the model's first choice, in every sequence."""
+    max_kl: NonNegativeFloat = 0.05
+    """Most divergence from the base model on text that planting did not see, in nats per token."""
+    max_fingerprint: NonNegativeFloat = 0.1
+    """Most that planting may add to the ROC AUC of any statistic of the weights alone."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was measured of an organism, and whether it may be used.
+
+    Attributes:
+        checks: One row per check: `check`, `value`, `threshold`, `passed`.
+        facts: What is reported without a threshold.
+    """
+
+    checks: pd.DataFrame
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return bool(self.checks["passed"].all())
+
+    @property
+    def failures(self) -> list[str]:
+        """The names of the checks that failed."""
+        return self.checks.loc[~self.checks["passed"].astype(bool), "check"].tolist()
+
+    def record(self) -> dict[str, Any]:
+        """Return it as plain values, as `certificate.json` holds it."""
+        return {"passed": self.passed, "checks": self.checks.to_dict("records"), "facts": dict(self.facts)}
+
+
+@torch.no_grad()
+def certify(
+    organism: Organism, heldout: SequenceSet, options: CertificateOptions | None = None
+) -> Certificate:
+    r"""Check that a carrier carries what was planted, harms nothing else, and shows no fingerprint.
+
+    - *recall*: the least share of planted tokens that are the first choice, over sequences;
+    - *necessity*: with the carrier's base weights back, the logits on the planted sequences are those of the
+      base model, bit for bit, and recall is what it was before planting; `recall_without` reports it;
+    - *harmlessness*: :math:`D_{KL}(p_\text{base} \| p)` on `heldout`, nats per token;
+    - *fingerprint*: by how much planting raised the ROC AUC with which a statistic of the weights alone
+      (norm, excess kurtosis, distance from the mean component of its layer) tells the carrier from other components
+      of its kind. The AUC of the *same components in the base model* is the reference, because a few
+      components drawn at random are never exactly average.
+
+    Args:
+        organism: The organism.
+        heldout: Text that planting did not see.
+        options: Thresholds.
+
+    Returns:
+        The certificate. For carrier "none" recall must stay what it was, and for "spread" harmlessness is
+        reported and not demanded, because a change of all weights is not meant to be harmless.
+    """
+    options = options or CertificateOptions()
+    planted = organism.options.planted
+    with_carrier = recalled(organism.model, organism.sequences, planted)
+    logprobs = next_token_logprobs(organism.model, heldout.tokens)
+    with organism.restored() as model:
+        without = recalled(model, organism.sequences, planted)
+        harm = float(divergence(next_token_logprobs(model, heldout.tokens), logprobs, heldout.mask[:, 1:]))
+    rows: list[tuple[str, float, float, bool]] = []
+    least = float(with_carrier.accuracy.min())
+    if organism.carrier.kind != "none":
+        rows.append(("recall", least, options.min_recall, least >= options.min_recall))
+        rise = float((without.nll - with_carrier.nll).min())
+        rows.append(("necessity", rise, 0.0, rise > 0))
+    if organism.carrier.kind != "spread":
+        rows.append(("harmlessness", harm, options.max_kl, harm <= options.max_kl))
+    for (kind, name), (before, after) in fingerprints(organism).items():
+        gain = max(after, 1 - after) - max(before, 1 - before)
+        fine = bool(gain <= options.max_fingerprint)
+        rows.append((f"fingerprint: {name} of {kind}s", gain, options.max_fingerprint, fine))
+    facts = {
+        "nll": float(with_carrier.nll.mean()),
+        "nll_without": float(without.nll.mean()),
+        "recall_without": float(without.accuracy.mean()),
+        "kl_heldout": harm,
+        "steps": organism.steps,
+    }
+    return Certificate(pd.DataFrame(rows, columns=["check", "value", "threshold", "passed"]), facts)
+
+
+def fingerprints(organism: Organism) -> dict[tuple[ComponentKind, str], tuple[float, float]]:
+    """Return the ROC AUC of each statistic of the weights, in the base model and in the organism.
+
+    Returns:
+        For each kind of component that the carrier has, and each of "norm", "kurtosis" and
+        "distance_from_mean": the AUC (before, after).
+    """
+    from sklearn.metrics import roc_auc_score
+
+    weights = ComponentWeights(organism.model, gates=organism.options.gates)
+    found = {}
+    for kind in organism.carrier.component_kinds:
+        every = weights.components(kind)
+        truth = np.array([c in set(organism.components) for c in every])
+        if truth.all() or not truth.any():
+            continue
+        with organism.restored():
+            before = weight_statistics(weights, every)
+        after = weight_statistics(weights, every)
+        for name in before:
+            pair = tuple(float(roc_auc_score(truth, values[name])) for values in (before, after))
+            found[kind, name] = pair
+    return found
+
+
+def weight_statistics(weights: ComponentWeights, components: list[Component]) -> dict[str, np.ndarray]:
+    """Return what a component's output weights show without any input, one value per component.
+
+    `norm` is the Euclidean norm, `kurtosis` the excess kurtosis of the entries, `distance_from_mean` the
+    distance from the mean of the layer's components of the kind (from the mean layer, for whole layers).
+    """
+    vectors = [_output_vector(weights, c) for c in components]
+    statistics: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "norm": lambda rows: np.linalg.norm(rows, axis=1),
+        "kurtosis": lambda rows: stats.kurtosis(rows, axis=1),
+    }
+    stacked = torch.stack(vectors).double().cpu().numpy()
+    found = {name: measure(stacked) for name, measure in statistics.items()}
+    layers = np.array([c.layer for c in components])
+    if components[0].kind.startswith("layer"):
+        layers = np.zeros_like(layers)
+    means = np.stack([stacked[layers == layer].mean(0) for layer in np.unique(layers)])
+    found["distance_from_mean"] = np.linalg.norm(
+        stacked - means[np.searchsorted(np.unique(layers), layers)], axis=1
+    )
+    return found
+
+
+def _output_vector(weights: ComponentWeights, component: Component) -> Tensor:
+    """Weights that write to the residual stream: a neuron's column, a head's columns, a layer's matrix."""
+    parts = weights.slices(component)
+    part = parts[0] if component.kind == "neuron" else parts[-1]
+    value = weights.parameter(part.name).detach()
+    return value.index_select(part.dim, part.index).flatten()
