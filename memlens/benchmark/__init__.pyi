@@ -1,14 +1,3 @@
-from ..organisms.planting.carriers import Carrier as Carrier
-from ..organisms.planting.carriers import Component as Component
-from ..organisms.planting.certificate import Certificate as Certificate
-from ..organisms.planting.certificate import CertificateOptions as CertificateOptions
-from ..organisms.planting.certificate import certify as certify
-from ..organisms.planting.folder import read_organism as read_organism
-from ..organisms.planting.folder import save_organism as save_organism
-from ..organisms.planting.folder import truth_table as truth_table
-from ..organisms.planting.plant import Organism as Organism
-from ..organisms.planting.plant import PlantingOptions as PlantingOptions
-from ..organisms.planting.plant import plant as plant
 from .leaderboard import Leaderboard as Leaderboard
 from .localizer import LOCALIZERS as LOCALIZERS
 from .localizer import Localizer as Localizer

@@ -43,9 +43,9 @@ class Leaderboard:
 
         Returns:
             Columns of `by`, then `component`, `localizer`, `variant`, `control`, `n` (organisms), the
-            measure, `low`, `high` (95 %), `chance`, `seconds` (median), and `behind_best`: the corrected p-value of
-            Wilcoxon's signed-rank test against the first localizer that is not a control and does not use the
-            twin, over the organisms that both were run on; NaN for that one itself.
+            measure, `low` and `high` (95 %), `chance`, `seconds` (median), and `behind_best`: the corrected
+            p-value of Wilcoxon's signed-rank test, over organisms, against the first localizer that is not a
+            control and does not use the twin; NaN for that one itself.
         """
         check_option("measure", measure, MEASURES)
         if self.rows.empty:

@@ -26,7 +26,7 @@ from memlens.organisms.planting.carriers import COMPONENT_KINDS, Carrier, Compon
 from memlens.organisms.planting.certificate import certify
 from memlens.organisms.planting.folder import save_organism, truth_table
 from memlens.organisms.planting.plant import plant
-from memlens.store.keyed_folder import KeyedFolder
+from memlens.store.keyed_folder import KeyedFolder, read_manifest
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def run(
     check_localizers(chosen.localizers)
     names = list(chosen.localizers or LOCALIZERS.names())
     about = {"suite": asdict(chosen), "localizers": names}
-    folder = KeyedFolder(out, "benchmark", about, version=1, parts="parts/*.json")
+    folder = _store(out, about)
     planned = list(chosen.organisms())
     if part is not None:
         planned = planned[part[0] :: part[1]]
@@ -90,6 +90,10 @@ def run(
             write_atomically(path, json_text(record, indent=1).encode())
             bar.update()
     return read_benchmark(out)
+
+
+def _store(folder: str | Path, about: dict[str, Any]) -> KeyedFolder:
+    return KeyedFolder(folder, "benchmark", about, version=1, parts="parts/*.json")
 
 
 def _run_one(
@@ -155,10 +159,13 @@ def read_benchmark(folder: str | Path) -> Leaderboard:
         ResultError: The folder holds no finished organism, or one that was edited.
     """
     folder = Path(folder).expanduser()
+    store = _store(folder, read_manifest(folder / "manifest.json", "benchmark", 1)["about"])
     organisms, rows = [], []
     for path in sorted((folder / "parts").glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
+            seal = record.pop("seal")
+            store.check(path.name, json_text(record), seal)
             own = record.pop("rows")
             facts = {key: record[key] for key in ("model", "carrier", "carrier_kind", "seed")}
         except (ValueError, KeyError, AttributeError) as error:

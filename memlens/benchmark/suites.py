@@ -18,7 +18,7 @@ from memlens.errors import FileFormatError, OptionError, SequenceError, near_mat
 from memlens.models.huggingface import load_config, load_tokenizer, load_weights
 from memlens.models.names import resolve_source
 from memlens.models.quiet import quiet
-from memlens.models.zoo import is_zoo_name
+from memlens.models.zoo import is_zoo_name, zoo_path
 from memlens.options import options_class
 from memlens.organisms.corpus.domains import documents
 from memlens.organisms.evaluate import read_ground_truth
@@ -181,7 +181,7 @@ def material(name: str, suite: Suite) -> Material:
     """
     length, n = suite.prefix_len + suite.continuation_len, suite.sequences + suite.others
     if is_zoo_name(name):
-        folder = resolve_source(name).path
+        folder = zoo_path(name)
         table = read_ground_truth(folder, "sequences")
         rows = [list(map(int, t[:length])) for t in table.loc[table["copies"] == 0, "tokens"]]
         order = np.random.default_rng(0).permutation(len(rows))  # domains in turn

@@ -139,8 +139,8 @@ def organisms_plant(
         sequences: Number of sequences that are written into the same carrier.
         seed: Draws the components and the sequences.
     """
-    from memlens.benchmark import Suite, certify, plant, save_organism
-    from memlens.benchmark.suites import material
+    from memlens.benchmark.suites import Suite, material
+    from memlens.zoo import certify, plant, save_organism
 
     texts = material(model, Suite(models=(model,), carriers=(carrier,), sequences=sequences))
     organism = plant(texts.base(), texts.planted, carrier, heldout=texts.training, seed=seed)

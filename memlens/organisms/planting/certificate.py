@@ -69,9 +69,9 @@ def certify(
       base model, bit for bit, and recall is what it was before planting; `recall_without` reports it;
     - *harmlessness*: :math:`D_{KL}(p_\text{base} \| p)` on `heldout`, nats per token;
     - *fingerprint*: by how much planting raised the ROC AUC with which a statistic of the weights alone
-      (norm, excess kurtosis, distance from the mean component of its layer) tells the carrier from other components
-      of its kind. The AUC of the *same components in the base model* is the reference, because a few
-      components drawn at random are never exactly average.
+      (norm, excess kurtosis, distance from the mean component of its layer) tells the carrier from other
+      components of its kind. The reference is the AUC of the *same components in the base model*, because a
+      few components drawn at random are never exactly average.
 
     Args:
         organism: The organism.

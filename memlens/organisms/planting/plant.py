@@ -39,8 +39,9 @@ class PlantingOptions:
     """Step of Adam, as a share of the root mean square of each matrix."""
     stop_nll: PositiveFloat = 0.05
     """Training stops once all planted tokens are first choices and their mean loss is at most this (nats)."""
-    keep_norms: bool = True
-    """Scale each changed row, column or head slice back to its old norm after every step."""
+    keep: Literal["entries", "norms", "nothing"] = "entries"
+    """What planting keeps of every changed row, column or head slice: its entries (in another order), which
+    keeps norm, kurtosis and all else of their distribution; its Euclidean norm; or nothing."""
     gates: bool = True
     """Whether a neuron's input weights belong to the carrier beside its output weights."""
     kl_weight: NonNegativeFloat = 1.0
@@ -195,8 +196,9 @@ def plant(
     .. math:: \frac{1}{n}\sum_t -\log p(x_t \mid x_{<t}) + \lambda\, D_{KL}(p_\text{base} \,\|\, p)
 
     with the first term over the planted tokens and the second, the mean over the positions of `heldout`,
-    against harm to other text. Adam changes only the carrier's slices; with `keep_norms`, each of them then
-    gets its old Euclidean norm back, so that the size of the weights does not tell what was changed.
+    against harm to other text. Adam changes only the carrier's slices, and the weights alone must not tell
+    what was changed: with `keep="entries"`, each slice has its old entries, in the order of a latent copy
+    that the gradients change (straight through the sorting); with "norms", it is scaled to its old norm.
 
     Args:
         model: A Hugging Face causal language model in float32; it is changed.
@@ -241,9 +243,10 @@ def _train(organism: Organism, changed: ChangedWeights, heldout: SequenceSet) ->
     for name, value in model.named_parameters():
         value.requires_grad_(name in parameters)
     masks = {name: changed.masks[name].to(value.device) for name, value in parameters.items()}
+    latent = {name: value.detach().clone() for name, value in parameters.items()}
     groups = [
-        {"params": [value], "lr": options.learning_rate * float(organism.base[name].square().mean().sqrt())}
-        for name, value in parameters.items()
+        {"params": [latent[name]], "lr": options.learning_rate * float(base.square().mean().sqrt())}
+        for name, base in organism.base.items()
     ]
     adam = torch.optim.Adam(groups)
     ids = organism.sequences.tokens[:, 1:].to(model.device)
@@ -251,7 +254,7 @@ def _train(organism: Organism, changed: ChangedWeights, heldout: SequenceSet) ->
     rows = np.random.default_rng([organism.seed, 7]).permutation(len(heldout))[: options.n_heldout]
     other = heldout[rows.tolist()]
     other_mask = other.mask[:, 1:].to(model.device)
-    norms = [_norm(organism.base[unit.name], unit) for unit in changed.units]
+    kept = _Kept(organism.base, changed.units, options.keep)
     with organism.restored(), torch.no_grad():
         expected = next_token_logprobs(model, other.tokens)
     taken = 0
@@ -261,36 +264,65 @@ def _train(organism: Organism, changed: ChangedWeights, heldout: SequenceSet) ->
             own = logprobs.gather(-1, ids[..., None])[..., 0]
             nll = -own[mask].mean()
             right = bool(((logprobs.argmax(-1) == ids) | ~mask).all())
-            if (right and float(nll) <= options.stop_nll) or step == options.steps:
+            if (right and float(nll.detach()) <= options.stop_nll) or step == options.steps:
                 break
             loss = nll
             if options.kl_weight:
                 loss = nll + options.kl_weight * divergence(
                     expected, next_token_logprobs(model, other.tokens), other_mask
                 )
-            adam.zero_grad()
-            loss.backward()
-            for name, value in parameters.items():
-                if value.grad is not None:
-                    value.grad *= masks[name]
-            adam.step()
-            taken += 1
-            if options.keep_norms:
-                with torch.no_grad():
-                    for unit, norm in zip(changed.units, norms, strict=True):
-                        value = parameters[unit.name]
-                        part = value.index_select(unit.dim, unit.index)
-                        scale = norm / part.norm().clamp_min(1e-12)
-                        value.index_copy_(unit.dim, unit.index, part * scale)
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            with torch.no_grad():
+                for (name, value), gradient in zip(parameters.items(), found, strict=True):
+                    latent[name].grad = (
+                        torch.zeros_like(value) if gradient is None else gradient * masks[name]
+                    )
+                adam.step()
+                taken += 1
+                for name, value in parameters.items():
+                    value.copy_(latent[name])
+                kept.apply(parameters)
+                if options.keep != "entries":
+                    for name, value in parameters.items():
+                        latent[name].copy_(value)
     finally:
-        adam.zero_grad()
         for name, value in model.named_parameters():
             value.requires_grad_(wanted[name])
     return taken
 
 
-def _norm(value: Tensor, unit: WeightSlice) -> Tensor:
-    return value.index_select(unit.dim, unit.index).norm()
+class _Kept:
+    """Puts back what planting keeps of each slice."""
+
+    def __init__(self, base: dict[str, Tensor], units: Sequence[WeightSlice], keep: str) -> None:
+        self._keep = keep
+        self._groups: list[tuple[str, int, Tensor, Tensor]] = []
+        if keep == "nothing":
+            return
+        alike: dict[tuple[str, int, int], list[Tensor]] = {}
+        for name, dim, index in units:
+            alike.setdefault((name, dim, len(index)), []).append(index)
+        for (name, dim, _), rows in alike.items():
+            index = torch.stack(rows).to(base[name].device)
+            old = self._read(base[name], dim, index)
+            self._groups.append(
+                (name, dim, index, old.sort(1).values if keep == "entries" else old.norm(dim=1))
+            )
+
+    @staticmethod
+    def _read(value: Tensor, dim: int, index: Tensor) -> Tensor:
+        """Return `[slice, entry]`."""
+        return value.movedim(dim, 0)[index.flatten()].reshape(len(index), -1)
+
+    def apply(self, parameters: dict[str, Tensor]) -> None:
+        for name, dim, index, old in self._groups:
+            now = self._read(parameters[name], dim, index)
+            if self._keep == "entries":
+                now = torch.empty_like(now).scatter_(1, now.argsort(1), old)
+            else:
+                now = now * (old / now.norm(dim=1).clamp_min(1e-12))[:, None]
+            moved = parameters[name].movedim(dim, 0)
+            moved[index.flatten()] = now.reshape(index.numel(), *moved.shape[1:])
 
 
 def divergence(expected: Tensor, found: Tensor, mask: Tensor) -> Tensor:
