@@ -18,7 +18,6 @@ from memlens.errors import OptionError, OtherRunError, ResultError
 from memlens.sequences.set import SequenceSet
 from memlens.zoo import CertificateOptions, PlantingOptions, read_organism
 
-
 SMALL = benchmark.Suite(
     models=("zoo/pythia-xs",),
     carriers=("heads=2", "mlp", "none"),
@@ -65,7 +64,7 @@ def test_an_edited_part_is_refused(mini: tuple[Path, Leaderboard], tmp_path: Pat
     copy.parent.mkdir(parents=True)
     (tmp_path / "run" / "manifest.json").write_bytes((mini[0] / "manifest.json").read_bytes())
     record = json.loads(part.read_text())
-    record["rows"][0]["average_precision"] = 1.0
+    record["rows"][0]["average_precision"] = 0.123
     copy.write_text(json.dumps(record))
     with pytest.raises(ResultError, match="was moved or edited"):
         benchmark.read_benchmark(tmp_path / "run")
@@ -82,7 +81,7 @@ def own() -> Iterator[str]:
 
 
 def test_a_localizer_that_gives_no_numbers_is_refused(own: str, tiny_model: Any) -> None:
-    model = tiny_model("pythia")
+    model = tiny_model("gpt_neox")
     some = SequenceSet.from_tokens([[5, 6, 7, 8]], 2)
     with pytest.raises(ResultError, match="test only gave scores"):
         LOCALIZERS[own](model, some, component="head", others=some)
