@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from memlens.benchmark.localizer import LOCALIZERS, Localizer, component_shape
-from memlens.benchmark.scores import score_ranking
+from memlens.benchmark.scores import mean_ranks, score_ranking
 from memlens.organisms.planting.carriers import COMPONENT_KINDS, ComponentKind
 from memlens.sequences.set import SequenceSet
 
@@ -22,6 +22,9 @@ VARIANTS: Mapping[str, str] = {
     "on another sequence": "control: its scores on a sequence that was not planted",
 }
 """What is made of a method's scores, with words for each."""
+
+AVERAGED = ("zero ablation", "integrated gradients")
+"""Localizers whose z-scored rankings are averaged into a further one."""
 
 
 def measure_organism(
@@ -52,30 +55,46 @@ def measure_organism(
         the planted sequences alone).
     """
     names = list(localizers) if localizers is not None else LOCALIZERS.names()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for component in COMPONENT_KINDS:
         own = truth[truth["kind"] == component]
         if own.empty:
             continue
         planted, graded = _arrays(model, component, own)
+        specific: dict[str, np.ndarray] = {}
+        costs: dict[str, float] = {}
         for name in names:
             method = LOCALIZERS[name]
             if component not in method.components:
                 continue
             start = time.perf_counter()
             scores = method(model, sequences, component=component, others=others, seed=seed)
-            seconds = time.perf_counter() - start
+            costs[name] = seconds = time.perf_counter() - start
             variants = _variants(method, scores, model, sequences, others, component, twin, seed)
-            for variant, values in variants.items():
-                measured = pd.DataFrame([score_ranking(v, planted, graded) for v in values]).mean()
-                rows.append(
-                    {
-                        "component": component, "localizer": name, "variant": variant,
-                        "control": method.control or variant == "on another sequence",
-                        **measured.to_dict(), "seconds": seconds,
-                    }
-                )  # fmt: skip
+            if name in AVERAGED and "z-scored" in variants:
+                specific[name] = variants["z-scored"]
+            rows += [
+                {
+                    "component": component, "localizer": name, "variant": variant,
+                    "control": method.control or variant == "on another sequence",
+                    **_measured(values, planted, graded), "seconds": seconds,
+                }
+                for variant, values in variants.items()
+            ]  # fmt: skip
+        if len(specific) == len(AVERAGED):
+            values = np.stack([mean_ranks(list(each)) for each in zip(*specific.values(), strict=True)])
+            seconds = sum(costs[name] for name in AVERAGED)
+            rows.append(
+                {
+                    "component": component, "localizer": "averaged ranks", "variant": "z-scored", "control": False,
+                    **_measured(values, planted, graded), "seconds": seconds,
+                }
+            )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _measured(values: np.ndarray, planted: np.ndarray, graded: np.ndarray) -> dict[str, float]:
+    return pd.DataFrame([score_ranking(each, planted, graded) for each in values]).mean().to_dict()
 
 
 def _arrays(model: Any, component: ComponentKind, truth: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
