@@ -86,7 +86,8 @@ def measure_organism(
             seconds = sum(costs[name] for name in AVERAGED)
             rows.append(
                 {
-                    "component": component, "localizer": "averaged ranks", "variant": "z-scored", "control": False,
+                    "component": component, "localizer": "averaged ranks", "variant": "z-scored",
+                    "control": False,
                     **_measured(values, planted, graded), "seconds": seconds,
                 }
             )  # fmt: skip

@@ -139,6 +139,9 @@ def test_every_key_that_is_cited_anywhere_is_a_reference_and_none_is_left_over()
     pattern = re.compile(r"""["']([a-z]{2,}(?:19|20)\d\d)["']""")
     code = sorted((ROOT / "memlens").rglob("*.py"))
     used = {key for file in code for key in pattern.findall(file.read_text(encoding="utf-8"))}
+    data = [file for file in (ROOT / "memlens").rglob("*.yaml") if file.name != "references.yaml"]
+    plain = re.compile(r"\bcites?: ([a-z]{2,}(?:19|20)\d\d)\b")
+    used |= {key for file in data for key in plain.findall(file.read_text(encoding="utf-8"))}
     assert used <= set(REFERENCES), used - set(REFERENCES)
     assert set(REFERENCES) - used <= {"zhang2023"}, set(REFERENCES) - used
 

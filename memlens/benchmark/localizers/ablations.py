@@ -77,4 +77,4 @@ def attention_bypass(
     model: Any, sequences: SequenceSet, *, component: ComponentKind, others: SequenceSet, seed: int
 ) -> Scores:
     """Loss of log-probability when a layer's attention is bypassed."""
-    return reshaped(lost(model, sequences, attention_bypasses(model, sequences)), model, component)
+    return reshaped(lost(model, sequences, attention_bypasses(model)), model, component)
