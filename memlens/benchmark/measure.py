@@ -127,6 +127,6 @@ def _variants(
     else:
         there = method(model, others[:1], component=component, others=others[1:], seed=seed)
     found["on another sequence"] = there[:1]
-    if twin is not None:
+    if twin is not None and method.specific:
         found["less twin"] = scores - method(twin, sequences, component=component, others=others, seed=seed)
     return found
