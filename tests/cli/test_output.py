@@ -71,8 +71,8 @@ def test_plans_of_the_other_studies(tmp_path: Path) -> None:
         row["work"]: row
         for row in asked("run", "bypass", "-m", "zoo/pythia-xs", "--out", out, "--plan")["works"]
     }
-    assert rows["bypass each block"]["interventions"] == 4
-    assert rows["bypass each block"]["sequences"] == 128
+    assert rows["bypass each layer"]["interventions"] == 4
+    assert rows["bypass each layer"]["sequences"] == 128
     assert rows["bypass each head"]["interventions"] == 4 * 5
     idioms = asked(
         "run", "idioms", "-m", "zoo/pythia-xs", "--out", out, "--plan", "--windows", "1,2", "--top-k", "1,10"

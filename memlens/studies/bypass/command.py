@@ -134,10 +134,10 @@ class BypassSources:
         edits = ml.edits.attention_bypasses(model)
         examined = blank_sequences(options.max_sequences, self.prefix_len + self.suffix_len, self.prefix_len)
         works: dict[str, tuple[SequenceSet, Sequence[Intervention]]] = {
-            "bypass each block": (examined, edits)
+            "bypass each layer": (examined, edits)
         }
         if tasks:
-            works["tasks, each block bypassed"] = (joined_requests(tasks), edits)
+            works["tasks, each layer bypassed"] = (joined_requests(tasks), edits)
         if options.heads:
             heads = ml.edits.attention_bypasses(model, over="head")
             works["bypass each head"] = (examined[: options.control_sequences], heads)

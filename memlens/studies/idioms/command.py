@@ -101,13 +101,13 @@ class IdiomInputs:
 
 
 def criteria_options(options: CriteriaOptions, seed: int, *, zoo: bool) -> CriteriaOptions:
-    """Return how the criteria are tested; what is planted in the zoo's corpus stands on lines of its own."""
+    """Return how the criteria are tested; planted items of the zoo's corpus are lines of their own."""
     options = replace(options, seed=seed)
     if not zoo:
         return options
     kinds = ("neutral_contexts", "shifted_contexts")
     contexts: dict[str, Any] = {kind: tuple(f"{lead}\n" for lead in getattr(options, kind)) for kind in kinds}
-    # Parts of a planted expression leave two targets by construction: a probability of one half is no answer.
+    # Parts of a planted expression have two targets by construction, so a probability of one half does not count.
     return replace(options, part_threshold=0.5, **contexts)
 
 

@@ -20,7 +20,7 @@ class IdiomOptions:
     """Columns of the items' table, such as definition,shared_prompt of the idiom file: items for which one of
     them is true are left out."""
     streams: tuple[Stream, ...] = get_args(Stream)
-    """What is decoded; a stream that the model's blocks do not have is left out."""
+    """What is decoded; a stream that the model does not have is left out."""
     near_rank: NonNegativeInt = 10
     """Largest zero-based rank that counts as near the top."""
     length_caliper: PositiveFloat = 1.0

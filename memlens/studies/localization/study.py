@@ -166,7 +166,7 @@ class _Localization:
             patch = partial(patch_activations, self.model, clean, dirty, site=self.options.patch_site)
             positions = self._positions(clean, corrupted[name])
             results[name] = self._kept("patching", name, partial(patch, positions=positions))
-        self._save("activation_patching", "Where the cue stands", results, one_sequence=True)
+        self._save("activation_patching", "Where the cue is", results, one_sequence=True)
         self.folder.find(find.restoring_layer(results, corrupted[MEMORIZED], self.options.seed))
 
     def _positions(self, seqs: SequenceSet, always: np.ndarray) -> list[int]:
