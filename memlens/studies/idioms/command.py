@@ -107,7 +107,7 @@ def criteria_options(options: CriteriaOptions, seed: int, *, zoo: bool) -> Crite
         return options
     kinds = ("neutral_contexts", "shifted_contexts")
     contexts: dict[str, Any] = {kind: tuple(f"{lead}\n" for lead in getattr(options, kind)) for kind in kinds}
-    # A part of a planted expression has two targets by construction: a probability of one half does not count.
+    # A part of a planted expression has two targets by construction: a probability of 0.5 does not count.
     return replace(options, part_threshold=0.5, **contexts)
 
 
