@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -47,21 +48,23 @@ class Leaderboard:
             p-value of Wilcoxon's signed-rank test, over organisms, against the first localizer that is not a
             control and does not use the twin; NaN for that one itself.
         """
-        check_option("measure", measure, MEASURES)
+        check_option("measure", measure, list(MEASURES))
         if self.rows.empty:
             raise ResultError("no organism passed its certificate, so that there is nothing to compare.")
         found = []
-        for key, group in self.rows.groupby([*by, "component"], sort=False):
+        groups: Any = self.rows.groupby([*by, "component"], sort=False)
+        for key, group in groups:
             cell = self._cell(group, measure, seed)
             for name, value in zip([*by, "component"], key, strict=True):
                 cell[name] = value
             found.append(cell)
         columns = [*by, *_CELL, "control", "n", measure, "low", "high", "chance", "seconds", "behind_best"]
-        return pd.concat(found, ignore_index=True)[columns]
+        return pd.concat(found, ignore_index=True).reindex(columns=columns)
 
     def _cell(self, group: pd.DataFrame, measure: str, seed: int) -> pd.DataFrame:
         rows, values = [], {}
-        for (name, variant), own in group.groupby(["localizer", "variant"], sort=False):
+        methods: Any = group.groupby(["localizer", "variant"], sort=False)
+        for (name, variant), own in methods:
             measured = own.set_index(["model", "carrier", "seed"])[measure].dropna()
             values[name, variant] = measured
             estimate = mean_estimate(xr.DataArray(measured.to_numpy(float), dims="sequence"), seed=seed)
@@ -90,7 +93,7 @@ class Leaderboard:
         Raises:
             ResultError: Nothing was measured for this kind of component.
         """
-        own = self.rows[
+        own: Any = self.rows[
             (self.rows["component"] == component) & ~self.rows["carrier_kind"].isin(["none", "spread"])
         ]
         if own.empty:
@@ -104,4 +107,5 @@ def _behind(best: pd.Series, other: pd.Series) -> float:
     difference = both[:, 0] - both[:, 1]
     if len(difference) < 5 or not difference.any():
         return 1.0
-    return float(stats.wilcoxon(difference, alternative="greater").pvalue)
+    found: Any = stats.wilcoxon(difference, alternative="greater")
+    return float(found.pvalue)

@@ -57,7 +57,7 @@ def measure_organism(
     names = list(localizers) if localizers is not None else LOCALIZERS.names()
     rows: list[dict[str, Any]] = []
     for component in COMPONENT_KINDS:
-        own = truth[truth["kind"] == component]
+        own: Any = truth[truth["kind"] == component]
         if own.empty:
             continue
         planted, graded = _arrays(model, component, own)

@@ -105,7 +105,7 @@ def _run_one(
     }  # fmt: skip
     start = time.perf_counter()
     base = texts.base()
-    planted = texts.planted[[item.index]]
+    planted = texts.planted[[item.row]]
     try:
         organism = plant(
             base, planted, item.carrier, heldout=texts.training, seed=item.seed, options=suite.planting

@@ -71,13 +71,13 @@ class Planned(NamedTuple):
     Attributes:
         model: The base model's name.
         carrier: What it is written into.
-        index: Which of the model's sequences.
+        row: Which of the model's sequences.
         seed: Of components and training.
     """
 
     model: str
     carrier: Carrier
-    index: int
+    row: int
     seed: int
 
     @property

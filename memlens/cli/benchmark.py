@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App
 
@@ -111,8 +111,9 @@ def _print(found: Leaderboard, as_json: bool, measure: str = "average_precision"
     if as_json:
         print_json({"organisms": records(found.organisms), "leaderboard": records(table)})
         return
-    passed = int(found.organisms["passed"].sum())
-    for key, own in table.groupby(["carrier_kind", "component"], sort=False):
+    passed = int(found.organisms["passed"].to_numpy(bool).sum())
+    cells: Any = table.groupby(["carrier_kind", "component"], sort=False)
+    for key, own in cells:
         title = f"carrier {key[0]}, {key[1]}: {measure.replace('_', ' ')}, best first"
         print_table(own.drop(columns=["carrier_kind", "component"]).head(12), title)
     OUT.print(f"{passed} of {len(found.organisms)} organisms passed their certificates and were used")

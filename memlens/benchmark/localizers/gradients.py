@@ -26,7 +26,7 @@ def _estimate(method: str, mode: Any) -> Any:
         model: Any, sequences: SequenceSet, *, component: ComponentKind, others: SequenceSet, seed: int
     ) -> Scores:
         site, over = SITES[component]
-        reference = {"reference": others} if mode == "mean" else {}
+        reference: dict[str, Any] = {"reference": others} if mode == "mean" else {}
         result = attribute_ablation(
             model,
             sequences,

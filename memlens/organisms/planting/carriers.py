@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -30,7 +30,8 @@ CarrierKind = Literal["neurons", "heads", "mlp", "attention", "path", "spread", 
 CARRIERS: tuple[CarrierKind, ...] = get_args(CarrierKind)
 
 
-class Component(NamedTuple):
+@dataclass(frozen=True, order=True)
+class Component:
     """One component of a model.
 
     Attributes:
@@ -48,7 +49,8 @@ class Component(NamedTuple):
         return f"L{self.layer}{names.get(self.kind, ' attention')}"
 
 
-class WeightSlice(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class WeightSlice:
     """A group of rows or columns of a weight matrix whose joint norm planting can keep.
 
     Attributes:
@@ -162,7 +164,7 @@ class ComponentWeights:
         Raises:
             SiteError: The model has no such component.
         """
-        kind, layer, index = component
+        kind, layer, index = component.kind, component.layer, component.index
         counts = {"head": self.n_heads, "neuron": self.n_neurons}
         if not 0 <= layer < self.n_layers or not 0 <= index < counts.get(kind, 1):
             raise SiteError(
@@ -320,7 +322,7 @@ class ChangedWeights:
             for index in (part.index.split(1) if component.kind.startswith("layer") else [part.index])
         ]
         self.masks = {}
-        for name, dim, index in self.units:
-            parameter = weights.parameter(name)
-            mask = self.masks.setdefault(name, torch.zeros(parameter.shape, dtype=torch.bool))
-            mask.index_fill_(dim, index, True)
+        for unit in self.units:
+            shape = weights.parameter(unit.name).shape
+            mask = self.masks.setdefault(unit.name, torch.zeros(shape, dtype=torch.bool))
+            mask.index_fill_(unit.dim, unit.index, True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def save_organism(
     about: dict[str, Any] = {
         "format": FORMAT, "base": base, "carrier": str(organism.carrier), "seed": organism.seed,
         "steps": organism.steps, "options": asdict(organism.options),
-        "components": [list(c) for c in organism.components],
+        "components": [astuple(c) for c in organism.components],
     }  # fmt: skip
     write_json(folder / "organism.json", about)
     return folder
@@ -104,7 +104,7 @@ def read_organism(folder: str | Path) -> Organism:
         load_organism(folder),
         Carrier.parse(about["carrier"]),
         [Component(*c) for c in about["components"]],
-        read_parquet(folder / "sequences.parquet"),
+        read_parquet(folder / "sequences.parquet")[0],
         load_file(folder / "base.safetensors"),
         PlantingOptions(**about["options"]),
         about["seed"],

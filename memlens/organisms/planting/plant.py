@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -300,8 +300,8 @@ class _Kept:
         if keep == "nothing":
             return
         alike: dict[tuple[str, int, int], list[Tensor]] = {}
-        for name, dim, index in units:
-            alike.setdefault((name, dim, len(index)), []).append(index)
+        for unit in units:
+            alike.setdefault((unit.name, unit.dim, len(unit.index)), []).append(unit.index)
         for (name, dim, _), rows in alike.items():
             index = torch.stack(rows).to(base[name].device)
             old = self._read(base[name], dim, index)
@@ -314,7 +314,7 @@ class _Kept:
         """Return `[slice, entry]`."""
         return value.movedim(dim, 0)[index.flatten()].reshape(len(index), -1)
 
-    def apply(self, parameters: dict[str, Tensor]) -> None:
+    def apply(self, parameters: Mapping[str, Tensor]) -> None:
         for name, dim, index, old in self._groups:
             now = self._read(parameters[name], dim, index)
             if self._keep == "entries":
