@@ -29,7 +29,7 @@ def generate(
     mode: str = "identity",
     compare: Annotated[bool, Switch] = False,
     max_new_tokens: int = 50,
-    prepend_bos: Annotated[bool, Switch] = False,
+    prepend_bos: bool | None = None,
     as_json: Json = False,
 ) -> None:
     """Continue prompts greedily, with the attention of some layers bypassed.
@@ -44,7 +44,8 @@ def generate(
         mode: Mode of the bypass: identity or zero.
         compare: Also generate without the bypass.
         max_new_tokens: Maximum number of tokens to generate.
-        prepend_bos: Prepend the beginning-of-text token to every prompt.
+        prepend_bos: Prepend the beginning-of-text token to every prompt; by default if the model was
+            trained so.
     """
     from memlens.results.groups import parse_layers
 
@@ -108,7 +109,7 @@ def continuations(
     layers: list[int],
     mode: Any = "identity",
     n: int = 50,
-    prepend_bos: bool = False,
+    prepend_bos: bool | None = None,
 ) -> list[list[int]]:
     """Return the token ids of each prompt's greedy continuation, up to the end-of-text token.
 
@@ -120,7 +121,7 @@ def continuations(
         layers: Layers whose attention is bypassed; empty for the unchanged model.
         mode: "identity" or "zero".
         n: Maximum number of tokens to generate.
-        prepend_bos: Prepend the beginning-of-text token.
+        prepend_bos: Prepend the beginning-of-text token; None: see `memlens.models.bos.expects_bos`.
 
     Raises:
         OptionError: Fewer than one token, or an unknown mode.
@@ -143,11 +144,14 @@ def continuations(
     return [row[: row.index(end)] if end in row else row for row in found]
 
 
-def _encoded(model: Any, prompts: list[str], prepend_bos: bool) -> list[list[int]]:
+def _encoded(model: Any, prompts: list[str], prepend_bos: bool | None) -> list[list[int]]:
+    from memlens.models.bos import expects_bos
     from memlens.sequences.tokenizing import bos_id, encode
 
     if getattr(model, "tokenizer", None) is None:
         raise SequenceError("the model has no tokenizer, so it cannot read a prompt.")
+    if prepend_bos is None:
+        prepend_bos = expects_bos(model, model.tokenizer)
     first = [bos_id(model.tokenizer)] if prepend_bos else []
     rows = [first + row for row in encode(model.tokenizer, prompts)]
     for text, row in zip(prompts, rows, strict=True):

@@ -9,6 +9,8 @@ Four things are compared on a few tokens, in the model's own precision:
 - *sites*: a zero written at each named site must do what the name claims. Zeroed `attn_out` leaves the
   residual without attention, zeroed `z` makes attention's output the same at every position, zeroed
   queries make attention the same for all tokens, and so on.
+- *BOS* (only here, not when a model is loaded): the mean log-probability of a sentence's tokens with and
+  without the beginning-of-text token in front, and which of the two `load_sequences` takes. This never fails.
 - *fast path*: whether the layers run as plain functions (fast) or as the model's own modules (slow, equally
   exact). This never fails.
 
@@ -33,7 +35,9 @@ from memlens.errors import ModelLoadError, UnsupportedModelError
 from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.hooks import SITES, HookFn, attached, capturing, chosen_layers, hook_name, refuse_sites
 from memlens.forward.trunk import Trunk, require_model
+from memlens.models.bos import expects_bos
 from memlens.models.provenance import describe
+from memlens.sequences.tokenizing import encode
 
 Status = Literal["ok", "failed", "refused", "ignored", "absent", "slow", "not compared"]
 """`ignored`: the site shows its activation, but what is written to it has no effect. `refused`: the site does
@@ -43,6 +47,7 @@ _DISPENSABLE = ("q", "k", "pattern", "mlp_post")
 """Sites that a model can do without: only the site is refused, such as `mlp_post` of a mixture of experts."""
 
 _ROWS, _LENGTH = 2, 12
+_SENTENCE = "The quick brown fox jumps over the lazy dog."
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.04, torch.float16: 0.01}
 """Largest root mean square of a difference, relative to that of what it is compared with (centered).
 
@@ -238,13 +243,33 @@ def check_model(
         refuse_sites(model, [c.name.removeprefix("site ") for c in found if c.status == "refused"])
         checks += found
         checks.append(_fast_path(trunk, resid, final))
-    if reference is not None:
+    if reference is None:
+        checks += _beginning(model, device)
+    else:
         _AT_LOAD[model] = replace(checks[0], note=f"{checks[0].note}, when it was loaded")
     return ModelCheck(
         str(getattr(model.cfg, "model_name", "") or type(model).__name__),
         str(trunk.dtype if trunk else next(model.parameters()).dtype).removeprefix("torch."),
         tuple(checks),
     )
+
+
+def _beginning(model: Any, device: torch.device) -> list[Check]:
+    """Show how likely a sentence is with and without the BOS token, if the tokenizer has one."""
+    tokenizer = getattr(model, "tokenizer", None)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    ids = [] if bos is None else encode(tokenizer, [_SENTENCE])[0][: model.cfg.n_ctx - 1]
+    if len(ids) < 2 or max(bos, *ids) >= model.cfg.d_vocab:
+        return []
+    rows = torch.tensor([[bos, *ids], [*ids, bos]], device=device)
+    found = model(rows).float().log_softmax(-1)[:, :-1].gather(-1, rows[:, 1:, None])[..., 0]
+    begun, bare = float(found[0, 1:].mean()), float(found[1, :-1].mean())
+    how = "with" if expects_bos(model, tokenizer) else "without"
+    note = (
+        f"mean log-probability of a sentence {begun:.2f} with the beginning-of-text token, {bare:.2f} "
+        f"without; load_sequences reads text {how} it"
+    )
+    return [Check("BOS", "ok", note=note)]
 
 
 def _size(x: Tensor) -> float:

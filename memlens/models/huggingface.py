@@ -38,6 +38,7 @@ from memlens.errors import (
     OptionError,
     UnsupportedModelError,
 )
+from memlens.models.bos import begins_with_bos
 from memlens.models.checks import check_causal
 from memlens.models.names import Source, unknown_name_error
 from memlens.models.quiet import quiet
@@ -331,7 +332,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     TransformerLens expects this form (`to_tokens(..., prepend_bos=False)` removes the token again) and
     otherwise reads the tokenizer again from its original name, which fails for one created in memory or read
     from a GGUF file. So it is created here, by a round trip through a temporary folder. The given tokenizer
-    is not changed. Pass `add_special_tokens=False` to get the bare tokens of a text.
+    is not changed; what it does itself is recorded as `bos_by_own_rule` (see `memlens.models.bos`). Pass
+    `add_special_tokens=False` to get the bare tokens of a text.
     """
     if tokenizer.bos_token is None or tokenizer.init_kwargs.get("add_bos_token"):
         return tokenizer
@@ -342,6 +344,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
         except ValueError:  # tokenizers whose special tokens do not fit a template: they never prepend BOS
             prepared = AutoTokenizer.from_pretrained(folder)
             prepared.init_kwargs["add_bos_token"] = True
+    prepared.bos_by_own_rule = begins_with_bos(tokenizer)
     prepared.name_or_path = tokenizer.name_or_path
     prepared.init_kwargs["name_or_path"] = tokenizer.name_or_path
     return prepared

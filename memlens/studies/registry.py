@@ -82,6 +82,8 @@ class SequenceChoice:
     """Split of a Hugging Face dataset."""
     limit: PositiveInt | None = None
     """Read at most this many rows."""
+    prepend_bos: Literal["auto", "always", "never"] = "auto"
+    """Beginning-of-text token in front of sequences; auto: for text, where the model was trained so."""
 
     def load(self, model: Any) -> Any:
         """Read the sequences for a model."""
@@ -90,6 +92,7 @@ class SequenceChoice:
         return ml.load_sequences(
             self.sequences, model, prefix_len=self.prefix_len, max_targets=self.max_targets,
             target=self.target, split=self.split, limit=self.limit,
+            prepend_bos="auto" if self.prepend_bos == "auto" else self.prepend_bos == "always",
         )  # fmt: skip
 
     def read(self, call: Call) -> dict[str, Any]:

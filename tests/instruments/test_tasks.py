@@ -23,8 +23,9 @@ from memlens.errors import (
     SequenceError,
     SourceNotFoundError,
 )
-from memlens.instruments.tasks.encoding import PairEncoder, puts_bos_first
+from memlens.instruments.tasks.encoding import PairEncoder
 from memlens.instruments.tasks.tasks import joined_requests
+from memlens.models.bos import puts_bos_first
 from tests.tiny import D_VOCAB, N_CTX, tiny_tokenizer
 
 Model = Callable[..., Any]

@@ -247,18 +247,6 @@ def test_no_token_is_put_in_front_unless_asked(make: Any) -> None:
     assert (plain.attrs["prepend_bos"], asked.attrs["prepend_bos"]) == (False, True)
 
 
-def test_a_tokenizer_s_own_rule_for_a_first_token_is_not_followed() -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = metaspace()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
-    assert tokenizer("the cat")["input_ids"][0] == tokenizer.bos_token_id
-    seqs = load_sequences(["the cat"], tokenizer=tokenizer, prefix_len=1)
-    assert tokenizer.bos_token_id not in seqs.rows()[0]
-
-
 def test_a_tokenizer_without_the_token_to_put_in_front() -> None:
     with pytest.raises(SequenceError, match="prepend_bos=True, but the tokenizer"):
         load_sequences(["the cat"], tokenizer=characters(), prefix_len=1, prepend_bos=True)

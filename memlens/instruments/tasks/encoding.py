@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from memlens.errors import OptionError, SequenceError
-from memlens.models.families import find_model
-from memlens.models.quiet import quiet
+from memlens.models.bos import puts_bos_first
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class PairEncoder:
 
         Args:
             model: The model, whose context length is the limit; or a tokenizer.
-            prepend_bos: None does what the checkpoint's own tokenizer does (see `puts_bos_first`).
+            prepend_bos: None does what the checkpoint's own tokenizer does (see `memlens.models.bos`).
             n_ctx: The limit, in place of the model's.
 
         Raises:
@@ -129,34 +125,3 @@ class PairEncoder:
 
     def _bare(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
-
-
-def puts_bos_first(model: Any) -> bool:
-    """Return whether a tokenizer puts the beginning-of-text token before a text by its own rules.
-
-    The tokenizer of a TransformerLens model always does. For a model, the checkpoint's own tokenizer is
-    therefore read again (offline); without one, the convention of the model's family counts.
-
-    Args:
-        model: A TransformerLens model, or a Hugging Face tokenizer.
-    """
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        return _begins_with_bos(model)
-    return _own_rule(str(getattr(tokenizer, "name_or_path", "") or ""))
-
-
-@lru_cache(maxsize=64)
-def _own_rule(name: str) -> bool:
-    try:
-        with quiet():
-            return _begins_with_bos(AutoTokenizer.from_pretrained(name, local_files_only=True))
-    except Exception:  # without tokenizer files, transformers raises errors of almost any class
-        found = find_model(name)
-        return found is not None and found[0].bos
-
-
-def _begins_with_bos(tokenizer: Any) -> bool:
-    bos, text = tokenizer.bos_token_id, "a"
-    ids, bare = tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=False)
-    return bos is not None and ids[: len(bare) + 1] == [bos, *bare]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from memlens.errors import OptionError
 from memlens.forward.baseline import teacher_forced_stats
 from memlens.forward.memory import rows_per_batch
+from memlens.models.bos import expects_bos
 from memlens.models.provenance import describe
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet, unique_ids
@@ -62,7 +63,7 @@ class ModelReference:
     Args:
         model: The model, with its own tokenizer.
         name: Its name in results; by default the model's.
-        prepend_bos: Prepend the beginning-of-text token to every prompt.
+        prepend_bos: Prepend the beginning-of-text token to every prompt; "auto": see `load_sequences`.
 
     Raises:
         SequenceError: The model has no tokenizer, or a tokenizer without such a token.
@@ -71,11 +72,14 @@ class ModelReference:
     tokenizer: Tokenizer
     name: str
 
-    def __init__(self, model: Any, *, name: str | None = None, prepend_bos: bool = False) -> None:
+    def __init__(
+        self, model: Any, *, name: str | None = None, prepend_bos: bool | Literal["auto"] = "auto"
+    ) -> None:
         self.model = model
         self.tokenizer = need_tokenizer(getattr(model, "tokenizer", None))
         self.name = name or str(describe(model)["model"])
-        self._bos = [bos_id(self.tokenizer)] if prepend_bos else []
+        begins = expects_bos(model, self.tokenizer) if prepend_bos == "auto" else prepend_bos
+        self._bos = [bos_id(self.tokenizer)] if begins else []
 
     def answer(
         self,
@@ -119,7 +123,11 @@ def target_rows(
 
 
 def as_references(
-    references: Any, probed: Any = None, *, prepend_bos: bool = False, allow_probed: bool = False
+    references: Any,
+    probed: Any = None,
+    *,
+    prepend_bos: bool | Literal["auto"] = "auto",
+    allow_probed: bool = False,
 ) -> tuple[dict[str, Reference], bool]:
     """Return the references under unique names, and whether the probed model is among them.
 

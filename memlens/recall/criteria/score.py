@@ -19,7 +19,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -83,8 +83,8 @@ class CriteriaOptions:
     common_zipf: float = 5.5
     """With `corpus_counts`: a target with at least this Zipf frequency (log10 of the occurrences per billion
     words) is common."""
-    prepend_bos: bool = False
-    """Prepend the beginning-of-text token to every prompt of a model."""
+    prepend_bos: bool | Literal["auto"] = "auto"
+    """Prepend the beginning-of-text token to every prompt of a model; auto: see `load_sequences`."""
     allow_probed_reference: bool = False
     """Accept the probed model as a reference too, with a warning."""
     batch_size: PositiveInt | None = None

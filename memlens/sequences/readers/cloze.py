@@ -97,7 +97,8 @@ def read_clozes(frame: pd.DataFrame, tokenizer: Tokenizer, options: ClozeOptions
     rows, prefix_len = table.pop("tokens").tolist(), table.pop("prefix_len").to_numpy(dtype=np.int64)
     if options.target == "first_token":
         rows = [row[: start + 1] for row, start in zip(rows, prefix_len, strict=True)]
-    return Draft(rows, prefix_len, table, {**attrs, "target": options.target, "one_token": options.one_token})
+    attrs = {**attrs, "target": options.target, "one_token": options.one_token}
+    return Draft(rows, prefix_len, table, attrs, from_text=True)
 
 
 def _sentences(frame: pd.DataFrame, options: ClozeOptions) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -68,12 +68,14 @@ class Draft:
         prefix_len: Tokens given to the model, one number per row; None if the source does not say.
         table: The other columns, and `text` if there is one.
         attrs: What is known about the set.
+        from_text: Whether memlens encoded the rows, without special tokens.
     """
 
     rows: list[list[int]] | np.ndarray
     prefix_len: np.ndarray | None
     table: pd.DataFrame
     attrs: dict[str, Attr] = field(default_factory=dict)
+    from_text: bool = False
 
 
 def with_prefix(draft: Draft, prefix_len: Any, seed: int = 0) -> Draft:
@@ -182,8 +184,17 @@ def named(draft: Draft, id_column: str | None) -> Draft:
     return replace(draft, table=table)
 
 
-def assemble(draft: Draft, tokenizer: Any, max_targets: int | None, prepend_bos: bool) -> SequenceSet:
-    """Make the set: cut long continuations, decode missing texts, prepend the beginning-of-text token."""
+PrependBos = bool | Literal["auto"]
+"""Whether sequences get a beginning-of-text token; "auto": see `memlens.load_sequences`."""
+
+
+def assemble(
+    draft: Draft, tokenizer: Any, max_targets: int | None, prepend_bos: PrependBos, expected: bool
+) -> SequenceSet:
+    """Make the set: cut long continuations, decode missing texts, prepend the beginning-of-text token.
+
+    `expected` says whether the model's texts begin with that token; what disagrees with it is warned of.
+    """
     rows, prefix_len, attrs = draft.rows, _prefix_lens(draft), dict(draft.attrs)
     table, cut = draft.table, False
     if max_targets is not None:
@@ -197,7 +208,9 @@ def assemble(draft: Draft, tokenizer: Any, max_targets: int | None, prepend_bos:
         attrs = {**tokenizer_attrs(tokenizer), **attrs}
         if len(rows) and ("text" not in table or cut):
             table = table.assign(text=tokenizer.batch_decode([list(row) for row in rows]))
-    if prepend_bos and not attrs.get("prepend_bos"):
+    prepended = bool(attrs.get("prepend_bos"))
+    given = expected and draft.from_text if prepend_bos == "auto" else prepend_bos
+    if given and not prepended:
         first = bos_id(tokenizer)
         has_one = np.array([len(row) > 0 and row[0] == first for row in rows], dtype=bool)
         if first == getattr(tokenizer, "unk_token_id", None) and "text" in table:  # may be an unknown word
@@ -212,7 +225,21 @@ def assemble(draft: Draft, tokenizer: Any, max_targets: int | None, prepend_bos:
             )
         rows = [list(row) if has else [first, *row] for row, has in zip(rows, has_one, strict=True)]
         prefix_len = prefix_len + ~has_one
-    attrs["prepend_bos"] = bool(prepend_bos or attrs.get("prepend_bos"))
+    attrs["prepend_bos"] = bool(given or prepended)
+    if prepend_bos is True and not expected:
+        warnings.warn(
+            "prepend_bos=True puts a beginning-of-text token in front, but the texts of this model's family, "
+            'or of this tokenizer, begin without one; prepend_bos="auto" follows them',
+            stacklevel=4,
+        )
+    elif expected and (bare := [n for n, row in enumerate(rows) if row[0] != tokenizer.bos_token_id]):
+        hint = "token ids are used as they are: " if prepend_bos == "auto" else ""
+        warnings.warn(
+            f"{len(bare)} of {len(rows)} sequences do not begin with the beginning-of-text token "
+            f"({tokenizer.bos_token_id}), but this model's texts do: rows {some(bare)}; "
+            f"{hint}prepend_bos=True puts it in front",
+            stacklevel=4,
+        )
     return SequenceSet.from_tokens(rows, prefix_len, table=table, attrs=attrs)
 
 

@@ -78,7 +78,7 @@ def read_idioms(frame: pd.DataFrame, tokenizer: Tokenizer, *, target: str = "fir
     rows, prefix_len = encode_answers(tokenizer, table["prompt"].tolist(), table["text"].tolist())
     if target == "first_token":
         rows = [row[: start + 1] for row, start in zip(rows, prefix_len, strict=True)]
-    return Draft(rows, prefix_len, table, {"target": target})
+    return Draft(rows, prefix_len, table, {"target": target}, from_text=True)
 
 
 def idiom_defects(sequences: SequenceSet | pd.DataFrame) -> pd.DataFrame:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from memlens.errors import OptionError, SequenceError
 from memlens.sequences.readers.cloze import ClozeOptions, read_clozes
-from memlens.sequences.readers.drafts import ID, Draft, find_column, leave_out
+from memlens.sequences.readers.drafts import ID, Draft, PrependBos, find_column, leave_out
 from memlens.sequences.readers.load import settle
 from memlens.sequences.readers.registry import Request, read_file, register_form
 from memlens.sequences.readers.tables import texts_of
@@ -36,7 +36,7 @@ def fact_sequences(
     one_token: bool = False,
     keep_ambiguous: bool = False,
     tokenizer: Any = None,
-    prepend_bos: bool = False,
+    prepend_bos: PrependBos = "auto",
     name: str | None = None,
 ) -> SequenceSet:
     """Load facts as cloze sentences with the object last: the prompt is the text before it.
@@ -58,7 +58,7 @@ def fact_sequences(
         one_token: Leave out objects of several tokens.
         keep_ambiguous: Keep subjects that have several objects in one relation (column `ambiguous`).
         tokenizer: Used instead of the model's.
-        prepend_bos: Prepend a beginning-of-text token to every sequence.
+        prepend_bos: Whether every sequence begins with a beginning-of-text token; see `load_sequences`.
         name: A name for the set.
 
     Returns:
@@ -93,7 +93,7 @@ def identifier_sequences(
     label_column: str = "label",
     identifier_column: str = "identifier",
     tokenizer: Any = None,
-    prepend_bos: bool = False,
+    prepend_bos: PrependBos = "auto",
     name: str | None = None,
 ) -> SequenceSet:
     """Load (label, identifier) pairs: the prompt contains the label, the continuation is the identifier.
@@ -109,7 +109,7 @@ def identifier_sequences(
         label_column: The column of labels.
         identifier_column: The column of identifiers.
         tokenizer: Used instead of the model's.
-        prepend_bos: Prepend a beginning-of-text token to every sequence.
+        prepend_bos: Whether every sequence begins with a beginning-of-text token; see `load_sequences`.
         name: A name for the set.
 
     Returns:
@@ -163,7 +163,7 @@ def _read_identifiers(table: pd.DataFrame, tokenizer: Tokenizer) -> Draft:
     }
     table, attrs = leave_out(table, reasons, "pairs")
     rows, prefix_len = encode_answers(tokenizer, table["prompt"].tolist(), table["text"].tolist())
-    return Draft(rows, prefix_len, table, attrs)
+    return Draft(rows, prefix_len, table, attrs, from_text=True)
 
 
 def _pairs(frame: pd.DataFrame, template: str | None, label_column: str, number_column: str) -> pd.DataFrame:

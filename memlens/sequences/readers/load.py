@@ -16,11 +16,13 @@ import pandas as pd
 from torch import Tensor
 
 from memlens.errors import SequenceError, SourceNotFoundError, check_option
+from memlens.models.bos import expects_bos
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.readers.drafts import (
     TOKENS,
     Columns,
     Draft,
+    PrependBos,
     assemble,
     check_ids,
     drop_eos,
@@ -43,7 +45,7 @@ def load_sequences(
     prefix_len: int | Sequence[int] | np.ndarray | Tensor | str | None = None,
     max_targets: int | None = None,
     tokenizer: Any = None,
-    prepend_bos: bool = False,
+    prepend_bos: PrependBos = "auto",
     text_column: str | None = None,
     prompt_column: str | None = None,
     continuation_column: str | None = None,
@@ -89,7 +91,9 @@ def load_sequences(
         max_targets: Keep at most this many tokens of each continuation.
         tokenizer: Used instead of the model's.
         prepend_bos: Prepend a beginning-of-text token to every sequence that does not begin with one. It is
-            part of the prefix, in addition to `prefix_len`. Training windows have none, hence the default.
+            part of the prefix, in addition to `prefix_len`. "auto": to text, where the model was trained so:
+            never for the families of `memlens models` without one (Pythia, GPT-Neo, OLMo, StarCoder), else as
+            the tokenizer does by itself. Token ids stay as they are. What disagrees is warned of.
         text_column: The column of texts (default: text, sequence, content or sentence).
         prompt_column: The column of prompts (default: prompt, prefix or context).
         continuation_column: The column of continuations (default: continuation, suffix, target or
@@ -123,6 +127,8 @@ def load_sequences(
     """
     check_option("on_eos", on_eos, ["raise", "drop", "keep"])
     check_option("on_short", on_short, ["raise", "drop"])
+    if isinstance(prepend_bos, str):
+        check_option("prepend_bos", prepend_bos, ["auto"])
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
     columns = Columns(tokens_column, prompt_column, continuation_column, text_column, id_column)
     request = Request(model, tokenizer, split, limit, target)
@@ -167,7 +173,7 @@ def settle(
     tokenizer: Any,
     source: str,
     *,
-    prepend_bos: bool,
+    prepend_bos: PrependBos,
     name: str | None,
     max_targets: int | None = None,
     id_column: str | None = None,
@@ -178,7 +184,7 @@ def settle(
     """Make a set from a draft, and check that it fits the model; see `load_sequences` for the arguments."""
     draft = replace(draft, attrs={**draft.attrs, "source": source, "on_eos": on_eos})
     draft = named(without_short(without_empty(draft), on_short), id_column)
-    seqs = assemble(draft, tokenizer, max_targets, prepend_bos)
+    seqs = assemble(draft, tokenizer, max_targets, prepend_bos, expects_bos(model, tokenizer))
     seqs = drop_eos(seqs, tokenizer) if on_eos == "drop" else seqs
     seqs = seqs.with_attrs(name=name) if name else seqs
     if model is None:

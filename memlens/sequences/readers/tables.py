@@ -128,7 +128,7 @@ def _prompt_rows(frame: pd.DataFrame, prompt: str, continuation: str, tokenizer:
     splits = split_points(tokenizer, prompts, rows)
     _warn_of_glue(tokenizer, prompts, continuations, rows, splits)
     table = frame.drop(columns=["text"], errors="ignore").assign(text=texts)
-    return Draft(rows, np.array(splits, dtype=np.int64), table)
+    return Draft(rows, np.array(splits, dtype=np.int64), table, from_text=True)
 
 
 def _warn_of_glue(
@@ -166,7 +166,8 @@ def _cut(tokenizer: Tokenizer, prompt: str, row: Sequence[int], split: int) -> b
 def _text_rows(frame: pd.DataFrame, name: str, tokenizer: Tokenizer) -> Draft:
     texts = texts_of(frame, name)
     table = frame.drop(columns=[name, "text", "prefix_len"], errors="ignore").assign(text=texts)
-    return Draft(encode(need_tokenizer(tokenizer), texts), _prefix_column(frame), table)
+    rows = encode(need_tokenizer(tokenizer), texts)
+    return Draft(rows, _prefix_column(frame), table, from_text=True)
 
 
 def texts_of(frame: pd.DataFrame, name: str) -> list[str]:
