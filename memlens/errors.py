@@ -51,7 +51,11 @@ class SourceNotFoundError(MemlensError, FileNotFoundError):
     """There is no such file, dataset or zoo list of sequences."""
 
 
-class WriteError(MemlensError, OSError):
+class PathError(MemlensError, OSError):
+    """A path cannot be used: no permission, too long, or a folder where a file should be."""
+
+
+class WriteError(PathError):
     """A file cannot be written: no space, no permission, or a path that cannot be."""
 
 

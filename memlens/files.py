@@ -7,19 +7,61 @@ import math
 import os
 import platform
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from memlens.errors import MemlensError, WriteError
+from memlens.errors import MemlensError, PathError, WriteError
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path with `~` replaced by the home folder; `~x` stays where there is no user x."""
-    return Path(os.path.expanduser(path))
+    """Return a path with `~` replaced by the home folder; `~x` stays where there is no user x.
+
+    Raises:
+        PathError: No file can have this path, or it cannot be looked up.
+    """
+    found = Path(os.path.expanduser(path))
+    with reading(found):
+        if "\0" in str(found):
+            raise OSError("it holds a NUL")
+        found.exists()
+    return found
+
+
+def made_folder(path: str | Path) -> Path:
+    """Make a folder where there is none, and return its path with `~` replaced.
+
+    Raises:
+        WriteError: It cannot be made.
+    """
+    found = expanded(path)
+    with _errors(WriteError, f"The folder {found} cannot be made", "give another one"):
+        found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def reading(path: str | Path) -> AbstractContextManager[None]:
+    """Turn an `OSError` of the body, which reads `path`, into a `PathError` with the path."""
+    return _errors(PathError, f"{path} cannot be read", "check the path and its permissions")
+
+
+@contextmanager
+def _errors(kind: type[PathError], what: str, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except MemlensError:
+        raise
+    except OSError as error:
+        raised = kind(f"{what} ({error.strerror or error}): {advice}.")
+        raised.errno = error.errno
+        raise raised from error
+
+
+_ADVICE = "free space, or give another path; what stood there before is unchanged"
 
 
 @contextmanager
@@ -46,10 +88,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         ['note.txt']
     """
     path = expanded(path)
-    with _write_errors(path):
+    with _errors(WriteError, f"{path} cannot be written", _ADVICE):
         path.parent.mkdir(parents=True, exist_ok=True)
-        writer = f"{_machine()}-{os.getpid()}"
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{writer}.", suffix=".part")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{_writer()}.", suffix=".part")
         os.close(handle)
         part = Path(name)
         try:
@@ -62,19 +103,57 @@ def replacing(path: str | Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+_WHOLE = ".whole"
+
+
 @contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except MemlensError:
-        raise
-    except OSError as error:
-        raised = WriteError(
-            f"{path} cannot be written ({error.strerror or error}): free space, or give another path; what "
-            "stood there before is unchanged."
-        )
-        raised.errno = error.errno
-        raise raised from error
+def replacing_files(folder: str | Path) -> Iterator[Path]:
+    """Give an empty folder for new files of `folder`; at the end they take their places together.
+
+    Until the last of them is complete, those that stand there stay. A process that is killed while the new
+    ones are moved leaves this to `finish_replacing`. Other files in the folder stay.
+
+    Args:
+        folder: Made if there is none.
+
+    Yields:
+        A folder inside of it, for files that are each written by `replacing`.
+
+    Raises:
+        WriteError: As `replacing` does.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with replacing_files(folder) as part:
+        ...         _ = write_atomically(part / "a", b"1"), write_atomically(part / "b", b"2")
+        ...     sorted(file.name for file in Path(folder).iterdir())
+        ['a', 'b']
+    """
+    folder = made_folder(folder)
+    remove_leftovers(folder)
+    finish_replacing(folder)
+    with _errors(WriteError, f"{folder} cannot be written", _ADVICE):
+        part = Path(tempfile.mkdtemp(dir=folder, prefix=f".files.{_writer()}.", suffix=".part"))
+        try:
+            yield part
+            os.replace(part, folder / _WHOLE)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    finish_replacing(folder)
+
+
+def finish_replacing(folder: str | Path) -> Path:
+    """Return a folder after moving the files of a `replacing_files` that was killed at its end."""
+    folder = expanded(folder)
+    whole = folder / _WHOLE
+    if whole.is_dir():
+        with _errors(WriteError, f"The files in {whole} cannot be moved to {folder}", "move them yourself"):
+            for file in [*whole.iterdir()]:
+                with suppress(FileNotFoundError):  # another process was faster
+                    os.replace(file, folder / file.name)
+            with suppress(FileNotFoundError):
+                whole.rmdir()
+    return folder
 
 
 def write_atomically(path: str | Path, content: bytes | memoryview) -> Path:
@@ -118,16 +197,20 @@ def _plain(value: Any) -> Any:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Remove what processes that were killed in the middle of `replacing` left in a folder.
+    """Remove what processes that were killed in `replacing` or `replacing_files` left in a folder.
 
-    Files of processes that still run, or that run on other machines and wrote within a day, stay.
+    What belongs to processes that still run, or that run on other machines and wrote within a day, stays.
     """
     for file in Path(folder).glob(".*.part"):
         writer = re.search(r"\.(\w+)-(\d+)\.[^.]+\.part$", file.name)
         with suppress(OSError):
             ended = writer is not None and writer[1] == _machine() and not _runs(int(writer[2]))
             if ended or file.stat().st_mtime < time.time() - 86_400:
-                file.unlink()
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def _writer() -> str:
+    return f"{_machine()}-{os.getpid()}"
 
 
 def _machine() -> str:
@@ -153,7 +236,7 @@ def zoo_folders() -> tuple[Path, Path]:
     """
     bundled = Path(__file__).parent / "models" / "zoo"
     root = os.environ.get("MEMLENS_CACHE")
-    return bundled, (Path(root).expanduser() if root else Path.home() / ".cache" / "memlens") / "zoo"
+    return bundled, (expanded(root) if root else Path.home() / ".cache" / "memlens") / "zoo"
 
 
 def zoo_table(folder: str | Path, name: str) -> Path | None:

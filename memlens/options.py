@@ -20,6 +20,7 @@ from pydantic.dataclasses import rebuild_dataclass
 from pydantic_core import ErrorDetails
 
 from memlens.errors import FileFormatError, OptionError, SourceNotFoundError, near_matches
+from memlens.files import expanded, reading
 
 C = TypeVar("C")
 
@@ -121,11 +122,12 @@ def read_options(path: str | Path, *classes: type) -> dict[str, Any]:
         FileFormatError: It is not YAML, or not a mapping.
         OptionError: It sets an option that none of the classes has.
     """
-    path = Path(path)
+    path = expanded(path)
     if not path.is_file():
         raise SourceNotFoundError(f"there is no options file {path}: give the path of a YAML file.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        with reading(path):
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FileFormatError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
     if not isinstance(content, dict):

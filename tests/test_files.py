@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from memlens.files import replacing, write_atomically
+import memlens as ml
+from memlens.errors import MemlensError, PathError, WriteError
+from memlens.files import (
+    expanded,
+    finish_replacing,
+    made_folder,
+    replacing,
+    replacing_files,
+    write_atomically,
+)
+from memlens.instruments.decode.lens import TunedLens
+from memlens.options import read_options
+from memlens.recall.corpus.memorized_set import MemorizedSet
+from memlens.report.run_directory import RunDirectory
+from memlens.results.storage import load_result
+from memlens.sequences.natural import text_ids
+from memlens.store.keyed_folder import KeyedFolder
+from memlens.studies.registry import Call
+from memlens.studies.running import StudyDirectory
+from tests.report import synthetic
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,3 +65,112 @@ def test_the_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     path = write_atomically(tmp_path / "whole", b"")
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def save_pair(folder: Path, content: bytes, stop: bool = False) -> None:
+    with replacing_files(folder) as part:
+        write_atomically(part / "a", content)
+        if stop:
+            raise KeyboardInterrupt
+        write_atomically(part / "b", content)
+
+
+def read_pair(folder: Path) -> dict[str, bytes]:
+    files = [file for file in finish_replacing(folder).iterdir() if not file.name.startswith(".")]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def test_files_of_a_folder_change_together(tmp_path: Path) -> None:
+    save_pair(tmp_path / "pair", b"old")
+    (tmp_path / "pair" / "mine.txt").write_bytes(b"mine")
+    with pytest.raises(KeyboardInterrupt):
+        save_pair(tmp_path / "pair", b"new", stop=True)
+    assert read_pair(tmp_path / "pair") == {"a": b"old", "b": b"old", "mine.txt": b"mine"}
+    save_pair(tmp_path / "pair", b"new")
+    assert read_pair(tmp_path / "pair") == {"a": b"new", "b": b"new", "mine.txt": b"mine"}
+
+
+@pytest.mark.parametrize("kill_at", range(1, 8))
+def test_a_kill_at_any_rename_leaves_the_old_or_the_new_files(tmp_path: Path, kill_at: int) -> None:
+    """The process ends without any cleaning up, as by `kill -9`, before the nth rename of the second save."""
+    script = """
+import os, sys
+from memlens.files import replacing_files, write_atomically
+def save(content):
+    with replacing_files(sys.argv[1]) as part:
+        write_atomically(part / "a", content)
+        write_atomically(part / "b", content)
+save(b"old")
+left, rename = int(sys.argv[2]), os.replace
+def replace(*paths):
+    global left
+    left -= 1
+    os._exit(9) if left == 0 else rename(*paths)
+os.replace = replace
+save(b"new")
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "pair"), str(kill_at)]
+    killed = subprocess.run(command, cwd=Path(__file__).parents[1], check=False).returncode == 9
+    assert killed == (kill_at <= 5)  # two files, their folder, and two moves
+    found = read_pair(tmp_path / "pair")
+    assert set(found) == {"a", "b"}
+    assert len(set(found.values())) == 1
+    assert (found["a"] == b"old") == (kill_at <= 3)
+    save_pair(tmp_path / "pair", b"newer")
+    assert read_pair(tmp_path / "pair") == {"a": b"newer", "b": b"newer"}
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "a\0b", "folder/" + "y" * 300 + "/z.npy"])
+def test_paths_that_cannot_be_are_memlens_errors(path: str, tmp_path: Path) -> None:
+    for use in (load_result, ml.load_model, MemorizedSet.load, TunedLens.load, read_options):
+        with pytest.raises(MemlensError):
+            use(path)
+    with pytest.raises(MemlensError):
+        ml.load_sequences(f"{path}.npy")
+    with pytest.raises(PathError, match=r"cannot be (read|written)"):
+        write_atomically(path, b"")
+
+
+def test_folders_and_files_without_permission_are_memlens_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_atomically(tmp_path / "file.jsonl", b"")
+    for make in (made_folder, RunDirectory, lambda path: replacing_files(path).__enter__()):
+        with pytest.raises(WriteError, match=r"folder .*file\.jsonl.* cannot be made"):
+            make(file)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    for read in (ml.load_sequences, read_options, lambda path: text_ids(object(), path)):
+        with pytest.raises(PathError, match=r"file\.jsonl cannot be read \(Permission denied\)") as caught:
+            read(file)
+        assert caught.value.errno == errno.EACCES
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    result, seqs = synthetic.recall(), ml.load_sequences([[1, 2, 3]], prefix_len=1)
+    lens = TunedLens.identity(2, 3)
+    written = [
+        result.save("~/a.nc"),
+        result.to_parquet("~/a.parquet"),
+        seqs.to_parquet("~/b.parquet"),
+        lens.save("~/lens"),
+        RunDirectory("~/run").path,
+        StudyDirectory("~/study").place("sweep").parent.parent,
+        KeyedFolder("~/parts", "sweep", {}, version=1, parts="*.npz").path,
+        Call(None, None, Path("~/call")).folder,
+    ]
+    assert all(path.is_relative_to(home) for path in written)
+    there = {file.name for file in home.iterdir()}
+    assert there == {"a.nc", "a.parquet", "b.parquet", "lens", "run", "study", "parts"}
+    assert load_result("~/a.nc").kind == result.kind
+    assert TunedLens.load("~/lens").fingerprint == lens.fingerprint
+    assert list(here.iterdir()) == []
+    assert expanded("~no-such-user-x/a") == Path("~no-such-user-x/a")

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
 
 from memlens.errors import ModelNotFoundError, OptionError, near_matches
-from memlens.files import zoo_folders
+from memlens.files import expanded, zoo_folders
 from memlens.models.families import find_model, known_names, step_of
 from memlens.models.zoo import UNTRAINED, is_zoo_name, zoo_names, zoo_path
 
@@ -70,7 +70,7 @@ def resolve_source(name: str | Path, *, gguf_file: str | None = None) -> Source:
     if isinstance(name, str) and is_zoo_name(name):
         trained = text.removesuffix(UNTRAINED)
         return Source(text, str(zoo_path(trained)), local=True, untrained=trained != text)
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_file():
         return _file_source(path, gguf_file)
     if path.is_dir():

@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from memlens.errors import FileFormatError, OptionError, ResultError
+from memlens.files import expanded
 from memlens.report.bibliography import Citation, bibliography, citations_of
 from memlens.report.model import (
     EXPLORER_FORMAT,
@@ -53,7 +54,7 @@ def report_from_directory(path: str | Path, to: str | Path | None = None) -> Pat
     Raises:
         ResultError: The folder does not exist, holds nothing to show, or its `run.json` is damaged.
     """
-    path = Path(path)
+    path = expanded(path)
     if not path.is_dir():
         raise ResultError(f"{path} is not a folder: give the folder that a run wrote.")
     run = _with_loose_files(read_run(path), path)

@@ -122,7 +122,7 @@ def write_report(
         references: What is cited and what for, as returned by `bibliography`.
 
     Raises:
-        OSError: The folder cannot be written.
+        WriteError: The file cannot be written.
 
     Example:
         >>> import tempfile

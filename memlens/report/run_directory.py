@@ -23,7 +23,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from memlens.files import write_atomically, write_json
+from memlens.files import made_folder, write_atomically, write_json
 from memlens.report.bibliography import Citation
 from memlens.report.from_directory import SUFFIXES, file_of, read_run, report_from_directory
 from memlens.report.model import FigureRequest, Finding
@@ -66,8 +66,7 @@ class RunDirectory:
         command: str | None = None,
         fresh: bool = False,
     ) -> None:
-        self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path = made_folder(path)
         if fresh:
             self._clear()
         self._run = read_run(self.path)

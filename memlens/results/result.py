@@ -15,7 +15,7 @@ import pandas as pd
 import xarray as xr
 
 from memlens.errors import OptionError, ResultError, check_option, near_matches
-from memlens.files import replacing
+from memlens.files import expanded, replacing
 from memlens.results.statistics.intervals import by_group, mean_interval
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ class Result:
         frame.attrs = {str(key): value for key, value in self.data.attrs.items()}
         with replacing(path) as part:
             frame.to_parquet(part, index=False)
-        return Path(path)
+        return expanded(path)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {size}" for name, size in self.data.sizes.items())

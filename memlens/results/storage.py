@@ -19,7 +19,7 @@ import numpy as np
 import xarray as xr
 
 from memlens.errors import ResultError
-from memlens.files import write_atomically
+from memlens.files import expanded, write_atomically
 from memlens.results.result import Result
 
 FORMAT = "memlens result 1"
@@ -50,7 +50,7 @@ def load_result(path: str | Path) -> Result:
         ...     load_result(path)["exact_match"].values.tolist()
         [True, False]
     """
-    path = Path(path)
+    path = expanded(path)
     if not path.is_file():
         raise ResultError(f"{path} does not exist: give the path of a file that Result.save wrote.")
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from memlens.errors import EmptySetError, FileFormatError, OptionError, SequenceError, SourceNotFoundError
+from memlens.files import expanded, reading
 from memlens.sequences.set import SequenceSet
 from memlens.sequences.tokenizing import Tokenizer, encode
 
@@ -29,13 +30,14 @@ def text_ids(tokenizer: Tokenizer, path: str | Path) -> list[int]:
         FileFormatError: The file is not UTF-8.
         SequenceError: There is no tokenizer.
     """
-    path = Path(path)
+    path = expanded(path)
     if not path.is_file():
         raise SourceNotFoundError(f"there is no text file {path}: give the path of one.")
     if tokenizer is None:
         raise SequenceError("the model has no tokenizer for a text file: give token ids.")
     try:
-        content = path.read_text(encoding="utf-8")
+        with reading(path):
+            content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise FileFormatError(f"{path} is not UTF-8 text: give token ids.") from error
     return encode(tokenizer, [content])[0]

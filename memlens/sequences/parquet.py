@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from memlens.errors import ColumnError, FileFormatError
-from memlens.files import replacing
+from memlens.files import expanded, reading, replacing
 from memlens.sequences.set import RESERVED_COLUMNS, SequenceSet
 
 _KEY = b"memlens"
@@ -46,7 +46,7 @@ def _write(table: pa.Table, path: str | Path, settings: Mapping[str, Any]) -> Pa
     )
     with replacing(path) as part:
         pq.write_table(table, part)
-    return Path(path)
+    return expanded(path)
 
 
 def read_table(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -56,7 +56,8 @@ def read_table(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         FileFormatError: It is not a parquet file.
     """
     try:
-        table = pq.read_table(path)
+        with reading(path):
+            table = pq.read_table(expanded(path))
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise FileFormatError(f"{path} is not a parquet file: {said}") from error

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from memlens.errors import OtherRunError, ResultError
-from memlens.files import remove_leftovers, write_atomically
+from memlens.files import expanded, remove_leftovers, write_atomically
 from memlens.store.fingerprint import fingerprint
 
 _LOG = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class KeyedFolder:
         parts: str,
         content: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path = Path(folder).expanduser()
+        self.path = expanded(folder)
         self.manifest = self.path / "manifest.json"
         self.what = what
         about = json.loads(json.dumps(dict(about)))

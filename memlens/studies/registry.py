@@ -19,6 +19,7 @@ from pydantic import Field, PositiveInt
 
 from memlens.choices import Backend
 from memlens.errors import OptionError
+from memlens.files import expanded
 from memlens.options import Flags, options_class
 from memlens.registry import Registry
 
@@ -132,7 +133,7 @@ class Call:
         """
         if self.out is None:
             raise OptionError("--out is missing: name a folder for results and report.")
-        return self.out
+        return expanded(self.out)
 
 
 class Inputs(Protocol):

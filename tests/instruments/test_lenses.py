@@ -18,6 +18,7 @@ from memlens.errors import (
     ResultError,
     SequenceError,
     SourceNotFoundError,
+    WriteError,
 )
 from memlens.forward.trunk import Trunk
 from memlens.instruments.decode.decoding import STATISTICS, compare_to_final, portions
@@ -299,3 +300,25 @@ def test_sixteen_bits(tiny_folder: Any) -> None:
     data = ml.decode_residual(model, ragged(), lens=lens, progress=False).data
     assert float(data.kl_to_final.isel(layer=-1).max()) == 0
     assert float(data.predicted_rank.isel(layer=-1).max()) == 0
+
+
+@pytest.mark.parametrize("layout", ["memlens", "published"])
+def test_a_failed_save_keeps_the_old_lens(
+    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = random_lens(), random_lens(scale=0.2)
+    folder = old.save(tmp_path / "lens", layout=layout)
+    for place, error in (("write_json", KeyboardInterrupt), (
+        "save_file" if layout == "memlens" else "torch.save", RuntimeError("No space left")
+    )):  # fmt: skip
+
+        def fail(*_: object, error: Any = error, **__: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"memlens.instruments.decode.lens.{place}", fail)
+            with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else WriteError):
+                new.save(folder, layout=layout)
+        assert ml.lens.TunedLens.load(folder).fingerprint == old.fingerprint
+    new.save(folder, layout=layout)
+    assert ml.lens.TunedLens.load(folder).fingerprint == new.fingerprint

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -494,3 +495,20 @@ def test_bad_rules() -> None:
 def test_a_set_of_another_tokenizer(model: Any, planted: SequenceSet) -> None:
     with pytest.raises(VocabularyError, match="tokenizer"):
         build(model, planted.with_attrs(vocabulary="another"))
+
+
+def test_a_failed_save_keeps_the_old_set(
+    found: MemorizedSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = found.save(tmp_path / "set")
+    other = replace(found, memorized=found.memorized[:1], counts={**found.counts, "memorized": 1})
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memlens.recall.corpus.memorized_set.write_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        other.save(folder)
+    assert_equal_sets(MemorizedSet.load(folder), found)
+    monkeypatch.undo()
+    assert_equal_sets(MemorizedSet.load(other.save(folder)), other)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from memlens.errors import FileFormatError, OptionError, ResultError, SourceNotFoundError, check_option
-from memlens.files import replacing, write_json
+from memlens.files import expanded, finish_replacing, replacing, replacing_files, write_json
 from memlens.forward.trunk import Trunk
 from memlens.models.provenance import describe
 
@@ -82,12 +84,12 @@ class TunedLens:
             SourceNotFoundError: There is nothing at `path`.
             FileFormatError: The folder is not a lens, or its files are damaged or do not belong together.
         """
-        folder = Path(path).expanduser()
+        folder = expanded(path)
         if not folder.exists():
             raise SourceNotFoundError(
                 f"there is no tuned lens at {folder}: give the folder that holds its files, or 'logit'."
             )
-        folder = folder if folder.is_dir() else folder.parent
+        folder = finish_replacing(folder if folder.is_dir() else folder.parent)
         for files, read in ((OWN_FILES, _read_own), (PUBLISHED_FILES, _read_published)):
             if all((folder / name).is_file() for name in files):
                 lens = read(folder)
@@ -102,7 +104,9 @@ class TunedLens:
         )
 
     def save(self, path: str | Path, *, layout: str = "memlens") -> Path:
-        """Write the lens to a folder and return the folder; each file is written whole or not at all.
+        """Write the lens to a folder and return the folder.
+
+        An older lens there stays until all of the new one is written.
 
         Args:
             path: The folder; created if it does not exist.
@@ -111,11 +115,13 @@ class TunedLens:
 
         Raises:
             OptionError: Another layout.
+            WriteError: A file cannot be written.
         """
         layouts = {"memlens": _write_own, "published": _write_published}
         check_option("layout", layout, list(layouts))
-        layouts[layout](Path(path), self)
-        return Path(path)
+        with replacing_files(path) as part:
+            layouts[layout](part, self)
+        return expanded(path)
 
     @property
     def n_layers(self) -> int:
@@ -227,7 +233,7 @@ FORMAT = "memlens tuned lens 1"
 def _write_own(folder: Path, lens: TunedLens) -> None:
     """Write memlens' layout; the JSON file records the fingerprint of the numbers that it belongs to."""
     tensors = {"weight": lens.weight.detach().cpu().contiguous(), "bias": lens.bias.detach().cpu()}
-    with replacing(folder / OWN_FILES[1]) as part:
+    with replacing(folder / OWN_FILES[1]) as part, _disk_errors():
         save_file(tensors, part)
     write_json(folder / OWN_FILES[0], {"format": FORMAT, "fingerprint": lens.fingerprint, **lens.facts})
 
@@ -242,9 +248,18 @@ def _write_published(folder: Path, lens: TunedLens) -> None:
         "base_model_revision": lens.facts.get("revision") or None, "d_model": lens.d_model,
         "num_hidden_layers": lens.n_layers, "bias": True, "lens_type": "linear_tuned_lens",
     }  # fmt: skip
-    with replacing(folder / PUBLISHED_FILES[1]) as part:
+    with replacing(folder / PUBLISHED_FILES[1]) as part, _disk_errors():
         torch.save(state, part)
     write_json(folder / PUBLISHED_FILES[0], config)
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """The libraries have other classes for a full disk."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(_reason(error)) from error
 
 
 def _read_own(folder: Path) -> TunedLens:

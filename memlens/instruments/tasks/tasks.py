@@ -13,6 +13,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from memlens.errors import EmptySetError, FileFormatError, OptionError, SourceNotFoundError
+from memlens.files import expanded
 from memlens.instruments.tasks.encoding import PairEncoder
 from memlens.sequences.readers.sources import json_lines
 from memlens.sequences.set import SequenceSet
@@ -151,7 +152,7 @@ class ChoiceTask:
             SourceNotFoundError: There is no such file.
             FileFormatError: A line is not a record or not a question; the message names the line.
         """
-        path = Path(path)
+        path = expanded(path)
         if not path.is_file():
             raise SourceNotFoundError(f"there is no file {path}: a task is one JSON record per line.")
         records = []

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from memlens.errors import FileFormatError, ModelNotFoundError, OptionError, ResultError, near_matches
+from memlens.files import expanded, made_folder
 from memlens.models.zoo import zoo_cache, zoo_names, zoo_path
 from memlens.organisms.corpus.corpus import CARRIER, Corpus, CorpusSpec, build_corpus
 from memlens.organisms.evaluate import load_organism, read_training
@@ -80,7 +81,7 @@ def train_zoo_model(
         corpus=replace(recipe.corpus, seed=seed),
         training=replace(recipe.training, seed=seed, steps=steps),
     )
-    folder = Path(out) if out is not None else zoo_cache() / short
+    folder = expanded(out) if out is not None else zoo_cache() / short
     return train_organism(spec, folder, device=device, progress=progress, resume=resume)
 
 
@@ -115,13 +116,12 @@ def train_organism(
         OptionError: The run does not reach all `snapshot_steps`.
         ResultError: `out` contains something else, or a run with other snapshots, and `resume` is True.
     """
-    out = Path(out)
+    out = expanded(out)
     if out.exists() and resume:
         _check_same(spec, out)
         _check_snapshots(spec, out, snapshot_steps)
         return out
-    partial = out.with_name(out.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    partial = made_folder(out.with_name(out.name + ".partial"))
     if not resume:
         shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
     _LOG.info("making the corpus of %s", spec.name)

@@ -19,6 +19,7 @@ from jaxtyping import Int
 from tqdm.auto import tqdm
 
 from memlens.errors import FileFormatError, ResultError, SequenceError
+from memlens.files import expanded
 from memlens.forward.memory import check_batch_size, rows_per_batch
 from memlens.forward.trunk import require_model
 from memlens.models.provenance import describe
@@ -210,7 +211,7 @@ def _batch_size(model: Any, length: int, out: str | Path | None) -> int:
     """Return the size that fits, or that of an interrupted scan, which may have had more memory."""
     if out is not None:
         with suppress(OSError, ValueError, KeyError, TypeError):
-            begun = dict(json.loads((Path(out) / "manifest.json").read_text())["about"])
+            begun = dict(json.loads((expanded(out) / "manifest.json").read_text())["about"])
             return int(begun["batch_size"])
     return rows_per_batch(model.cfg, length, next(model.parameters()).device)
 

@@ -15,7 +15,7 @@ import pandas as pd
 from jaxtyping import Int
 
 from memlens.errors import FileFormatError, SourceNotFoundError
-from memlens.files import write_json
+from memlens.files import expanded, finish_replacing, replacing_files, write_json
 from memlens.recall.corpus.scan import ROLES, Kept
 from memlens.recall.matching import match_controls
 from memlens.sequences.set import SequenceSet
@@ -73,18 +73,24 @@ class MemorizedSet:
         return self.matching.copy()
 
     def save(self, folder: str | Path) -> Path:
-        """Write a parquet file of each set and `memorized_set.json`, and return the folder."""
-        folder = Path(folder)
-        for role in ROLES:
-            getattr(self, role).to_parquet(folder / f"{role}.parquet")
+        """Write a parquet file of each set and `memorized_set.json`, and return the folder.
+
+        They replace an older set together: it stays until all of the new one is written.
+
+        Raises:
+            WriteError: A file cannot be written.
+        """
         content = {
             "format": _FORMAT,
             "counts": dict(self.counts),
             "settings": dict(self.settings),
             "balance": self.matching.to_dict(orient="records"),
         }
-        write_json(folder / _FILE, content)
-        return folder
+        with replacing_files(folder) as part:
+            for role in ROLES:
+                getattr(self, role).to_parquet(part / f"{role}.parquet")
+            write_json(part / _FILE, content)
+        return expanded(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> MemorizedSet:
@@ -94,7 +100,7 @@ class MemorizedSet:
             SourceNotFoundError: The folder contains no memorized set (or a scan that is not finished).
             FileFormatError: A file is damaged.
         """
-        path = Path(folder) / _FILE
+        path = finish_replacing(folder) / _FILE
         if not path.is_file():
             raise SourceNotFoundError(f"there is no {path}: the set was not saved, or its scan not finished")
         try:

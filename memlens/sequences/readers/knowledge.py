@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from memlens.errors import OptionError, SequenceError
+from memlens.files import expanded
 from memlens.sequences.readers.cloze import ClozeOptions, read_clozes
 from memlens.sequences.readers.drafts import ID, Draft, PrependBos, find_column, leave_out
 from memlens.sequences.readers.load import settle
@@ -138,7 +139,7 @@ def _frame(source: str | Path | pd.DataFrame, as_text: tuple[str, ...] = ()) -> 
     """Return a table and the name of its source."""
     if isinstance(source, pd.DataFrame):
         return source.reset_index(drop=True), "DataFrame"
-    content, _ = read_file(Path(source).expanduser(), as_text=as_text)
+    content, _ = read_file(expanded(source), as_text=as_text)
     if not isinstance(content, pd.DataFrame):
         raise SequenceError(f"{source} holds no table: give rows with named columns")
     return content, Path(source).name

@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 from memlens.errors import FileFormatError, SourceNotFoundError, near_matches
+from memlens.files import expanded, reading
 from memlens.registry import Registry
 from memlens.sequences.readers.drafts import Draft
 
@@ -86,7 +87,7 @@ def open_source(source: Any, request: Request) -> Opened:
         if accepts(source):
             return open_it(source, request)
     if isinstance(source, str | Path):
-        content, settings = read_file(Path(source).expanduser())
+        content, settings = read_file(expanded(source))
         return Opened(content, Path(source).name, settings.get("attrs", {}))
     return Opened(source, type(source).__name__)
 
@@ -110,4 +111,5 @@ def read_file(path: Path, as_text: Sequence[str] = ("identifier",)) -> tuple[Any
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise SourceNotFoundError(f"there is no file {path}.{near_matches(path.name, siblings)}")
-    return FILES[path.suffix.lower()](path, as_text)
+    with reading(path):
+        return FILES[path.suffix.lower()](path, as_text)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from memlens.errors import FileFormatError, SequenceError, SourceNotFoundError, check_option, near_matches
-from memlens.files import zoo_folders, zoo_table
+from memlens.files import expanded, zoo_folders, zoo_table
 from memlens.sequences.parquet import read_table
 from memlens.sequences.readers.registry import Opened, Request, read_file, register_file, register_source
 from memlens.sequences.tokenizing import tokenizer_attrs
@@ -119,7 +119,7 @@ def read_pair(prefix_path: str | Path, suffix_path: str | Path) -> pd.DataFrame:
         FileFormatError: A file does not contain a two-dimensional array of integers, or has no columns.
         SequenceError: The arrays have different numbers of rows.
     """
-    paths = [Path(path).expanduser() for path in (prefix_path, suffix_path)]
+    paths = [expanded(path) for path in (prefix_path, suffix_path)]
     prefix, suffix = (read_file(path)[0].astype(np.int64) for path in paths)
     for path, array in zip(paths, (prefix, suffix), strict=True):
         if not array.shape[1]:

@@ -117,8 +117,8 @@ def with_checkpoints(entries: Sequence[StudyModel], given: Sequence[str]) -> lis
 
     wanted: dict[str, tuple[int, ...]] = {}
     for entry in given:
-        name, _, steps = entry.partition("=")
-        if not steps or (steps != "all" and not steps.replace(",", "").isdigit()):
+        name, _, steps = entry.rpartition("=")
+        if not name or (steps != "all" and not steps.replace(",", "").isdigit()):
             raise OptionError(f"--checkpoints {entry!r} is not clear: give MODEL=100,200 or MODEL=all.")
         wanted[name] = tuple(
             checkpoint_steps(name) if steps == "all" else map(int, filter(None, steps.split(",")))

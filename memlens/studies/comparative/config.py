@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from memlens.errors import OptionError
+from memlens.files import expanded
 from memlens.models.families import find_model
 from memlens.models.load import load_model
 from memlens.models.provenance import describe
@@ -137,6 +138,8 @@ def parse_model(given: str | StudyModel | Mapping[str, Any] | Any) -> StudyModel
 def parse_sources(given: Sequence[str]) -> dict[str, str]:
     """Return a mapping of domain to source from "DOMAIN=SOURCE" entries, or one source for all domains.
 
+    An existing file whose name has "=" is a source.
+
     Raises:
         OptionError: Several sources without domains, or a domain given twice.
 
@@ -145,8 +148,8 @@ def parse_sources(given: Sequence[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for entry in given:
-        domain, equals, source = entry.partition("=")
-        domain, source = (domain, source) if equals else ("", entry)
+        whole = "=" not in entry or expanded(entry).exists()
+        domain, source = ("", entry) if whole else entry.split("=", 1)
         if domain in found or ("" in found) or (not domain and found):
             raise OptionError(
                 f"--sequences {' '.join(given)} is not clear: give one source, or DOMAIN=SOURCE for each "
@@ -185,7 +188,7 @@ def read_config(path: str | Path) -> StudyConfig:
         FileFormatError: It is not YAML, or does not hold keys and values.
         OptionError: Unknown keys or options.
     """
-    path = Path(path)
+    path = expanded(path)
     values = {key: value for key, value in read_options(path, StudyConfig).items() if value is not None}
 
     def beside(source: str) -> str:

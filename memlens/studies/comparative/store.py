@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from memlens.errors import ResultError
+from memlens.files import expanded, made_folder
 from memlens.recall.scores import RecallScores
 from memlens.results.result import Result
 from memlens.results.storage import load_result
@@ -56,7 +57,7 @@ class SavedModel:
     size: int
 
     def __init__(self, path: str | Path, facts: Mapping[str, Any] | None = None) -> None:
-        self.path = Path(path)
+        self.path = expanded(path)
         self._manifest = self.path / "model.json"
         content = {"facts": facts, "parts": {}}
         if facts is None or self._manifest.exists():
@@ -67,7 +68,7 @@ class SavedModel:
         self.label, self.family = str(self.facts["label"]), str(self.facts["family"])
         self.control, self.size = bool(self.facts["control"]), int(self.facts.get("n_params", 0))
         if facts is not None:
-            self.path.mkdir(parents=True, exist_ok=True)
+            made_folder(self.path)
             self._write()
 
     def make(
@@ -125,7 +126,7 @@ def saved_models(folder: str | Path) -> list[SavedModel]:
     Raises:
         ResultError: One of them is damaged.
     """
-    files = sorted(Path(folder).glob("*/model.json"), key=lambda file: file.stat().st_mtime)
+    files = sorted(expanded(folder).glob("*/model.json"), key=lambda file: file.stat().st_mtime)
     found = {model.label: model for model in (SavedModel(file.parent) for file in files)}
     return sorted(found.values(), key=lambda model: model.label)
 

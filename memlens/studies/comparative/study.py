@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from memlens.errors import EmptySetError, OptionError
+from memlens.files import expanded
 from memlens.report.bibliography import Citation, family_citation
 from memlens.sequences.set import SequenceSet
 from memlens.studies.comparative.config import StudyModel, parse_model
@@ -77,7 +78,7 @@ def study_comparative(
         'report.html'
     """
     options = options or ComparativeOptions()
-    entries, out = [parse_model(model) for model in models], Path(out)
+    entries, out = [parse_model(model) for model in models], expanded(out)
     _check(entries, include_saved)
     of_sequences = {"prefix_len": options.prefix_len, "max_targets": options.max_targets}
     settings = {

@@ -270,3 +270,16 @@ def test_all_checkpoints_of_a_folder_are_those_that_it_keeps(tmp_path: Path) -> 
     entries = [StudyModel(str(folder)), StudyModel("zoo/pythia-xs")]
     followed = with_checkpoints(entries, [f"{folder}=all", "zoo/pythia-xs=4,8"])
     assert [entry.checkpoints for entry in followed] == [(3, 20), (4, 8)]
+
+
+def test_an_existing_file_whose_name_has_an_equals_sign_is_a_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a=1").mkdir()
+    (tmp_path / "a=1" / "x.parquet").touch()
+    monkeypatch.chdir(tmp_path)
+    assert parse_sources(["a=1/x.parquet"]) == {"": "a=1/x.parquet"}
+    assert parse_sources(["code=a=1/x.parquet"]) == {"code": "a=1/x.parquet"}
+    assert parse_sources(["a=2/x.parquet"]) == {"a": "2/x.parquet"}
+    entries = with_checkpoints([StudyModel("a=1/model")], ["a=1/model=100,200"])
+    assert entries[0].checkpoints == (100, 200)
