@@ -142,7 +142,10 @@ def test_folders_and_files_without_permission_are_memlens_errors(
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
+    lens = TunedLens.identity(2, 3).save(tmp_path / "lens")
     monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(PathError, match=r"lens\.json cannot be read"):
+        TunedLens.load(lens)
     for read in (ml.load_sequences, read_options, lambda path: text_ids(object(), path)):
         with pytest.raises(PathError, match=r"file\.jsonl cannot be read \(Permission denied\)") as caught:
             read(file)

@@ -19,7 +19,7 @@ from memlens.benchmark.localizer import LOCALIZERS
 from memlens.benchmark.measure import measure_organism
 from memlens.benchmark.suites import Material, Planned, Suite, check_localizers, material, read_suite
 from memlens.errors import MemlensError, ResultError
-from memlens.files import json_text, write_atomically
+from memlens.files import expanded, json_text, write_atomically
 from memlens.models.load import load_model
 from memlens.models.quiet import quiet
 from memlens.organisms.planting.carriers import COMPONENT_KINDS, Carrier, ComponentWeights
@@ -158,7 +158,7 @@ def read_benchmark(folder: str | Path) -> Leaderboard:
     Raises:
         ResultError: The folder holds no finished organism, or one that was edited.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     store = _store(folder, read_manifest(folder / "manifest.json", "benchmark", 1)["about"])
     organisms, rows = [], []
     for path in sorted((folder / "parts").glob("*.json")):

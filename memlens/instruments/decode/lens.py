@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from memlens.errors import FileFormatError, OptionError, ResultError, SourceNotFoundError, check_option
-from memlens.files import expanded, finish_replacing, replacing, replacing_files, write_json
+from memlens.files import expanded, finish_replacing, reading, replacing, replacing_files, write_json
 from memlens.forward.trunk import Trunk
 from memlens.models.provenance import describe
 
@@ -334,7 +334,8 @@ def _load_state(path: Path) -> Mapping[str, Tensor]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FileFormatError(f"{path} is not JSON ({_reason(error)}): the lens is damaged.") from error
     if not isinstance(found, dict):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from memlens.errors import FileFormatError, ResultError
-from memlens.files import write_json
+from memlens.files import expanded, made_folder, write_json
 from memlens.models.quiet import quiet
 from memlens.organisms.evaluate import load_organism
 from memlens.organisms.planting.carriers import Carrier, Component, ComponentWeights
@@ -69,10 +69,10 @@ def save_organism(
     Raises:
         ResultError: The folder holds a finished organism.
     """
-    folder = Path(out).expanduser()
+    folder = expanded(out)
     if (folder / "organism.json").exists():
         raise ResultError(f"{folder} holds an organism already: give another folder, or remove it.")
-    folder.mkdir(parents=True, exist_ok=True)
+    made_folder(folder)
     with quiet():
         organism.model.save_pretrained(folder)
         if tokenizer is not None:
@@ -98,7 +98,7 @@ def read_organism(folder: str | Path) -> Organism:
     Raises:
         FileFormatError: The folder does not hold a finished organism.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     about = organism_record(folder)
     return Organism(
         load_organism(folder),

@@ -15,7 +15,7 @@ import pandas as pd
 from jaxtyping import Int
 
 from memlens.errors import FileFormatError, SourceNotFoundError
-from memlens.files import expanded, finish_replacing, replacing_files, write_json
+from memlens.files import expanded, finish_replacing, reading, replacing_files, write_json
 from memlens.recall.corpus.scan import ROLES, Kept
 from memlens.recall.matching import match_controls
 from memlens.sequences.set import SequenceSet
@@ -104,7 +104,8 @@ class MemorizedSet:
         if not path.is_file():
             raise SourceNotFoundError(f"there is no {path}: the set was not saved, or its scan not finished")
         try:
-            content = json.loads(path.read_text())
+            with reading(path):
+                content = json.loads(path.read_text())
             matching = pd.DataFrame(content["balance"], columns=_BALANCE)
             facts = {name: content[name] for name in ("format", "counts", "settings")}
         except (ValueError, LookupError, TypeError) as error:

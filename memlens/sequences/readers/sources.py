@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from memlens.errors import FileFormatError, SequenceError, SourceNotFoundError, check_option, near_matches
-from memlens.files import expanded, zoo_folders, zoo_table
+from memlens.files import expanded, reading, zoo_folders, zoo_table
 from memlens.sequences.parquet import read_table
 from memlens.sequences.readers.registry import Opened, Request, read_file, register_file, register_source
 from memlens.sequences.tokenizing import tokenizer_attrs
@@ -58,7 +58,8 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         FileFormatError: The file is not UTF-8 text, or a line is not JSON.
     """
     try:
-        lines = path.read_text("utf-8-sig").split("\n")
+        with reading(path):
+            lines = path.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise FileFormatError(f"{path} is not UTF-8 text: byte {error.start} cannot be read") from error
     for number, line in enumerate(lines, 1):

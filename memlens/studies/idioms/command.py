@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, PositiveInt
 
 from memlens.errors import OptionError, SourceNotFoundError
+from memlens.files import reading
 from memlens.options import options_class
 from memlens.recall.criteria.score import CriteriaOptions
 from memlens.studies.idioms.options import IdiomOptions
@@ -120,7 +121,9 @@ def ngram_references(model: Any, text: Path | None, *, zoo: bool) -> list[Any]:
     if text is not None:
         if not text.is_file():
             raise SourceNotFoundError(f"there is no text file {text}: give the path of one.")
-        found.append(ml.recall.NgramReference(text.read_text(encoding="utf-8").splitlines()))
+        with reading(text):
+            lines = text.read_text(encoding="utf-8").splitlines()
+        found.append(ml.recall.NgramReference(lines))
     if zoo:
         corpus = zoo_corpus(str(getattr(model.tokenizer, "name_or_path", "")))
         found.append(
