@@ -1,4 +1,4 @@
-"""Where files are, and files that are written whole or not at all."""
+"""Atomic writing of files, JSON, and the folders of the zoo."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ _ADVICE = "free space, or give another path; what stood there before is unchange
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a new file beside `path` to write to; at the end it takes `path`'s place in one step.
+    """Yield a new file next to `path` to write to, which replaces `path` atomically at the end.
 
-    Where the body raises, the new file is removed and what stood at `path` before stays as it was. Missing
-    parent folders are made, and the file has the permissions of any new file.
+    If the body raises, the new file is removed and an existing file at `path` is unchanged. Missing parent
+    folders are created, and the file has the permissions of any new file.
 
     Args:
         path: The file to make or replace.
@@ -197,9 +197,9 @@ def _plain(value: Any) -> Any:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Remove what processes that were killed in `replacing` or `replacing_files` left in a folder.
+    """Remove the temporary files that processes killed in `replacing` or `replacing_files` left in a folder.
 
-    What belongs to processes that still run, or that run on other machines and wrote within a day, stays.
+    Files of running processes, and files of other machines that were modified within a day, are kept.
     """
     for file in Path(folder).glob(".*.part"):
         writer = re.search(r"\.(\w+)-(\d+)\.[^.]+\.part$", file.name)
@@ -230,7 +230,7 @@ def _runs(process: int) -> bool:
 
 
 def zoo_folders() -> tuple[Path, Path]:
-    """Return where models of the zoo are looked for: bundled with the package, then trained on demand.
+    """Return the folders that are searched for models of the zoo: bundled ones, then those trained on demand.
 
     The second is `$MEMLENS_CACHE/zoo`, or `~/.cache/memlens/zoo`; it need not exist.
     """
@@ -265,7 +265,7 @@ def zoo_table(folder: str | Path, name: str) -> Path | None:
 
 
 def _zoo_corpus_of(folder: Path) -> tuple[Any, Any] | None:
-    """What decides a zoo model's corpus, and the hash of its rows; None where the folder does not tell."""
+    """The specification of a zoo model's corpus and the hash of its rows; None if they are not recorded."""
     try:
         corpus = json.loads((folder / "training.json").read_text(encoding="utf-8"))["corpus"]
         return corpus["spec"], corpus["fingerprint"]

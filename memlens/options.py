@@ -155,7 +155,7 @@ _REQUIREMENTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def _option_error(cls: type, error: ErrorDetails, name: str | None = None) -> OptionError:
-    """Return the first problem that pydantic found, in memlens' words."""
+    """Return pydantic's first error as an `OptionError` with a message in the style of memlens."""
     context = error.get("ctx", {})
     if isinstance(cause := context.get("error"), ValueError):  # raised by __post_init__
         return OptionError(str(cause))

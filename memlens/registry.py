@@ -2,7 +2,7 @@
 
 A kind of result, a metric, a reader, a family, a localizer or a study enters its registry when its module is
 imported. A registry imports memlens' own modules, and those that other packages name in the entry-point group
-`memlens.plugins`, when it is first asked for something that it does not hold yet.
+`memlens.plugins`, when it is first asked for a name that it does not have yet.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Named objects of one sort.
+    """Named objects of one type.
 
     Args:
-        what: What they are called in errors, such as "kind".
+        what: The word for them in errors, such as "kind".
         modules: Modules of memlens that define some; of a package, all of its modules.
 
     Example:
@@ -57,10 +57,10 @@ class Registry(Generic[T]):
         return value
 
     def __getitem__(self, name: str) -> T:
-        """Return the object of a name.
+        """Return the object with this name.
 
         Raises:
-            OptionError: There is none; the message lists the names that there are.
+            OptionError: There is none; the message lists the known names.
         """
         if name not in self:
             known = self.names()
@@ -70,7 +70,7 @@ class Registry(Generic[T]):
         return self._items[name]
 
     def get(self, name: str) -> T | None:
-        """Return the object of a name, or None."""
+        """Return the object with this name, or None."""
         return self._items[name] if name in self else None
 
     def __contains__(self, name: object) -> bool:
@@ -111,7 +111,7 @@ def _import_all(name: str) -> None:
 def load_plugins() -> None:
     """Import the modules of installed packages that extend memlens; once per process.
 
-    One that cannot be imported is left out with a warning: it must not take memlens with it.
+    A plugin that cannot be imported is skipped with a warning, so that it does not break memlens.
     """
     global _plugins_loaded
     if _plugins_loaded:

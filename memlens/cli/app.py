@@ -49,11 +49,11 @@ app.register_install_completion_command()
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0; 1 if a step of a study failed; 2 for errors that memlens or the parser foresaw, which are
-    printed in one line; 130 after Ctrl-C.
+    Exit codes: 0 for success, 1 if a step of a study failed, 2 for errors raised by memlens or the parser
+    (printed as one line), 130 after Ctrl-C.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    if not sys.stderr.isatty():  # a file or a CI log: a line now and then, not ten per second
+    if not sys.stderr.isatty():  # a file or a CI log: one line every 30 seconds
         for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
             os.environ.setdefault(name, "30")
     try:
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def in_words(error: BaseException) -> str:
-    """Return an error in one line: in memlens' words if it comes from a value that an option refuses."""
+    """Return an error as one line: memlens' own message if an option refused a value."""
     cause = error
     while isinstance(cause, CycloptsError) and (cause.__cause__ or cause.__context__):
         cause = cause.__cause__ or cause.__context__ or cause
@@ -122,10 +122,10 @@ def score(
         what: The sequences.
         out: The parquet table to write.
         generate: Decode the sequences that contain an error, for the score M.
-        metrics: all, none, or some of likelihood, sampling, near_verbatim, trivial (separated by commas).
-        temperature: Temperature of the samples that np_discoverable counts.
-        top_k: Number of tokens that may be sampled (default: all).
-        top_p: Probability mass that may be sampled.
+        metrics: all, none, or a comma-separated list of likelihood, sampling, near_verbatim, trivial.
+        temperature: Sampling temperature for np_discoverable.
+        top_k: Sample from the k most likely tokens (default: all).
+        top_p: Sample from the most likely tokens up to this probability mass.
         n_samples: n of (n, p)-discoverable.
         probability: p of (n, p)-discoverable.
         min_k: Share of the targets that Min-K % averages over.
@@ -159,7 +159,7 @@ def score(
 
 
 def plan(where: ModelChoice, what: SequenceChoice, *, as_json: Json = False) -> None:
-    """Say what ablating every head, bypassing every layer and patching every site would cost.
+    """Estimate the cost of ablating every head, bypassing every layer and patching every site.
 
     Example: memlens plan --model zoo/pythia-s --sequences zoo
 
@@ -176,7 +176,7 @@ def plan(where: ModelChoice, what: SequenceChoice, *, as_json: Json = False) -> 
 
 
 def check(where: ModelChoice, *, as_json: Json = False) -> None:
-    """Check that a model is what it claims to be: logits, layers and hooks; exit with 0 if so, else with 1.
+    """Check a model's logits, layers and hooks; exit with 0 if all checks pass, else with 1.
 
     Example: memlens check zoo/pythia-s
 
@@ -205,7 +205,7 @@ app.command(from_options(plan), name="plan")
 
 @app.command
 def report(folder: Path, *, out: Path | None = None, as_json: Json = False) -> None:
-    """Make the report of a run's folder again, finished or not.
+    """Write the report of a run's folder again, whether the run is finished or not.
 
     Example: memlens report memlens-demo
 

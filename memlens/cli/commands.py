@@ -16,7 +16,7 @@ _MODELS = {"model", "models", "compare", "reference"}
 
 
 def complete_model(context: Any) -> list[str]:
-    """Return the names of models that begin like the word under the cursor."""
+    """Return the names of models that start with the word under the cursor."""
     from memlens.models.families import families_table
     from memlens.models.zoo import zoo_names
 
@@ -26,10 +26,10 @@ def complete_model(context: Any) -> list[str]:
 
 
 def from_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function with its options classes spread out, for the command line.
+    """Return a command with one option for each field of the function's options classes.
 
-    It takes the fields that were given and makes the objects from them, so that the classes alone say what is
-    allowed. A parameter `given`, if the function has one, gets what was given of each class.
+    The command makes the objects from the given fields, so that only the classes define which values are
+    allowed. If the function has a parameter `given`, it gets the given fields of each class.
     """
     hints = get_type_hints(function, include_extras=True)
     spread: dict[str, type] = {}
@@ -88,7 +88,7 @@ def option_parameters(cls: type) -> list[inspect.Parameter]:
 
 
 def _default_of(cls: type, name: str, default: Any) -> Any:
-    """Return a field's default as a signature holds it."""
+    """Return a field's default for a signature."""
     info = vars(cls).get("__pydantic_fields__", {}).get(name)
     if info is None:
         return inspect.Parameter.empty if default is MISSING else default
@@ -96,7 +96,7 @@ def _default_of(cls: type, name: str, default: Any) -> Any:
 
 
 def _shown(default: Any) -> str:
-    """Return a default as one would type it."""
+    """Return a default in the form in which it is typed."""
     return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 

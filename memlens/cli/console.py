@@ -40,26 +40,26 @@ Quiet = Annotated[
     bool, Parameter(name=["--quiet", "-q"], negative=(), show_default=False, help="Show no progress bars.")
 ]
 Switch: Parameter = Parameter(negative=(), show_default=False)
-"""Of a flag that is off unless it is given."""
+"""Parameter of a flag that is off by default."""
 
 
 def command_line() -> str:
-    """Return the command line that is running, as a shell would take it again."""
+    """Return the command line of this process, quoted for a shell."""
     return shlex.join(["memlens", *sys.argv[1:]])
 
 
 @contextmanager
 def resumable(out: Path | None) -> Iterator[None]:
-    """Say after Ctrl-C how to continue, and exit with 130.
+    """On Ctrl-C, print how to continue and exit with 130.
 
     Args:
-        out: The folder that keeps what is finished.
+        out: The folder with the finished parts.
     """
     try:
         yield
     except KeyboardInterrupt:
-        kept = "" if out is None else f"; what was finished is in {out}"
-        ERR.print(f"stopped{kept}, and the same command goes on from there.")
+        kept = "" if out is None else f"; finished parts are in {out}"
+        ERR.print(f"stopped{kept}; run the same command again to continue.")
         raise SystemExit(130) from None
 
 

@@ -223,7 +223,7 @@ def lens_train(
         table["layer"] = table["layer"].map(lambda layer: "embedding" if layer < 0 else str(layer))
         names = {"layer": "after layer", "logit_lens": "logit lens", "tuned_lens": "tuned lens"}
         title = "Divergence from the model on held-out text (nats per token)"
-        print_table(table[list(names)].rename(columns=names), title)
+        print_table(table.filter(list(names)).rename(columns=names), title)
         OUT.print(f"lens: {folder}")
 
 

@@ -61,21 +61,21 @@ def study_command(study: Study) -> Any:
     run.__annotations__ |= {"where": study.where, "inputs": study.inputs, "options": study.options}
     run.__doc__ = f"""{study.help}
 
-    The same command again continues where it stopped.
+    Run the same command again to continue an interrupted run.
 
     Example: {study.example}
 
     Args:
         out: Folder for results and report.
         options_file: YAML file with options of the study; options on the command line override it.
-        plan: Only print what the study would cost.
-        resume: Continue with what the folder holds from an earlier run, or start over.
+        plan: Only print the estimated cost of the study.
+        resume: Continue an earlier run in the folder, or start over.
     """
     return from_options(run)
 
 
 def print_plan(plan: PlanTable, *, as_json: bool) -> None:
-    """Print what a study would cost: a table, or JSON."""
+    """Print the estimated cost of a study as a table or as JSON."""
     if as_json:
         print_json(plan.document)
         return

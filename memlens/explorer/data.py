@@ -1,4 +1,4 @@
-"""What the explorer shows: edits, and for each sequence its numbers and continuations under edits."""
+"""The data of the explorer: edits, and the measurements and continuations of each sequence."""
 
 from __future__ import annotations
 

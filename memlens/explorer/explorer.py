@@ -51,8 +51,7 @@ def explore(
 
     Args:
         model: A TransformerLens model.
-        sequences: Any number of sequences. All are scored at once; the rest is computed when a sequence is
-            selected.
+        sequences: Any number of sequences. All are scored at once; the rest is computed on selection.
         options: Ablation mode, bypass mode, metric of the effects and more; see `ExploreOptions`.
         reference: The set for ablation by "mean"; `sequences` itself by default.
         dark: Figures for a dark notebook. (The page of `write_html` follows the reader's system.)

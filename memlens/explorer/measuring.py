@@ -1,4 +1,4 @@
-"""The numbers behind the explorer, measured by memlens' instruments on a few sequences."""
+"""Measure the data of the explorer on a few sequences."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from memlens.sweeps.contexts import applied
 from memlens.sweeps.interventions import Intervention
 
 ABLATION_MODES = tuple(mode for mode in MODES if mode != "resample")
-"""Modes of `ablate_heads` that also work during generation: they do not need another sequence's token at the
-same position, which does not exist while a continuation is generated."""
+"""Modes of `ablate_heads` that also work during generation. "resample" does not: it needs another sequence's
+token at the same position, which does not exist yet."""
 FACTS = ("group", "domain", "copies")
 """Columns of a set's table that are shown with a sequence, if present."""
 

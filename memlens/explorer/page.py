@@ -1,9 +1,9 @@
-"""An exploration as a static page: its data as one JSON object within a number of bytes, and the page.
+"""An exploration as a static page, with its data as one JSON object of limited size.
 
 The object always contains each sequence's tokens, lens map, effects and continuation by the unchanged model.
-While there is room, continuations under edits follow, then attention maps. Both are added in rounds over the
-sequences (one of every sequence, then a second of every sequence, …), the largest effects first, and nothing
-after the first that does not fit. The page says what is missing.
+Continuations under edits are added while they fit, then attention maps. Both are added in rounds over the
+sequences (one per sequence, then a second per sequence, …), largest effects first, up to the first that does
+not fit. The page says what is missing.
 """
 
 from __future__ import annotations

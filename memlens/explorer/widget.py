@@ -1,7 +1,6 @@
 """The Jupyter widget of an `Explorer`: ipywidgets and plotly's FigureWidget (extra `notebook`).
 
-The widget has no state of its own: user actions call the explorer, and the widget is drawn from it after each
-change.
+The widget has no state of its own: user actions call the explorer, and each change redraws the widget.
 """
 
 from __future__ import annotations

@@ -55,10 +55,10 @@ def heatmap_layer_position(
 
     Args:
         ci: Variables `[statistic, layer, x]` with intervals, or `[layer, x]` of one sequence.
-        x: name of the dimension to the right, `position` or `target`.
+        x: Name of the dimension to the right, `position` or `target`.
         signed: Use red-white-blue around 0, else viridis.
-        tokens: the token at each place; shown as labels that are unique and escaped, and on hovering.
-        boundary: where the continuation starts; a dashed line is drawn before that position.
+        tokens: The token at each place; shown as labels that are unique and escaped, and on hovering.
+        boundary: Where the continuation starts; a dashed line is drawn before that position.
         title: Title of the figure.
         subtitle: Number of sequences, and what sign and color mean.
     """
@@ -90,8 +90,8 @@ def heatmap_paths(
     Args:
         ci: Variables `[statistic, sender, receiver]` with intervals, or `[sender, receiver]` of one sequence;
             both named, such as `L3H2`.
-        x: the dimension to the right.
-        y: the dimension up.
+        x: The dimension to the right.
+        y: The dimension up.
         title: Title of the figure.
         subtitle: Number of sequences, and what sign and color mean.
     """

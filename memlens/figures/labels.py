@@ -24,13 +24,13 @@ _JOINERS = "\u200c\u200d"
 
 @dataclass(frozen=True)
 class MetricText:
-    """How a metric is spoken of.
+    """The words for a metric in figures and readings.
 
     Attributes:
-        label: its name in words.
+        label: Its name in words.
         unit: `nats`, `tokens`, …; empty for a plain number.
         better: 1 if a higher value means better recall, -1 if a lower one does, 0 if unknown.
-        whole: the size at which a map's colors end, for a ratio with wild tails; 0 for the largest value.
+        whole: The size at which a map's colors end, for a ratio with wild tails; 0 for the largest value.
     """
 
     label: str
@@ -76,12 +76,12 @@ for _name, _text in {
 
 
 def describe_quantity(name: str, attrs: Mapping[Any, Any]) -> None:
-    """Say how a quantity is spoken of where an array, as one of an old file, does not say so itself."""
+    """Register the words for a quantity, used for arrays without attributes (such as those of old files)."""
     _KNOWN.add(name, _text_of(attrs))
 
 
 def _text_of(attrs: Mapping[Any, Any]) -> MetricText:
-    """Return what the attributes say that a `memlens.Metric` gives its arrays; an axis shows means."""
+    """Return the words in the attributes of an array that a `memlens.Metric` made; an axis shows means."""
     unit = "share of sequences" if attrs.get("proportion") else str(attrs.get("units", ""))
     return MetricText(str(attrs["label"]), unit, {"higher": 1, "lower": -1}.get(attrs.get("better", ""), 0))
 
@@ -89,10 +89,9 @@ def _text_of(attrs: Mapping[Any, Any]) -> MetricText:
 def metric_text(name: str, array: xr.DataArray | None = None) -> MetricText:
     """Return label, unit and direction of a metric.
 
-    What the array's attributes say (`label`, `units`, `better`, see `memlens.Metric`) comes first, then what
-    memlens knows of the name. Other arrays are described by a short `long_name` and their `units`.
-
-    An array with the attribute `of="effect"` holds differences, and its label says so.
+    The array's attributes (`label`, `units`, `better`, see `memlens.Metric`) take precedence over the words
+    registered for the name. Other arrays are described by a short `long_name` and their `units`. The label of
+    an array of differences (attribute `of="effect"`) says so.
 
     >>> metric_text("target_logprob").axis
     'target log-prob (nats)'
@@ -110,7 +109,7 @@ def metric_text(name: str, array: xr.DataArray | None = None) -> MetricText:
 
 
 def plain(text: object) -> str:
-    """Return text that plotly shows letter by letter: no markup, no LaTeX, no hover variables.
+    """Return text escaped so that plotly shows it literally: no markup, no LaTeX, no hover variables.
 
     >>> plain("<b>5 & $x$</b>")
     '&lt;b&gt;5 &amp; &#36;x&#36;&lt;/b&gt;'
@@ -139,7 +138,7 @@ def hover(
 
 
 def visible(token: str, *, longest: int = 20) -> str:
-    r"""Return a token with its blanks and non-printing letters made visible, cut at `longest` letters.
+    r"""Return a token with blanks and non-printing characters made visible, cut at `longest` characters.
 
     >>> visible(" the"), visible("\n"), visible("a\u202eb")
     ('·the', '↵', 'a\\u202eb')

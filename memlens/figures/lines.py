@@ -24,9 +24,9 @@ def line_over_layers(
 
     Args:
         ci: Variables `[statistic, layer]`, or with one more dimension for groups; several give a menu.
-        baseline: the same variables without `layer`; drawn as dashed lines.
-        x: name of the dimension to the right.
-        x_title: what it is called; its name by default.
+        baseline: The same variables without `layer`; drawn as dashed lines.
+        x: Name of the dimension to the right.
+        x_title: What it is called; its name by default.
         title: Title of the figure.
         subtitle: Number of sequences.
     """
@@ -88,7 +88,7 @@ def dots_with_intervals(
 
     Args:
         ci: Variables `[statistic, dim]`, or with one more dimension for groups; several give a menu.
-        dim: the dimension whose entries become rows.
+        dim: The dimension whose entries become rows.
         most: The most rows to draw; the ones farthest from 0 are kept and the subtitle says so.
         title: Title of the figure.
         subtitle: Number of sequences, and what the sign means.

@@ -84,7 +84,7 @@ def recall_panels(
     """Draw recall rates against a group such as the number of copies, and the histogram of one metric.
 
     Args:
-        values: one value per sequence, for the histogram.
+        values: One value per sequence, for the histogram.
         ci: Variables `[statistic, group]` that are shares; None draws the histogram only.
         title: Title of the figure.
         subtitle: Number of sequences.

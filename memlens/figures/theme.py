@@ -145,10 +145,10 @@ def dropdown(
     """Add a menu that shows the traces of one metric at a time.
 
     Args:
-        fig: the figure; traces of the first metric are left visible.
-        names: what the menu shows, one entry per metric.
-        owners: for each trace the number of its metric; -1 for those that always show.
-        layout: layout keys (such as `yaxis.title.text`) with what they become for each metric.
+        fig: The figure; traces of the first metric remain visible.
+        names: The menu's entries, one per metric.
+        owners: For each trace the number of its metric; -1 for those that always show.
+        layout: Layout keys (such as `yaxis.title.text`) and their value for each metric.
     """
     visible = iter([owner in (-1, 0) for owner in owners])
     fig.for_each_trace(lambda trace: trace.update(visible=next(visible)))
@@ -167,15 +167,15 @@ def dropdown(
 
 
 def group_menu(fig: go.Figure, names: Sequence[str], owners: Sequence[int]) -> None:
-    """Add a menu, to the right, that shows the maps of one group at a time; it goes with `dropdown`.
+    """Add a menu on the right that shows the maps of one group at a time; it can be combined with `dropdown`.
 
-    Maps of other groups are drawn fully transparent and without hover text, so that the other menu keeps
-    control of which metric is visible.
+    Maps of other groups are fully transparent and have no hover text, so that the other menu still controls
+    which metric is visible.
 
     Args:
-        fig: the figure; maps of the first group are left to be seen.
-        names: what the menu shows, one entry per group.
-        owners: for each trace the number of its group.
+        fig: The figure; maps of the first group remain visible.
+        names: The menu's entries, one per group.
+        owners: For each trace the number of its group.
     """
     templates = [str(trace.hovertemplate) for trace in cast("Iterable[Any]", fig.select_traces())]
     states: list[dict[str, list[Any]]] = [

@@ -1,6 +1,6 @@
-"""The labeled array every analysis returns, its statistics and its file.
+"""The labeled array that every analysis returns, its statistics and its file format.
 
-`Result` wraps an `xarray.Dataset` with one value per sequence and site; nothing is averaged away before it
-is asked for. `load_result` reads what `Result.save` wrote. `compare_groups` sets two results against each
-other (memorized against controls), and `overlay` draws several in one figure.
+`Result` wraps an `xarray.Dataset` with one value per sequence and site; nothing is averaged in advance.
+`load_result` reads the files of `Result.save`. `compare_groups` compares two results (memorized sequences and
+controls), and `overlay` draws several in one figure.
 """

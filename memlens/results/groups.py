@@ -1,4 +1,4 @@
-"""Several results joined into one, with the group as a coordinate; and half of a result."""
+"""Results joined, split, averaged over parts of depth; and labels of sets of layers."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def overlay(results: Mapping[str, Result], metric: str | None = None, **options:
 def reading(
     result: Result, metric: str | None = None, *, sequence: str | None = None, stream: str = "resid_post"
 ) -> str:
-    """Return a few sentences on a result, in the order in which a reader would ask.
+    """Return a few sentences that summarize a result.
 
     They describe the numbers; they are not tests. The largest of many sites is named as such, and the number
     of sites whose interval excludes 0 is compared with the number expected by chance. Sentences about harm

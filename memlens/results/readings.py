@@ -1,9 +1,9 @@
-"""Readings: what a result of each kind says, in plain words with its numbers.
+"""Readings: a summary in words and numbers of a result of each kind.
 
-Each function takes a result and the metric asked for (None for the first) and returns a few sentences. They
-describe numbers and test nothing: an interval is given wherever three or more sequences allow one, the most
-extreme of many sites is named as such, and controls are given next to what they control for. A metric's
-direction decides between "harms" and "changes".
+Each function takes a result and a metric (None for the first) and returns a few sentences. They describe
+numbers and are not tests: an interval is given if there are three or more sequences, the most extreme of many
+sites is named as such, and controls follow the value that they control for. A metric's direction decides
+between "harms" and "changes".
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from memlens.results.statistics.tasks import task_summary, task_tables
 
 _INNER = ("target", "draw")
 _CONTROLS = ("selection", "edit")
-"""Dimensions whose first entry is what was asked about, and whose other entries are compared with it."""
+"""Dimensions whose first entry is described, and compared with the other entries."""
 
 
 def read_effects(result: Result, metric: str | None) -> str:
-    """Say which site changes a metric most, whether it may be nothing, and what the controls do there."""
+    """Say which site changes a metric most, whether its interval includes 0, and how the controls compare."""
     name = metric or next(n for n in result.metrics if f"{n}_baseline" in result.data)
     text, effect = metric_text(name, result[name]), _inner_mean(result.effect(name))
     control = next((dim for dim in _CONTROLS if dim in effect.dims), None)
@@ -192,7 +192,7 @@ def read_pairs(result: Result, metric: str | None) -> str:
 
 
 def read_cumulative(result: Result, metric: str | None) -> str:
-    """Say what ablating more and more heads does, in the ranked order and in random ones."""
+    """Say how ablating more and more heads changes a metric, in the ranked order and in random orders."""
     name = _chosen(result.metrics, metric)
     text, array = metric_text(name, result[name]), _inner_mean(result[name])
     most = result["n_ablated"].values.max()
@@ -249,7 +249,7 @@ def read_strengths(result: Result, metric: str | None) -> str:
 
 
 def read_compression(result: Result, metric: str | None) -> str:
-    """Say how few prompt tokens are enough, for the sequences that are recalled from the whole prefix."""
+    """Say how few prompt tokens suffice, for the sequences that are recalled from the whole prefix."""
     data, method = result.data, str(result.settings.get("method", ""))
     recalled = data["recalled"].values == 1
     ratio = data["compression_ratio"].isel(sequence=recalled)

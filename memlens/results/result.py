@@ -156,12 +156,12 @@ class Result:
         Args:
             dim: `"sequence"`, or several dimensions with it: the others (say `target`) are averaged inside
                 each sequence first, because only sequences are independent.
-            metric: one name or several; all metrics by default.
+            metric: One name or several; all metrics by default.
             of: `"value"`, or `"effect"` for the paired difference to the baseline.
-            group: a coordinate along `sequence`; means are then taken within each group, along a
+            group: A coordinate along `sequence`; means are then taken within each group, along a
                 dimension of that name.
             level: Coverage of the interval.
-            method: see `memlens.results.mean_interval`.
+            method: See `memlens.results.mean_interval`.
             n_resamples: Resamples of the bootstrap.
             seed: Seed of the bootstrap.
 
@@ -233,9 +233,9 @@ class Result:
         return save_dataset(self.data, path)
 
     def to_parquet(self, path: str | Path) -> Path:
-        """Write `to_frame()` to a parquet file, whole or not at all; settings are in the frame's `attrs`.
+        """Write `to_frame()` to a parquet file atomically, with the settings in the frame's `attrs`.
 
-        For other programs. `save` keeps labels and dimensions, and `memlens.load_result` reads its files.
+        This is for other programs: `memlens.load_result` reads only what `save` wrote.
 
         Example:
             >>> import memlens as ml, pandas as pd, tempfile

@@ -1,10 +1,10 @@
 """Results as netCDF files: written atomically, read back exactly.
 
-The file is plain netCDF-4 (HDF5), so that xarray, R, Julia or `ncdump` read it without memlens. What netCDF
-cannot hold directly is encoded and marked: attributes also as one JSON string (`memlens_attrs`), strings with
-a NUL and object arrays of mixed types as JSON values, half precision as single, names with a slash, a space
-or the like under another name (`memlens_names` has both). Numeric arrays carry a checksum (Fletcher-32), so
-that a damaged file is detected.
+The file is plain netCDF-4 (HDF5), so that xarray, R, Julia or `ncdump` can read it without memlens. Values
+and names that netCDF cannot store directly are encoded and marked: attributes also as one JSON string
+(`memlens_attrs`), strings with a NUL and object arrays of mixed types as JSON values, half precision as
+single, names with a slash, a space or the like under another name (`memlens_names` has both). Numeric arrays
+carry a checksum (Fletcher-32), so that a damaged file is detected.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def load_result(path: str | Path) -> Result:
         raise ResultError(f"{path} does not exist: give the path of a file that Result.save wrote.")
     try:
         raw = xr.load_dataset(path, engine="h5netcdf")
-    except Exception as error:  # h5py, h5netcdf and xarray each have their own ways to fail on bad bytes
+    except Exception as error:  # h5py, h5netcdf and xarray each fail differently on bad bytes
         raise ResultError(f"{path} is damaged or not netCDF ({error}): compute or copy it again.") from error
     if raw.attrs.get("memlens_format") != FORMAT:
         raise ResultError(f"{path} is netCDF but not a memlens result: open it with xarray.open_dataset.")
@@ -66,7 +66,7 @@ def load_result(path: str | Path) -> Result:
 
 
 def save_dataset(data: xr.Dataset, path: str | Path) -> Path:
-    """Write `data` to `path`, whole or not at all.
+    """Write `data` to `path` atomically.
 
     The file is made in memory: the HDF5 library crashes on a full disk.
 
@@ -79,7 +79,7 @@ def save_dataset(data: xr.Dataset, path: str | Path) -> Path:
 
 
 def encode(data: xr.Dataset) -> xr.Dataset:
-    """Return `data` in types and under names that netCDF holds; `decode` undoes it."""
+    """Return `data` in types and under names that netCDF can store; `decode` is the inverse."""
     encoded = data.copy()
     for name in encoded.variables:
         encoded[name] = _encode_variable(encoded[name].variable)
@@ -150,7 +150,7 @@ def _encode_attrs(attrs: Mapping[Any, Any]) -> dict[str, str | int | float]:
 
 
 def _is_plain(text: str) -> bool:
-    """Tell whether HDF5 keeps `text` as it is: no NUL (which ends a string) and no lone surrogate."""
+    """Return whether HDF5 stores `text` unchanged: no NUL (which ends a string) and no lone surrogate."""
     return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 

@@ -123,7 +123,7 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path) -> No
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert f"what was finished is in {out}, and the same command goes on from there." in " ".join(err.split())
+    assert f"finished parts are in {out}; run the same command again to continue." in " ".join(err.split())
     assert "Traceback" not in err
     assert len(err.splitlines()) < 40  # bars do not flood a pipe
     kept = {path: path.stat().st_mtime_ns for path in out.glob("sweeps/*/*.npz")}

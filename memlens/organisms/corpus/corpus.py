@@ -87,15 +87,12 @@ class CorpusSpec:
                 f"prefix_len={self.prefix_len} leaves no prefix or no continuation in rows of {self.row_len} "
                 "tokens: give 1 or more, and less than row_len."
             )
-        if any(count < 1 for count in self.copies):
-            raise OptionError(
-                f"copies={self.copies} contains a number below 1: use n_heldout for sequences without copies."
-            )
-        if any(count < 1 for count in self.item_copies):
-            raise OptionError(
-                f"item_copies={self.item_copies} contains a number below 1: items that are never planted are "
-                "always drawn."
-            )
+        for name, hint in (
+            ("copies", "use n_heldout for sequences without copies"),
+            ("item_copies", "items that are never planted are always drawn"),
+        ):
+            if any(count < 1 for count in getattr(self, name)):
+                raise OptionError(f"{name}={getattr(self, name)} contains a number below 1: {hint}.")
         if self.items_per_row < 1:
             raise OptionError(
                 f"items_per_row={self.items_per_row} leaves carrier rows empty: give 1 or more."

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -86,11 +86,6 @@ class TrainSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""
         return json.loads(json.dumps(asdict(self)))
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> TrainSpec:
-        """Return the specification of a `to_dict` record."""
-        return cls(**{**fields, "betas": tuple(fields["betas"])})
 
 
 @dataclass(frozen=True)

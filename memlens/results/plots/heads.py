@@ -12,7 +12,7 @@ import xarray as xr
 
 from memlens import figures
 from memlens.results.plots.layers import plot_head_map, plot_interventions, plot_layer_lines
-from memlens.results.plots.selection import Of, Selection, takes, with_dims
+from memlens.results.plots.selection import Selection, takes, with_dims
 from memlens.results.plots.tokens import patch_values, plot_patch_map
 from memlens.results.result import Result
 
@@ -48,8 +48,10 @@ def plot_pairs(result: Result, s: Selection) -> go.Figure:
     """Draw the interaction of each pair of heads; a menu shows effects (single heads on the diagonal)."""
     dims = ("head_a", "head_b")
     names = sorted(s.names(result, *dims), key=lambda name: name != "interaction")
-    which: dict[str, Of] = dict.fromkeys(names, s.of or "effect") | {"interaction": "value"}
-    parts = {name: s.means(result, [name], dims, of=which[name])[name] for name in names}
+    parts: dict[str, xr.DataArray] = {}
+    for name in names:
+        of = "value" if name == "interaction" else s.of or "effect"
+        parts[name] = s.means(result, [name], dims, of=of)[name]
     return figures.heatmap_paths(
         xr.Dataset(parts, attrs=result.data.attrs), x="head_b", y="head_a",
         title=s.title or "Pairs of heads: what both do beyond the sum of each",
@@ -104,12 +106,7 @@ def plot_paths(result: Result, s: Selection) -> go.Figure:
 
 
 def plot_screening(
-    table: pd.DataFrame,
-    agreement: pd.DataFrame,
-    metric: str,
-    attrs: Mapping[str, Any],
-    *,
-    title: str = "Estimated and exact effects of the verified sites",
+    table: pd.DataFrame, agreement: pd.DataFrame, metric: str, attrs: Mapping[str, Any]
 ) -> go.Figure:
     """Draw a screen's verified sites; see `memlens.instruments.Screening`."""
     dims = [d for d in _LETTERS if d in table]
@@ -123,6 +120,7 @@ def plot_screening(
     recall = agreement.loc["recall of exact top k"]
     said = f"recall of the exact top k {recall['value']:.2f} [{recall['low']:.2f}, {recall['high']:.2f}]"
     subtitle = " · ".join((f"{table['n'].max()} sequences", said, str(attrs.get("model", ""))))
+    title = "Estimated and exact effects of the verified sites"
     return figures.scatter_agreement(sites, metric=metric, title=title, subtitle=subtitle)
 
 

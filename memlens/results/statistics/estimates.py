@@ -1,17 +1,4 @@
-"""`Estimate`: a value with its interval, in findings, tables and sentences alike.
-
-```python
-Estimate.of(result.mean_ci()["exact_match"])     # from what mean_ci, mean_interval or ratio_interval gives
-Estimate.unknown(n)                              # nothing could be measured
-mean_estimate(array), share_estimate(array), median_estimate(values), ratio_estimate(part, whole)
-estimate.known, estimate.excludes(0)             # has an interval; the interval excludes 0
-str(estimate)                                    # 0.5 [0.2, 0.8], or 0.5 without an interval
-estimate.text("nats")                            # 0.5 nats (95 % interval 0.2 to 0.8), or the reason for none
-estimate.row("rate")                             # {"n": …, "rate": …, "low": …, "high": …}
-estimate.row("share", prefix="share_", n=None)   # {"share": …, "share_low": …, "share_high": …}
-Estimate.from_row(row, "share", prefix="share_") # the way back, from a row of a table
-```
-"""
+"""`Estimate`: a value with its interval, for findings, tables and sentences."""
 
 from __future__ import annotations
 
@@ -31,7 +18,7 @@ from memlens.results.statistics.intervals import FEWEST, mean_interval, ratio_in
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its confidence interval over `n` sequences.
+    """A number with its confidence interval over `n` sequences; `str` gives `0.5 [0.2, 0.8]`.
 
     Attributes:
         value: The estimate; NaN where nothing could be measured.
@@ -69,7 +56,7 @@ class Estimate:
 
     @classmethod
     def unknown(cls, n: int = 0) -> Estimate:
-        """Return an estimate without a value, for what could not be measured."""
+        """Return an estimate without a value, for a quantity that could not be measured."""
         return cls(math.nan, n=n)
 
     @classmethod
@@ -94,17 +81,17 @@ class Estimate:
 
         Args:
             name: Column of the value.
-            prefix: Of the columns `low` and `high`.
+            prefix: Prefix of the columns `low` and `high`.
             n: Column of the count; None leaves it out.
         """
         count = {} if n is None else {n: self.n}
         return {**count, name: self.value, f"{prefix}low": self.low, f"{prefix}high": self.high}
 
     def text(self, unit: str = "", *, units: str = "sequences") -> str:
-        """Return the value with its interval in words, or with the reason why there is no interval.
+        """Return the value with its interval as text, or with the reason why there is no interval.
 
         Args:
-            unit: Of the value, such as "nats".
+            unit: Unit of the value, such as "nats".
             units: What `n` counts.
 
         >>> Estimate(0.5, n=2).text()

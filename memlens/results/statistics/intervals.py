@@ -31,7 +31,7 @@ _BLOCK_BYTES = 64 * 2**20
 
 
 def is_binary(values: np.ndarray) -> bool:
-    """Tell whether every finite value is 0 or 1 (and there is at least one).
+    """Return whether every finite value is 0 or 1 (and there is at least one).
 
     >>> is_binary(np.array([0.0, 1.0, np.nan])), is_binary(np.array([0.0, 0.5]))
     (True, False)
@@ -205,7 +205,7 @@ def bootstrap_means(table: np.ndarray, n_resamples: int, seed: int | np.random.G
 
 
 def _resamples(rows: int, n_resamples: int, seed: int | np.random.Generator) -> np.ndarray:
-    """Return how often each row stands in each resample, as floats: `[resample, row]`."""
+    """Return how often each row occurs in each resample, as floats: `[resample, row]`."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(rows, np.full(rows, 1 / rows), size=n_resamples).astype(np.float64)
 
@@ -250,12 +250,12 @@ def wilson_interval(hits: Any, n: Any, level: float = 0.95) -> tuple[Any, Any]:
     from statsmodels.stats.proportion import proportion_confint  # takes most of a second to import
 
     low, high = proportion_confint(hits, n, alpha=1 - level, method="wilson")
-    # The ends of the formula are exact there, but for rounding.
+    # There the ends are exactly 0 and 1, except for rounding errors.
     return np.where(np.asarray(hits) == 0, 0.0, low), np.where(np.asarray(hits) == n, 1.0, high)
 
 
 def halves(n: int, seed: int) -> tuple[Int[np.ndarray, "a"], Int[np.ndarray, "b"]]:
-    """Return two random halves of `range(n)`, sorted; the first is the one to choose on.
+    """Return two random halves of `range(n)`, sorted; use the first to choose and the second to measure.
 
     >>> a, b = halves(5, seed=0)
     >>> sorted([*a.tolist(), *b.tolist()]), len(b)

@@ -129,7 +129,7 @@ def _sites(result: Result) -> Iterable[tuple[Any, ...]]:
 
 
 def task_tables(result: Result) -> dict[str, TaskTables]:
-    """Take a result of `evaluate_tasks` apart, task by task.
+    """Return the tables of each task in a result of `evaluate_tasks`.
 
     Raises:
         ResultError: It is not a result of `evaluate_tasks`.

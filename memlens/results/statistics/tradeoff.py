@@ -1,7 +1,7 @@
-"""What interventions take from recitation against what they cost elsewhere.
+"""The trade-off of interventions: recitation removed against ability lost.
 
-`edit_tradeoff` gives selectivity and the area under a frontier; `join_frontier` joins the two results, of one
-model or several, in one result to draw.
+`edit_tradeoff` gives selectivity and the area under a frontier; `join_frontier` joins the two results of one
+or several models for a figure.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def edit_tradeoff(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> Tradeoff:
-    """Compare what edits take from recitation with what they cost on tasks.
+    """Compare the share of recitation that interventions remove with their cost on tasks.
 
     Args:
         recall: A sweep over memorized sequences.
@@ -310,10 +310,7 @@ def join_frontier(
     """
     if not parts:
         raise EmptySetError("there is nothing to join: give at least one model's results.")
-    joined = [
-        _one_model(name, *pair, level=level, n_resamples=n_resamples, seed=seed)
-        for name, pair in parts.items()
-    ]
+    joined = [_one_model(name, *pair, level, n_resamples, seed) for name, pair in parts.items()]
     first = next(iter(parts.values()))[0]
     data = xr.concat(joined, "site", join="outer", combine_attrs="drop", data_vars="all", coords="minimal")
     base = xr.concat([part["exact_match_baseline"] for part in joined], "sequence")
@@ -325,7 +322,7 @@ def join_frontier(
 
 
 def _one_model(
-    name: str, recall: Result, accuracy: Result, *, level: float, n_resamples: int, seed: int
+    name: str, recall: Result, accuracy: Result, level: float, n_resamples: int, seed: int
 ) -> xr.Dataset:
     dim = next((dim for dim in _DIMS if dim in recall["exact_match"].dims), None)
     if dim is None or dim not in accuracy["accuracy"].dims:
