@@ -50,6 +50,7 @@ WITHOUT_TRANSFORMER_LENS = (
 or run a model of TransformerLens, which is an error."""
 BUT = (
     "results/test_restored.py",
+    "sequences/test_bos.py",
     "sequences/test_extraction_pairs.py",
     "sequences/test_natural.py",
     "store/test_fingerprint.py",

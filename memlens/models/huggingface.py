@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -301,10 +302,23 @@ def _check_stays_inside(source: Source) -> None:
                 )
 
 
+_FIRST_TRANSFORMERS = (5, 13)
+"""The first release that reads all tokenizers rightly; `pyproject.toml` asks for it too."""
+
+
 def load_tokenizer(
     source: Source, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase | None:
-    """Return the checkpoint's tokenizer, or None (with a line in the log) where none can be read."""
+    """Return the checkpoint's tokenizer, or None (with a line in the log) where none can be read.
+
+    Raises:
+        ModelLoadError: The installed transformers is one that reads some tokenizers wrongly.
+    """
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < _FIRST_TRANSFORMERS:
+        raise ModelLoadError(
+            f"transformers {transformers.__version__} gives text of some models (OLMo 2) other token ids "
+            f"than their tokenizers do: install {'.'.join(map(str, _FIRST_TRANSFORMERS))} or later."
+        )
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **_gguf_options(source)}
     try:
         with quiet():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -256,3 +257,14 @@ def test_every_error_is_one_sentence_that_names_the_model(folder):
     assert "checkpoint" in message
     assert "\n" not in message
     assert caught.value.__cause__ is not None
+
+
+def test_releases_of_transformers_with_other_token_ids_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_tiny("gpt_neox", tmp_path, num_hidden_layers=1)
+    monkeypatch.setattr("transformers.__version__", "5.12.1")
+    with pytest.raises(ModelLoadError, match=r"transformers 5\.12\.1 gives .* install 5\.13 or later"):
+        load_model(folder)
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert "transformers>=5.13,<6" in project["dependencies"]
