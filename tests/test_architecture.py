@@ -81,7 +81,7 @@ def test_a_value_walks_through_the_rooms_that_the_page_lists() -> None:
 
     walk(Rooms())  # imports run code too
     entered = walk(Rooms())
-    tools = {"errors", "files", "models", "registry", "store"}  # they hold no value of the walk
+    tools = {"errors", "files", "models", "options", "registry", "store"}  # they hold no value of the walk
     walked = _rooms_walked()
     assert 1 < len(walked) <= 9
     assert set().union(*entered) - tools == set(walked)
