@@ -258,7 +258,9 @@ def _beginning(model: Any, device: torch.device) -> list[Check]:
     """Show how likely a sentence is with and without the BOS token, if the tokenizer has one."""
     tokenizer = getattr(model, "tokenizer", None)
     bos = getattr(tokenizer, "bos_token_id", None)
-    ids = [] if bos is None else encode(tokenizer, [_SENTENCE])[0][: model.cfg.n_ctx - 1]
+    if bos is None:
+        return []
+    ids = encode(tokenizer, [_SENTENCE])[0][: model.cfg.n_ctx - 1]
     if len(ids) < 2 or max(bos, *ids) >= model.cfg.d_vocab:
         return []
     rows = torch.tensor([[bos, *ids], [*ids, bos]], device=device)

@@ -232,11 +232,11 @@ def assemble(
             'or of this tokenizer, begin without one; prepend_bos="auto" follows them',
             stacklevel=4,
         )
-    elif expected and (bare := [n for n, row in enumerate(rows) if row[0] != tokenizer.bos_token_id]):
+    elif expected and (bare := [n for n, row in enumerate(rows) if row[0] != bos_id(tokenizer)]):
         hint = "token ids are used as they are: " if prepend_bos == "auto" else ""
         warnings.warn(
             f"{len(bare)} of {len(rows)} sequences do not begin with the beginning-of-text token "
-            f"({tokenizer.bos_token_id}), but this model's texts do: rows {some(bare)}; "
+            f"({bos_id(tokenizer)}), but this model's texts do: rows {some(bare)}; "
             f"{hint}prepend_bos=True puts it in front",
             stacklevel=4,
         )
