@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -161,19 +160,3 @@ def test_unknown_option_values_are_found_before_the_model_runs(tmp_path: Path) -
     assert code == 2
     assert "'zero'" in err
     assert not (tmp_path / "x").exists()
-
-
-@pytest.mark.slow
-def test_demo_as_a_user_runs_it(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "memlens", "demo", "--out", str(tmp_path / "demo"), "-q"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert [line[:2] for line in done.stdout.splitlines() if line[:2] in ("1.", "2.", "3.", "4.", "5.")] == [
-        "1.", "2.", "3.", "4.", "5.",
-    ]  # fmt: skip
-    assert done.stdout.rstrip().endswith("report.html")
-    assert (tmp_path / "demo" / "report.html").exists()
