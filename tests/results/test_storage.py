@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from memlens.errors import ResultError, WriteError
+from memlens.errors import PathError, ResultError, WriteError
 from memlens.results.result import Result
 from memlens.results.storage import load_result
 from tests.report import synthetic
@@ -158,7 +158,7 @@ def test_nothing_but_bytes_goes_to_the_disk(tmp_path: Path, monkeypatch: pytest.
 def test_paths_that_cannot_be_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "result.nc", tmp_path, tmp_path / ("x" * 300)):
-        with pytest.raises(WriteError, match="cannot be written"):
+        with pytest.raises(PathError, match=r"cannot be (written|read)"):  # a name too long is found first
             synthetic.recall().save(path)
 
 
