@@ -49,6 +49,7 @@ OTHER_RETURNS = {
     "bypass.in_transformers": "TransformersBypass",
     "tasks.as_lm_eval": "LensLM",
     "explore": "Explorer",
+    "benchmark.run": "Leaderboard",
     "studies.study_comparative": "StudyRun",
     "studies.study_idioms": "StudyRun",
     "studies.study_attention_bypass": "StudyRun",

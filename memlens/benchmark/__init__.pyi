@@ -3,6 +3,8 @@ from .localizer import LOCALIZERS as LOCALIZERS
 from .localizer import Localizer as Localizer
 from .localizer import localizer as localizer
 from .measure import measure_organism as measure_organism
+from .recommend import Recommendation as Recommendation
+from .recommend import recommended as recommended
 from .running import read_benchmark as read_benchmark
 from .running import run as run
 from .scores import score_ranking as score_ranking

@@ -101,6 +101,38 @@ class Leaderboard:
         table = self._cell(own, measure, 0)
         return table[~table["control"] & (table["variant"] != "less twin")].iloc[0]
 
+    def recommendations(self) -> dict[str, dict[str, Any]]:
+        """Return the best localizer for each kind of component, as plain values.
+
+        `memlens.benchmark.recommended` reads them from `recommended.yaml`.
+        """
+        found = {}
+        used = self.rows[~self.rows["carrier_kind"].isin(["none", "spread"])]
+        for component in used["component"].unique().tolist():
+            row, own = self.best(component), used[used["component"] == component]
+            recall = self.best_row(component, row["localizer"], row["variant"], "recall_at_k")
+            found[component] = {
+                "localizer": str(row["localizer"]),
+                "variant": str(row["variant"]),
+                **{f"average_precision{end}": round(float(row[key]), 3)
+                   for key, end in (("average_precision", ""), ("low", "_low"), ("high", "_high"))},
+                **{f"recall_at_k{end}": round(float(recall[key]), 3)
+                   for key, end in (("recall_at_k", ""), ("low", "_low"), ("high", "_high"))},
+                "chance": round(float(row["chance"]), 3),
+                "n": int(row["n"]),
+                "models": sorted(own["model"].unique().tolist()),
+                "carriers": sorted(own["carrier"].unique().tolist()),
+            }  # fmt: skip
+        return found
+
+    def best_row(self, component: str, localizer: str, variant: str, measure: str) -> pd.Series:
+        """Return the row of one localizer and variant, over all carriers that hold any component of a kind."""
+        own: Any = self.rows[
+            (self.rows["component"] == component) & ~self.rows["carrier_kind"].isin(["none", "spread"])
+        ]
+        table = self._cell(own, measure, 0)
+        return table[(table["localizer"] == localizer) & (table["variant"] == variant)].iloc[0]
+
 
 def _behind(best: pd.Series, other: pd.Series) -> float:
     both = pd.concat([best, other], axis=1, join="inner").to_numpy(float)
