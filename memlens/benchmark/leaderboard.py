@@ -126,7 +126,7 @@ class Leaderboard:
         return found
 
     def best_row(self, component: str, localizer: str, variant: str, measure: str) -> pd.Series:
-        """Return the row of one localizer and variant, over all carriers that hold any component of a kind."""
+        """Return the row of one localizer and variant, over all carriers with components of a kind."""
         own: Any = self.rows[
             (self.rows["component"] == component) & ~self.rows["carrier_kind"].isin(["none", "spread"])
         ]

@@ -40,10 +40,11 @@ class Recommendation:
 
     def __str__(self) -> str:
         variant = f", {self.variant}" if self.variant else ""
+        n, models = self.average_precision.n, len(self.models)
         return (
             f"{self.component}: {self.localizer}{variant} (average precision {self.average_precision}, chance "
-            f"{self.chance:.2g}; {self.recall_at_k} of the planted ones are first; {self.average_precision.n} "
-            f"organisms of {len(self.models)} models)"
+            f"{self.chance:.2g}; {self.recall_at_k} of the planted ones come first; {n} organisms of {models} "
+            "models)"
         )
 
 
