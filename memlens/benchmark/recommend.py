@@ -40,11 +40,11 @@ class Recommendation:
 
     def __str__(self) -> str:
         variant = f", {self.variant}" if self.variant else ""
-        n, models = self.average_precision.n, len(self.models)
+        found, n = self.average_precision, self.average_precision.n
         return (
-            f"{self.component}: {self.localizer}{variant} (average precision {self.average_precision}, chance "
-            f"{self.chance:.2g}; {self.recall_at_k} of the planted ones come first; {n} organisms of {models} "
-            "models)"
+            f"{self.component}: {self.localizer}{variant}: average precision {found} (chance "
+            f"{self.chance:.2g}), "
+            f"{self.recall_at_k} of the planted ones come first; {n} organisms of {len(self.models)} models"
         )
 
 
