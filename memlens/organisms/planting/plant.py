@@ -43,7 +43,7 @@ class PlantingOptions:
     """What planting keeps of every changed row, column or head slice: its entries (in another order), which
     keeps norm, kurtosis and all else of their distribution; its Euclidean norm; or nothing."""
     gates: bool = True
-    """Whether a neuron's input weights belong to the carrier beside its output weights."""
+    """Whether a neuron's input weights belong to the carrier too, not only its output weights."""
     kl_weight: NonNegativeFloat = 1.0
     """Weight of the divergence from the base model on held-out text."""
     n_heldout: PositiveInt = 16

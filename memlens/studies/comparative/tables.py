@@ -44,7 +44,7 @@ def _compression(model: SavedModel, options: ComparativeOptions) -> Rows:
     """How far prompts of memorized sequences can be cut.
 
     `ratio` is the mean of the fewest prompt tokens that work over all prompt tokens, `stable_ratio` the same
-    for the fewest from which on every length works, and `up_to_half` the share of sequences that need half of
+    for the fewest above which every length works, and `up_to_half` the share of sequences that need half of
     the prompt or less.
     """
     data = model.result("compression").data
