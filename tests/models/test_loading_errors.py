@@ -263,7 +263,7 @@ def test_releases_of_transformers_with_other_token_ids_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_tiny("gpt_neox", tmp_path, num_hidden_layers=1)
-    monkeypatch.setattr("transformers.__version__", "5.12.1")
+    monkeypatch.setattr("memlens.models.huggingface.transformers.__version__", "5.12.1")
     with pytest.raises(ModelLoadError, match=r"transformers 5\.12\.1 gives .* install 5\.13 or later"):
         load_model(folder)
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
