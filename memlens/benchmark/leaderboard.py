@@ -85,7 +85,15 @@ class Leaderboard:
             table.loc[others, "behind_best"] = corrected(np.array(p)) if p else p
         return table
 
-    def best(self, component: str, *, measure: str = "average_precision") -> pd.Series:
+    def _planted(self, component: str) -> pd.DataFrame:
+        """Return the rows of a kind of component, of carriers that hold some."""
+        rows: Any = self.rows
+        own = rows[(rows["component"] == component) & ~rows["carrier_kind"].isin(["none", "spread"])]
+        if own.empty:
+            raise ResultError(f"the run measured nothing for {component}: add a carrier that holds some.")
+        return own
+
+    def best(self, component: str, *, measure: str = "average_precision") -> dict[str, Any]:
         """Return the row of the best localizer for a kind of component, over all carriers that hold any.
 
         Controls and variants that use the twin are left out.
@@ -93,13 +101,8 @@ class Leaderboard:
         Raises:
             ResultError: Nothing was measured for this kind of component.
         """
-        own: Any = self.rows[
-            (self.rows["component"] == component) & ~self.rows["carrier_kind"].isin(["none", "spread"])
-        ]
-        if own.empty:
-            raise ResultError(f"the run measured nothing for {component}: add a carrier that holds some.")
-        table = self._cell(own, measure, 0)
-        return table[~table["control"] & (table["variant"] != "less twin")].iloc[0]
+        rows = self._cell(self._planted(component), measure, 0).to_dict("records")
+        return next(dict(r) for r in rows if not r["control"] and r["variant"] != "less twin")
 
     def recommendations(self) -> dict[str, dict[str, Any]]:
         """Return the best localizer for each kind of component, as plain values.
@@ -107,31 +110,21 @@ class Leaderboard:
         `memlens.benchmark.recommended` reads them from `recommended.yaml`.
         """
         found = {}
-        used = self.rows[~self.rows["carrier_kind"].isin(["none", "spread"])]
-        for component in used["component"].unique().tolist():
-            row, own = self.best(component), used[used["component"] == component]
-            recall = self.best_row(component, row["localizer"], row["variant"], "recall_at_k")
-            found[component] = {
-                "localizer": str(row["localizer"]),
-                "variant": str(row["variant"]),
-                **{f"average_precision{end}": round(float(row[key]), 3)
-                   for key, end in (("average_precision", ""), ("low", "_low"), ("high", "_high"))},
-                **{f"recall_at_k{end}": round(float(recall[key]), 3)
-                   for key, end in (("recall_at_k", ""), ("low", "_low"), ("high", "_high"))},
-                "chance": round(float(row["chance"]), 3),
-                "n": int(row["n"]),
-                "models": sorted(own["model"].unique().tolist()),
-                "carriers": sorted(own["carrier"].unique().tolist()),
-            }  # fmt: skip
+        for component in dict.fromkeys(self.rows["component"]):
+            own: Any = self._planted(component)
+            best = self.best(component)
+            name, variant = best["localizer"], best["variant"]
+            entry: dict[str, Any] = {"localizer": name, "variant": variant}
+            for measure in ("average_precision", "recall_at_k"):
+                rows = self._cell(own, measure, 0).to_dict("records")
+                row = next(r for r in rows if (r["localizer"], r["variant"]) == (name, variant))
+                for key, end in ((measure, ""), ("low", "_low"), ("high", "_high")):
+                    entry[measure + end] = round(float(row[key]), 3)
+            entry |= {"chance": round(float(best["chance"]), 3), "n": int(best["n"])}
+            found[component] = entry | {
+                key: sorted(set(own[f"{key[:-1]}"])) for key in ("models", "carriers")
+            }
         return found
-
-    def best_row(self, component: str, localizer: str, variant: str, measure: str) -> pd.Series:
-        """Return the row of one localizer and variant, over all carriers with components of a kind."""
-        own: Any = self.rows[
-            (self.rows["component"] == component) & ~self.rows["carrier_kind"].isin(["none", "spread"])
-        ]
-        table = self._cell(own, measure, 0)
-        return table[(table["localizer"] == localizer) & (table["variant"] == variant)].iloc[0]
 
 
 def _behind(best: pd.Series, other: pd.Series) -> float:

@@ -54,7 +54,7 @@ def recommended(component: ComponentKind) -> Recommendation:
     Example:
         >>> import memlens as ml
         >>> ml.benchmark.recommended("neuron").localizer
-        'gate gradient'
+        'zero ablation of neurons'
 
     Raises:
         OptionError: The stored run has no carrier of this kind.

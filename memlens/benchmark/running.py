@@ -38,6 +38,7 @@ def run(
     models: Sequence[str] | None = None,
     carriers: Sequence[str] | None = None,
     sequences: int | None = None,
+    others: int | None = None,
     localizers: Sequence[str] | None = None,
     part: tuple[int, int] | None = None,
     keep_organisms: bool = False,
@@ -53,6 +54,7 @@ def run(
         models: Instead of the suite's models.
         carriers: Instead of the suite's carriers.
         sequences: Instead of the suite's number of organisms per model and carrier.
+        others: Instead of the suite's number of other sequences.
         localizers: Instead of the suite's localizers.
         part: (i, n): only each n-th organism, beginning with the i-th (from 0), for job arrays.
         keep_organisms: Also save every organism as a checkpoint in `<out>/organisms`.
@@ -66,7 +68,9 @@ def run(
         OtherRunError: The folder holds a run of another suite.
         SequenceError: A model has too few sequences.
     """
-    chosen = read_suite(suite, models=models, carriers=carriers, sequences=sequences, localizers=localizers)
+    chosen = read_suite(
+        suite, models=models, carriers=carriers, sequences=sequences, others=others, localizers=localizers
+    )
     check_localizers(chosen.localizers)
     names = list(chosen.localizers or LOCALIZERS.names())
     about = {"suite": asdict(chosen), "localizers": names}

@@ -25,6 +25,7 @@ def benchmark_run(
     models: list[str] | None = None,
     carriers: list[str] | None = None,
     sequences: int | None = None,
+    others: int | None = None,
     localizers: list[str] | None = None,
     part: str | None = None,
     keep_organisms: Annotated[bool, Switch] = False,
@@ -43,6 +44,7 @@ def benchmark_run(
         models: Other models than the suite's.
         carriers: Other carriers, such as neurons=30, heads=4, mlp, attention, path, spread, none.
         sequences: Organisms per model and carrier.
+        others: Sequences that are not planted, to compare with.
         localizers: Only these localizers.
         part: I/N runs each N-th organism beginning with the I-th (from 0), for job arrays.
         keep_organisms: Also save every organism as a checkpoint.
@@ -51,7 +53,8 @@ def benchmark_run(
 
     with resumable(out):
         found = benchmark.run(
-            suite, out, models=models, carriers=carriers, sequences=sequences, localizers=localizers,
+            suite, out, models=models, carriers=carriers, sequences=sequences, others=others,
+            localizers=localizers,
             part=None if part is None else parse_part(part), keep_organisms=keep_organisms,
             progress=not quiet,
         )  # fmt: skip
