@@ -91,6 +91,7 @@ class ComponentWeights:
         n_layers: Number of layers.
         n_heads: Query heads per layer.
         n_neurons: Hidden units of each layer's MLP.
+        d_head: Width of a head.
 
     Raises:
         UnsupportedModelError: The model's weight matrices are not among the known forms.
@@ -99,6 +100,7 @@ class ComponentWeights:
     n_layers: int
     n_heads: int
     n_neurons: int
+    d_head: int
 
     def __init__(self, model: PreTrainedModel, *, gates: bool = True) -> None:
         self._model = model

@@ -77,10 +77,15 @@ class Unfolding:
 
     Args:
         study: What all parts share.
+        study: What the study runs on; its `model`, `folder` and `options` are here too.
         name: Of the items in file names, such as "idioms".
         items: One target token each.
     """
 
+    study: IdiomContext
+    model: Any
+    folder: StudyDirectory
+    options: IdiomOptions
     name: str
     items: SequenceSet
     natural: SequenceSet | None

@@ -101,6 +101,7 @@ class HeadEffects:
         rows: Their rows of the table.
         n_heads: Number of heads in all layers.
         k: Heads in a set.
+        fraction: Share of the heads that a set holds.
 
     Raises:
         ResultError: There are no sequences.
@@ -112,6 +113,7 @@ class HeadEffects:
     rows: list[np.ndarray]
     n_heads: int
     k: int
+    fraction: float
 
     def __init__(
         self, importance: xr.DataArray, domains: np.ndarray, options: ComparativeOptions = DEFAULTS
