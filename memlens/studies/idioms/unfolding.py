@@ -76,8 +76,7 @@ class Unfolding:
     """The parts of the study that idioms and facts share.
 
     Args:
-        study: What all parts share.
-        study: What the study runs on; its `model`, `folder` and `options` are here too.
+        study: What all parts share; its `model`, `folder` and `options` are attributes here too.
         name: Of the items in file names, such as "idioms".
         items: One target token each.
     """
