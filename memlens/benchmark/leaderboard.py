@@ -113,17 +113,16 @@ class Leaderboard:
         for component in dict.fromkeys(self.rows["component"]):
             own: Any = self._planted(component)
             best = self.best(component)
-            name, variant = best["localizer"], best["variant"]
-            entry: dict[str, Any] = {"localizer": name, "variant": variant}
+            chosen = own[(own["localizer"] == best["localizer"]) & (own["variant"] == best["variant"])]
+            entry: dict[str, Any] = {"localizer": best["localizer"], "variant": best["variant"]}
             for measure in ("average_precision", "recall_at_k"):
-                rows = self._cell(own, measure, 0).to_dict("records")
-                row = next(r for r in rows if (r["localizer"], r["variant"]) == (name, variant))
+                row = self._cell(chosen, measure, 0).iloc[0]
                 for key, end in ((measure, ""), ("low", "_low"), ("high", "_high")):
                     entry[measure + end] = round(float(row[key]), 3)
             entry |= {"chance": round(float(best["chance"]), 3), "n": int(best["n"])}
             found[component] = entry | {
-                key: sorted(set(own[f"{key[:-1]}"])) for key in ("models", "carriers")
-            }
+                "models": sorted(set(own["model"])), "carriers": sorted(set(own["carrier"]))
+            }  # fmt: skip
         return found
 
 

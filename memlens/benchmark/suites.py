@@ -14,12 +14,12 @@ import numpy as np
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from memlens.errors import FileFormatError, OptionError, SequenceError, near_matches
+from memlens.errors import OptionError, SequenceError, near_matches
 from memlens.models.huggingface import load_config, load_tokenizer, load_weights
 from memlens.models.names import resolve_source
 from memlens.models.quiet import quiet
 from memlens.models.zoo import is_zoo_name, zoo_path
-from memlens.options import options_class
+from memlens.options import options_class, read_options
 from memlens.organisms.corpus.domains import documents
 from memlens.organisms.evaluate import read_ground_truth
 from memlens.organisms.planting.carriers import Carrier
@@ -104,14 +104,7 @@ def read_suite(suite: str | Path | Suite, **changes: Any) -> Suite:
     if suite in suites():
         fields = dict(suites()[str(suite)])
     elif Path(suite).suffix in (".yaml", ".yml") and Path(suite).is_file():
-        try:
-            fields = yaml.safe_load(Path(suite).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise FileFormatError(f"{suite} is not YAML: {str(error).splitlines()[0]}.") from error
-        if not isinstance(fields, dict):
-            raise FileFormatError(
-                f"{suite} holds a {type(fields).__name__}: give a mapping of field to value."
-            )
+        fields = read_options(suite, Suite)
     else:
         raise OptionError(
             f"there is no suite {str(suite)!r}: choose from {', '.join(suites())}, or give a .yaml file."
@@ -184,7 +177,7 @@ def material(name: str, suite: Suite) -> Material:
         folder = zoo_path(name)
         table = read_ground_truth(folder, "sequences")
         rows = [list(map(int, t[:length])) for t in table.loc[table["copies"] == 0, "tokens"]]
-        order = np.random.default_rng(0).permutation(len(rows))  # domains in turn
+        order = np.random.default_rng(0).permutation(len(rows))  # not domain by domain
         rows = [rows[i] for i in order]
         texts = [list(map(int, t[:length])) for t in read_ground_truth(folder, "heldout")["tokens"]]
         texts = [texts[i] for i in np.random.default_rng(1).permutation(len(texts))[: 2 * _N_TEXTS]]

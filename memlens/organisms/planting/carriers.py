@@ -66,7 +66,7 @@ class WeightSlice:
 
 @dataclass(frozen=True)
 class _Block:
-    """The weight matrices of a layer: (name, dimension of the inputs)."""
+    """The names of a layer's weight matrices; `transposed` if their rows are inputs."""
 
     attention: dict[str, str]
     mlp_in: tuple[str, ...]
