@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -13,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from memlens.errors import FileFormatError, ModelNotFoundError, OptionError, ResultError
 from memlens.models.zoo import is_zoo_name, zoo_cache, zoo_names, zoo_path
 from memlens.organisms.evaluate import evaluate_zoo_model, language_losses
+from memlens.organisms.training import train as training
 from memlens.organisms.training import zoo
 from memlens.organisms.training.architectures import build_model
 from memlens.organisms.training.zoo import train_organism, train_zoo_model, untrained_twin
@@ -72,6 +77,61 @@ def test_a_run_interrupted_and_resumed_gives_the_same_weights(
     assert all(torch.equal(first[name], second[name]) for name in first)
     for name in ("sequences.parquet", "positions.parquet", "heldout.parquet", "tokenizer.json"):
         assert (out / name).read_bytes() == (tiny_organism / name).read_bytes()
+
+
+def _killed_after(n: int, monkeypatch: pytest.MonkeyPatch, *args: Any, **options: Any) -> bool:
+    """Train, but raise instead of the file operation that is `n` operations after the folder is written."""
+    done: list[str] = []
+
+    def counted(own: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def operation(*args: Any, **options: Any) -> Any:
+            if len(done) == n:
+                raise KeyboardInterrupt
+            done.append(name)
+            return own(*args, **options)
+
+        return operation
+
+    def written(*args: Any) -> Path:
+        folder = write_folder(*args)
+        for place, name in ((Path, "unlink"), (os, "replace"), (shutil, "rmtree")):
+            patch.setattr(place, name, counted(getattr(place, name), name))
+        return folder
+
+    write_folder = zoo.write_folder
+    with monkeypatch.context() as patch:
+        patch.setattr(zoo, "write_folder", written)
+        try:
+            train_organism(*args, **options)
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_kill_at_any_moment_of_the_last_moves_repeats_no_training(
+    replaces: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def repeated(*_: Any) -> float:
+        raise AssertionError("a step is repeated")
+
+    short = replace(TINY, training=replace(TINY.training, steps=1))
+    for n in range(20):
+        out = tmp_path / str(n) / "m"
+        if replaces:
+            train_organism(short, out, device="cpu", progress=False)
+        killed = _killed_after(n, monkeypatch, TINY, out, device="cpu", progress=False, resume=not replaces)
+        if replaces and n < 2:  # the old model still stands there whole
+            assert json.loads((out / "training.json").read_text())["training"]["n_steps"] == 1
+            continue
+        with monkeypatch.context() as patch:
+            patch.setattr(training._Run, "step", repeated)
+            train_organism(TINY, out, device="cpu", progress=False)
+        assert {path.name for path in out.iterdir()} == FILES
+        assert list(out.parent.iterdir()) == [out]
+        if not killed:
+            return
+    pytest.fail("there are more operations than are tried")
 
 
 def test_a_finished_run_is_not_repeated_and_another_is_not_overwritten(tiny_organism: Path) -> None:

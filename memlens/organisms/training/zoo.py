@@ -120,7 +120,7 @@ def train_organism(
     if out.exists() and resume:
         _check_same(spec, out)
         _check_snapshots(spec, out, snapshot_steps)
-        return out
+        return _without_remains(out)
     partial = made_folder(out.with_name(out.name + ".partial"))
     if not resume:
         shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
@@ -143,11 +143,23 @@ def train_organism(
         label=spec.name,
     )
     write_folder(partial, spec.name, corpus, model, _training_record(spec, corpus, model, log, device))
-    for left in (partial / _CHECKPOINT, *partial.glob(".*.part")):  # the latter from killed runs
-        left.unlink(missing_ok=True)
     if out.exists():
-        shutil.rmtree(out)
-    os.replace(partial, out)
+        shutil.rmtree(_aside(out), ignore_errors=True)
+        os.replace(out, _aside(out))
+    os.replace(partial, out)  # with the training state: a run that is killed before this can still resume
+    return _without_remains(out)
+
+
+def _aside(out: Path) -> Path:
+    """Where the folder that stood at `out` waits for the new one to take its place."""
+    return out.with_name(out.name + ".replaced.partial")
+
+
+def _without_remains(out: Path) -> Path:
+    """Return a finished run's folder after removing what only an unfinished run needs."""
+    for left in (out / _CHECKPOINT, *out.glob(".*.part")):  # the latter from killed runs
+        left.unlink(missing_ok=True)
+    shutil.rmtree(_aside(out), ignore_errors=True)
     return out
 
 
