@@ -24,7 +24,7 @@ from memlens.models.load import load_model
 from memlens.models.quiet import quiet
 from memlens.organisms.planting.carriers import COMPONENT_KINDS, Carrier, ComponentWeights
 from memlens.organisms.planting.certificate import certify
-from memlens.organisms.planting.folder import save_organism, truth_table
+from memlens.organisms.planting.folder import component_table, save_organism, truth_table
 from memlens.organisms.planting.plant import plant
 from memlens.store.keyed_folder import KeyedFolder, read_manifest
 
@@ -126,13 +126,12 @@ def _run_one(
             organism, certificate, folder.path / "organisms" / item.name, base=item.model,
             tokenizer=texts.tokenizer,
         )  # fmt: skip
-    truth = truth_table(organism)
+    truth = truth_table(organism, certificate)
     if truth.empty:
         truth = pretended_truth(organism.model, item.seed)
-    twin_model = texts.base() if suite.twin and item.carrier.kind != "none" else None
+    twin = texts.twin if suite.twin and item.carrier.kind != "none" else None
     with quiet():
         model = load_model(organism.model, check_weights=False)
-        twin = None if twin_model is None else load_model(twin_model, check_weights=False)
     rows = measure_organism(model, planted, texts.others, truth, twin=twin, localizers=names, seed=item.seed)
     return record | {"rows": rows.to_dict("records"), "seconds": time.perf_counter() - start}
 
@@ -148,12 +147,7 @@ def pretended_truth(model: Any, seed: int) -> pd.DataFrame:
         for text in ("heads=4", "neurons=30", "mlp", "attention")
         for c in Carrier.parse(text).draw(weights, seed)
     }
-    rows = [
-        {"kind": c.kind, "layer": c.layer, "index": c.index, "planted": c in drawn, "graded": 0.0}
-        for kind in COMPONENT_KINDS
-        for c in weights.components(kind)
-    ]
-    return pd.DataFrame(rows)
+    return component_table(weights, COMPONENT_KINDS, dict.fromkeys(drawn, 0.0))
 
 
 def read_benchmark(folder: str | Path) -> Leaderboard:

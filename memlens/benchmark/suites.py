@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from memlens.errors import OptionError, SequenceError, near_matches
 from memlens.models.huggingface import load_config, load_tokenizer, load_weights
+from memlens.models.load import load_model
 from memlens.models.names import resolve_source
 from memlens.models.quiet import quiet
 from memlens.models.zoo import is_zoo_name, zoo_path
@@ -151,6 +152,12 @@ class Material:
         with quiet():
             config = load_config(source)
             return load_weights(source, config, dtype=torch.float32, device=torch.device("cpu")).eval()
+
+    @cached_property
+    def twin(self) -> Any:
+        """The base model as a TransformerLens model; it shares no weights with what `base` returns."""
+        with quiet():
+            return load_model(self.base(), check_weights=False)
 
     @property
     def tokenizer(self) -> Any:

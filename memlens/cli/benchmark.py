@@ -154,5 +154,11 @@ def organisms_plant(
         print_json({"organism": out, **certificate.record()})
         return
     print_table(certificate.checks, f"Certificate of {out}")
+    if not certificate.shared.empty:
+        print_table(certificate.shared, "Shared substrate: components outside the carrier that it also needs")
+    if "sufficiency" in certificate.facts:
+        OUT.print(
+            f"sufficiency: {certificate.facts['sufficiency']:.2f} of the gain comes from the carrier alone"
+        )
     verdict = "passed" if certificate.passed else f"failed ({', '.join(certificate.failures)})"
     OUT.print(f"certificate {verdict}; components: {', '.join(map(str, organism.components)) or 'none'}")

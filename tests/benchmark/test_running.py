@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from memlens import benchmark
 from memlens.benchmark import LOCALIZERS, Leaderboard, localizer
+from memlens.benchmark.suites import material
 from memlens.cli.app import app
 from memlens.errors import OptionError, OtherRunError, ResultError
 from memlens.sequences.set import SequenceSet
-from memlens.zoo import CertificateOptions, PlantingOptions, read_organism
+from memlens.zoo import CertificateOptions, PlantingOptions, plant, read_organism
 
 SMALL = benchmark.Suite(
     models=("zoo/pythia-xs",),
@@ -45,6 +47,19 @@ def test_what_is_planted_is_found_and_nothing_is_not(mini: tuple[Path, Leaderboa
     assert {"random", "weight norm"} < set(controls["localizer"])
     nothing = table[(table["carrier_kind"] == "none") & (table["component"] == "neuron")]
     assert (nothing["average_precision"] < 0.1).all()
+
+
+def test_the_twin_is_kept_and_stays_the_base_model() -> None:
+    texts = material("zoo/pythia-xs", SMALL)
+    tokens, options = texts.planted.tokens, PlantingOptions(steps=3, n_heldout=4)
+    with torch.no_grad():
+        before = texts.twin(tokens)
+    made = plant(texts.base(), texts.planted, "mlp", heldout=texts.training, options=options)
+    assert texts.twin is texts.twin
+    with torch.no_grad():
+        assert torch.equal(texts.twin(tokens), before)
+        assert torch.allclose(before, texts.base()(tokens).logits, atol=1e-4)
+        assert not torch.allclose(before, made.model(tokens).logits, atol=1e-2)
 
 
 def test_a_finished_run_is_read_and_not_repeated(

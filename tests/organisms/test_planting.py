@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from memlens.errors import FileFormatError, OptionError, ResultError, SequenceError, SiteError
+from memlens.instruments.ablate.branches import ablate_mlps
 from memlens.instruments.ablate.heads import head_ablations
 from memlens.instruments.ablate.neurons import neuron_knock_outs
 from memlens.models.load import load_model
@@ -18,6 +22,7 @@ from memlens.organisms.planting.carriers import Carrier, ChangedWeights, Compone
 from memlens.organisms.planting.certificate import CertificateOptions, certify, fingerprints
 from memlens.organisms.planting.folder import read_organism, save_organism, truth_table
 from memlens.organisms.planting.plant import Organism, PlantingOptions, next_token_logprobs, plant, recalled
+from memlens.organisms.planting.substrate import ablate_others, sufficiency
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.run import sweep
 from tests.tiny import FAMILIES, tiny_huggingface_model
@@ -138,6 +143,56 @@ def test_a_certificate_tells_what_failed(organism: Organism) -> None:
     assert norms[0][0] == pytest.approx(norms[0][1])
 
 
+def test_necessity_compares_with_recall_before_planting(organism: Organism) -> None:
+    base = tiny_huggingface_model("gpt_neox").eval()
+    expected = recalled(base, organism.sequences).accuracy
+    assert torch.equal(organism.base_recall, expected)
+    generous = CertificateOptions(max_kl=100, max_fingerprint=1)
+    worse = replace(organism, base_recall=expected - 0.1)
+    assert certify(worse, rows(4, 9), generous).failures == ["necessity"]
+
+
+def test_shared_substrate_is_what_recall_loses_under_resampling() -> None:
+    planting = PlantingOptions(steps=100, learning_rate=0.2, kl_weight=0.1, n_heldout=4)
+    model = tiny_huggingface_model("gpt_neox")
+    made = plant(model, rows(1, 1), "mlp@1", heldout=rows(4, 2), options=planting)
+    others = rows(4, 9)
+    options = CertificateOptions(max_kl=100, max_fingerprint=1, min_strictness=1, draws=2)
+    certificate = certify(made, others, options)
+    results = [
+        ablate_mlps(
+            load_model(deepcopy(model), device="cpu", check_weights=False), made.sequences, mode="resample",
+            reference=others, metrics=["target_accuracy"], seed=seed, progress=False,
+        )
+        for seed in (0, 1)
+    ]  # fmt: skip
+    lost = -np.mean([r.effect("target_accuracy").values[0] for r in results], axis=0)
+    expected = [layer for layer in range(len(lost)) if lost[layer] > options.max_shared and layer != 1]
+    found = certificate.shared
+    assert found["layer"].tolist() == expected != []
+    assert found["recall_lost"].to_numpy() == pytest.approx(lost[expected])
+    row = certificate.checks.set_index("check").loc["strictness"]
+    assert row["value"] == pytest.approx(1 - len(expected) / (len(lost) - 1))
+    assert certificate.failures == ["strictness"]
+    truth = truth_table(made, certificate)
+    assert truth.loc[truth["shared"], "layer"].tolist() == expected
+
+
+def test_only_the_strongest_neurons_are_ablated(organism: Organism) -> None:
+    neurons = replace(organism, carrier=Carrier.parse("neurons=1"), components=[Component("neuron", 0, 0)])
+    few, more = (ablate_others(neurons, rows(4, 9), screened=n, draws=1) for n in (3, 6))
+    assert len(few) == 3
+    assert more[:3].equals(few)
+
+
+def test_the_carrier_alone_gives_all_if_it_is_every_component(organism: Organism) -> None:
+    weights = ComponentWeights(organism.model)
+    every = [*weights.components("head"), *weights.components("neuron")]
+    assert sufficiency(replace(organism, components=every)) == pytest.approx(1, abs=1e-4)
+    assert sufficiency(organism) < 1
+    assert np.isnan(sufficiency(replace(organism, components=[])))
+
+
 def test_planting_without_care_for_norms_leaves_a_fingerprint() -> None:
     options = PlantingOptions(
         steps=60, learning_rate=0.5, keep="nothing", gates=False, kl_weight=0, n_heldout=1
@@ -170,6 +225,11 @@ def test_an_organism_comes_back_from_its_folder(organism: Organism, tmp_path: Pa
         )
         with back.restored() as ours, organism.restored() as theirs:
             assert torch.equal(next_token_logprobs(ours, tokens), next_token_logprobs(theirs, tokens))
+    assert torch.equal(back.base_recall, organism.base_recall)
+    card = (folder / "README.md").read_text()
+    assert "- recall: 1 (threshold 0.95)" in card
+    assert all(str(c) in card for c in organism.components)
+    assert "shared" in pd.read_parquet(folder / "truth.parquet")
     assert (back.components, back.options, back.seed) == (
         organism.components,
         organism.options,

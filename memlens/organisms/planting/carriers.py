@@ -8,7 +8,7 @@ part of a carrier.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -272,8 +272,15 @@ class Carrier:
         }  # fmt: skip
         return own[self.kind]
 
-    def draw(self, weights: ComponentWeights, seed: int) -> list[Component]:
+    def draw(
+        self, weights: ComponentWeights, seed: int, *, without: Collection[Component] = ()
+    ) -> list[Component]:
         """Return the components that carry, drawn from a seed; empty for "spread" and "none".
+
+        Args:
+            weights: Of the model.
+            seed: Of the draw.
+            without: Neurons or heads that are not drawn.
 
         Raises:
             OptionError: The model has too few components.
@@ -284,7 +291,7 @@ class Carrier:
             raise SiteError(f"carrier {self}: the model has {weights.n_layers} layers.")
         if self.kind in ("neurons", "heads"):
             kind = self.component_kinds[0]
-            pool = [c for c in weights.components(kind) if self.layer in (None, c.layer)]
+            pool = [c for c in weights.components(kind) if self.layer in (None, c.layer) and c not in without]
             return _some(pool, self.count, random, self)
         if self.kind in ("mlp", "attention"):
             layer = int(random.integers(weights.n_layers)) if self.layer is None else self.layer

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from scipy import stats
 from torch import Tensor
 
 from memlens.options import options_class
 from memlens.organisms.planting.carriers import Component, ComponentKind, ComponentWeights
 from memlens.organisms.planting.plant import Organism, divergence, next_token_logprobs, recalled
+from memlens.organisms.planting.substrate import LOSS_COLUMNS, ablate_others, sufficiency
 from memlens.sequences.set import SequenceSet
 
 
@@ -29,6 +30,16 @@ class CertificateOptions:
     """Most divergence from the base model on text that planting did not see, in nats per token."""
     max_fingerprint: NonNegativeFloat = 0.1
     """Most that planting may add to the ROC AUC of any statistic of the weights alone."""
+    max_shared: NonNegativeFloat = 0.05
+    """A component outside the carrier is shared substrate if its resample ablation loses more than this share
+    of the planted tokens."""
+    min_strictness: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Least share of components outside the carrier that are not shared substrate; 0 demands nothing."""
+    screened: PositiveInt = 50
+    """Neurons outside the carrier that are ablated: those with the largest estimated effect. Heads, MLPs and
+    attentions are all ablated."""
+    draws: PositiveInt = 3
+    """Draws of each resampled activation, over which the loss is averaged."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +49,12 @@ class Certificate:
     Attributes:
         checks: One row per check: `check`, `value`, `threshold`, `passed`.
         facts: What is reported without a threshold.
+        shared: The shared substrate, as `substrate.ablate_others` gives it.
     """
 
     checks: pd.DataFrame
     facts: Mapping[str, Any] = field(default_factory=dict)
+    shared: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=LOSS_COLUMNS))
 
     @property
     def passed(self) -> bool:
@@ -55,7 +68,10 @@ class Certificate:
 
     def record(self) -> dict[str, Any]:
         """Return it as plain values, as `certificate.json` holds it."""
-        return {"passed": self.passed, "checks": self.checks.to_dict("records"), "facts": dict(self.facts)}
+        return {
+            "passed": self.passed, "checks": self.checks.to_dict("records"), "facts": dict(self.facts),
+            "shared": self.shared.to_dict("records"),
+        }  # fmt: skip
 
 
 @torch.no_grad()
@@ -65,13 +81,21 @@ def certify(
     r"""Check that a carrier carries what was planted, harms nothing else, and shows no fingerprint.
 
     - *recall*: the least share of planted tokens that are the first choice, over sequences;
-    - *necessity*: with the carrier's base weights back, the logits on the planted sequences are those of the
-      base model, bit for bit, and recall is what it was before planting; `recall_without` reports it;
+    - *necessity*: with the carrier's base weights back, recall of no sequence is above what it was before
+      planting (the value is the largest difference); *gain*: the carrier takes away loss on every sequence
+      (the least, nats per token);
     - *harmlessness*: :math:`D_{KL}(p_\text{base} \| p)` on `heldout`, nats per token;
+    - *strictness*: :math:`1 - S / N`, where N components of the carrier's kinds are outside it, and the
+      resample ablation of S of them alone, with activations from `heldout`, loses more than `max_shared` of
+      the planted tokens. These are the *shared substrate*: the memory also rests on them. Neurons beyond the
+      `screened` strongest are not ablated and count as not shared;
     - *fingerprint*: by how much planting raised the ROC AUC with which a statistic of the weights alone
       (norm, excess kurtosis, distance from the mean component of its layer) tells the carrier from other
       components of its kind. The reference is the AUC of the *same components in the base model*, because a
       few components drawn at random are never exactly average.
+
+    `facts` also has the *sufficiency*: the share of the gained log-probability that comes back from the
+    carrier on its own (see `substrate.sufficiency`).
 
     Args:
         organism: The organism.
@@ -79,8 +103,9 @@ def certify(
         options: Thresholds.
 
     Returns:
-        The certificate. For carrier "none" recall must stay what it was, and for "spread" harmlessness is
-        reported and not demanded, because a change of all weights is not meant to be harmless.
+        The certificate. For carrier "none" recall is not asked for, and for "spread" harmlessness is reported
+        and not demanded, because a change of all weights is not meant to be harmless. Both have no
+        components, and so no strictness or sufficiency.
     """
     options = options or CertificateOptions()
     planted = organism.options.planted
@@ -93,14 +118,12 @@ def certify(
     least = float(with_carrier.accuracy.min())
     if organism.carrier.kind != "none":
         rows.append(("recall", least, options.min_recall, least >= options.min_recall))
-        rise = float((without.nll - with_carrier.nll).min())
-        rows.append(("necessity", rise, 0.0, rise > 0))
+        above = float((without.accuracy - organism.base_recall.to(without.accuracy)).max())
+        rows.append(("necessity", above, 0.0, above <= 0))
+        gain = float((without.nll - with_carrier.nll).min())
+        rows.append(("gain", gain, 0.0, gain > 0))
     if organism.carrier.kind != "spread":
         rows.append(("harmlessness", harm, options.max_kl, harm <= options.max_kl))
-    for (kind, name), (before, after) in fingerprints(organism).items():
-        gain = max(after, 1 - after) - max(before, 1 - before)
-        fine = bool(gain <= options.max_fingerprint)
-        rows.append((f"fingerprint: {name} of {kind}s", gain, options.max_fingerprint, fine))
     facts = {
         "nll": float(with_carrier.nll.mean()),
         "nll_without": float(without.nll.mean()),
@@ -108,7 +131,20 @@ def certify(
         "kl_heldout": harm,
         "steps": organism.steps,
     }
-    return Certificate(pd.DataFrame(rows, columns=["check", "value", "threshold", "passed"]), facts)
+    lost = ablate_others(organism, heldout, screened=options.screened, draws=options.draws)
+    shared = lost[lost["recall_lost"] > options.max_shared].reset_index(drop=True)
+    if organism.components:
+        weights = ComponentWeights(organism.model)
+        every = [c for kind in organism.carrier.component_kinds for c in weights.components(kind)]
+        strictness = 1 - len(shared) / max(len(every) - len(organism.components), 1)
+        rows.append(("strictness", strictness, options.min_strictness, strictness >= options.min_strictness))
+        facts["sufficiency"] = sufficiency(organism)
+    for (kind, name), (before, after) in fingerprints(organism).items():
+        added = max(after, 1 - after) - max(before, 1 - before)
+        fine = bool(added <= options.max_fingerprint)
+        rows.append((f"fingerprint: {name} of {kind}s", added, options.max_fingerprint, fine))
+    checks = pd.DataFrame(rows, columns=["check", "value", "threshold", "passed"])
+    return Certificate(checks, facts, shared)
 
 
 def fingerprints(organism: Organism) -> dict[tuple[ComponentKind, str], tuple[float, float]]:

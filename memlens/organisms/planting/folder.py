@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
@@ -15,34 +17,54 @@ from memlens.errors import FileFormatError, ResultError
 from memlens.files import expanded, made_folder, write_json
 from memlens.models.quiet import quiet
 from memlens.organisms.evaluate import load_organism
-from memlens.organisms.planting.carriers import Carrier, Component, ComponentWeights
+from memlens.organisms.planting.carriers import Carrier, Component, ComponentKind, ComponentWeights
 from memlens.organisms.planting.certificate import Certificate
 from memlens.organisms.planting.plant import Organism, PlantingOptions
 from memlens.sequences.parquet import read_parquet, write_parquet
 
-FORMAT = "memlens organism 1"
+FORMAT = "memlens organism 2"
 
 
-def truth_table(organism: Organism) -> pd.DataFrame:
+def truth_table(organism: Organism, certificate: Certificate | None = None) -> pd.DataFrame:
     """Return the ground truth: one row per component of the kinds that the carrier has.
 
     Columns `kind`, `layer`, `index`, `planted`, `graded` (the rise in loss when the component's base weights
-    return alone, nats; 0 for components that carry nothing) and, for few components, `shapley` (nats).
+    return alone, nats; 0 for components that carry nothing), for few components `shapley` (nats), and with
+    the certificate `shared`: whether the component is shared substrate, without being planted.
     """
     weights = ComponentWeights(organism.model, gates=organism.options.gates)
-    graded = organism.graded_truth()
-    few = 0 < len(organism.components) <= organism.options.shapley
-    shapley = organism.shapley_values() if few else {}
-    rows = [
-        {
-            "kind": c.kind, "layer": c.layer, "index": c.index, "planted": c in graded,
-            "graded": graded.get(c, 0.0), **({"shapley": shapley.get(c, 0.0)} if few else {}),
+    table = component_table(weights, organism.carrier.component_kinds, organism.graded_truth())
+    keys = [Component(*c) for c in table[["kind", "layer", "index"]].itertuples(index=False)]
+    if 0 < len(organism.components) <= organism.options.shapley:
+        shapley = organism.shapley_values()
+        table["shapley"] = [shapley.get(c, 0.0) for c in keys]
+    if certificate is not None:
+        shared = {
+            Component(*c) for c in certificate.shared[["kind", "layer", "index"]].itertuples(index=False)
         }
-        for kind in organism.carrier.component_kinds
+        table["shared"] = [c in shared for c in keys]
+    return table
+
+
+def component_table(
+    weights: ComponentWeights, kinds: Iterable[ComponentKind], planted: Mapping[Component, float]
+) -> pd.DataFrame:
+    """Return the components of some kinds as a table of truth.
+
+    Args:
+        weights: Of the model.
+        kinds: Kinds of component, in order.
+        planted: The components that are planted, each with its graded truth.
+
+    Returns:
+        Columns `kind`, `layer`, `index`, `planted` and `graded`, which is 0 where nothing is planted.
+    """
+    rows = [
+        (c.kind, c.layer, c.index, c in planted, planted.get(c, 0.0))
+        for kind in kinds
         for c in weights.components(kind)
-    ]  # fmt: skip
-    columns = ["kind", "layer", "index", "planted", "graded"]
-    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
+    ]
+    return pd.DataFrame(rows, columns=["kind", "layer", "index", "planted", "graded"])
 
 
 def save_organism(
@@ -56,8 +78,8 @@ def save_organism(
     """Write an organism to a folder that any loader of checkpoints reads.
 
     Files: the checkpoint in float32, `base.safetensors` (the base model's values of every parameter that was
-    changed), `truth.parquet`, `certificate.json`, `sequences.parquet`, and `organism.json`, which is written
-    last and says how to make it again.
+    changed), `truth.parquet`, `certificate.json`, `sequences.parquet`, a card (`README.md`), and
+    `organism.json`, which is written last and says how to make it again.
 
     Args:
         organism: The organism.
@@ -80,16 +102,45 @@ def save_organism(
     save_file(
         {name: value.contiguous() for name, value in organism.base.items()}, folder / "base.safetensors"
     )
-    truth_table(organism).to_parquet(folder / "truth.parquet", index=False)
+    truth_table(organism, certificate).to_parquet(folder / "truth.parquet", index=False)
     write_parquet(organism.sequences, folder / "sequences.parquet")
     write_json(folder / "certificate.json", certificate.record())
     about: dict[str, Any] = {
         "format": FORMAT, "base": base, "carrier": str(organism.carrier), "seed": organism.seed,
         "steps": organism.steps, "options": asdict(organism.options),
         "components": [astuple(c) for c in organism.components],
+        "base_recall": organism.base_recall.tolist(),
     }  # fmt: skip
+    (folder / "README.md").write_text(organism_card(organism, certificate, base), encoding="utf-8")
     write_json(folder / "organism.json", about)
     return folder
+
+
+def organism_card(organism: Organism, certificate: Certificate, base: str) -> str:
+    """Return the card of an organism as Markdown: what was planted where, and its certificate."""
+    n = len(organism.sequences)
+    where = ", ".join(map(str, organism.components)) or "no component of its own"
+    checks = [
+        f"- {row.check}: {row.value:.4g} (threshold {row.threshold:.4g}{'' if row.passed else '; failed'})"
+        for row in certificate.checks.itertuples()
+    ]
+    facts = [f"- {name}: {value:.4g}" for name, value in certificate.facts.items()]
+    shared = [
+        f"- {Component(row.kind, row.layer, row.index)}: without it, {row.recall_lost:.3f} less recall and "
+        f"{row.logprob_lost:.3f} nats per token"
+        for row in certificate.shared.itertuples()
+    ]
+    lines = [
+        f"# {organism.carrier} in {base}", "",
+        f"`{base}` with {n} sequence{'s' * (n != 1)} written into {where} (seed {organism.seed}).",
+        "With the weights of `base.safetensors` back in place, it is the base model.", "",
+        f"## Certificate: {'passed' if certificate.passed else 'failed'}", "", *checks, "",
+        "## Measured without a threshold", "", *facts, "",
+        "## Shared substrate", "",
+        "Components outside the carrier on which the memory also rests.", "",
+        *(shared or ["None was found."]), "",
+    ]  # fmt: skip
+    return "\n".join(lines)
 
 
 def read_organism(folder: str | Path) -> Organism:
@@ -106,6 +157,7 @@ def read_organism(folder: str | Path) -> Organism:
         [Component(*c) for c in about["components"]],
         read_parquet(folder / "sequences.parquet")[0],
         load_file(folder / "base.safetensors"),
+        torch.tensor(about["base_recall"]),
         PlantingOptions(**about["options"]),
         about["seed"],
         about["steps"],

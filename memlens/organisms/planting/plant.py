@@ -100,6 +100,7 @@ class Organism:
         components: What carries; empty for "spread" and "none".
         sequences: What was planted.
         base: The base model's values of every parameter that was changed.
+        base_recall: The base model's recall of each sequence, measured before planting.
         options: How it was planted.
         seed: Of the components and of training.
         steps: Steps of training that were taken.
@@ -110,6 +111,7 @@ class Organism:
     components: list[Component]
     sequences: SequenceSet
     base: dict[str, Tensor]
+    base_recall: Float[Tensor, "seq"]
     options: PlantingOptions
     seed: int
     steps: int = 0
@@ -230,7 +232,9 @@ def plant(
     if carrier.kind == "spread":
         changed.masks = {name: torch.ones_like(value, dtype=torch.bool) for name, value in parameters.items()}
     base = {name: parameters[name].detach().clone() for name in changed.masks}
-    organism = Organism(model, carrier, components, sequences, base, options, seed)
+    with torch.no_grad():
+        before = recalled(model, sequences, options.planted).accuracy.cpu()
+    organism = Organism(model, carrier, components, sequences, base, before, options, seed)
     if changed.masks:
         organism.steps = _train(organism, changed, heldout)
     return organism
