@@ -16,7 +16,7 @@ import xarray as xr
 
 from memlens.errors import OptionError, ResultError, check_option, near_matches
 from memlens.files import expanded, replacing
-from memlens.results.statistics.intervals import by_group, mean_interval
+from memlens.results.statistics.intervals import by_group, interval_method, mean_intervals
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -185,16 +185,21 @@ class Result:
         dims = [dim] if isinstance(dim, str) else list(dim)
         if "sequence" not in dims:
             raise OptionError(f"dim={dim!r} lacks 'sequence': intervals are over sequences, not over sites.")
-        options = {"level": level, "method": method, "n_resamples": n_resamples, "seed": seed}
-        means: dict[str, xr.DataArray] = {}
+        options = {"level": level, "n_resamples": n_resamples, "seed": seed}
+        arrays: dict[str, xr.DataArray] = {}
         for name in self._chosen(metric, of):
             array = self.effect(name) if of == "effect" else self[name]
             inner = [extra for extra in dims if extra != "sequence" and extra in array.dims]
-            array = array.mean(inner, keep_attrs=True) if inner else array
-            summary = (
-                mean_interval(array, **options) if group is None else self._grouped(array, group, options)
-            )
-            means[name] = summary.rename(n=f"n_{name}")
+            arrays[name] = array.mean(inner, keep_attrs=True) if inner else array
+
+        def intervals(rows: Any = slice(None)) -> list[xr.DataArray]:
+            chosen = [array.isel(sequence=rows, missing_dims="ignore") for array in arrays.values()]
+            return mean_intervals(chosen, methods=methods, **options)
+
+        # One method for all groups, or their bands could not be compared.
+        methods = [interval_method(array.values, method) for array in arrays.values()]
+        found = intervals() if group is None else by_group(self[group], intervals)
+        means = {name: own.rename(n=f"n_{name}") for name, own in zip(arrays, found, strict=True)}
         attrs = {**self.data.attrs, "of": of, "level": level, "n_sequences": self.data.sizes["sequence"]}
         return xr.Dataset(means, attrs=attrs)
 
@@ -207,11 +212,6 @@ class Result:
         if not names:
             raise ResultError(f"no metric of this {self.kind} result has a baseline: an effect needs one.")
         return names
-
-    def _grouped(self, array: xr.DataArray, group: str, options: dict[str, Any]) -> xr.DataArray:
-        if options["method"] == "auto":  # one method for all groups, or their bands could not be compared
-            options = {**options, "method": mean_interval(array, **options).attrs["interval_method"]}
-        return by_group(self[group], lambda own: mean_interval(array.isel(sequence=own), **options))
 
     def plot(self, metric: str | None = None, **options: Any) -> go.Figure:
         """Return the figure of this kind of result; it is not shown.

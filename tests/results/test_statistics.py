@@ -9,7 +9,8 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 from memlens.errors import OptionError, ResultError
-from memlens.results.statistics.intervals import bootstrap_means, is_binary, mean_interval, quantile_interval
+from memlens.results.statistics.intervals import is_binary, mean_interval, quantile_interval
+from memlens.results.statistics.resampling import bootstrap_means
 
 
 def _array(values: np.ndarray) -> xr.DataArray:

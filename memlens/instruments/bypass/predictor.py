@@ -26,7 +26,7 @@ from memlens.results.plots.layers import plot_layer_lines
 from memlens.results.readings import read_predictor
 from memlens.results.result import Result
 from memlens.results.statistics.agreement import rank_correlation, standard_interval
-from memlens.results.statistics.intervals import bootstrap_means
+from memlens.results.statistics.resampling import bootstrap_means
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.labels import make_result

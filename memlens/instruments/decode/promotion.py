@@ -19,6 +19,7 @@ from torch import Tensor
 from memlens.errors import ResultError, check_option
 from memlens.results.result import Result
 from memlens.results.statistics.intervals import mean_interval, rows_by_group
+from memlens.results.statistics.resampling import resampled_sums
 
 NEAR_RANK = 10
 """Largest zero-based rank that counts as near the top."""
@@ -181,18 +182,17 @@ def _boundary(
     """
     on_top, there = (rank == 0).sum(-1), np.isfinite(rank).sum(-1)  # [seq, layer]
     n = len(rank)
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
-    value = _first_majority(np.ones((1, n)), on_top, there)[0]
+    value = _first_majority(on_top.sum(0, keepdims=True), there.sum(0, keepdims=True))[0]
     tails = [(1 - level) / 2, (1 + level) / 2]
-    resampled = _first_majority(draws, on_top, there)
+    resampled = _first_majority(*resampled_sums([on_top, there], n_resamples, seed))
     low, high = np.quantile(resampled, tails, method="inverted_cdf") if n > 1 else (np.inf, np.inf)
     found = np.array([value, low, high], dtype=float)
     return np.where(np.isfinite(found), found, np.nan)
 
 
-def _first_majority(weights: np.ndarray, on_top: np.ndarray, there: np.ndarray) -> Float[np.ndarray, " draw"]:
-    """First layer at which more than half of the weighted targets are at the top; infinity if none."""
-    reached = 2 * (weights @ on_top) > weights @ there
+def _first_majority(on_top: np.ndarray, there: np.ndarray) -> Float[np.ndarray, " draw"]:
+    """First layer at which more than half of the targets are at the top; infinity if none."""
+    reached = 2 * on_top > there
     return np.where(reached.any(1), reached.argmax(1), np.inf)
 
 

@@ -16,7 +16,8 @@ from memlens.forward.metrics import MetricLike, metric_names
 from memlens.instruments.screen.instruments import INSTRUMENTS, screen_of
 from memlens.results.result import Result
 from memlens.results.statistics.agreement import rank_correlation, share_interval, standard_interval
-from memlens.results.statistics.intervals import bootstrap_means, check_level, mean_interval
+from memlens.results.statistics.intervals import check_level, mean_interval
+from memlens.results.statistics.resampling import bootstrap_means
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.run import sweep
 

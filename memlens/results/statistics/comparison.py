@@ -9,7 +9,8 @@ import xarray as xr
 
 from memlens.errors import ResultError, check_option
 from memlens.results.result import Result
-from memlens.results.statistics.intervals import bootstrap_means, quantile_interval, weighted_means
+from memlens.results.statistics.intervals import quantile_interval
+from memlens.results.statistics.resampling import bootstrap_means, weighted_means
 
 
 def compare_groups(

@@ -15,6 +15,9 @@ from scipy import stats
 from memlens.results.result import Result
 from memlens.results.statistics.intervals import FEWEST, mean_interval, ratio_interval
 
+_DRAWN = 2**22
+"""Values of all resamples of a median that are held at a time."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -159,5 +162,6 @@ def median_estimate(values: Float[np.ndarray, "seq"], *, seed: int = 0) -> Estim
         return Estimate(value, value, value, n)
     rng = np.random.default_rng(seed)
     options: dict[str, Any] = {"method": "percentile", "n_resamples": 2000, "vectorized": True, "rng": rng}
+    options["batch"] = max(1, _DRAWN // n)
     found = stats.bootstrap((values,), np.median, **options).confidence_interval
     return Estimate(value, float(found.low), float(found.high), n)

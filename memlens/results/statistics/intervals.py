@@ -2,14 +2,13 @@
 
 Sequences are the unit of resampling: two values of one sequence (at two layers, or two target tokens) are not
 independent, so other dimensions are averaged within each sequence first. NaN means "not measured" and is
-skipped. All methods are vectorized over sites: a bootstrap is one matrix product of resampling weights
-`[resample, sequence]` with the values `[sequence, site]`. `restored_share`, a ratio of sums over all
-sequences, is also here.
+skipped. All methods are vectorized over sites; the resamples of a bootstrap are those of `resampling`.
+`restored_share`, a ratio of sums over all sequences, is also here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from jaxtyping import Int
 from scipy import stats
 
 from memlens.errors import OptionError, ResultError, check_option
+from memlens.results.statistics.resampling import bootstrap_means, resampled_sums
 
 if TYPE_CHECKING:
     from memlens.results.result import Result
@@ -59,9 +59,10 @@ def mean_interval(
 ) -> xr.DataArray:
     """Return mean, low and high over `dim`, on a new first dimension `statistic`.
 
-    Methods: `bootstrap` is the percentile bootstrap over sequences; `wilson` is Wilson's score interval of a
-    proportion and needs 0/1 values; `t` is Student's interval of a mean; `auto` takes `wilson` where all
-    values are 0 or 1 and `bootstrap` elsewhere. With fewer than `FEWEST` values low and high are NaN.
+    Methods: `bootstrap` is the percentile bootstrap over sequences (for more than 10,000, with Poisson
+    weights: see `resampling`); `wilson` is Wilson's score interval of a proportion and needs 0/1 values; `t`
+    is Student's interval of a mean; `auto` takes `wilson` where all values are 0 or 1 and `bootstrap`
+    elsewhere. With fewer than `FEWEST` values low and high are NaN.
 
     Args:
         values: Numeric or boolean array with the dimension `dim`; NaN is skipped.
@@ -83,30 +84,66 @@ def mean_interval(
         >>> mean_interval(hits).round(2).values.tolist()
         [0.75, 0.3, 0.95]
     """
-    check_option("method", method, METHODS)
+    return mean_intervals([values], dim, methods=[method], level=level, n_resamples=n_resamples, seed=seed)[0]
+
+
+def mean_intervals(
+    arrays: Sequence[xr.DataArray],
+    dim: str = "sequence",
+    *,
+    methods: Sequence[str],
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> list[xr.DataArray]:
+    """Return `mean_interval` of several arrays over the same units, each by its method.
+
+    They share their resamples, which are drawn once.
+    """
     check_level(level)
-    if dim not in values.dims:
-        raise ResultError(
-            f"{values.name or 'the array'} has no dimension {dim!r}: its dimensions are {values.dims}."
-        )
-    values = values.transpose(dim, ...)
-    sites = int(np.prod(values.shape[1:]))
-    table = np.asarray(values.values, dtype=np.float64).reshape(values.sizes[dim], sites)
-    if method == "auto":
-        method = "wilson" if is_binary(table) else "bootstrap"
+    tables: list[np.ndarray] = []
+    for values, method in zip(arrays, methods, strict=True):
+        check_option("method", method, METHODS)
+        if dim not in values.dims:
+            raise ResultError(
+                f"{values.name or 'the array'} has no dimension {dim!r}: its dimensions are {values.dims}."
+            )
+        table = np.asarray(values.transpose(dim, ...).values, dtype=np.float64)
+        tables.append(table.reshape(len(table), int(np.prod(table.shape[1:]))))
+    methods = [interval_method(table, method) for table, method in zip(tables, methods, strict=True)]
+    drawn = [table for table, method in zip(tables, methods, strict=True) if method == "bootstrap"]
+    bootstraps = iter(_bootstrap(drawn, level, n_resamples, seed) if drawn else [])
+    found: list[xr.DataArray] = []
+    for values, table, method in zip(arrays, tables, methods, strict=True):
+        ends = next(bootstraps) if method == "bootstrap" else _INTERVALS[method](table, level)
+        attrs = {"interval_method": method, "level": level}
+        found.append(_labeled(values.transpose(dim, ...), table, ends, attrs))
+    return found
+
+
+def interval_method(values: np.ndarray, method: str = "auto") -> str:
+    """Return the method that `mean_interval` uses for these values: what `auto` stands for."""
+    if method != "auto":
+        return method
+    return "wilson" if is_binary(values) else "bootstrap"
+
+
+def _labeled(values: xr.DataArray, table: np.ndarray, ends: Ends, attrs: dict[str, Any]) -> xr.DataArray:
+    """Return mean, low and high of `[unit, site]`, the table of the values, with the sites' coordinates."""
+    dim = values.dims[0]
     n = np.isfinite(table).sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.where(np.isfinite(table), table, 0.0).sum(0) / n
-    low, high = _INTERVALS[method](table, n, mean, level, n_resamples, seed)
+    low, high = ends
     interval = mean, np.where(n < FEWEST, np.nan, low), np.where(n < FEWEST, np.nan, high)
     per_unit = [name for name, coord in values.coords.items() if dim in coord.dims]
-    first = values.drop_vars(per_unit).sum(dim)  # only its shape and the sites' coordinates are used
+    first = values.drop_vars(per_unit)[:1].sum(dim)  # only its shape and the sites' coordinates are used
     out = xr.DataArray(
         np.stack(interval).reshape(3, *first.shape),
         dims=("statistic", *first.dims),
         coords={**first.coords, "statistic": list(STATISTICS)},
         name=values.name,
-        attrs={**values.attrs, "interval_method": method, "level": level},
+        attrs={**values.attrs, **attrs},
     )
     return out.assign_coords(n=(first.dims, n.reshape(first.shape)))
 
@@ -148,7 +185,6 @@ def ratio_interval(
     part, whole = (array.where(both).transpose(*both.dims) for array in (part, whole))
     rows = part.sizes[dim]
     above, below = (np.nan_to_num(array.values.reshape(rows, -1)) for array in (part, whole))
-    weights = _resamples(rows, n_resamples, seed)
     low, high = np.full((2, above.shape[1]), np.nan)
     n = both.sum(dim)
     few = n.values.reshape(-1) < FEWEST
@@ -156,8 +192,8 @@ def ratio_interval(
         ratio = above.sum(0) / below.sum(0)
         ratio = np.where(np.isfinite(ratio), ratio, np.nan)
         for own in _blocks(above.shape[1], n_resamples):
-            sums = weights @ below[:, own]
-            samples = (weights @ above[:, own]) / sums
+            parts, sums = resampled_sums([above[:, own], below[:, own]], n_resamples, seed)
+            samples = parts / sums
             low[own], high[own] = quantile_interval(np.where(np.isfinite(samples), samples, np.nan), level)
             least, most = quantile_interval(sums, level)
             ratio[own] = np.where((least <= 0) & (most >= 0) & ~few[own], np.nan, ratio[own])
@@ -189,25 +225,14 @@ def rows_by_group(labels: xr.DataArray) -> dict[Any, np.ndarray]:
     return {key: np.flatnonzero(same == key) for key in keys}
 
 
-def by_group(labels: xr.DataArray, interval: Callable[[np.ndarray], xr.DataArray]) -> xr.DataArray:
-    """Return an interval for the rows of each group, along a dimension with the name of the labels."""
+def by_group(
+    labels: xr.DataArray, intervals: Callable[[np.ndarray], Sequence[xr.DataArray]]
+) -> list[xr.DataArray]:
+    """Return intervals for the rows of each group, along a dimension with the name of the labels."""
     rows = rows_by_group(labels)
     groups = pd.Index(list(rows), name=labels.name)
-    return xr.concat([interval(own) for own in rows.values()], groups, combine_attrs="override", coords=["n"])
-
-
-def bootstrap_means(table: np.ndarray, n_resamples: int, seed: int | np.random.Generator) -> np.ndarray:
-    """Return the mean of each column under `n_resamples` resamples of the rows: `[resample, site]`.
-
-    A resample with no value of a column (all NaN) gives NaN there.
-    """
-    return weighted_means(_resamples(table.shape[0], n_resamples, seed), table)
-
-
-def _resamples(rows: int, n_resamples: int, seed: int | np.random.Generator) -> np.ndarray:
-    """Return how often each row occurs in each resample, as floats: `[resample, row]`."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(rows, np.full(rows, 1 / rows), size=n_resamples).astype(np.float64)
+    parts = zip(*(intervals(own) for own in rows.values()), strict=True)
+    return [xr.concat(part, groups, combine_attrs="override", coords=["n"]) for part in parts]
 
 
 def _blocks(sites: int, n_resamples: int) -> Iterator[slice]:
@@ -215,16 +240,6 @@ def _blocks(sites: int, n_resamples: int) -> Iterator[slice]:
     block = max(1, _BLOCK_BYTES // (8 * n_resamples))
     for start in range(0, sites, block):
         yield slice(start, start + block)
-
-
-def weighted_means(weights: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Return the NaN-skipping weighted mean of each column of `table`: `[len(weights), site]`."""
-    present = np.isfinite(table)
-    filled = np.where(present, table, 0.0)
-    totals = weights @ filled
-    counts = weights.sum(1, keepdims=True) if present.all() else weights @ present.astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return totals / counts
 
 
 def quantile_interval(samples: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
@@ -268,30 +283,38 @@ def halves(n: int, seed: int) -> tuple[Int[np.ndarray, "a"], Int[np.ndarray, "b"
 Ends = tuple[np.ndarray, np.ndarray]
 
 
-def _bootstrap(
-    table: np.ndarray, n: np.ndarray, mean: np.ndarray, level: float, n_resamples: int, seed: int
-) -> Ends:
-    low, high = np.full((2, table.shape[1]), np.nan)
-    for part in _blocks(table.shape[1] if table.shape[0] else 0, n_resamples):
-        low[part], high[part] = quantile_interval(bootstrap_means(table[:, part], n_resamples, seed), level)
-    return low, high
+def _bootstrap(tables: Sequence[np.ndarray], level: float, n_resamples: int, seed: int) -> list[Ends]:
+    """Return the ends for each table `[unit, site]`; all of them are resampled together."""
+    edges = np.cumsum([0, *(table.shape[1] for table in tables)])
+    low, high = np.full((2, edges[-1]), np.nan)
+    for part in _blocks(edges[-1] if len(tables[0]) else 0, n_resamples):
+        inside = [
+            table[:, max(part.start - first, 0) : max(part.stop - first, 0)]
+            for table, first in zip(tables, edges[:-1], strict=True)
+        ]
+        samples = bootstrap_means(np.concatenate(inside, axis=1), n_resamples, seed)
+        low[part], high[part] = quantile_interval(samples, level)
+    return list(zip(np.split(low, edges[1:-1]), np.split(high, edges[1:-1]), strict=True))
 
 
-def _wilson(table: np.ndarray, n: np.ndarray, mean: np.ndarray, level: float, *_: int) -> Ends:
-    if not is_binary(table) and np.isfinite(table).any():
+def _wilson(table: np.ndarray, level: float) -> Ends:
+    present = np.isfinite(table)
+    if not is_binary(table) and present.any():
         raise OptionError("method='wilson' needs values that are all 0 or 1: use method='bootstrap'.")
-    hits = np.where(np.isfinite(table), table, 0.0).sum(0)
-    return wilson_interval(hits, np.maximum(n, 1), level)
+    return wilson_interval(np.where(present, table, 0.0).sum(0), np.maximum(present.sum(0), 1), level)
 
 
-def _student(table: np.ndarray, n: np.ndarray, mean: np.ndarray, level: float, *_: int) -> Ends:
-    squares = np.where(np.isfinite(table), (table - mean) ** 2, 0.0).sum(0)
+def _student(table: np.ndarray, level: float) -> Ends:
+    present = np.isfinite(table)
+    n = present.sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(present, table, 0.0).sum(0) / n
+        squares = np.where(present, (table - mean) ** 2, 0.0).sum(0)
         half = stats.t.ppf((1 + level) / 2, n - 1) * np.sqrt(squares / (n - 1) / n)
     return mean - half, mean + half
 
 
-_INTERVALS = {"bootstrap": _bootstrap, "wilson": _wilson, "t": _student}
+_INTERVALS = {"wilson": _wilson, "t": _student}
 
 
 def restorable_metric(result: Result) -> str | None:
@@ -366,9 +389,9 @@ def restored_share(
     if group is None:
         share = ratio_interval(part, whole, **options)
     else:
-        share = by_group(
+        (share,) = by_group(
             result[group],
-            lambda own: ratio_interval(part.isel(sequence=own), whole.isel(sequence=own), **options),
+            lambda own: [ratio_interval(part.isel(sequence=own), whole.isel(sequence=own), **options)],
         )
     attrs = {**result.data.attrs, "metric": name, "n_sequences": result.data.sizes["sequence"]}
     return xr.Dataset({"restored_share": share.rename(n="n_restored_share")}, attrs=attrs)

@@ -13,7 +13,8 @@ from jaxtyping import Float
 
 from memlens.errors import ResultError
 from memlens.results.result import Result
-from memlens.results.statistics.intervals import bootstrap_means, check_level, quantile_interval
+from memlens.results.statistics.intervals import check_level, quantile_interval
+from memlens.results.statistics.resampling import bootstrap_means
 
 Table = Float[np.ndarray, "resample site"]
 Means = Mapping[str, Table]

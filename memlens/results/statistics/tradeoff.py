@@ -23,7 +23,8 @@ from memlens.results.kinds import register_kind
 from memlens.results.plots.tasks import plot_frontier
 from memlens.results.readings import read_frontier
 from memlens.results.result import Result
-from memlens.results.statistics.intervals import bootstrap_means, quantile_interval, wilson_interval
+from memlens.results.statistics.intervals import quantile_interval, wilson_interval
+from memlens.results.statistics.resampling import bootstrap_means
 from memlens.results.statistics.tasks import TaskTables, task_tables
 
 OVER: tuple[str, ...] = get_args(TaskCost)

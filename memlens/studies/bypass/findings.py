@@ -16,7 +16,8 @@ from memlens.report.model import Finding
 from memlens.results.groups import layers_label, quartiles
 from memlens.results.result import Result
 from memlens.results.statistics.estimates import Estimate, chosen_site, mean_estimate, share_estimate
-from memlens.results.statistics.intervals import bootstrap_means, quantile_interval
+from memlens.results.statistics.intervals import quantile_interval
+from memlens.results.statistics.resampling import bootstrap_means
 from memlens.results.statistics.tasks import task_tables
 from memlens.results.statistics.tradeoff import Tradeoff, removed_share
 from memlens.studies.bypass.options import BypassOptions

@@ -29,7 +29,8 @@ from memlens.results.readings import read_effects
 from memlens.results.result import Result
 from memlens.results.statistics.agreement import rank_correlation, standard_interval
 from memlens.results.statistics.comparison import compare_groups
-from memlens.results.statistics.intervals import bootstrap_means, mean_interval
+from memlens.results.statistics.intervals import mean_interval
+from memlens.results.statistics.resampling import bootstrap_means
 from memlens.results.statistics.tradeoff import join_frontier
 from memlens.sequences.set import SequenceSet
 from memlens.studies.bypass import findings as find

@@ -9,7 +9,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from memlens.results.statistics.estimates import Estimate, share_estimate
-from memlens.results.statistics.intervals import bootstrap_means
+from memlens.results.statistics.resampling import bootstrap_means
 from memlens.studies.comparative.analyze.rates import against_null, drawn_estimate
 from memlens.studies.comparative.options import DEFAULTS, STRUCTURAL, ComparativeOptions
 

@@ -17,7 +17,7 @@ from scipy import stats
 
 from memlens.errors import OptionError, ResultError
 from memlens.results.statistics.agreement import rank_correlation
-from memlens.results.statistics.intervals import bootstrap_means
+from memlens.results.statistics.resampling import bootstrap_means
 from memlens.studies.comparative.analyze.rates import against_null, central
 from memlens.studies.comparative.options import DEFAULTS, ComparativeOptions
 

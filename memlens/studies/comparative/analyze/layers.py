@@ -15,7 +15,8 @@ from jaxtyping import Float
 
 from memlens.results.result import Result
 from memlens.results.statistics.estimates import Estimate, mean_estimate
-from memlens.results.statistics.intervals import bootstrap_means, mean_interval, rows_by_group
+from memlens.results.statistics.intervals import mean_interval, rows_by_group
+from memlens.results.statistics.resampling import bootstrap_means
 from memlens.studies.comparative.analyze.domains import resampled_rates, shares_of, structural_share
 from memlens.studies.comparative.analyze.rates import drawn_estimate
 from memlens.studies.comparative.options import CONTROL, DEFAULTS, MEMORIZED, ComparativeOptions

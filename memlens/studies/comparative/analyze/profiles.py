@@ -20,7 +20,7 @@ from scipy.spatial.distance import squareform
 
 from memlens.errors import ResultError, check_option
 from memlens.results.statistics.estimates import Estimate
-from memlens.results.statistics.intervals import bootstrap_means
+from memlens.results.statistics.resampling import bootstrap_means
 from memlens.studies.comparative.analyze.heads import top_set
 from memlens.studies.comparative.analyze.rates import against_null, central
 from memlens.studies.comparative.options import DEFAULTS, ComparativeOptions, ProfileKind, Similarity
