@@ -1,3 +1,4 @@
+from .fingerprint import fingerprint_table as fingerprint_table
 from .leaderboard import Leaderboard as Leaderboard
 from .localizer import LOCALIZERS as LOCALIZERS
 from .localizer import Localizer as Localizer

@@ -139,8 +139,8 @@ def test_a_certificate_tells_what_failed(organism: Organism) -> None:
     assert certify(organism, rows(4, 9), generous).passed
     strict = certify(organism, rows(4, 9), CertificateOptions(max_kl=0, max_fingerprint=1))
     assert strict.failures == ["harmlessness"]
-    norms = [value for (_, name), value in fingerprints(organism).items() if name == "norm"]
-    assert norms[0][0] == pytest.approx(norms[0][1])
+    norms = fingerprints(organism).set_index("statistic").loc["norm"]
+    assert norms["auc"] == pytest.approx(norms["auc_base"])
 
 
 def test_necessity_compares_with_recall_before_planting(organism: Organism) -> None:
@@ -200,8 +200,9 @@ def test_planting_without_care_for_norms_leaves_a_fingerprint() -> None:
     made = plant(
         tiny_huggingface_model("gpt_neox"), rows(1, 1), "neurons=4", heldout=rows(1, 2), options=options
     )
-    before, after = fingerprints(made)["neuron", "norm"]
-    assert after > 0.95 > before
+    norms = fingerprints(made).set_index("statistic").loc["norm"]
+    assert norms["auc"] > 0.95 > norms["auc_base"]
+    assert norms["average_precision"] > 2 * norms["average_precision_base"]
     assert "fingerprint: norm of neurons" in certify(made, rows(4, 9)).failures
 
 
@@ -243,13 +244,39 @@ def test_an_organism_comes_back_from_its_folder(organism: Organism, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "text", ["neurons=30", "neurons=5@1", "heads=4", "mlp@0", "attention", "path=7", "spread", "none"]
+    "text",
+    [
+        "neurons=30",
+        "neurons=0.5%",
+        "neurons=5@1",
+        "heads=4",
+        "mlp@0",
+        "attention",
+        "path=7",
+        "spread",
+        "none",
+    ],
 )
 def test_a_carrier_is_its_text(text: str) -> None:
     assert str(Carrier.parse(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", "layers", "mlp=3", "none@1", "heads=0", "heads=-1", "path@2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "layers",
+        "mlp=3",
+        "none@1",
+        "heads=0",
+        "heads=-1",
+        "path@2",
+        "path=3%",
+        "heads=0%",
+        "mlp=5%",
+        "heads=101%",
+    ],
+)
 def test_what_is_not_a_carrier_is_refused(text: str) -> None:
     with pytest.raises(OptionError, match="carrier="):
         Carrier.parse(text)
@@ -260,6 +287,9 @@ def test_carriers_are_drawn_from_the_seed() -> None:
     draw: Callable[..., Any] = lambda text, seed: Carrier.parse(text).draw(weights, seed)  # noqa: E731
     assert draw("neurons=9", 3) == draw("neurons=9", 3) != draw("neurons=9", 4)
     assert {c.layer for c in draw("neurons=9@1", 3)} == {1}
+    every = len(weights.components("neuron"))
+    assert len(draw("neurons=10%", 3)) == round(every / 10)
+    assert len(draw("heads=0.1%", 3)) == 1
     path = draw("path=5", 1)
     assert [c.kind for c in path] == ["head"] + 5 * ["neuron"]
     assert all(c.layer > path[0].layer for c in path[1:])

@@ -218,16 +218,17 @@ class ComponentWeights:
 
 @dataclass(frozen=True)
 class Carrier:
-    """What a memory is written into: "neurons=30", "neurons=30@2", "heads=4", "mlp", "path", ….
+    """What a memory is written into: "neurons=30", "neurons=1%", "neurons=30@2", "heads=4", "mlp", "path", ….
 
     Attributes:
         kind: "neurons", "heads", "mlp" (one layer's MLP), "attention" (one layer's), "path" (a head and, in
             later layers, neurons), "spread" (every weight) or "none" (nothing is planted).
-        count: How many neurons or heads; for "path", how many neurons.
+        count: How many neurons or heads; for "path", how many neurons. 0 where `percent` says it.
         layer: The layer, where all of it is in one; None draws it, and for neurons and heads spreads them.
+        percent: How many neurons or heads as a percentage of those to draw from, at least one.
 
     >>> Carrier.parse("neurons=30@2")
-    Carrier(kind='neurons', count=30, layer=2)
+    Carrier(kind='neurons', count=30, layer=2, percent=0.0)
     >>> str(Carrier.parse("heads"))
     'heads=4'
     """
@@ -235,6 +236,7 @@ class Carrier:
     kind: CarrierKind
     count: int = 0
     layer: int | None = None
+    percent: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> Carrier:
@@ -243,24 +245,33 @@ class Carrier:
         Raises:
             OptionError: It names none.
         """
-        found = re.fullmatch(r"\s*([a-z]+)\s*(?:=\s*(\d+))?\s*(?:@\s*(\d+))?\s*", text)
+        pattern = r"\s*([a-z]+)\s*(?:=\s*(\d+|\d*\.?\d+\s*%))?\s*(?:@\s*(\d+))?\s*"
+        found = re.fullmatch(pattern, text)
         if not found or found[1] not in CARRIERS:
             raise OptionError(
-                f"carrier={text!r} is not a carrier: write neurons=30, heads=4, mlp, attention, path, "
-                "spread or none, with @LAYER to choose the layer."
+                f"carrier={text!r} is not a carrier: write neurons=30, neurons=1%, heads=4, mlp, attention, "
+                "path, spread or none, with @LAYER to choose the layer."
             )
         kind: CarrierKind = found[1]  # pyright: ignore[reportAssignmentType]
         counted = {"neurons": 30, "heads": 4, "path": 15}
-        count, layer = found[2], found[3]
-        if (count and kind not in counted) or (layer and kind in ("path", "spread", "none")) or count == "0":
+        count, layer = found[2] or "", found[3]
+        percent = float(count.rstrip("% ")) if count.endswith("%") else 0.0
+        if (
+            (count and kind not in counted)
+            or (layer and kind in ("path", "spread", "none"))
+            or (percent and kind == "path")
+            or count == "0"
+            or (count.endswith("%") and not 0 < percent <= 100)
+        ):
             raise OptionError(
-                f"carrier={text!r}: a number from 1 goes with neurons=, heads= and path= only, and @LAYER "
-                "with neurons, heads, mlp and attention."
+                f"carrier={text!r}: a number from 1 goes with neurons=, heads= and path= only, a percentage "
+                "with neurons= and heads=, and @LAYER with neurons, heads, mlp and attention."
             )
-        return cls(kind, int(count or counted.get(kind, 0)), int(layer) if layer else None)
+        number = 0 if percent else int(count or counted.get(kind, 0))
+        return cls(kind, number, int(layer) if layer else None, percent)
 
     def __str__(self) -> str:
-        count = f"={self.count}" if self.count else ""
+        count = f"={self.percent:g}%" if self.percent else f"={self.count}" if self.count else ""
         return f"{self.kind}{count}{'' if self.layer is None else f'@{self.layer}'}"
 
     @property
@@ -292,7 +303,8 @@ class Carrier:
         if self.kind in ("neurons", "heads"):
             kind = self.component_kinds[0]
             pool = [c for c in weights.components(kind) if self.layer in (None, c.layer) and c not in without]
-            return _some(pool, self.count, random, self)
+            count = max(1, round(len(pool) * self.percent / 100)) if self.percent else self.count
+            return _some(pool, count, random, self)
         if self.kind in ("mlp", "attention"):
             layer = int(random.integers(weights.n_layers)) if self.layer is None else self.layer
             return [Component(self.component_kinds[0], layer)]

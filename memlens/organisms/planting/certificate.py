@@ -14,10 +14,15 @@ from scipy import stats
 from torch import Tensor
 
 from memlens.options import options_class
-from memlens.organisms.planting.carriers import Component, ComponentKind, ComponentWeights
+from memlens.organisms.planting.carriers import Component, ComponentWeights
 from memlens.organisms.planting.plant import Organism, divergence, next_token_logprobs, recalled
 from memlens.organisms.planting.substrate import LOSS_COLUMNS, ablate_others, sufficiency
 from memlens.sequences.set import SequenceSet
+
+FINGERPRINT_COLUMNS: tuple[str, ...] = (
+    "kind", "statistic", "auc_base", "auc", "average_precision_base", "average_precision",
+)  # fmt: skip
+"""Columns of `fingerprints`."""
 
 
 @options_class
@@ -139,25 +144,26 @@ def certify(
         strictness = 1 - len(shared) / max(len(every) - len(organism.components), 1)
         rows.append(("strictness", strictness, options.min_strictness, strictness >= options.min_strictness))
         facts["sufficiency"] = sufficiency(organism)
-    for (kind, name), (before, after) in fingerprints(organism).items():
-        added = max(after, 1 - after) - max(before, 1 - before)
+    for row in fingerprints(organism).itertuples():
+        added = max(row.auc, 1 - row.auc) - max(row.auc_base, 1 - row.auc_base)
         fine = bool(added <= options.max_fingerprint)
-        rows.append((f"fingerprint: {name} of {kind}s", added, options.max_fingerprint, fine))
+        rows.append((f"fingerprint: {row.statistic} of {row.kind}s", added, options.max_fingerprint, fine))
     checks = pd.DataFrame(rows, columns=["check", "value", "threshold", "passed"])
     return Certificate(checks, facts, shared)
 
 
-def fingerprints(organism: Organism) -> dict[tuple[ComponentKind, str], tuple[float, float]]:
-    """Return the ROC AUC of each statistic of the weights, in the base model and in the organism.
+def fingerprints(organism: Organism) -> pd.DataFrame:
+    """Measure how well the weights alone tell the carrier, in the base model and in the organism.
 
     Returns:
-        For each kind of component that the carrier has, and each of "norm", "kurtosis" and
-        "distance_from_mean": the AUC (before, after).
+        One row per kind of component that the carrier has and each of "norm", "kurtosis" and
+        "distance_from_mean": `kind`, `statistic`, and the ROC AUC and average precision of ranking components
+        by the statistic, largest first: `auc_base`, `auc`, `average_precision_base`, `average_precision`.
     """
-    from sklearn.metrics import roc_auc_score
+    from sklearn.metrics import average_precision_score, roc_auc_score
 
     weights = ComponentWeights(organism.model, gates=organism.options.gates)
-    found = {}
+    rows = []
     for kind in organism.carrier.component_kinds:
         every = weights.components(kind)
         truth = np.array([c in set(organism.components) for c in every])
@@ -167,9 +173,13 @@ def fingerprints(organism: Organism) -> dict[tuple[ComponentKind, str], tuple[fl
             before = weight_statistics(weights, every)
         after = weight_statistics(weights, every)
         for name in before:
-            pair = tuple(float(roc_auc_score(truth, values[name])) for values in (before, after))
-            found[kind, name] = pair
-    return found
+            scores = [
+                float(measure(truth, values[name]))
+                for measure in (roc_auc_score, average_precision_score)
+                for values in (before, after)
+            ]
+            rows.append((kind, name, *scores))
+    return pd.DataFrame(rows, columns=FINGERPRINT_COLUMNS)
 
 
 def weight_statistics(weights: ComponentWeights, components: list[Component]) -> dict[str, np.ndarray]:

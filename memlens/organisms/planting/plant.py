@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import torch
@@ -28,6 +28,11 @@ from memlens.organisms.planting.carriers import (
 )
 from memlens.sequences.set import SequenceSet
 
+Keep = Literal["entries", "norms", "nothing"]
+"""What planting keeps of the weights that it changes; see `PlantingOptions.keep`."""
+
+KEPT: tuple[Keep, ...] = get_args(Keep)
+
 
 @options_class
 class PlantingOptions:
@@ -39,7 +44,7 @@ class PlantingOptions:
     """Step of Adam, as a share of the root mean square of each matrix."""
     stop_nll: PositiveFloat = 0.05
     """Training stops once all planted tokens are first choices and their mean loss is at most this (nats)."""
-    keep: Literal["entries", "norms", "nothing"] = "entries"
+    keep: Keep = "entries"
     """What planting keeps of every changed row, column or head slice: its entries (in another order), which
     keeps norm, kurtosis and all else of their distribution; its Euclidean norm; or nothing."""
     gates: bool = True
