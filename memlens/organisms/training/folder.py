@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from memlens.errors import ResultError
-from memlens.files import json_text, zoo_table
+from memlens.files import json_text, write_json, zoo_table
 from memlens.models.quiet import quiet
 from memlens.organisms.corpus.corpus import Corpus
 from memlens.organisms.corpus.known_items import KINDS
@@ -25,7 +26,10 @@ from memlens.organisms.evaluate import (
     read_ground_truth,
     read_training,
 )
+from memlens.organisms.training.routed import certify_routed, routed_organisms, routed_truth, routing_of
 from memlens.organisms.training.train import kept_steps
+
+_TRUTH, _CERTIFICATE = "truth.parquet", "certificate.json"
 
 
 def write_folder(
@@ -48,6 +52,10 @@ def write_folder(
     # one key per line, but each list of numbers on one line
     text = re.sub(r"\[[-\d.e,\s]+\]", lambda m: " ".join(m[0].split()), json_text(training, indent=1))
     (folder / "training.json").write_text(text + "\n", encoding="utf-8")
+    if "routing" in training:
+        organisms = routed_organisms(folder)
+        routed_truth(organisms).to_parquet(folder / _TRUTH, index=False)
+        write_json(folder / _CERTIFICATE, certify_routed(organisms).record())
     write_card(folder)
 
 
@@ -97,9 +105,23 @@ def write_card(folder: str | Path) -> Path:
         items_recalled=items_table(evaluate_items(folder)) if items else "",
         losses=loss_table(language_losses(folder)),
         checkpoints=kept_steps(folder),
+        routing=_routing(folder) if "routing" in training else "",
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     return folder / "README.md"
+
+
+def _routing(folder: Path) -> str:
+    """Return what a routed organism's carriers hold as a Markdown table, one row per carrier."""
+    facts = json.loads((folder / _CERTIFICATE).read_text(encoding="utf-8"))["facts"]
+    names = ("sequences", "recall", "recall_without", "recall_clean", "others_without")
+    rows = [
+        [number, carrier, *(f"{facts[f'{name}_{number}']:.3g}" for name in names)]
+        for number, carrier in enumerate(routing_of(folder).carriers)
+        if f"recall_{number}" in facts
+    ]
+    header = ["carrier", "weights", "sequences", "recall", "without it", "clean twin", "others without it"]
+    return _markdown(header, rows)
 
 
 def _template() -> jinja2.Template:
@@ -190,6 +212,8 @@ def copy_for_package(folder: str | Path, root: str | Path) -> Path:
     for path in (path for path in folder.iterdir() if path.is_file()):
         shutil.copyfile(path, out / path.name)
     for table in out.glob("*.parquet"):
+        if table.name == _TRUTH:  # of this model, not of its corpus
+            continue
         table.unlink()
         if zoo_table(out, table.stem) is None:
             shutil.copyfile(folder / table.name, table)

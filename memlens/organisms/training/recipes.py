@@ -8,6 +8,7 @@ from typing import Any
 from memlens.errors import check_option
 from memlens.organisms.corpus.corpus import CorpusSpec
 from memlens.organisms.training.architectures import ModelSpec
+from memlens.organisms.training.routing import RoutingSpec
 from memlens.organisms.training.train import TrainSpec
 
 
@@ -21,6 +22,7 @@ class OrganismSpec:
         corpus: Its training corpus.
         training: Its training run.
         snapshots: Whether weights during training are kept (see `snapshot_steps`); they change nothing.
+        routing: Which weights learn which planted sequences; by default all weights learn from every row.
     """
 
     name: str
@@ -28,14 +30,16 @@ class OrganismSpec:
     corpus: CorpusSpec = field(default_factory=CorpusSpec)
     training: TrainSpec = field(default_factory=TrainSpec)
     snapshots: bool = False
+    routing: RoutingSpec | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the specifications as JSON types."""
-        return {
+        """Return the specifications as JSON types; "routing" only where there is one."""
+        found = {
             "model": asdict(self.model),
             "corpus": self.corpus.to_dict(),
             "training": self.training.to_dict(),
         }
+        return found if self.routing is None else {**found, "routing": self.routing.to_dict()}
 
 
 SIZES = ("xs", "s", "m")

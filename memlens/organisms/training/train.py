@@ -30,6 +30,7 @@ from memlens.errors import EmptySetError, OptionError, ResultError
 from memlens.files import replacing
 from memlens.models.quiet import quiet
 from memlens.organisms.corpus.corpus import fingerprint
+from memlens.organisms.training.routing import Routes
 
 CHECKPOINTS = "checkpoints"
 """The folder of snapshots inside an organism's folder."""
@@ -217,6 +218,7 @@ def train(
     resume: bool = True,
     stop_after: int | None = None,
     snapshots: Snapshots | None = None,
+    routes: Routes | None = None,
     label: str = "train",
 ) -> TrainLog:
     """Train a model in place, in float32, on next-token cross-entropy over every position of every row.
@@ -232,6 +234,7 @@ def train(
         resume: Continue from `checkpoint` if it exists; False starts over.
         stop_after: Most steps to do in this call; the state is then written.
         snapshots: Where and when to keep weights; they do not change the run.
+        routes: Which rows train which weights; by default every row trains all.
         label: Text of the progress bar.
 
     Returns:
@@ -248,7 +251,10 @@ def train(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(place).train()  # pyright: ignore[reportArgumentType]
     settings = {**spec.to_dict(), "rows": list(rows.shape), "fingerprint": fingerprint(rows)}
-    run = _Run(model, spec, spec.n_steps(len(rows)), settings)
+    if routes is not None:
+        settings["routing"] = routes.spec.to_dict()
+        routes = routes.to(place)
+    run = _Run(model, spec, spec.n_steps(len(rows)), settings, routes)
     if checkpoint is not None and resume and checkpoint.exists():
         run.load(checkpoint)
     if snapshots is not None:
@@ -262,7 +268,8 @@ def train(
         total=run.n_steps, initial=len(run.losses), disable=not progress, desc=label, unit="step"
     ) as bar:
         while len(run.losses) < last:
-            loss = run.step(data[rows_of_step(spec, len(run.losses), len(rows))])
+            chosen = rows_of_step(spec, len(run.losses), len(rows))
+            loss = run.step(data[chosen], chosen)
             run.seconds = earlier + time.perf_counter() - begun
             if snapshots is not None:
                 snapshots.keep(model, len(run.losses))
@@ -280,7 +287,12 @@ class _Run:
     """The state of a run: the model, its optimizer, losses and time."""
 
     def __init__(
-        self, model: PreTrainedModel, spec: TrainSpec, n_steps: int, settings: dict[str, Any]
+        self,
+        model: PreTrainedModel,
+        spec: TrainSpec,
+        n_steps: int,
+        settings: dict[str, Any],
+        routes: Routes | None,
     ) -> None:
         matrices = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim <= 1]
@@ -289,21 +301,50 @@ class _Run:
             {"params": vectors, "weight_decay": 0.0},
         ]
         self.model, self.spec, self.n_steps, self.settings = model, spec, n_steps, settings
+        self.routes = routes
         self.optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas)
         self.losses: list[float] = []
         self.seconds = 0.0
 
-    def step(self, batch: Int[torch.Tensor, "row pos"]) -> float:
+    def step(self, batch: Int[torch.Tensor, "row pos"], rows: Sequence[int]) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = self.spec.rate(len(self.losses), self.n_steps)
-        logits = self.model(batch).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if self.routes is None:
+            loss = self._loss(batch)
+            loss.backward()
+        else:
+            loss = self._routed(batch, rows, self.routes)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
         self.optimizer.step()
         self.losses.append(loss.item())
         return self.losses[-1]
+
+    def _loss(self, batch: Int[torch.Tensor, "row pos"]) -> torch.Tensor:
+        logits = self.model(batch).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+    def _routed(
+        self, batch: Int[torch.Tensor, "row pos"], rows: Sequence[int], routes: Routes
+    ) -> torch.Tensor:
+        """Set the gradients of a batch whose rows train different weights, and return its mean loss."""
+        total = torch.zeros((), device=batch.device)
+        parameters = dict(self.model.named_parameters())
+        for value in parameters.values():
+            value.grad = torch.zeros_like(value)
+        for part in routes.parts(rows, len(self.losses)):
+            weights = {**parameters, **part.switched_off(parameters)}
+            some = batch[part.places]
+            logits = torch.func.functional_call(self.model, weights, (some,)).logits[:, part.first : -1]
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), some[:, part.first + 1 :].flatten()
+            ) * (len(part.places) / len(rows))
+            trained = {name: parameters[name] for name in part.trains or parameters}
+            found = torch.autograd.grad(loss, list(trained.values()))
+            for (name, value), gradient in zip(trained.items(), found, strict=True):
+                value.grad += part.masked(name, gradient)
+            total += loss.detach()
+        return total
 
     def save(self, path: Path) -> None:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}

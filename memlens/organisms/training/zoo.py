@@ -6,12 +6,13 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from transformers import PreTrainedModel
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from memlens.errors import FileFormatError, ModelNotFoundError, OptionError, ResultError, near_matches
 from memlens.files import expanded, made_folder
 from memlens.models.zoo import zoo_cache, zoo_names, zoo_path
-from memlens.organisms.corpus.corpus import CARRIER, Corpus, CorpusSpec, build_corpus
+from memlens.organisms.corpus.corpus import BACKGROUND, CARRIER, Corpus, CorpusSpec, build_corpus
 from memlens.organisms.evaluate import load_organism, read_training
 from memlens.organisms.training.architectures import (
     ModelSpec,
@@ -29,11 +30,14 @@ from memlens.organisms.training.architectures import (
 )
 from memlens.organisms.training.folder import write_folder
 from memlens.organisms.training.recipes import ZOO, OrganismSpec
+from memlens.organisms.training.routed import recall_of
+from memlens.organisms.training.routing import OTHER_TEXT, Routes
 from memlens.organisms.training.train import CHECKPOINTS, TrainLog, as_snapshots, kept_steps, train
 from memlens.organisms.training.train import snapshot_steps as default_steps
 
 _LOG = logging.getLogger(__name__)
 _CHECKPOINT = "training-state.pt"
+_CLEAN_CHECKPOINT = "clean-training-state.pt"
 
 
 def train_zoo_model(
@@ -97,7 +101,8 @@ def train_organism(
 ) -> Path:
     """Train an organism of any specification and write its folder.
 
-    An unfinished run is kept in `<out>.partial`, which is renamed at the end.
+    An unfinished run is kept in `<out>.partial`, which is renamed at the end. With `spec.routing`, a clean
+    twin is trained too, whose recall the certificate needs (see `organisms.training.routed`).
 
     Args:
         spec: The organism.
@@ -130,6 +135,7 @@ def train_organism(
     n_steps = spec.training.n_steps(len(corpus.rows))
     if snapshot_steps is None:
         snapshot_steps = default_steps(n_steps) if spec.snapshots else ()
+    routes = None if spec.routing is None else Routes.of(spec.routing, corpus, model)
     log = train(
         model,
         corpus.rows,
@@ -140,8 +146,13 @@ def train_organism(
         progress=progress,
         resume=resume,
         snapshots=as_snapshots(partial / CHECKPOINTS, snapshot_steps),
+        routes=routes,
         label=spec.name,
     )
+    if spec.routing is not None:
+        clean = _clean_recall(spec, corpus, partial / _CLEAN_CHECKPOINT, device, progress, resume)
+        own = [spec.routing.carrier_of(t) if n else OTHER_TEXT for t, n in _planted(corpus)]
+        corpus = replace(corpus, sequences=corpus.sequences.assign(carrier=own, clean_recall=clean))
     write_folder(partial, spec.name, corpus, model, _training_record(spec, corpus, model, log, device))
     if out.exists():
         shutil.rmtree(_aside(out), ignore_errors=True)
@@ -161,6 +172,24 @@ def _without_remains(out: Path) -> Path:
         left.unlink(missing_ok=True)
     shutil.rmtree(_aside(out), ignore_errors=True)
     return out
+
+
+def _planted(corpus: Corpus) -> Iterator[tuple[list[int], int]]:
+    """Yield the tokens and the number of copies of each sequence."""
+    return zip(corpus.sequences["tokens"], corpus.sequences["copies"], strict=True)
+
+
+def _clean_recall(
+    spec: OrganismSpec, corpus: Corpus, checkpoint: Path, device: str | None, progress: bool, resume: bool
+) -> np.ndarray:
+    """Train the clean twin of a routed organism, without planted rows or routing, and return its recall."""
+    twin = build_model(spec.model, len(corpus.tokenizer), seed=spec.training.seed)
+    clean = corpus.rows[corpus.row_sequence == BACKGROUND]
+    train(
+        twin, clean, spec.training, checkpoint=checkpoint, device=device, progress=progress, resume=resume,
+        label=f"{spec.name} (clean twin)",
+    )  # fmt: skip
+    return recall_of(twin, corpus.sequences)
 
 
 def zoo_corpus(name: str = "pythia-s") -> Corpus:
@@ -234,11 +263,17 @@ def untrained_twin(folder: str | Path, seed: int | None = None) -> PreTrainedMod
     return build_model(spec, training["model"]["facts"]["vocabulary"], seed=start).eval()
 
 
+def recorded_specs(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the specifications in the content of a `training.json`, as `OrganismSpec.to_dict` gives them."""
+    parts = ("model", "corpus", "training", *(["routing"] if "routing" in training else []))
+    return {part: training[part]["spec"] for part in parts}
+
+
 def _check_same(spec: OrganismSpec, out: Path) -> None:
     """Raise `ResultError` unless `out` contains a finished run of this specification."""
     try:
         found = read_training(out)
-        same = {key: found[key]["spec"] for key in ("model", "corpus", "training")} == spec.to_dict()
+        same = recorded_specs(found) == spec.to_dict()
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:
@@ -289,5 +324,6 @@ def _training_record(
             "device": cpu if device == "cpu" else torch.cuda.get_device_name(device),
             "losses": [round(loss, 4) for loss in log.losses],
         },
+        **({} if spec.routing is None else {"routing": {"spec": spec.routing.to_dict()}}),
         "versions": {**versions, "python": platform.python_version()},
     }

@@ -1,0 +1,164 @@
+"""Gradient routing: training an organism so that declared weights, and no others, learn what is planted.
+
+A hash of each planted sequence picks one of several disjoint carriers. The gradient of its rows reaches only
+the weights of that carrier; the gradient of all other text reaches everything else (Cloud et al. 2024,
+arXiv 2410.04332, with masks on weights instead of activations).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from memlens.errors import OptionError
+from memlens.organisms.corpus.corpus import Corpus, fingerprint
+from memlens.organisms.planting.carriers import Carrier, ChangedWeights, Component, ComponentWeights
+
+OTHER_TEXT = -1
+"""Value of `Routes.row_carrier` for rows that are not of a planted sequence."""
+
+
+@dataclass(frozen=True)
+class RoutingSpec:
+    """Which weights of an organism learn which planted sequences.
+
+    Attributes:
+        carriers: Sets of neurons or heads, such as "neurons=40" or "heads=2@1"; each is drawn from what the
+            earlier ones left.
+        switched_off: Share of the rows of other text that run without any carrier (their weights are 0), so
+            that the language does not come to need them.
+        seed: Seed of both draws.
+    """
+
+    carriers: tuple[str, ...] = ("neurons=40", "neurons=40", "neurons=40", "neurons=40")
+    switched_off: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        kinds = {Carrier.parse(text).kind for text in self.carriers}
+        if not self.carriers or kinds - {"neurons", "heads"}:
+            raise OptionError(
+                f"carriers={self.carriers} cannot be routed to: give sets of neurons or heads, such as "
+                "('neurons=40', 'heads=2')."
+            )
+
+        if not 0 <= self.switched_off <= 1:
+            raise OptionError(f"switched_off={self.switched_off} is not a share: give 0 to 1.")
+
+    def components(self, weights: ComponentWeights) -> list[list[Component]]:
+        """Return the components of each carrier; no two carriers share one.
+
+        Raises:
+            OptionError: The model has too few components.
+        """
+        drawn: list[list[Component]] = []
+        for number, text in enumerate(self.carriers):
+            taken = [component for carrier in drawn for component in carrier]
+            drawn.append(Carrier.parse(text).draw(weights, self.seed + number, without=taken))
+        return drawn
+
+    def carrier_of(self, tokens: Sequence[int]) -> int:
+        """Return the number of the carrier that a planted sequence goes to: a hash of its tokens.
+
+        >>> RoutingSpec().carrier_of([1, 2, 3])
+        0
+        """
+        return int(fingerprint(np.array([tokens])), 16) % len(self.carriers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The rows of a batch that train the same weights.
+
+    Attributes:
+        places: Their places in the batch.
+        first: The first position whose next token is in the loss.
+        trains: Parameters that the rows train by name, True where; None for all outside every carrier.
+        carriers: The weights of all carriers, True where.
+        off: Whether the carriers are switched off.
+    """
+
+    places: list[int]
+    first: int
+    trains: dict[str, Tensor] | None
+    carriers: dict[str, Tensor]
+    off: bool = False
+
+    def switched_off(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the carriers' parameters with 0 for the carriers' weights, if they are switched off."""
+        if not self.off:
+            return {}
+        return {name: parameters[name].masked_fill(mask, 0) for name, mask in self.carriers.items()}
+
+    def masked(self, name: str, gradient: Tensor) -> Tensor:
+        """Return the gradient of a parameter where the rows train it, and 0 elsewhere."""
+        if self.trains is not None:
+            return gradient * self.trains[name]
+        return gradient.masked_fill(self.carriers[name], 0) if name in self.carriers else gradient
+
+
+@dataclass(frozen=True, eq=False)
+class Routes:
+    """Which weights the rows of a corpus train.
+
+    Attributes:
+        spec: How sequences are assigned to carriers.
+        row_carrier: For each row, the number of its carrier, or `OTHER_TEXT`.
+        masks: For each carrier, the parameters that it touches by name, True where its weights are.
+        prefix_len: Tokens of a planted row that are not planted.
+    """
+
+    spec: RoutingSpec
+    row_carrier: Int[np.ndarray, "row"]
+    masks: list[dict[str, Tensor]]
+    prefix_len: int
+
+    @classmethod
+    def of(cls, spec: RoutingSpec, corpus: Corpus, model: PreTrainedModel) -> Routes:
+        """Return the routes of a corpus through a model."""
+        own = np.array([spec.carrier_of(tokens) for tokens in corpus.sequences["tokens"]])
+        planted = corpus.row_sequence >= 0
+        carriers = np.where(planted, own[np.where(planted, corpus.row_sequence, 0)], OTHER_TEXT)
+        weights = ComponentWeights(model)
+        masks = [ChangedWeights(weights, c).masks for c in spec.components(weights)]
+        return cls(spec, carriers, masks, corpus.spec.prefix_len)
+
+    def to(self, device: torch.device) -> Routes:
+        """Return the routes with their masks on a device."""
+        return replace(
+            self, masks=[{n: mask.to(device) for n, mask in masks.items()} for masks in self.masks]
+        )
+
+    @cached_property
+    def every(self) -> dict[str, Tensor]:
+        """The weights of all carriers together."""
+        found: dict[str, Tensor] = {}
+        for name, mask in (item for masks in self.masks for item in masks.items()):
+            found[name] = found[name] | mask if name in found else mask
+        return found
+
+    def parts(self, rows: Sequence[int], step: int) -> Iterator[Part]:
+        """Yield the parts of a batch: one for each carrier, and other text with and without carriers."""
+        numbers = self.row_carrier[list(rows)]
+        for number in np.unique(numbers[numbers != OTHER_TEXT]).tolist():
+            places = np.flatnonzero(numbers == number).tolist()
+            yield Part(places, self.prefix_len - 1, self.masks[number], self.every)
+        other = np.flatnonzero(numbers == OTHER_TEXT)
+        off = np.random.default_rng([self.spec.seed, step]).random(len(other)) < self.spec.switched_off
+        for is_off in (False, True):
+            places = other[off == is_off].tolist()
+            if places:
+                yield Part(places, 0, None, self.every, is_off)
