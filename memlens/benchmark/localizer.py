@@ -12,7 +12,8 @@ A function in a module of an installed package registers itself through the entr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +28,11 @@ Scores = Float[np.ndarray, "sequence layer index"]
 
 
 class ScoreFunction(Protocol):
-    """What a localizer computes; it sees neither the truth nor the model without the memory."""
+    """What a localizer computes; it does not see the truth.
+
+    The model without the memory is seen only by a function that declares it (`Localizer.twin`) and takes it
+    as a further keyword, `twin`.
+    """
 
     def __call__(
         self, model: Any, sequences: SequenceSet, *, component: ComponentKind, others: SequenceSet, seed: int
@@ -57,6 +62,8 @@ class Localizer:
         specific: Whether it is cheap enough to be run on other sequences too, which gives the variants "less
             others" and "z-scored".
         cites: Key of its publication in the bibliography.
+        twin: Whether it needs the model without the memory, which an auditor rarely has; the function gets it
+            as `twin`. Such a method is measured where there is a twin, and never recommended.
     """
 
     name: str
@@ -66,6 +73,19 @@ class Localizer:
     control: bool = False
     specific: bool = True
     cites: str = ""
+    twin: bool = False
+
+    def given(self, twin: Any) -> Localizer:
+        """Return the localizer with the model without the memory, if it needs one.
+
+        Where it needs one and `twin` is None, it ranks no components.
+        """
+        if not self.twin:
+            return self
+        if twin is None:
+            return replace(self, components=())
+        score: Any = self.score
+        return replace(self, score=partial(score, twin=twin), twin=False)
 
     def __call__(
         self,
@@ -79,12 +99,16 @@ class Localizer:
         """Return one score per sequence and component; see `ScoreFunction`.
 
         Raises:
-            OptionError: It does not rank components of this kind.
+            OptionError: It does not rank components of this kind, or it needs a twin and was not `given` one.
             ResultError: It gave scores of another shape, or NaN.
         """
         if component not in self.components:
             raise OptionError(
                 f"{self.name} does not rank {component}: it ranks {', '.join(self.components)}."
+            )
+        if self.twin:
+            raise OptionError(
+                f"{self.name} needs the model without the memory: use the localizer that given(twin) returns."
             )
         found = np.asarray(
             self.score(model, sequences, component=component, others=others, seed=seed), dtype=np.float64
@@ -109,6 +133,7 @@ def localizer(
     control: bool = False,
     specific: bool = True,
     cites: str = "",
+    twin: bool = False,
 ) -> Callable[[ScoreFunction], ScoreFunction]:
     """Register a function as a localizer; see `Localizer` for the arguments.
 
@@ -120,7 +145,7 @@ def localizer(
             raise OptionError(f"component {kind!r}: choose from {', '.join(COMPONENT_KINDS)}.")
 
     def register(score: ScoreFunction) -> ScoreFunction:
-        LOCALIZERS.add(name, Localizer(name, tuple(components), score, cost, control, specific, cites))
+        LOCALIZERS.add(name, Localizer(name, tuple(components), score, cost, control, specific, cites, twin))
         return score
 
     return register

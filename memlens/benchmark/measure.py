@@ -64,7 +64,7 @@ def measure_organism(
         specific: dict[str, np.ndarray] = {}
         costs: dict[str, float] = {}
         for name in names:
-            method = LOCALIZERS[name]
+            method = LOCALIZERS[name].given(twin)
             if component not in method.components:
                 continue
             start = time.perf_counter()

@@ -1,4 +1,19 @@
-"""Gradient estimates of ablations and patches: every component from a few passes."""
+r"""Gradient estimates of ablations and patches: every component from a few passes.
+
+Each score estimates the change of the mean target log-probability when a component's activation :math:`a`
+becomes :math:`a'`: :math:`(a' - a) \cdot g`, summed over positions, with the sign that makes it larger where
+recall depends on the component. :math:`g` is the gradient
+
+- "gate gradient": in the run on the sequence, with :math:`a' = 0`;
+- "gate gradient to the mean": the same, with :math:`a'` the mean over `others`;
+- "integrated gradients": on average over 8 points between :math:`a` and :math:`a' = 0`, layer by layer;
+- "attribution patching (noising)": in the run on the sequence, with :math:`a'` from a corrupted prefix. This
+  is NAP, node attribution patching, in MIB (Mueller et al., arXiv 2504.13151);
+- "attribution patching (denoising)": the reverse, in the run on the corrupted prefix;
+- "integrated gradients over the inputs (noising)" and "integrated gradients of the patch (noising)": on
+  average over 8 points between the two inputs, or between :math:`a` and :math:`a'` layer by layer. These are
+  MIB's NAP-IG, over inputs and over activations.
+"""
 
 from __future__ import annotations
 
@@ -76,5 +91,9 @@ for _direction in ("noising", "denoising"):
     )(_from_corrupted(_direction, "attribution_patching", "site"))  # fmt: skip
 localizer(
     "integrated gradients over the inputs (noising)", components=_ALL, cost="8 forward and backward passes",
-    cites="hanna2024",
+    cites="mueller2025",
 )(_from_corrupted("noising", "integrated_gradients", "embedding"))  # fmt: skip
+localizer(
+    "integrated gradients of the patch (noising)", components=_ALL, cost="8 passes from each layer on",
+    cites="mueller2025",
+)(_from_corrupted("noising", "integrated_gradients", "site"))  # fmt: skip
