@@ -1,4 +1,4 @@
-"""Another package adds metrics, families, instruments, figures, readers and studies: the example does."""
+"""Another package adds what memlens knows by name, from metrics to studies: the example does."""
 
 from __future__ import annotations
 
@@ -72,6 +72,13 @@ print(type(bars).__name__, len(bars.y) == len(effect), bool(abs(bars.y - effect)
 print(scaled.plot("top10").layout.yaxis.title.text)
 print(reading(scaled))
 """
+A_LOCALIZER = """
+import memlens as ml
+model = ml.load_model("zoo/pythia-xs")
+seqs = ml.load_sequences("zoo", model)[:6]
+scores = ml.benchmark.LOCALIZERS["size of addition"](model, seqs[:2], component="layer_mlp", others=seqs[2:])
+print(scores.shape, bool((scores > 0).all()))
+"""
 HELP = """
 import sys
 from memlens import cli
@@ -98,6 +105,14 @@ def test_names_are_known_and_an_instrument_gives_a_kind_with_figure_and_reading(
     assert lines[0] == "Bar True True"
     assert lines[1] == "targets in the top 10 (share of tokens)"
     assert "layer" in lines[2]
+
+
+def test_a_localizer_is_listed_and_ranks(installed: Path, tmp_path: Path) -> None:
+    listed = json.loads(_run(["-m", "memlens", "benchmark", "localizers", "--json"], installed, tmp_path))
+    (own,) = (row for row in listed if row["localizer"] == "size of addition")
+    assert own["components"] == "layer_mlp, layer_attention"
+    scored = _run(["-c", A_LOCALIZER], installed, tmp_path).split()
+    assert scored == ["(2,", "4,", "1)", "True"]
 
 
 def test_a_study_has_a_command(installed: Path, tmp_path: Path) -> None:
