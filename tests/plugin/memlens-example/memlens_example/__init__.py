@@ -1,1 +1,1 @@
-"""An example of a package that extends memlens: a metric, an instrument, a figure, a reader, a localizer and a study."""
+"""An example of a package that extends memlens, with one module per thing that can be added."""
