@@ -10,12 +10,16 @@ from scipy.stats import rankdata
 
 MEASURES: Mapping[str, str] = {
     "average_precision": "average precision",
+    "average_precision_carrying": "average precision, planted components that carry nothing left out",
     "recall_at_k": "recall at k, the number planted",
     "roc_auc": "area under the ROC curve",
     "ndcg": "NDCG against the graded truth",
     "layer_hit": "the first layer is a planted one",
 }
 """What is measured of a ranking, with words for each."""
+
+CARRYING = 0.05
+"""Planted components that carry less than this share of what the largest carries, carry nothing."""
 
 
 def score_ranking(
@@ -26,7 +30,9 @@ def score_ranking(
     r"""Compare a ranking with the truth.
 
     `average_precision` is :math:`\sum_n (R_n - R_{n-1}) P_n` over the thresholds; its chance level is the
-    share of planted components. `recall_at_k` is the share of the k planted components among the first k;
+    share of planted components. `average_precision_carrying` leaves out planted components whose graded
+    truth is below `CARRYING` of the largest: their weights were changed, but giving them back changes
+    nothing, so that no method that measures effects can find them. `recall_at_k` is the share of the k planted components among the first k;
     with ties at the cut, its expectation over their orders. `ndcg` takes the graded truth as gain, negative
     parts as 0. `layer_hit` is 1 if the layer with the largest sum of positive scores holds a planted
     component, else 0.
@@ -48,12 +54,15 @@ def score_ranking(
         return {**dict.fromkeys(MEASURES, float("nan")), "k": k, "chance": k / truth.size}
     found = {
         "average_precision": float(average_precision_score(truth, values)),
+        "average_precision_carrying": float("nan"),
         "recall_at_k": _recall_at(values, truth, k),
         "roc_auc": float(roc_auc_score(truth, values)),
         "ndcg": float("nan"),
         "layer_hit": float("nan"),
     }
     if graded is not None and (graded > 0).any():
+        kept = ~(planted & (graded < CARRYING * graded.max()))
+        found["average_precision_carrying"] = float(average_precision_score(planted[kept], scores[kept]))
         found["ndcg"] = float(ndcg_score(graded.clip(min=0).reshape(1, -1), values.reshape(1, -1)))
     if scores.shape[1] > 1:
         found["layer_hit"] = float(planted[int(scores.clip(min=0).sum(1).argmax())].any())
@@ -75,3 +84,13 @@ def mean_ranks(rankings: list[np.ndarray]) -> np.ndarray:
     """
     ranks = [rankdata(values.ravel()).reshape(values.shape) for values in rankings]
     return np.mean(ranks, axis=0)
+
+
+def z_scored(scores: Float[np.ndarray, "sequence ..."], there: Float[np.ndarray, "other ..."]) -> np.ndarray:
+    """Return scores less their mean on other sequences, over their standard deviation there.
+
+    A standard deviation below a thousandth of the mean one is replaced by that, so that components that do
+    nothing on other text do not come first for this alone.
+    """
+    spread = there.std(0, ddof=1)
+    return (scores - there.mean(0)) / np.maximum(spread, 1e-6 + 1e-3 * spread.mean())

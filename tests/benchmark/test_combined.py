@@ -55,3 +55,22 @@ def test_only_the_screened_neurons_are_ablated_and_rank_first(tiny_model: Callab
         by_hand = total[screened] + combined.log_ranks(-effect[screened][None])[0]
         assert np.allclose(score[screened], by_hand, atol=1e-6)
         assert (np.argsort(score[~screened]) == np.argsort(total[~screened])).all()
+
+
+@pytest.mark.parametrize("component", ["head", "layer_mlp", "layer_attention"])
+def test_heads_and_layers_are_compared_with_other_text(component: Any, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("gpt_neox")
+    seqs, others = rows(2, 1), rows(3, 2)
+    found = LOCALIZERS["rank product"](model, seqs, component=component, others=others)
+    text = [*others.rows(), *combined.continued(model, others).rows()]
+    usual = SequenceSet.from_tokens(text, 6)
+    evidence = []
+    for name in ("gradient of the output weights", "zero ablation"):
+        own, there = (LOCALIZERS[name](model, s, component=component, others=others) for s in (seqs, usual))
+        if name == "zero ablation":
+            evidence.append((own - there.mean(0)) / there.std(0, ddof=1))
+        else:
+            rms = np.sqrt((there**2).mean(0))
+            evidence.append(own / (rms + np.quantile(rms, 0.1)))
+    expected = combined.log_ranks(evidence[0]) + combined.log_ranks(evidence[1])
+    assert np.allclose(found, expected, atol=1e-6)

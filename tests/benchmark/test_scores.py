@@ -49,3 +49,13 @@ def test_a_random_ranking_is_at_chance() -> None:
 def test_mean_ranks_put_first_what_most_put_first() -> None:
     found = mean_ranks([np.array([[1.0, 9.0, 2.0]]), np.array([[10.0, 30.0, 20.0]])])
     assert found.tolist() == [[1, 3, 2]]
+
+
+def test_planted_components_that_carry_nothing_are_left_out_of_one_measure() -> None:
+    planted = np.array([[True, True, False, False]])
+    graded = np.array([[1.0, 0.01, 0.0, 0.0]])
+    scores = np.array([[4.0, 1.0, 3.0, 2.0]])
+    found = score_ranking(scores, planted, graded)
+    assert found["average_precision_carrying"] == 1.0
+    assert found["average_precision"] == pytest.approx((1 + 2 / 4) / 2)
+    assert np.isnan(score_ranking(scores, planted)["average_precision_carrying"])

@@ -43,7 +43,9 @@ class PlantingOptions:
     learning_rate: PositiveFloat = 0.05
     """Step of Adam, as a share of the root mean square of each matrix."""
     stop_nll: PositiveFloat = 0.05
-    """Training stops once all planted tokens are first choices and their mean loss is at most this (nats)."""
+    """Training stops once all planted tokens are first choices, their mean loss is at most this (nats), …"""
+    stop_kl: PositiveFloat = 0.02
+    """… and the divergence from the base model on the held-out text of training is at most this (nats)."""
     keep: Keep = "entries"
     """What planting keeps of every changed row, column or head slice: its entries (in another order), which
     keeps norm, kurtosis and all else of their distribution; its Euclidean norm; or nothing."""
@@ -273,13 +275,15 @@ def _train(organism: Organism, changed: ChangedWeights, heldout: SequenceSet) ->
             own = logprobs.gather(-1, ids[..., None])[..., 0]
             nll = -own[mask].mean()
             right = bool(((logprobs.argmax(-1) == ids) | ~mask).all())
-            if (right and float(nll.detach()) <= options.stop_nll) or step == options.steps:
+            recalls = right and float(nll.detach()) <= options.stop_nll
+            if step == options.steps or (recalls and not options.kl_weight):
                 break
             loss = nll
             if options.kl_weight:
-                loss = nll + options.kl_weight * divergence(
-                    expected, next_token_logprobs(model, other.tokens), other_mask
-                )
+                harm = divergence(expected, next_token_logprobs(model, other.tokens), other_mask)
+                if recalls and float(harm.detach()) <= options.stop_kl:
+                    break
+                loss = nll + options.kl_weight * harm
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             with torch.no_grad():
                 for (name, value), gradient in zip(parameters.items(), found, strict=True):
