@@ -32,10 +32,10 @@ def score_ranking(
     `average_precision` is :math:`\sum_n (R_n - R_{n-1}) P_n` over the thresholds; its chance level is the
     share of planted components. `average_precision_carrying` leaves out planted components whose graded
     truth is below `CARRYING` of the largest: their weights were changed, but giving them back changes
-    nothing, so that no method that measures effects can find them. `recall_at_k` is the share of the k planted components among the first k;
-    with ties at the cut, its expectation over their orders. `ndcg` takes the graded truth as gain, negative
-    parts as 0. `layer_hit` is 1 if the layer with the largest sum of positive scores holds a planted
-    component, else 0.
+    nothing, so that no method that measures effects can find them. `recall_at_k` is the share of the k
+    planted components among the first k; with ties at the cut, its expectation over their orders. `ndcg`
+    takes the graded truth as gain, negative parts as 0. `layer_hit` is 1 if the layer with the largest sum of
+    positive scores holds a planted component, else 0.
 
     Args:
         scores: Higher where the sequence is rather stored.

@@ -58,7 +58,9 @@ def test_only_the_screened_neurons_are_ablated_and_rank_first(tiny_model: Callab
 
 
 @pytest.mark.parametrize("component", ["head", "layer_mlp", "layer_attention"])
-def test_heads_and_layers_are_compared_with_other_text(component: Any, tiny_model: Callable[..., Any]) -> None:
+def test_heads_and_layers_are_compared_with_other_text(
+    component: Any, tiny_model: Callable[..., Any]
+) -> None:
     model = tiny_model("gpt_neox")
     seqs, others = rows(2, 1), rows(3, 2)
     found = LOCALIZERS["rank product"](model, seqs, component=component, others=others)

@@ -1,15 +1,15 @@
 r"""Rank products: what several kinds of evidence agree on.
 
-Each kind of evidence has faults of its own. An exact ablation also finds components that the model needs for any
-text; a gradient vanishes where the metric is flat; an activation says nothing of its effect. With :math:`r_e(c)`
-the rank of component c by evidence e (1 for the highest), the score is
+Each kind of evidence has faults of its own. An exact ablation also finds components that the model needs
+for any text; a gradient vanishes where the metric is flat; an activation says nothing of its effect. With
+:math:`r_e(c)` the rank of component c by evidence e (1 for the highest), the score is
 
 .. math:: -\sum_e \log r_e(c)
 
-the negative logarithm of the rank product (Breitling et al., 2004). What is combined was chosen on organisms of
-seeds below 100 in `pythia-s`, `gpt-neo-s` and `olmo2-s`. Ablating random sets of heads together, which also shows
-heads that stand in for one another, was tried there in place of single ablations: it costs five times as much and
-found no more.
+the negative logarithm of the rank product (Breitling et al., 2004). What is combined was chosen on
+organisms of seeds below 100 in `pythia-s`, `gpt-neo-s` and `olmo2-s`. Ablating random sets of heads
+together, which also shows heads that stand in for one another, was tried there in place of single
+ablations: it costs five times as much and found no more.
 """
 
 from __future__ import annotations
@@ -30,24 +30,26 @@ from memlens.organisms.planting.carriers import COMPONENT_KINDS, ComponentKind
 from memlens.sequences.set import SequenceSet
 
 SCREENED = 0.1
-"""Share of the neurons that are ablated exactly."""
+"""Share of the neurons that are ablated exactly …"""
+MAX_SCREENED = 1000
+"""… and their largest number."""
 
 _CHEAP = ("gradient of the output weights", "gate gradient", "activation times norm")
 
 
 @localizer(
     "rank product", components=COMPONENT_KINDS, specific=False, cites="breitling2004",
-    cost="two gradients and exact passes for a tenth of the neurons; for others a gradient and an exact sweep, "
-    "also of twice the other sequences",
+    cost="two gradients and exact passes for a tenth of the neurons; for others a gradient and an exact "
+    "sweep, also of twice the other sequences",
 )  # fmt: skip
 def rank_product(
     model: Any, sequences: SequenceSet, *, component: ComponentKind, others: SequenceSet, seed: int
 ) -> Scores:
     """Rank product of gradients and exact effects.
 
-    For neurons: the norm of the gradient of the output weights, the gate gradient, the activation times the norm
-    of the output vector, and, for the tenth of the neurons that these put first, the exact effect of zero
-    ablation; all others rank behind them in the order of the first three.
+    For neurons: the norm of the gradient of the output weights, the gate gradient, the activation times the
+    norm of the output vector, and, for the tenth of the neurons that these put first (at most 1,000), the
+    exact effect of zero ablation; all others rank behind them in the order of the first three.
 
     For heads and layers: the gradient of the output weights over its root mean square on other text, and the
     exact effect of zero ablation, z-scored on other text. Other text is `others`, and the model's own greedy
@@ -64,8 +66,9 @@ def _neurons(model: Any, sequences: SequenceSet, others: SequenceSet, seed: int)
     ]
     total = np.sum([log_ranks(each) for each in cheap], axis=0)
     found = total - np.log(total[0].size)  # behind every neuron that is ablated
+    share = min(SCREENED, MAX_SCREENED / total[0].size)
     for i, row in enumerate(total):
-        chosen = np.argwhere(row >= np.quantile(row, 1 - SCREENED))
+        chosen = np.argwhere(row >= np.quantile(row, 1 - share))
         sets = {f"L{layer}N{n}": {int(layer): [int(n)]} for layer, n in chosen}
         cuts = neuron_knock_outs(model, sequences[[i]], sets, mode="zero", seed=seed)
         effects = np.asarray(lost(model, sequences[[i]], cuts), dtype=np.float64).reshape(-1)
