@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,9 +13,11 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from memlens.benchmark.cost import Timer, peak_memory
 from memlens.benchmark.leaderboard import Leaderboard
 from memlens.benchmark.localizer import LOCALIZERS
-from memlens.benchmark.measure import measure_organism
+from memlens.benchmark.measure import Costs, measure_organism
+from memlens.benchmark.scores import MEASURES
 from memlens.benchmark.suites import Material, Planned, Suite, check_localizers, material, read_suite
 from memlens.errors import MemlensError, ResultError
 from memlens.files import expanded, json_text, write_atomically
@@ -80,6 +81,7 @@ def run(
         planned = planned[part[0] :: part[1]]
     missing = [p for p in planned if not (folder.path / "parts" / f"{p.name}.json").exists()]
     texts: dict[str, Material] = {}
+    costs: dict[str, Costs] = {}
     with tqdm(
         total=len(planned), initial=len(planned) - len(missing), disable=not progress, unit="organism"
     ) as bar:
@@ -87,7 +89,10 @@ def run(
             bar.set_description(item.name)
             if item.model not in texts:
                 texts = {item.model: material(item.model, chosen)}
-            record = _run_one(item, chosen, texts[item.model], names, folder, keep_organisms)
+            timer = Timer()
+            known = costs.setdefault(item.model, {})
+            record = _run_one(item, chosen, texts[item.model], names, folder, keep_organisms, known)
+            record |= {**timer.stop().columns(), "peak_mib": peak_memory()}
             record["seal"] = folder.seal(f"{item.name}.json", json_text(record))
             path = folder.path / "parts" / f"{item.name}.json"
             path.parent.mkdir(exist_ok=True)
@@ -101,13 +106,19 @@ def _store(folder: str | Path, about: dict[str, Any]) -> KeyedFolder:
 
 
 def _run_one(
-    item: Planned, suite: Suite, texts: Material, names: list[str], folder: KeyedFolder, keep: bool
+    item: Planned,
+    suite: Suite,
+    texts: Material,
+    names: list[str],
+    folder: KeyedFolder,
+    keep: bool,
+    costs: Costs,
 ) -> dict[str, Any]:
     record: dict[str, Any] = {
         "model": item.model, "carrier": str(item.carrier), "carrier_kind": item.carrier.kind,
         "seed": item.seed,
     }  # fmt: skip
-    start = time.perf_counter()
+    timer = Timer()
     base = texts.base()
     planted = texts.planted[[item.row]]
     try:
@@ -117,7 +128,7 @@ def _run_one(
     except MemlensError as error:
         return record | {"failed": str(error), "rows": []}
     certificate = certify(organism, texts.heldout, suite.certificate)
-    record |= {"certificate": certificate.record(), "plant_seconds": time.perf_counter() - start}
+    record |= {"certificate": certificate.record(), "plant_seconds": timer.stop().seconds}
     if not certificate.passed:
         _LOG.info("%s fails its certificate: %s", item.name, ", ".join(certificate.failures))
         return record | {"rows": []}
@@ -132,22 +143,42 @@ def _run_one(
     twin = texts.twin if suite.twin and item.carrier.kind != "none" else None
     with quiet():
         model = load_model(organism.model, check_weights=False)
-    rows = measure_organism(model, planted, texts.others, truth, twin=twin, localizers=names, seed=item.seed)
-    return record | {"rows": rows.to_dict("records"), "seconds": time.perf_counter() - start}
+    rows = measure_organism(
+        model, planted, texts.others, truth, twin=twin, localizers=names, seed=item.seed, costs=costs
+    )
+    return record | {"rows": [_plain(row) for row in rows.to_dict("records")]}
 
 
-def pretended_truth(model: Any, seed: int) -> pd.DataFrame:
+def _plain(row: dict[Any, Any]) -> dict[Any, Any]:
+    """Leave out what this row has not: a table of rows has NaN there."""
+    return {key: value for key, value in row.items() if not isinstance(value, float) or value == value}
+
+
+DRAWS = 10
+"""Truths that are drawn for an organism without one."""
+
+
+def pretended_truth(model: Any, seed: int, draws: int = DRAWS) -> pd.DataFrame:
     """Return components drawn at random as if they had been planted, to see that methods are at chance.
 
     For carriers without a truth: "none", and "spread", which is in all components.
+
+    Args:
+        model: A Hugging Face model.
+        seed: Of the first draw.
+        draws: How many independent truths, told apart by the column `draw`.
     """
     weights = ComponentWeights(model)
-    drawn = {
-        c
-        for text in ("heads=4", "neurons=30", "mlp", "attention")
-        for c in Carrier.parse(text).draw(weights, seed)
-    }
-    return component_table(weights, COMPONENT_KINDS, dict.fromkeys(drawn, 0.0))
+    truths = []
+    for draw in range(draws):
+        drawn = {
+            c
+            for text in ("heads=4", "neurons=30", "mlp", "attention")
+            for c in Carrier.parse(text).draw(weights, seed + 1000 * draw)
+        }
+        table = component_table(weights, COMPONENT_KINDS, dict.fromkeys(drawn, 0.0))
+        truths.append(table.assign(draw=draw))
+    return pd.concat(truths, ignore_index=True)
 
 
 def read_benchmark(folder: str | Path) -> Leaderboard:
@@ -173,10 +204,14 @@ def read_benchmark(folder: str | Path) -> Leaderboard:
         organisms.append(
             {
                 **facts, "passed": certificate.get("passed", False), "failures": ", ".join(failed),
-                **certificate.get("facts", {}), "seconds": record.get("seconds", np.nan),
+                **certificate.get("facts", {}),
+                **{name: record.get(name, np.nan) for name in ("seconds", "cpu_seconds", "peak_mib")},
             }
         )  # fmt: skip
         rows += [{**facts, **row} for row in own]
     if not organisms:
         raise ResultError(f"{folder} holds no finished organism of a benchmark: run it first.")
-    return Leaderboard(pd.DataFrame(organisms), pd.DataFrame(rows))
+    table = pd.DataFrame(rows)
+    if rows:  # a measure that no row has
+        table = table.reindex(columns=list(dict.fromkeys([*table.columns, *MEASURES])))
+    return Leaderboard(pd.DataFrame(organisms), table)

@@ -22,6 +22,10 @@ CARRYING = 0.05
 """Planted components that carry less than this share of what the largest carries, carry nothing."""
 
 
+Z_EDGES: tuple[float, ...] = (-np.inf, 0, 1, 2, 3, 5, 10, 20, np.inf)
+"""Edges of the bins of z that calibration counts in."""
+
+
 def score_ranking(
     scores: Float[np.ndarray, "layer index"],
     planted: Bool[np.ndarray, "layer index"],
@@ -74,6 +78,56 @@ def _recall_at(values: np.ndarray, truth: np.ndarray, k: int) -> float:
     above, ties = values > cut, values == cut
     share = (k - above.sum()) / ties.sum()
     return float((truth[above].sum() + share * truth[ties].sum()) / k)
+
+
+def chance_level(measure: str, share: float, k: float) -> float:
+    r"""Return what a random ranking gets on average.
+
+    Average precision of N components of which k are planted, with :math:`H_N = \sum_{n \le N} 1/n`:
+    :math:`\frac{1}{N} \left[ H_N + \frac{k - 1}{N - 1} (N - H_N) \right]`, which is above the share k/N.
+
+    Args:
+        measure: One of `MEASURES`; of others, and of those without a closed form, NaN.
+        share: The share of planted components.
+        k: The number of planted components.
+
+    >>> round(chance_level("average_precision", 1 / 6, 1), 3), chance_level("recall_at_k", 0.25, 4)
+    (0.408, 0.25)
+    """
+    if measure == "recall_at_k":
+        return share
+    if measure == "roc_auc":
+        return 0.5
+    if measure != "average_precision" or not 0 < share < 1:
+        return float("nan")
+    n = round(k / share)
+    harmonic = float((1 / np.arange(1, n + 1)).sum())
+    return (harmonic + (k - 1) / (n - 1) * (n - harmonic)) / n
+
+
+def planted_ranks(
+    scores: Float[np.ndarray, "layer index"], planted: Bool[np.ndarray, "layer index"]
+) -> list[int]:
+    """Return the ranks of the planted components, in order; the highest score has rank 1.
+
+    Equal scores are put in a random order, the same at each call.
+
+    >>> planted_ranks(np.array([[0.2, 0.9], [0.5, 0.1]]), np.array([[True, True], [False, False]]))
+    [1, 3]
+    """
+    values = scores.ravel()
+    order = np.lexsort((np.random.default_rng(0).random(values.size), -values))
+    return (np.flatnonzero(planted.ravel()[order]) + 1).tolist()
+
+
+def overlap(first: np.ndarray, second: np.ndarray, k: int) -> float:
+    """Return the Jaccard index of the k components with the highest scores in two rankings.
+
+    >>> overlap(np.array([3, 2, 1, 0]), np.array([3, 1, 2, 0]), 2)
+    0.3333333333333333
+    """
+    one, other = (set(np.argsort(-v.ravel(), kind="stable")[:k].tolist()) for v in (first, second))
+    return len(one & other) / len(one | other)
 
 
 def mean_ranks(rankings: list[np.ndarray]) -> np.ndarray:
