@@ -13,7 +13,7 @@ from jaxtyping import Float
 from scipy import stats
 
 from memlens.results.statistics.estimates import Estimate
-from memlens.results.statistics.intervals import FEWEST, quantile_interval, weighted_means
+from memlens.results.statistics.intervals import FEWEST, quantile_interval
 
 _RESAMPLES = 2000
 FEWEST_PAIRS = 5
@@ -66,7 +66,8 @@ def mean_over_organisms(
     mean = float(values.mean())
     if len(values) < FEWEST:
         return Estimate(mean, n=len(values))
-    low, high = quantile_interval(weighted_means(_weights(tuple(models), seed), values[:, None]), 0.95)
+    weights = _weights(tuple(models), seed)
+    low, high = quantile_interval((weights @ values / weights.sum(1))[:, None], 0.95)
     return Estimate(mean, float(low[0]), float(high[0]), len(values))
 
 
