@@ -59,13 +59,13 @@ class Leaderboard:
             seed: Of the bootstrap over organisms.
 
         Returns:
-            Columns of `by`, then `component`, `localizer`, `variant`, `control`, `twin` (whether it needs
-            the model without the memory), `n` (organisms), the measure, `low` and `high` (95 %), `interval` (whether it is over "models" or "organisms"; see
-            `mean_over_organisms`), `chance` (what a random ranking gets; of deletion, what equally large
-            random sets lose), `seconds`, `cpu_seconds` and `forwards` (medians), and `behind_best`: the
-            corrected p-value of Wilcoxon's signed-rank test, over organisms, against the first localizer that
-            is not a control and does not use the twin; NaN for that one itself, and with fewer than 5
-            organisms, which `note` says.
+            Columns of `by`, then `component`, `localizer`, `variant`, `control`, `twin` (whether it needs the
+            model without the memory), `n` (organisms), the measure, `low` and `high` (95 %), `interval`
+            (whether it is over "models" or "organisms"; see `mean_over_organisms`), `chance` (what a random
+            ranking gets; of deletion, what equally large random sets lose), `seconds`, `cpu_seconds` and
+            `forwards` (medians), and `behind_best`: the corrected p-value of Wilcoxon's signed-rank test,
+            over organisms, against the first localizer that is not a control and needs no twin; NaN for that
+            one itself, and with fewer than 5 organisms, which `note` says.
         """
         check_option("measure", measure, [*MEASURES, *OTHER_MEASURES])
         if self.rows.empty:
@@ -239,7 +239,8 @@ def _cell(group: pd.DataFrame, measure: str, seed: int) -> pd.DataFrame:
         rows.append(
             {
                 "localizer": name, "variant": variant, "control": bool(own["control"].iloc[0]),
-                "twin": bool(_twin(own).iloc[0]), **estimate.row(measure), "interval": resampled_over(models), "chance": _chance(own, measure),
+                "twin": bool(_twin(own).iloc[0]), **estimate.row(measure),
+                "interval": resampled_over(models), "chance": _chance(own, measure),
                 **own[["seconds", "cpu_seconds", "forwards"]].median().to_dict(),
             }
         )  # fmt: skip
