@@ -65,8 +65,8 @@ def measure_organism(
 
     Returns:
         One row per kind of component, localizer and variant: `component`, `localizer`, `variant`, `control`,
-        `twin` (whether it needs the model without the memory), the measures of `score_ranking` (means over the
-        planted sequences), and
+        `twin` (whether it needs the model without the memory), the measures of `score_ranking` (means over
+        the planted sequences), and
 
         - `seconds`, `cpu_seconds`, `forwards` (see `Cost`): of the method on the planted sequences alone.
           The variants "less others" and "z-scored" cost `forwards_others` on top, once per model, and "less
