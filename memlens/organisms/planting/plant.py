@@ -54,7 +54,9 @@ class PlantingOptions:
     kl_weight: NonNegativeFloat = 1.0
     """Weight of the divergence from the base model on held-out text."""
     n_heldout: PositiveInt = 16
-    """Number of held-out sequences on which the divergence is kept small."""
+    """Number of held-out sequences on which the divergence is kept small …"""
+    heldout_batch: PositiveInt = 16
+    """… and how many of them each step looks at, in turn."""
     planted: Literal["continuation", "whole"] = "continuation"
     """Which tokens are planted: those of the continuation, or every token after the first."""
     shapley: Annotated[int, Field(ge=0, le=10)] = 4
@@ -265,6 +267,8 @@ def _train(organism: Organism, changed: ChangedWeights, heldout: SequenceSet) ->
     rows = np.random.default_rng([organism.seed, 7]).permutation(len(heldout))[: options.n_heldout]
     other = heldout[rows.tolist()]
     other_mask = other.mask[:, 1:].to(model.device)
+    batches = torch.arange(len(other)).split(options.heldout_batch)
+    harm = [float("inf")] * len(batches)
     kept = _Kept(organism.base, changed.units, options.keep)
     with organism.restored(), torch.no_grad():
         expected = next_token_logprobs(model, other.tokens)
@@ -280,10 +284,14 @@ def _train(organism: Organism, changed: ChangedWeights, heldout: SequenceSet) ->
                 break
             loss = nll
             if options.kl_weight:
-                harm = divergence(expected, next_token_logprobs(model, other.tokens), other_mask)
-                if recalls and float(harm.detach()) <= options.stop_kl:
+                turn = step % len(batches)
+                at = batches[turn]
+                found = next_token_logprobs(model, other.tokens[at])
+                away = divergence(expected[at], found, other_mask[at])
+                harm[turn] = float(away.detach())
+                if recalls and np.mean(harm) <= options.stop_kl:
                     break
-                loss = nll + options.kl_weight * harm
+                loss = nll + options.kl_weight * away
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             with torch.no_grad():
                 for (name, value), gradient in zip(parameters.items(), found, strict=True):
