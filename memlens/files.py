@@ -1,4 +1,4 @@
-"""Atomic writing of files, JSON, and the folders of the zoo."""
+"""Atomic writing of files, reading of files that may be damaged, JSON, YAML, and the folders of the zoo."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from memlens.errors import MemlensError, PathError, WriteError
+import yaml
+from pydantic import TypeAdapter
+
+from memlens.errors import FileFormatError, MemlensError, PathError, WriteError
 
 
 def expanded(path: str | Path) -> Path:
@@ -59,6 +62,144 @@ def _errors(kind: type[PathError], what: str, advice: str) -> Iterator[None]:
         raised = kind(f"{what} ({error.strerror or error}): {advice}.")
         raised.errno = error.errno
         raise raised from error
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Put a file's name in front of the message of an error of memlens that lacks it."""
+    try:
+        yield
+    except MemlensError as error:
+        if Path(path).name not in str(error):
+            error.args = (f"{path}: {error}",)
+        raise
+
+
+@contextmanager
+def parsing(
+    path: str | Path, kind: type[MemlensError] = FileFormatError, advice: str = "copy or make it again"
+) -> Iterator[None]:
+    """Turn whatever the content of a file leads the body to into one error of memlens that names the file.
+
+    Parsers fail on damaged or hostile files with nearly any exception, those written in Rust also with a
+    panic, which is not an `Exception`. The body should only read and check the file.
+
+    Args:
+        path: The file; several are named as in "a.npy + b.npy".
+        kind: The class of the error. An error of memlens keeps its own class, and gets the file's name where
+            its message lacks it; an `OSError` of the system becomes a `PathError`.
+        advice: What to do.
+
+    Raises:
+        MemlensError: Of the class `kind`, or as above. A lack of memory stays a `MemoryError`.
+
+    Example:
+        >>> with parsing("a.json"):  # doctest: +ELLIPSIS
+        ...     json.loads("{")
+        Traceback (most recent call last):
+        memlens.errors.FileFormatError: a.json is damaged, or is not what its name says (...): copy or ...
+    """
+    try:
+        with naming(path):
+            yield
+    except (MemlensError, MemoryError):
+        raise
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        if isinstance(error, OSError) and error.errno is not None:
+            with reading(path):
+                raise
+        raise kind(
+            f"{path} is damaged, or is not what its name says ({reason_of(error)}): {advice}."
+        ) from error
+
+
+def is_failure(error: BaseException) -> bool:
+    """Return whether an exception is the failure of a library: any `Exception`, or a panic of one in Rust."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def reason_of(error: BaseException) -> str:
+    """Return an exception's class and the beginning of its message, on one line."""
+    said = " ".join(str(error).split())[:200].rstrip(".")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def read_json(
+    path: str | Path, schema: Any = dict[str, Any], kind: type[MemlensError] = FileFormatError
+) -> Any:
+    """Return the value in a JSON file.
+
+    Args:
+        path: The file.
+        schema: The type that the value must have, as pydantic checks it; an object with any content by
+            default. It is checked only: what it does not name is kept.
+        kind: The class of the error.
+
+    Raises:
+        MemlensError: Of the class `kind`: it is not JSON of this type, or is nested deeper than any file of
+            memlens.
+        PathError: It cannot be read.
+    """
+    with parsing(path, kind):
+        return parsed_json(Path(path).read_text(encoding="utf-8"), schema)
+
+
+def parsed_json(text: str | bytes, schema: Any = Any) -> Any:
+    """Return the value of a JSON text, of the type that `schema` says (see `read_json`).
+
+    Raises:
+        ValueError: It is not JSON of this type, or is nested more than 100 deep.
+        RecursionError: It is nested even deeper.
+    """
+    value = json.loads(text)
+    if sum(map(text.count, "[{" if isinstance(text, str) else (b"[", b"{"))) > _DEEPEST:
+        _check_extent(value)
+    if schema is not Any:
+        TypeAdapter(schema).validate_python(value)
+    return value
+
+
+def read_yaml(path: str | Path) -> dict[Any, Any]:
+    """Return the mapping in a YAML file; an empty one for an empty file.
+
+    Raises:
+        FileFormatError: It is not YAML, not a mapping, or is far larger with its aliases than without.
+        PathError: It cannot be read.
+    """
+    with parsing(path):
+        if (size := Path(path).stat().st_size) > _LARGEST_YAML:
+            raise FileFormatError(f"{path} has {size:,} bytes: it is not a file of options.")
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            content = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise FileFormatError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
+        content = {} if content is None else content
+        if not isinstance(content, dict):
+            raise FileFormatError(
+                f"{path} holds a {type(content).__name__}: give a mapping of option to value."
+            )
+        _check_extent(content, most=20 * len(text))
+    return content
+
+
+_DEEPEST, _LARGEST_YAML = 100, 2**18
+
+
+def _check_extent(value: Any, most: int | None = None) -> None:
+    """Raise `ValueError` for a value that is nested too deep, or has more than `most` values in it."""
+    found, waiting = 0, [(value, 1)]
+    while waiting:
+        part, depth = waiting.pop()
+        found += 1
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested more than {_DEEPEST} deep")
+        if most is not None and found > most + 1:
+            raise ValueError("its aliases repeat values too often")
+        if isinstance(part, (dict, list, tuple)):
+            waiting += [(entry, depth + 1) for entry in (part.values() if isinstance(part, dict) else part)]
 
 
 _ADVICE = "free space, or give another path; what stood there before is unchanged"
@@ -267,9 +408,9 @@ def zoo_table(folder: str | Path, name: str) -> Path | None:
 def _zoo_corpus_of(folder: Path) -> tuple[Any, Any] | None:
     """The specification of a zoo model's corpus and the hash of its rows; None if they are not recorded."""
     try:
-        corpus = json.loads((folder / "training.json").read_text(encoding="utf-8"))["corpus"]
+        corpus = read_json(folder / "training.json")["corpus"]
         return corpus["spec"], corpus["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (MemlensError, KeyError, TypeError):
         return None
 
 

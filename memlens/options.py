@@ -13,14 +13,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform, get_type_hints
 
-import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.dataclasses import rebuild_dataclass
 from pydantic_core import ErrorDetails
 
-from memlens.errors import FileFormatError, OptionError, SourceNotFoundError, near_matches
-from memlens.files import expanded, reading
+from memlens.errors import OptionError, SourceNotFoundError, near_matches
+from memlens.files import expanded, naming, read_yaml
 
 C = TypeVar("C")
 
@@ -110,33 +109,31 @@ def descriptions(cls: type) -> dict[str, str]:
     return {field.name: texts.get(field.name, "") for field in fields(cls)}
 
 
-def read_options(path: str | Path, *classes: type) -> dict[str, Any]:
+def read_options(path: str | Path, *classes: type, check: bool = False) -> dict[str, Any]:
     """Return the options that a YAML file sets.
 
     Args:
         path: The file: a mapping of option to value.
         *classes: The options classes whose fields it may set.
+        check: Also check the values, for classes whose options all have defaults.
 
     Raises:
         SourceNotFoundError: There is no such file.
         FileFormatError: It is not YAML, or not a mapping.
-        OptionError: It sets an option that none of the classes has.
+        OptionError: It sets an option that none of the classes has, or a value that is not allowed.
     """
     path = expanded(path)
     if not path.is_file():
         raise SourceNotFoundError(f"there is no options file {path}: give the path of a YAML file.")
-    try:
-        with reading(path):
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
-    if not isinstance(content, dict):
-        raise FileFormatError(f"{path} holds a {type(content).__name__}: give a mapping of option to value.")
+    content = read_yaml(path)
     known = [name for cls in classes for name in descriptions(cls)]
     values = {str(key).replace("-", "_"): value for key, value in content.items()}
     for name in values:
         if name not in known:
             raise OptionError(f"{path} sets the unknown option {name!r}.{near_matches(name, known)}")
+    with naming(path):
+        for cls in classes if check else ():
+            cls(**{name: value for name, value in values.items() if name in descriptions(cls)})
     return values
 
 

@@ -1,20 +1,24 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and read or refused by name."""
 
 from __future__ import annotations
 
 import errno
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import memlens as ml
-from memlens.errors import MemlensError, PathError, WriteError
+from memlens.errors import FileFormatError, MemlensError, OptionError, PathError, WriteError
 from memlens.files import (
     expanded,
     finish_replacing,
     made_folder,
+    parsing,
+    read_json,
+    read_yaml,
     replacing,
     replacing_files,
     write_atomically,
@@ -143,7 +147,7 @@ def test_folders_and_files_without_permission_are_memlens_errors(
         raise PermissionError(errno.EACCES, "Permission denied")
 
     lens = TunedLens.identity(2, 3).save(tmp_path / "lens")
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(PathError, match=r"lens\.json cannot be read"):
         TunedLens.load(lens)
     for read in (ml.load_sequences, read_options, lambda path: text_ids(object(), path)):
@@ -177,3 +181,39 @@ def test_the_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: 
     assert TunedLens.load("~/lens").fingerprint == lens.fingerprint
     assert list(here.iterdir()) == []
     assert expanded("~no-such-user-x/a") == Path("~no-such-user-x/a")
+
+
+def test_whatever_a_parser_raises_names_the_file() -> None:
+    """Also a panic of a library in Rust, which is no `Exception`; but no lack of memory, and no Ctrl-C."""
+
+    class PanicException(BaseException):
+        pass
+
+    for raised in (PanicException("index out of bounds"), KeyError("x"), RecursionError("too deep")):
+        words = rf"a\.json is damaged.*{type(raised).__name__}"
+        with pytest.raises(FileFormatError, match=words), parsing("folder/a.json"):
+            raise raised
+    for kept in (MemoryError, KeyboardInterrupt):
+        with pytest.raises(kept), parsing("folder/a.json"):
+            raise kept
+    with pytest.raises(OptionError, match=r"^folder/a\.json: seed=-1"), parsing("folder/a.json"):
+        raise OptionError("seed=-1")
+    with pytest.raises(PathError, match=r"a\.json cannot be read \(No space"), parsing("folder/a.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_json_and_yaml_that_nothing_could_follow(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    for text in ("[" * 100_000, '{"a": ' * 150 + "1" + "}" * 150, "[1]", "1" + "0" * 5000, '{"a": 1'):
+        file.write_text(text)
+        with pytest.raises(FileFormatError, match=r"a\.json is damaged"):
+            read_json(file)
+    file = tmp_path / "a.yaml"
+    bomb = "a: &a [1, 2]\n"
+    bomb += "".join(f"{y}: &{y} [*{x}, *{x}]\n" for x, y in pairwise("abcdefghijklmnop"))
+    for text in (bomb, "a: &a [*a]", "a: [" * 500, "- 1", "a: {", "a: 2026-99-99"):
+        file.write_text(text)
+        with pytest.raises(FileFormatError, match=r"a\.yaml"):
+            read_yaml(file)
+    file.write_text("a: &a [1]\nb: *a\n")
+    assert read_yaml(file) == {"a": [1], "b": [1]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from memlens.benchmark.measure import Costs, measure_organism
 from memlens.benchmark.scores import MEASURES
 from memlens.benchmark.suites import Material, Planned, Suite, check_localizers, material, read_suite
 from memlens.errors import MemlensError, ResultError
-from memlens.files import expanded, json_text, write_atomically
+from memlens.files import expanded, json_text, parsing, read_json, write_atomically
 from memlens.models.load import load_model
 from memlens.models.quiet import quiet
 from memlens.organisms.planting.carriers import COMPONENT_KINDS, Carrier, ComponentWeights
@@ -188,17 +187,17 @@ def read_benchmark(folder: str | Path) -> Leaderboard:
         ResultError: The folder holds no finished organism, or one that was edited.
     """
     folder = expanded(folder)
-    store = _store(folder, read_manifest(folder / "manifest.json", "benchmark", 1)["about"])
+    manifest = folder / "manifest.json"
+    with parsing(manifest, ResultError, "run it again in another folder"):
+        store = _store(folder, read_manifest(manifest, "benchmark", 1)["about"])
     organisms, rows = [], []
     for path in sorted((folder / "parts").glob("*.json")):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+        with parsing(path, ResultError, "delete it and run again"):
+            record = read_json(path)
             seal = record.pop("seal")
             store.check(path.name, json_text(record), seal)
             own = record.pop("rows")
             facts = {key: record[key] for key in ("model", "carrier", "carrier_kind", "seed")}
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ResultError(f"{path} is damaged ({error}): delete it and run again.") from error
         certificate = record.get("certificate", {})
         failed = [c["check"] for c in certificate.get("checks", []) if not c["passed"]]
         organisms.append(

@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from memlens.errors import OptionError, SequenceError, near_matches
+from memlens.files import parsing
 from memlens.models.huggingface import load_config, load_tokenizer, load_weights
 from memlens.models.load import load_model
 from memlens.models.names import resolve_source
@@ -37,9 +38,9 @@ class Suite:
     """Models that are planted into: zoo names, hub names or checkpoint folders."""
     carriers: tuple[str, ...] = Field(kw_only=True, min_length=1)
     """Carriers, such as neurons=30, heads=4, mlp, attention, path=15, spread and none."""
-    sequences: PositiveInt = 20
+    sequences: Annotated[int, Field(ge=1, le=10_000)] = 20
     """Organisms for each model and carrier; each holds one sequence of its own."""
-    others: Annotated[int, Field(ge=3)] = 16
+    others: Annotated[int, Field(ge=3, le=10_000)] = 16
     """Sequences that were not planted, for references, controls and "less others"."""
     localizers: tuple[str, ...] | None = None
     """Names of the localizers; by default all that are registered."""
@@ -103,21 +104,27 @@ def read_suite(suite: str | Path | Suite, **changes: Any) -> Suite:
     if isinstance(suite, Suite):
         return replace(suite, **changes)
     if suite in suites():
-        fields = dict(suites()[str(suite)])
-    elif Path(suite).suffix in (".yaml", ".yml") and Path(suite).is_file():
-        fields = read_options(suite, Suite)
-    else:
-        raise OptionError(
-            f"there is no suite {str(suite)!r}: choose from {', '.join(suites())}, or give a .yaml file."
-            f"{near_matches(str(suite), suites())}"
-        )
-    for name, cls in (("planting", PlantingOptions), ("certificate", CertificateOptions)):
-        if isinstance(fields.get(name), dict):
-            fields[name] = cls(**fields[name])
+        return _suite(str(suite), dict(suites()[str(suite)]), changes)
+    if Path(suite).suffix in (".yaml", ".yml") and Path(suite).is_file():
+        with parsing(suite, OptionError, "correct it"):
+            return _suite(str(suite), read_options(suite, Suite), changes)
+    raise OptionError(
+        f"there is no suite {str(suite)!r}: choose from {', '.join(suites())}, or give a .yaml file."
+        f"{near_matches(str(suite), suites())}"
+    )
+
+
+def _suite(name: str, fields: dict[str, Any], changes: dict[str, Any]) -> Suite:
+    for part, cls in (("planting", PlantingOptions), ("certificate", CertificateOptions)):
+        if isinstance(fields.get(part), dict):
+            fields[part] = cls(**fields[part])
     fields |= changes
     if not fields.get("models"):
-        raise OptionError(f"the suite {str(suite)!r} names no model: give models=.")
-    return Suite(**fields)
+        raise OptionError(f"the suite {name!r} names no model: give models=.")
+    made = Suite(**fields)
+    for carrier in made.carriers:
+        Carrier.parse(carrier)
+    return made
 
 
 @cache

@@ -12,7 +12,7 @@ from rich.text import Text
 from memlens.cli.commands import from_options
 from memlens.cli.console import OUT, Json, Quiet, Switch, print_json, print_table, records, resumable
 from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError
-from memlens.files import reading
+from memlens.files import parsing
 from memlens.instruments.decode.lens_options import LensOptions
 from memlens.studies.registry import ModelChoice
 
@@ -90,11 +90,8 @@ def read_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise SourceNotFoundError(f"there is no file of prompts {path}: give the path of one.")
     if path.suffix.lower() != ".jsonl":
-        try:
-            with reading(path):
-                return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise FileFormatError(f"{path} is not UTF-8 text: save it as UTF-8.") from error
+        with parsing(path, advice="save it as UTF-8"):
+            return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     prompts = []
     for place, row in json_lines(path):
         text = row.get("prompt", row.get("text")) if isinstance(row, dict) else None

@@ -45,7 +45,10 @@ def study_command(study: Study) -> Any:
         given: Any = None,
     ) -> None:
         start = time.perf_counter()
-        chosen = {**(read_options(options_file, study.options) if options_file else {}), **given["options"]}
+        chosen = {
+            **(read_options(options_file, study.options, check=True) if options_file else {}),
+            **given["options"],
+        }
         call = Call(where, study.options(**chosen), out, chosen, progress=not quiet)
         if plan:
             print_plan(inputs.plan(call), as_json=as_json)

@@ -30,7 +30,13 @@ def hooked_obstacle(config: PreTrainedConfig) -> str:
     family = family_by_architecture(architecture_of(config))
     if family is None or family.hooked is None:
         return f"memlens makes no HookedTransformer of a {architecture_of(config)}"
+    if (n_ctx := config.max_position_embeddings) > _LONGEST:
+        return f"it makes a table of {n_ctx:,} x {n_ctx:,} for this context"
     return family.hooked.obstacle(config)
+
+
+_LONGEST = 2**16
+"""Of all contexts that families with a `HookedTransformer` have."""
 
 
 def build_hooked(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
@@ -20,7 +20,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoConfig,
@@ -39,6 +40,7 @@ from memlens.errors import (
     OptionError,
     UnsupportedModelError,
 )
+from memlens.files import is_failure, parsed_json, parsing, read_json
 from memlens.models.bos import begins_with_bos
 from memlens.models.checks import check_causal
 from memlens.models.names import Source, unknown_name_error
@@ -56,20 +58,47 @@ _NO_WEIGHTS = ("no file named model.safetensors", "does not appear to have a fil
 
 @contextmanager
 def named_errors(source: Source, revision: str | None) -> Iterator[None]:
-    """Turn errors while reading a checkpoint into memlens errors, with the original as the cause."""
+    """Turn errors while reading a checkpoint into memlens errors, with the original as the cause.
+
+    Every error about a local checkpoint names the files that it may be about.
+    """
     try:
         yield
-    except MemlensError:
+    except MemlensError as error:
+        _name_files(error, source)
         raise
-    except Exception as error:
-        raise _translate(error, source, revision) from error
+    except MemoryError:
+        raise
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        found = _translate(error, source, revision)
+        _name_files(found, source)
+        raise found from error
 
 
-def _translate(error: Exception, source: Source, revision: str | None) -> MemlensError:
+def _translate(error: BaseException, source: Source, revision: str | None) -> MemlensError:
     chain = list(_causes(error))
     text = " ".join(map(str, chain))
     found = _about_hub(chain, text, source, revision) or _about_code(error, text, source)
     return found or _about_files(error, chain, text, source)
+
+
+def _name_files(error: MemlensError, source: Source) -> None:
+    files = ["config.json"] if source.gguf_file is None else []
+    files += [file.name for file in weight_files(source)]
+    if source.local and not any(name in str(error) for name in files[1:] or files):
+        more = f" and {len(files) - 8} more" if len(files) > 8 else ""
+        error.args = (f"{error} (Read from {source.location}: {', '.join(files[:8])}{more}.)",)
+
+
+def weight_files(source: Source) -> list[Path]:
+    """Return the files of a local checkpoint's weights, the index of several first."""
+    folder = Path(source.location)
+    if source.gguf_file is not None:
+        return [folder / source.gguf_file] if source.local else []
+    kinds = ("*.index.json", "*.safetensors", "*.bin")
+    return [file for kind in kinds for file in sorted(folder.glob(kind))] if source.local else []
 
 
 def _about_hub(
@@ -88,7 +117,7 @@ def _about_hub(
     return None
 
 
-def _about_code(error: Exception, text: str, source: Source) -> MemlensError | None:
+def _about_code(error: BaseException, text: str, source: Source) -> MemlensError | None:
     if "trust_remote_code" in text or "contains custom code" in text:
         return UnsupportedModelError(
             f"{source.name!r} comes with Python code of its own, which memlens does not run unasked: "
@@ -104,7 +133,7 @@ def _about_code(error: Exception, text: str, source: Source) -> MemlensError | N
     return None
 
 
-def _about_files(error: Exception, chain: list[BaseException], text: str, source: Source) -> MemlensError:
+def _about_files(error: BaseException, chain: list[BaseException], text: str, source: Source) -> MemlensError:
     if any(sign in text for sign in _NO_WEIGHTS) and "config.json" not in text:
         return _no_weights(source)
     unread = isinstance(error, OSError) and "JSON" not in text and not source.local
@@ -169,14 +198,52 @@ def load_config(
         UnsupportedModelError: Transformers does not know the architecture, or it is not a causal one.
     """
     with quiet(), named_errors(source, revision):
+        if source.local and source.gguf_file is None:
+            _check_depth(
+                parsed_json((Path(source.location) / "config.json").read_text(encoding="utf-8"), dict)
+            )
         config = AutoConfig.from_pretrained(
             source.location,
             revision=revision or "main",
             trust_remote_code=trust_remote_code,
             **_gguf_options(source),
         )
-    check_causal(config, source.name)
+        _check_depth(config.to_dict())
+        check_causal(config, source.name)
     return config
+
+
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_MOST_LAYERS = 1024
+
+
+def _check_depth(facts: Mapping[str, Any]) -> None:
+    """Refuse a number of layers for which the libraries would make lists and modules without end."""
+    for name in _DEPTHS:
+        if isinstance(value := facts.get(name), int | float) and not value <= _MOST_LAYERS:
+            raise ModelLoadError(
+                f"config.json says {name}={value:g}: memlens reads up to {_MOST_LAYERS} layers."
+            )
+
+
+def _check_size(source: Source, config: PreTrainedConfig) -> None:
+    """Refuse a config of a far larger model than its files can hold, before anything is allocated."""
+    files = weight_files(source)
+    if not files:
+        return
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    n = sum(tensor.numel() for tensor in (*shell.parameters(), *shell.buffers()))
+    stored = sum(file.stat().st_size for file in files)
+    if n > _LEAST + 8 * stored:  # no format has under a bit for a weight
+        raise ModelLoadError(
+            f"config.json describes {n:,} numbers, which the {stored:,} bytes of {source.name!r} cannot "
+            "hold: the two do not belong together."
+        )
+
+
+_LEAST = 10**8
+"""Numbers that a model may have whatever its files hold: buffers, and what `_check_complete` names."""
 
 
 def load_weights(
@@ -189,8 +256,9 @@ def load_weights(
     device_map: Any = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    attention: str | None = "eager",
 ) -> PreTrainedModel:
-    """Return the checkpoint as a Hugging Face model in evaluation mode, with eager attention.
+    """Return the checkpoint as a Hugging Face model in evaluation mode, by default with eager attention.
 
     Quantized GGUF weights are dequantized to `dtype`. Weights are read from safetensors only, unless
     `allow_pickle`. For an untrained source the weights are those that its training began from.
@@ -206,6 +274,9 @@ def load_weights(
         return _untrained(source, config, dtype).to(device)  # pyright: ignore[reportArgumentType]
     with quiet(), named_errors(source, revision), _no_gguf_bar(source):
         _check_stays_inside(source)
+        _check_headers(source)
+        if not trust_remote_code:
+            _check_size(source, config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.location,
             config=config,
@@ -214,13 +285,13 @@ def load_weights(
             device_map=device_map,
             trust_remote_code=trust_remote_code,
             use_safetensors=None if allow_pickle or source.gguf_file else True,
-            attn_implementation="eager",
+            attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `_check_complete` refuses them by name
             **_gguf_options(source),
         )
-    model, report = loaded
-    _check_complete(source, report)
+        model, report = loaded
+        _check_complete(source, report)
     if source.gguf_file is not None:
         _forget_quantization(model)
     if device_map is None:
@@ -230,9 +301,11 @@ def load_weights(
 
 def _untrained(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Return a zoo model as before training, by its recorded seed, rounded to float16 like checkpoints."""
-    record = json.loads((Path(source.location) / "training.json").read_text(encoding="utf-8"))
-    with torch.random.fork_rng(devices=[]), quiet():
-        torch.manual_seed(record["training"]["spec"]["seed"])
+    path = Path(source.location) / "training.json"
+    with parsing(path, ModelLoadError):
+        seed = operator.index(read_json(path)["training"]["spec"]["seed"])
+    with torch.random.fork_rng(devices=[]), quiet(), named_errors(source, None):
+        torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     return model.half().to(dtype).eval()
 
@@ -293,13 +366,24 @@ def _listed(names: list[str]) -> str:
 def _check_stays_inside(source: Source) -> None:
     """Refuse an index of weights that names files outside of its folder; the hub's client does so itself."""
     for path in Path(source.location).glob("*.index.json") if source.local else ():
-        for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values():
+        content = read_json(path, kind=ModelLoadError)
+        with parsing(path, ModelLoadError):
+            names = TypeAdapter(dict[str, str]).validate_python(content["weight_map"]).values()
+        for name in names:
             inside = PureWindowsPath(name)  # which takes both slashes as separators
             if inside.anchor or ".." in inside.parts:
                 raise ModelLoadError(
                     f"{str(path)!r} names {name!r}, which is outside of the checkpoint's folder: "
                     "download the checkpoint again, from a source you trust."
                 )
+
+
+def _check_headers(source: Source) -> None:
+    """Open each file of weights, so that a damaged one is named."""
+    for path in weight_files(source):
+        if path.suffix == ".safetensors":
+            with parsing(path, ModelLoadError), safe_open(path, "pt"):
+                pass
 
 
 _FIRST_TRANSFORMERS = (5, 13)
@@ -309,35 +393,48 @@ _FIRST_TRANSFORMERS = (5, 13)
 def load_tokenizer(
     source: Source, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase | None:
-    """Return the checkpoint's tokenizer, or None (with a line in the log) where none can be read.
+    """Return the checkpoint's tokenizer, or None (with a line in the log) where it has none of a known kind.
 
     Raises:
-        ModelLoadError: The installed transformers is one that reads some tokenizers wrongly.
+        ModelLoadError: Its `tokenizer.json` or a file beside it is damaged, or the installed transformers is
+            one that reads some tokenizers wrongly.
     """
     if tuple(map(int, transformers.__version__.split(".")[:2])) < _FIRST_TRANSFORMERS:
         raise ModelLoadError(
             f"transformers {transformers.__version__} gives text of some models (OLMo 2) other token ids "
             f"than their tokenizers do: install {'.'.join(map(str, _FIRST_TRANSFORMERS))} or later."
         )
+    place = source.tokenizer_location or source.location
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **_gguf_options(source)}
     try:
-        with quiet():
-            place = source.tokenizer_location or source.location
+        with quiet(), parsing(f"The tokenizer of {source.name!r}", ModelLoadError, _TOKENIZER_ADVICE):
             tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or "main", **options)
-            _check_has_words(tokenizer)
+            _check_vocabulary(tokenizer)
             return prepare_tokenizer(tokenizer)
-    except Exception as error:  # of nearly any kind, for a folder without tokenizer files
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        _LOG.warning(
-            "%r has no readable tokenizer (%s): the model takes token ids only.", source.name, reason
-        )
+    except MemlensError as error:  # of nearly any kind, for a folder without tokenizer files
+        own = source.local and source.gguf_file is None
+        files = [file.name for file in sorted(Path(place).glob("*token*.json"))] if own else []
+        if "tokenizer.json" in files and not isinstance(error.__cause__, ImportError):
+            error.args = (f"{error} (Read from {place}: {', '.join(files)}.)",)
+            raise
+        _LOG.warning("%r has no readable tokenizer (%s): the model takes token ids only.", source.name, error)
         return None
 
 
-def _check_has_words(tokenizer: PreTrainedTokenizerBase) -> None:
+_TOKENIZER_ADVICE = "copy it again, or give another one in tokenizer="
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
     """For a folder without tokenizer files transformers invents a tokenizer with special tokens only."""
-    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+    known = set(tokenizer.get_vocab().values())
+    if known <= set(tokenizer.all_special_ids):
         raise ValueError("no vocabulary")
+    if max(known) > _LARGEST_ID:
+        raise ValueError(f"the token id {max(known)}")
+
+
+_LARGEST_ID = 2**24
+"""Larger ids are mistakes; the tokenizers library would count up to them."""
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -22,6 +22,7 @@ from memlens.models.huggingface import (
     load_config,
     load_tokenizer,
     load_weights,
+    named_errors,
     parse_dtype,
     prepare_tokenizer,
 )
@@ -142,7 +143,8 @@ def load_model(
         allow_pickle=allow_pickle,
     )
     fact = source.checkpoint if source.local else revision or "main"
-    return _wrap(hf_model, tokenizer, options, name=source.name, revision=fact)
+    with named_errors(source, revision):
+        return _wrap(hf_model, tokenizer, options, name=source.name, revision=fact)
 
 
 def _check_options(

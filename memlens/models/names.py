@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,8 +13,8 @@ from huggingface_hub import HfApi, constants, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
 
-from memlens.errors import ModelNotFoundError, OptionError, near_matches
-from memlens.files import expanded, zoo_folders
+from memlens.errors import MemlensError, ModelNotFoundError, OptionError, near_matches
+from memlens.files import expanded, read_json, zoo_folders
 from memlens.models.families import find_model, known_names, step_of
 from memlens.models.zoo import UNTRAINED, is_zoo_name, zoo_names, zoo_path
 
@@ -205,9 +204,9 @@ def _steps_of(source: Source) -> dict[int, Path]:
 def _recipe(folder: Path) -> list[Any] | None:
     """Return what determines the run that made a zoo model, or None if it is not recorded."""
     try:
-        record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        record = read_json(folder / "training.json")
         return [record[part]["spec"] for part in ("model", "corpus", "training")]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (MemlensError, KeyError, TypeError):
         return None
 
 

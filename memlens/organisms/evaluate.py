@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,16 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from memlens.errors import FileFormatError
-from memlens.files import zoo_table
-from memlens.models.quiet import quiet
+from memlens.files import read_json, zoo_table
+from memlens.models.huggingface import load_config, load_weights
+from memlens.models.names import resolve_source
 from memlens.organisms.corpus.corpus import load_tokenizer
 from memlens.organisms.corpus.known_items import KINDS
 from memlens.results.statistics.intervals import wilson_interval
+from memlens.sequences.parquet import read_table
 
 _BATCH = 64
 _LONGEST = 32
@@ -27,9 +28,8 @@ CONTEXTS = ("none", "neutral")
 
 def load_organism(folder: str | Path) -> PreTrainedModel:
     """Return the model of a checkpoint folder as a Hugging Face model: float32, CPU, evaluation mode."""
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
-    return model.eval()
+    source = resolve_source(Path(folder))
+    return load_weights(source, load_config(source), device=torch.device("cpu"), attention=None)
 
 
 def read_training(folder: str | Path) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def read_training(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "training.json"
     if not path.is_file():
         raise FileFormatError(f"{path.parent} has no training.json: it is not the folder of a zoo model.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def read_ground_truth(folder: str | Path, name: str) -> pd.DataFrame:
@@ -59,7 +59,7 @@ def read_ground_truth(folder: str | Path, name: str) -> pd.DataFrame:
         raise FileFormatError(
             f"{folder} has no {name}.parquet, nor does a zoo model with the same corpus: train it again."
         )
-    return pd.read_parquet(path)
+    return read_table(path)[0]
 
 
 def evaluate_zoo_model(folder: str | Path) -> pd.DataFrame:

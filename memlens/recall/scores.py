@@ -14,6 +14,7 @@ import xarray as xr
 from jaxtyping import Int
 
 from memlens.errors import EmptySetError, FileFormatError, OptionError, SequenceError
+from memlens.files import parsing
 from memlens.forward.metrics import BUILT_IN, METRICS
 from memlens.recall.columns import COLUMNS, LABELS, SCORE_COLUMNS, sequence_coords
 from memlens.recall.matching import Matching, match_controls
@@ -213,7 +214,11 @@ class RecallScores:
         if "recall" not in settings:
             raise FileFormatError(f"{path} contains no recall scores: write them with RecallScores.save")
         bare = whole.table.drop(columns=list(SCORE_COLUMNS), errors="ignore")
-        return cls(whole.table, whole.with_table(bare), settings["recall"])
+        with parsing(path):
+            scores = cls(whole.table, whole.with_table(bare), {**settings["recall"]})
+            whole.table[[n for n in (*BUILT_IN, *COLUMNS) if n in whole.table]].to_numpy(dtype=float)
+            scores.table[scores.criterion]
+        return scores
 
     def to_result(self) -> Result:
         """Return the metrics as a `Result` of kind "recall": dimension `sequence`, groups as coordinates."""

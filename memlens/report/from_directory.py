@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,12 +10,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
+from pydantic import BaseModel
 
 from memlens.errors import FileFormatError, OptionError, ResultError
-from memlens.files import expanded
+from memlens.files import expanded, parsed_json, parsing, read_json
 from memlens.report.bibliography import Citation, bibliography, citations_of
 from memlens.report.model import (
     EXPLORER_FORMAT,
@@ -30,6 +29,7 @@ from memlens.report.model import (
 from memlens.report.render import versions_here, write_report
 from memlens.results.kinds import reading
 from memlens.results.storage import load_result
+from memlens.sequences.parquet import read_table
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = "memlens run 1"
@@ -109,16 +109,66 @@ def read_run(path: Path) -> dict[str, Any]:
     file = path / "run.json"
     if not file.exists():
         return run
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        found = stored["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ResultError(
-            f"{file} is damaged ({error}): delete it to show the result files alone."
-        ) from error
-    if found != _FORMAT:
-        raise ResultError(f"{file} has the format {found!r}, not {_FORMAT!r}: another version wrote it.")
+    with parsing(file, ResultError, "delete it to show the result files alone"):
+        stored = parsed_json(file.read_text(encoding="utf-8"), dict)
+        if (found := stored["format"]) != _FORMAT:
+            raise ResultError(f"{file} has the format {found!r}, not {_FORMAT!r}: another version wrote it.")
+        _Run.model_validate(stored)
     return {**run, **stored}
+
+
+class _Entry(BaseModel):
+    """The parts of `run.json`, for the check that it can be shown; what is not named here may be anything."""
+
+    name: str
+    section: str | None = None
+    reading: str = ""
+    caption: str = ""
+
+
+class _Figure(BaseModel):
+    options: dict[str, Any]
+    reading: str | None
+    caption: str
+
+
+class _Result(_Entry):
+    title: str
+    lead: str
+    figures: list[_Figure]
+
+
+class _Table(_Entry):
+    title: str
+    note: str
+
+
+class _Section(_Entry):
+    title: str
+    lead: str
+
+
+class _Failure(BaseModel):
+    step: str
+    message: str
+
+
+class _Run(BaseModel):
+    title: str = ""
+    lead: str = ""
+    command: str | None = None
+    created: str = ""
+    finished: bool = False
+    settings: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    findings: list[Finding] = []
+    failures: list[_Failure] = []
+    citations: list[dict[str, str]] = []
+    sections: list[_Section] = []
+    results: list[_Result] = []
+    tables: list[_Table] = []
+    figures: list[_Entry] = []
+    explorers: list[_Entry] = []
 
 
 def file_of(path: Path, part: str, name: str) -> Path:
@@ -170,7 +220,7 @@ def _drawn(
 
 
 def _table(file: Path, entry: Mapping[str, Any]) -> TableBlock:
-    return TableBlock(entry["title"], pd.read_parquet(file), entry["note"])
+    return TableBlock(entry["title"], read_table(file)[0], entry["note"])
 
 
 def _figure(file: Path, entry: Mapping[str, Any]) -> FigureBlock:
@@ -179,7 +229,7 @@ def _figure(file: Path, entry: Mapping[str, Any]) -> FigureBlock:
 
 
 def _explorer(file: Path, entry: Mapping[str, Any]) -> ExplorerBlock:
-    payload = json.loads(file.read_text(encoding="utf-8"))
+    payload = read_json(file)
     if payload["format"] != EXPLORER_FORMAT:
         raise FileFormatError(f"its format is {payload['format']!r}, not {EXPLORER_FORMAT!r}")
     return ExplorerBlock(payload, entry["reading"], entry["caption"])

@@ -19,7 +19,7 @@ import numpy as np
 import xarray as xr
 
 from memlens.errors import ResultError
-from memlens.files import expanded, write_atomically
+from memlens.files import expanded, parsed_json, parsing, write_atomically
 from memlens.results.result import Result
 
 FORMAT = "memlens result 1"
@@ -53,16 +53,17 @@ def load_result(path: str | Path) -> Result:
     path = expanded(path)
     if not path.is_file():
         raise ResultError(f"{path} does not exist: give the path of a file that Result.save wrote.")
-    try:
-        raw = xr.load_dataset(path, engine="h5netcdf")
-    except Exception as error:  # h5py, h5netcdf and xarray each fail differently on bad bytes
-        raise ResultError(f"{path} is damaged or not netCDF ({error}): compute or copy it again.") from error
-    if raw.attrs.get("memlens_format") != FORMAT:
-        raise ResultError(f"{path} is netCDF but not a memlens result: open it with xarray.open_dataset.")
-    try:
-        return Result(decode(raw))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ResultError(f"{path} does not hold a whole result ({error}): compute it again.") from error
+    with parsing(path, ResultError, "compute or copy it again"):
+        with xr.open_dataset(path, engine="h5netcdf") as file:
+            if (size := file.nbytes) > max(2**30, 1000 * path.stat().st_size):
+                raise ValueError(f"its {path.stat().st_size} bytes would unpack to {size / 2**30:.1f} GiB")
+            raw = file.load()
+        if raw.attrs.get("memlens_format", "") != FORMAT:
+            raise ResultError(f"{path} is netCDF but not a memlens result: open it with xarray.open_dataset.")
+        result = Result(decode(raw))
+        if not (isinstance(result.kind, str) and isinstance(result.settings, dict)):
+            raise ValueError("its kind is not a name, or its settings are not an object")
+        return result
 
 
 def save_dataset(data: xr.Dataset, path: str | Path) -> Path:
@@ -109,8 +110,8 @@ def decode(raw: xr.Dataset) -> xr.Dataset:
     for name in raw.variables:
         data[name] = _decode_variable(raw[name].variable)
         data[name].encoding = {}
-    data = data.rename({stored: name for name, stored in json.loads(raw.attrs.get(_NAMES, "[]"))})
-    data.attrs = json.loads(raw.attrs[_ATTRS])
+    data = data.rename({stored: name for name, stored in parsed_json(raw.attrs.get(_NAMES, "[]"))})
+    data.attrs = parsed_json(raw.attrs[_ATTRS], dict)
     data.encoding = {}
     return data
 
@@ -131,11 +132,11 @@ def _encode_variable(variable: xr.Variable) -> xr.Variable:
 def _decode_variable(variable: xr.Variable) -> xr.Variable:
     attrs, values = dict(variable.attrs), variable.values
     if _JSON_VALUES in attrs:
-        flat = [json.loads(value) for value in values.ravel()]
+        flat = [parsed_json(value) for value in values.ravel()]
         values = np.array([*flat, None], dtype=object)[:-1].reshape(values.shape)
     if _DTYPE in attrs:
         values = values.astype(attrs[_DTYPE])
-    return xr.Variable(variable.dims, values, json.loads(attrs[_ATTRS]))
+    return xr.Variable(variable.dims, values, parsed_json(attrs[_ATTRS], dict))
 
 
 def _encode_attrs(attrs: Mapping[Any, Any]) -> dict[str, str | int | float]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from memlens.errors import EmptySetError, FileFormatError, OptionError, SequenceError, SourceNotFoundError
-from memlens.files import expanded, reading
+from memlens.errors import EmptySetError, OptionError, SequenceError, SourceNotFoundError
+from memlens.files import expanded, parsing
 from memlens.sequences.set import SequenceSet
 from memlens.sequences.tokenizing import Tokenizer, encode
 
@@ -35,12 +35,8 @@ def text_ids(tokenizer: Tokenizer, path: str | Path) -> list[int]:
         raise SourceNotFoundError(f"there is no text file {path}: give the path of one.")
     if tokenizer is None:
         raise SequenceError("the model has no tokenizer for a text file: give token ids.")
-    try:
-        with reading(path):
-            content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{path} is not UTF-8 text: give token ids.") from error
-    return encode(tokenizer, [content])[0]
+    with parsing(path, advice="save it as UTF-8, or give token ids"):
+        return encode(tokenizer, [path.read_text(encoding="utf-8")])[0]
 
 
 def text_windows(tokenizer: Tokenizer, path: str | Path, window: int = 128) -> SequenceSet:

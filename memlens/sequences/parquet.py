@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from memlens.errors import ColumnError, FileFormatError
-from memlens.files import expanded, reading, replacing
+from memlens.files import expanded, parsed_json, parsing, replacing
 from memlens.sequences.set import RESERVED_COLUMNS, SequenceSet
 
 _KEY = b"memlens"
@@ -53,20 +53,36 @@ def read_table(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return a parquet file's table, with lists as Python lists, and memlens' settings if it has any.
 
     Raises:
-        FileFormatError: It is not a parquet file.
+        FileFormatError: It is not a parquet file, its metadata are damaged, or it is a small file that
+            decodes to gigabytes.
     """
-    try:
-        with reading(path):
-            table = pq.read_table(expanded(path))
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise FileFormatError(f"{path} is not a parquet file: {said}") from error
-    frame = table.to_pandas()
-    for name in table.schema.names:
-        if pa.types.is_nested(table.schema.field(name).type):
-            frame[name] = pd.Series([_plain(v) for v in frame[name]], index=frame.index, dtype=object)
-    metadata = table.schema.metadata or {}
-    return frame, json.loads(metadata[_KEY]) if _KEY in metadata else {}
+    with parsing(path):
+        table = _decoded(expanded(path))
+        frame = table.to_pandas()
+        for name in table.schema.names:
+            if pa.types.is_nested(table.schema.field(name).type):
+                frame[name] = pd.Series([_plain(v) for v in frame[name]], index=frame.index, dtype=object)
+        metadata = table.schema.metadata or {}
+        return frame, parsed_json(metadata[_KEY], dict[str, Any]) if _KEY in metadata else {}
+
+
+_LARGE, _PACKED = 2**30, 200
+"""Bytes that a table may have in memory whatever its file's size, and bytes per byte of the file beyond."""
+
+
+def _decoded(path: Path) -> pa.Table:
+    """Read the file in portions, so that one which repeats large values is refused before it fills memory."""
+    most, size, batches = max(_LARGE, _PACKED * path.stat().st_size), 0, []
+    with pq.ParquetFile(path) as file:
+        of_numbers = all(pa.types.is_primitive(each.type) for each in file.schema_arrow)
+        for batch in file.iter_batches(batch_size=65_536 if of_numbers else 128):
+            size += batch.nbytes
+            if size > most:
+                raise ValueError(
+                    f"its {path.stat().st_size} bytes decode to more than {most / 2**30:.1f} GiB"
+                )
+            batches.append(batch)
+        return pa.Table.from_batches(batches, file.schema_arrow)
 
 
 def read_parquet(path: str | Path) -> tuple[SequenceSet, dict[str, Any]]:
@@ -77,16 +93,19 @@ def read_parquet(path: str | Path) -> tuple[SequenceSet, dict[str, Any]]:
         ColumnError: It lacks one of the two columns.
     """
     frame, settings = read_table(path)
-    for name in RESERVED_COLUMNS:
-        if name not in frame:
-            raise ColumnError(f"{path} has no column {name!r}: it has {', '.join(map(str, frame.columns))}")
-    seqs = SequenceSet.from_tokens(
-        frame["tokens"].tolist(),
-        frame["prefix_len"].to_numpy(),
-        table=frame.drop(columns=list(RESERVED_COLUMNS)),
-        attrs=settings.get("attrs", {}),
-    )
-    return _widened(seqs, settings.get("width", 0)), settings
+    with parsing(path):
+        for name in RESERVED_COLUMNS:
+            if name not in frame:
+                raise ColumnError(
+                    f"{path} has no column {name!r}: it has {', '.join(map(str, frame.columns))}"
+                )
+        seqs = SequenceSet.from_tokens(
+            frame["tokens"].tolist(),
+            frame["prefix_len"].to_numpy(),
+            table=frame.drop(columns=list(RESERVED_COLUMNS)),
+            attrs=settings.get("attrs", {}),
+        )
+        return _widened(seqs, settings.get("width", 0)), settings
 
 
 def _widened(seqs: SequenceSet, width: int) -> SequenceSet:
@@ -94,6 +113,10 @@ def _widened(seqs: SequenceSet, width: int) -> SequenceSet:
     missing = width - seqs.tokens.shape[1]
     if missing <= 0:
         return seqs
+    if len(seqs) * missing > max(2**24, 100 * seqs.tokens.numel()):
+        raise FileFormatError(
+            f"its width of {width} tokens is far above the longest of {len(seqs)} sequences"
+        )
     tokens = np.pad(seqs.tokens.numpy(), ((0, 0), (0, missing)))
     mask = np.pad(seqs.mask.numpy(), ((0, 0), (0, missing)))
     return SequenceSet.from_tokens(tokens, seqs.prefix_len, table=seqs.table, mask=mask, attrs=seqs.attrs)

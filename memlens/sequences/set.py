@@ -42,6 +42,12 @@ def pad(tokens: Tensor | np.ndarray | Sequence[Sequence[int]]) -> tuple[Tensor, 
         return array, torch.ones(array.shape, dtype=torch.bool, device=array.device)
     lengths = torch.tensor([len(row) for row in tokens], dtype=torch.int64)
     width = int(lengths.max()) if len(lengths) else 0
+    total, cells = int(lengths.sum()), len(lengths) * width
+    if cells > max(2**28, 100 * total):  # 2 GiB that are almost all padding
+        raise SequenceError(
+            f"row {int(lengths.argmax())} has {width} tokens and {len(lengths)} rows have {total}: padding "
+            "all rows to that length would fill the memory; cut or leave out the long ones"
+        )
     mask = torch.arange(width) < lengths[:, None]
     padded = torch.zeros(mask.shape, dtype=torch.int64)
     flat = np.array([token for row in tokens for token in row] or np.empty(0, np.int64))

@@ -15,15 +15,20 @@ A store whose manifest grows with its parts uses `read_manifest` and `write_mani
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-from memlens.errors import OtherRunError, ResultError
-from memlens.files import expanded, remove_leftovers, write_atomically
+import numpy as np
+
+from memlens.errors import MemlensError, OtherRunError, ResultError
+from memlens.files import expanded, parsing, read_json, remove_leftovers, write_atomically
 from memlens.store.fingerprint import fingerprint
 
 _LOG = logging.getLogger(__name__)
@@ -120,11 +125,43 @@ class KeyedFolder:
                 f"{self.what}, or was moved or edited; delete it and run again."
             )
 
-    def damaged(self, name: str, error: BaseException) -> ResultError:
-        """Return the error for a part that cannot be read."""
-        return ResultError(
-            f"{self.path / name} is damaged ({error}): delete it and run again; the other parts are kept."
-        )
+    @contextmanager
+    def parsing(self, name: str) -> Iterator[None]:
+        """Turn whatever a part leads the body to, which reads it, into a `ResultError` that names it."""
+        advice = "delete it and run again; the other parts are kept"
+        try:
+            with parsing(self.path / name, ResultError, advice):
+                yield
+        except ResultError:
+            raise
+        except MemlensError as error:
+            raise ResultError(f"{self.path / name} is damaged ({error}): {advice}.") from error
+
+
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a `.npz` file.
+
+    Unlike `numpy.load`, it allocates no more than the file holds, whatever an array's header claims.
+
+    Raises:
+        ValueError: It is not such a file, holds objects, or its members unpack to over 200 times their size.
+    """
+    found: dict[str, np.ndarray] = {}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.file_size > max(2**28, 200 * member.compress_size):
+                raise ValueError(f"{member.filename} would unpack to {member.file_size / 2**30:.1f} GiB")
+            raw = io.BytesIO(archive.read(member))
+            read_header = _HEADERS[np.lib.format.read_magic(raw)]
+            shape, by_column, dtype = read_header(raw)
+            values = np.frombuffer(raw.getbuffer(), dtype, offset=raw.tell())
+            found[member.filename.removesuffix(".npy")] = values.reshape(
+                shape, order="F" if by_column else "C"
+            ).copy()
+    return found
+
+
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def write_manifest(path: Path, what: str, version: int, content: Mapping[str, Any]) -> None:
@@ -141,11 +178,9 @@ def read_manifest(path: Path, what: str, version: int) -> dict[str, Any]:
         OtherRunError: Another version of memlens wrote it; the message says which.
         ResultError: It is missing, damaged or was edited, or is not the manifest of a `what`.
     """
-    try:
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
+    with parsing(path, ResultError, "give another folder"):
+        found = read_json(path)
         tag = str(found.pop("format"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ResultError(f"{path} is damaged or missing ({error!r}): give another folder.") from error
     name, _, number = tag.rpartition(" ")
     if name != f"memlens {what}" or not number.isdecimal():
         raise ResultError(
@@ -158,7 +193,7 @@ def read_manifest(path: Path, what: str, version: int) -> dict[str, Any]:
             f"version (format {version}) cannot continue: give another folder, or delete this one."
         )
     digest = found.pop("digest", None)
-    if digest is not None and digest != _digest({"format": tag, "memlens": wrote, **found}):
+    if digest != _digest({"format": tag, "memlens": wrote, **found}):
         raise ResultError(f"{path} was edited: give another folder, or delete this one.")
     return found
 

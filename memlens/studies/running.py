@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import numpy as np
 import yaml
 
 from memlens.errors import MemlensError, OtherRunError
-from memlens.files import write_json
+from memlens.files import read_json, write_json
 from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
 from memlens.report.model import Finding
@@ -106,7 +105,7 @@ class StudyDirectory(RunDirectory):
         """Make a JSON object, or read that of an earlier run with the same weights, sequences and options."""
         place = self._keyed(name, model, seqs, options, ".json")
         if place.is_file():
-            return json.loads(place.read_text(encoding="utf-8"))
+            return read_json(place)
         made = make()
         write_json(place, made, indent=None)
         return made

@@ -8,7 +8,6 @@ function of the contents of the model, the sequences, the interventions and the 
 from __future__ import annotations
 
 import logging
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 from memlens.store.fingerprint import fingerprint, model_fingerprint
-from memlens.store.keyed_folder import KeyedFolder
+from memlens.store.keyed_folder import KeyedFolder, read_arrays
 from memlens.sweeps.contexts import in_dtype
 from memlens.sweeps.engine.engine import Engine
 from memlens.sweeps.engine.schedule import joined, run_batches
@@ -338,12 +337,9 @@ class ShardStore:
         path = self.folder.path / shard.name
         if not path.exists():
             return None
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                found = {name: file[name] for name in file.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
-            raise self.folder.damaged(shard.name, error) from error
-        self.folder.check(shard.name, found, found.pop("seal", None))
+        with self.folder.parsing(shard.name):
+            found = read_arrays(path)
+            self.folder.check(shard.name, found, found.pop("seal", None))
         base = {n[5:]: a for n, a in found.items() if n.startswith("base ")}
         return base, {n[6:]: a for n, a in found.items() if n.startswith("value ")}
 

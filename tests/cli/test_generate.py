@@ -108,7 +108,7 @@ def test_files_of_prompts(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="line 1 is not JSON"):
         read_prompts(rows)
     lines.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(FileFormatError, match="not UTF-8"):
+    with pytest.raises(FileFormatError, match="UTF-8"):
         read_prompts(lines)
     with pytest.raises(SourceNotFoundError, match="no file of prompts"):
         read_prompts(tmp_path / "c.txt")

@@ -167,7 +167,7 @@ def test_damaged_files_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (published(tmp_path / "cut", state) / "params.pt").write_bytes(b"PK")
     (published(tmp_path / "text", state) / "config.json").write_text("{")
     (published(tmp_path / "half", state) / "config.json").unlink()
-    for name, words in {"cut": "cannot be read", "text": "not JSON", "half": "is not a tuned lens"}.items():
+    for name, words in {"cut": "is damaged", "text": "is damaged", "half": "is not a tuned lens"}.items():
         with pytest.raises(FileFormatError, match=words):
             ml.lens.TunedLens.load(tmp_path / name)
     with pytest.raises(SourceNotFoundError, match="no tuned lens at"):

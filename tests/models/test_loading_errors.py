@@ -144,7 +144,7 @@ def test_no_weights(folder):
 def test_truncated_weights(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ModelLoadError, match="damaged or incomplete"):
+    with pytest.raises(ModelLoadError, match=r"model\.safetensors is damaged"):
         load_model(folder)
 
 

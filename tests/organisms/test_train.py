@@ -70,7 +70,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "state.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(ResultError, match=r"state\.pt cannot be read"):
+    with pytest.raises(ResultError, match=r"state\.pt is damaged"):
         run(fresh(), checkpoint=tmp_path / "state.pt")
 
 

@@ -318,7 +318,7 @@ def test_text_that_looks_like_missing_values_is_text(tmp_path: Path) -> None:
         ("x.jsonl", b'{"text": "a"}\n[1, 2]\n', "mixes lines of the kinds dict, list"),
         ("x.jsonl", b"\xff\xfe\x00", "not UTF-8 text: byte 0"),
         ("x.csv", b"\xff\xfe\x00", "not a comma-separated table"),
-        ("x.parquet", b"PAR1 no", "not a parquet file"),
+        ("x.parquet", b"PAR1 no", "is not what its name says"),
         ("x.npy", b"text,copies\n", "not a .npy file"),
         ("x.npy", b"", "not a .npy file"),
         ("x.txt", b"hello", r"suffix '\.txt' is not known; use one of \.npy, \.jsonl, \.csv, \.parquet"),

@@ -198,7 +198,7 @@ def test_rows_that_do_not_exist() -> None:
 def test_parquet_files_that_hold_no_set(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     path.write_text("not parquet")
-    with pytest.raises(FileFormatError, match=r"x\.parquet is not a parquet file"):
+    with pytest.raises(FileFormatError, match=r"x\.parquet is damaged, or is not what its name says"):
         SequenceSet.from_parquet(path)
     pd.DataFrame({"tokens": [[1, 2]], "other": [1]}).to_parquet(path)
     with pytest.raises(ColumnError, match="'prefix_len': it has tokens, other"):

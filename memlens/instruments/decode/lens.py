@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from memlens.errors import FileFormatError, OptionError, ResultError, SourceNotFoundError, check_option
-from memlens.files import expanded, finish_replacing, reading, replacing, replacing_files, write_json
+from memlens.files import (
+    expanded,
+    finish_replacing,
+    parsing,
+    read_json,
+    reason_of,
+    replacing,
+    replacing_files,
+    write_json,
+)
 from memlens.forward.trunk import Trunk
 from memlens.models.provenance import describe
 
@@ -259,23 +267,19 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
-        raise OSError(_reason(error)) from error
+        raise OSError(reason_of(error)) from error
 
 
 def _read_own(folder: Path) -> TunedLens:
-    about = _read_json(folder / OWN_FILES[0])
+    about = read_json(folder / OWN_FILES[0])
     if about.get("format") != FORMAT:
         raise FileFormatError(
             f"{folder / OWN_FILES[0]} has the format {about.get('format')!r}: this memlens reads {FORMAT!r}."
         )
-    try:
+    facts = {key: value for key, value in about.items() if key not in ("format", "fingerprint")}
+    with parsing(folder / OWN_FILES[1], advice="save the lens again"):
         tensors = load_file(folder / OWN_FILES[1])
-        facts = {key: value for key, value in about.items() if key not in ("format", "fingerprint")}
         lens = TunedLens(tensors["weight"].float(), tensors["bias"].float(), facts)
-    except Exception as error:  # safetensors raises its own class for damaged files
-        raise FileFormatError(
-            f"{folder / OWN_FILES[1]} is damaged ({_reason(error)}): save the lens again."
-        ) from error
     if lens.fingerprint != about.get("fingerprint"):
         raise FileFormatError(
             f"{OWN_FILES[1]} in {folder} is not the file that {OWN_FILES[0]} describes: save the lens again."
@@ -284,28 +288,31 @@ def _read_own(folder: Path) -> TunedLens:
 
 
 def _read_published(folder: Path) -> TunedLens:
-    config = _read_json(folder / PUBLISHED_FILES[0])
-    depth, width = config.get("num_hidden_layers"), config.get("d_model")
-    if not isinstance(depth, int) or not isinstance(width, int) or depth < 1 or width < 1:
+    config = read_json(folder / PUBLISHED_FILES[0])
+    depth, width, biased = config.get("num_hidden_layers"), config.get("d_model"), config.get("bias", True)
+    numbers = isinstance(depth, int) and isinstance(width, int) and depth > 0 and width > 0
+    if not numbers or not isinstance(biased, bool):
         raise FileFormatError(
-            f"{folder / PUBLISHED_FILES[0]} gives num_hidden_layers={depth!r} and d_model={width!r}: the "
-            "configuration of a tuned lens has both as positive whole numbers."
+            f"{folder / PUBLISHED_FILES[0]} gives num_hidden_layers={depth!r}, d_model={width!r} and bias="
+            f"{biased!r}: a tuned lens has positive whole numbers, and true or false."
         )
     state = _load_state(folder / PUBLISHED_FILES[1])
-    biased = bool(config.get("bias", True))
-    wanted = {f"{i}.{part}" for i in range(depth) for part in (("weight", "bias") if biased else ("weight",))}
+    parts = ("weight", "bias") if biased else ("weight",)
+    layers = range(min(depth, len(state) + 1))  # the file may claim any number
+    wanted = {f"{i}.{part}" for i in layers for part in parts}
     if set(state) != wanted:
-        wrong = ", ".join(sorted(set(state) ^ wanted)[:4])
+        wrong = ", ".join(sorted(map(str, set(state) ^ wanted))[:4])
         raise FileFormatError(
-            f"{folder / PUBLISHED_FILES[1]} does not hold the translators of {depth} layers (see {wrong}): "
-            "give a lens in the current layout of tuned-lens, with keys such as '0.weight'."
+            f"{folder / PUBLISHED_FILES[1]} does not hold the translators of {depth} layers (see {wrong}) "
+            f"that {PUBLISHED_FILES[0]} says: give a lens in the current layout of tuned-lens, with keys "
+            "such as '0.weight'."
         )
     for name, tensor in state.items():
         want = (width, width) if name.endswith("weight") else (width,)
         if tuple(tensor.shape) != want:
             raise FileFormatError(
                 f"{name!r} in {folder / PUBLISHED_FILES[1]} has the shape {tuple(tensor.shape)}, and the "
-                f"configuration says {want}: the two files do not belong to the same lens."
+                f"{PUBLISHED_FILES[0]} says {want}: the two files do not belong to the same lens."
             )
     weight = torch.stack([state[f"{i}.weight"].float() for i in range(depth)])
     bias = torch.zeros(depth, width)
@@ -321,27 +328,8 @@ def _read_published(folder: Path) -> TunedLens:
 
 
 def _load_state(path: Path) -> Mapping[str, Tensor]:
-    try:
+    with parsing(path, advice="download it again"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle or type errors: not a plain state dict
-        raise FileFormatError(
-            f"{path} cannot be read as plain tensors ({_reason(error)}): download it again."
-        ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise FileFormatError(f"{path} holds a {type(state).__name__}, not named tensors: download it again.")
     return state
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        with reading(path):
-            found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FileFormatError(f"{path} is not JSON ({_reason(error)}): the lens is damaged.") from error
-    if not isinstance(found, dict):
-        raise FileFormatError(f"{path} holds a {type(found).__name__}, not an object: the lens is damaged.")
-    return found
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")[:120]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple
 from pathlib import Path
@@ -10,11 +10,12 @@ from typing import Any
 
 import pandas as pd
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from memlens.errors import FileFormatError, ResultError
-from memlens.files import expanded, made_folder, write_json
+from memlens.files import expanded, made_folder, parsing, read_json, write_json
 from memlens.models.quiet import quiet
 from memlens.organisms.evaluate import load_organism
 from memlens.organisms.planting.carriers import Carrier, Component, ComponentKind, ComponentWeights
@@ -151,17 +152,21 @@ def read_organism(folder: str | Path) -> Organism:
     """
     folder = expanded(folder)
     about = organism_record(folder)
-    return Organism(
-        load_organism(folder),
-        Carrier.parse(about["carrier"]),
-        [Component(*c) for c in about["components"]],
-        read_parquet(folder / "sequences.parquet")[0],
-        load_file(folder / "base.safetensors"),
-        torch.tensor(about["base_recall"]),
-        PlantingOptions(**about["options"]),
-        about["seed"],
-        about["steps"],
-    )
+    with parsing(folder / "organism.json", advice="make the organism again"):
+        carrier, options = Carrier.parse(about["carrier"]), PlantingOptions(**about["options"])
+        components = TypeAdapter(list[Component]).validate_python(
+            [dict(zip(("kind", "layer", "index"), c, strict=True)) for c in about["components"]]
+        )
+        base_recall = torch.tensor(about["base_recall"])
+        seed, steps = operator.index(about["seed"]), operator.index(about["steps"])
+    model, base = load_organism(folder), folder / "base.safetensors"
+    with parsing(base, advice="make the organism again"):
+        before, now = load_file(base), dict(model.named_parameters())
+        wrong = [name for name, value in before.items() if name not in now or value.shape != now[name].shape]
+        if wrong:
+            raise ValueError(f"the model has no parameter {wrong[0]!r} of its shape")
+    sequences = read_parquet(folder / "sequences.parquet")[0]
+    return Organism(model, carrier, components, sequences, before, base_recall, options, seed, steps)
 
 
 def organism_record(folder: str | Path) -> dict[str, Any]:
@@ -171,10 +176,9 @@ def organism_record(folder: str | Path) -> dict[str, Any]:
         FileFormatError: It is missing or is not a record of this version.
     """
     path = Path(folder) / "organism.json"
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileFormatError(f"{path} cannot be read: {error}. Make the organism again.") from error
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    if not path.is_file():
+        raise FileFormatError(f"there is no {path}: give the folder of a finished organism.")
+    about = read_json(path)
+    if about.get("format") != FORMAT:
         raise FileFormatError(f"{path} is not the record of an organism ({FORMAT}): make the organism again.")
     return about

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from memlens.errors import EmptySetError, OptionError, ResultError
-from memlens.files import replacing
+from memlens.files import parsing, replacing
 from memlens.models.quiet import quiet
 from memlens.organisms.corpus.corpus import fingerprint
 from memlens.organisms.training.routing import Routes
@@ -353,19 +353,16 @@ class _Run:
             torch.save(state, part)
 
     def load(self, path: Path) -> None:
-        try:
+        with parsing(path, ResultError, "start over with resume=False"):
             state = torch.load(path, map_location=next(self.model.parameters()).device, weights_only=True)
-            settings = state["settings"]
-        except Exception as error:
-            raise ResultError(
-                f"the training checkpoint {path} cannot be read ({error}): start over with resume=False."
-            ) from error
+            settings = dict(state["settings"])
         if settings != self.settings:
             changed = sorted(key for key in self.settings if settings.get(key) != self.settings[key])
             raise ResultError(
                 f"the training checkpoint {path} belongs to a run with another {', '.join(changed)}: "
                 "start over with resume=False, or write elsewhere."
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.losses, self.seconds = list(state["losses"]), float(state["seconds"])
+        with parsing(path, ResultError, "start over with resume=False"):
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.losses, self.seconds = list(map(float, state["losses"])), float(state["seconds"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Int
 from tqdm.auto import tqdm
 
-from memlens.errors import FileFormatError, ResultError, SequenceError
-from memlens.files import expanded
+from memlens.errors import MemlensError, ResultError, SequenceError
+from memlens.files import expanded, naming
 from memlens.forward.memory import check_batch_size, rows_per_batch
 from memlens.forward.trunk import require_model
 from memlens.models.provenance import describe
@@ -32,7 +32,7 @@ from memlens.sequences.checks import check_sequences
 from memlens.sequences.parquet import read_parquet, write_parquet
 from memlens.sequences.set import SequenceSet
 from memlens.store.fingerprint import model_fingerprint
-from memlens.store.keyed_folder import KeyedFolder
+from memlens.store.keyed_folder import KeyedFolder, read_manifest
 
 _OWN = ("id", "text", "row", "start", "role", "matched_to", "length_difference", "frequency_difference")
 """Columns that the scan itself adds."""
@@ -168,7 +168,8 @@ def build_memorized_set(
     if out is not None:
         about = _about(model, windows, settings)
         store = KeyedFolder(out, "scan", about, version=_VERSION, parts="[!.]*")
-    kept, counted = _scan(model, windows, options, size, store, progress)
+    with naming(token_source) if isinstance(token_source, str | Path) else nullcontext():
+        kept, counted = _scan(model, windows, options, size, store, progress)
     counts = counted if token_counts is None else np.asarray(token_counts)
     found = assemble_sets(model, kept, counts, settings)
     if out is not None:
@@ -210,9 +211,8 @@ def _scan(
 def _batch_size(model: Any, length: int, out: str | Path | None) -> int:
     """Return the size that fits, or that of an interrupted scan, which may have had more memory."""
     if out is not None:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            begun = dict(json.loads((expanded(out) / "manifest.json").read_text())["about"])
-            return int(begun["batch_size"])
+        with suppress(MemlensError, KeyError, TypeError):  # opening the folder says what is wrong with it
+            return read_manifest(expanded(out) / "manifest.json", "scan", _VERSION)["about"]["batch_size"]
     return rows_per_batch(model.cfg, length, next(model.parameters()).device)
 
 
@@ -258,13 +258,11 @@ def _load_block(store: KeyedFolder, number: int, block: Block) -> tuple[Sequence
     path = store.path / name
     if not path.exists():
         return None
-    try:
+    with store.parsing(name):
         found, settings = read_parquet(path)
-        scan = settings["scan"]
+        scan = {**settings["scan"]}
         seal = scan.pop("seal", None)
-    except (FileFormatError, LookupError, OSError, TypeError) as error:
-        raise store.damaged(name, error) from error
-    store.check(name, _content(found, scan), seal)
+        store.check(name, _content(found, scan), seal)
     if scan["block"] != block.fingerprint:
         raise ResultError(
             f"{path} was made from other windows than block {number} now has: the source has changed; "

@@ -6,7 +6,6 @@ are then compared token by token, so counts are exact.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from jaxtyping import Int
 from tqdm.auto import tqdm
 
 from memlens.errors import OptionError, SequenceError, SourceNotFoundError, check_option
+from memlens.files import parsing, read_json
 from memlens.models.zoo import zoo_path
 from memlens.sequences.set import SequenceSet
 
@@ -286,5 +286,9 @@ def _zoo_counts(name: str) -> np.ndarray:
         raise SourceNotFoundError(
             f"{file.parent} has no training.json with the counts: train the model again"
         )
-    by_domain = json.loads(file.read_text())["corpus"]["token_counts"]
-    return np.sum([np.array(counts, dtype=np.int64) for counts in by_domain.values()], axis=0)
+    with parsing(file, advice="train the model again"):
+        by_domain = read_json(file)["corpus"]["token_counts"]
+        counts = np.array([*by_domain.values()], dtype=np.int64)
+        if counts.ndim != 2:
+            raise ValueError(f"its token_counts have the shape {counts.shape}")
+        return counts.sum(0)

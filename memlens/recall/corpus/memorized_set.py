@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,9 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Int
+from pydantic import TypeAdapter
 
 from memlens.errors import FileFormatError, SourceNotFoundError
-from memlens.files import expanded, finish_replacing, reading, replacing_files, write_json
+from memlens.files import expanded, finish_replacing, parsing, read_json, replacing_files, write_json
 from memlens.recall.corpus.scan import ROLES, Kept
 from memlens.recall.matching import match_controls
 from memlens.sequences.set import SequenceSet
@@ -103,16 +103,16 @@ class MemorizedSet:
         path = finish_replacing(folder) / _FILE
         if not path.is_file():
             raise SourceNotFoundError(f"there is no {path}: the set was not saved, or its scan not finished")
-        try:
-            with reading(path):
-                content = json.loads(path.read_text())
+        with parsing(path):
+            content = read_json(path)
+            if (found := content["format"]) != _FORMAT:
+                raise FileFormatError(f"{path} has the format {found!r}, not {_FORMAT!r}")
+            facts = {
+                "counts": TypeAdapter(dict[str, int]).validate_python(content["counts"]),
+                "settings": TypeAdapter(dict[str, Any]).validate_python(content["settings"]),
+            }
             matching = pd.DataFrame(content["balance"], columns=_BALANCE)
-            facts = {name: content[name] for name in ("format", "counts", "settings")}
-        except (ValueError, LookupError, TypeError) as error:
-            raise FileFormatError(f"{path} is damaged: {error!r}") from error
-        if (found := facts.pop("format")) != _FORMAT:
-            raise FileFormatError(f"{path} has the format {found!r}, not {_FORMAT!r}")
-        matching = matching.astype({"before": float, "after": float})  # NaN is null in the file
+            matching = matching.astype({"before": float, "after": float})  # NaN is null in the file
         sets = {role: SequenceSet.from_parquet(path.parent / f"{role}.parquet") for role in ROLES}
         return cls(**sets, **facts, matching=matching)
 

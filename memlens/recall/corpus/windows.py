@@ -20,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from memlens.errors import ColumnError, FileFormatError, SequenceError, SourceNotFoundError, VocabularyError
-from memlens.files import expanded
+from memlens.files import expanded, parsing
 from memlens.sequences.readers.drafts import TOKENS, find_column, listing
 from memlens.sequences.readers.sources import load_array
 from memlens.sequences.set import SequenceSet
@@ -112,7 +112,9 @@ def open_windows(source: Any, length: int, stride: int | None, tokens_column: st
         SequenceError: The source does not consist of token ids, or has nothing as long as a window.
     """
     if isinstance(source, str | Path):
-        source = _mapped(expanded(source))
+        path = expanded(source)
+        with parsing(path):
+            return _of_array(_mapped(path), length, stride)
     if isinstance(source, Tensor):
         source = source.detach().cpu().numpy()
     if isinstance(source, np.ndarray):

@@ -53,6 +53,9 @@ def listing(frame: pd.DataFrame) -> str:
     return f"the columns are {', '.join(map(str, frame.columns)) or 'none'}"
 
 
+LONGEST_TEXT = 2**24
+"""Characters of one sequence: no model's context holds as much text."""
+
 DEFAULT_PREFIX_LEN = 32
 """Tokens given to the model by default: published lists have 32 + 32."""
 

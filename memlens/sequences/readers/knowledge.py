@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from memlens.errors import OptionError, SequenceError
-from memlens.files import expanded
+from memlens.files import expanded, parsing
 from memlens.sequences.readers.cloze import ClozeOptions, read_clozes
 from memlens.sequences.readers.drafts import ID, Draft, PrependBos, find_column, leave_out
 from memlens.sequences.readers.load import settle
@@ -82,8 +83,9 @@ def fact_sequences(
     )
     frame, origin = _frame(source)
     reader = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
-    draft = read_clozes(frame, reader, options)
-    return settle(draft, model, reader, origin, prepend_bos=prepend_bos, name=name)
+    with nullcontext() if isinstance(source, pd.DataFrame) else parsing(source):
+        draft = read_clozes(frame, reader, options)
+        return settle(draft, model, reader, origin, prepend_bos=prepend_bos, name=name)
 
 
 def identifier_sequences(
@@ -131,8 +133,9 @@ def identifier_sequences(
     """
     frame, origin = _frame(source, as_text=(identifier_column,))
     reader = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
-    draft = _read_identifiers(_pairs(frame, template, label_column, identifier_column), reader)
-    return settle(draft, model, reader, origin, prepend_bos=prepend_bos, name=name)
+    with nullcontext() if isinstance(source, pd.DataFrame) else parsing(source):
+        draft = _read_identifiers(_pairs(frame, template, label_column, identifier_column), reader)
+        return settle(draft, model, reader, origin, prepend_bos=prepend_bos, name=name)
 
 
 def _frame(source: str | Path | pd.DataFrame, as_text: tuple[str, ...] = ()) -> tuple[pd.DataFrame, str]:

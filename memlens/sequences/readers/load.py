@@ -6,6 +6,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ import pandas as pd
 from torch import Tensor
 
 from memlens.errors import SequenceError, SourceNotFoundError, check_option
+from memlens.files import parsing
 from memlens.models.bos import expects_bos
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.readers.drafts import (
@@ -133,22 +135,23 @@ def load_sequences(
     columns = Columns(tokens_column, prompt_column, continuation_column, text_column, id_column)
     request = Request(model, tokenizer, split, limit, target)
     opened = open_source(source, request)
-    draft = _read(opened.content, columns, request)
-    check_ids(draft, getattr(getattr(model, "cfg", None), "d_vocab", None), tokenizer)
-    attrs = {**opened.attrs, **draft.attrs}
-    return settle(
-        with_prefix(replace(draft, attrs=attrs), prefix_len, seed),
-        model,
-        tokenizer,
-        str(attrs.get("source", opened.origin)),
-        prepend_bos=prepend_bos,
-        name=name,
-        max_targets=max_targets,
-        id_column=columns.id,
-        on_eos=on_eos,
-        on_short=on_short,
-        check_tokenizer=check_tokenizer,
-    )
+    with nullcontext() if opened.path is None else parsing(opened.path):
+        draft = _read(opened.content, columns, request)
+        check_ids(draft, getattr(getattr(model, "cfg", None), "d_vocab", None), tokenizer)
+        attrs = {**opened.attrs, **draft.attrs}
+        return settle(
+            with_prefix(replace(draft, attrs=attrs), prefix_len, seed),
+            model,
+            tokenizer,
+            str(attrs.get("source", opened.origin)),
+            prepend_bos=prepend_bos,
+            name=name,
+            max_targets=max_targets,
+            id_column=columns.id,
+            on_eos=on_eos,
+            on_short=on_short,
+            check_tokenizer=check_tokenizer,
+        )
 
 
 def _read(content: Any, columns: Columns, request: Request) -> Draft:

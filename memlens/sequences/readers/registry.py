@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from memlens.errors import FileFormatError, SourceNotFoundError, near_matches
-from memlens.files import expanded, reading
+from memlens.files import expanded, parsing
 from memlens.registry import Registry
 from memlens.sequences.readers.drafts import Draft
 
@@ -44,11 +44,13 @@ class Opened:
         content: In any form that `load_sequences` takes in memory.
         origin: The name of the source, recorded with the set.
         attrs: What the source says about the set.
+        path: The file or files, as errors name them; None for what was in memory.
     """
 
     content: Any
     origin: str
     attrs: dict[str, Any] = field(default_factory=dict)
+    path: str | None = None
 
 
 OpenSource = Callable[[Any, Request], Opened]
@@ -88,7 +90,8 @@ def open_source(source: Any, request: Request) -> Opened:
             return open_it(source, request)
     if isinstance(source, str | Path):
         content, settings = read_file(expanded(source))
-        return Opened(content, Path(source).name, settings.get("attrs", {}))
+        with parsing(source):
+            return Opened(content, Path(source).name, {**settings.get("attrs", {})}, str(source))
     return Opened(source, type(source).__name__)
 
 
@@ -111,5 +114,5 @@ def read_file(path: Path, as_text: Sequence[str] = ("identifier",)) -> tuple[Any
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise SourceNotFoundError(f"there is no file {path}.{near_matches(path.name, siblings)}")
-    with reading(path):
+    with parsing(path):
         return FILES[path.suffix.lower()](path, as_text)

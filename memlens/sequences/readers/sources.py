@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 
 from memlens.errors import FileFormatError, SequenceError, SourceNotFoundError, check_option, near_matches
-from memlens.files import expanded, reading, zoo_folders, zoo_table
+from memlens.files import expanded, parsed_json, parsing, reading, zoo_folders, zoo_table
 from memlens.sequences.parquet import read_table
+from memlens.sequences.readers.drafts import LONGEST_TEXT
 from memlens.sequences.readers.registry import Opened, Request, read_file, register_file, register_source
 from memlens.sequences.tokenizing import tokenizer_attrs
 
@@ -29,10 +32,11 @@ def _read_npy(path: Path, _: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]
 def load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
     """Return the array in a `.npy` file, or raise `FileFormatError` if it contains anything else."""
     try:
+        np.load(path, mmap_mode="r", allow_pickle=False)  # fails if the header claims more than there is
         array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
         if not isinstance(array, np.ndarray):
             raise ValueError("it is an archive")
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, TypeError, EOFError, OSError, BadZipFile) as error:
         raise FileFormatError(f"{path} is not a .npy file of numbers: {error}") from error
     return array
 
@@ -42,6 +46,7 @@ def _read_jsonl(path: Path, _: Sequence[str]) -> tuple[list[Any] | pd.DataFrame,
     values = [value for _, value in json_lines(path)]
     kinds = {type(v) for v in values}
     if kinds == {dict}:
+        check_keys(values, path)
         return pd.DataFrame(values), {}
     if kinds in ({str}, {list}, set()):
         return values, {}
@@ -51,31 +56,60 @@ def _read_jsonl(path: Path, _: Sequence[str]) -> tuple[list[Any] | pd.DataFrame,
     )
 
 
+_MOST_COLUMNS = 4096
+
+
+def check_keys(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Refuse objects whose keys differ so much that their table would be nearly all empty cells."""
+    keys: set[str] = set()
+    filled = 0
+    for number, row in enumerate(rows, 1):
+        keys |= row.keys()
+        filled += len(row)
+        if len(keys) > _MOST_COLUMNS or len(keys) * number > max(10**7, 100 * filled):
+            raise FileFormatError(
+                f"{path} has {len(keys)} different keys in {number} lines: give every line the same keys"
+            )
+
+
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the place ("FILE, line 3") and the value of each line of JSON in a file; blank lines are skipped.
 
     Raises:
         FileFormatError: The file is not UTF-8 text, or a line is not JSON.
     """
-    try:
-        with reading(path):
-            lines = path.read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{path} is not UTF-8 text: byte {error.start} cannot be read") from error
-    for number, line in enumerate(lines, 1):
-        place = f"{path}, line {number}"
-        try:
-            if line.strip():
-                yield place, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise FileFormatError(
-                f"{place} is not JSON: {error.msg} at column {error.colno} of {line[:40]!r}"
-            ) from error
+    with reading(path), path.open(encoding="utf-8-sig", newline="\n") as file:
+        for number in count(1):
+            place = f"{path}, line {number}"
+            try:
+                line = file.readline(LONGEST_TEXT)
+            except UnicodeDecodeError as error:
+                raise FileFormatError(
+                    f"{path} is not UTF-8 text: byte {error.start} cannot be read"
+                ) from error
+            if not line:
+                return
+            if len(line) == LONGEST_TEXT:
+                raise FileFormatError(
+                    f"{place} has over {LONGEST_TEXT:,} characters: give one sequence per line"
+                )
+            try:
+                if line.strip():
+                    yield place, parsed_json(line)
+            except json.JSONDecodeError as error:
+                raise FileFormatError(
+                    f"{place} is not JSON: {error.msg} at column {error.colno} of {line[:40]!r}"
+                ) from error
+            except (ValueError, RecursionError) as error:
+                raise FileFormatError(f"{place} cannot be read: {error}") from error
 
 
 @register_file(".csv")
 def _read_csv(path: Path, as_text: Sequence[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
     try:
+        with path.open(encoding="utf-8-sig") as file:  # pandas takes minutes for 200,000 columns
+            if file.readline(LONGEST_TEXT).count(",") >= _MOST_COLUMNS:
+                raise FileFormatError(f"{path} has over {_MOST_COLUMNS} columns: is it a table of sequences?")
         # Texts such as "NA" and "null" are texts, so only empty cells count as missing.
         kinds: dict[Hashable, Any] = dict.fromkeys(as_text, object)
         return pd.read_csv(path, keep_default_na=False, encoding="utf-8-sig", dtype=kinds), {}
@@ -105,7 +139,8 @@ def is_pair(source: Any) -> bool:
 
 @register_source("pair", is_pair)
 def _open_pair(source: Sequence[str | Path], _: Request) -> Opened:
-    return Opened(read_pair(*source), " + ".join(Path(part).name for part in source))
+    both = " + ".join(Path(part).name for part in source)
+    return Opened(read_pair(*source), both, path=both)
 
 
 def read_pair(prefix_path: str | Path, suffix_path: str | Path) -> pd.DataFrame:
@@ -154,12 +189,14 @@ def _open_zoo(source: str, request: Request) -> Opened:
     name = _zoo_name(model_name, request.model)
     path = zoo_file(name, kind) if colon else zoo_file(name)
     content, settings = read_file(path)
-    if kind == "heldout":
-        content = _heldout(content)
-    if "source" in content:  # the file may be that of another model of the same corpus
-        content = content.assign(source=name)
+    with parsing(path, advice="train the model again"):
+        if kind == "heldout":
+            content = _heldout(content)
+        if "source" in content:  # the file may be that of another model of the same corpus
+            content = content.assign(source=name)
+        attrs = {**settings.get("attrs", {})}
     origin = f"{name}:{kind}" if kind not in ("", "sequences") else name
-    return Opened(content, origin, {**_tokenizer_of(name), **settings.get("attrs", {})})
+    return Opened(content, origin, {**_tokenizer_of(name), **attrs}, str(path))
 
 
 def zoo_file(name: str, kind: str = "sequences") -> Path:
@@ -218,4 +255,5 @@ def _tokenizer_of(name: str) -> dict[str, Any]:
         return {}
     from transformers import AutoTokenizer
 
-    return {**tokenizer_attrs(AutoTokenizer.from_pretrained(folder)), "tokenizer": f"zoo/{folder.name}"}
+    with parsing(f"{folder / 'tokenizer.json'} + tokenizer_config.json", advice="train the model again"):
+        return {**tokenizer_attrs(AutoTokenizer.from_pretrained(folder)), "tokenizer": f"zoo/{folder.name}"}

@@ -12,6 +12,7 @@ import pandas as pd
 from memlens.errors import ColumnError, SequenceError, near_matches
 from memlens.sequences.readers.drafts import (
     CONTINUATION,
+    LONGEST_TEXT,
     PROMPT,
     TEXT,
     TOKENS,
@@ -99,6 +100,8 @@ def _parse_tokens(value: Any, row: int, name: str) -> list[int]:
         return []
     try:
         if isinstance(value, str):
+            if len(value) > LONGEST_TEXT:
+                raise ValueError
             return [int(part) for part in value.strip("[]() \n").replace(",", " ").split()]
         array = np.asarray(value)
         if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
@@ -180,4 +183,8 @@ def texts_of(frame: pd.DataFrame, name: str) -> list[str]:
     for row, value in enumerate(values):
         if not isinstance(value, str):
             raise SequenceError(f"row {row} of column {name!r} is {value!r}: give text")
+        if len(value) > LONGEST_TEXT:
+            raise SequenceError(
+                f"row {row} of column {name!r} has {len(value):,} characters: give texts that fit a model"
+            )
     return values

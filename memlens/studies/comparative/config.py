@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from memlens.errors import OptionError
-from memlens.files import expanded
+from memlens.files import expanded, parsing
 from memlens.models.families import find_model
 from memlens.models.load import load_model
 from memlens.models.provenance import describe
@@ -195,13 +195,11 @@ def read_config(path: str | Path) -> StudyConfig:
         """Resolve a path relative to the YAML file; return any other source as it is."""
         return str(path.parent / source) if (path.parent / source).exists() else source
 
-    try:
+    with parsing(path, OptionError, "correct it"):
         models = [parse_model(entry) for entry in values.get("models", ())]
         values["models"] = [replace(m, counts=beside(m.counts)) if m.counts else m for m in models]
         values["options"] = ComparativeOptions(**values.get("options", {}))
         config = StudyConfig(**values)
-    except OptionError as error:
-        raise OptionError(f"{path}: {error}") from None
     domains = {domain: beside(source) for domain, source in config.domains.items()}
     return replace(config, domains=domains, sequences=config.sequences and beside(config.sequences))
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from memlens.errors import MemlensError
-from memlens.files import replacing
+from memlens.files import parsing, replacing
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.heads import ablate_heads
 from memlens.instruments.decode.decoding import decode_residual
@@ -27,6 +27,7 @@ from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
 from memlens.results.groups import join_groups
 from memlens.results.result import Result
+from memlens.sequences.readers.sources import load_array
 from memlens.sequences.set import SequenceSet
 from memlens.store.fingerprint import fingerprint, model_fingerprint
 from memlens.studies.comparative.analyze.frequency import token_frequencies
@@ -171,8 +172,11 @@ class _Measures:
             except MemlensError:
                 given = None
         if given is not None and given.endswith(".npy"):
-            counts = np.load(given, allow_pickle=False)
-            return np.pad(counts, (0, max(0, size - len(counts)))), Path(given).name
+            with parsing(given, advice="give one count per token id"):
+                counts = load_array(Path(given))
+                if counts.ndim != 1 or counts.dtype.kind not in "iu":
+                    raise ValueError(f"it holds {counts.dtype} of shape {counts.shape}")
+                return np.pad(counts, (0, max(0, size - len(counts)))), Path(given).name
         if given is not None:
             return token_counts(given, vocab_size=size, progress=self.progress), given
         tokens = self.seqs.tokens.numpy()[self.seqs.mask.numpy()]

@@ -16,10 +16,11 @@ from typing import Any
 import pandas as pd
 
 from memlens.errors import ResultError
-from memlens.files import expanded, made_folder
+from memlens.files import expanded, made_folder, parsing
 from memlens.recall.scores import RecallScores
 from memlens.results.result import Result
 from memlens.results.storage import load_result
+from memlens.sequences.parquet import read_table
 from memlens.store.keyed_folder import read_manifest, write_manifest
 
 _FORMAT = ("comparative", 1)
@@ -62,11 +63,10 @@ class SavedModel:
         content = {"facts": facts, "parts": {}}
         if facts is None or self._manifest.exists():
             content = read_manifest(self._manifest, *_FORMAT)
-        if not isinstance(content.get("facts"), Mapping) or not isinstance(content.get("parts"), dict):
-            raise ResultError(f"{self._manifest} is damaged: delete the folder to compute it anew.")
-        self.facts, self.parts = dict(facts or content["facts"]), content["parts"]
-        self.label, self.family = str(self.facts["label"]), str(self.facts["family"])
-        self.control, self.size = bool(self.facts["control"]), int(self.facts.get("n_params", 0))
+        with parsing(self._manifest, ResultError, "delete the folder to compute it anew"):
+            self.facts, self.parts = dict(facts or content["facts"]), {**content["parts"]}
+            self.label, self.family = str(self.facts["label"]), str(self.facts["family"])
+            self.control, self.size = bool(self.facts["control"]), int(self.facts.get("n_params", 0))
         if facts is not None:
             made_folder(self.path)
             self._write()
@@ -111,7 +111,7 @@ class SavedModel:
     @cached_property
     def groups(self) -> pd.DataFrame:
         """Which sequences were examined: `id`, `group`, `matched_to`."""
-        return pd.read_parquet(self.path / "groups.parquet")
+        return read_table(self.path / "groups.parquet")[0]
 
     def result(self, part: str) -> Result:
         """Return a part that is a result."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, PositiveInt
 
 from memlens.errors import OptionError, SourceNotFoundError
-from memlens.files import reading
+from memlens.files import parsing
 from memlens.options import options_class
 from memlens.recall.criteria.score import CriteriaOptions
 from memlens.studies.idioms.options import IdiomOptions
@@ -121,7 +121,7 @@ def ngram_references(model: Any, text: Path | None, *, zoo: bool) -> list[Any]:
     if text is not None:
         if not text.is_file():
             raise SourceNotFoundError(f"there is no text file {text}: give the path of one.")
-        with reading(text):
+        with parsing(text, advice="save it as UTF-8"):
             lines = text.read_text(encoding="utf-8").splitlines()
         found.append(ml.recall.NgramReference(lines))
     if zoo:

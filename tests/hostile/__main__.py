@@ -1,0 +1,3 @@
+from tests.hostile.running import main
+
+main()
