@@ -172,36 +172,72 @@ def test_whatever_changes_the_logits_changes_the_fingerprint(tiny_folder: Any, b
     assert len(seen) == 1 + len(changes(model))
 
 
-def test_random_changes_of_weights_and_tokens_do_not_collide() -> None:
-    """Single and paired changes of one weight matrix and one set of sequences, 2,000 each."""
-    rng = np.random.default_rng(0)
-    weights, tokens = torch.randn(64, 64), torch.from_numpy(rng.integers(0, 100, (8, 20)))
-    names = {fingerprint(weights), fingerprint(SequenceSet.from_tokens(tokens, 8))}
-    done = set()
-    for number in range(2000):
-        places = tuple(sorted(rng.choice(64 * 64, 1 + number % 2, replace=False).tolist()))
-        kind = number // 2 % 3 if len(places) == 2 else number // 2 % 2
-        if (kind, places) in done:
-            continue
-        done.add((kind, places))
-        changed = weights.clone().view(-1)
-        if kind == 0:
-            changed[list(places)] *= -1
-        elif kind == 1:
-            changed[list(places)] = (changed[list(places)].view(torch.int32) ^ 1).view(torch.float32)
+def test_random_changes_of_weights_do_not_collide() -> None:
+    """10,000 changes of an embedding: of one or two weights, or of the order of its rows."""
+    rng, embedding = np.random.default_rng(0), torch.randn(24, 16)
+    contents, names = {embedding.numpy().tobytes()}, {fingerprint(embedding)}
+    for number in range(10_000):
+        changed = embedding.clone()
+        flat = changed.view(-1)
+        places = rng.choice(flat.numel(), 1 + number // 5 % 2, replace=False).tolist()
+        if number % 5 == 0:
+            flat[places] *= -1
+        elif number % 5 == 1:
+            flat[places] = (flat[places].view(torch.int32) ^ 1).view(torch.float32)
+        elif number % 5 == 2:
+            flat[places] += float(rng.normal()) * torch.tensor([1.0, -1.0])[: len(places)]  # equal sums
+        elif number % 5 == 3:
+            a, b, c, d = rng.choice(24, 4, replace=False).tolist()
+            changed[[a, b, c, d]] = embedding[[b, a, d, c] if number // 5 % 2 else [b, a, c, d]]
         else:
-            changed[list(places)] = changed[list(places[::-1])]
-        names.add(fingerprint(changed.view(64, 64)))
-    assert len(names) == 2 + len(done)
-    rows = set()
-    for number in range(2000):
+            changed = embedding[torch.from_numpy(rng.permutation(24))]
+        contents.add(changed.numpy().tobytes())
+        names.add(fingerprint(changed))
+    assert len(contents) > 7_000
+    assert len(names) == len(contents)
+
+
+def test_random_changes_of_tokens_do_not_collide() -> None:
+    """10,000 changes of one or two tokens of a set of sequences, half of them swaps."""
+    rng = np.random.default_rng(0)
+    tokens = torch.from_numpy(rng.integers(0, 100, (8, 20)))
+    seqs = SequenceSet.from_tokens(tokens, 8)
+    contents, names = {tokens.numpy().tobytes()}, {fingerprint(seqs)}
+    for number in range(10_000):
         changed = tokens.clone().view(-1)
-        for place in rng.choice(160, 1 + number % 2, replace=False):
-            changed[place] = (changed[place] + int(rng.integers(1, 100))) % 100
-        seqs = SequenceSet.from_tokens(changed.view(8, 20), 8)
+        places = rng.choice(160, 1 + number % 2, replace=False)
+        if number % 4 == 3:
+            changed[places] = changed[places[::-1].copy()]
+        else:
+            changed[places] = (changed[places] + torch.from_numpy(rng.integers(1, 100, len(places)))) % 100
+        contents.add(changed.numpy().tobytes())
+        object.__setattr__(seqs, "tokens", changed.view(8, 20))  # making a set takes ten times as long
         names.add(fingerprint(seqs))
-        rows.add(tuple(changed.tolist()))
-    assert len(names) == 2 + len(done) + len(rows)
+    assert len(contents) > 7_000
+    assert len(names) == len(contents)
+
+
+def test_random_changes_of_a_model_do_not_collide(tiny_folder: Any) -> None:
+    """The same kinds of changes, made in a model: signs in pairs, swapped rows, a permuted embedding."""
+    model, rng = ml.load_model(tiny_folder("gpt_neox"), backend="bridge"), np.random.default_rng(0)
+    weights = [p for p in nn.Module.parameters(model) if p.dim() == 2]
+    names, done = {model_fingerprint(model)}, 0
+    for number in range(60):
+        weight = weights[number % len(weights)]
+        before = weight.detach().clone()
+        with torch.no_grad():
+            if number % 3 == 0:
+                weight.view(-1)[rng.choice(weight.numel(), 2, replace=False).tolist()] *= -1
+            elif number % 3 == 1:
+                a, b = rng.choice(len(weight), 2, replace=False).tolist()
+                weight[[a, b]] = before[[b, a]]
+            else:
+                weight.copy_(before[torch.from_numpy(rng.permutation(len(weight)))])
+            done += not torch.equal(before, weight)
+            names.add(model_fingerprint(model))
+            weight.copy_(before)
+    assert done == 60
+    assert len(names) == 61
 
 
 def test_a_held_edit_is_the_same_model_each_time(tiny_model: Any) -> None:
