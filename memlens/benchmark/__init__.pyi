@@ -4,7 +4,12 @@ from .localizer import LOCALIZERS as LOCALIZERS
 from .localizer import Localizer as Localizer
 from .localizer import localizer as localizer
 from .measure import measure_organism as measure_organism
+from .publishing import publish as publish
+from .ranking import Ranking as Ranking
+from .ranking import rank as rank
+from .recommend import Known as Known
 from .recommend import Recommendation as Recommendation
+from .recommend import known as known
 from .recommend import recommended as recommended
 from .running import read_benchmark as read_benchmark
 from .running import run as run

@@ -162,8 +162,10 @@ class _Study:
             return found
         if method.specific:
             there = run(self.model, self.others) if there is None else there
-            for variant, compare in (("less others", _less), ("z-scored", _z_scored)):
-                twice = None if self.halves is None else tuple(compare(scores, there[h]) for h in self.halves)
+            for variant, compare in (("less others", less_others), ("z-scored", z_scored)):
+                twice = None
+                if self.halves is not None:
+                    twice = compare(scores, there[self.halves[0]]), compare(scores, there[self.halves[1]])
                 found.append(made(variant, False, compare(scores, there), again=twice))
         else:
             there = method(
@@ -183,11 +185,13 @@ class _Study:
         )
 
 
-def _less(scores: np.ndarray, there: np.ndarray) -> np.ndarray:
+def less_others(scores: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Return scores `(sequence, ...)` less their mean on other sequences, `there`."""
     return scores - there.mean(0)
 
 
-def _z_scored(scores: np.ndarray, there: np.ndarray) -> np.ndarray:
+def z_scored(scores: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Return `less_others` over the standard deviation on the other sequences, which is kept from 0."""
     spread = there.std(0, ddof=1)
     return (scores - there.mean(0)) / np.maximum(spread, 1e-6 + 1e-3 * spread.mean())
 

@@ -7,6 +7,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from memlens.errors import OptionError
@@ -75,3 +76,139 @@ def recommended(component: ComponentKind) -> Recommendation:
 @cache
 def _stored() -> dict[str, dict[str, Any]]:
     return yaml.safe_load((files("memlens.benchmark") / "recommended.yaml").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the benchmark's stored run found of one method on one kind of component.
+
+    Attributes:
+        localizer: Name of the localizer.
+        variant: What is made of its scores.
+        component: The kind of component.
+        family: The family of models; "" for all of them together.
+        average_precision: Over organisms.
+        recall_at_k: The share of planted components among the first k, the number planted.
+        chance: `recall_at_k` of a random ranking.
+        forwards: Cost in forward passes of the sequences; NaN where it was not counted.
+        twin: Whether it needs the model without the memory.
+    """
+
+    localizer: str
+    variant: str
+    component: str
+    family: str
+    average_precision: Estimate
+    recall_at_k: Estimate
+    chance: float
+    forwards: float
+    twin: bool
+
+    @property
+    def method(self) -> str:
+        """The method in words."""
+        return method_name(self.localizer, self.variant)
+
+    def __str__(self) -> str:
+        where = f"organisms of {self.family}" if self.family else "organisms of all families"
+        found = self.recall_at_k
+        interval = f" [{100 * found.low:.0f}, {100 * found.high:.0f}]" if found.known else ""
+        return (
+            f"{self.method} finds {100 * found.value:.0f} %{interval} of planted {_WORDS[self.component]} "
+            f"among the first k on {where} (chance {100 * self.chance:.0f} %)"
+        )
+
+
+_WORDS = {"head": "heads", "neuron": "neurons", "layer_mlp": "MLPs", "layer_attention": "attention layers"}
+
+
+def method_name(localizer: str, variant: str = "") -> str:
+    """Return a localizer and its variant in words.
+
+    >>> method_name("zero ablation", "z-scored")
+    'zero ablation, z-scored'
+    """
+    return f"{localizer}, {variant}" if variant else localizer
+
+
+def known(
+    localizer: str, variant: str = "", component: ComponentKind = "head", family: str | None = None
+) -> Known | None:
+    """Return what the benchmark found of a method; of all families where it has not measured this one.
+
+    Args:
+        localizer: Name of a localizer.
+        variant: "", "less others", "z-scored" or "less twin".
+        component: The kind of component.
+        family: Of the model, as `describe` names it; all by default.
+
+    Returns:
+        None where the stored run did not measure the method on this kind of component.
+
+    Example:
+        >>> import memlens as ml
+        >>> found = ml.benchmark.known("zero ablation", "z-scored", "head", family="pythia")
+        >>> found.family, found.recall_at_k.value > found.chance
+        ('pythia', True)
+    """
+    table = _leaderboard()
+    same = (table["localizer"] == localizer) & (table["variant"] == variant)
+    own: Any = table[same & (table["component"] == component)]
+    for name in (family, ""):
+        rows = own[own["family"] == name] if name is not None else own.head(0)
+        if len(rows):
+            return _known(rows.iloc[0].to_dict())
+    return None
+
+
+def what_is_known(
+    localizer: str, variant: str = "", component: ComponentKind = "head", family: str | None = None
+) -> str:
+    """Return in one sentence what the benchmark found of a method, or that it has not measured it."""
+    found = known(localizer, variant, component, family)
+    if found is not None:
+        return f"In the localization benchmark {found}."
+    name = method_name(localizer, variant)
+    return f"The localization benchmark has not measured {name} on {_WORDS[component]}."
+
+
+def affordable(component: ComponentKind, most_forwards: float, *, family: str | None = None) -> Known | None:
+    """Return the best method for a kind of component that costs at most so many forward passes.
+
+    The method of highest average precision among those that are not controls and need no twin. The passes on
+    other sequences that a variant needs are not counted. None if no method is known to be so cheap.
+
+    Args:
+        component: The kind of component.
+        most_forwards: In forward passes of the sequences.
+        family: Of the model; all by default, and where it was not measured.
+    """
+    table = _leaderboard()
+    fair = ~table["control"] & ~table["twin"] & (table["forwards"] <= most_forwards)
+    own: Any = table[fair & (table["component"] == component)]
+    rows = own[own["family"] == family]
+    rows = rows if len(rows) else own[own["family"] == ""]
+    return None if rows.empty else _known(rows.loc[rows["average_precision"].idxmax()].to_dict())
+
+
+def _known(row: dict[str, Any]) -> Known:
+    def estimate(name: str) -> Estimate:
+        return Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"], int(row["n"]))
+
+    return Known(
+        row["localizer"], row["variant"], row["component"], row["family"], estimate("average_precision"),
+        estimate("recall_at_k"), row["recall_at_k_chance"], row["forwards"], bool(row["twin"]),
+    )  # fmt: skip
+
+
+@cache
+def _leaderboard() -> pd.DataFrame:
+    path = files("memlens.benchmark") / "leaderboard.csv"
+    with path.open("r", encoding="utf-8") as file:
+        return pd.read_csv(file, keep_default_na=False, na_values={n: [""] for n in _NUMBERS})
+
+
+_NUMBERS = [
+    *(f"{m}{e}" for m in ("average_precision", "recall_at_k") for e in ("", "_low", "_high", "_chance")),
+    "uniqueness", "deletion_specific", "forwards", "forwards_others", "cpu_seconds",
+]  # fmt: skip

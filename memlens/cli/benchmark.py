@@ -76,6 +76,28 @@ def benchmark_report(out: Path, *, measure: str = "average_precision", as_json: 
     _print(benchmark.read_benchmark(out), as_json, measure)
 
 
+@benchmark_app.command(name="publish")
+def benchmark_publish(
+    folder: Path, *, to: Path | None = None, docs: Path | None = None, as_json: Json = False
+) -> None:
+    """Write what a run found where memlens' recommendations, and a page's tables, are read from.
+
+    Example: memlens benchmark publish table --docs docs/localization.md
+
+    Args:
+        folder: Folder of the run.
+        to: Folder for recommended.yaml and leaderboard.csv; memlens' own by default.
+        docs: Markdown page whose marked part is replaced by the run's tables.
+    """
+    from memlens import benchmark
+
+    written = [str(path) for path in benchmark.publish(folder, to, docs=docs)]
+    if as_json:
+        print_json({"written": written})
+    else:
+        OUT.print(*written, sep="\n")
+
+
 @benchmark_app.command(name="localizers")
 def benchmark_localizers(*, as_json: Json = False) -> None:
     """List the localizers, those of installed packages included.
