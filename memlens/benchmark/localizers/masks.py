@@ -8,7 +8,9 @@ are trained by Adam to minimize
 on the sequence alone: its loss, plus a penalty on what stays. The model's weights are not changed. The two
 localizers differ in the mask and in the penalty; both are those of MemPi (arXiv 2311.09060), for neurons.
 Masks of heads and of layers, the number of steps and the values of the constants are ours. The constants were
-fixed once, on organisms of seeds below 100 of `zoo/pythia-s` (see `SLIMMING` and `HARD_CONCRETE`).
+fixed once, after trying few, on organisms of `zoo/pythia-s` of seeds 0 to 3, which no suite reports on. With
+30 planted neurons the average precision there was 0.24 for slimming and 0.46 for hard concrete (0.95 for the
+gate gradient): trained masks also keep what the model needs for any text.
 """
 
 from __future__ import annotations
@@ -124,10 +126,10 @@ def mask_hooks(
 
 
 SLIMMING = MaskTraining(
-    slimming_gate, lambda m: m.clamp(0, 1), start=1.0, steps=60, learning_rate=0.05, weight=4.0
+    slimming_gate, lambda m: m.clamp(0, 1), start=1.0, steps=60, learning_rate=0.02, weight=10.0
 )
 HARD_CONCRETE = MaskTraining(
-    hard_concrete_gate, probability_of_staying, start=2.0, steps=60, learning_rate=0.2, weight=4.0
+    hard_concrete_gate, probability_of_staying, start=2.0, steps=60, learning_rate=0.1, weight=10.0
 )
 
 
