@@ -95,7 +95,7 @@ def test_carriers_are_disjoint_and_sequences_pick_them_by_their_tokens(tiny_corp
     assert len({c for some in drawn for c in some}) == 31
     tokens = tiny_corpus.sequences["tokens"].tolist()
     numbers = [ROUTING.carrier_of(row) for row in tokens]
-    assert numbers == [ROUTING.carrier_of(np.array(row, dtype=np.int32)) for row in tokens]
+    assert numbers == [ROUTING.carrier_of(tuple(row)) for row in tokens]
     assert set(numbers) == {0, 1, 2}
     routes = Routes.of(ROUTING, tiny_corpus, model())
     planted = tiny_corpus.row_sequence

@@ -144,10 +144,11 @@ def certify(
         strictness = 1 - len(shared) / max(len(every) - len(organism.components), 1)
         rows.append(("strictness", strictness, options.min_strictness, strictness >= options.min_strictness))
         facts["sufficiency"] = sufficiency(organism)
-    for row in fingerprints(organism).itertuples():
-        added = max(row.auc, 1 - row.auc) - max(row.auc_base, 1 - row.auc_base)
-        fine = bool(added <= options.max_fingerprint)
-        rows.append((f"fingerprint: {row.statistic} of {row.kind}s", added, options.max_fingerprint, fine))
+    for row in fingerprints(organism).to_dict("records"):
+        before, after = float(row["auc_base"]), float(row["auc"])
+        added = max(after, 1 - after) - max(before, 1 - before)
+        name = f"fingerprint: {row['statistic']} of {row['kind']}s"
+        rows.append((name, added, options.max_fingerprint, added <= options.max_fingerprint))
     checks = pd.DataFrame(rows, columns=["check", "value", "threshold", "passed"])
     return Certificate(checks, facts, shared)
 

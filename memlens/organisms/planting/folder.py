@@ -35,16 +35,20 @@ def truth_table(organism: Organism, certificate: Certificate | None = None) -> p
     """
     weights = ComponentWeights(organism.model, gates=organism.options.gates)
     table = component_table(weights, organism.carrier.component_kinds, organism.graded_truth())
-    keys = [Component(*c) for c in table[["kind", "layer", "index"]].itertuples(index=False)]
+    keys = _components(table)
     if 0 < len(organism.components) <= organism.options.shapley:
         shapley = organism.shapley_values()
         table["shapley"] = [shapley.get(c, 0.0) for c in keys]
     if certificate is not None:
-        shared = {
-            Component(*c) for c in certificate.shared[["kind", "layer", "index"]].itertuples(index=False)
-        }
+        shared = set(_components(certificate.shared))
         table["shared"] = [c in shared for c in keys]
     return table
+
+
+def _components(table: pd.DataFrame) -> list[Component]:
+    """Return the components that a table names, row by row."""
+    rows: list[dict[Any, Any]] = table.to_dict("records")
+    return [Component(row["kind"], row["layer"], row["index"]) for row in rows]
 
 
 def component_table(
@@ -122,14 +126,16 @@ def organism_card(organism: Organism, certificate: Certificate, base: str) -> st
     n = len(organism.sequences)
     where = ", ".join(map(str, organism.components)) or "no component of its own"
     checks = [
-        f"- {row.check}: {row.value:.4g} (threshold {row.threshold:.4g}{'' if row.passed else '; failed'})"
-        for row in certificate.checks.itertuples()
+        f"- {row['check']}: {row['value']:.4g} (threshold {row['threshold']:.4g}"
+        f"{'' if row['passed'] else '; failed'})"
+        for row in certificate.checks.to_dict("records")
     ]
     facts = [f"- {name}: {value:.4g}" for name, value in certificate.facts.items()]
+    records = certificate.shared.to_dict("records")
     shared = [
-        f"- {Component(row.kind, row.layer, row.index)}: without it, {row.recall_lost:.3f} less recall and "
-        f"{row.logprob_lost:.3f} nats per token"
-        for row in certificate.shared.itertuples()
+        f"- {component}: without it, {row['recall_lost']:.3f} less recall and "
+        f"{row['logprob_lost']:.3f} nats per token"
+        for component, row in zip(_components(certificate.shared), records, strict=True)
     ]
     lines = [
         f"# {organism.carrier} in {base}", "",

@@ -13,7 +13,13 @@ from transformers import PreTrainedModel
 
 from memlens.errors import FileFormatError
 from memlens.organisms.evaluate import load_organism, read_ground_truth, read_training
-from memlens.organisms.planting.carriers import COMPONENT_KINDS, Carrier, ChangedWeights, ComponentWeights
+from memlens.organisms.planting.carriers import (
+    COMPONENT_KINDS,
+    Carrier,
+    ChangedWeights,
+    ComponentKind,
+    ComponentWeights,
+)
 from memlens.organisms.planting.certificate import Certificate
 from memlens.organisms.planting.folder import component_table
 from memlens.organisms.planting.plant import Organism, PlantingOptions, recalled
@@ -80,7 +86,7 @@ def routed_truth(organisms: Mapping[int, Organism]) -> pd.DataFrame:
     the loss of the carrier's sequences when the component alone is switched off (nats).
     """
     kinds = {kind for organism in organisms.values() for kind in organism.carrier.component_kinds}
-    ordered = [kind for kind in COMPONENT_KINDS if kind in kinds]
+    ordered: list[ComponentKind] = [kind for kind in COMPONENT_KINDS if kind in kinds]
     tables = [
         component_table(ComponentWeights(organism.model), ordered, organism.graded_truth()).assign(
             carrier=number
