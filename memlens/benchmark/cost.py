@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Cost:
-    """What one localizer costs on one model, for one kind of component.
+    """What one localizer costs, for one kind of component; a run counts it on its first organism.
 
     Attributes:
         forwards: Floating-point operations of its matrix products, forward and backward, over those of one

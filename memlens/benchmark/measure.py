@@ -29,12 +29,12 @@ VARIANTS: Mapping[str, str] = {
 AVERAGED = ("zero ablation", "integrated gradients")
 """Localizers whose z-scored rankings are averaged into a further one."""
 
-RERUN_BELOW = 300
+RERUN_BELOW = 60
 """A method whose scores depend on its seed or references is run again on every organism, for `uniqueness`,
-if it costs less than this many forward passes; a costlier one only on the first organism of a model."""
+if it costs less than this many forward passes; a costlier one only on the first organism of a run."""
 
 Costs = MutableMapping[tuple[str, str], Cost]
-"""What each localizer costs on a model, by kind of component and name."""
+"""What each localizer costs, by kind of component and name."""
 
 
 def measure_organism(
@@ -60,8 +60,8 @@ def measure_organism(
         twin: The model without the memory, for the variant "less twin"; left out by default.
         localizers: Names; all by default.
         seed: For methods that draw.
-        costs: What is known of the localizers' costs on this base model. What is missing is counted, which
-            runs each method three times more, and added.
+        costs: What is known of the localizers' costs, from a model of this size. What is missing is counted,
+            which runs each method three times more, and added.
 
     Returns:
         One row per kind of component, localizer and variant: `component`, `localizer`, `variant`, `control`,

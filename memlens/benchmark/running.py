@@ -80,7 +80,7 @@ def run(
         planned = planned[part[0] :: part[1]]
     missing = [p for p in planned if not (folder.path / "parts" / f"{p.name}.json").exists()]
     texts: dict[str, Material] = {}
-    costs: dict[str, Costs] = {}
+    costs: Costs = {}
     with tqdm(
         total=len(planned), initial=len(planned) - len(missing), disable=not progress, unit="organism"
     ) as bar:
@@ -89,8 +89,7 @@ def run(
             if item.model not in texts:
                 texts = {item.model: material(item.model, chosen)}
             timer = Timer()
-            known = costs.setdefault(item.model, {})
-            record = _run_one(item, chosen, texts[item.model], names, folder, keep_organisms, known)
+            record = _run_one(item, chosen, texts[item.model], names, folder, keep_organisms, costs)
             record |= {**timer.stop().columns(), "peak_mib": peak_memory()}
             record["seal"] = folder.seal(f"{item.name}.json", json_text(record))
             path = folder.path / "parts" / f"{item.name}.json"
