@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch import Tensor
 from memlens.errors import EmptySetError, SequenceError, VocabularyError, check_option
 from memlens.sequences.set import SequenceSet, some, span
 from memlens.sequences.tokenizing import tokenizer_attrs
+
+_PORTION = 65_536
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,19 @@ def eos_mask(seqs: SequenceSet, eos_token_id: int | Collection[int] | None) -> T
     if eos_token_id is None or not len(seqs):
         return torch.zeros(len(seqs), dtype=torch.bool)
     ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    return torch.isin(seqs.target_ids, torch.tensor(ids, dtype=torch.int64)).any(-1)
+    found = torch.zeros(len(seqs), dtype=torch.bool)
+    for rows in _portions(len(seqs)):
+        target = torch.arange(seqs.tokens.shape[1]) >= seqs.prefix_len[rows, None]
+        found[rows] = (
+            torch.isin(seqs.tokens[rows], torch.tensor(ids, dtype=torch.int64)) & target & seqs.mask[rows]
+        ).any(-1)
+    return found
+
+
+def _portions(n: int) -> Iterator[slice]:
+    """Yield portions of rows, so that what is computed for each token is small."""
+    for start in range(0, n, _PORTION):
+        yield slice(start, start + _PORTION)
 
 
 def _eos_rows(seqs: SequenceSet, eos: int | Collection[int] | None, on_eos: str) -> tuple[str, ...]:
@@ -137,8 +152,8 @@ def _eos_rows(seqs: SequenceSet, eos: int | Collection[int] | None, on_eos: str)
 
 
 def _check_vocabulary(seqs: SequenceSet, d_vocab: int) -> None:
-    outside = (seqs.tokens >= d_vocab).nonzero()
-    if len(outside):
+    if int(seqs.tokens.max()) >= d_vocab:
+        outside = (seqs.tokens >= d_vocab).nonzero()
         row, position = outside[0].tolist()
         raise VocabularyError(
             f"row {row}, position {position} holds the token id {int(seqs.tokens[row, position])}, but the "
@@ -173,6 +188,12 @@ def _check_tokenizer(seqs: SequenceSet, tokenizer: Any) -> None:
 
 
 def _duplicates(seqs: SequenceSet) -> tuple[str, ...]:
+    """Return the ids of repeated sequences: rows with the same hash are compared token by token."""
     lengths = torch.stack([seqs.lengths, seqs.prefix_len], 1)
-    keys = [row.tobytes() for row in torch.cat([lengths, seqs.tokens], 1).numpy()]
-    return tuple(seqs.table["id"][pd.Series(keys).duplicated()])
+    factors = np.random.default_rng(0).integers(0, 2**63, 2 + seqs.tokens.shape[1]) * 2 + 1
+    hashes = np.empty(len(seqs), dtype=np.int64)
+    for rows in _portions(len(seqs)):
+        hashes[rows] = torch.cat([lengths[rows], seqs.tokens[rows]], 1).numpy() @ factors  # modulo 2**64
+    like = np.flatnonzero(pd.Series(hashes).duplicated(keep=False))
+    keys = [row.tobytes() for row in torch.cat([lengths[like], seqs.tokens[like]], 1).numpy()]
+    return tuple(seqs.table["id"].iloc[like[pd.Series(keys, dtype=object).duplicated()]])

@@ -7,7 +7,8 @@ have memorized). Ragged sets are padded on the right; padding is never read. Not
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -34,7 +35,7 @@ RESERVED_COLUMNS = ("tokens", "prefix_len")
 def pad(tokens: Tensor | np.ndarray | Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Return `[seq, pos]` ids padded on the right with 0, and the mask of real tokens."""
     if isinstance(tokens, Tensor | np.ndarray):
-        array = tokens if isinstance(tokens, Tensor) else torch.from_numpy(_signed(tokens))
+        array = tokens if isinstance(tokens, Tensor) else _as_tensor(tokens)
         if array.ndim != 2:
             raise SequenceError(
                 f"token ids have shape {tuple(array.shape)}: give a [sequence, position] array"
@@ -53,6 +54,13 @@ def pad(tokens: Tensor | np.ndarray | Sequence[Sequence[int]]) -> tuple[Tensor, 
     flat = np.array([token for row in tokens for token in row] or np.empty(0, np.int64))
     padded[mask] = torch.from_numpy(_signed(flat))
     return padded, mask
+
+
+def _as_tensor(tokens: np.ndarray) -> Tensor:
+    """Return integers as a tensor that may share their memory, or that of a mapped file."""
+    plain = tokens.dtype.kind in "iu" and tokens.dtype.isnative and tokens.dtype != np.uint64
+    shared = plain and tokens.flags.writeable and min(tokens.strides, default=0) >= 0
+    return torch.from_numpy(tokens if shared else _signed(tokens))
 
 
 def _signed(tokens: np.ndarray) -> np.ndarray:
@@ -80,10 +88,12 @@ def check_shapes(tokens: Tensor, mask: Tensor, prefix_len: Tensor) -> None:
 def check_rows(tokens: Tensor, mask: Tensor, prefix_len: Tensor) -> None:
     """Raise for the first row with a gap in its mask, a negative id, or an empty prefix or continuation."""
     lengths = mask.sum(-1)
-    right_padded = torch.arange(mask.shape[1]) < lengths[:, None]
-    for row in _first_rows((mask != right_padded).any(-1)):
-        raise SequenceError(f"the mask of row {row} has a gap: sequences are padded on the right only")
-    for row in _first_rows((tokens < 0).any(-1)):
+    if not mask.all():
+        right_padded = torch.arange(mask.shape[1]) < lengths[:, None]
+        for row in _first_rows((mask != right_padded).any(-1)):
+            raise SequenceError(f"the mask of row {row} has a gap: sequences are padded on the right only")
+    negative = int(tokens.min()) < 0 if tokens.numel() else False
+    for row in _first_rows((tokens < 0).any(-1)) if negative else ():
         position = int((tokens[row] < 0).nonzero()[0])
         raise VocabularyError(
             f"row {row} has the token id {int(tokens[row, position])} at position {position}: "
@@ -210,8 +220,12 @@ class SequenceSet:
         check_shapes(self.tokens, self.mask, self.prefix_len)
         mask = self.mask.detach().to("cpu", torch.bool)
         tokens = self.tokens.detach().to("cpu", torch.int64)
+        if tokens.data_ptr() == self.tokens.data_ptr():
+            tokens = tokens.clone()  # the set's own: a caller's array, or a mapped file, may change later
+        if not mask.all():
+            tokens[~mask] = 0
         object.__setattr__(self, "mask", mask)
-        object.__setattr__(self, "tokens", torch.where(mask, tokens, 0))
+        object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "prefix_len", self.prefix_len.detach().to("cpu", torch.int64))
         object.__setattr__(self, "table", checked_table(self.table, len(self)))
         object.__setattr__(self, "attrs", dict(self.attrs))
@@ -355,11 +369,17 @@ class SequenceSet:
 
     def with_table(self, table: pd.DataFrame) -> SequenceSet:
         """Return the same sequences with another table."""
-        return replace(self, table=table)
+        return self._with("table", checked_table(table, len(self)))
 
     def with_attrs(self, **attrs: Attr) -> SequenceSet:
         """Return the same sequences with these attributes added or replaced."""
-        return replace(self, attrs={**self.attrs, **attrs})
+        return self._with("attrs", {**self.attrs, **attrs})._with("table", self.table.copy())
+
+    def _with(self, name: str, value: object) -> SequenceSet:
+        """Return a set that shares the tokens, which are checked and are not copied again."""
+        other = copy(self)
+        object.__setattr__(other, name, value)
+        return other
 
     def to_parquet(self, path: str | Path) -> Path:
         """Write the set to one parquet file that `from_parquet` reads back without loss.

@@ -321,7 +321,11 @@ def test_text_that_looks_like_missing_values_is_text(tmp_path: Path) -> None:
         ("x.parquet", b"PAR1 no", "is not what its name says"),
         ("x.npy", b"text,copies\n", "not a .npy file"),
         ("x.npy", b"", "not a .npy file"),
-        ("x.txt", b"hello", r"suffix '\.txt' is not known; use one of \.npy, \.jsonl, \.csv, \.parquet"),
+        (
+            "x.txt",
+            b"hello",
+            r"suffix '\.txt' is not known; use one of \.bin, \.npy, \.jsonl, \.csv, \.parquet",
+        ),
     ],
 )
 def test_files_that_are_not_what_their_name_says(

@@ -22,6 +22,7 @@ from torch import Tensor
 from memlens.errors import ColumnError, FileFormatError, SequenceError, SourceNotFoundError, VocabularyError
 from memlens.files import expanded, parsing
 from memlens.sequences.readers.drafts import TOKENS, find_column, listing
+from memlens.sequences.readers.memmaps import MappedRows, open_megatron
 from memlens.sequences.readers.sources import load_array
 from memlens.sequences.set import SequenceSet
 
@@ -98,8 +99,9 @@ def open_windows(source: Any, length: int, stride: int | None, tokens_column: st
     """Return the windows of a source.
 
     Args:
-        source: `[row, token]` or `[token]` integers, the path of a `.npy` file of them, a `SequenceSet`, a
-            table or dataset with a column of ids, a list or an iterable of rows.
+        source: `[row, token]` or `[token]` integers, the path of a `.npy` file of them or of a Megatron
+            corpus (`.bin`), a `SequenceSet`, a table or dataset with a column of ids, a list or an iterable
+            of rows.
         length: Tokens per window.
         stride: Tokens from one window to the next; None for only the first window of each row (of one long
             text: windows one after the other).
@@ -107,7 +109,7 @@ def open_windows(source: Any, length: int, stride: int | None, tokens_column: st
 
     Raises:
         SourceNotFoundError: There is no such file.
-        FileFormatError: It is not a `.npy` file of integers.
+        FileFormatError: It is neither a `.npy` file of integers nor a Megatron corpus.
         ColumnError: There is no column of ids.
         SequenceError: The source does not consist of token ids, or has nothing as long as a window.
     """
@@ -180,10 +182,13 @@ def _feistel(value: np.ndarray, half: np.uint64, keys: np.ndarray) -> np.ndarray
     return (left << half) | right
 
 
-def _mapped(path: Path) -> np.ndarray:
+def _mapped(path: Path) -> np.ndarray | MappedRows:
+    if path.suffix.lower() == ".bin" and path.is_file():
+        return open_megatron(path)
     if path.suffix.lower() != ".npy":
         raise FileFormatError(
-            f"{path} is not a .npy file: read other formats with memlens.load_sequences and give its set"
+            f"{path} is not a .npy or .bin file: read other formats with memlens.load_sequences and give its "
+            "set"
         )
     if not path.is_file():
         raise SourceNotFoundError(f"there is no file {path}")

@@ -14,7 +14,7 @@ import pandas as pd
 from memlens.errors import ColumnError, EmptySetError, SequenceError, VocabularyError, near_matches
 from memlens.sequences.checks import eos_mask
 from memlens.sequences.set import Attr, SequenceSet, some, unique_ids
-from memlens.sequences.tokenizing import bos_id, tokenizer_attrs
+from memlens.sequences.tokenizing import bos_id, decode, tokenizer_attrs
 
 TOKENS = ("tokens", "input_ids", "token_ids")
 PROMPT = ("prompt", "prefix", "context")
@@ -128,7 +128,10 @@ def check_ids(draft: Draft, d_vocab: int | None, tokenizer: Any) -> None:
     pad = getattr(tokenizer, "pad_token_id", None)
     if pad is None or pad in {getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "bos", "unk")}:
         return
-    padded = [n for n, row in enumerate(draft.rows) if len(row) and pad in (row[0], row[-1])]
+    if isinstance(rows, np.ndarray):
+        padded = np.flatnonzero((rows[:, [0, -1]] == pad).any(1)).tolist() if rows.size else []
+    else:
+        padded = [n for n, row in enumerate(rows) if len(row) and pad in (row[0], row[-1])]
     if padded:
         warnings.warn(
             f"{len(padded)} rows begin or end with the padding token ({pad}), which is read as text: rows "
@@ -205,12 +208,13 @@ def assemble(
             raise SequenceError(f"max_targets={max_targets}: keep at least one token of each continuation")
         ends = prefix_len + max_targets
         cut = bool((_lengths(draft) > ends).any())
-        rows = [list(row[:end]) for row, end in zip(rows, ends, strict=True)]
+        if cut:
+            rows = [list(row[:end]) for row, end in zip(rows, ends.tolist(), strict=True)]
         attrs["max_targets"] = max_targets
     if tokenizer is not None:
         attrs = {**tokenizer_attrs(tokenizer), **attrs}
         if len(rows) and ("text" not in table or cut):
-            table = table.assign(text=tokenizer.batch_decode([list(row) for row in rows]))
+            table = table.assign(text=decode(tokenizer, rows))
     prepended = bool(attrs.get("prepend_bos"))
     given = expected and draft.from_text if prepend_bos == "auto" else prepend_bos
     if given and not prepended:
@@ -226,7 +230,7 @@ def assemble(
                 "already: they get no second one",
                 stacklevel=4,
             )
-        rows = [list(row) if has else [first, *row] for row, has in zip(rows, has_one, strict=True)]
+        rows = [[*row] if has else [first, *row] for row, has in zip(rows, has_one, strict=True)]
         prefix_len = prefix_len + ~has_one
     attrs["prepend_bos"] = bool(given or prepended)
     if prepend_bos is True and not expected:
@@ -253,6 +257,8 @@ def drop_eos(seqs: SequenceSet, tokenizer: Any) -> SequenceSet:
 
 
 def _lengths(draft: Draft) -> np.ndarray:
+    if isinstance(draft.rows, np.ndarray):
+        return np.full(len(draft.rows), draft.rows.shape[1], dtype=np.int64)
     return np.array([len(row) for row in draft.rows], dtype=np.int64)
 
 

@@ -33,6 +33,7 @@ from memlens.sequences.readers.drafts import (
     without_empty,
     without_short,
 )
+from memlens.sequences.readers.memmaps import MappedRows
 from memlens.sequences.readers.registry import FILES, FORMS, Opened, Request, open_source, register_source
 from memlens.sequences.readers.tables import read_frame
 from memlens.sequences.set import SequenceSet, some
@@ -64,7 +65,11 @@ def load_sequences(
 ) -> SequenceSet:
     """Load sequences, tokenize them if they are text, and check that they fit the model.
 
-    - `"x.npy"`: `[n, length]` integers, one tokenized sequence per row.
+    - `"x.npy"`: `[n, length]` integers, one tokenized sequence per row. The file is mapped, so that `limit`
+      reads no more than it needs.
+    - `"x.bin"`, with `"x.idx"` beside it: a tokenized corpus of Megatron-LM or GPT-NeoX, one sequence (mostly
+      a document) per row; `max_targets` cuts long ones. Token ids without any header, as OLMo's training
+      data, are opened by hand: `np.memmap(path, np.uint16, "r")[: n * length].reshape(n, length)`.
     - `("prefix.npy", "suffix.npy")`: two such files whose rows are the two halves of each sequence, such as
       `train_prefix.npy` and `train_suffix.npy` of the lm-extraction-benchmark.
     - `"x.jsonl"`, `"x.csv"`, `"x.parquet"`, a DataFrame, a Hugging Face dataset, a dictionary of columns (a
@@ -159,8 +164,7 @@ def _read(content: Any, columns: Columns, request: Request) -> Draft:
     limit = request.limit
     content = as_frame_or_rows(content, limit)
     if not isinstance(content, pd.DataFrame):
-        rows = content if limit is None else content[:limit]
-        return Draft(rows, None, pd.DataFrame(index=range(len(rows))))
+        return Draft(content, None, pd.DataFrame(index=range(len(content))))
     frame = content if limit is None else content.head(limit)
     frame = frame.drop(columns=["__index_level_0__"], errors="ignore").reset_index(drop=True)
     if not (columns.tokens or columns.text or columns.prompt or any(name in frame for name in TOKENS)):
@@ -245,7 +249,9 @@ def as_frame_or_rows(content: Any, limit: int | None) -> pd.DataFrame | np.ndarr
     if isinstance(content, Mapping):
         return _mapping_frame(content)
     if isinstance(content, Tensor | np.ndarray) and getattr(content.dtype, "kind", "") not in ("U", "O"):
-        return _integer_array(content)
+        return _integer_array(content)[:limit]
+    if isinstance(content, MappedRows):
+        return content[:limit].read()
     if isinstance(content, str | bytes | set | frozenset | io.IOBase) or not isinstance(content, Iterable):
         raise SequenceError(
             f"sequences cannot be read from a {type(content).__name__}: give a file, a dataset, a table, "
@@ -320,7 +326,7 @@ def _integer_array(array: Tensor | np.ndarray) -> np.ndarray:
         raise SequenceError(
             f"the array is {array.dtype} of shape {array.shape}: give [sequence, position] integers"
         )
-    return array.astype(np.int64)
+    return array
 
 
 def _id_rows(rows: list[Any]) -> list[list[int]]:

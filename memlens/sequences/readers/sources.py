@@ -22,14 +22,14 @@ from memlens.sequences.tokenizing import tokenizer_attrs
 
 @register_file(".npy")
 def _read_npy(path: Path, _: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
-    array = load_array(path)
+    array = load_array(path, mmap_mode="c")
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
         what = f"{array.dtype} of shape {array.shape}"
         raise FileFormatError(f"{path} contains {what}: sequences are a two-dimensional array of integers")
     return array, {}
 
 
-def load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+def load_array(path: Path, mmap_mode: Literal["r", "c"] | None = None) -> np.ndarray:
     """Return the array in a `.npy` file, or raise `FileFormatError` if it contains anything else."""
     try:
         np.load(path, mmap_mode="r", allow_pickle=False)  # fails if the header claims more than there is
@@ -37,7 +37,10 @@ def load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
         if not isinstance(array, np.ndarray):
             raise ValueError("it is an archive")
     except (ValueError, TypeError, EOFError, OSError, BadZipFile) as error:
-        raise FileFormatError(f"{path} is not a .npy file of numbers: {error}") from error
+        raise FileFormatError(
+            f"{path} is not a .npy file of numbers: {error} (open token ids without a header, as "
+            "OLMo's, with numpy.memmap)"
+        ) from error
     return array
 
 
