@@ -8,6 +8,7 @@ position, so one missing token makes everything after it wrong; an edit distance
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from rapidfuzz.distance import Levenshtein
+from rapidfuzz.distance import LCSseq, Levenshtein
 from torch import Tensor
 
 from memlens.errors import OptionError
@@ -65,8 +66,12 @@ COLUMNS: Mapping[str, Column] = MappingProxyType({
         "likelihood", "1", "mean of the lowest log-probabilities, standardized over the vocabulary", "higher",
         cites=(("zhang2024", "Min-K %++"),)),
     "zlib_ratio": Column(
-        "likelihood", "nats per byte", "NLL over the text's size after zlib", "lower",
+        "likelihood", "nats per byte", "mean NLL of targets over the zlib size of the whole text", "lower",
         cites=(("carlini2021", "ratio to the size compressed by zlib"),)),
+    "nll_per_zlib_byte": Column(
+        "likelihood", "nats per byte", "NLL of the continuation over the zlib size of its text", "lower"),
+    "truth_ratio": Column(
+        "likelihood", "1", "likelihood per token of wrong continuations over that of the true one", "lower"),
     "sample_logprob": Column(
         "sampling", "nats", "log-probability that one sample is the whole continuation", "higher"),
     "samples_needed": Column(
@@ -75,9 +80,18 @@ COLUMNS: Mapping[str, Column] = MappingProxyType({
     "np_discoverable": Column(
         "sampling", "0 or 1", "whether n samples contain it with probability p", "higher", proportion=True,
         cites=(("hayes2025", "(n, p)-discoverable extraction"),)),
+    "extraction_strength": Column(
+        "near_verbatim", "share", "1 - share of the continuation that must be given for the rest to follow",
+        "higher"),
+    "rouge_l": Column(
+        "near_verbatim", "share", "words of the true continuation, in order, in the generated one", "higher"),
     "edit_distance": Column(
         "near_verbatim", "tokens", "Levenshtein distance between generated and true continuation", "lower"),
     "edit_similarity": Column("near_verbatim", "share", "1 - edit distance over the longer length", "higher"),
+    "edit_distance_characters": Column(
+        "near_verbatim", "characters", "the same distance between both texts", "lower"),
+    "edit_similarity_characters": Column(
+        "near_verbatim", "share", "1 - that distance over the longer text", "higher"),
     "longest_run": Column("near_verbatim", "tokens", "longest run of tokens in both", "higher"),
     "longest_run_at": Column(
         "near_verbatim", "position", "where it begins in the true continuation", summarized=False),
@@ -189,16 +203,85 @@ def zlib_bytes(texts: Sequence[str]) -> Float[Tensor, "seq"]:
 
 
 def zlib_ratio(stats: TargetStats, texts: Sequence[str]) -> Float[Tensor, "seq"]:
+    """Return the mean NLL of the targets / `zlib_bytes` of the whole texts, in nats per byte.
+
+    Args:
+        stats: What `target_stats` returned.
+        texts: Prefix and continuation together, as text.
+
+    Source: arXiv 2012.07805 (its "zlib" attack), there with the mean over all tokens of a text: give a prefix
+    of one token for that.
+    """
+    return nll(stats) / stats.mask.sum(-1) / zlib_bytes(texts)
+
+
+def nll_per_zlib_byte(stats: TargetStats, texts: Sequence[str]) -> Float[Tensor, "seq"]:
     """Return NLL / `zlib_bytes`, in nats per byte: low if the model predicts more than a compressor can.
 
     Args:
         stats: What `target_stats` returned.
         texts: The continuations as text.
 
-    Source: the idea is from arXiv 2012.07805 (its "zlib" attack compares perplexity with the zlib entropy of
-    a whole text); here it is the continuation's summed NLL over the compressed size of its own text.
+    Source: ours, after `zlib_ratio`: a sum over a sum, so that it does not depend on the prefix.
     """
     return nll(stats) / zlib_bytes(texts)
+
+
+def extraction_strength(stats: TargetStats) -> Float[Tensor, "seq"]:
+    r"""Return the extraction strength: 1 if the prefix is enough, 0 if the last token is never predicted.
+
+    .. math:: 1 - \frac{1}{n} \min \{ k : \text{greedy decoding from the prefix and } y_{<k}
+              \text{ gives } y_{\ge k} \}
+
+    for a continuation of n tokens, with k = n where its last token is wrong. Greedy decoding gives the rest
+    if and only if the arg-max is right at every place from k on, given the true tokens before.
+
+    Args:
+        stats: What `target_stats` returned.
+
+    Source: the metric of that name in open-unlearning (arXiv 2506.12618), which gives 1 / n rather than 0
+    where no k is enough.
+    """
+    n = stats.mask.shape[1]
+    wrong = stats.mask & ~stats.correct
+    needed = torch.where(wrong, torch.arange(1, n + 1), 0).amax(-1)  # up to the last error
+    return 1 - needed.double() / stats.mask.sum(-1)
+
+
+_WORDS = re.compile(r"[a-z0-9]+")
+
+
+def rouge_l(generated: Sequence[str], truth: Sequence[str]) -> Float[np.ndarray, "seq"]:
+    """Return ROUGE-L recall: the longest common subsequence of words over the words of the true text.
+
+    Words are runs of Latin letters and digits in lower case, without stemming, as in the package
+    rouge-score. NaN where the true text has no word.
+
+    >>> rouge_l(["The cat, it sat."], ["a cat sat down"]).tolist()
+    [0.5]
+
+    Source: Lin, 2004 (ROUGE: A Package for Automatic Evaluation of Summaries).
+    """
+    pairs = [
+        (_WORDS.findall(a.lower()), _WORDS.findall(b.lower())) for a, b in zip(generated, truth, strict=True)
+    ]
+    return np.array([LCSseq.similarity(a, b) / len(b) if b else np.nan for a, b in pairs])
+
+
+def near_verbatim_texts(generated: Sequence[str], truth: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the columns that compare texts: edit distance in characters, its similarity, and `rouge_l`.
+
+    >>> near_verbatim_texts(["kitten"], ["sitting"])["edit_distance_characters"].tolist()
+    [3]
+    """
+    pairs = list(zip(generated, truth, strict=True))
+    distance = np.array([Levenshtein.distance(a, b) for a, b in pairs], dtype=np.int64)
+    longest = np.array([max(len(a), len(b), 1) for a, b in pairs])
+    return {
+        "rouge_l": rouge_l(generated, truth),
+        "edit_distance_characters": distance,
+        "edit_similarity_characters": 1 - distance / longest,
+    }
 
 
 def _mean_of_lowest(values: Tensor, mask: Tensor, share: float) -> Tensor:

@@ -21,18 +21,23 @@ from memlens.recall.columns import (
     METRIC_GROUPS,
     SCORE_COLUMNS,
     MetricGroup,
+    extraction_strength,
     min_k,
     min_k_plus_plus,
     near_verbatim_columns,
+    near_verbatim_texts,
     nll,
+    nll_per_zlib_byte,
     perplexity,
     zlib_ratio,
 )
 from memlens.recall.sampling import Sampling, samples_needed
 from memlens.recall.scores import RecallScores
 from memlens.recall.trivial import TrivialRules, trivial_columns
+from memlens.recall.truth_ratio import ALTERNATIVES, truth_ratio
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
+from memlens.sequences.tokenizing import decode
 
 
 @options_class
@@ -79,7 +84,9 @@ class _Extras:
                 "min_k_plus_plus": min_k_plus_plus(stats, self.min_k),
             }
             if tokenizer is not None:
-                values["zlib_ratio"] = zlib_ratio(stats, tokenizer.batch_decode(seqs.halves()[1]))
+                values["zlib_ratio"] = zlib_ratio(stats, decode(tokenizer, seqs.rows()))
+                texts = decode(tokenizer, seqs.halves()[1])
+                values["nll_per_zlib_byte"] = nll_per_zlib_byte(stats, texts)
             found |= {name: value.numpy() for name, value in values.items()}
         if "sampling" in self.metrics:
             # Under the plain scheme it is the model's own log-probability.
@@ -88,6 +95,8 @@ class _Extras:
             needed = samples_needed(total, self.probability)
             discoverable = (needed <= self.n_samples).astype(np.int64)
             found |= {"sample_logprob": total, "samples_needed": needed, "np_discoverable": discoverable}
+        if "near_verbatim" in self.metrics:
+            found["extraction_strength"] = extraction_strength(stats).numpy()
         if "trivial" in self.metrics:
             found |= trivial_columns(seqs, tokenizer, self.rules)
         return found
@@ -126,10 +135,13 @@ def score_recall(
     continuation equals the true one), `generated` (its token ids) and `generated_text`.
 
     Further columns come in groups, computed in the same passes: `likelihood` (`nll`, `perplexity`, `min_k`,
-    `min_k_plus_plus`, and with a tokenizer `zlib_ratio`; see `memlens.recall.columns`), `sampling`
+    `min_k_plus_plus`, and with a tokenizer `zlib_ratio` and `nll_per_zlib_byte`; see
+    `memlens.recall.columns`; and `truth_ratio` where the set's table has a column `alternatives`, a list of
+    wrong continuations per sequence, as texts or token ids; see `truth_ratio`), `sampling`
     (`sample_logprob`, `samples_needed`, `np_discoverable`; see `Sampling` and `samples_needed`),
-    `near_verbatim` (with `generate`: `edit_distance`, `edit_similarity`, `longest_run` and where it begins;
-    see `near_verbatim_columns`) and `trivial` (`copied_share`, `type_token_ratio`, `repeated_share`,
+    `near_verbatim` (`extraction_strength`; with `generate` also `rouge_l`, `edit_distance` and
+    `edit_similarity` by tokens and by `_characters`, `longest_run` and where it begins; see
+    `near_verbatim_columns`) and `trivial` (`copied_share`, `type_token_ratio`, `repeated_share`,
     `step_share` and the flag `trivial`; see `trivial_continuations`).
 
     Args:
@@ -185,11 +197,16 @@ def score_recall(
         model, seqs, extras.reducers(), batch_size=batch_size, banned=banned, progress=progress
     )
     columns = {**_teacher_forced_columns(stats), **extras.columns(model, seqs, stats, sampled)}
+    if "likelihood" in extras.metrics and ALTERNATIVES in seqs.table:
+        columns["truth_ratio"] = truth_ratio(model, seqs, stats, batch_size=batch_size, banned=banned)
     if generate:
         generated = generated_after(model, seqs, stats, batch_size, banned, progress)
         columns |= _generated_columns(model, seqs, generated)
         if "near_verbatim" in extras.metrics:
-            columns |= near_verbatim_columns(list(columns["generated"]), seqs.halves()[1])
+            truth = seqs.halves()[1]
+            columns |= near_verbatim_columns(list(columns["generated"]), truth)
+            if "generated_text" in columns:
+                columns |= near_verbatim_texts(columns["generated_text"], decode(model.tokenizer, truth))
     ordered = {name: columns[name] for name in SCORE_COLUMNS if name in columns}
     settings = {"generate": generate, "ban_eos": ban_eos, "near_tie_margin": NEAR_TIE, **extras.settings()}
     attrs = {**describe(model), **settings, "batch_size": batch_size or 0}
@@ -249,4 +266,4 @@ def _generated_columns(model: Any, seqs: SequenceSet, generated: Tensor) -> dict
         "generated": pd.Series(lists, dtype=object),
     }
     tokenizer = getattr(model, "tokenizer", None)
-    return columns if tokenizer is None else {**columns, "generated_text": tokenizer.batch_decode(lists)}
+    return columns if tokenizer is None else {**columns, "generated_text": decode(tokenizer, lists)}

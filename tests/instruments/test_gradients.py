@@ -179,6 +179,35 @@ def test_integrated_gradients_of_a_layer_sum_to_patching_it_whole(
     assert fine < coarse / 4
 
 
+def test_steps_are_doubled_until_the_estimates_are_complete(
+    tiny_model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, clean = tiny_model("gpt_neox", "hooked"), ragged(2)
+    corrupt = corrupted(clean)
+    want = ml.measure(model, clean)["target_logprob"] - ml.measure(model, corrupt)["target_logprob"]
+
+    def run(**options: Any) -> tuple[ml.Result, float]:
+        result = attribute_gradients(
+            model, clean, corrupt, layers=[1], method="integrated_gradients", progress=False, **options
+        )
+        return result, float(
+            abs(result.effect("target_logprob").sum(("layer", "position")).values - want).max()
+        )
+
+    result, gap = run(steps=1)
+    assert result.settings["completeness_gap"] == pytest.approx(gap, abs=1e-5)
+    tolerance = gap / 20
+    finer, small = run(steps=1, tolerance=tolerance)
+    assert small < 1.01 * tolerance + 1e-5
+    assert finer.settings["steps"] in (2, 4, 8, 16, 32, 64)
+    assert finer.settings["completeness_gap"] <= tolerance
+    assert run(steps=finer.settings["steps"] // 2)[0].settings["completeness_gap"] > tolerance
+    run(steps=256, tolerance=1e-12)
+    assert "miss its exact effect" in caplog.text
+    with pytest.raises(ml.errors.OptionError, match="tolerance"):
+        attribute_gradients(model, clean, corrupt, tolerance=0.1)
+
+
 @pytest.mark.parametrize("site", ["z", "mlp_post", "resid_mid", "attn_out"])
 def test_integrated_gradients_of_other_sites_are_complete(tiny_model: Any, site: str) -> None:
     model, clean = tiny_model("olmo2", "bridge"), ragged(2)

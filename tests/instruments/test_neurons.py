@@ -284,8 +284,16 @@ def test_measured_at_all_targets(tiny_model: Any) -> None:
     result = ml.instruments.dominant_neurons(model, seqs, 3, measured_at="targets", progress=False)
     tokens, prefix = seqs.rows()[1], int(seqs.prefix_len[1])
     acts = coefficients(model, tokens, 1)[prefix - 1 : -1]
-    score = acts.abs().mean(0) * value_vectors(model, 1).norm(dim=1)
+    norms = value_vectors(model, 1).norm(dim=1)
+    score = acts.abs().mean(0) * norms
     assert result.data["neuron"].values[1, 1].tolist() == score.argsort(descending=True)[:3].tolist()
+    other = ml.instruments.dominant_neurons(
+        model, seqs, 3, measured_at="targets", averaged="coefficient", progress=False
+    )
+    signed = acts.mean(0).abs() * norms
+    assert other.data["neuron"].values[1, 1].tolist() == signed.argsort(descending=True)[:3].tolist()
+    assert np.allclose(other["dominance"][1, 1], signed.sort(descending=True).values[:3], rtol=1e-4)
+    assert not np.allclose(other["dominance"], result["dominance"], rtol=1e-2)
 
 
 def test_results_draw_and_save(tiny_model: Any, tmp_path: Path) -> None:

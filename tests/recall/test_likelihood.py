@@ -56,7 +56,11 @@ def test_columns_equal_the_definitions_on_plain_logits(
         for name, value in by_hand(logits, truth, 0.4).items():
             assert table[name][i] == pytest.approx(value, rel=1e-4, abs=1e-4), name
         text = " ".join(END_OF_TEXT if t == D_VOCAB - 1 else f"w{t}" for t in truth)
-        assert table["zlib_ratio"][i] == pytest.approx(table["nll"][i] / len(zlib.compress(text.encode())))
+        own = len(zlib.compress(text.encode()))
+        assert table["nll_per_zlib_byte"][i] == pytest.approx(table["nll"][i] / own)
+        whole = " ".join(END_OF_TEXT if t == D_VOCAB - 1 else f"w{t}" for t in row)
+        mean = table["nll"][i] / len(truth)
+        assert table["zlib_ratio"][i] == pytest.approx(mean / len(zlib.compress(whole.encode())))
     np.testing.assert_allclose(table["nll"], -table["target_logprob"] * seqs.n_targets.numpy(), atol=1e-6)
 
 
@@ -116,7 +120,7 @@ def test_groups_are_chosen_and_checked_before_any_pass(tiny_model: Models) -> No
     assert not {"nll", "sample_logprob", "edit_distance", "trivial"} & set(bare.table)
     some = score_recall(model, seqs, metrics=["likelihood"], progress=False, min_k=0.5)
     assert set(some.table) - set(bare.table) == {
-        "nll", "perplexity", "min_k", "min_k_plus_plus", "zlib_ratio"
+        "nll", "perplexity", "min_k", "min_k_plus_plus", "zlib_ratio", "nll_per_zlib_byte"
     }  # fmt: skip
     assert (some.attrs["metrics"], some.attrs["min_k_share"]) == ("likelihood", 0.5)
     ran: list[bool] = []

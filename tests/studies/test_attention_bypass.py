@@ -205,10 +205,14 @@ def test_free_decoding_is_the_score_under_the_bypass(
     ids = result["sequence"].values.tolist()
     rows = [inputs.groups["memorized"].table["id"].tolist().index(i) for i in ids]
     seqs = inputs.groups["memorized"][rows]
-    with ml.bypassed(pythia, 5):
-        new = pythia.generate(
-            seqs.tokens[:, :32], max_new_tokens=32, do_sample=False, verbose=False, stop_at_eos=False
-        )[:, 32:]
+    tokens, eos = seqs.tokens[:, :32], pythia.tokenizer.eos_token_id
+    with ml.bypassed(pythia, 5), torch.no_grad():
+        for _ in range(32):
+            logits = pythia(tokens)[:, -1]
+            logits[:, eos] = -torch.inf
+            tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
+    new = tokens[:, 32:]
+    assert result.settings["ban_eos"] is True
     share = (new == seqs.tokens[:, 32:]).float().mean(1)
     np.testing.assert_allclose(result["memorization_score"].sel(layer=5), share, atol=1e-6)
     assert (result["exact_match"] == (result["memorization_score"] == 1)).all()

@@ -26,6 +26,7 @@ from memlens.sweeps.labels import make_result
 
 SELECTIONS: tuple[str, ...] = get_args(NeuronSelection)
 MEASURED_AT = ("last_prompt", "targets")
+AVERAGED = ("size", "coefficient")
 
 _CAPTURE_BYTES = 2**28
 
@@ -37,6 +38,7 @@ def dominant_neurons(
     *,
     layers: Sequence[int] | None = None,
     measured_at: str = "last_prompt",
+    averaged: str = "size",
     progress: bool = True,
 ) -> Result:
     r"""Return each sequence's most dominant neurons, layer by layer.
@@ -53,6 +55,9 @@ def dominant_neurons(
         layers: All by default.
         measured_at: "last_prompt", the position that predicts the first target, or "targets", the mean over
             all predicting positions.
+        averaged: What the mean over positions is of: "size", :math:`|m_i|`; or "coefficient", :math:`m_i`
+            itself, whose size is then taken (as in MemPi), so that a neuron that is now positive, now
+            negative counts little.
         progress: Show a bar.
 
     Returns:
@@ -73,6 +78,7 @@ def dominant_neurons(
         (('sequence', 'layer', 'rank'), True)
     """
     check_option("measured_at", measured_at, MEASURED_AT)
+    check_option("averaged", averaged, AVERAGED)
     trunk = Trunk(model)
     layers = chosen_layers(layers, trunk.n_layers)
     norms = value_norms(model, layers)
@@ -84,14 +90,19 @@ def dominant_neurons(
         trunk, seqs, names, batch_size=min(16, max(1, _CAPTURE_BYTES // one)), progress=progress,
         desc="dominant neurons",
     )  # fmt: skip
-    parts = [_most_dominant(item, names, norms, top_k) for item in items]
+    parts = [_most_dominant(item, names, norms, top_k, averaged) for item in items]
     neurons, coefficient, dominance = (np.concatenate(p) for p in zip(*parts, strict=True))
     value_norm = np.take_along_axis(norms.cpu().numpy()[None], neurons, axis=2)
     dims = ("sequence", "layer", "rank")
     arrays = {"dominance": dominance, "coefficient": coefficient, "value_norm": value_norm}
     variables = {name: (dims, values) for name, values in arrays.items()}
     coords = {"layer": layers, "rank": list(range(top_k)), "neuron": (dims, neurons)}
-    settings = {"top_k": top_k, "measured_at": measured_at, "value_norm": "L2, before any norm after the MLP"}
+    settings = {
+        "top_k": top_k,
+        "measured_at": measured_at,
+        "averaged": averaged,
+        "value_norm": "L2, before any norm after the MLP",
+    }
     return make_result("dominant_neurons", model, sequences, variables, coords, settings)
 
 
@@ -119,11 +130,12 @@ def check_controls(k: int, width: int, selection: str) -> None:
 
 
 def _most_dominant(
-    item: AtTargets, names: Sequence[str], norms: Tensor, top_k: int
+    item: AtTargets, names: Sequence[str], norms: Tensor, top_k: int, averaged: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     acts = torch.stack([item.acts[n] for n in names], 1).float()  # [batch, layer, target, neuron]
     share = (item.targets.mask / item.targets.mask.sum(-1, keepdim=True))[:, None, :, None]
-    coefficient, size = (acts * share).sum(2), (acts.abs() * share).sum(2)
+    coefficient = (acts * share).sum(2)
+    size = coefficient.abs() if averaged == "coefficient" else (acts.abs() * share).sum(2)
     dominance, order = (size * norms).sort(dim=-1, descending=True, stable=True)
     order = order[..., :top_k]
     coefficient = coefficient.gather(-1, order)

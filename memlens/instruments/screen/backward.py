@@ -6,6 +6,7 @@ parameters' `requires_grad` is off while the model runs and restored afterwards,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,6 +186,8 @@ OVER = ("position", "layer", "head", "head_position", "neuron", "neuron_position
 _PARTS = {"head": ("head", "kv_head"), "neuron": ("d_mlp",)}
 GRADIENT_METHODS = ("attribution_patching", "integrated_gradients")
 PATHS = ("site", "embedding")
+_MOST_STEPS = 256
+_LOG = logging.getLogger(__name__)
 
 
 def _checked_over(site: str, over: str | None) -> str:
@@ -222,6 +225,7 @@ class GradientRun:
     method: str
     path: str
     steps: int
+    tolerance: float | None
     batch_size: int
 
     def __init__(
@@ -237,6 +241,7 @@ class GradientRun:
         method: str,
         path: str = "site",
         steps: int,
+        tolerance: float | None = None,
         batch_size: int | None,
     ) -> None:
         check_option("site", site, GRADIENT_SITES)
@@ -245,6 +250,13 @@ class GradientRun:
         self.metric = _differentiable(metric)
         if not isinstance(steps, int) or steps < 1:
             raise OptionError(f"steps={steps!r} is not a number of points on a path: give 1 or more.")
+        if tolerance is not None and not (
+            method == "integrated_gradients" and path == "site" and tolerance > 0
+        ):
+            raise OptionError(
+                f"tolerance={tolerance!r} is not available: it is a number above 0, for "
+                'method="integrated_gradients" with path="site", whose cells sum to an exact effect.'
+            )
         check_batch_size(batch_size)
         check_sequences(seqs, model, on_eos="keep")
         self.trunk, self.seqs, self.site = Trunk(model), seqs, site
@@ -252,7 +264,7 @@ class GradientRun:
             raise SiteError(f"this model has no site {site!r}: parallel blocks have no 'resid_mid'.")
         self.layers = chosen_layers(layers, self.trunk.n_layers)
         self.over, self.positions = _checked_over(site, over), checked_positions(seqs, positions)
-        self.method, self.path, self.steps = method, path, steps
+        self.method, self.path, self.steps, self.tolerance = method, path, steps, tolerance
         self.batch_size = batch_size or _batch_size(self.trunk, seqs)
 
     @property
@@ -275,7 +287,15 @@ class GradientRun:
             settings: Further settings of the result.
             embedded: Returns the residual at the end of the path "embedding".
         """
-        values, effects = self._estimate(deltas, embedded, progress)
+        values, effects, gap = self._estimate(deltas, embedded, progress)
+        while self.tolerance is not None and gap > self.tolerance and self.steps < _MOST_STEPS:
+            self.steps *= 2
+            values, effects, gap = self._estimate(deltas, embedded, progress)
+        if self.tolerance is not None and gap > self.tolerance:
+            _LOG.warning(
+                "the estimates of a layer miss its exact effect by up to %.3g (tolerance %.3g) with %d steps",
+                gap, self.tolerance, self.steps,
+            )  # fmt: skip
         shape = (-1, *[1] * (effects.ndim - 1))
         coords = {dim: list(range(n)) for dim, n in zip(self.dims, effects.shape[2:], strict=True)}
         coords["layer"] = self.layers
@@ -292,7 +312,8 @@ class GradientRun:
             "site": self.site, "over": self.over, "method": self.method, "metrics": [name],
         }  # fmt: skip
         if self.method == "integrated_gradients":
-            about |= {"path": self.path, "steps": self.steps}
+            about |= {"path": self.path, "steps": self.steps, "tolerance": self.tolerance}
+            about["completeness_gap"] = gap if self.path == "site" else None
         return make_result(
             "gradient_attribution", self.trunk.model, self.seqs, variables, coords, {**about, **settings}
         )
@@ -300,10 +321,13 @@ class GradientRun:
     @torch.inference_mode(False)
     def _estimate(
         self, deltas: Deltas, embedded: Callable[[Batch], Tensor] | None, progress: bool
-    ) -> tuple[Float[np.ndarray, "seq"], Float[np.ndarray, "seq layer *cell"]]:
-        """Return the metric and the effects."""
+    ) -> tuple[Float[np.ndarray, "seq"], Float[np.ndarray, "seq layer *cell"], float]:
+        """Return the metric, the effects and the largest completeness gap, in the metric's unit.
+
+        The gap of a sequence and layer is the size of (sum of all cells - exact effect of the whole layer).
+        """
         spots = [Spot.of(self.site, layer) for layer in self.layers]
-        values, effects = [], []
+        values, effects, largest = [], [], 0.0
         integrated = self.method == "integrated_gradients"
         on_path = self.steps * (len(self.layers) if self.path == "site" else 1)
         total = len(self.seqs) * (1 + on_path if integrated else 1)
@@ -324,8 +348,20 @@ class GradientRun:
                         bar.update(len(batch.rows))
                 values.append(base.values.double().cpu().numpy())
                 products = [_wide(delta[n]) * _wide(gradients[n]) for n in self.layers]
+                if integrated and self.path == "site":
+                    exact = self._whole(targets, spots, resid, delta)
+                    for product, value in zip(products, exact, strict=True):
+                        gap = product.flatten(1).sum(1) - (value - base.values)
+                        largest = max(largest, float(gap.abs().max()))
                 effects.append(np.stack([self._summed(p) for p in products], axis=1))
-        return np.concatenate(values), np.concatenate(effects)
+        return np.concatenate(values), np.concatenate(effects), largest
+
+    def _whole(
+        self, targets: Targets, spots: Sequence[Spot], resid: Tensor, delta: Mapping[int, Tensor]
+    ) -> Iterator[Float[Tensor, "batch"]]:
+        """Yield the metric with each layer's whole activation at the end of the path."""
+        for s, here in zip(spots, self._inputs(resid), strict=True):
+            yield run_backward(self.trunk, targets, here, s.layer, self.metric, [s], delta[s.layer]).values
 
     def _path(
         self,

@@ -47,6 +47,7 @@ def attribute_gradients(
     method: str = "attribution_patching",
     path: str = "site",
     steps: int = 8,
+    tolerance: float | None = None,
     layers: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
     metric: MetricLike = "target_logprob",
@@ -86,6 +87,9 @@ def attribute_gradients(
         method: See above.
         path: See above; for integrated gradients.
         steps: Points on the path; for integrated gradients.
+        tolerance: Double the steps, up to 256, until the cells of every layer and sequence sum to the exact
+            effect of the whole layer within this, in the metric's unit; for path="site". The largest gap is
+            in the result's settings, as `completeness_gap`.
         layers: All by default.
         positions: Token positions to keep, if `over` has positions; by default all that can reach a target.
         metric: "target_logprob", "margin" (of the token with the smallest lead), "completion_entropy", or a
@@ -119,7 +123,7 @@ def attribute_gradients(
     source = pairs.source
     run = GradientRun(
         model, pairs.base, site, over or "position", layers=layers, positions=positions, metric=metric,
-        method=method, path=path, steps=steps, batch_size=batch_size,
+        method=method, path=path, steps=steps, tolerance=tolerance, batch_size=batch_size,
     )  # fmt: skip
     check_sequences(source, model, on_eos="keep")
     names = [hook_name(site, layer) for layer in run.layers]
@@ -145,6 +149,7 @@ def attribute_ablation(
     mode: AblationMode = "zero",
     method: str = "integrated_gradients",
     steps: int = 8,
+    tolerance: float | None = None,
     layers: Sequence[int] | None = None,
     metric: MetricLike = "target_logprob",
     batch_size: int | None = None,
@@ -175,6 +180,9 @@ def attribute_ablation(
         mode: What replaces the activation.
         method: "integrated_gradients" (`steps` passes per layer) or "attribution_patching" (one pass).
         steps: Points on the path; for integrated gradients.
+        tolerance: Double the steps, up to 256, until the cells of every layer and sequence sum to the exact
+            effect of the whole layer within this, in the metric's unit; for path="site". The largest gap is
+            in the result's settings, as `completeness_gap`.
         layers: All by default.
         metric: As for `attribute_gradients`.
         batch_size: Sequences at a time; chosen to fit the memory by default.
@@ -204,7 +212,7 @@ def attribute_ablation(
     replacement = Replacement(mode, **options)
     run = GradientRun(
         model, sequences, site, over, layers=layers, metric=metric, method=method, steps=steps,
-        batch_size=batch_size,
+        tolerance=tolerance, batch_size=batch_size,
     )  # fmt: skip
     by = replacement.by_layer(model, site, run.layers, sequences)
 

@@ -30,6 +30,7 @@ from memlens.results.groups import join_groups, take_half
 from memlens.results.result import Result
 from memlens.results.statistics.tasks import task_summary
 from memlens.results.statistics.tradeoff import Tradeoff, edit_tradeoff, join_frontier, tasks_above_chance
+from memlens.sequences.checks import eos_mask
 from memlens.sequences.set import SequenceSet
 from memlens.studies.bypass import findings as find
 from memlens.studies.bypass.findings import MEMORIZED, TEXTS, UNTRAINED
@@ -218,7 +219,8 @@ def free_running(study: BypassContext) -> None:
     data = xr.Dataset(
         variables, {"sequence": seqs.table["id"].astype(str).tolist(), "layer": range(study.n_layers)}
     )
-    settings = {"mode": study.options.mode, "decoding": "greedy, free-running"}
+    banned = bool(base.attrs["ban_eos"])
+    settings = {"mode": study.options.mode, "decoding": "greedy, free-running", "ban_eos": banned}
     result = Result.create(data, kind="attention_bypass", settings=settings, **describe(study.model))
     study.show("free_running", result)
 
@@ -271,8 +273,12 @@ def quartiles(study: BypassContext) -> None:
 def _decoded(study: BypassContext, seqs: SequenceSet, layer: int | None, bar: tqdm) -> RecallScores:
     """Score one bypass with free decoding."""
     bypass = nullcontext() if layer is None else bypassed(study.model, layer, mode=study.options.mode)
+    eos = getattr(study.model.tokenizer, "eos_token_id", None)
+    ban = study.options.ban_eos and eos is not None and not bool(eos_mask(seqs, eos).any())
     with bypass:
-        scores = study.folder.scored("free_running", study.model, seqs, metrics=(), progress=False)
+        scores = study.folder.scored(
+            "free_running", study.model, seqs, metrics=(), ban_eos=ban, progress=False
+        )
     bar.update()
     return scores
 

@@ -27,6 +27,8 @@ class BypassOptions:
     """Also decode the memorized sequences freely under each bypass, for the score M."""
     max_free_running: PositiveInt = 64
     """Most sequences for free decoding."""
+    ban_eos: bool = True
+    """Never emit the end-of-text token in free decoding, as in the paper's code; not where it is a target."""
     edits: tuple[Edit, ...] = EDITS
     """What is done to each layer for the comparison with other edits; empty leaves the comparison out."""
     control_sequences: Annotated[int, Field(ge=2)] = 48
