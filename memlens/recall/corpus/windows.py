@@ -116,7 +116,10 @@ def open_windows(source: Any, length: int, stride: int | None, tokens_column: st
     if isinstance(source, str | Path):
         path = expanded(source)
         with parsing(path):
-            return _of_array(_mapped(path), length, stride)
+            mapped = _mapped(path)
+            if isinstance(mapped, MappedRows):
+                return _of_rows(mapped, length, stride, None, None)
+            return _of_array(mapped, length, stride)
     if isinstance(source, Tensor):
         source = source.detach().cpu().numpy()
     if isinstance(source, np.ndarray):
