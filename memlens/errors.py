@@ -79,6 +79,10 @@ class SilentInterventionError(InterventionError):
     """A hook changed its activation and the model ignored it: every logit stayed bit-identical."""
 
 
+class ModelInUseError(MemlensError, RuntimeError):
+    """Two threads wait for each other's model."""
+
+
 class ResultError(MemlensError, ValueError):
     """A result file is damaged, of another kind, or from other settings than those asked for."""
 

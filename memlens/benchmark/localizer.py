@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float
 
 from memlens.errors import OptionError, ResultError
+from memlens.forward.exclusive import computes
 from memlens.organisms.planting.carriers import COMPONENT_KINDS, ComponentKind
 from memlens.registry import Registry
 from memlens.sequences.set import SequenceSet
@@ -87,6 +88,7 @@ class Localizer:
         score: Any = self.score
         return replace(self, score=partial(score, twin=twin), twin=False)
 
+    @computes
     def __call__(
         self,
         model: Any,

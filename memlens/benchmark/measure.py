@@ -14,6 +14,7 @@ from memlens.benchmark.cost import Cost, Timer, forward_operations, operations
 from memlens.benchmark.deletion import deletions, top_k
 from memlens.benchmark.localizer import LOCALIZERS, Localizer, component_shape
 from memlens.benchmark.scores import Z_EDGES, mean_ranks, overlap, planted_ranks, score_ranking
+from memlens.forward.exclusive import computes
 from memlens.organisms.planting.carriers import COMPONENT_KINDS, ComponentKind
 from memlens.sequences.set import SequenceSet
 
@@ -37,6 +38,7 @@ Costs = MutableMapping[tuple[str, str], Cost]
 """What each localizer costs, by kind of component and name."""
 
 
+@computes
 def measure_organism(
     model: Any,
     sequences: SequenceSet,

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from memlens.forward.exclusive import computes
 from memlens.forward.hooks import attached, check_head, check_layer, hook_name
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.heads import Head
@@ -25,6 +26,7 @@ def quantized(weights: Float[Tensor, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     return (weights.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
+@computes
 @torch.no_grad()
 def attention_maps(
     model: Any, tokens: Int[Tensor, "pos"], heads: Iterable[Head]

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import UInt8
 
-from memlens.errors import OptionError, check_option
+from memlens.errors import OptionError, ResultError, check_option
 from memlens.explorer import drawing
 from memlens.explorer.attention import attention_maps
 from memlens.explorer.data import Continuation, Edits, Exploration, SequenceView, row_of, strongest_heads
@@ -20,6 +20,7 @@ from memlens.figures.theme import dark
 from memlens.forward.hooks import check_head, check_layer
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.heads import Head
+from memlens.models.state import content_key
 from memlens.recall.score import score_recall
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
@@ -109,6 +110,7 @@ class Explorer:
         self._reference = self._bare if reference is None else reference
         self._trunk = Trunk(model)
         scores = score_recall(model, self._bare, generate=False, metrics=(), progress=progress).table
+        self._content = content_key(model)
         self.table = sequences.table.assign(
             **{name: scores[name].to_numpy() for name in ("exact_match", "target_accuracy")}
         )
@@ -132,9 +134,21 @@ class Explorer:
         """The id of the selected sequence."""
         return self.ids[self._row]
 
+    def _check_unchanged(self) -> None:
+        if content_key(self._model) != self._content:
+            raise ResultError(
+                "the model has changed since this explorer was made, and what it has shown is of the old: "
+                "make a new explorer."
+            )
+
     @property
     def view(self) -> SequenceView:
-        """The selected sequence in the unchanged model; computed on first access."""
+        """The selected sequence in the unchanged model; computed on first access.
+
+        Raises:
+            ResultError: The model has changed since this explorer was made.
+        """
+        self._check_unchanged()
         if self._row not in self._views:
             (self._views[self._row],) = explore_sequences(
                 self._model, self._sequences[[self._row]], self.options, reference=self._reference,
@@ -153,6 +167,7 @@ class Explorer:
     @property
     def continuation(self) -> Continuation:
         """The prediction for the selected sequence under the current edits."""
+        self._check_unchanged()
         if not self.edits:
             return self.view.continuation
         key = (self._row, self.edits)
@@ -165,6 +180,7 @@ class Explorer:
     @property
     def attention(self) -> UInt8[np.ndarray, "query key"]:
         """The selected head's attention on the sequence in the unchanged model, from 0 to 255."""
+        self._check_unchanged()
         key = (self._row, self.head)
         if key not in self._maps:
             n = int(self._bare.lengths[self._row])

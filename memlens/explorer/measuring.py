@@ -17,6 +17,7 @@ from memlens.explorer.attention import attention_maps
 from memlens.explorer.data import Continuation, Edits, Exploration, SequenceView, strongest_heads
 from memlens.figures.labels import metric_text
 from memlens.forward.baseline import teacher_forced_stats
+from memlens.forward.exclusive import computes
 from memlens.forward.hooks import chosen_layers
 from memlens.forward.metrics import METRICS, TargetStats
 from memlens.forward.trunk import Trunk
@@ -78,6 +79,7 @@ class ExploreOptions:
         return {**plain, "bypass_layers": None if self.bypass_layers is None else list(self.bypass_layers)}
 
 
+@computes
 def explore_sequences(
     model: Any,
     sequences: SequenceSet,
@@ -137,6 +139,7 @@ def explore_sequences(
     return Exploration(views, {**describe(model), **options.recorded(), "sequences": dict(sequences.attrs)})
 
 
+@computes
 def continuations(
     model: Any, sequences: SequenceSet, edits: Edits, options: ExploreOptions, reference: SequenceSet
 ) -> list[Continuation]:
@@ -154,6 +157,7 @@ def continuations(
     ]
 
 
+@computes
 def edit_interventions(
     model: Any,
     edits: Edits,

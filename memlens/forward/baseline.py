@@ -19,9 +19,10 @@ from tqdm.auto import tqdm
 from memlens.errors import UnsupportedModelError
 from memlens.forward.batches import Batch, Targets, at_targets, logits_at, make_batches
 from memlens.forward.capture import run_capturing
+from memlens.forward.exclusive import computes
 from memlens.forward.memory import Budget, check_batch_size, rows_per_batch, unembedding_rows
 from memlens.forward.metrics import TargetStats, target_stats
-from memlens.forward.trunk import Trunk
+from memlens.forward.trunk import Trunk, has_own_forward
 from memlens.models.checks import nonfinite_error
 from memlens.sequences.set import SequenceSet
 
@@ -116,6 +117,7 @@ def teacher_forced_stats(
     return teacher_forced(model, seqs, {}, batch_size=batch_size, banned=banned, progress=progress)[0]
 
 
+@computes
 def teacher_forced(
     model: Any,
     seqs: SequenceSet,
@@ -146,7 +148,7 @@ def teacher_forced(
     check_batch_size(batch_size)
     device, cfg = next(model.parameters()).device, model.cfg
     try:
-        trunk = Trunk(model)
+        trunk = None if has_own_forward(model) else Trunk(model)
     except UnsupportedModelError:
         trunk = None
     reduce = _stats_and(extras, banned)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from memlens.errors import UnsupportedModelError
 from memlens.forward.batches import at_positions
+from memlens.forward.exclusive import known_of
 from memlens.forward.read_blocks import BlockWeights, read_block, read_unembedding
 from memlens.forward.read_weights import Linear, Norm
 from memlens.forward.trunk import Trunk
@@ -30,9 +30,6 @@ KeysValues = tuple[Float[Tensor, "row kv_head pos d_head"], Float[Tensor, "row k
 
 Trace = dict[str, Tensor]
 """Intermediate results of a block, by the names of `BlockTrace`."""
-
-_COMPARED: WeakKeyDictionary[Any, tuple[tuple[int, ...], dict[int, int]]] = WeakKeyDictionary()
-"""Models that have been compared: their modules, and for each layer the width up to which they agree."""
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
@@ -81,14 +78,13 @@ class FunctionalBlocks:
         if _has_hooks(trunk.model):
             return None
         width = resid[layers[0]].shape[1]
-        modules, known = _COMPARED.get(trunk.model, (None, {}))
-        present = tuple(map(id, trunk.model.modules()))
-        known = known if modules == present else {}
+        found = known_of(trunk.model)
+        known: dict[int, int] = found.setdefault(f"widths on which blocks agree in {trunk.dtype}", {})
         try:
             blocks = FunctionalBlocks(trunk, layers[:-1], width)
             new = [n for n in layers[:-1] if known.get(n, 0) < width]
             close = all(_close(blocks.run(n, resid[n]), resid[n + 1]) for n in new)
-            if not known:
+            if trunk.n_layers not in known:
                 final = resid[layers[-1]][:, -1]
                 close = close and _close(blocks.unembed(final), trunk.unembed(final))
         except (AttributeError, KeyError, RuntimeError, TypeError, UnsupportedModelError):
@@ -96,7 +92,6 @@ class FunctionalBlocks:
         if not close:
             return None
         known |= dict.fromkeys([trunk.n_layers, *new], width)
-        _COMPARED[trunk.model] = present, known
         return blocks
 
     def unembed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:

@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from memlens.errors import SequenceError, SiteError
 from memlens.forward.batches import Batch, Targets, at_positions, at_targets, make_batches
+from memlens.forward.exclusive import computation, computation_number, computes
 from memlens.forward.hooks import HookFn, attached, capturing, hook_name
-from memlens.forward.trunk import Trunk
+from memlens.forward.trunk import Trunk, has_own_forward
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 
@@ -29,6 +30,15 @@ def run_capturing(
     with capturing(trunk.model, names, before_hooks=before_hooks) as store:
         final = trunk.run(trunk.embed(tokens))
     return final, store
+
+
+def _activations(trunk: Trunk, tokens: Int[Tensor, "batch pos"], names: Sequence[str]) -> dict[str, Tensor]:
+    """The activations alone, also of a model whose forward as a whole the user has replaced."""
+    if not has_own_forward(trunk.model):
+        return run_capturing(trunk, tokens, names)[1]
+    with capturing(trunk.model, names) as store:
+        trunk.model(tokens)
+    return store
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class AtTargets:
     final: Float[Tensor, "batch target d_model"]
 
 
+@computes
 @torch.no_grad()
 def captured_at_targets(
     trunk: Trunk,
@@ -138,13 +149,17 @@ class ActivationSource:
     @torch.no_grad()
     def of(self, batch: Batch) -> dict[str, Tensor]:
         """Return ``{name: [batch, pos, …]}``; a shorter source row is repeated from its beginning."""
-        key = (self.trunk.dtype, *batch.rows.tolist())
+        with computation(self.trunk.model):
+            return self._of(batch)
+
+    def _of(self, batch: Batch) -> dict[str, Tensor]:
+        key = (computation_number(), self.trunk.dtype, *batch.rows.tolist())
         if key != self._key:
             rows, width = self.rows[batch.rows], batch.tokens.shape[1]
             lengths = self.source.lengths[rows]
             tokens = self.source.tokens[rows, : int(lengths.max())].to(batch.tokens.device)
             with attached(self.trunk.model, self._edit(rows)):
-                _, store = run_capturing(self.trunk, tokens, self.names)
+                store = _activations(self.trunk, tokens, self.names)
             places = torch.arange(width)[None] % lengths[:, None]
             self._key, self._store = key, {n: _placed(n, a, places) for n, a in store.items()}
         return self._store
@@ -163,6 +178,7 @@ def _placed(name: str, activation: Tensor, places: Int[Tensor, "batch pos"]) -> 
     return at_positions(activation, places)
 
 
+@computes
 @torch.no_grad()
 def mean_activations(
     model: Any, sequences: SequenceSet, names: Sequence[str], batch_size: int = 32
@@ -171,7 +187,7 @@ def mean_activations(
     trunk = Trunk(model)
     sums: dict[str, Tensor] = {}
     for batch, _ in make_batches(sequences, batch_size, trunk.device):
-        _, store = run_capturing(trunk, batch.tokens, names)
+        store = _activations(trunk, batch.tokens, names)
         for name in names:
             part = store[name][batch.mask].sum(0, dtype=torch.float64)
             sums[name] = sums.get(name, torch.zeros_like(part)) + part

@@ -33,10 +33,12 @@ from torch import Tensor
 
 from memlens.errors import ModelLoadError, UnsupportedModelError
 from memlens.forward.blocks import FunctionalBlocks
+from memlens.forward.exclusive import computes
 from memlens.forward.hooks import SITES, HookFn, attached, capturing, chosen_layers, hook_name, refuse_sites
 from memlens.forward.trunk import Trunk, require_model
 from memlens.models.bos import expects_bos
 from memlens.models.provenance import describe
+from memlens.models.state import content_key
 from memlens.sequences.tokenizing import encode
 
 Status = Literal["ok", "failed", "refused", "ignored", "absent", "slow", "not compared"]
@@ -193,6 +195,7 @@ def record_reference(hf_model: Any, name: str) -> Reference:
     return Reference(tokens, [state.detach() for state in states[:-1]], out.logits.detach())
 
 
+@computes
 @torch.no_grad()
 def check_model(
     model: Any, *, reference: Reference | None = None, layers: Sequence[int] | None = None
@@ -246,7 +249,8 @@ def check_model(
     if reference is None:
         checks += _beginning(model, device)
     else:
-        _AT_LOAD[model] = replace(checks[0], note=f"{checks[0].note}, when it was loaded")
+        loaded = replace(checks[0], note=f"{checks[0].note}, when it was loaded")
+        _AT_LOAD[model] = loaded, content_key(model)
     return ModelCheck(
         str(getattr(model.cfg, "model_name", "") or type(model).__name__),
         str(trunk.dtype if trunk else next(model.parameters()).dtype).removeprefix("torch."),
@@ -298,9 +302,12 @@ def _against_huggingface(
     model: Any, reference: Reference | None, resid: dict[str, Tensor], logits: Tensor
 ) -> Check:
     if reference is None:
-        return _AT_LOAD.get(
-            model, Check("logits", "not compared", note="not loaded by memlens, or unchecked")
-        )
+        found, key = _AT_LOAD.get(model, (None, None))
+        if found is None:
+            return Check("logits", "not compared", note="not loaded by memlens, or unchecked")
+        if key != content_key(model):
+            return Check("logits", "not compared", note="the model has been changed since it was loaded")
+        return found
     expected = reference.logits.to(logits.device)
     depth = len(model.blocks)
     if _processed(model):  # centering the unembedding shifts all logits of a position by one constant
@@ -363,8 +370,8 @@ def _fast_path(trunk: Trunk, resid: dict[str, Tensor], final: Tensor) -> Check:
     return Check("fast path", "ok", note="layers run as plain functions")
 
 
-_AT_LOAD: WeakKeyDictionary[Any, Check] = WeakKeyDictionary()
-"""The result of the comparison with Hugging Face when a model was loaded; its own model is gone later."""
+_AT_LOAD: WeakKeyDictionary[Any, tuple[Check, tuple[Any, ...]]] = WeakKeyDictionary()
+"""The comparison with Hugging Face's model, which is gone later, and the content when it was loaded."""
 
 Claim = Callable[[dict[str, Tensor]], "tuple[Tensor, Tensor]"]
 """From the activations of a run with a zeroed site to two tensors that must be equal."""

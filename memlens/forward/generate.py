@@ -14,11 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from memlens.forward.exclusive import computes
 from memlens.forward.memory import default_budget, fitting
 from memlens.forward.trunk import Trunk, is_bridge
 from memlens.sequences.set import SequenceSet
 
 
+@computes
 def greedy_continuations(
     model: Any,
     seqs: SequenceSet,

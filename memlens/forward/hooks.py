@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from memlens.errors import SiteError, check_option, near_matches
+from memlens.forward.exclusive import exclusively
 
 HookFn = Callable[..., Any]
 """A TransformerLens hook function: ``fn(activation, hook) -> activation or None``."""
@@ -152,6 +153,8 @@ def has_site(model: Any, site: str, layer: int = 0) -> bool:
 def attached(model: Any, hooks: Iterable[tuple[Any, HookFn]], *, prepend: bool = False) -> Iterator[None]:
     """Attach hooks inside a `with` statement; exactly these are removed, also after an exception.
 
+    Other threads wait with the model until then.
+
     Unlike with ``model.hooks``, a name that the model does not have is an error, and points that are already
     resolved (`resolve_hook`) need no look-up.
 
@@ -166,16 +169,17 @@ def attached(model: Any, hooks: Iterable[tuple[Any, HookFn]], *, prepend: bool =
     hooks = list(hooks)
     known = model.hook_dict if any(isinstance(p, str) for p, _ in hooks) else {}
     resolved = [(resolve_hook(model, p, known) if isinstance(p, str) else p, fn) for p, fn in hooks]
-    level = model.context_level + 1
-    try:
-        model.context_level = level
-        for point, fn in resolved:
-            point.add_hook(fn, level=level, prepend=prepend)
-        yield
-    finally:
-        for point, _ in resolved:
-            point.remove_hooks(level=level)
-        model.context_level = level - 1
+    with exclusively(model):
+        level = model.context_level + 1
+        try:
+            model.context_level = level
+            for point, fn in resolved:
+                point.add_hook(fn, level=level, prepend=prepend)
+            yield
+        finally:
+            for point, _ in resolved:
+                point.remove_hooks(level=level)
+            model.context_level = level - 1
 
 
 @contextmanager

@@ -9,20 +9,19 @@ the skipped blocks are replaced by a pass-through for the duration of one call.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from memlens.errors import UnsupportedModelError
+from memlens.forward.exclusive import computation, known_of
 from memlens.forward.hooks import check_layer
 from memlens.forward.read_blocks import Surroundings, bridge_surroundings, hooked_surroundings
-
-_EXTRA_OUTPUTS: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 
 
 def is_bridge(model: Any) -> bool:
@@ -48,6 +47,24 @@ def require_model(model: Any) -> None:
 
 _DROPOUT_RATES = ("p", "attention_dropout", "attn_dropout", "dropout")
 """Attributes of modules that hold a rate: that of `nn.Dropout`, and those of attention modules."""
+
+
+def has_own_forward(model: Any) -> bool:
+    """Whether the user has replaced the forward of the whole model, which running its layers would go around.
+
+    A replaced forward of a layer, or of a part of one, is what the layers run.
+    """
+    for module in (model, getattr(model, "original_model", model)):
+        forward = vars(module).get("forward")
+        if forward is not None and not hasattr(module, "_hf_hook"):  # accelerate's does the same and more
+            return True
+        home = getattr(inspect.unwrap(type(module).forward), "__module__", "")
+        if home != type(module).__module__ and not home.startswith(_LIBRARIES):
+            return True
+    return False
+
+
+_LIBRARIES = ("transformer_lens.", "transformers.", "transformers_modules.", "torch.")
 
 
 class Trunk:
@@ -98,8 +115,18 @@ class Trunk:
         return next(self.model.parameters()).dtype
 
     def embed(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        """Return the residual at the input of layer 0 (with position embeddings, where there are any)."""
-        return self._run.embed(tokens.to(self.device))
+        """Return the residual at the input of layer 0 (with position embeddings, where there are any).
+
+        Raises:
+            UnsupportedModelError: The forward of the whole model was replaced (`has_own_forward`).
+        """
+        if has_own_forward(self.model):
+            raise UnsupportedModelError(
+                "the forward of the whole model was replaced, and running its layers would go around it: "
+                "replace the forward of a layer or of a part of one, or use engine='reference'."
+            )
+        with computation(self.model):
+            return self._run.embed(tokens.to(self.device))
 
     def run(
         self, resid: Float[Tensor, "batch pos d_model"], start: int = 0, stop: int | None = None
@@ -119,12 +146,14 @@ class Trunk:
             return resid
         check_layer(start, self.n_layers)
         check_layer(stop - 1, self.n_layers)
-        return self._run.run(resid, start, stop)
+        with computation(self.model):
+            return self._run.run(resid, start, stop)
 
     def unembed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """Return the logits of final residuals: final norm, unembedding, then `finish_logits`."""
         flat = resid.reshape(1, -1, self.d_model)
-        logits = self.model.unembed(self.model.ln_final(flat))
+        with computation(self.model):
+            logits = self.model.unembed(self.model.ln_final(flat))
         return self.finish_logits(logits.reshape(*resid.shape[:-1], logits.shape[-1]))
 
     def finish_logits(self, logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch d_vocab"]:
@@ -145,7 +174,8 @@ class Trunk:
         Raises:
             UnsupportedModelError: Positions enter in a way that this form cannot express.
         """
-        return self._run.surroundings(width)
+        with computation(self.model):
+            return self._run.surroundings(width)
 
     def final_norm(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """Return the final norm of residuals."""
@@ -194,10 +224,11 @@ class _BridgeRunner:
 
     @property
     def extra_outputs(self) -> int | None:
-        """Number of a block's outputs besides the residual (None for a bare tensor), found once per model."""
-        if self.model not in _EXTRA_OUTPUTS:
-            _EXTRA_OUTPUTS[self.model] = self._probe_block_output()
-        return _EXTRA_OUTPUTS[self.model]
+        """Number of a block's outputs besides the residual (None for a bare tensor), found once."""
+        known = known_of(self.model)
+        if "extra outputs" not in known:
+            known["extra outputs"] = self._probe_block_output()
+        return known["extra outputs"]
 
     def _probe_block_output(self) -> int | None:
         seen: list[int | None] = []
@@ -217,13 +248,17 @@ class _BridgeRunner:
     @contextmanager
     def _skipping(self, blocks: Sequence[nn.Module], extra_outputs: int | None) -> Iterator[None]:
         skip = _pass_through(extra_outputs)
+        own = [(block.__dict__, block.__dict__.get("forward")) for block in blocks]  # a user may have set one
         try:
-            for block in blocks:
-                block.__dict__["forward"] = skip
+            for facts, _ in own:
+                facts["forward"] = skip
             yield
         finally:
-            for block in blocks:
-                block.__dict__.pop("forward", None)
+            for facts, forward in own:
+                if forward is None:
+                    facts.pop("forward", None)
+                else:
+                    facts["forward"] = forward
 
     def _forward(self, start: int, stop: int, **inputs: Tensor) -> Tensor:
         skipped = [*self.blocks[:start], *self.blocks[stop:]]

@@ -15,6 +15,7 @@ from memlens.choices import NoiseScale, NoiseSite, Positions
 from memlens.errors import OptionError, check_option
 from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource
+from memlens.forward.exclusive import computes
 from memlens.forward.hooks import HookFn, check_layer, hook_name
 from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
@@ -63,6 +64,7 @@ class NoiseSource:
         return self._noise
 
 
+@computes
 def embedding_noise(
     model: Any,
     *,
@@ -93,6 +95,7 @@ def embedding_noise(
     return residual_noise(model, alphas, **where, n_draws=n_draws, seed=seed, name="embedding noise")
 
 
+@computes
 def residual_noise(
     model: Any,
     alphas: Sequence[float],
@@ -157,6 +160,7 @@ def _size(x: Float[Tensor, "*batch d"], scale: str) -> Float[Tensor, "*batch 1"]
 SIMILARITY_AT = ("prompt", "last_prompt", "targets")
 
 
+@computes
 def perturb_residual(
     model: Any,
     sequences: SequenceSet,
@@ -296,6 +300,7 @@ STRATEGIES = ("random", "first", "last")
 _COUNTS = (0, 1, 2, 4, 8)
 
 
+@computes
 def perturb_prefix(
     model: Any,
     sequences: SequenceSet,

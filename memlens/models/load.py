@@ -29,6 +29,7 @@ from memlens.models.huggingface import (
 from memlens.models.names import checkpoint_revision, local_checkpoint, resolve_source
 from memlens.models.provenance import remember
 from memlens.models.quiet import quiet
+from memlens.models.state import keep_fresh
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -144,7 +145,9 @@ def load_model(
     )
     fact = source.checkpoint if source.local else revision or "main"
     with named_errors(source, revision):
-        return _wrap(hf_model, tokenizer, options, name=source.name, revision=fact)
+        model = _wrap(hf_model, tokenizer, options, name=source.name, revision=fact)
+    keep_fresh(model)
+    return model
 
 
 def _check_options(
@@ -207,6 +210,7 @@ def _as_it_is(model: Any, backend: str, misplaced: dict[str, Any]) -> Any:
         raise OptionError(
             f"backend={backend!r} was asked for, but this is a {type(model).__name__}: load it by name."
         )
+    keep_fresh(model)
     return model
 
 
@@ -221,9 +225,10 @@ def _from_huggingface(model: nn.Module, options: _Options, tokenizer: PreTrained
     check_causal(model.config, name)
     backend = "bridge" if options.backend == "auto" else options.backend
     options = replace(options, backend=backend, dtype=model.dtype, device=model.device)
-    return _wrap(
-        model.eval(), tokenizer, _choose_backend(options, model.config, name), name=name, revision=""
-    )
+    options, weights = _choose_backend(options, model.config, name), list(model.parameters())
+    found = _wrap(model.eval(), tokenizer, options, name=name, revision="")
+    keep_fresh(found, weights)
+    return found
 
 
 def _wrap(

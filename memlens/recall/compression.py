@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from memlens.choices import Compression
 from memlens.errors import EmptySetError, OptionError, check_option
+from memlens.forward.exclusive import computes
 from memlens.forward.memory import check_batch_size
 from memlens.forward.trunk import require_model
 from memlens.models.provenance import describe
@@ -90,6 +91,7 @@ def delete_greedily(
 COMPRESSIONS: tuple[str, ...] = get_args(Compression)
 
 
+@computes
 def prompt_compression(
     model: Any,
     sequences: SequenceSet,

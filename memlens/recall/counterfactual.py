@@ -11,6 +11,7 @@ import pandas as pd
 import xarray as xr
 
 from memlens.errors import OptionError, check_option
+from memlens.forward.exclusive import computes
 from memlens.models.provenance import describe
 from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
@@ -87,6 +88,7 @@ class CounterfactualScores:
         )
 
 
+@computes
 def counterfactual_memorization(
     model: Any,
     clean: Any,

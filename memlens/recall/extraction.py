@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from memlens.errors import OptionError, SequenceError
 from memlens.forward.baseline import teacher_forced
+from memlens.forward.exclusive import computes
 from memlens.forward.memory import check_batch_size
 from memlens.forward.metrics import METRICS
 from memlens.forward.trunk import require_model
@@ -83,6 +84,7 @@ Prompt = tuple[int, Sequence[int]]
 """A row of the set, and the prefix tokens it keeps."""
 
 
+@computes
 def score_prompts(
     model: Any,
     halves: Halves,
@@ -116,6 +118,7 @@ def score_prompts(
     return found
 
 
+@computes
 def extraction_curve(
     model: Any,
     sequences: SequenceSet,

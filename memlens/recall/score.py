@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memlens.errors import SequenceError
 from memlens.forward.baseline import Reducer, teacher_forced
+from memlens.forward.exclusive import computes
 from memlens.forward.generate import greedy_continuations
 from memlens.forward.metrics import BUILT_IN, METRICS, TargetStats
 from memlens.forward.trunk import require_model
@@ -106,6 +107,7 @@ NEAR_TIE = 1e-4
 """The order of logits this close may depend on the batch size, the device or the library's version."""
 
 
+@computes
 def score_recall(
     model: Any,
     seqs: SequenceSet,
@@ -233,6 +235,7 @@ def _share(right: Tensor, mask: Tensor) -> np.ndarray:
     return ((right & mask).sum(-1).double() / mask.sum(-1)).numpy()
 
 
+@computes
 def generated_after(
     model: Any,
     seqs: SequenceSet,

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from memlens.errors import SilentInterventionError
+from memlens.forward.exclusive import computation, computes, exclusively, known_of
 from memlens.forward.hooks import HookFn, attached
 from memlens.sweeps.interventions import Intervention
-
-_HEARD: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
 class EditWatch:
@@ -25,7 +23,7 @@ class EditWatch:
     def __init__(self, model: Any, probe_tokens: Tensor) -> None:
         self.model = model
         self.probe_tokens = probe_tokens
-        self.heard = _HEARD.setdefault(model, set())
+        self.heard = known_of(model).setdefault("hooks that are heard", set())
         self._quiet: Tensor | None = None
         self.edited: set[str] = set()
         self.fired: set[str] = set()
@@ -68,6 +66,7 @@ class EditWatch:
                 self.heard.add(name)
 
 
+@computes
 @torch.no_grad()
 def check_hook_is_heard(model: Any, name: str, tokens: Tensor, quiet: Tensor | None = None) -> None:
     """Raise unless noise written to a hook changes at least one bit of the logits.
@@ -98,7 +97,8 @@ def check_hook_is_heard(model: Any, name: str, tokens: Tensor, quiet: Tensor | N
 def applied(model: Any, *interventions: Intervention) -> Iterator[Any]:
     """Apply interventions to a model inside a `with` statement: forward, generation, evaluation.
 
-    Hooks are gone afterwards, also after an exception. On the bridge they also act inside
+    Hooks are gone afterwards, also after an exception; another thread that wants to compute with the model
+    waits until then. On the bridge they also act inside
     ``model.original_model(...)`` and its ``generate``.
 
     Args:
@@ -126,7 +126,8 @@ def applied(model: Any, *interventions: Intervention) -> Iterator[Any]:
     """
     hooks = [hook for i in interventions for hook in i.bound(None)]
     device = next(model.parameters()).device
-    watch = EditWatch(model, torch.arange(4, device=device)[None] % model.cfg.d_vocab)
+    with computation(model):
+        watch = EditWatch(model, torch.arange(4, device=device)[None] % model.cfg.d_vocab)
     with attached(model, [(name, watch.wrap(name, fn)) for name, fn in hooks]):
         yield model
     watch.settle(sorted(watch.fired))
@@ -139,6 +140,11 @@ def in_dtype(model: Any, dtype: torch.dtype) -> Iterator[None]:
     The weights keep their values, so only the rounding of activations differs. Afterwards the model has its
     own tensors again, not copies cast back. Both sets of weights are in memory at once.
     """
+    with exclusively(model):
+        yield from _widened(model, dtype)
+
+
+def _widened(model: Any, dtype: torch.dtype) -> Iterator[None]:
     tensors = [*model.parameters(), *model.buffers()]
     narrow = [t for t in tensors if t.is_floating_point() and t.dtype.itemsize < dtype.itemsize]
     kept = [(t, t.data) for t in narrow]

@@ -13,6 +13,7 @@ import torch
 from memlens.errors import EmptySetError
 from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.capture import run_capturing
+from memlens.forward.exclusive import computes
 from memlens.forward.hooks import hook_name
 from memlens.forward.memory import Budget, position_bytes
 from memlens.forward.trunk import Trunk
@@ -89,6 +90,7 @@ class Plan:
         return f"<p>{self}</p>"
 
 
+@computes
 def plan(
     model: Any,
     sequences: SequenceSet,

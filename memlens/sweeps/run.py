@@ -21,10 +21,11 @@ from tqdm.auto import tqdm
 from memlens.errors import EmptySetError, InterventionError, check_option
 from memlens.files import replacing
 from memlens.forward.batches import make_batches
+from memlens.forward.exclusive import computes
 from memlens.forward.hooks import resolve_hook
 from memlens.forward.memory import Budget
 from memlens.forward.metrics import MetricLike, as_metrics
-from memlens.forward.trunk import Trunk
+from memlens.forward.trunk import Trunk, has_own_forward
 from memlens.results.kinds import register_kind
 from memlens.results.plots.layers import plot_sweep
 from memlens.results.readings import read_effects
@@ -58,6 +59,7 @@ class SweepOptions(TypedDict, total=False):
     check_dtype: bool | None
 
 
+@computes
 @torch.no_grad()
 def sweep(
     model: Any,
@@ -123,6 +125,9 @@ def sweep(
     check_option("engine", engine, ENGINES)
     measured = as_metrics(metrics)
     trunk = Trunk(model)
+    if engine == "fast" and has_own_forward(model):
+        _LOG.warning("the forward of the whole model was replaced: the slow reference engine is used")
+        engine = "reference"
     _check_inputs(trunk, sequences, interventions)
     budget = Budget.of(trunk, sequences, memory_budget, batch_size)
     runner = Engine.of(trunk, sequences, metrics, budget, per_token=per_token)
@@ -235,6 +240,7 @@ def _warn_not_finite(values: Values) -> None:
             _LOG.warning("some interventions drive the model to NaN; their values are NaN in the result")
 
 
+@computes
 @torch.no_grad()
 def measure(
     model: Any,
@@ -260,7 +266,10 @@ def measure(
     budget = Budget.of(trunk, sequences, memory_budget, batch_size)
     engine = Engine.of(trunk, sequences, metrics, budget, per_token=per_token)
     batches = make_batches(sequences, budget.batch_size, trunk.device)
-    parts = [engine.baseline(batch, targets).values for batch, targets in batches]
+    if has_own_forward(model):
+        parts = [engine.reference(batch, targets, None) for batch, targets in batches]
+    else:
+        parts = [engine.baseline(batch, targets).values for batch, targets in batches]
     return {name: joined([p[name].numpy() for p in parts]) for name in parts[0]}
 
 

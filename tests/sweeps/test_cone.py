@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import memlens as ml
 from memlens.forward.blocks import FunctionalBlocks
+from memlens.forward.exclusive import computation
 from memlens.forward.hooks import capturing, has_site, hook_name
 from memlens.forward.trunk import Trunk
 from memlens.sweeps.engine.entries import entry_of
@@ -169,12 +170,13 @@ def test_plan_counts_the_operations_that_run(tiny_model: Any, family: str) -> No
         *ml.edits.head_ablations(model, clean, layers=[0]),
     ]
     edits = [ml.Intervention(f"{n}", i.hooks, first_position=i.first_position) for n, i in enumerate(edits)]
-    ml.sweep(model, corrupt, edits, progress=False)  # what is asked once is not counted
     base = [ml.Intervention("none", [("blocks.2.hook_resid_post", lambda x, hook: None)])]
-    with FlopCounterMode(display=False) as alone:
-        ml.sweep(model, corrupt, base, progress=False)
-    with FlopCounterMode(display=False) as counter:
-        ml.sweep(model, corrupt, edits, progress=False)
+    with computation(model):
+        ml.sweep(model, corrupt, edits, progress=False)  # what is asked once is not counted
+        with FlopCounterMode(display=False) as alone:
+            ml.sweep(model, corrupt, base, progress=False)
+        with FlopCounterMode(display=False) as counter:
+            ml.sweep(model, corrupt, edits, progress=False)
     cost, least = (ml.plan(model, corrupt, e, calibrate=False) for e in (edits, base))
     want = cost.block_flops + cost.unembed_flops - least.block_flops - least.unembed_flops
     got = counter.get_total_flops() - alone.get_total_flops()

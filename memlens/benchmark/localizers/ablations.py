@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from memlens.benchmark.localizer import Scores, component_shape, localizer, reshaped
+from memlens.forward.exclusive import computes
 from memlens.instruments.ablate.branches import attention_ablations, mlp_ablations
 from memlens.instruments.ablate.heads import head_ablations
 from memlens.instruments.ablate.neurons import neuron_knock_outs
@@ -21,12 +22,14 @@ from memlens.sweeps.run import sweep
 METRIC = "target_logprob"
 
 
+@computes
 def lost(model: Any, sequences: SequenceSet, interventions: Sequence[Intervention]) -> np.ndarray:
     """Return how much log-probability each intervention takes, in nats, as the sweep's dimensions have it."""
     result = sweep(model, sequences, interventions, (METRIC,), progress=False)
     return -result.effect(METRIC).values
 
 
+@computes
 def ablations(
     model: Any, sequences: SequenceSet, component: ComponentKind, mode: Any, others: SequenceSet, seed: int
 ) -> list[Intervention]:

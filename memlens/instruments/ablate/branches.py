@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Unpack
 
 from memlens.choices import AblationMode
+from memlens.forward.exclusive import computes
 from memlens.forward.hooks import chosen_layers
 from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
@@ -20,6 +21,7 @@ from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.run import sweep
 
 
+@computes
 def ablate_mlps(
     model: Any,
     sequences: SequenceSet,
@@ -56,6 +58,7 @@ def ablate_mlps(
     )
 
 
+@computes
 def mlp_ablations(
     model: Any,
     sequences: SequenceSet,
@@ -68,6 +71,7 @@ def mlp_ablations(
     return _ablations(model, sequences, "mlp_out", "MLP", layers, Replacement(mode, **options))
 
 
+@computes
 def attention_ablations(
     model: Any,
     sequences: SequenceSet,

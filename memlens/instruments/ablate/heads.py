@@ -12,6 +12,7 @@ import xarray as xr
 
 from memlens.choices import AblationMode, Positions
 from memlens.errors import OptionError, ResultError, SiteError
+from memlens.forward.exclusive import computes
 from memlens.forward.hooks import check_head, check_layer, chosen_layers
 from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
@@ -31,6 +32,7 @@ Head = tuple[int, int]
 """A layer and a head."""
 
 
+@computes
 def ablate_heads(
     model: Any,
     sequences: SequenceSet,
@@ -94,6 +96,7 @@ def ablate_heads(
     )  # fmt: skip
 
 
+@computes
 def head_ablations(
     model: Any,
     sequences: SequenceSet,
@@ -114,6 +117,7 @@ def head_ablations(
     return replacement.interventions(model, sequences, "z", _checked(trunk, cells))
 
 
+@computes
 def head_set_ablations(
     model: Any,
     sequences: SequenceSet,
@@ -178,6 +182,7 @@ def rank_heads(result: Result, metric: str | None = None) -> list[Head]:
     return [(int(layer), int(head)) for layer, head in flat["site"].values[order]]
 
 
+@computes
 def ablate_heads_cumulatively(
     model: Any,
     sequences: SequenceSet,
@@ -273,6 +278,7 @@ def head_label(head: Head) -> str:
     return f"L{head[0]}H{head[1]}"
 
 
+@computes
 def ablate_head_pairs(
     model: Any,
     sequences: SequenceSet,

@@ -17,6 +17,7 @@ from torch import Tensor
 from memlens.choices import NeuronSelection
 from memlens.errors import OptionError, check_option
 from memlens.forward.capture import AtTargets, captured_at_targets
+from memlens.forward.exclusive import computes
 from memlens.forward.hooks import chosen_layers, hook_name
 from memlens.forward.read_weights import value_vectors
 from memlens.forward.trunk import Trunk
@@ -31,6 +32,7 @@ AVERAGED = ("size", "coefficient")
 _CAPTURE_BYTES = 2**28
 
 
+@computes
 def dominant_neurons(
     model: Any,
     sequences: SequenceSet,
@@ -106,6 +108,7 @@ def dominant_neurons(
     return make_result("dominant_neurons", model, sequences, variables, coords, settings)
 
 
+@computes
 def value_norms(model: Any, layers: Sequence[int]) -> Float[Tensor, "layer neuron"]:
     """Return the L2 norm of every value vector."""
     return torch.stack([value_vectors(model, layer).float().norm(dim=-1) for layer in layers])

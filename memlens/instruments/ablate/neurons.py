@@ -17,6 +17,7 @@ from torch import Tensor
 from memlens.choices import AblationMode
 from memlens.errors import OptionError, SiteError, check_option
 from memlens.forward.batches import Batch
+from memlens.forward.exclusive import computes
 from memlens.forward.hooks import HookFn, check_layer, chosen_layers, hook_name
 from memlens.forward.metrics import MetricLike
 from memlens.forward.read_weights import value_vectors
@@ -80,6 +81,7 @@ class _Grid:
         return f"{what} L{cell['layer']}-{last}" + (f" draw {cell['draw']}" if self.n_draws > 1 else "")
 
 
+@computes
 def knock_out_neurons(
     model: Any,
     sequences: SequenceSet,
@@ -207,6 +209,7 @@ def _knock_outs(
     return _cuts(model, sequences, chosen, grid.keep, replacement, coords)
 
 
+@computes
 def neuron_knock_outs(
     model: Any,
     sequences: SequenceSet,

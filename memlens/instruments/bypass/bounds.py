@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from memlens.errors import OptionError, UnsupportedModelError
 from memlens.forward.batches import Targets, make_batches
 from memlens.forward.blocks import BlockTrace, FunctionalBlocks, trace_block
+from memlens.forward.exclusive import computes
 from memlens.forward.read_weights import Norm
 from memlens.forward.trunk import Trunk
 from memlens.instruments.bypass.lipschitz import BlockNorms, norm_between
@@ -33,6 +34,7 @@ BOUNDS = ("B1", "B2", "B3", "B4")
 _AGREES = {torch.float64: 1e-4, torch.float32: 1e-3}
 
 
+@computes
 @torch.no_grad()
 def bypass_bounds(
     model: Any,

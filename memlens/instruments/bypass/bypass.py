@@ -11,6 +11,7 @@ from torch import Tensor
 
 from memlens.choices import BypassControl, BypassedTo, BypassMode
 from memlens.errors import OptionError, check_option
+from memlens.forward.exclusive import computes
 from memlens.forward.hooks import HookFn, check_head, check_layer, chosen_layers, hook_name
 from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
@@ -31,6 +32,7 @@ Span = Literal["layer", "window", "suffix", "prefix"]
 SPANS: tuple[str, ...] = get_args(Span)
 
 
+@computes
 def bypass_attention(
     model: Any,
     sequences: SequenceSet,

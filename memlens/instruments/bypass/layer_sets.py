@@ -14,6 +14,7 @@ import xarray as xr
 
 from memlens.choices import BypassMode
 from memlens.errors import EmptySetError, OptionError, check_option
+from memlens.forward.exclusive import computes
 from memlens.forward.trunk import Trunk
 from memlens.instruments.bypass.bypass import attention_bypasses
 from memlens.instruments.tasks.evaluate import evaluate_tasks
@@ -112,6 +113,7 @@ class LayerSetSearch:
 _METRICS = ("exact_match", "target_accuracy", "target_logprob")
 
 
+@computes
 def search_layer_sets(
     model: Any,
     sequences: SequenceSet,

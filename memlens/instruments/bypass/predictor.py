@@ -17,6 +17,7 @@ from memlens.errors import OptionError, ResultError, UnsupportedModelError
 from memlens.figures.labels import metric_text
 from memlens.forward.batches import make_batches
 from memlens.forward.blocks import FunctionalBlocks
+from memlens.forward.exclusive import computes
 from memlens.forward.hooks import attached, chosen_layers, hook_name
 from memlens.forward.trunk import Trunk, is_bridge
 from memlens.instruments.bypass.lipschitz import head_matrices, product_norm
@@ -32,6 +33,7 @@ from memlens.sequences.set import SequenceSet
 from memlens.sweeps.labels import make_result
 
 
+@computes
 @torch.no_grad()
 def bypass_predictor(
     model: Any,
@@ -105,6 +107,7 @@ def some_layers(layers: Sequence[int] | None, n_layers: int) -> list[int]:
     return chosen
 
 
+@computes
 @torch.no_grad()
 def ov_gains(model: Any, layers: Sequence[int]) -> dict[int, Float[Tensor, " head"]]:
     r"""Return the spectral norm :math:`\|W_O^h W_V^h\|` of each head, by layer.

@@ -14,6 +14,7 @@ from torch import Tensor
 from memlens.choices import Stream
 from memlens.errors import OptionError, SiteError, check_option
 from memlens.forward.capture import AtTargets, captured_at_targets
+from memlens.forward.exclusive import computes
 from memlens.forward.hooks import has_site, hook_name
 from memlens.forward.trunk import Trunk
 from memlens.instruments.decode.lens import TunedLens, as_lens
@@ -105,6 +106,7 @@ STREAMS: tuple[str, ...] = get_args(Stream)
 _LOGIT_LENS = "logit lens: final norm and unembedding"
 
 
+@computes
 @torch.no_grad()
 def decode_residual(
     model: Any,

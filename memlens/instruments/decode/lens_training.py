@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from memlens.errors import NonFiniteError, SequenceError
 from memlens.forward.capture import run_capturing
+from memlens.forward.exclusive import computes
 from memlens.forward.hooks import hook_name
 from memlens.forward.trunk import Trunk
 from memlens.instruments.decode.decoding import STATISTICS, compare_to_final, portions
@@ -32,6 +33,7 @@ from memlens.sequences.set import SequenceSet
 _KL = STATISTICS.index("kl_to_final")
 
 
+@computes
 def train_tuned_lens(
     model: Any,
     sequences: SequenceSet | Int[Tensor, "seq pos"] | Int[np.ndarray, "seq pos"] | Sequence[Sequence[int]],

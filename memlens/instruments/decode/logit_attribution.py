@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memlens.errors import check_option
 from memlens.forward.capture import AtTargets, captured_at_targets
+from memlens.forward.exclusive import computes
 from memlens.forward.hooks import hook_name
 from memlens.forward.read_weights import (
     Norm,
@@ -31,6 +32,7 @@ from memlens.sweeps.labels import make_result
 BASELINES = ("mean_logit", "none")
 
 
+@computes
 @torch.no_grad()
 def attribute_logits(
     model: Any,

@@ -13,6 +13,7 @@ from memlens.choices import PatchSite
 from memlens.errors import OptionError, SiteError, check_option
 from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource
+from memlens.forward.exclusive import computes
 from memlens.forward.hooks import HookFn, chosen_layers, has_site, hook_name
 from memlens.forward.metrics import MetricLike, metric_names
 from memlens.forward.trunk import Trunk, is_bridge
@@ -33,6 +34,7 @@ _WITH_HEADS = ("z", "q", "k", "v", "pattern")
 OVER = ("position", "head", "head_position")
 
 
+@computes
 def patch_activations(
     model: Any,
     clean: SequenceSet,
@@ -115,6 +117,7 @@ def patch_activations(
     return kept(compare_runs(result, model, source, direction, clean), options.get("out"))
 
 
+@computes
 def activation_patches(
     model: Any,
     source: SequenceSet,

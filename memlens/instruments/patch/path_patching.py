@@ -14,6 +14,7 @@ from torch import Tensor
 from memlens.errors import OptionError, SiteError, check_option
 from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource
+from memlens.forward.exclusive import computes
 from memlens.forward.hooks import HookFn, attached, capturing, check_head, check_layer, hook_name
 from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
@@ -99,6 +100,7 @@ class FrozenRuns:
         return hook_name("z", layer), write.bind(batch)
 
 
+@computes
 def patch_paths(
     model: Any,
     clean: SequenceSet,
@@ -173,6 +175,7 @@ def patch_paths(
     return pairs.sweep(model, patches, metrics, options, kind="path_patching", settings=settings)
 
 
+@computes
 def path_patches(
     model: Any,
     base: SequenceSet,

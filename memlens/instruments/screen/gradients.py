@@ -21,6 +21,7 @@ from memlens.choices import AblationMode
 from memlens.errors import check_option
 from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource
+from memlens.forward.exclusive import computes
 from memlens.forward.hooks import hook_name
 from memlens.forward.metrics import MetricLike
 from memlens.instruments.ablate.replacing import Replacement, ReplacementOptions
@@ -36,6 +37,7 @@ from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import Intervention
 
 
+@computes
 def attribute_gradients(
     model: Any,
     clean: SequenceSet,
@@ -140,6 +142,7 @@ def attribute_gradients(
     return pairs.compared(model, result, [metric])
 
 
+@computes
 def attribute_ablation(
     model: Any,
     sequences: SequenceSet,

@@ -12,6 +12,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 from memlens.errors import EmptySetError, OptionError, check_option
+from memlens.forward.exclusive import computes
 from memlens.forward.metrics import MetricLike, metric_names
 from memlens.instruments.screen.instruments import INSTRUMENTS, screen_of
 from memlens.results.result import Result
@@ -75,6 +76,7 @@ class Screening:
         )
 
 
+@computes
 def screen_then_verify(
     model: Any,
     clean: SequenceSet,

@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from memlens.errors import OptionError
+from memlens.forward.exclusive import computes
 from memlens.instruments.tasks.tasks import ChoiceTask, joined_requests
 from memlens.results.kinds import register_kind
 from memlens.results.plots.tasks import plot_tasks
@@ -28,6 +29,7 @@ _LABELS = {
 }
 
 
+@computes
 def evaluate_tasks(
     model: Any,
     tasks: Sequence[ChoiceTask],

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from memlens.errors import MemlensError, ResultError, SequenceError
 from memlens.files import expanded, naming
+from memlens.forward.exclusive import computes
 from memlens.forward.memory import check_batch_size, rows_per_batch
 from memlens.forward.trunk import require_model
 from memlens.models.provenance import describe
@@ -38,6 +39,7 @@ _OWN = ("id", "text", "row", "start", "role", "matched_to", "length_difference",
 """Columns that the scan itself adds."""
 
 
+@computes
 def build_memorized_set(
     model: Any,
     token_source: Any,

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field, PositiveInt
 
 from memlens.errors import OptionError, VocabularyError
+from memlens.forward.exclusive import computes
 from memlens.options import options_class
 from memlens.recall.corpus.windows import Block
 from memlens.recall.score import score_recall
@@ -137,6 +138,7 @@ class Kept:
         return whole[[_repeat(True, key, self.seen) is None for key in _keys(whole)]]
 
 
+@computes
 def scan_block(
     model: Any, block: Block, facts: pd.DataFrame, kept: Kept, options: ScanOptions, batch_size: int
 ) -> tuple[SequenceSet, dict[str, int]]:
