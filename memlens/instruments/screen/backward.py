@@ -96,6 +96,10 @@ def run_backward(
 ) -> Pass:
     """Run the layers from `start` on and take the metric's gradient at `spots`.
 
+    The backward pass needs the activations of all layers, among them the attention patterns, which grow with
+    the square of the length. Where they do not fit the memory budget, each layer runs once more instead when
+    the backward pass comes to it: a third slower, and one layer's activations in memory at a time.
+
     Args:
         trunk: The model.
         targets: The targets and where they are predicted.
@@ -110,40 +114,102 @@ def run_backward(
         NonFiniteError: The metric is NaN or infinite.
         OptionError: A custom metric has another shape, or no gradient.
     """
-    taken: dict[str, Tensor] = {}
-
-    def take(name: str, x: Tensor, hook: Any) -> Tensor:
-        moved = x if shift is None else (x + shift.to(x.dtype)).detach()
-        leaf = moved.clone() if moved.requires_grad else moved.detach().clone().requires_grad_()
-        taken[name] = leaf
-        return leaf.clone()  # later in-place writes are not allowed on a leaf
-
-    with (
-        _parameters_at_rest(trunk.model),
-        torch.set_grad_enabled(bool(spots)),
-        attached(trunk.model, [(s.write, partial(take, s.write)) for s in spots]),
-        capturing(trunk.model, [s.read for s in spots if s.read != s.write]) as seen,
-    ):
-        final = trunk.run(resid.clone(), start)
-        for s in spots:
-            if s.write not in taken:
-                raise SilentInterventionError(f"the hook {s.write!r} did not run: it has no gradient.")
-        if spots and not final.requires_grad:
-            raise _ignored(spots[0])
-        at = at_targets(final, targets)
-        values = metric(logits_at(trunk.unembed, at, targets.mask), targets.ids, targets.mask)
-        if not bool(torch.isfinite(values).all()):
-            raise NonFiniteError(
-                "the metric is NaN or infinite without any intervention: check the weights, or use a wider "
-                "dtype."
-            )
-        gradients = _gradients(values, [taken[s.write] for s in spots], spots)
-    every = {**{name: leaf.detach() for name, leaf in taken.items()}, **seen}
+    by_layer = len(resid) * _graph_bytes(trunk, resid.shape[1]) > default_budget(trunk.device)
+    hooked = _Hooked(trunk, spots, shift)
+    with _parameters_at_rest(trunk.model):
+        if by_layer and spots:
+            values, gradients = _backward_by_layer(hooked, targets, resid, start, metric)
+        else:
+            with torch.set_grad_enabled(bool(spots)):
+                final = hooked.run(resid, start, trunk.n_layers)
+                values = _measured(trunk, targets, final, metric)
+                gradients = _gradients(values, hooked.leaves(), spots)
     return Pass(
         values.detach(),
         {s.layer: g for s, g in zip(spots, gradients, strict=True)},
-        {s.layer: every[s.read] for s in spots},
+        {s.layer: hooked.seen[s.read].detach() for s in spots},
     )
+
+
+class _Hooked:
+    """Runs layers with leaves at the spots; `taken` are the leaves and `seen` the activations, by hook."""
+
+    def __init__(self, trunk: Trunk, spots: Sequence[Spot], shift: Tensor | None) -> None:
+        self.trunk, self.spots, self.shift = trunk, spots, shift
+        self.taken: dict[str, Tensor] = {}
+        self.seen: dict[str, Tensor] = {}
+
+    def run(self, resid: Tensor, start: int, stop: int) -> Tensor:
+        here = [s for s in self.spots if start <= s.layer < stop]
+        apart = [s.read for s in here if s.read != s.write]
+        with (
+            attached(self.trunk.model, [(s.write, partial(self._take, s.write)) for s in here]),
+            capturing(self.trunk.model, apart) as seen,
+        ):
+            out = self.trunk.run(resid.clone(), start, stop)
+        for s in here:
+            if s.write not in self.taken:
+                raise SilentInterventionError(f"the hook {s.write!r} did not run: it has no gradient.")
+        if here and torch.is_grad_enabled() and not out.requires_grad:
+            raise _ignored(here[0])
+        self.seen |= {**{s.write: self.taken[s.write] for s in here}, **seen}
+        return out
+
+    def _take(self, name: str, x: Tensor, hook: Any) -> Tensor:
+        moved = x if self.shift is None else (x + self.shift.to(x.dtype)).detach()
+        leaf = moved.clone() if moved.requires_grad else moved.detach().clone()
+        self.taken[name] = leaf.requires_grad_(torch.is_grad_enabled())
+        return leaf.clone()  # later in-place writes are not allowed on a leaf
+
+    def leaves(self) -> list[Tensor]:
+        return [self.taken[s.write] for s in self.spots]
+
+
+def _measured(trunk: Trunk, targets: Targets, final: Tensor, metric: Metric) -> Tensor:
+    at = at_targets(final, targets)
+    values = metric(logits_at(trunk.unembed, at, targets.mask), targets.ids, targets.mask)
+    if not bool(torch.isfinite(values).all()):
+        raise NonFiniteError(
+            "the metric is NaN or infinite without any intervention: check the weights, or use a wider dtype."
+        )
+    return values
+
+
+def _backward_by_layer(
+    hooked: _Hooked, targets: Targets, resid: Tensor, start: int, metric: Metric
+) -> tuple[Tensor, list[Tensor]]:
+    """Go back layer by layer, so that only one layer's activations are kept for it.
+
+    The layers run twice: without gradients to find the input of each, and again one by one, from the last to
+    the first with a spot, each passing its gradient on to the one before.
+    """
+    trunk, found, inputs = hooked.trunk, dict[str, Tensor](), [resid]
+    with torch.no_grad():
+        for layer in range(start, trunk.n_layers):
+            inputs.append(hooked.run(inputs[-1], layer, layer + 1))
+    with torch.enable_grad():
+        final = inputs.pop().detach().requires_grad_()
+        values = _measured(trunk, targets, final, metric)
+        (gradient,) = _gradients(values, [final], hooked.spots[-1:])
+        for layer in range(trunk.n_layers - 1, min(s.layer for s in hooked.spots) - 1, -1):
+            here = [s for s in hooked.spots if s.layer == layer]
+            below = any(s.layer < layer for s in hooked.spots)
+            at = inputs.pop().detach().requires_grad_(below)
+            out = hooked.run(at, layer, layer + 1)
+            leaves = [hooked.taken[s.write] for s in here]
+            grads = torch.autograd.grad(out, [*leaves, *([at] if below else [])], gradient, allow_unused=True)
+            for s, own in zip(here, grads, strict=False):
+                if own is None:
+                    raise _ignored(s)
+                found[s.write] = own
+                hooked.taken[s.write], hooked.seen[s.read] = own, hooked.seen[s.read].detach()
+            gradient = grads[-1]
+    return values, [found[s.write] for s in hooked.spots]
+
+
+def _graph_bytes(trunk: Trunk, width: int) -> int:
+    """What one sequence's activations take when those of all layers are kept for the backward pass."""
+    return trunk.n_layers * row_bytes(trunk.model.cfg, width, trunk.dtype.itemsize)
 
 
 def _gradients(values: Tensor, leaves: Sequence[Tensor], spots: Sequence[Spot]) -> Sequence[Tensor]:
@@ -418,8 +484,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _batch_size(trunk: Trunk, seqs: SequenceSet) -> int:
-    """As many sequences as fit: the activations of all layers are kept for the backward pass."""
-    item = trunk.dtype.itemsize
-    row = trunk.n_layers * row_bytes(trunk.model.cfg, int(seqs.lengths.max()), item)
-    row += int(seqs.n_targets.max()) * logits_bytes(trunk.d_vocab, item)
+    """As many sequences as fit if all layers' activations are kept, else one (see `run_backward`)."""
+    row = _graph_bytes(trunk, int(seqs.lengths.max()))
+    row += int(seqs.n_targets.max()) * logits_bytes(trunk.d_vocab, trunk.dtype.itemsize)
     return fitting(row, default_budget(trunk.device), share=1, most=min(len(seqs), 32))
