@@ -4,6 +4,7 @@ from .localizer import LOCALIZERS as LOCALIZERS
 from .localizer import Localizer as Localizer
 from .localizer import localizer as localizer
 from .measure import measure_organism as measure_organism
+from .page import report as report
 from .publishing import publish as publish
 from .ranking import Ranking as Ranking
 from .ranking import rank as rank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -199,6 +200,13 @@ def _known(row: dict[str, Any]) -> Known:
         row["localizer"], row["variant"], row["component"], row["family"], estimate("average_precision"),
         estimate("recall_at_k"), row["recall_at_k_chance"], row["forwards"], bool(row["twin"]),
     )  # fmt: skip
+
+
+CHEAP: Mapping[str, tuple[str, str]] = {
+    "head": ("zero ablation", "z-scored"), "neuron": ("gate gradient", ""),
+    "layer_mlp": ("zero ablation", "z-scored"), "layer_attention": ("zero ablation", "z-scored"),
+}  # fmt: skip
+"""Localizer and variant to use where the stored run does not know what methods cost."""
 
 
 @cache

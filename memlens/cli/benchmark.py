@@ -63,7 +63,7 @@ def benchmark_run(
 
 @benchmark_app.command(name="report")
 def benchmark_report(out: Path, *, measure: str = "average_precision", as_json: Json = False) -> None:
-    """Print the leaderboard of a run's folder, finished or not.
+    """Write report.html into a run's folder, finished or not, and print its leaderboard.
 
     Example: memlens benchmark report bench --measure recall_at_k
 
@@ -73,7 +73,11 @@ def benchmark_report(out: Path, *, measure: str = "average_precision", as_json: 
     """
     from memlens import benchmark
 
-    _print(benchmark.read_benchmark(out), as_json, measure)
+    found = benchmark.read_benchmark(out)
+    page = benchmark.report(out)
+    _print(found, as_json, measure)
+    if not as_json:
+        OUT.print(f"report: {page}")
 
 
 @benchmark_app.command(name="publish")

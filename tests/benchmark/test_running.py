@@ -22,7 +22,7 @@ from memlens.zoo import CertificateOptions, PlantingOptions, plant, read_organis
 
 SMALL = benchmark.Suite(
     models=("zoo/pythia-xs",),
-    carriers=("heads=2", "mlp", "none"),
+    carriers=("heads=2", "mlp", "none", "spread"),
     sequences=1,
     others=4,
     localizers=("zero ablation", "gate gradient", "weight norm", "random"),
@@ -60,6 +60,18 @@ def test_the_twin_is_kept_and_stays_the_base_model() -> None:
         assert torch.equal(texts.twin(tokens), before)
         assert torch.allclose(before, texts.base()(tokens).logits, atol=1e-4)
         assert not torch.allclose(before, made.model(tokens).logits, atol=1e-2)
+
+
+def test_a_run_says_what_it_took_and_a_spread_memory_has_no_place(mini: tuple[Path, Leaderboard]) -> None:
+    found = mini[1]
+    effort = found.effort()
+    assert effort["organisms"] == len(found.organisms)
+    assert 0 < effort["cpu_seconds"]
+    assert 100 < effort["peak_mib"] < 1e5
+    table = found.table("recall_at_k", by=("carrier_kind",)).set_index(["carrier_kind", "component"])
+    assert (table.loc[("spread", "neuron"), "recall_at_k"] < 0.1).all()
+    assert set(found.planted["carrier_kind"]) == {"heads", "mlp"}
+    assert set(found.deletion_agreement()["component"]) == {"head", "layer_mlp"}
 
 
 def test_a_finished_run_is_read_and_not_repeated(
@@ -120,6 +132,11 @@ def test_the_commands(mini: tuple[Path, Leaderboard], capsys: pytest.CaptureFixt
     app(["benchmark", "report", str(mini[0]), "--json"])
     told = json.loads(capsys.readouterr().out)
     assert len(told["organisms"]) == len(mini[1].organisms)
+    page = (mini[0] / "report.html").read_text(encoding="utf-8")
+    for section in ("Carrier heads: head", "Cost against precision", "Calibration by z", "Fingerprint"):
+        assert section in page
+    assert "Use zero ablation" in page
+    assert "4 of 4 organisms passed" in page
     app(["benchmark", "localizers", "--json"])
     assert {row["localizer"] for row in json.loads(capsys.readouterr().out)} == set(LOCALIZERS)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from memlens.choices import AblationMode, BypassedTo, PatchSite
 from memlens.options import options_class
@@ -30,6 +30,10 @@ class LocalizeOptions:
     says nothing about where the cue went."""
     untrained_control: bool = True
     """Also run on freshly initialized weights."""
+    ranked_sequences: PositiveInt = 8
+    """Most memorized sequences by which components are ranked with the benchmark's best method."""
+    most_forwards: NonNegativeFloat = 100
+    """Most that this method may cost, in forward passes of the sequences."""
     explored_memorized: NonNegativeInt = 4
     """Memorized sequences in the report's explorer, which is left out with 0 of these and of the controls."""
     explored_controls: NonNegativeInt = 2

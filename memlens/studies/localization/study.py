@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from memlens.errors import MemlensError
+from memlens.benchmark.ranking import FEWEST_OTHERS, Ranking, rank
+from memlens.benchmark.recommend import CHEAP, affordable, what_is_known
+from memlens.errors import MemlensError, SequenceError
 from memlens.explorer.measuring import ABLATION_MODES, ExploreOptions, explore_sequences
 from memlens.explorer.page import READING, caption_of, explorer_payload
 from memlens.instruments.ablate.heads import ablate_heads
@@ -24,6 +26,7 @@ from memlens.instruments.decode.decoding import decode_residual
 from memlens.instruments.decode.logit_attribution import attribute_logits
 from memlens.instruments.patch.patching import patch_activations
 from memlens.models.provenance import describe
+from memlens.organisms.planting.carriers import COMPONENT_KINDS, ComponentKind
 from memlens.organisms.training.architectures import untrained_like
 from memlens.recall.scores import RecallScores
 from memlens.report.model import FigureRequest
@@ -37,6 +40,9 @@ from memlens.studies.localization import findings as find
 from memlens.studies.localization.findings import CONTROL, MEMORIZED, UNTRAINED
 from memlens.studies.localization.options import LocalizeOptions
 from memlens.studies.running import StudyDirectory, StudyRun, at_most, matched_with
+
+MOST_OTHERS = 16
+"""Most matched controls that rankings are compared with."""
 
 
 def localize(
@@ -103,6 +109,7 @@ class _Localization:
             ("attention bypass", self._bypass),
             ("activation patching", self._patch),
             ("logit attribution", self._attribute),
+            ("rankings", self._rank),
             ("explorer", self._explore),
         ):
             self.folder.step(name, partial(work, groups))
@@ -139,7 +146,37 @@ class _Localization:
         self._save("head_ablation", "Which heads matter", results)
         self.folder.find(find.strongest_head(results, self.options.seed))
         table = find.head_table(results, self.options.seed)
-        self.folder.add_table("heads", table, title="The heads that matter most for recall")
+        mode = self.options.head_mode
+        known = what_is_known(find.BENCHMARKED[mode], "", "head", self._family)
+        note = f"Ranked by {find.BENCHMARKED[mode]}. {known}"
+        self.folder.add_table("heads", table, title="The heads that matter most for recall", note=note)
+
+    @property
+    def _family(self) -> str:
+        return str(describe(self.model)["family"])
+
+    def _rank(self, groups: Mapping[str, SequenceSet]) -> None:
+        """Rank components by the benchmark's recommended method, or the best one that is not too costly."""
+        seqs = at_most(groups[MEMORIZED], self.options.ranked_sequences, self.options.seed)
+        others = groups.get(CONTROL)
+        if others is None or len(others) < FEWEST_OTHERS:
+            raise SequenceError(f"rankings need at least {FEWEST_OTHERS} matched controls to compare with.")
+        others = at_most(others, MOST_OTHERS, self.options.seed)
+        self.folder.add_section("rankings", find.TEXTS["rankings"]["title"], find.TEXTS["rankings"]["lead"])
+        for component in COMPONENT_KINDS:
+            found = self._best_ranking(component, seqs, others)
+            words = component.replace("_", " ").capitalize()
+            note = f"Ranked by {found.method}, mean over {len(seqs)} sequences. {found.evidence}"
+            name, top = f"ranked_{component}", found.table.head(20)
+            self.folder.add_table(name, top, title=f"{words}: ranked", note=note, section="rankings")
+
+    def _best_ranking(self, component: ComponentKind, seqs: SequenceSet, others: SequenceSet) -> Ranking:
+        best = affordable(component, self.options.most_forwards, family=self._family)
+        chosen: Any = CHEAP[component] if best is None else (best.localizer, best.variant)
+        return rank(
+            self.model, seqs, component, others=others, localizer=chosen[0], variant=chosen[1],
+            seed=self.options.seed,
+        )  # fmt: skip
 
     def _bypass(self, groups: Mapping[str, SequenceSet]) -> None:
         places = [(name, self.model, seqs) for name, seqs in groups.items()]
