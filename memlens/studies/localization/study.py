@@ -17,7 +17,7 @@ import numpy as np
 
 from memlens.benchmark.ranking import FEWEST_OTHERS, Ranking, rank
 from memlens.benchmark.recommend import CHEAP, affordable, what_is_known
-from memlens.errors import MemlensError, SequenceError
+from memlens.errors import MemlensError
 from memlens.explorer.measuring import ABLATION_MODES, ExploreOptions, explore_sequences
 from memlens.explorer.page import READING, caption_of, explorer_payload
 from memlens.instruments.ablate.heads import ablate_heads
@@ -158,10 +158,8 @@ class _Localization:
     def _rank(self, groups: Mapping[str, SequenceSet]) -> None:
         """Rank components by the benchmark's recommended method, or the best one that is not too costly."""
         seqs = at_most(groups[MEMORIZED], self.options.ranked_sequences, self.options.seed)
-        others = groups.get(CONTROL)
-        if others is None or len(others) < FEWEST_OTHERS:
-            raise SequenceError(f"rankings need at least {FEWEST_OTHERS} matched controls to compare with.")
-        others = at_most(others, MOST_OTHERS, self.options.seed)
+        controls = groups.get(CONTROL)
+        others = None if controls is None else at_most(controls, MOST_OTHERS, self.options.seed)
         self.folder.add_section("rankings", find.TEXTS["rankings"]["title"], find.TEXTS["rankings"]["lead"])
         for component in COMPONENT_KINDS:
             found = self._best_ranking(component, seqs, others)
@@ -170,11 +168,15 @@ class _Localization:
             name, top = f"ranked_{component}", found.table.head(20)
             self.folder.add_table(name, top, title=f"{words}: ranked", note=note, section="rankings")
 
-    def _best_ranking(self, component: ComponentKind, seqs: SequenceSet, others: SequenceSet) -> Ranking:
+    def _best_ranking(
+        self, component: ComponentKind, seqs: SequenceSet, others: SequenceSet | None
+    ) -> Ranking:
         best = affordable(component, self.options.most_forwards, family=self._family)
-        chosen: Any = CHEAP[component] if best is None else (best.localizer, best.variant)
+        localizer, variant = CHEAP[component] if best is None else (best.localizer, best.variant)
+        if others is None or len(others) < FEWEST_OTHERS:
+            variant = ""
         return rank(
-            self.model, seqs, component, others=others, localizer=chosen[0], variant=chosen[1],
+            self.model, seqs, component, others=others, localizer=localizer, variant=variant,
             seed=self.options.seed,
         )  # fmt: skip
 
