@@ -196,7 +196,7 @@ def test_other_packages_register_formats(tmp_path: Path, monkeypatch: pytest.Mon
     assert load_sequences(tmp_path / "x.ids", prefix_len=1).rows() == [[3, 1, 4], [1, 5, 9]]
     seqs = load_sequences(range(5), prefix_len=1)
     assert (seqs.rows(), seqs.attrs["source"]) == ([[0, 1, 2, 3, 4]], "a range")
-    with pytest.raises(FileFormatError, match=r"use one of .*\.npy, .*\.ids"):
+    with pytest.raises(FileFormatError, match=r"use one of .*\.ids, .*\.npy"):
         load_sequences(tmp_path / "x.fasta")
     with pytest.raises(OptionError, match=r"'\.ids' is registered already"):
         register_file(".ids")(lambda path, as_text: ([], {}))

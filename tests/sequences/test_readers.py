@@ -324,7 +324,7 @@ def test_text_that_looks_like_missing_values_is_text(tmp_path: Path) -> None:
         (
             "x.txt",
             b"hello",
-            r"suffix '\.txt' is not known; use one of \.bin, \.npy, \.jsonl, \.csv, \.parquet",
+            r"suffix '\.txt' is not known; use one of \.bin, \.csv, \.jsonl, \.npy, \.parquet",
         ),
     ],
 )

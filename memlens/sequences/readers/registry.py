@@ -108,8 +108,8 @@ def read_file(path: Path, as_text: Sequence[str] = ("identifier",)) -> tuple[Any
     """
     if path.suffix.lower() not in FILES:
         raise FileFormatError(
-            f"{path}: the suffix {path.suffix!r} is not known; use one of {', '.join(FILES)}, or give texts "
-            "as a list"
+            f"{path}: the suffix {path.suffix!r} is not known; use one of "
+            f"{', '.join(sorted(FILES))}, or give texts as a list"
         )
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
