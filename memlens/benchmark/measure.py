@@ -13,7 +13,15 @@ import pandas as pd
 from memlens.benchmark.cost import Cost, Timer, forward_operations, operations
 from memlens.benchmark.deletion import deletions, top_k
 from memlens.benchmark.localizer import LOCALIZERS, Localizer, component_shape
-from memlens.benchmark.scores import Z_EDGES, mean_ranks, overlap, planted_ranks, score_ranking
+from memlens.benchmark.scores import (
+    Z_EDGES,
+    less_others,
+    mean_ranks,
+    overlap,
+    planted_ranks,
+    score_ranking,
+    z_scored,
+)
 from memlens.forward.exclusive import computes
 from memlens.organisms.planting.carriers import COMPONENT_KINDS, ComponentKind
 from memlens.sequences.set import SequenceSet
@@ -185,17 +193,6 @@ class _Study:
         return method(
             self.model, self.sequences, component=self.component, others=others, seed=self.seed + 2 - half
         )
-
-
-def less_others(scores: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Return scores `(sequence, ...)` less their mean on other sequences, `there`."""
-    return scores - there.mean(0)
-
-
-def z_scored(scores: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Return `less_others` over the standard deviation on the other sequences, which is kept from 0."""
-    spread = there.std(0, ddof=1)
-    return (scores - there.mean(0)) / np.maximum(spread, 1e-6 + 1e-3 * spread.mean())
 
 
 def _averaged(found: list[_Ranking]) -> list[_Ranking]:

@@ -63,8 +63,9 @@ def compact(board: Leaderboard) -> pd.DataFrame:
     """Return one row per kind of component, localizer, variant and family of models, "" for all of them.
 
     Columns: `component`, `localizer`, `variant`, `family`, `control`, `twin`, `n`, `average_precision` and
-    `recall_at_k` with `_low`, `_high` and `_chance` each, `uniqueness`, `deletion_specific`, `forwards`,
-    `forwards_others` and `cpu_seconds`. Carriers without a truth are left out.
+    `recall_at_k` with `_low`, `_high` and `_chance` each, `average_precision_carrying`, `uniqueness`,
+    `deletion_specific`, `forwards`, `forwards_others` and `cpu_seconds`. Carriers without a truth are left
+    out.
     """
     planted = board.planted
     families = planted["model"].map({name: _family(name) for name in set(planted["model"])})
@@ -83,6 +84,7 @@ def compact_part(rows: pd.DataFrame, family: str) -> pd.DataFrame:
     recall = part.table("recall_at_k", by=()).rename(columns=_ends("recall_at_k"))
     found = found.merge(recall[[*keys, "recall_at_k", *_ends("recall_at_k").values()]], on=keys)
     for name, middle in (
+        ("average_precision_carrying", "mean"),
         ("uniqueness", "mean"),
         ("deletion_specific", "mean"),
         ("forwards_others", "median"),
@@ -116,8 +118,9 @@ def markdown(board: Leaderboard) -> str:
     parts.append(
         f"{passed} of {len(board.organisms)} organisms of {models} passed their certificates and were used; "
         f"{spent}{effort['seconds'] / 3600:.1f} hours{memory}. Means with 95 % intervals; chance is that of "
-        "a random ranking; cost in plain forward passes of the sequence, in brackets those on the other "
-        "sequences, which are needed once per model."
+        'a random ranking; "carrying" leaves out planted components that carry nothing; cost in plain '
+        "forward passes of the sequence, in brackets those on the other sequences, which are needed once per "
+        "model."
     )
     every: pd.DataFrame = table[table["family"] == ""]
     for component, own in every.groupby("component", sort=False):
@@ -129,8 +132,8 @@ def markdown(board: Leaderboard) -> str:
         parts.append(
             f"**{_WORDS[str(component)]}**, {int(own['n'].max())} organisms; chance: average precision "
             f"{top['average_precision_chance']:.2f}, recall {top['recall_at_k_chance']:.2f}\n\n"
-            "| method | variant | average precision | recall at k | uniqueness | deletion | cost | CPU s |\n"
-            "|---|---|---|---|---|---|---|---|\n" + "\n".join(rows)
+            "| method | variant | average precision | carrying | recall at k | uniqueness | deletion | cost "
+            "| CPU s |\n|---|---|---|---|---|---|---|---|---|\n" + "\n".join(rows)
         )
     if "deletion_specific" in board.rows:
         rows = [
@@ -155,8 +158,8 @@ def _markdown_row(row: Mapping[Any, Any]) -> str:
         cost += f" (+ {row['forwards_others']:.3g})"
     cells = [
         row["localizer"], row["variant"], f"{_number(row['average_precision'])} [{low}, {high}]",
-        _number(row["recall_at_k"]), _number(row["uniqueness"]), _number(row["deletion_specific"]), cost,
-        _number(row["cpu_seconds"], "{:.2g}"),
+        *(_number(row[n]) for n in ("average_precision_carrying", "recall_at_k", "uniqueness")),
+        _number(row["deletion_specific"]), cost, _number(row["cpu_seconds"], "{:.2g}"),
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

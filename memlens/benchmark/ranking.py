@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from memlens.benchmark.localizer import LOCALIZERS, Scores
-from memlens.benchmark.measure import AVERAGED, less_others, z_scored
+from memlens.benchmark.measure import AVERAGED
 from memlens.benchmark.recommend import method_name, recommended, what_is_known
-from memlens.benchmark.scores import mean_ranks
+from memlens.benchmark.scores import less_others, mean_ranks, z_scored
 from memlens.errors import OptionError, SequenceError
 from memlens.models.provenance import describe
 from memlens.organisms.planting.carriers import ComponentKind

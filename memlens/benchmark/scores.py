@@ -140,6 +140,11 @@ def mean_ranks(rankings: list[np.ndarray]) -> np.ndarray:
     return np.mean(ranks, axis=0)
 
 
+def less_others(scores: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Return scores `(sequence, ...)` less their mean on other sequences, `there`."""
+    return scores - there.mean(0)
+
+
 def z_scored(scores: Float[np.ndarray, "sequence ..."], there: Float[np.ndarray, "other ..."]) -> np.ndarray:
     """Return scores less their mean on other sequences, over their standard deviation there.
 

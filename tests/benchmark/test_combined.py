@@ -12,6 +12,7 @@ import torch
 from memlens.benchmark import LOCALIZERS
 from memlens.benchmark.localizers import combined
 from memlens.benchmark.localizers.ablations import ablations, lost
+from memlens.errors import SequenceError
 from memlens.sequences.set import SequenceSet
 
 
@@ -76,3 +77,9 @@ def test_heads_and_layers_are_compared_with_other_text(
             evidence.append(own / (rms + np.quantile(rms, 0.1)))
     expected = combined.log_ranks(evidence[0]) + combined.log_ranks(evidence[1])
     assert np.allclose(found, expected, atol=1e-6)
+
+
+def test_heads_are_not_compared_with_themselves(tiny_model: Callable[..., Any]) -> None:
+    seqs = rows(3, 1)
+    with pytest.raises(SequenceError, match="needs at least two other sequences"):
+        LOCALIZERS["rank product"](tiny_model("gpt_neox"), seqs, component="head", others=seqs)

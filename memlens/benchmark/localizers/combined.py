@@ -24,6 +24,7 @@ from scipy.stats import rankdata
 from memlens.benchmark.localizer import LOCALIZERS, Scores, localizer
 from memlens.benchmark.localizers.ablations import lost
 from memlens.benchmark.scores import z_scored
+from memlens.errors import SequenceError
 from memlens.forward.generate import greedy_continuations
 from memlens.instruments.ablate.neurons import neuron_knock_outs
 from memlens.organisms.planting.carriers import COMPONENT_KINDS, ComponentKind
@@ -80,6 +81,10 @@ def _neurons(model: Any, sequences: SequenceSet, others: SequenceSet, seed: int)
 def _against_other_text(
     model: Any, sequences: SequenceSet, component: ComponentKind, others: SequenceSet, seed: int
 ) -> Scores:
+    if others is sequences or len(others) < 2:
+        raise SequenceError(
+            f"the rank product for {component} needs at least two other sequences: give others=."
+        )
     own = continued(model, others)
     every = sequences.concat(others, id_suffix="-other").concat(own, id_suffix="-own")
     n = len(sequences)
