@@ -91,11 +91,12 @@ class Leaderboard:
     @property
     def planted(self) -> pd.DataFrame:
         """The rows of carriers that hold some of their kind of component."""
-        return self.rows[~self.rows["carrier_kind"].isin(["none", "spread"])]
+        rows: Any = self.rows
+        return rows[~rows["carrier_kind"].isin(["none", "spread"])]
 
     def _planted(self, component: str) -> pd.DataFrame:
         """Return the rows of a kind of component, of carriers that hold some."""
-        rows = self.planted
+        rows: Any = self.planted
         own = rows[rows["component"] == component]
         if own.empty:
             raise ResultError(f"the run measured nothing for {component}: add a carrier that holds some.")
@@ -160,7 +161,7 @@ class Leaderboard:
         check_option("truth", truth, list(MEASURES))
         if deletion not in self.rows:
             raise ResultError("this run did not measure deletion: an earlier version made it.")
-        rows = self.planted
+        rows: Any = self.planted
         rows = rows[~_twin(rows)].dropna(subset=[deletion, truth])
         found = []
         for facts, group in self._groups(["carrier_kind", "component"], rows):
@@ -168,7 +169,7 @@ class Leaderboard:
             for organism, own in self._groups(_ORGANISM, group):
                 taus.append(agreement(own[deletion].to_numpy(float), own[truth].to_numpy(float)))
                 models.append(organism["model"])
-                fair = own[~own["control"].astype(bool)]
+                fair: Any = own[~own["control"].astype(bool)]
                 if len(fair):
                     lost.append(fair[truth].max() - fair[truth].loc[fair[deletion].idxmax()])
             methods: Any = group.groupby(["localizer", "variant"], sort=False)
@@ -206,7 +207,8 @@ class Leaderboard:
         column = "planted_ranks" if by == "rank" else "z_counts"
         if column not in self.rows:
             raise ResultError("this run did not record calibration: an earlier version made it.")
-        rows = self.planted[self.planted[column].notna()]
+        rows: Any = self.planted
+        rows = rows[rows[column].notna()]
         found = []
         for facts, group in self._groups(_CELL, rows):
             bins = _rank_bins(group) if by == "rank" else _z_bins(group)
@@ -219,7 +221,7 @@ class Leaderboard:
 
     def effort(self) -> dict[str, float]:
         """Return what the run took: `organisms`, `seconds`, `cpu_seconds` (sums), `peak_mib` (the most)."""
-        own = self.organisms.reindex(columns=["seconds", "cpu_seconds", "peak_mib"]).astype(float)
+        own: Any = self.organisms.reindex(columns=["seconds", "cpu_seconds", "peak_mib"]).astype(float)
         return {
             "organisms": float(len(own)), "seconds": float(own["seconds"].sum()),
             "cpu_seconds": float(own["cpu_seconds"].sum()), "peak_mib": float(own["peak_mib"].max()),
@@ -259,7 +261,7 @@ def _cell(group: pd.DataFrame, measure: str, seed: int) -> pd.DataFrame:
 
 def _twin(rows: pd.DataFrame) -> pd.Series:
     """Return whether each row's method needs the model without the memory."""
-    less = rows["variant"] == "less twin"
+    less: Any = rows["variant"] == "less twin"
     return less | rows["twin"].eq(True) if "twin" in rows else less
 
 
@@ -268,7 +270,8 @@ def _chance(own: pd.DataFrame, measure: str) -> float:
         kinds = own[["chance", "k"]].itertuples(index=False, name=None)
         return float(np.mean([chance_level(measure, share, k) for share, k in kinds]))
     if measure == "deletion_specific" and "deletion_random" in own:
-        return float(own["deletion_random"].mean())
+        lost: Any = own["deletion_random"].mean()
+        return float(lost)
     return float("nan")
 
 

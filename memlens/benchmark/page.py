@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -113,7 +113,7 @@ def _dots(shown: pd.DataFrame, title: str) -> go.Figure:
     fig = go.Figure(dots)
     fig.add_vline(x=float(shown["chance"].iloc[0]), line_dash="dot", line_color="#9aa5b1")
     fig.update_xaxes(title_text="average precision", range=[0, 1.03])
-    n = int(shown["n"].max())
+    n = shown["n"].max()
     return theme.figure(fig, title=title, subtitle=f"{n} organisms", height=200 + 24 * len(shown))
 
 
@@ -121,7 +121,7 @@ def _more(board: Leaderboard) -> Iterator[Section]:
     planted = Leaderboard(board.organisms, board.planted)
     if planted.rows.empty:
         return
-    table = _named(planted.table(by=()))
+    table: Any = _named(planted.table(by=()))
     table = table[~table["control"].astype(bool)]
     costly = table[table["forwards"] > 0]
     if len(costly):
@@ -131,9 +131,10 @@ def _more(board: Leaderboard) -> Iterator[Section]:
         ]
         lead = "Cost is in plain forward passes of the sequences, without the passes on other sequences."
         yield Section("Cost against precision", lead, figures)
-    for by, x in (("rank", "rank"), ("z", "z-score")):
+    kinds: tuple[tuple[Literal["rank", "z"], str], ...] = (("rank", "rank"), ("z", "z-score"))
+    for by, x in kinds:
         try:
-            found = _named(planted.calibration(by))
+            found: Any = _named(planted.calibration(by))
         except ResultError:  # a run of an earlier version
             continue
         if found.empty:
@@ -155,7 +156,7 @@ def _more(board: Leaderboard) -> Iterator[Section]:
             TableBlock("Uniqueness", planted.table("uniqueness", by=()).dropna(subset="uniqueness"))
         )
         yield Section("Deletion and uniqueness", lead, [], tables)
-    rows = planted.rows
+    rows: Any = planted.rows
     norms = rows[rows["localizer"] == "weight norm"]
     tables = []
     if len(norms):
@@ -188,7 +189,7 @@ def _cost(own: pd.DataFrame, component: str) -> go.Figure:
 def _calibration(own: pd.DataFrame, names: list[str], component: str, x: str) -> go.Figure:
     fig = go.Figure()
     for name, color in zip(names, theme.group_colors(names), strict=True):
-        line = own[own["method"] == name]
+        line: Any = own[own["method"] == name]
         share, low, high = (line[c].to_numpy(float) for c in ("share", "low", "high"))
         bars = theme.error_bars(share, low, high, color)
         fig.add_scatter(
@@ -202,11 +203,11 @@ def _calibration(own: pd.DataFrame, names: list[str], component: str, x: str) ->
     return theme.figure(fig, title=title, subtitle="the methods with the best precision", height=460)
 
 
-def _failures(rows: pd.DataFrame) -> Section:
+def _failures(rows: Any) -> Section:
     """Show the organisms on which even the best method does worst."""
     fair = _named(rows[~rows["control"].astype(bool)])
     keys = ["model", "carrier", "seed", "component"]
-    best = fair.loc[fair.groupby(keys)["average_precision"].idxmax()]
+    best: Any = fair.loc[fair.groupby(keys)["average_precision"].idxmax()]
     columns = [*keys, "average_precision", "chance", "method"]
     table = best.sort_values("average_precision")[columns].rename(
         columns={"average_precision": "best_average_precision", "method": "best_method"}
@@ -220,7 +221,7 @@ def _failures(rows: pd.DataFrame) -> Section:
 
 
 def _certificates(board: Leaderboard) -> Section:
-    organisms = board.organisms
+    organisms: Any = board.organisms
     passed = organisms["passed"].astype(bool)
     groups = organisms.assign(passed=passed).groupby(["model", "carrier"], sort=False)
     counts = groups["passed"].agg(["size", "sum"]).rename(columns={"size": "organisms", "sum": "passed"})

@@ -67,7 +67,7 @@ def compact(board: Leaderboard) -> pd.DataFrame:
     `deletion_specific`, `forwards`, `forwards_others` and `cpu_seconds`. Carriers without a truth are left
     out.
     """
-    planted = board.planted
+    planted: Any = board.planted
     families = planted["model"].map({name: _family(name) for name in set(planted["model"])})
     parts = [compact_part(planted, "")]
     parts += [compact_part(own, str(family)) for family, own in planted.groupby(families) if family]
@@ -110,8 +110,9 @@ def _family(model: str) -> str:
 
 def markdown(board: Leaderboard) -> str:
     """Return the tables of a run for the documentation: one per kind of component, then deletion and cost."""
-    table, parts = compact(board), []
-    passed, effort = int(board.organisms["passed"].astype(bool).sum()), board.effort()
+    table: Any = compact(board)
+    parts = []
+    passed, effort = int(board.organisms["passed"].to_numpy(bool).sum()), board.effort()
     models = ", ".join(f"`{m}`" for m in sorted(set(board.organisms["model"])))
     spent = f"{effort['cpu_seconds'] / 3600:.1f} CPU hours, " if effort["cpu_seconds"] else ""
     memory = "" if np.isnan(effort["peak_mib"]) else f", {effort['peak_mib'] / 1024:.1f} GiB at most"
@@ -122,7 +123,7 @@ def markdown(board: Leaderboard) -> str:
         "forward passes of the sequence, in brackets those on the other sequences, which are needed once per "
         "model."
     )
-    every: pd.DataFrame = table[table["family"] == ""]
+    every = table[table["family"] == ""]
     for component, own in every.groupby("component", sort=False):
         fair = own[~own["control"].astype(bool)].head(_ROWS)
         controls = own[own["control"].astype(bool) & (own["variant"] == "")]

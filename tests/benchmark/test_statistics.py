@@ -106,11 +106,11 @@ def test_calibration_by_rank_and_by_z() -> None:
 
 
 def test_the_table_says_chance_and_where_there_is_no_test() -> None:
-    table = board(rows(4)).table()
+    table: Any = board(rows(4)).table()
     assert table["behind_best"].isna().all()
     assert table["note"].tolist() == ["", *["no test: fewer than 5 organisms"] * 2]
     assert table["chance"].tolist() == pytest.approx([chance_level("average_precision", 0.25, 2)] * 3)
-    tested = board(rows(6)).table("deletion_specific")
+    tested: Any = board(rows(6)).table("deletion_specific")
     assert (tested["behind_best"].dropna() < 0.05).all()
     assert tested["chance"].tolist() == pytest.approx([0.1] * 3)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 
@@ -242,6 +243,19 @@ def test_head_table_is_sorted_and_corrected(run: StudyRun) -> None:
     assert table["effect_mean"].is_monotonic_increasing
     assert (table["effect_low"] <= table["effect_mean"]).all()
     assert table["p_corrected"].between(0, 1).all()
+
+
+def test_every_ranking_says_what_the_benchmark_found_of_its_method(run: StudyRun) -> None:
+    told = json.loads((run.report.parent / "run.json").read_text())
+    notes = {table["name"]: table["note"] for table in told["tables"]}
+    for name in ("heads", "ranked_head", "ranked_neuron", "ranked_layer_mlp", "ranked_layer_attention"):
+        assert notes[name].startswith("Ranked by ")
+        assert "In the localization benchmark" in notes[name]
+        assert "among the first k on organisms of pythia (chance" in notes[name]
+    table = pd.read_parquet(run.report.parent / "ranked_neuron.parquet")
+    assert len(table) == 20
+    assert table["score"].is_monotonic_decreasing
+    assert "mean-of-other-heads ablation finds" in told["explorers"][0]["caption"]
 
 
 def test_a_second_run_computes_nothing_again_and_other_options_stand_beside(

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from memlens.benchmark.ranking import FEWEST_OTHERS, Ranking, rank
+from memlens.benchmark.ranking import FEWEST_OTHERS, rank
 from memlens.benchmark.recommend import CHEAP, affordable, what_is_known
 from memlens.errors import MemlensError
 from memlens.explorer.measuring import ABLATION_MODES, ExploreOptions, explore_sequences
@@ -36,6 +37,7 @@ from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.corrupt import corrupt
 from memlens.sequences.set import SequenceSet
+from memlens.store.fingerprint import fingerprint
 from memlens.studies.localization import findings as find
 from memlens.studies.localization.findings import CONTROL, MEMORIZED, UNTRAINED
 from memlens.studies.localization.options import LocalizeOptions
@@ -43,6 +45,8 @@ from memlens.studies.running import StudyDirectory, StudyRun, at_most, matched_w
 
 MOST_OTHERS = 16
 """Most matched controls that rankings are compared with."""
+_RANKED = 20
+"""Components that the report shows of each ranking."""
 
 
 def localize(
@@ -164,21 +168,29 @@ class _Localization:
         for component in COMPONENT_KINDS:
             found = self._best_ranking(component, seqs, others)
             words = component.replace("_", " ").capitalize()
-            note = f"Ranked by {found.method}, mean over {len(seqs)} sequences. {found.evidence}"
-            name, top = f"ranked_{component}", found.table.head(20)
+            note = f"Ranked by {found['method']}, mean over {len(seqs)} sequences. {found['evidence']}"
+            name, top = f"ranked_{component}", pd.DataFrame(found["top"])
             self.folder.add_table(name, top, title=f"{words}: ranked", note=note, section="rankings")
 
     def _best_ranking(
         self, component: ComponentKind, seqs: SequenceSet, others: SequenceSet | None
-    ) -> Ranking:
+    ) -> dict[str, Any]:
         best = affordable(component, self.options.most_forwards, family=self._family)
         localizer, variant = CHEAP[component] if best is None else (best.localizer, best.variant)
         if others is None or len(others) < FEWEST_OTHERS:
             variant = ""
-        return rank(
-            self.model, seqs, component, others=others, localizer=localizer, variant=variant,
-            seed=self.options.seed,
-        )  # fmt: skip
+
+        def look() -> dict[str, Any]:
+            found = rank(
+                self.model, seqs, component, others=others, localizer=localizer, variant=variant,
+                seed=self.options.seed,
+            )  # fmt: skip
+            top = found.table.head(_RANKED).to_dict("list")
+            return {"method": found.method, "evidence": found.evidence, "top": top}
+
+        compared = "" if others is None else fingerprint(others)
+        about = [component, localizer, variant, self.options.seed, compared]
+        return self.folder.stored(f"ranked_{component}", self.model, seqs, about, look)
 
     def _bypass(self, groups: Mapping[str, SequenceSet]) -> None:
         places = [(name, self.model, seqs) for name, seqs in groups.items()]
