@@ -62,6 +62,7 @@ def build_bridge(
             dtype=dtype,
         )
         _rotate_in_the_weights_dtype(bridge)
+        _forget_patterns(bridge)
         if process_weights:
             bridge.enable_compatibility_mode(disable_warnings=True)
     if tokenizer is None:
@@ -80,6 +81,21 @@ def _rotate_in_the_weights_dtype(bridge: TransformerBridge) -> None:
             point = getattr(getattr(block, "attn", None), name, None)
             if point is not None:
                 point.register_forward_hook(partial(_cast, next(block.parameters())))
+
+
+def _forget_patterns(bridge: TransformerBridge) -> None:
+    """Let go of each layer's attention pattern when the layer has run.
+
+    The bridge keeps the last one of fused attention, which nothing reads: positions squared per head and
+    layer, and with gradients all that it was computed from.
+    """
+    for block in bridge.blocks:
+        if "_pattern" in vars(getattr(block, "attn", block)):
+            block.attn.register_forward_hook(_forget)
+
+
+def _forget(module: Any, args: Any, output: Any) -> None:
+    vars(module)["_pattern"] = None
 
 
 def _cast(like: Tensor, module: Any, args: Any, output: Tensor) -> Tensor:

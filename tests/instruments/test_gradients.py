@@ -506,6 +506,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.slow
 def test_the_memory_of_gradients_of_long_sequences_is_that_of_one_layer() -> None:
-    """By all layers at once it was 2.1 GB at 2,048 tokens."""
+    """With the activations of all layers, and patterns that the bridge kept, it was 613 MiB; it is 269."""
     ran = subprocess.run([sys.executable, "-c", _LONG, "2048"], capture_output=True, text=True, check=True)
-    assert int(ran.stdout.split()[-1]) < 900 * 1024  # kB
+    assert int(ran.stdout.split()[-1]) < 400 * 1024  # kB
