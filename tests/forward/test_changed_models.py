@@ -207,10 +207,6 @@ def cap_logits(model: Any) -> None:
     model.cfg.output_logits_soft_cap = 2.0
 
 
-def clip(model: Any) -> None:
-    model.blocks[1].attn.original_component.scaling = 2.0
-
-
 def another_epsilon(model: Any) -> None:
     for module in model.blocks[1].modules():
         if hasattr(module, "variance_epsilon"):
@@ -230,7 +226,7 @@ CHANGES = [
         weights_in_place,
     )],
     *[(change, "hooked") for change in (look_ahead, cap_scores, cap_logits)],
-    *[(change, "bridge") for change in (replace_inner_mlp, clip)],
+    (replace_inner_mlp, "bridge"),
 ]  # fmt: skip
 
 
