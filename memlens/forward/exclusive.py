@@ -174,7 +174,7 @@ def computes(fn: Callable[P, R]) -> Callable[P, R]:
 
     def model_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = kwargs[name] if name in kwargs else args[place] if place < len(args) else None
-        return given if name == "model" else given.model
+        return given if name == "model" else getattr(given, "model", None)
 
     def opened(model: Any) -> Any:
         # what is not a model is refused by the function itself
