@@ -154,7 +154,10 @@ def parsed_json(text: str | bytes, schema: Any = Any) -> Any:
         RecursionError: It is nested even deeper.
     """
     value = json.loads(text)
-    if sum(map(text.count, "[{" if isinstance(text, str) else (b"[", b"{"))) > _DEEPEST:
+    brackets = (
+        text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
+    )
+    if brackets > _DEEPEST:
         _check_extent(value)
     if schema is not Any:
         TypeAdapter(schema).validate_python(value)

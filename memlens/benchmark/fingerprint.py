@@ -63,4 +63,5 @@ def fingerprint_table(
             found.append(fingerprints(made).assign(keep=way, recall=recall, organisms=1))
     keys = ["keep", "kind", "statistic"]
     table = pd.concat(found).groupby(keys, sort=False)
-    return table.mean(numeric_only=True).assign(organisms=table["organisms"].sum()).reset_index()
+    means: pd.DataFrame = table.mean(numeric_only=True)  # pyright: ignore[reportAssignmentType]
+    return means.assign(organisms=table["organisms"].sum()).reset_index()

@@ -137,7 +137,7 @@ def certify(
         "steps": organism.steps,
     }
     lost = ablate_others(organism, heldout, screened=options.screened, draws=options.draws)
-    shared = lost[lost["recall_lost"] > options.max_shared].reset_index(drop=True)
+    shared: Any = lost[lost["recall_lost"] > options.max_shared].reset_index(drop=True)
     if organism.components:
         weights = ComponentWeights(organism.model)
         every = [c for kind in organism.carrier.component_kinds for c in weights.components(kind)]

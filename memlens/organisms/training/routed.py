@@ -48,7 +48,7 @@ def routed_organisms(folder: str | Path) -> dict[int, Organism]:
     table = read_ground_truth(folder, "sequences")
     found: dict[int, Organism] = {}
     for number, components in enumerate(spec.components(weights)):
-        own = table[table["carrier"] == number]
+        own: Any = table[table["carrier"] == number]
         if own.empty:
             continue
         base = {
@@ -94,7 +94,8 @@ def routed_truth(organisms: Mapping[int, Organism]) -> pd.DataFrame:
         for number, organism in organisms.items()
     ]
     table = pd.concat(tables, ignore_index=True)
-    return table[["carrier", *[name for name in table if name != "carrier"]]]
+    ordered_columns: Any = table[["carrier", *[name for name in table if name != "carrier"]]]
+    return ordered_columns
 
 
 @torch.no_grad()

@@ -342,6 +342,7 @@ class _Run:
             trained = {name: parameters[name] for name in part.trains or parameters}
             found = torch.autograd.grad(loss, list(trained.values()))
             for (name, value), gradient in zip(trained.items(), found, strict=True):
+                assert value.grad is not None
                 value.grad += part.masked(name, gradient)
             total += loss.detach()
         return total

@@ -130,7 +130,7 @@ def interval_method(values: np.ndarray, method: str = "auto") -> str:
 
 def _labeled(values: xr.DataArray, table: np.ndarray, ends: Ends, attrs: dict[str, Any]) -> xr.DataArray:
     """Return mean, low and high of `[unit, site]`, the table of the values, with the sites' coordinates."""
-    dim = values.dims[0]
+    dim = str(values.dims[0])
     n = np.isfinite(table).sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.where(np.isfinite(table), table, 0.0).sum(0) / n
@@ -231,7 +231,7 @@ def by_group(
     """Return intervals for the rows of each group, along a dimension with the name of the labels."""
     rows = rows_by_group(labels)
     groups = pd.Index(list(rows), name=labels.name)
-    parts = zip(*(intervals(own) for own in rows.values()), strict=True)
+    parts: Any = zip(*(intervals(own) for own in rows.values()), strict=True)
     return [xr.concat(part, groups, combine_attrs="override", coords=["n"]) for part in parts]
 
 
