@@ -192,7 +192,7 @@ def read_benchmark(folder: str | Path) -> Leaderboard:
     organisms, rows = [], []
     for path in sorted((folder / "parts").glob("*.json")):
         with parsing(path, ResultError, "delete it and run again"):
-            record = read_json(path)
+            record = read_json(path, kind=ResultError)
             seal = record.pop("seal")
             store.check(path.name, json_text(record), seal)
             own = record.pop("rows")

@@ -179,7 +179,7 @@ def read_manifest(path: Path, what: str, version: int) -> dict[str, Any]:
         ResultError: It is missing, damaged or was edited, or is not the manifest of a `what`.
     """
     with parsing(path, ResultError, "give another folder"):
-        found = read_json(path)
+        found = read_json(path, kind=ResultError)
         tag = str(found.pop("format"))
     name, _, number = tag.rpartition(" ")
     if name != f"memlens {what}" or not number.isdecimal():
