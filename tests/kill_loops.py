@@ -137,7 +137,18 @@ def _forked(work: Callable[[Path], object], folder: Path, kill_after: float | No
             os.waitpid(child, 0)
 
 
-_TIMES = {"created", "seconds", "plant_seconds", "train_seconds", "memlens_attrs", "seal", "digest", "pandas"}
+_TIMES = {
+    "created",
+    "seconds",
+    "plant_seconds",
+    "train_seconds",
+    "memlens_attrs",
+    "seal",
+    "digest",
+    "pandas",
+    "cpu_seconds",
+    "peak_mib",
+}
 
 
 def holds(folder: Path) -> Holds:

@@ -166,6 +166,7 @@ SMALL = {
 
 LARGE: dict[str, str] = {
     "forward": "everything that runs a model's blocks; hooks, trunk and blocks each have their own readers",
+    "benchmark": "one module per step, from a localizer's scores to the page that shows them",
 }
 """Folders with more than thirteen modules, with the reason."""
 

@@ -86,6 +86,8 @@ def _translate(error: BaseException, source: Source, revision: str | None) -> Me
 
 def _name_files(error: MemlensError, source: Source) -> None:
     files = ["config.json"] if source.gguf_file is None else []
+    if files and source.local and (Path(source.location) / "generation_config.json").is_file():
+        files.append("generation_config.json")
     files += [file.name for file in weight_files(source)]
     if source.local and not any(name in str(error) for name in files[1:] or files):
         more = f" and {len(files) - 8} more" if len(files) > 8 else ""

@@ -83,7 +83,8 @@ def test_no_measured_value_passes_its_bound(own_model: Any, family: str, backend
         st.lists(st.lists(st.integers(0, D_VOCAB - 1), min_size=2, max_size=16), min_size=1, max_size=3),
         label="sequences",
     )
-    kept = [(p, p.data) for p in model.parameters()]
+    # a bridge computes with q, k and v, and refuses edits of both them and what they are cut from
+    kept = [(p, p.data) for name, p in model.named_parameters() if ".qkv." not in name]
     generator = torch.Generator().manual_seed(seed)
     try:
         for p, weights in kept:

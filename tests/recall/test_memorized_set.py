@@ -456,7 +456,7 @@ def test_models_without_a_tokenizer_s_text(tiny_model: Callable[..., Any], famil
         ({"train": [[1]]}, SequenceError, "a dict is not a corpus"),
         (pd.DataFrame({"x": [[1]]}), ColumnError, "no column of token ids: the columns are x"),
         ("no/such.npy", SourceNotFoundError, "there is no file no/such.npy"),
-        ("corpus.jsonl", FileFormatError, r"is not a .npy file"),
+        ("corpus.jsonl", FileFormatError, r"is not a .npy or .bin file"),
     ],
 )
 def test_sources_that_are_none(model: Any, source: Any, error: type[Exception], message: str) -> None:

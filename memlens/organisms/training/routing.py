@@ -70,7 +70,7 @@ class RoutingSpec:
         """Return the number of the carrier that a planted sequence goes to: a hash of its tokens.
 
         >>> RoutingSpec().carrier_of([1, 2, 3])
-        0
+        1
         """
         return int(fingerprint(np.array([tokens])), 16) % len(self.carriers)
 

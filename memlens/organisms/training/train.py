@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from memlens.errors import EmptySetError, OptionError, ResultError
-from memlens.files import parsing, replacing
+from memlens.files import parsing, remove_leftovers, replacing
 from memlens.models.quiet import quiet
 from memlens.organisms.corpus.corpus import fingerprint
 from memlens.organisms.training.routing import Routes
@@ -255,6 +255,8 @@ def train(
         settings["routing"] = routes.spec.to_dict()
         routes = routes.to(place)
     run = _Run(model, spec, spec.n_steps(len(rows)), settings, routes)
+    if checkpoint is not None:
+        remove_leftovers(checkpoint.parent)
     if checkpoint is not None and resume and checkpoint.exists():
         run.load(checkpoint)
     if snapshots is not None:
