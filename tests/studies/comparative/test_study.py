@@ -61,7 +61,9 @@ def shaken(model: Any, size: float, seed: int, name: str) -> Any:
     """A copy of a model with a little noise on its weights."""
     copy, generator = deepcopy(model), torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in copy.parameters():
+        for part, parameter in copy.named_parameters():
+            if ".qkv." in part:
+                continue  # a bridge computes with q, k and v, and refuses edits of both them and their source
             parameter += size * parameter.std() * torch.randn(parameter.shape, generator=generator)
     remember(copy, model=name, revision="")
     return copy
