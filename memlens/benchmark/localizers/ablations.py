@@ -45,9 +45,16 @@ def ablations(
         return attention_ablations(model, sequences, **common)
     n_layers, n_neurons = component_shape(model, "neuron")
     cells = [(layer, neuron) for layer in range(n_layers) for neuron in range(n_neurons)]
-    sets = {f"L{layer}N{neuron}": {layer: [neuron]} for layer, neuron in cells}
-    made = neuron_knock_outs(model, sequences, sets, **common)
+    made = single_neurons(model, sequences, cells, **common)
     return [replace(m, coords={"layer": a, "neuron": b}) for m, (a, b) in zip(made, cells, strict=True)]
+
+
+def single_neurons(
+    model: Any, sequences: SequenceSet, cells: Sequence[tuple[int, int]], **options: Any
+) -> list[Intervention]:
+    """Return the ablation of each neuron `(layer, neuron)` alone; options as for `neuron_knock_outs`."""
+    sets = {f"L{layer}N{neuron}": {layer: [neuron]} for layer, neuron in cells}
+    return neuron_knock_outs(model, sequences, sets, **options)
 
 
 def _by_ablation(mode: str) -> Any:

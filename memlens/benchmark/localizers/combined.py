@@ -22,11 +22,10 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 
 from memlens.benchmark.localizer import LOCALIZERS, Scores, localizer
-from memlens.benchmark.localizers.ablations import lost
+from memlens.benchmark.localizers.ablations import lost, single_neurons
 from memlens.benchmark.scores import z_scored
 from memlens.errors import SequenceError
 from memlens.forward.generate import greedy_continuations
-from memlens.instruments.ablate.neurons import neuron_knock_outs
 from memlens.organisms.planting.carriers import COMPONENT_KINDS, ComponentKind
 from memlens.sequences.set import SequenceSet
 
@@ -70,8 +69,8 @@ def _neurons(model: Any, sequences: SequenceSet, others: SequenceSet, seed: int)
     share = min(SCREENED, MAX_SCREENED / total[0].size)
     for i, row in enumerate(total):
         chosen = np.argwhere(row >= np.quantile(row, 1 - share))
-        sets = {f"L{layer}N{n}": {int(layer): [int(n)]} for layer, n in chosen}
-        cuts = neuron_knock_outs(model, sequences[[i]], sets, mode="zero", seed=seed)
+        cells = [(int(layer), int(neuron)) for layer, neuron in chosen]
+        cuts = single_neurons(model, sequences[[i]], cells, mode="zero", seed=seed)
         effects = np.asarray(lost(model, sequences[[i]], cuts), dtype=np.float64).reshape(-1)
         at = tuple(chosen.T)
         found[i][at] = row[at] + log_ranks(effects[None])[0]
