@@ -115,7 +115,8 @@ def _configs(model: Any) -> list[dict[str, Any]]:
 
 def _contents(tensor: Tensor) -> tuple[str, tuple[int, ...], str]:
     """Type, shape and digest of a tensor's bytes."""
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    flat = flat.as_strided((flat.numel(),), (1,))  # a single element may keep another stride
     raw = flat.view(torch.uint8) if flat.numel() else flat.to(torch.uint8)
     if raw.device.type in _READ_EACH_TIME or tensor.is_inference():
         digest = _digest(raw)
@@ -141,13 +142,19 @@ def _digest(raw: Tensor) -> str:
 
 
 def _checksum(raw: Tensor) -> int:
-    """A sum of bytes weighted by position, modulo 2^64: it only shows whether a tensor has changed."""
+    """A sum modulo 2^64 of eight bytes at a time, mixed with their place: it only shows a change of a tensor.
+
+    Without the mixing, what cancels in a sum would not be seen, such as two changed signs.
+    """
     total = 0
     for start in range(0, raw.numel(), _CHUNK):
         part = raw[start : start + _CHUNK]
         part = nn.functional.pad(part, (0, -part.numel() % 8)).clone().view(torch.int64)
-        weights = torch.arange(1, 2 * part.numel(), 2, device=part.device) * 0x9E3779B97F4A7C1 + 2 * start
-        total = (total * 31 + int((part * weights).sum())) % 2**64
+        part += torch.arange(start, start + len(part), device=part.device) * 0x9E3779B97F4A7C1
+        for shift, factor in ((32, 0x2545F4914F6CDD1D), (29, 0x369DEA0F31A53F85), (32, 0x2545F4914F6CDD1D)):
+            part *= factor
+            part ^= (part >> shift) & (2 ** (64 - shift) - 1)
+        total = (total + int(part.sum())) % 2**64
     return total
 
 

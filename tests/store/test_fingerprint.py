@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import nn
 
 import memlens as ml
 from memlens.forward.capture import ActivationSource
+from memlens.forward.trunk import Trunk
 from memlens.models.names import has_hooked_transformer
 from memlens.sequences.set import SequenceSet
 from memlens.store import fingerprint as fingerprints
@@ -43,6 +46,36 @@ def closing_over(value: Any) -> Any:
     return lambda x, hook: x * value
 
 
+def in_a_nested_function(x: Any, hook: Any) -> Any:
+    return (lambda: x * FACTOR)()
+
+
+class Slotted:
+    __slots__ = ("factor",)
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+
+class Caching:
+    """What it has cached is no part of it."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor, self.cache = factor, torch.randn(3)
+
+    def __getstate__(self) -> Any:
+        return self.factor
+
+
+def named_alike(by: int) -> Any:
+    class Alike:
+        def method(self) -> int:
+            return by
+
+    Alike.method.__defaults__ = (by,)
+    return Alike
+
+
 UNEQUAL: dict[str, tuple[Any, Any]] = {
     "numbers": (1, 1.0),
     "signed zeros": (0.0, -0.0),
@@ -53,7 +86,41 @@ UNEQUAL: dict[str, tuple[Any, Any]] = {
     "tensors in another order": (torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])),
     "shapes": (torch.zeros(2, 3), torch.zeros(3, 2)),
     "types": (torch.zeros(2), torch.zeros(2, dtype=torch.float64)),
+    "empty tensors": (torch.zeros(0, 2), torch.zeros(0, 3)),
+    "conjugates": (torch.tensor([1 + 2j]), torch.tensor([1 + 2j]).conj()),
+    "imaginary parts": (torch.tensor([1 + 2j]).imag, torch.tensor([1 + 2j]).conj().imag),
     "arrays": (np.arange(3), np.arange(3) + 1),
+    "shapes of arrays": (np.zeros((2, 3)), np.zeros((3, 2))),
+    "types of arrays": (np.zeros(2, "<i4"), np.zeros(2, ">i4")),
+    "arrays of objects": (np.array([1, "a"], object), np.array([2, "a"], object)),
+    "truth": (True, 1),
+    "bytes": (b"a", b"b"),
+    "half a letter": ("\ud800", "\udc00"),
+    "ranges": (range(3), range(4)),
+    "slices": (slice(0, 3), slice(0, 3, 1)),
+    "paths": (Path("a"), Path("b")),
+    "devices": (torch.device("cpu"), torch.device("meta")),
+    "scalars": (np.float32(0.1), np.float32(0.2)),
+    "sets": ({1, 2}, {1, 3}),
+    "keys": ({"a": 1}, {"b": 1}),
+    "values": ({"a": 1}, {"a": 2}),
+    "order of keys": ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+    "lists and tuples": ([1], (1,)),
+    "methods": (ByFactor(1).bind, ByFactor(1).__init__),
+    "methods of objects": (ByFactor(1).bind, ByFactor(2).bind),
+    "slots": (Slotted(1), Slotted(2)),
+    "states": (Caching(1), Caching(2)),
+    "classes": (ByFactor, Slotted),
+    "classes of one name": (named_alike(1), named_alike(2)),
+    "built-in functions": (len, sum),
+    "modules": (functools, logging),
+    "layers": (nn.Linear(2, 2), nn.Linear(2, 2)),
+    "buffers": (nn.BatchNorm1d(2), nn.BatchNorm1d(2).requires_grad_(False).double()),
+    "functions called": (lambda x: x.exp(), lambda x: x.log()),
+    "keyword defaults": (lambda x, *, a=1: x, lambda x, *, a=2: x),
+    "nested code": (lambda x: (lambda y: y + 1)(x), lambda x: (lambda y: y + 2)(x)),
+    "arguments of partial": (functools.partial(pow, exp=2), functools.partial(pow, exp=3)),
+    "functions of partial": (functools.partial(pow, 2), functools.partial(divmod, 2)),
     "closures": (closing_over(1.0), closing_over(2.0)),
     "closures over tensors": (closing_over(torch.ones(2)), closing_over(torch.zeros(2))),
     "objects": (ByFactor(1), ByFactor(2)),
@@ -73,7 +140,15 @@ def test_other_contents_have_another_name(what: str) -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: closing_over(torch.ones(3)), lambda: ByFactor(3), lambda: {"a": {1, 2}, "b": [np.ones(2)]}],
+    [
+        lambda: closing_over(torch.ones(3)),
+        lambda: ByFactor(3),
+        lambda: {"a": {1, 2}, "b": [np.ones(2)]},
+        lambda: Caching(1),
+        lambda: named_alike(1),
+        lambda: np.array([1, "a"], object),
+        lambda: "\ud800",
+    ],
 )
 def test_made_anew_it_has_the_same_name(make: Any) -> None:
     assert fingerprint(make()) == fingerprint(make())
@@ -81,8 +156,79 @@ def test_made_anew_it_has_the_same_name(make: Any) -> None:
 
 def test_globals_count_also_through_another_function(monkeypatch: pytest.MonkeyPatch) -> None:
     before = fingerprint(calls_another)
+    nested = fingerprint(in_a_nested_function)
     monkeypatch.setattr(f"{__name__}.FACTOR", 3)
     assert fingerprint(calls_another) != before
+    assert fingerprint(in_a_nested_function) != nested
+
+
+def test_how_contents_lie_in_memory_does_not_count() -> None:
+    table = np.arange(6).reshape(2, 3)
+    assert fingerprint(table.T) == fingerprint(table.T.copy())
+    assert fingerprint(torch.arange(6)[1:4:5]) == fingerprint(torch.tensor([1]))
+    assert fingerprint(torch.from_numpy(table).T) == fingerprint(torch.from_numpy(table).T.contiguous())
+    assert fingerprint({1, 2, 30}) == fingerprint({30, 2, 1})
+    assert fingerprint(torch.tensor([1 + 2j]).conj()) == fingerprint(torch.tensor([1 - 2j]))
+    with torch.inference_mode():
+        inside = torch.ones(3)
+    assert fingerprint(inside) == fingerprint(torch.ones(3))
+
+
+def test_the_pieces_in_which_a_tensor_is_read_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randn(50)
+    whole = fingerprint(tensor)
+    monkeypatch.setattr(fingerprints, "_CHUNK", 24)
+    assert fingerprint(tensor) == whole
+
+
+@pytest.mark.parametrize("chunk", [2**24, 24])
+def test_every_changed_bit_changes_the_checksum(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprints, "_CHUNK", chunk)
+    raw = torch.arange(60, dtype=torch.uint8)
+    sums = {fingerprints._checksum(raw)}
+    for place in range(60):
+        for bit in range(8):
+            changed = raw.clone()
+            changed[place] ^= 1 << bit
+            sums.add(fingerprints._checksum(changed))
+    assert len(sums) == 1 + 60 * 8
+    assert fingerprints._checksum(raw.view(-1, 4).flip(0).reshape(-1)) not in sums
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_changed_signs_change_the_checksum(dtype: torch.dtype) -> None:
+    values = torch.randn(16, dtype=dtype)
+    signs = [torch.ones(16, dtype=dtype) for _ in range(121)]
+    for number, (a, b) in enumerate(itertools.combinations(range(16), 2), 1):
+        signs[number][[a, b]] = -1
+    sums = {fingerprints._checksum((values * sign).view(torch.uint8)) for sign in (*signs, -signs[0])}
+    assert len(sums) == 122
+
+
+def test_the_swept_model_is_not_followed(tiny_model: Any) -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert fingerprint(closing_over(model), model) == fingerprint(closing_over(other), other)
+    assert fingerprint(closing_over(model), other) != fingerprint(closing_over(other), model)
+    assert fingerprint(closing_over(None), None) != fingerprint(closing_over(model), model)
+    trunks = [Trunk(tiny_model(family, "bridge")) for family in ("gpt_neo", "llama")]
+    assert fingerprint(trunks[0]) == fingerprint(trunks[1])
+
+
+def test_a_watching_function_is_named_by_the_one_it_stands_for() -> None:
+    def watching(x: Any, hook: Any) -> Any:
+        return uses_a_global(x, hook)
+
+    watching.stands_for = uses_a_global  # type: ignore[attr-defined]
+    assert fingerprint(watching) == fingerprint(uses_a_global)
+
+
+def test_an_unfilled_cell_has_a_name() -> None:
+    def later() -> Any:
+        return value
+
+    before = fingerprint(later)
+    value = 1
+    assert fingerprint(later) != before
 
 
 def test_what_holds_itself_has_a_name() -> None:
@@ -238,6 +384,66 @@ def test_random_changes_of_a_model_do_not_collide(tiny_folder: Any) -> None:
             weight.copy_(before)
     assert done == 60
     assert len(names) == 61
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["device", "seed", "model_name", "n_params", "tokenizer_name", "use_attn_result", "use_split_qkv_input"],
+)
+def test_configuration_on_which_no_logit_depends_does_not_count(name: str, tiny_folder: Any) -> None:
+    model = ml.load_model(tiny_folder("gpt_neox"), backend="bridge")
+    before = model_fingerprint(model)
+    setattr(model.cfg, name, "another")
+    assert model_fingerprint(model) == before
+    model.cfg.rotary_dim = 4
+    assert model_fingerprint(model) != before
+
+
+HUGGING_FACE = {
+    "transformers_version": "4",
+    "use_cache": False,
+    "initializer_range": 3.0,
+    "return_dict": False,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), HUGGING_FACE.items())
+def test_hugging_face_s_configuration_counts_where_a_logit_depends_on_it(
+    name: str, value: Any, tiny_folder: Any
+) -> None:
+    model = ml.load_model(tiny_folder("gpt_neox"), backend="bridge")
+    before = model_fingerprint(model)
+    setattr(model.original_model.config, name, value)
+    assert model_fingerprint(model) == before
+    model.original_model.config.hidden_act = "relu"
+    assert model_fingerprint(model) != before
+
+
+def test_what_modules_compute_with_counts(tiny_folder: Any) -> None:
+    model = ml.load_model(tiny_folder("gpt_neox"), backend="bridge")
+    modules = dict(nn.Module.named_modules(model))
+    mlp = next(m for m in modules.values() if callable(vars(m).get("act")))
+    norm = next(m for m in modules.values() if isinstance(vars(m).get("eps"), float))
+    seen = [model_fingerprint(model)]
+    norm.eps *= 2
+    seen.append(model_fingerprint(model))
+    mlp.register_forward_pre_hook(lambda module, args: args)
+    seen.append(model_fingerprint(model))
+    mlp.act = torch.nn.functional.relu
+    seen.append(model_fingerprint(model))
+    assert len(set(seen)) == 4
+
+
+def test_dropout_counts_while_it_is_active() -> None:
+    facts = {
+        (p, training): fingerprint(fingerprints._module_facts(nn.Dropout(p).train(training))[1:])
+        for p in (0.0, 0.5)
+        for training in (True, False)
+    }
+    assert fingerprints._module_facts(nn.Dropout(0.5).train())[-1] == 0.5
+    assert fingerprints._module_facts(nn.Dropout(0.5).eval())[-1] == 0
+    assert fingerprints._module_facts(nn.Linear(1, 1).train())[-1] == 0
+    assert facts[0.5, True] != facts[0.5, False]
 
 
 def test_a_held_edit_is_the_same_model_each_time(tiny_model: Any) -> None:
