@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ from memlens.errors import (
     UnsupportedModelError,
 )
 from memlens.models.checks import first_nonfinite_layer, nonfinite_error
+from memlens.models.families import family_by_architecture
 from memlens.models.load import load_model
+from memlens.models.names import has_hooked_transformer
 from tests.tiny import random_tokens, tiny_config, write_tiny
 
 
@@ -268,3 +271,20 @@ def test_releases_of_transformers_with_other_token_ids_are_refused(
         load_model(folder)
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert "transformers>=5.13,<6" in project["dependencies"]
+
+
+@pytest.mark.skipif(not has_hooked_transformer(), reason="this TransformerLens has none")
+@pytest.mark.parametrize("process_weights", [False, True])
+def test_a_weight_that_the_conversion_leaves_out_is_refused(process_weights, folder, monkeypatch):
+    conversions = import_module("transformer_lens.pretrained.weight_conversions")
+    converter = family_by_architecture("GPTNeoXForCausalLM").hooked.converter
+    convert = getattr(conversions, converter)
+
+    def without(*args):
+        return {name: weight for name, weight in convert(*args).items() if name != "blocks.1.mlp.b_out"}
+
+    monkeypatch.setattr(conversions, converter, without)
+    with pytest.raises(ModelLoadError, match=r"no value for 'blocks.1.mlp.b_out' \(and 0 more"):
+        load_model(
+            folder, backend="hooked", device="cpu", check_weights=False, process_weights=process_weights
+        )
