@@ -87,6 +87,10 @@ class ResultError(MemlensError, ValueError):
     """A result file is damaged, of another kind, or from other settings than those asked for."""
 
 
+class FingerprintError(MemlensError, ValueError):
+    """Something that identifies a run cannot be read, so the run cannot be kept in a folder."""
+
+
 class OtherRunError(ResultError):
     """A folder holds the parts of another run than the one that is to continue there."""
 

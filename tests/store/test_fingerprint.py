@@ -5,16 +5,25 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import operator
+import sys
 import threading
+import types
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import memlens as ml
+from memlens.errors import FingerprintError
 from memlens.forward.capture import ActivationSource
 from memlens.forward.trunk import Trunk
 from memlens.models.names import has_hooked_transformer
@@ -128,6 +137,18 @@ UNEQUAL: dict[str, tuple[Any, Any]] = {
     "code": (lambda x: x + 1, lambda x: x + 2),
     "defaults": (lambda x, a=1: x, lambda x, a=2: x),
     "generators": (torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)),
+    "generators of numpy": (np.random.default_rng(0), np.random.default_rng(1)),
+    "signatures": (lambda x: x, lambda *x: x),
+    "iterators": (iter([1, 2]), iter([1, 3])),
+    "getters": (operator.itemgetter(1), operator.itemgetter(2)),
+    "methods of builtins": (torch.ones(2).mul, torch.zeros(2).mul),
+    "masked arrays": (np.ma.masked_equal([1, 2], 1), np.ma.masked_equal([1, 2], 2)),
+    "tables": (pd.DataFrame({"a": [1]}), pd.DataFrame({"a": [2]})),
+    "kept calls": (functools.lru_cache(lambda x: x), functools.lru_cache(lambda x: x + 1)),
+    "default values": (defaultdict(lambda: 1), defaultdict(lambda: 2)),
+    "slopes": (nn.LeakyReLU(0.1), nn.LeakyReLU(0.2)),
+    "classes of modules": (nn.Sequential(nn.ReLU()), nn.Sequential(nn.GELU())),
+    "modes": (nn.Dropout(0.5), nn.Dropout(0.5).eval()),
 }
 
 
@@ -211,7 +232,8 @@ def test_the_swept_model_is_not_followed(tiny_model: Any) -> None:
     assert fingerprint(closing_over(model), other) != fingerprint(closing_over(other), model)
     assert fingerprint(closing_over(None), None) != fingerprint(closing_over(model), model)
     trunks = [Trunk(tiny_model(family, "bridge")) for family in ("gpt_neo", "llama")]
-    assert fingerprint(trunks[0]) == fingerprint(trunks[1])
+    assert fingerprint(trunks[0], trunks[0].model) == fingerprint(trunks[1], trunks[1].model)
+    assert fingerprint(trunks[0]) != fingerprint(trunks[1])
 
 
 def test_a_watching_function_is_named_by_the_one_it_stands_for() -> None:
@@ -237,10 +259,107 @@ def test_what_holds_itself_has_a_name() -> None:
     assert fingerprint(loop) == fingerprint(loop)
 
 
-def test_what_cannot_be_read_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="memlens"):
-        fingerprint(threading.Lock())
-    assert "no readable state" in caplog.text
+@pytest.mark.parametrize("unreadable", [
+    threading.Lock(), (number for number in range(3)), torch.jit.script(nn.ReLU()),
+    torch.eye(2).to_sparse(), torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    torch.ones(2, device="meta"),
+], ids=lambda value: type(value).__name__)  # fmt: skip
+def test_what_cannot_be_read_is_refused_for_a_folder(
+    unreadable: Any, tiny_model: Any, tmp_path: Path
+) -> None:
+    def hook(x: Any, hook: Any) -> Any:
+        return x * 2 if unreadable is not None else x
+
+    model, edit = tiny_model("llama", "bridge"), ml.Intervention("twice", [("blocks.0.hook_mlp_out", hook)])
+    with pytest.raises(FingerprintError, match=f"{type(unreadable).__name__} cannot be read.*out=None"):
+        ml.sweep(model, ragged(), [edit], out=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+    ml.sweep(model, ragged(), [edit], progress=False)
+
+
+@contextmanager
+def set_to(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = vars(owner)[name]
+    setattr(owner, name, value)
+    yield
+    setattr(owner, name, before)
+
+
+class Settings:
+    factor = 2
+
+    @property
+    def half(self) -> float:
+        return self.factor / 2
+
+    @staticmethod
+    def twice(x: Any) -> Any:
+        return 2 * x
+
+    def __call__(self, x: Any, hook: Any) -> Any:
+        return self.twice(x) * self.half
+
+
+class Inheriting(Settings):
+    pass
+
+
+CONSTANTS: Any = types.ModuleType("constants_of_a_user")
+vars(CONSTANTS).update(factor=2, inner=types.ModuleType("constants_of_a_user.inner"))
+vars(CONSTANTS.inner)["bias"] = 1
+
+
+def by_class(x: Any, hook: Any) -> Any:
+    return x * Settings.factor
+
+
+def by_module(x: Any, hook: Any) -> Any:
+    return x * CONSTANTS.factor + CONSTANTS.inner.bias
+
+
+def by_import(x: Any, hook: Any) -> Any:
+    import constants_of_a_user  # pyright: ignore[reportMissingImports]
+
+    return x * constants_of_a_user.factor
+
+
+LINEAR = nn.Linear(2, 2)
+
+
+def through_a_module(x: Any, hook: Any) -> Any:
+    return LINEAR(x)
+
+
+@pytest.mark.parametrize(("hook", "owner", "name", "value"), [
+    (by_class, Settings, "factor", 3),
+    (Settings(), Settings, "factor", 3),
+    (Settings(), Settings, "half", property(lambda self: 1.0)),
+    (Settings(), Settings, "twice", staticmethod(lambda x: x)),
+    (Inheriting(), Settings, "__call__", lambda self, x, hook: x),
+    (by_module, CONSTANTS, "factor", 3),
+    (by_module, CONSTANTS.inner, "bias", 3),
+    (by_import, CONSTANTS, "factor", 3),
+    (through_a_module, LINEAR, "training", False),
+    (through_a_module, LINEAR, "_forward_hooks", {0: closing_over(3)}),
+    (through_a_module, nn.Linear, "forward", lambda self, x: x),
+])  # fmt: skip
+def test_what_a_hook_names_counts(
+    hook: Any, owner: Any, name: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "constants_of_a_user", CONSTANTS)
+    before = fingerprint(hook)
+    with set_to(owner, name, value):
+        assert fingerprint(hook) != before
+    assert fingerprint(hook) == before
+
+
+def test_a_source_is_named_by_its_donor(tiny_folder: Any) -> None:
+    model, seqs = ml.load_model(tiny_folder("llama"), backend="bridge"), ragged()
+    donors = [ml.load_model(tiny_folder("llama"), backend="bridge") for _ in range(2)]
+    donors[1].blocks[0].mlp.out.original_component.weight.data.mul_(2)
+    hooks = ["blocks.1.hook_mlp_out"]
+    names = {fingerprint(ActivationSource(donor, seqs, hooks), model) for donor in (model, *donors)}
+    assert len(names) == 3
 
 
 def test_a_patch_is_named_by_its_source(tiny_model: Any) -> None:
@@ -298,7 +417,41 @@ def changes(model: Any) -> dict[str, Any]:
         module = next(m for n, m in model.named_modules() if n.endswith("mlp"))
         return module.register_forward_hook(lambda module, args, out: out * 2).remove
 
-    found = (rows, signs, frequencies, config, forward, hook)
+    def bound_hook() -> Any:
+        module = next(m for n, m in model.named_modules() if n.endswith("mlp"))
+        return module.register_forward_hook(functools.partial(lambda k, module, args, out: out * k, 3)).remove
+
+    def every_hook() -> Any:
+        return register_module_forward_hook(lambda module, args, out: None).remove
+
+    def class_forward() -> Any:
+        cls = type(next(m for n, m in model.named_modules() if n.endswith("mlp")))
+        plain = cls.forward
+        cls.forward = lambda *a, **k: plain(*a, **k) * 2
+        return lambda: setattr(cls, "forward", plain)
+
+    def training() -> Any:
+        model.train()
+        return model.eval
+
+    def number() -> Any:
+        module = next(m for n, m in model.named_modules() if n.endswith("mlp"))
+        vars(module)["n_groups"] = 3
+        return lambda: vars(module).pop("n_groups")
+
+    found = (
+        rows,
+        signs,
+        frequencies,
+        config,
+        forward,
+        hook,
+        bound_hook,
+        every_hook,
+        class_forward,
+        training,
+        number,
+    )
     return {fn.__name__: fn for fn in found}
 
 
@@ -434,16 +587,9 @@ def test_what_modules_compute_with_counts(tiny_folder: Any) -> None:
     assert len(set(seen)) == 4
 
 
-def test_dropout_counts_while_it_is_active() -> None:
-    facts = {
-        (p, training): fingerprint(fingerprints._module_facts(nn.Dropout(p).train(training))[1:])
-        for p in (0.0, 0.5)
-        for training in (True, False)
-    }
-    assert fingerprints._module_facts(nn.Dropout(0.5).train())[-1] == 0.5
-    assert fingerprints._module_facts(nn.Dropout(0.5).eval())[-1] == 0
-    assert fingerprints._module_facts(nn.Linear(1, 1).train())[-1] == 0
-    assert facts[0.5, True] != facts[0.5, False]
+def test_rates_and_modes_count() -> None:
+    modules = [nn.Dropout(p).train(training) for p in (0.0, 0.5) for training in (True, False)]
+    assert len({fingerprint(fingerprints._module_facts(module)) for module in modules}) == 4
 
 
 def test_a_held_edit_is_the_same_model_each_time(tiny_model: Any) -> None:

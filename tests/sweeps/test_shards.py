@@ -94,12 +94,13 @@ def test_a_raising_hook_keeps_what_was_done(tiny_model: Any, tmp_path: Path) -> 
                 raise OSError("no such file")
             return x * 2
 
-    edits[40] = ml.Intervention("fails", [("blocks.1.hook_mlp_out", Fails())], edits[40].coords)
+    fails = Fails()
+    edits[40] = ml.Intervention("fails", [("blocks.1.hook_mlp_out", fails)], edits[40].coords)
     with pytest.raises(InterventionError, match=r"'blocks.1.hook_mlp_out' of intervention 'fails'.*no such"):
         run(model, tmp_path, edits)
     assert len(list(tmp_path.glob("*.npz"))) == 2
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
-    Fails.now = False
+    fails.now = False
     kept = run(model, tmp_path, edits)
     assert np.allclose(kept["target_logprob"], run(model, None, edits)["target_logprob"], atol=1e-5)
 
