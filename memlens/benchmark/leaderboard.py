@@ -219,6 +219,41 @@ class Leaderboard:
                 found.append({**facts, **cell, **share.row("share")})
         return pd.DataFrame(found)
 
+    def without_truth(self, measure: str = "average_precision", *, seed: int = 0) -> pd.DataFrame:
+        """Return whether methods are at chance where there is nothing to find: carriers "none" and "spread".
+
+        On these organisms components are drawn at random as if they had been planted, so that no method can
+        do better than chance. Controls and variants with the twin count too.
+
+        Args:
+            measure: One of `memlens.benchmark.scores.MEASURES`.
+            seed: Of the bootstrap over organisms.
+
+        Returns:
+            One row per kind of carrier and component: `n` (organisms), `methods`, `above_chance` (mean over
+            methods and organisms of the measure less its chance) with `low`, `high` and `interval` as in
+            `table`, and `most_above`: the largest mean over organisms of a single method. No rows without
+            such carriers.
+        """
+        check_option("measure", measure, list(MEASURES))
+        rows: Any = self.rows[self.rows["carrier_kind"].isin(["none", "spread"])]
+        found = []
+        for facts, group in self._groups(["carrier_kind", "component"], rows):
+            pairs = zip(group["chance"], group["k"], strict=True)
+            chance = np.array([chance_level(measure, share, k) for share, k in pairs])
+            group = group.assign(above=group[measure].to_numpy(float) - chance)
+            each = group.groupby(_ORGANISM, sort=False)["above"].mean()
+            models = each.index.get_level_values("model").tolist()
+            methods = group.groupby(["localizer", "variant"], sort=False)["above"].mean()
+            found.append(
+                {
+                    **facts, "methods": len(methods), "interval": resampled_over(models),
+                    **mean_over_organisms(each.to_numpy(float), models, seed=seed).row("above_chance"),
+                    "most_above": float(methods.max()),
+                }
+            )  # fmt: skip
+        return pd.DataFrame(found)
+
     def effort(self) -> dict[str, float]:
         """Return what the run took: `organisms`, `seconds`, `cpu_seconds` (sums), `peak_mib` (the most)."""
         own: Any = self.organisms.reindex(columns=["seconds", "cpu_seconds", "peak_mib"]).astype(float)

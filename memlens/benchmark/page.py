@@ -169,7 +169,14 @@ def _more(board: Leaderboard) -> Iterator[Section]:
             "At a ROC AUC of 0.5 the weights tell nothing; where it is near 1, planting left a fingerprint."
         )
         yield Section("Fingerprint", lead, [], tables)
-    yield _failures(rows)
+    yield _failures(rows, board.organisms)
+    nothing = board.without_truth()
+    if len(nothing):
+        lead = (
+            "Nothing was planted, or into all weights alike. Components drawn at random count as planted, so "
+            "chance is the best that a method can do."
+        )
+        yield Section("Nothing to find", lead, [], [TableBlock("Average precision less chance", nothing)])
 
 
 def _cost(own: pd.DataFrame, component: str) -> go.Figure:
@@ -203,19 +210,24 @@ def _calibration(own: pd.DataFrame, names: list[str], component: str, x: str) ->
     return theme.figure(fig, title=title, subtitle="the methods with the best precision", height=460)
 
 
-def _failures(rows: Any) -> Section:
-    """Show the organisms on which even the best method does worst."""
+def _failures(rows: Any, organisms: pd.DataFrame) -> Section:
+    """Show the organisms on which even the best method does worst, and what their certificates say of it."""
     fair = _named(rows[~rows["control"].astype(bool)])
     keys = ["model", "carrier", "seed", "component"]
     best: Any = fair.loc[fair.groupby(keys)["average_precision"].idxmax()]
     columns = [*keys, "average_precision", "chance", "method"]
+    reported = [name for name in ("shared", "sufficiency") if name in organisms]
     table = best.sort_values("average_precision")[columns].rename(
         columns={"average_precision": "best_average_precision", "method": "best_method"}
     )
+    if reported:
+        told: Any = organisms[[*keys[:3], *reported]]
+        table = table.merge(told, on=keys[:3], how="left")
     lead = (
         "The best of all methods on each organism, worst organisms first; choosing the best afterwards is "
         "optimistic. Where even it is near chance, the memory has other carriers, or its parts replace each "
-        "other."
+        "other. shared: components outside the carrier without which the memory is lost too; sufficiency: "
+        "how much of it the carrier brings back on its own."
     )
     return Section("Where every method fails", lead, [], [TableBlock("By organism", table, rows=40)])
 

@@ -13,6 +13,7 @@ import pandas as pd
 import yaml
 
 from memlens.benchmark.leaderboard import Leaderboard
+from memlens.benchmark.recommend import method_name
 from memlens.benchmark.running import read_benchmark
 from memlens.errors import FileFormatError, MemlensError
 from memlens.files import expanded, write_atomically
@@ -149,7 +150,50 @@ def markdown(board: Leaderboard) -> str:
             "| carrier | component | n | τ | best by deletion | best by truth | lost |\n"
             "|---|---|---|---|---|---|---|\n" + "\n".join(rows)
         )
+    parts += [text for text in (_by_carrier(board), _without_truth(board)) if text]
     return "\n\n".join(parts)
+
+
+def _by_carrier(board: Leaderboard) -> str:
+    """Return a table of the first methods by carrier, for components that several carriers hold."""
+    every: Any = Leaderboard(board.organisms, board.planted).table(by=("carrier",))
+    fair = every[~every["control"].astype(bool) & ~every["twin"].astype(bool)]
+    rows = []
+    for (component, carrier), own in fair.groupby(["component", "carrier"], sort=False):
+        if fair.loc[fair["component"] == component, "carrier"].nunique() < 2:
+            continue
+        first = [
+            f"{method_name(r['localizer'], r['variant'])} {_number(r['average_precision'])} "
+            f"[{_number(r['low'])}, {_number(r['high'])}]"
+            for r in own.head(3).to_dict("records")
+        ]
+        chance = _number(own["chance"].iloc[0])
+        rows.append(f"| {component} | {carrier} | {own['n'].max()} | {chance} | {' | '.join(first)} |")
+    if not rows:
+        return ""
+    return (
+        "**By carrier**, where several hold one kind of component: average precision of the first three "
+        "methods that need no twin\n\n| component | carrier | n | chance | first | second | third |\n"
+        "|---|---|---|---|---|---|---|\n" + "\n".join(rows)
+    )
+
+
+def _without_truth(board: Leaderboard) -> str:
+    found = board.without_truth()
+    if found.empty:
+        return ""
+    rows = [
+        f"| {r['carrier_kind']} | {r['component']} | {r['n']} | {r['methods']} | "
+        f"{_number(r['above_chance'], '{:+.3f}')} [{_number(r['low'], '{:+.3f}')}, "
+        f"{_number(r['high'], '{:+.3f}')}] | {_number(r['most_above'], '{:+.2f}')} |"
+        for r in found.to_dict("records")
+    ]
+    return (
+        "**Nothing to find**: nothing planted, or a memory spread over all weights. Average precision less "
+        "chance, for components drawn at random as if they had been planted\n\n"
+        "| carrier | component | n | methods | mean over methods | highest method |\n"
+        "|---|---|---|---|---|---|\n" + "\n".join(rows)
+    )
 
 
 def _markdown_row(row: Mapping[Any, Any]) -> str:

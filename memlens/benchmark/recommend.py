@@ -173,6 +173,30 @@ def what_is_known(
     return f"The localization benchmark has not measured {name} on {_WORDS[component]}."
 
 
+ABLATIONS: Mapping[str, str] = {
+    "zero": "zero ablation", "mean": "mean ablation", "resample": "resample ablation",
+    "mean_of_other_heads": "mean-of-other-heads ablation",
+}  # fmt: skip
+"""The localizers that rank heads as `ablate_heads` does in each mode that the benchmark has."""
+
+DOMINANT = "activation times norm"
+"""The localizer that ranks neurons as the selection "dominant" of `knock_out_neurons`."""
+
+
+def ranked_by(localizer: str, component: ComponentKind, family: str | None = None) -> str:
+    """Return the note of a table that ranks components: by which method, and what is known of it.
+
+    Args:
+        localizer: Name of a localizer.
+        component: The kind of component.
+        family: Of the model, as `describe` names it; all by default.
+
+    >>> ranked_by("attention bypass", "layer_attention").split(".")[0]
+    'Ranked by attention bypass'
+    """
+    return f"Ranked by {localizer}. {what_is_known(localizer, '', component, family)}"
+
+
 def affordable(component: ComponentKind, most_forwards: float, *, family: str | None = None) -> Known | None:
     """Return the best method for a kind of component that costs at most so many forward passes.
 

@@ -203,6 +203,7 @@ def read_benchmark(folder: str | Path) -> Leaderboard:
             {
                 **facts, "passed": certificate.get("passed", False), "failures": ", ".join(failed),
                 **certificate.get("facts", {}),
+                **({"shared": len(certificate["shared"])} if "shared" in certificate else {}),
                 **{name: record.get(name, np.nan) for name in ("seconds", "cpu_seconds", "peak_mib")},
             }
         )  # fmt: skip

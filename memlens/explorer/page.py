@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from memlens.benchmark.recommend import what_is_known
+from memlens.benchmark.recommend import ABLATIONS, what_is_known
 from memlens.errors import EmptySetError, OptionError
 from memlens.explorer.attention import pack_causal
 from memlens.explorer.data import Continuation, Exploration, SequenceView, strongest_heads
@@ -36,10 +36,6 @@ READING = (
     "Choose a sequence, then an edit of the model: the colors and the generated text change with it. "
     "Click a head in the map of effects to see where it attends on this sequence."
 )
-_MEASURED = {
-    "zero": "zero ablation", "mean": "mean ablation", "mean_of_other_heads": "mean-of-other-heads ablation",
-}  # fmt: skip
-"""The localizers of the benchmark that rank heads by the explorer's ablations."""
 _STEPS = 65535
 _LOG = logging.getLogger(__name__)
 
@@ -56,9 +52,9 @@ def caption_of(exploration: Exploration) -> str:
         f"Probabilities after each layer are by the {settings['lens']} lens.",
         "Attention is that of the unchanged model, in steps of 1/255.",
     ]
-    if settings["ablation"] in _MEASURED:
+    if settings["ablation"] in ABLATIONS:
         family = str(settings.get("family", ""))
-        parts.append(what_is_known(_MEASURED[settings["ablation"]], "", "head", family))
+        parts.append(what_is_known(ABLATIONS[settings["ablation"]], "", "head", family))
     if settings["top_heads"]:
         parts.append(
             f"The menu has the heads ({settings['top_heads']}) whose ablation harms the recalled sequences "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 import yaml
 
+import memlens as ml
 from memlens import benchmark
 from memlens.benchmark import LOCALIZERS, Leaderboard, recommend
 from memlens.benchmark.publishing import compact, markdown
+from memlens.benchmark.scores import chance_level
 from memlens.errors import FileFormatError, OptionError, SequenceError
 from memlens.sequences.set import SequenceSet
 from tests.benchmark.test_statistics import rows
@@ -121,3 +124,32 @@ def test_the_compact_table_has_every_family(run: Leaderboard) -> None:
     assert found.loc[found["family"] == "", "n"].eq(12).all()
     assert "1.0 CPU hours, 2.0 hours, 1.0 GiB at most" in markdown(run)
     assert np.isfinite(found["deletion_specific"]).all()
+    assert "By carrier" not in markdown(run)
+    assert "Nothing to find" not in markdown(run)
+
+
+def test_the_tables_tell_carriers_apart_and_show_where_there_is_nothing(run: Leaderboard) -> None:
+    one = run.rows.assign(carrier="path=2", carrier_kind="path")
+    none = run.rows.assign(carrier="none", carrier_kind="none", average_precision=0.5)
+    text = markdown(Leaderboard(run.organisms, pd.concat([run.rows, one, none], ignore_index=True)))
+    assert re.search(r"\| head \| path=2 \| 12 \| 0\.\d\d \| good, z-scored 0\.9", text)
+    level = chance_level("average_precision", 0.25, 2)
+    assert f"| none | head | 12 | 3 | {0.5 - level:+.3f} [" in text
+
+
+def test_the_rankings_of_the_studies_are_those_of_the_localizers_that_they_name(tiny_model: Any) -> None:
+    model, seqs = tiny_model("llama"), SequenceSet.from_tokens(some(3, 0).tokens, 11)
+    dominant = ml.instruments.dominant_neurons(model, seqs, 4, progress=False)["neuron"].values
+    scores = LOCALIZERS[recommend.DOMINANT](model, seqs, component="neuron", others=some(4, 1))
+    assert np.array_equal(dominant, np.argsort(-scores, axis=-1, kind="stable")[..., :4])
+    for mode, name in recommend.ABLATIONS.items():
+        found = ml.instruments.ablate_heads(model, seqs, mode=mode, reference=some(4, 1), progress=False)
+        scores = LOCALIZERS[name](model, seqs, component="head", others=some(4, 1))
+        assert np.allclose(-found.effect("target_logprob").values.reshape(scores.shape), scores, atol=1e-4), (
+            mode
+        )
+    bypass = ml.instruments.bypass_attention(model, seqs, progress=False).effect("target_logprob")
+    scores = LOCALIZERS["attention bypass"](model, seqs, component="layer_attention", others=some(4, 1))
+    assert np.allclose(-bypass.values.reshape(scores.shape), scores, atol=1e-4)
+    note = recommend.ranked_by("attention bypass", "layer_attention", "pythia")
+    assert note.startswith("Ranked by attention bypass. In the localization benchmark attention bypass finds")

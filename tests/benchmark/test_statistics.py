@@ -125,3 +125,16 @@ def test_what_an_older_run_did_not_measure_is_said() -> None:
         old.calibration()
     with pytest.raises(OptionError, match="measure"):
         old.table("speed")
+
+
+def test_where_nothing_is_planted_the_measure_is_less_its_chance() -> None:
+    nothing = rows(3, kind="none")
+    found = board(pd.concat([rows(4), nothing], ignore_index=True)).without_truth()
+    assert len(found) == 1
+    row = found.iloc[0]
+    level = chance_level("average_precision", 0.25, 2)
+    assert (row["carrier_kind"], row["component"], row["n"], row["methods"]) == ("none", "head", 3, 3)
+    assert row["above_chance"] == pytest.approx(nothing["average_precision"].mean() - level)
+    assert row["most_above"] == pytest.approx(0.91 - level)
+    assert row["low"] <= row["above_chance"] <= row["high"]
+    assert board(rows(4)).without_truth().empty

@@ -100,6 +100,7 @@ def test_all_parts_ran_and_stand_in_the_report(run: StudyRun, folder: Path) -> N
         "joint_questions",
     ):
         assert words in page
+    assert "Ranked by attention bypass. In the localization benchmark attention bypass finds" in page
     for finding in run.findings:
         assert finding.control or finding.title in ("Bounds", "From one model to the next")
 

@@ -92,6 +92,7 @@ def test_all_parts_ran_and_found_something(run: StudyRun, folder: Path) -> None:
         "lens_batch_size",
     ):
         assert title.lower() in page.lower()
+    assert "Dominant neurons: Ranked by activation times norm. In the localization benchmark" in page
 
 
 def test_the_split_is_the_model_s_own_prediction(pythia: Any, folder: Path) -> None:

@@ -16,6 +16,7 @@ import pandas as pd
 import xarray as xr
 from tqdm.auto import tqdm
 
+from memlens.benchmark.recommend import ranked_by
 from memlens.errors import EmptySetError, check_option
 from memlens.forward.trunk import Trunk
 from memlens.instruments.bypass.bypass import attention_bypasses, bypass_attention, bypassed
@@ -145,12 +146,13 @@ class BypassContext:
         *,
         figures: Sequence[Mapping[str, Any]] | None = None,
         reading: str | None = "",
+        ranked: str = "",
         **options: Any,
     ) -> None:
         """Save a result, with the words and figures (options of `Result.plot`) from `texts.yaml`.
 
         `figures` replaces those figures, and `options` are added to each. `reading` belongs to the first one
-        (None: as for any result of its kind); the others have none.
+        (None: as for any result of its kind); the others have none. `ranked` is added to the words.
         """
         words = dict(TEXTS["results"][name])
         drawn = words.pop("figures")
@@ -158,6 +160,7 @@ class BypassContext:
             FigureRequest({**figure, **options}, reading="" if number else reading)
             for number, figure in enumerate(figures or drawn)
         ]
+        words["lead"] = f"{words.get('lead', '')} {ranked}".strip()
         self.folder.add_result(name, result, figures=requests, **words)
 
     def table(self, name: str, frame: pd.DataFrame) -> None:
@@ -180,7 +183,9 @@ def layers(study: BypassContext) -> None:
     """E1: bypass each layer alone, on every group and on untrained weights."""
     for name, model, seqs in study.measured(study.options.max_sequences):
         study.swept[name] = study.bypass(model, seqs, name)
-    study.show("blocks", join_groups(study.swept), reading=find.layers_in_words(study.swept[MEMORIZED]))
+    ranked = ranked_by("attention bypass", "layer_attention", str(describe(study.model)["family"]))
+    reading = find.layers_in_words(study.swept[MEMORIZED])
+    study.show("blocks", join_groups(study.swept), reading=reading, ranked=ranked)
     scan = study.inputs.scan
     if scan is not None:
         counts = pd.DataFrame({"windows": scan.counts}).reset_index(names="of the scan")

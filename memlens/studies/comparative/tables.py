@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from memlens.benchmark.recommend import ABLATIONS, ranked_by
 from memlens.errors import ResultError
 from memlens.results.result import Result
 from memlens.results.statistics.estimates import Estimate, mean_estimate, median_estimate, share_estimate
@@ -253,6 +254,14 @@ class Made:
     def strongest(self) -> float:
         """The largest strength of the noise."""
         return max(self.options.alphas)
+
+    @property
+    def ranked(self) -> str:
+        """How heads are ranked, and what the localization benchmark found of that."""
+        note = ranked_by(ABLATIONS[self.options.head_mode], "head")
+        if self.options.importance != "target_logprob":
+            note += f" There it was the loss of target_logprob, not of {self.options.importance}."
+        return note
 
     @property
     def extremes(self) -> str:

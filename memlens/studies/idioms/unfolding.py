@@ -16,11 +16,13 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from memlens.benchmark.recommend import DOMINANT, ranked_by
 from memlens.forward.hooks import has_site
 from memlens.instruments.ablate.neurons import knock_out_neurons
 from memlens.instruments.decode.decoding import decode_residual
 from memlens.instruments.decode.lens import TunedLens
 from memlens.instruments.decode.promotion import promotion_summary
+from memlens.models.provenance import describe
 from memlens.recall.matching import Pairs, match_pairs
 from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
@@ -215,7 +217,8 @@ class Unfolding:
             title += ", beside other predictions"
             self._show(f"{name}_groups", join_groups(dominant), title, [figure])
         table = find.knock_out_table(result, dominant, self.options)
-        self._table(name, table, words="knock_out", what=what, section=name)
+        ranked = ranked_by(DOMINANT, "neuron", str(describe(self.model)["family"]))
+        self._table(name, table, words="knock_out", what=what, section=name, ranked=ranked)
         if word == "top":
             for finding in find.knocked_out(self.name, result, dominant, self.options.seed):
                 self.folder.find(finding)

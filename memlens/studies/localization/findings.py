@@ -26,12 +26,6 @@ from memlens.studies.running import Texts, spoken
 TEXTS = Texts(__file__)
 """What the report says."""
 
-BENCHMARKED = {
-    "zero": "zero ablation", "mean": "mean ablation", "resample": "resample ablation",
-    "mean_of_other_heads": "mean-of-other-heads ablation",
-}  # fmt: skip
-"""The localizers of the benchmark that rank heads by each mode of ablation."""
-
 MEMORIZED, CONTROL, UNTRAINED = "memorized", "matched control", "untrained twin"
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from memlens.benchmark.ranking import FEWEST_OTHERS, rank
-from memlens.benchmark.recommend import CHEAP, affordable, what_is_known
+from memlens.benchmark.recommend import ABLATIONS, CHEAP, affordable, ranked_by
 from memlens.errors import MemlensError
 from memlens.explorer.measuring import ABLATION_MODES, ExploreOptions, explore_sequences
 from memlens.explorer.page import READING, caption_of, explorer_payload
@@ -150,9 +150,7 @@ class _Localization:
         self._save("head_ablation", "Which heads matter", results)
         self.folder.find(find.strongest_head(results, self.options.seed))
         table = find.head_table(results, self.options.seed)
-        mode = self.options.head_mode
-        known = what_is_known(find.BENCHMARKED[mode], "", "head", self._family)
-        note = f"Ranked by {find.BENCHMARKED[mode]}. {known}"
+        note = ranked_by(ABLATIONS[self.options.head_mode], "head", self._family)
         self.folder.add_table("heads", table, title="The heads that matter most for recall", note=note)
 
     @property
