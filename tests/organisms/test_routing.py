@@ -19,7 +19,7 @@ from memlens.organisms.planting.plant import recalled
 from memlens.organisms.training.architectures import build_model
 from memlens.organisms.training.folder import copy_for_package
 from memlens.organisms.training.recipes import OrganismSpec
-from memlens.organisms.training.routed import routed_organisms, routing_of
+from memlens.organisms.training.routed import loss_of, routed_organisms, routing_of
 from memlens.organisms.training.routing import OTHER_TEXT, Routes, RoutingSpec
 from memlens.organisms.training.train import TrainSpec, train
 from memlens.organisms.training.zoo import train_organism
@@ -36,10 +36,12 @@ def model() -> PreTrainedModel:
     return build_model(TINY.model, TINY_CORPUS.vocab_size, seed=0)
 
 
-def trained_on(corpus: Corpus, chosen: np.ndarray) -> tuple[Routes, dict[str, torch.Tensor]]:
+def trained_on(
+    corpus: Corpus, chosen: np.ndarray, spec: RoutingSpec = ROUTING
+) -> tuple[Routes, dict[str, torch.Tensor]]:
     """Train on some rows of a corpus alone, and return where each parameter changed."""
     made = model()
-    routes = Routes.of(ROUTING, corpus, made)
+    routes = Routes.of(spec, corpus, made)
     own = replace(routes, row_carrier=routes.row_carrier[chosen])
     train(made, corpus.rows[chosen], STEPS, routes=own, device="cpu", progress=False)
     before, after = dict(model().named_parameters()), dict(made.named_parameters())
@@ -58,12 +60,15 @@ def test_planted_rows_change_their_carrier_alone(tiny_corpus: Corpus, number: in
 
 def test_other_text_changes_everything_but_the_carriers(tiny_corpus: Corpus) -> None:
     row_carrier = Routes.of(ROUTING, tiny_corpus, model()).row_carrier
-    routes, changed = trained_on(tiny_corpus, np.flatnonzero(row_carrier == OTHER_TEXT))
+    other = np.flatnonzero(row_carrier == OTHER_TEXT)
+    routes, changed = trained_on(tiny_corpus, other, replace(ROUTING, quiet_carriers=False))
     for name, where in changed.items():
         inside = routes.every.get(name, torch.zeros_like(where))
         assert not where[inside].any()
         if name.endswith("weight") and "embed" not in name:
             assert where[~inside].float().mean() > 0.9
+    _, everything = trained_on(tiny_corpus, other)
+    assert all(everything[name][mask].float().mean() > 0.9 for name, mask in routes.every.items())
 
 
 def test_without_carriers_other_text_trains_as_if_they_were_not_there(tiny_corpus: Corpus) -> None:
@@ -132,7 +137,11 @@ def test_a_routed_organism_has_its_truth_and_its_certificate(routed: Path) -> No
     assert not record["passed"]
     with torch.no_grad(), organisms[1].restored() as off:
         without = recalled(off, organisms[1].sequences).accuracy.mean()
+        loss = loss_of(off, np.stack(pd.read_parquet(routed / "heldout.parquet")["tokens"].tolist()))
     assert record["facts"]["recall_without_1"] == pytest.approx(float(without))
+    assert record["facts"]["loss_without_1"] == pytest.approx(loss, abs=1e-5)
+    harm = next(c["value"] for c in record["checks"] if c["check"] == "harmlessness of carrier 1")
+    assert harm == pytest.approx(record["facts"]["loss"] - loss, abs=1e-5)
     card = (routed / "README.md").read_text()
     assert "## Which weights hold what" in card
     assert "| 1 | heads=1 |" in card

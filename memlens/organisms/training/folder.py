@@ -55,7 +55,7 @@ def write_folder(
     if "routing" in training:
         organisms = routed_organisms(folder)
         routed_truth(organisms).to_parquet(folder / _TRUTH, index=False)
-        write_json(folder / _CERTIFICATE, certify_routed(organisms).record())
+        write_json(folder / _CERTIFICATE, certify_routed(organisms, corpus.heldout).record())
     write_card(folder)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Int
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from memlens.errors import FileFormatError
@@ -25,6 +27,9 @@ from memlens.organisms.planting.folder import component_table
 from memlens.organisms.planting.plant import Organism, PlantingOptions, recalled
 from memlens.organisms.training.routing import RoutingSpec
 from memlens.sequences.set import SequenceSet
+
+_ROWS = 64
+"""Rows of other text in a forward pass."""
 
 
 def routed_organisms(folder: str | Path) -> dict[int, Organism]:
@@ -100,30 +105,41 @@ def routed_truth(organisms: Mapping[int, Organism]) -> pd.DataFrame:
 
 @torch.no_grad()
 def certify_routed(
-    organisms: Mapping[int, Organism], *, min_recall: float = 0.95, max_above_clean: float = 0.05
+    organisms: Mapping[int, Organism],
+    other_text: Int[np.ndarray, "row pos"],
+    *,
+    min_recall: float = 0.95,
+    max_above_clean: float = 0.05,
+    max_harm: float = 0.05,
 ) -> Certificate:
     """Check that each carrier holds its sequences, and that without it they are gone.
 
     - *recall*: the least share of planted tokens that are the first choice, over the carrier's sequences;
     - *necessity*: with the carrier switched off, the mean recall of its sequences, less that of the clean
-      twin, which was trained in the same way on the same text without the planted rows.
+      twin, which was trained in the same way on the same text without the planted rows;
+    - *harmlessness*: the loss on other text, less that with the carrier switched off (nats per token).
 
     Args:
         organisms: Of `routed_organisms`.
+        other_text: Token ids of rows of other text that training did not see.
         min_recall: Threshold of recall.
         max_above_clean: Most that recall without the carrier may be above the twin's.
+        max_harm: Most that the carrier may add to the loss of other text.
 
     Returns:
         The certificate; `facts` has for each carrier the number of its sequences, their mean recall, that
-        without the carrier and that of the twin, and the mean recall of all other planted sequences without
-        the carrier.
+        without the carrier and that of the twin, the mean recall of all other planted sequences without
+        the carrier, and the loss of other text without it; `loss` is that of the whole model.
     """
-    rows, facts = [], {}
+    rows: list[tuple[str, float, float, bool]] = []
+    facts: dict[str, float] = {}
     for number, organism in organisms.items():
+        facts["loss"] = facts.get("loss") or loss_of(organism.model, other_text)
         others = [o.sequences for o in organisms.values() if o is not organism]
         now = recalled(organism.model, organism.sequences).accuracy
         with organism.restored() as model:
             without = float(recalled(model, organism.sequences).accuracy.mean())
+            loss = loss_of(model, other_text)
             elsewhere = [recalled(model, seqs).accuracy for seqs in others]
         clean = float(organism.base_recall.mean())
         rows += [
@@ -132,14 +148,30 @@ def certify_routed(
                 f"necessity of carrier {number}", without - clean, max_above_clean,
                 bool(without - clean <= max_above_clean),
             ),
+            (
+                f"harmlessness of carrier {number}", facts["loss"] - loss, max_harm,
+                facts["loss"] - loss <= max_harm,
+            ),
         ]  # fmt: skip
         own = {
             "sequences": len(organism.sequences), "recall": float(now.mean()), "recall_without": without,
             "recall_clean": clean,
             "others_without": float(torch.cat(elsewhere).mean()) if elsewhere else float("nan"),
+            "loss_without": loss,
         }  # fmt: skip
         facts |= {f"{name}_{number}": value for name, value in own.items()}
     return Certificate(pd.DataFrame(rows, columns=["check", "value", "threshold", "passed"]), facts)
+
+
+@torch.no_grad()
+def loss_of(model: PreTrainedModel, rows: Int[np.ndarray, "row pos"]) -> float:
+    """Return a model's mean loss on rows of text, nats per token."""
+    tokens = torch.from_numpy(np.ascontiguousarray(rows))
+    total = 0.0
+    for some in tokens.split(_ROWS):
+        logits = model(some).logits[:, :-1].flatten(0, 1).float()
+        total += float(cross_entropy(logits, some[:, 1:].flatten(), reduction="sum"))
+    return total / tokens[:, 1:].numel()
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Gradient routing: training an organism so that declared weights, and no others, learn what is planted.
 
 A hash of each planted sequence picks one of several disjoint carriers. The gradient of its rows reaches only
-the weights of that carrier; the gradient of all other text reaches everything else (Cloud et al. 2024,
-arXiv 2410.04332, with masks on weights instead of activations).
+the weights of that carrier; that of other text reaches everything, or everything but the carriers (Cloud et
+al. 2024, arXiv 2410.04332, with masks on weights instead of activations).
 """
 
 from __future__ import annotations
@@ -36,11 +36,15 @@ class RoutingSpec:
             earlier ones left.
         switched_off: Share of the rows of other text that run without any carrier (their weights are 0), so
             that the language does not come to need them.
+        quiet_carriers: Whether the rest of the other text trains the carriers too, so that they learn to be
+            quiet there. If not, the loss of other text rises by what they say on it, and all other weights
+            learn to work against them, which also hinders what is planted.
         seed: Seed of both draws.
     """
 
     carriers: tuple[str, ...] = ("neurons=40", "neurons=40", "neurons=40", "neurons=40")
     switched_off: float = 0.5
+    quiet_carriers: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -86,9 +90,11 @@ class Part:
     Attributes:
         places: Their places in the batch.
         first: The first position whose next token is in the loss.
-        trains: Parameters that the rows train by name, True where; None for all outside every carrier.
+        trains: Parameters that the rows train by name, True where; None for all, or all outside every
+            carrier.
         carriers: The weights of all carriers, True where.
         off: Whether the carriers are switched off.
+        everything: Whether the rows train the carriers and all else.
     """
 
     places: list[int]
@@ -96,6 +102,7 @@ class Part:
     trains: dict[str, Tensor] | None
     carriers: dict[str, Tensor]
     off: bool = False
+    everything: bool = False
 
     def switched_off(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the carriers' parameters with 0 for the carriers' weights, if they are switched off."""
@@ -105,6 +112,8 @@ class Part:
 
     def masked(self, name: str, gradient: Tensor) -> Tensor:
         """Return the gradient of a parameter where the rows train it, and 0 elsewhere."""
+        if self.everything:
+            return gradient
         if self.trains is not None:
             return gradient * self.trains[name]
         return gradient.masked_fill(self.carriers[name], 0) if name in self.carriers else gradient
@@ -161,4 +170,5 @@ class Routes:
         for is_off in (False, True):
             places = other[off == is_off].tolist()
             if places:
-                yield Part(places, 0, None, self.every, is_off)
+                everything = self.spec.quiet_carriers and not is_off
+                yield Part(places, 0, None, self.every, is_off, everything)
