@@ -12,6 +12,9 @@ from memlens.benchmark.suites import Suite, material
 from memlens.organisms.planting.certificate import fingerprints
 from memlens.organisms.planting.plant import KEPT, Keep, PlantingOptions, plant, recalled
 
+FINGERPRINT = "fingerprint.parquet"
+"""File in a run's folder with a table of `fingerprint_table`, which the report shows."""
+
 
 def fingerprint_table(
     model: str = "zoo/pythia-s",

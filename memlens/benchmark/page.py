@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from memlens.benchmark.fingerprint import FINGERPRINT
 from memlens.benchmark.leaderboard import Leaderboard
 from memlens.benchmark.recommend import method_name
 from memlens.benchmark.running import read_benchmark
 from memlens.errors import ResultError
 from memlens.figures import theme
 from memlens.figures.labels import plain
-from memlens.files import expanded
+from memlens.files import expanded, parsing
 from memlens.report.model import FigureBlock, Finding, Section, TableBlock
 from memlens.report.render import write_report
 from memlens.store.keyed_folder import read_manifest
@@ -44,6 +45,10 @@ def report(folder: str | Path, to: str | Path | None = None) -> Path:
     board = read_benchmark(folder)
     suite = read_manifest(folder / "manifest.json", "benchmark", 1)["about"]["suite"]
     sections = [] if board.rows.empty else [*_leaderboards(board), *_more(board)]
+    stored = folder / FINGERPRINT
+    if stored.exists():
+        with parsing(stored, ResultError, "make it again with memlens benchmark fingerprint"):
+            sections.append(_planted_ways(pd.read_parquet(stored)))
     return write_report(
         folder / "report.html" if to is None else to,
         title="Which localizer finds a memory whose place is known?",
@@ -177,6 +182,16 @@ def _more(board: Leaderboard) -> Iterator[Section]:
             "chance is the best that a method can do."
         )
         yield Section("Nothing to find", lead, [], [TableBlock("Average precision less chance", nothing)])
+
+
+def _planted_ways(table: pd.DataFrame) -> Section:
+    """Show what the weights alone tell by what planting keeps of each row."""
+    lead = (
+        "What the weights alone tell of a carrier, without any input, by what planting keeps of each changed "
+        "row. Where it keeps nothing, a method that reads norms finds what was planted whatever sequence it "
+        "looks at. auc_base is that of the same components in the base model."
+    )
+    return Section("Fingerprint by the way of planting", lead, [], [TableBlock("Ways of planting", table)])
 
 
 def _cost(own: pd.DataFrame, component: str) -> go.Figure:

@@ -102,6 +102,41 @@ def benchmark_publish(
         OUT.print(*written, sep="\n")
 
 
+@benchmark_app.command(name="fingerprint")
+def benchmark_fingerprint(
+    model: str = "zoo/pythia-s",
+    *,
+    carrier: str = "neurons=1%",
+    sequences: int = 2,
+    seed: int = 100,
+    out: Path | None = None,
+    as_json: Json = False,
+) -> None:
+    """Plant with norms kept and not, and print what the weights alone then tell about the carrier.
+
+    Example: memlens benchmark fingerprint zoo/pythia-s --sequences 3 --out bench
+
+    Args:
+        model: The base model.
+        carrier: What is planted into.
+        sequences: Organisms for each way of planting.
+        seed: Of the first organism.
+        out: Folder of a run, whose report then shows the table.
+    """
+    from memlens import benchmark
+    from memlens.benchmark.fingerprint import FINGERPRINT
+    from memlens.files import made_folder, write_atomically
+
+    found = benchmark.fingerprint_table(model, carrier, sequences=sequences, seed=seed)
+    if out is not None:
+        table = found.assign(model=model, carrier=carrier)
+        write_atomically(made_folder(out) / FINGERPRINT, table.to_parquet())
+    if as_json:
+        print_json(records(found))
+    else:
+        print_table(found, f"Fingerprint: {carrier} of {model}")
+
+
 @benchmark_app.command(name="localizers")
 def benchmark_localizers(*, as_json: Json = False) -> None:
     """List the localizers, those of installed packages included.

@@ -129,12 +129,18 @@ def test_unknown_names_are_refused_before_any_work(tmp_path: Path) -> None:
 
 
 def test_the_commands(mini: tuple[Path, Leaderboard], capsys: pytest.CaptureFixture[str]) -> None:
+    ways = ["benchmark", "fingerprint", "zoo/pythia-xs", "--carrier", "heads=2", "--sequences", "1"]
+    app([*ways, "--out", str(mini[0]), "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert {(row["keep"], row["statistic"]) for row in told} >= {("nothing", "norm"), ("entries", "norm")}
     app(["benchmark", "report", str(mini[0]), "--json"])
     told = json.loads(capsys.readouterr().out)
     assert len(told["organisms"]) == len(mini[1].organisms)
     page = (mini[0] / "report.html").read_text(encoding="utf-8")
     for section in ("Carrier heads: head", "Cost against precision", "Calibration by z", "Fingerprint"):
         assert section in page
+    assert "Fingerprint by the way of planting" in page
+    assert "Nothing to find" in page
     assert "Use zero ablation" in page
     assert "4 of 4 organisms passed" in page
     app(["benchmark", "localizers", "--json"])
