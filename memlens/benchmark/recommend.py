@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from memlens.benchmark.over_organisms import FEWEST_PAIRS
 from memlens.errors import OptionError
 from memlens.organisms.planting.carriers import ComponentKind
 from memlens.results.statistics.estimates import Estimate
@@ -111,8 +112,8 @@ class Known:
         return method_name(self.localizer, self.variant)
 
     def __str__(self) -> str:
-        where = f"organisms of {self.family}" if self.family else "organisms of all families"
         found = self.recall_at_k
+        where = f"{found.n} organisms of {self.family or 'all families'}"
         interval = f" [{100 * found.low:.0f}, {100 * found.high:.0f}]" if found.known else ""
         return (
             f"{self.method} finds {100 * found.value:.0f} %{interval} of planted {_WORDS[self.component]} "
@@ -201,17 +202,19 @@ def affordable(component: ComponentKind, most_forwards: float, *, family: str | 
     """Return the best method for a kind of component that costs at most so many forward passes.
 
     The method of highest average precision among those that are not controls and need no twin. The passes on
-    other sequences that a variant needs are not counted. None if no method is known to be so cheap.
+    other sequences that a variant needs are not counted. None if no method is known to be so cheap. Of few
+    organisms the best of many methods is often the luckiest, so a family decides only where it has at least
+    `FEWEST_PAIRS` organisms.
 
     Args:
         component: The kind of component.
         most_forwards: In forward passes of the sequences.
-        family: Of the model; all by default, and where it was not measured.
+        family: Of the model; all by default, and where it has too few organisms.
     """
     table = _leaderboard()
     fair = ~table["control"] & ~table["twin"] & (table["forwards"] <= most_forwards)
     own: Any = table[fair & (table["component"] == component)]
-    rows = own[own["family"] == family]
+    rows = own[(own["family"] == family) & (own["n"] >= FEWEST_PAIRS)]
     rows = rows if len(rows) else own[own["family"] == ""]
     return None if rows.empty else _known(rows.loc[rows["average_precision"].idxmax()].to_dict())
 

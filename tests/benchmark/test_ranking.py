@@ -64,7 +64,7 @@ def test_what_is_known_of_a_method() -> None:
     assert recommend.what_is_known("tea leaves").endswith("has not measured tea leaves on heads.")
     words = recommend.what_is_known("zero ablation", "z-scored", "head", "pythia")
     assert words.startswith("In the localization benchmark zero ablation, z-scored finds ")
-    assert "on organisms of pythia (chance" in words
+    assert "on 2 organisms of pythia (chance" in words
 
 
 def table(**columns: Any) -> pd.DataFrame:
@@ -108,6 +108,10 @@ def test_a_published_run_is_what_is_known(
         assert cheap is not None
         assert cheap.method == "good, z-scored"
         assert recommend.affordable("head", 1.9) is None
+        assert str(recommend.affordable("head", 2.0, family="pythia")).count("6 organisms of pythia") == 1
+        assert "12 organisms of all families" in str(cheap)
+        monkeypatch.setattr(recommend, "FEWEST_PAIRS", 7)
+        assert str(recommend.affordable("head", 2.0, family="pythia")) == str(cheap)
     finally:
         recommend._leaderboard.cache_clear()
     text = page.read_text()
