@@ -33,8 +33,8 @@ class LocalizeOptions:
     ranked_sequences: PositiveInt = 8
     """Most memorized sequences by which components are ranked with the benchmark's best method."""
     most_forwards: NonNegativeFloat = 400
-    """Most that this method may cost, in forward passes of the sequences of a zoo model; a larger model has more
-    components, and exact methods need more passes there."""
+    """Most that this method may cost, in forward passes of the sequences of a zoo model; a larger model has
+    more components, and exact methods need more passes there."""
     explored_memorized: NonNegativeInt = 4
     """Memorized sequences in the report's explorer, which is left out with 0 of these and of the controls."""
     explored_controls: NonNegativeInt = 2
