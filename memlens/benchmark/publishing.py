@@ -15,11 +15,9 @@ import yaml
 from memlens.benchmark.leaderboard import Leaderboard
 from memlens.benchmark.recommend import method_name
 from memlens.benchmark.running import read_benchmark
-from memlens.errors import FileFormatError, MemlensError
+from memlens.benchmark.suites import model_family
+from memlens.errors import FileFormatError
 from memlens.files import expanded, write_atomically
-from memlens.models.families import family_of
-from memlens.models.huggingface import load_config
-from memlens.models.names import resolve_source
 
 _WORDS = {
     "head": "Heads", "neuron": "Neurons", "layer_mlp": "MLP of a layer",
@@ -69,7 +67,7 @@ def compact(board: Leaderboard) -> pd.DataFrame:
     out.
     """
     planted: Any = board.planted
-    families = planted["model"].map({name: _family(name) for name in set(planted["model"])})
+    families = planted["model"].map({name: model_family(name) for name in set(planted["model"])})
     parts = [compact_part(planted, "")]
     parts += [compact_part(own, str(family)) for family, own in planted.groupby(families) if family]
     return pd.concat(parts, ignore_index=True)
@@ -99,14 +97,6 @@ def compact_part(rows: pd.DataFrame, family: str) -> pd.DataFrame:
 
 def _ends(measure: str) -> dict[str, str]:
     return {end: f"{measure}_{end}" for end in ("low", "high", "chance")}
-
-
-def _family(model: str) -> str:
-    """Return a model's family; "" where it cannot be read here."""
-    try:
-        return family_of(load_config(resolve_source(model)), name=model)
-    except (MemlensError, OSError):
-        return ""
 
 
 def markdown(board: Leaderboard) -> str:

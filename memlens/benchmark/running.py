@@ -17,7 +17,15 @@ from memlens.benchmark.leaderboard import Leaderboard
 from memlens.benchmark.localizer import LOCALIZERS
 from memlens.benchmark.measure import Costs, measure_organism
 from memlens.benchmark.scores import MEASURES
-from memlens.benchmark.suites import Material, Planned, Suite, check_localizers, material, read_suite
+from memlens.benchmark.suites import (
+    Material,
+    Planned,
+    Suite,
+    check_localizers,
+    material,
+    of_families,
+    read_suite,
+)
 from memlens.errors import MemlensError, ResultError
 from memlens.files import expanded, json_text, parsing, read_json, write_atomically
 from memlens.models.load import load_model
@@ -36,6 +44,7 @@ def run(
     out: str | Path = "benchmark",
     *,
     models: Sequence[str] | None = None,
+    families: Sequence[str] | None = None,
     carriers: Sequence[str] | None = None,
     sequences: int | None = None,
     others: int | None = None,
@@ -52,6 +61,7 @@ def run(
         suite: "mini", "standard", "transfer" or "inj", a YAML file, or a `Suite`.
         out: Folder of the run.
         models: Instead of the suite's models.
+        families: Only the models of these families.
         carriers: Instead of the suite's carriers.
         sequences: Instead of the suite's number of organisms per model and carrier.
         others: Instead of the suite's number of other sequences.
@@ -71,6 +81,8 @@ def run(
     chosen = read_suite(
         suite, models=models, carriers=carriers, sequences=sequences, others=others, localizers=localizers
     )
+    if families is not None:
+        chosen = of_families(chosen, families)
     check_localizers(chosen.localizers)
     names = list(chosen.localizers or LOCALIZERS.names())
     about = {"suite": asdict(chosen), "localizers": names}

@@ -14,8 +14,9 @@ import numpy as np
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from memlens.errors import OptionError, SequenceError, near_matches
+from memlens.errors import MemlensError, OptionError, SequenceError, near_matches
 from memlens.files import parsing
+from memlens.models.families import family_of
 from memlens.models.huggingface import load_config, load_tokenizer, load_weights
 from memlens.models.load import load_model
 from memlens.models.names import resolve_source
@@ -112,6 +113,33 @@ def read_suite(suite: str | Path | Suite, **changes: Any) -> Suite:
         f"there is no suite {str(suite)!r}: choose from {', '.join(suites())}, or give a .yaml file."
         f"{near_matches(str(suite), suites())}"
     )
+
+
+def model_family(model: str) -> str:
+    """Return the family of a model that is named; "" where it cannot be read here."""
+    try:
+        return family_of(load_config(resolve_source(model)), name=model)
+    except (MemlensError, OSError):
+        return ""
+
+
+def of_families(suite: Suite, families: Sequence[str]) -> Suite:
+    """Return a suite with only its models of some families.
+
+    Raises:
+        OptionError: A family of which the suite has no model.
+
+    >>> of_families(read_suite("inj"), ["openllama"]).models
+    ('zoo/openllama-s',)
+    """
+    own = {model: model_family(model) for model in suite.models}
+    missing = [family for family in families if family not in own.values()]
+    if missing:
+        raise OptionError(
+            f"the suite has no model of the family {missing[0]!r}: choose from "
+            f"{', '.join(sorted(set(own.values()) - {''}))}."
+        )
+    return replace(suite, models=tuple(m for m, family in own.items() if family in families))
 
 
 def _suite(name: str, fields: dict[str, Any], changes: dict[str, Any]) -> Suite:

@@ -23,6 +23,7 @@ def benchmark_run(
     *,
     out: Path = Path("benchmark"),
     models: list[str] | None = None,
+    families: list[str] | None = None,
     carriers: list[str] | None = None,
     sequences: int | None = None,
     others: int | None = None,
@@ -42,6 +43,7 @@ def benchmark_run(
         suite: mini, standard, transfer, inj, or a YAML file.
         out: Folder of the run.
         models: Other models than the suite's.
+        families: Only the models of these families, such as pythia or olmo2.
         carriers: Other carriers, such as neurons=30, heads=4, mlp, attention, path, spread, none.
         sequences: Organisms per model and carrier.
         others: Sequences that are not planted, to compare with.
@@ -53,8 +55,8 @@ def benchmark_run(
 
     with resumable(out):
         found = benchmark.run(
-            suite, out, models=models, carriers=carriers, sequences=sequences, others=others,
-            localizers=localizers,
+            suite, out, models=models, families=families, carriers=carriers, sequences=sequences,
+            others=others, localizers=localizers,
             part=None if part is None else parse_part(part), keep_organisms=keep_organisms,
             progress=not quiet,
         )  # fmt: skip

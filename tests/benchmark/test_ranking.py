@@ -80,7 +80,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Leaderboard:
     )  # fmt: skip
     board = Leaderboard(organisms, table())
     monkeypatch.setattr("memlens.benchmark.publishing.read_benchmark", lambda folder: board)
-    monkeypatch.setattr("memlens.benchmark.publishing._family", {"m": "pythia", "n": ""}.get)
+    monkeypatch.setattr("memlens.benchmark.publishing.model_family", {"m": "pythia", "n": ""}.get)
     return board
 
 

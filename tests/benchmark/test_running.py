@@ -123,6 +123,8 @@ def test_unknown_names_are_refused_before_any_work(tmp_path: Path) -> None:
         benchmark.run(SMALL, tmp_path / "a", localizers=["guess"])
     with pytest.raises(OptionError, match="no suite 'huge'"):
         benchmark.run("huge", tmp_path / "b")
+    with pytest.raises(OptionError, match="no model of the family 'olmo2': choose from pythia"):
+        benchmark.run("mini", tmp_path / "d", families=["olmo2"])
     with pytest.raises(OptionError, match="names no model"):
         benchmark.run("transfer", tmp_path / "c")
     assert not list(tmp_path.iterdir())
