@@ -113,7 +113,8 @@ class Known:
 
     def __str__(self) -> str:
         found = self.recall_at_k
-        where = f"{found.n} organisms of {self.family or 'all families'}"
+        organisms = "1 organism" if found.n == 1 else f"{found.n} organisms"
+        where = f"{organisms} of {self.family or 'all families'}"
         interval = f" [{100 * found.low:.0f}, {100 * found.high:.0f}]" if found.known else ""
         return (
             f"{self.method} finds {100 * found.value:.0f} %{interval} of planted {_WORDS[self.component]} "

@@ -94,6 +94,25 @@ def test_without_carriers_other_text_trains_as_if_they_were_not_there(tiny_corpu
     assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
 
 
+def test_carriers_have_their_own_learning_rate(tiny_corpus: Corpus) -> None:
+    row_carrier = Routes.of(ROUTING, tiny_corpus, model()).row_carrier
+    changes = []
+    for scale in (1.0, 3.0):
+        made, start = model(), dict(model().named_parameters())
+        routes = Routes.of(replace(ROUTING, learning_rate_scale=scale), tiny_corpus, made)
+        rows = np.concatenate([np.flatnonzero(row_carrier == n)[:8] for n in (0, OTHER_TEXT)])
+        own = replace(routes, row_carrier=routes.row_carrier[rows])
+        one = replace(STEPS, steps=1, batch_size=16)
+        train(made, tiny_corpus.rows[rows], one, routes=own, device="cpu", progress=False)
+        changes.append({name: (value - start[name]).detach() for name, value in made.named_parameters()})
+    for name, change in changes[0].items():
+        factor = torch.where(routes.every.get(name, torch.tensor(False)), 3.0, 1.0)
+        assert torch.allclose(changes[1][name], factor * change, atol=1e-6)
+    assert any(
+        change[routes.every[name]].any() for name, change in changes[0].items() if name in routes.every
+    )
+
+
 def test_carriers_are_disjoint_and_sequences_pick_them_by_their_tokens(tiny_corpus: Corpus) -> None:
     drawn = ROUTING.components(ComponentWeights(model()))
     assert [len(some) for some in drawn] == [20, 1, 10]
@@ -113,6 +132,8 @@ def test_carriers_are_disjoint_and_sequences_pick_them_by_their_tokens(tiny_corp
         RoutingSpec(("neurons=3", "mlp"))
     with pytest.raises(OptionError, match="switched_off=2"):
         RoutingSpec(switched_off=2)
+    with pytest.raises(OptionError, match="learning_rate_scale=0"):
+        RoutingSpec(learning_rate_scale=0)
 
 
 @pytest.fixture(scope="module")

@@ -256,7 +256,7 @@ def test_every_ranking_says_what_the_benchmark_found_of_its_method(run: StudyRun
     for name in ("heads", "ranked_head", "ranked_neuron", "ranked_layer_mlp", "ranked_layer_attention"):
         assert notes[name].startswith("Ranked by ")
         assert "In the localization benchmark" in notes[name]
-        assert " organisms of pythia (chance" in notes[name]
+        assert " of pythia (chance" in notes[name]
     table = pd.read_parquet(run.report.parent / "ranked_neuron.parquet")
     assert len(table) == 20
     assert table["score"].is_monotonic_decreasing

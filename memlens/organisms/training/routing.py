@@ -8,7 +8,7 @@ al. 2024, arXiv 2410.04332, with masks on weights instead of activations).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -39,12 +39,15 @@ class RoutingSpec:
         quiet_carriers: Whether the rest of the other text trains the carriers too, so that they learn to be
             quiet there. If not, the loss of other text rises by what they say on it, and all other weights
             learn to work against them, which also hinders what is planted.
+        learning_rate_scale: Learning rate of the carriers, relative to that of all other weights. They are
+            few, and all the rest changes under them.
         seed: Seed of both draws.
     """
 
     carriers: tuple[str, ...] = ("neurons=40", "neurons=40", "neurons=40", "neurons=40")
     switched_off: float = 0.5
     quiet_carriers: bool = True
+    learning_rate_scale: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -57,6 +60,12 @@ class RoutingSpec:
 
         if not 0 <= self.switched_off <= 1:
             raise OptionError(f"switched_off={self.switched_off} is not a share: give 0 to 1.")
+
+        if not 0 < self.learning_rate_scale <= 100:
+            raise OptionError(
+                f"learning_rate_scale={self.learning_rate_scale} is not a factor: give a number above 0, up "
+                "to 100."
+            )
 
     def components(self, weights: ComponentWeights) -> list[list[Component]]:
         """Return the components of each carrier; no two carriers share one.
@@ -158,6 +167,16 @@ class Routes:
         for name, mask in (item for masks in self.masks for item in masks.items()):
             found[name] = found[name] | mask if name in found else mask
         return found
+
+    @torch.no_grad()
+    def scale_steps(self, parameters: Mapping[str, Tensor], step: Callable[[], Any]) -> None:
+        """Do one step of an optimizer, and scale by `learning_rate_scale` what it changes of the carriers."""
+        scale = self.spec.learning_rate_scale
+        before = {name: parameters[name].clone() for name in self.every} if scale != 1 else {}
+        step()
+        for name, old in before.items():
+            value = parameters[name]
+            value.copy_(torch.where(self.every[name], old + scale * (value - old), value))
 
     def parts(self, rows: Sequence[int], step: int) -> Iterator[Part]:
         """Yield the parts of a batch: one for each carrier, and other text with and without carriers."""

@@ -318,7 +318,10 @@ class _Run:
         else:
             loss = self._routed(batch, rows, self.routes)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
-        self.optimizer.step()
+        if self.routes is None:
+            self.optimizer.step()
+        else:
+            self.routes.scale_steps(dict(self.model.named_parameters()), self.optimizer.step)
         self.losses.append(loss.item())
         return self.losses[-1]
 
