@@ -14,7 +14,7 @@ from memlens.sequences.set import SequenceSet
 _CPU_BYTES = 2**30
 _FREE_SHARE = 0.4
 
-# Larger portions are slower on a CPU, since they leave its caches, and take more memory.
+# From 1,024 to 4,096 positions are equally fast on a CPU (docs/benchmarks.md); more leave its caches.
 _CPU_POSITIONS = 2048
 _CPU_UNEMBEDDED = 256
 _CPU_REDUCED = 16

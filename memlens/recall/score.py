@@ -149,7 +149,8 @@ def score_recall(
     Args:
         model: A TransformerLens model. Hooks set on it act as in any of its forward passes.
         seqs: The sequences; first checked against the model's vocabulary and context.
-        batch_size: Sequences per forward pass; by default as many as the memory budget allows.
+        batch_size: Sequences per forward pass; by default as many as the memory budget allows, on a CPU no
+            more than are fastest (2,048 positions; decoding goes by the budget alone).
         generate: Decode the sequences with an error, for M.
         ban_eos: Never emit the end-of-text token, as in decoding with a minimum length: its logit counts as
             minus infinity in every number.
