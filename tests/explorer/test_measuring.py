@@ -93,6 +93,25 @@ def test_numbers_and_text_under_edits_are_those_of_plain_forwards(
         assert sorted(view.attention) == [(a, b) for a in range(len(view.head_effects)) for b in range(4)]
 
 
+def test_effects_of_mlps_and_bypasses_are_those_of_plain_forwards(tiny_model: Callable[..., Any]) -> None:
+    model, seqs = tiny_model("llama", "bridge"), ragged(2).first_targets(5)
+    found = explore_sequences(model, seqs, ExploreOptions(top_heads=1), progress=False)
+    for ids, p, view in zip(seqs.rows(), seqs.prefix_len.tolist(), found.views, strict=True):
+
+        def mean_logprob(hooks: Hooks, ids: list[int] = ids, p: int = p) -> float:
+            with torch.no_grad():
+                logprobs = model.run_with_hooks(torch.tensor([ids]), fwd_hooks=hooks)[0].log_softmax(-1)
+            return float(logprobs[range(p - 1, len(ids) - 1), ids[p:]].mean())
+
+        layers = range(len(view.mlp_effects))
+        off = [[(f"blocks.{layer}.hook_mlp_out", lambda x, hook: 0 * x)] for layer in layers]
+        mlps = [mean_logprob(hooks) - mean_logprob([]) for hooks in off]
+        bypasses = [mean_logprob(bypass(model, layer)) - mean_logprob([]) for layer in layers]
+        assert np.allclose(view.mlp_effects, mlps, atol=1e-4)
+        assert np.allclose(view.bypass_effects, bypasses, atol=1e-4)
+        assert not np.allclose(mlps, bypasses, atol=0.01)
+
+
 def test_edits_act_together_and_leave_nothing_behind(tiny_model: Callable[..., Any]) -> None:
     model, seqs = tiny_model("llama_gqa", "bridge"), ragged(2)
     before = model(seqs.tokens)

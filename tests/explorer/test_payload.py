@@ -38,6 +38,7 @@ def test_everything_comes_back_from_the_payload() -> None:
     assert np.abs(sixteen(found["lens_probability"]) / 65535 - one.lens_probability.ravel()).max() < 1e-5
     assert sixteen(found["lens_rank"]).tolist() == np.minimum(one.lens_rank, 65535).ravel().tolist()
     assert np.allclose(found["heads"], one.head_effects, rtol=1e-3)
+    assert np.allclose(found["mlp"], one.mlp_effects, rtol=1e-3)
     assert np.allclose(found["bypass"], one.bypass_effects, rtol=1e-3)
     for stored, given in zip(
         [found["as_it_is"], *found["edited"]], [one.continuation, *one.edited], strict=True
