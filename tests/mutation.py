@@ -29,7 +29,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -48,20 +48,13 @@ TESTS = {
     "memlens/results/statistics": ["results", "recall/test_sampling.py"],
     "memlens/recall": ["recall", "studies/test_pairing.py"],
     "memlens/sequences/readers": ["sequences", "recall/test_memorized_set.py"],
-    "memlens/forward": [
-        *("forward", "models/test_loading.py", "recall/test_likelihood.py", "recall/test_score.py", "store"),
-        *(
-            f"instruments/test_{name}.py"
-            for name in ("bounds", "fast_equals_reference", "neurons", "patching")
-        ),
-        *(f"sweeps/test_{name}.py" for name in ("engine", "observed", "precision", "silent")),
-    ],
+    "memlens/forward": ["forward", "recall/test_score.py", "sweeps/test_engine.py"],
     "memlens/store": ["store", "sweeps/test_shards.py"],
 }
 """The tests of each package, besides its docstrings' examples. Slow ones are left out."""
 TEXT = ("warn", "debug", "info", "warning", "error", "exception")
 """Functions of which the arguments are text for people."""
-OPTIONS = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--no-header", "--tb=no", "--assert=plain"]
+OPTIONS = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "--no-header", "--tb=no", "--assert=plain"]
 MOST_SECONDS = 30.0
 """Of tests for one mutant, as the unchanged code takes."""
 MOST_MEMORY = 12 * 2**30
@@ -111,10 +104,14 @@ class _Finder(cst.CSTVisitor):
         return True
 
 
+def _python_files(path: Path, pattern: str = "*.py") -> list[Path]:
+    return sorted(path.rglob(pattern)) if path.is_dir() else [path]
+
+
 def mutants(package: str, n: int, seed: int) -> tuple[list[Mutant], int]:
     """Return `n` mutants drawn from all of a package, and how many there are."""
     found: list[tuple[Path, cst.Module, cst.CSTNode, cst.CSTNode]] = []
-    for path in sorted((ROOT / package).rglob("*.py")):
+    for path in _python_files(ROOT / package):
         module, finder = cst.parse_module(path.read_text()), _Finder()
         module.visit(finder)
         found += [(path, module, *pair) for pair in finder.found]
@@ -191,9 +188,9 @@ def _in_fork(work: Callable[[], int], seconds: float) -> int:
     return -1
 
 
-def _pytest(tests: list[str], plugins: list[Any] | None = None) -> int:
+def _pytest(*args: str, plugins: Sequence[object] = ()) -> int:
     with tempfile.TemporaryDirectory() as place:
-        return int(pytest.main([*OPTIONS, f"--basetemp={place}/t", *tests], plugins=plugins))
+        return int(pytest.main([*OPTIONS, f"--basetemp={place}/t", *args], plugins=plugins))
 
 
 class _Recorder:
@@ -228,14 +225,14 @@ class _Recorder:
 def _record(package: str, tests: str) -> dict[str, Any]:
     """Return the `seconds` of each test in a file and the tests of each line (`lines`); kept for later."""
     state = hashlib.sha256(str(OPTIONS).encode())
-    for path in [ROOT / tests, *sorted((ROOT / package).rglob("*.py"))]:
+    for path in [*_python_files(ROOT / tests), *_python_files(ROOT / package)]:
         state.update(path.read_bytes())
     kept = Path(tempfile.gettempdir()) / "memlens-mutation" / f"{state.hexdigest()[:24]}.json"
 
     def run() -> int:
         recorder = _Recorder(package)
         recorder.coverage.start()
-        _pytest([tests], [recorder])
+        _pytest(tests, plugins=[recorder])
         recorder.coverage.stop()
         kept.parent.mkdir(exist_ok=True)
         kept.write_text(json.dumps({"seconds": recorder.seconds, "lines": recorder.lines()}))
@@ -261,16 +258,17 @@ class Tests:
     """What is known about the tests of a package."""
 
     def __init__(self, package: str) -> None:
-        files = [path for name in TESTS[package] for path in _test_files(ROOT / "tests" / name)]
-        files += sorted((ROOT / package).rglob("*.py"))
+        files = [
+            path for name in TESTS[package] for path in _python_files(ROOT / "tests" / name, "test_*.py")
+        ]
         self.seconds: dict[str, float] = {}
         self.lines: dict[str, dict[int, list[str]]] = {}
-        for file in files:
-            found = _record(package, str(file.relative_to(ROOT)))
+        for tests in [*(str(file.relative_to(ROOT)) for file in files), package]:
+            found = _record(package, tests)
             self.seconds.update(found["seconds"])
             for path, lines in found["lines"].items():
-                for line, tests in lines.items():
-                    self.lines.setdefault(path, {}).setdefault(int(line), []).extend(tests)
+                for line, names in lines.items():
+                    self.lines.setdefault(path, {}).setdefault(int(line), []).extend(names)
 
     def of(self, mutant: Mutant) -> list[str]:
         """Return the tests that execute the changed lines, fastest first, at most `MOST_SECONDS` of them."""
@@ -284,17 +282,13 @@ class Tests:
         return []
 
 
-def _test_files(path: Path) -> list[Path]:
-    return sorted(path.rglob("test_*.py")) if path.is_dir() else [path]
-
-
 def is_caught(mutant: Mutant, tests: Tests) -> bool:
     """Return whether a test fails, does not end, or cannot be run any more."""
     chosen = tests.of(mutant)
 
     def run() -> int:
         sys.meta_path.insert(0, _Mutated(mutant))
-        return _pytest(chosen)
+        return _pytest("-x", *chosen)
 
     return bool(chosen) and _in_fork(run, 30 + 5 * sum(tests.seconds[test] for test in chosen)) != 0
 
