@@ -47,7 +47,7 @@ ROOT = Path(__file__).parent.parent
 TESTS = {
     "memlens/results/statistics": ["results", "recall/test_sampling.py"],
     "memlens/recall": ["recall", "studies/test_pairing.py"],
-    "memlens/sequences/readers": ["sequences", "recall/test_memorized_set.py"],
+    "memlens/sequences/readers": ["sequences"],
     "memlens/forward": ["forward", "recall/test_score.py", "sweeps/test_engine.py"],
     "memlens/store": ["store", "sweeps/test_shards.py"],
 }
@@ -282,15 +282,17 @@ class Tests:
         return []
 
 
-def is_caught(mutant: Mutant, tests: Tests) -> bool:
-    """Return whether a test fails, does not end, or cannot be run any more."""
+def tried(mutant: Mutant, tests: Tests) -> str:
+    """Return "caught" where a test fails or none can run, "endless" where one does not end, or "SURVIVED"."""
     chosen = tests.of(mutant)
 
     def run() -> int:
         sys.meta_path.insert(0, _Mutated(mutant))
         return _pytest("-x", *chosen)
 
-    return bool(chosen) and _in_fork(run, 30 + 5 * sum(tests.seconds[test] for test in chosen)) != 0
+    most = MOST_SECONDS + 10 * sum(tests.seconds[test] for test in chosen)
+    code = _in_fork(run, 4 * most) if chosen else 0
+    return {0: "SURVIVED", -1: "endless"}.get(code, "caught")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -308,16 +310,17 @@ def main(args: list[str] | None = None) -> None:
     _import_libraries()
     tests = Tests(given.package)
     drawn, n_all = mutants(given.package, given.sample, given.seed)
-    tried = {k: mutant for k, mutant in enumerate(drawn) if given.only is None or k in given.only}
+    chosen = range(len(drawn)) if given.only is None else given.only
     n_caught = 0
-    for k, mutant in tried.items():
-        caught = is_caught(mutant, tests)
-        n_caught += caught
-        sys.stdout.write(f"{k} caught\n" if caught else f"{k} SURVIVED {mutant.path}\n{mutant.diff}\n")
+    for number in chosen:
+        mutant, outcome = drawn[number], tried(drawn[number], tests)
+        n_caught += outcome != "SURVIVED"
+        said = f" {mutant.path}\n{mutant.diff}" if outcome == "SURVIVED" else ""
+        sys.stdout.write(f"{number} {outcome}{said}\n")
         sys.stdout.flush()
-    low, high = proportion_confint(n_caught, len(tried), method="wilson")
-    sys.stdout.write(f"{given.package}: {n_caught} of {len(tried)} caught, of {n_all} mutants: ")
-    sys.stdout.write(f"{n_caught / len(tried):.0%} (95 % interval {low:.0%} to {high:.0%})\n")
+    low, high = proportion_confint(n_caught, len(chosen), method="wilson")
+    sys.stdout.write(f"{given.package}: {n_caught} of {len(chosen)} caught, of {n_all} mutants: ")
+    sys.stdout.write(f"{n_caught / len(chosen):.0%} (95 % interval {low:.0%} to {high:.0%})\n")
 
 
 if __name__ == "__main__":
