@@ -186,3 +186,18 @@ def test_wrong_records_and_options_are_named() -> None:
         fact_sequences(pd.DataFrame([record("s", "cat", "the [MASK] sat")]), tokenizer=byte_level())
     with pytest.raises(SequenceError, match="needs a tokenizer"):
         fact_sequences(frame)
+
+
+@pytest.mark.parametrize("missing", ["sub_label", "predicate_id"])
+def test_records_without_a_subject_or_a_relation_are_not_of_one_fact(missing: str) -> None:
+    rows = {
+        "masked_sentence": ["A lies in [MASK].", "B lies in [MASK]."],
+        "obj_label": ["Rome", "Oslo"],
+        "sub_label": ["A", "A"],
+        "predicate_id": ["P", "P"],
+    }
+    both = pd.DataFrame(rows)
+    with pytest.raises(EmptySetError, match="2 with several objects"):
+        load_sequences(both, tokenizer=byte_level())
+    for frame in (both.drop(columns=missing), both.assign(**{missing: ""})):
+        assert load_sequences(frame, tokenizer=byte_level()).table["ambiguous"].tolist() == [False, False]
