@@ -59,6 +59,10 @@ def in_a_nested_function(x: Any, hook: Any) -> Any:
     return (lambda: x * FACTOR)()
 
 
+def in_two_nested_functions(x: Any, hook: Any) -> Any:
+    return (lambda: x * FACTOR)(), (lambda: (lambda: x)())()
+
+
 class Slotted:
     __slots__ = ("factor",)
 
@@ -177,10 +181,11 @@ def test_made_anew_it_has_the_same_name(make: Any) -> None:
 
 def test_globals_count_also_through_another_function(monkeypatch: pytest.MonkeyPatch) -> None:
     before = fingerprint(calls_another)
-    nested = fingerprint(in_a_nested_function)
+    nested = [fingerprint(fn) for fn in (in_a_nested_function, in_two_nested_functions)]
     monkeypatch.setattr(f"{__name__}.FACTOR", 3)
     assert fingerprint(calls_another) != before
-    assert fingerprint(in_a_nested_function) != nested
+    assert fingerprint(in_a_nested_function) != nested[0]
+    assert fingerprint(in_two_nested_functions) != nested[1]
 
 
 def test_how_contents_lie_in_memory_does_not_count() -> None:

@@ -1,0 +1,76 @@
+"""What compares a model with itself sees small differences too, not only broken models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import memlens as ml
+from memlens.errors import UnsupportedModelError
+from memlens.forward.blocks import FunctionalBlocks
+from memlens.forward.check_model import check_model, record_reference
+from memlens.models.load import load_model
+from tests.small import ragged
+from tests.tiny import random_tokens
+
+Folder = Callable[[str], Path]
+
+
+def residuals(trunk: ml.Trunk, tokens: Tensor) -> dict[int, Tensor]:
+    found = {0: trunk.embed(tokens)}
+    for layer in range(trunk.n_layers):
+        found[layer + 1] = trunk.run(found[layer], layer, layer + 1)
+    return found
+
+
+@torch.no_grad()
+def test_blocks_that_are_off_by_a_ten_thousandth_are_not_used(
+    tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = ml.Trunk(load_model(tiny_folder("llama_gqa"), backend="bridge", device="cpu"))
+    right = residuals(trunk, random_tokens())
+    for layer in range(1, trunk.n_layers + 1):
+        wrong = {number: resid.clone() for number, resid in right.items()}
+        wrong[layer][1, 3, 5] += 1e-4 * wrong[layer].abs().max()
+        assert FunctionalBlocks.of(trunk, wrong) is None
+    plain = FunctionalBlocks.unembed
+    monkeypatch.setattr(FunctionalBlocks, "unembed", lambda self, resid: plain(self, resid) * (1 + 1e-4))
+    assert FunctionalBlocks.of(trunk, right) is None
+    monkeypatch.undo()
+    assert FunctionalBlocks.of(trunk, right) is not None
+    longer = residuals(trunk, random_tokens(length=30))
+    longer[2][0, 25, 0] += 1e-4 * longer[2].abs().max()
+    assert FunctionalBlocks.of(trunk, longer) is None  # positions that were not compared yet
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_bounds_are_refused_for_blocks_that_are_off_by_a_hundredth(
+    dtype: str, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = FunctionalBlocks.run
+    model = tiny_model("gpt_neox", "bridge")
+
+    def run(self: Any, layer: int, *args: Any, **options: Any) -> Tensor:
+        return plain(self, layer, *args, **options) * (1.01 if layer == 1 else 1)
+
+    monkeypatch.setattr(FunctionalBlocks, "run", run)
+    with pytest.raises(
+        UnsupportedModelError, match=r"block 1 does not compute what its weights say \(off by 0.01"
+    ):
+        ml.bypass.bounds(model, ragged(), dtype=dtype, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_that_is_off_by_a_hundredth_is_found(dtype: torch.dtype, tiny_folder: Folder) -> None:
+    model = load_model(tiny_folder("gpt_neox"), backend="bridge", dtype=dtype, device="cpu")
+    hf = AutoModelForCausalLM.from_pretrained(tiny_folder("gpt_neox"), dtype=dtype).eval()
+    assert check_model(model, reference=record_reference(hf, "gpt_neox"), layers=[0]).ok
+    hf.gpt_neox.layers[1].mlp.dense_4h_to_h.weight.data.mul_(1.01)
+    found = check_model(model, reference=record_reference(hf, "gpt_neox"), layers=[0])
+    assert [(check.name, check.layer) for check in found.failures] == [("logits", 1)]
