@@ -240,6 +240,30 @@ def test_figures(tiny_model: Any) -> None:
         result.plot(group="domain")
 
 
+def test_bounds_are_their_formulas(own_model: Any) -> None:
+    """B1 to B3, and B4 of a parallel block, from the hooks and weights of a HookedTransformer."""
+    model, seqs = own_model("gpt_neox", "hooked"), ml.SequenceSet.from_tokens([[5, 9, 2, 44, 9, 7, 30]], 3)
+    found = bounds(model, seqs)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(seqs.tokens)
+    for layer, block in enumerate(model.blocks):
+        norm, (pattern,) = block.ln1, cache["pattern", layer]
+        z = (cache["normalized", layer, "ln1"][0] * norm.w + norm.b).double()
+        products = block.attn.W_V.double() @ block.attn.W_O.double()
+        gains = torch.linalg.matrix_norm(products, ord=2)
+        apart = z[None] - pattern.double() @ z
+        between = (z[:, None] - z[None]).norm(dim=-1)
+        expected = {
+            "B1": (gains[:, None] * apart.norm(dim=-1)).sum(0),
+            "B2": between.tril().amax(1) * (gains[:, None] * (1 - pattern.diagonal(0, 1, 2))).sum(0),
+            "B3": torch.full((7,), 2 * z.shape[1] ** 0.5 * float(norm.w.abs().max()) * float(gains.sum())),
+            "B4": (apart @ products).sum(0).norm(dim=-1),
+        }
+        for name, limit in expected.items():
+            ours = found.limit.sel(bound=name, layer=layer).values[0]
+            np.testing.assert_allclose(ours, limit.detach().numpy(), rtol=1e-6, atol=1e-9, err_msg=name)
+
+
 def test_bad_input(tiny_folder: Any, tiny_model: Any) -> None:
     model = tiny_model("gpt_neox", "bridge")
     folded = ml.load_model(tiny_folder("gpt_neox"), backend="bridge", device="cpu", process_weights=True)

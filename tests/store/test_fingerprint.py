@@ -592,6 +592,20 @@ def test_what_modules_compute_with_counts(tiny_folder: Any) -> None:
     assert len(set(seen)) == 4
 
 
+@pytest.mark.parametrize(
+    "name", ["act", "act_fn", "activation", "activation_fn", "activation_func", "forward"]
+)
+def test_a_replaced_function_counts_by_any_of_its_names(name: str) -> None:
+    module = nn.Identity()
+    seen = [fingerprint(fingerprints._module_facts(module))]
+    for function in (torch.relu, torch.tanh, functools.partial(torch.clamp, min=0), Caching(1).__getstate__):
+        vars(module)[name] = function
+        seen.append(fingerprint(fingerprints._module_facts(module)))
+    assert len(set(seen)) == 5
+    vars(module)["another"] = torch.relu
+    assert fingerprint(fingerprints._module_facts(module)) == seen[-1]
+
+
 def test_rates_and_modes_count() -> None:
     modules = [nn.Dropout(p).train(training) for p in (0.0, 0.5) for training in (True, False)]
     assert len({fingerprint(fingerprints._module_facts(module)) for module in modules}) == 4
