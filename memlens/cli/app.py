@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from pathlib import Path
 
 from cyclopts import App, CycloptsError
@@ -87,14 +86,17 @@ def demo(
         seed: Seed of every random choice.
     """
     import memlens as ml
+    from memlens.studies.pilot import record_times
+    from memlens.studies.times import LOADING, Stopwatch
 
-    start = time.perf_counter()
-    model = ml.load_model("zoo/pythia-s")
-    sequences = ml.load_sequences("zoo", model)
+    watch = Stopwatch()
+    with watch.timed(LOADING):
+        model = ml.load_model("zoo/pythia-s")
+        sequences = ml.load_sequences("zoo", model)
     options = ml.studies.LocalizeOptions(max_sequences=32, max_patched=32, seed=seed)
     with resumable(out):
         run = ml.localize(model, sequences, out, options=options, command=command_line(), progress=not quiet)
-    print_run(run, time.perf_counter() - start, as_json=as_json)
+    print_run(run, record_times(out, watch.times), as_json=as_json)
 
 
 def score(

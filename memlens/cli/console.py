@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -68,19 +68,37 @@ def print_json(value: object) -> None:
     sys.stdout.write(json_text(value, indent=2) + "\n")
 
 
-def print_run(run: StudyRun, seconds: float, *, as_json: bool = False) -> None:
-    """Print a study's findings, failures and report; exit with 1 if a step failed."""
+def print_run(run: StudyRun, times: Sequence[Mapping[str, Any]], *, as_json: bool = False) -> None:
+    """Print a study's findings, failures, time and report; exit with 1 if a step failed."""
+    seconds = sum(entry["seconds"] for entry in times)
     if as_json:
         found = [asdict(finding) for finding in run.findings]
         print_json(
-            {"report": run.report, "seconds": seconds, "findings": found, "failures": dict(run.failures)}
+            {
+                "report": run.report,
+                "seconds": seconds,
+                "times": list(times),
+                "findings": found,
+                "failures": dict(run.failures),
+            }
         )
     else:
         _print_findings(run)
+        print_times(times, "Time")
         OUT.print(f"done in {seconds:.0f} s")
         OUT.print(f"report: {run.report}")
     if run.failures:
         raise SystemExit(1)
+
+
+def print_times(times: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Print what the steps of a study took or will take, with the sum in the last row."""
+    import pandas as pd
+
+    frame = pd.DataFrame(list(times)).set_index("step")
+    print_table(
+        pd.concat([frame, frame.sum().to_frame("together").T.rename_axis("step")]).reset_index(), title
+    )
 
 
 def _print_findings(run: StudyRun) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +19,15 @@ from memlens.cli.console import (
     print_json,
     print_run,
     print_table,
+    print_times,
     resumable,
 )
+from memlens.errors import OptionError
 from memlens.options import read_options
+from memlens.studies.pilot import plan_steps, record_times, save_plan
 from memlens.studies.plans import PlanTable
 from memlens.studies.registry import STUDIES, Call, Study
+from memlens.studies.times import READING
 
 run_app: App = App(name="run", help="Run a study and write its results and report to a folder.")
 
@@ -44,22 +48,22 @@ def study_command(study: Study) -> Any:
         quiet: Quiet = False,
         given: Any = None,
     ) -> None:
-        start = time.perf_counter()
         chosen = {
             **(read_options(options_file, study.options, check=True) if options_file else {}),
             **given["options"],
         }
         call = Call(where, study.options(**chosen), out, chosen, progress=not quiet)
         if plan:
-            print_plan(inputs.plan(call), as_json=as_json)
+            _plan(study, inputs, call, as_json=as_json)
             return
         if not resume:
             for part in study.keeps:
                 shutil.rmtree(call.folder / part, ignore_errors=True)
         with resumable(call.folder):
-            arguments = {"options": call.options, **inputs.read(call)}
+            with call.watch.timed(READING):
+                arguments = {"options": call.options, **inputs.read(call)}
             found = study(**arguments, out=call.folder, command=command_line(), progress=call.progress)
-        print_run(found, time.perf_counter() - start, as_json=as_json)
+        print_run(found, record_times(call.folder, call.watch.times), as_json=as_json)
 
     run.__annotations__ |= {"where": study.where, "inputs": study.inputs, "options": study.options}
     run.__doc__ = f"""{study.help}
@@ -71,10 +75,31 @@ def study_command(study: Study) -> Any:
     Args:
         out: Folder for results and report.
         options_file: YAML file with options of the study; options on the command line override it.
-        plan: Only print the estimated cost of the study.
+        plan: Only print the estimated time of each step, from two small runs, and the cost of the sweeps;
+            with --out, the run in that folder records it beside the time that it took.
         resume: Continue an earlier run in the folder, or start over.
     """
     return from_options(run)
+
+
+def _plan(study: Study, inputs: Any, call: Call, *, as_json: bool) -> None:
+    """Print what a study's steps would take, which is saved for the run, and what its sweeps would cost."""
+    call = replace(call, loaded={})
+    steps = plan_steps(study, inputs, call) if study.sizes else None
+    counted = inputs.plan(call)
+    if steps is None and counted is None:
+        raise OptionError("--plan is not available for this study: run it without.")
+    if steps is not None and call.out is not None:
+        save_plan(steps, call.folder)
+    if as_json:
+        print_json({**(counted.document if counted else {}), **(steps or {})})
+        return
+    if counted is not None:
+        print_plan(counted, as_json=False)
+    if steps is not None:
+        print_times(steps["steps"], "Time, estimated from two small runs of the study")
+        for note in steps["notes"]:
+            OUT.print(note)
 
 
 def print_plan(plan: PlanTable, *, as_json: bool) -> None:

@@ -35,7 +35,7 @@ _LOG = logging.getLogger(__name__)
 _FORMAT = "memlens run 1"
 SUFFIXES = {"results": ".nc", "tables": ".parquet", "figures": ".plotly.json", "explorers": ".explorer.json"}
 """The parts of `run.json` whose entries are files, each with the end of their names."""
-_NOTES = ("findings", "failures", "sections", "citations")
+_NOTES = ("findings", "failures", "sections", "citations", "times")
 
 
 def report_from_directory(path: str | Path, to: str | Path | None = None) -> Path:

@@ -153,6 +153,10 @@ class RunDirectory:
         """Record that a step failed; the report says so and shows the rest."""
         self._put("failures", {"step": step, "message": str(error)}, key="step")
 
+    def add_time(self, step: str, spent: Mapping[str, float]) -> None:
+        """Record what a step took: `seconds` by the clock, `cpu_seconds` of the processor."""
+        self._put("times", {"step": step, **spent}, key="step")
+
     def finish(self) -> Path:
         """Mark the run as finished, write `report.html` and return its path."""
         self._run["finished"] = True

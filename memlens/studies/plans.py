@@ -46,13 +46,14 @@ def blank_sequences(n: int, length: int, prefix_len: int) -> SequenceSet:
     return ml.SequenceSet.from_tokens(torch.zeros((n, length), dtype=torch.long), prefix_len)
 
 
-def plan_works(model: Any, works: Works, note: str = "") -> PlanTable:
+def plan_works(model: Any, works: Works, note: str = "", *, calibrate: bool = True) -> PlanTable:
     """Return what each sweep would cost on this machine.
 
     Args:
         model: A TransformerLens model.
         works: The sequences and interventions of each sweep, by its name.
         note: What the numbers leave out.
+        calibrate: Also estimate the seconds, from a few timed layers.
     """
     import pandas as pd
 
@@ -60,7 +61,8 @@ def plan_works(model: Any, works: Works, note: str = "") -> PlanTable:
 
     rows = []
     for name, (seqs, edits) in works.items():
-        cost = ml.plan(model, seqs, edits)
+        cost = ml.plan(model, seqs, edits, calibrate=calibrate)
+        seconds = {"seconds": cost.expected_seconds} if calibrate else {}
         rows.append(
             {
                 "work": name,
@@ -70,14 +72,16 @@ def plan_works(model: Any, works: Works, note: str = "") -> PlanTable:
                 "times_fewer": cost.reference_block_forwards / max(1, cost.block_forwards),
                 "gflop": (cost.block_flops + cost.unembed_flops) / 1e9,
                 "mib": cost.bytes / 2**20,
-                "seconds": cost.expected_seconds,
+                **seconds,
             }
         )
     frame = pd.DataFrame(rows)
-    total = f"together about {frame['seconds'].sum():,.0f} s on this machine" if rows else "nothing to run"
+    said = [] if rows else ["nothing to sweep"]
+    if rows and calibrate:
+        said.append(f"the sweeps together about {frame['seconds'].sum():,.0f} s here, nothing else included")
     return PlanTable(
         frame,
-        "Cost; 'times_fewer': than one full forward pass per intervention",
-        [total, *([note] if note else [])],
+        "Sweeps; 'times_fewer': than one full forward pass per intervention",
+        [*said, *filter(None, [note])],
         {"works": frame.to_dict("records"), "note": note},
     )

@@ -9,7 +9,7 @@ and `memlens run mine` is there. The module imports nothing heavy, so that help 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -22,8 +22,10 @@ from memlens.errors import OptionError
 from memlens.files import expanded
 from memlens.options import Flags, options_class
 from memlens.registry import Registry
+from memlens.studies.times import LOADING, Stopwatch
 
 if TYPE_CHECKING:
+    from memlens.studies.pilot import Pilot
     from memlens.studies.plans import PlanTable
     from memlens.studies.running import StudyRun
 
@@ -98,12 +100,23 @@ class SequenceChoice:
 
     def read(self, call: Call) -> dict[str, Any]:
         """Return the study's model and sequences."""
-        model = call.where.load()
+        model = call.load()
         return {"model": model, "sequences": self.load(model)}
 
-    def plan(self, call: Call) -> PlanTable:
-        """A study of another package does not know what it will cost."""
-        raise OptionError("--plan is not available for this study: run it without.")
+    def plan(self, call: Call) -> PlanTable | None:
+        """A study of another package counts nothing."""
+        return None
+
+    def pilot(self, call: Call, sizes: Sequence[str], number: int) -> Pilot | None:
+        """Return the study's arguments for a small run: a few of the sequences."""
+        from memlens.studies.pilot import Pilot, sizes_of
+        from memlens.studies.running import at_most
+
+        given = self.read(call)
+        seqs = given["sequences"]
+        pilot = Pilot.of({"sequences": len(seqs), **sizes_of(call.options, sizes)}, number)
+        few = at_most(seqs, pilot.sizes["sequences"], 0)
+        return pilot.giving({**given, "sequences": few, "options": pilot.options(call.options)})
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,8 @@ class Call:
         out: The run's folder; a plan may do without.
         given: The options that were set by name or in a file.
         progress: Whether progress bars are shown.
+        loaded: Models that were loaded and are kept; None: none are kept.
+        watch: Counts the time of loading and reading.
     """
 
     where: Any
@@ -123,6 +138,21 @@ class Call:
     out: Path | None
     given: Mapping[str, Any] = field(default_factory=dict)
     progress: bool = True
+    loaded: dict[Any, Any] | None = field(default=None, repr=False)
+    watch: Stopwatch = field(default_factory=Stopwatch, repr=False)
+
+    def load(self, name: str | None = None, **more: Any) -> Any:
+        """Load the model, or another one."""
+        key = (name, *sorted(more.items()))
+        return self.once(key, lambda: self.where.load(*filter(None, [name]), **more))
+
+    def once(self, key: Hashable, load: Callable[[], Any]) -> Any:
+        """Load a model, or return the one that `loaded` keeps under the same key."""
+        kept = {} if self.loaded is None else self.loaded
+        if key not in kept:
+            with self.watch.timed(LOADING):
+                kept[key] = load()
+        return kept[key]
 
     @property
     def folder(self) -> Path:
@@ -143,8 +173,21 @@ class Inputs(Protocol):
         """Return the keyword arguments of the study, such as `model` and `sequences`."""
         ...
 
-    def plan(self, call: Call) -> PlanTable:
-        """Return what the study would cost."""
+    def plan(self, call: Call) -> PlanTable | None:
+        """Return what can be counted before anything runs; None: nothing."""
+        ...
+
+    def pilot(self, call: Call, sizes: Sequence[str], number: int) -> Pilot | None:
+        """Return a small run of the study, by which its time is planned.
+
+        Args:
+            call: As for `read`.
+            sizes: The study's `sizes`.
+            number: Which of the two sizes of small runs: 0 or 1.
+
+        Returns:
+            None: The study cannot run here.
+        """
         ...
 
 
@@ -161,6 +204,11 @@ class Study:
         inputs: Which models' sequences and further inputs the command reads.
         where: `ModelChoice`, or `Placement` if `inputs` names the models.
         keeps: Folders inside the run's folder that hold only what a second run continues from.
+        sizes: Options that limit how many sequences (questions, updates) are examined; `--plan` makes small
+            runs with smaller ones.
+        scales: Which of them, or "sequences" for all that were read, the time of a step is proportional to,
+            by the end of the step's name; the entry "" is for the other steps, and the value "" says that the
+            time does not depend on them.
     """
 
     run: Any
@@ -170,6 +218,8 @@ class Study:
     inputs: type[Inputs] = SequenceChoice
     where: type = ModelChoice
     keeps: Sequence[str] = ("sweeps",)
+    sizes: Sequence[str] = ()
+    scales: Mapping[str, str] = field(default_factory=lambda: {"": "sequences"})
 
     def __call__(self, **given: Any) -> StudyRun:
         """Run the study."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from memlens.report.run_directory import RunDirectory
 from memlens.results.statistics.estimates import Estimate
 from memlens.sequences.set import SequenceSet
 from memlens.store.fingerprint import fingerprint, model_fingerprint
+from memlens.studies.times import Stopwatch
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,13 +51,30 @@ class StudyDirectory(RunDirectory):
         super().__init__(*args, **options)  # pyright: ignore[reportArgumentType]
         self.findings: list[Finding] = []
         self.failures: dict[str, str] = {}
+        self._watch = Stopwatch()
 
-    def step(self, name: str, work: Callable[[], None]) -> None:
-        """Run a step; if it fails for any reason, record that and continue with the next."""
+    def step(self, name: str, work: Callable[[], None], *, part: str | None = None) -> None:
+        """Run a step; if it fails for any reason, record that and continue with the next.
+
+        Args:
+            name: Of the step.
+            work: What it does.
+            part: The name under which its time is added up, if not its own.
+        """
+        with self.timed(part or name):
+            try:
+                work()
+            except Exception as error:
+                self.failed(name, error)
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Record what a step takes, without the steps inside it."""
         try:
-            work()
-        except Exception as error:
-            self.failed(name, error)
+            with self._watch.timed(step):
+                yield
+        finally:
+            self.add_time(step, self._watch.times[step])
 
     def place(self, name: str) -> Path:
         """Return the folder that keeps a sweep's parts."""
@@ -128,7 +147,9 @@ class StudyDirectory(RunDirectory):
 
     def done(self) -> StudyRun:
         """Write the report and return what the study found."""
-        return StudyRun(self.finish(), self.findings, self.failures)
+        with self.timed("report"):
+            report = self.finish()
+        return StudyRun(report, self.findings, self.failures)
 
 
 class Texts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from memlens.instruments.tasks.tasks import ChoiceTask
     from memlens.sequences.set import SequenceSet
     from memlens.studies.bypass.layers import BypassInputs
+    from memlens.studies.pilot import Pilot
     from memlens.studies.plans import Works
     from memlens.sweeps.interventions import Intervention
 
@@ -56,18 +58,28 @@ class BypassSources:
 
     def read(self, call: Call) -> dict[str, Any]:
         """Load the model, its sequences and tasks; further models follow when their turn comes."""
-        inputs = self._inputs(call, call.where.model, call.where.load())
+        inputs = self._inputs(call, call.where.model, call.load())
         others = [partial(self._other, call, name) for name in self.compare]
         return {**vars(inputs), "others": others}
 
     def plan(self, call: Call) -> PlanTable:
         """Count the sweeps that are known before the sequences are."""
-        model = call.where.load()
+        model = call.load()
         tasks = self._tasks(model, call.where.model, call.options.seed)
-        return plan_works(model, self._works(model, tasks, call.options), NOTE)
+        return plan_works(model, self._works(model, tasks, call.options), NOTE, calibrate=False)
+
+    def pilot(self, call: Call, sizes: Sequence[str], number: int) -> Pilot:
+        """Return a small run: few memorized sequences are looked for, and few questions asked."""
+        from memlens.studies.pilot import Pilot, sizes_of
+
+        whole = {"n": self.n, "questions": self.questions, **sizes_of(call.options, sizes)}
+        pilot = Pilot.of(whole, number, least=4)
+        few = replace(self, n=pilot.sizes["n"], questions=pilot.sizes["questions"])
+        options = pilot.options(call.options)
+        return pilot.giving({**few.read(replace(call, options=options)), "options": options})
 
     def _other(self, call: Call, name: str) -> BypassInputs:
-        return self._inputs(call, name, call.where.load(name))
+        return self._inputs(call, name, call.load(name))
 
     def _inputs(self, call: Call, name: str, model: Any) -> BypassInputs:
         import memlens as ml
@@ -151,6 +163,25 @@ STUDIES.add(
         options=BypassOptions,
         inputs=BypassSources,
         keeps=("sweeps", "memorized"),
+        sizes=(
+            "max_sequences",
+            "max_free_running",
+            "control_sequences",
+            "bounds_sequences",
+            "joint_sequences",
+            "joint_questions",
+        ),
+        scales={
+            "": "max_sequences",
+            "reading": "n",
+            "tasks": "questions",
+            "report": "",
+            "free decoding": "max_free_running",
+            "single heads": "control_sequences",
+            "other interventions": "control_sequences",
+            "sets of layers": "joint_sequences",
+            "bounds": "bounds_sequences",
+        },
         help="Study what each layer's attention gives to recitation, and what its bypass costs elsewhere.",
         example="memlens run bypass --model zoo/pythia-s --out my-bypass",
     ),

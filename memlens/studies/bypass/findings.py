@@ -16,11 +16,12 @@ from memlens.report.model import Finding
 from memlens.results.groups import layers_label, quartiles
 from memlens.results.result import Result
 from memlens.results.statistics.estimates import Estimate, chosen_site, mean_estimate, share_estimate
-from memlens.results.statistics.intervals import quantile_interval
+from memlens.results.statistics.intervals import halves, quantile_interval
 from memlens.results.statistics.resampling import bootstrap_means
 from memlens.results.statistics.tasks import task_tables
 from memlens.results.statistics.tradeoff import Tradeoff, removed_share
 from memlens.studies.bypass.options import BypassOptions
+from memlens.studies.contrasts import against_controls, strictest
 from memlens.studies.running import Texts, spoken
 
 TEXTS = Texts(__file__)
@@ -253,21 +254,34 @@ def special(table: pd.DataFrame) -> Finding:
     ]
     if not controls:
         return TEXTS.finding("nothing_special")
-    control = controls[0]
-    minus = f"minus {control}"
-    mine = table.loc[table["edit"] == "identity"]
-    row: Any = mine.loc[mine[minus].idxmin()]
-    certain = (table[f"{minus} high"] < 0) & (table[f"{minus} p_corrected"] < 0.05)
-    hits = certain.groupby(table["edit"], sort=False).agg(["sum", "size"])
+    # What is said of memorized text holds against every control; the number is that of the strictest one.
+    minus = {name: table[f"minus {name}"].to_numpy(float) for name in controls}
+    strict = np.nanmax(list(minus.values()), axis=0)
+    identity = np.flatnonzero(table["edit"] == "identity")
+    place = int(identity[np.nanargmin(strict[identity])])
+    control = max(controls, key=lambda name: np.nan_to_num(minus[name][place], nan=-np.inf))
+    row: Any = table.iloc[place]
+    certain = np.all([_certain(table, name) for name in controls], axis=0)
+    hits = pd.Series(certain).groupby(table["edit"].to_numpy(), sort=False).agg(["sum", "size"])
+    text = " and ".join(controls)
     return TEXTS.finding(
         "special",
-        Estimate.from_row(row, minus, prefix=f"{minus} ", n=None),
+        Estimate.from_row(row, f"minus {control}", prefix=f"minus {control} ", n=None),
         control=control,
+        text=text,
+        strictest=f", the stricter of {len(controls)} controls," if len(controls) > 1 else "",
+        harms="harms" if certain[place] else "does not clearly harm",
         layers=row["layers"],
         parts=", ".join(f"{edit} {n} of {size}" for edit, n, size in hits.itertuples()),
         mine=row[MEMORIZED],
         theirs=row[control],
     )
+
+
+def _certain(table: pd.DataFrame, control: str) -> np.ndarray:
+    """Where memorized text is harmed more than a control: the interval and the corrected p say so."""
+    minus = f"minus {control}"
+    return ((table[f"{minus} high"] < 0) & (table[f"{minus} p_corrected"] < 0.05)).to_numpy()
 
 
 def beside_removal(results: Mapping[str, Result], parts: int, seed: int) -> Finding | None:
@@ -317,22 +331,36 @@ def any_stack(depth: pd.DataFrame) -> Finding:
     )
 
 
-def heads_against_layers(heads: Result, layers: Result | None, seed: int) -> Finding:
-    """Whether single heads have the effect of their layer."""
+def heads_against_layers(results: Mapping[str, Result], layers: Result | None, seed: int) -> Finding:
+    """Whether single heads have the effect of their layer.
+
+    Args:
+        results: Bypass of each head, by group.
+        layers: Bypass of each layer, on memorized sequences.
+        seed: Of the halves and the intervals: the head is chosen on one half of the sequences.
+    """
+    heads = results[MEMORIZED]
     effect = heads.effect("target_logprob")
-    site = chosen_site(heads, "target_logprob", np.arange(effect.sizes["sequence"]))
-    mean = effect.mean("sequence")
+    choose, measure = halves(effect.sizes["sequence"], seed)
+    site = chosen_site(heads, "target_logprob", choose)
+    effects = {name: result.effect("target_logprob").sel(site) for name, result in results.items()}
+    own = effects.pop(MEMORIZED).isel(sequence=measure)
+    mean = effect.isel(sequence=measure).mean("sequence")
     control = None
     if layers is not None:
-        same = layers["sequence"].isin(heads["sequence"].values).values
+        same = layers["sequence"].isin(own["sequence"].values).values
         whole = layers.effect("target_logprob").sel(layer=site["layer"]).isel(sequence=same)
         others = float(mean.sel(layer=site["layer"]).drop_sel(head=site["head"]).mean())
         control = (
             f"its whole layer: {mean_estimate(whole, seed=seed)} nats per token; the other heads of the "
             f"layer, each alone: {others:.3g} on average"
         )
-    main = mean_estimate(effect.sel(site), seed=seed)
-    return TEXTS.finding("heads_against_layers", main, control=control, n=mean.size, **site)
+    differs = against_controls(
+        strictest(own, effects, sign=-1, seed=seed), "more harm than", "nats per token"
+    )
+    main = mean_estimate(own, seed=seed)
+    said = {"n": mean.size, "differs": differs}
+    return TEXTS.finding("heads_against_layers", main, control=control, **said, **site)
 
 
 def bounded(result: Result, agreements: Sequence[Mapping[str, Any]]) -> Finding:

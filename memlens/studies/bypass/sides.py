@@ -103,7 +103,7 @@ def heads(study: BypassContext) -> None:
         study.headed[name] = study.folder.kept(f"heads_{name}", work)
     result = study.headed[MEMORIZED]
     study.show("heads", result, reading=None)
-    study.folder.find(find.heads_against_layers(result, study.swept.get(MEMORIZED), study.options.seed))
+    study.folder.find(find.heads_against_layers(study.headed, study.swept.get(MEMORIZED), study.options.seed))
 
 
 def bounds(study: BypassContext) -> None:

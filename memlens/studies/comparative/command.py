@@ -18,6 +18,7 @@ from memlens.studies.registry import STUDIES, Call, Placement, Study
 
 if TYPE_CHECKING:
     from memlens.studies.comparative.config import StudyConfig, StudyModel
+    from memlens.studies.pilot import Pilot
 
 
 @options_class
@@ -55,11 +56,16 @@ class ComparativeInputs:
             "include_saved": self.add,
         }
 
-    def plan(self, call: Call) -> PlanTable:
-        """Count every pass over each model; without models, over those of the paper."""
+    def plan(self, call: Call) -> PlanTable | None:
+        """Count every pass over models of the family table; without models, over those of the paper.
+
+        Models that are here (the zoo's, folders, files) are planned by small runs only.
+        """
         from memlens.studies.comparative.plan import PlanSizes, plan_comparative
 
         config = self._config()
+        if self._here(config, call):
+            return None
         options = self._options(config, call)
         sizes = PlanSizes(per_domain=self.per_domain, domains=self.plan_domains)
         models = self._models(config, call.where)
@@ -71,7 +77,8 @@ class ComparativeInputs:
             f"{sizes.heads_per_domain:,} for heads ({sizes.heads_if_large:,} for models beyond "
             f"{sizes.large / 1e9:g} B), at {self.device_tflops:g} TFLOP/s",
             [
-                f"together {hours:,.0f} hours, {for_heads:,.0f} of them for heads",
+                f"together {hours:,.0f} hours, {for_heads:,.0f} of them for heads; loading, reading, tables, "
+                "tests, figures and the report are not included",
                 f"Assumes {sizes.memorized:.0%} memorized sequences, {len(options.alphas)} noise strengths "
                 f"in {options.noise_draws} draws, and greedy decoding of every sequence.",
                 *(
@@ -81,6 +88,28 @@ class ComparativeInputs:
             ],
             {"device_tflops": self.device_tflops, "sizes": asdict(sizes), "models": table.to_dict("records")},
         )
+
+    def pilot(self, call: Call, sizes: Sequence[str], number: int) -> Pilot | None:
+        """Return a small run: few sequences of each domain; None where a model is not here."""
+        from memlens.studies.comparative.config import read_domains
+        from memlens.studies.pilot import Pilot, sizes_of
+
+        if not self._here(self._config(), call):
+            return None
+        given = self.read(call)
+        models, options = given["models"], given["options"]
+        first = replace(models[0], model=call.once(models[0].label, models[0].load))
+        domains = read_domains(given["sequences"], first.model, options).table["domain"]
+        whole = {**sizes_of(options, sizes), "max_per_domain": int(domains.value_counts().max())}
+        pilot = Pilot.of(whole, number, least=4)
+        return pilot.giving({**given, "models": [first, *models[1:]], "options": pilot.options(options)})
+
+    def _here(self, config: StudyConfig, call: Call) -> bool:
+        """Whether all models are the zoo's, folders or files, so that nothing is fetched for a plan."""
+        from memlens.models.zoo import is_zoo_name
+
+        models = self._models(config, call.where)
+        return bool(models) and all(is_zoo_name(m.name) or Path(m.name).exists() for m in models)
 
     def _config(self) -> StudyConfig:
         from memlens.studies.comparative.config import StudyConfig, read_config
@@ -139,6 +168,17 @@ STUDIES.add(
         inputs=ComparativeInputs,
         where=Placement,
         keeps=("models",),
+        sizes=("max_per_domain", "max_compressed", "noise_per_domain", "max_examined", "heads_per_domain"),
+        scales={
+            "": "max_per_domain",
+            "compression": "max_compressed",
+            "noise": "noise_per_domain",
+            "decoding": "max_examined",
+            "recovery": "max_examined",
+            "heads": "heads_per_domain",
+            "reading": "",
+            "report": "",
+        },
         help="Compare how models memorize: rates, domains, noise, layers, heads, signatures of families.",
         example="memlens run comparative --models zoo/pythia-s zoo/gpt-neo-s --out my-comparison",
     ),

@@ -23,7 +23,7 @@ from memlens.studies.comparative.analyze.domains import domain_agreement
 from memlens.studies.comparative.analyze.frequency import BUCKETS
 from memlens.studies.comparative.analyze.profiles import FamilyTest
 from memlens.studies.comparative.analyze.rates import smaller_beats_larger
-from memlens.studies.comparative.options import MEMORIZED
+from memlens.studies.comparative.options import MEMORIZED, UNTRAINED
 
 TEXTS: dict[str, Any] = yaml.safe_load(
     resources.files("memlens.studies.comparative").joinpath("texts.yaml").read_text(encoding="utf-8")
@@ -158,15 +158,18 @@ def _pooled(claim: Claim, table: Any) -> Evidence | None:
     """Judge the mean of a column over models; None where no model has the number.
 
     With several strengths of noise the strongest counts. With several groups, memorized sequences are judged,
-    and the other groups' numbers are the control.
+    and the other groups' numbers are the control; what untrained twins do as well is not shown to hold of
+    trained models, and is undecided.
     """
     if "alpha" in table:
         table = table[table["alpha"] == table["alpha"].max()]
-    control = []
+    control, twin = [], None
     if "group" in table:
         for group, part in table[table["group"] != MEMORIZED].groupby("group", sort=False):
             if others := _estimates(claim, part):
                 control.append(f"{group} {over_models(others)}")
+            if others and group == UNTRAINED:
+                twin = over_models(others)
         table = table[table["group"] == MEMORIZED]
     own = _estimates(claim, table)
     if not own:
@@ -179,20 +182,53 @@ def _pooled(claim: Claim, table: Any) -> Evidence | None:
             f"and does not hold in {verdicts.count('does not hold')}"
         )
     sentence, verdict = f"{claim.found} is {mean} ({over}).", judge(mean, claim.sign, claim.against)
+    if verdict == "holds" and twin is not None and not claim.sign * (mean.low - twin.high) > 0:
+        sentence += " Untrained twins, the strictest control, are not clearly different."
+        verdict = "undecided"
     return sentence, mean, claim.control + "; ".join(control), verdict
 
 
 def _overlap(claim: Claim, table: Any) -> Evidence | None:
-    """Judge an overlap of heads minus what random sets give."""
-    nulls = table[table["statistic"] == claim.column].groupby("null")
-    rows, layered = (nulls.get_group(null) for null in ("heads anywhere", "heads inside their layers"))
-    above = pd.DataFrame({name: rows[name] - rows["exact"] for name in ("value", "low", "high")})
-    control = (
-        f"it is {rows['value'].mean():.3g}, by chance {rows['exact'].mean():.3g}; with heads shuffled inside "
-        f"their layers {layered['null_mean'].mean():.3g}, and significantly above that in "
-        f"{np.count_nonzero(layered['p_above'] <= 0.05)} of {len(layered)} models"
-    )
-    return _pooled(replace(claim, column="value", control=control), above)
+    """Judge an overlap of heads by the strictest of its nulls: what random sets of heads give.
+
+    Against heads drawn anywhere, the overlap minus the exact expectation is judged by its interval. Against
+    heads shuffled inside their layers each model has a permutation test, and more than half of the models
+    have to agree. The number is the overlap above the null that says least for the claim.
+    """
+    found: dict[str, tuple[str, float, Evidence]] = {}
+    controls = []
+    for null, part in table[table["statistic"] == claim.column].groupby("null", sort=False):
+        chance = part["exact"].where(np.isfinite(part["exact"]), part["null_mean"])
+        above = pd.DataFrame({name: part[name] - chance for name in ("value", "low", "high")})
+        judged = _pooled(replace(claim, column="value", control=""), above)
+        if judged is None:
+            continue
+        verdict = judged[3]
+        if not np.isfinite(part["exact"]).all():
+            verdict = _by_most([by_null(p) for p in part["p_above"]])
+        found[str(null)] = verdict, float(chance.mean()), judged
+        clear = np.count_nonzero(part["p_above"] <= 0.05)
+        controls.append(
+            f"{null} give {chance.mean():.3g}, and {clear} of {len(part)} models are significantly above that"
+        )
+    if not found:
+        return None
+    name = min(found, key=lambda null: (_STRICT.index(found[null][0]), -found[null][1]))
+    verdict, chance, (sentence, number, *_) = found[name]
+    sentence = f"{sentence} The strictest null is that of random {name} ({chance:.3g})."
+    return sentence, number, f"it is {number.value + chance:.3g}; random {'; '.join(controls)}", verdict
+
+
+_STRICT = ("does not hold", "undecided", "holds")
+
+
+def _by_most(verdicts: Sequence[str]) -> str:
+    """Return the verdict of more than half of the models.
+
+    >>> _by_most(["holds", "undecided", "holds"]), _by_most(["holds", "undecided"])
+    ('holds', 'undecided')
+    """
+    return next((v for v in _STRICT if 2 * verdicts.count(v) > len(verdicts)), "undecided")
 
 
 def _fitted(claim: Claim, fits: Any) -> Evidence:
@@ -289,14 +325,21 @@ def _signature(tests: Mapping[str, FamilyTest], signature: Estimate | None) -> E
         f"leave-one-out assigns {accuracy['value']:.3g} of {int(accuracy['n'])} models to their family "
         f"(shuffled {accuracy['null_mean']:.3g}, p = {accuracy['p']:.2g})"
     )
+    found = f"Profiles are {signature} more similar within families than across."
+    verdicts = {
+        "shuffled family labels (similarity)": by_null(float(gap["p"])),
+        "shuffled family labels (leave-one-out)": by_null(float(accuracy["p"])),
+    }
     if "untrained" in tests:
         other = tests["untrained"].table.set_index("statistic").loc["accuracy"]
         control += f"; untrained twins {other['value']:.3g} (p = {other['p']:.2g})"
-    found = f"Profiles are {signature} more similar within families than across."
+        better = accuracy["value"] > other["value"] or by_null(float(other["p"])) != "holds"
+        verdicts["untrained twins"] = "holds" if better else "undecided"
     if tests["families"].labelings < _FEW_LABELINGS:
         few = "too few models for a permutation test to decide"
         return found, signature, f"{few}; {control}", "undecided"
-    return found, signature, control, by_null(float(gap["p"]))
+    strictest = min(verdicts, key=lambda null: _STRICT.index(verdicts[null]))
+    return f"{found} The strictest null: {strictest}.", signature, control, verdicts[strictest]
 
 
 def claim_table(judged: Sequence[Judged]) -> pd.DataFrame:

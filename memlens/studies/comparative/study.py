@@ -127,9 +127,9 @@ def _compare(models: list[SavedModel], folder: StudyDirectory, options: Comparat
             folder.add_figure(name, found, **shown)
 
     for name in TEXTS["tables"]:
-        folder.step(f"over all models: table {name}", partial(table, name))
+        folder.step(f"over all models: table {name}", partial(table, name), part="over all models")
     for name in FIGURES:
-        folder.step(f"over all models: figure {name}", partial(figure, name))
+        folder.step(f"over all models: figure {name}", partial(figure, name), part="over all models")
     for section, words in TEXTS["sections"].items():
         empty = words.get("empty")
         if empty and not len(made.table(empty["table"])):
@@ -140,7 +140,7 @@ def _compare(models: list[SavedModel], folder: StudyDirectory, options: Comparat
         for item in made.judged:
             folder.find(as_finding(item))
 
-    folder.step("over all models: findings", findings)
+    folder.step("over all models: findings", findings, part="over all models")
 
 
 def _filled(words: Mapping[str, str], made: Made) -> dict[str, str]:

@@ -19,6 +19,7 @@ from memlens.studies.registry import STUDIES, Call, Study
 
 if TYPE_CHECKING:
     from memlens.sequences.set import SequenceSet
+    from memlens.studies.pilot import Pilot
     from memlens.studies.plans import Works
     from memlens.sweeps.interventions import Intervention
 
@@ -67,14 +68,14 @@ class IdiomInputs:
                 f"--text and --reference-text are both {self.text}: n-grams that know the controls but not "
                 "the items say nothing about the items; count them in another text."
             )
-        model = call.where.load()
+        model = call.load()
         given = {name: _read(name, source, model, self.limit) for name, source in self._sources().items()}
         return {
             "model": model,
             "sequences": given.pop("idioms"),
             **given,
             "references": [
-                *(call.where.load(name) for name in self.reference),
+                *(call.load(name) for name in self.reference),
                 *ngram_references(model, self.reference_text, zoo=self._zoo),
             ],
             "lens": self.lens,
@@ -84,9 +85,23 @@ class IdiomInputs:
 
     def plan(self, call: Call) -> PlanTable:
         """Count the knock-out grid."""
-        model = call.where.load()
+        model = call.load()
         items = _read("idioms", self._sources()["idioms"], model, self.limit)
-        return plan_works(model, idiom_works(model, items, self._options(call.options)), NOTE)
+        return plan_works(
+            model, idiom_works(model, items, self._options(call.options)), NOTE, calibrate=False
+        )
+
+    def pilot(self, call: Call, sizes: Sequence[str], number: int) -> Pilot:
+        """Return a small run: few items of each kind, and few updates of the lens."""
+        from memlens.studies.pilot import Pilot, sizes_of
+        from memlens.studies.running import at_most
+
+        given = self.read(call)
+        items = {name: given[name] for name in ("sequences", "facts", "identifiers") if name in given}
+        whole = {name: len(seqs) for name, seqs in items.items()}
+        pilot = Pilot.of({**whole, **sizes_of(call.options, sizes)}, number)
+        few = {name: at_most(seqs, pilot.sizes[name], 0) for name, seqs in items.items()}
+        return pilot.giving({**given, **few, "options": pilot.options(given["options"])})
 
     def _sources(self) -> dict[str, str]:
         own = _ZOO if self._zoo else {"idioms": self.idioms}
@@ -178,5 +193,12 @@ STUDIES.add(
         inputs=IdiomInputs,
         help="Study how fixed expressions (and facts, and identifiers) are recalled, layer by layer.",
         example="memlens run idioms --model zoo/pythia-s --out my-idioms",
+        sizes=("max_items", "max_controls", "max_others", "control_n", "lens_steps"),
+        scales={
+            "": "sequences",
+            "training the tuned lens": "lens_steps",
+            "reading": "",
+            "report": "",
+        },
     ),
 )

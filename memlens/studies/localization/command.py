@@ -20,8 +20,8 @@ class LocalizeInputs(SequenceChoice):
 
     def plan(self, call: Call) -> PlanTable:
         """Count the three sweeps."""
-        model = call.where.load()
-        return plan_works(model, localize_works(model, self.load(model), call.options), NOTE)
+        model = call.load()
+        return plan_works(model, localize_works(model, self.load(model), call.options), NOTE, calibrate=False)
 
 
 def localize_works(model: Any, seqs: SequenceSet, options: LocalizeOptions | None = None) -> Works:
@@ -45,5 +45,22 @@ STUDIES.add(
         inputs=LocalizeInputs,
         help="Score, decode, ablate, bypass and patch: where does this model recall these sequences?",
         example="memlens run localize --model zoo/pythia-s --sequences zoo --out my-run",
+        sizes=(
+            "max_sequences",
+            "max_patched",
+            "ranked_sequences",
+            "explored_memorized",
+            "explored_controls",
+        ),
+        scales={
+            "": "max_sequences",
+            "recall": "sequences",
+            "decoding": "sequences",
+            "patching": "max_patched",
+            "rankings": "ranked_sequences",
+            "explorer": "explored_memorized",
+            "reading": "",
+            "report": "",
+        },
     ),
 )

@@ -21,6 +21,7 @@ from memlens.results.statistics.estimates import (
     share_estimate,
 )
 from memlens.results.statistics.intervals import halves
+from memlens.studies.contrasts import against_controls, strictest
 from memlens.studies.running import Texts, spoken
 
 TEXTS = Texts(__file__)
@@ -98,7 +99,11 @@ def _most_harmful(finding: str, results: Mapping[str, Result], seed: int) -> Fin
     found = {name: mean_estimate(effect, seed=seed) for name, effect in effects.items()}
     left = share_estimate(result["exact_match"].sel(site).isel(sequence=measure))
     others = spoken(found, "nats per token", skip=MEMORIZED)
-    return TEXTS.finding(finding, found[MEMORIZED], control=others, left=left, **site)
+    own = effects.pop(MEMORIZED)
+    differs = against_controls(
+        strictest(own, effects, sign=-1, seed=seed), "more harm than", "nats per token"
+    )
+    return TEXTS.finding(finding, found[MEMORIZED], control=others, left=left, differs=differs, **site)
 
 
 def restoring_layer(results: Mapping[str, Result], corrupted: np.ndarray, seed: int) -> Finding:

@@ -100,9 +100,10 @@ class _Localization:
     progress: bool
 
     def run(self, seqs: SequenceSet) -> StudyRun:
-        recall = self.folder.scored("recall", self.model, seqs, progress=self.progress)
-        memorized = recall.memorized()
-        self._keep_recall(recall, enough=len(memorized) > 1)
+        with self.folder.timed("recall"):
+            recall = self.folder.scored("recall", self.model, seqs, progress=self.progress)
+            memorized = recall.memorized()
+            self._keep_recall(recall, enough=len(memorized) > 1)
         if len(memorized) < 2:
             return self.folder.done()
         memorized = at_most(memorized, self.options.max_sequences, self.options.seed)

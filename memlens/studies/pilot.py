@@ -1,0 +1,158 @@
+"""What a study will take, step by step: estimated from two small runs of the study itself.
+
+The small runs have the sizes `f` and `g` (fractions of the whole). A step of which they took `s` and `t` is
+planned at
+
+    s + (1 - f) (t - s) / (g - f),
+
+so that what does not depend on the number of sequences (bootstraps, figures, the report) counts once, and the
+rest in proportion. Models are loaded once, before the first run, and count as they are. The method is ours.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from memlens.files import read_json, write_json
+from memlens.studies.registry import Call, Inputs, Study
+from memlens.studies.times import LOADING, READING, Stopwatch, Times
+
+_T = TypeVar("_T")
+
+PLAN_FILE = "plan.json"
+FRACTIONS = (1 / 16, 1 / 8)
+"""The sizes of the small runs."""
+_CLOCKS = ("seconds", "cpu_seconds")
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """A small run of a study.
+
+    Attributes:
+        whole: How many sequences, questions or updates the whole study takes at most, by what limits them:
+            the name of an option, or "sequences".
+        sizes: How many the small run takes.
+        arguments: Of the study.
+    """
+
+    whole: Mapping[str, int]
+    sizes: Mapping[str, int]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, whole: Mapping[str, int], number: int, *, least: int = 2) -> Pilot:
+        """Return the sizes of the smaller (0) or the larger (1) small run.
+
+        A size is a fraction of the whole, but not below `least`, and the larger run's exceeds the smaller's.
+
+        >>> Pilot.of({"sequences": 320, "explored": 4, "none": 0}, 0).sizes
+        {'sequences': 20, 'explored': 2, 'none': 0}
+        >>> Pilot.of({"sequences": 320, "explored": 4, "none": 0}, 1).sizes
+        {'sequences': 40, 'explored': 3, 'none': 0}
+        """
+        sizes = {}
+        for name, n in whole.items():
+            first = min(n, max(least, math.ceil(n * FRACTIONS[0])))
+            sizes[name] = min(n, max(first + 1, math.ceil(n * FRACTIONS[1]))) if number else first
+        return cls(whole, sizes)
+
+    def options(self, options: _T) -> _T:
+        """Return options of the study with the small sizes."""
+        return replace(options, **{name: n for name, n in self.sizes.items() if hasattr(options, name)})  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    def giving(self, arguments: Mapping[str, Any]) -> Pilot:
+        """Return the same run with the study's arguments."""
+        return replace(self, arguments=arguments)
+
+    def share(self, name: str) -> float:
+        """Return the part of the whole that the run takes of what an option limits."""
+        return self.sizes[name] / self.whole[name] if self.whole.get(name) else 1.0
+
+
+def sizes_of(options: object, names: Sequence[str]) -> dict[str, int]:
+    """Return the values of some options, without those that limit nothing (None)."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def extrapolate(runs: Sequence[tuple[Pilot, Times]], scales: Mapping[str, str]) -> Times:
+    """Return what each step of the whole study will take.
+
+    Args:
+        runs: The smaller and the larger run, each with what its steps took.
+        scales: Of the study; "" as a value: the step takes the same time for any number of sequences.
+    """
+    (small, first), (large, second) = runs
+    found: dict[str, dict[str, float]] = {}
+    for step in dict.fromkeys([*first, *second]):
+        limit = next((scales[end] for end in scales if end and step.endswith(end)), scales[""])
+        limit = limit if limit in small.whole or not limit else scales[""]
+        f, g = small.share(limit), large.share(limit)
+        found[step] = {}
+        for clock in _CLOCKS:
+            start, more = (times.get(step, {}).get(clock, 0.0) for times in (first, second))
+            slope = max(0.0, more - start) / (g - f) if g > f and step != LOADING else 0.0
+            found[step][clock] = start + (1 - f) * slope
+    return found
+
+
+def plan_steps(study: Study, inputs: Inputs, call: Call) -> dict[str, Any] | None:
+    """Plan a study by small runs of it in temporary folders.
+
+    Returns:
+        `steps`, a list of `step`, `seconds` and `cpu_seconds`; `sizes`, what limits the number of sequences;
+        and `notes`, what the small runs could not do. None if the study cannot run here.
+    """
+    loaded = {} if call.loaded is None else call.loaded
+    runs: list[tuple[Pilot, Times]] = []
+    notes: list[str] = []
+    for number in (0, 1):
+        with tempfile.TemporaryDirectory() as name:
+            watch = Stopwatch()
+            here = replace(call, loaded=loaded, watch=watch, progress=False, out=Path(name))
+            with watch.timed(READING):
+                pilot = inputs.pilot(here, study.sizes, number)
+            if pilot is None:
+                return None
+            study(**pilot.arguments, out=Path(name) / "run", command=None, progress=False)
+            run = read_json(Path(name) / "run" / "run.json")
+        runs.append((pilot, watch.times | {entry["step"]: entry for entry in run["times"]}))
+        notes = [
+            f"Not planned: {entry['step']}, which a small run could not do: {entry['message']}"
+            for entry in run["failures"]
+        ]
+    return {
+        "steps": [{"step": step, **spent} for step, spent in extrapolate(runs, study.scales).items()],
+        "sizes": dict(runs[0][0].whole),
+        "notes": notes,
+    }
+
+
+def save_plan(plan: Mapping[str, Any], folder: Path) -> None:
+    """Save a plan in the folder of the run that it is for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / PLAN_FILE, plan)
+
+
+def record_times(folder: Path, reading: Times) -> list[dict[str, Any]]:
+    """Add the time of reading, and the plan in the folder, to a run's `run.json`.
+
+    Returns:
+        The `times` of `run.json`: for each step `step`, `seconds` and `cpu_seconds`, and as far as it was
+        planned `planned_seconds` and `planned_cpu_seconds`.
+    """
+    file, place = folder / "run.json", folder / PLAN_FILE
+    run = read_json(file) if file.is_file() else {}
+    planned = {entry["step"]: entry for entry in read_json(place)["steps"]} if place.is_file() else {}
+    times = [{"step": step, **spent} for step, spent in reading.items()] + run.get("times", [])
+    for entry in times:
+        if found := planned.get(entry["step"]):
+            entry.update({f"planned_{clock}": found[clock] for clock in _CLOCKS})
+    if run:
+        write_json(file, {**run, "times": times})
+    return times
