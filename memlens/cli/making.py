@@ -203,7 +203,7 @@ def lens_train(
         )
     loaded = where.load()
     if text is not None:
-        rows = text_windows(getattr(loaded, "tokenizer", None), text, window)
+        rows = text_windows(getattr(loaded, "tokenizer", None), text, window, model=loaded)
     elif tokens is not None:
         rows = ml.load_sequences(str(tokens), loaded, prefix_len=1)
     else:

@@ -16,7 +16,7 @@ from memlens.forward.memory import check_batch_size
 from memlens.forward.trunk import require_model
 from memlens.models.provenance import describe
 from memlens.recall.columns import sequence_coords
-from memlens.recall.extraction import Halves, Prompt, score_prompts
+from memlens.recall.extraction import Halves, Prompt, first_tokens, score_prompts
 from memlens.results.kinds import register_kind
 from memlens.results.plots.layers import plot_strengths
 from memlens.results.readings import read_compression
@@ -98,7 +98,7 @@ def prompt_compression(
     method: str = "keep_last",
     *,
     budget: int | None = None,
-    pinned: int = 0,
+    pinned: int | None = None,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Result:
@@ -127,8 +127,8 @@ def prompt_compression(
         budget: Largest number of prompts tried per sequence. With "keep_last" and "keep_first" their lengths
             are spread evenly from 1 to P tokens, and the definitions apply to those tried; a deletion stops
             early (`complete` is 0). By default all: P prompts, or up to P (P + 1) / 2 for the deletion.
-        pinned: Number of first tokens that every prompt begins with and that do not count, such as 1 for a
-            beginning-of-text token.
+        pinned: Number of first tokens that every prompt begins with and that do not count. By default 1, the
+            beginning-of-text token, where the set was read with one in front (`prepend_bos`), else 0.
         batch_size: Prompts per forward pass; by default as many as the memory budget allows.
         progress: Show a progress bar.
 
@@ -163,6 +163,7 @@ def prompt_compression(
     check_option("method", method, COMPRESSIONS)
     if budget is not None and budget < 1:
         raise OptionError(f"budget={budget}: allow at least one prompt per sequence, or None for all")
+    pinned = first_tokens(sequences) if pinned is None else pinned
     halves = Halves.of(sequences, pinned)
     whole: list[Prompt] = [(i, prefix) for i, prefix in enumerate(halves.prefixes)]
     with tqdm(total=len(whole), desc="compressing", unit="prompt", disable=not progress) as bar:

@@ -118,13 +118,18 @@ def score_prompts(
     return found
 
 
+def first_tokens(seqs: SequenceSet) -> int:
+    """Return how many first tokens a shortened prompt keeps: 1 if a beginning-of-text token was put there."""
+    return int(bool(seqs.attrs.get("prepend_bos")) and int(seqs.prefix_len.min()) > 1)
+
+
 @computes
 def extraction_curve(
     model: Any,
     sequences: SequenceSet,
     prefix_lengths: Sequence[int] | None = None,
     *,
-    pinned: int = 0,
+    pinned: int | None = None,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Result:
@@ -139,8 +144,8 @@ def extraction_curve(
         sequences: The set, which may be ragged.
         prefix_lengths: The k, in tokens, each once; by default 8, 16, 32, 64, … up to the longest prefix, and
             the longest prefix itself.
-        pinned: Number of first tokens that every prompt begins with and that do not count, such as 1 for a
-            beginning-of-text token.
+        pinned: Number of first tokens that every prompt begins with and that do not count. By default 1, the
+            beginning-of-text token, where the set was read with one in front (`prepend_bos`), else 0.
         batch_size: Prompts per forward pass; by default as many as the memory budget allows.
         progress: Show a progress bar.
 
@@ -167,6 +172,7 @@ def extraction_curve(
     require_model(model)
     check_sequences(sequences, model)
     check_batch_size(batch_size)
+    pinned = first_tokens(sequences) if pinned is None else pinned
     halves = Halves.of(sequences, pinned)
     lengths = _lengths(prefix_lengths, halves.longest)
     cells = [

@@ -11,8 +11,9 @@ import numpy as np
 
 from memlens.errors import EmptySetError, OptionError, SequenceError, SourceNotFoundError
 from memlens.files import expanded, parsing
+from memlens.models.bos import expects_bos
 from memlens.sequences.set import SequenceSet
-from memlens.sequences.tokenizing import Tokenizer, encode
+from memlens.sequences.tokenizing import Tokenizer, bos_id, encode
 
 _SPACES = ("Ġ", "▁")
 """How byte-level and SentencePiece vocabularies write the space before a word."""
@@ -39,10 +40,17 @@ def text_ids(tokenizer: Tokenizer, path: str | Path) -> list[int]:
         return encode(tokenizer, [path.read_text(encoding="utf-8")])[0]
 
 
-def text_windows(tokenizer: Tokenizer, path: str | Path, window: int = 128) -> SequenceSet:
+def text_windows(
+    tokenizer: Tokenizer, path: str | Path, window: int = 128, *, model: Any = None
+) -> SequenceSet:
     """Return a text file as windows of `window` token ids, without an incomplete one at the end.
 
-    See `text_ids` for the other arguments and errors.
+    Args:
+        tokenizer: The model's tokenizer.
+        path: As for `text_ids`, which raises the other errors.
+        window: Number of tokens, with the beginning-of-text token where there is one.
+        model: Of which the windows are read: where its texts begin with a beginning-of-text token (see
+            `load_sequences`), so does each window.
 
     Raises:
         OptionError: A window of fewer than two tokens.
@@ -51,13 +59,16 @@ def text_windows(tokenizer: Tokenizer, path: str | Path, window: int = 128) -> S
     if window < 2:
         raise OptionError(f"window={window} leaves nothing to predict: give 2 tokens or more.")
     ids = text_ids(tokenizer, path)
-    rows = [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)]
+    first = [bos_id(tokenizer)] if model is not None and expects_bos(model, tokenizer) else []
+    step = window - len(first)
+    rows = [first + ids[i : i + step] for i in range(0, len(ids) - step + 1, step)]
     if len(rows) < 2:
         raise SequenceError(
             f"{path} has {len(ids)} tokens, fewer than two windows of {window}: give more text or a shorter "
             "window."
         )
-    return SequenceSet.from_tokens(rows, prefix_len=1, attrs={"source": Path(path).name})
+    attrs = {"source": Path(path).name, "prepend_bos": bool(first)}
+    return SequenceSet.from_tokens(rows, prefix_len=1, attrs=attrs)
 
 
 def natural_controls(
@@ -67,7 +78,8 @@ def natural_controls(
 
     The model has no reason to have stored them, so an effect that recalled sequences and these have in common
     is not a sign of recall. With a tokenizer, prompts and targets begin with a word, as those of idioms do
-    (the token starts with white space and a letter), so that word pieces are not easy targets.
+    (the token starts with white space and a letter), so that word pieces are not easy targets. Where the set
+    was read with a beginning-of-text token in front (`prepend_bos`), the prompts begin with one too.
 
     Args:
         text: Running text; its prefix lengths are ignored. Rows must be longer than the prompts of `like`.
@@ -94,7 +106,8 @@ def natural_controls(
     if n < 1:
         raise OptionError(f"n={n} controls: ask for at least one.")
     rng = np.random.default_rng(seed)
-    lengths = np.resize(like.prefix_len.numpy(), n)
+    first = like.tokens[:1, 0].tolist() if like.attrs.get("prepend_bos") else []
+    lengths = np.resize(like.prefix_len.numpy(), n) - len(first)
     begins = _word_starts(text, tokenizer)
     places = np.full((n, 2), -1)
     for length in np.unique(lengths):
@@ -110,7 +123,7 @@ def natural_controls(
         )
     if not kept.all():
         warnings.warn(f"the text gives only {int(kept.sum())} of {n} controls: give more text", stacklevel=2)
-    return _cut(text, places[kept], lengths[kept], tokenizer, seed)
+    return _cut(text, places[kept], lengths[kept], tokenizer, seed, first)
 
 
 def _word_starts(text: SequenceSet, tokenizer: Tokenizer) -> np.ndarray:
@@ -130,7 +143,12 @@ def _word_starts(text: SequenceSet, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def _cut(
-    text: SequenceSet, places: np.ndarray, lengths: np.ndarray, tokenizer: Tokenizer, seed: int
+    text: SequenceSet,
+    places: np.ndarray,
+    lengths: np.ndarray,
+    tokenizer: Tokenizer,
+    seed: int,
+    first: list[int],
 ) -> SequenceSet:
     tokens = text.tokens.numpy()
     rows = [tokens[r, s : s + n + 1].tolist() for (r, s), n in zip(places, lengths, strict=True)]
@@ -140,8 +158,9 @@ def _cut(
     if tokenizer is not None:
         ends = [tokens[r, s + n : int(text.lengths[r])] for (r, s), n in zip(places, lengths, strict=True)]
         table = table.assign(**_spelled(rows, ends, tokenizer))
-    attrs = {**text.attrs, "cut_seed": seed, "control": "natural text"}
-    return SequenceSet.from_tokens(rows, lengths, table=table, attrs=attrs)
+    attrs = {**text.attrs, "cut_seed": seed, "control": "natural text", "prepend_bos": bool(first)}
+    rows = [[*first, *row] for row in rows]
+    return SequenceSet.from_tokens(rows, lengths + len(first), table=table, attrs=attrs)
 
 
 def _spelled(rows: list[list[int]], ends: list[np.ndarray], tokenizer: Any) -> dict[str, list[str]]:

@@ -25,8 +25,8 @@ from memlens.studies.times import LOADING, READING, Stopwatch, Times
 _T = TypeVar("_T")
 
 PLAN_FILE = "plan.json"
-FRACTIONS = (1 / 16, 1 / 8)
-"""The sizes of the small runs."""
+FRACTION = 1 / 16
+"""The size of the smaller run; the larger one has twice as many."""
 _CLOCKS = ("seconds", "cpu_seconds")
 
 
@@ -46,21 +46,26 @@ class Pilot:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, whole: Mapping[str, int], number: int, *, least: int = 2) -> Pilot:
+    def of(cls, whole: Mapping[str, int], number: int, *, least: int = 2, source: str = "sequences") -> Pilot:
         """Return the sizes of the smaller (0) or the larger (1) small run.
 
-        A size is a fraction of the whole, but not below `least`, and the larger run's exceeds the smaller's.
+        Args:
+            whole: The sizes of the whole study.
+            number: Which run: its sizes are a sixteenth of the whole, or twice as many.
+            least: No size of the smaller run is below this, where the whole is not.
+            source: What all others are drawn from. Its part is at least as large as theirs (of those of 16 or
+                more), so that as large a part of the sequences is recalled as is examined.
 
         >>> Pilot.of({"sequences": 320, "explored": 4, "none": 0}, 0).sizes
         {'sequences': 20, 'explored': 2, 'none': 0}
-        >>> Pilot.of({"sequences": 320, "explored": 4, "none": 0}, 1).sizes
-        {'sequences': 40, 'explored': 3, 'none': 0}
+        >>> Pilot.of({"sequences": 320, "explored": 4, "examined": 16}, 1).sizes
+        {'sequences': 80, 'explored': 4, 'examined': 4}
         """
-        sizes = {}
-        for name, n in whole.items():
-            first = min(n, max(least, math.ceil(n * FRACTIONS[0])))
-            sizes[name] = min(n, max(first + 1, math.ceil(n * FRACTIONS[1]))) if number else first
-        return cls(whole, sizes)
+        first = {name: min(n, max(least, math.ceil(n * FRACTION))) for name, n in whole.items()}
+        if source in whole:
+            part = max(first[name] / n for name, n in whole.items() if n >= 1 / FRACTION or name == source)
+            first[source] = math.ceil(part * whole[source])
+        return cls(whole, {name: min(whole[name], n * (1 + number)) for name, n in first.items()})
 
     def options(self, options: _T) -> _T:
         """Return options of the study with the small sizes."""

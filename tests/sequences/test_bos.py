@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -16,6 +18,9 @@ import memlens as ml
 from memlens.errors import OptionError
 from memlens.models.bos import expects_bos, puts_bos_first
 from memlens.recall.criteria.references import ModelReference
+from memlens.recall.extraction import score_prompts
+from memlens.recall.score import score_recall
+from memlens.sequences.natural import natural_controls, text_windows
 from memlens.sequences.readers.load import load_sequences
 from memlens.studies.registry import SequenceChoice
 from tests.sequences.vocabularies import metaspace
@@ -136,3 +141,81 @@ def test_check_model_shows_the_difference(model_of: Callable[[str, bool], Any]) 
         assert f"{begun:.2f} with the beginning-of-text token, {bare:.2f} without" in shown.note
     model = model_of("llama", True)
     assert "reads text with it" in repr(ml.check_model(model))
+
+
+@pytest.mark.parametrize(("family", "begins"), [("llama", True), ("gpt_neox", False)])
+def test_windows_of_a_scan_and_of_text_begin_as_the_model_s_texts_do(
+    model_of: Callable[[str, bool], Any], family: str, begins: bool, tmp_path: Path
+) -> None:
+    model = model_of(family, True)
+    corpus = [[BOS, 1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12, 13]]
+    options: dict[str, Any] = {"prefix_len": 2, "suffix_len": 3, "below": 1.0, "progress": False}
+    seen: list[list[int]] = []
+
+    def note(model: Any, seqs: Any, **more: Any) -> Any:
+        seen.extend(seqs.rows())
+        return score_recall(model, seqs, **more)
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr("memlens.recall.corpus.scan.score_recall", note)
+        ml.recall.build_memorized_set(model, corpus, **options)
+        expected = [[BOS, 1, 2, 3, 4], [*[BOS] * begins, 7, 8, 9, 10, 11]]
+        assert sorted(seen) == sorted(expected)
+        seen.clear()
+        ml.recall.build_memorized_set(model, corpus, prepend_bos=False, **options)
+        assert sorted(seen) == [[7, 8, 9, 10, 11], [BOS, 1, 2, 3, 4]]
+    with pytest.raises(OptionError, match="prepend_bos='yes'"):
+        ml.recall.build_memorized_set(model, corpus, prepend_bos="yes", **options)  # type: ignore[arg-type]
+
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"w{i}" for i in range(12)))
+    windows = text_windows(model.tokenizer, path, 4, model=model)
+    step = 4 - begins
+    assert windows.rows() == [
+        [BOS] * begins + list(range(i, i + step)) for i in range(0, 12 - step + 1, step)
+    ]
+    like = load_sequences(["w1 w2 w3"], model, prefix_len=2)
+    controls = natural_controls(windows, like, n=3)
+    assert all((row[0] == BOS) == begins for row in controls.rows())
+    assert controls.prefix_len.tolist() == [2 + begins] * len(controls)
+
+
+def test_a_scan_keeps_what_begins_with_the_token_beside_what_does_not(
+    model_of: Callable[[str, bool], Any],
+) -> None:
+    model = model_of("llama", True)
+    rng = np.random.default_rng(0)
+    corpus = [[BOS, *rng.integers(0, 90, 6).tolist()] for _ in range(2)]
+    corpus += [rng.integers(0, 90, 7).tolist() for _ in range(6)]
+    recited = [_greedy(model, [BOS, *row[:2]], 3) for row in corpus[2:]]
+    corpus[2:] = [row[:2] + more for row, more in zip(corpus[2:], recited, strict=True)]
+    found = ml.recall.build_memorized_set(
+        model, corpus, prefix_len=2, suffix_len=3, keep_trivial=True, below=1.0, block_size=2, progress=False
+    )
+    assert len(found.memorized) >= 1
+    assert all(row[0] == BOS and len(row) == 6 for row in found.memorized.rows())
+    assert set(found.memorized.prefix_len.tolist()) == {3}
+
+
+def _greedy(model: Any, row: list[int], n: int) -> list[int]:
+    for _ in range(n):
+        row = [*row, int(model(torch.tensor([row]))[0, -1].argmax())]
+    return row[-n:]
+
+
+def test_a_shortened_prompt_keeps_its_beginning_of_text_token(model_of: Callable[[str, bool], Any]) -> None:
+    for family, begins in (("llama", True), ("gpt_neox", False)):
+        model = model_of(family, True)
+        seqs = load_sequences(["w1 w2 w3 w4 w5"], model, prefix_len=3)
+        prompts: list[list[int]] = []
+
+        def note(model: Any, halves: Any, given: Any, prompts: Any = prompts, **more: Any) -> Any:
+            prompts += [[*halves.pinned[i], *kept] for i, kept in given]
+            return score_prompts(model, halves, given, **more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("memlens.recall.extraction.score_prompts", note)
+            curve = ml.recall.extraction_curve(model, seqs, [1, 2], progress=False)
+        assert prompts == [[BOS] * begins + [3], [BOS] * begins + [2, 3]]
+        assert curve.settings["pinned"] == int(begins)

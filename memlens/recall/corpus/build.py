@@ -18,11 +18,12 @@ import torch
 from jaxtyping import Int
 from tqdm.auto import tqdm
 
-from memlens.errors import MemlensError, ResultError, SequenceError
+from memlens.errors import MemlensError, ResultError, SequenceError, check_option
 from memlens.files import expanded, naming
 from memlens.forward.exclusive import computes
 from memlens.forward.memory import check_batch_size, rows_per_batch
 from memlens.forward.trunk import require_model
+from memlens.models.bos import expects_bos
 from memlens.models.provenance import describe
 from memlens.recall.columns import SCORE_COLUMNS
 from memlens.recall.corpus.memorized_set import MemorizedSet, assemble_sets
@@ -32,6 +33,7 @@ from memlens.recall.trivial import TrivialRules
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.parquet import read_parquet, write_parquet
 from memlens.sequences.set import SequenceSet
+from memlens.sequences.tokenizing import bos_id
 from memlens.store.fingerprint import model_fingerprint
 from memlens.store.keyed_folder import KeyedFolder, read_manifest
 
@@ -59,6 +61,7 @@ def build_memorized_set(
     rules: TrivialRules | None = None,
     on_eos: Literal["drop", "keep"] = "drop",
     tokens_column: str | None = None,
+    prepend_bos: bool | Literal["auto"] = "auto",
     pool_size: int = 20_000,
     block_size: int = 1024,
     progress: bool = True,
@@ -99,6 +102,9 @@ def build_memorized_set(
         rules: Which continuations are trivial.
         on_eos: "drop" windows whose continuation contains an end-of-text token, or "keep" them.
         tokens_column: The column of ids of a table or dataset.
+        prepend_bos: Put the beginning-of-text token in front of every window that does not begin with it, in
+            addition to `prefix_len`. "auto" does so where the model's texts begin with one (see
+            `load_sequences`): a window is cut from a text, and such a model knows none without it.
         pool_size: Number of candidates for each set of controls: the first ones of the scan.
         block_size: Rows per block. Blocks are saved one by one; batches never span two blocks.
         progress: Show a progress bar.
@@ -143,11 +149,12 @@ def build_memorized_set(
         on_eos=on_eos,
         pool_size=pool_size,
         block_size=block_size,
+        bos=_bos(model, prepend_bos),
     )
     length = prefix_len + suffix_len
-    if length > model.cfg.n_ctx:
+    if (whole := length + (options.bos is not None)) > model.cfg.n_ctx:
         raise SequenceError(
-            f"a window of {length} tokens is longer than the model's context of {model.cfg.n_ctx}: shorten "
+            f"a window of {whole} tokens is longer than the model's context of {model.cfg.n_ctx}: shorten "
             "prefix_len or suffix_len"
         )
     if token_counts is not None and np.shape(token_counts) != (model.cfg.d_vocab,):
@@ -158,7 +165,7 @@ def build_memorized_set(
     if isinstance(token_source, SequenceSet):
         check_sequences(token_source, model, n_ctx=token_source.tokens.shape[1], on_eos="keep")
     windows = open_windows(token_source, length, stride, tokens_column)
-    size = min(batch_size or _batch_size(model, length, out), block_size)
+    size = min(batch_size or _batch_size(model, whole, out), block_size)
     settings = {
         **options.settings(),
         "source": _source_name(token_source),
@@ -303,3 +310,17 @@ def _numerics(model: Any, batch_size: int) -> dict[str, str | int | float | bool
         "n_threads": torch.get_num_threads(),
     }
     return {**facts, "gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else facts
+
+
+def _bos(model: Any, prepend: bool | Literal["auto"]) -> int | None:
+    """Return the token that windows begin with; None: none is put there.
+
+    Raises:
+        OptionError: Another word than "auto".
+        SequenceError: The tokenizer has no such token.
+    """
+    if isinstance(prepend, str):
+        check_option("prepend_bos", prepend, ["auto"])
+    tokenizer = getattr(model, "tokenizer", None)
+    wanted = expects_bos(model, tokenizer) if prepend == "auto" else prepend
+    return bos_id(tokenizer) if wanted else None

@@ -90,10 +90,14 @@ class ScanOptions:
     on_eos: Literal["drop", "keep"]
     pool_size: PositiveInt
     block_size: PositiveInt
+    bos: int | None = None
+    """The token that is put in front of every window that does not begin with it; None: nothing."""
 
     def settings(self) -> dict[str, Any]:
         """Return the options under the names that results record."""
         own = {name: value for name, value in asdict(self).items() if name not in ("predictable", "rules")}
+        if self.bos is None:  # as before there was the choice, so that older scans are resumed
+            del own["bos"]
         return {**own, **self.predictable.settings(), **self.rules.settings()}
 
 
@@ -130,7 +134,10 @@ class Kept:
         if not self.sets[role]:
             return None
         sets = self.sets[role]
-        tokens, prefix_len = torch.cat([s.tokens for s in sets]), torch.cat([s.prefix_len for s in sets])
+        tokens: Any = [row for s in sets for row in s.rows()]
+        if len({len(row) for row in tokens}) == 1:
+            tokens = torch.cat([s.tokens for s in sets])
+        prefix_len = torch.cat([s.prefix_len for s in sets])
         table = pd.concat([s.table for s in sets], ignore_index=True)
         whole = SequenceSet.from_tokens(tokens, prefix_len, table=table)
         if role == "memorized":
@@ -160,7 +167,7 @@ def scan_block(
         VocabularyError: An id is outside the model's vocabulary; names the row of the source.
     """
     _check_vocabulary(model, block)
-    seqs = SequenceSet.from_tokens(block.tokens, options.prefix_len, table=facts)
+    seqs = _sequences(block, facts, options)
     counts = {"rows": block.n_rows, "rows_too_short": block.n_short, "windows": len(block)}
     eos = getattr(getattr(model, "tokenizer", None), "eos_token_id", None)
     ended = eos_mask(seqs, eos if options.on_eos == "drop" else None)
@@ -173,6 +180,15 @@ def scan_block(
     )  # batches never span two blocks, so a resumed scan has the same batches
     seqs = seqs.with_table(recall.table.assign(role=_roles(recall.table, options)))
     return _chosen(model, seqs, kept, options, counts)
+
+
+def _sequences(block: Block, facts: pd.DataFrame, options: ScanOptions) -> SequenceSet:
+    """Return the windows, with the beginning-of-text token in front where the scan puts it."""
+    if options.bos is None:
+        return SequenceSet.from_tokens(block.tokens, options.prefix_len, table=facts)
+    bare = block.tokens[:, 0] != options.bos
+    rows = [[options.bos] * b + row for b, row in zip(bare.tolist(), block.tokens.tolist(), strict=True)]
+    return SequenceSet.from_tokens(rows, options.prefix_len + bare, table=facts, attrs={"prepend_bos": True})
 
 
 def _roles(table: pd.DataFrame, options: ScanOptions) -> np.ndarray:
@@ -234,8 +250,9 @@ def _repeat(memorized: bool, key: tuple[bytes, bytes], *seen: set[tuple[bool, by
 
 def _keys(seqs: SequenceSet) -> list[tuple[bytes, bytes]]:
     """Return digests of each whole window and of its continuation."""
-    pairs = zip(seqs.tokens.numpy(), seqs.prefix_len.tolist(), strict=True)
-    return [(_digest(row), _digest(row[prefix_len:])) for row, prefix_len in pairs]
+    tokens, lengths = seqs.tokens.numpy(), seqs.lengths.tolist()
+    rows = zip(tokens, lengths, seqs.prefix_len.tolist(), strict=True)
+    return [(_digest(row[:n]), _digest(row[prefix_len:n])) for row, n, prefix_len in rows]
 
 
 def _digest(ids: np.ndarray) -> bytes:

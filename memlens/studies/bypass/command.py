@@ -73,7 +73,7 @@ class BypassSources:
         from memlens.studies.pilot import Pilot, sizes_of
 
         whole = {"n": self.n, "questions": self.questions, **sizes_of(call.options, sizes)}
-        pilot = Pilot.of(whole, number, least=4)
+        pilot = Pilot.of(whole, number, least=4, source="n")
         few = replace(self, n=pilot.sizes["n"], questions=pilot.sizes["questions"])
         options = pilot.options(call.options)
         return pilot.giving({**few.read(replace(call, options=options)), "options": options})

@@ -101,7 +101,7 @@ class ComparativeInputs:
         first = replace(models[0], model=call.once(models[0].label, models[0].load))
         domains = read_domains(given["sequences"], first.model, options).table["domain"]
         whole = {**sizes_of(options, sizes), "max_per_domain": int(domains.value_counts().max())}
-        pilot = Pilot.of(whole, number, least=4)
+        pilot = Pilot.of(whole, number, least=4, source="max_per_domain")
         return pilot.giving({**given, "models": [first, *models[1:]], "options": pilot.options(options)})
 
     def _here(self, config: StudyConfig, call: Call) -> bool:

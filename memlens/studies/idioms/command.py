@@ -156,7 +156,7 @@ def _read(name: str, source: str, model: Any, limit: int | None) -> Any:
     if name != "text":
         return ml.load_sequences(source, model, limit=limit)
     if source.endswith(".txt"):
-        return text_windows(model.tokenizer, source)
+        return text_windows(model.tokenizer, source, model=model)
     return ml.load_sequences(source, model, prefix_len=1, on_short="drop", on_eos="keep")
 
 
