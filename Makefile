@@ -23,7 +23,7 @@ RUN := OMP_NUM_THREADS=1 $(BIN)/python -m
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo install test notebooks lint format types contract docs clean
+.PHONY: help demo install test lowest notebooks lint format types contract docs clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | awk -F': ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -35,6 +35,35 @@ install: $(DEV_READY) ## Make the environment with everything for development
 
 test: $(DEV_READY) ## Run the whole test suite, the slow tests and the docstrings' examples included
 	$(RUN) pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+LOWEST := .venv-lowest
+# Chosen among the tests that are quick and touch every dependency.
+LOWEST_TESTS := tests/test_package.py tests/test_files.py tests/test_options.py tests/results tests/sequences \
+	tests/forward/test_metrics.py tests/report/test_run_directory.py
+
+lowest: $(LOWEST)/.installed ## Run a quick part of the tests with the lowest versions that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -m "not slow" -p no:cacheprovider $(LOWEST_TESTS)
+
+# torch has the version of constraints.txt: another one is gigabytes, and its floor is not tested. uv does not read pip's
+# settings, so it is told which indices, files and certificates pip uses here.
+$(LOWEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON3) -m venv $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check uv
+	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
+	@grep '^torch==' constraints.txt >$(LOWEST)/torch.txt
+	@setting() { $(LOWEST)/bin/python -m pip config get "$$1" 2>/dev/null || true; }; \
+	index="$$(setting global.index-url)"; more="$$(setting global.extra-index-url)"; \
+	files="$${PIP_FIND_LINKS:-$$(setting global.find-links)}"; cert="$${PIP_CERT:-$$(setting global.cert)}"; \
+	[ -z "$$index" ] || export UV_DEFAULT_INDEX="$$index"; \
+	[ -z "$$more" ] || export UV_INDEX="$$more"; \
+	[ -z "$$files" ] || export UV_FIND_LINKS="$$files"; \
+	[ -z "$$cert" ] || export SSL_CERT_FILE="$$cert"; \
+	UV_INDEX_STRATEGY=unsafe-best-match $(LOWEST)/bin/uv pip compile -q --resolution lowest-direct \
+		--extra dev --constraint $(LOWEST)/torch.txt -o $(LOWEST)/all.txt pyproject.toml
+	@grep -vE '^(torch|triton|nvidia|cuda)[-a-z0-9]*==|^ *#' $(LOWEST)/all.txt >$(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -e .
+	@touch $@
 
 notebooks: $(DEV_READY) ## Run the tutorials
 	$(RUN) pytest --nbmake --nbmake-timeout=900 tutorials
@@ -60,7 +89,7 @@ docs: $(DEV_READY) ## Build the documentation into docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 clean: ## Remove environments, caches and everything built
-	rm -rf .venv .venv-tl4 build dist docs/_build docs/reference docs/tutorials docs/_static/plotly.min.js
+	rm -rf .venv .venv-tl4 .venv-lowest build dist docs/_build docs/reference docs/tutorials docs/_static/plotly.min.js
 	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find memlens tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 

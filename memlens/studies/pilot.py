@@ -39,11 +39,13 @@ class Pilot:
             the name of an option, or "sequences".
         sizes: How many the small run takes.
         arguments: Of the study.
+        note: What the plan cannot know.
     """
 
     whole: Mapping[str, int]
     sizes: Mapping[str, int]
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
 
     @classmethod
     def of(cls, whole: Mapping[str, int], number: int, *, least: int = 2, source: str = "sequences") -> Pilot:
@@ -63,17 +65,18 @@ class Pilot:
         """
         first = {name: min(n, max(least, math.ceil(n * FRACTION))) for name, n in whole.items()}
         if source in whole:
-            part = max(first[name] / n for name, n in whole.items() if n >= 1 / FRACTION or name == source)
-            first[source] = math.ceil(part * whole[source])
+            drawn = [(first[name], n) for name, n in whole.items() if n >= 1 / FRACTION and name != source]
+            parts = [-(-size * whole[source] // n) for size, n in drawn]  # rounded up
+            first[source] = max([first[source], *parts])
         return cls(whole, {name: min(whole[name], n * (1 + number)) for name, n in first.items()})
 
     def options(self, options: _T) -> _T:
         """Return options of the study with the small sizes."""
         return replace(options, **{name: n for name, n in self.sizes.items() if hasattr(options, name)})  # pyright: ignore[reportArgumentType, reportCallIssue]
 
-    def giving(self, arguments: Mapping[str, Any]) -> Pilot:
-        """Return the same run with the study's arguments."""
-        return replace(self, arguments=arguments)
+    def giving(self, arguments: Mapping[str, Any], note: str = "") -> Pilot:
+        """Return the same run with the study's arguments, and what the plan cannot know."""
+        return replace(self, arguments=arguments, note=note)
 
     def share(self, name: str) -> float:
         """Return the part of the whole that the run takes of what an option limits."""
@@ -128,8 +131,11 @@ def plan_steps(study: Study, inputs: Inputs, call: Call) -> dict[str, Any] | Non
             run = read_json(Path(name) / "run" / "run.json")
         runs.append((pilot, watch.times | {entry["step"]: entry for entry in run["times"]}))
         notes = [
-            f"Not planned: {entry['step']}, which a small run could not do: {entry['message']}"
-            for entry in run["failures"]
+            *filter(None, [pilot.note]),
+            *(
+                f"Not planned: {entry['step']}, which a small run could not do: {entry['message']}"
+                for entry in run["failures"]
+            ),
         ]
     return {
         "steps": [{"step": step, **spent} for step, spent in extrapolate(runs, study.scales).items()],

@@ -17,6 +17,11 @@ import pytest
 from memlens import cli
 from memlens.cli.commands import complete_model
 from memlens.cli.console import print_json
+from memlens.studies.bypass.command import BypassSources
+from memlens.studies.bypass.options import BypassOptions
+from memlens.studies.idioms.command import IdiomInputs
+from memlens.studies.idioms.options import IdiomOptions
+from memlens.studies.registry import Call, ModelChoice
 from tests.cli.test_commands import call
 
 
@@ -52,33 +57,37 @@ def test_score_and_models_as_json(recited: tuple[str, str], tmp_path: Path) -> N
 def test_a_study_as_json_tells_its_findings(recited: tuple[str, str], tmp_path: Path) -> None:
     model, rows = recited
     args = ("run", "localize", "-m", model, "-s", rows, "--prefix-len", "8", "--out", str(tmp_path), "-q")
-    plan = asked(*args, "--plan")
-    assert not list(tmp_path.iterdir())  # a plan writes nothing
+    plan = asked(*args, "--max-patched", "2", "--plan")
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
     assert [row["work"] for row in plan["works"]] == [
         "ablate each head", "bypass each layer", "patch layer x position"
     ]  # fmt: skip
+    steps = {row["step"] for row in plan["steps"]}
+    assert {"loading of models", "recall", "head ablation", "rankings", "report"} <= steps
+    assert all(row["seconds"] >= 0 and row["cpu_seconds"] >= 0 for row in plan["steps"])
     told = asked(*args, "--max-patched", "2")
     assert Path(told["report"]).is_file()
     assert told["failures"] == {}
-    saved = json.loads((tmp_path / "run.json").read_text())["findings"]
+    stored = json.loads((tmp_path / "run.json").read_text())
+    saved = stored["findings"]
     assert [finding["statement"] for finding in told["findings"]] == [each["statement"] for each in saved]
     assert told["findings"][0]["estimate"] == 0.5
+    assert told["times"] == stored["times"]
+    assert steps <= {row["step"] for row in told["times"]}  # nothing is planned that does not happen
+    assert all({"planned_seconds", "seconds"} <= set(row) for row in told["times"])  # and all is planned
+    assert told["seconds"] == pytest.approx(sum(row["seconds"] for row in told["times"]))
 
 
-def test_plans_of_the_other_studies(tmp_path: Path) -> None:
-    out = str(tmp_path / "run")
-    rows = {
-        row["work"]: row
-        for row in asked("run", "bypass", "-m", "zoo/pythia-xs", "--out", out, "--plan")["works"]
-    }
+def test_sweeps_of_the_other_studies_are_counted() -> None:
+    where = ModelChoice(model="zoo/pythia-xs")
+    counted = BypassSources().plan(Call(where, BypassOptions(), None))
+    rows = {row["work"]: row for row in counted.document["works"]}
     assert rows["bypass each layer"]["interventions"] == 4
     assert rows["bypass each layer"]["sequences"] == 128
     assert rows["bypass each head"]["interventions"] == 4 * 5
-    idioms = asked(
-        "run", "idioms", "-m", "zoo/pythia-xs", "--out", out, "--plan", "--windows", "1,2", "--top-k", "1,10"
-    )
+    options = IdiomOptions(windows=(1, 2), top_k=(1, 10))
+    idioms = IdiomInputs().plan(Call(where, options, None)).document
     assert idioms["works"][0]["interventions"] == (4 + 3) * 2
-    assert not Path(out).exists()
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,12 @@ class BypassSources:
         pilot = Pilot.of(whole, number, least=4, source="n")
         few = replace(self, n=pilot.sizes["n"], questions=pilot.sizes["questions"])
         options = pilot.options(call.options)
-        return pilot.giving({**few.read(replace(call, options=options)), "options": options})
+        note = (
+            "Reading is planned as if memorized sequences were as frequent in the whole text as in its first "
+            "part; where they are rarer it takes longer, at most as long as to scan all of it (--max-rows)."
+        )
+        given = {**few.read(replace(call, options=options)), "options": options}
+        return pilot.giving(given, note if self.memorized is None else "")
 
     def _other(self, call: Call, name: str) -> BypassInputs:
         return self._inputs(call, name, call.load(name))
