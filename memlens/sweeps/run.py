@@ -7,6 +7,7 @@ function of the contents of the model, the sequences, the interventions and the 
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from memlens.errors import EmptySetError, InterventionError, check_option
-from memlens.files import replacing
+from memlens.errors import EmptySetError, InterventionError, WriteError, check_option
+from memlens.files import expanded, replacing
 from memlens.forward.batches import make_batches
 from memlens.forward.exclusive import computes
 from memlens.forward.hooks import resolve_hook
@@ -179,11 +180,23 @@ def sweep(
 def kept(result: Result, out: str | Path | None) -> Result:
     """Return a result, saved as `result.nc` where the sweep has a folder `out`.
 
-    Analyses that extend the result of `sweep` save it through this function, too.
+    Analyses that extend the result of `sweep` save it through this function, too. In a folder of a finished
+    run that cannot be written any more, the file that is there stays.
     """
-    if out is not None:
-        result.save(Path(out) / "result.nc")
+    if out is None:
+        return result
+    path = expanded(out) / "result.nc"
+    try:
+        result.save(path)
+    except WriteError as error:
+        if error.errno not in _READ_ONLY or not path.exists():
+            raise
+        _LOG.warning("%s is read-only and keeps its %s", path.parent, path.name)
     return result
+
+
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""Why nothing can be written to a folder, other than a lack of space."""
 
 
 def _about(

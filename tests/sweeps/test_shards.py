@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 import memlens as ml
-from memlens.errors import InterventionError, ResultError
+from memlens.errors import InterventionError, ResultError, WriteError
 from memlens.sweeps.run import Shard, ShardStore, cut
 from tests.small import corrupted, ragged
 
@@ -103,6 +104,23 @@ def test_a_raising_hook_keeps_what_was_done(tiny_model: Any, tmp_path: Path) -> 
     fails.now = False
     kept = run(model, tmp_path, edits)
     assert np.allclose(kept["target_logprob"], run(model, None, edits)["target_logprob"], atol=1e-5)
+
+
+def test_a_finished_run_in_a_read_only_folder_is_read(
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", "bridge")
+    edits = patches(model)[:4]
+    made = run(model, tmp_path, edits)
+
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    assert run(model, tmp_path, edits).data.equals(made.data)
+    (tmp_path / "result.nc").unlink()
+    with pytest.raises(WriteError, match=r"result\.nc cannot be written \(Read-only file system\)"):
+        run(model, tmp_path, edits)
 
 
 @pytest.mark.parametrize("what", ["the model", "the sequences", "the interventions", "the metrics"])
