@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from memlens.errors import FileFormatError
 from memlens.sequences.readers.load import load_sequences
 from memlens.sequences.readers.registry import read_file
 from tests.sequences.vocabularies import byte_level
@@ -87,3 +88,14 @@ def test_an_empty_cell_is_missing_and_a_column_of_identifiers_is_text(tmp_path: 
         seqs = load_sequences(path, tokenizer=byte_level(), prefix_len=1)
     assert seqs.texts == ["a b", "NA NA"]
     assert seqs.table["identifier"].tolist() == ["007", "NA"]
+
+
+@pytest.mark.parametrize("n", [4096, 4097])
+def test_a_table_has_at_most_4096_columns(n: int, tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(",".join(map(str, range(n))) + "\n" + ",".join(["a"] * n) + "\n")
+    if n == 4096:
+        assert read_file(path)[0].shape == (1, n)
+    else:
+        with pytest.raises(FileFormatError, match="over 4096 columns"):
+            read_file(path)
