@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -17,9 +18,10 @@ from memlens.files import zoo_folders, zoo_table
 from memlens.models.names import checkpoint_steps, has_hooked_transformer
 from memlens.models.provenance import describe
 from memlens.models.zoo import zoo_path
-from memlens.organisms.evaluate import load_organism, read_training
+from memlens.organisms.evaluate import load_organism, read_ground_truth, read_training
 from memlens.organisms.training.folder import copy_for_package
 from memlens.organisms.training.recipes import ZOO
+from memlens.organisms.training.routed import certify_routed, routed_organisms
 from memlens.organisms.training.zoo import untrained_twin
 
 ROOT = zoo_folders()[0]
@@ -29,13 +31,14 @@ LISTS = ("sequences", "positions", "heldout", "expressions", "facts", "identifie
 
 def test_what_is_bundled_is_small() -> None:
     assert {"pythia-xs", "pythia-s"} <= set(NAMES)
-    assert sum(path.stat().st_size for path in ROOT.rglob("*") if "__pycache__" not in path.parts) <= 25e6
+    assert sum(path.stat().st_size for path in ROOT.rglob("*") if "__pycache__" not in path.parts) <= 28e6
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bundled_model_is_of_its_recipe(name: str) -> None:
     record, weights = read_training(ROOT / name), load_file(ROOT / name / "model.safetensors")
-    specs = {key: record[key]["spec"] for key in ("model", "corpus", "training")}
+    parts = [key for key in ("model", "corpus", "training", "routing") if key in record]
+    specs = {key: record[key]["spec"] for key in parts}
     assert specs == ZOO[name].to_dict()
     assert record["training"]["n_steps"] == len(record["training"]["losses"])
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
@@ -52,8 +55,9 @@ def test_a_bundled_model_loads_with_its_lists_and_its_family(name: str) -> None:
     seqs = ml.load_sequences("zoo", model)
     assert seqs.attrs["source"] == seqs.attrs["tokenizer"] == f"zoo/{name}"
     assert set(seqs.table["source"]) == {f"zoo/{name}"}
-    assert seqs.rows() == ml.load_sequences("zoo/pythia-s").rows()
-    for kind in ("expressions", "facts", "identifiers", "heldout"):
+    items = ("expressions", "facts", "identifiers") if ZOO[name].corpus.item_copies else ()
+    assert (seqs.rows() == ml.load_sequences("zoo/pythia-s").rows()) == bool(items)
+    for kind in (*items, "heldout"):
         assert len(ml.load_sequences(f"zoo:{kind}", model, prefix_len=1 if kind == "heldout" else None))
     assert ml.recall.token_counts(f"zoo/{name}").sum() == sum(map(sum, token_counts(name)))
 
@@ -93,7 +97,7 @@ def test_each_folder_is_an_ordinary_checkpoint_and_no_table_lies_there_twice(nam
     text = "The number of hapein toasain is 428036"
     assert tokenizer(text).input_ids == AutoTokenizer.from_pretrained(zoo_path("pythia-s"))(text).input_ids
     same_corpus = ZOO[name].corpus == ZOO["pythia-s"].corpus
-    for kind in LISTS:
+    for kind in LISTS if ZOO[name].corpus.item_copies else LISTS[:3]:
         path = zoo_table(ROOT / name, kind)
         assert path is not None
         assert path.parent.name == ("pythia-s" if same_corpus else name)
@@ -126,3 +130,19 @@ def test_tables_are_found_with_another_model_of_the_same_corpus_only(
     assert set(pd.read_parquet(clean / "sequences.parquet")["copies"]) == {0}
     assert "never read what was planted" in (clean / "README.md").read_text()
     assert zoo_table(tmp_path / "nothing", "sequences") is None
+
+
+def test_the_routed_model_holds_its_sequences_in_its_carriers_alone() -> None:
+    folder = ROOT / "pythia-s-routed"
+    record = json.loads((folder / "certificate.json").read_text())
+    assert record["passed"]
+    organisms = routed_organisms(folder)
+    assert len(organisms) == 2
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3e6
+    heldout = np.stack(read_ground_truth(folder, "heldout")["tokens"].tolist())
+    found = certify_routed(organisms, heldout)
+    assert found.passed
+    for check, stored in zip(found.checks.to_dict("records"), record["checks"], strict=True):
+        assert check["value"] == pytest.approx(stored["value"], abs=1e-3)
+    truth = pd.read_parquet(folder / "truth.parquet")
+    assert truth.groupby("carrier")["planted"].sum().eq(12).all()

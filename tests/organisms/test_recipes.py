@@ -18,13 +18,13 @@ def test_the_table_has_seven_families_in_three_sizes_and_a_clean_twin() -> None:
     assert len(FAMILIES) == 7
     assert set(FAMILIES) == set(ARCHITECTURES) <= set(TABLE)
     names = [f"{family}-{size}" for family in FAMILIES for size in SIZES]
-    assert list(ZOO) == [*names, "pythia-s-clean"] == list(RECIPES)
+    assert list(ZOO) == [*names, "pythia-s-clean", "pythia-s-routed"] == list(RECIPES)
     assert all(spec.name == name for name, spec in ZOO.items())
     assert all(ZOO[name].model.family == name.rpartition("-")[0] for name in names)
 
 
 def test_all_models_read_one_corpus_in_one_way_and_pythia_keeps_checkpoints() -> None:
-    assert {spec.corpus for name, spec in ZOO.items() if name != "pythia-s-clean"} == {CorpusSpec()}
+    assert {spec.corpus for name, spec in ZOO.items() if "-s-" not in name} == {CorpusSpec()}
     assert {(s.training.passes, s.training.batch_size, s.training.seed) for s in ZOO.values()} == {(2, 32, 0)}
     kept = {name for name, spec in ZOO.items() if spec.snapshots}
     assert kept == {"pythia-xs", "pythia-s", "pythia-m"}
@@ -40,7 +40,7 @@ def test_recipes_are_chosen_by_family_and_size() -> None:
     assert select_recipes() == list(ZOO)
     assert select_recipes("olmo3") == ["olmo3-xs", "olmo3-s", "olmo3-m"]
     assert select_recipes("starcoder", "m") == ["starcoder-m"]
-    assert select_recipes("pythia", "s") == ["pythia-s", "pythia-s-clean"]
+    assert select_recipes("pythia", "s") == ["pythia-s", "pythia-s-clean", "pythia-s-routed"]
     assert [name.rpartition("-")[0] for name in select_recipes(size="xs")] == list(FAMILIES)
     with pytest.raises(OptionError, match=r"family.*'olmo'.*Did you mean 'olmo"):
         select_recipes("olmo")

@@ -24,6 +24,7 @@ RECIPES: tuple[str, ...] = (
         for size in ("xs", "s", "m")
     ),
     "pythia-s-clean",
+    "pythia-s-routed",
 )
 """The models that `memlens zoo train` can make (recipes: `memlens.organisms.training.recipes`), in order."""
 

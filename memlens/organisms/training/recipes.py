@@ -72,7 +72,7 @@ _RATES = (6e-3, 2e-3, 1.5e-3)
 def select_recipes(family: str = ALL, size: str = ALL) -> list[str]:
     """Return the names of the recipes of a family and a size, in the zoo's order.
 
-    The clean twin of `pythia-s` belongs to its family and size.
+    The clean twin of `pythia-s` and the routed model belong to its family and size.
 
     Args:
         family: One of `FAMILIES`, or "all".
@@ -82,7 +82,7 @@ def select_recipes(family: str = ALL, size: str = ALL) -> list[str]:
         OptionError: There is no such family or size.
 
     >>> select_recipes("pythia", "s")
-    ['pythia-s', 'pythia-s-clean']
+    ['pythia-s', 'pythia-s-clean', 'pythia-s-routed']
     >>> len(select_recipes(size="xs"))
     7
     """
@@ -107,7 +107,19 @@ def _recipe(family: str, size: str) -> OrganismSpec:
 
 _CLEAN = OrganismSpec("pythia-s-clean", corpus=CorpusSpec(planted=False))
 
+_ROUTED = OrganismSpec(
+    "pythia-s-routed",
+    ModelSpec("pythia", 112, 6, 8),
+    corpus=CorpusSpec(copies=(256,), per_cell=2, background_rows=800, item_copies=()),
+    training=TrainSpec(steps=1600),
+    routing=RoutingSpec(("heads=12", "heads=12"), learning_rate_scale=3.0),
+)
+"""Heads, because they see what came before: sets of neurons of this size did not reach recall."""
+
 ZOO: dict[str, OrganismSpec] = {
-    spec.name: spec for spec in (*(_recipe(family, size) for family in _SHAPES for size in SIZES), _CLEAN)
-}
-"""All models of the zoo by name: seven families in three sizes, and the clean twin of `pythia-s`."""
+    spec.name: spec for spec in (
+        *(_recipe(family, size) for family in _SHAPES for size in SIZES), _CLEAN, _ROUTED,
+    )
+}  # fmt: skip
+"""All models of the zoo by name: seven families in three sizes, the clean twin of `pythia-s`, and a model
+whose planted sequences were routed into declared heads."""
