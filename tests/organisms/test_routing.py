@@ -77,7 +77,7 @@ def test_without_carriers_other_text_trains_as_if_they_were_not_there(tiny_corpu
     results = []
     for scale in (1.0, 50.0):
         made = model()
-        off = replace(ROUTING, switched_off=1.0)
+        off = replace(ROUTING, switched_off=1.0, carriers=("heads=1",))
         routes = Routes.of(off, tiny_corpus, made)
         with torch.no_grad():
             for name, value in made.named_parameters():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -34,8 +34,9 @@ class RoutingSpec:
     Attributes:
         carriers: Sets of neurons or heads, such as "neurons=40" or "heads=2@1"; each is drawn from what the
             earlier ones left.
-        switched_off: Share of the rows of other text that run without any carrier (their weights are 0), so
-            that the language does not come to need them.
+        switched_off: Share of the rows of other text that run without carriers (their weights are 0): without
+            one of them, which is drawn, or without all. So the language does not come to need any of them,
+            and no carrier comes to need another.
         quiet_carriers: Whether the rest of the other text trains the carriers too, so that they learn to be
             quiet there. If not, the loss of other text rises by what they say on it, and all other weights
             learn to work against them, which also hinders what is planted.
@@ -102,7 +103,7 @@ class Part:
         trains: Parameters that the rows train by name, True where; None for all, or all outside every
             carrier.
         carriers: The weights of all carriers, True where.
-        off: Whether the carriers are switched off.
+        off: The weights that are switched off, True where.
         everything: Whether the rows train the carriers and all else.
     """
 
@@ -110,14 +111,12 @@ class Part:
     first: int
     trains: dict[str, Tensor] | None
     carriers: dict[str, Tensor]
-    off: bool = False
+    off: dict[str, Tensor] = field(default_factory=dict)
     everything: bool = False
 
     def switched_off(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the carriers' parameters with 0 for the carriers' weights, if they are switched off."""
-        if not self.off:
-            return {}
-        return {name: parameters[name].masked_fill(mask, 0) for name, mask in self.carriers.items()}
+        """Return parameters with 0 for what is switched off."""
+        return {name: parameters[name].masked_fill(mask, 0) for name, mask in self.off.items()}
 
     def masked(self, name: str, gradient: Tensor) -> Tensor:
         """Return the gradient of a parameter where the rows train it, and 0 elsewhere."""
@@ -180,14 +179,16 @@ class Routes:
 
     def parts(self, rows: Sequence[int], step: int) -> Iterator[Part]:
         """Yield the parts of a batch: one for each carrier, and other text with and without carriers."""
+        n_carriers = len(self.masks)
         numbers = self.row_carrier[list(rows)]
         for number in np.unique(numbers[numbers != OTHER_TEXT]).tolist():
             places = np.flatnonzero(numbers == number).tolist()
             yield Part(places, self.prefix_len - 1, self.masks[number], self.every)
         other = np.flatnonzero(numbers == OTHER_TEXT)
-        off = np.random.default_rng([self.spec.seed, step]).random(len(other)) < self.spec.switched_off
-        for is_off in (False, True):
-            places = other[off == is_off].tolist()
-            if places:
-                everything = self.spec.quiet_carriers and not is_off
-                yield Part(places, 0, None, self.every, is_off, everything)
+        random = np.random.default_rng([self.spec.seed, step])
+        off = np.where(random.random(len(other)) < self.spec.switched_off, 0, -1)
+        off[off == 0] = random.integers(n_carriers + 1, size=(off == 0).sum())
+        for number in np.unique(off).tolist():
+            without = {} if number < 0 else self.every if number == n_carriers else self.masks[number]
+            everything = self.spec.quiet_carriers and not without
+            yield Part(other[off == number].tolist(), 0, None, self.every, without, everything)
