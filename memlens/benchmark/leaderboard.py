@@ -223,7 +223,8 @@ class Leaderboard:
         """Return whether methods are at chance where there is nothing to find: carriers "none" and "spread".
 
         On these organisms components are drawn at random as if they had been planted, so that no method can
-        do better than chance. Controls and variants with the twin count too.
+        do better than chance. Controls and variants with the twin count too. The draws of a seed are the same
+        in all models of one shape, and the interval does not hold their noise.
 
         Args:
             measure: One of `memlens.benchmark.scores.MEASURES`.
