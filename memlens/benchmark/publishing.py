@@ -180,8 +180,8 @@ def _without_truth(board: Leaderboard) -> str:
     ]
     return (
         "**Nothing to find**: nothing planted, or a memory spread over all weights. Average precision less "
-        "chance, for components drawn at random as if they had been planted. The draws of a seed are the same "
-        "in every model of one shape, and intervals do not hold their noise\n\n"
+        "chance, for components drawn at random as if they had been planted. The draws of a seed are the "
+        "same in every model of one shape, and intervals do not hold their noise\n\n"
         "| carrier | component | n | methods | mean over methods | highest method |\n"
         "|---|---|---|---|---|---|\n" + "\n".join(rows)
     )
