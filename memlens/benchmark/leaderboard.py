@@ -243,9 +243,9 @@ class Leaderboard:
             pairs = zip(group["chance"], group["k"], strict=True)
             chance = np.array([chance_level(measure, share, k) for share, k in pairs])
             group = group.assign(above=group[measure].to_numpy(float) - chance)
-            each = group.groupby(_ORGANISM, sort=False)["above"].mean()
+            each: Any = group.groupby(_ORGANISM, sort=False)["above"].mean()
             models = each.index.get_level_values("model").tolist()
-            methods = group.groupby(["localizer", "variant"], sort=False)["above"].mean()
+            methods: Any = group.groupby(["localizer", "variant"], sort=False)["above"].mean()
             found.append(
                 {
                     **facts, "methods": len(methods), "interval": resampled_over(models),

@@ -201,7 +201,10 @@ class _Digest:
         return self.known[id(value)][1]
 
     def _parts(self, value: Any) -> Iterator[bytes]:
-        kind = type(value)
+        kind, held = (
+            type(value),
+            value,
+        )  # `held` keeps its type where `isinstance` would narrow that of `value`
         plain = isinstance(value, _PLAIN) and not _is_own(kind)
         yield _class_name(kind)
         if isinstance(value, Trunk):
@@ -213,16 +216,16 @@ class _Digest:
         elif isinstance(value, Tensor):
             yield repr(_contents(value)).encode()
         elif kind in (np.ndarray, np.memmap):
-            yield repr((value.dtype, value.shape)).encode()
-            yield self.of(value.tolist()) if value.dtype.hasobject else np.ascontiguousarray(value).tobytes()
+            yield repr((held.dtype, held.shape)).encode()
+            yield self.of(held.tolist()) if held.dtype.hasobject else np.ascontiguousarray(held).tobytes()
         elif isinstance(value, _BY_REPR):
             yield repr(value).encode()
         elif kind in (list, tuple):
-            yield from map(self.of, value)
+            yield from map(self.of, held)
         elif kind in (set, frozenset):
-            yield from sorted(map(self.of, value))
+            yield from sorted(map(self.of, held))
         elif kind in (dict, types.MappingProxyType):
-            yield from (self.of(part) for item in value.items() for part in item)
+            yield from (self.of(part) for item in held.items() for part in item)
         elif isinstance(value, SequenceSet):
             yield from map(self.of, (value.tokens, value.mask, value.prefix_len))
         else:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import memlens as ml
-from memlens.errors import UnsupportedModelError
+from memlens.errors import OptionError, UnsupportedModelError
 from memlens.models.families import FAMILIES as TABLE
 from memlens.models.names import has_hooked_transformer
 from memlens.models.provenance import describe
@@ -88,6 +88,14 @@ def test_parameters_are_counted_without_making_them(family: str) -> None:
     assert count_parameters(shape(family), VOCAB) == architecture_facts(model)["parameters"] == counted
     assert architecture_facts(model)["layers"] == 4
     assert architecture_facts(model)["heads"] == 4
+
+
+def test_heads_that_rotary_positions_cannot_turn_are_refused() -> None:
+    with pytest.raises(OptionError, match="heads of 14 dimensions would turn 3 of them"):
+        ModelSpec("pythia", 112, 6, 8)
+    with pytest.raises(OptionError, match="choose another d_model"):
+        ModelSpec("olmo2", 35, 2, 5)
+    assert ModelSpec("gpt-neo", 35, 2, 5).n_heads == 5
 
 
 def test_no_model_has_dropout() -> None:

@@ -144,6 +144,7 @@ def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_routed_organism_has_its_truth_and_its_certificate(routed: Path) -> None:
     organisms = routed_organisms(routed)
+    assert not list(routed.glob("*.pt"))
     assert routing_of(routed) == ROUTING
     truth = pd.read_parquet(routed / "truth.parquet")
     sequences = pd.read_parquet(routed / "sequences.parquet")

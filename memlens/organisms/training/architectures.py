@@ -35,6 +35,9 @@ WINDOW = 32
 
 _IDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
+_ROTARY_SHARES = {"pythia": 0.25, "olmo1": 1.0, "olmo2": 1.0, "olmo3": 1.0, "openllama": 1.0}
+"""Share of a head's dimensions with rotary positions."""
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -59,6 +62,12 @@ class ModelSpec:
         if self.d_model % self.n_heads:
             raise OptionError(
                 f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}: choose one that is."
+            )
+        rotary = int(self.d_model // self.n_heads * _ROTARY_SHARES.get(self.family, 0))
+        if rotary % 2:
+            raise OptionError(
+                f"heads of {self.d_model // self.n_heads} dimensions would turn {rotary} of them by their "
+                "position, and rotary embeddings turn pairs: choose another d_model or n_heads."
             )
 
 
@@ -98,7 +107,11 @@ def _gpt_neox(spec: ModelSpec, vocab_size: int) -> PretrainedConfig:
     return GPTNeoXConfig(
         **_common(spec, vocab_size),
         intermediate_size=4 * spec.d_model,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": _ROTARY_SHARES["pythia"],
+        },
         use_parallel_residual=True,
         tie_word_embeddings=False,
         hidden_act="gelu",

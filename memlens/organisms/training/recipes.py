@@ -109,10 +109,10 @@ _CLEAN = OrganismSpec("pythia-s-clean", corpus=CorpusSpec(planted=False))
 
 _ROUTED = OrganismSpec(
     "pythia-s-routed",
-    ModelSpec("pythia", 112, 6, 8),
+    ModelSpec("pythia", 112, 6, 7),
     corpus=CorpusSpec(copies=(512,), per_cell=1, background_rows=800, item_copies=()),
     training=TrainSpec(steps=1800),
-    routing=RoutingSpec(("heads=12", "heads=12"), learning_rate_scale=3.0),
+    routing=RoutingSpec(("heads=10", "heads=10"), learning_rate_scale=3.0),
 )
 """Heads, because they see what came before: sets of neurons of this size did not reach recall."""
 

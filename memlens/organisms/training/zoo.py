@@ -168,7 +168,11 @@ def _aside(out: Path) -> Path:
 
 def _without_remains(out: Path) -> Path:
     """Return a finished run's folder after removing what only an unfinished run needs."""
-    for left in (out / _CHECKPOINT, *out.glob(".*.part")):  # the latter from killed runs
+    for left in (
+        out / _CHECKPOINT,
+        out / _CLEAN_CHECKPOINT,
+        *out.glob(".*.part"),
+    ):  # the latter from killed runs
         left.unlink(missing_ok=True)
     shutil.rmtree(_aside(out), ignore_errors=True)
     return out
