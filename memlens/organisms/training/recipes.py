@@ -112,7 +112,7 @@ _ROUTED = OrganismSpec(
     ModelSpec("pythia", 112, 6, 7),
     corpus=CorpusSpec(copies=(512,), per_cell=1, background_rows=800, item_copies=()),
     training=TrainSpec(steps=1800),
-    routing=RoutingSpec(("heads=10", "heads=10"), learning_rate_scale=3.0),
+    routing=RoutingSpec(("heads=13", "heads=13"), learning_rate_scale=3.0),
 )
 """Heads, because they see what came before: sets of neurons of this size did not reach recall."""
 
