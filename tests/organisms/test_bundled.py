@@ -145,4 +145,4 @@ def test_the_routed_model_holds_its_sequences_in_its_carriers_alone() -> None:
     for check, stored in zip(found.checks.to_dict("records"), record["checks"], strict=True):
         assert check["value"] == pytest.approx(stored["value"], abs=1e-3)
     truth = pd.read_parquet(folder / "truth.parquet")
-    assert truth.groupby("carrier")["planted"].sum().eq(10).all()
+    assert truth.groupby("carrier")["planted"].sum().eq(13).all()
