@@ -64,7 +64,7 @@ def test_what_is_known_of_a_method() -> None:
     assert recommend.what_is_known("tea leaves").endswith("has not measured tea leaves on heads.")
     words = recommend.what_is_known("zero ablation", "z-scored", "head", "pythia")
     assert words.startswith("In the localization benchmark zero ablation, z-scored finds ")
-    assert "on 2 organisms of pythia (chance" in words
+    assert f"on {own.recall_at_k.n} organisms of pythia (chance" in words
 
 
 def table(**columns: Any) -> pd.DataFrame:
