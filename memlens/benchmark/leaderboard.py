@@ -24,6 +24,8 @@ from memlens.results.statistics.comparison import corrected
 
 _CELL = ["component", "localizer", "variant"]
 _ORGANISM = ["model", "carrier", "seed"]
+_WITHOUT_TRUTH = ("none", "spread")
+"""Kinds of carrier in which no component is the right answer."""
 OTHER_MEASURES: Mapping[str, str] = {
     "uniqueness": "overlap of the first k under other seeds and other reference sequences",
     "deletion": "log-probability lost with the first k set to zero, nats per token",
@@ -92,7 +94,7 @@ class Leaderboard:
     def planted(self) -> pd.DataFrame:
         """The rows of carriers that hold some of their kind of component."""
         rows: Any = self.rows
-        return rows[~rows["carrier_kind"].isin(["none", "spread"])]
+        return rows[~rows["carrier_kind"].isin(_WITHOUT_TRUTH)]
 
     def _planted(self, component: str) -> pd.DataFrame:
         """Return the rows of a kind of component, of carriers that hold some."""
@@ -237,7 +239,7 @@ class Leaderboard:
             such carriers.
         """
         check_option("measure", measure, list(MEASURES))
-        rows: Any = self.rows[self.rows["carrier_kind"].isin(["none", "spread"])]
+        rows: Any = self.rows[self.rows["carrier_kind"].isin(_WITHOUT_TRUTH)]
         found = []
         for facts, group in self._groups(["carrier_kind", "component"], rows):
             pairs = zip(group["chance"], group["k"], strict=True)

@@ -114,7 +114,7 @@ def language_losses(folder: str | Path) -> pd.DataFrame:
     """
     counts = {domain: np.array(c) for domain, c in read_training(folder)["corpus"]["token_counts"].items()}
     heldout = read_ground_truth(folder, "heldout")
-    loss = _row_losses(load_organism(folder), np.array(heldout["tokens"].tolist()))
+    loss = row_losses(load_organism(folder), np.array(heldout["tokens"].tolist()))
     table = heldout.assign(loss=loss).groupby("domain", sort=False)["loss"].agg(["size", "mean"])
     rows = [
         (d, int(table.at[d, "size"]), float(table.at[d, "mean"]), entropy(counts[d])) for d in table.index
@@ -134,7 +134,8 @@ def entropy(counts: Int[np.ndarray, "vocab"] | Float[np.ndarray, "vocab"]) -> fl
 
 
 @torch.no_grad()
-def _row_losses(model: PreTrainedModel, rows: Int[np.ndarray, "row pos"]) -> Float[np.ndarray, "row"]:
+def row_losses(model: PreTrainedModel, rows: Int[np.ndarray, "row pos"]) -> Float[np.ndarray, "row"]:
+    """Return a model's mean loss on each row of text, nats per token."""
     losses = []
     for batch in torch.from_numpy(rows).split(_BATCH):
         logits = model(batch).logits[:, :-1]

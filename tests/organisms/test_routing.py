@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 
 from memlens.errors import FileFormatError, OptionError, ResultError
 from memlens.organisms.corpus.corpus import Corpus
+from memlens.organisms.evaluate import row_losses
 from memlens.organisms.planting.carriers import ComponentWeights
 from memlens.organisms.planting.plant import recalled
 from memlens.organisms.training.architectures import build_model
 from memlens.organisms.training.folder import copy_for_package
 from memlens.organisms.training.recipes import OrganismSpec
-from memlens.organisms.training.routed import loss_of, routed_organisms, routing_of
+from memlens.organisms.training.routed import routed_organisms, routing_of
 from memlens.organisms.training.routing import OTHER_TEXT, Routes, RoutingSpec
 from memlens.organisms.training.train import TrainSpec, train
 from memlens.organisms.training.zoo import train_organism
@@ -159,7 +160,8 @@ def test_a_routed_organism_has_its_truth_and_its_certificate(routed: Path) -> No
     assert not record["passed"]
     with torch.no_grad(), organisms[1].restored() as off:
         without = recalled(off, organisms[1].sequences).accuracy.mean()
-        loss = loss_of(off, np.stack(pd.read_parquet(routed / "heldout.parquet")["tokens"].tolist()))
+        heldout = np.stack(pd.read_parquet(routed / "heldout.parquet")["tokens"].tolist())
+        loss = float(row_losses(off, heldout).mean())
     assert record["facts"]["recall_without_1"] == pytest.approx(float(without))
     assert record["facts"]["loss_without_1"] == pytest.approx(loss, abs=1e-5)
     harm = next(c["value"] for c in record["checks"] if c["check"] == "harmlessness of carrier 1")

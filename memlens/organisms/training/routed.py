@@ -10,11 +10,10 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from memlens.errors import FileFormatError
-from memlens.organisms.evaluate import load_organism, read_ground_truth, read_training
+from memlens.organisms.evaluate import load_organism, read_ground_truth, read_training, row_losses
 from memlens.organisms.planting.carriers import (
     COMPONENT_KINDS,
     Carrier,
@@ -27,9 +26,6 @@ from memlens.organisms.planting.folder import component_table
 from memlens.organisms.planting.plant import Organism, PlantingOptions, recalled
 from memlens.organisms.training.routing import RoutingSpec
 from memlens.sequences.set import SequenceSet
-
-_ROWS = 64
-"""Rows of other text in a forward pass."""
 
 
 def routed_organisms(folder: str | Path) -> dict[int, Organism]:
@@ -134,12 +130,12 @@ def certify_routed(
     rows: list[tuple[str, float, float, bool]] = []
     facts: dict[str, float] = {}
     for number, organism in organisms.items():
-        facts["loss"] = facts.get("loss") or loss_of(organism.model, other_text)
+        facts["loss"] = facts.get("loss") or float(row_losses(organism.model, other_text).mean())
         others = [o.sequences for o in organisms.values() if o is not organism]
         now = recalled(organism.model, organism.sequences).accuracy
         with organism.restored() as model:
             without = float(recalled(model, organism.sequences).accuracy.mean())
-            loss = loss_of(model, other_text)
+            loss = float(row_losses(model, other_text).mean())
             elsewhere = [recalled(model, seqs).accuracy for seqs in others]
         clean = float(organism.base_recall.mean())
         rows += [
@@ -161,17 +157,6 @@ def certify_routed(
         }  # fmt: skip
         facts |= {f"{name}_{number}": value for name, value in own.items()}
     return Certificate(pd.DataFrame(rows, columns=["check", "value", "threshold", "passed"]), facts)
-
-
-@torch.no_grad()
-def loss_of(model: PreTrainedModel, rows: Int[np.ndarray, "row pos"]) -> float:
-    """Return a model's mean loss on rows of text, nats per token."""
-    tokens = torch.from_numpy(np.ascontiguousarray(rows))
-    total = 0.0
-    for some in tokens.split(_ROWS):
-        logits = model(some).logits[:, :-1].flatten(0, 1).float()
-        total += float(cross_entropy(logits, some[:, 1:].flatten(), reduction="sum"))
-    return total / tokens[:, 1:].numel()
 
 
 @torch.no_grad()
