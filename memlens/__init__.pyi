@@ -1,5 +1,6 @@
 from . import benchmark as benchmark
 from . import bypass as bypass
+from . import detect as detect
 from . import edits as edits
 from . import errors as errors
 from . import instruments as instruments

@@ -17,7 +17,7 @@ import memlens as ml
 
 PACKAGE = Path(ml.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "architecture.md"
-FACES = {"__init__", "__main__", "bypass", "edits", "lens", "stats", "tasks", "zoo"}
+FACES = {"__init__", "__main__", "bypass", "detect", "edits", "lens", "stats", "tasks", "zoo"}
 """Modules at the top that only collect public names."""
 
 T = TypeVar("T")

@@ -35,7 +35,19 @@ def test_there_is_one_list_of_public_names() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["bypass", "edits", "instruments", "lens", "recall", "sequences", "stats", "studies", "tasks", "zoo"],
+    [
+        "bypass",
+        "detect",
+        "edits",
+        "instruments",
+        "lens",
+        "recall",
+        "sequences",
+        "stats",
+        "studies",
+        "tasks",
+        "zoo",
+    ],
 )
 def test_every_name_of_a_namespace_loads_and_says_what_it_is(name: str) -> None:
     space = getattr(ml, name)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from scipy import optimize, stats
 
 from memlens.errors import ResultError, check_option
-from memlens.results.statistics.intervals import check_level, quantile_interval
+from memlens.results.statistics.intervals import FEWEST, check_level, quantile_interval
 
 AGREEMENT = ("precision", "recall", "kappa")
 
@@ -182,6 +182,41 @@ def _bootstrap_area(
     ]
     low, high = np.quantile(areas, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def roc_gain(
+    score: Any, other: Any, label: Any, *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return area(score) - area(other) for the same rows and labels, with its interval: value, low, high.
+
+    The areas are as in `roc_area`; the interval is the percentile bootstrap over positives and negatives
+    separately, with both areas from the same resample. With fewer than `FEWEST` of either, low and high are
+    NaN. Rows with NaN in either score are left out.
+
+    Raises:
+        OptionError: A level outside (0, 1).
+        ResultError: Lengths differ, or there are no positives or no negatives.
+
+    >>> roc_gain([3, 2, 1, 0], [0, 1, 2, 3], [True, True, False, False])[0]
+    1.0
+    """
+    check_level(level)
+    score, other = np.asarray(score, dtype=float), np.asarray(other, dtype=float)
+    if score.shape != other.shape:
+        raise ResultError(f"scores have the shapes {score.shape} and {other.shape}: give both for each row")
+    unknown = np.isnan(score) | np.isnan(other)
+    first, second = (_groups(np.where(unknown, np.nan, values), label) for values in (score, other))
+    value = float(_above(*first).mean() - _above(*second).mean())
+    n_positive, n_negative = map(len, first)
+    if min(n_positive, n_negative) < FEWEST:
+        return value, np.nan, np.nan
+    rng, samples = np.random.default_rng(seed), np.empty(n_resamples)
+    for i in range(n_resamples):
+        ours, theirs = (rng.integers(0, n, n) for n in (n_positive, n_negative))
+        areas = [_above(positive[ours], negative[theirs]).mean() for positive, negative in (first, second)]
+        samples[i] = areas[0] - areas[1]
+    low, high = quantile_interval(samples[:, None], level)
+    return value, float(low[0]), float(high[0])
 
 
 def rank_correlation(

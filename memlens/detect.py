@@ -1,0 +1,30 @@
+"""Detectors: what in a model tells recalled sequences from matched ones, beyond known confounds."""
+
+from memlens.instruments.detect.attention import attention_difference, attention_statistics
+from memlens.instruments.detect.behaviour import (
+    BehaviourOptions,
+    behaviour_neurons,
+    steered,
+    steering_curve,
+    steering_doses,
+)
+from memlens.instruments.detect.confounds import confounds
+from memlens.instruments.detect.dimension import DimensionOptions, intrinsic_dimension, local_dimension
+from memlens.instruments.detect.separation import SeparationOptions, separating_neurons, separation
+
+__all__ = [
+    "BehaviourOptions",
+    "DimensionOptions",
+    "SeparationOptions",
+    "attention_difference",
+    "attention_statistics",
+    "behaviour_neurons",
+    "confounds",
+    "intrinsic_dimension",
+    "local_dimension",
+    "separating_neurons",
+    "separation",
+    "steered",
+    "steering_curve",
+    "steering_doses",
+]

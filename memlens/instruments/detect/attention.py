@@ -1,0 +1,195 @@
+"""Where heads look when a target is predicted: how evenly, how far, at the first token, at the prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from memlens.errors import EmptySetError
+from memlens.forward.batches import Targets, make_batches
+from memlens.forward.capture import run_capturing
+from memlens.forward.exclusive import computes
+from memlens.forward.hooks import chosen_layers, hook_name
+from memlens.forward.trunk import Trunk
+from memlens.results.kinds import register_kind
+from memlens.results.plots.layers import plot_head_map
+from memlens.results.result import Result
+from memlens.results.statistics.comparison import compare_groups
+from memlens.results.statistics.estimates import mean_estimate
+from memlens.sequences.checks import check_sequences
+from memlens.sequences.set import SequenceSet
+from memlens.sweeps.labels import make_result
+
+STATISTICS = ("attention_entropy", "first_share", "mean_distance", "prefix_share")
+_WORDS: dict[str, dict[str, str]] = {
+    "attention_entropy": {"long_name": "attention entropy", "units": "share of the largest"},
+    "first_share": {"long_name": "attention to the first token", "units": "share"},
+    "mean_distance": {"long_name": "mean distance attended", "units": "tokens"},
+    "prefix_share": {"long_name": "attention to the prefix", "units": "share"},
+}
+_BYTES = 2**28
+
+
+@computes
+@torch.no_grad()
+def attention_statistics(
+    model: Any,
+    sequences: SequenceSet,
+    *,
+    layers: Sequence[int] | None = None,
+    progress: bool = True,
+) -> Result:
+    r"""Describe each head's attention at the positions that predict targets.
+
+    With :math:`a_{qk}` the attention of query position :math:`q` to key position :math:`k`, and :math:`n_q`
+    the positions that q can see (q + 1, or the window of a local layer):
+
+    - `attention_entropy`: :math:`-\sum_k a_{qk} \log a_{qk} / \log n_q`, 1 for even attention, 0 for
+      attention to one token;
+    - `first_share`: :math:`a_{q0}`;
+    - `mean_distance`: :math:`\sum_k a_{qk} (q - k)`, tokens;
+    - `prefix_share`: :math:`\sum_{k < \text{prefix}} a_{qk}`.
+
+    Each is averaged over a sequence's targets. Length changes all four: compare sequences of equal prefix and
+    continuation lengths, of one task, such as matched controls (`attention_difference`), and use copies as
+    the dose (``result.mean_ci(group="copies")``).
+
+    Args:
+        model: A TransformerLens model.
+        sequences: The sequences.
+        layers: All by default.
+        progress: Show a progress bar.
+
+    Returns:
+        Kind "attention_statistics": the four, each `(sequence, layer, head)`. Entropy is NaN where one
+        position is all that is seen.
+
+    Raises:
+        EmptySetError: No sequences.
+        SiteError: A layer that does not exist.
+
+    Source: that attention is even where much is memorized is the observation of arXiv 2310.06714 on
+    fine-tuned models, between tasks; the statistics, for decoders and within a task, are ours.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")
+        >>> found = ml.detect.attention_statistics(model, ml.load_sequences("zoo", model)[:2], progress=False)
+        >>> found["prefix_share"].dims, bool((found["attention_entropy"] <= 1).all())
+        (('sequence', 'layer', 'head'), True)
+    """
+    check_sequences(sequences, model, on_eos="keep")
+    trunk = Trunk(model)
+    layers = chosen_layers(layers, trunk.n_layers)
+    names = [hook_name("pattern", layer) for layer in layers]
+    n_heads, longest = trunk.n_heads, int(sequences.lengths.max())
+    size = max(1, _BYTES // (len(layers) * n_heads * longest**2 * trunk.dtype.itemsize))
+    parts: list[np.ndarray] = []
+    with tqdm(total=len(sequences), disable=not progress, desc="attention", unit="seq") as bar:
+        for batch, targets in make_batches(sequences, min(16, size), trunk.device):
+            _, store = run_capturing(trunk, batch.tokens, names)
+            prefix = sequences.prefix_len[batch.rows].to(trunk.device)
+            each = [_described(store[name], targets, prefix) for name in names]
+            parts.append(torch.stack(each, 2).cpu().numpy())
+            bar.update(len(batch.rows))
+    values = np.concatenate(parts, axis=1)
+    dims = ("sequence", "layer", "head")
+    variables = {name: (dims, values[i], _WORDS[name]) for i, name in enumerate(STATISTICS)}
+    coords = {"layer": layers, "head": np.arange(n_heads)}
+    return make_result("attention_statistics", model, sequences, variables, coords, {"at": "targets"})
+
+
+def _described(
+    pattern: Float[Tensor, "batch head query key"], targets: Targets, prefix: Int[Tensor, " batch"]
+) -> Float[Tensor, "statistic batch head"]:
+    rows = torch.arange(len(pattern), device=pattern.device)[:, None]
+    at = pattern.transpose(1, 2)[rows, targets.positions].float()  # [batch, target, head, key]
+    query, key = targets.positions, torch.arange(pattern.shape[-1], device=pattern.device)
+    # A local layer sees a window only: what no head of any sequence gives weight to is masked.
+    visible = (pattern > 0).any(0).any(0).sum(-1)[query]
+    plain = -torch.special.xlogy(at, at).sum(-1)
+    entropy = plain / visible.float().log()[..., None]
+    entropy = torch.where((visible > 1)[..., None], entropy, torch.nan)
+    distance = (at * (query[..., None, None] - key)).sum(-1)
+    in_prefix = (at * (key < prefix[:, None])[:, None, None]).sum(-1)
+    return torch.stack([_mean(x, targets.mask) for x in (entropy, at[..., 0], distance, in_prefix)])
+
+
+def _mean(
+    values: Float[Tensor, "batch target head"], mask: Bool[Tensor, "batch target"]
+) -> Float[Tensor, "batch head"]:
+    """Return the mean over targets; NaN is skipped."""
+    return torch.where(mask[..., None], values, torch.nan).nanmean(1)
+
+
+def attention_difference(
+    model: Any,
+    recalled: SequenceSet,
+    matched: SequenceSet,
+    statistic: str = "attention_entropy",
+    *,
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Compare a statistic of every head between recalled and matched sequences.
+
+    Args:
+        model: As for `attention_statistics`.
+        recalled: Sequences that the model recalls.
+        matched: Others of the same lengths; compared pair by pair if they name their matches (`matched_to`).
+        statistic: One of the four.
+        layers: All by default.
+        seed: Of resamples and permutations.
+        progress: Show progress bars.
+
+    Returns:
+        As `memlens.compare_groups`: `difference` (recalled minus matched), `low`, `high`, `p` and
+        `p_corrected` (over all heads), `(layer, head)`.
+
+    Raises:
+        EmptySetError: A group is empty.
+        ResultError: A group has one sequence, or the statistic is unknown.
+    """
+    for name, seqs in (("recalled", recalled), ("matched", matched)):
+        if not len(seqs):
+            raise EmptySetError(f"there are no {name} sequences: two groups are compared.")
+    first, second = (
+        attention_statistics(model, seqs, layers=layers, progress=progress) for seqs in (recalled, matched)
+    )
+    return compare_groups(first, second, statistic, seed=seed)
+
+
+def read_attention(result: Result, metric: str | None) -> str:
+    """Say which heads look most evenly and least, and how that depends on copies."""
+    name = metric or STATISTICS[0]
+    array, words = result[name], _WORDS[name]
+    by_head = array.mean("sequence")
+    said = []
+    for what, place in (("highest", np.argmax(by_head.values)), ("lowest", np.argmin(by_head.values))):
+        i, j = np.unravel_index(place, by_head.shape)
+        found = mean_estimate(array[:, int(i), int(j)])
+        said.append(f"{what} in layer {array['layer'].values[i]}, head {j}: {found.text(words['units'])}")
+    text = f"Over {len(array)} sequences, {words['long_name']} at the targets is " + "; ".join(said) + "."
+    if "copies" in result.data.coords and len(copies := np.unique(result["copies"].values)) > 1:
+        mean = array.mean(["layer", "head"])
+        few, most = (
+            mean_estimate(mean[result["copies"].values == c]).text(words["units"]) for c in copies[[0, -1]]
+        )
+        text += f" The mean over heads is {few} with {copies[0]} copies, {most} with {copies[-1]}."
+    return text
+
+
+register_kind(
+    "attention_statistics",
+    plot=plot_head_map,
+    reading=read_attention,
+    cites=(("zeng2023", "evenness of attention and memorization"),),
+)
