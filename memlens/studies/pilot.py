@@ -78,6 +78,10 @@ class Pilot:
         """Return the same run with the study's arguments, and what the plan cannot know."""
         return replace(self, arguments=arguments, note=note)
 
+    def limited(self, name: str, whole: int, size: int) -> Pilot:
+        """Return the same run with one more limit, which is no option: sizes of the whole and of the run."""
+        return replace(self, whole={**self.whole, name: whole}, sizes={**self.sizes, name: size})
+
     def share(self, name: str) -> float:
         """Return the part of the whole that the run takes of what an option limits."""
         return self.sizes[name] / self.whole[name] if self.whole.get(name) else 1.0
@@ -86,6 +90,36 @@ class Pilot:
 def sizes_of(options: object, names: Sequence[str]) -> dict[str, int]:
     """Return the values of some options, without those that limit nothing (None)."""
     return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def hits_until(n: float, found: int, hits: int) -> float:
+    """Return how many hits are expected until `n` different ones are found.
+
+    After `h` hits on `S` things that are hit equally often, `S (1 - exp(-h / S))` are expected to be found,
+    which gives `S` and with it the answer; infinity if `S` is below `n`.
+
+    Args:
+        n: How many different ones are wanted.
+        found: Different ones found so far.
+        hits: Hits so far, repeated ones included.
+
+    >>> hits_until(40, 10, 10)
+    40.0
+    >>> round(hits_until(40, 10, 11), 1)
+    69.2
+    >>> hits_until(40, 10, 30)
+    inf
+    """
+    from scipy.optimize import brentq
+
+    if n <= found:
+        return hits * n / found
+    if found == hits:
+        return float(n) if found else math.inf
+    # x is h / S.
+    x: float = brentq(lambda x: -math.expm1(-x) / x - found / hits, 1e-12, hits)  # pyright: ignore[reportAssignmentType]
+    share = n * x / hits
+    return -hits / x * math.log1p(-share) if share < 1 else math.inf
 
 
 def extrapolate(runs: Sequence[tuple[Pilot, Times]], scales: Mapping[str, str]) -> Times:
@@ -99,8 +133,9 @@ def extrapolate(runs: Sequence[tuple[Pilot, Times]], scales: Mapping[str, str]) 
     found: dict[str, dict[str, float]] = {}
     for step in dict.fromkeys([*first, *second]):
         limit = next((scales[end] for end in scales if end and step.endswith(end)), scales[""])
-        limit = limit if limit in small.whole or not limit else scales[""]
-        f, g = small.share(limit), large.share(limit)
+        limit = limit if limit in large.whole or not limit else scales[""]
+        # What a run finds may tell how large the whole is: the larger run tells it best.
+        f, g = replace(small, whole=large.whole).share(limit), large.share(limit)
         found[step] = {}
         for clock in _CLOCKS:
             start, more = (times.get(step, {}).get(clock, 0.0) for times in (first, second))

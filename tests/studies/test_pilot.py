@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import memlens as ml
 from memlens.options import options_class
 from memlens.report.model import Finding
-from memlens.studies.pilot import Pilot, plan_steps, record_times, save_plan
+from memlens.studies.pilot import Pilot, extrapolate, hits_until, plan_steps, record_times, save_plan
 from memlens.studies.registry import Call, SequenceChoice, Study
 from memlens.studies.running import StudyDirectory, StudyRun
 from memlens.studies.times import LOADING, READING, Stopwatch
@@ -148,3 +150,23 @@ def test_sizes_of_small_runs() -> None:
     assert (least["controls"], least["sequences"]) == (8, 25)
     assert second.share("none") == second.share("unknown") == 1.0
     assert Pilot.of(whole, 0).options(_Options()).most == 4
+
+
+def test_what_is_found_of_repeated_things_tells_how_long_to_look() -> None:
+    rng = np.random.default_rng(0)
+    # By run: after how many hits each new thing is found.
+    finds = np.array([np.sort(np.unique(rng.integers(500, size=5_000), return_index=True)[1])[:450] + 1
+                      for _ in range(50)])  # fmt: skip
+    for seen in (400, 1_000):
+        found = round((finds <= seen).sum(1).mean())
+        assert hits_until(450, found, seen) == pytest.approx(finds[:, 449].mean(), rel=0.05)
+        assert hits_until(found, found, seen) == seen
+    assert hits_until(501, 500, 5_000) == math.inf
+    assert hits_until(1, 0, 0) == math.inf
+
+
+def test_a_limit_that_is_found_on_the_way_is_that_of_the_larger_run() -> None:
+    small, large = (Pilot.of({"sequences": 320}, number).limited("rows", whole, size)
+                    for number, whole, size in ((0, 50, 10), (1, 100, 20)))  # fmt: skip
+    runs = [(pilot, {READING: {"seconds": s, "cpu_seconds": s}}) for pilot, s in ((small, 3.0), (large, 5.0))]
+    assert extrapolate(runs, {"": "sequences", READING: "rows"})[READING]["seconds"] == pytest.approx(21.0)

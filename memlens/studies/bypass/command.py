@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +20,15 @@ from memlens.studies.registry import STUDIES, Call, Study
 
 if TYPE_CHECKING:
     from memlens.instruments.tasks.tasks import ChoiceTask
+    from memlens.recall.corpus.memorized_set import MemorizedSet
     from memlens.sequences.set import SequenceSet
     from memlens.studies.bypass.layers import BypassInputs
     from memlens.studies.pilot import Pilot
     from memlens.studies.plans import Works
     from memlens.sweeps.interventions import Intervention
+
+_PILOT_ROWS = 1024
+"""Rows that the smaller of two small runs scans: one block."""
 
 
 @options_class
@@ -69,32 +75,53 @@ class BypassSources:
         return plan_works(model, self._works(model, tasks, call.options), NOTE, calibrate=False)
 
     def pilot(self, call: Call, sizes: Sequence[str], number: int) -> Pilot:
-        """Return a small run: few memorized sequences are looked for, and few questions asked."""
+        """Return a small run: few rows are scanned for memorized sequences, and few questions asked."""
+        from memlens.recall.corpus.scan import ROLES
         from memlens.studies.pilot import Pilot, sizes_of
 
         whole = {"n": self.n, "questions": self.questions, **sizes_of(call.options, sizes)}
         pilot = Pilot.of(whole, number, least=4, source="n")
         few = replace(self, n=pilot.sizes["n"], questions=pilot.sizes["questions"])
-        options = pilot.options(call.options)
-        note = (
-            "Reading is planned as if memorized sequences were as frequent in the whole text as in its first "
-            "part; where they are rarer it takes longer, at most as long as to scan all of it (--max-rows)."
-        )
-        given = {**few.read(replace(call, options=options)), "options": options}
-        return pilot.giving(given, note if self.memorized is None else "")
+        here, name = replace(call, options=pilot.options(call.options)), call.where.model
+        model, note = call.load(), ""
+        sequences: Any = None
+        if self.memorized is None:
+            corpus = self._corpus(model, name)
+            rows = min(self.max_rows or sys.maxsize, _PILOT_ROWS * (1 + number))
+            found = self._scan(here, name, model, corpus, None, rows)
+            if len(found.memorized) < few.n:
+                found = self._scan(here, name, model, corpus, few.n, self.max_rows)
+            pilot = pilot.limited("rows", self._rows_to_scan(found.counts, corpus), found.counts["rows"])
+            sequences = replace(found, **{role: getattr(found, role)[: few.n] for role in ROLES})
+            note = (
+                "Reading is planned as if every memorized sequence stood in the text equally often; it never "
+                "takes longer than scanning all of it (--max-rows)."
+            )
+        inputs = few._inputs(here, name, model, sequences)
+        others = [partial(few._other, here, other) for other in self.compare]
+        return pilot.giving({**vars(inputs), "others": others, "options": here.options}, note)
+
+    def _rows_to_scan(self, counts: Mapping[str, int], corpus: Any) -> int:
+        """Return how many rows are expected to be scanned, from what is found in some of them."""
+        from memlens.recall.corpus.windows import open_windows
+        from memlens.studies.pilot import hits_until
+
+        total = open_windows(corpus, self.prefix_len + self.suffix_len, self.stride, None).n_rows
+        found = counts["memorized"] + counts["beyond_n"]
+        hits = found + counts["exact_duplicate_window"] + counts["exact_duplicate_continuation"]
+        needed = counts["rows"] * hits_until(self.n, found, hits) / max(hits, 1)
+        return math.ceil(min(needed, total or math.inf, self.max_rows or math.inf, sys.maxsize))
 
     def _other(self, call: Call, name: str) -> BypassInputs:
         return self._inputs(call, name, call.load(name))
 
-    def _inputs(self, call: Call, name: str, model: Any) -> BypassInputs:
+    def _inputs(self, call: Call, name: str, model: Any, sequences: Any = None) -> BypassInputs:
         import memlens as ml
 
-        if self.memorized is None:
-            sequences: Any = ml.recall.build_memorized_set(
-                model, self._corpus(model, name), out=call.folder / "memorized" / name.replace("/", "_"),
-                n=self.n, prefix_len=self.prefix_len, suffix_len=self.suffix_len, stride=self.stride,
-                max_rows=self.max_rows, seed=call.options.seed, progress=call.progress,
-            )  # fmt: skip
+        if sequences is not None:
+            pass
+        elif self.memorized is None:
+            sequences = self._scan(call, name, model, self._corpus(model, name), self.n, self.max_rows)
         elif (self.memorized / "memorized_set.json").is_file():
             sequences = ml.recall.MemorizedSet.load(self.memorized)
         else:
@@ -103,6 +130,17 @@ class BypassSources:
             sequences = scores.memorized()
         tasks = self._tasks(model, name, call.options.seed)
         return ml.studies.BypassInputs(model, sequences, tasks, name)
+
+    def _scan(
+        self, call: Call, name: str, model: Any, corpus: Any, n: int | None, max_rows: int | None
+    ) -> MemorizedSet:
+        import memlens as ml
+
+        return ml.recall.build_memorized_set(
+            model, corpus, out=call.folder / "memorized" / name.replace("/", "_"), n=n,
+            prefix_len=self.prefix_len, suffix_len=self.suffix_len, stride=self.stride, max_rows=max_rows,
+            seed=call.options.seed, progress=call.progress,
+        )  # fmt: skip
 
     def _corpus(self, model: Any, name: str) -> Any:
         import numpy as np
@@ -178,7 +216,7 @@ STUDIES.add(
         ),
         scales={
             "": "max_sequences",
-            "reading": "n",
+            "reading": "rows",
             "tasks": "questions",
             "report": "",
             "free decoding": "max_free_running",
