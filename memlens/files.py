@@ -10,11 +10,12 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from pydantic import TypeAdapter
 
@@ -162,6 +163,19 @@ def parsed_json(text: str | bytes, schema: Any = Any) -> Any:
     if schema is not Any:
         TypeAdapter(schema).validate_python(value)
     return value
+
+
+def parsed_exact(text: str | bytes, schema: Any = Any) -> Any:
+    """Return the value that `exact_json` was given; arguments and errors as of `parsed_json`."""
+    return _restored(parsed_json(text, schema))
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        return (
+            float(value[_FLOAT]) if value.keys() == {_FLOAT} else {k: _restored(v) for k, v in value.items()}
+        )
+    return [_restored(entry) for entry in value] if isinstance(value, list) else value
 
 
 def read_yaml(path: str | Path) -> dict[Any, Any]:
@@ -326,6 +340,40 @@ def json_text(value: object, *, indent: int | None = None) -> str:
     return json.dumps(
         _plain(value), ensure_ascii=False, allow_nan=False, indent=indent, separators=separators
     )
+
+
+def exact_json(
+    value: object, *, indent: int | None = None, sort_keys: bool = False, default: Callable[[Any], Any] = str
+) -> str:
+    """Return a value as strictly valid JSON in ASCII that keeps NaN and infinity, for `parsed_exact`.
+
+    These are written as objects with one entry. NumPy's numbers and arrays become Python's.
+
+    Args:
+        value: The value.
+        indent: As of `json.dumps`.
+        sort_keys: Whether keys are sorted, so that equal values have equal texts.
+        default: What any other object becomes.
+
+    Example:
+        >>> exact_json({"least": float("-inf")}), parsed_exact(exact_json({"least": float("-inf")}))
+        ('{"least": {"__float__": "-inf"}}', {'least': -inf})
+    """
+    marked = _marked(value)
+    return json.dumps(marked, allow_nan=False, indent=indent, sort_keys=sort_keys, default=default)
+
+
+_FLOAT = "__float__"
+
+
+def _marked(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {_FLOAT: str(float(value))}
+    if isinstance(value, Mapping):
+        return {key: _marked(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_marked(entry) for entry in value]
+    return _marked(value.tolist()) if isinstance(value, (np.generic, np.ndarray)) else value
 
 
 def _plain(value: Any) -> Any:

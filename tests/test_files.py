@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import ast
 import errno
+import json
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+import xarray as xr
 
 import memlens as ml
-from memlens.errors import FileFormatError, MemlensError, OptionError, PathError, WriteError
+from memlens.errors import (
+    FileFormatError,
+    MemlensError,
+    OptionError,
+    OtherRunError,
+    PathError,
+    WriteError,
+)
 from memlens.files import (
+    exact_json,
     expanded,
     finish_replacing,
     made_folder,
+    parsed_exact,
     parsing,
     read_json,
     read_yaml,
@@ -217,3 +230,57 @@ def test_json_and_yaml_that_nothing_could_follow(tmp_path: Path) -> None:
             read_yaml(file)
     file.write_text("a: &a [1]\nb: *a\n")
     assert read_yaml(file) == {"a": [1], "b": [1]}
+
+
+def test_all_json_is_written_by_two_functions_that_refuse_nan() -> None:
+    """Any other writer of JSON would give NaN and infinity, which other programs cannot read."""
+    calls: list[tuple[str, str, bool]] = []
+    for file in sorted(Path(ml.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("dump", "dumps", "JSONEncoder") and "yaml" not in ast.unparse(node):
+                strict = any(k.arg == "allow_nan" and ast.unparse(k.value) == "False" for k in node.keywords)
+                calls.append((file.name, name, strict))
+    assert calls == [("files.py", "dumps", True)] * 2
+
+
+def test_nan_and_infinity_are_kept_in_valid_json(tmp_path: Path) -> None:
+    ends = [float("nan"), float("inf"), -np.inf, np.float32("nan")]
+    text = exact_json({"ends": ends, "of": {"a": np.array([1.0, np.nan])}, "at": tmp_path, "pair": (1, "é")})
+    found = json.loads(text, parse_constant=lambda token: pytest.fail(token))
+    assert found["pair"] == [1, "é"]
+    assert text.isascii()
+    back = parsed_exact(text)
+    np.testing.assert_array_equal(back["ends"], ends)
+    np.testing.assert_array_equal(back["of"]["a"], [1.0, np.nan])
+    assert back["at"] == str(tmp_path)
+    # what identifies a run tells them apart, and an equal run goes on
+    for value in ends[:3]:
+        folder = tmp_path / str(value)
+        for _ in range(2):
+            KeyedFolder(folder, "run", {"bound": value}, version=1, parts="*")
+        json.loads((folder / "manifest.json").read_text(), parse_constant=lambda token: pytest.fail(token))
+        with pytest.raises(OtherRunError, match="different: bound"):
+            KeyedFolder(folder, "run", {"bound": None}, version=1, parts="*")
+
+
+def test_a_result_s_file_holds_valid_json_and_its_settings_survive(tmp_path: Path) -> None:
+    labels = np.array(["a", float("nan"), 2], dtype=object)
+    data = xr.Dataset({"m": ("sequence", [1.0, 2.0, 3.0])}, {"label": ("sequence", labels)})
+    data["m"].attrs["least"] = float("-inf")
+    result = ml.Result.create(data, kind="recall", settings={"clip": float("inf"), "level": np.float64(0.9)})
+    result.save(tmp_path / "a.nc")
+    with xr.open_dataset(tmp_path / "a.nc", engine="h5netcdf") as raw:
+        texts = [v for v in (*raw.attrs.values(), *raw["m"].attrs.values()) if str(v)[:1] in "{["]
+        texts += raw["label"].values.tolist()
+    assert len(texts) > 4
+    for text in texts:
+        json.loads(text, parse_constant=lambda token: pytest.fail(token))
+    back = load_result(tmp_path / "a.nc")
+    assert back.settings == {"clip": float("inf"), "level": 0.9}
+    assert back["m"].attrs["least"] == float("-inf")
+    assert back["label"].values[0] == "a"
+    assert np.isnan(back["label"].values[1])
+    assert back["label"].values[2] == 2

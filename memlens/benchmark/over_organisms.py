@@ -67,7 +67,7 @@ def mean_over_organisms(
     if len(values) < FEWEST:
         return Estimate(mean, n=len(values))
     weights = _weights(tuple(models), seed)
-    low, high = quantile_interval((weights @ values / weights.sum(1))[:, None], 0.95)
+    low, high = quantile_interval((weights @ values / weights.sum(1))[:, None], 0.95, len(values))
     return Estimate(mean, float(low[0]), float(high[0]), len(values))
 
 
@@ -88,7 +88,7 @@ def share_over_organisms(
     weights = _weights(tuple(models), seed)
     with np.errstate(invalid="ignore"):
         shares = (weights @ hits) / (weights @ of)
-    low, high = quantile_interval(shares[:, None], 0.95)
+    low, high = quantile_interval(shares[:, None], 0.95, n)
     return Estimate(value, float(low[0]), float(high[0]), n)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ import pandas as pd
 import xarray as xr
 
 from memlens.errors import OptionError, ResultError, check_option, near_matches
-from memlens.files import expanded, replacing
+from memlens.files import exact_json, expanded, parsed_exact, replacing
 from memlens.results.statistics.intervals import by_group, interval_method, mean_intervals
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ class Result:
             "kind": kind,
             "memlens": metadata.version("memlens"),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "settings": json.dumps(dict(settings or {}), default=str),
+            "settings": exact_json(dict(settings or {})),
         }
         return cls(data.assign_attrs({**fixed, **facts}))
 
@@ -93,7 +92,7 @@ class Result:
     @property
     def settings(self) -> dict[str, Any]:
         """Every parameter of the analysis."""
-        return json.loads(self.data.attrs.get("settings", "{}"))
+        return parsed_exact(self.data.attrs.get("settings", "{}"))
 
     @property
     def metrics(self) -> list[str]:

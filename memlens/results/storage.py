@@ -9,7 +9,6 @@ carry a checksum (Fletcher-32), so that a damaged file is detected.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import xarray as xr
 
 from memlens.errors import ResultError
-from memlens.files import expanded, parsed_json, parsing, write_atomically
+from memlens.files import exact_json, expanded, parsed_exact, parsed_json, parsing, write_atomically
 from memlens.results.result import Result
 
 FORMAT = "memlens result 1"
@@ -86,7 +85,7 @@ def encode(data: xr.Dataset) -> xr.Dataset:
         encoded[name] = _encode_variable(encoded[name].variable)
     stored = _stored_names([*dict.fromkeys([*data.variables, *data.dims])])
     encoded = encoded.rename(stored)
-    names = {_NAMES: json.dumps([*stored.items()])} if stored else {}
+    names = {_NAMES: exact_json([*stored.items()])} if stored else {}
     encoded.attrs = {**_encode_attrs(data.attrs), **names, "memlens_format": FORMAT}
     return encoded
 
@@ -111,7 +110,7 @@ def decode(raw: xr.Dataset) -> xr.Dataset:
         data[name] = _decode_variable(raw[name].variable)
         data[name].encoding = {}
     data = data.rename({stored: name for name, stored in parsed_json(raw.attrs.get(_NAMES, "[]"))})
-    data.attrs = parsed_json(raw.attrs[_ATTRS], dict)
+    data.attrs = parsed_exact(raw.attrs[_ATTRS], dict)
     data.encoding = {}
     return data
 
@@ -122,7 +121,7 @@ def _encode_variable(variable: xr.Variable) -> xr.Variable:
         marks[_DTYPE] = values.dtype.str if values.dtype.kind == "U" else "O"
         flat = [value.item() if isinstance(value, np.generic) else value for value in values.ravel()]
         if not all(isinstance(value, str) and _is_plain(value) for value in flat):
-            flat, marks[_JSON_VALUES] = [json.dumps(value) for value in flat], 1
+            flat, marks[_JSON_VALUES] = [exact_json(value, default=_refused) for value in flat], 1
         values = np.array([*flat, None], dtype=object)[:-1].reshape(values.shape)
     elif values.dtype == np.float16:
         marks[_DTYPE], values = values.dtype.str, values.astype(np.float32)
@@ -132,11 +131,11 @@ def _encode_variable(variable: xr.Variable) -> xr.Variable:
 def _decode_variable(variable: xr.Variable) -> xr.Variable:
     attrs, values = dict(variable.attrs), variable.values
     if _JSON_VALUES in attrs:
-        flat = [parsed_json(value) for value in values.ravel()]
+        flat = [parsed_exact(value) for value in values.ravel()]
         values = np.array([*flat, None], dtype=object)[:-1].reshape(values.shape)
     if _DTYPE in attrs:
         values = values.astype(attrs[_DTYPE])
-    return xr.Variable(variable.dims, values, parsed_json(attrs[_ATTRS], dict))
+    return xr.Variable(variable.dims, values, parsed_exact(attrs[_ATTRS], dict))
 
 
 def _encode_attrs(attrs: Mapping[Any, Any]) -> dict[str, str | int | float]:
@@ -147,7 +146,7 @@ def _encode_attrs(attrs: Mapping[Any, Any]) -> dict[str, str | int | float]:
         if type(value) in (int, float) or (isinstance(value, str) and value and _is_plain(value))
     }
     small = {key: value for key, value in plain.items() if type(value) is not int or abs(value) < 2**63}
-    return {**small, _ATTRS: json.dumps(dict(attrs), default=_native)}
+    return {**small, _ATTRS: exact_json(dict(attrs), default=_refused)}
 
 
 def _is_plain(text: str) -> bool:
@@ -155,11 +154,7 @@ def _is_plain(text: str) -> bool:
     return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _native(value: object) -> object:
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
+def _refused(value: object) -> object:
     if isinstance(value, Path):
         return str(value)
     raise ResultError(

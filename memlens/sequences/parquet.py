@@ -6,7 +6,6 @@ an ordinary table.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from memlens.errors import ColumnError, FileFormatError
-from memlens.files import expanded, parsed_json, parsing, replacing
+from memlens.files import exact_json, expanded, parsed_exact, parsing, replacing
 from memlens.sequences.set import RESERVED_COLUMNS, SequenceSet
 
 _KEY = b"memlens"
@@ -41,9 +40,7 @@ def write_table(frame: pd.DataFrame, path: str | Path, **settings: Any) -> Path:
 
 
 def _write(table: pa.Table, path: str | Path, settings: Mapping[str, Any]) -> Path:
-    table = table.replace_schema_metadata(
-        {**(table.schema.metadata or {}), _KEY: json.dumps(settings, default=lambda value: value.item())}
-    )
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _KEY: exact_json(settings)})
     with replacing(path) as part:
         pq.write_table(table, part)
     return expanded(path)
@@ -63,7 +60,7 @@ def read_table(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
             if pa.types.is_nested(table.schema.field(name).type):
                 frame[name] = pd.Series([_plain(v) for v in frame[name]], index=frame.index, dtype=object)
         metadata = table.schema.metadata or {}
-        return frame, parsed_json(metadata[_KEY], dict[str, Any]) if _KEY in metadata else {}
+        return frame, parsed_exact(metadata[_KEY], dict[str, Any]) if _KEY in metadata else {}
 
 
 _LARGE, _PACKED = 2**30, 200

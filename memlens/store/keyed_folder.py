@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,15 @@ from typing import Any
 import numpy as np
 
 from memlens.errors import MemlensError, OtherRunError, ResultError
-from memlens.files import expanded, parsing, read_json, remove_leftovers, write_atomically
+from memlens.files import (
+    exact_json,
+    expanded,
+    parsed_json,
+    parsing,
+    read_json,
+    remove_leftovers,
+    write_atomically,
+)
 from memlens.store.fingerprint import fingerprint
 
 _LOG = logging.getLogger(__name__)
@@ -74,7 +81,7 @@ class KeyedFolder:
         self.path = expanded(folder)
         self.manifest = self.path / "manifest.json"
         self.what = what
-        about = json.loads(json.dumps(dict(about)))
+        about = parsed_json(exact_json(dict(about), default=_refused))
         self.key = _digest(about)
         remove_leftovers(self.path)
         if self._is_begun(parts):
@@ -167,8 +174,8 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 def write_manifest(path: Path, what: str, version: int, content: Mapping[str, Any]) -> None:
     """Write a manifest: its format tag, the version of memlens, and a digest that shows later edits."""
     full = {"format": f"memlens {what} {version}", "memlens": installed("memlens"), **content}
-    full = json.loads(json.dumps(full, default=str))
-    write_atomically(path, json.dumps({**full, "digest": _digest(full)}, indent=1).encode())
+    full = parsed_json(exact_json(full))
+    write_atomically(path, exact_json({**full, "digest": _digest(full)}, indent=1).encode())
 
 
 def read_manifest(path: Path, what: str, version: int) -> dict[str, Any]:
@@ -198,5 +205,9 @@ def read_manifest(path: Path, what: str, version: int) -> dict[str, Any]:
     return found
 
 
+def _refused(value: object) -> object:
+    raise TypeError(f"what identifies a run may not hold a {type(value).__name__}")
+
+
 def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(exact_json(content, sort_keys=True).encode(), digest_size=16).hexdigest()

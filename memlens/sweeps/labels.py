@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from memlens.files import exact_json
 from memlens.forward.metrics import METRICS, Metric
 from memlens.models.provenance import describe
 from memlens.results.result import Result
@@ -105,7 +105,7 @@ def make_result(
         "kind": kind,
         "seed": settings.get("seed", 0),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": json.dumps({**settings, "sequences": dict(seqs.attrs)}, default=str),
+        "settings": exact_json({**settings, "sequences": dict(seqs.attrs)}),
     }
     labels = {name: c for name, c in labels_of(seqs).items() if name not in variables}
     data = xr.Dataset(dict(variables), {**labels, **coords}, attrs)

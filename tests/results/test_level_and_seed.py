@@ -118,7 +118,7 @@ COMPUTED: dict[str, Callable[..., tuple[Any, Any]]] = {
     "wilson of counts": lambda level: wilson_interval(40, 80, level),
     "delong": lambda level: (lambda a: (a.low, a.high))(roc_area(VALUES + LABELS, LABELS, level=level)),
     "share": lambda level: share_interval(400, 800, level),
-    "standard": lambda level: standard_interval(0.0, VALUES / 10, level, -1.0),
+    "standard": lambda level: standard_interval(0.0, VALUES / 10, level, -1.0, len(VALUES)),
 }
 
 
@@ -203,12 +203,13 @@ def test_wilson_s_ends_of_none_and_all_are_exact() -> None:
 def test_the_standard_interval_is_value_plus_minus_and_is_cut() -> None:
     samples = np.array([0.1, np.nan, 0.3, 0.8, np.inf])
     half = stats.norm.ppf(0.95) * np.std([0.1, 0.3, 0.8], ddof=1)
-    assert standard_interval(0.2, samples, 0.9, -1.0) == pytest.approx((0.2 - half, 0.2 + half))
-    assert standard_interval(0.2, samples, 0.9, 0.0)[0] == 0.0
-    assert standard_interval(0.9, samples, 0.9, 0.0)[1] == 1.0
-    assert np.isfinite(standard_interval(0.2, samples[:3], 0.9, 0.0)).all()
+    assert standard_interval(0.2, samples, 0.9, -1.0, 9) == pytest.approx((0.2 - half, 0.2 + half))
+    assert standard_interval(0.2, samples, 0.9, 0.0, 9)[0] == 0.0
+    assert standard_interval(0.9, samples, 0.9, 0.0, 9)[1] == 1.0
+    assert np.isfinite(standard_interval(0.2, samples[:3], 0.9, 0.0, 3)).all()
+    assert np.isnan(standard_interval(0.2, samples, 0.9, 0.0, 2)).all()
     for value, drawn in ((np.nan, samples), (0.2, samples[:2]), (np.inf, samples)):
-        assert np.isnan(standard_interval(value, drawn, 0.9, 0.0)).all()
+        assert np.isnan(standard_interval(value, drawn, 0.9, 0.0, 9)).all()
 
 
 @pytest.mark.parametrize("sites", [3, 4, 9])

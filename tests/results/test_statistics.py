@@ -129,5 +129,5 @@ def test_bad_options(options: dict[str, object], error: type[Exception], message
 
 
 def test_columns_without_values_have_no_interval() -> None:
-    low, high = quantile_interval(np.full((5, 3), np.nan), 0.95)
+    low, high = quantile_interval(np.full((5, 3), np.nan), 0.95, 5)
     assert np.isnan(low).tolist() == np.isnan(high).tolist() == [True] * 3

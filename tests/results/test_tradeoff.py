@@ -166,7 +166,17 @@ def made_up(removed: np.ndarray, cost: np.ndarray) -> Tradeoff:
     n = len(removed)
     sites = pd.DataFrame({"layer": range(n)})
     return Tradeoff(
-        sites, removed, cost, ["task"] * n, removed[None], cost[None], 1 - removed, 1 - cost, ["task"]
+        sites,
+        removed,
+        cost,
+        ["task"] * n,
+        removed[None],
+        cost[None],
+        1 - removed,
+        1 - cost,
+        ["task"],
+        n_sequences=100,
+        n_questions=100,
     )
 
 

@@ -84,14 +84,14 @@ def test_a_head_without_controls_says_so() -> None:
 
 def overlaps(layered_p: float, layered: float) -> pd.DataFrame:
     rows = []
-    for model in ("a", "b"):
+    for model, value in (("a", 0.25), ("b", 0.3), ("c", 0.35)):
         row = {
             "model": model,
             "family": model,
             "statistic": "universal",
-            "value": 0.3,
-            "low": 0.25,
-            "high": 0.35,
+            "value": value,
+            "low": value - 0.05,
+            "high": value + 0.05,
         }
         rows.append({**row, "null": "heads anywhere", "exact": 0.04, "null_mean": 0.04, "p_above": 0.001})
         rows.append(
@@ -112,7 +112,7 @@ def test_universal_heads_are_judged_by_the_null_inside_layers(p: float, verdict:
     assert found == verdict
     assert "heads inside their layers" in sentence
     assert number.value == pytest.approx(0.3 - 0.28)
-    assert f"{0 if p > 0.05 else 2} of 2 models" in control
+    assert f"{0 if p > 0.05 else 3} of 3 models" in control
 
 
 def test_the_exact_null_decides_where_it_is_the_stricter_one() -> None:

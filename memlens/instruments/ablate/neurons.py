@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from memlens.choices import AblationMode
 from memlens.errors import OptionError, SiteError, check_option
+from memlens.files import exact_json
 from memlens.forward.batches import Batch
 from memlens.forward.exclusive import computes
 from memlens.forward.hooks import HookFn, check_layer, chosen_layers, hook_name
@@ -361,7 +361,7 @@ def _with_first_target(result: Result, sequences: SequenceSet) -> xr.Dataset:
     }
     settings = result.settings
     settings["metrics"] = [*settings["metrics"][:-1], "prediction_flipped", "target_missed"]
-    data = result.data.drop_vars(names).assign(metrics).assign_attrs(settings=json.dumps(settings))
+    data = result.data.drop_vars(names).assign(metrics).assign_attrs(settings=exact_json(settings))
     return data.assign_coords({name: result[name].fillna(-1).astype(np.int64) for name in names})
 
 

@@ -27,6 +27,7 @@ from memlens.results.plots.layers import plot_layer_lines
 from memlens.results.readings import read_predictor
 from memlens.results.result import Result
 from memlens.results.statistics.agreement import rank_correlation, standard_interval
+from memlens.results.statistics.estimates import Estimate
 from memlens.results.statistics.resampling import bootstrap_means
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
@@ -175,7 +176,7 @@ class PredictorAgreement:
     def __str__(self) -> str:
         return (
             f"rank correlation of {self.predictor} and {self.metric} over {self.n_layers} layers: "
-            f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] ({self.n_sequences} sequences)"
+            f"{Estimate(self.value, self.low, self.high, self.n_sequences)} ({self.n_sequences} sequences)"
         )
 
 
@@ -219,7 +220,7 @@ def predictor_agreement(
     tables = [np.asarray(v.values, dtype=float) for v in (x, y)]
     value = float(rank_correlation(*(np.nanmean(t, axis=0) for t in tables)))
     spread = rank_correlation(*(bootstrap_means(t, n_resamples, seed) for t in tables))
-    low, high = standard_interval(value, spread, level, -1.0)
+    low, high = standard_interval(value, spread, level, -1.0, len(tables[0]))
     return PredictorAgreement(value, low, high, x.sizes["layer"], x.sizes["sequence"], predictor, metric)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from memlens.errors import ResultError, check_option
 from memlens.results.result import Result
-from memlens.results.statistics.intervals import mean_interval, rows_by_group
+from memlens.results.statistics.intervals import FEWEST, mean_interval, rows_by_group
 from memlens.results.statistics.resampling import resampled_sums
 
 NEAR_RANK = 10
@@ -185,7 +185,7 @@ def _boundary(
     value = _first_majority(on_top.sum(0, keepdims=True), there.sum(0, keepdims=True))[0]
     tails = [(1 - level) / 2, (1 + level) / 2]
     resampled = _first_majority(*resampled_sums([on_top, there], n_resamples, seed))
-    low, high = np.quantile(resampled, tails, method="inverted_cdf") if n > 1 else (np.inf, np.inf)
+    low, high = np.quantile(resampled, tails, method="inverted_cdf") if n >= FEWEST else (np.inf, np.inf)
     found = np.array([value, low, high], dtype=float)
     return np.where(np.isfinite(found), found, np.nan)
 

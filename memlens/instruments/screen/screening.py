@@ -17,7 +17,8 @@ from memlens.forward.metrics import MetricLike, metric_names
 from memlens.instruments.screen.instruments import INSTRUMENTS, screen_of
 from memlens.results.result import Result
 from memlens.results.statistics.agreement import rank_correlation, share_interval, standard_interval
-from memlens.results.statistics.intervals import check_level, mean_interval
+from memlens.results.statistics.estimates import Estimate
+from memlens.results.statistics.intervals import FEWEST, check_level, mean_interval
 from memlens.results.statistics.resampling import bootstrap_means
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.run import sweep
@@ -68,11 +69,10 @@ class Screening:
         return plot_screening(self.table, self.agreement, self.metric, self.estimate.data.attrs, **options)
 
     def __repr__(self) -> str:
-        recall = self.agreement.loc["recall of exact top k"]
+        recall = Estimate.from_row(self.agreement.loc["recall of exact top k"].to_dict(), n=None)
         return (
             f"<Screening of {self.n_sites} sites by {self.metric}: {len(self.table)} verified, "
-            f"recall of the exact top {self.top_k} {recall['value']:.2f} "
-            f"[{recall['low']:.2f}, {recall['high']:.2f}]>"
+            f"recall of the exact top {self.top_k} {recall}>"
         )
 
 
@@ -298,8 +298,7 @@ def agreement_table(data: Verified, *, level: float, n_resamples: int, seed: int
     """Return the statistics of `screen_then_verify` with their intervals."""
     means = [np.nanmean(x, axis=0) for x in (data.estimate, data.exact)]
     samples = [bootstrap_means(x, n_resamples, seed) for x in (data.estimate, data.exact)]
-    if len(data.estimate) < 2:
-        samples = [np.full_like(x, np.nan) for x in samples]  # one sequence has no spread
+    n = len(data.estimate)
     k, rest, drawn = int(data.screened.sum()), data.n_rest, int((~data.screened).sum())
     rows: dict[str, tuple[float, float, float, int]] = {}
     groups = {"screened": data.screened, "random": ~data.screened}
@@ -309,12 +308,12 @@ def agreement_table(data: Verified, *, level: float, n_resamples: int, seed: int
         if part.any():
             value = float(rank_correlation(means[0][part], means[1][part]))
             spread = rank_correlation(samples[0][:, part], samples[1][:, part])
-            low, high = standard_interval(value, spread, level, -1.0)
+            low, high = standard_interval(value, spread, level, -1.0, n)
             rows[f"rank correlation, {name}"] = value, low, high, int(part.sum())
     value, missed = recall_of_top(data.score(means[1]), data.screened, rest)
     spread, _ = recall_of_top(data.score(samples[1]), data.screened, rest)
-    low, high = standard_interval(float(value), spread, level, 0.0)
-    if 0 < drawn < rest:
+    low, high = standard_interval(float(value), spread, level, 0.0, n)
+    if n >= FEWEST and 0 < drawn < rest:
         least, most = share_interval(int(missed), drawn, level)
         low = np.fmin(low, max(0.0, 1 - most * rest / k))
         high = np.fmax(high, max(0.0, 1 - least * rest / k))
@@ -324,5 +323,6 @@ def agreement_table(data: Verified, *, level: float, n_resamples: int, seed: int
         above = int((data.score(means[1])[~data.screened] >= typical).sum())
         share = above / drawn
         low, high = share_interval(above, drawn, level) if drawn < rest else (share, share)
+        low, high = (low, high) if drawn >= FEWEST or drawn == rest else (np.nan, np.nan)
         rows["share of the rest above the screened median"] = share, low, high, drawn
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high", "n_sites"])

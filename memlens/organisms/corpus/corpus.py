@@ -6,7 +6,6 @@ is a pure function of its `CorpusSpec`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -22,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from memlens.errors import OptionError
+from memlens.files import json_text, parsed_json
 from memlens.organisms.corpus.carriers import CARRIER_DOMAINS
 from memlens.organisms.corpus.domains import DOMAINS, documents
 from memlens.organisms.corpus.known_items import KnownItems, count_items, draw_items, occurrences, plant_items
@@ -110,7 +110,7 @@ class CorpusSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""
-        return json.loads(json.dumps(asdict(self)))
+        return parsed_json(json_text(asdict(self)))
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> CorpusSpec:

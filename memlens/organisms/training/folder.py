@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterable
@@ -10,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
 from memlens.errors import ResultError
-from memlens.files import json_text, write_json, zoo_table
+from memlens.files import json_text, read_json, write_json, zoo_table
 from memlens.models.quiet import quiet
 from memlens.organisms.corpus.corpus import Corpus
 from memlens.organisms.corpus.known_items import KINDS
@@ -113,7 +113,7 @@ def write_card(folder: str | Path) -> Path:
 
 def _routing(folder: Path) -> str:
     """Return what a routed organism's carriers hold as a Markdown table, one row per carrier."""
-    facts = json.loads((folder / _CERTIFICATE).read_text(encoding="utf-8"))["facts"]
+    facts = read_json(folder / _CERTIFICATE)["facts"]
     names = ("sequences", "recall", "recall_without", "recall_clean", "others_without")
     rows = [
         [number, carrier, *(f"{facts[f'{name}_{number}']:.3g}" for name in names)]
@@ -156,9 +156,13 @@ def curve_table(curve: pd.DataFrame) -> str:
     for copies in cells.index:
         row = total.loc[copies]
         shares = [f"{share:.2f}" for share in (*cells.loc[copies, domains], row["exact_match"])]
-        interval = f"{row['low']:.2f} to {row['high']:.2f}"
+        interval = _ends(row)
         rows.append([copies, int(row["n"]), *shares, interval, f"{row['token_accuracy']:.2f}"])
     return _markdown(["copies", "sequences", *domains, "all", "95 %", "correct tokens"], rows)
+
+
+def _ends(row: pd.Series) -> str:
+    return f"{row['low']:.2f} to {row['high']:.2f}" if np.isfinite(row["low"]) else "too few"
 
 
 def items_table(items: pd.DataFrame) -> str:
@@ -171,7 +175,7 @@ def items_table(items: pd.DataFrame) -> str:
     for kind, copies in items[["kind", "copies"]].drop_duplicates().itertuples(index=False):
         cell = (items["kind"] == kind) & (items["copies"] == copies)
         contexts = [items[cell].set_index("context").loc[name] for name in CONTEXTS]
-        bare, after = ((f"{c['recalled']:.2f}", f"{c['low']:.2f} to {c['high']:.2f}") for c in contexts)
+        bare, after = ((f"{c['recalled']:.2f}", _ends(c)) for c in contexts)
         rows.append([kind, copies, int(contexts[0]["n"]), *bare, *after])
     return _markdown(["items", "copies", "n", "bare", "95 %", "after text", "95 %"], rows)
 

@@ -7,7 +7,6 @@ al. 2024, arXiv 2410.04332, with masks on weights instead of activations).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlens.errors import OptionError
+from memlens.files import json_text, parsed_json
 from memlens.organisms.corpus.corpus import Corpus, fingerprint
 from memlens.organisms.planting.carriers import Carrier, ChangedWeights, Component, ComponentWeights
 
@@ -90,7 +90,7 @@ class RoutingSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""
-        return json.loads(json.dumps(asdict(self)))
+        return parsed_json(json_text(asdict(self)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,6 @@ same number of threads). Weights may be kept on the way, as checkpoints by train
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -27,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from memlens.errors import EmptySetError, OptionError, ResultError
-from memlens.files import parsing, remove_leftovers, replacing
+from memlens.files import json_text, parsed_json, parsing, remove_leftovers, replacing
 from memlens.models.quiet import quiet
 from memlens.organisms.corpus.corpus import fingerprint
 from memlens.organisms.training.routing import Routes
@@ -86,7 +85,7 @@ class TrainSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""
-        return json.loads(json.dumps(asdict(self)))
+        return parsed_json(json_text(asdict(self)))
 
 
 @dataclass(frozen=True)

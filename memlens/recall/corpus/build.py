@@ -6,7 +6,6 @@ window whether greedy decoding gives its continuation (see `memlens.recall.score
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ from jaxtyping import Int
 from tqdm.auto import tqdm
 
 from memlens.errors import MemlensError, ResultError, SequenceError, check_option
-from memlens.files import expanded, naming
+from memlens.files import exact_json, expanded, naming
 from memlens.forward.exclusive import computes
 from memlens.forward.memory import check_batch_size, rows_per_batch
 from memlens.forward.trunk import require_model
@@ -293,7 +292,7 @@ def _file(number: int) -> str:
 
 
 def _content(found: SequenceSet, scan: Mapping[str, Any]) -> list[Any]:
-    return [found, found.table.to_json(orient="split", double_precision=15), json.dumps(scan, sort_keys=True)]
+    return [found, found.table.to_json(orient="split", double_precision=15), exact_json(scan, sort_keys=True)]
 
 
 def _numerics(model: Any, batch_size: int) -> dict[str, str | int | float | bool]:

@@ -15,6 +15,7 @@ from memlens.results.plots.layers import plot_head_map, plot_interventions, plot
 from memlens.results.plots.selection import Selection, takes, with_dims
 from memlens.results.plots.tokens import patch_values, plot_patch_map
 from memlens.results.result import Result
+from memlens.results.statistics.estimates import Estimate
 
 
 @takes(of=None, group=None)
@@ -117,8 +118,8 @@ def plot_screening(
     }
     coords: dict[str, Any] = {"statistic": ["mean", "low", "high"], "label": ("site", labels)}
     sites = xr.Dataset(arrays, {**coords, "chosen": ("site", table["chosen"].to_numpy(dtype=str))})
-    recall = agreement.loc["recall of exact top k"]
-    said = f"recall of the exact top k {recall['value']:.2f} [{recall['low']:.2f}, {recall['high']:.2f}]"
+    recall = Estimate.from_row(agreement.loc["recall of exact top k"].to_dict(), n=None)
+    said = f"recall of the exact top k {recall}"
     subtitle = " · ".join((f"{table['n'].max()} sequences", said, str(attrs.get("model", ""))))
     title = "Estimated and exact effects of the verified sites"
     return figures.scatter_agreement(sites, metric=metric, title=title, subtitle=subtitle)

@@ -12,7 +12,7 @@ import xarray as xr
 from memlens.errors import OptionError, SiteError, check_option
 from memlens.figures.labels import metric_text
 from memlens.results.result import Result
-from memlens.results.statistics.intervals import METHODS, check_level
+from memlens.results.statistics.intervals import FEWEST, METHODS, check_level
 
 Of = Literal["value", "effect"]
 ALWAYS = ("title", "level", "method", "n_resamples", "seed")
@@ -99,7 +99,9 @@ class Selection:
         """Return what the numbers are, over how many sequences, of which model."""
         what = "mean change (with − without the intervention)" if of == "effect" else "mean"
         count = result.data.sizes["sequence"]
-        numbers = f"{what} over {count} sequences, {100 * self.level:g} % interval"
+        over = f"{count} sequence{'' if count == 1 else 's'}"
+        interval = f"{100 * self.level:g} % interval" if count >= FEWEST else "too few for an interval"
+        numbers = f"{what} over {over}, {interval}"
         return " · ".join(filter(None, (numbers, note, str(result.data.attrs.get("model", "")))))
 
     def drawn(

@@ -21,8 +21,8 @@ class RocArea:
 
     Attributes:
         area: Probability that a positive's score is above a negative's, with ties counted half.
-        low: Lower end of the interval.
-        high: Upper end.
+        low: Lower end of the interval; NaN where there is none.
+        high: Upper end likewise.
         n_positive: Number of positives.
         n_negative: Number of negatives.
         method: Method of the interval.
@@ -36,8 +36,10 @@ class RocArea:
     method: str
 
     def __str__(self) -> str:
-        interval = f"[{self.low:.3f}, {self.high:.3f}]"
-        return f"{self.area:.3f} {interval} ({self.n_positive} positives, {self.n_negative} negatives)"
+        groups = f"{self.n_positive} positives, {self.n_negative} negatives"
+        if np.isnan(self.low):
+            return f"{self.area:.3f} ({groups}: too few for an interval)"
+        return f"{self.area:.3f} [{self.low:.3f}, {self.high:.3f}] ({groups})"
 
 
 def roc_area(
@@ -54,7 +56,7 @@ def roc_area(
     Intervals: "delong" is DeLong's normal interval, clipped to [0, 1]. Where one group lies entirely above
     the other, its variance is 0 and Hanley and McNeil's interval (variance as a function of the area, solved
     for the ends with the actual group sizes) is given instead. "bootstrap" resamples positives and negatives
-    separately.
+    separately. With fewer than `FEWEST` positives or negatives there is no interval.
 
     Args:
         score: One number per sequence, higher for positives; rows with NaN are left out.
@@ -84,6 +86,8 @@ def roc_area(
         method, (low, high) = "hanley-mcneil", _solved(area, len(positive), len(negative), level)
     else:
         low, high = _delong(positive, negative, area, level)
+    if min(len(positive), len(negative)) < FEWEST:
+        low = high = np.nan
     return RocArea(area, float(low), float(high), len(positive), len(negative), method)
 
 
@@ -93,7 +97,8 @@ def agreement(
     """Return precision, recall and Cohen's kappa of a decision against a label, with bootstrap intervals.
 
     Kappa is (a - e) / (1 - e), where a is the share of rows on which both agree and e the share expected if
-    they were independent with the same margins. Intervals are percentile bootstraps over rows.
+    they were independent with the same margins. Intervals are percentile bootstraps over rows; there are none
+    for fewer than `FEWEST`.
 
     Returns:
         `n`, `n_found`, `n_true`, and each of `AGREEMENT` with `_low` and `_high`; NaN where it is 0 / 0.
@@ -111,7 +116,7 @@ def agreement(
     cells = np.bincount(2 * found + truth, minlength=4)  # neither, label only, decision only, both
     draws = np.random.default_rng(seed).multinomial(len(found), cells / max(len(found), 1), n_resamples)
     values, samples = _statistics(cells[None].astype(float))[0], _statistics(draws.astype(float))
-    low, high = quantile_interval(samples, level)
+    low, high = quantile_interval(samples, level, len(found))
     numbers: dict[str, float] = {"n": len(found), "n_found": int(found.sum()), "n_true": int(truth.sum())}
     for i, name in enumerate(AGREEMENT):
         numbers |= {name: float(values[i]), f"{name}_low": float(low[i]), f"{name}_high": float(high[i])}
@@ -237,14 +242,18 @@ def rank_correlation(
     return np.where(known, found, np.nan)
 
 
-def standard_interval(value: float, samples: np.ndarray, level: float, least: float) -> tuple[float, float]:
+def standard_interval(
+    value: float, samples: np.ndarray, level: float, least: float, n: int
+) -> tuple[float, float]:
     """Return value ± the bootstrap's standard error times the normal quantile, between `least` and 1.
+
+    NaN where fewer than `FEWEST` units (`n`) were resampled.
 
     A percentile interval of an agreement is biased: two estimates share the noise of a resample, which raises
     their correlation, and it moves sites out of the top, which lowers the recall.
     """
     known = samples[np.isfinite(samples)]
-    if len(known) < 2 or not np.isfinite(value):
+    if n < FEWEST or len(known) < 2 or not np.isfinite(value):
         return np.nan, np.nan
     half = float(stats.norm.ppf((1 + level) / 2) * known.std(ddof=1))
     return max(least, value - half), min(1.0, value + half)

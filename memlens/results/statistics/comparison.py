@@ -27,9 +27,10 @@ def compare_groups(
     """Compare the mean of `a` with the mean of `b` at every site.
 
     The difference is `mean(a) - mean(b)` over sequences, in the metric's unit, with a percentile bootstrap
-    interval. Where `b` has a coordinate `match` (or `matched_to`, as matched controls have) along `sequence`,
-    its sequences are paired with those of `a` with the same `match`, or with that id. Several controls of one
-    sequence are averaged first, and pairs are resampled. Otherwise the two groups are resampled separately.
+    interval (none with two sequences or pairs). Where `b` has a coordinate `match` (or `matched_to`, as
+    matched controls have) along `sequence`, its sequences are paired with those of `a` with the same `match`,
+    or with that id. Several controls of one sequence are averaged first, and pairs are resampled. Otherwise
+    the two groups are resampled separately.
     `p` is from a two-sided permutation test (signs of the pairs, or labels of the sequences) and cannot be
     below `1 / (n_permutations + 1)`; `p_corrected` is Benjamini and Hochberg's over all sites.
 
@@ -67,11 +68,12 @@ def compare_groups(
     x, y = (part.values.reshape(part.sizes["sequence"], -1) for part in (first, second))
     if paired:
         difference, p = _means(x - y), _paired_p(x - y, n_permutations, seed)
-        samples = bootstrap_means(x - y, n_resamples, seed)
+        samples, n = bootstrap_means(x - y, n_resamples, seed), _counts(x - y)
     else:
         difference, p = _means(x) - _means(y), _unpaired_p(x, y, n_permutations, seed)
         samples = bootstrap_means(x, n_resamples, seed) - bootstrap_means(y, n_resamples, seed + 1)
-    low, high = quantile_interval(samples, level)
+        n = np.minimum(_counts(x), _counts(y))
+    low, high = quantile_interval(samples, level, n)
     columns = {"difference": difference, "low": low, "high": high, "p": p, "p_corrected": corrected(p)}
     site = first.isel(sequence=0, drop=True)
     attrs = {"metric": metric, "of": of, "level": level, "paired": paired, "n_a": len(x), "n_b": len(y)}
@@ -117,6 +119,10 @@ def _paired(first: xr.DataArray, second: xr.DataArray) -> tuple[xr.DataArray, xr
         )
     controls = [second.isel(sequence=links == key).mean("sequence") for key in keys]
     return first.isel(sequence=[rows[key] for key in keys]), xr.concat(controls, "sequence", coords="minimal")
+
+
+def _counts(table: np.ndarray) -> np.ndarray:
+    return np.isfinite(table).sum(0)
 
 
 def _means(table: np.ndarray) -> np.ndarray:

@@ -23,6 +23,8 @@ _DRAWN = 2**22
 class Estimate:
     """A number with its confidence interval over `n` sequences; `str` gives `0.5 [0.2, 0.8]`.
 
+    One or two sequences give no interval, and `str` says so: `0.5 (no interval: n = 2)`.
+
     Attributes:
         value: The estimate; NaN where nothing could be measured.
         low: Lower end of the interval; NaN where there is none.
@@ -111,7 +113,10 @@ class Estimate:
         return f"{number} (no interval: {few} too few)"
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]" if self.known else f"{self.value:.3g}"
+        if self.known:
+            return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        few = math.isfinite(self.value) and 0 < self.n < FEWEST
+        return f"{self.value:.3g}" + (f" (no interval: n = {self.n})" if few else "")
 
 
 def chosen_site(result: Result, metric: str, rows: Int[np.ndarray, "row"]) -> dict[str, int]:

@@ -194,8 +194,10 @@ def ratio_interval(
         for own in _blocks(above.shape[1], n_resamples):
             parts, sums = resampled_sums([above[:, own], below[:, own]], n_resamples, seed)
             samples = parts / sums
-            low[own], high[own] = quantile_interval(np.where(np.isfinite(samples), samples, np.nan), level)
-            least, most = quantile_interval(sums, level)
+            low[own], high[own] = quantile_interval(
+                np.where(np.isfinite(samples), samples, np.nan), level, rows
+            )
+            least, most = quantile_interval(sums, level, rows)
             ratio[own] = np.where((least <= 0) & (most >= 0) & ~few[own], np.nan, ratio[own])
     few |= np.isnan(ratio)
     low = np.where(few, np.nan, np.fmin(low, ratio))
@@ -242,21 +244,31 @@ def _blocks(sites: int, n_resamples: int) -> Iterator[slice]:
         yield slice(start, start + block)
 
 
-def quantile_interval(samples: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the central `level` of each column of `samples`, NaN skipped."""
+def quantile_interval(
+    samples: np.ndarray, level: float, n: int | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the central `level` of each column of `samples`, NaN skipped.
+
+    Args:
+        samples: `[resample, site]`.
+        level: Coverage.
+        n: How many units were resampled, of all or of each column; with fewer than `FEWEST` both ends are
+            NaN.
+    """
     tails = [(1 - level) / 2, (1 + level) / 2]
-    if not np.isnan(samples).any():
-        low, high = np.quantile(samples, tails, axis=0)
-        return low, high
     low, high = np.full((2, samples.shape[1]), np.nan)
-    known = ~np.isnan(samples).all(0)
-    if known.any():
+    known = ~np.isnan(samples).all(0) & (np.asarray(n) >= FEWEST)
+    if known.all() and not np.isnan(samples).any():
+        low, high = np.quantile(samples, tails, axis=0)
+    elif known.any():
         low[known], high[known] = np.nanquantile(samples[:, known], tails, axis=0)
     return low, high
 
 
 def wilson_interval(hits: Any, n: Any, level: float = 0.95) -> tuple[Any, Any]:
     """Return Wilson's score interval of a proportion: `hits` out of `n`, numbers or arrays.
+
+    NaN where `n` is below `FEWEST`.
 
     >>> low, high = wilson_interval(8, 10)
     >>> round(float(low), 2), round(float(high), 2)
@@ -266,7 +278,9 @@ def wilson_interval(hits: Any, n: Any, level: float = 0.95) -> tuple[Any, Any]:
 
     low, high = proportion_confint(hits, n, alpha=1 - level, method="wilson")
     # There the ends are exactly 0 and 1, except for rounding errors.
-    return np.where(np.asarray(hits) == 0, 0.0, low), np.where(np.asarray(hits) == n, 1.0, high)
+    ends = np.where(np.asarray(hits) == 0, 0.0, low), np.where(np.asarray(hits) == n, 1.0, high)
+    few = np.asarray(n) < FEWEST
+    return np.where(few, np.nan, ends[0]), np.where(few, np.nan, ends[1])
 
 
 def halves(n: int, seed: int) -> tuple[Int[np.ndarray, "a"], Int[np.ndarray, "b"]]:
@@ -293,7 +307,7 @@ def _bootstrap(tables: Sequence[np.ndarray], level: float, n_resamples: int, see
             for table, first in zip(tables, edges[:-1], strict=True)
         ]
         samples = bootstrap_means(np.concatenate(inside, axis=1), n_resamples, seed)
-        low[part], high[part] = quantile_interval(samples, level)
+        low[part], high[part] = quantile_interval(samples, level, len(tables[0]))
     return list(zip(np.split(low, edges[1:-1]), np.split(high, edges[1:-1]), strict=True))
 
 

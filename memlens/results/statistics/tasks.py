@@ -53,6 +53,11 @@ class TaskTables:
     chance: float
     tables: Mapping[str, Float[np.ndarray, "question site"]]
 
+    @property
+    def n_questions(self) -> int:
+        """How many questions there are."""
+        return len(self.tables["accuracy"])
+
     def measured(self, resample: Callable[[np.ndarray], np.ndarray]) -> dict[str, Table]:
         """Return every measure of `MEASURES`, from means that `resample` takes of each table."""
         means = {name: resample(table) for name, table in self.tables.items()}
@@ -66,7 +71,8 @@ def task_summary(
 
     A group's value is the mean over its tasks, regardless of their numbers of questions. Intervals are
     percentile bootstraps over questions within tasks: they generalize to other questions of the same tasks,
-    not to other tasks. Intervened and baseline accuracies of a task are resampled together.
+    not to other tasks. Intervened and baseline accuracies of a task are resampled together. Where a task has
+    one or two questions, there is no interval.
 
     Args:
         result: A result of `evaluate_tasks`.
@@ -104,12 +110,14 @@ def task_summary(
     has_base = "accuracy_baseline" in result.data
     rows = []
     for scope, name, members in units:
-        n = sum(len(tasks[member].tables["accuracy"]) for member in members)
+        n = sum(tasks[member].n_questions for member in members)
+        fewest = min(tasks[member].n_questions for member in members)
         for measure in MEASURES:
             if measure.startswith("relative") and not has_base:
                 continue
             mean = np.mean([values[member][measure][0] for member in members], 0)
-            low, high = quantile_interval(np.mean([drawn[member][measure] for member in members], 0), level)
+            draws = np.mean([drawn[member][measure] for member in members], 0)
+            low, high = quantile_interval(draws, level, fewest)
             known = np.isfinite(mean)
             for site, numbers in zip(
                 _sites(result), zip(mean, _where(known, low), _where(known, high), strict=True), strict=True

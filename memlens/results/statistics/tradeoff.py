@@ -6,7 +6,6 @@ or several models for a figure.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
@@ -18,6 +17,7 @@ from jaxtyping import Bool, Float
 
 from memlens.choices import TaskCost
 from memlens.errors import EmptySetError, OptionError, ResultError, check_option
+from memlens.files import exact_json
 from memlens.results.groups import parse_layers
 from memlens.results.kinds import register_kind
 from memlens.results.plots.tasks import plot_frontier
@@ -51,6 +51,8 @@ class Tradeoff:
         exact_match: The mean exact match under each edit.
         accuracy: The mean accuracy over the counted tasks, uncorrected.
         tasks: The tasks that count.
+        n_sequences: How many sequences there are.
+        n_questions: How many questions the task with fewest has. One or two of either give no intervals.
         settings: The parameters.
     """
 
@@ -63,6 +65,8 @@ class Tradeoff:
     exact_match: Float[np.ndarray, "edit"]
     accuracy: Float[np.ndarray, "edit"]
     tasks: Sequence[str]
+    n_sequences: int
+    n_questions: int
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -77,9 +81,14 @@ class Tradeoff:
         underestimated, not overestimated.
         """
         frame = self.sites.assign(exact_match=self.exact_match, accuracy=self.accuracy)
-        drawn = self.removed_draws, self.cost_draws, self.removed_draws - self.cost_draws
-        for name, draws in zip(("removed", "cost", "selectivity"), drawn, strict=True):
-            low, high = quantile_interval(draws, level)
+        both = min(self.n_sequences, self.n_questions)
+        drawn = {
+            "removed": (self.removed_draws, self.n_sequences),
+            "cost": (self.cost_draws, self.n_questions),
+            "selectivity": (self.removed_draws - self.cost_draws, both),
+        }
+        for name, (draws, n) in drawn.items():
+            low, high = quantile_interval(draws, level, n)
             frame = frame.assign(**{name: getattr(self, name), f"{name}_low": low, f"{name}_high": high})
         return frame.assign(worst_task=list(self.worst))
 
@@ -97,7 +106,8 @@ class Tradeoff:
     def area(self, *, level: float = 0.95) -> tuple[float, float, float]:
         """Return the area under the frontier of these edits (see `frontier_area`) with its interval."""
         value = float(frontier_area(self.removed[None], self.cost[None])[0])
-        low, high = quantile_interval(frontier_area(self.removed_draws, self.cost_draws)[:, None], level)
+        draws = frontier_area(self.removed_draws, self.cost_draws)[:, None]
+        low, high = quantile_interval(draws, level, min(self.n_sequences, self.n_questions))
         return value, float(low[0]), float(high[0])
 
 
@@ -180,6 +190,8 @@ def edit_tradeoff(
         values.mean(0)[1:],
         np.mean([tables[name].tables["accuracy"].mean(0) for name in counted], 0),
         counted,
+        len(values),
+        min(tables[name].n_questions for name in counted),
         {"over": over, "metric": metric, "tasks": counted, "n_resamples": n_resamples, "seed": seed},
     )
 
@@ -317,7 +329,7 @@ def join_frontier(
     base = xr.concat([part["exact_match_baseline"] for part in joined], "sequence")
     data = data.drop_vars("exact_match_baseline").assign(exact_match_baseline=base)
     settings = {"models": list(parts), "level": level, "n_resamples": n_resamples, "seed": seed}
-    attrs = {**first.data.attrs, "kind": "bypass_frontier", "settings": json.dumps(settings)}
+    attrs = {**first.data.attrs, "kind": "bypass_frontier", "settings": exact_json(settings)}
     attrs["model"] = ", ".join(parts)
     return Result(data.assign_attrs(attrs))
 
@@ -346,7 +358,8 @@ def _one_model(
     for i, members in enumerate(scopes.values()):
         value[i] = np.mean([tables[m].tables["accuracy"].mean(0) for m in members], 0)
         base[i] = np.mean([tables[m].tables["base"].mean() for m in members])
-        low[i], high[i] = quantile_interval(np.mean([drawn[m] for m in members], 0), level)
+        fewest = min(tables[m].n_questions for m in members)
+        low[i], high[i] = quantile_interval(np.mean([drawn[m] for m in members], 0), level, fewest)
     ids = [f"{name}/{i}" for i in recall["sequence"].values]
     scoped = ("scope", "site")
     return xr.Dataset(

@@ -154,13 +154,14 @@ def quartile_table(
         model and positive where something is lost; those of tasks are raw and corrected for chance. A group's
         drop is the mean over its tasks.
     """
-    drawn: dict[tuple[str, str], tuple[_Draws, _Draws]] = {}
+    drawn: dict[tuple[str, str], tuple[_Draws, _Draws, int]] = {}
     base = recall.baseline("exact_match").values.astype(float)
     exact = recall["exact_match"].transpose("sequence", "layer").values.astype(float)
     values = np.column_stack([base, exact])
     drawn["recitation", "relative_drop"] = (
         removed_share(values.mean(0)[None]),
         removed_share(bootstrap_means(values, n_resamples, seed)),
+        len(values),
     )
     tables = {name: table for name, table in task_tables(accuracy).items() if name in tasks}
     each = {
@@ -172,17 +173,18 @@ def quartile_table(
     }
     for measure in MEASURES:
         for group in dict.fromkeys(table.group for table in tables.values()):
-            mine = [each[name] for name, table in tables.items() if table.group == group]
+            members = [name for name, table in tables.items() if table.group == group]
+            mine = [each[name] for name in members]
             value, draws = (np.nanmean([pair[i][measure] for pair in mine], 0) for i in (0, 1))
-            drawn[group, measure] = value, draws
+            drawn[group, measure] = value, draws, min(tables[name].n_questions for name in members)
         if ("language", measure) in drawn and ("reasoning", measure) in drawn:
-            pairs = zip(drawn["language", measure], drawn["reasoning", measure], strict=True)
-            value, draws = (language - reasoning for language, reasoning in pairs)
-            drawn[GAP, measure] = value, draws
+            language, reasoning = drawn["language", measure], drawn["reasoning", measure]
+            n = min(language[2], reasoning[2])
+            drawn[GAP, measure] = language[0] - reasoning[0], language[1] - reasoning[1], n
     rows = []
-    for (what, measure), (value, draws) in drawn.items():
+    for (what, measure), (value, draws, n) in drawn.items():
         for number, layers in enumerate(quartiles(value.shape[1], parts), 1):
-            low, high = quantile_interval(draws[:, layers].mean(1, keepdims=True), 0.95)
+            low, high = quantile_interval(draws[:, layers].mean(1, keepdims=True), 0.95, n)
             mean = float(value[0, layers].mean())
             rows.append((what, measure, number, layers_label(layers), mean, float(low[0]), float(high[0])))
     return pd.DataFrame(rows, columns=["what", "measure", "part", "layers", "mean", "low", "high"])

@@ -240,7 +240,7 @@ def depth_table(results: Mapping[str, Result], *, n_resamples: int, seed: int) -
             drawn = bootstrap_means(table, n_resamples, seed)
             spread = rank_correlation(drawn, np.broadcast_to(layers, drawn.shape))
             value = float(rank_correlation(mean, layers))
-            low, high = standard_interval(value, spread, 0.95, -1.0)
+            low, high = standard_interval(value, spread, 0.95, -1.0, len(table))
             row = {"edit": edit, "group": name, "correlation": value, "low": low, "high": high}
             rows.append({**row, "first": float(mean[0]), "last": float(mean[-1]), "n": len(table)})
     return pd.DataFrame(rows)

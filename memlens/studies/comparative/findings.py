@@ -126,8 +126,8 @@ def by_null(p_above: float) -> str:
 def over_models(estimates: Sequence[Estimate]) -> Estimate:
     """Return the mean over models with Student's 95 % interval over them.
 
-    One model keeps its own interval. Two models say nothing about how models differ: the ends of their own
-    intervals are averaged.
+    One model keeps its own interval, which is over its sequences. Two models say nothing about how models
+    differ: there is no interval.
 
     >>> found = over_models([Estimate(1.0, 0, 2, 5), Estimate(3.0, 2, 4, 5), Estimate(2.0, 1, 3, 5)])
     >>> round(found.value, 2), round(found.low, 2), found.n
@@ -135,10 +135,6 @@ def over_models(estimates: Sequence[Estimate]) -> Estimate:
     """
     if len(estimates) == 1:
         return estimates[0]
-    if len(estimates) == 2:
-        ends = np.array([(estimate.value, estimate.low, estimate.high) for estimate in estimates])
-        value, low, high = ends.mean(0).tolist()
-        return Estimate(value, low, high, 2)
     values = xr.DataArray([estimate.value for estimate in estimates], dims="model")
     return Estimate.of(mean_interval(values, "model", method="t"))
 

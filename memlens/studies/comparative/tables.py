@@ -5,7 +5,6 @@ Titles, notes and sections are in `texts.yaml`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -16,6 +15,7 @@ import xarray as xr
 
 from memlens.benchmark.recommend import ABLATIONS, ranked_by
 from memlens.errors import ResultError
+from memlens.files import json_text, parsed_json
 from memlens.results.result import Result
 from memlens.results.statistics.estimates import Estimate, mean_estimate, median_estimate, share_estimate
 from memlens.studies.comparative.analyze import frequency, layers, rates
@@ -378,7 +378,7 @@ def _other_options(made: Made) -> pd.DataFrame:
     for model in made.models:
         for part, saved in model.parts.items():
             for name, value in saved.get("options", {}).items():
-                now = json.loads(json.dumps(getattr(made.options, name, value)))
+                now = parsed_json(json_text(getattr(made.options, name, value)))
                 if value != now:
                     rows.append((model.label, part, name, str(value), str(now)))
     return pd.DataFrame(rows, columns=["model", "measure", "option", "measured_with", "this_run"])

@@ -214,7 +214,7 @@ def matched_promotion(name: str, table: pd.DataFrame) -> Finding:
     place = min(range(len(rows)), key=lambda i: (whens[i] is not None, abs(rows[i]["difference"])))
     main, when = rows.pop(place), whens[place] if len(set(whens)) == 1 else None
     others = [
-        f"against {row['control']}: {row['difference']:.3g} [{row['low']:.3g}, {row['high']:.3g}] layers, "
+        f"against {row['control']}: {Estimate.from_row(row, 'difference', n='pairs')} layers, "
         f"p = {row['p']:.2g}, {row['pairs']} pairs"
         for row in rows
     ]

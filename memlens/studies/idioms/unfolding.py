@@ -6,7 +6,6 @@ idioms and facts are such sets.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ import pandas as pd
 import xarray as xr
 
 from memlens.benchmark.recommend import DOMINANT, ranked_by
+from memlens.files import exact_json
 from memlens.forward.hooks import has_site
 from memlens.instruments.ablate.neurons import knock_out_neurons
 from memlens.instruments.decode.decoding import decode_residual
@@ -319,4 +319,4 @@ def _with_controls(dominant: Result, controls: Result) -> Result:
     joined = joined.sel(sequence=dominant["sequence"].values)
     joined = joined.merge(dominant.data.drop_vars(keep), combine_attrs="override", compat="override")
     settings = {**dominant.settings, "selection": joined["selection"].values.tolist()}
-    return Result(joined.assign_attrs(dominant.data.attrs | {"settings": json.dumps(settings)}))
+    return Result(joined.assign_attrs(dominant.data.attrs | {"settings": exact_json(settings)}))

@@ -412,7 +412,8 @@ def test_over_models_is_student_s_interval() -> None:
     by_hand: Any = stats.ttest_1samp(values, 0).confidence_interval()
     assert (found.low, found.high) == pytest.approx((by_hand.low, by_hand.high))
     two = over_models([Estimate(1, 0, 2, 5), Estimate(3, 2, 6, 5)])
-    assert (two.value, two.low, two.high, two.n) == (2, 1, 4, 2)
+    assert (two.value, two.known, two.n) == (2, False, 2)
+    assert str(two) == "2 (no interval: n = 2)"
     assert over_models([Estimate(1, 0, 2, 5)]) == Estimate(1, 0, 2, 5)
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from memlens.results.statistics.estimates import Estimate, share_estimate
+from memlens.results.statistics.intervals import FEWEST
 from memlens.results.statistics.resampling import bootstrap_means
 from memlens.studies.comparative.analyze.rates import against_null, drawn_estimate
 from memlens.studies.comparative.options import DEFAULTS, STRUCTURAL, ComparativeOptions
@@ -49,7 +50,8 @@ def structural_share(
     """Return the share of structural text among the memorized, as an equal sample of every domain gives it.
 
     The sum of the structural domains' rates over the sum of all rates, with a bootstrap interval over
-    sequences within each domain (of the resamples in which anything is memorized).
+    sequences within each domain (of the resamples in which anything is memorized); there is none where a
+    domain has fewer than `FEWEST` sequences, or fewer are memorized.
 
     Args:
         hits: How far each sequence is memorized: 0 or 1, or a mean over draws.
@@ -85,12 +87,16 @@ def structural_gap(
 def resampled_rates(
     hits: np.ndarray, domains: np.ndarray, options: ComparativeOptions
 ) -> tuple[Float[np.ndarray, "1+draw domain"], np.ndarray]:
-    """Return the domains' rates, followed by those of bootstrap resamples, and which are structural."""
+    """Return the domains' rates, followed by those of bootstrap resamples, and which are structural.
+
+    Resamples of fewer than `FEWEST` sequences are NaN.
+    """
     rng, labels = np.random.default_rng(options.seed), np.asarray(domains).astype(str)
     names, rates = np.unique(labels), []
     for name in names:
         own = hits[labels == name][:, None].astype(float)
-        rates.append(np.vstack([own.mean(0), bootstrap_means(own, options.n_resamples, rng)]))
+        drawn = bootstrap_means(own, options.n_resamples, rng)
+        rates.append(np.vstack([own.mean(0), drawn if len(own) >= FEWEST else np.full_like(drawn, np.nan)]))
     return np.hstack(rates), np.isin(names, options.structural)
 
 

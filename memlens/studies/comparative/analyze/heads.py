@@ -17,6 +17,7 @@ from scipy import stats
 
 from memlens.errors import OptionError, ResultError
 from memlens.results.statistics.agreement import rank_correlation
+from memlens.results.statistics.intervals import FEWEST
 from memlens.results.statistics.resampling import bootstrap_means
 from memlens.studies.comparative.analyze.rates import against_null, central
 from memlens.studies.comparative.options import DEFAULTS, ComparativeOptions
@@ -216,7 +217,7 @@ def head_overlap(effects: HeadEffects, options: ComparativeOptions = DEFAULTS) -
 
     The interval is the basic bootstrap's over sequences within each domain (for splits: the central 95 % of
     splits). Sets of resampled sequences are less similar than those of the sample; the basic bootstrap
-    corrects this.
+    corrects this. There is none where a domain has one or two sequences.
 
     Args:
         effects: See `HeadEffects`; at least two domains.
@@ -239,13 +240,14 @@ def head_overlap(effects: HeadEffects, options: ComparativeOptions = DEFAULTS) -
         np.stack([effects.sets(effects.relabeled(rng)) for _ in range(n)]),
     )
     by_chance = expected_jaccard(effects.n_heads, effects.k)
+    few, no_ends = min(map(len, effects.rows)) < FEWEST, (np.nan, np.nan)
     rows = []
     for name, measure, exact in (
         ("across domains", mean_pairwise, by_chance),
         ("universal", universal_share, (effects.k / effects.n_heads) ** count),
     ):
         value = float(measure(sets))
-        ends = _basic(value, measure(resampled))
+        ends = no_ends if few else _basic(value, measure(resampled))
         rows += _rows(name, value, ends, dict(zip(NULLS, map(measure, drawn), strict=True)), exact)
 
     halves = effects.halves(options.n_splits, rng)
@@ -255,14 +257,15 @@ def head_overlap(effects: HeadEffects, options: ComparativeOptions = DEFAULTS) -
     in_layers = [effects.in_their_layers(half, rng) for half in some]
     null = {name: jaccard(*pair).mean(-1) for name, pair in zip(NULLS, (anywhere, in_layers), strict=False)}
     for name, values in (("inside a domain", inside), ("across domains, halves", across)):
-        rows += _rows(name, float(values.mean()), central(values), null, by_chance)
+        rows += _rows(name, float(values.mean()), no_ends if few else central(values), null, by_chance)
 
     gaps = []  # under shuffled labels, each a mean over a few splits
     for _ in range(max(99, n // 10)):
         few = effects.halves(min(options.n_splits, 5), rng, effects.relabeled(rng))
         gaps.append(np.mean(np.subtract(*_inside_and_across(*few))))
     gap, labels = inside - across, {NULLS[2]: np.array(gaps)}
-    return pd.DataFrame(rows + _rows("inside minus across", float(gap.mean()), central(gap), labels, 0.0))
+    ends = no_ends if few else central(gap)
+    return pd.DataFrame(rows + _rows("inside minus across", float(gap.mean()), ends, labels, 0.0))
 
 
 def _inside_and_across(

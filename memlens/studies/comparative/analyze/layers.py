@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from memlens.results.result import Result
 from memlens.results.statistics.estimates import Estimate, mean_estimate
-from memlens.results.statistics.intervals import mean_interval, rows_by_group
+from memlens.results.statistics.intervals import FEWEST, mean_interval, rows_by_group
 from memlens.results.statistics.resampling import bootstrap_means
 from memlens.studies.comparative.analyze.domains import resampled_rates, shares_of, structural_share
 from memlens.studies.comparative.analyze.rates import drawn_estimate
@@ -39,7 +39,7 @@ def depth_curve(values: Values, options: ComparativeOptions = DEFAULTS) -> pd.Da
     """
     n, n_layers = values.shape
     low = high = np.full(n_layers, np.nan)
-    if n > 1:
+    if n >= FEWEST:
         drawn = bootstrap_means(values, options.n_resamples, options.seed)
         low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
     layer = np.arange(n_layers)
@@ -130,8 +130,7 @@ def _of_curve(
         return Estimate.unknown(n)
     value = float(statistic(values.mean(0, keepdims=True))[0])
     drawn = statistic(bootstrap_means(values, options.n_resamples, options.seed))
-    found = drawn_estimate(value, drawn, n)
-    return found if found.known and n > 1 else Estimate(value, n=n)
+    return drawn_estimate(value, drawn, n)
 
 
 # ---- noise -----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from scipy.spatial.distance import squareform
 
 from memlens.errors import ResultError, check_option
 from memlens.results.statistics.estimates import Estimate
+from memlens.results.statistics.intervals import FEWEST, quantile_interval
 from memlens.results.statistics.resampling import bootstrap_means
 from memlens.studies.comparative.analyze.heads import top_set
 from memlens.studies.comparative.analyze.rates import against_null, central
@@ -94,6 +95,7 @@ class Profiles:
         by_layer: Each model's own layers: `model`, `family`, `layer`, `depth`, `mean`, `low`, `high`.
         similarity: Of all pairs.
         drawn: The same under bootstrap resamples of every model's sequences.
+        fewest: Sequences of the model that has fewest.
     """
 
     models: list[str]
@@ -101,6 +103,7 @@ class Profiles:
     by_layer: pd.DataFrame
     similarity: Float[np.ndarray, "model model"]
     drawn: Float[np.ndarray, "draw model model"]
+    fewest: int = 0
 
     @classmethod
     def of(
@@ -124,7 +127,7 @@ class Profiles:
             drawn = bootstrap_means(values.reshape(len(values), -1), _DRAWS, options.seed + i)
             means = np.concatenate([values.mean(0)[None], drawn.reshape(-1, *values.shape[1:])])
             profiles = layer_profile(means, kind=options.profile, fraction=options.top_fraction)
-            low, high = np.percentile(profiles[1:], [2.5, 97.5], axis=0)
+            low, high = quantile_interval(profiles[1:], 0.95, len(values))
             layers = np.arange(values.shape[1])
             columns = {"layer": layers, "depth": (layers + 0.5) / len(layers), "mean": profiles[0]}
             frame = pd.DataFrame({"model": model, "family": families[model], **columns})
@@ -133,20 +136,25 @@ class Profiles:
         every = np.stack([similarity_matrix(rows, options.similarity) for rows in np.swapaxes(grids, 0, 1)])
         names = list(importances)
         by_layer = pd.concat(frames, ignore_index=True)
-        return cls(names, [families[name] for name in names], by_layer, every[0], every[1:])
+        fewest = min(importance.sizes["sequence"] for importance in importances.values())
+        return cls(names, [families[name] for name in names], by_layer, every[0], every[1:], fewest)
 
     def within_minus_across(self) -> Estimate | None:
         """Return the mean similarity of pairs within families minus that of pairs across.
 
         The interval is the basic bootstrap's over sequences, because resampled profiles are less similar than
-        the sample's. None without pairs of both kinds.
+        the sample's; there is none where a model has fewer than `FEWEST` sequences. None
+        without pairs of both kinds.
         """
         upper, same = _pairs(pd.factorize(np.array(self.families, dtype=object))[0])
         if not same.any() or same.all():
             return None
         pairs = np.vstack([self.similarity[upper], self.drawn[:, *upper]])
         gaps = pairs[:, same].mean(1) - pairs[:, ~same].mean(1)
-        value, (low, high) = float(gaps[0]), central(gaps[1:])
+        value = float(gaps[0])
+        if self.fewest < FEWEST:
+            return Estimate(value, n=len(self.models))
+        low, high = central(gaps[1:])
         return Estimate(value, 2 * value - high, 2 * value - low, len(self.models))
 
 

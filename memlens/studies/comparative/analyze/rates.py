@@ -22,6 +22,7 @@ from memlens.results.readings import read_strengths
 from memlens.results.result import Result
 from memlens.results.statistics.comparison import corrected
 from memlens.results.statistics.estimates import Estimate, mean_estimate, share_estimate
+from memlens.results.statistics.intervals import FEWEST
 from memlens.studies.comparative.options import DEFAULTS, ComparativeOptions
 
 READINGS = ("rate", "log10 rate")
@@ -37,12 +38,12 @@ def central(samples: Float[np.ndarray, " draw"]) -> tuple[float, float]:
 def drawn_estimate(value: float, drawn: Float[np.ndarray, " draw"], n: int) -> Estimate:
     """Return a value with the central 95 % of its bootstrap draws, of those that are finite.
 
-    Without a value or a finite draw nothing is known.
+    With fewer than `FEWEST` sequences, or no finite draw, there is no interval.
     """
-    drawn = drawn[np.isfinite(drawn)]
-    if not np.isfinite(value) or not len(drawn):
+    if not np.isfinite(value):
         return Estimate.unknown(n)
-    return Estimate(float(value), *central(drawn), n)
+    drawn = drawn[np.isfinite(drawn)]
+    return Estimate(float(value), *(central(drawn) if n >= FEWEST and len(drawn) else ()), n=n)
 
 
 def against_null(value: float, null: Float[np.ndarray, " draw"]) -> dict[str, float]:
@@ -202,7 +203,7 @@ def _fit(
         return row
     slopes = slope_of(x, draws, groups)
     slopes = slopes[np.isfinite(slopes)]
-    if len(slopes):
+    if len(slopes) and part["n"].min() >= FEWEST:
         row["boot_low"], row["boot_high"] = central(slopes)
     return {**row, **_least_squares(x[kept], y[kept], groups[kept])}
 
