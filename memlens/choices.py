@@ -8,8 +8,10 @@ from typing import Literal
 Backend = Literal["auto", "hooked", "bridge"]
 """Which TransformerLens class runs a model; see `memlens.load_model`."""
 
-AblationMode = Literal["mean_of_other_heads", "zero", "mean", "resample"]
-"""What replaces an ablated activation."""
+OwnAblation = Literal["mean_of_other_heads", "zero", "mean", "resample"]
+"""What replaces an ablated activation, taken from the model itself."""
+AblationMode = Literal[OwnAblation, "donor"]
+"""What replaces an ablated activation; "donor" takes it from another model."""
 Positions = Literal["all", "prompt", "targets", "last_prompt"]
 """Every position; the prompt's; those that predict a target; the one that predicts the first target."""
 NeuronSelection = Literal["dominant", "random", "norm_matched"]

@@ -79,6 +79,10 @@ class SilentInterventionError(InterventionError):
     """A hook changed its activation and the model ignored it: every logit stayed bit-identical."""
 
 
+class DonorError(MemlensError, ValueError):
+    """A second model does not fit the first one: another architecture, shape or vocabulary."""
+
+
 class ModelInUseError(MemlensError, RuntimeError):
     """Two threads wait for each other's model."""
 

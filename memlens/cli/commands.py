@@ -12,7 +12,7 @@ from cyclopts import Parameter, Token
 
 from memlens.options import Flags, convert, descriptions
 
-_MODELS = {"model", "models", "compare", "reference"}
+_MODELS = {"model", "models", "compare", "reference", "donor"}
 
 
 def complete_model(context: Any) -> list[str]:

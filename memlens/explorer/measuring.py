@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from memlens.choices import AblationMode, BypassMode
+from memlens.choices import BypassMode, OwnAblation
 from memlens.errors import OptionError, check_option
 from memlens.explorer.attention import attention_maps
 from memlens.explorer.data import Continuation, Edits, Exploration, SequenceView, strongest_heads
@@ -23,7 +23,6 @@ from memlens.forward.metrics import METRICS, TargetStats
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.branches import ablate_mlps
 from memlens.instruments.ablate.heads import ablate_heads, head_set_ablations
-from memlens.instruments.ablate.replacing import MODES
 from memlens.instruments.bypass.bypass import BYPASS_MODES, attention_bypasses, bypass_attention
 from memlens.instruments.decode.decoding import decode_residual
 from memlens.instruments.decode.lens import TunedLens
@@ -34,7 +33,7 @@ from memlens.sequences.set import SequenceSet
 from memlens.sweeps.contexts import applied
 from memlens.sweeps.interventions import Intervention
 
-ABLATION_MODES = tuple(mode for mode in MODES if mode != "resample")
+ABLATION_MODES = tuple(mode for mode in get_args(OwnAblation) if mode != "resample")
 """Modes of `ablate_heads` that also work during generation. "resample" does not: it needs another sequence's
 token at the same position, which does not exist yet."""
 FACTS = ("group", "domain", "copies")
@@ -57,7 +56,7 @@ class ExploreOptions:
             the heads with the largest effects are kept.
     """
 
-    ablation: AblationMode = "mean_of_other_heads"
+    ablation: OwnAblation = "mean_of_other_heads"
     bypass: BypassMode = "identity"
     metric: str = "target_logprob"
     lens: str | Path | TunedLens = "logit"
@@ -163,7 +162,7 @@ def edit_interventions(
     edits: Edits,
     sequences: SequenceSet,
     *,
-    ablation: AblationMode = "mean_of_other_heads",
+    ablation: OwnAblation = "mean_of_other_heads",
     bypass: BypassMode = "identity",
     reference: SequenceSet | None = None,
 ) -> list[Intervention]:

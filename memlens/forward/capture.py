@@ -115,8 +115,11 @@ def _from_cache(cache: Any, name: str, seqs: SequenceSet) -> Tensor:
 class ActivationSource:
     """Activations of a source set, row by row for the sequences of the running batch.
 
+    Where the source rows are the running batch itself, as for another model on the same sequences, its
+    activations are those of the batch to the last bit, padding included.
+
     Args:
-        model: A TransformerLens model.
+        model: The TransformerLens model whose activations are wanted: the one that runs, or a donor.
         source: The set whose activations are wanted.
         names: Hook names.
         rows: The source row for each sequence; the same row number by default.
@@ -156,12 +159,14 @@ class ActivationSource:
         key = (computation_number(), self.trunk.dtype, *batch.rows.tolist())
         if key != self._key:
             rows, width = self.rows[batch.rows], batch.tokens.shape[1]
-            lengths = self.source.lengths[rows]
-            tokens = self.source.tokens[rows, : int(lengths.max())].to(batch.tokens.device)
+            lengths, here = self.source.lengths[rows], batch.tokens.device
+            tokens = self.source.tokens[rows, : int(lengths.max())].to(here)
+            places: Tensor | None = torch.arange(width)[None] % lengths[:, None]
+            if torch.equal(tokens[:, :width], batch.tokens):
+                tokens, places = batch.tokens, None
             with attached(self.trunk.model, self._edit(rows)):
-                store = _activations(self.trunk, tokens, self.names)
-            places = torch.arange(width)[None] % lengths[:, None]
-            self._key, self._store = key, {n: _placed(n, a, places) for n, a in store.items()}
+                store = _activations(self.trunk, tokens.to(self.trunk.device), self.names)
+            self._key, self._store = key, {n: _placed(n, a.to(here), places) for n, a in store.items()}
         return self._store
 
     def _edit(self, rows: Int[Tensor, " batch"]) -> list[tuple[str, HookFn]]:
@@ -171,9 +176,9 @@ class ActivationSource:
         return self.under.bound(replace(beside, rows=rows))
 
 
-def _placed(name: str, activation: Tensor, places: Int[Tensor, "batch pos"]) -> Tensor:
+def _placed(name: str, activation: Tensor, places: Int[Tensor, "batch pos"] | None) -> Tensor:
     """Select positions; attention weights, which have two position axes, are left as they are."""
-    if name.endswith("hook_pattern"):
+    if places is None or name.endswith("hook_pattern"):
         return activation
     return at_positions(activation, places)
 

@@ -15,7 +15,7 @@ import pytest
 import xarray as xr
 
 import memlens as ml
-from memlens.errors import NonFiniteError, OptionError, VocabularyError
+from memlens.errors import DonorError, NonFiniteError, OptionError, VocabularyError
 from memlens.report.from_directory import report_from_directory
 from memlens.results.result import Result
 from memlens.results.statistics.estimates import chosen_site, mean_estimate, ratio_estimate, share_estimate
@@ -281,3 +281,17 @@ def test_a_second_run_computes_nothing_again_and_other_options_stand_beside(
     assert now - kept == {"heads_memorized-2", "heads_matched_control-2"}
     assert zeroed.findings[2] != run.findings[2]
     assert zeroed.findings[3] == run.findings[3]
+
+
+def test_heads_from_a_donor(pythia: Any, planted: ml.SequenceSet, tmp_path: Path) -> None:
+    few = planted[::8]
+    options = replace(SMALL, donor="zoo/pythia-s-clean", head_mode="donor", explored_memorized=0)
+    run = ml.localize(pythia, few, tmp_path, options=options, progress=False)
+    assert run.failures == {}
+    found = [ml.load_result(tmp_path / f"{name}.nc") for name in ("head_ablation", "donor_patching")]
+    assert np.allclose(*(r["target_logprob"] for r in found), atol=1e-6)
+    assert "Heads taken from zoo/pythia-s-clean" in run.report.read_text()
+    with pytest.raises(OptionError, match="head_mode='donor' needs"):
+        replace(SMALL, head_mode="donor")
+    with pytest.raises(DonorError, match="4 layers"):
+        ml.localize(pythia, few, tmp_path, options=replace(SMALL, donor="zoo/pythia-xs"), progress=False)

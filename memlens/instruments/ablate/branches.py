@@ -34,7 +34,7 @@ def ablate_mlps(
     """Ablate the MLP of each layer, one at a time, and measure recall.
 
     What the MLP adds to the residual (`hook_mlp_out`, including its bias, after a post-norm if there is one)
-    is replaced. The arguments are those of `ablate_heads`; `mode` is "zero", "mean" or "resample".
+    is replaced. The arguments are those of `ablate_heads`; `mode` is "zero", "mean", "resample" or "donor".
 
     Returns:
         Kind "mlp_ablation": each metric `(sequence, layer)`, and its baseline `(sequence)`.
@@ -43,6 +43,7 @@ def ablate_mlps(
         OptionError: Unknown mode or positions.
         SiteError: A layer that does not exist.
         SequenceError: "resample" with fewer than two reference sequences.
+        DonorError: The donor does not fit the model.
 
     Example:
         >>> import memlens as ml

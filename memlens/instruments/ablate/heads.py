@@ -44,6 +44,7 @@ def ablate_heads(
     reference: SequenceSet | None = None,
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
     seed: int = 0,
+    donor: Any = None,
     **options: Unpack[SweepOptions],
 ) -> Result:
     r"""Ablate each attention head, one at a time, and measure recall.
@@ -55,7 +56,8 @@ def ablate_heads(
     - ``"zero"``: 0;
     - ``"mean"``: its mean over all positions of `reference`;
     - ``"resample"``: its value at the same position of another sequence of `reference`, drawn once per
-      sequence.
+      sequence;
+    - ``"donor"``: its value in another model, `donor`, on the same sequence.
 
     With grouped queries, heads are query heads.
 
@@ -70,6 +72,8 @@ def ablate_heads(
         reference: The set for "mean" and "resample"; `sequences` itself by default.
         metrics: As for `sweep`.
         seed: For "resample".
+        donor: For "donor", a model of the same architecture, shape and vocabulary: a clean twin, a
+            checkpoint, the base of a fine-tune.
         options: Further options of `sweep`, such as `engine=` or `per_token=`.
 
     Returns:
@@ -77,9 +81,10 @@ def ablate_heads(
         An effect (`Result.effect`) is intervened minus baseline: negative where the head helped.
 
     Raises:
-        OptionError: Unknown mode or positions.
+        OptionError: Unknown mode or positions, "donor" without a donor, or a donor for another mode.
         SiteError: A layer or head that does not exist, or a lone head without others.
         SequenceError: "resample" with fewer than two reference sequences.
+        DonorError: The donor does not fit the model.
 
     Example:
         >>> import memlens as ml
@@ -88,7 +93,7 @@ def ablate_heads(
         >>> result["target_logprob"].dims
         ('sequence', 'layer', 'head')
     """
-    replacement = Replacement(mode, positions, reference, seed)
+    replacement = Replacement(mode, positions, reference, seed, donor)
     interventions = head_ablations(model, sequences, layers=layers, heads=heads, **vars(replacement))
     return sweep(
         model, sequences, interventions, metrics, kind="head_ablation", settings=replacement.settings,
@@ -208,7 +213,7 @@ def ablate_heads_cumulatively(
         n_random: Number of random orders.
         mode: As for `ablate_heads` and `head_set_ablations`.
         metrics: As for `sweep`.
-        options: `positions`, `reference` and `seed` (which also draws the random orders) as for
+        options: `positions`, `reference`, `donor` and `seed` (which also draws the random orders) as for
             `ablate_heads`; further options of `sweep`.
 
     Returns:

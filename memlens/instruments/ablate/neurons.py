@@ -118,13 +118,14 @@ def knock_out_neurons(
         selection: "dominant", or a control: "random", any k neurons of a layer; "norm_matched", for each
             dominant neuron one outside the top k whose value vector has the nearest norm. Several add a
             dimension `selection`.
-        mode: What replaces the coefficients: "zero", "mean" or "resample"; see `ablate_heads`.
+        mode: What replaces the coefficients: "zero", "mean", "resample" or "donor"; see `ablate_heads`.
         measured_at: Where dominance is measured: "last_prompt", the position that predicts the first target,
             or "targets", the mean over all predicting positions.
         n_draws: Draws of the controls; more than one adds a dimension `draw`.
         metrics: As for `sweep`.
-        options: `positions`, `reference` and `seed` (which also draws the controls) as for `ablate_heads`;
-            further options of `sweep`. With `per_token` there are no metrics of the first target.
+        options: `positions`, `reference`, `donor` and `seed` (which also draws the controls) as for
+            `ablate_heads`; further options of `sweep`. With `per_token` there are no metrics of the first
+            target.
 
     Returns:
         Kind "neuron_knockout": each metric `(sequence, layer, window, k)`, where `layer` is the window's
@@ -141,6 +142,7 @@ def knock_out_neurons(
             too few neurons for norm-matched controls.
         SiteError: A layer that does not exist.
         UnsupportedModelError: An MLP without one output matrix.
+        DonorError: The donor does not fit the model.
 
     Example:
         >>> import memlens as ml
@@ -223,8 +225,8 @@ def neuron_knock_outs(
 
     `sets` holds, by name, the numbers of the neurons in each layer: a list for all sequences, or `[seq, k]`,
     one list per sequence. With `keep`, all other neurons of these layers are knocked out. `mode` ("zero",
-    "mean" or "resample") says what replaces the coefficients; it and the options are those of `ablate_heads`.
-    Lists per sequence, and positions other than "all", need `sweep`.
+    "mean", "resample" or "donor") says what replaces the coefficients; it and the options are those of
+    `ablate_heads`. Lists per sequence, a donor, and positions other than "all" need `sweep`.
 
     Raises:
         OptionError: Unknown mode or positions, or a set without a layer.

@@ -16,6 +16,7 @@ from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource, mean_activations
 from memlens.forward.hooks import HookFn, hook_name
 from memlens.forward.trunk import Trunk
+from memlens.instruments.donors import check_donor, donor_settings
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import BatchHook, ByBatch, Intervention
 from memlens.sweeps.run import SweepOptions
@@ -39,6 +40,7 @@ class ReplacementOptions(TypedDict, total=False):
     positions: Positions
     reference: SequenceSet | None
     seed: int
+    donor: Any
 
 
 class AblationOptions(ReplacementOptions, SweepOptions):
@@ -52,17 +54,22 @@ class Replacement:
     The attributes are the options of `ablate_heads`, which describes them.
 
     Raises:
-        OptionError: Unknown mode or positions.
+        OptionError: Unknown mode or positions, "donor" without a donor, or a donor for another mode.
     """
 
     mode: AblationMode = "zero"
     positions: Positions = "all"
     reference: SequenceSet | None = None
     seed: int = 0
+    donor: Any = None
 
     def __post_init__(self) -> None:
         check_option("mode", self.mode, MODES)
         check_option("positions", self.positions, POSITIONS)
+        if self.mode == "donor" and self.donor is None:
+            raise OptionError("mode='donor' needs the model whose activations are taken: give donor=.")
+        if self.mode != "donor" and self.donor is not None:
+            raise OptionError(f"mode={self.mode!r} does not use a donor: give mode='donor', or leave it out.")
 
     @classmethod
     def split(cls, mode: AblationMode, options: AblationOptions) -> tuple[Replacement, SweepOptions]:
@@ -75,7 +82,8 @@ class Replacement:
     def settings(self) -> dict[str, Any]:
         """What a result records about the replacement."""
         reference = "sequences" if self.reference is None else dict(self.reference.attrs)
-        return {**vars(self), "reference": reference}
+        own = {name: value for name, value in vars(self).items() if name != "donor"}
+        return {**own, "reference": reference} | ({} if self.donor is None else donor_settings(self.donor))
 
     def by_layer(
         self, model: Any, site: str, layers: Sequence[int], sequences: SequenceSet
@@ -86,6 +94,7 @@ class Replacement:
             OptionError: "mean_of_other_heads" at a site other than "z".
             SiteError: "mean_of_other_heads" in a model with one head per layer.
             SequenceError: "resample" with fewer than two reference sequences.
+            DonorError: The donor does not fit the model.
         """
         if self.mode == "zero":
             return dict.fromkeys(layers, lambda batch: _zeros)
@@ -95,8 +104,12 @@ class Replacement:
             if Trunk(model).n_heads < 2:
                 raise SiteError("mean_of_other_heads needs at least two heads per layer: use mode='zero'.")
             return dict.fromkeys(layers, lambda batch: _mean_of_others)
-        reference = sequences if self.reference is None else self.reference
         names = {layer: hook_name(site, layer) for layer in layers}
+        if self.mode == "donor":
+            check_donor(model, self.donor, sequences, sites=[site])
+            source = ActivationSource(self.donor, sequences, list(names.values()))
+            return {layer: _from_source(source, name) for layer, name in names.items()}
+        reference = sequences if self.reference is None else self.reference
         if self.mode == "mean":
             means = mean_activations(model, reference, list(names.values()))
             return {layer: _constant(means[name]) for layer, name in names.items()}
@@ -124,7 +137,7 @@ class Replacement:
 
     def bound(self, make: Callable[[Batch | None], HookFn]) -> HookFn | BatchHook:
         """Return the hook that `make` makes: a plain function if it is the same for every batch."""
-        differs = self.positions != "all" or self.mode == "resample"
+        differs = self.positions != "all" or self.mode in ("resample", "donor")
         return ByBatch(make) if differs else make(None)
 
     def hook(self, by: MakeReplace, part: Part = None) -> HookFn | BatchHook:
@@ -180,9 +193,9 @@ def _constant(values: Tensor) -> MakeReplace:
 
 def _from_source(source: ActivationSource, name: str) -> MakeReplace:
     def by(batch: Batch | None) -> Replace:
-        assert batch is not None  # `Replacement.bound` makes hooks by batch for "resample"
-        donor = source.of(batch)[name]
-        return lambda x, part: donor if part is None else donor[:, :, part]
+        assert batch is not None  # `Replacement.bound` makes hooks by batch for "resample" and "donor"
+        there = source.of(batch)[name]
+        return lambda x, part: there if part is None else there[:, :, part]
 
     return by
 

@@ -19,6 +19,7 @@ from memlens.forward.hooks import has_site, hook_name
 from memlens.forward.trunk import Trunk
 from memlens.instruments.decode.lens import TunedLens, as_lens
 from memlens.instruments.decode.promotion import promotion_layers
+from memlens.instruments.donors import check_donor, donor_settings
 from memlens.results.kinds import register_kind
 from memlens.results.plots.tokens import plot_decoding
 from memlens.results.readings import read_decoding
@@ -114,6 +115,7 @@ def decode_residual(
     *,
     lens: str | Path | TunedLens = "logit",
     streams: Sequence[str] = ("resid_post",),
+    donor: Any = None,
     cache: Any = None,
     batch_size: int = 16,
     progress: bool = True,
@@ -133,6 +135,9 @@ def decode_residual(
         streams: The activations to decode: "resid_post" (after each block), "resid_mid" (after its attention,
             in sequential blocks), "attn_out" and "mlp_out" (one part alone, normed by itself: its scores are
             directions, not probabilities of the model). More than one adds a dimension.
+        donor: Another model of the same shape and vocabulary, whose final norm and unembedding decode this
+            model's activations: what its readout makes of them. The predicted token and the last layer are
+            then those of this model's final residual under the donor's readout.
         cache: An `ActivationCache` of ``sequences.tokens`` to read instead of running the model.
         batch_size: Sequences at a time.
         progress: Show a progress bar.
@@ -146,10 +151,11 @@ def decode_residual(
 
         and for the predicted token in the (first) stream, the variables `(sequence, target)` of
         `promotion_layers`. NaN outside ragged continuations. The settings `lens` and `lens_fingerprint`
-        identify the lens.
+        identify the lens, and `donor` the other model.
 
     Raises:
-        OptionError: Unknown stream, or a tuned lens without "resid_post".
+        OptionError: Unknown stream, a tuned lens without "resid_post", or a tuned lens with a donor.
+        DonorError: The donor does not fit the model.
         SiteError: "resid_mid" in parallel blocks, or a cache without the activations.
         ResultError: A tuned lens that does not fit the model.
         SourceNotFoundError: There is no lens at the path.
@@ -166,10 +172,15 @@ def decode_residual(
     trunk = Trunk(model)
     tuned = as_lens(lens, model)
     _check_streams(model, streams, tuned)
+    if donor is not None:
+        if tuned is not None:
+            raise OptionError("a tuned lens was trained for one model's unembedding: leave donor= out.")
+        check_donor(model, donor, same_logits=True)
+    readout = trunk if donor is None else Trunk(donor)
     names = [hook_name(s, layer) for s in streams for layer in range(trunk.n_layers)]
     how: dict[str, Any] = {"cache": cache, "batch_size": batch_size, "progress": progress}
     batches = captured_at_targets(trunk, sequences, names, desc="decode residual", **how)
-    parts = [_decode(trunk, item, streams, tuned) for item in batches]
+    parts = [_decode(trunk, readout, item, streams, tuned) for item in batches]
     values = {key: _joined([p[key] for p in parts]) for key in parts[0]}
     several = len(streams) > 1
     dims = ("sequence", *(["stream"] if several else []), "layer", "target")
@@ -191,6 +202,8 @@ def decode_residual(
     if several:
         coords["stream"] = list(streams)
     settings = {**_lens_settings(tuned), "streams": list(streams)}
+    if donor is not None:
+        settings |= donor_settings(donor)
     return make_result("residual_decoding", model, sequences, variables, coords, settings)
 
 
@@ -218,9 +231,9 @@ def _lens_settings(lens: TunedLens | None) -> dict[str, Any]:
 
 
 def _decode(
-    trunk: Trunk, item: AtTargets, streams: Sequence[str], lens: TunedLens | None
+    trunk: Trunk, readout: Trunk, item: AtTargets, streams: Sequence[str], lens: TunedLens | None
 ) -> dict[str, Float[np.ndarray, "seq stream layer target"]]:
-    """Decode one batch."""
+    """Decode one batch of a model with its own readout or another's."""
     mask, n_layers = item.targets.mask, trunk.n_layers
     sites: list[Tensor] = []
     for stream in streams:
@@ -228,8 +241,9 @@ def _decode(
             resid = item.acts[hook_name(stream, layer)][mask]
             sites.append(lens.translate(resid, layer) if lens and stream == "resid_post" else resid)
     last = (list(streams).index("resid_post") + 1) * n_layers - 1 if "resid_post" in streams else None
-    resid = torch.stack(sites, dim=1)
-    flat = compare_to_final(trunk, resid, item.final[mask], item.targets.ids[mask], last).cpu()
+    place: dict[str, Any] = {"device": readout.device, "dtype": readout.dtype}
+    resid, final = (x.to(**place) for x in (torch.stack(sites, dim=1), item.final[mask]))
+    flat = compare_to_final(readout, resid, final, item.targets.ids[mask].to(readout.device), last).cpu()
     out: dict[str, np.ndarray] = {}
     for k, key in enumerate(STATISTICS):
         full = torch.full((*mask.shape, len(sites)), torch.nan)

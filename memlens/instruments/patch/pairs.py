@@ -12,6 +12,7 @@ import xarray as xr
 
 from memlens.errors import SequenceError, SiteError, check_option
 from memlens.forward.metrics import MetricLike
+from memlens.instruments.donors import donor_settings
 from memlens.results.result import Result
 from memlens.sequences.checks import check_is_set
 from memlens.sequences.set import SequenceSet
@@ -28,8 +29,9 @@ class Pairs:
 
     Attributes:
         clean: The sequences as recalled.
-        corrupt: The same targets after another prefix.
+        corrupt: The same targets after another prefix; the clean ones where only the donor differs.
         direction: "denoising" (clean activations are written into the corrupt run) or "noising".
+        donor: The model whose activations are moved; None for the one that is patched.
 
     Raises:
         OptionError: Unknown direction.
@@ -39,6 +41,7 @@ class Pairs:
     clean: SequenceSet
     corrupt: SequenceSet
     direction: str
+    donor: Any = None
 
     def __post_init__(self) -> None:
         check_option("direction", self.direction, DIRECTIONS)
@@ -74,7 +77,11 @@ class Pairs:
     @property
     def settings(self) -> dict[str, Any]:
         """What a result records about the pairs."""
-        return {"direction": self.direction, "corruption": dict(self.corrupt.attrs)}
+        own = {"direction": self.direction, "corruption": dict(self.corrupt.attrs)}
+        if self.donor is None:
+            return own
+        corruption = {} if self.corrupt is not self.clean else {"corruption": "none"}
+        return own | corruption | donor_settings(self.donor)
 
     def sweep(
         self,
@@ -96,7 +103,8 @@ class Pairs:
         self, model: Any, result: Result, metrics: Sequence[MetricLike], *, per_token: bool = False
     ) -> Result:
         """Measure the source run and add it to a result on the base; see `compare_runs`."""
-        source = measure(model, self.source, metrics, per_token=per_token)
+        of_source = model if self.donor is None else self.donor
+        source = measure(of_source, self.source, metrics, per_token=per_token)
         return compare_runs(result, model, source, self.direction, self.clean)
 
 

@@ -7,16 +7,18 @@ from dataclasses import replace
 from itertools import product
 from typing import Any, Unpack, get_args
 
+import torch
 from torch import Tensor
 
 from memlens.choices import PatchSite
-from memlens.errors import OptionError, SiteError, check_option
+from memlens.errors import OptionError, SequenceError, SiteError, check_option
 from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource
 from memlens.forward.exclusive import computes
 from memlens.forward.hooks import HookFn, chosen_layers, has_site, hook_name
 from memlens.forward.metrics import MetricLike, metric_names
 from memlens.forward.trunk import Trunk, is_bridge
+from memlens.instruments.donors import check_donor
 from memlens.instruments.patch.pairs import DIRECTIONS, Pairs, checked_positions, compare_runs
 from memlens.instruments.screen.gradients import attribute_gradients
 from memlens.instruments.screen.instruments import Cell, Screen, register_instrument
@@ -31,27 +33,34 @@ from memlens.sweeps.run import SweepOptions, kept, sweep
 
 PATCH_SITES: tuple[str, ...] = get_args(PatchSite)
 _WITH_HEADS = ("z", "q", "k", "v", "pattern")
-OVER = ("position", "head", "head_position")
+OVER = ("position", "layer", "head", "head_position")
 
 
 @computes
 def patch_activations(
     model: Any,
     clean: SequenceSet,
-    corrupt: SequenceSet | Intervention,
+    corrupt: SequenceSet | Intervention | None = None,
     *,
+    donor: Any = None,
     site: str = "resid_pre",
     over: str | None = None,
-    direction: str = "denoising",
+    direction: str | None = None,
     layers: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
     **options: Unpack[SweepOptions],
 ) -> Result:
-    r"""Move activations between a clean and a corrupt run, one site at a time.
+    r"""Move activations between a clean and a corrupt run, or between two models, one site at a time.
 
     *Denoising* runs `corrupt` and writes the clean activation: which sites suffice to restore recall.
     *Noising* runs `clean` and writes the corrupt one: which sites recall needs.
+
+    With a `donor` the activations that are written are another model's: a clean twin, a checkpoint, the base
+    of a fine-tune, another seed. No corrupt sequences are needed then, since both models run the same ones.
+    *Noising* takes the donor's run as the corrupt one (the model recalls, the donor does not: which sites
+    must be the model's own), *denoising* as the clean one (the donor recalls, the model does not: which of
+    its sites bring the memory over).
 
     The normalized effect of the first metric :math:`m` is
 
@@ -63,14 +72,17 @@ def patch_activations(
         model: A TransformerLens model.
         clean: The sequences as recalled.
         corrupt: The same targets after another prefix (see `memlens.corrupt`), row by row; or an
-            intervention that corrupts the clean run, such as `memlens.edits.embedding_noise`.
+            intervention that corrupts the clean run, such as `memlens.edits.embedding_noise`. It may be left
+            out with a donor; sequences and donor together take the donor's activations on the source
+            sequences.
+        donor: A model of the same architecture, shape and vocabulary, on either backend.
         site: "resid_pre", "resid_mid" (sequential layers), "resid_post", "attn_out", "mlp_out"; for heads
             "z", "q", "k", "v" (before rotary; `k` and `v` have the key-value heads), or "pattern" (the
             attention weights, if the model uses what is written to them).
-        over: "position" (each layer and position; the default, all heads together), or for sites that have
-            heads "head" (each head at all positions) or "head_position". A position of `pattern` is the
-            query's.
-        direction: "denoising" or "noising".
+        over: "position" (each layer and position; the default, all heads together), "layer" (each layer at
+            all positions), or for sites that have heads "head" (each head at all positions) or
+            "head_position". A position of `pattern` is the query's.
+        direction: "denoising" (the default with `corrupt`) or "noising" (the default without).
         layers: All by default.
         positions: Token positions for "position"; by default all that can reach a target.
         metrics: As for `sweep`; measured on the clean targets.
@@ -78,12 +90,14 @@ def patch_activations(
 
     Returns:
         Kind "activation_patching": each metric `(sequence, layer, position)` (or with `head`), its values
-        `<metric>_clean` and `<metric>_corrupt` `(sequence)`, and `normalized_effect`.
+        `<metric>_clean` and `<metric>_corrupt` `(sequence)`, and `normalized_effect`. The setting `donor`
+        has the donor's name and the fingerprint of its weights.
 
     Raises:
-        OptionError: Unknown site, direction or `over`.
+        OptionError: Unknown site, direction or `over`, or a donor with an intervention.
         SiteError: A layer, a position or (in parallel blocks) a site that does not exist.
-        SequenceError: The two sets do not fit.
+        SequenceError: The two sets do not fit, or there is neither a corrupt set nor a donor.
+        DonorError: The donor does not fit the model.
 
     Example:
         >>> import memlens as ml
@@ -92,15 +106,30 @@ def patch_activations(
         >>> result = ml.patch_activations(model, clean, ml.corrupt(clean), positions=[0, 31], progress=False)
         >>> result["normalized_effect"].dims
         ('sequence', 'layer', 'position')
+
+        From the twin that never saw these sequences, each layer's residual as a whole:
+
+        >>> twin = ml.load_model("zoo/pythia-s-clean")
+        >>> result = ml.patch_activations(model, clean, donor=twin, over="layer", progress=False)
+        >>> result.settings["donor"]["model"], result["normalized_effect"].dims
+        ('zoo/pythia-s-clean', ('sequence', 'layer'))
     """
+    direction = direction or ("noising" if corrupt is None else "denoising")
     check_option("direction", direction, DIRECTIONS)
     cells: dict[str, Any] = {"site": site, "over": over, "layers": layers, "positions": positions}
-    settings = {"site": site, "over": over or "position"}
+    settings: dict[str, Any] = {"site": site, "over": over or "position"}
     kind = "activation_patching"
     if not isinstance(corrupt, Intervention):
-        pairs = Pairs(clean, corrupt, direction)
-        patches = activation_patches(model, pairs.source, **cells)
+        if corrupt is None and donor is None:
+            raise SequenceError("patching needs another run: give corrupt (memlens.corrupt) or donor=.")
+        pairs = Pairs(clean, clean if corrupt is None else corrupt, direction, donor)
+        patches = activation_patches(model, pairs.source, donor=donor, **cells)
         return pairs.sweep(model, patches, metrics, options, kind=kind, settings=settings)
+    if donor is not None:
+        raise OptionError(
+            "donor= does not go with an intervention as corrupt, which changes the model's own run: give "
+            "corrupt sequences, or leave one of the two out."
+        )
     settings |= {"direction": direction, "corruption": corrupt.name}
     denoising = direction == "denoising"
     patches = activation_patches(model, clean, under=None if denoising else corrupt, **cells)
@@ -127,21 +156,25 @@ def activation_patches(
     layers: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
     under: Intervention | None = None,
+    donor: Any = None,
 ) -> list[Intervention]:
     """Return the interventions that write `source`'s activations, row by row; see `patch_activations`.
 
-    With `under`, the activations are those of the run on `source` under that intervention.
+    With `under`, the activations are those of the run on `source` under that intervention; with `donor`, of
+    that model's run.
     """
     _check_site(model, site, over)
+    if donor is not None:
+        check_donor(model, donor, source, sites=[site])
     trunk = Trunk(model)
     values = {
         "layer": chosen_layers(layers, trunk.n_layers),
         "head": range(trunk.n_kv_heads if site in ("k", "v") else trunk.n_heads),
         "position": checked_positions(source, positions),
     }
-    dims = ["layer", *(over or "position").split("_")]
+    dims = ["layer", *(part for part in (over or "position").split("_") if part != "layer")]
     cells = [dict(zip(dims, cell, strict=True)) for cell in product(*(values[dim] for dim in dims))]
-    return _patches(model, source, site, cells, under)
+    return _patches(model, source, site, cells, under, donor)
 
 
 def _check_site(model: Any, site: str, over: str | None) -> None:
@@ -156,15 +189,21 @@ def _check_site(model: Any, site: str, over: str | None) -> None:
 
 
 def _patches(
-    model: Any, source: SequenceSet, site: str, cells: Sequence[Cell], under: Intervention | None = None
+    model: Any,
+    source: SequenceSet,
+    site: str,
+    cells: Sequence[Cell],
+    under: Intervention | None = None,
+    donor: Any = None,
 ) -> list[Intervention]:
     """One intervention per cell: a layer and, where it names them, one head, neuron or position."""
     layers = sorted({cell["layer"] for cell in cells})
-    store = ActivationSource(model, source, [hook_name(site, layer) for layer in layers], under=under)
+    names = [hook_name(site, layer) for layer in layers]
+    store = ActivationSource(model if donor is None else donor, source, names, under=under)
     return [
         Intervention(
             " ".join([site, *(f"{key} {value}" for key, value in cell.items())]),
-            _hooks(store, site, cell),
+            _hooks(model, store, site, cell),
             cell,
             first_position=cell.get("position", 0),
         )
@@ -172,9 +211,11 @@ def _patches(
     ]
 
 
-def _hooks(store: ActivationSource, site: str, cell: Cell) -> list[tuple[str, HookFn | BatchHook]]:
+def _hooks(
+    model: Any, store: ActivationSource, site: str, cell: Cell
+) -> list[tuple[str, HookFn | BatchHook]]:
     layer = cell["layer"]
-    if site != "resid_mid" or not is_bridge(store.trunk.model):
+    if site != "resid_mid" or not is_bridge(model):
         return [(hook_name(site, layer), write_cell(store, site, cell))]
     # The bridge's hook_resid_mid is on the MLP's branch only. The sum itself is set through its second
     # summand: resid_mid = resid_pre + attn_out.
@@ -200,8 +241,11 @@ def write_cell(store: ActivationSource, site: str, cell: Cell, less: Sequence[Te
         def fn(x: Tensor, hook: Any) -> Tensor:
             if cell.get("position", 0) >= width:
                 return x  # a batch of shorter sequences has no such position
-            out = x.clone()
-            out[index] = (new[index] - sum(t[index] for t in less)).to(x.dtype)
+            out, wanted = x.clone(), new[index].to(x.dtype)
+            for rest in less:  # rounding must not change a sum that is there already
+                there = rest[index] + x[index] == wanted
+                wanted = torch.where(there, x[index], wanted - rest[index])
+            out[index] = wanted
             return out
 
         return fn

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, PositiveInt
 
-from memlens.choices import AblationMode, Compression, NoiseScale, NoiseSite, Positions
+from memlens.choices import Compression, NoiseScale, NoiseSite, OwnAblation, Positions
 from memlens.errors import OptionError
 from memlens.options import options_class
 
@@ -75,7 +75,7 @@ class ComparativeOptions:
     """Positions over which similarity is averaged."""
     max_examined: PositiveInt = 48
     """Most memorized sequences for decoding and recovery; as many matched controls are added."""
-    head_mode: AblationMode = "mean_of_other_heads"
+    head_mode: OwnAblation = "mean_of_other_heads"
     """How heads are ablated."""
     importance: Importance = "target_logprob"
     """The metric whose loss under ablation is a head's importance; all three are saved."""

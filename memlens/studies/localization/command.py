@@ -57,6 +57,7 @@ STUDIES.add(
             "recall": "sequences",
             "decoding": "sequences",
             "patching": "max_patched",
+            "patching from the donor": "max_sequences",
             "rankings": "ranked_sequences",
             "explorer": "explored_memorized",
             "reading": "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from memlens.choices import AblationMode, BypassedTo, PatchSite
+from memlens.errors import OptionError
 from memlens.options import options_class
 
 
@@ -19,7 +20,10 @@ class LocalizeOptions:
     max_positions: PositiveInt = 48
     """Most positions for activation patching, evenly spaced."""
     head_mode: AblationMode = "mean_of_other_heads"
-    """What replaces the output of an ablated head."""
+    """What replaces the output of an ablated head; "donor" needs `donor`."""
+    donor: str | None = None
+    """Another model of the same shape, such as a clean twin or the base of a fine-tune: each head is also
+    patched from it."""
     bypass_mode: BypassedTo = "identity"
     """How attention is bypassed."""
     patch_site: PatchSite = "resid_pre"
@@ -41,3 +45,7 @@ class LocalizeOptions:
     """Matched controls shown in the explorer."""
     seed: int = 0
     """Seed of every random choice."""
+
+    def __post_init__(self) -> None:
+        if self.head_mode == "donor" and self.donor is None:
+            raise OptionError("head_mode='donor' needs the model whose heads are taken: give donor.")

@@ -25,7 +25,9 @@ from memlens.instruments.ablate.heads import ablate_heads
 from memlens.instruments.bypass.bypass import bypass_attention
 from memlens.instruments.decode.decoding import decode_residual
 from memlens.instruments.decode.logit_attribution import attribute_logits
+from memlens.instruments.donors import check_donor
 from memlens.instruments.patch.patching import patch_activations
+from memlens.models.load import load_model
 from memlens.models.provenance import describe
 from memlens.organisms.planting.carriers import COMPONENT_KINDS, ComponentKind
 from memlens.organisms.training.architectures import untrained_like
@@ -86,10 +88,18 @@ def localize(
     """
     check_sequences(sequences, model)
     options, about = options or LocalizeOptions(), describe(model)
+    donor = None if options.donor is None else _loaded_like(model, options.donor)
+    if donor is not None:
+        check_donor(model, donor, sequences, sites=["z"])
     settings = {"study": "localize", **asdict(options), "model": about, "sequences": dict(sequences.attrs)}
     title = title or find.TEXTS["title"].format(model=about["model"], n=len(sequences))
     folder = StudyDirectory(out, title=title, settings=settings, command=command, fresh=True)
-    return _Localization(model, folder, options, progress).run(sequences)
+    return _Localization(model, folder, options, progress, donor).run(sequences)
+
+
+def _loaded_like(model: Any, name: str) -> Any:
+    """Load another model, on the same device and in the same precision."""
+    return load_model(name, dtype=model.cfg.dtype, device=next(model.parameters()).device)
 
 
 @dataclass(eq=False)
@@ -98,6 +108,7 @@ class _Localization:
     folder: StudyDirectory
     options: LocalizeOptions
     progress: bool
+    donor: Any = None
 
     def run(self, seqs: SequenceSet) -> StudyRun:
         with self.folder.timed("recall"):
@@ -113,6 +124,7 @@ class _Localization:
             ("head ablation", self._ablate),
             ("attention bypass", self._bypass),
             ("activation patching", self._patch),
+            *([] if self.donor is None else [("patching from the donor", self._patch_from_donor)]),
             ("logit attribution", self._attribute),
             ("rankings", self._rank),
             ("explorer", self._explore),
@@ -146,12 +158,14 @@ class _Localization:
         self.folder.find(find.promoted(decoded, self.options.seed))
 
     def _ablate(self, groups: Mapping[str, SequenceSet]) -> None:
-        work = partial(ablate_heads, self.model, mode=self.options.head_mode, seed=self.options.seed)
+        mode = self.options.head_mode
+        donor = self.donor if mode == "donor" else None
+        work = partial(ablate_heads, self.model, mode=mode, seed=self.options.seed, donor=donor)
         results = {name: self._kept("heads", name, partial(work, seqs)) for name, seqs in groups.items()}
         self._save("head_ablation", "Which heads matter", results)
         self.folder.find(find.strongest_head(results, self.options.seed))
         table = find.head_table(results, self.options.seed)
-        note = ranked_by(ABLATIONS[self.options.head_mode], "head", self._family)
+        note = ranked_by(ABLATIONS.get(mode, f"{mode} ablation"), "head", self._family)
         self.folder.add_table("heads", table, title="The heads that matter most for recall", note=note)
 
     @property
@@ -219,6 +233,11 @@ class _Localization:
         self._save("activation_patching", "Where the cue is", results, one_sequence=True)
         self.folder.find(find.restoring_layer(results, corrupted[MEMORIZED], self.options.seed))
 
+    def _patch_from_donor(self, groups: Mapping[str, SequenceSet]) -> None:
+        patch = partial(patch_activations, self.model, donor=self.donor, site="z", over="head")
+        results = {name: self._kept("donor", name, partial(patch, seqs)) for name, seqs in groups.items()}
+        self._save("donor_patching", f"Heads taken from {self.options.donor}", results)
+
     def _positions(self, seqs: SequenceSet, always: np.ndarray) -> list[int]:
         """At most `max_positions` positions, spread evenly from the first changed one, and `always`."""
         first, last = int(always.min()), int(seqs.lengths.max()) - 2
@@ -245,8 +264,9 @@ class _Localization:
             return
         mode = self.options.head_mode
         options = ExploreOptions(
-            # A resampled head needs another sequence's tokens at the same places; free decoding has none.
-            ablation=mode if mode in ABLATION_MODES else "mean_of_other_heads",
+            # A resampled head needs another sequence's tokens at the same places, and a donor's head that
+            # model's run: free decoding has neither.
+            ablation="mean_of_other_heads" if mode == "donor" or mode not in ABLATION_MODES else mode,
             bypass=self.options.bypass_mode,
         )
         seqs = reduce(SequenceSet.concat, chosen)
