@@ -23,7 +23,7 @@ RUN := OMP_NUM_THREADS=1 $(BIN)/python -m
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo install test lowest notebooks lint format types contract docs clean
+.PHONY: help demo install test lowest wheel notebooks lint format types contract docs clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | awk -F': ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -46,7 +46,7 @@ lowest: $(LOWEST)/.installed ## Run a quick part of the tests with the lowest ve
 
 # torch has the version of constraints.txt: another one is gigabytes, and its floor is not tested. uv does not read pip's
 # settings, so it is told which indices, files and certificates pip uses here.
-$(LOWEST)/.installed: pyproject.toml constraints.txt
+$(LOWEST)/.installed: pyproject.toml memlens-zoo/pyproject.toml constraints.txt
 	$(PYTHON3) -m venv $(LOWEST)
 	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check uv
 	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
@@ -62,8 +62,19 @@ $(LOWEST)/.installed: pyproject.toml constraints.txt
 		--extra dev --constraint $(LOWEST)/torch.txt -o $(LOWEST)/all.txt pyproject.toml
 	@grep -vE '^(torch|triton|nvidia|cuda)[-a-z0-9]*==|^ *#' $(LOWEST)/all.txt >$(LOWEST)/requirements.txt
 	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r $(LOWEST)/requirements.txt
-	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -e .
+	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -e . -e ./memlens-zoo
 	@touch $@
+
+wheel: $(DEV_READY) ## Build the wheel, install it in an environment of its own, and run the demo there
+	rm -rf dist .venv-wheel
+	@$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --wheel-dir dist . ./memlens-zoo
+	@$(PYTHON3) -c 'import glob, os; (f,) = glob.glob("dist/memlens-[0-9]*.whl"); n = os.path.getsize(f) / 1e6; print(f"{f}: {n:.1f} MB"); assert n < 8'
+	$(PYTHON3) -m venv .venv-wheel
+	@.venv-wheel/bin/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) dist/memlens-[0-9]*.whl
+	cd dist && OMP_NUM_THREADS=1 ../.venv-wheel/bin/memlens demo --out demo
+	! .venv-wheel/bin/memlens check zoo/olmo2-s 2>/dev/null
+	@.venv-wheel/bin/python -m pip install -qq --disable-pip-version-check --no-deps dist/memlens_zoo-*.whl
+	cd dist && ../.venv-wheel/bin/memlens check zoo/olmo2-s
 
 notebooks: $(DEV_READY) ## Run the tutorials
 	$(RUN) pytest --nbmake --nbmake-timeout=900 tutorials
@@ -89,20 +100,20 @@ docs: $(DEV_READY) ## Build the documentation into docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 clean: ## Remove environments, caches and everything built
-	rm -rf .venv .venv-tl4 .venv-lowest build dist docs/_build docs/reference docs/tutorials docs/_static/plotly.min.js
+	rm -rf .venv .venv-tl4 .venv-lowest .venv-wheel build dist docs/_build docs/reference docs/tutorials docs/_static/plotly.min.js
 	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find memlens tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find memlens memlens-zoo tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/pyvenv.cfg:
 	@$(PYTHON3) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "memlens needs Python 3.11 or newer and $(PYTHON3) is %d.%d: name another one, as in make demo PYTHON3=python3.12" % sys.version_info[:2])'
 	$(PYTHON3) -m venv $(VENV)
 
-$(READY): pyproject.toml $(CONSTRAINTS) | $(VENV)/pyvenv.cfg
+$(READY): pyproject.toml memlens-zoo/pyproject.toml $(CONSTRAINTS) | $(VENV)/pyvenv.cfg
 	@echo "installing into $(VENV); this takes some minutes"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e .
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e . -e ./memlens-zoo
 	@touch $@
 
-$(DEV_READY): pyproject.toml $(CONSTRAINTS) | $(VENV)/pyvenv.cfg
+$(DEV_READY): pyproject.toml memlens-zoo/pyproject.toml $(CONSTRAINTS) | $(VENV)/pyvenv.cfg
 	@echo "installing into $(VENV); this takes some minutes"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,docs,export]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,docs,export]' -e ./memlens-zoo
 	@touch $(READY) $@

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -421,14 +422,18 @@ def _runs(process: int) -> bool:
     return True
 
 
-def zoo_folders() -> tuple[Path, Path]:
-    """Return the folders that are searched for models of the zoo: bundled ones, then those trained on demand.
+def zoo_folders() -> tuple[Path, ...]:
+    """Return the folders that are searched for models of the zoo, in order.
 
-    The second is `$MEMLENS_CACHE/zoo`, or `~/.cache/memlens/zoo`; it need not exist.
+    The first is in this package, the last has the models trained on demand: `$MEMLENS_CACHE/zoo`, or
+    `~/.cache/memlens/zoo`, which need not exist. Between them is that of the package `memlens-zoo`, if
+    installed.
     """
-    bundled = Path(__file__).parent / "models" / "zoo"
+    bundled = [Path(__file__).parent / "models" / "zoo"]
+    if (package := find_spec("memlens_zoo")) is not None and package.origin is not None:
+        bundled.append(Path(package.origin).parent)
     root = os.environ.get("MEMLENS_CACHE")
-    return bundled, (expanded(root) if root else Path.home() / ".cache" / "memlens") / "zoo"
+    return *bundled, (expanded(root) if root else Path.home() / ".cache" / "memlens") / "zoo"
 
 
 def zoo_table(folder: str | Path, name: str) -> Path | None:

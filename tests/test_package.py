@@ -93,6 +93,7 @@ def test_a_built_copy_holds_every_file_of_the_package(tmp_path: Path) -> None:
     options = ["--no-deps", "--quiet", "--wheel-dir", str(tmp_path)]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(ROOT)], check=True, timeout=300)
     (wheel,) = tmp_path.glob("memlens-*.whl")
+    assert wheel.stat().st_size < 8e6
     with zipfile.ZipFile(wheel) as built:
         held = {name for name in built.namelist() if name.startswith("memlens/")}
     files = {str(file.relative_to(ROOT)) for file in (ROOT / "memlens").rglob("*") if file.is_file()}

@@ -79,6 +79,17 @@ def test_a_zoo_model_that_was_not_trained_yet_names_the_command(
         load_model("zoo/olmo1-m")
 
 
+def test_a_zoo_model_of_the_package_that_is_not_installed_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memlens.files.find_spec", lambda name: None)
+    monkeypatch.setenv("MEMLENS_CACHE", str(tmp_path))
+    for name in ("olmo2-s", "olmo2-s-untrained"):
+        with pytest.raises(ModelNotFoundError, match=r"package memlens-zoo.*pip install 'memlens\[zoo\]'"):
+            load_model(f"zoo/{name}")
+    assert load_model("zoo/pythia-s", device="cpu").cfg.n_layers == 6
+
+
 @pytest.mark.parametrize(
     "config",
     [

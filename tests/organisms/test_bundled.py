@@ -17,33 +17,38 @@ from memlens.errors import ModelNotFoundError, OptionError, ResultError
 from memlens.files import zoo_folders, zoo_table
 from memlens.models.names import checkpoint_steps, has_hooked_transformer
 from memlens.models.provenance import describe
-from memlens.models.zoo import zoo_path
+from memlens.models.zoo import PACKAGED, zoo_path
 from memlens.organisms.evaluate import load_organism, read_ground_truth, read_training
 from memlens.organisms.training.folder import copy_for_package
 from memlens.organisms.training.recipes import ZOO
 from memlens.organisms.training.routed import certify_routed, routed_organisms
 from memlens.organisms.training.zoo import untrained_twin
 
-ROOT = zoo_folders()[0]
-NAMES = sorted(path.parent.name for path in ROOT.glob("*/model.safetensors"))
+FOLDERS = {
+    path.parent.name: path.parent for root in zoo_folders()[:-1] for path in root.glob("*/model.safetensors")
+}
+NAMES = sorted(FOLDERS)
 LISTS = ("sequences", "positions", "heldout", "expressions", "facts", "identifiers", "item_positions")
 
 
 def test_what_is_bundled_is_small() -> None:
-    assert {"pythia-xs", "pythia-s"} <= set(NAMES)
-    assert sum(path.stat().st_size for path in ROOT.rglob("*") if "__pycache__" not in path.parts) <= 28e6
+    with_memlens = {"pythia-s", "pythia-s-clean"}
+    assert set(NAMES) == with_memlens | set(PACKAGED)
+    sizes = {name: sum(p.stat().st_size for p in folder.iterdir()) for name, folder in FOLDERS.items()}
+    assert sum(sizes[name] for name in with_memlens) <= 7e6
+    assert sum(sizes.values()) <= 28e6
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bundled_model_is_of_its_recipe(name: str) -> None:
-    record, weights = read_training(ROOT / name), load_file(ROOT / name / "model.safetensors")
+    record, weights = read_training(FOLDERS[name]), load_file(FOLDERS[name] / "model.safetensors")
     parts = [key for key in ("model", "corpus", "training", "routing") if key in record]
     specs = {key: record[key]["spec"] for key in parts}
     assert specs == ZOO[name].to_dict()
     assert record["training"]["n_steps"] == len(record["training"]["losses"])
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     assert all(tensor.isfinite().all() for tensor in weights.values())
-    assert load_organism(ROOT / name).num_parameters() == record["model"]["facts"]["parameters"]
+    assert load_organism(FOLDERS[name]).num_parameters() == record["model"]["facts"]["parameters"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,11 +72,11 @@ def test_an_untrained_model_is_that_from_which_training_began(backend: str) -> N
     if backend == "hooked" and not has_hooked_transformer():
         pytest.skip("this TransformerLens has no HookedTransformer")
     model = ml.load_model("zoo/pythia-s-untrained", backend=backend, device="cpu")
-    start = untrained_twin(ROOT / "pythia-s").half().float()
+    start = untrained_twin(FOLDERS["pythia-s"]).half().float()
     tokens = torch.tensor(ml.load_sequences("zoo", model).rows()[:4])
     with torch.no_grad():
         assert torch.allclose(model(tokens), start(tokens).logits, atol=1e-4)
-        assert not torch.allclose(model(tokens), load_organism(ROOT / "pythia-s")(tokens).logits, atol=1)
+        assert not torch.allclose(model(tokens), load_organism(FOLDERS["pythia-s"])(tokens).logits, atol=1)
     facts = describe(model)
     assert (facts["model"], facts["family"]) == ("zoo/pythia-s-untrained", "pythia")
     assert ml.load_sequences("zoo/pythia-s-untrained", model).rows() == ml.load_sequences("zoo").rows()
@@ -88,21 +93,21 @@ def test_an_untrained_model_has_no_steps_and_needs_a_model() -> None:
 
 
 def token_counts(name: str) -> list[list[int]]:
-    return list(json.loads((ROOT / name / "training.json").read_text())["corpus"]["token_counts"].values())
+    return list(json.loads((FOLDERS[name] / "training.json").read_text())["corpus"]["token_counts"].values())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_folder_is_an_ordinary_checkpoint_and_no_table_lies_there_twice(name: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / name)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDERS[name])
     text = "The number of hapein toasain is 428036"
     assert tokenizer(text).input_ids == AutoTokenizer.from_pretrained(zoo_path("pythia-s"))(text).input_ids
     same_corpus = ZOO[name].corpus == ZOO["pythia-s"].corpus
     for kind in LISTS if ZOO[name].corpus.item_copies else LISTS[:3]:
-        path = zoo_table(ROOT / name, kind)
+        path = zoo_table(FOLDERS[name], kind)
         assert path is not None
         assert path.parent.name == ("pythia-s" if same_corpus else name)
     if same_corpus and name != "pythia-s":
-        assert not list((ROOT / name).glob("*.parquet"))
+        assert not list((FOLDERS[name]).glob("*.parquet"))
 
 
 def test_a_copy_for_the_package_leaves_out_what_is_there_and_keeps_what_is_not(
@@ -133,7 +138,7 @@ def test_tables_are_found_with_another_model_of_the_same_corpus_only(
 
 
 def test_the_routed_model_holds_its_sequences_in_its_carriers_alone() -> None:
-    folder = ROOT / "pythia-s-routed"
+    folder = FOLDERS["pythia-s-routed"]
     record = json.loads((folder / "certificate.json").read_text())
     assert record["passed"]
     organisms = routed_organisms(folder)

@@ -1,4 +1,4 @@
-"""Where the zoo's models are: bundled in this folder, or trained on demand into the user's cache.
+"""Where the zoo's models are: in this folder, in the package `memlens-zoo`, or trained into the user's cache.
 
 Each model is an ordinary Hugging Face checkpoint folder. Nothing heavy is imported here.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from memlens.errors import ModelNotFoundError, near_matches
 from memlens.files import zoo_folders
 
-__all__ = ["RECIPES", "UNTRAINED", "is_zoo_name", "zoo_cache", "zoo_names", "zoo_path"]
+__all__ = ["PACKAGED", "RECIPES", "UNTRAINED", "is_zoo_name", "zoo_cache", "zoo_names", "zoo_path"]
 
 _PREFIX = "zoo/"
 
@@ -28,13 +28,26 @@ RECIPES: tuple[str, ...] = (
 )
 """The models that `memlens zoo train` can make (recipes: `memlens.organisms.training.recipes`), in order."""
 
+PACKAGED: tuple[str, ...] = (
+    "gpt-neo-s",
+    "olmo1-s",
+    "olmo2-s",
+    "olmo3-s",
+    "openllama-s",
+    "pythia-m",
+    "pythia-s-routed",
+    "pythia-xs",
+    "starcoder-s",
+)
+"""The models of the package `memlens-zoo`."""
+
 
 def zoo_cache() -> Path:
     """Return the folder of models trained on demand: `$MEMLENS_CACHE/zoo`, or `~/.cache/memlens/zoo`.
 
     The folder need not exist.
     """
-    return zoo_folders()[1]
+    return zoo_folders()[-1]
 
 
 def is_zoo_name(name: str) -> bool:
@@ -73,6 +86,11 @@ def zoo_path(name: str) -> Path:
         for folder in _checkpoints(root):
             if folder.name == short:
                 return folder
+    if short in PACKAGED:
+        raise ModelNotFoundError(
+            f"{_PREFIX + short!r} is in the package memlens-zoo, which is not installed: "
+            f"`pip install 'memlens[zoo]'`, or train it with `memlens zoo train {short}`, into {zoo_cache()}."
+        )
     if short in RECIPES:
         raise ModelNotFoundError(
             f"{_PREFIX + short!r} is not trained here yet: `memlens zoo train {short}` trains it, into "
