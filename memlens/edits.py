@@ -4,6 +4,7 @@ from memlens.instruments.ablate.branches import attention_ablations, mlp_ablatio
 from memlens.instruments.ablate.heads import head_ablations, head_set_ablations
 from memlens.instruments.ablate.neurons import neuron_knock_outs
 from memlens.instruments.bypass.bypass import attention_bypasses
+from memlens.instruments.edit.transplant import weight_transplants
 from memlens.instruments.noise import embedding_noise
 from memlens.instruments.patch.patching import activation_patches
 from memlens.instruments.patch.path_patching import path_patches
@@ -18,4 +19,5 @@ __all__ = [
     "mlp_ablations",
     "neuron_knock_outs",
     "path_patches",
+    "weight_transplants",
 ]

@@ -1,6 +1,7 @@
 """The zoo: small models with planted memories, and planting into any other model."""
 
-from memlens.organisms.planting.carriers import Carrier, Component
+from memlens.forward.components import Component
+from memlens.organisms.planting.carriers import Carrier
 from memlens.organisms.planting.certificate import Certificate, CertificateOptions, certify
 from memlens.organisms.planting.folder import read_organism, save_organism, truth_table
 from memlens.organisms.planting.plant import Organism, PlantingOptions, plant

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from memlens.benchmark.localizer import component_shape
+from memlens.forward.components import ComponentKind
 from memlens.instruments.ablate.replacing import Cell, Replacement
-from memlens.organisms.planting.carriers import ComponentKind
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.run import sweep
 

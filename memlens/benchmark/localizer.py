@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Float
 
 from memlens.errors import OptionError, ResultError
+from memlens.forward.components import COMPONENT_KINDS, ComponentKind
 from memlens.forward.exclusive import computes
-from memlens.organisms.planting.carriers import COMPONENT_KINDS, ComponentKind
 from memlens.registry import Registry
 from memlens.sequences.set import SequenceSet
 

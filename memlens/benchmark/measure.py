@@ -22,8 +22,8 @@ from memlens.benchmark.scores import (
     score_ranking,
     z_scored,
 )
+from memlens.forward.components import COMPONENT_KINDS, ComponentKind
 from memlens.forward.exclusive import computes
-from memlens.organisms.planting.carriers import COMPONENT_KINDS, ComponentKind
 from memlens.sequences.set import SequenceSet
 
 VARIANTS: Mapping[str, str] = {

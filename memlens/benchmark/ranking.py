@@ -13,8 +13,8 @@ from memlens.benchmark.measure import AVERAGED
 from memlens.benchmark.recommend import method_name, recommended, what_is_known
 from memlens.benchmark.scores import less_others, mean_ranks, z_scored
 from memlens.errors import OptionError, SequenceError
+from memlens.forward.components import ComponentKind
 from memlens.models.provenance import describe
-from memlens.organisms.planting.carriers import ComponentKind
 from memlens.sequences.set import SequenceSet
 
 FEWEST_OTHERS = 4

@@ -13,7 +13,7 @@ import yaml
 
 from memlens.benchmark.over_organisms import FEWEST_PAIRS
 from memlens.errors import OptionError
-from memlens.organisms.planting.carriers import ComponentKind
+from memlens.forward.components import ComponentKind
 from memlens.results.statistics.estimates import Estimate
 
 

@@ -28,9 +28,10 @@ from memlens.benchmark.suites import (
 )
 from memlens.errors import MemlensError, ResultError
 from memlens.files import expanded, json_text, parsing, read_json, write_atomically
+from memlens.forward.components import COMPONENT_KINDS, ComponentWeights
 from memlens.models.load import load_model
 from memlens.models.quiet import quiet
-from memlens.organisms.planting.carriers import COMPONENT_KINDS, Carrier, ComponentWeights
+from memlens.organisms.planting.carriers import Carrier
 from memlens.organisms.planting.certificate import certify
 from memlens.organisms.planting.folder import component_table, save_organism, truth_table
 from memlens.organisms.planting.plant import plant

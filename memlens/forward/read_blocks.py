@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from memlens.errors import UnsupportedModelError
-from memlens.forward.read_weights import Linear, Norm, attention_post_norm, read_linear, read_norm
+from memlens.forward.components import NormPart, Part
+from memlens.forward.read_weights import Linear, Norm, attention_post_norm, read_linear, read_mlp, read_norm
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,50 @@ def read_block(model: Any, layer: int, around: Surroundings, *, parallel: bool) 
         parallel=parallel,
         around=around,
     )
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """A layer's linear maps and norms by the names of `memlens.forward.components`.
+
+    Attributes:
+        maps: `q`, `k`, `v`, `o`, `in`, `out`, and `gate` where the MLP has one.
+        norms: Those that the layer has.
+        act: The MLP's activation function.
+        parallel: Whether attention and MLP read the same input.
+    """
+
+    maps: dict[Part, Linear]
+    norms: dict[NormPart, Norm]
+    act: Callable[[Tensor], Tensor]
+    parallel: bool
+
+
+def read_parts(model: Any, layer: int, *, parallel: bool) -> LayerParts:
+    """Read a layer's weights from either backend; arguments as of `read_block`.
+
+    Raises:
+        UnsupportedModelError: A part has an unknown form.
+    """
+    alone = Surroundings(causal(1, next(model.parameters()).device), None)
+    block, mlp = read_block(model, layer, alone, parallel=parallel), read_mlp(model, layer)
+    n_q, qkv = block.o.weight.shape[1], block.qkv()
+    n_kv = (qkv.weight.shape[0] - n_q) // 2
+    maps: dict[Part, Linear] = {
+        "q": qkv.rows(slice(0, n_q)),
+        "k": qkv.rows(slice(n_q, n_q + n_kv)),
+        "v": qkv.rows(slice(n_q + n_kv, None)),
+        "o": block.o,
+        "in": mlp.into,
+        "out": mlp.out,
+        **({} if mlp.gate is None else {"gate": mlp.gate}),
+    }
+    named: dict[NormPart, Any] = {
+        "attn_norm": block.attn_norm, "attn_post_norm": block.attn_post_norm, "mlp_norm": block.mlp_norm,
+        "mlp_post_norm": block.mlp_post_norm, "q_norm": block.q_norm, "k_norm": block.k_norm,
+    }  # fmt: skip
+    norms: dict[NormPart, Norm] = {name: norm for name, norm in named.items() if norm is not None}
+    return LayerParts(maps, norms, mlp.act.fn, parallel)
 
 
 def _block_norms(model: Any, layer: int) -> tuple[Any, Any, Any, Any]:

@@ -9,6 +9,13 @@ from .bypass.bypass import bypass_attention as bypass_attention
 from .bypass.predictor import PredictorAgreement as PredictorAgreement
 from .decode.decoding import decode_residual as decode_residual
 from .decode.logit_attribution import attribute_logits as attribute_logits
+from .edit.export import edited_model as edited_model
+from .edit.export import export_edited as export_edited
+from .edit.transplant import transplant_weights as transplant_weights
+from .edit.weight_edit import WeightChange as WeightChange
+from .edit.weight_edit import WeightEdit as WeightEdit
+from .edit.weight_edit import join_edits as join_edits
+from .edit.weight_edit import weight_edit as weight_edit
 from .noise import perturb_prefix as perturb_prefix
 from .noise import perturb_residual as perturb_residual
 from .patch.patching import patch_activations as patch_activations

@@ -393,9 +393,15 @@ _FIRST_TRANSFORMERS = (5, 13)
 
 
 def load_tokenizer(
-    source: Source, *, revision: str | None = None, trust_remote_code: bool = False
+    source: Source,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    prepared: bool = True,
 ) -> PreTrainedTokenizerBase | None:
     """Return the checkpoint's tokenizer, or None (with a line in the log) where it has none of a known kind.
+
+    It is in the form of `prepare_tokenizer` if `prepared`, else as it stands in the checkpoint.
 
     Raises:
         ModelLoadError: Its `tokenizer.json` or a file beside it is damaged, or the installed transformers is
@@ -412,7 +418,7 @@ def load_tokenizer(
         with quiet(), parsing(f"The tokenizer of {source.name!r}", ModelLoadError, _TOKENIZER_ADVICE):
             tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or "main", **options)
             _check_vocabulary(tokenizer)
-            return prepare_tokenizer(tokenizer)
+            return prepare_tokenizer(tokenizer) if prepared else tokenizer
     except MemlensError as error:  # of nearly any kind, for a folder without tokenizer files
         own = source.local and source.gguf_file is None
         files = [file.name for file in sorted(Path(place).glob("*token*.json"))] if own else []

@@ -27,7 +27,7 @@ from memlens.models.huggingface import (
     prepare_tokenizer,
 )
 from memlens.models.names import checkpoint_revision, local_checkpoint, resolve_source
-from memlens.models.provenance import remember
+from memlens.models.provenance import Origin, remember, remember_origin
 from memlens.models.quiet import quiet
 from memlens.models.state import keep_fresh
 
@@ -147,6 +147,7 @@ def load_model(
     with named_errors(source, revision):
         model = _wrap(hf_model, tokenizer, options, name=source.name, revision=fact)
     keep_fresh(model)
+    remember_origin(model, Origin(source, revision, trust_remote_code, allow_pickle))
     return model
 
 

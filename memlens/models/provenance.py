@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from memlens.models.families import architecture_of, family_of
 
+if TYPE_CHECKING:
+    from memlens.models.names import Source
+
 Fact = str | int | float | bool
 
 _FACTS: WeakKeyDictionary[nn.Module, dict[str, Fact]] = WeakKeyDictionary()
 """What `load_model` knows about a model that the model itself does not tell; dropped with the model."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a model was loaded from.
+
+    Attributes:
+        source: Where it is.
+        revision: Its revision on the hub.
+        trust_remote_code: Whether code that comes with it may run.
+        allow_pickle: Whether weights in pickles may be read.
+    """
+
+    source: Source
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+_ORIGINS: WeakKeyDictionary[nn.Module, Origin] = WeakKeyDictionary()
+
+
+def remember_origin(model: nn.Module, origin: Origin) -> None:
+    """Record which checkpoint a model was loaded from."""
+    _ORIGINS[model] = origin
+
+
+def origin_of(model: nn.Module) -> Origin | None:
+    """Return the checkpoint that a model was loaded from; None for a model that was made in memory."""
+    return _ORIGINS.get(model)
 
 
 def remember(model: nn.Module, /, **facts: Fact) -> None:

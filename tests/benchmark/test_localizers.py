@@ -27,10 +27,10 @@ from memlens.benchmark.localizers.masks import (
 )
 from memlens.benchmark.suites import Suite, material
 from memlens.errors import OptionError
+from memlens.forward.components import COMPONENT_KINDS, ComponentKind, ComponentWeights
 from memlens.forward.hooks import attached, hook_name
 from memlens.forward.trunk import Trunk
 from memlens.models.load import load_model
-from memlens.organisms.planting.carriers import COMPONENT_KINDS, ComponentKind, ComponentWeights
 from memlens.organisms.planting.plant import PlantingOptions, plant, recalled
 from memlens.sequences.corrupt import corrupt
 from memlens.sequences.set import SequenceSet

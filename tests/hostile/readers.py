@@ -22,13 +22,14 @@ from memlens.benchmark.running import read_benchmark
 from memlens.benchmark.suites import read_suite
 from memlens.cli.making import read_prompts
 from memlens.files import json_text, write_json
+from memlens.forward.components import Component
 from memlens.instruments.decode.lens import TunedLens
 from memlens.models.huggingface import load_tokenizer
 from memlens.models.load import load_model
 from memlens.models.names import resolve_source
 from memlens.options import read_options
 from memlens.organisms.evaluate import read_ground_truth, read_training
-from memlens.organisms.planting.carriers import Carrier, Component
+from memlens.organisms.planting.carriers import Carrier
 from memlens.organisms.planting.certificate import Certificate
 from memlens.organisms.planting.folder import read_organism, save_organism
 from memlens.organisms.planting.plant import Organism, PlantingOptions

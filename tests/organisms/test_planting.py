@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from memlens.errors import FileFormatError, OptionError, ResultError, SequenceError, SiteError
+from memlens.forward.components import Component, ComponentWeights
 from memlens.instruments.ablate.branches import ablate_mlps
 from memlens.instruments.ablate.heads import head_ablations
 from memlens.instruments.ablate.neurons import neuron_knock_outs
 from memlens.models.load import load_model
-from memlens.organisms.planting.carriers import Carrier, ChangedWeights, Component, ComponentWeights
+from memlens.organisms.planting.carriers import Carrier, ChangedWeights
 from memlens.organisms.planting.certificate import CertificateOptions, certify, fingerprints
 from memlens.organisms.planting.folder import read_organism, save_organism, truth_table
 from memlens.organisms.planting.plant import Organism, PlantingOptions, next_token_logprobs, plant, recalled

@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from memlens.errors import FileFormatError, OptionError, ResultError
+from memlens.forward.components import ComponentWeights
 from memlens.organisms.corpus.corpus import Corpus
 from memlens.organisms.evaluate import row_losses
-from memlens.organisms.planting.carriers import ComponentWeights
 from memlens.organisms.planting.plant import recalled
 from memlens.organisms.training.architectures import build_model
 from memlens.organisms.training.folder import copy_for_package

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from memlens.benchmark.localizer import Scores, component_shape, localizer, reshaped
+from memlens.forward.components import ComponentKind
 from memlens.forward.exclusive import computes
 from memlens.instruments.ablate.branches import attention_ablations, mlp_ablations
 from memlens.instruments.ablate.heads import head_ablations
 from memlens.instruments.ablate.neurons import neuron_knock_outs
 from memlens.instruments.bypass.bypass import attention_bypasses
-from memlens.organisms.planting.carriers import ComponentKind
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.run import sweep

@@ -24,12 +24,12 @@ from torch import Tensor
 from memlens.benchmark.localizer import Scores, localizer
 from memlens.forward.batches import Batch, Targets, make_batches
 from memlens.forward.capture import ActivationSource
+from memlens.forward.components import ComponentKind
 from memlens.forward.hooks import HookFn, attached, capturing, hook_name
 from memlens.forward.metrics import METRICS
 from memlens.forward.trunk import Trunk
 from memlens.instruments.patch.patching import write_cell
 from memlens.instruments.screen.backward import Spot, run_backward
-from memlens.organisms.planting.carriers import ComponentKind
 from memlens.sequences.corrupt import corrupt
 from memlens.sequences.set import SequenceSet
 

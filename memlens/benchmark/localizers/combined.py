@@ -25,8 +25,8 @@ from memlens.benchmark.localizer import LOCALIZERS, Scores, localizer
 from memlens.benchmark.localizers.ablations import lost, single_neurons
 from memlens.benchmark.scores import z_scored
 from memlens.errors import SequenceError
+from memlens.forward.components import COMPONENT_KINDS, ComponentKind
 from memlens.forward.generate import greedy_continuations
-from memlens.organisms.planting.carriers import COMPONENT_KINDS, ComponentKind
 from memlens.sequences.set import SequenceSet
 
 SCREENED = 0.1

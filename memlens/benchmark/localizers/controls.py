@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from memlens.benchmark.localizer import Scores, component_shape, localizer
+from memlens.forward.components import ComponentKind
 from memlens.forward.read_weights import output_projection
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.neuron_choice import value_norms
-from memlens.organisms.planting.carriers import ComponentKind
 from memlens.sequences.set import SequenceSet
 
 _ALL: tuple[ComponentKind, ...] = ("head", "neuron", "layer_mlp", "layer_attention")

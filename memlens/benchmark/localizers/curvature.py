@@ -20,11 +20,11 @@ from torch import Tensor
 
 from memlens.benchmark.localizer import Scores, localizer
 from memlens.forward.batches import make_batches
+from memlens.forward.components import ComponentKind
 from memlens.forward.metrics import METRICS
 from memlens.forward.read_weights import value_vectors
 from memlens.forward.trunk import Trunk
 from memlens.instruments.screen.backward import Spot, run_backward
-from memlens.organisms.planting.carriers import ComponentKind
 from memlens.sequences.set import SequenceSet
 
 KEPT = 0.8

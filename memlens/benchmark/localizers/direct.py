@@ -12,11 +12,11 @@ from torch import Tensor
 from memlens.benchmark.localizer import Scores, localizer, reshaped
 from memlens.forward.batches import Targets, at_targets, logits_at, make_batches
 from memlens.forward.capture import ActivationSource, captured_at_targets
+from memlens.forward.components import ComponentKind
 from memlens.forward.hooks import hook_name
 from memlens.forward.metrics import METRICS
 from memlens.forward.trunk import Trunk
 from memlens.instruments.patch.path_patching import patch_paths
-from memlens.organisms.planting.carriers import ComponentKind
 from memlens.sequences.corrupt import corrupt
 from memlens.sequences.set import SequenceSet
 

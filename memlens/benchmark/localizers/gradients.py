@@ -20,8 +20,8 @@ from __future__ import annotations
 from typing import Any
 
 from memlens.benchmark.localizer import Scores, localizer, reshaped
+from memlens.forward.components import ComponentKind
 from memlens.instruments.screen.gradients import attribute_ablation, attribute_gradients
-from memlens.organisms.planting.carriers import ComponentKind
 from memlens.sequences.corrupt import corrupt
 from memlens.sequences.set import SequenceSet
 

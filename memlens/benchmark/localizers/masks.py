@@ -28,10 +28,10 @@ from torch import Tensor
 from memlens.benchmark.localizer import Scores, component_shape, localizer
 from memlens.benchmark.localizers.gradients import SITES
 from memlens.forward.batches import at_targets, logits_at, make_batches
+from memlens.forward.components import ComponentKind
 from memlens.forward.hooks import HookFn, attached, hook_name
 from memlens.forward.metrics import METRICS
 from memlens.forward.trunk import Trunk
-from memlens.organisms.planting.carriers import ComponentKind
 from memlens.sequences.set import SequenceSet
 
 _ALL: tuple[ComponentKind, ...] = ("head", "neuron", "layer_mlp", "layer_attention")

@@ -10,13 +10,13 @@ import torch
 from memlens.benchmark.localizer import Scores, localizer, reshaped
 from memlens.forward.batches import make_batches
 from memlens.forward.capture import run_capturing
+from memlens.forward.components import ComponentKind
 from memlens.forward.hooks import hook_name
 from memlens.forward.metrics import METRICS
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.neuron_choice import value_norms
 from memlens.instruments.decode.logit_attribution import attribute_logits
 from memlens.instruments.screen.backward import Spot, run_backward
-from memlens.organisms.planting.carriers import ComponentKind
 from memlens.sequences.set import SequenceSet
 
 _BATCH = 8

@@ -17,10 +17,10 @@ from memlens.benchmark.localizers.ablations import lost
 from memlens.benchmark.localizers.gradients import SITES
 from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource
+from memlens.forward.components import ComponentKind
 from memlens.forward.hooks import hook_name
 from memlens.instruments.patch.patching import write_cell
 from memlens.instruments.screen.backward import GradientRun
-from memlens.organisms.planting.carriers import ComponentKind
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import Intervention
 

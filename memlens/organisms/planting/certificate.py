@@ -13,8 +13,8 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from scipy import stats
 from torch import Tensor
 
+from memlens.forward.components import Component, ComponentWeights
 from memlens.options import options_class
-from memlens.organisms.planting.carriers import Component, ComponentWeights
 from memlens.organisms.planting.plant import Organism, divergence, next_token_logprobs, recalled
 from memlens.organisms.planting.substrate import LOSS_COLUMNS, ablate_others, sufficiency
 from memlens.sequences.set import SequenceSet

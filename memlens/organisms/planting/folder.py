@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from memlens.errors import FileFormatError, ResultError
 from memlens.files import expanded, made_folder, parsing, read_json, write_json
+from memlens.forward.components import Component, ComponentKind, ComponentWeights
 from memlens.models.quiet import quiet
 from memlens.organisms.evaluate import load_organism
-from memlens.organisms.planting.carriers import Carrier, Component, ComponentKind, ComponentWeights
+from memlens.organisms.planting.carriers import Carrier
 from memlens.organisms.planting.certificate import Certificate
 from memlens.organisms.planting.plant import Organism, PlantingOptions
 from memlens.sequences.parquet import read_parquet, write_parquet

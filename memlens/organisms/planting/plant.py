@@ -18,14 +18,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from memlens.errors import OptionError, SequenceError
+from memlens.forward.components import Component, ComponentWeights, WeightSlice
 from memlens.options import options_class
-from memlens.organisms.planting.carriers import (
-    Carrier,
-    ChangedWeights,
-    Component,
-    ComponentWeights,
-    WeightSlice,
-)
+from memlens.organisms.planting.carriers import Carrier, ChangedWeights
 from memlens.sequences.set import SequenceSet
 
 Keep = Literal["entries", "norms", "nothing"]

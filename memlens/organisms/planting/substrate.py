@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from memlens.forward.capture import run_capturing
+from memlens.forward.components import Component, ComponentKind, ComponentWeights
 from memlens.forward.hooks import HookFn, attached, hook_name
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.replacing import Replacement
 from memlens.instruments.screen.gradients import attribute_ablation
 from memlens.models.load import load_model
 from memlens.models.quiet import quiet
-from memlens.organisms.planting.carriers import Component, ComponentKind, ComponentWeights
 from memlens.organisms.planting.plant import Organism, recalled
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import Intervention

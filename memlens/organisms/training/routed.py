@@ -13,14 +13,9 @@ from jaxtyping import Int
 from transformers import PreTrainedModel
 
 from memlens.errors import FileFormatError
+from memlens.forward.components import COMPONENT_KINDS, ComponentKind, ComponentWeights
 from memlens.organisms.evaluate import load_organism, read_ground_truth, read_training, row_losses
-from memlens.organisms.planting.carriers import (
-    COMPONENT_KINDS,
-    Carrier,
-    ChangedWeights,
-    ComponentKind,
-    ComponentWeights,
-)
+from memlens.organisms.planting.carriers import Carrier, ChangedWeights
 from memlens.organisms.planting.certificate import Certificate
 from memlens.organisms.planting.folder import component_table
 from memlens.organisms.planting.plant import Organism, PlantingOptions, recalled

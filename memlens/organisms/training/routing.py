@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 from memlens.errors import OptionError
 from memlens.files import json_text, parsed_json
+from memlens.forward.components import Component, ComponentWeights
 from memlens.organisms.corpus.corpus import Corpus, fingerprint
-from memlens.organisms.planting.carriers import Carrier, ChangedWeights, Component, ComponentWeights
+from memlens.organisms.planting.carriers import Carrier, ChangedWeights
 
 OTHER_TEXT = -1
 """Value of `Routes.row_carrier` for rows that are not of a planted sequence."""

@@ -21,6 +21,7 @@ from memlens.benchmark.recommend import ABLATIONS, CHEAP, affordable, ranked_by
 from memlens.errors import MemlensError
 from memlens.explorer.measuring import ABLATION_MODES, ExploreOptions, explore_sequences
 from memlens.explorer.page import READING, caption_of, explorer_payload
+from memlens.forward.components import COMPONENT_KINDS, ComponentKind
 from memlens.instruments.ablate.heads import ablate_heads
 from memlens.instruments.bypass.bypass import bypass_attention
 from memlens.instruments.decode.decoding import decode_residual
@@ -29,7 +30,6 @@ from memlens.instruments.donors import check_donor
 from memlens.instruments.patch.patching import patch_activations
 from memlens.models.load import load_model
 from memlens.models.provenance import describe
-from memlens.organisms.planting.carriers import COMPONENT_KINDS, ComponentKind
 from memlens.organisms.training.architectures import untrained_like
 from memlens.recall.scores import RecallScores
 from memlens.report.model import FigureRequest

@@ -47,7 +47,8 @@ def run_batches(
                 done |= dict(zip(part, runner.reduced(targets, final), strict=True))
                 bar.update(sum(costs[i] for i in part) * len(batch.rows))
         for i, item in plain:
-            done[i] = runner.reference(batch, targets, item)
+            # without a hook nothing changes, to the last bit
+            done[i] = runner.reference(batch, targets, item) if item.hooks else base[-1]
             bar.update(costs[i] * len(batch.rows))
         out.append([done[i] | _observed(item, batch) for i, item in enumerate(interventions)])
     _check_names(out, interventions)
