@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import reduce
 from importlib.metadata import version
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlens.errors import InterventionError, ResultError, UnsupportedModelError
-from memlens.files import expanded, replacing_files, write_json
+from memlens.files import expanded, json_text, replacing_files, write_json
 from memlens.forward.exclusive import computes
 from memlens.instruments.edit.folding import as_weight_edit
 from memlens.instruments.edit.plain import plain_model, plain_tokenizer
@@ -197,7 +196,7 @@ def edit_card(record: dict[str, Any]) -> str:
     where = ", ".join(components) if len(components) <= 60 else f"{len(components)} components"
     revision = f" (revision {base['revision']})" if base["revision"] else ""
     facts = [
-        f"- {name.replace('_', ' ')}: {value if isinstance(value, (str, int, float)) else json.dumps(value)}"
+        f"- {name.replace('_', ' ')}: {value if isinstance(value, (str, int, float)) else json_text(value)}"
         for name, value in record["about"].items()
         if value is not None
     ]
@@ -207,7 +206,7 @@ def edit_card(record: dict[str, Any]) -> str:
         for c in record["changes"]
     ]
     lines = [
-        "---", "library_name: transformers", f"base_model: {json.dumps(base['model'])}",
+        "---", "library_name: transformers", f"base_model: {json_text(base['model'])}",
         "tags: [memlens, model-editing]", "---", "",
         f"# {base['model']}, edited: {record['edit']}", "",
         f"`{base['model']}`{revision} with changed weights. Everything else is the base model's.", "",
