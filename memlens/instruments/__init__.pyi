@@ -18,6 +18,7 @@ from .edit.weight_edit import join_edits as join_edits
 from .edit.weight_edit import weight_edit as weight_edit
 from .noise import perturb_prefix as perturb_prefix
 from .noise import perturb_residual as perturb_residual
+from .patch.depth import unlearning_depth as unlearning_depth
 from .patch.patching import patch_activations as patch_activations
 from .patch.path_patching import patch_paths as patch_paths
 from .screen.gradients import attribute_ablation as attribute_ablation

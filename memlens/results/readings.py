@@ -291,6 +291,27 @@ def read_bounds(result: Result, metric: str | None) -> str:
     return f"{said} On geometric average the bounds exceed the changes: {'; '.join(parts)}, {over}."
 
 
+def read_depth(result: Result, metric: str | None) -> str:
+    """Say how deep an edit goes, on how many sequences that is known, and which layers it leaves intact."""
+    depth, n = _mean(result["depth"]), result.data.sizes["sequence"]
+    counted = result["erased"].notnull().any("layer")
+    if not bool(counted.any()):
+        return (
+            f"In none of {n} sequences does a state of the retain model lack what the full model needs: the "
+            "depth is not known."
+        )
+    said = (
+        f"The edit's depth is {depth.text()}, {_over(depth.n)}: 0 is an edit that leaves every layer's state "
+        "as good as before, 1 one whose states lack as much as the retain model's."
+    )
+    if int(counted.sum()) < n:
+        said += f" {n - int(counted.sum())} further sequences have no layer that counts."
+    means = result["erased"].mean("sequence")
+    intact = [str(layer) for layer in means["layer"].values[means.values < 0.5]]
+    most = f"layers {', '.join(intact)}" if len(intact) > 1 else f"layer {''.join(intact)}"
+    return said + (f" More than half is still there after {most}." if intact else "")
+
+
 def read_predictor(result: Result, metric: str | None) -> str:
     """Say which layer the predictor, a guess from one pass without interventions, ranks first."""
     name = metric or "predictor"

@@ -7,22 +7,15 @@ the model without the memory, so it bounds what others can reach and is no instr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from memlens.benchmark.localizer import Scores, component_shape, localizer, reshaped
+from memlens.benchmark.localizer import Scores, localizer, reshaped
 from memlens.benchmark.localizers.ablations import lost
 from memlens.benchmark.localizers.gradients import SITES
-from memlens.forward.batches import Batch
-from memlens.forward.capture import ActivationSource
 from memlens.forward.components import ComponentKind
-from memlens.forward.hooks import hook_name
-from memlens.instruments.patch.patching import write_cell
-from memlens.instruments.screen.backward import GradientRun
+from memlens.instruments.patch.patching import activation_patches
+from memlens.instruments.screen.gradients import attribute_ablation
 from memlens.sequences.set import SequenceSet
-from memlens.sweeps.interventions import Intervention
 
 
 @localizer(
@@ -39,20 +32,8 @@ def twin_patching(
     twin: Any = None,
 ) -> Scores:
     """Loss of log-probability when a component's output is the twin's, from its run on the same sequence."""
-    site = SITES[component][0]
-    n_layers, n = component_shape(model, component)
-    source = ActivationSource(twin, sequences, [hook_name(site, layer) for layer in range(n_layers)])
-    cells = [
-        {"layer": layer, **({"head": index} if component == "head" else {})}
-        for layer in range(n_layers)
-        for index in range(n)
-    ]
-    patches = [
-        Intervention(
-            f"{site} {cell}", [(hook_name(site, cell["layer"]), write_cell(source, site, cell))], cell
-        )
-        for cell in cells
-    ]
+    over = "head" if component == "head" else "layer"
+    patches = activation_patches(model, sequences, donor=twin, site=SITES[component][0], over=over)
     return reshaped(lost(model, sequences, patches), model, component)
 
 
@@ -70,14 +51,8 @@ def twin_attribution(
     twin: Any = None,
 ) -> Scores:
     r"""First-order estimate of the same patch for each neuron: :math:`-(a_\text{twin} - a) \cdot g`."""
-    run = GradientRun(
-        model, sequences, "mlp_post", "neuron", layers=None, metric="target_logprob",
-        method="attribution_patching", steps=1, batch_size=None,
+    found = attribute_ablation(
+        model, sequences, site="mlp_post", mode="donor", donor=twin, method="attribution_patching",
+        progress=False,
     )  # fmt: skip
-    source = ActivationSource(twin, sequences, [hook_name("mlp_post", layer) for layer in run.layers])
-
-    def deltas(batch: Batch, here: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        there = source.of(batch)
-        return {layer: there[hook_name("mlp_post", layer)] - a for layer, a in here.items()}
-
-    return reshaped(-run.result(deltas, False, {}).effect("target_logprob").values, model, component)
+    return reshaped(-found.effect("target_logprob").values, model, component)

@@ -108,14 +108,14 @@ class Replacement:
         if self.mode == "donor":
             check_donor(model, self.donor, sequences, sites=[site])
             source = ActivationSource(self.donor, sequences, list(names.values()))
-            return {layer: _from_source(source, name) for layer, name in names.items()}
+            return {layer: from_source(source, name) for layer, name in names.items()}
         reference = sequences if self.reference is None else self.reference
         if self.mode == "mean":
             means = mean_activations(model, reference, list(names.values()))
             return {layer: _constant(means[name]) for layer, name in names.items()}
         rows = other_rows(len(sequences), len(reference), self.seed)
         source = ActivationSource(model, reference, list(names.values()), rows)
-        return {layer: _from_source(source, name) for layer, name in names.items()}
+        return {layer: from_source(source, name) for layer, name in names.items()}
 
     def where(self, batch: Batch | None) -> Bool[Tensor, "batch pos"] | None:
         """Return the positions that are replaced; None for all positions."""
@@ -191,7 +191,9 @@ def _constant(values: Tensor) -> MakeReplace:
     return lambda batch: lambda x, part: values if part is None else values[part]
 
 
-def _from_source(source: ActivationSource, name: str) -> MakeReplace:
+def from_source(source: ActivationSource, name: str) -> MakeReplace:
+    """Return what replaces an activation by the source's own, at the same places."""
+
     def by(batch: Batch | None) -> Replace:
         assert batch is not None  # `Replacement.bound` makes hooks by batch for "resample" and "donor"
         there = source.of(batch)[name]

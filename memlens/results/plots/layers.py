@@ -10,6 +10,8 @@ from memlens import figures
 from memlens.errors import OptionError, SiteError, check_option
 from memlens.results.plots.selection import Plot, Selection, chooses, single, takes, with_dims
 from memlens.results.result import Result
+from memlens.results.statistics.estimates import Estimate
+from memlens.results.statistics.intervals import mean_interval
 
 
 @takes(of=None, group=None, sequence=None)
@@ -149,6 +151,26 @@ def _stacked(ci: xr.Dataset) -> xr.Dataset:
     plain = [p.drop_vars([c for c in p.coords if str(c).startswith("n_")]) for p in parts]
     lines = xr.concat(plain, dim=xr.DataArray(list(shown), dims="line", name="line"))
     return xr.Dataset({"change": lines.transpose("statistic", "line", "layer")}, attrs=ci.attrs)
+
+
+@takes(group=None)
+def plot_depth(result: Result, s: Selection) -> go.Figure:
+    """Draw by how much the states of the retain and of the edited model lower recall; or one metric."""
+    if s.metric is not None:
+        return plot_layer_lines(result, s)
+    if s.group is not None:
+        raise OptionError(
+            "group= is not drawn for the two models' lines: name a metric, or select sequences."
+        )
+    names = ["fall_retain", "fall_edited"]
+    found = Estimate.of(mean_interval(result["depth"].astype(float)))
+    heading = f"Unlearning depth {found}: what is missing in each layer's states"
+    ci, caption = s.drawn(result, ("layer",), heading, names=names)
+    lines = xr.DataArray(["of the retain model", "of the edited model"], dims="states", name="states")
+    plain = [ci[n].drop_vars([c for c in ci[n].coords if str(c).startswith("n_")]) for n in names]
+    falls = xr.concat(plain, dim=lines).transpose("statistic", "states", "layer")
+    falls.attrs = {"label": "fall of the target log-prob", "units": "nats"}
+    return figures.line_over_layers(xr.Dataset({"fall": falls}, attrs=ci.attrs), **caption)
 
 
 STRENGTHS = {
