@@ -124,7 +124,8 @@ def score(
         what: The sequences.
         out: The parquet table to write.
         generate: Decode the sequences that contain an error, for the score M.
-        metrics: all, none, or a comma-separated list of likelihood, sampling, near_verbatim, trivial.
+        metrics: all, none, or a comma-separated list of likelihood, sampling, near_verbatim, trivial,
+            taxonomy.
         temperature: Sampling temperature for np_discoverable.
         top_k: Sample from the k most likely tokens (default: all).
         top_p: Sample from the most likely tokens up to this probability mass.

@@ -17,5 +17,7 @@ from .sampling import Sampling as Sampling
 from .sampling import samples_needed as samples_needed
 from .score import score_recall as score_recall
 from .scores import RecallScores as RecallScores
+from .taxonomy import TaxonomyRules as TaxonomyRules
+from .taxonomy import recall_classes as recall_classes
 from .trivial import TrivialRules as TrivialRules
 from .trivial import trivial_continuations as trivial_continuations

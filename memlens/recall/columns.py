@@ -103,11 +103,19 @@ COLUMNS: Mapping[str, Column] = MappingProxyType({
     "step_share": Column("trivial", "share", "tokens or words that continue in constant steps"),
     "trivial": Column(
         "trivial", "0 or 1", "one of the four rules explains the continuation", proportion=True),
+    "prefix_rouge_l": Column("taxonomy", "share", "tokens of the continuation, in order, in the prefix"),
+    "prefix_rouge_3": Column("taxonomy", "share", "runs of three tokens of the continuation in the prefix"),
+    "guessed": Column(
+        "taxonomy", "0 or 1", "memorized, and a rule explains it from the prefix", proportion=True,
+        cites=(("dentan2025", "guess or recall"),)),
+    "recollected": Column(
+        "taxonomy", "0 or 1", "memorized, and no rule explains it from the prefix", proportion=True,
+        cites=(("dentan2025", "guess or recall"),)),
 })
 # fmt: on
 """By name, in the order of the table."""
 
-MetricGroup = Literal["likelihood", "sampling", "near_verbatim", "trivial"]
+MetricGroup = Literal["likelihood", "sampling", "near_verbatim", "trivial", "taxonomy"]
 METRIC_GROUPS: tuple[MetricGroup, ...] = get_args(MetricGroup)
 
 SCORE_COLUMNS = (*BUILT_IN, *COLUMNS, "generated", "generated_text")

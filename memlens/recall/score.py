@@ -34,6 +34,7 @@ from memlens.recall.columns import (
 )
 from memlens.recall.sampling import Sampling, samples_needed
 from memlens.recall.scores import RecallScores
+from memlens.recall.taxonomy import TaxonomyRules, prefix_overlap, taxonomy_columns
 from memlens.recall.trivial import TrivialRules, trivial_columns
 from memlens.recall.truth_ratio import ALTERNATIVES, truth_ratio
 from memlens.sequences.checks import check_sequences
@@ -51,6 +52,7 @@ class _Extras:
     n_samples: PositiveInt
     probability: Annotated[float, Field(gt=0, lt=1)]
     rules: TrivialRules
+    taxonomy: TaxonomyRules
 
     def settings(self) -> dict[str, str | float | int]:
         """Return the parameters of the chosen groups."""
@@ -64,7 +66,9 @@ class _Extras:
                 "probability": self.probability,
                 **self.sampling.settings(),
             }
-        return found | (self.rules.settings() if "trivial" in self.metrics else {})
+        if "trivial" in self.metrics:
+            found |= self.rules.settings()
+        return found | (self.taxonomy.settings() if "taxonomy" in self.metrics else {})
 
     def reducers(self) -> Mapping[str, Reducer]:
         """Return what the forward pass has to compute besides `TargetStats`."""
@@ -98,8 +102,12 @@ class _Extras:
             found |= {"sample_logprob": total, "samples_needed": needed, "np_discoverable": discoverable}
         if "near_verbatim" in self.metrics:
             found["extraction_strength"] = extraction_strength(stats).numpy()
-        if "trivial" in self.metrics:
-            found |= trivial_columns(seqs, tokenizer, self.rules)
+        if {"trivial", "taxonomy"} & set(self.metrics):
+            trivial = trivial_columns(seqs, tokenizer, self.rules)
+            found |= trivial if "trivial" in self.metrics else {}
+            if "taxonomy" in self.metrics:
+                memorized = METRICS["exact_match"].of(stats).numpy()
+                found |= taxonomy_columns(memorized, prefix_overlap(*seqs.halves()), trivial, self.taxonomy)
         return found
 
 
@@ -121,6 +129,7 @@ def score_recall(
     n_samples: int = 100,
     probability: float = 0.5,
     rules: TrivialRules | None = None,
+    taxonomy: TaxonomyRules | None = None,
     progress: bool = True,
 ) -> RecallScores:
     """Score how well a model recalls each continuation from its prefix.
@@ -143,8 +152,10 @@ def score_recall(
     (`sample_logprob`, `samples_needed`, `np_discoverable`; see `Sampling` and `samples_needed`),
     `near_verbatim` (`extraction_strength`; with `generate` also `rouge_l`, `edit_distance` and
     `edit_similarity` by tokens and by `_characters`, `longest_run` and where it begins; see
-    `near_verbatim_columns`) and `trivial` (`copied_share`, `type_token_ratio`, `repeated_share`,
-    `step_share` and the flag `trivial`; see `trivial_continuations`).
+    `near_verbatim_columns`), `trivial` (`copied_share`, `type_token_ratio`, `repeated_share`,
+    `step_share` and the flag `trivial`; see `trivial_continuations`) and `taxonomy` (`prefix_rouge_l`,
+    `prefix_rouge_3` and the flags `guessed` and `recollected`; see `memlens.recall.taxonomy`, and
+    `recall_classes` for the class as a word).
 
     Args:
         model: A TransformerLens model. Hooks set on it act as in any of its forward passes.
@@ -161,6 +172,7 @@ def score_recall(
         n_samples: n of `np_discoverable`.
         probability: p of `samples_needed` and `np_discoverable`.
         rules: Thresholds of the flag `trivial`.
+        taxonomy: Thresholds of the flag `guessed`.
         progress: Show progress bars.
 
     Returns:
@@ -193,6 +205,7 @@ def score_recall(
         n_samples=n_samples,
         probability=probability,
         rules=rules or TrivialRules(),
+        taxonomy=taxonomy or TaxonomyRules(),
     )
     banned = _eos(model) if ban_eos else None
     seqs = seqs.with_table(seqs.table.drop(columns=list(SCORE_COLUMNS), errors="ignore"))
