@@ -10,16 +10,20 @@ from memlens.instruments.detect.behaviour import (
 )
 from memlens.instruments.detect.confounds import confounds
 from memlens.instruments.detect.dimension import DimensionOptions, intrinsic_dimension, local_dimension
+from memlens.instruments.detect.exposure import ExposureOptions, digit_slots, exposure
 from memlens.instruments.detect.separation import SeparationOptions, separating_neurons, separation
 
 __all__ = [
     "BehaviourOptions",
     "DimensionOptions",
+    "ExposureOptions",
     "SeparationOptions",
     "attention_difference",
     "attention_statistics",
     "behaviour_neurons",
     "confounds",
+    "digit_slots",
+    "exposure",
     "intrinsic_dimension",
     "local_dimension",
     "separating_neurons",
