@@ -8,24 +8,38 @@ from memlens.instruments.detect.behaviour import (
     steering_curve,
     steering_doses,
 )
+from memlens.instruments.detect.buckets import (
+    BucketStatistics,
+    error_similarity,
+    identifier_errors,
+    popularity_buckets,
+)
 from memlens.instruments.detect.confounds import confounds
 from memlens.instruments.detect.dimension import DimensionOptions, intrinsic_dimension, local_dimension
 from memlens.instruments.detect.exposure import ExposureOptions, digit_slots, exposure
+from memlens.instruments.detect.invariance import InvarianceOptions, invariance, prediction_invariance
 from memlens.instruments.detect.separation import SeparationOptions, separating_neurons, separation
 
 __all__ = [
     "BehaviourOptions",
+    "BucketStatistics",
     "DimensionOptions",
     "ExposureOptions",
+    "InvarianceOptions",
     "SeparationOptions",
     "attention_difference",
     "attention_statistics",
     "behaviour_neurons",
     "confounds",
     "digit_slots",
+    "error_similarity",
     "exposure",
+    "identifier_errors",
     "intrinsic_dimension",
+    "invariance",
     "local_dimension",
+    "popularity_buckets",
+    "prediction_invariance",
     "separating_neurons",
     "separation",
     "steered",

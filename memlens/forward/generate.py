@@ -7,6 +7,7 @@ before its error is fed its true token, and the others what they decoded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,12 +59,50 @@ def greedy_continuations(
     order = known.argsort(stable=True)
     with torch.no_grad(), tqdm(total=len(rows), desc="decoding", unit="seq", disable=not progress) as bar:
         for chunk in order.split(size):
-            tokens[chunk] = _decode(model, tokens[chunk], known[chunk], seqs.lengths[rows[chunk]], banned)
+            lengths = seqs.lengths[rows[chunk]]
+            tokens[chunk] = _decode(model, tokens[chunk], known[chunk], lengths, _likeliest, banned)
             bar.update(len(chunk))
     return _targets_of(tokens, seqs, rows)
 
 
-def _decode(model: Any, tokens: Tensor, known: Tensor, lengths: Tensor, banned: int | None) -> Tensor:
+@computes
+@torch.no_grad()
+def sampled_continuations(
+    model: Any,
+    seqs: SequenceSet,
+    choose: Callable[[Float[Tensor, "row vocab"]], Int[Tensor, "row"]],
+    *,
+    batch_size: int | None = None,
+) -> Int[Tensor, "seq target"]:
+    """Return a continuation of each prefix whose tokens `choose` draws, with as many as the true one has.
+
+    Args:
+        model: A TransformerLens model.
+        seqs: The set, decoded in its order.
+        choose: From the logits of the next token to one token id per row.
+        batch_size: Sequences decoded together; chosen by the size of the cache by default.
+
+    Returns:
+        Token ids, padded with -1 as by `greedy_continuations`.
+    """
+    tokens, rows = seqs.tokens.clone(), torch.arange(len(seqs))
+    for chunk in rows.split(batch_size or _rows_per_cache(model, int(seqs.lengths.max()))):
+        tokens[chunk] = _decode(model, tokens[chunk], seqs.prefix_len[chunk], seqs.lengths[chunk], choose)
+    return _targets_of(tokens, seqs, rows)
+
+
+def _likeliest(logits: Float[Tensor, "row vocab"]) -> Int[Tensor, "row"]:
+    return logits.argmax(-1)
+
+
+def _decode(
+    model: Any,
+    tokens: Tensor,
+    known: Tensor,
+    lengths: Tensor,
+    choose: Callable[[Tensor], Tensor],
+    banned: int | None = None,
+) -> Tensor:
     """Fill in the tokens from `known` to `lengths`; both `[row]`."""
     start, end = int(known.min()), int(lengths[known < lengths].max()) if (known < lengths).any() else 0
     if start >= end:
@@ -75,7 +114,7 @@ def _decode(model: Any, tokens: Tensor, known: Tensor, lengths: Tensor, banned: 
         logits = decoder.step(fed)
         if banned is not None:
             logits[:, banned] = float("-inf")
-        decoded = logits.argmax(-1).cpu()
+        decoded = choose(logits).cpu()
         tokens[:, position] = torch.where(position < known, tokens[:, position], decoded)
         fed = tokens[:, position : position + 1]
     return tokens

@@ -45,7 +45,7 @@ class ExposureOptions:
     method: Method = "auto"
     """Exact by enumeration, by sampled candidates, or by a distribution fitted to them; auto is exact where
     that takes at most `most_nodes`, and fitted elsewhere."""
-    most_nodes: PositiveInt = 20_000
+    most_nodes: PositiveInt = 2000
     """Most beginnings of candidates that enumeration may run for one canary with auto."""
     n_samples: Annotated[int, Field(ge=8)] = 1000
     """Random candidates of each canary for "sampled" and "fitted"."""
