@@ -45,10 +45,17 @@ from statsmodels.stats.proportion import proportion_confint
 
 ROOT = Path(__file__).parent.parent
 TESTS = {
-    "memlens/results/statistics": ["results", "recall/test_sampling.py"],
+    "memlens/results/statistics": ["results", "recall/test_sampling.py", "instruments/test_tasks.py"],
     "memlens/recall": ["recall", "studies/test_pairing.py"],
     "memlens/sequences/readers": ["sequences"],
-    "memlens/forward": ["forward", "recall/test_score.py", "sweeps/test_engine.py"],
+    "memlens/forward": [
+        "forward",
+        "recall/test_score.py",
+        "sweeps/test_engine.py",
+        "instruments/test_fast_equals_reference.py",
+        "instruments/test_bounds.py",
+        "sequences/test_bos.py",
+    ],
     "memlens/store": ["store", "sweeps/test_shards.py"],
 }
 """The tests of each package, besides its docstrings' examples. Slow ones are left out."""

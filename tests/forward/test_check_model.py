@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers import pre_tokenizers
 from torch import nn
 
 import memlens as ml
@@ -18,7 +19,8 @@ from memlens.forward.check_model import check_model, probe_tokens, record_refere
 from memlens.forward.hooks import hook_name
 from memlens.models.load import load_model
 from memlens.models.names import has_hooked_transformer
-from tests.tiny import FAMILIES, HOOKED_FAMILIES, tiny_huggingface_model
+from tests.sequences.vocabularies import byte_level
+from tests.tiny import D_VOCAB, FAMILIES, HOOKED_FAMILIES, tiny_huggingface_model, tiny_tokenizer
 
 CASES = [(f, "bridge") for f in FAMILIES] + [(f, "hooked") for f in HOOKED_FAMILIES]
 
@@ -221,6 +223,55 @@ def test_adapters_are_merged_into_a_copy(family: str) -> None:
     from memlens.models.provenance import describe
 
     assert describe(model)["adapters"] == "secret"
+
+
+@torch.no_grad()
+def test_a_sentence_shows_the_beginning_only_where_it_can(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Not without the token, nor for another vocabulary, nor for a sentence of one token."""
+    model = load_model(tiny_folder("llama"), backend="bridge", device="cpu")
+    without_bos, one_word = tiny_tokenizer(), tiny_tokenizer()
+    without_bos.bos_token = None
+    one_word.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("|", "isolated")
+    shown = {}
+    for name, tokenizer in {
+        "tiny": tiny_tokenizer(),
+        "none": None,
+        "without BOS": without_bos,
+        "one word": one_word,
+        "larger": byte_level(),
+    }.items():
+        if tokenizer is not None:
+            tokenizer.save_pretrained(tmp_path / name)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        model.tokenizer = tokenizer
+        model.cfg.d_vocab = D_VOCAB  # TransformerLens takes the tokenizer's
+        shown[name] = [check.note for check in check_model(model, layers=[0]).checks if check.name == "BOS"]
+    assert [name for name, notes in shown.items() if notes] == ["tiny"]
+    model.tokenizer, model.cfg.n_ctx = transformers.AutoTokenizer.from_pretrained(tmp_path / "tiny"), 5
+    (note,) = [check.note for check in check_model(model, layers=[0]).checks if check.name == "BOS"]
+    unknown = model.tokenizer.unk_token_id  # every word; four fit behind the first token
+    logprob = model(torch.full((1, 5), unknown)).log_softmax(-1)[0, :, unknown]
+    assert f"sentence {logprob[1:4].mean():.2f} with" in note
+    assert f", {logprob[:3].mean():.2f} without" in note
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_reference_leaves_the_model_as_it_was(training: bool, attention: str) -> None:
+    hf = tiny_huggingface_model("gpt_neox").train(training)
+    hf.set_attn_implementation(attention)  # type: ignore[operator]
+    tokens = record_reference(hf, "any").tokens
+    assert (hf.training, hf.config._attn_implementation) == (training, attention)
+    hf.forward = lambda **kwargs: 1 / 0  # type: ignore[method-assign]
+    with pytest.raises(ModelLoadError, match="'any' does not run in transformers"):
+        record_reference(hf, "any")
+    assert (hf.training, hf.config._attn_implementation) == (training, attention)
+    assert tokens.shape == (2, 12)
+    assert len(set(tokens.flatten().tolist())) > 20
+    assert probe_tokens(50_000, 5).shape == (2, 5)
+    assert int(probe_tokens(7, None).max()) < 7
 
 
 def test_the_table_reads_well(tiny_model: Callable[..., Any]) -> None:

@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from memlens.forward.memory import default_budget, row_bytes, rows_per_batch
+from memlens.errors import OptionError
+from memlens.forward.memory import (
+    Budget,
+    default_budget,
+    logits_bytes,
+    position_bytes,
+    row_bytes,
+    rows_per_batch,
+    unembedding_rows,
+)
+from memlens.sequences.set import SequenceSet
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -42,3 +52,67 @@ def test_on_a_gpu_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_per_batch(shape(512, 8), 64, GPU)
     assert 1 <= rows < 256
     assert rows * row_bytes(shape(512, 8), 64) <= 0.4 * free / 4
+
+
+def test_what_a_pass_takes_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_mlp, without = (SimpleNamespace(d_model=10, d_mlp=d_mlp, n_heads=2) for d_mlp in (30, None))
+    # a token: 12 residuals, 3 MLP activations, 4 rows of the pattern per head
+    assert row_bytes(with_mlp, 5) == 4 * 5 * (120 + 90 + 40)
+    assert row_bytes(with_mlp, 5, itemsize=2) == 2 * 5 * (120 + 90 + 40)
+    assert row_bytes(without, 5) == 4 * 5 * (120 + 120 + 40)  # an MLP of four times the width
+    for cfg, d_mlp in ((with_mlp, 30), (without, 40)):
+        assert position_bytes(trunk(cfg=cfg), 5) == 4 * (6 * 10 + 2 * d_mlp + 2 * 5)
+    assert position_bytes(trunk(cfg=with_mlp, dtype=torch.bfloat16), 5) == 2 * (60 + 60 + 10)
+    assert [logits_bytes(50, itemsize) for itemsize in (2, 4, 8)] == [1200, 1200, 2400]  # float32 at least
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2**36))
+    assert (default_budget(CPU), default_budget(GPU)) == (2**30, 400)
+
+
+def trunk(device: torch.device = CPU, dtype: torch.dtype = torch.float32, cfg: Any = None) -> Any:
+    """What a budget asks of a model: 10 features, 2 heads, 3 layers, 50 tokens, 30 neurons."""
+    model = SimpleNamespace(cfg=cfg or SimpleNamespace(d_mlp=30))
+    return SimpleNamespace(
+        model=model, device=device, dtype=dtype, d_model=10, n_heads=2, n_layers=3, d_vocab=50
+    )
+
+
+def texts(n: int) -> SequenceSet:
+    """`n` sequences, the longest of ten tokens."""
+    return SequenceSet.from_tokens([[1] * 10, *[[1] * 7] * (n - 1)], 2)
+
+
+@pytest.mark.parametrize(
+    ("device", "total", "n", "batch_size", "expected"),
+    [
+        # a position takes 560 bytes (60 % of the budget: 1071 fit), what is kept of a sequence 4,800 (25 %: 52),
+        # a target 1,200 (15 %: 125)
+        (CPU, 10**6, 200, None, (10**6, 52, 1071, 1071, 125, 16)),
+        (CPU, 10**6, 3, None, (10**6, 3, 1071, 1071, 125, 16)),
+        (CPU, 10**6, 3, 200, (10**6, 200, 2000, 1071, 125, 16)),
+        (CPU, 10**9, 200, None, (10**9, 64, 2048, 2048, 256, 16)),
+        (GPU, 10**9, 200, None, (10**9, 64, 1_071_428, 1_071_428, 125_000, 125_000)),
+        (GPU, 10**9, 20, None, (10**9, 20, 1_071_428, 1_071_428, 125_000, 125_000)),
+        (CPU, 30_000, 200, None, (30_000, 1, 32, 32, 3, 3)),
+        (CPU, 100, 200, None, (100, 1, 10, 1, 1, 1)),
+        (CPU, None, 200, None, (2**30, 64, 2048, 2048, 256, 16)),
+    ],
+)
+def test_a_budget_is_divided(
+    device: torch.device, total: int | None, n: int, batch_size: int | None, expected: tuple[int, ...]
+) -> None:
+    found = Budget.of(trunk(device), texts(n), total, batch_size)
+    assert tuple(vars(found).values()) == expected
+
+
+def test_logits_have_a_share_of_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**6, 2**36))
+    assert unembedding_rows(50, GPU) == (50, 50)  # 15 % of 40 % of a million bytes, 1,200 each
+    assert unembedding_rows(50, GPU, itemsize=8) == (25, 25)
+    assert unembedding_rows(50, CPU) == (256, 16)
+    assert unembedding_rows(10**6, CPU) == (6, 6)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_without_a_sequence_is_refused(batch_size: int) -> None:
+    with pytest.raises(OptionError, match=f"batch_size={batch_size} holds no sequence"):
+        Budget.of(trunk(), texts(3), None, batch_size)

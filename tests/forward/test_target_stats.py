@@ -167,6 +167,7 @@ def test_names_of_metrics() -> None:
     mine = Metric(twice, name="other_name", label="another")
     assert metric_names([twice, "margin", mine, Callable()]) == ["twice", "margin", "other_name", "Callable"]
     assert (Metric(twice).label, mine.label) == ("twice", "another")
+    assert Metric(twice, name="two_of_a_kind").label == "two of a kind"
     assert [m.name for m in as_metrics(("margin", "exact_match"))] == ["margin", "exact_match"]
     logits, ids, mask = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3).bool()
     found = make_reduce([twice, "margin"], per_token=False)(logits.double(), ids, mask)
@@ -177,6 +178,14 @@ def test_names_of_metrics() -> None:
             as_metrics(wrong)
     with pytest.raises(OptionError, match="give a sequence"):
         as_metrics("margin")
+
+
+def test_a_direction_is_higher_or_lower() -> None:
+    for better in ("higher", "lower", None):
+        metric = Metric(lambda logits, ids, mask: logits, name="any", better=better)
+        assert metric.attrs.get("better") == better
+    with pytest.raises(OptionError, match=r"better='up'.*higher.*lower"):
+        Metric(lambda logits, ids, mask: logits, name="any", better="up")  # type: ignore[arg-type]
 
 
 def test_a_metric_is_given_one_way() -> None:

@@ -99,3 +99,19 @@ def test_lines_by_part_of_depth_are_means_over_layers(pair: tuple[ml.Result, ml.
     whole = by_part(pair[0], 2)
     np.testing.assert_allclose(whole["exact_match"].sel(layer=1), pair[0]["exact_match"].sel(layer=0))
     np.testing.assert_allclose(whole["exact_match_baseline"], 1.0)
+
+
+def test_a_task_may_have_one_question_and_the_normalized_accuracy_is_its_own() -> None:
+    result = task_result(
+        {"one": ("language", 0.25, [[0, 1, 1]], [1.0]), "two": ("reasoning", 0.5, [[0, 1, 1]] * 2, [1.0] * 2)}
+    )
+    norm = result["accuracy"].copy(data=[[1, 0, 1], [0, 1, 0], [0, 0, 0]])
+    table = task_summary(ml.Result(result.data.assign(accuracy_norm=norm)), n_resamples=20)
+    means = table.set_index(["name", "measure", "layer"])["mean"]
+    assert means["one"]["accuracy"].tolist() == [0, 1, 1]
+    assert means["one"]["accuracy_norm"].tolist() == [1, 0, 1]
+    assert means["two"]["accuracy_norm"].tolist() == [0, 0.5, 0]
+    assert means["one"]["accuracy_chance_corrected"].tolist() == pytest.approx([-1 / 3, 1, 1])
+    assert means["two"]["accuracy_chance_corrected"].tolist() == [-1, 1, 1]
+    assert means["language"].equals(means["one"])
+    assert table["questions"].unique().tolist() == [1, 2]

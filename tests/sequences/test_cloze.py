@@ -87,7 +87,7 @@ def test_what_cannot_be_asked_is_left_out_and_counted_in_one_warning(tmp_path: P
     assert len(seqs) == 2
 
 
-@pytest.mark.parametrize("relation", ["predicate_id", "relation"])
+@pytest.mark.parametrize("relation", ["predicate_id", "relation", "pred"])
 def test_subjects_with_several_objects_are_left_out_or_marked(tmp_path: Path, relation: str) -> None:
     rows = [
         record("the cat", "mat", "the cat sat on the [MASK]", **{relation: "P1"}),

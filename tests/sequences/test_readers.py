@@ -414,6 +414,38 @@ def test_end_of_text_in_a_continuation() -> None:
         load_sequences(rows, model, on_eos="skip")
 
 
+def test_the_end_of_text_token_is_that_of_the_tokenizer_given() -> None:
+    model, other = model_with(tiny_tokenizer()), tiny_tokenizer()
+    other.eos_token = "w7"
+    rows = [[3, 4, 100], [1, 2, 7]]
+    with pytest.raises(SequenceError, match=r"1 sequences .*end-of-text token \(7\).*rows 1:"):
+        load_sequences(rows, model, tokenizer=other, prefix_len=1)
+    assert load_sequences(rows[:1], model, tokenizer=other, prefix_len=1).rows() == rows[:1]
+    dropped = load_sequences(rows, model, tokenizer=other, prefix_len=1, on_eos="drop")
+    assert dropped.rows() == rows[:1]
+
+
+@pytest.mark.parametrize(
+    ("first", "more", "n_allowed"),
+    [
+        (4096, 0, None),  # as many columns as a table may have
+        (4097, 0, 0),
+        (4000, 1, 2500),  # nearly all cells are empty: ten million
+        (4000, 4000, None),  # no cell is empty
+        (4000, 60, None),  # more than one of 100 is filled
+    ],
+)
+def test_lines_of_ever_other_keys_are_refused(first: int, more: int, n_allowed: int | None) -> None:
+    """One line of `first` keys, then lines of `more` of them."""
+    names = [f"k{n}" for n in range(first)]
+    rows = [dict.fromkeys(names, 0), *[dict.fromkeys(names[:more], 0)] * (2600 if more else 0)]
+    sources.check_keys(rows[:n_allowed], Path("x.jsonl"))
+    if n_allowed is not None:
+        message = f"x.jsonl has {first} different keys in {n_allowed + 1} lines"
+        with pytest.raises(FileFormatError, match=message):
+            sources.check_keys(rows[: n_allowed + 1], Path("x.jsonl"))
+
+
 def test_a_set_made_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
     path = load_sequences(["w1 w2 w3"], tokenizer=tiny_tokenizer(), prefix_len=1).to_parquet(
         tmp_path / "s.parquet"
