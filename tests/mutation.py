@@ -29,7 +29,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -140,12 +140,15 @@ def _mutant(path: Path, module: cst.Module, old: cst.CSTNode, new: cst.CSTNode) 
     return Mutant(name, after, (min(lines), max(lines)), "\n".join(diff[2:]))
 
 
+def _module(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
 class _Mutated(importlib.machinery.SourceFileLoader, importlib.abc.MetaPathFinder):
     """Imports one module from another text."""
 
     def __init__(self, mutant: Mutant) -> None:
-        name = mutant.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        super().__init__(name, str(ROOT / mutant.path))
+        super().__init__(_module(mutant.path), str(ROOT / mutant.path))
         self.source = mutant.source
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> Any:
@@ -159,13 +162,17 @@ class _Mutated(importlib.machinery.SourceFileLoader, importlib.abc.MetaPathFinde
         return compile(self.source, self.path, "exec", dont_inherit=True)
 
 
-def _import_libraries() -> None:
-    """Import what memlens and its tests import, then forget memlens itself."""
+def _import_all() -> None:
     import memlens
 
     for module in pkgutil.walk_packages(memlens.__path__, "memlens."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+
+
+def _import_libraries() -> None:
+    """Import what memlens and its tests import, then forget memlens itself."""
+    _import_all()
     for name in [name for name in sys.modules if name.partition(".")[0] in ("memlens", "tests")]:
         del sys.modules[name]
 
@@ -218,11 +225,11 @@ class _Recorder:
         if not report.passed:
             self.failed.add(report.nodeid)
 
-    def lines(self) -> dict[str, dict[int, list[str]]]:
+    def lines(self, passed: Container[str]) -> dict[str, dict[int, list[str]]]:
         data = self.coverage.get_data()
         return {
             str(Path(file).relative_to(ROOT)): {
-                line: [test for test in tests if test in self.seconds and test not in self.failed]
+                line: [test for test in tests if test in passed]
                 for line, tests in data.contexts_by_lineno(file).items()
             }
             for file in data.measured_files()
@@ -230,19 +237,22 @@ class _Recorder:
 
 
 def _record(package: str, tests: str) -> dict[str, Any]:
-    """Return the `seconds` of each test in a file and the tests of each line (`lines`); kept for later."""
-    state = hashlib.sha256(str(OPTIONS).encode())
+    """Return `seconds` by test, which `passed`, and the tests of each line (`lines`); kept for later."""
+    state = hashlib.sha256(f"2 {OPTIONS}".encode())
     for path in [*_python_files(ROOT / tests), *_python_files(ROOT / package)]:
         state.update(path.read_bytes())
     kept = Path(tempfile.gettempdir()) / "memlens-mutation" / f"{state.hexdigest()[:24]}.json"
 
     def run() -> int:
+        _import_all()  # or the first test to import a module would count as the test of all its definitions
         recorder = _Recorder(package)
         recorder.coverage.start()
         _pytest(tests, plugins=[recorder])
         recorder.coverage.stop()
         kept.parent.mkdir(exist_ok=True)
-        kept.write_text(json.dumps({"seconds": recorder.seconds, "lines": recorder.lines()}))
+        passed = [test for test in recorder.seconds if test not in recorder.failed]
+        found = {"seconds": recorder.seconds, "passed": passed, "lines": recorder.lines(set(passed))}
+        kept.write_text(json.dumps(found))
         return 0
 
     if not kept.exists():
@@ -251,14 +261,13 @@ def _record(package: str, tests: str) -> dict[str, Any]:
 
 
 def _spans(source: str, first: int, last: int) -> Iterator[range]:
-    """Yield the lines of a change, then of all that encloses it, from the inside."""
+    """Yield the lines of a change, then of each statement that encloses it, from the inside."""
     yield range(first, last + 1)
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
     around = [(node.lineno, node.end_lineno or node.lineno) for node in nodes]
     yield from (
         range(a, b + 1) for a, b in sorted(around, key=lambda s: s[1] - s[0]) if a <= first and last <= b
     )
-    yield range(1, len(source.splitlines()) + 1)
 
 
 class Tests:
@@ -268,25 +277,34 @@ class Tests:
         files = [
             path for name in TESTS[package] for path in _python_files(ROOT / "tests" / name, "test_*.py")
         ]
+        self.files = [str(file.relative_to(ROOT)) for file in files]
         self.seconds: dict[str, float] = {}
+        self.passed: set[str] = set()
         self.lines: dict[str, dict[int, list[str]]] = {}
-        for tests in [*(str(file.relative_to(ROOT)) for file in files), package]:
+        for tests in [*self.files, package]:
             found = _record(package, tests)
             self.seconds.update(found["seconds"])
+            self.passed.update(found["passed"])
             for path, lines in found["lines"].items():
                 for line, names in lines.items():
                     self.lines.setdefault(path, {}).setdefault(int(line), []).extend(names)
 
     def of(self, mutant: Mutant) -> list[str]:
-        """Return the tests that execute the changed lines, fastest first, at most `MOST_SECONDS` of them."""
+        """Return the tests that execute the changed lines, fastest first, at most `MOST_SECONDS` of them.
+
+        For a change outside functions these are the tests that execute any line of the module, or import it.
+        """
         lines = self.lines.get(mutant.path, {})
         for span in _spans((ROOT / mutant.path).read_text(), *mutant.lines):
-            tests = {test for line in span for test in lines.get(line, ())}
-            if tests:
-                chosen = sorted(tests, key=lambda test: (self.seconds[test], test))
-                sums = np.cumsum([self.seconds[test] for test in chosen])
-                return chosen[: 1 + int((sums[1:] <= MOST_SECONDS).sum())]
-        return []
+            if tests := {test for line in span for test in lines.get(line, ())}:
+                break
+        else:
+            tests = {test for found in lines.values() for test in found}
+            importing = {file for file in self.files if _module(mutant.path) in (ROOT / file).read_text()}
+            tests |= {test for test in self.passed if test.partition("::")[0] in importing}
+        chosen = sorted(tests, key=lambda test: (self.seconds[test], test))
+        sums = np.cumsum([self.seconds[test] for test in chosen])
+        return chosen[: 1 + int((sums[1:] <= MOST_SECONDS).sum())]
 
 
 def tried(mutant: Mutant, tests: Tests) -> str:

@@ -225,6 +225,35 @@ def test_adapters_are_merged_into_a_copy(family: str) -> None:
     assert describe(model)["adapters"] == "secret"
 
 
+@pytest.mark.parametrize(
+    ("site", "off", "status"),
+    [
+        ("z", 5e-4, "ok"),  # 0.5 of what it should be, but nothing beside the residual of size 100
+        ("z", 5e-3, "failed"),
+        ("mlp_post", 5e-3, "refused"),  # a model can do without it
+        ("pattern", 5e-4, "ok"),
+        ("q", 5e-8, "ok"),
+        ("q", 5e-4, "refused"),  # what it changes, attention weights, is no part of the residual
+        ("k", 5e-4, "refused"),
+    ],
+)
+def test_differences_at_a_site_are_relative_to_the_residual_or_to_attention_weights(
+    site: str, off: float, status: str
+) -> None:
+    out, here = hook_name("resid_post", 2), hook_name(site, 2)
+    plain = {out: torch.full((2, 3), 100.0), here: torch.ones(2, 3)}
+    wanted = torch.full((2, 3), 1e-3)
+    found = module._site(site, 2, plain, {out: plain[out] + 1}, lambda run: (wanted + off, wanted))
+    assert (found.name, found.status) == (f"site {site}", status)
+    assert found.layer == (None if status == "ok" else 2)
+    unheeded = module._site(site, 2, plain, plain, lambda run: (wanted, wanted))
+    assert (unheeded.status, unheeded.layer) == ("ignored", 2)
+    nothing = plain | {here: torch.zeros(2, 3)}  # a zero changes nothing where there was none but zeros
+    assert module._site(site, 2, nothing, nothing, lambda run: (wanted, wanted)).status == "ok"
+    absent = module._site(site, 2, plain, {out: plain[out] + 1}, lambda run: (run["other"], wanted))
+    assert absent.status == "absent"
+
+
 @torch.no_grad()
 def test_a_sentence_shows_the_beginning_only_where_it_can(
     tiny_folder: Callable[[str], Path], tmp_path: Path

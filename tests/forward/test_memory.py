@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from memlens.errors import OptionError
+from memlens.forward import generate
 from memlens.forward.memory import (
     Budget,
     default_budget,
@@ -84,8 +85,8 @@ def texts(n: int) -> SequenceSet:
 @pytest.mark.parametrize(
     ("device", "total", "n", "batch_size", "expected"),
     [
-        # a position takes 560 bytes (60 % of the budget: 1071 fit), what is kept of a sequence 4,800 (25 %: 52),
-        # a target 1,200 (15 %: 125)
+        # a position takes 560 bytes (60 % of the budget: 1071 fit), what is kept of a sequence 4,800
+        # (25 %: 52), a target 1,200 (15 %: 125)
         (CPU, 10**6, 200, None, (10**6, 52, 1071, 1071, 125, 16)),
         (CPU, 10**6, 3, None, (10**6, 3, 1071, 1071, 125, 16)),
         (CPU, 10**6, 3, 200, (10**6, 200, 2000, 1071, 125, 16)),
@@ -110,6 +111,24 @@ def test_logits_have_a_share_of_what_there_is(monkeypatch: pytest.MonkeyPatch) -
     assert unembedding_rows(50, GPU, itemsize=8) == (25, 25)
     assert unembedding_rows(50, CPU) == (256, 16)
     assert unembedding_rows(10**6, CPU) == (6, 6)
+
+
+@pytest.mark.parametrize(("family", "kv_heads"), [("gpt_neox", 4), ("llama_gqa", 2)])
+def test_as_many_sequences_are_decoded_together_as_their_keys_and_values_fit(
+    family: str, kv_heads: int, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seqs, sizes = tiny_model(family, "bridge"), texts(8), list[int]()
+    row = 2 * 3 * kv_heads * 8 * 10 * 4  # keys and values, layers, heads, features, tokens, bytes
+    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda x, hook: sizes.append(len(x)))]):
+        for n, chunks in {3: {3, 2}, 5: {5, 3}, 1000: {8}}.items():
+            monkeypatch.setattr(generate, "default_budget", lambda device, n=n: 4 * n * row)
+            sizes.clear()
+            found = generate.greedy_continuations(model, seqs)
+            assert set(sizes) == chunks
+            assert found.shape == (8, 8)
+            sizes.clear()
+            generate.greedy_continuations(model, seqs, batch_size=2)
+            assert set(sizes) == {2}
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
