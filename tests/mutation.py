@@ -46,7 +46,7 @@ from statsmodels.stats.proportion import proportion_confint
 ROOT = Path(__file__).parent.parent
 TESTS = {
     "memlens/results/statistics": ["results", "recall/test_sampling.py", "instruments/test_tasks.py"],
-    "memlens/recall": ["recall", "studies/test_pairing.py"],
+    "memlens/recall": ["recall", "studies/test_pairing.py", "sequences/test_memmaps.py"],
     "memlens/sequences/readers": ["sequences"],
     "memlens/forward": [
         "forward",

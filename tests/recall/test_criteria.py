@@ -296,6 +296,20 @@ def test_names_of_references_are_told_apart() -> None:
     assert score(texts, named).by_reference["reference"].tolist() == ["big", "small"]
 
 
+def test_settings_name_what_was_given() -> None:
+    texts, rule = frame("turn a blind eye"), Rule(lambda p, t: 1)
+    names = ("embeddings", "corpus", "corpus_counts", "ngrams")
+    bare = score(texts, rule).settings
+    assert [bare[name] for name in names] == ["", "", False, ""]
+    tokenizer = tiny_tokenizer()
+    given = {"corpus": [[1, 2]], "tokenizer": tokenizer, "corpus_counts": {"a": 3.0}}
+    vectors = {"blind": np.ones(2), "eye": np.ones(2)}
+    ngrams = ml.recall.NgramReference(["turn a blind eye"], order=2)
+    full = score(texts, rule, embeddings=vectors, ngrams=ngrams, **given).settings
+    assert [full[name] for name in names] == ["dict", "list", True, ngrams.name]
+    assert full["n_passes"] == {"rule": 1}
+
+
 def test_scores_are_written_and_shown(tmp_path: Path) -> None:
     scores = score(frame("turn a <blind> eye", "one of a kind"), Rule(lambda p, t: 0))
     table, settings = read_table(scores.save(tmp_path / "criteria.parquet"))

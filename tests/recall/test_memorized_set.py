@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -358,6 +359,17 @@ def test_what_is_recorded(model: Any, corpus: np.ndarray, found: MemorizedSet) -
     html = found._repr_html_()
     assert "exact_duplicate_window" in html
     assert "target_logprob" in html
+
+
+def test_on_a_gpu_its_name_is_recorded(found: MemorizedSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "gpu" not in found.settings
+    monkeypatch.setattr(module, "describe", lambda model: {"device": "cuda"})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the best {device.type}")
+    weight = SimpleNamespace(device=torch.device("cuda"))
+    facts = module._numerics(SimpleNamespace(parameters=lambda: iter([weight])), 8)
+    assert facts["gpu"] == "the best cuda"
+    assert (facts["batch_size"], facts["attention"]) == (8, "TransformerLens (eager)")
+    assert facts["matmul_precision"] == torch.get_float32_matmul_precision()
 
 
 def test_the_recorded_sets_go_on_as_any_other(model: Any, found: MemorizedSet) -> None:

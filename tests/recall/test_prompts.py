@@ -219,6 +219,28 @@ def test_compression_is_drawn_and_saved(tiny_model: Models, method: str, tmp_pat
     assert again["fewest_tokens"].values.tolist() == found["fewest_tokens"].values.tolist()
 
 
+UNITS = {
+    **dict.fromkeys(("works", "recalled", "kept", "complete", "exact_match"), "0 or 1"),
+    **dict.fromkeys(("fewest_tokens", "stable_tokens", "matching_prefix"), "tokens"),
+    **dict.fromkeys(("compression_ratio", "stable_compression_ratio"), "share"),
+    "target_accuracy": "share of tokens",
+    "target_logprob": "nats",
+}
+
+
+def test_every_array_says_its_unit(tiny_model: Models) -> None:
+    model = tiny_model("gpt_neox", "bridge")
+    seqs = short_targets(model, 3)
+    found = [prompt_compression(model, seqs, method, progress=False) for method in COMPRESSIONS]
+    found.append(extraction_curve(model, seqs, progress=False))
+    seen: dict[str, str] = {}
+    for result in found:
+        seen |= {str(name): array.attrs["units"] for name, array in result.data.data_vars.items()}
+    assert seen == UNITS
+    assert found[0]["works"].attrs["long_name"] == "whole continuation recalled"
+    assert found[2]["kept"].attrs["long_name"] == "prefix token is needed"
+
+
 def test_bad_options_are_refused_before_any_forward_pass(tiny_model: Models) -> None:
     model = tiny_model("gpt_neox", "bridge")
     seqs = SequenceSet.from_tokens([[1, 2, 3, 4], [4, 3, 2, 1]], [2, 3])
