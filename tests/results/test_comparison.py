@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from memlens.errors import OptionError, ResultError
 from memlens.results.result import Result
 from memlens.results.statistics.comparison import compare_groups, corrected
 from memlens.results.statistics.intervals import mean_interval
@@ -52,3 +53,59 @@ def test_the_seed_decides_the_resamples() -> None:
     values = xr.DataArray(np.random.default_rng(0).normal(size=30), dims="sequence")
     assert mean_interval(values, seed=1).equals(mean_interval(values, seed=1))
     assert not mean_interval(values, seed=1).equals(mean_interval(values, seed=2))
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_a_comparison_says_of_what_it_is(paired: bool) -> None:
+    ids = [f"s{i}" for i in range(5)]
+    link = {"match": ("sequence", ids[1:])} if paired else {}
+    first, second = _group([1.0, 2.0, 4.0, 3.0, 9.0], sequence=ids), _group([0.0, 1.0, 1.5, 4.0], **link)
+    found = compare_groups(first, second, "m", level=0.8, n_resamples=50, n_permutations=50)
+    sizes = {"n_a": 4, "n_b": 4} if paired else {"n_a": 5, "n_b": 4}
+    assert found.attrs == {"metric": "m", "of": "value", "level": 0.8, "paired": paired, **sizes}
+    assert list(found) == ["difference", "low", "high", "p", "p_corrected"]
+    assert float(found["difference"]) == pytest.approx((4.5 if paired else 3.8) - 1.625)
+    assert float(found["p"]) == float(found["p_corrected"])  # of a single site
+
+
+def test_of_an_effect_each_sequence_is_compared_with_its_own_baseline() -> None:
+    def group(values: list[float], base: list[float]) -> Result:
+        data = {"m": ("sequence", values), "m_baseline": ("sequence", base)}
+        return Result.create(xr.Dataset(data), kind="sweep")
+
+    first, second = group([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]), group([5.0, 5.0, 8.0], [1.0, 2.0, 3.0])
+    of_effects = compare_groups(first, second, "m", of="effect", n_resamples=50, n_permutations=50)
+    assert float(of_effects["difference"]) == pytest.approx(1 - 4)
+    assert of_effects.attrs["of"] == "effect"
+    assert float(compare_groups(first, second, "m", n_resamples=50)["difference"]) == pytest.approx(-4)
+
+
+def test_sites_without_a_value_have_no_p() -> None:
+    values = np.array([[1.0, np.nan, 3.0], [2.0, np.nan, 5.0], [4.0, np.nan, np.nan]])
+    first, second = (
+        Result.create(xr.Dataset({"m": (("sequence", "layer"), part)}), kind="sweep")
+        for part in (values, values[::-1] - 1)
+    )
+    paired = Result.create(second.data.assign_coords(match=("sequence", [2, 1, 0])), kind="sweep")
+    named = Result.create(first.data.assign_coords(sequence=[0, 1, 2]), kind="sweep")
+    for found in (compare_groups(first, second, "m"), compare_groups(named, paired, "m")):
+        assert found["difference"].isnull().values.tolist() == [False, True, False]
+        assert found["p"].isnull().values.tolist() == [False, True, False]
+        assert found["p_corrected"].isnull().values.tolist() == [False, True, False]
+        np.testing.assert_allclose(found["difference"][[0, 2]], [1, 1])
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    one, two, three = _group([1.0]), _group([1.0, 2.0]), _group([1.0, 2.0, 3.0], sequence=["a", "b", "c"])
+    with pytest.raises(OptionError, match=r"of='change'.*value.*effect"):
+        compare_groups(two, two, "m", of="change")
+    for pair in ((one, two), (two, one)):
+        with pytest.raises(ResultError, match="'m' needs at least two sequences per group"):
+            compare_groups(*pair, "m")
+    with pytest.raises(ResultError, match=r"'match' of the second result names 1 sequences of the first"):
+        compare_groups(three, _group([1.0, 2.0], match=("sequence", ["b", "x"])), "m")
+    by_layer = Result.create(xr.Dataset({"m": (("sequence", "layer"), np.ones((2, 3)))}), kind="sweep")
+    with pytest.raises(
+        ResultError, match=r"'m' has sites \{\} in one result and \{'layer': 3\} in the other"
+    ):
+        compare_groups(two, by_layer, "m")

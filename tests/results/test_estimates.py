@@ -27,6 +27,16 @@ def test_an_estimate_is_read_from_what_mean_ci_gives() -> None:
     assert found.text("nats") == f"3 nats (90 % interval {found.low:.3g} to {found.high:.3g})"
 
 
+@pytest.mark.parametrize("name", ["n", "n_restored_share"])
+def test_the_count_is_read_by_any_of_its_names(name: str) -> None:
+    interval = mean_interval(xr.DataArray([1.0, 2.0, 4.0, 5.0], dims="sequence")).rename(n=name)
+    assert Estimate.of(interval).n == 4
+    assert Estimate.of(interval.drop_vars(name).assign_coords(other=7)).n == 0
+    assert Estimate.of(interval.assign_coords(n_z=9)).n == 4  # the first of several
+    del interval.attrs["level"]
+    assert Estimate.of(interval).level == 0.95
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("n", [1, 2])
 def test_one_or_two_sequences_give_a_mean_without_an_interval(method: str, n: int) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -9,8 +11,9 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 from memlens.errors import OptionError, ResultError
-from memlens.results.statistics.intervals import is_binary, mean_interval, quantile_interval
-from memlens.results.statistics.resampling import bootstrap_means
+from memlens.results.statistics.intervals import is_binary, mean_interval, quantile_interval, ratio_interval
+from memlens.results.statistics.resampling import bootstrap_means, weighted_means
+from memlens.results.statistics.tradeoff import removed_share
 
 
 def _array(values: np.ndarray) -> xr.DataArray:
@@ -117,7 +120,7 @@ def test_binary_needs_values() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"method": "bayes"}, OptionError, "'bayes'"),
+        ({"method": "bayes"}, OptionError, "method='bayes'.*'bootstrap', 'wilson'"),
         ({"level": 95}, OptionError, "95"),
         ({"method": "wilson"}, OptionError, "0 or 1"),
         ({"dim": "head"}, ResultError, "'head'"),
@@ -131,3 +134,28 @@ def test_bad_options(options: dict[str, object], error: type[Exception], message
 def test_columns_without_values_have_no_interval() -> None:
     low, high = quantile_interval(np.full((5, 3), np.nan), 0.95, 5)
     assert np.isnan(low).tolist() == np.isnan(high).tolist() == [True] * 3
+
+
+def test_sites_of_few_values_have_a_mean_and_neither_end_of_an_interval() -> None:
+    values = np.array([[1.0, 0.0, 1.0], [0.0, np.nan, 0.0], [1.0, 1.0, 1.0], [1.0, np.nan, np.nan]])
+    for method in ("wilson", "bootstrap", "t"):
+        found = mean_interval(_array(values), method=method)
+        assert found["n"].values.tolist() == [4, 2, 3]
+        np.testing.assert_allclose(found[0], [0.75, 0.5, 2 / 3])
+        assert np.isnan(found[1:]).values.tolist() == [[False, True, False]] * 2
+    ratio = ratio_interval(_array(values), _array(values + 1))
+    assert ratio["n"].values.tolist() == [4, 2, 3]
+    np.testing.assert_allclose(ratio[0], [3 / 7, 1 / 3, 2 / 5])
+    assert np.isnan(ratio[1:]).values.tolist() == [[False, True, False]] * 2
+
+
+def test_nothing_measured_gives_no_number_and_no_warning() -> None:
+    nothing = _array(np.full((4, 2), np.nan))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for method in ("auto", "bootstrap", "t"):
+            assert np.isnan(mean_interval(nothing, method=method)).all()
+        assert np.isnan(ratio_interval(nothing, nothing)).all()
+        assert np.isnan(bootstrap_means(nothing.values, 5, 0)).all()
+        assert np.isnan(weighted_means(np.ones((1, 4)), nothing.values)).all()
+        assert np.isnan(removed_share(np.array([[0.0, 1.0], [-1.0, 0.0]]))).all()
