@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from memlens.errors import ColumnError, OptionError, SequenceError
@@ -116,6 +119,19 @@ def test_the_identity_of_the_flags_is_checked(tmp_path: Path) -> None:
     rows = [*ROWS, {**row("let bygones be bygones", "x", similar=True), "hard_to_guess": True}]
     with pytest.warns(UserWarning, match="1 rows contradict hard_to_guess.*'let bygones be bygones'"):
         load_sequences(write(tmp_path, rows), tokenizer=byte_level())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_row_is_hard_to_guess_where_it_is_neither_predictable_nor_similar() -> None:
+    flags = np.array(list(itertools.product([False, True], repeat=3)))
+    words = [f"turn a blind {letter}" for letter in "abcdefgh"]
+    frame = pd.DataFrame(flags, columns=["hard_to_guess", "prompt_comp_ind", "similarity_ind"])
+    table = load_sequences(frame.assign(idiom=words), tokenizer=byte_level()).table
+    right = {(True, False, False), (False, True, False), (False, False, True), (False, True, True)}
+    assert table["contradiction"].tolist() == [tuple(row) not in right for row in flags.tolist()]
+    for name in frame:
+        bare = frame.drop(columns=name).assign(idiom=words)
+        assert not load_sequences(bare, tokenizer=byte_level()).table["contradiction"].any()
 
 
 def test_the_order_of_rows_does_not_matter(tmp_path: Path) -> None:

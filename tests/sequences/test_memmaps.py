@@ -87,6 +87,27 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         open_megatron(path)
 
 
+@pytest.mark.parametrize(
+    ("place", "number", "kind"),
+    [
+        (34 + 4, -1, "<i4"),  # the second length
+        (34 + 4 * 3 + 8, -2, "<i8"),  # the second pointer
+        (34 + 4 * 3 + 8, 9, "<i8"),  # in the middle of a token
+        (34 + 4 * 3 + 8, 20, "<i8"),  # two of the three tokens are there
+    ],
+)
+def test_an_index_that_points_beside_the_tokens_is_refused(
+    place: int, number: int, kind: str, tmp_path: Path
+) -> None:
+    path = write_megatron(tmp_path, ROWS)
+    index = bytearray(path.with_suffix(".idx").read_bytes())
+    raw = np.array(number, kind).tobytes()
+    index[place : place + len(raw)] = raw
+    path.with_suffix(".idx").write_bytes(index)
+    with pytest.raises(FileFormatError, match=r"puts sequence 1 at byte .*12 tokens of 2 bytes"):
+        open_megatron(path)
+
+
 def test_every_truncated_index_is_refused(tmp_path: Path) -> None:
     path = write_megatron(tmp_path, ROWS)
     whole = path.with_suffix(".idx").read_bytes()
