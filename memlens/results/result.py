@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 
@@ -113,6 +114,53 @@ class Result:
             )
         return self.data[name]
 
+    if not TYPE_CHECKING:  # a type checker should still find misspelled names
+
+        def __getattr__(self, name: str) -> xr.DataArray:
+            """Return a variable or coordinate, as xarray does: `result.exact_match`, `result.layer`."""
+            # Before `data` is there (as in copying) nothing else may be asked for.
+            if not name.startswith("__") and name != "data" and name in self.data.variables:
+                return self.data[name]
+            raise AttributeError(f"a Result has no {name!r}; its arrays are in `data`, an xarray.Dataset")
+
+    def __dir__(self) -> list[str]:
+        names = (str(name) for name in self.data.variables)
+        return [*super().__dir__(), *(name for name in names if name.isidentifier())]
+
+    def sel(self, **labels: Any) -> Result:
+        """Return the part at some labels, as `xarray.Dataset.sel` does: `result.sel(layer=[0, 1])`.
+
+        One label removes its dimension, except for `sequence`, of which one is kept as a list of one.
+
+        Raises:
+            ResultError: There is no such dimension or label.
+
+        Example:
+            >>> data = xr.Dataset({"m": (("sequence", "layer"), [[1, 2], [3, 4]])}, {"sequence": ["a", "b"]})
+            >>> result = Result.create(data, kind="sweep")
+            >>> result.sel(sequence="b").isel(layer=0).m.values.tolist()
+            [3]
+        """
+        return self._part("sel", labels)
+
+    def isel(self, **numbers: Any) -> Result:
+        """Return the part at some places, as `xarray.Dataset.isel` does: `result.isel(sequence=slice(10))`.
+
+        Raises:
+            ResultError: There is no such dimension or place.
+        """
+        return self._part("isel", numbers)
+
+    def _part(self, how: str, at: Mapping[str, Any]) -> Result:
+        if "sequence" in at and np.ndim(at["sequence"]) == 0 and not isinstance(at["sequence"], slice):
+            at = {**at, "sequence": [at["sequence"]]}
+        try:
+            return Result(getattr(self.data, how)(**at))
+        except (KeyError, IndexError, ValueError) as error:
+            sizes = ", ".join(f"{name} {size}" for name, size in self.data.sizes.items())
+            message = f"this {self.kind} result has no {dict(at)}: its dimensions are {sizes}"
+            raise ResultError(f"{message} ({error})") from error
+
     def baseline(self, metric: str) -> xr.DataArray:
         """Return the values without the intervention (for patching: those of the corrupt run)."""
         for tail in _REFERENCES:
@@ -134,9 +182,99 @@ class Result:
         attrs = {**self[metric].attrs, "of": "effect"}
         return difference.transpose(*self[metric].dims, ...).rename(metric).assign_attrs(attrs)
 
-    def to_frame(self) -> pd.DataFrame:
-        """Return a tidy table: one row per coordinate, the metrics and baselines as columns."""
-        return self.data.to_dataframe().reset_index()
+    def to_frame(self, columns: Iterable[str] | Literal["all"] | None = None) -> pd.DataFrame:
+        """Return a tidy table: one row per combination of the dimensions' labels.
+
+        Args:
+            columns: Which variables and coordinates follow the dimensions; by default what is known of sites
+                (such as a neuron's number), the metrics and their baselines; "all" for what is known of
+                sequences too.
+
+        Raises:
+            ResultError: There is no such variable or coordinate.
+
+        Example:
+            >>> import memlens as ml
+            >>> model = ml.load_model("zoo/pythia-s")
+            >>> result = ml.ablate_heads(model, ml.load_sequences("zoo", model)[:2], progress=False)
+            >>> result.to_frame(["target_logprob", "copies"]).columns.tolist()
+            ['sequence', 'layer', 'head', 'target_logprob', 'copies']
+        """
+        if columns == "all":
+            return self.data.to_dataframe().reset_index()
+        if columns is None:
+            of_sites = (n for n, c in self.data.coords.items() if c.dims not in ((), ("sequence",)))
+            chosen = [str(name) for name in (*of_sites, *self.data.data_vars)]
+        else:
+            chosen = list(dict.fromkeys([columns] if isinstance(columns, str) else columns))
+        dims = [str(dim) for dim in self.data.sizes]
+        kept = self.data.drop_vars(
+            set(self.data.variables) - {self[name].name for name in chosen} - set(dims)
+        )
+        frame = kept.reset_coords([n for n in chosen if n in kept.coords and n not in dims]).to_dataframe()
+        return frame.reset_index()[
+            [*(d for d in dims if d in kept.dims), *(n for n in chosen if n not in dims)]
+        ]
+
+    def to_pandas(self, metric: str | None = None) -> pd.Series | pd.DataFrame:
+        """Return one metric as a table with the dimensions as its axes, as `xarray.DataArray.to_pandas` does.
+
+        Args:
+            metric: By default the first.
+
+        Returns:
+            A series for one dimension, a table of sequences by sites for two.
+
+        Raises:
+            ResultError: There is no such metric, or it has more than two dimensions: select with `sel`,
+                average, or take `to_frame`.
+
+        Example:
+            >>> data = xr.Dataset({"m": (("sequence", "layer"), [[1, 2], [3, 4]])}, {"sequence": ["a", "b"]})
+            >>> Result.create(data, kind="sweep").to_pandas().loc["b"].tolist()
+            [3, 4]
+        """
+        array = self[metric or self.metrics[0]]
+        if array.ndim > 2:
+            raise ResultError(
+                f"{array.name!r} has the dimensions {', '.join(map(str, array.dims))}: select with sel, "
+                "average over one (result[metric].mean(dim)), or take to_frame()."
+            )
+        return array.to_pandas()  # pyright: ignore[reportReturnType]  # of 0 dimensions only
+
+    def compare_groups(
+        self, metric: str, group: str, values: tuple[Any, Any] | None = None, **options: Any
+    ) -> xr.Dataset:
+        """Compare two groups of this result's sequences: `memlens.compare_groups` of the two parts.
+
+        Args:
+            metric: A variable.
+            group: A coordinate along `sequence`, such as `domain`.
+            values: The two values to compare, the first less the second; needed if there are more than two.
+                By default the two that there are, the larger first (True less False).
+            options: See `memlens.compare_groups`.
+
+        Raises:
+            ResultError: No such coordinate or value, not two values, or a group of fewer than two sequences.
+
+        Example:
+            >>> data = xr.Dataset(
+            ...     {"m": ("sequence", [5.0, 6.0, 1.0, 2.0])},
+            ...     {"recalled": ("sequence", [True, True, False, False])},
+            ... )
+            >>> float(Result.create(data, kind="recall").compare_groups("m", "recalled")["difference"])
+            4.0
+        """
+        from memlens.results.statistics.comparison import compare_groups
+
+        labels = self[group]
+        if labels.dims != ("sequence",):
+            raise ResultError(f"{group!r} is no coordinate along 'sequence': groups are of sequences.")
+        known = sorted(pd.unique(labels.to_series().dropna()), reverse=True)
+        if values is None and len(known) != 2:
+            raise ResultError(f"{group!r} has {len(known)} values ({known}): name two of them in values.")
+        first, second = (self.isel(sequence=labels.values == value) for value in values or known)
+        return compare_groups(first, second, metric, **options)
 
     def mean_ci(
         self,
@@ -232,7 +370,7 @@ class Result:
         return save_dataset(self.data, path)
 
     def to_parquet(self, path: str | Path) -> Path:
-        """Write `to_frame()` to a parquet file atomically, with the settings in the frame's `attrs`.
+        """Write `to_frame("all")` to a parquet file atomically, with the settings in the frame's `attrs`.
 
         This is for other programs: `memlens.load_result` reads only what `save` wrote.
 
@@ -244,7 +382,7 @@ class Result:
             >>> table.attrs["kind"], len(table)
             ('residual_decoding', 384)
         """
-        frame = self.to_frame()
+        frame = self.to_frame("all")
         frame.attrs = {str(key): value for key, value in self.data.attrs.items()}
         with replacing(path) as part:
             frame.to_parquet(part, index=False)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import plotly.graph_objects as go
 import pytest
@@ -85,7 +88,57 @@ def test_frame_has_one_row_a_value() -> None:
     row = frame.query("sequence == 'seq-003' and layer == 2 and head == 1").iloc[0]
     where = {"sequence": "seq-003", "layer": 2, "head": 1}
     assert row["target_logprob"] == float(result["target_logprob"].sel(where))
-    assert row["copies"] == int(result["copies"].sel(sequence="seq-003"))
+    names = ["target_logprob", "target_rank", "exact_match"]
+    dims = ["sequence", "layer", "head"]
+    assert set(frame) == {*dims, *names, *(f"{name}_baseline" for name in names)}
+    assert list(result.to_frame(["copies", "target_rank"])) == [*dims, "copies", "target_rank"]
+    whole = result.to_frame("all").query("sequence == 'seq-003' and layer == 2 and head == 1").iloc[0]
+    assert whole["copies"] == int(result["copies"].sel(sequence="seq-003"))
+    assert len(result.to_frame(["copies"])) == len(result.data["copies"])
+    with pytest.raises(ResultError, match="Did you mean 'copies'"):
+        result.to_frame(["copis"])
+
+
+def test_a_result_is_selected_and_read_as_its_dataset() -> None:
+    result = synthetic.head_ablation()
+    xr.testing.assert_identical(result.copies, result.data["copies"])
+    part = result.sel(layer=2).isel(head=[0, 1])
+    xr.testing.assert_identical(part.data, result.data.sel(layer=2).isel(head=[0, 1]))
+    assert part.kind == "head_ablation"
+    one = result.sel(sequence="seq-003")
+    assert one.data.sizes["sequence"] == result.isel(sequence=3).data.sizes["sequence"] == 1
+    assert result.isel(sequence=slice(0, 5, 2)).data.sizes["sequence"] == 3
+    assert {"copies", "target_logprob"} <= set(dir(result))
+    with pytest.raises(AttributeError, match="no 'target_logprobs'"):
+        result.target_logprobs  # noqa: B018
+    for wrong in ({"layer": 99}, {"leyer": 0}):
+        with pytest.raises(ResultError, match="its dimensions are"):
+            result.sel(**wrong)
+    with pytest.raises(ResultError, match="its dimensions are"):
+        result.isel(layer=99)
+    for again in (copy.deepcopy(result), pickle.loads(pickle.dumps(result))):
+        xr.testing.assert_identical(again.data, result.data)
+
+
+def test_one_metric_is_a_table_of_pandas() -> None:
+    result = synthetic.head_ablation()
+    table = result.isel(layer=1).to_pandas("target_rank")
+    assert table.loc["seq-003", 2] == int(result["target_rank"].sel(sequence="seq-003", head=2).isel(layer=1))
+    assert result.to_pandas("copies").loc["seq-003"] == int(result["copies"].sel(sequence="seq-003"))
+    with pytest.raises(ResultError, match="sequence, layer, head: select"):
+        result.to_pandas()
+
+
+def test_groups_of_one_result_are_compared_as_two_results() -> None:
+    result = synthetic.head_ablation()
+    rare, often = (result.isel(sequence=result["copies"].values == n) for n in (0, 256))
+    found = result.compare_groups("target_logprob", "copies", (256, 0), of="effect", n_permutations=99)
+    expected = compare_groups(often, rare, "target_logprob", of="effect", n_permutations=99)
+    xr.testing.assert_identical(found, expected)
+    with pytest.raises(ResultError, match=r"6 values.*name two"):
+        result.compare_groups("target_logprob", "copies")
+    with pytest.raises(ResultError, match="no coordinate along 'sequence'"):
+        result.compare_groups("target_logprob", "layer")
 
 
 def test_repr_shows_kind_model_and_escapes() -> None:
