@@ -21,6 +21,7 @@ from .noise import perturb_residual as perturb_residual
 from .patch.depth import unlearning_depth as unlearning_depth
 from .patch.patching import patch_activations as patch_activations
 from .patch.path_patching import patch_paths as patch_paths
+from .patch.training import memory_over_training as memory_over_training
 from .screen.gradients import attribute_ablation as attribute_ablation
 from .screen.gradients import attribute_gradients as attribute_gradients
 from .screen.instruments import INSTRUMENTS as INSTRUMENTS

@@ -291,9 +291,33 @@ def read_bounds(result: Result, metric: str | None) -> str:
     return f"{said} On geometric average the bounds exceed the changes: {'; '.join(parts)}, {over}."
 
 
+def read_training(result: Result, metric: str | None) -> str:
+    """Say when sequences are first recalled, and which component of the first checkpoint lacks them most."""
+    n, first = result.data.sizes["sequence"], result["first"].values
+    ever, last = np.isfinite(first), int(result["last"].sum())
+    steps = result["step"].values
+    said = f"{int(ever.sum())} of {n} sequences are recalled at some step"
+    if ever.any():
+        when = median_estimate(first[ever])
+        said += f", half of them by step {when.value:g}"
+    said += f"; {last} are at the last one, step {steps[-1]}."
+    for name, words in (("into_model", "lowers"), ("into_checkpoint", "raises")):
+        effect = _inner_mean(result.effect(name)).isel(step=0, drop=True)
+        ci = mean_interval(effect)
+        site = _extreme(ci, -1 if name == "into_model" else 1)
+        text = metric_text("target_logprob", result["target_logprob"])
+        target = "the model" if name == "into_model" else "that checkpoint"
+        source = f"step {steps[0]}" if name == "into_model" else "the model"
+        said += (
+            f" Taken from {source}, the component that {words} the {text.label} of {target} most is"
+            f"{_where(site).replace(' at ', ' ')}: it changes by {_spoken(Estimate.of(ci.sel(site)), text)}."
+        )
+    return said
+
+
 def read_depth(result: Result, metric: str | None) -> str:
     """Say how deep an edit goes, on how many sequences that is known, and which layers it leaves intact."""
-    depth, n = _mean(result["depth"]), result.data.sizes["sequence"]
+    depth, n = _mean(result["depth"], "bootstrap"), result.data.sizes["sequence"]
     counted = result["erased"].notnull().any("layer")
     if not bool(counted.any()):
         return (

@@ -154,6 +154,33 @@ def _stacked(ci: xr.Dataset) -> xr.Dataset:
 
 
 @takes(group=None)
+def plot_training(result: Result, s: Selection, *, step: int | None = None) -> go.Figure:
+    """Draw what a checkpoint's components do to the model, and the reverse: layer up, step to the right.
+
+    Heads are drawn for one `step`, the first by default. A metric of the checkpoints themselves is a curve.
+    """
+    names = ["into_model", "into_checkpoint"] if s.metric is None else [s.metric]
+    if "layer" not in result[names[0]].dims:
+        return plot_strengths(result, s)
+    if s.group is not None:
+        raise OptionError("group= is not drawn for checkpoints: select one group's sequences first.")
+    of = s.of or "effect"
+    if "head" not in result[names[0]].dims:
+        heading = "A checkpoint's layer in the model after training, and the reverse"
+        ci, caption = s.drawn(result, ("layer", "step"), heading, of=of, names=names)
+        ci = ci.transpose(..., "layer", "step")
+        return figures.heatmap_layer_position(ci, x="step", signed=of == "effect", **caption)
+    steps = result["step"].values.tolist()
+    chosen = steps[0] if step is None else step
+    if chosen not in steps:
+        raise SiteError(f"step={step} is not in this result: use one of {steps}.")
+    heading = f"Heads of step {chosen} in the model after training, and the reverse"
+    one_step = Result(result.data.sel(step=chosen))
+    ci, caption = s.drawn(one_step, ("layer", "head"), heading, of=of, names=names)
+    return figures.heatmap_layer_head(ci, signed=of == "effect", **caption)
+
+
+@takes(group=None)
 def plot_depth(result: Result, s: Selection) -> go.Figure:
     """Draw by how much the states of the retain and of the edited model lower recall; or one metric."""
     if s.metric is not None:
@@ -163,7 +190,7 @@ def plot_depth(result: Result, s: Selection) -> go.Figure:
             "group= is not drawn for the two models' lines: name a metric, or select sequences."
         )
     names = ["fall_retain", "fall_edited"]
-    found = Estimate.of(mean_interval(result["depth"].astype(float)))
+    found = Estimate.of(mean_interval(result["depth"].astype(float), method="bootstrap"))
     heading = f"Unlearning depth {found}: what is missing in each layer's states"
     ci, caption = s.drawn(result, ("layer",), heading, names=names)
     lines = xr.DataArray(["of the retain model", "of the edited model"], dims="states", name="states")

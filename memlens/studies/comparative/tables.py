@@ -18,6 +18,7 @@ from memlens.errors import ResultError
 from memlens.files import json_text, parsed_json
 from memlens.results.result import Result
 from memlens.results.statistics.estimates import Estimate, mean_estimate, median_estimate, share_estimate
+from memlens.results.statistics.training import training_events, training_table
 from memlens.studies.comparative.analyze import frequency, layers, rates
 from memlens.studies.comparative.analyze.domains import domain_table, structural_gap, structural_share
 from memlens.studies.comparative.analyze.heads import HeadEffects, head_overlap, head_table, rank_agreement
@@ -90,7 +91,7 @@ def _training_events(model: SavedModel, options: ComparativeOptions) -> Rows:
     `ever_forgotten` (share of those, with Wilson's interval), `relearned` (share of the forgotten), `kept`
     (share of those ever memorized that are at the last step).
     """
-    events, data = rates.training_events(*_hits(model)), model.result("training").data
+    events, data = training_events(*_hits(model)), model.result("training").data
     groups = {"all": events}
     if "copies" in data.coords:
         groups |= {str(copies): part for copies, part in events.groupby(data["copies"].values)}
@@ -175,7 +176,7 @@ PER_MODEL: dict[str, tuple[str, Callable[[SavedModel, ComparativeOptions], Rows]
     "boundary_gaps": ("frequency", lambda m, o: frequency.boundary_gap(*_buckets(m, o)).row("gap")),
     "thresholds": ("frequency", _thresholds),
     "copies": ("recall", lambda m, o: rates.copies_table(m.recall.table)),
-    "training": ("training", lambda m, o: rates.training_table(*_hits(m))),
+    "training": ("training", lambda m, o: training_table(*_hits(m))),
     "training_events": ("training", _training_events),
     "noise": ("noise", lambda m, o: layers.noise_table(m.result("noise"), o)),
     "structural_noise": (

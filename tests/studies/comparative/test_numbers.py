@@ -14,6 +14,7 @@ from statsmodels.stats.proportion import proportion_confint
 from memlens.errors import ColumnError, ResultError
 from memlens.results.result import Result
 from memlens.results.statistics.estimates import Estimate
+from memlens.results.statistics.training import training_events, training_table
 from memlens.sequences.set import SequenceSet
 from memlens.studies.comparative.analyze.domains import (
     domain_agreement,
@@ -48,8 +49,6 @@ from memlens.studies.comparative.analyze.rates import (
     score_spread,
     size_fits,
     smaller_beats_larger,
-    training_events,
-    training_table,
 )
 from memlens.studies.comparative.figures import FIGURES
 from memlens.studies.comparative.findings import (

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from scipy import stats
 
 from memlens.errors import ColumnError, ResultError
@@ -300,49 +300,6 @@ def join_steps(tables: dict[int, pd.DataFrame]) -> Result:
             values = first[name].to_numpy()
             coords[name] = ("sequence", values if values.dtype.kind in "iuf" else values.astype(str))
     return Result.create(xr.Dataset(arrays, coords), kind="recall_over_training", settings={"steps": steps})
-
-
-def training_events(hits: Bool[np.ndarray, "seq step"], steps: Int[np.ndarray, " step"]) -> pd.DataFrame:
-    """Return for each sequence when it is first memorized, and whether it is forgotten and learned again.
-
-    Only the given steps are seen: a change that is undone between two of them is not counted.
-
-    Args:
-        hits: Whether each sequence is recalled exactly at each step.
-        steps: The steps, ascending.
-
-    Returns:
-        Columns `first` (the first step at which it is recalled; NaN for never), `forgotten` (how often it is
-        recalled at one step and not at the next), `relearned` (how often it is recalled again after that),
-        `last` (whether it is recalled at the last step).
-
-    >>> found = training_events(np.array([[0, 1, 0, 1], [0, 0, 0, 0]], dtype=bool), np.array([1, 2, 4, 8]))
-    >>> found.to_numpy(float).tolist()[0]
-    [2.0, 1.0, 1.0, 1.0]
-    """
-    first = np.where(hits.any(1), np.asarray(steps, dtype=float)[hits.argmax(1)], np.nan)
-    changes = {name: found.sum(1) for name, found in _changes(hits).items() if name != "new"}
-    return pd.DataFrame({"first": first, **changes, "last": hits[:, -1]})
-
-
-def _changes(hits: Bool[np.ndarray, "seq step"]) -> dict[str, Bool[np.ndarray, "seq step"]]:
-    """Return where sequences are first memorized, forgotten, and learned again."""
-    before = np.pad(hits, ((0, 0), (1, 0)))[:, :-1]
-    earlier = np.maximum.accumulate(before, axis=1)
-    return {"new": hits & ~earlier, "forgotten": before & ~hits, "relearned": hits & earlier & ~before}
-
-
-def training_table(hits: Bool[np.ndarray, "seq step"], steps: Int[np.ndarray, " step"]) -> pd.DataFrame:
-    """Return the rate over training and what changed since the previous step.
-
-    Returns:
-        Columns `step`, `n`, `rate`, `low`, `high` (Wilson), `new` (first memorized here), `forgotten`
-        (recalled at the previous step and not here), `relearned` (recalled here and earlier, but not at the
-        previous step).
-    """
-    rates = pd.DataFrame([share_estimate(here).row("rate") for here in hits.T])
-    rates.insert(0, "step", steps)
-    return rates.assign(**{name: found.sum(0) for name, found in _changes(hits).items()})
 
 
 register_kind("recall_over_training", plot=plot_strengths, reading=read_strengths)
