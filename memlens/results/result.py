@@ -207,14 +207,11 @@ class Result:
             chosen = [str(name) for name in (*of_sites, *self.data.data_vars)]
         else:
             chosen = list(dict.fromkeys([columns] if isinstance(columns, str) else columns))
-        dims = [str(dim) for dim in self.data.sizes]
-        kept = self.data.drop_vars(
-            set(self.data.variables) - {self[name].name for name in chosen} - set(dims)
-        )
+        used = {dim for name in chosen for dim in self[name].dims}
+        dims = [str(dim) for dim in self.data.sizes if dim in used]
+        kept = self.data.drop_vars(set(self.data.variables) - {*chosen, *dims})
         frame = kept.reset_coords([n for n in chosen if n in kept.coords and n not in dims]).to_dataframe()
-        return frame.reset_index()[
-            [*(d for d in dims if d in kept.dims), *(n for n in chosen if n not in dims)]
-        ]
+        return frame.reset_index()[list(dict.fromkeys([*dims, *chosen]))]
 
     def to_pandas(self, metric: str | None = None) -> pd.Series | pd.DataFrame:
         """Return one metric as a table with the dimensions as its axes, as `xarray.DataArray.to_pandas` does.
