@@ -198,6 +198,12 @@ def test_a_sweep_is_drawn_by_the_coordinates_of_its_interventions() -> None:
 
     by_layer = of_sweep(synthetic.attention_bypass().data)
     assert "layer" in by_layer.plot("target_logprob").layout.xaxis.title.text
+    effect = by_layer.effect("target_logprob").mean("sequence")
+    assert any(
+        np.allclose(line.y, effect)
+        for line in by_layer.plot("target_logprob").data
+        if len(line.y) == len(effect)
+    )
     assert overlay({"a": by_layer, "b": by_layer}, "target_logprob").data
     assert of_sweep(synthetic.head_ablation().data).plot("target_logprob").data[0].type == "heatmap"
 

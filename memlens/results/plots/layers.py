@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
@@ -38,6 +40,12 @@ def plot_layer_lines(result: Result, s: Selection) -> go.Figure:
     if base is not None:
         base = base.rename({f"{name}_baseline": name for name in stems})
     return figures.line_over_layers(ci, baseline=base, **caption)
+
+
+@takes(of=None, group=None)
+def plot_layer_effects(result: Result, s: Selection) -> go.Figure:
+    """Draw curves over layers: of each sequence's difference to its own baseline, where there is one."""
+    return plot_layer_lines(result, replace(s, of=s.of_result(result)))
 
 
 @takes(group=None)
@@ -100,7 +108,7 @@ def plot_sweep(result: Result) -> Plot:
     """Choose the figure of a sweep by the coordinates of its interventions; others are a row of dots."""
     sites = {str(dim) for name in result.metrics for dim in result[name].dims} - {"sequence", "target"}
     if sites == {"layer"}:
-        return plot_layer_lines
+        return plot_layer_effects
     return plot_head_map if sites == {"layer", "head"} else plot_interventions
 
 
