@@ -13,7 +13,7 @@ from memlens.benchmark.measure import AVERAGED
 from memlens.benchmark.recommend import method_name, recommended, what_is_known
 from memlens.benchmark.scores import less_others, mean_ranks, z_scored
 from memlens.errors import OptionError, SequenceError
-from memlens.forward.components import ComponentKind
+from memlens.forward.components import Component, ComponentKind
 from memlens.models.provenance import describe
 from memlens.sequences.set import SequenceSet
 
@@ -30,11 +30,19 @@ class Ranking:
             sequences (for "averaged ranks", of ranks).
         method: The localizer and its variant, in words.
         evidence: What the benchmark found of it, in one sentence.
+        component: The kind.
     """
 
     table: pd.DataFrame
     method: str
     evidence: str
+    component: ComponentKind
+
+    def top(self, n: int) -> list[Component]:
+        """Return the first `n` components, for `memlens.edits.edit_weights` and the like."""
+        first = self.table.head(n)
+        pairs = zip(first["layer"].tolist(), first["index"].tolist(), strict=True)
+        return [Component(self.component, layer, index) for layer, index in pairs]
 
 
 def rank(
@@ -68,8 +76,8 @@ def rank(
         >>> model = ml.load_model("zoo/pythia-s")
         >>> seqs = ml.load_sequences("zoo", model)
         >>> found = ml.benchmark.rank(model, seqs[:1], "neuron", others=seqs[-8:], localizer="gate gradient")
-        >>> found.method, len(found.table)
-        ('gate gradient', 3072)
+        >>> found.method, len(found.table), len(found.top(2))
+        ('gate gradient', 3072, 2)
     """
     if localizer is None:
         chosen = recommended(component)
@@ -94,9 +102,8 @@ def rank(
     table = pd.DataFrame({"layer": layer, "index": index, "score": mean.ravel()})
     table = table.sort_values("score", ascending=False, kind="stable").reset_index(drop=True)
     family = str(describe(model)["family"])
-    return Ranking(
-        table, method_name(localizer, variant), what_is_known(localizer, variant, component, family)
-    )
+    evidence = what_is_known(localizer, variant, component, family)
+    return Ranking(table, method_name(localizer, variant), evidence, component)
 
 
 def _scores(

@@ -116,7 +116,7 @@ def run_backward(
     """
     by_layer = len(resid) * _graph_bytes(trunk, resid.shape[1]) > default_budget(trunk.device)
     hooked = _Hooked(trunk, spots, shift)
-    with _parameters_at_rest(trunk.model):
+    with parameters_at_rest(trunk.model):
         if by_layer and spots:
             values, gradients = _backward_by_layer(hooked, targets, resid, start, metric)
         else:
@@ -231,7 +231,7 @@ def _ignored(s: Spot) -> SilentInterventionError:
 
 
 @contextmanager
-def _parameters_at_rest(model: nn.Module) -> Iterator[None]:
+def parameters_at_rest(model: nn.Module) -> Iterator[None]:
     """Differentiate no parameter inside the `with` block."""
     inner = getattr(model, "original_model", None)
     modules = [model, *([inner] if isinstance(inner, nn.Module) else [])]
