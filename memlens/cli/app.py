@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cyclopts import App, CycloptsError
 from rich.text import Text
@@ -28,6 +29,11 @@ from memlens.cli.console import (
 from memlens.cli.making import generate, lens_app, zoo_app
 from memlens.errors import MemlensError, check_option
 from memlens.studies.registry import ModelChoice, SequenceChoice
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from memlens.recall.scores import RecallScores
 
 app: App = App(
     name="memlens",
@@ -122,7 +128,7 @@ def score(
     Args:
         where: The model.
         what: The sequences.
-        out: The parquet table to write.
+        out: The table to write, one row per sequence: .parquet, .csv or .jsonl.
         generate: Decode the sequences that contain an error, for the score M.
         metrics: all, none, or a comma-separated list of likelihood, sampling, near_verbatim, trivial,
             taxonomy.
@@ -135,7 +141,9 @@ def score(
     """
     import memlens as ml
     from memlens.recall.columns import METRIC_GROUPS
+    from memlens.recall.scores import table_suffix
 
+    table_suffix(out)  # before the work, not after it
     named = {"all": list(METRIC_GROUPS), "none": []}
     groups = named.get(metrics, [group.strip() for group in metrics.split(",")])
     for group in groups:
@@ -155,10 +163,23 @@ def score(
     )
     path = recall.save(out)
     if as_json:
-        print_json({"table": path, "summary": records(recall.summary())})
+        rows = records(recall.table.assign(prefix_len=recall.sequences.prefix_len.numpy()))
+        print_json({"table": path, "summary": records(recall.summary()), "sequences": rows})
     else:
-        print_table(recall.summary(), "Recall (means with 95 % intervals)")
+        print_table(_most_recalled(recall), "What is recalled best")
+        summary = recall.summary()
+        shown = summary[(summary["by"] == "all") | summary["metric"].isin(["exact_match", recall.criterion])]
+        print_table(shown, "Recall (means with 95 % intervals)")
         OUT.print(f"table: {path}")
+
+
+def _most_recalled(recall: RecallScores, most: int = 10) -> pd.DataFrame:
+    """The sequences that are recalled best, with the columns that tell which they are."""
+    order = [name for name in ("exact_match", recall.criterion, "target_logprob") if name in recall.table]
+    best = recall.table.sort_values(order, ascending=False, kind="stable").head(most)
+    shown = [name for name in ("id", "text", "domain", "copies", *order, "np_discoverable") if name in best]
+    rows = best.filter(list(dict.fromkeys(shown)))
+    return rows.map(lambda value: f"{value[:60]}…" if isinstance(value, str) and len(value) > 60 else value)
 
 
 def plan(where: ModelChoice, what: SequenceChoice, *, as_json: Json = False) -> None:

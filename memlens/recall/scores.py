@@ -14,7 +14,7 @@ import xarray as xr
 from jaxtyping import Int
 
 from memlens.errors import EmptySetError, FileFormatError, OptionError, SequenceError
-from memlens.files import parsing
+from memlens.files import expanded, json_text, parsing, replacing
 from memlens.forward.metrics import BUILT_IN, METRICS
 from memlens.recall.columns import COLUMNS, LABELS, SCORE_COLUMNS, sequence_coords
 from memlens.recall.matching import Matching, match_controls
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from memlens.results.result import Result
 
 
+TABLE_SUFFIXES = (".parquet", ".csv", ".jsonl")
 GROUPS = ("copies", "domain")
 """Columns by which rates are given if the table has them."""
 
@@ -65,6 +66,18 @@ class _MatchingOptions(TypedDict, total=False):
     threshold: float
     below: float
     token_counts: Int[np.ndarray, "vocab"] | Sequence[int] | None
+
+
+def table_suffix(path: str | Path) -> str:
+    """Return the suffix of a table that is to be written.
+
+    Raises:
+        OptionError: It is not one of `TABLE_SUFFIXES`.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in TABLE_SUFFIXES:
+        raise OptionError(f"{path} ends in {suffix!r}: a table is written as {', '.join(TABLE_SUFFIXES)}.")
+    return suffix
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,9 +212,36 @@ class RecallScores:
         return pd.concat(parts, ignore_index=True)
 
     def save(self, path: str | Path) -> Path:
-        """Write scores and sequences to one parquet file that `load` reads back without loss."""
-        whole = self.sequences.with_table(self.table)
-        return write_parquet(whole, path, recall=dict(self.attrs))
+        """Write scores and sequences to one file, in the format of its suffix.
+
+        Args:
+            path: `.parquet`, which `load` reads back without loss; or for other programs `.csv` or `.jsonl`
+                (one object per line), with lists as JSON.
+
+        Raises:
+            OptionError: Another suffix.
+            WriteError: The file cannot be written.
+
+        Example:
+            >>> import memlens as ml, tempfile
+            >>> model = ml.load_model("zoo/pythia-s")
+            >>> recall = ml.score_recall(model, ml.load_sequences("zoo", model)[:2], progress=False)
+            >>> pd.read_csv(recall.save(f"{tempfile.mkdtemp()}/recall.csv"))["exact_match"].tolist()
+            [0, 0]
+        """
+        suffix = table_suffix(path)
+        if suffix == ".parquet":
+            whole = self.sequences.with_table(self.table)
+            return write_parquet(whole, path, recall=dict(self.attrs))
+        frame = self.table.assign(tokens=self.sequences.rows(), prefix_len=self.sequences.prefix_len.numpy())
+        with replacing(path) as part:
+            if suffix == ".csv":
+                cells = frame.map(lambda value: json_text(value) if isinstance(value, list | dict) else value)
+                cells.to_csv(part, index=False)
+            else:
+                lines = (json_text(row) + "\n" for row in frame.to_dict("records"))
+                part.write_text("".join(lines), encoding="utf-8")
+        return expanded(path)
 
     @classmethod
     def load(cls, path: str | Path) -> RecallScores:

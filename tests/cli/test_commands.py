@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,40 @@ def test_score_writes_a_table(tmp_path: Path) -> None:
     assert len(table) == 12
     assert {"exact_match", "memorization_score", "target_logprob", "copies"} <= set(table.columns)
     assert "exact_match" in out
+
+
+def test_the_suffix_decides_in_which_format_score_writes(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text('One text of a line, with a comma.\n\nAnother text, quoted "here".\n')
+    base = (
+        "score",
+        "-m",
+        "zoo/pythia-s",
+        "-s",
+        str(tmp_path / "texts.txt"),
+        "--prefix-len",
+        "4",
+        "-q",
+        "--no-generate",
+    )
+    tables = {}
+    for suffix in (".parquet", ".csv", ".jsonl"):
+        code, out, err = call(*base, "--metrics", "none", "--out", str(tmp_path / f"t{suffix}"))
+        assert code == 0, err
+        assert "recalled best" in out
+        read = {".parquet": pd.read_parquet, ".csv": pd.read_csv, ".jsonl": partial(pd.read_json, lines=True)}
+        tables[suffix] = read[suffix](tmp_path / f"t{suffix}")
+    first = tables[".parquet"]
+    assert first["text"].tolist() == ["One text of a line, with a comma.", 'Another text, quoted "here".']
+    for suffix in (".csv", ".jsonl"):
+        for name in ("text", "exact_match", "prefix_len"):
+            assert tables[suffix][name].tolist() == first[name].tolist()
+        np.testing.assert_allclose(tables[suffix]["target_logprob"], first["target_logprob"], rtol=1e-6)
+    assert (
+        json.loads(tables[".csv"]["tokens"][1]) == tables[".jsonl"]["tokens"][1] == list(first["tokens"][1])
+    )
+    code, _, err = call(*base, "--out", str(tmp_path / "t.xlsx"))
+    assert code == 2
+    assert "ends in '.xlsx': a table is written as .parquet, .csv, .jsonl" in " ".join(err.split())
 
 
 def test_score_s_metrics_are_chosen_and_recorded(tmp_path: Path) -> None:

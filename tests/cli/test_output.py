@@ -48,6 +48,8 @@ def test_score_and_models_as_json(recited: tuple[str, str], tmp_path: Path) -> N
     table = pd.read_parquet(told["table"])
     (every,) = [row for row in told["summary"] if row["metric"] == "exact_match"]
     assert every["mean"] == pytest.approx(table["exact_match"].mean())
+    assert [row["exact_match"] for row in told["sequences"]] == table["exact_match"].tolist()
+    assert {row["prefix_len"] for row in told["sequences"]} == {8}
     listed = asked("models")
     assert "zoo/pythia-s" in listed["zoo"]
     assert {"EleutherAI/pythia-70m", "bigcode/starcoderbase"} <= {row["model"] for row in listed["families"]}

@@ -322,9 +322,9 @@ def test_text_that_looks_like_missing_values_is_text(tmp_path: Path) -> None:
         ("x.npy", b"text,copies\n", "not a .npy file"),
         ("x.npy", b"", "not a .npy file"),
         (
-            "x.txt",
+            "x.text",
             b"hello",
-            r"suffix '\.txt' is not known; use one of \.bin, \.csv, \.jsonl, \.npy, \.parquet",
+            r"suffix '\.text' is not known; use one of \.bin, \.csv, \.jsonl, \.npy, \.parquet, \.txt",
         ),
     ],
 )

@@ -72,6 +72,7 @@ def load_sequences(
       data, are opened by hand: `np.memmap(path, np.uint16, "r")[: n * length].reshape(n, length)`.
     - `("prefix.npy", "suffix.npy")`: two such files whose rows are the two halves of each sequence, such as
       `train_prefix.npy` and `train_suffix.npy` of the lm-extraction-benchmark.
+    - `"x.txt"`: one text per line; blank lines are skipped.
     - `"x.jsonl"`, `"x.csv"`, `"x.parquet"`, a DataFrame, a Hugging Face dataset, a dictionary of columns (a
       tokenizer's output), a list of records: a column of token ids (without what a column `attention_mask`
       marks as padding); or prompts and continuations; or texts; or the idiom file (a column `idiom`); or

@@ -1,4 +1,4 @@
-"""The content of `.npy`, `.jsonl`, `.csv` and `.parquet` files and of the zoo's lists, before tokenizing."""
+"""What files (`.npy`, `.jsonl`, `.csv`, `.txt`, `.parquet`) and lists of the zoo hold, before tokenizing."""
 
 from __future__ import annotations
 
@@ -81,6 +81,23 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         FileFormatError: The file is not UTF-8 text, or a line is not JSON.
     """
+    for place, line in text_lines(path):
+        try:
+            yield place, parsed_json(line)
+        except json.JSONDecodeError as error:
+            raise FileFormatError(
+                f"{place} is not JSON: {error.msg} at column {error.colno} of {line[:40]!r}"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise FileFormatError(f"{place} cannot be read: {error}") from error
+
+
+def text_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the place ("FILE, line 3") and the text of each line with its end; blank lines are skipped.
+
+    Raises:
+        FileFormatError: The file is not UTF-8 text, or a line is too long to be a sequence.
+    """
     with reading(path), path.open(encoding="utf-8-sig", newline="\n") as file:
         for number in count(1):
             place = f"{path}, line {number}"
@@ -96,15 +113,13 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 raise FileFormatError(
                     f"{place} has over {LONGEST_TEXT:,} characters: give one sequence per line"
                 )
-            try:
-                if line.strip():
-                    yield place, parsed_json(line)
-            except json.JSONDecodeError as error:
-                raise FileFormatError(
-                    f"{place} is not JSON: {error.msg} at column {error.colno} of {line[:40]!r}"
-                ) from error
-            except (ValueError, RecursionError) as error:
-                raise FileFormatError(f"{place} cannot be read: {error}") from error
+            if line.strip():
+                yield place, line
+
+
+@register_file(".txt")
+def _read_txt(path: Path, _: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    return [line.rstrip("\r\n") for _, line in text_lines(path)], {}
 
 
 @register_file(".csv")
