@@ -5,21 +5,25 @@ Four things are compared on a few tokens, in the model's own precision:
 - *Hugging Face*: the logits, and the residual at the input of every layer, against those of the Hugging Face
   model that the weights came from. They are recorded before TransformerLens touches that model
   (`record_reference`), because a bridge changes it in place.
-- *trunk*: the composition of `Trunk`'s embed, run and unembed against the model's own forward pass.
+- *trunk*: `Trunk`'s embed, each layer run alone from the model's own residual, and unembed, against the
+  model's own forward pass. Where all layers are checked, this is their composition.
 - *sites*: a zero written at each named site must do what the name claims. Zeroed `attn_out` leaves the
   residual without attention, zeroed `z` makes attention's output the same at every position, zeroed
   queries make attention the same for all tokens, and so on.
 - *BOS* (only here, not when a model is loaded): the mean log-probability of a sentence's tokens with and
   without the beginning-of-text token in front, and which of the two `load_sequences` takes. This never fails.
-- *fast path*: whether the layers run as plain functions (fast) or as the model's own modules (slow, equally
-  exact). This never fails.
+- *fast path* (only here, too): whether the layers run as plain functions (fast) or as the model's own modules
+  (slow, equally exact). This never fails.
 
-`memlens.load_model` runs it on every model and refuses one that fails.
+`memlens.load_model` runs it on every model and refuses one that fails. Its logits are then those of all
+layers; trunk and sites are checked in the first and last layer and in one layer of each further kind
+(`kinds_of_layers`), such as one of those with a sliding window.
 """
 
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -35,7 +39,7 @@ from memlens.errors import ModelLoadError, UnsupportedModelError
 from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.exclusive import computes
 from memlens.forward.hooks import SITES, HookFn, attached, capturing, chosen_layers, hook_name, refuse_sites
-from memlens.forward.trunk import Trunk, require_model
+from memlens.forward.trunk import Trunk, noting_block_outputs, require_model
 from memlens.models.bos import expects_bos
 from memlens.models.provenance import describe
 from memlens.models.state import content_key
@@ -48,7 +52,7 @@ not do what its name claims, so hooks on it are errors; the rest of the model is
 _DISPENSABLE = ("q", "k", "pattern", "mlp_post")
 """Sites that a model can do without: only the site is refused, such as `mlp_post` of a mixture of experts."""
 
-_ROWS, _LENGTH = 2, 12
+_ROWS, _LENGTH, _UNEMBEDDED = 2, 12, 3
 _SENTENCE = "The quick brown fox jumps over the lazy dog."
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.04, torch.float16: 0.01}
 """Largest root mean square of a difference, relative to that of what it is compared with (centered).
@@ -226,26 +230,29 @@ def check_model(
     tokens = tokens.to(device)
     n_layers = len(model.blocks)
     names = [hook_name("resid_pre", layer) for layer in range(n_layers)]
-    names = [name for name in names if name in model.hook_dict]
-    with capturing(model, names) as resid:
+    names.append(hook_name("resid_post", n_layers - 1))
+    points = model.hook_dict  # which a bridge makes anew each time
+    names = [name for name in names if name in points]
+    with capturing(model, names) as resid, noting_block_outputs(model):
         logits = model(tokens)
     checks = [_against_huggingface(model, reference, resid, logits)]
-    trunk, final = None, logits
+    trunk = None
     try:
         trunk = Trunk(model)
         if reference is not None and checks[0].status == "ok" and logits.dtype.itemsize < 4:
             checks[0] = _by_layer(trunk, reference, checks[0])
-        final = trunk.run(trunk.embed(tokens))
-        own = _compared("trunk", trunk.unembed(final), logits, _SAME)
-        checks.append(own if own.status == "ok" else _blamed(own, trunk, resid, tokens))
+        runs = _layer_runs(trunk, resid, chosen_layers(layers, n_layers))
+        own, final = _trunk(trunk, tokens, resid, logits, runs)
+        checks.append(own)
     except UnsupportedModelError as error:
         checks.append(Check("trunk", "slow", note=f"{error} Full forward passes are used."))
         trunk = None
-    if trunk is not None and checks[-1].status == "ok":
-        found = _sites(trunk, resid, chosen_layers(layers, n_layers))
-        refuse_sites(model, [c.name.removeprefix("site ") for c in found if c.status == "refused"])
-        checks += found
-        checks.append(_fast_path(trunk, resid, final))
+    else:
+        if own.status == "ok":
+            found = _sites(trunk, runs)
+            refuse_sites(model, [c.name.removeprefix("site ") for c in found if c.status == "refused"])
+            checks += found
+            checks += [_fast_path(trunk, resid, final)] if layers is None else []
     if reference is None:
         checks += _beginning(model, device)
     else:
@@ -280,7 +287,12 @@ def _beginning(model: Any, device: torch.device) -> list[Check]:
 
 def _size(x: Tensor) -> float:
     """Return the root mean square."""
-    return float(x.double().square().mean().sqrt())
+    return float(_wide(x).square().mean().sqrt())
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return numbers in which sums of squares are far more exact than any bound here."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _compared(
@@ -291,7 +303,7 @@ def _compared(
         allowed *= max(1.0, depth / 4) ** 0.5
     if a.shape != b.shape:
         return Check(name, "failed", allowed=allowed, note=f"shape {tuple(a.shape)}, not {tuple(b.shape)}")
-    a, b = a.double(), b.double().to(a.device)
+    a, b = _wide(a), _wide(b).to(a.device)
     difference = _size(a - b) / max(_size(b - b.mean(-1, keepdim=True)), 1e-12)
     difference = difference if difference == difference else float("inf")
     status: Status = "ok" if difference <= allowed else "failed"
@@ -336,8 +348,8 @@ def _by_layer(trunk: Trunk, reference: Reference, found: Check) -> Check:
     rounding = torch.finfo(reference.logits.dtype).eps
     for layer, (start, end) in enumerate(pairwise(reference.resid)):
         out = trunk.run(start.to(trunk.device), layer, layer + 1).to(end.device)
-        added = _size(end.double() - start) + rounding * _size(end) / allowed
-        off = _size(out.double() - end) / max(added, 1e-12)
+        added = _size(_wide(end) - start) + rounding * _size(end) / allowed
+        off = _size(_wide(out) - end) / max(added, 1e-12)
         if not off <= allowed:
             note = "what the layer adds to the residual differs from Hugging Face's model"
             return Check("logits", "failed", off, allowed, layer, note)
@@ -348,17 +360,98 @@ def _processed(model: Any) -> bool:
     return bool(describe(model)["processed_weights"])
 
 
-def _blamed(found: Check, trunk: Trunk, resid: dict[str, Tensor], tokens: Tensor) -> Check:
-    """Return the check with the layer after which the trunk departs from the model's own forward pass."""
+def kinds_of_layers(model: Any) -> list[int]:
+    """Return the first and last layer, and the first layer of each further kind.
+
+    Layers are of one kind if their modules have the same classes, shapes and plain attributes, apart from the
+    layer's number.
+    """
+    facts = [_layer_facts(block) for block in model.blocks]
+    numbers = [key for key in facts[0] if all(own.get(key) == layer for layer, own in enumerate(facts))]
+    first: dict[Any, int] = {}
+    for layer, own in enumerate(facts):
+        first.setdefault(tuple(sorted((repr(k), repr(v)) for k, v in own.items() if k not in numbers)), layer)
+    return sorted({0, len(facts) - 1, *first.values()})
+
+
+def _layer_facts(block: Any) -> dict[tuple[int, str], Any]:
+    """Return the class, the shapes and the plain attributes of each of a layer's modules."""
+    facts: dict[tuple[int, str], Any] = {}
+    for i, module in enumerate(block.modules()):
+        facts[i, "class"] = type(module)
+        facts[i, "shapes"] = [tuple(p.shape) for p in module.parameters(recurse=False)]
+        for name, value in vars(module).items():
+            if isinstance(value, (bool, int, float, str)):
+                facts[i, name] = _NUMBERS.sub("", value) if isinstance(value, str) else value
+    return facts
+
+
+_NUMBERS = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class _LayerRun:
+    """One layer, run from the model's own residual for all sites at once.
+
+    Attributes:
+        layer: Its number.
+        out: Its output without a change.
+        names: The hook of each site that the model has.
+        rows: The rows of the batch in which a site was zeroed; the first rows are without a change.
+        store: The activations at each hook, all rows.
+    """
+
+    layer: int
+    out: Float[Tensor, "seq pos d_model"]
+    names: dict[str, str]
+    rows: dict[str, slice]
+    store: dict[str, Tensor]
+
+
+def _layer_runs(trunk: Trunk, resid: dict[str, Tensor], layers: Sequence[int]) -> list[_LayerRun]:
+    """Run each layer once: rows of the batch are copies of its residual, one with a zero at each site."""
+    points, found = trunk.model.hook_dict, []
+    for layer in layers:
+        names = {site: hook_name(site, layer) for site in SITES}
+        names = {site: name for site, name in names.items() if name in points}
+        start = resid[hook_name("resid_pre", layer)]
+        n = len(start)
+        rows = {site: slice((i + 1) * n, (i + 2) * n) for i, site in enumerate(names)}
+        store: dict[str, Tensor] = {}
+        n_rows = (len(rows) + 1) * n
+        hooks = [(points[name], _zeroed(rows[site], n_rows, name, store)) for site, name in names.items()]
+        with attached(trunk.model, hooks):
+            out = trunk.run(start.repeat(len(rows) + 1, 1, 1), layer, layer + 1)
+        found.append(_LayerRun(layer, out[:n], names, rows, store))
+    return found
+
+
+def _trunk(
+    trunk: Trunk, tokens: Tensor, resid: dict[str, Tensor], logits: Tensor, runs: Sequence[_LayerRun]
+) -> tuple[Check, Tensor]:
+    """Compare embedding, layers and unembedding with the model's own pass; also return the last residual."""
     note = "embed, layers and unembed together are not the model's own forward pass"
-    out = trunk.embed(tokens)
-    for layer in range(trunk.n_layers):
-        name = hook_name("resid_pre", layer)
-        if name in resid and _compared("", out, resid[name], _SAME).status == "failed":
-            return replace(found, layer=max(0, layer - 1), note=note)
-        out = trunk.run(out, layer, layer + 1)
-    note += ": what follows the last layer (norm, unembedding, scaling of the logits) differs"
-    return replace(found, note=note)
+    worst = _compared("trunk", trunk.embed(tokens), resid[hook_name("resid_pre", 0)], _SAME)
+    if worst.status != "ok":
+        return replace(worst, layer=0, note=f"{note}: the embedding differs"), logits
+    last, final = trunk.n_layers - 1, None
+    for run in runs:
+        after = hook_name("resid_post", last) if run.layer == last else hook_name("resid_pre", run.layer + 1)
+        final = run.out if run.layer == last else final
+        if after not in resid:
+            continue
+        found = _compared("trunk", run.out, resid[after], _SAME)
+        if found.status != "ok":
+            return replace(found, layer=run.layer, note=note), logits
+        worst = max(worst, found, key=lambda check: check.difference)
+    if final is None:
+        final = trunk.run(resid[hook_name("resid_pre", last)], last)
+    few = slice(-_UNEMBEDDED, None)  # each position is unembedded alone, and the vocabulary is large
+    found = _compared("trunk", trunk.unembed(final[:, few]), logits[:, few], _SAME)
+    if found.status != "ok":
+        note += ": what follows the last layer (norm, unembedding, scaling of the logits) differs"
+        return replace(found, note=note), final
+    return max(worst, found, key=lambda check: check.difference), final
 
 
 def _fast_path(trunk: Trunk, resid: dict[str, Tensor], final: Tensor) -> Check:
@@ -412,30 +505,18 @@ def _claims(trunk: Trunk, layer: int, plain: dict[str, Tensor]) -> Iterator[tupl
     yield "mlp_post", lambda run: constant(run[at("mlp_out")])
 
 
-def _sites(trunk: Trunk, resid: dict[str, Tensor], layers: Sequence[int]) -> list[Check]:
-    """Check every site in every chosen layer; one entry per site, with the first layer that fails.
-
-    One pass per layer serves all sites: rows of the batch are copies of the same residual, the first as it is
-    and one with a zero at each site.
-    """
-    points = trunk.model.hook_dict
+def _sites(trunk: Trunk, runs: Sequence[_LayerRun]) -> list[Check]:
+    """Check every site in every layer that was run; one entry per site, with the first layer that fails."""
     worst: dict[str, Check] = {}
-    for layer in layers:
-        names = {site: hook_name(site, layer) for site in SITES}
-        names = {site: name for site, name in names.items() if name in points}
-        start = resid[hook_name("resid_pre", layer)]
-        rows = {site: slice((i + 1) * len(start), (i + 2) * len(start)) for i, site in enumerate(names)}
-        store: dict[str, Tensor] = {}
-        hooks = [(points[name], _zeroed(rows[site], name, store)) for site, name in names.items()]
-        with attached(trunk.model, hooks):
-            trunk.run(start.repeat(len(rows) + 1, 1, 1), layer, layer + 1)
-        plain = {name: value[: len(start)] for name, value in store.items()}
-        for site, claim in _claims(trunk, layer, plain):
-            if site in names and len(store[names[site]]) != (len(rows) + 1) * len(start):
+    for one in runs:
+        n, n_rows = len(one.out), (len(one.rows) + 1) * len(one.out)
+        plain = {name: value[:n] for name, value in one.store.items()}
+        for site, claim in _claims(trunk, one.layer, plain):
+            if site in one.names and len(one.store[one.names[site]]) != n_rows:
                 found = Check(f"site {site}", "absent", note="does not have one row per sequence")
-            elif site in names:
-                run = {name: value[rows[site]] for name, value in store.items()}
-                found = _site(site, layer, plain, run, claim)
+            elif site in one.names:
+                run = {name: value[one.rows[site]] for name, value in one.store.items()}
+                found = _site(site, one.layer, plain, run, claim)
             else:
                 found = Check(f"site {site}", "absent", note="the model does not have this hook")
             if site not in worst or _BADNESS[found.status] > _BADNESS[worst[site].status]:
@@ -446,12 +527,13 @@ def _sites(trunk: Trunk, resid: dict[str, Tensor], layers: Sequence[int]) -> lis
 _BADNESS = {"absent": 0, "ok": 1, "ignored": 2, "refused": 3, "failed": 4}
 
 
-def _zeroed(rows: slice, name: str, store: dict[str, Tensor]) -> HookFn:
+def _zeroed(rows: slice, n_rows: int, name: str, store: dict[str, Tensor]) -> HookFn:
     """Return a hook that writes zeros into some rows and keeps the activation."""
 
     def fn(activation: Tensor, hook: Any) -> Tensor:
         new = activation.clone()
-        new[rows] = 0  # nothing where the first axis is not the batch, as in a mixture of experts
+        if len(new) == n_rows:  # in a mixture of experts the first axis is not the batch
+            new[rows] = 0
         store[name] = new
         return new
 
@@ -470,7 +552,7 @@ def _site(site: str, layer: int, plain: dict[str, Tensor], run: dict[str, Tensor
     size = _size(wanted)
     if site not in ("q", "k"):  # attention weights have a scale of their own
         size = max(size, 0.1 * _size(plain[out]))
-    difference = _size(got.double() - wanted.double()) / max(size, 1e-6)
+    difference = _size(_wide(got) - _wide(wanted)) / max(size, 1e-6)
     if difference <= allowed:
         return Check(f"site {site}", "ok", difference, allowed)
     note = "a zero written here does not do what the name claims"

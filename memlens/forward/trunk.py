@@ -195,6 +195,27 @@ def _after_unembedding(model: Any) -> tuple[float, float | None]:
     return scale / divisor, None if cap is None else float(cap)
 
 
+_EXTRA = "extra outputs of a block"
+
+
+@contextmanager
+def noting_block_outputs(model: Any) -> Iterator[None]:
+    """Note the form of what a bridge's blocks return, in a pass of the body, so that `Trunk` needs none."""
+    if not is_bridge(model):
+        yield
+        return
+    known = known_of(model)
+
+    def look(_module: nn.Module, _args: Any, out: Any) -> None:
+        known[_EXTRA] = len(out) - 1 if isinstance(out, tuple) else None
+
+    handle = model.blocks[0].register_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class _HookedRunner:
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -226,24 +247,11 @@ class _BridgeRunner:
     def extra_outputs(self) -> int | None:
         """Number of a block's outputs besides the residual (None for a bare tensor), found once."""
         known = known_of(self.model)
-        if "extra outputs" not in known:
-            known["extra outputs"] = self._probe_block_output()
-        return known["extra outputs"]
-
-    def _probe_block_output(self) -> int | None:
-        seen: list[int | None] = []
-
-        def look(_module: nn.Module, _args: Any, out: Any) -> None:
-            seen.append(len(out) - 1 if isinstance(out, tuple) else None)
-
-        handle = self.blocks[0].register_forward_hook(look)
-        device = next(self.model.parameters()).device
-        try:
-            with torch.no_grad():
+        if _EXTRA not in known:
+            device = next(self.model.parameters()).device
+            with torch.no_grad(), noting_block_outputs(self.model):
                 self.base(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=False)
-        finally:
-            handle.remove()
-        return seen[0]
+        return known[_EXTRA]
 
     @contextmanager
     def _skipping(self, blocks: Sequence[nn.Module], extra_outputs: int | None) -> Iterator[None]:

@@ -241,7 +241,7 @@ def _wrap(
     revision: str,
 ) -> Any:
     """Check the weights and build the TransformerLens model."""
-    from memlens.forward.check_model import check_model, record_reference  # forward builds on models
+    from memlens.forward.check_model import check_model, kinds_of_layers, record_reference
 
     check_plain_weights(hf_model, name)
     reference = None
@@ -270,8 +270,7 @@ def _wrap(
         model = build_bridge(hf_model, tokenizer, **common)
     remember(model, **facts)
     if reference is not None:
-        layers = sorted({0, len(model.blocks) - 1})
         with quiet():
-            found = check_model(model, reference=reference, layers=layers)
+            found = check_model(model, reference=reference, layers=kinds_of_layers(model))
         found.raise_if_failed()
     return model

@@ -91,6 +91,32 @@ def test_a_trunk_that_leaves_out_a_step_after_the_last_layer_is_refused(
         load_model(tiny_folder("llama"), backend="bridge", device="cpu")
 
 
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_one_layer_of_each_kind_is_checked_at_load(
+    backend: str, tiny_model: Callable[..., Any], tiny_folder: Callable[[str], Path]
+) -> None:
+    if backend == "hooked" and not has_hooked_transformer():
+        pytest.skip("this TransformerLens has no HookedTransformer")
+    local = [kind == "sliding_attention" for kind in huggingface(tiny_folder("olmo3")).config.layer_types]
+    found = module.kinds_of_layers(tiny_model("olmo3", backend))
+    assert found == sorted({0, len(local) - 1, local.index(False), local.index(True)})
+    assert module.kinds_of_layers(tiny_model("gpt_neox", backend)) == [0, 2]
+
+
+def test_a_layer_that_is_another_one_when_run_alone_is_refused(
+    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a layer reads what an earlier one has left aside, such as its keys and values."""
+    run = ml.Trunk.run
+
+    def without_the_earlier_ones(self: Any, resid: Any, start: int = 0, stop: int | None = None) -> Any:
+        return run(self, resid, start, stop) * (1.1 if start else 1)
+
+    monkeypatch.setattr(ml.Trunk, "run", without_the_earlier_ones)
+    with pytest.raises(ModelLoadError, match="trunk, first in layer 2"):
+        load_model(tiny_folder("gpt_neox"), backend="bridge", device="cpu")
+
+
 def test_a_hook_that_is_not_what_its_name_says_is_refused(
     tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,7 +118,7 @@ def sizes(n: int) -> Ends:
     models = pd.DataFrame(
         {"family": "x", "n_params": [1e6, 1e7, 1e8], "n": n, "memorized": [0, 1, n]},
     )
-    return columns(size_fits(models, options=_FEW)[:1], "boot_low", "boot_high")
+    return columns(size_fits(models, options=_FEW).head(1), "boot_low", "boot_high")
 
 
 INTERVALS: dict[str, Callable[[int], Ends]] = {
@@ -191,4 +191,5 @@ def test_texts_say_why_there_is_no_interval() -> None:
 
 def _subtitle(n: int) -> str:
     data = xr.Dataset({"m": (("sequence", "layer"), np.random.default_rng(0).normal(size=(n, 3)))})
-    return str(Result.create(data, kind="mlp_ablation").plot().layout.title.subtitle.text)
+    figure: Any = Result.create(data, kind="mlp_ablation").plot()
+    return str(figure.layout.title.subtitle.text)

@@ -203,7 +203,7 @@ def _fit(
         return row
     slopes = slope_of(x, draws, groups)
     slopes = slopes[np.isfinite(slopes)]
-    if len(slopes) and part["n"].min() >= FEWEST:
+    if len(slopes) and part["n"].to_numpy(int).min() >= FEWEST:
         row["boot_low"], row["boot_high"] = central(slopes)
     return {**row, **_least_squares(x[kept], y[kept], groups[kept])}
 
