@@ -14,6 +14,9 @@ from .edit.editing import control_edits as control_edits
 from .edit.editing import edit_weights as edit_weights
 from .edit.export import edited_model as edited_model
 from .edit.export import export_edited as export_edited
+from .edit.mitigation import Mitigation as Mitigation
+from .edit.mitigation import MitigationOptions as MitigationOptions
+from .edit.mitigation import evaluate_mitigation as evaluate_mitigation
 from .edit.search import EditSearch as EditSearch
 from .edit.search import search_edits as search_edits
 from .edit.transplant import transplant_weights as transplant_weights
