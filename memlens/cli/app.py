@@ -168,7 +168,8 @@ def score(
     else:
         print_table(_most_recalled(recall), "What is recalled best")
         summary = recall.summary()
-        shown = summary[(summary["by"] == "all") | summary["metric"].isin(["exact_match", recall.criterion])]
+        main = ["exact_match", recall.criterion]
+        shown = summary.query("by == 'all' or metric in @main")
         print_table(shown, "Recall (means with 95 % intervals)")
         OUT.print(f"table: {path}")
 
