@@ -168,8 +168,7 @@ def score(
     else:
         print_table(_most_recalled(recall), "What is recalled best")
         summary = recall.summary()
-        main = ["exact_match", recall.criterion]
-        shown = summary.query("by == 'all' or metric in @main")
+        shown = summary.query(f"by == 'all' or metric in ['exact_match', {recall.criterion!r}]")
         print_table(shown, "Recall (means with 95 % intervals)")
         OUT.print(f"table: {path}")
 
