@@ -26,6 +26,7 @@ from memlens.cli.console import (
     records,
     resumable,
 )
+from memlens.cli.data import data_app
 from memlens.cli.making import generate, lens_app, zoo_app
 from memlens.errors import MemlensError, check_option
 from memlens.studies.registry import ModelChoice, SequenceChoice
@@ -44,6 +45,7 @@ app: App = App(
 )
 app.command("memlens.cli.run:run_app", name="run", help="Run a study and write its results and report.")
 app.command(zoo_app)
+app.command(data_app)
 app.command(lens_app)
 app.command(benchmark_app)
 app.command(organisms_app)

@@ -1,5 +1,6 @@
 from .checks import SequenceReport as SequenceReport
 from .checks import check_sequences as check_sequences
+from .named import named_sets as named_sets
 from .natural import natural_controls as natural_controls
 from .readers.idioms import idiom_defects as idiom_defects
 from .readers.knowledge import fact_sequences as fact_sequences

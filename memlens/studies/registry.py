@@ -74,7 +74,7 @@ class SequenceChoice:
     """Which sequences, and how they are read."""
 
     sequences: Annotated[str, Flags("-s")]
-    """.npy, .jsonl, .csv, .parquet or .txt file (one text per line), hf:NAME, or zoo."""
+    """File (.npy, .jsonl, .csv, .parquet, .txt), hf:NAME, a name of `memlens data list`, or zoo."""
     prefix_len: PositiveInt | None = None
     """Tokens given to the model; by default the file's own number, or 32."""
     max_targets: PositiveInt | None = None

@@ -50,6 +50,7 @@ from memlens.studies.comparative.config import read_config
 from memlens.studies.comparative.options import ComparativeOptions
 from memlens.studies.comparative.store import saved_models
 from tests.models.test_loading_gguf import write_gguf
+from tests.sequences.vocabularies import byte_level
 from tests.small import ragged
 from tests.tiny import tiny_huggingface_model, tiny_tokenizer, write_tiny
 
@@ -315,6 +316,23 @@ def _copied_checkpoint(folder: Path) -> None:
 
 READERS = [
     Reader("array", _array("x.npy"), lambda f: load_sequences(f / "x.npy", prefix_len=2)),
+    Reader(
+        "tensor",
+        lambda f: torch.save(torch.from_numpy(ids()), f / "x.pt"),
+        lambda f: load_sequences(f / "x.pt", prefix_len=2),
+    ),
+    Reader(
+        "identifiers of an ontology",
+        _texts("go_dataset.csv", [f"GO:000{i};w{i};{i};{i * 7}" for i in range(4)]),
+        lambda f: load_sequences("ontologies:go/all", tokenizer=byte_level(), path=f),
+    ),
+    Reader(
+        "insertions",
+        _lines([{"text": " ".join(words(9)), "meta": {"duplicates": i}} for i in range(3)]),
+        lambda f: load_sequences(
+            "hubble:testset_ellie/train", tokenizer=tiny_tokenizer(), path=f / "rows.jsonl", prefix_len=2
+        ),
+    ),
     Reader("pair of arrays", _pair, lambda f: load_sequences((f / "p.npy", f / "s.npy"))),
     Reader("corpus", _array("corpus.npy", 40), _scan_of_file),
     Reader(

@@ -6,18 +6,21 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import AutoModelForCausalLM
 
 from memlens.errors import ModelLoadError, ModelNotFoundError, OptionError
 from memlens.models import names
+from memlens.models.bos import expects_bos
+from memlens.models.families import find_model
 from memlens.models.load import load_model
 from memlens.models.names import has_hooked_transformer
 from memlens.models.provenance import describe
 from tests.models.equality import distance_from_huggingface
 from tests.models.hub_cache import put_in_cache
-from tests.tiny import random_tokens
+from tests.tiny import random_tokens, write_tiny
 
 REAL_NAMES = [
     ("EleutherAI/pythia-70m", "gpt_neox", "pythia"),
@@ -26,6 +29,7 @@ REAL_NAMES = [
     ("allenai/OLMo-2-0425-1B", "olmo2", "olmo2"),
     ("allenai/Olmo-3-1025-7B", "olmo3", "olmo3"),
     ("openlm-research/open_llama_3b", "llama", "openllama"),
+    ("allegrolab/hubble-1b-100b_toks-perturbed-hf", "llama_gqa", "hubble"),
     ("bigcode/starcoderbase-1b", "gpt_bigcode", "starcoder"),
     ("bigcode/starcoder2-3b", "starcoder2", "starcoder2"),
 ]
@@ -66,6 +70,7 @@ CHECKPOINTS = [
         ["stage1-step512-tokens2B", "stage1-step3000-tokens7B", "stage2-ingredient1-step3000-tokens7B"],
     ),
     ("allenai/Olmo-3-1025-7B", "olmo3", ["stage1-step512", "stage1-step3000", "stage2-step3000"]),
+    ("allegrolab/hubble-1b-100b_toks-perturbed-hf", "llama_gqa", ["step512", "step3000", "step48000"]),
 ]
 
 
@@ -85,6 +90,28 @@ def test_checkpoint_step(repo, tiny, names, cache):
         load_model(repo, checkpoint_step=3001)
     with pytest.raises(OptionError, match="contradict"):
         load_model(repo, checkpoint_step=3000, revision="main")
+
+
+@pytest.mark.parametrize("kind", ["standard", "perturbed"])
+def test_hubble_s_shape_in_a_folder(kind, tmp_path):
+    """Four query heads per key and value head, no biases, embeddings that are not tied."""
+    shape = {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    }
+    folder = write_tiny("llama", tmp_path / f"hubble-1b-100b_toks-{kind}-hf", **shape)
+    model = load_model(folder, device="cpu")
+    hf_model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert distance_from_huggingface(model, hf_model, random_tokens(2, 40)) < 1e-5
+    assert describe(model)["family"] == "hubble"
+    assert not torch.equal(model.W_U.T, model.W_E)
+    assert not expects_bos(model, model.tokenizer)  # unlike OpenLLaMA, of the same architecture
+    shapes = [find_model(f"hubble-{size}-100b_toks-{kind}-hf")[1].shape for size in ("1b", "8b")]
+    assert [shape.n_heads // shape.n_kv_heads for shape in shapes] == [4, 4]
+    assert [shape.tied for shape in shapes] == [False, False]
+    assert [round(shape.n_params / 1e9, 1) for shape in shapes] == [1.2, 8.3]
 
 
 def test_no_checkpoints(cache):

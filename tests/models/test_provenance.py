@@ -137,8 +137,10 @@ def test_family_of_configs_and_models(tiny, tiny_model):
     assert family_of(tiny_model(tiny).cfg) == FAMILY_OF_TINY[tiny]
 
 
-def test_llama_is_openllama_by_name_only():
+def test_llama_is_openllama_or_hubble_by_name_only():
     assert family_of(LlamaConfig(), name="openlm-research/open_llama_7b") == "openllama"
+    assert family_of(LlamaConfig(), name="allegrolab/hubble-8b-500b_toks-standard-hf") == "hubble"
+    assert family_of(LlamaConfig(), name="hubble-1b-100b_toks-injectrange_0_25-hf") == "hubble"
     assert family_of(LlamaConfig(), name="EleutherAI/pythia-70m") == "llama"
 
 
@@ -155,6 +157,7 @@ def test_table():
         "olmo2": 4,
         "olmo3": 2,
         "openllama": 3,
+        "hubble": 17,
         "starcoder": 4,
         "starcoder2": 3,
     }
@@ -184,7 +187,7 @@ def test_short_names_are_unambiguous():
 
 def test_shapes_have_the_parameters_that_their_names_say():
     shaped = [entry for family in FAMILIES.values() for entry in family.models if entry.shape is not None]
-    assert len(shaped) == 32
+    assert len(shaped) == 49
     for entry in shaped:
         said = float(entry.size[:-1]) * {"M": 1e6, "B": 1e9}[entry.size[-1]]
         tolerance = 0.5 if said < 2e9 else 0.15  # "1B" is a round name for 1.0 to 1.5

@@ -108,7 +108,8 @@ def identifier_sequences(
             `popularity`, …) stay in the table.
         model: A TransformerLens model; its tokenizer encodes the text.
         template: The template of a pair, with `{label}`, and `{identifier}` last. Default: the table's column
-            `template`, else "The number of {label} is {identifier}".
+            `template`, else "The number of {label} is {identifier}". Where no space is before
+            `{identifier}`, as in "GO:{identifier}", the text has none.
         label_column: The column of labels.
         identifier_column: The column of identifiers.
         tokenizer: Used instead of the model's.
@@ -151,7 +152,7 @@ def _frame(source: str | Path | pd.DataFrame, as_text: tuple[str, ...] = ()) -> 
 IDENTIFIER_TEMPLATE = "The number of {label} is {identifier}"
 """The default template of a pair."""
 
-_TEMPLATE = re.compile(r"(?s)(.*\S)\s*\{identifier\}\W*")
+_TEMPLATE = re.compile(r"(?s)(.*\S)(\s*)\{identifier\}\W*")
 
 
 @register_form("identifiers", lambda frame: "label" in frame and "identifier" in frame)
@@ -181,11 +182,12 @@ def _pairs(frame: pd.DataFrame, template: str | None, label_column: str, number_
             raise SequenceError(f"row {row} has an empty label: give each identifier one, or leave it out")
     own = texts_of(frame, "template") if "template" in frame and template is None else None
     templates = own or [IDENTIFIER_TEMPLATE if template is None else template] * len(frame)
-    prompts = [_lead(text).replace("{label}", label) for text, label in zip(templates, labels, strict=True)]
+    leads = [_lead(text) for text in templates]
+    prompts = [lead.replace("{label}", label) for (lead, _), label in zip(leads, labels, strict=True)]
     given = [label_column, number_column, "text", "prompt", "target", "template"]
     table = frame.drop(columns=given, errors="ignore").reset_index(drop=True)
     table = table.assign(
-        text=[f"{prompt} {number}" for prompt, number in zip(prompts, identifiers, strict=True)],
+        text=[a + space + b for a, (_, space), b in zip(prompts, leads, identifiers, strict=True)],
         prompt=prompts,
         target=identifiers,
         label=labels,
@@ -196,15 +198,15 @@ def _pairs(frame: pd.DataFrame, template: str | None, label_column: str, number_
     return table if has_ids else table.assign(id=[str(row) for row in range(len(table))])
 
 
-def _lead(template: str) -> str:
-    """Return a template's text before the identifier."""
+def _lead(template: str) -> tuple[str, str]:
+    """Return a template's text before the identifier, and the space between them if there is any."""
     found = _TEMPLATE.fullmatch(template)
     if found is None or "{label}" not in found[1]:
         raise OptionError(
             f"the template {template!r} does not contain a label and then its identifier: write it like "
             f"{IDENTIFIER_TEMPLATE!r}, with the identifier last"
         )
-    return found[1]
+    return found[1], " " if found[2] else ""
 
 
 def _text(value: Any, row: int) -> str:

@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from memlens.errors import SequenceError, SourceNotFoundError, check_option
+from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError, check_option
 from memlens.files import parsing
 from memlens.models.bos import expects_bos
 from memlens.sequences.checks import check_sequences
+from memlens.sequences.named import is_named
 from memlens.sequences.readers.drafts import (
     TOKENS,
     Columns,
@@ -62,6 +63,8 @@ def load_sequences(
     name: str | None = None,
     check_tokenizer: bool = True,
     seed: int = 0,
+    path: str | Path | None = None,
+    sha256: str | None = None,
 ) -> SequenceSet:
     """Load sequences, tokenize them if they are text, and check that they fit the model.
 
@@ -80,6 +83,9 @@ def load_sequences(
       and `identifier`; see `identifier_sequences`).
     - `"hf:NAME"` or `"hf:NAME:SPLIT"`: `datasets.load_dataset(NAME, split=split)`, such as
       EleutherAI/pythia-memorized-evals.
+    - `"NAMESPACE:NAME/PART"`, such as "pile:pythia-memorized-evals/deduped.70m": a public set that memlens
+      knows by name, from the hub or from a local copy (`path`); `ml.sequences.named_sets()` lists them.
+      `@REVISION` at the end pins a commit of the hub.
     - `"zoo"`, `"zoo/NAME"`: the planted sequences that come with a model of the zoo; `"zoo:LIST"`,
       `"zoo/NAME:LIST"`: another of its lists: `expressions`, `facts`, `identifiers`, or `heldout` (rows kept
       out of training in which no document ends).
@@ -118,12 +124,18 @@ def load_sequences(
         name: A name for the set, kept in its attributes.
         check_tokenizer: Refuse a set made with another tokenizer (if the set records one).
         seed: For drawn prefix lengths.
+        path: Folder or file with a local copy of a named set. Default: `<namespace>/<name>` in the folder
+            that the environment variable `MEMLENS_DATA` names, if there is one, else the hub.
+        sha256: Refuse a named set unless its rows, as read, have this checksum (the attribute `sha256` of the
+            first loading, with the same `limit`).
 
     Returns:
-        The set. Its attributes record source, tokenizer, `prepend_bos` and what was left out.
+        The set. Its attributes record source, tokenizer, `prepend_bos` and what was left out; of a named set
+        also `license`, `cite`, `home`, `revision`, `sha256`, and whether a published checksum was compared.
 
     Raises:
-        SourceNotFoundError: No such file, dataset or zoo list.
+        SourceNotFoundError: No such file, dataset, named set or zoo list.
+        OptionError: `path` or `sha256` is given for a source that is not a named set.
         FileFormatError: A file's content does not fit its name.
         ColumnError: A column is missing.
         EmptySetError: Nothing is left.
@@ -138,9 +150,20 @@ def load_sequences(
     if isinstance(prepend_bos, str):
         check_option("prepend_bos", prepend_bos, ["auto"])
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+    if (path is not None or sha256 is not None) and not is_named(source):
+        raise OptionError(
+            f"path and sha256 are for named sets, and {str(source)[:80]!r} is none: leave them out."
+        )
     columns = Columns(tokens_column, prompt_column, continuation_column, text_column, id_column)
-    request = Request(model, tokenizer, split, limit, target)
+    request = Request(model, tokenizer, split, limit, target, path, check_tokenizer)
     opened = open_source(source, request)
+    if sha256 is not None and opened.attrs["sha256"] != sha256:
+        raise FileFormatError(
+            f"{opened.path}: the rows of {source} have the SHA-256 {opened.attrs['sha256']}, not {sha256}: "
+            "they have changed, or another number of them was read"
+        )
+    if opened.columns is not None and columns == Columns(id=id_column):
+        columns = replace(opened.columns, id=id_column)
     with nullcontext() if opened.path is None else parsing(opened.path):
         draft = _read(opened.content, columns, request)
         check_ids(draft, getattr(getattr(model, "cfg", None), "d_vocab", None), tokenizer)
@@ -216,14 +239,30 @@ def settle(
 @register_source("hf", lambda s: isinstance(s, str) and s.startswith("hf:"))
 def _open_hub(source: str, request: Request) -> Opened:
     """Open "hf:NAME" or "hf:NAME:SPLIT"."""
-    import datasets
-
     name, split = source.removeprefix("hf:"), request.split
     before, colon, after = name.rpartition(":")
     if colon and "/" not in after and "\\" not in after:
         name, split = before, after
+    return Opened(open_dataset(name, split), source)
+
+
+def open_dataset(name: str, split: str, *, config: str = "", revision: str = "") -> Any:
+    """Return a split of a Hugging Face dataset, from the hub, its cache, or a folder.
+
+    Args:
+        name: Its name on the hub, or a folder.
+        split: The split.
+        config: The configuration; `""` for the default.
+        revision: Commit, tag or branch on the hub; `""` for the newest.
+
+    Raises:
+        SourceNotFoundError: It cannot be loaded.
+    """
+    import datasets
+
+    more: dict[str, Any] = {key: value for key, value in (("name", config), ("revision", revision)) if value}
     try:
-        return Opened(datasets.load_dataset(name, split=split), source)
+        return datasets.load_dataset(name, split=split, **more)
     except Exception as error:  # the client raises many kinds, from ConnectionError to ValueError
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SourceNotFoundError(

@@ -20,7 +20,8 @@ import pandas as pd
 from memlens.errors import FileFormatError, SourceNotFoundError, near_matches
 from memlens.files import expanded, parsing
 from memlens.registry import Registry
-from memlens.sequences.readers.drafts import Draft
+from memlens.sequences.named import looks_named, no_such_set
+from memlens.sequences.readers.drafts import Columns, Draft
 
 _MODULES = ["memlens.sequences.readers"]
 
@@ -34,6 +35,8 @@ class Request:
     split: str = "train"
     limit: int | None = None
     target: str = "first_token"
+    path: str | Path | None = None
+    check_tokenizer: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,14 @@ class Opened:
         origin: The name of the source, recorded with the set.
         attrs: What the source says about the set.
         path: The file or files, as errors name them; None for what was in memory.
+        columns: The columns that contain the sequences; None: look for the usual names.
     """
 
     content: Any
     origin: str
     attrs: dict[str, Any] = field(default_factory=dict)
     path: str | None = None
+    columns: Columns | None = None
 
 
 OpenSource = Callable[[Any, Request], Opened]
@@ -84,10 +89,16 @@ def register_form(name: str, accepts: Callable[[pd.DataFrame], bool]) -> Callabl
 
 
 def open_source(source: Any, request: Request) -> Opened:
-    """Return the content of a source, what it says about itself, and its name."""
+    """Return the content of a source, what it says about itself, and its name.
+
+    Raises:
+        SourceNotFoundError: The source has the form of a named set's name, and there is no such namespace.
+    """
     for accepts, open_it in SOURCES.values():
         if accepts(source):
             return open_it(source, request)
+    if isinstance(source, str) and looks_named(source) and not expanded(source).exists():
+        raise no_such_set(source)
     if isinstance(source, str | Path):
         content, settings = read_file(expanded(source))
         with parsing(source):

@@ -1,4 +1,4 @@
-"""What files (`.npy`, `.jsonl`, `.csv`, `.txt`, `.parquet`) and lists of the zoo hold, before tokenizing."""
+"""What files (`.npy`, `.pt`, `.jsonl`, `.csv`, `.txt`, `.parquet`) and lists of the zoo hold, before tokenizing."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path, PureWindowsPath
+from pickle import UnpicklingError
 from typing import Any, Literal
 from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
+import torch
 
 from memlens.errors import FileFormatError, SequenceError, SourceNotFoundError, check_option, near_matches
 from memlens.files import expanded, parsed_json, parsing, reading, zoo_folders, zoo_table
@@ -42,6 +44,25 @@ def load_array(path: Path, mmap_mode: Literal["r", "c"] | None = None) -> np.nda
             "OLMo's, with numpy.memmap)"
         ) from error
     return array
+
+
+@register_file(".pt")
+def _read_tensor(path: Path, _: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return the token ids that `torch.save` wrote: one tensor, no other Python objects."""
+    try:
+        tensor = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise FileFormatError(
+            f"{path} cannot be read as a plain tensor, and other Python objects are not read from files: "
+            "it is damaged, or holds no token ids"
+        ) from error
+    if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2 or tensor.is_floating_point():
+        shape = f" of {tensor.dtype}, {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else ""
+        raise FileFormatError(
+            f"{path} contains a {type(tensor).__name__}{shape}: sequences are a two-dimensional tensor of "
+            "integers"
+        )
+    return tensor.numpy(), {}
 
 
 @register_file(".jsonl")
