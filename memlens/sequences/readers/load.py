@@ -70,6 +70,7 @@ def load_sequences(
 
     - `"x.npy"`: `[n, length]` integers, one tokenized sequence per row. The file is mapped, so that `limit`
       reads no more than it needs.
+    - `"x.pt"`: such integers in a tensor, written by `torch.save`.
     - `"x.bin"`, with `"x.idx"` beside it: a tokenized corpus of Megatron-LM or GPT-NeoX, one sequence (mostly
       a document) per row; `max_targets` cuts long ones. Token ids without any header, as OLMo's training
       data, are opened by hand: `np.memmap(path, np.uint16, "r")[: n * length].reshape(n, length)`.

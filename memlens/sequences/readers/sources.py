@@ -1,4 +1,4 @@
-"""What files (`.npy`, `.pt`, `.jsonl`, `.csv`, `.txt`, `.parquet`) and lists of the zoo hold, before tokenizing."""
+"""What files (`.npy`, `.pt`, `.jsonl`, `.csv`, `.txt`, `.parquet`) and lists of the zoo hold, untokenized."""
 
 from __future__ import annotations
 
