@@ -14,7 +14,7 @@ from memlens.benchmark.over_organisms import mean_over_organisms, share_over_org
 from memlens.instruments.decode.promotion import promotion_summary
 from memlens.report.model import Finding
 from memlens.results.result import Result
-from memlens.results.statistics.agreement import agreement, roc_area, standard_interval
+from memlens.results.statistics.agreement import agreement, roc_area, roc_gain, standard_interval
 from memlens.results.statistics.comparison import compare_groups
 from memlens.results.statistics.estimates import (
     Estimate,
@@ -138,6 +138,9 @@ INTERVALS: dict[str, Callable[[int], Ends]] = {
     "roc, bootstrap": lambda n: (lambda a: (a.low, a.high))(
         roc_area([*values(n), 0.2, 0.3, 0.4], [False] * n + [True] * 3, method="bootstrap", n_resamples=50)
     ),
+    "gain": lambda n: roc_gain(
+        [*values(n), 0.2, 0.3, 0.4], [*-values(n), 0.2, 0.3, 0.4], [True] * n + [False] * 3, n_resamples=50
+    )[1:],
     "agreement": lambda n: [v for k, v in agreement(hits(n), hits(n)).items() if k[-4:] in ("_low", "high")][
         :4
     ],

@@ -213,14 +213,15 @@ def roc_gain(
     first, second = (_groups(np.where(unknown, np.nan, values), label) for values in (score, other))
     value = float(_above(*first).mean() - _above(*second).mean())
     n_positive, n_negative = map(len, first)
-    if min(n_positive, n_negative) < FEWEST:
+    fewest = min(n_positive, n_negative)
+    if fewest < FEWEST:
         return value, np.nan, np.nan
     rng, samples = np.random.default_rng(seed), np.empty(n_resamples)
     for i in range(n_resamples):
         ours, theirs = (rng.integers(0, n, n) for n in (n_positive, n_negative))
         areas = [_above(positive[ours], negative[theirs]).mean() for positive, negative in (first, second)]
         samples[i] = areas[0] - areas[1]
-    low, high = quantile_interval(samples[:, None], level)
+    low, high = quantile_interval(samples[:, None], level, fewest)
     return value, float(low[0]), float(high[0])
 
 
