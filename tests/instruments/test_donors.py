@@ -335,3 +335,67 @@ def test_the_donors_precision_may_differ(tiny_model: Any, tiny_folder: Any) -> N
     decoded = ml.decode_residual(half, seqs, donor=model, **QUIET)
     plain = ml.decode_residual(model, seqs, **QUIET)
     assert float(abs(decoded["probability"] - plain["probability"]).max()) < 0.2
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama_gqa", "olmo2"])
+def test_paths_from_a_donor(tiny_model: Any, other_model: Any, family: str) -> None:
+    """From itself a path carries nothing; without MLPs in between, the direct effect is the head's own."""
+    model, donor, seqs = tiny_model(family, "bridge"), other_model(family, "bridge"), ragged()
+    some: dict[str, Any] = {"senders": [(1, 2), (2, 1)], **QUIET}
+    own = ml.patch_paths(model, seqs, donor=model, **some)
+    assert float(abs(own.effect("target_logprob")).max()) < 1e-5
+    found = ml.patch_paths(model, seqs, donor=donor, **some)
+    assert found.settings["donor"]["fingerprint"] == model_fingerprint(donor)
+    last = ml.patch_activations(model, seqs, donor=donor, site="z", over="head", layers=[2], **QUIET)
+    path = found["target_logprob"].sel(layer=2, head=1)
+    assert np.allclose(path, last["target_logprob"].sel(layer=2, head=1), atol=1e-5)
+    assert float(abs(found.effect("target_logprob").sel(layer=1, head=2)).max()) > 1e-4
+
+
+@pytest.mark.parametrize("path", ["site", "embedding"])
+def test_gradients_estimate_patches_from_a_donor(tiny_model: Any, other_model: Any, path: str) -> None:
+    """Integrated gradients are complete: over a layer they sum to the exact patch of the whole layer."""
+    model, donor, seqs = tiny_model("olmo", "bridge"), other_model("olmo", "bridge"), ragged()
+    layer = 0 if path == "embedding" else 2
+    how: dict[str, Any] = {"donor": donor, "over": "layer", "layers": [layer], **QUIET}
+    found = ml.attribute_gradients(model, seqs, method="integrated_gradients", path=path, steps=128, **how)
+    exact = ml.patch_activations(model, seqs, **how)
+    assert np.allclose(found.effect("target_logprob"), exact.effect("target_logprob"), atol=0.05)
+    for name in ("target_logprob_clean", "target_logprob_corrupt"):
+        assert np.allclose(found[name], exact[name], atol=1e-6)
+    none = ml.attribute_gradients(model, seqs, donor=model, over="layer", **QUIET)
+    assert float(abs(none.effect("target_logprob")).max()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("instrument", "options"),
+    [
+        ("patching", {"site": "z", "over": "head"}),
+        ("neuron_patching", {}),
+        ("head_ablation", {"mode": "donor"}),
+        ("neuron_ablation", {"mode": "donor"}),
+    ],
+)
+def test_screens_of_a_donor(
+    tiny_model: Any, other_model: Any, instrument: str, options: dict[str, Any]
+) -> None:
+    """Both ways of writing a donor's head or neuron verify the same effects."""
+    model, donor, seqs = tiny_model("llama", "bridge"), other_model("llama", "bridge"), ragged()
+    found = ml.screen_then_verify(
+        model, seqs, instrument=instrument, donor=donor, top_k=3, n_random=2, layers=[1], **options, **QUIET
+    )
+    assert found.exact.settings["donor"]["fingerprint"] == model_fingerprint(donor)
+    site, part = ("mlp_post", "neuron") if "neuron" in instrument else ("z", "head")
+    row = found.table.iloc[0]
+    name = hook_name(site, 1)
+    with torch.no_grad():
+        _, cache = donor.run_with_cache(seqs.tokens, names_filter=[name])
+
+    def write(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        x = x.clone()
+        x[:, :, int(row[part])] = cache[name][:, :, int(row[part])]
+        return x
+
+    edit = ml.Intervention("by hand", [(name, write)])
+    want = ml.sweep(model, seqs, [edit], engine="reference", **QUIET).effect("target_logprob").mean()
+    assert row["exact"] == pytest.approx(float(want), abs=1e-5)

@@ -360,5 +360,5 @@ register_kind("head_pair_ablation", plot=plot_pairs, reading=read_pairs)
 register_kind("cumulative_head_ablation", plot=plot_cumulative, reading=read_cumulative)
 register_instrument(
     "head_ablation", ranks="head", kind="head_ablation", run=ablate_heads,
-    screen=ablation_screen("z", "head"), options=("mode", "positions", "reference"),
+    screen=ablation_screen("z", "head"), options=("mode", "positions", "reference", "donor"),
 )  # fmt: skip

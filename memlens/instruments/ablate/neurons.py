@@ -377,5 +377,5 @@ register_kind("neuron_ablation", plot=plot_sites, reading=read_effects)
 register_instrument("neuron_knockout", ranks="layer", kind="neuron_knockout", run=knock_out_neurons)
 register_instrument(
     "neuron_ablation", ranks="neuron", kind="neuron_ablation", screen=ablation_screen("mlp_post", "neuron"),
-    options=("mode", "positions", "reference"),
+    options=("mode", "positions", "reference", "donor"),
 )  # fmt: skip

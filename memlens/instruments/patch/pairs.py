@@ -34,7 +34,6 @@ class Pairs:
         donor: The model whose activations are moved; None for the one that is patched.
 
     Raises:
-        OptionError: Unknown direction.
         SequenceError: The rows differ in length, prefix length or targets.
     """
 
@@ -44,7 +43,6 @@ class Pairs:
     donor: Any = None
 
     def __post_init__(self) -> None:
-        check_option("direction", self.direction, DIRECTIONS)
         clean, corrupt = self.clean, self.corrupt
         check_is_set(clean)
         check_is_set(corrupt)
@@ -63,6 +61,19 @@ class Pairs:
             raise SequenceError(
                 f"pair {row} has different continuations: corrupt the prefix only (memlens.corrupt)."
             )
+
+    @classmethod
+    def of(
+        cls, clean: SequenceSet, corrupt: SequenceSet | None, direction: str | None, donor: Any = None
+    ) -> Pairs:
+        """Return the pairs of corrupt sequences, of a donor on the clean ones, or of both.
+
+        Raises:
+            SequenceError: There is neither.
+        """
+        if corrupt is None and donor is None:
+            raise SequenceError("patching needs another run: give corrupt (memlens.corrupt) or donor=.")
+        return cls(clean, clean if corrupt is None else corrupt, direction_of(direction, corrupt), donor)
 
     @property
     def source(self) -> SequenceSet:
@@ -106,6 +117,17 @@ class Pairs:
         of_source = model if self.donor is None else self.donor
         source = measure(of_source, self.source, metrics, per_token=per_token)
         return compare_runs(result, model, source, self.direction, self.clean)
+
+
+def direction_of(direction: str | None, corrupt: object) -> str:
+    """Return a direction; by default denoising, and noising where a donor takes the part of the corrupt run.
+
+    Raises:
+        OptionError: It is unknown.
+    """
+    direction = direction or ("noising" if corrupt is None else "denoising")
+    check_option("direction", direction, DIRECTIONS)
+    return direction
 
 
 def checked_positions(seqs: SequenceSet, positions: Sequence[int] | None) -> list[int]:

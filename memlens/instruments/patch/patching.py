@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memlens.choices import PatchSite
-from memlens.errors import OptionError, SequenceError, SiteError, check_option
+from memlens.errors import OptionError, SiteError, check_option
 from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource
 from memlens.forward.exclusive import computes
@@ -19,7 +19,7 @@ from memlens.forward.hooks import HookFn, chosen_layers, has_site, hook_name
 from memlens.forward.metrics import MetricLike, metric_names
 from memlens.forward.trunk import Trunk, is_bridge
 from memlens.instruments.donors import check_donor
-from memlens.instruments.patch.pairs import DIRECTIONS, Pairs, checked_positions, compare_runs
+from memlens.instruments.patch.pairs import Pairs, checked_positions, compare_runs, direction_of
 from memlens.instruments.screen.gradients import attribute_gradients
 from memlens.instruments.screen.instruments import Cell, Screen, register_instrument
 from memlens.results.kinds import register_kind
@@ -114,15 +114,12 @@ def patch_activations(
         >>> result.settings["donor"]["model"], result["normalized_effect"].dims
         ('zoo/pythia-s-clean', ('sequence', 'layer'))
     """
-    direction = direction or ("noising" if corrupt is None else "denoising")
-    check_option("direction", direction, DIRECTIONS)
+    direction = direction_of(direction, corrupt)
     cells: dict[str, Any] = {"site": site, "over": over, "layers": layers, "positions": positions}
     settings: dict[str, Any] = {"site": site, "over": over or "position"}
     kind = "activation_patching"
     if not isinstance(corrupt, Intervention):
-        if corrupt is None and donor is None:
-            raise SequenceError("patching needs another run: give corrupt (memlens.corrupt) or donor=.")
-        pairs = Pairs(clean, clean if corrupt is None else corrupt, direction, donor)
+        pairs = Pairs.of(clean, corrupt, direction, donor)
         patches = activation_patches(model, pairs.source, donor=donor, **cells)
         return pairs.sweep(model, patches, metrics, options, kind=kind, settings=settings)
     if donor is not None:
@@ -253,30 +250,34 @@ def write_cell(store: ActivationSource, site: str, cell: Cell, less: Sequence[Te
     return ByBatch(make)
 
 
-def _screen(model: Any, clean: SequenceSet, corrupt: SequenceSet, options: Mapping[str, Any]) -> Screen:
+def _screen(
+    model: Any, clean: SequenceSet, corrupt: SequenceSet | None, options: Mapping[str, Any]
+) -> Screen:
     site = options["site"] or "resid_pre"
     _check_site(model, site, options["over"])
     return _between_runs(model, clean, corrupt, {**options, "site": site})
 
 
 def _neuron_screen(
-    model: Any, clean: SequenceSet, corrupt: SequenceSet, options: Mapping[str, Any]
+    model: Any, clean: SequenceSet, corrupt: SequenceSet | None, options: Mapping[str, Any]
 ) -> Screen:
     return _between_runs(model, clean, corrupt, {**options, "site": "mlp_post", "over": "neuron"})
 
 
-def _between_runs(model: Any, clean: SequenceSet, corrupt: SequenceSet, options: Mapping[str, Any]) -> Screen:
-    pairs = Pairs(clean, corrupt, options["direction"])
+def _between_runs(
+    model: Any, clean: SequenceSet, corrupt: SequenceSet | None, options: Mapping[str, Any]
+) -> Screen:
+    pairs = Pairs.of(clean, corrupt, options["direction"], options["donor"])
     common = {name: options[name] for name in ("site", "over", "layers", "positions")}
 
     def estimate(**method: Any) -> Result:
-        own = {"direction": pairs.direction, "path": options["path"], **common}
+        own = {"direction": pairs.direction, "path": options["path"], "donor": pairs.donor, **common}
         return attribute_gradients(model, clean, corrupt, **own, **method)
 
     return Screen(
         pairs.base,
         estimate,
-        lambda cells: _patches(model, pairs.source, common["site"], cells),
+        lambda cells: _patches(model, pairs.source, common["site"], cells, donor=pairs.donor),
         {**common, **pairs.settings},
         lambda result, metrics: pairs.compared(model, result, metrics),
     )
@@ -287,9 +288,9 @@ register_kind("activation_patching", plot=plot_patch_map, reading=read_restored,
 register_kind("neuron_patching", plot=plot_sites, reading=read_restored, cites=_CITES)
 register_instrument(
     "patching", ranks="site", kind="activation_patching", run=patch_activations, pairs=True, screen=_screen,
-    options=("direction", "path", "site", "over", "positions"),
+    options=("direction", "path", "site", "over", "positions", "donor"),
 )  # fmt: skip
 register_instrument(
     "neuron_patching", ranks="neuron", kind="neuron_patching", pairs=True, screen=_neuron_screen,
-    options=("direction", "path"),
+    options=("direction", "path", "donor"),
 )  # fmt: skip

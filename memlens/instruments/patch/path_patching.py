@@ -19,6 +19,7 @@ from memlens.forward.hooks import HookFn, attached, capturing, check_head, check
 from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.heads import Head, head_label
+from memlens.instruments.donors import check_donor
 from memlens.instruments.patch.pairs import Pairs
 from memlens.instruments.patch.patching import write_cell
 from memlens.instruments.screen.instruments import register_instrument
@@ -44,13 +45,20 @@ class FrozenRuns:
     source: ActivationSource
 
     def __init__(
-        self, model: Any, base: SequenceSet, source: SequenceSet, layers: Sequence[int], mlps: str
+        self,
+        model: Any,
+        base: SequenceSet,
+        source: SequenceSet,
+        layers: Sequence[int],
+        mlps: str,
+        donor: Any = None,
     ) -> None:
         self.trunk, self.mlps = Trunk(model), mlps
         every = range(min(layers), self.trunk.n_layers)
         kept = [hook_name(site, layer) for site in ("resid_pre", "attn_out") for layer in every]
         self.base = ActivationSource(model, base, [*kept, hook_name("resid_post", every[-1])])
-        self.source = ActivationSource(model, source, [hook_name("z", layer) for layer in layers])
+        of_source = model if donor is None else donor
+        self.source = ActivationSource(of_source, source, [hook_name("z", layer) for layer in layers])
         self._key: tuple[Any, ...] | None = None
         self._kept: Tensor | None = None
 
@@ -104,13 +112,14 @@ class FrozenRuns:
 def patch_paths(
     model: Any,
     clean: SequenceSet,
-    corrupt: SequenceSet,
+    corrupt: SequenceSet | None = None,
     *,
+    donor: Any = None,
     senders: Sequence[Head] | None = None,
     receivers: Sequence[Head] | Sequence[int] | None = None,
     receiver_input: str = "logits",
     mlps: str = "recomputed",
-    direction: str = "denoising",
+    direction: str | None = None,
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
     **options: Unpack[SweepOptions],
 ) -> Result:
@@ -137,13 +146,15 @@ def patch_paths(
     Args:
         model: A TransformerLens model.
         clean: The sequences as recalled.
-        corrupt: The same targets after another prefix, row by row.
+        corrupt: The same targets after another prefix, row by row; may be left out with a donor.
+        donor: Another model of the same shape, whose run is the source, as for `patch_activations`.
         senders: Pairs (layer, head); by default all that reach a receiver.
         receivers: Pairs (layer, head) for "q", "k" and "v" (key-value heads for the last two), layers for
             "mlp", None for "logits"; by default all that a sender reaches.
         receiver_input: "logits", "q", "k", "v" or "mlp".
         mlps: "recomputed" or "frozen".
-        direction: "denoising" takes the sender from the clean run, "noising" from the corrupt one.
+        direction: "denoising" takes the sender from the clean run, "noising" from the corrupt one; the
+            defaults are those of `patch_activations`.
         metrics: As for `sweep`; measured on the clean targets.
         options: Further options of `sweep`.
 
@@ -156,7 +167,8 @@ def patch_paths(
         OptionError: An unknown option, or receivers given for "logits".
         SiteError: A layer or head that does not exist, or a sender or receiver that takes part in no path: a
             head reaches only later layers, and its own layer's MLP where blocks are sequential.
-        SequenceError: The two sets do not fit.
+        SequenceError: The two sets do not fit, or there is neither a corrupt set nor a donor.
+        DonorError: The donor does not fit the model.
 
     Example:
         >>> import memlens as ml
@@ -169,9 +181,12 @@ def patch_paths(
         >>> result["normalized_effect"].dims
         ('sequence', 'sender_layer', 'sender_head', 'receiver_layer', 'receiver_head')
     """  # fmt: skip
-    pairs = Pairs(clean, corrupt, direction)
+    pairs = Pairs.of(clean, corrupt, direction, donor)
     settings = {"receiver_input": receiver_input, "mlps": mlps}
-    patches = path_patches(model, pairs.base, pairs.source, senders=senders, receivers=receivers, **settings)
+    patches = path_patches(
+        model, pairs.base, pairs.source, senders=senders, receivers=receivers, donor=donor,
+        receiver_input=receiver_input, mlps=mlps,
+    )  # fmt: skip
     return pairs.sweep(model, patches, metrics, options, kind="path_patching", settings=settings)
 
 
@@ -185,15 +200,18 @@ def path_patches(
     receivers: Sequence[Head] | Sequence[int] | None = None,
     receiver_input: str = "logits",
     mlps: str = "recomputed",
+    donor: Any = None,
 ) -> list[Intervention]:
     """Return the interventions that `patch_paths` runs on `base`, one per path; see there."""
     check_option("receiver_input", receiver_input, RECEIVER_INPUTS)
     check_option("mlps", mlps, MLPS)
     check_sequences(base, model, on_eos="keep")
     check_sequences(source, model, on_eos="keep")
+    if donor is not None:
+        check_donor(model, donor, source, sites=["z"])
     trunk = Trunk(model)
     paths = _paths(trunk, senders, receivers, receiver_input)
-    runs = FrozenRuns(model, base, source, sorted({layer for (layer, _), _ in paths}), mlps)
+    runs = FrozenRuns(model, base, source, sorted({layer for (layer, _), _ in paths}), mlps, donor)
     return [_intervention(runs, sender, receiver, receiver_input) for sender, receiver in paths]
 
 

@@ -25,6 +25,7 @@ from memlens.forward.exclusive import computes
 from memlens.forward.hooks import hook_name
 from memlens.forward.metrics import MetricLike
 from memlens.instruments.ablate.replacing import Replacement, ReplacementOptions
+from memlens.instruments.donors import check_donor, donor_settings
 from memlens.instruments.patch.pairs import Pairs
 from memlens.instruments.screen.backward import GRADIENT_SITES, GradientRun
 from memlens.instruments.screen.instruments import MakeScreen, Screen
@@ -41,11 +42,12 @@ from memlens.sweeps.interventions import Intervention
 def attribute_gradients(
     model: Any,
     clean: SequenceSet,
-    corrupt: SequenceSet,
+    corrupt: SequenceSet | None = None,
     *,
+    donor: Any = None,
     site: str = "resid_pre",
     over: str | None = None,
-    direction: str = "denoising",
+    direction: str | None = None,
     method: str = "attribution_patching",
     path: str = "site",
     steps: int = 8,
@@ -80,12 +82,14 @@ def attribute_gradients(
     Args:
         model: A TransformerLens model; `torch.no_grad` may be active.
         clean: The recalled sequences.
-        corrupt: The same targets after another prefix, row by row.
+        corrupt: The same targets after another prefix, row by row; may be left out with a donor.
+        donor: Another model of the same shape, whose run is the source, as for `patch_activations`.
         site: One of `GRADIENT_SITES`. `k` and `v` have key-value heads; the positions of "pattern" are those
             of the query.
         over: "position" (each layer and position; the default), "layer", "head" or "head_position" (sites
             with heads), "neuron" or "neuron_position" (`mlp_post`); other dimensions are summed.
-        direction: "denoising" patches clean into corrupt, "noising" the reverse.
+        direction: "denoising" patches clean into corrupt, "noising" the reverse; the defaults are those of
+            `patch_activations`.
         method: See above.
         path: See above; for integrated gradients.
         steps: Points on the path; for integrated gradients.
@@ -108,7 +112,8 @@ def attribute_gradients(
     Raises:
         OptionError: An unknown option, a metric without a gradient, or an `over` that the site does not have.
         SiteError: A layer, a position or (in parallel blocks) a site that does not exist.
-        SequenceError: The two sets do not fit.
+        SequenceError: The two sets do not fit, or there is neither a corrupt set nor a donor.
+        DonorError: The donor does not fit the model.
         SilentInterventionError: The model ignores what is written to the site.
 
     Example:
@@ -121,15 +126,17 @@ def attribute_gradients(
         >>> result.effect("target_logprob").dims
         ('sequence', 'layer', 'head')
     """
-    pairs = Pairs(clean, corrupt, direction)
+    pairs = Pairs.of(clean, corrupt, direction, donor)
     source = pairs.source
     run = GradientRun(
         model, pairs.base, site, over or "position", layers=layers, positions=positions, metric=metric,
         method=method, path=path, steps=steps, tolerance=tolerance, batch_size=batch_size,
     )  # fmt: skip
     check_sequences(source, model, on_eos="keep")
+    if donor is not None:
+        check_donor(model, donor, source, sites=[site])
     names = [hook_name(site, layer) for layer in run.layers]
-    store = ActivationSource(model, source, [*names, hook_name("resid_pre", 0)])
+    store = ActivationSource(model if donor is None else donor, source, [*names, hook_name("resid_pre", 0)])
 
     def deltas(batch: Batch, here: Mapping[int, Tensor]) -> dict[int, Tensor]:
         there = store.of(batch)
@@ -234,8 +241,9 @@ def ablation_screen(site: str, over: str) -> MakeScreen:
 
     def screen(model: Any, clean: SequenceSet, _: None, options: Mapping[str, Any]) -> Screen:
         replacement = Replacement(
-            options["mode"], options["positions"] or "all", options["reference"], options["seed"]
-        )
+            options["mode"], options["positions"] or "all", options["reference"], options["seed"],
+            options["donor"],
+        )  # fmt: skip
 
         def estimate(**method: Any) -> Result:
             own = vars(replacement)
@@ -251,6 +259,7 @@ def ablation_screen(site: str, over: str) -> MakeScreen:
             return replacement.interventions(model, clean, site, named)
 
         settings = {name: getattr(replacement, name) for name in ("mode", "positions", "seed")}
+        settings |= {} if replacement.donor is None else donor_settings(replacement.donor)
         return Screen(clean, estimate, interventions, settings)
 
     return screen

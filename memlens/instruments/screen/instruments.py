@@ -108,8 +108,10 @@ def screen_of(
     if tool.screen is None:
         known = ", ".join(i.name for i in INSTRUMENTS.values() if i.screen)
         raise OptionError(f"instrument={name!r} has no gradient estimate: choose from {known}.")
-    if tool.pairs and corrupt is None:
-        raise SequenceError(f"instrument={name!r} needs corrupt sequences: make them with memlens.corrupt.")
+    if tool.pairs and corrupt is None and options["donor"] is None:
+        raise SequenceError(
+            f"instrument={name!r} needs corrupt sequences (make them with memlens.corrupt) or donor=."
+        )
     if not tool.pairs and corrupt is not None:
         raise SequenceError(f"instrument={name!r} does not use corrupt sequences: leave them out.")
     for option, value in options.items():
@@ -119,6 +121,6 @@ def screen_of(
 
 
 _UNSET = {
-    "site": None, "over": None, "direction": "denoising", "mode": "zero", "positions": None,
-    "reference": None, "path": "site",
+    "site": None, "over": None, "direction": None, "mode": "zero", "positions": None,
+    "reference": None, "path": "site", "donor": None,
 }  # fmt: skip

@@ -89,8 +89,9 @@ def screen_then_verify(
     rank_by: str = "magnitude",
     site: str | None = None,
     over: str | None = None,
-    direction: str = "denoising",
+    direction: str | None = None,
     mode: str = "zero",
+    donor: Any = None,
     layers: Sequence[int] | None = None,
     positions: Sequence[int] | str | None = None,
     reference: SequenceSet | None = None,
@@ -146,6 +147,8 @@ def screen_then_verify(
         over: For "patching", as for `patch_activations`.
         direction: For patching, as for `patch_activations`.
         mode: For ablation, as for `ablate_heads`.
+        donor: Another model of the same shape: for patching, instead of `corrupt` or beside it; for ablation,
+            with mode "donor".
         layers: All by default.
         positions: For "patching", token positions; for ablation, as for `ablate_heads`.
         reference: For ablation, as for `ablate_heads`.
@@ -163,6 +166,7 @@ def screen_then_verify(
     Raises:
         OptionError: An unknown option, or a first metric without a gradient.
         SequenceError: The two sets do not fit, or `corrupt` is missing or not used.
+        DonorError: The donor does not fit the model.
         SiteError: A layer, a position or a site that does not exist.
         EmptySetError: There is no site to screen.
 
@@ -186,6 +190,7 @@ def screen_then_verify(
     tool = screen_of(
         instrument, model, clean, corrupt, site=site, over=over, direction=direction, mode=mode,
         layers=layers, positions=positions, reference=reference, path=path, seed=seed,
+        donor=donor,
     )  # fmt: skip
     estimate = tool.estimate(
         metric=metrics[0], method=method, steps=steps, batch_size=batch_size, progress=progress
