@@ -27,7 +27,7 @@ from memlens.cli.console import (
     resumable,
 )
 from memlens.cli.data import data_app
-from memlens.cli.making import generate, lens_app, zoo_app
+from memlens.cli.making import edit, generate, lens_app, zoo_app
 from memlens.errors import MemlensError, check_option
 from memlens.studies.registry import ModelChoice, SequenceChoice
 
@@ -50,6 +50,7 @@ app.command(lens_app)
 app.command(benchmark_app)
 app.command(organisms_app)
 app.command(from_options(generate), name="generate")
+app.command(from_options(edit), name="edit")
 app.register_install_completion_command()
 
 

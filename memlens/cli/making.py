@@ -1,4 +1,4 @@
-"""Commands that make text, lenses and models: `memlens generate`, `memlens lens` and `memlens zoo`."""
+"""Commands that make text, edited models, lenses and models: `memlens generate`, `edit`, `lens` and `zoo`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from memlens.cli.console import OUT, Json, Quiet, Switch, print_json, print_tabl
 from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError
 from memlens.files import parsing
 from memlens.instruments.decode.lens_options import LensOptions
+from memlens.instruments.edit.options import How, VectorSearch
 from memlens.studies.registry import ModelChoice
 
 if TYPE_CHECKING:
@@ -76,6 +77,53 @@ def generate(
         for key, generated in found.items():
             heading = Text(headings[key], style="dim") if compare else Text()
             OUT.print(Text.assemble(heading, (text, "bold"), decode(generated[i])))
+
+
+def edit(
+    where: ModelChoice,
+    search: VectorSearch,
+    *,
+    components: list[str],
+    out: Path,
+    how: How = "zero",
+    strength: float = 1.0,
+    sequences: str | None = None,
+    keep: str | None = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Edit what heads, neurons, MLPs or attention write, and save the model as an ordinary checkpoint.
+
+    Example: memlens edit zoo/pythia-s --components L1H7 --components L0N12 --out edited
+
+    Args:
+        where: The model.
+        search: How output vectors are searched for.
+        components: A component, such as L1H7 (a head), L0N12 (a neuron), "L2 MLP" or "L2 attention"; can be
+            repeated.
+        out: The folder of the edited model: a new or an empty one.
+        how: What output vectors become: zero, mean, output_vector or norm_preserving.
+        strength: Share of the way to zero or the mean; of the searched edits, the budget as a share of each
+            vector's norm.
+        sequences: File (or zoo) of what is to be forgotten, for the searched edits; of what a mean is taken
+            over.
+        keep: File of what is to stay, for the searched edits.
+    """
+    import memlens as ml
+
+    model = where.load()
+    forget, stay = (None if name is None else ml.load_sequences(name, model) for name in (sequences, keep))
+    made = ml.edits.edit_weights(
+        model, components, how, sequences=forget, keep=stay, strength=strength, search=search,
+        progress=not quiet,
+    )  # fmt: skip
+    folder = ml.instruments.export_edited(model, made, out)
+    if as_json:
+        names = [str(component) for component in made.components]
+        print_json({"model": folder, "edit": made.name, "components": names, "about": dict(made.about)})
+        return
+    OUT.print(f"{made.name}: the change of output vectors has the norm {made.size:.3g}")
+    OUT.print(f"model: {folder}")
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -9,7 +9,6 @@ from .bypass.bypass import bypass_attention as bypass_attention
 from .bypass.predictor import PredictorAgreement as PredictorAgreement
 from .decode.decoding import decode_residual as decode_residual
 from .decode.logit_attribution import attribute_logits as attribute_logits
-from .edit.editing import VectorSearch as VectorSearch
 from .edit.editing import control_edits as control_edits
 from .edit.editing import edit_weights as edit_weights
 from .edit.export import edited_model as edited_model
@@ -17,6 +16,8 @@ from .edit.export import export_edited as export_edited
 from .edit.mitigation import Mitigation as Mitigation
 from .edit.mitigation import MitigationOptions as MitigationOptions
 from .edit.mitigation import evaluate_mitigation as evaluate_mitigation
+from .edit.options import VectorSearch as VectorSearch
+from .edit.reach import split_by_reach as split_by_reach
 from .edit.search import EditSearch as EditSearch
 from .edit.search import search_edits as search_edits
 from .edit.transplant import transplant_weights as transplant_weights

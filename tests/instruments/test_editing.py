@@ -14,8 +14,9 @@ from memlens.errors import OptionError, SequenceError, SiteError
 from memlens.forward.components import Component
 from memlens.forward.read_blocks import read_parts
 from memlens.forward.trunk import Trunk
-from memlens.instruments.edit.editing import VectorSearch, control_edits, edit_weights
+from memlens.instruments.edit.editing import control_edits, edit_weights
 from memlens.instruments.edit.export import edited_model
+from memlens.instruments.edit.options import VectorSearch
 from memlens.instruments.edit.search import search_edits
 from memlens.instruments.edit.weight_edit import WeightEdit
 from memlens.results.groups import halves

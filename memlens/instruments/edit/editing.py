@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -24,32 +23,14 @@ from memlens.forward.capture import mean_activations
 from memlens.forward.components import Component, Part
 from memlens.forward.exclusive import computes
 from memlens.forward.hooks import attached, hook_name
+from memlens.instruments.edit.options import How, VectorSearch
 from memlens.instruments.edit.weight_edit import OUTPUTS, EditMaker, WeightChange, WeightEdit
 from memlens.instruments.screen.backward import parameters_at_rest
-from memlens.options import options_class
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 
-How = Literal["zero", "mean", "output_vector", "norm_preserving"]
-"""What output vectors become."""
 HOWS: tuple[str, ...] = get_args(How)
 _SEARCHED = ("output_vector", "norm_preserving")
-
-
-@options_class
-class VectorSearch:
-    """How output vectors are searched for: gradient descent on the log-probability of target tokens."""
-
-    steps: PositiveInt = 40
-    """Number of steps: normalized gradient descent with momentum 0.9, projected onto the budget."""
-    learning_rate: PositiveFloat = 0.1
-    """How far a step moves the vectors (root mean square), as a share of their budgets."""
-    floor: Annotated[float, Field(lt=0, allow_inf_nan=False)] = -6.0
-    """Target tokens less probable than this (nats) are left alone."""
-    keep_weight: NonNegativeFloat = 1.0
-    """Weight of the divergence from the unedited model on what is to be kept, if anything is."""
-    batch_size: PositiveInt = 16
-    """Sequences that run together; every step sees all of them."""
 
 
 @computes

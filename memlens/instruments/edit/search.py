@@ -13,7 +13,8 @@ import pandas as pd
 from memlens.errors import EmptySetError, OptionError, check_option
 from memlens.forward.components import Component
 from memlens.forward.exclusive import computes
-from memlens.instruments.edit.editing import HOWS, How, VectorSearch, control_edits, edit_weights
+from memlens.instruments.edit.editing import HOWS, control_edits, edit_weights
+from memlens.instruments.edit.options import How, VectorSearch
 from memlens.instruments.edit.weight_edit import EditMaker, WeightEdit
 from memlens.instruments.tasks.evaluate import evaluate_tasks
 from memlens.instruments.tasks.tasks import ChoiceTask
