@@ -148,14 +148,19 @@ def read_json(
         return parsed_json(Path(path).read_text(encoding="utf-8"), schema)
 
 
-def parsed_json(text: str | bytes, schema: Any = Any) -> Any:
+def parsed_json(text: str | bytes, schema: Any = Any, *, unique: bool = False) -> Any:
     """Return the value of a JSON text, of the type that `schema` says (see `read_json`).
+
+    Args:
+        text: The text.
+        schema: The type that the value must have.
+        unique: Whether a key that an object has twice is an error; by default the last one counts.
 
     Raises:
         ValueError: It is not JSON of this type, or is nested more than 100 deep.
         RecursionError: It is nested even deeper.
     """
-    value = json.loads(text)
+    value = json.loads(text, object_pairs_hook=_once if unique else None)
     brackets = (
         text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
     )
@@ -164,6 +169,14 @@ def parsed_json(text: str | bytes, schema: Any = Any) -> Any:
     if schema is not Any:
         TypeAdapter(schema).validate_python(value)
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
+    return found
 
 
 def parsed_exact(text: str | bytes, schema: Any = Any) -> Any:

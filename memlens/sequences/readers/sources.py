@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path, PureWindowsPath
@@ -104,7 +106,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """
     for place, line in text_lines(path):
         try:
-            yield place, parsed_json(line)
+            yield place, parsed_json(line, unique=True)
         except json.JSONDecodeError as error:
             raise FileFormatError(
                 f"{place} is not JSON: {error.msg} at column {error.colno} of {line[:40]!r}"
@@ -149,12 +151,26 @@ def _read_csv(path: Path, as_text: Sequence[str]) -> tuple[pd.DataFrame, dict[st
         with path.open(encoding="utf-8-sig") as file:  # pandas takes minutes for 200,000 columns
             if file.readline(LONGEST_TEXT).count(",") >= _MOST_COLUMNS:
                 raise FileFormatError(f"{path} has over {_MOST_COLUMNS} columns: is it a table of sequences?")
+            file.seek(0)
+            header = next(filter(None, csv.reader(file)), [])
+        twice = [name for i, name in enumerate(header) if name in header[:i]]
+        if twice:  # which pandas would rename
+            raise FileFormatError(f"{path} has two columns {twice[0]!r}: give each a name of its own")
         # Texts such as "NA" and "null" are texts, so only empty cells count as missing.
         kinds: dict[Hashable, Any] = dict.fromkeys(as_text, object)
-        return pd.read_csv(path, keep_default_na=False, encoding="utf-8-sig", dtype=kinds), {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows with more fields than the header
+            frame = pd.read_csv(
+                path, keep_default_na=False, encoding="utf-8-sig", dtype=kinds, index_col=False
+            )
+        return frame, {}
     except pd.errors.EmptyDataError:
         return pd.DataFrame(), {}
-    except (UnicodeDecodeError, pd.errors.ParserError) as error:
+    except pd.errors.ParserWarning as error:
+        raise FileFormatError(
+            f"{path} has rows with more fields than its first line names: put texts with commas in quotes"
+        ) from error
+    except (UnicodeDecodeError, pd.errors.ParserError, csv.Error) as error:
         raise FileFormatError(f"{path} is not a comma-separated table of UTF-8 text: {error}") from error
 
 

@@ -35,9 +35,12 @@ def read_frame(frame: pd.DataFrame, columns: Columns, tokenizer: Tokenizer) -> D
     given by the caller takes precedence.
 
     Raises:
-        ColumnError: A named column is missing, or there is no usual one.
+        ColumnError: A named column is missing, there is no usual one, or two have one name.
         SequenceError: A text needs a tokenizer and there is none.
     """
+    if not frame.columns.is_unique:
+        twice = frame.columns[frame.columns.duplicated()][0]
+        raise ColumnError(f"two columns are named {twice!r}: {listing(frame)}; give each a name of its own")
     given = [k for k in ("tokens", "prompt", "text") if getattr(columns, k)] or ["tokens", "prompt", "text"]
     if "tokens" in given and (name := find_column(frame, columns.tokens, TOKENS)):
         return _token_rows(frame, name)
@@ -79,6 +82,12 @@ def _unpadded(rows: list[list[int]], frame: pd.DataFrame) -> list[list[int]]:
                 f"row {number} has {len(row)} tokens and an attention_mask of {len(mask)}: give one entry "
                 "per token"
             )
+        others = mask[~np.isin(mask, (0, 1))]
+        if len(others):
+            raise SequenceError(
+                f"the attention_mask of row {number} holds {others[0]}: mark tokens with 1 and padding with 0 "
+                "(several sequences packed into one row must be taken apart)"
+            )
         real = np.flatnonzero(mask)
         if len(real) and real[-1] - real[0] + 1 != len(real):
             raise SequenceError(
@@ -103,6 +112,8 @@ def _parse_tokens(value: Any, row: int, name: str) -> list[int]:
             if len(value) > LONGEST_TEXT:
                 raise ValueError
             return [int(part) for part in value.strip("[]() \n").replace(",", " ").split()]
+        if isinstance(value, list | tuple) and any(isinstance(entry, bool | np.bool_) for entry in value):
+            raise ValueError  # among integers NumPy would make them 0 and 1
         array = np.asarray(value)
         if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
             raise ValueError
