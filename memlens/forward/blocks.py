@@ -23,7 +23,7 @@ from memlens.forward.batches import at_positions
 from memlens.forward.exclusive import known_of
 from memlens.forward.read_blocks import BlockWeights, read_block, read_unembedding
 from memlens.forward.read_weights import Linear, Norm
-from memlens.forward.trunk import Trunk
+from memlens.forward.trunk import Trunk, module_of
 
 KeysValues = tuple[Float[Tensor, "row kv_head pos d_head"], Float[Tensor, "row kv_head pos d_head"]]
 """Keys (rotated) and values of one layer."""
@@ -283,11 +283,7 @@ def _has_hooks(model: Any) -> bool:
     if any(point.fwd_hooks for point in model.hook_dict.values()):
         return True
     hooks = (h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
-    return any(not _module_of(h).startswith(_LIBRARIES) for h in hooks)
-
-
-def _module_of(hook: Any) -> str:
-    return getattr(getattr(hook, "func", hook), "__module__", "")
+    return any(not module_of(h).startswith(_LIBRARIES) for h in hooks)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

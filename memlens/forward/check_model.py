@@ -37,7 +37,7 @@ from torch import Tensor
 
 from memlens.errors import ModelLoadError, UnsupportedModelError
 from memlens.forward.blocks import FunctionalBlocks
-from memlens.forward.exclusive import computes
+from memlens.forward.exclusive import computes, known_of
 from memlens.forward.hooks import SITES, HookFn, attached, capturing, chosen_layers, hook_name, refuse_sites
 from memlens.forward.trunk import Trunk, noting_block_outputs, require_model
 from memlens.models.bos import expects_bos
@@ -233,7 +233,7 @@ def check_model(
     names.append(hook_name("resid_post", n_layers - 1))
     points = model.hook_dict  # which a bridge makes anew each time
     names = [name for name in names if name in points]
-    with capturing(model, names) as resid, noting_block_outputs(model):
+    with capturing(model, names) as resid, noting_block_outputs(model, known_of(model)):
         logits = model(tokens)
     checks = [_against_huggingface(model, reference, resid, logits)]
     trunk = None

@@ -10,7 +10,8 @@ the skipped blocks are replaced by a pass-through for the duration of one call.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -199,12 +200,11 @@ _EXTRA = "extra outputs of a block"
 
 
 @contextmanager
-def noting_block_outputs(model: Any) -> Iterator[None]:
+def noting_block_outputs(model: Any, known: dict[str, Any]) -> Iterator[None]:
     """Note the form of what a bridge's blocks return, in a pass of the body, so that `Trunk` needs none."""
     if not is_bridge(model):
         yield
         return
-    known = known_of(model)
 
     def look(_module: nn.Module, _args: Any, out: Any) -> None:
         known[_EXTRA] = len(out) - 1 if isinstance(out, tuple) else None
@@ -249,24 +249,25 @@ class _BridgeRunner:
         known = known_of(self.model)
         if _EXTRA not in known:
             device = next(self.model.parameters()).device
-            with torch.no_grad(), noting_block_outputs(self.model):
+            with torch.no_grad(), noting_block_outputs(self.model, known):
                 self.base(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=False)
         return known[_EXTRA]
 
     @contextmanager
     def _skipping(self, blocks: Sequence[nn.Module], extra_outputs: int | None) -> Iterator[None]:
-        skip = _pass_through(extra_outputs)
-        own = [(block.__dict__, block.__dict__.get("forward")) for block in blocks]  # a user may have set one
+        changed = {"forward": _pass_through(extra_outputs)}
+        own = []  # a user may have set a forward, and hooks, which must not act on what is passed through
         try:
-            for facts, _ in own:
-                facts["forward"] = skip
+            for block in blocks:
+                facts = block.__dict__
+                hooks = {name: _library_hooks(facts[name]) for name in _HOOKS}
+                own.append((facts, {name: facts[name] for name in ("forward", *_HOOKS) if name in facts}))
+                facts |= changed | hooks
             yield
         finally:
-            for facts, forward in own:
-                if forward is None:
-                    facts.pop("forward", None)
-                else:
-                    facts["forward"] = forward
+            for facts, before in own:
+                facts.pop("forward", None)
+                facts |= before
 
     def _forward(self, start: int, stop: int, **inputs: Tensor) -> Tensor:
         skipped = [*self.blocks[:start], *self.blocks[stop:]]
@@ -305,6 +306,20 @@ class _BridgeRunner:
             for handle in handles:
                 handle.remove()
         return bridge_surroundings(self.model, given, width)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def _library_hooks(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:
+    """Return the hooks that are not a user's."""
+    libraries = (*_LIBRARIES, "memlens.")
+    return OrderedDict((n, hook) for n, hook in hooks.items() if module_of(hook).startswith(libraries))
+
+
+def module_of(hook: Any) -> str:
+    """Return the name of the module that defines a hook."""
+    return getattr(getattr(hook, "func", hook), "__module__", None) or ""
 
 
 def _pass_through(extra_outputs: int | None) -> Callable[..., Any]:

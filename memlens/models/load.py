@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 
+_LOG = logging.getLogger(__name__)
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
@@ -269,8 +271,31 @@ def _wrap(
     else:
         model = build_bridge(hf_model, tokenizer, **common)
     remember(model, **facts)
+    _keep_to_one_rotation(model, hf_model)
     if reference is not None:
         with quiet():
             found = check_model(model, reference=reference, layers=kinds_of_layers(model))
         found.raise_if_failed()
     return model
+
+
+def _keep_to_one_rotation(model: Any, hf_model: PreTrainedModel) -> None:
+    """Limit the context of a model that rotates its positions in another way in longer texts (LongRoPE).
+
+    There the length of the longest text in a batch would decide on the rotation of the others as well.
+    """
+    config: Any = hf_model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    found = next((part for part in kinds if part.get("rope_type") == "longrope"), None)
+    if found is None:
+        return
+    known = found.get("original_max_position_embeddings")
+    length = known or getattr(config, "original_max_position_embeddings", None)
+    if length is not None and length < model.cfg.n_ctx:
+        _LOG.warning(
+            "the model rotates positions in another way in texts of more than %d tokens: its context is "
+            "limited to them",
+            length,
+        )
+        model.cfg.n_ctx = int(length)

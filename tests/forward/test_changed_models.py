@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import memlens as ml
-from memlens.errors import ModelLoadError, ResultError
+from memlens.errors import ModelLoadError, ResultError, SequenceError
 from memlens.forward.baseline import teacher_forced_stats
 from memlens.models.names import has_hooked_transformer
 from tests.small import corrupted, largest_difference, ragged
@@ -306,3 +306,56 @@ def test_autocast_does_not_reach_what_memlens_computes(backend: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(random_tokens())
         assert torch.is_autocast_enabled("cpu")
+
+
+def halved(_module: Any, _args: Any, out: Any) -> Any:
+    return (out[0] / 2, *out[1:]) if isinstance(out, tuple) else out / 2
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+@pytest.mark.parametrize("place", ["block", "final norm", "attention"])
+def test_a_user_s_torch_hook_acts_where_its_module_runs_and_nowhere_else(backend: str, place: str) -> None:
+    """A layer that is skipped passes its input on, and a hook on it must not change that."""
+    model, seqs = loaded(tiny_huggingface_model("gpt_neox"), backend), ragged()
+    plain = ml.measure(model, seqs)["target_logprob"]
+    where = {"block": model.blocks[1], "final norm": model.ln_final, "attention": model.blocks[1].attn}[place]
+    handle = where.register_forward_hook(halved)
+    run = partial(ml.ablate_heads, model, seqs, mode="zero", progress=False)
+    fast, exact = run(), run(engine="reference")
+    assert largest_difference(fast, exact) < 1e-5
+    assert abs(ml.measure(model, seqs)["target_logprob"] - plain).max() > 1e-3
+    with torch.no_grad():
+        tokens = random_tokens()
+        trunk = ml.Trunk(model)
+        out = trunk.unembed(trunk.run(trunk.run(trunk.embed(tokens), 0, 1), 1))
+        assert torch.allclose(out, model(tokens), atol=1e-4)
+    handle.remove()
+    assert abs(ml.measure(model, seqs)["target_logprob"] - plain).max() == 0
+
+
+def test_a_default_device_does_not_reach_what_memlens_computes() -> None:
+    model, seqs = loaded(tiny_huggingface_model("gpt_neox"), "bridge"), ragged()
+    run = partial(ml.ablate_heads, model, seqs, mode="zero", progress=False)
+    plain = run()
+    with torch.device("meta"):
+        assert largest_difference(run(), plain) == 0
+        scored = ml.score_recall(model, seqs, generate=False, progress=False).table["target_logprob"]
+    assert np.isfinite(scored).all()
+
+
+def test_a_model_with_two_rotations_takes_texts_of_one_only() -> None:
+    """In LongRoPE the length of the longest text of a batch decides on the rotation of all."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope["original_max_position_embeddings"] = 16
+    config = transformers.Phi3Config(
+        **_SMALL, num_hidden_layers=2, intermediate_size=64, pad_token_id=0, max_position_embeddings=64,
+        original_max_position_embeddings=16, rope_parameters=rope,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = loaded(transformers.AutoModelForCausalLM.from_config(config).eval(), "bridge")
+    rows = random_tokens(2, 20).tolist()
+    with pytest.raises(SequenceError, match="context holds 16"):
+        ml.measure(model, ml.load_sequences([rows[0], rows[1][:12]], prefix_len=4))
+    assert np.isfinite(
+        ml.measure(model, ml.load_sequences([r[:16] for r in rows], prefix_len=4))["target_logprob"]
+    ).all()

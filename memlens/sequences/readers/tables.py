@@ -85,8 +85,8 @@ def _unpadded(rows: list[list[int]], frame: pd.DataFrame) -> list[list[int]]:
         others = mask[~np.isin(mask, (0, 1))]
         if len(others):
             raise SequenceError(
-                f"the attention_mask of row {number} holds {others[0]}: mark tokens with 1 and padding with 0 "
-                "(several sequences packed into one row must be taken apart)"
+                f"the attention_mask of row {number} holds {others[0]}: mark tokens with 1 and padding with "
+                "0 (several sequences packed into one row must be taken apart)"
             )
         real = np.flatnonzero(mask)
         if len(real) and real[-1] - real[0] + 1 != len(real):
