@@ -4,10 +4,12 @@ from memlens.instruments.detect.attention import attention_difference, attention
 from memlens.instruments.detect.behaviour import (
     BehaviourOptions,
     behaviour_neurons,
+    projection,
     steered,
     steering_curve,
     steering_doses,
 )
+from memlens.instruments.detect.beyond import BeyondOptions, beyond_confounds
 from memlens.instruments.detect.buckets import (
     BucketStatistics,
     error_similarity,
@@ -17,19 +19,23 @@ from memlens.instruments.detect.buckets import (
 from memlens.instruments.detect.confounds import confounds
 from memlens.instruments.detect.dimension import DimensionOptions, intrinsic_dimension, local_dimension
 from memlens.instruments.detect.exposure import ExposureOptions, digit_slots, exposure
+from memlens.instruments.detect.groups import Groups
 from memlens.instruments.detect.invariance import InvarianceOptions, invariance, prediction_invariance
 from memlens.instruments.detect.separation import SeparationOptions, separating_neurons, separation
 
 __all__ = [
     "BehaviourOptions",
+    "BeyondOptions",
     "BucketStatistics",
     "DimensionOptions",
     "ExposureOptions",
+    "Groups",
     "InvarianceOptions",
     "SeparationOptions",
     "attention_difference",
     "attention_statistics",
     "behaviour_neurons",
+    "beyond_confounds",
     "confounds",
     "digit_slots",
     "error_similarity",
@@ -40,6 +46,7 @@ __all__ = [
     "local_dimension",
     "popularity_buckets",
     "prediction_invariance",
+    "projection",
     "separating_neurons",
     "separation",
     "steered",

@@ -111,7 +111,6 @@ def behaviour_neurons(
     rho = correlations(acts, label)
     n_chosen = max(1, round(options.share * rho.size))
     chosen = _top(rho, n_chosen)
-    signed = np.sign(rho)[chosen]
     sites = ("layer", "neuron")
     overlap = _stability(acts, label, n_chosen, options)
     variables = {
@@ -121,11 +120,31 @@ def behaviour_neurons(
         "chosen": (sites, chosen.astype(np.int8)),
         "overlap": ("split", overlap[:, 0]),
         "overlap_shuffled": ("split", overlap[:, 1]),
-        "projection": ("sequence", (acts[:, chosen] * signed).mean(1)),
+        "projection": ("sequence", (acts[:, chosen] * np.sign(rho[chosen])).mean(1)),
     }
     coords = {"layer": layers, "neuron": np.arange(rho.shape[1]), "split": np.arange(options.n_splits)}
     settings = {**asdict(options), "n_a": len(a), "n_b": len(b)}
     return make_result("behaviour_neurons", model, seqs, variables, coords, settings)
+
+
+def projection(
+    model: Any, found: Result, sequences: SequenceSet, *, progress: bool = True
+) -> Float[np.ndarray, "seq"]:
+    r"""Return how far the chosen neurons of each sequence are on the side of behaviour a.
+
+    The mean over chosen neurons of :math:`\text{sign}(\rho_i) h_{si}`, as `projection` of the result, for
+    other sequences than those that the neurons were chosen on.
+
+    Args:
+        model: A TransformerLens model.
+        found: What `behaviour_neurons` returned.
+        sequences: The sequences.
+        progress: Show a progress bar.
+    """
+    layers, site = found["layer"].values.tolist(), found.settings["site"]
+    acts = mean_over_targets(model, sequences, site, layers, progress=progress, desc="neurons")
+    chosen = found["chosen"].values == 1
+    return (acts[:, chosen] * np.sign(found["rho"].values[chosen])).mean(1)
 
 
 def correlations(

@@ -28,7 +28,7 @@ from memlens.results.result import Result
 from memlens.results.statistics.agreement import roc_area, roc_gain
 from memlens.results.statistics.comparison import corrected
 from memlens.results.statistics.estimates import Estimate
-from memlens.results.statistics.intervals import FEWEST, STATISTICS
+from memlens.results.statistics.intervals import STATISTICS
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.labels import make_result
 
@@ -247,10 +247,9 @@ def _of_layers(
 
 
 def area_of(score: np.ndarray, label: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
-    """Return the area under the ROC curve and its interval, which takes `FEWEST` sequences of each label."""
+    """Return `roc_area` as value, low and high."""
     found = roc_area(score, label, level=level)
-    few = min(found.n_positive, found.n_negative) < FEWEST
-    return (found.area, np.nan, np.nan) if few else (found.area, found.low, found.high)
+    return found.area, found.low, found.high
 
 
 def _of_neurons(
