@@ -4,6 +4,8 @@ from .bypass.study import study_attention_bypass as study_attention_bypass
 from .comparative.config import StudyModel as StudyModel
 from .comparative.options import ComparativeOptions as ComparativeOptions
 from .comparative.study import study_comparative as study_comparative
+from .detectors.options import DetectorOptions as DetectorOptions
+from .detectors.study import study_detectors as study_detectors
 from .idioms.options import IdiomOptions as IdiomOptions
 from .idioms.study import study_idioms as study_idioms
 from .localization.options import LocalizeOptions as LocalizeOptions

@@ -233,6 +233,7 @@ class Study:
 STUDIES: Registry[Study] = Registry(
     "study",
     modules=[
-        f"memlens.studies.{name}.command" for name in ("localization", "idioms", "bypass", "comparative")
+        f"memlens.studies.{name}.command"
+        for name in ("localization", "idioms", "bypass", "comparative", "detectors")
     ],
 )

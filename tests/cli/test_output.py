@@ -35,7 +35,7 @@ def asked(*args: str) -> Any:
 def test_every_command_takes_json() -> None:
     commands = [["demo"], ["score"], ["plan"], ["report"], ["models"], ["generate"], ["lens", "train"]]
     commands += [["zoo", "list"], ["zoo", "train"]]
-    commands += [["run", name] for name in ("localize", "idioms", "bypass", "comparative")]
+    commands += [["run", name] for name in ("localize", "idioms", "bypass", "comparative", "detectors")]
     for command in commands:
         assert "--json" in call(*command, "--help")[1], command
 

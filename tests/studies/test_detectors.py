@@ -1,0 +1,135 @@
+"""The study of detectors on the smallest bundled model: every part, and what fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import memlens as ml
+from memlens.recall.taxonomy import CLASSES
+from memlens.studies.detectors import findings
+from memlens.studies.detectors.study import areas_of, mixed_copies, task_table
+from memlens.studies.running import StudyRun
+
+SMALL = ml.studies.DetectorOptions(
+    max_sequences=12, max_steered=4, max_canaries=6, probed_targets=1, folds=2, alphas=(-4.0, 4.0),
+    n_random=1, most_nodes=20, n_permutations=50, least_mixed=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return ml.load_model("zoo/pythia-xs")
+
+
+@pytest.fixture(scope="module")
+def inputs(model: Any) -> dict[str, Any]:
+    seqs = ml.load_sequences("zoo", model)
+    some = seqs[np.flatnonzero(np.isin(seqs.table["copies"].to_numpy(), [1, 64, 256]))]
+    return {
+        "sequences": some,
+        "canaries": ml.load_sequences("zoo:identifiers", model),
+        "slots": ml.detect.digit_slots(model, 6),
+        "tasks": ml.tasks.local_tasks("zoo", model, names=["agreement"], n=4),
+    }
+
+
+@pytest.fixture(scope="module")
+def run(model: Any, inputs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> StudyRun:
+    folder = tmp_path_factory.mktemp("detectors")
+    return ml.studies.study_detectors(model, out=folder, options=SMALL, progress=False, **inputs)
+
+
+@pytest.mark.slow
+def test_every_part_has_a_finding(run: StudyRun) -> None:
+    assert run.failures == {}
+    titles = [finding.title for finding in run.findings]
+    assert len(titles) == len(set(titles)) == 11
+    for finding in run.findings:
+        assert finding.estimate is not None
+        if finding.low is not None and np.isfinite(finding.low):
+            assert finding.low <= finding.estimate <= finding.high + 1e-9
+    known = json.loads((run.report.parent / "run.json").read_text())
+    kinds = {entry["name"] for entry in known["results"]}
+    assert kinds >= {
+        "recall", "separation", "inside_copies", "behaviour_neurons", "steering", "local_dimension",
+        "attention", "exposure", "prediction_invariance",
+    }  # fmt: skip
+    assert {c["key"] for c in known["citations"]} >= {"dentan2025"}
+    assert "side by side" in run.report.read_text()
+
+
+@pytest.mark.slow
+def test_the_table_has_every_detector_against_both_baselines(run: StudyRun, inputs: dict[str, Any]) -> None:
+    table = pd.read_parquet(run.report.parent / "detectors.parquet")
+    assert set(table["baseline"]) == {"confounds", "confounds and copies"}
+    assert set(table["detector"]) == {
+        "probe", "behaviour neurons", "minus local dimension", "attention entropy", "first share",
+        "mean distance", "prefix share",
+    }  # fmt: skip
+    assert (table["recalled"] == 12).all()
+    dimension = table[table["detector"] == "minus local dimension"]
+    assert (dimension["matched"] == 6).all()  # the other half are references
+    assert ((table["gain_low"] <= table["gain"]) & (table["gain"] <= table["gain_high"])).all()
+    classes = pd.read_parquet(run.report.parent / "classes.parquet")
+    assert classes["copies"].tolist() == [1, 64, 256]
+    assert classes[list(CLASSES[:3])].to_numpy().sum() == len(inputs["sequences"])
+    drawn = areas_of(table)["area"]
+    assert drawn["detector"].values.tolist()[-2:] == ["confounds", "confounds and copies"]
+
+
+@pytest.mark.slow
+def test_steering_costs_are_measured_against_the_unchanged_model(
+    run: StudyRun, model: Any, inputs: Any
+) -> None:
+    table = pd.read_parquet(run.report.parent / "steering_tasks.parquet")
+    assert set(table["direction"]) == {"behaviour", "random 0"}
+    plain = ml.evaluate_tasks(model, inputs["tasks"], progress=False)["accuracy"].mean()
+    assert table["unchanged"].tolist() == pytest.approx([float(plain)] * len(table))
+    curve = ml.load_result(run.report.parent / "steering.nc")
+    doses = ml.detect.steering_doses(
+        model, ml.load_result(run.report.parent / "behaviour_neurons.nc"), SMALL.alphas, n_random=1
+    )
+    cost = ml.evaluate_tasks(model, inputs["tasks"], doses, progress=False)
+    again = task_table(cost)
+    assert again["mean"].tolist() == pytest.approx(table["mean"].tolist())
+    assert curve["alpha"].values.tolist() == [-4.0, 4.0]
+
+
+@pytest.mark.slow
+def test_sequences_that_are_not_recalled_leave_a_report(model: Any, inputs: Any, tmp_path: Path) -> None:
+    rare = inputs["sequences"][:6]
+    run = ml.studies.study_detectors(model, rare, tmp_path, options=SMALL, progress=False)
+    assert list(run.failures) == ["matched controls"]
+    assert [finding.title for finding in run.findings] == ["What is recalled"]
+    assert run.report.is_file()
+
+
+def test_mixed_copies_have_both_recalled_and_others() -> None:
+    copies = np.array([1] * 4 + [2] * 5 + [3] * 4)
+    hit = np.array([0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 0], bool)
+    assert mixed_copies(copies, hit, 1) == [2, 3]
+    assert mixed_copies(copies, hit, 2) == [2]
+    assert mixed_copies(copies, hit, 3) == []
+
+
+def test_a_finding_says_which_detectors_add_anything() -> None:
+    row = {
+        "baseline": "confounds", "baseline_area": 0.7, "recalled": 10, "matched": 10,
+        "copies_correlation": 0.5, "area": 0.8, "low": 0.7, "high": 0.9,
+    }  # fmt: skip
+    rows = [
+        {**row, "detector": "good", "gain": 0.1, "gain_low": 0.05, "gain_high": 0.2},
+        {**row, "detector": "bad", "gain": 0.01, "gain_low": -0.05, "gain_high": 0.1},
+        {**row, "detector": "unknown", "gain": 0.02, "gain_low": np.nan, "gain_high": np.nan},
+    ]
+    found = findings.beyond(pd.DataFrame(rows))
+    assert "good adds most" in found.statement
+    assert "above 0: good." in found.statement
+    assert found.estimate == 0.1
+    assert findings.beyond(pd.DataFrame(rows[1:])).statement.count("above 0: none.") == 1
