@@ -17,6 +17,7 @@ from memlens.instruments.detect.buckets import (
     popularity_buckets,
 )
 from memlens.instruments.detect.confounds import confounds
+from memlens.instruments.detect.curvature import curvature_edits
 from memlens.instruments.detect.dimension import DimensionOptions, intrinsic_dimension, local_dimension
 from memlens.instruments.detect.exposure import ExposureOptions, digit_slots, exposure
 from memlens.instruments.detect.groups import Groups
@@ -37,6 +38,7 @@ __all__ = [
     "behaviour_neurons",
     "beyond_confounds",
     "confounds",
+    "curvature_edits",
     "digit_slots",
     "error_similarity",
     "exposure",

@@ -15,7 +15,6 @@ from torch import Tensor
 from memlens.benchmark import LOCALIZERS, score_ranking
 from memlens.benchmark.localizer import component_shape
 from memlens.benchmark.localizers.atp import NODES
-from memlens.benchmark.localizers.curvature import high_curvature, kfac_factors
 from memlens.benchmark.localizers.gradients import SITES
 from memlens.benchmark.localizers.masks import (
     HARD_CONCRETE,
@@ -30,6 +29,7 @@ from memlens.errors import OptionError
 from memlens.forward.components import COMPONENT_KINDS, ComponentKind, ComponentWeights
 from memlens.forward.hooks import attached, hook_name
 from memlens.forward.trunk import Trunk
+from memlens.instruments.detect.curvature import high_curvature, kfac_factors
 from memlens.models.load import load_model
 from memlens.organisms.planting.plant import PlantingOptions, plant, recalled
 from memlens.sequences.corrupt import corrupt

@@ -73,8 +73,8 @@ def test_the_table_has_every_detector_against_both_baselines(run: StudyRun, inpu
         "mean distance", "prefix share",
     }  # fmt: skip
     assert (table["recalled"] == 12).all()
-    dimension = table[table["detector"] == "minus local dimension"]
-    assert (dimension["matched"] == 6).all()  # the other half are references
+    matched = table.groupby("detector")["matched"].first()
+    assert 0 < matched["minus local dimension"] < matched["probe"] <= 12  # the others are references
     assert ((table["gain_low"] <= table["gain"]) & (table["gain"] <= table["gain_high"])).all()
     classes = pd.read_parquet(run.report.parent / "classes.parquet")
     assert classes["copies"].tolist() == [1, 64, 256]
