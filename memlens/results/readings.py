@@ -89,14 +89,19 @@ def read_estimated(result: Result, metric: str | None) -> str:
 def read_restored(result: Result, metric: str | None) -> str:
     """Say where patching restores (or leaves) most, as a share of what the corruption took."""
     noising, lead = result.settings.get("direction") == "noising", ""
+    scale, high, low = "0 is the corrupt run, 1 the clean one", "the clean run's", "the corrupt one's"
+    change = "The corruption"
+    if "donor" in result.settings:  # one of the two runs is another model's
+        high, low = ("the model's", "the donor's")[:: 1 if noising else -1]
+        scale, change = f"0 is {low} run, 1 {high}", "The donor"
     restorable = restorable_metric(result)
     name = metric or ("restored_share" if restorable else result.metrics[0])
     if name == "restored_share" and restorable and changed_too_little(result):
         text = metric_text(restorable, result[restorable])
         found = _mean(result[f"{restorable}_clean"] - result[f"{restorable}_corrupt"])
         lead = (
-            f"The corruption changed too little to say what share of it is restored: the clean run's "
-            f"{text.label} exceeds the corrupt one's by {_spoken(found, text)}. "
+            f"{change} changed too little to say what share of it is restored: {high} "
+            f"{text.label} exceeds {low} by {_spoken(found, text)}. "
         )
         name = restorable
     if name == "restored_share":
@@ -107,7 +112,7 @@ def read_restored(result: Result, metric: str | None) -> str:
     text = metric_text(name, result.data.get(name))
     site = _extreme(ci, -(text.better or 1) if noising else text.better)
     found = Estimate.of(ci.sel(site))
-    scale = " (0 is the corrupt run, 1 the clean one)" if text.whole else ""
+    scale = f" ({scale})" if text.whole else ""
     what = "The patch leaves the least recall" if noising else "Most is restored"
     if not text.better:
         what = "The patch changes most"

@@ -15,6 +15,7 @@ from memlens.errors import DonorError, OptionError, OtherRunError, SequenceError
 from memlens.forward.hooks import has_site, hook_name
 from memlens.instruments.donors import check_donor
 from memlens.instruments.patch.patching import PATCH_SITES
+from memlens.results.kinds import reading
 from memlens.store.fingerprint import model_fingerprint
 from tests.small import CASES, HOOKED_FAMILIES, corrupted, ragged
 from tests.tiny import D_VOCAB, write_tiny
@@ -152,6 +153,8 @@ def test_directions_name_the_run_that_recalls(tiny_model: Any, other_model: Any)
     assert np.allclose(denoising["target_logprob_corrupt"], own, atol=1e-6)
     assert np.allclose(denoising["target_logprob_clean"], theirs, atol=1e-6)
     assert np.array_equal(noising["target_logprob"], denoising["target_logprob"])
+    assert "is restored: the model's target log-prob exceeds the donor's by" in reading(noising)
+    assert "is restored: the donor's target log-prob exceeds the model's by" in reading(denoising)
     left = noising["normalized_effect"] + denoising["normalized_effect"]
     assert np.allclose(left, 1, atol=1e-4)
     donor_says = noising.settings["donor"]
