@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
+from pathlib import Path
 
 import pytest
+from datasets import config
 
+import memlens as ml
 from memlens import cli
 from memlens.errors import SourceNotFoundError
 from memlens.sequences.named import NAMED_SETS
@@ -55,3 +59,20 @@ def test_show_has_the_paper_the_parts_and_the_checksums() -> None:
     assert found["license"] == "not known"
     with pytest.raises(SourceNotFoundError, match="Did you mean 'unlearning:tofu'"):
         call("show", "unlearning:tuff")
+
+
+def test_a_copy_in_the_folder_of_data_is_scored_by_name(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("MEMLENS_DATA", str(tmp_path / "data"))
+    folder = tmp_path / "data" / "facts" / "counterfact-tracing"
+    folder.mkdir(parents=True)
+    rows = [{"prompt": "w1 w2", "target_true": " w3"}, {"prompt": "w4", "target_true": " w5 w6"}]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "recall.parquet"
+    options = ["--model", str(tiny_folder("llama")), "--limit", "2", "--out", str(out)]
+    with redirect_stdout(StringIO()):
+        cli.app(["score", "--sequences", "facts:counterfact-tracing", *options], exit_on_error=False)
+    table = ml.RecallScores.load(out).table
+    assert [len(tokens) for tokens in table["generated"]] == [1, 2]

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import datasets.config as config
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import config
 from transformers import LlamaConfig
 
 from memlens.errors import (

@@ -324,7 +324,7 @@ def test_text_that_looks_like_missing_values_is_text(tmp_path: Path) -> None:
         (
             "x.text",
             b"hello",
-            r"suffix '\.text' is not known; use one of \.bin, \.csv, \.jsonl, \.npy, \.parquet, \.txt",
+            r"suffix '\.text' is not known; use one of \.bin, \.csv, \.jsonl, \.npy, \.parquet, \.pt, \.txt",
         ),
     ],
 )
