@@ -17,7 +17,7 @@ def join_groups(results: Mapping[str, Result]) -> Result:
     """Join results of one kind along `sequence`, with a coordinate `group` that holds their names.
 
     The attributes (model and settings) are those of the first result. An id that occurs in several
-    groups gets the group's name as a suffix in the later ones.
+    groups gets the group's name as a suffix in the later ones; the coordinate `original_id` has it without.
 
     Args:
         results: Name of the group to result, such as `{"memorized": a, "control": b}`.
@@ -42,11 +42,12 @@ def join_groups(results: Mapping[str, Result]) -> Result:
     for name, result in results.items():
         data = result.data.drop_vars([c for c in result.data.coords if c not in result.data.dims])
         data = data.assign_coords({d: np.arange(data.sizes[d]) for d in data.dims if d not in data.coords})
-        ids = [str(i) for i in data["sequence"].values]
-        ids = [f"{i} ({name})" if i in seen else i for i in ids]
+        own = [str(i) for i in data["sequence"].values]
+        ids = [f"{i} ({name})" if i in seen else i for i in own]
         seen.update(ids)
         label = np.full(len(ids), name, dtype=object)
-        parts.append(data.assign_coords(sequence=ids, group=("sequence", label, {"keep_order": 1})))
+        group = ("sequence", label, {"keep_order": 1})
+        parts.append(data.assign_coords(sequence=ids, group=group, original_id=("sequence", own)))
     joined = xr.concat(
         parts, "sequence", join="outer", data_vars="all", coords="minimal", compat="override",
         combine_attrs="override",

@@ -9,6 +9,7 @@ import pytest
 import xarray as xr
 
 from memlens.errors import OptionError, ResultError, SiteError
+from memlens.results.groups import join_groups
 from memlens.results.kinds import overlay
 from memlens.results.result import Result
 from memlens.results.statistics.comparison import compare_groups
@@ -225,6 +226,19 @@ def test_plot_averages_target_tokens_inside_sequences() -> None:
     tokens = data.expand_dims(target=3).transpose("sequence", ..., "target")
     fig = Result(tokens.assign_attrs(whole.data.attrs)).plot("target_logprob")
     np.testing.assert_allclose(fig.data[0].z, whole.effect("target_logprob").mean("sequence"))
+
+
+def test_a_sequence_in_several_groups_is_counted_once() -> None:
+    whole = synthetic.head_ablation()
+    groups = {
+        "few": whole.isel(sequence=slice(5)),
+        "all": whole,
+        "others": whole.isel(sequence=slice(40, 48)),
+    }
+    joined = join_groups(groups)
+    assert joined.data.sizes["sequence"] == 5 + 48 + 8
+    assert "over 48 sequences" in joined.plot("target_logprob", group="group").layout.title.subtitle.text
+    assert joined["original_id"].values.tolist()[-8:] == whole["sequence"].values.tolist()[-8:]
 
 
 def test_overlay_has_a_line_for_each_in_the_order_given() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
+import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
@@ -96,9 +97,15 @@ class Selection:
         return "red = recall harmed, or lower where a metric has no direction"
 
     def subtitle(self, result: Result, *, of: Of = "value", note: str = "") -> str:
-        """Return what the numbers are, over how many sequences, of which model."""
+        """Return what the numbers are, over how many sequences, of which model.
+
+        A sequence that is in several groups (a control among all that are not recalled, the same ones in a
+        twin) counts once.
+        """
         what = "mean change (with − without the intervention)" if of == "effect" else "mean"
         count = result.data.sizes["sequence"]
+        if "original_id" in result.data.coords:
+            count = len(np.unique(result.data["original_id"].values.astype(str)))
         over = f"{count} sequence{'' if count == 1 else 's'}"
         interval = f"{100 * self.level:g} % interval" if count >= FEWEST else "too few for an interval"
         numbers = f"{what} over {over}, {interval}"
