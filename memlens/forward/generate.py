@@ -156,17 +156,22 @@ class _HookedDecoder:
 
 
 class _BridgeDecoder:
-    """The bridge's Hugging Face model with its own cache; TransformerLens hooks also act there."""
+    """The bridge's Hugging Face model with its own cache; TransformerLens hooks also act there.
+
+    A model that returns no such cache (a recurrent one) reads the whole text at each step.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model.original_model
         self.device = next(model.parameters()).device
         self.past: Any = None
+        self.text: Tensor = torch.empty((0,), dtype=torch.long, device=self.device)
 
     def step(self, tokens: Int[Tensor, "row new"]) -> Float[Tensor, "row vocab"]:
         """As that of `_HookedDecoder`."""
-        out = self.model(
-            input_ids=tokens.to(self.device), past_key_values=self.past, use_cache=True, logits_to_keep=1
-        )
-        self.past = out.past_key_values
+        new = tokens.to(self.device)
+        self.text = torch.cat([self.text, new], 1) if self.text.ndim == 2 else new
+        read = self.text if self.past is None else new
+        out = self.model(input_ids=read, past_key_values=self.past, use_cache=True, logits_to_keep=1)
+        self.past = getattr(out, "past_key_values", None)
         return out.logits[:, -1].clone()

@@ -359,3 +359,27 @@ def test_a_model_with_two_rotations_takes_texts_of_one_only() -> None:
     assert np.isfinite(
         ml.measure(model, ml.load_sequences([r[:16] for r in rows], prefix_len=4))["target_logprob"]
     ).all()
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "without a cache"])
+def test_a_model_without_a_cache_is_decoded_from_the_whole_text(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    if kind == "recurrent":
+        config = transformers.MambaConfig(vocab_size=D_VOCAB, hidden_size=32, num_hidden_layers=2)
+        hf = transformers.AutoModelForCausalLM.from_config(config).eval()
+    else:
+        hf = tiny_huggingface_model("gpt_neox")
+    model, seqs = loaded(hf, "bridge"), ragged(2)
+    if kind == "without a cache":
+        forward = hf.forward
+        monkeypatch.setattr(hf, "forward", lambda *a, **k: forward(*a, **{**k, "use_cache": False}))
+    found = ml.score_recall(model, seqs, progress=False).table["memorization_score"]
+    for i, row in enumerate(seqs.rows()):
+        text = torch.tensor([row[: int(seqs.prefix_len[i])]])
+        with torch.no_grad():
+            while text.shape[1] < len(row):
+                text = torch.cat([text, hf(input_ids=text).logits[:, -1:].argmax(-1)], 1)
+        same = (text[0, int(seqs.prefix_len[i]) :] == torch.tensor(row[int(seqs.prefix_len[i]) :])).float()
+        assert found[i] == pytest.approx(float(same.mean()))
