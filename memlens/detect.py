@@ -22,6 +22,7 @@ from memlens.instruments.detect.dimension import DimensionOptions, intrinsic_dim
 from memlens.instruments.detect.exposure import ExposureOptions, digit_slots, exposure
 from memlens.instruments.detect.groups import Groups
 from memlens.instruments.detect.invariance import InvarianceOptions, invariance, prediction_invariance
+from memlens.instruments.detect.modular import carrying_neurons, modular_view
 from memlens.instruments.detect.separation import SeparationOptions, separating_neurons, separation
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "attention_statistics",
     "behaviour_neurons",
     "beyond_confounds",
+    "carrying_neurons",
     "confounds",
     "curvature_edits",
     "digit_slots",
@@ -46,6 +48,7 @@ __all__ = [
     "intrinsic_dimension",
     "invariance",
     "local_dimension",
+    "modular_view",
     "popularity_buckets",
     "prediction_invariance",
     "projection",
