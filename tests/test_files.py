@@ -243,7 +243,9 @@ def test_all_json_is_written_by_two_functions_that_refuse_nan() -> None:
             if name in ("dump", "dumps", "JSONEncoder") and "yaml" not in ast.unparse(node):
                 strict = any(k.arg == "allow_nan" and ast.unparse(k.value) == "False" for k in node.keywords)
                 calls.append((file.name, name, strict))
-    assert calls == [("files.py", "dumps", True)] * 2
+    hashed = ("named.py", "dumps", False)  # the text whose digest identifies published rows; never written
+    assert [call for call in calls if call != hashed] == [("files.py", "dumps", True)] * 2
+    assert calls.count(hashed) <= 1
 
 
 def test_nan_and_infinity_are_kept_in_valid_json(tmp_path: Path) -> None:

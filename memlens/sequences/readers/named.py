@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from memlens.errors import ColumnError, FileFormatError, SequenceError, SourceNotFoundError, VocabularyError
-from memlens.files import expanded, parsed_json, parsing
+from memlens.files import exact_json, expanded, parsed_json, parsing
 from memlens.models.families import family_of
 from memlens.sequences.named import (
     DATA_FOLDER,
@@ -222,7 +222,7 @@ def _with_copies(frame: pd.DataFrame, chosen: Chosen) -> pd.DataFrame:
     if not name:
         return frame
     if "meta" in frame:  # the same in all layouts: JSON
-        frame = frame.assign(meta=[m if isinstance(m, str) else json.dumps(m) for m in frame["meta"]])
+        frame = frame.assign(meta=[m if isinstance(m, str) else exact_json(m) for m in frame["meta"]])
     if name in frame:
         counts = frame[name].tolist()
     else:
