@@ -35,6 +35,11 @@ def test_the_difference_is_that_of_two_recall_scores(
     assert found.attrs["model"] == "zoo/pythia-s"
     assert found.attrs["clean_model"] == "zoo/pythia-xs"
     assert len(found) == len(found.trained) == len(found.clean)
+    gap = found.table["target_accuracy_counterfactual"].mean()
+    models = "zoo/pythia-s minus zoo/pythia-xs"
+    assert repr(found) == (
+        f"CounterfactualScores({len(found)} sequences, {models}: {gap:+.2f} of the tokens)"
+    )
 
 
 def test_means_by_copies_are_those_of_the_rows_inside_their_intervals(

@@ -349,7 +349,9 @@ def test_what_is_recorded(model: Any, corpus: np.ndarray, found: MemorizedSet) -
         assert facts["dtype"] == "float32"
         assert facts["device"] == "cpu"
         assert facts["torch"] == torch.__version__
-        assert facts["attention"] in ("TransformerLens (eager)", "eager", "sdpa")
+        inner = getattr(model, "original_model", None)
+        own = "TransformerLens (eager)" if inner is None else inner.config._attn_implementation
+        assert facts["attention"] == own
         assert facts["batch_size"] == 32  # 2,048 positions at a time on a CPU
         assert (facts["prefix_len"], facts["suffix_len"], facts["seed"]) == (32, 32, 0)
         assert facts["predictable_measure"] == "target_accuracy"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import memlens as ml
@@ -19,6 +20,9 @@ CALLS: dict[str, Callable[..., Any]] = {
     "compressing: 100%": ml.recall.prompt_compression,
     "scanning: 100%": lambda model, seqs, progress: ml.recall.build_memorized_set(
         model, np.tile(np.arange(80), (3, 1)), prefix_len=8, suffix_len=8, progress=progress
+    ),
+    "scoring: 100%": lambda model, seqs, progress: ml.recall.score_criteria(
+        pd.DataFrame({"prompt": ["w1 w2"], "target": ["w3"]}), model, progress=progress
     ),
     "searching: 8.00token": lambda model, seqs, progress: count_duplicates(seqs, CORPUS, progress=progress),
     "counting: 8.00token": lambda model, seqs, progress: token_counts(CORPUS, progress=progress),

@@ -20,6 +20,7 @@ from memlens.errors import (
 )
 from memlens.forward import baseline as forward_module
 from memlens.forward.generate import greedy_continuations
+from memlens.forward.metrics import BUILT_IN
 from memlens.models.load import load_model
 from memlens.recall.score import score_recall
 from memlens.sequences.set import SequenceSet
@@ -185,6 +186,26 @@ def test_without_generation_there_is_no_memorization_score(tiny_model: Models) -
     assert fast.table["exact_match"].tolist() == full.table["exact_match"].tolist()
     assert fast.memorized().ids == full.memorized().ids
     assert (fast.criterion, full.criterion) == ("target_accuracy", "memorization_score")
+
+
+WHOLE = ("tokens", "characters", "position", "samples")
+
+
+def test_numbers_are_in_the_units_of_their_columns(tiny_model: Models) -> None:
+    model = tiny_model("gpt_neox", "bridge")
+    scores = score_recall(model, graded(model), progress=False)
+    for name, array in scores.to_result().data.data_vars.items():
+        unit, values = array.attrs["units"], array.values[np.isfinite(array.values)]
+        assert array.attrs["label"] if name in BUILT_IN else array.attrs["long_name"]
+        if unit == "0 or 1":
+            assert np.isin(values, (0, 1)).all(), name
+        elif unit in ("share", "share of tokens"):
+            assert ((values >= 0) & (values <= 1)).all(), name
+        elif unit in WHOLE:
+            assert (values == values.round()).all(), name
+            assert values.min() >= (-1 if unit == "position" else 0), name
+        else:
+            assert unit in ("nats", "nats per byte", "logits", "0 = top", "1"), name
 
 
 def test_near_ties_are_flagged(tiny_folder: Callable[[str], Path]) -> None:
