@@ -95,6 +95,22 @@ def test_sites_without_a_value_have_no_p() -> None:
         np.testing.assert_allclose(found["difference"][[0, 2]], [1, 1])
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_site_that_one_group_lacks_has_no_p_and_one_with_a_single_value_has(swapped: bool) -> None:
+    """A permutation that gives one group no value there says nothing, whichever comes first."""
+    nan = np.nan
+    ours = np.array([[nan, 5.0, 1.0], [nan, nan, 2.0], [nan, nan, 3.0], [nan, nan, 4.0]])
+    theirs = np.array([[1.0, nan, 2.0], [2.0, nan, 3.0], [3.0, nan, 4.0], [4.0, 1.0, 6.0]])
+    groups = [
+        Result.create(xr.Dataset({"m": (("sequence", "layer"), part)}), kind="sweep")
+        for part in (ours, theirs)
+    ]
+    for seed in range(5):
+        found = compare_groups(*groups[:: -1 if swapped else 1], "m", n_permutations=200, seed=seed)
+        assert found["p"].isnull().values.tolist() == [True, False, False]
+        assert found["difference"].isnull().values.tolist() == [True, False, False]
+
+
 def test_what_cannot_be_compared_is_refused() -> None:
     one, two, three = _group([1.0]), _group([1.0, 2.0]), _group([1.0, 2.0, 3.0], sequence=["a", "b", "c"])
     with pytest.raises(OptionError, match=r"of='change'.*value.*effect"):

@@ -10,6 +10,7 @@ from scipy import stats
 from memlens.results.result import Result
 from memlens.results.statistics.estimates import (
     Estimate,
+    chosen_site,
     mean_estimate,
     median_estimate,
     ratio_estimate,
@@ -92,3 +93,15 @@ def test_the_mean_s_interval_is_close_to_student_s() -> None:
     found = mean_estimate(xr.DataArray(values, dims="sequence"))
     expected = stats.t.interval(0.95, 199, values.mean(), stats.sem(values))
     np.testing.assert_allclose([found.low, found.high], expected, atol=0.03)
+
+
+def test_the_chosen_site_has_the_smallest_mean_effect() -> None:
+    values = np.array([[[3.0, 1.0, np.nan], [0.5, 4.0, -9.0]], [[3.0, 1.0, np.nan], [2.5, 0.0, 9.0]]])
+    data = xr.Dataset(
+        {"m": (("sequence", "layer", "head"), values), "m_baseline": ("sequence", [1.0, 1.0])},
+        {"layer": [4, 7], "head": [0, 2, 5]},
+    )
+    result = Result.create(data, kind="sweep")
+    assert chosen_site(result, "m", np.array([0])) == {"layer": 7, "head": 5}
+    assert chosen_site(result, "m", np.array([1])) == {"layer": 7, "head": 2}
+    assert chosen_site(result, "m", np.array([0, 1])) == {"layer": 7, "head": 5}

@@ -75,6 +75,9 @@ def test_removed_cost_and_selectivity_by_hand(results: tuple[ml.Result, ml.Resul
     assert only.cost.tolist() == pytest.approx([1.0, 0.0, 0.0])
     table = found.table()
     assert table["exact_match"].tolist() == pytest.approx([0.0, 0.4, 0.8])
+    assert table["accuracy"].tolist() == pytest.approx([0.25, 0.875, 1.0])  # of the two that count
+    assert table["layer"].tolist() == LAYERS
+    assert table["worst_task"].tolist() == list(found.worst)
     for name in ("removed", "cost", "selectivity"):
         assert (table[f"{name}_low"] <= table[name] + 1e-9).all()
         assert (table[name] <= table[f"{name}_high"] + 1e-9).all()
