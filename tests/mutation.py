@@ -62,8 +62,8 @@ TESTS = {
 TEXT = ("warn", "debug", "info", "warning", "error", "exception")
 """Functions of which the arguments are text for people."""
 OPTIONS = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "--no-header", "--tb=no", "--assert=plain"]
-MOST_SECONDS = 30.0
-"""Of tests for one mutant, as the unchanged code takes."""
+MOST_SECONDS = 60.0
+"""Of tests for one mutant, on the processor, as the unchanged code takes."""
 MOST_MEMORY = 12 * 2**30
 """Of a mutant, in bytes."""
 
@@ -177,8 +177,8 @@ def _import_libraries() -> None:
         del sys.modules[name]
 
 
-def _in_fork(work: Callable[[], int], seconds: float) -> int:
-    """Return the code that `work` returns in a fork without output, or -1 after so many seconds."""
+def _in_fork(work: Callable[[], int], seconds: float, on_processor: int = resource.RLIM_INFINITY) -> int:
+    """Return the code of `work` in a fork without output; -1 after so many seconds, or so many of computing."""
     pid = os.fork()
     if not pid:
         code = 99
@@ -188,6 +188,7 @@ def _in_fork(work: Callable[[], int], seconds: float) -> int:
             for stream in (0, 1, 2):
                 os.dup2(null, stream)
             resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
+            resource.setrlimit(resource.RLIMIT_CPU, (on_processor, on_processor))
             code = work()
         finally:
             os._exit(code)
@@ -195,7 +196,8 @@ def _in_fork(work: Callable[[], int], seconds: float) -> int:
     while time.monotonic() < end:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
-            return os.waitstatus_to_exitcode(status)
+            code = os.waitstatus_to_exitcode(status)
+            return -1 if code in (-signal.SIGXCPU, -signal.SIGKILL) else code
         time.sleep(0.02)
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -208,7 +210,7 @@ def _pytest(*args: str, plugins: Sequence[object] = ()) -> int:
 
 
 class _Recorder:
-    """A plugin of pytest: the seconds of each test, and the lines of a package that passing tests execute."""
+    """A plugin of pytest: each test's seconds on the processor, and the lines that passing tests execute."""
 
     def __init__(self, package: str) -> None:
         self.seconds: dict[str, float] = {}
@@ -218,10 +220,13 @@ class _Recorder:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         self.coverage.switch_context(item.nodeid)
-        return (yield)
+        start = time.process_time()
+        try:
+            return (yield)
+        finally:
+            self.seconds[item.nodeid] = time.process_time() - start
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
         if not report.passed:
             self.failed.add(report.nodeid)
 
@@ -238,7 +243,7 @@ class _Recorder:
 
 def _record(package: str, tests: str) -> dict[str, Any]:
     """Return `seconds` by test, which `passed`, and the tests of each line (`lines`); kept for later."""
-    state = hashlib.sha256(f"2 {OPTIONS}".encode())
+    state = hashlib.sha256(f"3 {OPTIONS}".encode())
     for path in [*_python_files(ROOT / tests), *_python_files(ROOT / package)]:
         state.update(path.read_bytes())
     kept = Path(tempfile.gettempdir()) / "memlens-mutation" / f"{state.hexdigest()[:24]}.json"
@@ -315,8 +320,8 @@ def tried(mutant: Mutant, tests: Tests) -> str:
         sys.meta_path.insert(0, _Mutated(mutant))
         return _pytest("-x", *chosen)
 
-    most = MOST_SECONDS + 10 * sum(tests.seconds[test] for test in chosen)
-    code = _in_fork(run, 4 * most) if chosen else 0
+    most = 30 + 3 * sum(tests.seconds[test] for test in chosen)
+    code = _in_fork(run, 20 * most, int(most)) if chosen else 0
     return {0: "SURVIVED", -1: "endless"}.get(code, "caught")
 
 
