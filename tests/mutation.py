@@ -178,7 +178,7 @@ def _import_libraries() -> None:
 
 
 def _in_fork(work: Callable[[], int], seconds: float, on_processor: int = resource.RLIM_INFINITY) -> int:
-    """Return the code of `work` in a fork without output; -1 after so many seconds, or so many of computing."""
+    """Return the code of `work` in a fork without output; -1 after so many seconds, also of computing."""
     pid = os.fork()
     if not pid:
         code = 99

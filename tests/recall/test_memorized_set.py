@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 from memlens.errors import (
     ColumnError,
@@ -361,6 +362,14 @@ def test_what_is_recorded(model: Any, corpus: np.ndarray, found: MemorizedSet) -
     html = found._repr_html_()
     assert "exact_duplicate_window" in html
     assert "target_logprob" in html
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_bridge_s_kernel_is_recorded(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "describe", lambda model: {})
+    bridge: Any = nn.Linear(2, 2)
+    bridge.original_model = SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention))
+    assert module._numerics(bridge, 8)["attention"] == attention
 
 
 def test_on_a_gpu_its_name_is_recorded(found: MemorizedSet, monkeypatch: pytest.MonkeyPatch) -> None:
