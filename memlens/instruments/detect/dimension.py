@@ -73,7 +73,7 @@ def intrinsic_dimension(
 
     >>> references = np.array([[1.0], [2.0], [4.0]])
     >>> intrinsic_dimension(np.array([[0.0]]), references).round(4).tolist()
-    [1.0]
+    [2.8854]
     """
     k = len(references) - 1 if neighbours is None else neighbours
     if not 1 <= k <= len(references):
