@@ -211,7 +211,7 @@ class Result:
         dims = [str(dim) for dim in self.data.sizes if dim in used]
         kept = self.data.drop_vars(set(self.data.variables) - {*chosen, *dims})
         frame = kept.reset_coords([n for n in chosen if n in kept.coords and n not in dims]).to_dataframe()
-        return frame.reset_index()[list(dict.fromkeys([*dims, *chosen]))]
+        return frame.reset_index().filter(list(dict.fromkeys([*dims, *chosen])))
 
     def to_pandas(self, metric: str | None = None) -> pd.Series | pd.DataFrame:
         """Return one metric as a table with the dimensions as its axes, as `xarray.DataArray.to_pandas` does.
