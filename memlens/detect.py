@@ -17,6 +17,15 @@ from memlens.instruments.detect.buckets import (
     popularity_buckets,
 )
 from memlens.instruments.detect.confounds import confounds
+from memlens.instruments.detect.context import (
+    ContextOptions,
+    ContextSets,
+    condition_difference,
+    context_heads,
+    context_or_weights,
+    context_sets,
+    which_wins,
+)
 from memlens.instruments.detect.curvature import curvature_edits
 from memlens.instruments.detect.dimension import DimensionOptions, intrinsic_dimension, local_dimension
 from memlens.instruments.detect.exposure import ExposureOptions, digit_slots, exposure
@@ -29,6 +38,8 @@ __all__ = [
     "BehaviourOptions",
     "BeyondOptions",
     "BucketStatistics",
+    "ContextOptions",
+    "ContextSets",
     "DimensionOptions",
     "ExposureOptions",
     "Groups",
@@ -39,7 +50,11 @@ __all__ = [
     "behaviour_neurons",
     "beyond_confounds",
     "carrying_neurons",
+    "condition_difference",
     "confounds",
+    "context_heads",
+    "context_or_weights",
+    "context_sets",
     "curvature_edits",
     "digit_slots",
     "error_similarity",
@@ -57,4 +72,5 @@ __all__ = [
     "steered",
     "steering_curve",
     "steering_doses",
+    "which_wins",
 ]

@@ -167,6 +167,7 @@ SMALL = {
 LARGE: dict[str, str] = {
     "forward": "everything that runs a model's blocks; hooks, trunk and blocks each have their own readers",
     "benchmark": "one module per step, from a localizer's scores to the page that shows them",
+    "instruments/detect": "one module per detector, as the guide lists them",
 }
 """Folders with more than thirteen modules, with the reason."""
 

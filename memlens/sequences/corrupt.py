@@ -146,7 +146,7 @@ def _exchange_prefixes(tokens: np.ndarray, seqs: SequenceSet, rng: np.random.Gen
     original = tokens.copy()
     for prefix_len in np.unique(lengths):
         rows = np.flatnonzero(lengths == prefix_len)
-        givers = _derangement(original[rows, :prefix_len], rng)
+        givers = derangement(original[rows, :prefix_len], rng)
         if givers is None:
             raise SequenceError(
                 f"rows {some(rows.tolist())} have a prefix of {prefix_len} tokens, and too few differ "
@@ -155,13 +155,13 @@ def _exchange_prefixes(tokens: np.ndarray, seqs: SequenceSet, rng: np.random.Gen
         tokens[rows, :prefix_len] = original[rows[givers], :prefix_len]
 
 
-def _derangement(prefixes: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+def derangement(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
     """Return for each row another row whose content differs, each used once; None if impossible.
 
     With equal rows next to each other, a rotation by the size of the largest group of equal rows never maps
     a row to an equal one, as long as that group is at most half of all.
     """
-    _, content = np.unique(prefixes, axis=0, return_inverse=True)
+    _, content = np.unique(rows, axis=0, return_inverse=True)
     content = rng.permutation(content.max() + 1)[content.ravel()]
     largest = np.bincount(content).max()
     if 2 * largest > len(content):

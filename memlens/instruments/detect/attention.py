@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,9 @@ _WORDS: dict[str, dict[str, str]] = {
     "prefix_share": {"long_name": "attention to the prefix", "units": "share"},
 }
 _BYTES = 2**28
+
+Describe = Callable[[Tensor, Targets, Tensor], Tensor]
+"""Given a pattern `[batch, head, query, key]`, its targets and row numbers: `[statistic, batch, head]`."""
 
 
 @computes
@@ -85,25 +88,43 @@ def attention_statistics(
         >>> found["prefix_share"].dims, bool((found["attention_entropy"] <= 1).all())
         (('sequence', 'layer', 'head'), True)
     """
+    layers = chosen_layers(layers, Trunk(model).n_layers)
+
+    def describe(pattern: Tensor, targets: Targets, rows: Tensor) -> Tensor:
+        return _described(pattern, targets, sequences.prefix_len[rows].to(pattern.device))
+
+    values = over_patterns(model, sequences, layers, describe, progress=progress)
+    dims = ("sequence", "layer", "head")
+    variables = {name: (dims, values[i], _WORDS[name]) for i, name in enumerate(STATISTICS)}
+    coords = {"layer": layers, "head": np.arange(values.shape[-1])}
+    return make_result("attention_statistics", model, sequences, variables, coords, {"at": "targets"})
+
+
+def over_patterns(
+    model: Any, sequences: SequenceSet, layers: Sequence[int], describe: Describe, *, progress: bool
+) -> Float[np.ndarray, "statistic seq layer head"]:
+    """Describe the attention pattern of every layer and sequence, batch by batch.
+
+    Args:
+        model: A TransformerLens model.
+        sequences: The sequences.
+        layers: The layers.
+        describe: What is computed of each pattern.
+        progress: Show a progress bar.
+    """
     check_sequences(sequences, model, on_eos="keep")
     trunk = Trunk(model)
-    layers = chosen_layers(layers, trunk.n_layers)
     names = [hook_name("pattern", layer) for layer in layers]
-    n_heads, longest = trunk.n_heads, int(sequences.lengths.max())
-    size = max(1, _BYTES // (len(layers) * n_heads * longest**2 * trunk.dtype.itemsize))
+    longest = int(sequences.lengths.max())
+    size = max(1, _BYTES // (len(layers) * trunk.n_heads * longest**2 * trunk.dtype.itemsize))
     parts: list[np.ndarray] = []
     with tqdm(total=len(sequences), disable=not progress, desc="attention", unit="seq") as bar:
         for batch, targets in make_batches(sequences, min(16, size), trunk.device):
             _, store = run_capturing(trunk, batch.tokens, names)
-            prefix = sequences.prefix_len[batch.rows].to(trunk.device)
-            each = [_described(store[name], targets, prefix) for name in names]
+            each = [describe(store[name], targets, batch.rows) for name in names]
             parts.append(torch.stack(each, 2).cpu().numpy())
             bar.update(len(batch.rows))
-    values = np.concatenate(parts, axis=1)
-    dims = ("sequence", "layer", "head")
-    variables = {name: (dims, values[i], _WORDS[name]) for i, name in enumerate(STATISTICS)}
-    coords = {"layer": layers, "head": np.arange(n_heads)}
-    return make_result("attention_statistics", model, sequences, variables, coords, {"at": "targets"})
+    return np.concatenate(parts, axis=1)
 
 
 def _described(
