@@ -126,6 +126,10 @@ def test_the_number_of_samples_is_the_first_that_suffices(p: float) -> None:
     assert tiny[:2] == pytest.approx(-math.log1p(-p) * np.exp([40.0, 600.0]))
     assert tiny[2] == np.inf
     assert samples_needed(np.log([0.5, 0.75]), 0.75).tolist() == [2, 1]
+    narrow = np.log(chances).astype(np.float32)  # as a model gives it: only its value is rounded
+    assert samples_needed(narrow, p).tolist() == samples_needed(narrow.astype(np.float64), p).tolist()
+    few = np.array([-1e-7, -12.0, -20.0], np.float32)
+    np.testing.assert_array_equal(samples_needed(few, p), samples_needed(few.astype(np.float64), p))
 
 
 def test_schemes_out_of_range_are_refused() -> None:

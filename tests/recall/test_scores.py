@@ -36,6 +36,13 @@ def made_up(n: int = 60, *, seed: int = 0, memorized: float = 0.3, **columns: An
     return RecallScores(seqs.table.assign(**scores), seqs, {"model": "made/up", "generate": True})
 
 
+def test_scores_without_settings_have_none_of_their_own() -> None:
+    whole = made_up()
+    bare = RecallScores(whole.table, whole.sequences)
+    assert bare.attrs == {}
+    assert bare.memorized().ids == whole.memorized().ids
+
+
 def test_memorized_and_unmemorized_are_chosen_by_threshold() -> None:
     recall = made_up()
     score = recall.table["memorization_score"]

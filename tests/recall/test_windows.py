@@ -49,6 +49,14 @@ def test_blocks_hold_every_window_once(n: int, limit: int | None, sizes: list[in
         assert [block.whole for block in blocks] == [limit != 6 or size == 4 for size in sizes]
 
 
+def test_each_kind_of_source_says_what_it_is() -> None:
+    rows = [[1, 2, 3], [4, 5, 6]]
+    sources = {"array": np.array(rows), "rows": rows, "stream": iter(rows)}
+    assert {name: open_windows(source, 2, None, None).kind for name, source in sources.items()} == {
+        name: name for name in sources
+    }
+
+
 def test_windows_of_a_memory_map_are_read_where_they_stand(tmp_path: Path) -> None:
     np.save(tmp_path / "corpus.npy", np.arange(60, dtype=np.uint16).reshape(4, 15))
     windows = open_windows(tmp_path / "corpus.npy", 5, 4, None)

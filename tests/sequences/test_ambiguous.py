@@ -45,6 +45,7 @@ def test_ambiguous_tables_and_lists_are_refused(what: str) -> None:
 
 FILES = {
     "a header twice": ("a.csv", "tokens,tokens\n5 6 7 8,9 9 9 9\n", "two columns 'tokens'"),
+    "one behind a byte order mark": ("a.csv", "\ufefftokens,tokens\n5 6,9 9\n", "two columns 'tokens'"),
     "a row with more fields": ("a.csv", "tokens\n5 6 7 8,9 9 9 9\n", "more fields than its first line"),
     "a later row with more": ("a.csv", "tokens\n5 6 7 8\n5 6 7 8,9\n", "Expected 1 fields in line 3"),
     "a key twice": ("a.jsonl", '{"tokens": [5, 6, 7, 8], "tokens": [9, 9, 9, 9]}\n', "'tokens' occurs twice"),

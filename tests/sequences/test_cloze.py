@@ -55,6 +55,17 @@ def test_the_prompt_is_the_text_before_the_mask_and_the_object_the_target(tmp_pa
     assert seqs.attrs["n_left_out"] == 0
 
 
+def test_columns_of_the_same_names_as_the_set_s_own_are_replaced() -> None:
+    other = {"text": "t", "prompt": "p", "tokens": "1 2", "prefix_len": 9, "kept": "k"}
+    bare, seqs = (
+        fact_sequences(pd.DataFrame([row | more for row in ROWS]), tokenizer=byte_level(), target="word")
+        for more in ({}, other)
+    )
+    assert seqs.table["kept"].tolist() == ["k"] * len(seqs)
+    pd.testing.assert_frame_equal(seqs.table.drop(columns="kept"), bare.table)
+    assert seqs.rows() == bare.rows()
+
+
 def test_first_token_keeps_one_and_the_columns_tell_how_many_there_are(tmp_path: Path) -> None:
     tokenizer, path = byte_level(), write(tmp_path, ROWS)
     whole = load_sequences(path, tokenizer=tokenizer, target="word")

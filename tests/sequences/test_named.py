@@ -326,6 +326,9 @@ def test_ontologies_keep_zeros_and_have_the_study_s_prompt(tmp_path: Path) -> No
     assert seqs.table["occurrences"].tolist() == [9, 19]
     assert seqs.table["prediction"].tolist() == ["GO:0006601", "GO:0006601"]
     assert seqs.ids == ["GO:0006600", "GO:0006601"]
+    (tmp_path / "uberon_dataset.csv").write_text("UBERON:0006600;the cat\n")
+    two = load_sequences("ontologies:uberon/all", tokenizer=TOKENIZER, path=tmp_path)
+    assert two.table["label"].tolist() == ["the cat"]
     (tmp_path / "uberon_dataset.csv").write_text("one column\n")
     with pytest.raises(FileFormatError, match="begins with 1 columns between semicolons: expected id, label"):
         load_sequences("ontologies:uberon/all", tokenizer=TOKENIZER, path=tmp_path)
@@ -495,7 +498,9 @@ def test_ids_of_another_tokenizer_are_refused(hub: Hub) -> None:
     assert load_sequences(name, limit=2).n_targets.tolist() == [32, 32]
 
 
-def test_models_that_were_not_trained_on_a_set_are_warned_of(hub: Hub) -> None:
+def test_models_that_were_not_trained_on_a_set_are_warned_of(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub["allegrolab/passages_wikipedia", None, "train"] = insertions([1, 4])
     model = model_with(TOKENIZER, n_ctx=512)
     model.config = LlamaConfig()
@@ -510,6 +515,12 @@ def test_models_that_were_not_trained_on_a_set_are_warned_of(hub: Hub) -> None:
         said = [str(w.message) for w in caught if "was in the training data of hubble" in str(w.message)]
         assert bool(said) != seen
         assert seen or "this model is of openllama" in said[0]
+    model.cfg.model_name = ""
+    monkeypatch.setattr(TOKENIZER, "name_or_path", "allegrolab/hubble-1b-100b_toks-perturbed-hf")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_sequences("hubble:passages_wikipedia/train", model, limit=2, prepend_bos=False)
+    assert not any("was in the training data" in str(w.message) for w in caught)
 
 
 def test_the_reader_looks_for_the_layout_from_any_level(tmp_path: Path) -> None:

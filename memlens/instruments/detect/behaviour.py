@@ -45,7 +45,7 @@ class BehaviourOptions:
     layers: tuple[NonNegativeInt, ...] | None = None
     """Layers; all by default."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """Share of the neurons of these layers, together, that are chosen by |rho|."""
+    """Share of the neurons of these layers, together, that are chosen by the size of `rho`."""
     n_splits: NonNegativeInt = 10
     """Random halvings of the sequences by which the choice's stability is measured."""
     seed: int = 0

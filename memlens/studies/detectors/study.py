@@ -62,7 +62,8 @@ def study_detectors(
     1. Recall, and whether it is a guess or a recollection.
     2. Separation by neurons and probes, of all recalled from matched sequences, and inside equal copies.
     3. Behaviour neurons found on one half, and steering along them on the other.
-    4. Local intrinsic dimension. 5. Attention statistics.
+    4. Local intrinsic dimension.
+    5. Attention statistics.
     6. Exposure and prediction invariance of the canaries.
     7. All scores side by side: what each adds to the confounds, and to the confounds and copies.
 
