@@ -403,7 +403,9 @@ def which_wins(result: Result, by: str = "copies") -> pd.DataFrame:
     Returns:
         One row per value: the value, `n`; `memorized` and `wrong`, the mean log-probabilities per token of
         the two continuations in the conflict, nats, and `memorized_alone`; `context_wins`, the share of
-        sequences, with `low` and `high` (Wilson's interval; NaN for fewer than three sequences).
+        sequences, with `low` and `high` (Wilson's interval; NaN for fewer than three sequences); and
+        `wins_alone`, the share in which the wrong continuation is the likelier one after the prefix alone:
+        what `context_wins` would be if the context did nothing.
 
     Example:
         >>> import memlens as ml
@@ -416,7 +418,8 @@ def which_wins(result: Result, by: str = "copies") -> pd.DataFrame:
     """
     data = result.data.sel(condition="conflict")
     own, wrong = (data[name].values for name in ("target_logprob_baseline", "wrong_logprob"))
-    alone = result["target_logprob_baseline"].sel(condition="alone").values
+    before = result.data.sel(condition="alone")
+    alone, wrong_alone = (before[name].values for name in ("target_logprob_baseline", "wrong_logprob"))
     groups = data[by].values if by in data.coords else np.full(len(own), "all")
     rows = []
     for value in np.unique(groups):
@@ -426,9 +429,10 @@ def which_wins(result: Result, by: str = "copies") -> pd.DataFrame:
             {
                 by: value, "memorized": own[here].mean(), "wrong": wrong[here].mean(),
                 "memorized_alone": alone[here].mean(), **share.row("context_wins"),
+                "wins_alone": (wrong_alone[here] > alone[here]).mean(),
             }
         )  # fmt: skip
-    columns = [by, "n", "memorized", "wrong", "memorized_alone", "context_wins", "low", "high"]
+    columns = [by, "n", "memorized", "wrong", "memorized_alone", "context_wins", "low", "high", "wins_alone"]
     return pd.DataFrame(rows, columns=columns)
 
 

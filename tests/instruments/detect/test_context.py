@@ -159,12 +159,13 @@ def made(own: list[float], wrong: list[float], copies: list[int] | None = None) 
     n = len(own)
     base = np.stack([np.full(n, -2.0), np.full(n, -0.5), own], 1)
     effect = np.array([-1.0, -3.0, 0.0]) + 0.125 * np.arange(n)[:, None] * np.array([0, 1, 0])
+    before = np.where(np.arange(n) == 3, -1.0, -9.0)
     dims = ("sequence", "condition")
     data = xr.Dataset(
         {
             "target_logprob": ((*dims, "layer", "head"), (base + effect)[..., None, None]),
             "target_logprob_baseline": (dims, base),
-            "wrong_logprob": (dims, np.stack([np.full(n, -9.0), np.full(n, -9.0), wrong], 1)),
+            "wrong_logprob": (dims, np.stack([before, base[:, 0], wrong], 1)),
         },
         {"sequence": [f"s{i}" for i in range(n)], "condition": ["alone", "repeated", "conflict"],
          "layer": [0], "head": [0]},
@@ -183,6 +184,7 @@ def test_who_wins_is_counted_by_copies() -> None:
     assert table["memorized"].tolist() == pytest.approx([-3.0, -1.0])
     assert table["wrong"].tolist() == pytest.approx([-2.0, -2.25])
     assert table["memorized_alone"].tolist() == [-2.0, -2.0]
+    assert table["wins_alone"].tolist() == [0.0, 0.5]
     assert np.isfinite(table["low"][0])
     assert np.isnan(table[["low", "high"]].iloc[1]).all()
     whole = ml.detect.which_wins(made([-1.0, -3.0], [-2.0, -2.0]))
