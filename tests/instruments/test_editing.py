@@ -197,12 +197,22 @@ def test_a_search_chooses_on_one_half_and_scores_on_the_other() -> None:
     assert found.recall.plot() is not None
 
 
+def test_one_text_is_one_component(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("gpt_neox", "hooked")
+    assert edit_weights(model, "L1H2").components == (Component("head", 1, 2),)
+
+
 def test_what_cannot_be_is_refused(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("gpt_neox", "hooked")
     with pytest.raises(OptionError, match="how='erase'"):
         edit_weights(model, CHOSEN, "erase")  # pyright: ignore[reportArgumentType]
     with pytest.raises(OptionError, match=r"strength=1\.5"):
         edit_weights(model, CHOSEN, strength=1.5)
+    for strength in (float("nan"), float("inf")):
+        with pytest.raises(OptionError, match=r"a number above 0\.$"):
+            edit_weights(model, CHOSEN, "output_vector", sequences=ragged(), strength=strength)
+    with pytest.raises(OptionError, match="5 is not a component"):
+        edit_weights(model, [5])  # pyright: ignore[reportArgumentType]
     with pytest.raises(OptionError, match="no whole layer"):
         edit_weights(model, ["L1"])
     with pytest.raises(OptionError, match="at least one"):

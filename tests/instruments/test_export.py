@@ -15,6 +15,7 @@ import memlens as ml
 from memlens.errors import InterventionError, ResultError, UnsupportedModelError, WriteError
 from memlens.instruments.edit.export import RECORD, edited_model, export_edited
 from memlens.instruments.edit.folding import as_weight_edit
+from memlens.instruments.edit.weight_edit import WeightChange, weight_edit
 from tests.small import CASES, ragged
 from tests.tiny import D_VOCAB, random_tokens, tiny_huggingface_model, tiny_tokenizer
 
@@ -143,6 +144,27 @@ def test_what_weights_cannot_express_is_refused_with_the_reason(tiny_model: Call
         edited_model(model, ml.Intervention("later", [("blocks.0.attn.hook_z", later)]))
     with pytest.raises(InterventionError, match="no edit"):
         edited_model(model, [])
+    with pytest.raises(InterventionError, match="str is not an edit"):
+        edited_model(model, ["L0N5"])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InterventionError, match="is not an edit"):
+        edited_model(model, model)
+
+
+def test_an_edit_of_another_model_is_refused(tiny_model: Callable[..., Any]) -> None:
+    model, other = tiny_model("gpt_neox", "hooked"), ml.load_model("zoo/pythia-xs")
+    for component in ("L0N5", "L3N5", "L0N100", "L0H4"):
+        edit = ml.edits.edit_weights(other, [component])
+        with pytest.raises(InterventionError, match=r"another model"):
+            edited_model(model, edit)
+        with pytest.raises(InterventionError, match=r"another model"):
+            ml.instruments.join_edits(model, [edit])
+    norm = WeightChange(0, "attn_norm", torch.ones(7))
+    with pytest.raises(InterventionError, match="'attn_norm' in layer 0"):
+        weight_edit(model, "norm", [norm])
+    twin = ml.load_model("zoo/pythia-s-clean")
+    edit = ml.edits.edit_weights(ml.load_model("zoo/pythia-s"), ["L0 MLP"], strength=0.5)
+    with pytest.raises(InterventionError, match="made for another model"):
+        edited_model(twin, edit)
 
 
 def test_a_model_that_is_not_its_checkpoint_is_refused(tiny_folder: Callable[..., Path]) -> None:

@@ -116,8 +116,11 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(OptionError, match=r"of='change'.*value.*effect"):
         compare_groups(two, two, "m", of="change")
     for pair in ((one, two), (two, one)):
-        with pytest.raises(ResultError, match="'m' needs at least two sequences per group"):
+        with pytest.raises(ResultError, match="'m' needs at least two sequences per group, not 1"):
             compare_groups(*pair, "m")
+    whole = Result.create(xr.Dataset({"m": ("layer", np.ones(3)), "x": ("sequence", [1.0])}), kind="sweep")
+    with pytest.raises(ResultError, match="'m' has no sequences to compare"):
+        compare_groups(whole, whole, "m")
     with pytest.raises(ResultError, match=r"'match' of the second result names 1 sequences of the first"):
         compare_groups(three, _group([1.0, 2.0], match=("sequence", ["b", "x"])), "m")
     by_layer = Result.create(xr.Dataset({"m": (("sequence", "layer"), np.ones((2, 3)))}), kind="sweep")

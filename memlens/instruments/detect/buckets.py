@@ -58,7 +58,7 @@ def popularity_buckets(
 
     Args:
         popularity: Occurrence counts, one per item.
-        value: What is to be explained; NaN is left out.
+        value: What is to be explained. Items without one of both (NaN) are left out.
         n_buckets: Number of buckets.
         n_permutations: Shuffles.
         seed: Of the shuffles.
@@ -82,7 +82,8 @@ def popularity_buckets(
         raise ResultError(
             f"popularities have the shape {x.shape}, values {y.shape}: give one of each per item."
         )
-    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    known = np.isfinite(x) & np.isfinite(y)
+    x, y = x[known], y[known]
     edges = np.percentile(np.unique(x), np.linspace(0, 100, n_buckets + 1)[1:-1]) if len(x) else np.empty(0)
     bucket, which = np.unique(np.searchsorted(edges, x, side="left"), return_inverse=True)
     n = np.bincount(which)

@@ -28,6 +28,7 @@ from memlens.forward.read_weights import value_vectors
 from memlens.forward.trunk import Trunk
 from memlens.instruments.edit.weight_edit import EditMaker, WeightChange, WeightEdit
 from memlens.instruments.screen.backward import Spot, run_backward
+from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 
 _BATCH = 8
@@ -68,6 +69,8 @@ def curvature_edits(
     Raises:
         OptionError: A share is out of range.
         SiteError: A layer that does not exist.
+        EmptySetError: There is no text.
+        SequenceError, VocabularyError: It is too long for the model, or has ids that the model has not.
         UnsupportedModelError: An MLP without one output matrix.
 
     Source: arXiv 2510.24256, there for all projections of the MLP; that it is the output matrix alone, and
@@ -84,6 +87,7 @@ def curvature_edits(
     for share in kept:
         if not 0 < share <= 1:
             raise OptionError(f"kept={share} is not in (0, 1]: give a share of the curvature, such as 0.8.")
+    check_sequences(text, model, on_eos="keep")
     maker = EditMaker(model)
     layers = chosen_layers(layers, maker.trunk.n_layers)
     inputs, outputs = kfac_factors(maker.trunk, text)

@@ -34,7 +34,7 @@ def cross_validated_scores(
         group: Rows of one group are never on both sides of a split.
         strengths: Inverse penalties C to choose from; with one, there is no inner loop.
         folds: Outer folds.
-        inner_folds: Inner folds.
+        inner_folds: Inner folds; at most as many as there are groups to fit to.
         seed: Of the division into folds.
 
     Raises:
@@ -52,8 +52,10 @@ def cross_validated_scores(
     outer = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     for train, test in outer.split(features, label, group):
         probe = _probe(strengths[0])
-        if len(strengths) > 1:
-            inner = StratifiedGroupKFold(inner_folds, shuffle=True, random_state=seed)
+        if len(strengths) > 1 and len(set(group[train])) > 1:
+            inner = StratifiedGroupKFold(
+                min(inner_folds, len(set(group[train]))), shuffle=True, random_state=seed
+            )
             grid = {"logisticregression__C": list(strengths)}
             # An inner fold without one of the labels has no area and is skipped by the mean of the others.
             splits = [

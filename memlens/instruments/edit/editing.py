@@ -7,6 +7,7 @@ only, so that activations inside the component stay what they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, get_args
@@ -80,8 +81,8 @@ def edit_weights(
         found, with the mean log-probability of the targets before and after.
 
     Raises:
-        OptionError: Unknown `how`, a strength of 0 or less (for "zero" and "mean" also above 1), no
-            components, or a whole layer.
+        OptionError: Unknown `how`, a strength that is not a number above 0 (for "zero" and "mean" also
+            above 1), no components, or a whole layer.
         SiteError: A component that does not exist.
         SequenceError: `sequences` is missing.
 
@@ -100,10 +101,9 @@ def edit_weights(
     """
     check_option("how", how, HOWS)
     most = 1.0 if how in ("zero", "mean") else float("inf")
-    if not 0 < strength <= most:
-        raise OptionError(
-            f"strength={strength} with how={how!r}: give a number above 0 and at most {most:g}."
-        )
+    if not (0 < strength <= most and math.isfinite(strength)):
+        bound = "" if math.isinf(most) else f" and at most {most:g}"
+        raise OptionError(f"strength={strength} with how={how!r}: give a number above 0{bound}.")
     maker = EditMaker(model)
     chosen = maker.components(components)
     if not chosen or any(component.kind == "layer" for component in chosen):

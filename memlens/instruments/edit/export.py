@@ -45,7 +45,7 @@ def edited_model(model: Any, edit: Intervention | Sequence[Intervention]) -> Pre
         edit: As of `export_edited`.
 
     Raises:
-        InterventionError: Weights cannot express the edit.
+        InterventionError: Weights cannot express the edit, or it was made for another model.
         UnsupportedModelError: The architecture has no place for it, or the model cannot be exported.
 
     Example:
@@ -84,7 +84,8 @@ def export_edited(model: Any, edit: Intervention | Sequence[Intervention], out: 
         The folder.
 
     Raises:
-        InterventionError: Weights cannot express the edit; the message says why. An attention bypass to the
+        InterventionError: Weights cannot express the edit, or it was made for another model; the message says
+            which. An attention bypass to the
             identity is served by `memlens.bypass.in_transformers` instead.
         UnsupportedModelError: The architecture has no place for the edit, such as a bias; or the model's
             weights are processed, or not those of its checkpoint any more.
@@ -119,7 +120,13 @@ def export_edited(model: Any, edit: Intervention | Sequence[Intervention], out: 
 def _edited(
     model: Any, edit: Intervention | Sequence[Intervention]
 ) -> tuple[PreTrainedModel, WeightEdit, list[str], float]:
-    given = [edit] if isinstance(edit, Intervention) else list(edit)
+    given = list(edit) if isinstance(edit, (list, tuple)) else [edit]
+    for one in given:
+        if not isinstance(one, Intervention):
+            raise InterventionError(
+                f"{type(one).__name__} is not an edit: give an intervention, as of memlens.edits, or a list "
+                "of them."
+            )
     if not given:
         raise InterventionError("there is no edit to export: give at least one.")
     some = _few(model, given)
@@ -139,7 +146,7 @@ def _edited(
     if gap > _TOLERANCE[plain.dtype]:
         raise InterventionError(
             f"the weights of {joined.name!r} do not give the intervention's logits: they differ by {gap:.1e} "
-            f"of the largest logit, so the weights cannot express it."
+            "of the largest logit, so the weights cannot express it, or it was made for another model."
         )
     return plain, joined, names, gap
 

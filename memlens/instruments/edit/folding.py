@@ -50,7 +50,8 @@ def as_weight_edit(model: Any, intervention: Intervention) -> WeightEdit:
         intervention: A weight edit is returned as it is.
 
     Raises:
-        InterventionError: Weights cannot express it; the message says why.
+        InterventionError: Weights cannot express it, or a weight edit was made for a model of another size;
+            the message says why.
 
     Example:
         >>> import memlens as ml
@@ -60,9 +61,11 @@ def as_weight_edit(model: Any, intervention: Intervention) -> WeightEdit:
         >>> as_weight_edit(model, edit)
         WeightEdit('two heads', L1 o, L2 o)
     """
-    if isinstance(intervention, WeightEdit):
-        return intervention
     maker = EditMaker(model)
+    if isinstance(intervention, WeightEdit):
+        for change in intervention.changes:
+            maker.check_fits(change)
+        return intervention
     chains: dict[tuple[int, str], list[HookFn]] = {}
     for name, fn in intervention.hooks:
         layer, site = _foldable(intervention, name, fn)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memlens.errors import InterventionError, SiteError
+from memlens.errors import InterventionError, OptionError, SiteError
 from memlens.forward.components import Component, NormPart, Part
 from memlens.forward.exclusive import computes
 from memlens.forward.hooks import HookFn, check_layer, hook_name
@@ -120,9 +120,13 @@ class EditMaker:
         """Return components, each once; texts are parsed by `Component.parse`.
 
         Raises:
-            OptionError: A text names no component.
+            OptionError: A text names no component, or something is neither a component nor a text.
             SiteError: The model has no such component.
         """
+        given = [given] if isinstance(given, str) else list(given)
+        for one in given:
+            if not isinstance(one, (Component, str)):
+                raise OptionError(f"{one!r} is not a component: write texts such as 'L3H1' or 'L3N20'.")
         found = dict.fromkeys(Component.parse(c) if isinstance(c, str) else c for c in given)
         for component in found:
             self._check(component)
@@ -189,8 +193,35 @@ class EditMaker:
             name, hooks, dict(coords or {}), changes=merged, components=tuple(components), about=facts
         )
 
+    def check_fits(self, change: WeightChange) -> None:
+        """Check that the model has the rows, columns or norm of a change, at its size.
+
+        Raises:
+            InterventionError: It has not, as where the change was made for another model.
+            UnsupportedModelError: A part has an unknown form.
+        """
+        wanted: tuple[int, ...] | None = None
+        if 0 <= change.layer < self.trunk.n_layers:
+            parts = self.parts(change.layer)
+            linear = parts.maps.get(change.part)
+            norm = parts.norms.get(change.part)
+            if linear is not None:
+                index, dim = _index(change), 1 if change.part in OUTPUTS else 0
+                size = list(linear.weight.shape)
+                inside = len(index) == 0 or 0 <= int(index.min()) <= int(index.max()) < size[dim]
+                size[dim] = len(index)
+                wanted = tuple(size) if inside else None
+            elif norm is not None:
+                wanted = tuple(norm.weight.shape)
+        if wanted != tuple(change.weight.shape):
+            raise InterventionError(
+                f"the model has no weights of {change.part!r} in layer {change.layer} that the edit's could "
+                "replace: was it made for another model?"
+            )
+
     def _fitted(self, change: WeightChange) -> WeightChange:
         """The same in the device and precision of the layer."""
+        self.check_fits(change)
         like = self.parts(change.layer).maps["o"].weight
         index, bias = change.index, change.bias
         return WeightChange(
@@ -231,7 +262,7 @@ def weight_edit(
         about: How they were made, for the record.
 
     Raises:
-        InterventionError: Two changes give one weight different values.
+        InterventionError: Two changes give one weight different values, or the model has no such weights.
         UnsupportedModelError: A layer has an unknown form.
 
     Example:
@@ -250,7 +281,7 @@ def join_edits(model: Any, edits: Sequence[WeightEdit], name: str | None = None)
     """Return one edit that makes all changes of several edits of a model.
 
     Raises:
-        InterventionError: Two edits give one weight different values.
+        InterventionError: Two edits give one weight different values, or were made for another model.
 
     Example:
         >>> import memlens as ml

@@ -71,5 +71,5 @@ def _writes(weights: ComponentWeights, change: WeightChange, kind: str) -> list[
 
 def _no_place(kind: str, what: str, layer: int) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"the weights of a {kind} cannot express this edit: layer {layer} has no {what}."
+        f"the weights of {kind} cannot express this edit: layer {layer} has no {what}."
     )

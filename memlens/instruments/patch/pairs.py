@@ -72,7 +72,9 @@ class Pairs:
             SequenceError: There is neither.
         """
         if corrupt is None and donor is None:
-            raise SequenceError("patching needs another run: give corrupt (memlens.corrupt) or donor=.")
+            raise SequenceError(
+                "activations are taken from another run: give corrupt (memlens.corrupt) or donor=."
+            )
         return cls(clean, clean if corrupt is None else corrupt, direction_of(direction, corrupt), donor)
 
     @property

@@ -83,8 +83,12 @@ def compare_groups(
 
 def _table(result: Result, metric: str, of: str) -> xr.DataArray:
     array = result.effect(metric) if of == "effect" else result[metric].astype(float)
-    if array.sizes.get("sequence", 0) < 2:
-        raise ResultError(f"{metric!r} needs at least two sequences per group, not {array.sizes}.")
+    if "sequence" not in array.dims:
+        raise ResultError(f"{metric!r} has no sequences to compare: its dimensions are {array.dims}.")
+    if array.sizes["sequence"] < 2:
+        raise ResultError(
+            f"{metric!r} needs at least two sequences per group, not {array.sizes['sequence']}."
+        )
     return array.transpose("sequence", ...)
 
 

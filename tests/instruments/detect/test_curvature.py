@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import memlens as ml
-from memlens.errors import OptionError
+from memlens.errors import EmptySetError, OptionError
 from memlens.forward.read_weights import value_vectors
 from memlens.forward.trunk import Trunk
 from memlens.instruments.detect.curvature import Eigenbasis, high_curvature, kfac_factors
@@ -79,3 +79,9 @@ def test_controls_keep_as_many_other_entries(tiny_model: Callable[..., Any]) -> 
     assert swept["target_logprob"].dims == ("sequence", "kept", "entries")
     with pytest.raises(OptionError, match=r"kept=1\.5"):
         ml.detect.curvature_edits(model, text, [1.5])
+
+
+def test_no_text_is_refused(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("gpt_neox", "hooked")
+    with pytest.raises(EmptySetError):
+        ml.detect.curvature_edits(model, ragged()[:0])

@@ -140,10 +140,16 @@ def test_p_values_are_those_of_all_permutations() -> None:
     assert found.pearson_p == pytest.approx(exact, abs=0.006)
 
 
-def test_few_buckets_have_no_correlation() -> None:
+def test_few_buckets_have_no_correlation_and_unknown_items_are_left_out() -> None:
     found = ml.detect.popularity_buckets([1, 1, 2], [0, 1, 1], n_permutations=10)
     assert len(found.table) == 2
     assert np.isnan([found.pearson, found.pearson_p, found.spearman, found.spearman_p]).all()
+    known = ml.detect.popularity_buckets([1, 2, 3, 4], [0, 1, 1, 1], n_buckets=4, n_permutations=10)
+    holes = ml.detect.popularity_buckets(
+        [1, 2, np.nan, 3, 4, 9], [0, 1, 0, 1, 1, np.nan], n_buckets=4, n_permutations=10
+    )
+    assert holes.table.equals(known.table)
+    assert holes.spearman == known.spearman
     with pytest.raises(ResultError, match="one of each per item"):
         ml.detect.popularity_buckets([1], [1, 2])
     with pytest.raises(OptionError, match="n_buckets"):

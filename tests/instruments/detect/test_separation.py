@@ -126,6 +126,17 @@ def test_a_probe_learns_nothing_from_a_group_about_itself() -> None:
     assert roc_auc_score(label, grouped) < 0.7
 
 
+def test_few_groups_are_divided_into_fewer_inner_folds() -> None:
+    rng = np.random.default_rng(0)
+    label = np.array([True, False] * 3)
+    features = label[:, None] + rng.normal(scale=0.01, size=(6, 2))
+    group = np.array([0, 0, 1, 1, 2, 2])
+    options = {"strengths": (0.1, 1.0), "inner_folds": 3, "seed": 0}
+    for folds, some in ((3, slice(None)), (2, slice(4))):  # with two groups one is left to fit to
+        scores = cross_validated_scores(features[some], label[some], group[some], folds=folds, **options)
+        assert roc_area(scores, label[some]).area == 1.0
+
+
 def test_confounds_that_decide_leave_nothing_to_add(tiny_model: Callable[..., Any]) -> None:
     """Longer sequences of more copies: the baseline separates perfectly, and nothing is gained."""
     model = tiny_model("gpt_neox", "bridge")
