@@ -111,6 +111,7 @@ def applied(model: Any, *interventions: Intervention) -> Iterator[Any]:
 
     Raises:
         SiteError: A hook name that the model does not have.
+        InterventionError: An intervention was made for another model.
         SilentInterventionError: On leaving, if the model ignored what a hook wrote.
 
     Example:
@@ -127,6 +128,8 @@ def applied(model: Any, *interventions: Intervention) -> Iterator[Any]:
     hooks = [hook for i in interventions for hook in i.bound(None)]
     device = next(model.parameters()).device
     with computation(model):
+        for check in (check for i in interventions for check in i.checks):
+            check(model)
         watch = EditWatch(model, torch.arange(4, device=device)[None] % model.cfg.d_vocab)
     with attached(model, [(name, watch.wrap(name, fn)) for name, fn in hooks]):
         yield model

@@ -56,6 +56,8 @@ class Intervention:
         observed: Returns further numbers by name, `[batch]` each, after the hooks have run on a batch: what
             reading hooks have seen. They join the metrics in the result; all interventions of a sweep must
             give the same names.
+        checks: Functions of a model that raise an `InterventionError` where the intervention was not made for
+            it, as a weight edit is for the weights that it replaces. `sweep` and `applied` call them.
 
     Example:
         >>> import memlens as ml
@@ -71,6 +73,7 @@ class Intervention:
     coords: Mapping[str, Hashable] = field(default_factory=dict)
     first_position: int = 0
     observed: Callable[[Batch], Mapping[str, Tensor]] | None = None
+    checks: Sequence[Callable[[Any], None]] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hooks", tuple((n, fn) for n, fn in self.hooks))
@@ -111,6 +114,7 @@ class Intervention:
         return Intervention(
             f"{self.name} + {other.name}", (*self.hooks, *other.hooks), {**self.coords, **other.coords},
             min(self.first_position, other.first_position), _both(self.observed, other.observed),
+            (*self.checks, *other.checks),
         )  # fmt: skip
 
     def _plain(self, name: str, fn: Any, batch: Batch | None) -> HookFn:

@@ -242,6 +242,8 @@ def _check_inputs(trunk: Trunk, seqs: SequenceSet, interventions: Sequence[Inter
             raise InterventionError(
                 f"{item!r} is not an Intervention: wrap it in memlens.Intervention(name, hooks)."
             )
+        for check in item.checks:
+            check(trunk.model)
     known = trunk.model.hook_dict
     for name in {name for item in interventions for name, _ in item.hooks if name not in known}:
         resolve_hook(trunk.model, name)

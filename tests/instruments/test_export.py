@@ -163,7 +163,7 @@ def test_an_edit_of_another_model_is_refused(tiny_model: Callable[..., Any]) -> 
         weight_edit(model, "norm", [norm])
     twin = ml.load_model("zoo/pythia-s-clean")
     edit = ml.edits.edit_weights(ml.load_model("zoo/pythia-s"), ["L0 MLP"], strength=0.5)
-    with pytest.raises(InterventionError, match="made for another model"):
+    with pytest.raises(InterventionError, match="made for other weights"):
         edited_model(twin, edit)
 
 

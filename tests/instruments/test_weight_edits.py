@@ -193,6 +193,30 @@ def test_what_is_not_there_is_refused(pair: Callable[..., Any], tiny_model: Call
         weight_transplants(model, tiny_model("gpt_neo", "hooked"), ["L0H1"])
 
 
+@pytest.mark.parametrize(("family", "backend"), CASES)
+def test_an_edit_is_for_the_weights_that_it_replaces(
+    family: str, backend: str, pair: Callable[..., Any]
+) -> None:
+    model, donor = pair(family, backend)
+    seqs = ragged(3)
+    nothing = ml.Intervention("nothing", [])
+    for edit in weight_transplants(model, donor, SOME):
+        for one in (edit, nothing + edit, edit + nothing):
+            ml.sweep(model, seqs, [one], progress=False)
+            with pytest.raises(InterventionError, match="made for other weights"):
+                ml.sweep(donor, seqs, [one], progress=False)
+            with pytest.raises(InterventionError, match="made for other weights"), ml.applied(donor, one):
+                pass
+    own = ml.load_model(copy.deepcopy(huggingface(family)), backend=backend)
+    edit = weight_transplants(own, donor, ["L0N5"])[0]
+    with torch.no_grad(), ml.applied(own, edit):
+        own(torch.tensor([[3, 4, 5]]))
+    for parameter in own.parameters():
+        parameter.data.mul_(1.5)
+    with pytest.raises(InterventionError, match="again if the weights changed since"), ml.applied(own, edit):
+        pass
+
+
 def test_one_weight_has_one_new_value(pair: Callable[..., Any]) -> None:
     model, donor = pair("gpt_neox", "hooked")
     one, two = weight_transplants(model, donor, ["L1H2", "L1 attention"])

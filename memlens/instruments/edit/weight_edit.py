@@ -20,11 +20,12 @@ from torch import Tensor
 
 from memlens.errors import InterventionError, OptionError, SiteError
 from memlens.forward.components import Component, NormPart, Part
-from memlens.forward.exclusive import computes
+from memlens.forward.exclusive import computes, known_of
 from memlens.forward.hooks import HookFn, check_layer, hook_name
 from memlens.forward.read_blocks import LayerParts, read_parts
 from memlens.forward.read_weights import Linear, Norm
 from memlens.forward.trunk import Trunk
+from memlens.store.fingerprint import fingerprint
 from memlens.sweeps.interventions import Intervention, Reads
 
 OUTPUTS: tuple[Part, ...] = ("o", "out")
@@ -90,6 +91,27 @@ class WeightEdit(Intervention):
     def size(self) -> float:
         """The Euclidean norm of all changed output columns; see `edit_size`."""
         return float(self.about.get("size", float("nan")))
+
+
+@dataclass(frozen=True, eq=False)
+class _MadeFor:
+    """Raises for a model whose weights are not those that an edit replaces."""
+
+    name: str
+    changes: tuple[WeightChange, ...]
+    digest: str
+
+    def __call__(self, model: Any) -> None:
+        known = known_of(model)
+        maker = known.get("weight edits") or EditMaker(model)
+        known["weight edits"] = maker
+        for change in self.changes:
+            maker.check_fits(change)
+        if maker.digest(self.changes) != self.digest:
+            raise InterventionError(
+                f"{self.name!r} was made for other weights than this model's: make it for this model, and "
+                "again if the weights changed since."
+            )
 
 
 class EditMaker:
@@ -190,8 +212,28 @@ class EditMaker:
         size = float(torch.stack([self._output_size(c) for c in merged]).sum().sqrt()) if merged else 0.0
         facts = {"size": size, **(about or {})}
         return WeightEdit(
-            name, hooks, dict(coords or {}), changes=merged, components=tuple(components), about=facts
+            name,
+            hooks,
+            dict(coords or {}),
+            checks=(_MadeFor(name, merged, self.digest(merged)),),
+            changes=merged,
+            components=tuple(components),
+            about=facts,
         )
+
+    def digest(self, changes: Iterable[WeightChange]) -> str:
+        """Return a fingerprint of the weights that changes replace."""
+        return fingerprint([self._replaced(change) for change in changes])
+
+    def _replaced(self, change: WeightChange) -> list[Tensor | None]:
+        parts = self.parts(change.layer)
+        if change.part in parts.norms:
+            norm = parts.norms[change.part]
+            return [norm.weight, norm.bias]
+        old, index = parts.maps[change.part], _index(change)
+        if change.part in OUTPUTS:
+            return [old.weight[:, index], None if change.bias is None else old.bias]
+        return [old.weight[index], None if old.bias is None else old.bias[index]]
 
     def check_fits(self, change: WeightChange) -> None:
         """Check that the model has the rows, columns or norm of a change, at its size.
