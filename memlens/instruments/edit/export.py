@@ -120,13 +120,14 @@ def export_edited(model: Any, edit: Intervention | Sequence[Intervention], out: 
 def _edited(
     model: Any, edit: Intervention | Sequence[Intervention]
 ) -> tuple[PreTrainedModel, WeightEdit, list[str], float]:
-    given = list(edit) if isinstance(edit, (list, tuple)) else [edit]
-    for one in given:
+    asked: list[Any] = list(edit) if isinstance(edit, (list, tuple)) else [edit]
+    for one in asked:
         if not isinstance(one, Intervention):
             raise InterventionError(
                 f"{type(one).__name__} is not an edit: give an intervention, as of memlens.edits, or a list "
                 "of them."
             )
+    given: list[Intervention] = asked
     if not given:
         raise InterventionError("there is no edit to export: give at least one.")
     some = _few(model, given)

@@ -226,11 +226,11 @@ class EditMaker:
         return fingerprint([self._replaced(change) for change in changes])
 
     def _replaced(self, change: WeightChange) -> list[Tensor | None]:
-        parts = self.parts(change.layer)
-        if change.part in parts.norms:
-            norm = parts.norms[change.part]
+        old, norm = _pieces(self.parts(change.layer), change.part)
+        if norm is not None:
             return [norm.weight, norm.bias]
-        old, index = parts.maps[change.part], _index(change)
+        assert old is not None  # `check_fits` has looked
+        index = _index(change)
         if change.part in OUTPUTS:
             return [old.weight[:, index], None if change.bias is None else old.bias]
         return [old.weight[index], None if old.bias is None else old.bias[index]]
@@ -245,8 +245,7 @@ class EditMaker:
         wanted: tuple[int, ...] | None = None
         if 0 <= change.layer < self.trunk.n_layers:
             parts = self.parts(change.layer)
-            linear = parts.maps.get(change.part)
-            norm = parts.norms.get(change.part)
+            linear, norm = _pieces(parts, change.part)
             if linear is not None:
                 index, dim = _index(change), 1 if change.part in OUTPUTS else 0
                 size = list(linear.weight.shape)
@@ -390,6 +389,12 @@ def _conflict(layer: int, part: str) -> InterventionError:
     return InterventionError(
         f"two changes give weights of {part!r} in layer {layer} different values: leave one of them out."
     )
+
+
+def _pieces(parts: LayerParts, part: Part | NormPart) -> tuple[Linear | None, Norm | None]:
+    """The map or the norm of a layer by its name; None for what it is not."""
+    key: Any = part
+    return parts.maps.get(key), parts.norms.get(key)
 
 
 def _index(change: WeightChange) -> Tensor:
