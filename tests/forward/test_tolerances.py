@@ -90,7 +90,7 @@ def test_a_trunk_that_is_off_by_more_than_rounding_is_found(
         return out + 2 * factor * out.flip(-1) if start <= 1 < (stop or 3) else out
 
     monkeypatch.setattr(ml.Trunk, "run", off_in_layer_1)
-    found = check_model(model, layers=[0])
+    found = check_model(model, layers=[1])
     assert [(check.name, check.layer) for check in found.failures] == [("trunk", 1)]
     assert found.failures[0].note.endswith("are not the model's own forward pass")
 
