@@ -221,6 +221,8 @@ def test_what_cannot_be_is_refused(tiny_model: Callable[..., Any]) -> None:
         edit_weights(model, ["L0N999"])
     with pytest.raises(SequenceError, match="forgotten"):
         edit_weights(model, CHOSEN, "output_vector")
+    with pytest.raises(SequenceError, match="keep holds no sequences"):
+        edit_weights(model, CHOSEN, "output_vector", sequences=ragged(), keep=ragged()[:0])
     with pytest.raises(SequenceError, match="average"):
         edit_weights(model, CHOSEN, "mean")
     with pytest.raises(OptionError, match="no others"):

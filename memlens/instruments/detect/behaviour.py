@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, Unpack
@@ -210,6 +211,7 @@ def steered(model: Any, found: Result, alpha: float, *, random: int | None = Non
 
     Raises:
         ResultError: `found` is of another kind.
+        OptionError: `alpha` is not finite.
         SiteError: The model has no such layer or neuron.
 
     Source: arXiv 2412.18497, there after the feed-forward block; the random shift of equal size is ours in
@@ -226,6 +228,8 @@ def steered(model: Any, found: Result, alpha: float, *, random: int | None = Non
     """
     if found.kind != "behaviour_neurons":
         raise ResultError(f"a {found.kind} result has no behaviour neurons: give that of behaviour_neurons.")
+    if not math.isfinite(alpha):
+        raise OptionError(f"alpha={alpha} is no finite number: say how far to steer.")
     site, trunk = found.settings["site"], Trunk(model)
     width = trunk.model.cfg.d_mlp if site == "mlp_post" else trunk.d_model
     shifts = np.where(found["chosen"].values == 1, found["mean_difference"].values, 0.0)

@@ -84,7 +84,7 @@ def edit_weights(
         OptionError: Unknown `how`, a strength that is not a number above 0 (for "zero" and "mean" also
             above 1), no components, or a whole layer.
         SiteError: A component that does not exist.
-        SequenceError: `sequences` is missing.
+        SequenceError: `sequences` is missing, or `keep` is empty.
 
     Source: arXiv 2606.18767 edits the output vectors of few located neurons, by a constrained edit that adds
     a distractor in the space of the vocabulary. Only its abstract was known to us: the objective, the budget
@@ -113,6 +113,8 @@ def edit_weights(
     if how in _SEARCHED:
         if sequences is None or not len(sequences):
             raise SequenceError(f"how={how!r} searches on sequences: give those that are to be forgotten.")
+        if keep is not None and not len(keep):
+            raise SequenceError("keep holds no sequences: leave it out, or give what is to stay.")
         options = search or VectorSearch()
         found = _Search(maker, columns, how, strength, options, sequences, keep)
         changes = found.run(progress)

@@ -118,6 +118,8 @@ def test_wrong_arguments_are_refused(tiny_model: Callable[..., Any], sets: Any) 
     found = ml.detect.behaviour_neurons(model, *sets, progress=False)
     with pytest.raises(SiteError, match="found among 64, and this model has 96"):
         ml.detect.steered(tiny_model("gpt_neo", "bridge"), found, 1.0)
+    with pytest.raises(OptionError, match="alpha=nan is no finite number"):
+        ml.detect.steered(model, found, float("nan"))
     with pytest.raises(OptionError, match="different"):
         ml.detect.steering_doses(model, found, [1.0, 1.0])
     recall = ml.score_recall(model, sets[0], generate=False, progress=False).to_result()
