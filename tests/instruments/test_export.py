@@ -16,6 +16,7 @@ from memlens.errors import InterventionError, ResultError, UnsupportedModelError
 from memlens.instruments.edit.export import RECORD, edited_model, export_edited
 from memlens.instruments.edit.folding import as_weight_edit
 from memlens.instruments.edit.weight_edit import WeightChange, weight_edit
+from memlens.models.names import has_hooked_transformer
 from tests.small import CASES, ragged
 from tests.tiny import D_VOCAB, random_tokens, tiny_huggingface_model, tiny_tokenizer
 
@@ -168,12 +169,20 @@ def test_an_edit_of_another_model_is_refused(tiny_model: Callable[..., Any]) -> 
 
 
 def test_a_model_that_is_not_its_checkpoint_is_refused(tiny_folder: Callable[..., Path]) -> None:
-    model = ml.load_model(tiny_folder("gpt_neox"))
-    (edit,) = MADE["heads to zero"](model)
-    with torch.no_grad():
-        next(model.blocks[0].mlp.parameters()).mul_(1.1)
-    with pytest.raises(UnsupportedModelError, match="not compute what its checkpoint does"):
-        edited_model(model, edit)
+    backends = ["bridge", *(["hooked"] if has_hooked_transformer() else [])]
+    for backend in backends:
+        model = ml.load_model(tiny_folder("gpt_neox"), backend=backend)
+        with torch.no_grad():
+            next(model.blocks[0].mlp.parameters()).mul_(1.1)
+        (edit,) = MADE["heads to zero"](model)
+        if backend == "bridge":  # holds the weights that are exported, changed ones too
+            tokens = torch.tensor([[3, 4, 5, 6]])
+            with torch.no_grad(), ml.applied(model, edit):
+                wanted = model(tokens)
+            assert torch.allclose(edited_model(model, edit)(tokens).logits, wanted, atol=1e-5)
+        else:
+            with pytest.raises(UnsupportedModelError, match="not compute what its checkpoint does"):
+                edited_model(model, edit)
     processed = ml.load_model(tiny_folder("gpt_neox"), process_weights=True)
     with pytest.raises(UnsupportedModelError, match="processed"):
         edited_model(processed, MADE["heads to zero"](processed)[0])
