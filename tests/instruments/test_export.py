@@ -184,7 +184,7 @@ def test_a_model_that_is_not_its_checkpoint_is_refused(tiny_folder: Callable[...
             with pytest.raises(UnsupportedModelError, match="not compute what its checkpoint does"):
                 edited_model(model, edit)
     processed = ml.load_model(tiny_folder("gpt_neox"), process_weights=True)
-    with pytest.raises(UnsupportedModelError, match="processed"):
+    with pytest.raises(UnsupportedModelError, match="processed" if has_hooked_transformer() else None):
         edited_model(processed, MADE["heads to zero"](processed)[0])
 
 
