@@ -118,18 +118,20 @@ class BypassSources:
     def _inputs(self, call: Call, name: str, model: Any, sequences: Any = None) -> BypassInputs:
         import memlens as ml
 
-        if sequences is not None:
-            pass
-        elif self.memorized is None:
-            sequences = self._scan(call, name, model, self._corpus(model, name), self.n, self.max_rows)
-        elif (self.memorized / "memorized_set.json").is_file():
-            sequences = ml.recall.MemorizedSet.load(self.memorized)
-        else:
-            given = ml.load_sequences(str(self.memorized), model, prefix_len=self.prefix_len)
-            scores = ml.score_recall(model, given, generate=False, metrics=(), progress=call.progress)
-            sequences = scores.memorized()
+        sequences = self._sequences(call, name, model) if sequences is None else sequences
         tasks = self._tasks(model, name, call.options.seed)
         return ml.studies.BypassInputs(model, sequences, tasks, name)
+
+    def _sequences(self, call: Call, name: str, model: Any) -> Any:
+        import memlens as ml
+
+        if self.memorized is None:
+            return self._scan(call, name, model, self._corpus(model, name), self.n, self.max_rows)
+        if (self.memorized / "memorized_set.json").is_file():
+            return ml.recall.MemorizedSet.load(self.memorized)
+        given = ml.load_sequences(str(self.memorized), model, prefix_len=self.prefix_len)
+        scores = ml.score_recall(model, given, generate=False, metrics=(), progress=call.progress)
+        return scores.memorized()
 
     def _scan(
         self, call: Call, name: str, model: Any, corpus: Any, n: int | None, max_rows: int | None
