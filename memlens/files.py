@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -354,6 +355,27 @@ def json_text(value: object, *, indent: int | None = None) -> str:
     return json.dumps(
         _plain(value), ensure_ascii=False, allow_nan=False, indent=indent, separators=separators
     )
+
+
+def plain_tensors(path: str | Path, *, otherwise: str) -> Any:
+    """Return what `torch.save` wrote, of tensors and plain containers only.
+
+    Args:
+        path: The file.
+        otherwise: What is wrong where it is neither, for the message.
+
+    Raises:
+        FileFormatError: It holds other Python objects, which are not read, or is no such file.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise FileFormatError(
+            f"{path} cannot be read as plain tensors, and other Python objects are not read from files: "
+            f"{otherwise}"
+        ) from error
 
 
 def exact_json(

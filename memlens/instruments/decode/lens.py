@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import pandas as pd
@@ -24,6 +23,7 @@ from memlens.files import (
     expanded,
     finish_replacing,
     parsing,
+    plain_tensors,
     read_json,
     reason_of,
     replacing,
@@ -330,13 +330,7 @@ def _read_published(folder: Path) -> TunedLens:
 
 def _load_state(path: Path) -> Mapping[str, Tensor]:
     with parsing(path, advice="download it again"):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except UnpicklingError as error:
-            raise FileFormatError(
-                f"{path} cannot be read as plain tensors, and other Python objects are not read from files: "
-                "it is damaged, or not a lens."
-            ) from error
+        state = plain_tensors(path, otherwise="it is damaged, or not a lens.")
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise FileFormatError(f"{path} holds a {type(state).__name__}, not named tensors: download it again.")
     return state

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path, PureWindowsPath
-from pickle import UnpicklingError
 from typing import Any, Literal
 from zipfile import BadZipFile
 
@@ -17,7 +16,7 @@ import pandas as pd
 import torch
 
 from memlens.errors import FileFormatError, SequenceError, SourceNotFoundError, check_option, near_matches
-from memlens.files import expanded, parsed_json, parsing, reading, zoo_folders, zoo_table
+from memlens.files import expanded, parsed_json, parsing, plain_tensors, reading, zoo_folders, zoo_table
 from memlens.sequences.parquet import read_table
 from memlens.sequences.readers.drafts import LONGEST_TEXT
 from memlens.sequences.readers.registry import Opened, Request, read_file, register_file, register_source
@@ -51,13 +50,7 @@ def load_array(path: Path, mmap_mode: Literal["r", "c"] | None = None) -> np.nda
 @register_file(".pt")
 def _read_tensor(path: Path, _: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
     """Return the token ids that `torch.save` wrote: one tensor, no other Python objects."""
-    try:
-        tensor = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise FileFormatError(
-            f"{path} cannot be read as a plain tensor, and other Python objects are not read from files: "
-            "it is damaged, or holds no token ids"
-        ) from error
+    tensor = plain_tensors(path, otherwise="it is damaged, or holds no token ids")
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2 or tensor.is_floating_point():
         shape = f" of {tensor.dtype}, {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else ""
         raise FileFormatError(
