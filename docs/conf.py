@@ -55,8 +55,10 @@ EXTENDING = (
     "memlens.registry",
     "memlens.forward.metrics",
     "memlens.models.families",
+    "memlens.report.bibliography",
     "memlens.results.kinds",
     "memlens.results.plots.selection",
+    "memlens.sequences.named",
     "memlens.sequences.readers.registry",
     "memlens.studies.registry",
 )

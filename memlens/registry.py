@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import pkgutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
 from memlens.errors import OptionError, near_matches
@@ -20,7 +21,7 @@ PLUGINS = "memlens.plugins"
 """Entry-point group of other packages: each entry names a module, whose import registers what it defines."""
 
 _LOG = logging.getLogger(__name__)
-_plugins_loaded = False
+_loaded: list[Plugin] | None = None
 
 T = TypeVar("T")
 
@@ -91,6 +92,9 @@ class Registry(Generic[T]):
     def __len__(self) -> int:
         return len(self.names())
 
+    def __repr__(self) -> str:
+        return f"<{self.what}: {', '.join(self.names())}>"
+
     def values(self) -> list[T]:
         """Return every object, in the order of registration."""
         self._load()
@@ -108,20 +112,55 @@ def _import_all(name: str) -> None:
         import_module(found.name)
 
 
-def load_plugins() -> None:
+@dataclass(frozen=True)
+class Plugin:
+    """A module of another package that extends memlens.
+
+    Attributes:
+        name: The name of its entry point.
+        module: The module that is imported.
+        package: The package that it belongs to, with its version.
+        error: Why it cannot be imported; `""` if it can.
+    """
+
+    name: str
+    module: str
+    package: str
+    error: str = ""
+
+
+def named_plugins() -> list[Plugin]:
+    """Return the modules that installed packages name, without importing them."""
+    return [_plugin(entry) for entry in sorted(entry_points(group=PLUGINS))]
+
+
+def load_plugins() -> tuple[Plugin, ...]:
     """Import the modules of installed packages that extend memlens; once per process.
 
-    A plugin that cannot be imported is skipped with a warning, so that it does not break memlens.
+    A plugin that cannot be imported is skipped with a warning that names it, so that it does not break
+    memlens; what it registered before it failed stays.
     """
-    global _plugins_loaded
-    if _plugins_loaded:
-        return
-    _plugins_loaded = True
-    for entry in entry_points(group=PLUGINS):
-        try:
-            entry.load()
-        except Exception as error:
-            _LOG.warning(
-                "the plugin %s (%s) cannot be imported: %s: %s",
-                entry.name, entry.value, type(error).__name__, error,
-            )  # fmt: skip
+    global _loaded
+    if _loaded is None:
+        _loaded = []  # before the imports: a plugin may ask a registry itself
+        for entry in sorted(entry_points(group=PLUGINS)):
+            _loaded.append(_load(entry))
+    return tuple(_loaded)
+
+
+def _load(entry: EntryPoint) -> Plugin:
+    try:
+        entry.load()
+    except (Exception, SystemExit) as error:
+        failed = _plugin(entry, f"{type(error).__name__}: {error}")
+        _LOG.warning(
+            "the plugin %s (%s, of %s) cannot be imported: %s",
+            failed.name, failed.module, failed.package, failed.error,
+        )  # fmt: skip
+        return failed
+    return _plugin(entry)
+
+
+def _plugin(entry: EntryPoint, error: str = "") -> Plugin:
+    package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else ""
+    return Plugin(entry.name, entry.value, package, error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from memlens.cli.console import (
     Json,
     Quiet,
     command_line,
+    in_shell_words,
     print_json,
     print_run,
     print_table,
@@ -28,7 +30,9 @@ from memlens.cli.console import (
 )
 from memlens.cli.data import data_app
 from memlens.cli.making import edit, generate, lens_app, zoo_app
+from memlens.cli.recall import recall_app
 from memlens.errors import MemlensError, check_option
+from memlens.registry import named_plugins
 from memlens.studies.registry import ModelChoice, SequenceChoice
 
 if TYPE_CHECKING:
@@ -36,14 +40,23 @@ if TYPE_CHECKING:
 
     from memlens.recall.scores import RecallScores
 
+
+def _packages() -> str | None:
+    """Return which packages extend memlens: they may add studies to `memlens run`."""
+    found = dict.fromkeys(plugin.package for plugin in named_plugins())
+    return f"Extended by {', '.join(found)}: see memlens plugins." if found else None
+
+
 app: App = App(
     name="memlens",
     help="Find where in a language model a memorized sequence is recalled.",
     version=memlens.__version__,
     help_flags=["--help", "-h"],
+    help_epilogue=_packages(),
     result_action="return_value",
 )
 app.command("memlens.cli.run:run_app", name="run", help="Run a study and write its results and report.")
+app.command(recall_app)
 app.command(zoo_app)
 app.command(data_app)
 app.command(lens_app)
@@ -79,7 +92,17 @@ def in_words(error: BaseException) -> str:
     cause = error
     while isinstance(cause, CycloptsError) and (cause.__cause__ or cause.__context__):
         cause = cause.__cause__ or cause.__context__ or cause
-    return " ".join(str(cause if isinstance(cause, MemlensError) else error).split())
+    if not isinstance(cause, MemlensError):
+        return " ".join(str(error).split())
+    return in_shell_words(" ".join(str(cause).split()), _options_typed())
+
+
+def _options_typed() -> list[str]:
+    """Return the options of the command that was typed."""
+    command = app.parse_commands(sys.argv[1:])[1][-1]
+    if command.default_command is None:
+        return []
+    return [name for argument in command.assemble_argument_collection() for name in argument.names]
 
 
 @app.command
@@ -247,6 +270,28 @@ def report(folder: Path, *, out: Path | None = None, as_json: Json = False) -> N
         print_json({"report": path})
     else:
         OUT.print(f"report: {path}")
+
+
+@app.command
+def plugins(*, as_json: Json = False) -> None:
+    """List the modules of other packages that extend memlens; exit with 1 if one cannot be imported.
+
+    Example: memlens plugins
+    """
+    import pandas as pd
+
+    from memlens.registry import Plugin, load_plugins
+
+    columns = [field.name for field in fields(Plugin)]
+    found = pd.DataFrame([astuple(plugin) for plugin in load_plugins()], columns=columns)
+    if as_json:
+        print_json(records(found))
+    elif len(found):
+        print_table(found.replace({"error": {"": "none"}}), "Plugins")
+    else:
+        OUT.print("no installed package extends memlens")
+    if found["error"].any():
+        raise SystemExit(1)
 
 
 @app.command

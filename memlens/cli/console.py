@@ -5,9 +5,10 @@ Results go to standard output (with `--json` as one document), progress bars and
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +47,32 @@ Switch: Parameter = Parameter(negative=(), show_default=False)
 def command_line() -> str:
     """Return the command line of this process, quoted for a shell."""
     return shlex.join(["memlens", *sys.argv[1:]])
+
+
+def in_shell_words(message: str, options: Collection[str]) -> str:
+    """Return a message with a command's options as they are typed, in place of Python's parameters.
+
+    Args:
+        message: An error of memlens.
+        options: The options of the command, such as "--prefix-len".
+
+    >>> in_shell_words("prefix_len=32: choose a smaller prefix_len", ["--prefix-len"])
+    '--prefix-len 32: choose a smaller --prefix-len'
+    >>> in_shell_words("generate=False leaves out split='test'", ["--generate", "--no-generate", "--split"])
+    "--no-generate leaves out --split 'test'"
+    """
+    for option in sorted(options, key=len, reverse=True):
+        name = option.removeprefix("--").replace("-", "_")
+        negative = f"--no-{option.removeprefix('--')}"
+        start, end = rf"(?<![\w./-]){name}", r"(?!\w|[./-]\w)"
+        if negative in options:
+            message = re.sub(f"{start}=False{end}", negative, message)
+            message = re.sub(f"{start}=True{end}", option, message)
+        message = re.sub(rf"{start}=(?=[\w'\"\[(-])", f"{option} ", message)
+        message = re.sub(f"{start}={end}", option, message)
+        if "_" in name:  # without one it may be a word
+            message = re.sub(start + end, option, message)
+    return message
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from .corpus.scan import PredictableRule as PredictableRule
 from .counterfactual import CounterfactualScores as CounterfactualScores
 from .counterfactual import counterfactual_memorization as counterfactual_memorization
 from .criteria.ngrams import NgramReference as NgramReference
-from .criteria.score import CriteriaOptions as CriteriaOptions
+from .criteria.options import CriteriaOptions as CriteriaOptions
 from .criteria.score import score_criteria as score_criteria
 from .criteria.scores import CriteriaScores as CriteriaScores
 from .criteria.scores import calibrate_criteria as calibrate_criteria

@@ -80,6 +80,26 @@ def table_suffix(path: str | Path) -> str:
     return suffix
 
 
+def write_table(frame: pd.DataFrame, path: str | Path) -> Path:
+    """Write a table in the format of the suffix: `.parquet`, or `.csv` or `.jsonl` with lists as JSON.
+
+    Raises:
+        OptionError: Another suffix.
+        WriteError: The file cannot be written.
+    """
+    suffix = table_suffix(path)
+    with replacing(path) as part:
+        if suffix == ".parquet":
+            frame.to_parquet(part, index=False)
+        elif suffix == ".csv":
+            cells = frame.map(lambda value: json_text(value) if isinstance(value, list | dict) else value)
+            cells.to_csv(part, index=False)
+        else:
+            lines = (json_text(row) + "\n" for row in frame.to_dict("records"))
+            part.write_text("".join(lines), encoding="utf-8")
+    return expanded(path)
+
+
 @dataclass(frozen=True, eq=False)
 class RecallScores:
     """How well a model recalled each sequence of a set.
@@ -229,19 +249,11 @@ class RecallScores:
             >>> pd.read_csv(recall.save(f"{tempfile.mkdtemp()}/recall.csv"))["exact_match"].tolist()
             [0, 0]
         """
-        suffix = table_suffix(path)
-        if suffix == ".parquet":
+        if table_suffix(path) == ".parquet":
             whole = self.sequences.with_table(self.table)
             return write_parquet(whole, path, recall=dict(self.attrs))
         frame = self.table.assign(tokens=self.sequences.rows(), prefix_len=self.sequences.prefix_len.numpy())
-        with replacing(path) as part:
-            if suffix == ".csv":
-                cells = frame.map(lambda value: json_text(value) if isinstance(value, list | dict) else value)
-                cells.to_csv(part, index=False)
-            else:
-                lines = (json_text(row) + "\n" for row in frame.to_dict("records"))
-                part.write_text("".join(lines), encoding="utf-8")
-        return expanded(path)
+        return write_table(frame, path)
 
     @classmethod
     def load(cls, path: str | Path) -> RecallScores:

@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from memlens.errors import OptionError
 from memlens.forward.metrics import METRICS
 from memlens.models.families import FAMILIES
 from memlens.recall.columns import COLUMNS
+from memlens.registry import Registry
 from memlens.results.kinds import KINDS
 from memlens.results.result import Result
 
@@ -47,10 +47,19 @@ def _reference(entry: dict[str, Any]) -> Reference:
 
 
 _FILE = resources.files("memlens.report").joinpath("references.yaml")
-REFERENCES: Mapping[str, Reference] = {
-    key: _reference(entry) for key, entry in yaml.safe_load(_FILE.read_text(encoding="utf-8")).items()
-}
-"""The publications that memlens cites, by key (`references.yaml`)."""
+REFERENCES: Registry[Reference] = Registry("reference")
+"""The publications that memlens (`references.yaml`) and its plugins cite, by key."""
+for _key, _entry in yaml.safe_load(_FILE.read_text(encoding="utf-8")).items():
+    REFERENCES.add(_key, _reference(_entry))
+
+
+def register_reference(key: str, reference: Reference) -> Reference:
+    """Register a publication, such as "meng2022", for the `cite` and `cites` of what a package adds.
+
+    Raises:
+        OptionError: Another publication has this key.
+    """
+    return REFERENCES.add(key, reference)
 
 
 @dataclass(frozen=True)
@@ -69,10 +78,7 @@ class Citation:
     what: str
 
     def __post_init__(self) -> None:
-        if self.key not in REFERENCES:
-            raise OptionError(
-                f"{self.key!r} is not a reference of memlens: use one of {', '.join(REFERENCES)}."
-            )
+        REFERENCES[self.key]
 
 
 _SETTINGS = (  # a setting, the start of its value, its source
@@ -100,10 +106,7 @@ def citations_of(result: Result) -> list[Citation]:
     """
     pairs = [pair for name in result.metrics for pair in _cites(name)]
     pairs += KINDS[result.kind].cites if result.kind in KINDS else ()
-    for key, what in pairs:
-        if key not in REFERENCES:  # of a plugin: the result is shown all the same
-            _LOG.warning("%s is cited as %r, which is not in memlens' bibliography", what, key)
-    found = [Citation(key, what) for key, what in pairs if key in REFERENCES]
+    found = _known(pairs)
     settings = result.settings
     found += [said for name, start, said in _SETTINGS if str(settings.get(name, "")).startswith(start)]
     attrs: Mapping[str, Any] = result.data.attrs
@@ -127,7 +130,18 @@ def family_citation(family: str, model: str) -> list[Citation]:
     found = FAMILIES.get(family)
     if found is None or not found.cite or not model or model.startswith("zoo/"):
         return []
-    return [Citation(found.cite, f"the models of {family}")]
+    return _known([(found.cite, f"the models of {family}")])
+
+
+def _known(pairs: Iterable[tuple[str, str]]) -> list[Citation]:
+    """Return citations; a source that a plugin did not register costs its citation alone."""
+    found = []
+    for key, what in pairs:
+        if key in REFERENCES:
+            found.append(Citation(key, what))
+        else:
+            _LOG.warning("%s is cited as %r, which is not in the bibliography", what, key)
+    return found
 
 
 def bibliography(citations: Iterable[Citation]) -> list[tuple[Reference, str]]:

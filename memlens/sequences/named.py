@@ -19,6 +19,7 @@ import yaml
 
 from memlens.errors import SourceNotFoundError, near_matches
 from memlens.files import expanded
+from memlens.registry import Registry
 
 DATA_FOLDER = "MEMLENS_DATA"
 """Environment variable: a folder with local copies, in `<namespace>/<name>`."""
@@ -146,13 +147,26 @@ def _named_set(name: str, facts: dict[str, Any]) -> NamedSet:
 
 
 _FILE = resources.files("memlens.sequences").joinpath("named.yaml")
-NAMED_SETS: dict[str, NamedSet] = {
-    name: _named_set(name, facts) for name, facts in yaml.safe_load(_FILE.read_text(encoding="utf-8")).items()
-}
-"""The sets by name."""
+NAMED_SETS: Registry[NamedSet] = Registry("set of sequences")
+"""The sets of memlens (`named.yaml`) and its plugins, by name."""
+
+
+def register_named_sets(text: str) -> None:
+    """Register sets that are described in YAML, as those of memlens are in `named.yaml`.
+
+    Args:
+        text: A mapping of names to the fields of `NamedSet`; `parts` maps names to the fields of `Part`.
+
+    Raises:
+        OptionError: A set of this name is registered already.
+    """
+    for name, facts in yaml.safe_load(text).items():
+        NAMED_SETS.add(name, _named_set(name, facts))
+
+
+register_named_sets(_FILE.read_text(encoding="utf-8"))
 
 _NAME = re.compile(r"(?P<name>[a-z][a-z0-9]+:[\w.-]+)(?:/(?P<part>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
-_NAMESPACES = frozenset(name.partition(":")[0] for name in NAMED_SETS)
 
 
 def is_named(source: object) -> bool:
@@ -161,7 +175,9 @@ def is_named(source: object) -> bool:
     >>> is_named("hubble:passages_wikipedia/train"), is_named("hubble.jsonl"), is_named("zoo:facts")
     (True, False, False)
     """
-    return isinstance(source, str) and source.partition(":")[0] in _NAMESPACES and ":" in source
+    if not isinstance(source, str) or ":" not in source:
+        return False
+    return source.partition(":")[0] in {name.partition(":")[0] for name in NAMED_SETS}
 
 
 def find_named(source: str) -> Chosen:

@@ -87,6 +87,18 @@ class SequenceChoice:
     """Read at most this many rows."""
     prepend_bos: Literal["auto", "always", "never"] = "auto"
     """Beginning-of-text token in front of sequences; auto: for text, where the model was trained so."""
+    on_short: Literal["raise", "drop"] = "raise"
+    """What to do if a sequence is not longer than its prefix: stop, or leave it out."""
+    on_eos: Literal["raise", "drop", "keep"] = "raise"
+    """What to do if a continuation contains an end-of-text token: stop, leave it out, or keep it."""
+    text_column: str | None = None
+    """Column of texts, where it has none of the usual names."""
+    prompt_column: str | None = None
+    """Column of prompts, likewise."""
+    continuation_column: str | None = None
+    """Column of continuations, likewise."""
+    tokens_column: str | None = None
+    """Column of token ids, likewise."""
 
     def load(self, model: Any) -> Any:
         """Read the sequences for a model."""
@@ -94,7 +106,9 @@ class SequenceChoice:
 
         return ml.load_sequences(
             self.sequences, model, prefix_len=self.prefix_len, max_targets=self.max_targets,
-            target=self.target, split=self.split, limit=self.limit,
+            target=self.target, split=self.split, limit=self.limit, on_short=self.on_short,
+            on_eos=self.on_eos, text_column=self.text_column, prompt_column=self.prompt_column,
+            continuation_column=self.continuation_column, tokens_column=self.tokens_column,
             prepend_bos="auto" if self.prepend_bos == "auto" else self.prepend_bos == "always",
         )  # fmt: skip
 

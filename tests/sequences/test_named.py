@@ -177,7 +177,7 @@ def test_every_part_is_read(name: str, hub: Hub, tmp_path: Path, monkeypatch: py
     else:
         path = tmp_path / entry.name.partition(":")[2]
         LOCAL[entry.name](path, part.name)
-        monkeypatch.setitem(NAMED_SETS, entry.name, replace(entry, md5_files=("no.npy",)))
+        monkeypatch.setitem(NAMED_SETS._items, entry.name, replace(entry, md5_files=("no.npy",)))
     has_ids = entry.kind in ("tokens", "pairs", "tensor")
     seqs = load_sequences(name, tokenizer=None if has_ids else TOKENIZER, path=path)
     assert len(seqs) >= 1
@@ -239,7 +239,7 @@ def test_the_extraction_benchmark_is_compared_with_its_md5(
     ids = np.concatenate([np.load(path) for path in names], axis=1)
     entry = NAMED_SETS["pile:lm-extraction-benchmark"]
     parts = tuple(replace(p, rows=3, md5=hashlib.md5(ids.tobytes()).hexdigest()) for p in entry.parts)
-    monkeypatch.setitem(NAMED_SETS, entry.name, replace(entry, parts=parts))
+    monkeypatch.setitem(NAMED_SETS._items, entry.name, replace(entry, parts=parts))
     for folder in (tmp_path, tmp_path / "datasets"):
         seqs = load_sequences(name, path=folder)
         assert seqs.attrs["published_checksum"] == "md5 agrees"

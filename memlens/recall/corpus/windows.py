@@ -126,6 +126,8 @@ def open_windows(source: Any, length: int, stride: int | None, tokens_column: st
         return _of_array(source, length, stride)
     table = source.table if isinstance(source, SequenceSet) else None
     if isinstance(source, SequenceSet):
+        if len(source) and (longest := source.tokens.shape[1]) < length:
+            raise _too_short(longest, length)
         source = source.rows()
     elif isinstance(source, pd.DataFrame):
         source = source[_column(source.columns, tokens_column)].tolist()
@@ -210,10 +212,7 @@ def _of_array(array: np.ndarray, length: int, stride: int | None) -> Windows:
         array = array[:, :length]
     per_row = (array.shape[1] - length) // step + 1
     if per_row < 1:
-        raise SequenceError(
-            f"the corpus has rows of {array.shape[1]} tokens and a window has {length}: shorten prefix_len "
-            "or suffix_len"
-        )
+        raise _too_short(array.shape[1], length)
 
     def read(numbers: np.ndarray) -> Block:
         row, start = numbers // per_row, numbers % per_row * step
@@ -221,6 +220,14 @@ def _of_array(array: np.ndarray, length: int, stride: int | None) -> Windows:
         return Block(np.stack(tokens).astype(np.int64), row, start, len(numbers), 0)
 
     return Windows("array", len(array) * per_row, None, read)
+
+
+def _too_short(longest: int, length: int) -> SequenceError:
+    """Return the error for a corpus in which nothing is as long as a window, with lengths that would fit."""
+    fits = f": give prefix_len={longest // 2} and suffix_len={longest - longest // 2}" if longest > 1 else ""
+    return SequenceError(
+        f"the longest row of the corpus has {longest} tokens, and {length} are needed{fits}."
+    )
 
 
 def _column(columns: Iterable[Any], wanted: str | None) -> str:

@@ -35,7 +35,15 @@ from memlens.sequences.readers.drafts import (
     without_short,
 )
 from memlens.sequences.readers.memmaps import MappedRows
-from memlens.sequences.readers.registry import FILES, FORMS, Opened, Request, open_source, register_source
+from memlens.sequences.readers.registry import (
+    FILES,
+    FORMS,
+    Opened,
+    Request,
+    accepting,
+    open_source,
+    register_source,
+)
 from memlens.sequences.readers.tables import read_frame
 from memlens.sequences.set import SequenceSet, some
 
@@ -193,9 +201,9 @@ def _read(content: Any, columns: Columns, request: Request) -> Draft:
     frame = content if limit is None else content.head(limit)
     frame = frame.drop(columns=["__index_level_0__"], errors="ignore").reset_index(drop=True)
     if not (columns.tokens or columns.text or columns.prompt or any(name in frame for name in TOKENS)):
-        for accepts, read_form in FORMS.values():
-            if accepts(frame):
-                return read_form(frame, request)
+        read_form = accepting(FORMS, frame)
+        if read_form is not None:
+            return read_form(frame, request)
     return read_frame(frame, columns, request.tokenizer)
 
 

@@ -10,10 +10,11 @@ A module of another package registers its own readers in the same way, if it is 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -23,7 +24,11 @@ from memlens.registry import Registry
 from memlens.sequences.named import looks_named, no_such_set
 from memlens.sequences.readers.drafts import Columns, Draft
 
+_LOG = logging.getLogger(__name__)
 _MODULES = ["memlens.sequences.readers"]
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,15 +93,32 @@ def register_form(name: str, accepts: Callable[[pd.DataFrame], bool]) -> Callabl
     return lambda fn: FORMS.add(name, (accepts, fn))[1]
 
 
+def accepting(readers: Registry[tuple[Callable[[Any], bool], T]], content: Any) -> T | None:
+    """Return the first reader that accepts a source or table; one that fails at this is passed over."""
+    for name in readers:
+        accepts, reader = readers[name]
+        try:
+            accepted = accepts(content)
+        except Exception as error:
+            _LOG.warning(
+                "the %s %r cannot say what it reads: %s: %s",
+                readers.what, name, type(error).__name__, error,
+            )  # fmt: skip
+            continue
+        if accepted:
+            return reader
+    return None
+
+
 def open_source(source: Any, request: Request) -> Opened:
     """Return the content of a source, what it says about itself, and its name.
 
     Raises:
         SourceNotFoundError: The source has the form of a named set's name, and there is no such namespace.
     """
-    for accepts, open_it in SOURCES.values():
-        if accepts(source):
-            return open_it(source, request)
+    open_it = accepting(SOURCES, source)
+    if open_it is not None:
+        return open_it(source, request)
     if isinstance(source, str) and looks_named(source) and not expanded(source).exists():
         raise no_such_set(source)
     if isinstance(source, str | Path):

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from memlens.errors import OptionError
+from memlens.errors import EmptySetError, OptionError
 from memlens.options import options_class
 from memlens.studies.bypass.options import BypassOptions
 from memlens.studies.plans import NOTE, PlanTable, blank_sequences, plan_works
@@ -49,14 +49,16 @@ class BypassSources:
     """Most questions per task."""
     n: PositiveInt = 128
     """Stop scanning at this many memorized sequences."""
-    prefix_len: PositiveInt = 32
-    """Tokens given to the model."""
+    prefix_len: PositiveInt | None = None
+    """Tokens given to the model; by default the number in the file of --memorized, or 32."""
     suffix_len: PositiveInt = 32
     """Tokens that must match."""
     stride: PositiveInt | None = None
     """Tokens from one window to the next (default: windows do not overlap)."""
     max_rows: PositiveInt | None = None
     """Scan at most this many rows of the corpus."""
+    on_short: Literal["raise", "drop"] = "raise"
+    """What to do if a sequence of --memorized is not longer than its prefix: stop, or leave it out."""
 
     def __post_init__(self) -> None:
         if self.corpus is not None and self.memorized is not None:
@@ -106,7 +108,7 @@ class BypassSources:
         from memlens.recall.corpus.windows import open_windows
         from memlens.studies.pilot import hits_until
 
-        total = open_windows(corpus, self.prefix_len + self.suffix_len, self.stride, None).n_rows
+        total = open_windows(corpus, self._prefix_len + self.suffix_len, self.stride, None).n_rows
         found = counts["memorized"] + counts["beyond_n"]
         hits = found + counts["exact_duplicate_window"] + counts["exact_duplicate_continuation"]
         needed = counts["rows"] * hits_until(self.n, found, hits) / max(hits, 1)
@@ -124,14 +126,29 @@ class BypassSources:
 
     def _sequences(self, call: Call, name: str, model: Any) -> Any:
         import memlens as ml
+        from memlens.studies.bypass.layers import LEAST
 
         if self.memorized is None:
             return self._scan(call, name, model, self._corpus(model, name), self.n, self.max_rows)
         if (self.memorized / "memorized_set.json").is_file():
             return ml.recall.MemorizedSet.load(self.memorized)
-        given = ml.load_sequences(str(self.memorized), model, prefix_len=self.prefix_len)
+        given = ml.load_sequences(
+            str(self.memorized), model, prefix_len=self.prefix_len, on_short=self.on_short
+        )
         scores = ml.score_recall(model, given, generate=False, metrics=(), progress=call.progress)
-        return scores.memorized()
+        found = scores.memorized()
+        if len(found) < LEAST:
+            raise EmptySetError(
+                f"{self.memorized}: the model recalls {len(found)} of {len(given)} sequences whole, and "
+                f"{LEAST} are needed: give sequences that it recalls (`memlens score` tells), or scan text "
+                "with --corpus."
+            )
+        return found
+
+    @property
+    def _prefix_len(self) -> int:
+        """Tokens given to the model in a scan."""
+        return self.prefix_len or 32
 
     def _scan(
         self, call: Call, name: str, model: Any, corpus: Any, n: int | None, max_rows: int | None
@@ -140,7 +157,7 @@ class BypassSources:
 
         return ml.recall.build_memorized_set(
             model, corpus, out=call.folder / "memorized" / name.replace("/", "_"), n=n,
-            prefix_len=self.prefix_len, suffix_len=self.suffix_len, stride=self.stride, max_rows=max_rows,
+            prefix_len=self._prefix_len, suffix_len=self.suffix_len, stride=self.stride, max_rows=max_rows,
             seed=call.options.seed, progress=call.progress,
         )  # fmt: skip
 
@@ -189,7 +206,8 @@ class BypassSources:
         from memlens.instruments.tasks.tasks import joined_requests
 
         edits = ml.edits.attention_bypasses(model)
-        examined = blank_sequences(options.max_sequences, self.prefix_len + self.suffix_len, self.prefix_len)
+        length = self._prefix_len + self.suffix_len
+        examined = blank_sequences(options.max_sequences, length, self._prefix_len)
         works: dict[str, tuple[SequenceSet, Sequence[Intervention]]] = {
             "bypass each layer": (examined, edits)
         }

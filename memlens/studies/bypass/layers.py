@@ -39,6 +39,8 @@ from memlens.studies.bypass.options import BypassOptions
 from memlens.studies.localization.findings import bypassed_layer
 from memlens.studies.running import StudyDirectory, at_most, matched_with
 
+LEAST = 4
+"""Fewest memorized sequences: their halves have intervals."""
 _GROUPS = (MEMORIZED, "not memorized", "predictable")
 
 METRICS = ("exact_match", "target_accuracy", "target_logprob", "completion_entropy", "matching_prefix")
@@ -70,9 +72,9 @@ class BypassInputs:
     def __post_init__(self) -> None:
         for name in self.groups:
             check_option("group", name, _GROUPS)
-        if (n := len(self.groups.get(MEMORIZED, ()))) < 4:
+        if (n := len(self.groups.get(MEMORIZED, ()))) < LEAST:
             raise EmptySetError(
-                f"{n} memorized sequences: halves and intervals need 4 or more. Scan more text with "
+                f"{n} memorized sequences: halves and intervals need {LEAST} or more. Scan more text with "
                 "build_memorized_set, or take a larger model."
             )
         if not self.name:

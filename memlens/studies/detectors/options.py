@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from memlens.instruments.detect.behaviour import BehaviourOptions
-from memlens.instruments.detect.exposure import ExposureOptions
-from memlens.instruments.detect.separation import SeparationOptions
 from memlens.options import options_class
+
+if TYPE_CHECKING:  # their modules are heavy, and help texts appear at once
+    from memlens.instruments.detect.behaviour import BehaviourOptions
+    from memlens.instruments.detect.exposure import ExposureOptions
+    from memlens.instruments.detect.separation import SeparationOptions
 
 
 @options_class
@@ -45,12 +47,18 @@ class DetectorOptions:
 
     def separation(self) -> SeparationOptions:
         """Return the options of `separation`."""
+        from memlens.instruments.detect.separation import SeparationOptions
+
         return SeparationOptions(max_targets=self.probed_targets, folds=self.folds, seed=self.seed)
 
     def behaviour(self) -> BehaviourOptions:
         """Return the options of `behaviour_neurons`."""
+        from memlens.instruments.detect.behaviour import BehaviourOptions
+
         return BehaviourOptions(share=self.share, seed=self.seed)
 
     def exposure(self) -> ExposureOptions:
         """Return the options of `exposure`."""
+        from memlens.instruments.detect.exposure import ExposureOptions
+
         return ExposureOptions(most_nodes=self.most_nodes, seed=self.seed)

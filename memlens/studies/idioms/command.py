@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt
 from memlens.errors import OptionError, SourceNotFoundError
 from memlens.files import parsing
 from memlens.options import options_class
-from memlens.recall.criteria.score import CriteriaOptions
+from memlens.recall.criteria.options import CriteriaOptions
 from memlens.studies.idioms.options import IdiomOptions
 from memlens.studies.plans import NOTE, PlanTable, plan_works
 from memlens.studies.registry import STUDIES, Call, Study

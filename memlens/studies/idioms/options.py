@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from memlens.choices import NeuronSelection, Positions, Stream
 from memlens.errors import OptionError
 from memlens.options import options_class
-from memlens.recall.criteria.score import CriteriaOptions
+from memlens.recall.criteria.options import CriteriaOptions
 
 
 @options_class

@@ -20,7 +20,8 @@ from memlens.errors import ColumnError
 from memlens.instruments.decode.lens import TunedLens, as_lens
 from memlens.instruments.decode.lens_training import train_tuned_lens
 from memlens.models.provenance import describe
-from memlens.recall.criteria.score import CriteriaOptions, score_criteria
+from memlens.recall.criteria.options import CriteriaOptions
+from memlens.recall.criteria.score import score_criteria
 from memlens.recall.criteria.scores import IDIOM_FLAGS, CriteriaScores, calibrate_criteria
 from memlens.recall.score import score_recall
 from memlens.report.bibliography import Citation, family_citation

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from memlens.forward.metrics import MetricLike
+from memlens.instruments.screen.instruments import register_instrument
+from memlens.report.bibliography import Reference, register_reference
 from memlens.results.kinds import register_kind
 from memlens.results.readings import read_effects
 from memlens.results.result import Result
@@ -54,4 +56,8 @@ def scale_mlps(
     return sweep(model, sequences, edits, metrics, kind="mlp_scaling", settings=settings, **options)
 
 
-register_kind("mlp_scaling", plot=plot_bars, reading=read_effects)
+register_reference("example2026", Reference("A. Author and others", 2026, "Scaled MLPs"))
+register_kind(
+    "mlp_scaling", plot=plot_bars, reading=read_effects, cites=(("example2026", "scaling the MLPs"),)
+)
+register_instrument("scaled MLPs", ranks="layer", kind="mlp_scaling", run=scale_mlps)
