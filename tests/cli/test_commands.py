@@ -162,10 +162,10 @@ def test_plan_names_each_analysis(tiny_folder: Any, tmp_path: Path) -> None:
         (["score", "-m", "zoo/pythia-z", "-s", "zoo"], "Did you mean 'zoo/pythia-s'"),
         (["score", "-m", "zoo/pythia-s", "-s", "missing.npy"], "missing.npy"),
         (["score", "-m", "zoo/pythia-s", "-s", "zoo", "--metrics", "samplin"], "Did you mean 'sampling'"),
-        (["score", "-m", "zoo/pythia-s", "-s", "zoo", "--top-p", "0"], "top_p=0"),
+        (["score", "-m", "zoo/pythia-s", "-s", "zoo", "--top-p", "0"], "--top-p 0"),
         (
             ["run", "localize", "-m", "zoo/pythia-s", "-s", "zoo", "--out", "x", "--backend", "hook"],
-            "backend='hook'",
+            "--backend 'hook'",
         ),
         (["zoo", "train", "pythia-xxl"], "pythia-xxl"),
     ],

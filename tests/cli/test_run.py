@@ -64,4 +64,4 @@ def test_the_grid_is_chosen_and_bad_numbers_are_one_line(
     assert "are both a.txt" in " ".join(error.split())
     code, _, error = call(*base, "--top-k", "1,x")
     assert code == 2
-    assert "top_k='x' is not allowed: give a whole number." in " ".join(error.split())
+    assert "--top-k 'x' is not allowed: give a whole number." in " ".join(error.split())
