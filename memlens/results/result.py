@@ -15,7 +15,7 @@ import pandas as pd
 import xarray as xr
 
 from memlens.errors import OptionError, ResultError, check_option, near_matches
-from memlens.files import exact_json, expanded, parsed_exact, replacing
+from memlens.files import exact_json, parsed_exact
 from memlens.results.statistics.intervals import by_group, interval_method, mean_intervals
 
 if TYPE_CHECKING:
@@ -331,7 +331,7 @@ class Result:
             return mean_intervals(chosen, methods=methods, **options)
 
         # One method for all groups, or their bands could not be compared.
-        methods = [interval_method(array.values, method) for array in arrays.values()]
+        methods = [interval_method(array.data, method) for array in arrays.values()]
         found = intervals() if group is None else by_group(self[group], intervals)
         means = {name: own.rename(n=f"n_{name}") for name, own in zip(arrays, found, strict=True)}
         attrs = {**self.data.attrs, "of": of, "level": level, "n_sequences": self.data.sizes["sequence"]}
@@ -369,6 +369,8 @@ class Result:
     def to_parquet(self, path: str | Path) -> Path:
         """Write `to_frame("all")` to a parquet file atomically, with the settings in the frame's `attrs`.
 
+        It is written in row groups of some sequences each, so that a result may be larger than memory.
+
         This is for other programs: `memlens.load_result` reads only what `save` wrote.
 
         Example:
@@ -379,11 +381,9 @@ class Result:
             >>> table.attrs["kind"], len(table)
             ('residual_decoding', 384)
         """
-        frame = self.to_frame("all")
-        frame.attrs = {str(key): value for key, value in self.data.attrs.items()}
-        with replacing(path) as part:
-            frame.to_parquet(part, index=False)
-        return expanded(path)
+        from memlens.results.storage import save_table
+
+        return save_table(self, path)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {size}" for name, size in self.data.sizes.items())

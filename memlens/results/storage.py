@@ -4,42 +4,74 @@ The file is plain netCDF-4 (HDF5), so that xarray, R, Julia or `ncdump` can read
 and names that netCDF cannot store directly are encoded and marked: attributes also as one JSON string
 (`memlens_attrs`), strings with a NUL and object arrays of mixed types as JSON values, half precision as
 single, names with a slash, a space or the like under another name (`memlens_names` has both). Numeric arrays
-carry a checksum (Fletcher-32), so that a damaged file is detected.
+carry a checksum (Fletcher-32), so that a damaged file is detected. The values of large results are read when
+they are needed, some sequences at a time (Dask).
 """
 
 from __future__ import annotations
 
+import errno
+import json
+import math
 import re
+import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from memlens.errors import ResultError
-from memlens.files import exact_json, expanded, parsed_exact, parsed_json, parsing, write_atomically
+from memlens.errors import OptionError, ResultError
+from memlens.files import (
+    exact_json,
+    expanded,
+    parsed_exact,
+    parsed_json,
+    parsing,
+    replacing,
+    write_atomically,
+)
 from memlens.results.result import Result
+from memlens.results.statistics.resampling import slices
 
 FORMAT = "memlens result 1"
 _ATTRS, _DTYPE, _JSON_VALUES = "memlens_attrs", "memlens_dtype", "memlens_json_values"
 _NAMES = "memlens_names"
 _PLAIN_NAME = re.compile(r"(?!.*_nc4_non_coord_|phony_dim_)\w[^\s/\0-\x1f\x7f\ud800-\udfff]*")
 """What netCDF, HDF5 and the list of coordinates (names between spaces) take as it is."""
-_LARGE = 4096
+_COMPRESSED, _CHUNK = 4096, 2**20
+"""Bytes from which on a variable is compressed, and of a chunk in the file."""
+_LAZY, _READ = 2**29, 2**25
+"""Bytes from which on a result stays in its file, and bytes that are read at once of one that does."""
+_ROW_GROUP = 2**20
+"""Rows of a table that are written at once."""
+_IN_MEMORY = 2**28
+"""Bytes up to which a file is made in memory."""
 
 
-def load_result(path: str | Path) -> Result:
+_HAS_DASK = find_spec("dask") is not None
+
+
+def load_result(path: str | Path, *, lazy: bool | None = None) -> Result:
     """Read a result that `Result.save` wrote.
 
     Args:
         path: A netCDF file.
+        lazy: Whether the values stay in the file until they are needed, as Dask arrays in portions of
+            sequences. Means, comparisons, figures and `to_parquet` go through them a portion at a time, so
+            that a result may be larger than memory. By default they do from 512 MiB on, where Dask is
+            installed (`pip install 'memlens[dask]'`).
 
     Returns:
-        The result, equal to what was saved in values, dtypes, coordinates and attributes.
+        The result, equal to what was saved in values, dtypes, coordinates and attributes. Damage in the
+        values of a lazy one is found when they are read.
 
     Raises:
         ResultError: When there is no such file, it is damaged, or memlens did not write it.
+        OptionError: With `lazy=True`, if Dask is missing.
 
     Example:
         >>> import tempfile
@@ -52,30 +84,85 @@ def load_result(path: str | Path) -> Result:
     path = expanded(path)
     if not path.is_file():
         raise ResultError(f"{path} does not exist: give the path of a file that Result.save wrote.")
+    if lazy and not _HAS_DASK:
+        raise OptionError("lazy=True needs Dask: pip install 'memlens[dask]'.")
     with parsing(path, ResultError, "compute or copy it again"):
-        with xr.open_dataset(path, engine="h5netcdf") as file:
-            if (size := file.nbytes) > max(2**30, 1000 * path.stat().st_size):
+        file = xr.open_dataset(path, engine="h5netcdf")
+        try:
+            size = file.nbytes
+            if size > max(2**30, 1000 * path.stat().st_size):
                 raise ValueError(f"its {path.stat().st_size} bytes would unpack to {size / 2**30:.1f} GiB")
-            raw = file.load()
+            lazy = size > _LAZY and _HAS_DASK if lazy is None else lazy
+            raw = file.chunk({"sequence": _rows_at_once(file)}) if lazy else file.load()
+        finally:
+            if not lazy:
+                file.close()
         if raw.attrs.get("memlens_format", "") != FORMAT:
             raise ResultError(f"{path} is netCDF but not a memlens result: open it with xarray.open_dataset.")
-        result = Result(decode(raw))
+        data = decode(raw)
+        for variable in data.variables.values():
+            if variable.nbytes <= _READ:
+                variable.load()
+        result = Result(data)
         if not (isinstance(result.kind, str) and isinstance(result.settings, dict)):
             raise ValueError("its kind is not a name, or its settings are not an object")
         return result
 
 
+def _rows_at_once(file: xr.Dataset) -> int:
+    """Return how many sequences to read at once: whole chunks of the file."""
+    widest = max(file.variables.values(), key=lambda v: v.nbytes / max(1, v.sizes.get("sequence", 1)))
+    rows = max(1, widest.sizes.get("sequence", 1))
+    stored = (widest.encoding.get("chunksizes") or (1,))[0]
+    return max(1, _READ * rows // max(1, widest.nbytes) // stored) * stored
+
+
 def save_dataset(data: xr.Dataset, path: str | Path) -> Path:
     """Write `data` to `path` atomically.
 
-    The file is made in memory: the HDF5 library crashes on a full disk.
+    A small file is made in memory, since the HDF5 library crashes on a full disk. A large one is written a
+    portion at a time, where the disk has space for all of its values.
 
     Raises:
         WriteError: The file cannot be written.
     """
     encoded = encode(data)
-    content = encoded.to_netcdf(engine="h5netcdf", encoding=_compression(encoded))
-    return write_atomically(path, content)
+    how: dict[str, Any] = {"engine": "h5netcdf", "encoding": _compression(encoded)}
+    if encoded.nbytes <= _IN_MEMORY:
+        return write_atomically(path, encoded.to_netcdf(**how))
+    with replacing(path) as part:
+        if (free := shutil.disk_usage(part.parent).free) < encoded.nbytes:
+            needed = f"{encoded.nbytes / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free"
+            raise OSError(errno.ENOSPC, needed)
+        encoded.to_netcdf(part, **how)
+    return expanded(path)
+
+
+def save_table(result: Result, path: str | Path) -> Path:
+    """Write `result.to_frame("all")` to a parquet file atomically, in row groups of some sequences each."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    data = result.data
+    sites = math.prod(n for dim, n in data.sizes.items() if dim != "sequence")
+    # Of texts, the type is that of the whole: a portion may hold nothing but None.
+    types = {
+        str(name): pa.array(variable.values.ravel(), from_pandas=True).type
+        for name, variable in data.variables.items()
+        if variable.dtype.kind == "O"
+    }
+    attrs = json.dumps({str(key): value for key, value in data.attrs.items()})
+    with replacing(path) as part, ExitStack() as files:
+        writer: pq.ParquetWriter | None = None
+        for rows in [*slices(data.sizes["sequence"], max(1, _ROW_GROUP // max(1, sites)))] or [slice(None)]:
+            frame = result.isel(sequence=rows).to_frame("all")
+            table = pa.Table.from_pandas(frame, preserve_index=False)
+            if writer is None:
+                fields = [field.with_type(types.get(field.name, field.type)) for field in table.schema]
+                schema = pa.schema(fields, {**(table.schema.metadata or {}), b"PANDAS_ATTRS": attrs})
+                writer = files.enter_context(pq.ParquetWriter(part, schema))
+            writer.write_table(table.cast(writer.schema))
+    return expanded(path)
 
 
 def encode(data: xr.Dataset) -> xr.Dataset:
@@ -116,7 +203,8 @@ def decode(raw: xr.Dataset) -> xr.Dataset:
 
 
 def _encode_variable(variable: xr.Variable) -> xr.Variable:
-    values, marks = np.asarray(variable.values), {}
+    values: Any = variable.data if variable.dtype.kind in "biuf" else np.asarray(variable.values)
+    marks: dict[str, Any] = {}
     if values.dtype.kind in "OUT":
         marks[_DTYPE] = values.dtype.str if values.dtype.kind == "U" else "O"
         flat = [value.item() if isinstance(value, np.generic) else value for value in values.ravel()]
@@ -129,7 +217,8 @@ def _encode_variable(variable: xr.Variable) -> xr.Variable:
 
 
 def _decode_variable(variable: xr.Variable) -> xr.Variable:
-    attrs, values = dict(variable.attrs), variable.values
+    attrs = dict(variable.attrs)
+    values: Any = variable.data if variable.dtype.kind in "biuf" else variable.values
     if _JSON_VALUES in attrs:
         flat = [parsed_exact(value) for value in values.ravel()]
         values = np.array([*flat, None], dtype=object)[:-1].reshape(values.shape)
@@ -167,6 +256,9 @@ def _compression(data: xr.Dataset) -> dict[str, dict[str, Any]]:
     for name, variable in data.variables.items():
         if variable.dtype.kind in "iufb" and variable.ndim and variable.size:
             encoding[str(name)] = {"fletcher32": True}
-            if variable.nbytes > _LARGE:
+            if variable.nbytes > _COMPRESSED:
                 encoding[str(name)] |= {"zlib": True, "complevel": 4, "shuffle": True}
+            if variable.nbytes > _IN_MEMORY:
+                rows = min(len(variable), max(1, _CHUNK * len(variable) // variable.nbytes))
+                encoding[str(name)]["chunksizes"] = (rows, *variable.shape[1:])
     return encoding

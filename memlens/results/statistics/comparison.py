@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from memlens.errors import ResultError, check_option
 from memlens.results.result import Result
-from memlens.results.statistics.intervals import quantile_interval
-from memlens.results.statistics.resampling import bootstrap_means, weighted_means
+from memlens.results.statistics.intervals import as_table, quantile_interval
+from memlens.results.statistics.resampling import (
+    EXACT_ROWS,
+    as_floats,
+    bootstrap_means,
+    row_blocks,
+    slices,
+    sums_and_counts,
+    weighted_means,
+)
 
 
 def compare_groups(
@@ -65,14 +75,16 @@ def compare_groups(
     paired = pairs is not None
     if pairs is not None:
         first, second = pairs
-    x, y = (part.values.reshape(part.sizes["sequence"], -1) for part in (first, second))
+    x, y = as_table(first), as_table(second)
     if paired:
-        difference, p = _means(x - y), _paired_p(x - y, n_permutations, seed)
-        samples, n = bootstrap_means(x - y, n_resamples, seed), _counts(x - y)
+        gaps = x - y
+        (difference, n), samples = _means(gaps), bootstrap_means(gaps, n_resamples, seed)
+        p = _paired_p(gaps, n_permutations, seed)
     else:
-        difference, p = _means(x) - _means(y), _unpaired_p(x, y, n_permutations, seed)
+        (of_x, n_x), (of_y, n_y) = _means(x), _means(y)
+        difference, n = of_x - of_y, np.minimum(n_x, n_y)
         samples = bootstrap_means(x, n_resamples, seed) - bootstrap_means(y, n_resamples, seed + 1)
-        n = np.minimum(_counts(x), _counts(y))
+        p = _unpaired_p(x, y, n_permutations, seed)
     low, high = quantile_interval(samples, level, n)
     columns = {"difference": difference, "low": low, "high": high, "p": p, "p_corrected": corrected(p)}
     site = first.isel(sequence=0, drop=True)
@@ -121,31 +133,80 @@ def _paired(first: xr.DataArray, second: xr.DataArray) -> tuple[xr.DataArray, xr
             f"result matches no others of the {len(rows)} of the first: use the controls of these sequences.",
             stacklevel=3,
         )
-    controls = [second.isel(sequence=links == key).mean("sequence") for key in keys]
-    return first.isel(sequence=[rows[key] for key in keys]), xr.concat(controls, "sequence", coords="minimal")
+    return first.isel(sequence=[rows[key] for key in keys]), _averaged(second, links, keys)
 
 
-def _counts(table: np.ndarray) -> np.ndarray:
-    return np.isfinite(table).sum(0)
+def _averaged(array: xr.DataArray, links: np.ndarray, keys: list[str]) -> xr.DataArray:
+    """Return the mean of the rows of each key, NaN skipped: the n-th row of every key, for each n in turn."""
+    number = pd.Series(links).groupby(links).cumcount().to_numpy()
+    total = count = xr.DataArray(0.0)
+    for nth in np.unique(number):
+        own = np.flatnonzero(number == nth)
+        row = pd.Series(own, index=links[own]).reindex(keys)
+        part = array.isel(sequence=row.fillna(0).to_numpy(int)).drop_vars("sequence", errors="ignore")
+        there = part.notnull() & xr.DataArray(row.notna().to_numpy(), dims="sequence")
+        total, count = total + part.where(there, 0.0), count + there
+    return (total / count.where(count > 0)).transpose(*array.dims)
 
 
-def _means(table: np.ndarray) -> np.ndarray:
-    return weighted_means(np.ones((1, len(table))), table)[0]
+def _means(table: Any) -> tuple[np.ndarray, np.ndarray]:
+    sums, counts = sums_and_counts(table)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return sums / counts, counts
 
 
-def _paired_p(difference: np.ndarray, n_permutations: int, seed: int) -> np.ndarray:
-    filled = np.where(np.isfinite(difference), difference, 0.0)
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n_permutations, len(difference)))
-    p = _share_as_extreme(signs @ filled, filled.sum(0))
-    return np.where(np.isfinite(difference).any(0), p, np.nan)
+_PERMUTED = 256
+"""So many permutations of many rows are drawn at a time."""
 
 
-def _unpaired_p(x: np.ndarray, y: np.ndarray, n_permutations: int, seed: int) -> np.ndarray:
-    pooled = np.concatenate([x, y])
-    order = np.random.default_rng(seed).permuted(np.tile(np.arange(len(pooled)), (n_permutations, 1)), axis=1)
-    in_x = np.concatenate([(np.arange(len(pooled)) < len(x))[None], order < len(x)]).astype(float)
-    gaps = weighted_means(in_x, pooled) - weighted_means(1 - in_x, pooled)
-    return np.where(np.isfinite(gaps[0]), _share_as_extreme(gaps[1:], gaps[0]), np.nan)
+def _paired_p(difference: Any, n_permutations: int, seed: int) -> np.ndarray:
+    rng, n = np.random.default_rng(seed), len(difference)
+    seen, counts = sums_and_counts(difference)
+    sums = np.zeros((n_permutations, len(seen)))
+    for rows in row_blocks(n):
+        values = as_floats(difference, rows)
+        filled = np.where(np.isfinite(values), values, 0.0)
+        for some in slices(n_permutations, _PERMUTED if n > EXACT_ROWS else n_permutations):
+            sums[some] += rng.choice([-1.0, 1.0], size=(some.stop - some.start, len(filled))) @ filled
+    return np.where(counts > 0, _share_as_extreme(sums, seen), np.nan)
+
+
+def _unpaired_p(x: Any, y: Any, n_permutations: int, seed: int) -> np.ndarray:
+    """Return p over permutations of the labels, or of many rows over labels drawn one by one."""
+    if len(x) + len(y) > EXACT_ROWS:
+        gaps = _gaps_of_drawn_labels(x, y, n_permutations, seed)
+    else:
+        pooled = np.concatenate([as_floats(part, slice(None)) for part in (x, y)])
+        order = np.random.default_rng(seed).permuted(
+            np.tile(np.arange(len(pooled)), (n_permutations, 1)), axis=1
+        )
+        in_x = (order < len(x)).astype(float)
+        gaps = weighted_means(in_x, pooled) - weighted_means(1 - in_x, pooled)
+    seen = _means(x)[0] - _means(y)[0]
+    return np.where(np.isfinite(seen), _share_as_extreme(gaps, seen), np.nan)
+
+
+def _gaps_of_drawn_labels(x: Any, y: Any, n_permutations: int, seed: int) -> np.ndarray:
+    """Return differences of means where each row is in `x` with the chance len(x) / (len(x) + len(y)).
+
+    Given how many rows are in each group these are permutations, and the groups' sizes vary by a share of
+    the order of 1 / sqrt(rows): p is that of permutations up to terms of the order of 1 / rows.
+    """
+    rng, chance = np.random.default_rng(seed), len(x) / (len(x) + len(y))
+    shape = (n_permutations, x.shape[1])
+    in_x, all_sums = (np.zeros(shape), np.zeros(shape)), np.zeros((2, x.shape[1]))
+    for table in (x, y):
+        for rows in row_blocks(len(table)):
+            values = as_floats(table, rows)
+            present = np.isfinite(values)
+            parts = np.where(present, values, 0.0), present.astype(float)
+            all_sums += [part.sum(0) for part in parts]
+            for some in slices(n_permutations, _PERMUTED):
+                drawn = (rng.random((some.stop - some.start, len(values)), dtype=np.float32) < chance) * 1.0
+                for sums, part in zip(in_x, parts, strict=True):
+                    sums[some] += drawn @ part
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return in_x[0] / in_x[1] - (all_sums[0] - in_x[0]) / (all_sums[1] - in_x[1])
 
 
 def _share_as_extreme(samples: np.ndarray, seen: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ skipped. All methods are vectorized over sites; the resamples of a bootstrap are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,14 @@ from jaxtyping import Int
 from scipy import stats
 
 from memlens.errors import OptionError, ResultError, check_option
-from memlens.results.statistics.resampling import bootstrap_means, resampled_sums
+from memlens.results.statistics.resampling import (
+    SideBySide,
+    as_floats,
+    bootstrap_means,
+    resampled_sums,
+    row_blocks,
+    sums_and_counts,
+)
 
 if TYPE_CHECKING:
     from memlens.results.result import Result
@@ -30,7 +38,7 @@ FEWEST = 3
 _BLOCK_BYTES = 64 * 2**20
 
 
-def is_binary(values: np.ndarray) -> bool:
+def is_binary(values: Any) -> bool:
     """Return whether every finite value is 0 or 1 (and there is at least one).
 
     >>> is_binary(np.array([0.0, 1.0, np.nan])), is_binary(np.array([0.0, 0.5]))
@@ -38,8 +46,14 @@ def is_binary(values: np.ndarray) -> bool:
     """
     if values.dtype == bool:
         return values.size > 0
-    finite = values[np.isfinite(values)]
-    return bool(finite.size) and bool(np.isin(finite, (0, 1)).all())
+    found = False
+    for rows in row_blocks(len(values)) if values.ndim else [...]:
+        block = np.asarray(values[rows])
+        finite = block[np.isfinite(block)]
+        if not np.isin(finite, (0, 1)).all():
+            return False
+        found = found or bool(finite.size)
+    return found
 
 
 def check_level(level: float) -> None:
@@ -101,39 +115,47 @@ def mean_intervals(
     They share their resamples, which are drawn once.
     """
     check_level(level)
-    tables: list[np.ndarray] = []
+    tables: list[Any] = []
     for values, method in zip(arrays, methods, strict=True):
         check_option("method", method, METHODS)
         if dim not in values.dims:
             raise ResultError(
                 f"{values.name or 'the array'} has no dimension {dim!r}: its dimensions are {values.dims}."
             )
-        table = np.asarray(values.transpose(dim, ...).values, dtype=np.float64)
-        tables.append(table.reshape(len(table), int(np.prod(table.shape[1:]))))
+        tables.append(as_table(values, dim))
     methods = [interval_method(table, method) for table, method in zip(tables, methods, strict=True)]
     drawn = [table for table, method in zip(tables, methods, strict=True) if method == "bootstrap"]
     bootstraps = iter(_bootstrap(drawn, level, n_resamples, seed) if drawn else [])
     found: list[xr.DataArray] = []
     for values, table, method in zip(arrays, tables, methods, strict=True):
-        ends = next(bootstraps) if method == "bootstrap" else _INTERVALS[method](table, level)
+        sums, n = sums_and_counts(table)
+        ends = next(bootstraps) if method == "bootstrap" else _INTERVALS[method](table, sums, n, level)
         attrs = {"interval_method": method, "level": level}
-        found.append(_labeled(values.transpose(dim, ...), table, ends, attrs))
+        found.append(_labeled(values.transpose(dim, ...), sums, n, ends, attrs))
     return found
 
 
-def interval_method(values: np.ndarray, method: str = "auto") -> str:
+def as_table(values: xr.DataArray, dim: str = "sequence") -> Any:
+    """Return an array as `[dim, site]`, not yet read where it is on disk (Dask), else of numpy."""
+    data = values.transpose(dim, ...).data
+    data = data if data.dtype.kind in "biuf" else np.asarray(data, dtype=np.float64)
+    return data.reshape(data.shape[0], math.prod(data.shape[1:]))
+
+
+def interval_method(values: Any, method: str = "auto") -> str:
     """Return the method that `mean_interval` uses for these values: what `auto` stands for."""
     if method != "auto":
         return method
     return "wilson" if is_binary(values) else "bootstrap"
 
 
-def _labeled(values: xr.DataArray, table: np.ndarray, ends: Ends, attrs: dict[str, Any]) -> xr.DataArray:
-    """Return mean, low and high of `[unit, site]`, the table of the values, with the sites' coordinates."""
+def _labeled(
+    values: xr.DataArray, sums: np.ndarray, n: np.ndarray, ends: Ends, attrs: dict[str, Any]
+) -> xr.DataArray:
+    """Return mean, low and high of `[unit, ...]`, with the sites' coordinates and the counts `n`."""
     dim = str(values.dims[0])
-    n = np.isfinite(table).sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.where(np.isfinite(table), table, 0.0).sum(0) / n
+        mean = sums / n
     low, high = ends
     interval = mean, np.where(n < FEWEST, np.nan, low), np.where(n < FEWEST, np.nan, high)
     per_unit = [name for name, coord in values.coords.items() if dim in coord.dims]
@@ -184,12 +206,12 @@ def ratio_interval(
     both = (part.notnull() & whole.notnull()).transpose(dim, ...)
     part, whole = (array.where(both).transpose(*both.dims) for array in (part, whole))
     rows = part.sizes[dim]
-    above, below = (np.nan_to_num(array.values.reshape(rows, -1)) for array in (part, whole))
+    above, below = (as_table(array, dim) for array in (part, whole))
     low, high = np.full((2, above.shape[1]), np.nan)
-    n = both.sum(dim)
+    n = both.sum(dim).compute()
     few = n.values.reshape(-1) < FEWEST
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = above.sum(0) / below.sum(0)
+        ratio = sums_and_counts(above)[0] / sums_and_counts(below)[0]
         ratio = np.where(np.isfinite(ratio), ratio, np.nan)
         for own in _blocks(above.shape[1], n_resamples):
             parts, sums = resampled_sums([above[:, own], below[:, own]], n_resamples, seed)
@@ -297,7 +319,7 @@ def halves(n: int, seed: int) -> tuple[Int[np.ndarray, "a"], Int[np.ndarray, "b"
 Ends = tuple[np.ndarray, np.ndarray]
 
 
-def _bootstrap(tables: Sequence[np.ndarray], level: float, n_resamples: int, seed: int) -> list[Ends]:
+def _bootstrap(tables: Sequence[Any], level: float, n_resamples: int, seed: int) -> list[Ends]:
     """Return the ends for each table `[unit, site]`; all of them are resampled together."""
     edges = np.cumsum([0, *(table.shape[1] for table in tables)])
     low, high = np.full((2, edges[-1]), np.nan)
@@ -306,24 +328,23 @@ def _bootstrap(tables: Sequence[np.ndarray], level: float, n_resamples: int, see
             table[:, max(part.start - first, 0) : max(part.stop - first, 0)]
             for table, first in zip(tables, edges[:-1], strict=True)
         ]
-        samples = bootstrap_means(np.concatenate(inside, axis=1), n_resamples, seed)
+        samples = bootstrap_means(SideBySide(inside), n_resamples, seed)
         low[part], high[part] = quantile_interval(samples, level, len(tables[0]))
     return list(zip(np.split(low, edges[1:-1]), np.split(high, edges[1:-1]), strict=True))
 
 
-def _wilson(table: np.ndarray, level: float) -> Ends:
-    present = np.isfinite(table)
-    if not is_binary(table) and present.any():
+def _wilson(table: Any, sums: np.ndarray, n: np.ndarray, level: float) -> Ends:
+    if n.any() and not is_binary(table):
         raise OptionError("method='wilson' needs values that are all 0 or 1: use method='bootstrap'.")
-    return wilson_interval(np.where(present, table, 0.0).sum(0), np.maximum(present.sum(0), 1), level)
+    return wilson_interval(sums, np.maximum(n, 1), level)
 
 
-def _student(table: np.ndarray, level: float) -> Ends:
-    present = np.isfinite(table)
-    n = present.sum(0)
+def _student(table: Any, sums: np.ndarray, n: np.ndarray, level: float) -> Ends:
+    squares, mean = np.zeros(table.shape[1]), sums / np.maximum(n, 1)
+    for rows in row_blocks(len(table)):
+        away = as_floats(table, rows) - mean
+        squares += np.square(np.where(np.isfinite(away), away, 0.0)).sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.where(present, table, 0.0).sum(0) / n
-        squares = np.where(present, (table - mean) ** 2, 0.0).sum(0)
         half = stats.t.ppf((1 + level) / 2, n - 1) * np.sqrt(squares / (n - 1) / n)
     return mean - half, mean + half
 
