@@ -41,6 +41,7 @@ from memlens.sweeps.engine.schedule import joined, run_batches
 from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.labels import Values, gridded, make_result
 from memlens.sweeps.plan import intervention_flops
+from memlens.sweeps.randomness import with_watched_draws
 
 ENGINES = ("fast", "reference")
 _LOG = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def sweep(
     progress: bool = True,
     out: str | Path | None = None,
     check_dtype: bool | None = None,
+    seed: int | None = None,
     kind: str = "sweep",
     settings: Mapping[str, Any] | None = None,
 ) -> Result:
@@ -100,6 +102,10 @@ def sweep(
             what is missing, however the last one ended; the values are those of an uninterrupted run.
         check_dtype: Also run a sample in float32 and record the largest differences as the setting
             `float32_agreement`; by default where the weights have 16 bits.
+        seed: For hooks that draw random numbers: each call of a function of your own starts torch's, numpy's
+            and Python's global generators from (seed, intervention, hook, first sequence of the batch), so
+            the same call with the same `batch_size` gives the same values, on either engine and in parts. By
+            default they are left alone, and a hook that draws is warned of.
         kind: The result's kind (memlens' own analyses set theirs).
         settings: Further parameters to record.
 
@@ -136,10 +142,12 @@ def sweep(
     store = None
     shards = [Shard(range(len(sequences)), range(len(interventions)))]
     if out is not None:
-        about = _about(model, sequences, interventions, metrics, engine=engine, per_token=per_token)
+        seeded = {} if seed is None else {"seed": seed, "batch_size": budget.batch_size}
+        about = _about(model, sequences, interventions, metrics, engine=engine, per_token=per_token, **seeded)
         most = _SHARD_FLOPS.get(trunk.device.type, _SHARD_FLOPS["cuda"])
         store = ShardStore(out, about, cut(len(sequences), costs, budget.batch_size, most))
         shards = store.shards
+    watched = with_watched_draws(interventions, seed)
     parts = []
     with tqdm(
         total=sum(costs) * len(sequences),
@@ -150,7 +158,7 @@ def sweep(
     ) as bar:
         for shard in shards:
             done = None if store is None else store.load(shard)
-            some = [(costs[i], interventions[i]) for i in shard.items]
+            some = [(costs[i], watched[i]) for i in shard.items]
             if done is not None:
                 bar.update(sum(cost for cost, _ in some) * len(shard.rows))
                 bar.initial = bar.n  # what was done before counts for no speed
@@ -165,6 +173,7 @@ def sweep(
         "engine": engine,
         "metrics": [metric.name for metric in measured],
         "per_token": per_token,
+        **({} if seed is None else {"seed": seed, "batch_size": budget.batch_size}),
         **(settings or {}),
     }
     if trunk.dtype.itemsize < 4 if check_dtype is None else check_dtype:
