@@ -1,6 +1,11 @@
 """Detectors: what in a model tells recalled sequences from matched ones, beyond known confounds."""
 
-from memlens.instruments.detect.attention import attention_difference, attention_statistics
+from memlens.instruments.detect.attention import (
+    attention_by_class,
+    attention_difference,
+    attention_statistics,
+    class_differences,
+)
 from memlens.instruments.detect.behaviour import (
     BehaviourOptions,
     behaviour_neurons,
@@ -29,6 +34,12 @@ from memlens.instruments.detect.context import (
 from memlens.instruments.detect.curvature import curvature_edits
 from memlens.instruments.detect.dimension import DimensionOptions, intrinsic_dimension, local_dimension
 from memlens.instruments.detect.exposure import ExposureOptions, digit_slots, exposure
+from memlens.instruments.detect.generalizing import (
+    GeneralizingOptions,
+    RecallOrGeneralize,
+    answered_questions,
+    recall_or_generalize,
+)
 from memlens.instruments.detect.groups import Groups
 from memlens.instruments.detect.invariance import InvarianceOptions, invariance, prediction_invariance
 from memlens.instruments.detect.modular import carrying_neurons, modular_view
@@ -42,14 +53,19 @@ __all__ = [
     "ContextSets",
     "DimensionOptions",
     "ExposureOptions",
+    "GeneralizingOptions",
     "Groups",
     "InvarianceOptions",
+    "RecallOrGeneralize",
     "SeparationOptions",
+    "answered_questions",
+    "attention_by_class",
     "attention_difference",
     "attention_statistics",
     "behaviour_neurons",
     "beyond_confounds",
     "carrying_neurons",
+    "class_differences",
     "condition_difference",
     "confounds",
     "context_heads",
@@ -67,6 +83,7 @@ __all__ = [
     "popularity_buckets",
     "prediction_invariance",
     "projection",
+    "recall_or_generalize",
     "separating_neurons",
     "separation",
     "steered",

@@ -10,6 +10,7 @@ from memlens.errors import OptionError, ResultError
 from memlens.results.result import Result
 from memlens.results.statistics.comparison import compare_groups, corrected
 from memlens.results.statistics.intervals import mean_interval
+from memlens.results.statistics.strata import difference_within
 
 
 def _group(values: list[float], **coords: object) -> Result:
@@ -128,3 +129,37 @@ def test_what_cannot_be_compared_is_refused() -> None:
         ResultError, match=r"'m' has sites \{\} in one result and \{'layer': 3\} in the other"
     ):
         compare_groups(two, by_layer, "m")
+
+
+def test_a_difference_inside_strata_is_a_regression_with_a_constant_per_stratum() -> None:
+    from statsmodels.api import OLS
+
+    rng = np.random.default_rng(0)
+    stratum = np.repeat([4, 1, 7, 9], [6, 9, 5, 3])
+    is_a = np.array([0, 1, 0, 1, 1, 0] + [1, 0, 0] * 3 + [1, 1, 0, 0, 0] + [1] * 3, bool)
+    values = 10 * stratum + rng.normal(size=len(stratum)) + 2 * is_a
+    values[0] = np.nan
+    found = difference_within(values, is_a, stratum, n_resamples=400, n_permutations=999)
+    assert (found.n_a, found.n_b) == (8, 11)  # the last stratum has one group only
+    known = np.isfinite(values) & (stratum != 9)
+    columns = [is_a[known].astype(float), *((stratum[known] == s).astype(float) for s in (1, 4, 7))]
+    fitted = OLS(values[known], np.column_stack(columns)).fit()
+    assert found.found.value == pytest.approx(fitted.params[0])
+    assert found.found.low < 2 < found.found.high
+    assert found.p < 0.02
+    # Between strata the groups differ a lot; inside them nothing is left without the shift.
+    shuffled = difference_within(values - 2 * is_a, is_a, stratum, n_resamples=400, n_permutations=999)
+    assert shuffled.p > 0.1
+    assert shuffled.found.low < 0 < shuffled.found.high
+
+
+def test_the_test_inside_strata_counts_every_permutation() -> None:
+    """Two strata of two sequences: four equally likely arrangements."""
+    values, is_a = np.array([1.0, 0.0, 13.0, 10.0]), np.array([True, False, True, False])
+    found = difference_within(values, is_a, np.array([0, 0, 1, 1]), n_permutations=4000)
+    assert found.found.value == pytest.approx(2.0)
+    assert found.p == pytest.approx(0.5, abs=0.03)  # 2 and -2 of 2, 1, -1, -2
+    assert not found.found.known  # two sequences of either group give no interval
+    apart = difference_within(values, is_a, np.arange(4))
+    assert np.isnan([apart.found.value, apart.p]).all()
+    assert (apart.n_a, apart.n_b) == (0, 0)

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int
+from pydantic import NonNegativeInt
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from memlens.errors import EmptySetError
+from memlens.errors import EmptySetError, ResultError
 from memlens.forward.batches import Targets, make_batches
 from memlens.forward.capture import run_capturing
 from memlens.forward.exclusive import computes
 from memlens.forward.hooks import chosen_layers, hook_name
 from memlens.forward.trunk import Trunk
+from memlens.recall.scores import RecallScores
+from memlens.recall.taxonomy import CLASSES, recall_classes
 from memlens.results.kinds import register_kind
-from memlens.results.plots.layers import plot_head_map
+from memlens.results.plots.layers import plot_head_map, plot_layer_lines
+from memlens.results.plots.selection import Selection, takes
 from memlens.results.result import Result
 from memlens.results.statistics.comparison import compare_groups
 from memlens.results.statistics.estimates import mean_estimate
+from memlens.results.statistics.strata import difference_within
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.labels import make_result
@@ -188,6 +196,139 @@ def attention_difference(
     return compare_groups(first, second, statistic, seed=seed)
 
 
+@computes
+def attention_by_class(
+    model: Any,
+    recall: RecallScores,
+    *,
+    above: NonNegativeInt | None = None,
+    layers: Sequence[int] | None = None,
+    progress: bool = True,
+) -> Result:
+    """Describe each head's attention at the targets, by class of the guess-or-recall taxonomy.
+
+    ``result.mean_ci(("sequence", "layer", "head"), group="recall_class")`` gives the mean of each class with
+    its interval, `class_differences` compares the classes, and the figure draws them over layers.
+
+    Args:
+        model: A TransformerLens model.
+        recall: What `score_recall` returned for it, with the columns of the group `taxonomy`.
+        above: As for `recall_classes`.
+        layers: All by default.
+        progress: Show a progress bar.
+
+    Returns:
+        Kind "attention_classes": as `attention_statistics`, with the coordinate `recall_class` along
+        `sequence`.
+
+    Raises:
+        OptionError: The scores lack the taxonomy, or (with `above`) the copies.
+        EmptySetError: No sequences.
+        SiteError: A layer that does not exist.
+
+    Source: the classes are those of arXiv 2508.02573 (see `taxonomy_columns`); the statistics and their
+    comparison are ours.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")
+        >>> seqs = ml.load_sequences("zoo", model)[-60:]
+        >>> recall = ml.score_recall(model, seqs, generate=False, progress=False)
+        >>> found = ml.detect.attention_by_class(model, recall, progress=False)
+        >>> means = found.mean_ci(("sequence", "layer", "head"), group="recall_class")
+        >>> means["prefix_share"].dims
+        ('statistic', 'recall_class')
+    """
+    classes = recall_classes(recall.table, above=above).to_numpy()
+    seqs = recall.sequences.with_table(recall.sequences.table.assign(recall_class=classes))
+    found = attention_statistics(model, seqs, layers=layers, progress=progress)
+    return Result(found.data.assign_attrs(kind="attention_classes"))
+
+
+def class_differences(
+    result: Result,
+    *,
+    within: Sequence[str] = ("copies", "domain"),
+    by: str = "recall_class",
+    n_resamples: int = 2000,
+    n_permutations: int = 9999,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Compare the classes of `attention_by_class`, two at a time, also among sequences that are alike.
+
+    Classes differ in more than how they come about: recalled sequences have more copies, and guesses are
+    mostly lists and tables. So the difference is given twice: of all sequences, and inside groups with equal
+    values of `within` (see `difference_within`), as the control.
+
+    Args:
+        result: Of `attention_by_class`.
+        within: Coordinates along `sequence` that must be equal, all of them; those that the result does not
+            have are left out. With none the columns of the control are NaN.
+        by: The coordinate that holds the classes.
+        n_resamples: Resamples of the intervals.
+        n_permutations: Permutations of the tests.
+        seed: Seed of both.
+
+    Returns:
+        One row per statistic and pair of classes that have at least two sequences each: `statistic`, `a`,
+        `b`, `n_a`, `n_b`; `mean_a` and `mean_b` (over heads and sequences) and `difference` (a minus b) with
+        `low`, `high`, `p`; `heads`, the number of heads that differ (p corrected over all heads below 0.05),
+        `of`; and with the prefix `within_` the difference inside equal values, its interval and p, and the
+        numbers of sequences that it compares. Units are those of the statistic.
+
+    Raises:
+        ResultError: The result does not have the coordinate, or there are no two classes to compare.
+
+    Source: ours.
+    """
+    classes = result[by].values.astype(str)
+    named = [name for name in dict.fromkeys([*CLASSES, *classes.tolist()]) if (classes == name).sum() >= 2]
+    if len(named) < 2:
+        counts = ", ".join(f"{name}: {n}" for name, n in pd.Series(classes).value_counts().items())
+        raise ResultError(f"two classes with two or more sequences each are compared; here are {counts}.")
+    known = [result[name].values for name in within if name in result.data.coords]
+    keys = list(zip(*(values.tolist() for values in known), strict=True)) if known else []
+    stratum = pd.factorize(pd.Series(keys, dtype=object))[0] if keys else np.arange(len(classes))
+    options: dict[str, Any] = {"n_resamples": n_resamples, "n_permutations": n_permutations, "seed": seed}
+    size, rows = {name: int((classes == name).sum()) for name in named}, []
+    for (a, b), name in product(combinations(named, 2), STATISTICS):
+        both = [Result(result.data[[name]].isel(sequence=np.flatnonzero(classes == c))) for c in (a, b)]
+        whole = [Result(part.data.mean(["layer", "head"])) for part in both]
+        found, heads = compare_groups(*whole, name, **options), compare_groups(*both, name, **options)
+        here = np.isin(classes, [a, b])
+        values = result[name].mean(["layer", "head"]).values[here]
+        inside = difference_within(values, classes[here] == a, stratum[here], **options)
+        alike = {"difference": inside.found.value, "low": inside.found.low, "high": inside.found.high}
+        rows.append(
+            {
+                "statistic": name, "a": a, "b": b, "n_a": size[a], "n_b": size[b],
+                "mean_a": float(whole[0][name].mean()), "mean_b": float(whole[1][name].mean()),
+                **{key: float(found[key]) for key in ("difference", "low", "high", "p")},
+                "heads": int((heads["p_corrected"] < 0.05).sum()), "of": heads["p"].size,
+                **{f"within_{key}": value for key, value in alike.items()},
+                "within_p": inside.p, "within_n_a": inside.n_a, "within_n_b": inside.n_b,
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@takes(of="value", group="recall_class")
+def plot_classes(result: Result, s: Selection) -> go.Figure:
+    """Draw the mean over heads along the layers, one line per class."""
+    return plot_layer_lines(result, s)
+
+
+def read_classes(result: Result, metric: str | None) -> str:
+    """Give the mean of each class, over all heads."""
+    name, classes = metric or STATISTICS[0], result["recall_class"].values
+    mean = result[name].mean(["layer", "head"])
+    said = "; ".join(
+        f"{c}: {(found := mean_estimate(mean[classes == c])).text(_WORDS[name]['units'])}, n = {found.n}"
+        for c in np.unique(classes)
+    )
+    return f"By class, the {_WORDS[name]['long_name']} at the targets, mean over heads, is {said}."
+
+
 def read_attention(result: Result, metric: str | None) -> str:
     """Say which heads look most evenly and least, and how that depends on copies."""
     name = metric or STATISTICS[0]
@@ -208,6 +349,12 @@ def read_attention(result: Result, metric: str | None) -> str:
     return text
 
 
+register_kind(
+    "attention_classes",
+    plot=plot_classes,
+    reading=read_classes,
+    cites=(("dentan2025", "guess or recall"), ("zeng2023", "evenness of attention and memorization")),
+)
 register_kind(
     "attention_statistics",
     plot=plot_head_map,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import memlens as ml
-from memlens.errors import EmptySetError
+from memlens.errors import EmptySetError, ResultError
 from memlens.results.kinds import reading
 from tests.instruments.detect.test_separation import random_set
 from tests.small import CASES, ragged
@@ -108,3 +108,61 @@ def test_no_sequences_are_refused(tiny_model: Callable[..., Any]) -> None:
     empty = random_set(2, 0, 10, "a", 0)[:0]
     with pytest.raises(EmptySetError):
         ml.detect.attention_statistics(tiny_model("gpt_neox", "bridge"), empty)
+
+
+class Scores:
+    """What `attention_by_class` uses of recall scores."""
+
+    def __init__(self, sequences: Any, guessed: list[int], recollected: list[int]) -> None:
+        self.sequences = sequences
+        self.table = sequences.table.assign(guessed=guessed, recollected=recollected)
+
+
+def by_class(model: Any, copies: list[int]) -> Any:
+    """Eight random sequences: four not memorized, two guesses, two recalled."""
+    seqs = random_set(8, 0, 90, "a", 0, copies=copies)
+    scores: Any = Scores(seqs, [0, 0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0, 1, 1])
+    return seqs, ml.detect.attention_by_class(model, scores, progress=False)
+
+
+def test_classes_have_the_statistics_of_their_sequences(
+    tiny_model: Callable[..., Any], tmp_path: Any
+) -> None:
+    model = tiny_model("gpt_neox", "bridge")
+    seqs, found = by_class(model, [1, 2, 1, 2, 1, 2, 1, 2])
+    plain = ml.detect.attention_statistics(model, seqs, progress=False)
+    for name in NAMES:
+        np.testing.assert_array_equal(found[name], plain[name])
+    assert found["recall_class"].values.tolist() == ["not memorized"] * 4 + ["guess"] * 2 + ["recall"] * 2
+    means = found.mean_ci(("sequence", "layer", "head"), metric="prefix_share", group="recall_class")
+    wanted = plain["prefix_share"][4:6].mean()
+    got = means["prefix_share"].sel(recall_class="guess", statistic="mean")
+    assert float(got) == pytest.approx(float(wanted), abs=1e-6)
+    figure: Any = found.plot("mean_distance")
+    lines = {trace.name: np.asarray(trace.y, float) for trace in figure.data if trace.name}
+    np.testing.assert_allclose(
+        lines["recall"], plain["mean_distance"][6:].mean(["sequence", "head"]), atol=1e-5
+    )
+    assert "guess" in reading(found)
+    assert ml.load_result(found.save(tmp_path / "classes.nc")).kind == "attention_classes"
+
+
+def test_classes_are_compared_in_all_and_among_equal_copies(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("gpt_neox", "bridge")
+    _, found = by_class(model, [1, 2, 1, 2, 3, 2, 3, 2])
+    quick: Any = {"n_resamples": 50, "n_permutations": 99}
+    table = ml.detect.class_differences(found, **quick).set_index(["statistic", "a", "b"])
+    assert len(table) == 4 * 3
+    row = table.loc["prefix_share", "not memorized", "recall"]
+    mean = found["prefix_share"].mean(["layer", "head"]).values
+    assert row["difference"] == pytest.approx(mean[:4].mean() - mean[6:].mean(), abs=1e-6)
+    # With two copies there are rows 1 and 3, and 7; with 1 and 3 copies there is one class only.
+    assert (row["within_n_a"], row["within_n_b"]) == (2, 1)
+    assert row["within_difference"] == pytest.approx((mean[1] + mean[3]) / 2 - mean[7], abs=1e-6)
+    assert np.isnan(row["within_low"])
+    assert (row["n_a"], row["n_b"], row["of"]) == (4, 2, found["prefix_share"][0].size)
+    assert table.loc["prefix_share", "guess", "recall"]["within_n_a"] == 2
+    alone = ml.detect.class_differences(found, within=(), **quick)
+    assert alone["within_difference"].isna().all()
+    with pytest.raises(ResultError, match="not memorized: 4"):
+        ml.detect.class_differences(ml.Result(found.data.isel(sequence=slice(4))))

@@ -8,12 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import memlens as ml
 from memlens.errors import EmptySetError, OptionError
 from memlens.forward.read_weights import value_vectors
 from memlens.forward.trunk import Trunk
-from memlens.instruments.detect.curvature import Eigenbasis, high_curvature, kfac_factors
+from memlens.instruments.detect.curvature import (
+    Eigenbasis,
+    curvature_runs,
+    high_curvature,
+    kfac_factors,
+)
+from memlens.instruments.edit.weight_edit import EditMaker
 from tests.small import ragged
 
 
@@ -79,6 +86,81 @@ def test_controls_keep_as_many_other_entries(tiny_model: Callable[..., Any]) -> 
     assert swept["target_logprob"].dims == ("sequence", "kept", "entries")
     with pytest.raises(OptionError, match=r"kept=1\.5"):
         ml.detect.curvature_edits(model, text, [1.5])
+
+
+OF_PARAMETER = {
+    "gpt_neox_sequential": {"in": "mlp.dense_h_to_4h"},
+    "gpt_neox": {"in": "mlp.dense_h_to_4h"},
+    "llama_gqa": {
+        "in": "mlp.up_proj", "gate": "mlp.gate_proj", "q": "self_attn.q_proj", "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+    },
+    "olmo2": {"gate": "mlp.gate_proj", "q": "self_attn.q_proj", "k": "self_attn.k_proj"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", list(OF_PARAMETER))
+def test_inputs_and_gradients_make_up_the_gradient_of_the_parameter(
+    tiny_model: Callable[..., Any], tiny_folder: Any, family: str
+) -> None:
+    """The gradient of a weight matrix is the sum over positions of gradient times input."""
+    seqs = ragged()
+    other = AutoModelForCausalLM.from_pretrained(tiny_folder(family), dtype=torch.float32)
+    for row, prefix in zip(seqs.rows(), seqs.prefix_len.tolist(), strict=True):
+        logprob = other(torch.tensor([row])).logits[0].log_softmax(-1)
+        logprob[range(prefix - 1, len(row) - 1), row[prefix:]].mean().backward()
+    trunk = Trunk(tiny_model(family, "bridge"))
+    parameters = dict(other.named_parameters())
+    for matrix, name in OF_PARAMETER[family].items():
+        found: Any = [0] * trunk.n_layers
+        for a, g, _ in curvature_runs(trunk, seqs, matrix):
+            found = [
+                old + torch.einsum("bpo,bpi->oi", gradient, x)
+                for old, gradient, x in zip(found, g, a, strict=True)
+            ]
+        for layer, total in enumerate(found):
+            (wanted,) = (p.grad for key, p in parameters.items() if f".{layer}.{name}.weight" in key)
+            np.testing.assert_allclose(total, wanted, atol=1e-4 * float(wanted.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize(("family", "backend"), [("gpt_neox", "hooked"), ("olmo2", "bridge")])
+def test_edits_of_input_matrices_change_these_alone(
+    tiny_model: Callable[..., Any], family: str, backend: str
+) -> None:
+    model, text, tokens = tiny_model(family, backend), ragged(6, seed=3), ragged().tokens
+    matrices: Any = ["in", "k", "v"]
+    whole, less, drawn = (
+        edit
+        for share, n in ((1.0, 0), (0.8, 1))
+        for edit in ml.detect.curvature_edits(
+            model, text, [share], matrices=[*matrices, "k"], layers=[1], n_random=n
+        )
+    )
+    plain = model(tokens)
+    with ml.applied(model, whole):
+        np.testing.assert_allclose(model(tokens).detach(), plain.detach(), atol=1e-5)
+    assert whole.about["share_of_entries"] == 1.0
+    parts = EditMaker(model).parts(1)
+    for edit in (less, drawn):
+        assert [(change.layer, change.part) for change in edit.changes] == [(1, m) for m in matrices]
+        assert edit.about["matrices"] == matrices
+    for change in less.changes:
+        a, g = kfac_factors(Trunk(model), text, change.part)
+        weight = parts.maps[change.part].weight
+        wanted = high_curvature(weight.double(), a[1], g[1], 0.8)
+        np.testing.assert_allclose(change.weight, wanted, atol=1e-5)
+    with ml.applied(model, less):
+        assert not torch.allclose(model(tokens), plain, atol=1e-3)
+
+
+def test_matrices_that_the_model_does_not_have_are_refused(tiny_model: Callable[..., Any]) -> None:
+    model, text = tiny_model("gpt_neox", "hooked"), ragged()
+    with pytest.raises(OptionError, match="has no 'gate'"):
+        ml.detect.curvature_edits(model, text, matrices=["gate"])
+    with pytest.raises(OptionError, match="no matrices"):
+        ml.detect.curvature_edits(model, text, matrices=[])
+    with pytest.raises(OptionError, match="matrix='o'"):
+        ml.detect.curvature_edits(model, text, matrices=["o"])  # pyright: ignore[reportArgumentType]
 
 
 def test_no_text_is_refused(tiny_model: Callable[..., Any]) -> None:
