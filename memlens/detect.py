@@ -22,15 +22,10 @@ from memlens.instruments.detect.buckets import (
     popularity_buckets,
 )
 from memlens.instruments.detect.confounds import confounds
-from memlens.instruments.detect.context import (
-    ContextOptions,
-    ContextSets,
-    condition_difference,
-    context_heads,
-    context_or_weights,
-    context_sets,
-    which_wins,
-)
+from memlens.instruments.detect.context.comparing import condition_difference, context_heads, which_wins
+from memlens.instruments.detect.context.measure import context_or_weights
+from memlens.instruments.detect.context.patching import context_patching
+from memlens.instruments.detect.context.sets import ContextOptions, ContextSets, context_sets
 from memlens.instruments.detect.curvature import curvature_edits
 from memlens.instruments.detect.dimension import DimensionOptions, intrinsic_dimension, local_dimension
 from memlens.instruments.detect.exposure import ExposureOptions, digit_slots, exposure
@@ -70,6 +65,7 @@ __all__ = [
     "confounds",
     "context_heads",
     "context_or_weights",
+    "context_patching",
     "context_sets",
     "curvature_edits",
     "digit_slots",

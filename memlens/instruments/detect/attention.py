@@ -292,9 +292,12 @@ def class_differences(
     options: dict[str, Any] = {"n_resamples": n_resamples, "n_permutations": n_permutations, "seed": seed}
     size, rows = {name: int((classes == name).sum()) for name in named}, []
     for (a, b), name in product(combinations(named, 2), STATISTICS):
-        both = [Result(result.data[[name]].isel(sequence=np.flatnonzero(classes == c))) for c in (a, b)]
-        whole = [Result(part.data.mean(["layer", "head"])) for part in both]
-        found, heads = compare_groups(*whole, name, **options), compare_groups(*both, name, **options)
+        ours, theirs = (
+            Result(result.data[[name]].isel(sequence=np.flatnonzero(classes == c))) for c in (a, b)
+        )
+        whole = [Result(part.data.mean(["layer", "head"])) for part in (ours, theirs)]
+        found = compare_groups(whole[0], whole[1], name, **options)
+        heads = compare_groups(ours, theirs, name, **options)
         here = np.isin(classes, [a, b])
         values = result[name].mean(["layer", "head"]).values[here]
         inside = difference_within(values, classes[here] == a, stratum[here], **options)

@@ -101,16 +101,19 @@ def curvature_edits(
             raise OptionError(f"kept={share} is not in (0, 1]: give a share of the curvature, such as 0.8.")
     if not len(matrices):
         raise OptionError(f"no matrices: name some of {', '.join(MATRICES)}.")
+    chosen: list[Matrix] = []
     for matrix in matrices:
         check_option("matrix", matrix, MATRICES)
+        if matrix not in chosen:
+            chosen.append(matrix)
     check_sequences(text, model, on_eos="keep")
     maker = EditMaker(model)
     layers = chosen_layers(layers, maker.trunk.n_layers)
-    places = [(layer, matrix) for matrix in dict.fromkeys(matrices) for layer in layers]
+    places: list[tuple[int, Matrix]] = [(layer, matrix) for matrix in chosen for layer in layers]
     for layer, matrix in places:
         if matrix not in maker.parts(layer).maps:
             raise OptionError(f"the MLP of layer {layer} has no {matrix!r}: leave it out of matrices.")
-    factors = {matrix: kfac_factors(maker.trunk, text, matrix) for matrix in dict.fromkeys(matrices)}
+    factors = {matrix: kfac_factors(maker.trunk, text, matrix) for matrix in chosen}
     bases = {(n, m): Eigenbasis.of(factors[m][0][n], factors[m][1][n]) for n, m in places}
     weights = {(layer, matrix): maker.parts(layer).maps[matrix].weight.double() for layer, matrix in places}
     edits = []
@@ -120,17 +123,17 @@ def curvature_edits(
         for draw in (None, *range(n_random)):
             entries = "curvature" if draw is None else f"random {draw}"
             changes = []
-            for (layer, matrix), basis in bases.items():
+            for layer, matrix in places:
                 own, weight = stays[layer, matrix], weights[layer, matrix]
                 if draw is not None:
                     more = [] if matrix == "out" else [PARTS.index(matrix)]
                     own = _shuffled(own, [seed, draw, layer, *more])
-                changed = weight if own.all() else basis.part(weight, own)
+                changed = weight if own.all() else bases[layer, matrix].part(weight, own)
                 index = torch.arange(changed.shape[1 if matrix == "out" else 0], device=changed.device)
                 changes.append(WeightChange(layer, matrix, changed, index))
             about = {
                 "kept": share, "entries": entries, "share_of_entries": size,
-                "matrices": list(dict.fromkeys(matrices)),
+                "matrices": chosen,
             }  # fmt: skip
             name = (
                 f"keep {share:g} of the curvature" if draw is None else f"keep as many entries, draw {draw}"

@@ -62,13 +62,14 @@ def answered_questions(model: Any, tasks: Sequence[ChoiceTask], *, progress: boo
     first = requests.table.drop_duplicates(["task", "question"]).index
     question = np.searchsorted(first.to_numpy(), np.arange(len(requests)), side="right") - 1
     # Of several correct choices the first stands for the question.
-    gold = pd.Series(question)[requests.table["gold"].to_numpy(bool)].drop_duplicates()
-    right = gold.index[accuracy[gold.to_numpy()] == 1]
+    gold = np.flatnonzero(requests.table["gold"].to_numpy(bool))
+    numbers, place = np.unique(question[gold], return_index=True)
+    right = gold[place][accuracy[numbers] == 1]
     if not len(right):
         raise EmptySetError(
             f"the model answers none of the {len(first)} questions correctly: give tasks that it solves."
         )
-    return requests[right.to_numpy()]
+    return requests[right]
 
 
 @options_class
@@ -225,8 +226,8 @@ def _compared(
     for first, second in combinations(groups, 2):
         pair = Groups.of(groups[first], groups[second])
         known = confounds(model, pair.sequences, progress=progress)
-        if COPIES in known and known[COPIES].isna().any():  # nobody counted how often a sum occurs
-            known = known.drop(columns=COPIES)
+        if COPIES in known and np.isnan(known[COPIES].to_numpy(float)).any():
+            known = known.drop(columns=COPIES)  # nobody counted how often a sum occurs
         each = {kind: np.concatenate([by_name[first], by_name[second]]) for kind, by_name in scores.items()}
         found = beyond_confounds(pair, each, known, options=beyond)
         tables.append(found.rename(columns={"detector": "neurons"}).assign(compared=f"{first} or {second}"))

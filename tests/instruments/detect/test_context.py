@@ -11,7 +11,8 @@ import torch
 import xarray as xr
 
 import memlens as ml
-from memlens.errors import EmptySetError, ResultError, SequenceError
+from memlens.errors import EmptySetError, OptionError, ResultError, SequenceError
+from memlens.instruments.detect.context.patching import patched_pairs
 from memlens.results.kinds import reading
 from memlens.sequences.set import SequenceSet
 from tests.instruments.detect.test_separation import random_set
@@ -239,3 +240,81 @@ def test_a_result_is_read_drawn_and_saved(tiny_model: Callable[..., Any], tmp_pa
     loaded = ml.load_result(found.save(tmp_path / "context.nc"))
     assert loaded.settings == found.settings
     assert loaded.settings["wrong"] == "other_sequence"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_patched_pairs_and_effects_are_those_of_patching(
+    tiny_model: Callable[..., Any], backend: str
+) -> None:
+    model, seqs = tiny_model("gpt_neox", backend), random_set(4, 0, 90, "a", 0)
+    options = ml.detect.ContextOptions(separator=(3,), layers=(0, 1))
+    built = ml.detect.context_sets(model, seqs, options=options)
+    pairs = patched_pairs(built, options)
+    other = ml.corrupt(seqs, "other_sequence", seed=0)
+    assert pairs["alone"][1].rows() == other.rows()
+    # 12 tokens of text, the separator, and then the changed prefix with the own continuation.
+    assert [row[:13] for row in pairs["repeated"][1].rows()] == [[*row, 3] for row in seqs.rows()]
+    assert [row[13:] for row in pairs["repeated"][1].rows()] == other.rows()
+    assert pairs["copied"][1] is built.conflict
+    found = ml.detect.context_patching(model, seqs, options=options, progress=False)
+    for condition, (clean, corrupt) in pairs.items():
+        here = found.data.sel(condition=condition)
+        for name, site, over in (
+            ("target_logprob", "z", "head"), ("attn_logprob", "attn_out", "layer"),
+            ("mlp_logprob", "mlp_out", "layer"),
+        ):  # fmt: skip
+            wanted = ml.patch_activations(
+                model, clean, corrupt, site=site, over=over, direction="noising", layers=[0, 1],
+                progress=False,
+            )  # fmt: skip
+            np.testing.assert_allclose(here[name], wanted["target_logprob"], atol=1e-6)
+            for run in ("clean", "corrupt"):
+                values = wanted[f"target_logprob_{run}"]
+                np.testing.assert_allclose(here[f"{name}_{run}"], values, atol=1e-6)
+    base = found["target_logprob_baseline"]
+    np.testing.assert_array_equal(base, found["target_logprob_clean"])
+    clean = ml.detect.context_or_weights(model, seqs, options=options, progress=False)
+    np.testing.assert_allclose(
+        base.sel(condition=["alone", "repeated"]),
+        clean["target_logprob_baseline"].sel(condition=["alone", "repeated"]),
+        atol=1e-5,
+    )
+
+
+def test_patching_the_other_way_starts_from_the_corrupt_run(tiny_model: Callable[..., Any]) -> None:
+    model, seqs = tiny_model("gpt_neox", "bridge"), random_set(3, 0, 90, "a", 0).with_attrs(prepend_bos=True)
+    options = ml.detect.ContextOptions(separator="", wrong="shuffle", layers=(2,))
+    found = ml.detect.context_patching(model, seqs, options=options, direction="denoising", progress=False)
+    np.testing.assert_array_equal(found["attn_logprob_baseline"], found["attn_logprob_corrupt"])
+    corrupt = patched_pairs(ml.detect.context_sets(model, seqs, options=options), options)["repeated"][1]
+    for row, own in zip(corrupt.rows(), seqs.rows(), strict=True):
+        assert row[:12] == own  # the prepended token is not repeated: 11 tokens follow
+        assert sorted(row[12:17]) == sorted(own[1:6])
+        assert row[12:17] != own[1:6]
+        assert row[17:] == own[6:]
+    with pytest.raises(OptionError, match="direction='both'"):
+        ml.detect.context_patching(model, seqs, direction="both")
+
+
+def test_patching_is_compared_read_and_drawn(tiny_model: Callable[..., Any], tmp_path: Any) -> None:
+    model, seqs = tiny_model("gpt_neox", "bridge"), random_set(4, 0, 90, "a", 0)
+    found = ml.detect.context_patching(model, seqs, options=NO_SEPARATOR, progress=False)
+    heads = ml.detect.context_heads(found)
+    effect = found.effect("target_logprob")
+    wanted = (effect.sel(condition="repeated") - effect.sel(condition="alone")).mean("sequence")
+    np.testing.assert_allclose(heads["difference"], wanted, atol=1e-6)
+    layers = ml.detect.context_heads(found, "mlp_logprob", first="copied", second="alone")
+    assert layers["difference"].dims == ("layer",)
+    with pytest.raises(OptionError, match="condition='conflict'"):
+        ml.detect.context_heads(found, first="conflict")
+    share = ml.stats.restored_share(found, metric="attn_logprob")["restored_share"]
+    assert share.dims == ("statistic", "condition", "layer")
+    said = reading(found, "attn_logprob")
+    assert "copied: " in said
+    assert "Of 3 layers, the effect of patching on the target log-prob, attention patched differs" in said
+    figure: Any = found.plot("mlp_logprob", condition="alone")
+    drawn = np.asarray(figure.data[-1].y, float)
+    wanted = found.effect("mlp_logprob").sel(condition="alone").mean("sequence")
+    np.testing.assert_allclose(drawn, wanted, atol=1e-5)
+    loaded = ml.load_result(found.save(tmp_path / "patching.nc"))
+    assert "noising" in reading(loaded)

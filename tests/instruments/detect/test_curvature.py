@@ -16,6 +16,7 @@ from memlens.forward.read_weights import value_vectors
 from memlens.forward.trunk import Trunk
 from memlens.instruments.detect.curvature import (
     Eigenbasis,
+    Matrix,
     curvature_runs,
     high_curvature,
     kfac_factors,
@@ -88,7 +89,7 @@ def test_controls_keep_as_many_other_entries(tiny_model: Callable[..., Any]) -> 
         ml.detect.curvature_edits(model, text, [1.5])
 
 
-OF_PARAMETER = {
+OF_PARAMETER: dict[str, dict[Matrix, str]] = {
     "gpt_neox_sequential": {"in": "mlp.dense_h_to_4h"},
     "gpt_neox": {"in": "mlp.dense_h_to_4h"},
     "llama_gqa": {
@@ -119,7 +120,8 @@ def test_inputs_and_gradients_make_up_the_gradient_of_the_parameter(
                 for old, gradient, x in zip(found, g, a, strict=True)
             ]
         for layer, total in enumerate(found):
-            (wanted,) = (p.grad for key, p in parameters.items() if f".{layer}.{name}.weight" in key)
+            (parameter,) = (p for key, p in parameters.items() if f".{layer}.{name}.weight" in key)
+            wanted: Any = parameter.grad
             np.testing.assert_allclose(total, wanted, atol=1e-4 * float(wanted.abs().max()) + 1e-6)
 
 
@@ -144,9 +146,9 @@ def test_edits_of_input_matrices_change_these_alone(
     for edit in (less, drawn):
         assert [(change.layer, change.part) for change in edit.changes] == [(1, m) for m in matrices]
         assert edit.about["matrices"] == matrices
-    for change in less.changes:
-        a, g = kfac_factors(Trunk(model), text, change.part)
-        weight = parts.maps[change.part].weight
+    for change, matrix in zip(less.changes, matrices, strict=True):
+        a, g = kfac_factors(Trunk(model), text, matrix)
+        weight = parts.maps[matrix].weight
         wanted = high_curvature(weight.double(), a[1], g[1], 0.8)
         np.testing.assert_allclose(change.weight, wanted, atol=1e-5)
     with ml.applied(model, less):
