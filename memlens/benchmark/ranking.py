@@ -10,7 +10,7 @@ import pandas as pd
 
 from memlens.benchmark.localizer import LOCALIZERS, Scores
 from memlens.benchmark.measure import AVERAGED
-from memlens.benchmark.recommend import method_name, recommended, what_is_known
+from memlens.benchmark.recommend import CHEAP, affordable, method_name, recommended, what_is_known
 from memlens.benchmark.scores import less_others, mean_ranks, z_scored
 from memlens.errors import OptionError, SequenceError
 from memlens.forward.components import Component, ComponentKind
@@ -43,6 +43,22 @@ class Ranking:
         first = self.table.head(n)
         pairs = zip(first["layer"].tolist(), first["index"].tolist(), strict=True)
         return [Component(self.component, layer, index) for layer, index in pairs]
+
+
+def best_method(
+    component: ComponentKind, others: SequenceSet | None, most_forwards: float, family: str
+) -> tuple[str, str]:
+    """Return the localizer, and its variant, that the benchmark prefers at an acceptable cost, for `rank`.
+
+    Args:
+        component: "head", "neuron", "layer_mlp" or "layer_attention".
+        others: The other sequences, of which "less others" and "z-scored" need at least `FEWEST_OTHERS`.
+        most_forwards: As of `affordable`.
+        family: Of the model, as `describe` names it.
+    """
+    best = affordable(component, most_forwards, family=family)
+    localizer, variant = CHEAP[component] if best is None else (best.localizer, best.variant)
+    return localizer, "" if others is None or len(others) < FEWEST_OTHERS else variant
 
 
 def rank(

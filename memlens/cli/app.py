@@ -57,6 +57,7 @@ app: App = App(
 )
 app.command("memlens.cli.run:run_app", name="run", help="Run a study and write its results and report.")
 app.command(recall_app)
+app.command("memlens.cli.run:audit", name="audit", help="Audit a model: which of these strings leak?")
 app.command(zoo_app)
 app.command(data_app)
 app.command(lens_app)
@@ -71,7 +72,7 @@ def main() -> None:
     """Run the command line.
 
     Exit codes: 0 for success, 1 if a step of a study failed, 2 for errors raised by memlens or the parser
-    (printed as one line), 130 after Ctrl-C.
+    (printed as one line), 3 if a limit such as `--fail-above` was exceeded, 130 after Ctrl-C.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if not sys.stderr.isatty():  # a file or a CI log: one line every 30 seconds

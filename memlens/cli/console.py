@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from memlens.studies.running import StudyRun
 
 _PIPE_WIDTH = 200
+_MOST_ROWS = 20
 OUT = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 ERR = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -96,7 +97,11 @@ def print_json(value: object) -> None:
 
 
 def print_run(run: StudyRun, times: Sequence[Mapping[str, Any]], *, as_json: bool = False) -> None:
-    """Print a study's findings, failures, time and report; exit with 1 if a step failed."""
+    """Print a study's findings, tables, failures, time and report.
+
+    Raises:
+        SystemExit: With 3 if a limit was exceeded, else with 1 if a step failed.
+    """
     seconds = sum(entry["seconds"] for entry in times)
     if as_json:
         found = [asdict(finding) for finding in run.findings]
@@ -107,13 +112,21 @@ def print_run(run: StudyRun, times: Sequence[Mapping[str, Any]], *, as_json: boo
                 "times": list(times),
                 "findings": found,
                 "failures": dict(run.failures),
+                **run.facts,
+                **({"exceeded": run.exceeded} if run.exceeded else {}),
             }
         )
     else:
+        for title, table in run.tables.items():
+            print_table(table.head(_MOST_ROWS), title)
         _print_findings(run)
         print_times(times, "Time")
         OUT.print(f"done in {seconds:.0f} s")
         OUT.print(f"report: {run.report}")
+        if run.exceeded:
+            ERR.print(Text(run.exceeded, style="bold red"))
+    if run.exceeded:
+        raise SystemExit(3)
     if run.failures:
         raise SystemExit(1)
 

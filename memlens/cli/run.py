@@ -55,6 +55,8 @@ def study_command(study: Study) -> Any:
             **(read_options(options_file, study.options, check=True) if options_file else {}),
             **given["options"],
         }
+        if out is None and study.folder and not plan:
+            out = Path(study.folder)
         call = Call(where, study.options(**chosen), out, chosen, progress=not quiet)
         if plan:
             _plan(study, inputs, call, as_json=as_json)
@@ -125,3 +127,4 @@ def _add_studies() -> None:
 
 
 _add_studies()
+audit: Any = study_command(STUDIES["audit"])

@@ -6,4 +6,7 @@ from .readers.idioms import idiom_defects as idiom_defects
 from .readers.knowledge import fact_sequences as fact_sequences
 from .readers.knowledge import identifier_sequences as identifier_sequences
 from .readers.load import load_sequences as load_sequences
+from .secrets import SECRET_PATTERNS as SECRET_PATTERNS
+from .secrets import find_secrets as find_secrets
+from .secrets import secret_sequences as secret_sequences
 from .set import SequenceSet as SequenceSet

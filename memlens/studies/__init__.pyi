@@ -1,3 +1,5 @@
+from .auditing.options import AuditOptions as AuditOptions
+from .auditing.study import audit as audit
 from .bypass.layers import BypassInputs as BypassInputs
 from .bypass.options import BypassOptions as BypassOptions
 from .bypass.study import study_attention_bypass as study_attention_bypass

@@ -223,6 +223,7 @@ class Study:
         scales: Which of them, or "sequences" for all that were read, the time of a step is proportional to,
             by the end of the step's name; the entry "" is for the other steps, and the value "" says that the
             time does not depend on them.
+        folder: The run's folder, if the command names none; "" where it must.
     """
 
     run: Any
@@ -234,6 +235,7 @@ class Study:
     keeps: Sequence[str] = ("sweeps",)
     sizes: Sequence[str] = ()
     scales: Mapping[str, str] = field(default_factory=lambda: {"": "sequences"})
+    folder: str = ""
 
     def __call__(self, **given: Any) -> StudyRun:
         """Run the study."""
@@ -248,6 +250,6 @@ STUDIES: Registry[Study] = Registry(
     "study",
     modules=[
         f"memlens.studies.{name}.command"
-        for name in ("localization", "idioms", "bypass", "comparative", "detectors")
+        for name in ("localization", "idioms", "bypass", "comparative", "detectors", "auditing")
     ],
 )

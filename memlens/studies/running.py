@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pandas as pd
 import yaml
 
 from memlens.errors import MemlensError, OtherRunError
@@ -37,18 +38,31 @@ class StudyRun:
         findings: In order.
         failures: The messages of steps that failed. The report names them; steps that do not depend on them
             still run.
+        tables: What the command prints besides the findings, by title.
+        facts: What it tells other programs besides (`--json`).
+        exceeded: Which limit of the options was exceeded, in one sentence: the command then exits with 3.
     """
 
     report: Path
     findings: list[Finding]
     failures: dict[str, str] = field(default_factory=dict)
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    exceeded: str = ""
 
 
 class StudyDirectory(RunDirectory):
-    """A run's folder that continues when a step of the study fails."""
+    """A run's folder that continues when a step of the study fails.
+
+    Attributes:
+        hide: Takes out of messages what must not be written; None: nothing.
+    """
+
+    hide: Callable[[str], str] | None
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # pyright: ignore[reportArgumentType]
+        self.hide = None
         self.findings: list[Finding] = []
         self.failures: dict[str, str] = {}
         self._watch = Stopwatch()
@@ -136,8 +150,10 @@ class StudyDirectory(RunDirectory):
     def failed(self, name: str, error: BaseException) -> None:
         """Record that a step failed; an unexpected error with its type, and its traceback in the log."""
         unexpected = not isinstance(error, (MemlensError, RuntimeError, ValueError))
-        _LOG.warning("%s failed: %s", name, error, exc_info=error if unexpected else None)
-        self.failures[name] = f"{type(error).__name__}: {error}" if unexpected else str(error)
+        words = str(error) if self.hide is None else self.hide(str(error))
+        trace = error if unexpected and self.hide is None else None  # which would repeat the message
+        _LOG.warning("%s failed: %s", name, words, exc_info=trace)
+        self.failures[name] = f"{type(error).__name__}: {words}" if unexpected else words
         self.add_failure(name, self.failures[name])
 
     def find(self, finding: Finding) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
@@ -68,6 +69,34 @@ def digit_slots(model: Any, n_digits: int) -> list[list[int]]:
     if any(len(each) != 1 for each in ids):
         raise SequenceError("a digit is not one token of this tokenizer: give the slots yourself.")
     return [[each[0] for each in ids]] * n_digits
+
+
+def other_digits(model: Any, continuations: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+    """Return the format of each continuation if its digits were others: the slots for `exposure`.
+
+    A token without a digit has one candidate, itself. A token with digits has those tokens of the vocabulary
+    that differ from it in digits only, and in none of their other signs.
+
+    Args:
+        model: A TransformerLens model with a tokenizer.
+        continuations: Token ids.
+
+    >>> import memlens as ml
+    >>> model = ml.load_model("zoo/pythia-xs")
+    >>> ids = model.tokenizer("a-12", add_special_tokens=False)["input_ids"]
+    >>> [len(slot) for slot in other_digits(model, [ids])[0]]
+    [1, 1, 10, 10]
+    """
+    size = min(int(model.cfg.d_vocab), len(model.tokenizer))
+    forms: dict[str, list[int]] = {}
+    form_of = {}
+    for token, written in enumerate(model.tokenizer.convert_ids_to_tokens(list(range(size)))):
+        form_of[token] = form = re.sub(r"[0-9]", "0", str(written))
+        forms.setdefault(form, []).append(token)
+    return [
+        [forms[form] if "0" in (form := form_of[token]) else [token] for token in row]
+        for row in continuations
+    ]
 
 
 @computes

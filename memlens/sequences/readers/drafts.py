@@ -84,9 +84,13 @@ class Draft:
 def with_prefix(draft: Draft, prefix_len: Any, seed: int = 0) -> Draft:
     """Set each row's prefix length: the caller's, else the source's, else `DEFAULT_PREFIX_LEN`.
 
-    "drawn" draws one for each row, from 1 to its length minus 1.
+    "drawn" draws one for each row, from 1 to its length minus 1. "half" is the source's, or else half of each
+    row, at most `DEFAULT_PREFIX_LEN`.
     """
     n = len(draft.rows)
+    if isinstance(prefix_len, str) and prefix_len == "half":
+        half = np.clip(_lengths(draft) // 2, 1, DEFAULT_PREFIX_LEN)
+        return replace(draft, prefix_len=half if draft.prefix_len is None else draft.prefix_len)
     if isinstance(prefix_len, str) and prefix_len == "drawn":
         drawn = np.random.default_rng(seed).integers(1, np.maximum(_lengths(draft), 2))
         return replace(draft, prefix_len=drawn, attrs={**draft.attrs, "prefix_len": "drawn", "seed": seed})
@@ -95,7 +99,7 @@ def with_prefix(draft: Draft, prefix_len: Any, seed: int = 0) -> Draft:
     if given.dtype.kind not in "iu" or (given.ndim and given.shape != (n,)):
         raise SequenceError(
             f"prefix_len={prefix_len!r} does not fit: give one whole number, one for each of {n} "
-            'sequences, or "drawn"'
+            'sequences, "half", or "drawn"'
         )
     return replace(draft, prefix_len=np.broadcast_to(given.astype(np.int64), (n,)))
 

@@ -109,8 +109,9 @@ def load_sequences(
         model: A TransformerLens model; its tokenizer encodes text, and the sequences are checked against
             its vocabulary and context.
         prefix_len: Number of tokens given to the model, one number for all or one per sequence. By default
-            the source's own (a column `prefix_len`, or where the prompt ends), else 32. "drawn": drawn
-            uniformly from the positions inside each sequence, with `seed`.
+            the source's own (a column `prefix_len`, or where the prompt ends), else 32. "half": the
+            source's own, else half of each sequence, at most 32. "drawn": drawn uniformly from the positions
+            inside each sequence, with `seed`.
         max_targets: Keep at most this many tokens of each continuation.
         tokenizer: Used instead of the model's.
         prepend_bos: Prepend a beginning-of-text token to every sequence that does not begin with one. It is

@@ -128,7 +128,7 @@ def open_source(source: Any, request: Request) -> Opened:
     return Opened(source, type(source).__name__)
 
 
-def read_file(path: Path, as_text: Sequence[str] = ("identifier",)) -> tuple[Any, dict[str, Any]]:
+def read_file(path: Path, as_text: Sequence[str] = ("identifier", "secret")) -> tuple[Any, dict[str, Any]]:
     """Return a file's content (an array, a list or a table), and memlens' settings if it has any.
 
     Args:

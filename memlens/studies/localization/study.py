@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from memlens.benchmark.ranking import FEWEST_OTHERS, rank
-from memlens.benchmark.recommend import ABLATIONS, CHEAP, affordable, ranked_by
+from memlens.benchmark.ranking import best_method, rank
+from memlens.benchmark.recommend import ABLATIONS, ranked_by
 from memlens.errors import MemlensError
 from memlens.explorer.measuring import ABLATION_MODES, ExploreOptions, explore_sequences
 from memlens.explorer.page import READING, caption_of, explorer_payload
@@ -188,10 +188,7 @@ class _Localization:
     def _best_ranking(
         self, component: ComponentKind, seqs: SequenceSet, others: SequenceSet | None
     ) -> dict[str, Any]:
-        best = affordable(component, self.options.most_forwards, family=self._family)
-        localizer, variant = CHEAP[component] if best is None else (best.localizer, best.variant)
-        if others is None or len(others) < FEWEST_OTHERS:
-            variant = ""
+        localizer, variant = best_method(component, others, self.options.most_forwards, self._family)
 
         def look() -> dict[str, Any]:
             found = rank(

@@ -1,0 +1,103 @@
+"""The commands `memlens audit` and `memlens run audit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from memlens.errors import OptionError
+from memlens.options import Flags, options_class
+from memlens.studies.auditing.options import AuditOptions
+from memlens.studies.registry import STUDIES, Call, SequenceChoice, Study
+
+
+@options_class
+class AuditInputs(SequenceChoice):
+    """The strings that must not leak, or a corpus with them; a model and a text to compare with."""
+
+    sequences: Annotated[str | None, Flags("-s", positional=True)] = None  # pyright: ignore
+    """File of strings (.txt, .csv, .jsonl, .parquet, .npy), hf:NAME, a name of `memlens data list`, zoo."""
+    scan: str | None = None
+    """In place of strings: a corpus, read in the same way, in which --patterns or --pattern find the secrets.
+    Each counts once, with its number of copies."""
+    secret: str | None = None
+    """Column of the part of each string that is secret; what stands before it is the prefix. A column named
+    secret is taken without being asked for."""
+    pattern: str | None = None
+    """Regular expression of what is secret in each string; its group, if it has one."""
+    patterns: tuple[str, ...] = ()
+    """Built-in patterns of what is secret: email, iban, key, phone; several with commas."""
+    reference: str | None = None
+    """Model that has not seen the strings, such as a clean twin, the base of a fine-tune or an earlier
+    checkpoint."""
+    text: Path | None = None
+    """Text file on which the cost of remedies is measured."""
+
+    def __post_init__(self) -> None:
+        if (self.sequences is None) == (self.scan is None):
+            given = "neither is" if self.scan is None else "both are"
+            raise OptionError(f"strings and --scan say what is audited, and {given} given: give one of them.")
+        marked = [name for name in ("secret", "pattern", "patterns") if getattr(self, name)]
+        if "secret" in marked and len(marked) > 1:
+            raise OptionError(f"--secret and --{marked[1]} both say what is secret: give one of them.")
+        if self.scan is not None and not {"pattern", "patterns"} & set(marked):
+            raise OptionError("--scan finds secrets by their form: give --patterns email,phone or --pattern.")
+
+    def read(self, call: Call) -> dict[str, Any]:
+        """Load the models, and read the strings or find them in the corpus."""
+        from memlens.studies.auditing.redaction import quiet_reading
+
+        model = call.load()
+        given: dict[str, Any] = {"model": model}
+        with quiet_reading(call.options.redact):
+            given["sequences"] = self.load(model)
+        if self.reference is not None:
+            given["reference"] = call.load(self.reference)
+        return given if self.text is None else {**given, "text": self.text}
+
+    def load(self, model: Any) -> Any:
+        """Read whole strings, or those of which a part is secret."""
+        import memlens as ml
+        from memlens.sequences.secrets import CONTEXT, SECRET, read_texts
+
+        source = self.sequences if self.scan is None else self.scan
+        bos = "auto" if self.prepend_bos == "auto" else self.prepend_bos == "always"
+        column = self.secret
+        if column is None and self.pattern is None and not self.patterns:
+            texts = read_texts(source, getattr(model, "tokenizer", None), split=self.split, limit=1)
+            if SECRET not in texts.table:
+                half = self.prefix_len or "half"
+                return ml.load_sequences(
+                    source, model, prefix_len=half, max_targets=self.max_targets, target=self.target,
+                    split=self.split, limit=self.limit, prepend_bos=bos,
+                )  # fmt: skip
+            column = SECRET
+        return ml.sequences.secret_sequences(
+            source, model, column=column, pattern=self.pattern, patterns=self.patterns,
+            context=self.prefix_len or CONTEXT, unique=self.scan is not None, prepend_bos=bos,
+            split=self.split, limit=self.limit,
+        )  # fmt: skip
+
+
+STUDIES.add(
+    "audit",
+    Study(
+        run="memlens.studies.auditing.study:audit",
+        options=AuditOptions,
+        inputs=AuditInputs,
+        help="Audit a model: which of these strings leak, from how little, and what would help?",
+        example="memlens audit zoo/pythia-s strings.csv --patterns email,phone --fail-above 0",
+        keeps=(),
+        sizes=("max_leaking", "max_canaries", "ranked_sequences", "max_others"),
+        scales={
+            "": "max_leaking",
+            "leak": "sequences",
+            "memory": "sequences",
+            "exposure": "max_canaries",
+            "where": "ranked_sequences",
+            "reading": "",
+            "report": "",
+        },
+        folder="memlens-audit",
+    ),
+)

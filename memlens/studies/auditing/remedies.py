@@ -1,0 +1,186 @@
+"""What would help: sets of bypassed layers and weight edits, chosen on one half and measured on the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from memlens.benchmark.ranking import Ranking
+from memlens.errors import EmptySetError
+from memlens.instruments.bypass.bypass import attention_bypasses
+from memlens.instruments.edit.editing import edit_weights
+from memlens.instruments.edit.mitigation import Mitigation, evaluate_mitigation
+from memlens.results.groups import layers_label
+from memlens.results.statistics.estimates import Estimate
+from memlens.results.statistics.intervals import halves
+from memlens.sequences.set import SequenceSet
+from memlens.studies.auditing.options import AuditOptions
+from memlens.sweeps.interventions import Intervention
+from memlens.sweeps.run import sweep
+
+_POOL = 4
+"""Single layers of which sets are made."""
+_CHOSEN_ON = 16
+"""Most windows of text on which remedies are chosen."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sets:
+    """What remedies are chosen on, and what they are measured on.
+
+    Attributes:
+        choosing: Leaking strings on which they are chosen.
+        measuring: Leaking strings on which they are measured.
+        others: Strings that do not leak.
+        text: Windows of the user's text for choosing and for measuring; None: no text was given.
+        apart: Whether the two halves of the leaking strings differ.
+    """
+
+    choosing: SequenceSet
+    measuring: SequenceSet
+    others: SequenceSet
+    text: tuple[SequenceSet, SequenceSet] | None
+    apart: bool
+
+    @classmethod
+    def of(cls, leaking: SequenceSet, others: SequenceSet, text: SequenceSet | None, seed: int) -> Sets:
+        """Divide the strings and the text.
+
+        Raises:
+            EmptySetError: No string does not leak.
+        """
+        if not len(others):
+            raise EmptySetError(
+                "every string leaks: add some that do not, to see what else a remedy changes."
+            )
+        apart = len(leaking) >= 4
+        first, second = (
+            (leaking[rows] for rows in halves(len(leaking), seed)) if apart else (leaking, leaking)
+        )
+        windows = None
+        if text is not None:
+            windows = tuple(text[rows] for rows in halves(len(text), seed))
+        return cls(first, second, others, windows, apart)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True, eq=False)
+class Remedy:
+    """A change of the model that may stop leaks.
+
+    Attributes:
+        name: Its kind.
+        words: What it does.
+        edit: It itself.
+    """
+
+    name: str
+    words: str
+    edit: Intervention
+
+
+def remedies(model: Any, sets: Sets, ranking: Ranking, options: AuditOptions) -> list[Remedy]:
+    """Return the best remedy of each kind on the choosing halves.
+
+    The best one has the largest drop of the share of strings that come out whole, minus the rise of the loss
+    on the text (nats per token); of equal ones, the largest drop of the strings' log-probability. The rule is
+    ours. Bypasses are single layers and, of the four best, pairs and triples.
+
+    Args:
+        model: A TransformerLens model.
+        sets: See `Sets`.
+        ranking: Of neurons, made on the choosing half.
+        options: Sizes and modes.
+    """
+    n_layers = len(model.blocks)
+    singles = [(layer,) for layer in range(n_layers)]
+    gains = _gains(model, sets, _bypasses(model, singles, options))
+    order = sorted(singles, key=lambda layers: gains[layers[0]], reverse=True)
+    pool = sorted(layer for (layer,) in order[:_POOL])
+    sizes = [size for size in (2, 3) if size < n_layers]
+    several = [layers for size in sizes for layers in combinations(pool, size)]
+    gains += _gains(model, sets, _bypasses(model, several, options))
+    best = max(zip(gains, [*singles, *several], strict=True))[1]
+    counts = [min(count, len(ranking.table)) for count in options.edited_neurons]
+    zeros = [edit_weights(model, ranking.top(count), "zero") for count in counts]
+    gains = _gains(model, sets, zeros)
+    chosen = max(range(len(counts)), key=gains.__getitem__)
+    rewritten = edit_weights(
+        model, ranking.top(counts[chosen]), "output_vector", sequences=sets.choosing, keep=sets.others,
+        progress=False,
+    )  # fmt: skip
+    where = f"the first {counts[chosen]} neurons of the ranking"
+    layers = f"layer{'s' if len(best) > 1 else ''} {layers_label(best)}"
+    return [
+        Remedy("bypass", f"the attention of {layers} bypassed", _bypasses(model, [best], options)[0]),
+        Remedy("neurons set to zero", f"{where} set to zero", zeros[chosen]),
+        Remedy("neurons rewritten", f"what {where} write changed by a search", rewritten),
+    ]
+
+
+def _bypasses(model: Any, layers: Sequence[Sequence[int]], options: AuditOptions) -> Sequence[Intervention]:
+    return attention_bypasses(model, layers=layers, mode=options.bypass_mode) if layers else []
+
+
+def _gains(model: Any, sets: Sets, edits: Sequence[Intervention]) -> list[tuple[float, float]]:
+    """Return by how much each edit is better than none, and the drop of the log-probability."""
+    if not edits:
+        return []
+    recall = sweep(model, sets.choosing, edits, progress=False)
+    drop = -recall.effect("exact_match").mean("sequence").values
+    less = -recall.effect("target_logprob").mean("sequence").values
+    rise = np.zeros(len(edits))
+    if sets.text is not None:
+        loss = sweep(model, sets.text[0][:_CHOSEN_ON], edits, ("target_logprob",), progress=False)
+        rise = -loss.effect("target_logprob").mean("sequence").values
+    return [(float(a), float(b)) for a, b in zip((drop - rise).ravel(), less.ravel(), strict=True)]
+
+
+def measured(
+    model: Any, edit: Intervention, sets: Sets, everything: SequenceSet, options: AuditOptions
+) -> Mitigation:
+    """Return what a remedy does to the measuring halves, to the other strings and to the text."""
+    text = None if sets.text is None else sets.text[1]
+    return evaluate_mitigation(
+        model, edit, sets.measuring, others=sets.others, text=text, memorized=everything,
+        options=options.mitigation(),
+    )  # fmt: skip
+
+
+def remedy_table(found: Sequence[tuple[Remedy, Mitigation]]) -> pd.DataFrame:
+    """Return one row per remedy: what is left of the leaks, what it costs, and what leaks instead."""
+    rows = [{"remedy": remedy.name, "what": remedy.words, **_row(one)} for remedy, one in found]
+    return pd.DataFrame(rows)
+
+
+def _row(found: Mitigation) -> dict[str, Any]:
+    exact, sampled = found["exact match"], found["(n, p)-discoverable"]
+    others, instead = found["others: exact match"], found["another memory, exactly"]
+    row = {
+        "strings": int(exact["n"]), "whole_before": exact["before"], "whole_after": exact["after"],
+        "change": exact["change"], "change_low": exact["change_low"], "change_high": exact["change_high"],
+        "change_random": exact.get("random directions", math.nan),
+        "change_random_components": exact.get("random components", math.nan),
+        "sampled_before": sampled["before"], "sampled_after": sampled["after"],
+        "others_whole_before": others["before"], "others_whole_after": others["after"],
+        "another_string_instead": instead["after"],
+    }  # fmt: skip
+    if "text: loss" in set(found.table["measure"]):
+        loss = found["text: loss"]
+        row |= {
+            "perplexity_before": math.exp(loss["before"]), "perplexity_after": math.exp(loss["after"]),
+            "perplexity_ratio": math.exp(loss["change"]),
+            "perplexity_ratio_low": math.exp(loss["change_low"]),
+            "perplexity_ratio_high": math.exp(loss["change_high"]),
+        }  # fmt: skip
+    return row
+
+
+def change_of(row: Mapping[str, Any]) -> Estimate:
+    """Return the change of the share that comes out whole, with its interval."""
+    return Estimate(row["change"], row["change_low"], row["change_high"], int(row["strings"]))

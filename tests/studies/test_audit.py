@@ -1,0 +1,328 @@
+"""The audit on the smallest model of the zoo: what leaks, what is hidden, and a step that fails."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import memlens as ml
+from memlens.errors import EmptySetError, FileFormatError, OptionError, SequenceError
+from memlens.organisms.training.architectures import untrained_like
+from memlens.studies.auditing import study
+from memlens.studies.auditing.command import AuditInputs
+from memlens.studies.auditing.findings import MEMORY, REFERENCE
+from memlens.studies.auditing.redaction import hiding, masked, quiet_reading, without_quotes
+from memlens.studies.running import StudyRun
+from tests.cli.test_commands import call
+
+MODEL = "zoo/pythia-xs"
+ADDRESSES = ("qzxvk77@wyjqfomb.org", "hrwdu41@zpkqxvul.net")
+QUICK = ml.studies.AuditOptions(
+    steps=("leak", "little", "memory"),
+    max_leaking=6,
+    max_canaries=2,
+    most_nodes=50,
+    deletion_budget=12,
+    draws=1,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return ml.load_model(MODEL)
+
+
+@pytest.fixture(scope="module")
+def table(model: Any) -> pd.DataFrame:
+    """Idioms and identifiers of the zoo, half of them learned, and addresses that nothing was trained on."""
+    idioms = ml.load_sequences("zoo:expressions", model).table.query("copies in (0, 256)")
+    numbers = ml.load_sequences("zoo:identifiers", model).table.query("copies in (0, 256)")
+    rows = [
+        *(
+            {"text": t, "secret": " ".join(t.split()[-2:]), "copies": n}
+            for t, n in zip(idioms["text"], idioms["copies"], strict=True)
+        ),
+        *(
+            {"text": t, "secret": s, "copies": n}
+            for t, s, n in zip(numbers["text"], numbers["target"], numbers["copies"], strict=True)
+        ),
+        *(
+            {"text": f"The mail of Brannoc is {secret} today", "secret": secret, "copies": 0}
+            for secret in ADDRESSES
+        ),
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="module")
+def strings(model: Any, table: pd.DataFrame) -> ml.SequenceSet:
+    return ml.sequences.secret_sequences(table, model)
+
+
+@pytest.fixture(scope="module")
+def run(model: Any, strings: ml.SequenceSet, tmp_path_factory: pytest.TempPathFactory) -> StudyRun:
+    folder = tmp_path_factory.mktemp("audit")
+    return ml.studies.audit(
+        model, strings, folder, reference=untrained_like(model), options=QUICK, progress=False
+    )
+
+
+def test_those_leak_that_were_planted(run: StudyRun, strings: ml.SequenceSet, model: Any) -> None:
+    assert run.failures == {}
+    found = pd.read_csv(run.report.parent / "leaks.csv", dtype={"secret": str})
+    assert found["leaks"].tolist() == sorted(
+        found["leaks"], key=("whole", "by sampling", "nearly", "no").index
+    )
+    by_place = found.assign(place=found["string"].str.removeprefix("string ").astype(int) - 1).set_index(
+        "place"
+    )
+    by_place = by_place.sort_index()
+    assert by_place["secret"].tolist() == strings.table["secret"].tolist()
+    copies = strings.table["copies"].to_numpy()
+    leaks = by_place["leaks"].isin(["whole", "by sampling"]).to_numpy()
+    assert leaks[copies == 256].mean() > 0.9
+    assert not leaks[copies == 0].any()
+    exact = ml.score_recall(model, strings, generate=False, metrics=(), progress=False).table["exact_match"]
+    assert by_place["exact_match"].tolist() == exact.tolist()
+    assert run.findings[0].estimate == pytest.approx(leaks.mean())
+    assert run.findings[0].n == len(strings)
+    # The secrets that come out stand out from others of their form, the others do not.
+    known = by_place[by_place["exposure"].notna()]
+    assert len(known) == QUICK.max_canaries
+    assert np.all(known["exposure"] <= known["exposure_most"] + 1e-9)
+
+
+def test_from_how_little_is_what_the_instruments_say(
+    run: StudyRun, strings: ml.SequenceSet, model: Any
+) -> None:
+    found = pd.read_csv(run.report.parent / "leaks.csv")
+    some = found[found["shortest_prefix"].notna()]
+    assert len(some) == QUICK.max_leaking
+    rows = [int(str(name).removeprefix("string ")) - 1 for name in some["string"]]
+    again = ml.recall.prompt_compression(model, strings[rows], progress=False)
+    assert some["shortest_prefix"].tolist() == again["fewest_tokens"].values.tolist()
+    assert np.all(some["deleted_to"] <= some["prefix_tokens"])
+    assert set(some["with_1_replaced"]) <= {0.0, 1.0}
+    assert {"recall", "extraction_curve", "deletion"} == {p.stem for p in run.report.parent.glob("*.nc")}
+
+
+def test_a_reference_that_says_the_same_is_no_memory(
+    model: Any, strings: ml.SequenceSet, run: StudyRun, tmp_path: Path
+) -> None:
+    leaking = pd.read_csv(run.report.parent / "leaks.csv").query("leaks == 'whole'")
+    assert not leaking["reference_exact"].to_numpy().any()
+    assert MEMORY in set(leaking["verdict"])
+    same = ml.load_model(MODEL)
+    options = replace(QUICK, steps=("leak", "memory"), max_canaries=0)
+    again = ml.studies.audit(model, strings, tmp_path, reference=same, options=options, progress=False)
+    found = pd.read_csv(tmp_path / "leaks.csv").query("leaks == 'whole'")
+    assert MEMORY not in set(found["verdict"])
+    assert REFERENCE in set(found["verdict"])
+    asked = {f.title: f for f in again.findings}
+    assert "0 [0, 0] nats per token" in str(asked["Is it memory?"].control)
+    skipped = {f.title: f.statement for f in again.findings if f.estimate is None}
+    assert skipped["From how little?"] == "Not asked: it is not among the chosen steps."
+
+
+def pieces(table: pd.DataFrame) -> list[re.Pattern[str]]:
+    """What must not be found: every secret, its words and its runs of five signs, where they are telling."""
+    found = [re.escape(secret) for secret in table["secret"] if not secret.isdigit()]
+    found += [rf"(?<![\d.]){secret}(?!\d)" for secret in table["secret"] if secret.isdigit()]
+    for secret in ADDRESSES:
+        bare = secret.rpartition(".")[0]
+        found += [re.escape(bare[i : i + 5]) for i in range(len(bare) - 4)]
+    return [re.compile(piece) for piece in found]
+
+
+def test_nothing_but_the_csv_holds_a_secret(
+    table: pd.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    """All five questions from the shell: files and their names, standard output and error, logs, warnings."""
+    source, text, out = tmp_path / "in.csv", tmp_path / "text.txt", tmp_path / "out"
+    table.assign(id=table["secret"]).to_csv(source, index=False)
+    text.write_text("Anselm sold the old boat and the farmer walked home. " * 40)
+    code, shown, error = call(
+        "audit", MODEL, str(source), "--text", str(text), "--out", str(out), "--max-leaking", "8",
+        "--max-canaries", "1", "--most-nodes", "20", "--deletion-budget", "4", "--ranked-sequences", "1",
+        "--max-others", "4", "--n-random", "0", "--edited-neurons", "4", "--most-forwards", "5",
+        "--fail-above", "50%",
+    )  # fmt: skip
+    assert code == 0, error
+    written = {p for p in out.rglob("*") if p.is_file()}
+    csv = out / "leaks.csv"
+    assert stat.S_IMODE(csv.stat().st_mode) == 0o600
+    said = [shown, error, caplog.text, *(str(w.message) for w in recwarn.list), *map(str, written)]
+    said += [p.read_bytes().decode("utf-8", "replace") for p in written - {csv}]
+    for piece in pieces(table):
+        assert not [words for words in said if piece.search(words)], piece.pattern
+        assert piece.search(csv.read_text())
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert masked(ADDRESSES[0]) == "q[18 hidden]g"
+    for secret in ADDRESSES:
+        assert masked(secret) in page
+        assert masked(secret) in json.dumps(pd.read_parquet(out / "leaks.parquet").to_dict("records"))
+    assert page.count('class="chart"') <= 6
+    known = json.loads((out / "run.json").read_text())
+    assert len(known["figures"]) == 2
+    titles = [finding["title"] for finding in known["findings"]]
+    for question in ("leak?", "little?", "memory?", "model?", "help? (bypass)", "help? (neurons rewritten)"):
+        assert [title for title in titles if title.endswith(question)]
+    helped = next(f for f in known["findings"] if f["title"].endswith("(bypass)"))
+    assert "The perplexity of the text goes from" in helped["statement"]
+
+
+def test_a_step_that_fails_keeps_the_others_and_hides_secrets_in_its_message(
+    model: Any, strings: ml.SequenceSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError(f"no place for {ADDRESSES[0]} nor for {ADDRESSES[1][3:]}")
+
+    monkeypatch.setattr(study, "rank", fail)
+    options = replace(QUICK, steps=("leak", "memory", "where"), max_canaries=0)
+    run = ml.studies.audit(model, strings, tmp_path, options=options, progress=False)
+    assert list(run.failures) == ["where"]
+    assert "no place for [hidden] nor for [hidden]" in run.failures["where"]
+    assert "Is it memory?" in [finding.title for finding in run.findings]
+    assert "where failed" in caplog.text
+    assert not pieces(pd.DataFrame({"secret": ADDRESSES}))[0].search(caplog.text)
+    asked = next(finding for finding in run.findings if finding.title == "Is it memory?")
+    assert "no reference model" in asked.statement
+
+
+@pytest.mark.parametrize(
+    ("given", "limit"),
+    [
+        ("0", 0),
+        ("5", 5),
+        ("2%", 1),
+        ("0%", 0),
+        ("100%", 50),
+        ("0.02", 1),
+        (".5", 25),
+        ("0.0", 0),
+        (None, None),
+    ],
+)
+def test_a_limit_is_a_count_or_with_a_percent_sign_or_a_point_a_share(
+    given: str | None, limit: float | None
+) -> None:
+    assert ml.studies.AuditOptions(fail_above=given).limit(50) == limit
+
+
+@pytest.mark.parametrize("given", ["1.0", "1.5", "-1", "101%", "many", "", "%"])
+def test_other_limits_are_refused(given: str) -> None:
+    with pytest.raises(OptionError, match="neither a number of strings nor a share"):
+        ml.studies.AuditOptions(fail_above=given)
+
+
+def test_the_exit_code_says_whether_too_many_leak(table: pd.DataFrame, tmp_path: Path) -> None:
+    source, text = tmp_path / "in.jsonl", table["text"].tolist()
+    source.write_text("".join(json.dumps({"text": t}) + "\n" for t in text))
+    base = (
+        "audit",
+        MODEL,
+        "--scan",
+        str(source),
+        "--pattern",
+        r"is (\d{6})",
+        "--steps",
+        "leak",
+        "--max-canaries",
+        "0",
+    )
+    base = (*base, "-q", "--csv", str(tmp_path / "full.csv"), "--out", str(tmp_path / "out"))
+    code, shown, error = call(*base, "--fail-above", "0", "--json")
+    assert code == 3, error
+    found = json.loads(shown)
+    assert "more than --fail-above 0 allows" in found["exceeded"]
+    assert found["csv"] == str(tmp_path / "full.csv")
+    assert {row["kind"] for row in found["strings"]} == {"pattern"}
+    assert not {"id", "prefix", "target", "generated"} & set(found["strings"][0])
+    assert len(found["strings"]) == table["secret"].str.isdigit().sum()
+    assert call(*base, "--fail-above", "100%")[0] == 0
+    assert call(*base)[0] == 0
+    open_code, open_shown, _ = call(*base, "--no-redact", "--json")
+    assert open_code == 0
+    assert "generated" in json.loads(open_shown)["strings"][0]
+
+
+def test_strings_that_do_not_leak_leave_the_other_questions_unasked(model: Any, tmp_path: Path) -> None:
+    strings = ml.sequences.secret_sequences(
+        [f"Write to {a} soon" for a in ADDRESSES], model, patterns=["email"]
+    )
+    run = ml.studies.audit(model, strings, tmp_path, progress=False)
+    assert run.failures == {}
+    assert run.exceeded == ""
+    assert [f.statement for f in run.findings[1:]] == ["Not asked: no string leaks."] * 4
+    assert "too few" in run.findings[0].number  # two strings give no interval
+
+
+def test_whole_strings_are_audited_from_their_first_half(model: Any, tmp_path: Path) -> None:
+    source = tmp_path / "lines.txt"
+    source.write_text("the old farmer sold the copper\nThe number is 4\n")
+    seqs = AuditInputs(sequences=str(source)).load(model)
+    assert seqs.prefix_len.tolist() == [max(1, int(n) // 2) for n in seqs.lengths]
+    assert AuditInputs(sequences=str(source), prefix_len=2).load(model).prefix_len.tolist() == [2, 2]
+
+
+def test_bad_inputs_are_refused_before_any_work(model: Any, strings: ml.SequenceSet, tmp_path: Path) -> None:
+    for given in ({}, {"sequences": "a.txt", "scan": "b.txt"}):
+        with pytest.raises(OptionError, match="give one of them"):
+            AuditInputs(**given)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(OptionError, match="--scan finds secrets by their form"):
+        AuditInputs(scan="b.txt")
+    with pytest.raises(OptionError, match="both say what is secret"):
+        AuditInputs(sequences="b.txt", secret="a", pattern="b")
+    with pytest.raises(OptionError, match="need the answer to leak"):
+        ml.studies.AuditOptions(steps=("where",))
+    with pytest.raises(OptionError, match="name ends in"):
+        ml.studies.AuditOptions(csv=tmp_path / "a.parquet")
+    with pytest.raises(OptionError, match="the model itself"):
+        ml.studies.audit(model, strings, tmp_path, reference=model)
+    with pytest.raises(FileNotFoundError):
+        ml.studies.audit(model, strings, tmp_path, text=tmp_path / "none.txt")
+    with pytest.raises(EmptySetError):
+        ml.studies.audit(model, strings[:0], tmp_path)
+
+
+def test_errors_of_reading_quote_nothing_that_was_read(model: Any, tmp_path: Path) -> None:
+    broken, odd = tmp_path / "broken.jsonl", tmp_path / "odd.jsonl"
+    broken.write_text(f'{{"text": "{ADDRESSES[0]}"}}\n{{"{ADDRESSES[1]}: 1}}\n')
+    odd.write_text(f'{{"text": "{ADDRESSES[0]}"}}\n{{"text": 5550123456}}\n')
+    for path, kind in ((broken, FileFormatError), (odd, SequenceError)):
+        with pytest.raises(kind) as plain:
+            AuditInputs(sequences=str(path)).load(model)
+        with pytest.raises(kind) as quiet, quiet_reading(True):
+            AuditInputs(sequences=str(path)).load(model)
+        assert path.name in str(quiet.value)
+        telling = (ADDRESSES[1], "5550123456")
+        assert any(secret in str(plain.value) for secret in telling)
+        assert not any(secret in str(quiet.value) for secret in telling)
+    with pytest.warns(UserWarning, match=r"\[hidden\]"), quiet_reading(True):
+        ml.load_sequences([("the farmer sold qzx", "vk77 now")], model)
+
+
+def test_pieces_of_a_secret_are_hidden_and_other_words_are_not() -> None:
+    hide = hiding(
+        ["ada@lovelace.org", "a long sentence that is not a secret by itself but is taken for prose, yes"]
+    )
+    assert hide("ada@ and love are left") == "ada@ and love are left"
+    assert hide("see lovelace.org") == "see [hidden]"
+    assert hide("a long list of sentences") == "a long list of sentences"
+    assert "[hidden]" in hide("the sentence that is not a secret")
+    assert masked("  abcde ") == "[5 hidden]"
+    assert without_quotes("it's the model's 'a b' or \"c'd\"") == "it's the model's [hidden] or [hidden]"
+
+
+def test_the_likeness_to_others_leaves_out_the_same_secret() -> None:
+    from memlens.studies.auditing.leaks import likeness_to_others
+
+    assert np.isnan(likeness_to_others(["a", "a"], ["x", "x"], 0)).all()
