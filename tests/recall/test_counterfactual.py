@@ -4,10 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+import xarray as xr
 
 import memlens as ml
 from memlens.errors import OptionError, SequenceError
+from memlens.results.statistics.intervals import mean_interval
 from tests.small import ragged
 
 
@@ -83,3 +86,63 @@ def test_what_cannot_be_compared_is_refused(
         found.means(metric="exact")
     with pytest.raises(OptionError, match="by='copy'"):
         found.means("copy")
+
+
+def made_up_pair(n: int = 24) -> ml.recall.CounterfactualScores:
+    rng = np.random.default_rng(0)
+    seqs = ml.SequenceSet.from_tokens([[1, 2, 3]] * n, 1)
+    table = pd.DataFrame({"id": seqs.ids, "copies": [4, 1, 2] * (n // 3), "domain": ["b", "a"] * (n // 2)})
+    for metric in ("target_accuracy", "exact_match"):
+        seen, unseen = rng.random((2, n))
+        table[metric], table[f"{metric}_clean"] = seen, unseen
+        table[f"{metric}_counterfactual"] = seen - unseen
+    scores = ml.RecallScores(pd.DataFrame(index=range(n)), seqs)
+    return ml.recall.CounterfactualScores(table, scores, scores)
+
+
+def test_means_have_documented_defaults_and_bootstrap_intervals_of_the_difference() -> None:
+    found = made_up_pair()
+    means = found.means()
+    assert list(means) == ["copies", "n", "trained", "clean", "counterfactual", "low", "high"]
+    documented: dict[str, Any] = {"metric": "target_accuracy", "level": 0.95, "n_resamples": 2000, "seed": 0}
+    pd.testing.assert_frame_equal(means, found.means("copies", **documented))
+    for change in ({"level": 0.9}, {"n_resamples": 2001}, {"seed": 1}, {"metric": "exact_match"}):
+        assert not means.equals(found.means(**{**documented, **change})), change
+    options: dict[str, Any] = {"level": 0.8, "n_resamples": 300, "seed": 5}
+    for by, groups in (("copies", [1, 2, 4]), ("domain", ["a", "b"])):
+        table = found.means(by, metric="exact_match", **options)
+        assert table[by].tolist() == groups
+        for group, row in table.set_index(by).iterrows():
+            rows = found.table[found.table[by] == group]
+            difference = xr.DataArray(rows["exact_match_counterfactual"].to_numpy(), dims="sequence")
+            expected = mean_interval(difference, method="bootstrap", **options).values
+            assert [row["counterfactual"], row["low"], row["high"]] == pytest.approx(expected.tolist())
+            assert row["n"] == len(rows)
+            assert row["trained"] == pytest.approx(rows["exact_match"].mean())
+            assert row["clean"] == pytest.approx(rows["exact_match_clean"].mean())
+
+
+def test_models_without_names_are_called_what_they_are() -> None:
+    found = made_up_pair()
+    assert found.attrs == {}
+    gap = found.table["target_accuracy_counterfactual"].mean()
+    assert repr(found) == (
+        f"CounterfactualScores(24 sequences, a model minus its twin: {gap:+.2f} of the tokens)"
+    )
+    with pytest.raises(OptionError, match=r"metric='memorization_score'"):
+        found.means(metric="memorization_score")
+
+
+def test_the_set_s_columns_are_kept_and_batches_passed_on(tiny_model: Callable[..., Any]) -> None:
+    models = [tiny_model(family, "bridge") for family in ("gpt_neox", "llama")]
+    seqs = ragged().with_table(ragged().table.assign(domain=list("abcd")))
+    found = ml.recall.counterfactual_memorization(*models, seqs, batch_size=3, progress=False)
+    assert found.table["domain"].tolist() == list("abcd")
+    assert found.table["id"].tolist() == seqs.ids
+    metrics = ("target_accuracy", "exact_match", "memorization_score", "target_logprob")
+    kinds = ("", "_clean", "_counterfactual")
+    assert list(found.table)[-12:] == [metric + kind for metric in metrics for kind in kinds]
+    assert found.trained.attrs["batch_size"] == found.clean.attrs["batch_size"] == 3
+    assert (found.trained.attrs["metrics"], found.clean.attrs["metrics"]) == ("", "")
+    assert found.attrs == {**found.trained.attrs, "clean_model": found.clean.attrs["model"]}
+    assert found.table["exact_match"].dtype == float

@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 import memlens as ml
 from memlens.errors import OptionError, SequenceError
+from memlens.models.provenance import describe
+from memlens.recall.criteria import references
 from memlens.recall.criteria.references import ModelReference
 from tests.small import CASES
 from tests.tiny import N_CTX
@@ -121,3 +123,87 @@ def test_too_long_and_without_tokenizer(tiny_model: Any) -> None:
         ml.recall.score_criteria(long, tiny_model("gpt_neox"), progress=False)
     with pytest.raises(SequenceError, match="needs a tokenizer"):
         ModelReference(SimpleNamespace(tokenizer=None), name="bare")
+
+
+def test_names_and_defaults_of_a_model_as_reference(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model("gpt_neox")
+    plain, named = ModelReference(model), ModelReference(model, name="mine")
+    assert plain.name == describe(model)["model"]
+    assert named.name == "mine"
+    assert plain.model is model
+    assert plain.tokenizer is model.tokenizer
+    asked = (["w1 w2", "w5"], ["w3", "w6"])
+    capsys.readouterr()
+    answer = plain.answer(*asked)
+    assert capsys.readouterr() == ("", "")
+    plain.answer(*asked, progress=True)
+    assert "scoring" in capsys.readouterr().err
+    for begins in (True, False):
+        monkeypatch.setattr(references, "expects_bos", lambda *_, begins=begins: begins)
+        auto = ModelReference(model).answer(*asked).logprob
+        assert auto.tolist() == ModelReference(model, prepend_bos=begins).answer(*asked).logprob.tolist()
+        found = references.as_references(model)[0][plain.name].answer(*asked).logprob
+        assert found.tolist() == auto.tolist()
+        assert (auto == answer.logprob).all() == (not begins)
+    forced = references.as_references(model, prepend_bos=True)[0][plain.name].answer(*asked).logprob
+    assert forced.tolist() == ModelReference(model, prepend_bos=True).answer(*asked).logprob.tolist()
+
+
+def test_batches_are_as_large_as_memory_allows_and_passes_are_counted(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("gpt_neox")
+    sizes: list[tuple[int, str]] = []
+
+    def rows(config: Any, length: int, device: torch.device) -> int:
+        assert config is model.cfg
+        sizes.append((length, device.type))
+        return 2
+
+    monkeypatch.setattr(references, "rows_per_batch", rows)
+    prompts, targets = ["w1 w2 w3", "w5", "w7 w8", "w1", "w2"], ["w3", "w6", "w9", "w1", "w2"]
+    answer = ModelReference(model, prepend_bos=False).answer(prompts, targets)
+    assert sizes == [(4, "cpu")]
+    assert answer.n_passes == 3
+    whole = ModelReference(model, prepend_bos=False).answer(prompts, targets, batch_size=5)
+    assert whole.n_passes == 1
+    np.testing.assert_allclose(answer.logprob, whole.logprob, atol=1e-5)
+    assert answer.top1.tolist() == whole.top1.tolist()
+
+
+@pytest.mark.parametrize(
+    ("reference", "probed", "same"),
+    [
+        ("a", None, False), ("a", "a", True), ("a", "b", False), ("unnamed", "unnamed", False),
+        (None, "a", False), (None, None, False),
+    ],
+)  # fmt: skip
+def test_a_reference_is_the_probed_model_by_its_name(reference: Any, probed: Any, same: bool) -> None:
+    assert references.is_probed(SimpleNamespace(name=reference), probed) is same
+    if probed is not None:
+        assert references.is_probed(SimpleNamespace(name=reference), SimpleNamespace(name=probed)) is same
+
+
+def test_a_reference_is_the_probed_model_by_what_it_holds(tiny_model: Any) -> None:
+    model, other = tiny_model("gpt_neox"), tiny_model("llama")
+    wrapped = ModelReference(model, name="another name")
+    for probed in (model, wrapped, describe(model)["model"]):
+        assert references.is_probed(wrapped, probed)
+        assert references.is_probed(model, model)
+    assert not references.is_probed(wrapped, other)
+    assert not references.is_probed(model, wrapped.name)
+    assert references.name_of(model) == describe(model)["model"]
+    assert references.name_of(wrapped) == "another name"
+    assert references.name_of(object()) is None
+    for given, names in (([model, wrapped], [describe(model)["model"], "another name"]), (wrapped, ["another name"]),
+                         ({"x": model, "y": other}, ["x", "y"]), ((wrapped, wrapped), ["another name", "another name-2"])):  # fmt: skip
+        found, circular = references.as_references(given)
+        assert list(found) == names
+        assert not circular
+        assert all(isinstance(one, references.Reference) for one in found.values())
+    assert references.as_references(wrapped, model, allow_probed=True)[1]
+    for empty in ([], (), {}):
+        with pytest.raises(OptionError, match="references is empty"):
+            references.as_references(empty)

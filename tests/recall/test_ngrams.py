@@ -125,3 +125,54 @@ def test_refusals() -> None:
     for order in (0, 3):
         with pytest.raises(OptionError, match=f"order={order}: this reference"):
             NgramReference(CORPUS, order=2).probability(["a"], ["b"], order=order)
+
+
+def test_names_say_what_was_counted_and_defaults_are_four_words_in_lower_case() -> None:
+    plain = NgramReference(["A b c d e", "a b"])
+    assert plain.name == "4-gram of 7 words"
+    assert plain.order == 4
+    asked = (["x b c d", "b c d"], ["e", "e"])
+    same = NgramReference(["A b c d e", "a b"], order=4, lowercase=True, tokenizer=None, name=None)
+    assert plain.probability(*asked).tolist() == same.probability(*asked).tolist()
+    long = NgramReference(["a b c d e", "x b c d"], order=5)
+    assert long.probability(["a b c d"], ["e"]) > long.probability(["a b c d"], ["e"], order=4)
+    assert plain.predict(["a b c d"]) == ["e"]
+    assert NgramReference([[1, 2, 3]], order=2, tokenizer=tiny_tokenizer()).name == "2-gram of 3 tokens"
+    assert NgramReference(["a"], name="mine").name == "mine"
+    cased = NgramReference(["A a"], lowercase=False)
+    assert cased.probability(["x"], ["A"])[0] == cased.probability(["x"], ["a"])[0]
+    assert NgramReference(["A a"]).probability(["x"], ["A"])[0] > cased.probability(["x"], ["A"])[0]
+
+
+def test_of_several_most_likely_words_the_first_is_given() -> None:
+    assert NgramReference(["b c", "a d"]).predict(["", "nothing known"]) == ["b", "b"]
+
+
+def test_token_ids_come_as_arrays_or_lists_and_unknown_ids_are_unknown() -> None:
+    tokenizer, rows = tiny_tokenizer(), [[1, 2, 3], [4, 2, 5], [4, 2, 5]]
+    made = [
+        NgramReference(corpus, order=3, tokenizer=tokenizer)
+        for corpus in (rows, tuple(rows), np.array(rows), iter(rows), [np.array(row) for row in rows])
+    ]
+    prompts, targets = ["w1 w2", "w0 w2", "w9 w2", "w99"], ["w3", "w5", "w0", "w99"]
+    expected = made[0].probability(prompts, targets)
+    for other in made[1:]:
+        assert other.probability(prompts, targets).tolist() == expected.tolist()
+    # w0 is below the largest id and never occurs; w99 is above it: both are as unlikely as any unknown word
+    assert made[0].probability([""] * 2, ["w0", "w99"]).tolist() == [pytest.approx(5 / 6 / (9 + 5))] * 2
+    long = NgramReference(np.array([1, 2, 3, 1, 2]), order=2, tokenizer=tokenizer)
+    assert long.probability(["w3"], ["w1"])[0] > long.probability(["w3"], ["w2"])[0]
+    apart = NgramReference(np.array([[1, 2, 3], [1, 2, 4]]), order=2, tokenizer=tokenizer)
+    assert apart.probability(["w3"], ["w1"])[0] == apart.probability([""], ["w1"])[0]
+
+
+def test_answers_are_predictions_and_logarithms_without_passes() -> None:
+    reference = NgramReference(CORPUS, order=3)
+    answer = reference.answer(["a b", "c b"], ["t", "t"], batch_size=1, progress=False)
+    assert answer.n_passes == 0
+    assert answer.top1.tolist() == [1, 0]
+    np.testing.assert_allclose(np.exp(answer.logprob), reference.probability(["a b", "c b"], ["t", "t"]))
+    bare = NgramReference(CORPUS, order=1).baselines(["a b"], ["t"])
+    assert np.isnan([bare["bigram_prob"][0], bare["trigram_prob"][0], bare["pmi"][0]]).all()
+    with pytest.raises(EmptySetError, match="no words"):
+        NgramReference(["", " "])

@@ -174,3 +174,34 @@ def test_real_sampling_gives_the_predicted_shares(
     )  # fmt: skip
     assert np.isfinite(every.table["sample_logprob"]).all()  # nothing was sampled that has no chance
     assert 0.8 < np.exp(every.table["sample_logprob"]).sum() <= 1 + 1e-5
+
+
+def test_each_parameter_alone_leaves_the_plain_distribution() -> None:
+    assert Sampling().plain
+    assert Sampling().settings() == {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    for other in (Sampling(temperature=2.0), Sampling(top_k=3), Sampling(top_p=0.9)):
+        assert not other.plain
+    assert SCHEME.settings() == {"temperature": 0.7, "top_k": 12, "top_p": 0.9}
+
+
+@pytest.mark.parametrize("scheme", [Sampling(), Sampling(temperature=0.7), Sampling(top_k=7)])
+def test_logits_are_used_as_precisely_as_they_are_given(scheme: Sampling) -> None:
+    logits = torch.randn(6, 40, dtype=torch.float64)
+    ids, kept = logits.argmax(-1), scheme.warp(logits)
+    assert kept.dtype == torch.float64
+    exact = kept.log_softmax(-1)[torch.arange(6), ids]
+    np.testing.assert_allclose(scheme.logprob(logits, ids), exact, rtol=1e-13)
+    half = logits.to(torch.bfloat16)
+    found = scheme.logprob(half, ids)
+    assert found.dtype == torch.float64
+    assert found.tolist() == scheme.logprob(half.float(), ids).tolist()
+    assert found.tolist() != scheme.logprob(logits, ids).tolist()
+
+
+def test_half_a_chance_is_the_default_and_rounding_above_certainty_is_one_sample() -> None:
+    chances = np.log([0.5, 0.1, 0.01, 1.0])
+    assert samples_needed(chances).tolist() == samples_needed(chances, 0.5).tolist() == [1, 7, 69, 1]
+    assert samples_needed(np.array([1e-9, -1e-16])).tolist() == [1, 1]
+    for p in (0, 1, -0.1, 1.5):
+        with pytest.raises(OptionError, match=f"probability={p}"):
+            samples_needed(chances, p)

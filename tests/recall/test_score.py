@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from memlens.errors import (
     VocabularyError,
 )
 from memlens.forward import baseline as forward_module
+from memlens.forward.baseline import teacher_forced_stats
 from memlens.forward.generate import greedy_continuations
-from memlens.forward.metrics import BUILT_IN
+from memlens.forward.metrics import BUILT_IN, target_stats
 from memlens.models.load import load_model
+from memlens.recall import score as score_module
+from memlens.recall.columns import SCORE_COLUMNS
 from memlens.recall.score import score_recall
 from memlens.sequences.set import SequenceSet
 from tests.recall.sets import graded, plain_greedy
@@ -186,6 +190,106 @@ def test_without_generation_there_is_no_memorization_score(tiny_model: Models) -
     assert fast.table["exact_match"].tolist() == full.table["exact_match"].tolist()
     assert fast.memorized().ids == full.memorized().ids
     assert (fast.criterion, full.criterion) == ("target_accuracy", "memorization_score")
+
+
+DEFAULTS = {
+    "generate": True,
+    "ban_eos": False,
+    "near_tie_margin": 1e-4,
+    "metrics": "likelihood,sampling,near_verbatim,trivial,taxonomy",
+    "min_k_share": 0.2,
+    **{"n_samples": 100, "probability": 0.5, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
+    **{"trivial_copied": 0.5, "trivial_distinct": 0.2, "trivial_repeated": 0.75, "trivial_step": 0.75},
+    **{"trivial_min_tokens": 4, "trivial_max_period": 16},
+    **{"guess_rouge_l": 0.5, "guess_rouge_3": 0.5, "guess_repeated": 0.75, "guess_step": 0.75},
+    "batch_size": 0,
+}
+"""The settings as documented; no batch size was given."""
+OF_GROUP = {
+    "likelihood": ("min_k_share",),
+    "sampling": ("n_samples", "probability", "temperature", "top_k", "top_p"),
+    "near_verbatim": (),
+    "trivial": tuple(name for name in DEFAULTS if name.startswith("trivial_")),
+    "taxonomy": tuple(name for name in DEFAULTS if name.startswith("guess_")),
+}
+
+
+def test_the_settings_that_took_part_are_recorded(tiny_model: Models) -> None:
+    model = tiny_model("gpt_neox", "bridge")
+    seqs = graded(model, n=3)
+    facts = set(score_recall(model, seqs, metrics=(), generate=False, progress=False).attrs)
+    facts -= set(DEFAULTS)
+    assert {"model", "backend", "dtype"} <= facts
+
+    def recorded(**options: Any) -> dict[str, Any]:
+        attrs = score_recall(model, seqs, progress=False, **options).attrs
+        assert facts <= set(attrs)
+        return {name: value for name, value in attrs.items() if name not in facts}
+
+    assert recorded() == DEFAULTS
+    grouped = {name for names in OF_GROUP.values() for name in names}
+    for group, names in OF_GROUP.items():
+        found = recorded(metrics=[group], generate=False, batch_size=2)
+        changed = {"generate": False, "batch_size": 2, "metrics": group}
+        assert found == {
+            name: changed.get(name, value)
+            for name, value in DEFAULTS.items()
+            if name in names or name not in grouped
+        }
+    assert recorded(metrics=("trivial", "likelihood"))["metrics"] == "likelihood,trivial"
+
+
+def test_scores_have_the_types_of_what_they_count(tiny_model: Models) -> None:
+    model = tiny_model("gpt_neox", "bridge")
+    table = score_recall(model, graded(model), progress=False).table
+    kinds = {name: table[name].dtype.kind for name in table}
+    flags = ("exact_match", "np_discoverable", "guessed", "recollected")
+    counts = ("matching_prefix", "edit_distance", "edit_distance_characters")
+    counts += ("longest_run", "longest_run_at", "longest_run_generated_at")
+    assert {kinds[name] for name in (*flags, *counts)} == {"i"}
+    assert {kinds[name] for name in ("near_tie", "trivial")} == {"b"}
+    assert kinds["generated"] == "O"
+    whole = {*flags, *counts, "near_tie", "trivial", "generated", "generated_text", "id"}
+    for name in set(SCORE_COLUMNS) & set(table) - whole:
+        assert kinds[name] == "f", name
+    n = table["generated"].map(len)
+    for name in ("target_accuracy", "memorization_score"):  # shares as thresholds meet them: k / n exactly
+        assert (table[name] == (table[name] * n).round() / n).all()
+
+
+def test_a_margin_under_a_ten_thousandth_is_a_near_tie() -> None:
+    ids = torch.tensor([[1], [1], [1], [1]])
+    stats = target_stats(torch.randn(4, 1, 3), ids, torch.ones_like(ids, dtype=torch.bool))
+    stats = replace(stats, margin=torch.tensor([[-1.1e-4], [-0.9e-4], [0.9e-4], [1.1e-4]]))
+    assert score_module._teacher_forced_columns(stats)["near_tie"].tolist() == [False, True, True, False]
+
+
+def test_without_a_tokenizer_there_are_no_columns_of_texts(tiny_folder: Callable[[str], Path]) -> None:
+    model = load_model(tiny_folder("gpt_neox"), backend="bridge")
+    seqs = graded(model, n=3)
+    full = score_recall(model, seqs, progress=False).table
+    model.tokenizer = None
+    bare = score_recall(model, seqs, progress=False).table
+    texts = {"zlib_ratio", "nll_per_zlib_byte", "generated_text", "rouge_l"}
+    texts |= {"edit_distance_characters", "edit_similarity_characters"}
+    assert set(full) - set(bare) == texts
+    same = [name for name in bare if name != "step_share"]  # steps are then sought in ids only
+    pd.testing.assert_frame_equal(bare[same], full[same])
+    with pytest.raises(SequenceError, match="the model's tokenizer has no end-of-text token"):
+        score_recall(model, seqs, ban_eos=True, progress=False)
+
+
+def test_what_follows_the_first_error_is_decoded_quietly(
+    tiny_model: Models, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model("gpt_neox", "bridge")
+    seqs = graded(model)
+    stats = teacher_forced_stats(model, seqs, progress=False)
+    capsys.readouterr()
+    generated = score_module.generated_after(model, seqs, stats)
+    assert capsys.readouterr() == ("", "")
+    for row, n, expected in zip(generated, seqs.n_targets, plain_greedy(model, seqs), strict=True):
+        assert row[:n].tolist() == expected
 
 
 WHOLE = ("tokens", "characters", "position", "samples")

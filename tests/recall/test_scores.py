@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from statsmodels.stats.proportion import proportion_confint
 from memlens.errors import EmptySetError, FileFormatError, OptionError, SequenceError
 from memlens.forward.metrics import BUILT_IN
 from memlens.recall.matching import mean_log_frequency
-from memlens.recall.scores import RecallScores
+from memlens.recall.scores import TABLE_SUFFIXES, RecallScores, table_suffix
+from memlens.sequences.parquet import write_parquet
 from memlens.sequences.set import SequenceSet
 
 
@@ -31,7 +33,7 @@ def made_up(n: int = 60, *, seed: int = 0, memorized: float = 0.3, **columns: An
         "exact_match": (score == 1).astype(int),
         "near_tie": np.zeros(n, bool),
         "memorization_score": score,
-        "generated": pd.Series([row[4:] for row in rows], dtype=object),
+        "generated": pd.Series([row[4:].tolist() for row in rows], dtype=object),
     }
     return RecallScores(seqs.table.assign(**scores), seqs, {"model": "made/up", "generate": True})
 
@@ -213,3 +215,130 @@ def test_representation_escapes_text() -> None:
     recall = made_up(text=["<script>"] * 60)
     assert repr(recall) == "RecallScores(60 sequences, 18 recalled exactly by made/up)"
     assert "<script>" not in recall._repr_html_()
+
+
+def test_tables_for_other_programs_hold_every_column_and_the_tokens(tmp_path: Path) -> None:
+    recall = made_up(5, text=['a "b",\nc', "é", "", "d", "e"], copies=[1, 2, 3, 4, 5])
+    columns = [*recall.table, "tokens", "prefix_len"]
+    rows, prefix_len = recall.sequences.rows(), recall.sequences.prefix_len.tolist()
+
+    lines = recall.save(tmp_path / "recall.jsonl").read_text(encoding="utf-8").split("\n")
+    assert lines.pop() == ""
+    objects = [json.loads(line) for line in lines]
+    assert [list(found) for found in objects] == [columns] * 5
+    assert [found["tokens"] for found in objects] == rows
+    assert [found["prefix_len"] for found in objects] == prefix_len
+    generated = [list(ids) for ids in recall.table["generated"]]
+    assert [found["generated"] for found in objects] == generated
+    for name in ("id", "text", "copies", "memorization_score", "exact_match", "near_tie"):
+        assert [found[name] for found in objects] == recall.table[name].tolist(), name
+    assert pd.read_json(recall.save(tmp_path / "again.jsonl"), lines=True).shape == (5, len(columns))
+
+    cells = pd.read_csv(recall.save(tmp_path / "recall.CSV"), keep_default_na=False)
+    assert list(cells) == columns
+    for name in ("id", "text", "copies", "memorization_score", "exact_match", "near_tie"):
+        assert cells[name].tolist() == recall.table[name].tolist(), name
+    assert [json.loads(cell) for cell in cells["tokens"]] == rows
+    assert [json.loads(cell) for cell in cells["generated"]] == generated
+
+
+@pytest.mark.parametrize("name", ["scores.xlsx", "scores", "parquet", "scores.csv.gz"])
+def test_another_suffix_is_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"ends in .*: a table is written as \.parquet, \.csv, \.jsonl"):
+        made_up(3).save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_saving_gives_the_path_and_keeps_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recall = made_up(4)
+    for suffix in TABLE_SUFFIXES:
+        path = recall.save(str(tmp_path / f"a{suffix}"))
+        assert path == tmp_path / f"a{suffix}"
+        assert path.is_file()
+        assert table_suffix(str(path).upper()) == suffix
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert recall.save("~/b.jsonl") == tmp_path / "b.jsonl"
+
+
+def test_a_file_without_the_deciding_column_or_with_text_for_numbers_is_refused(tmp_path: Path) -> None:
+    recall = made_up(4)
+    bad = {
+        "no criterion": recall.table.drop(columns=["memorization_score", "target_accuracy"]),
+        "text": recall.table.assign(margin=["wide"] * 4),
+    }
+    for name, table in bad.items():
+        path = tmp_path / f"{name}.parquet"
+        write_parquet(recall.sequences.with_table(table), path, recall={"model": "m"})
+        with pytest.raises(FileFormatError, match=f"{name}.parquet"):
+            RecallScores.load(path)
+
+
+def test_documented_defaults_of_controls_and_summaries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memlens.recall.matching._BLOCK", 7)  # blocks are drawn by the seed
+    recall = made_up(150, memorized=0.2, copies=[1, 2, 3] * 50)
+    documented: dict[str, Any] = {"n_per": 1, "seed": 0, "threshold": 1.0, "below": 0.5}
+    documented["token_counts"] = np.bincount(recall.sequences.tokens[recall.sequences.mask])
+    controls = recall.matched_controls()
+    assert controls.ids == recall.matched_controls(**documented).ids
+    pd.testing.assert_frame_equal(recall.balance(), recall.balance(**documented))
+    wanted = {"matching_seed": 0, "n_unmatched": 0, "memorized_threshold": 1.0, "unmemorized_threshold": 0.5}
+    assert {name: controls.attrs[name] for name in wanted} == wanted
+    for change in ({"n_per": 2}, {"seed": 1}, {"threshold": 0.7}, {"below": 0.2}):
+        other = recall.matched_controls(**{**documented, **change})
+        assert other.ids != controls.ids, change
+        table = recall.balance(**change)
+        assert not table.equals(recall.balance()), change
+        smd = {f"smd_{when}_{c}": table.loc[c, when] for when in table for c in table.index}
+        assert {name: other.attrs[name] for name in smd} == pytest.approx(smd)
+    assert recall.matched_controls(seed=3, threshold=0.7, below=0.2).attrs.items() >= {
+        "matching_seed": 3, "memorized_threshold": 0.7, "unmemorized_threshold": 0.2
+    }.items()  # fmt: skip
+    summary = recall.summary()
+    pd.testing.assert_frame_equal(summary, recall.summary(level=0.95, n_resamples=2000, seed=0))
+    for change in ({"level": 0.9}, {"n_resamples": 2001}, {"seed": 1}):
+        assert not summary.equals(recall.summary(**change)), change
+
+
+def test_a_mean_leaves_out_what_is_not_finite_and_says_how_many_are_left() -> None:
+    recall = made_up(8, copies=[1, 2] * 4)
+    values = np.array([-1.0, -np.inf, -2.0, np.nan, -3.0, np.inf, -4.0, -5.0])
+    table = recall.table.assign(sample_logprob=values, recollected=[0, 1] * 4, trivial=[0.5] * 8)
+    found = RecallScores(table, recall.sequences).summary(n_resamples=100).set_index(["metric", "by", "group"])
+    assert found["n"].dtype.kind == "i"
+    for by, group, n, mean in (("all", "all", 5, -3.0), ("copies", 1, 4, -2.5), ("copies", 2, 1, -5.0)):
+        row = found.loc[("sample_logprob", by, group)]
+        assert (row["n"], row["mean"], row["method"]) == (n, mean, "bootstrap")
+        assert n == 1 or row["low"] <= mean <= row["high"]
+    assert found.loc[("recollected", "copies", 2), ["mean", "method"]].tolist() == [1, "wilson"]
+    assert found.loc[("trivial", "all", "all"), "method"] == "bootstrap"  # not 0 or 1, so no proportion
+    assert list(RecallScores(table, recall.sequences).summary(n_resamples=9)) == [
+        "by", "group", "metric", "mean", "low", "high", "n", "method"
+    ]  # fmt: skip
+
+
+def test_the_page_shows_the_first_five_and_the_columns_to_look_at() -> None:
+    recall = made_up(7, text=[f"t{i}" for i in range(7)], domain=["d"] * 7, secret=["hidden"] * 7)
+    page = recall._repr_html_()
+    assert page.startswith("<p><b>RecallScores(7 sequences, 2 recalled exactly by made/up)</b></p><table")
+    assert page.count("<tr") == 1 + 5
+    assert page.index(">id<") < page.index(">text<") < page.index(">domain<") < page.index(">exact_match<")
+    assert "hidden" not in page
+    assert "s4" in page
+    assert "s5" not in page
+    nameless = RecallScores(recall.table, recall.sequences)
+    assert repr(nameless) == "RecallScores(7 sequences, 2 recalled exactly by a model)"
+
+
+def test_refusals_say_what_the_scores_are() -> None:
+    recall = made_up(memorized=0)
+    with pytest.raises(EmptySetError, match=r"the highest memorization_score is 0\.75, the lowest 0\.00"):
+        recall.balance()
+    with pytest.raises(EmptySetError, match=r"below 0\.5 \(the highest .* is 1\.00, the lowest 1\.00\)"):
+        made_up(memorized=1).balance()
+    whole = made_up(20)
+    largest = int(whole.sequences.tokens.max())
+    with pytest.raises(SequenceError, match="give one count for each id of the vocabulary"):
+        whole.matched_controls(token_counts=np.ones((2, largest + 1)))
+    with pytest.raises(SequenceError, match=f"contain the token id {largest}"):
+        whole.matched_controls(token_counts=np.ones(largest))
+    assert len(whole.matched_controls(token_counts=np.ones(largest + 1)))

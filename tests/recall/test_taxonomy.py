@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import memlens as ml
 from memlens.errors import OptionError
 from memlens.recall.taxonomy import TaxonomyRules, prefix_overlap, taxonomy_columns
+from tests.recall.test_near_texts import plain_common
 from tests.small import ragged
 
 NOTHING = {"prefix_rouge_l": 0.1, "prefix_rouge_3": 0.0, "repeated_share": 0.0, "step_share": 0.0}
@@ -76,3 +79,43 @@ def test_classes_need_their_columns() -> None:
         ml.recall.recall_classes(pd.DataFrame({"copies": [1]}))
     with pytest.raises(OptionError, match="rouge_l"):
         TaxonomyRules(rouge_l=1.5)
+
+
+few = st.lists(st.integers(0, 2), min_size=1, max_size=8)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(few, few), min_size=1, max_size=4))
+def test_overlap_equals_a_plain_search(pairs: list[tuple[list[int], list[int]]]) -> None:
+    prefixes, truth = (list(side) for side in zip(*pairs, strict=True))
+    found = prefix_overlap(prefixes, truth)
+    for i, (prefix, target) in enumerate(pairs):
+        texts = ([str(token) for token in row] for row in (prefix, target))
+        assert found["prefix_rouge_l"][i] == pytest.approx(plain_common(*texts) / len(target))
+        runs = [[tuple(row[k : k + 3]) for k in range(len(row) - 2)] for row in (prefix, target)]
+        shared = sum(min(side.count(run) for side in runs) for run in set(runs[1]))
+        expected = shared / len(runs[1]) if runs[1] else np.nan
+        assert found["prefix_rouge_3"][i] == pytest.approx(expected, nan_ok=True)
+
+
+def test_classes_by_flags_and_copies() -> None:
+    table = pd.DataFrame(
+        {"guessed": [0, 1, 0, 0], "recollected": [0, 0, 1, 1], "copies": [9, 1, 5, 6]}, index=list("abcd")
+    )
+    plain = ml.recall.recall_classes(table)
+    assert plain.name == "recall_class"
+    assert plain.to_dict() == {"a": "not memorized", "b": "guess", "c": "recall", "d": "recall"}
+    assert ml.recall.recall_classes(table, above=5).to_dict() == {**plain.to_dict(), "c": "few copies"}
+    assert ml.recall.recall_classes(table, above=0).to_dict() == plain.to_dict()
+    assert ml.recall.recall_classes(table, above=6).to_dict() == {
+        **plain.to_dict(), "c": "few copies", "d": "few copies"
+    }  # fmt: skip
+    for name in ("guessed", "recollected"):
+        with pytest.raises(OptionError, match=f"no column '{name}': score with metrics that include"):
+            ml.recall.recall_classes(table.drop(columns=name))
+
+
+def test_default_thresholds() -> None:
+    assert TaxonomyRules().settings() == {
+        "guess_rouge_l": 0.5, "guess_rouge_3": 0.5, "guess_repeated": 0.75, "guess_step": 0.75
+    }  # fmt: skip

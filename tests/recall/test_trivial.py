@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from memlens.errors import OptionError
 from memlens.recall.score import score_recall
-from memlens.recall.trivial import TrivialRules, trivial_continuations
+from memlens.recall.trivial import TrivialRules, _flag, trivial_continuations
 from memlens.sequences.set import SequenceSet
 from tests.recall.sets import graded
 from tests.tiny import tiny_tokenizer
@@ -134,3 +135,106 @@ def test_scoring_adds_the_same_columns(tiny_model: Any) -> None:
     table = trivial_continuations(seqs, tokenizer=tiny_tokenizer())
     for name in table.columns:
         np.testing.assert_array_equal(scored[name], table[name])
+
+
+units = st.lists(st.sampled_from(["a", "bb", "é", ",", "1", "2", "3", "4", "10", "07", " ", "_"]), max_size=7)
+
+
+def plain_text_share(prefix: str, continuation: str, max_period: int) -> float:
+    """`step_share` of a text, unit by unit: only numbers may step, the share is of characters."""
+    found = [(m.group(), m.end()) for m in re.finditer(r"\d+|[^\W\d]+|[^\s\w]", prefix + continuation)]
+    words = [word for word, _ in found]
+    weight = [len(word) * (end > len(prefix)) for word, end in found]
+
+    def steps(j: int, p: int) -> int | None:
+        """The step to unit j, or None where it does not go on as before."""
+        three = [words[j], words[j - p], words[j - 2 * p]]
+        if all(word.isdecimal() for word in three):
+            a, b, c = map(int, three)
+            return a - b if a - b == b - c else None
+        same = [word for word in three if word == three[0]]
+        return 0 if len(same) == 3 else None
+
+    shares = [0.0]
+    for p in range(1, max_period + 1):
+        good = {j: steps(j, p) for j in range(2 * p, len(words))}
+        on = [j for j, step in good.items() if step is not None]
+        if any(good[j] and weight[j] for j in on):
+            shares.append(sum(weight[j] for j in on) / max(sum(weight), 1))
+    return max(shares)
+
+
+@settings(deadline=None, max_examples=200)
+@given(units, units.filter(lambda found: bool("".join(found))), st.integers(1, 5))
+def test_steps_of_texts_equal_a_plain_loop(before: list[str], after: list[str], max_period: int) -> None:
+    prefix, continuation = "".join(before) or "x", "".join(after)
+    row = [ord(c) for c in prefix + continuation]
+    rules = TrivialRules(max_period=max_period)
+    share = of_text(prefix, continuation, rules=rules)["step_share"]
+    of_ids = plain_shares(row, len(prefix), max_period)[1]
+    expected = plain_text_share(prefix, continuation, max_period)
+    assert share == pytest.approx(max(of_ids, expected))
+
+
+@pytest.mark.parametrize(("digits", "share"), [(15, 1.0), (16, 0.0)])
+def test_longer_numbers_than_fifteen_digits_are_words(digits: int, share: float) -> None:
+    start = int("9" * 4 + "0" * (digits - 4))
+    counted = [f"{start + 7 * i}," for i in range(6)]
+    row = TokenRow(counted)
+    found = trivial_continuations(row.seqs(3), tokenizer=row, rules=TrivialRules(max_period=2))
+    assert found["step_share"][0] == share
+
+
+class TokenRow(PreTrainedTokenizerBase):
+    """A token is a word of a list, in an order without steps."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.words = words
+
+    def seqs(self, prefix_len: int) -> SequenceSet:
+        return SequenceSet.from_tokens([[i * i for i in range(len(self.words))]], prefix_len)
+
+    def batch_decode(self, sequences: Any, *args: Any, **kwargs: Any) -> list[str]:
+        return ["".join(self.words[round(token**0.5)] for token in row) for row in sequences]
+
+
+def flagged(rules: TrivialRules, n: int, run: int, **shares: float) -> bool:
+    columns = {"type_token_ratio": 1.0, "repeated_share": 0.0, "step_share": 0.0, **shares}
+    arrays = {name: np.array([value]) for name, value in columns.items()}
+    arrays["copied_share"] = np.array([run / n])
+    return bool(_flag(arrays, np.array([run]), np.array([n]), rules)[0])
+
+
+def test_each_rule_holds_from_its_default_threshold_on() -> None:
+    rules = TrivialRules()
+    assert rules.settings() == {
+        "trivial_copied": 0.5,
+        "trivial_distinct": 0.2,
+        "trivial_repeated": 0.75,
+        "trivial_step": 0.75,
+        "trivial_min_tokens": 4,
+        "trivial_max_period": 16,
+    }
+    for name, held, missed in (
+        ("type_token_ratio", 0.2, 0.21),
+        ("repeated_share", 0.75, 0.74),
+        ("step_share", 0.75, 0.74),
+    ):
+        assert flagged(rules, 4, 0, **{name: held})
+        assert not flagged(rules, 3, 0, **{name: held})  # fewer than min_tokens
+        assert not flagged(rules, 4, 0, **{name: missed})
+    assert flagged(rules, 8, 4)  # half of it, and min_tokens
+    assert not flagged(rules, 9, 4)  # less than half
+    assert not flagged(rules, 6, 3)  # half of it, but only three tokens
+    assert flagged(rules, 3, 3)  # all of it
+    assert flagged(TrivialRules(copied=0.25, min_tokens=2), 8, 2)
+
+
+def test_default_period_reaches_sixteen() -> None:
+    for period, share in ((16, 1.0), (17, 0.0)):
+        row = list(range(period)) * 2
+        found = trivial_continuations(SequenceSet.from_tokens([row], period))
+        assert found["repeated_share"].tolist() == [share]
+        assert list(found) == [
+            "id", "copied_share", "type_token_ratio", "repeated_share", "step_share", "trivial"
+        ]  # fmt: skip
