@@ -46,7 +46,12 @@ from statsmodels.stats.proportion import proportion_confint
 ROOT = Path(__file__).parent.parent
 TESTS = {
     "memlens/results/statistics": ["results", "recall/test_sampling.py", "instruments/test_tasks.py"],
-    "memlens/recall": ["recall", "studies/test_pairing.py", "sequences/test_memmaps.py"],
+    "memlens/recall": [
+        "recall",
+        "studies/test_pairing.py",
+        "sequences/test_memmaps.py",
+        "sequences/test_bos.py",
+    ],
     "memlens/sequences/readers": ["sequences"],
     "memlens/forward": [
         "forward",

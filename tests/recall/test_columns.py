@@ -109,7 +109,13 @@ def test_summaries_leave_out_what_has_no_mean_and_treat_flags_as_shares() -> Non
 
 def test_the_columns_used_for_grouping_become_coordinates() -> None:
     table = pd.DataFrame(
-        {"id": ["a", "b"], "domain": ["code", "text"], "copies": [1, 4], "source": [7, "x"], "text": ["s", "t"]}
+        {
+            "id": ["a", "b"],
+            "domain": ["code", "text"],
+            "copies": [1, 4],
+            "source": [7, "x"],
+            "text": ["s", "t"],
+        }
     )
     coords = sequence_coords(table)
     assert set(coords) == {"sequence", "domain", "copies", "source"}
@@ -171,7 +177,9 @@ def test_sizes_are_those_of_zlib_s_sixth_level_in_utf_8() -> None:
 def likely(n: int, seed: int = 0) -> TargetStats:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 9, (1, n), generator=generator)
-    return target_stats(torch.randn(1, n, 9, generator=generator), ids, torch.ones_like(ids, dtype=torch.bool))
+    return target_stats(
+        torch.randn(1, n, 9, generator=generator), ids, torch.ones_like(ids, dtype=torch.bool)
+    )
 
 
 @pytest.mark.parametrize(("n", "share", "count"), [(100, 0.29, 29), (10, 0.3, 3), (9, 0.34, 3), (9, 0.33, 2), (4, 0.1, 1), (50, 1.0, 50)])  # fmt: skip

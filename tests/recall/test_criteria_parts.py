@@ -42,7 +42,11 @@ class Other:
 def test_every_edited_prompt_by_hand() -> None:
     swaps: Any = Other()
     edits = make_edits(
-        ["a b  c", "x"], ["t", "u"], max_suffix=1, swaps=swaps, contexts={"neutral": ["So", "So\n"], "odd": []}
+        ["a b  c", "x"],
+        ["t", "u"],
+        max_suffix=1,
+        swaps=swaps,
+        contexts={"neutral": ["So", "So\n"], "odd": []},
     )
     expected = [
         (0, "full", 0, "", "", "a b  c", "t"),
@@ -277,7 +281,10 @@ def test_decisions_at_their_default_thresholds(
     for name in CRITERIA:
         first = name != "tested" or columns.get("full_top1", [1])[0] >= 0.5
         assert passes[name].tolist() == [first, name not in failed], name
-    assert repr(scores) == f"CriteriaScores(2 sequences, {2 - ('all' in failed)} pass all criteria; references: )"
+    assert (
+        repr(scores)
+        == f"CriteriaScores(2 sequences, {2 - ('all' in failed)} pass all criteria; references: )"
+    )
 
 
 def test_thresholds_are_options_and_shares_are_checked() -> None:
@@ -322,7 +329,9 @@ def test_default_options_and_lead_ins() -> None:
         assert scores.edits[scores.edits["row"] == row].groupby("kind").size().to_dict() == {
             "full": 1, "suffix": 4, "deletion": 6, "substitution": 6, "neutral": 3, "shifted": 3
         }  # fmt: skip
-    assert scores.settings["n_prompts"] == len(set(zip(scores.edits["prompt"], scores.edits["target"], strict=True)))
+    assert scores.settings["n_prompts"] == len(
+        set(zip(scores.edits["prompt"], scores.edits["target"], strict=True))
+    )
     assert set(scores.by_reference["reference"]) == {"rule"}
     own = [name for name in scores.by_reference if name not in ("id", "reference")]
     pd.testing.assert_frame_equal(scores.by_reference[own], scores.table[own])

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import memlens as ml
-from memlens.errors import OptionError, SequenceError, SourceNotFoundError
+from memlens.errors import MemlensError, OptionError, SequenceError, SourceNotFoundError
 from memlens.organisms.corpus.corpus import CorpusSpec, build_corpus
 from memlens.recall.corpus import duplicates as module
 from memlens.recall.corpus.duplicates import InfiniGram, count_duplicates, count_ngrams, token_counts
@@ -154,3 +154,103 @@ def test_a_missing_package_and_bad_corpora_are_named(monkeypatch: pytest.MonkeyP
         token_counts([[7]], vocab_size=3)
     with pytest.raises(SourceNotFoundError, match="corpus='pile'"):
         token_counts("pile")
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(ids, max_size=9), max_size=6), st.integers(1, 12), st.integers(1, 5), st.booleans())
+def test_blocks_hold_each_token_once_and_windows_whole(
+    documents: list[list[int]], size: int, overlap: int, one: bool
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BLOCK", size)
+        corpus: Any = np.array([t for doc in documents for t in doc], dtype=int) if one else documents
+        blocks = list(module.corpus_blocks(corpus, overlap))
+        default = list(module.corpus_blocks(corpus))
+    parted = [token for doc in documents for token in (*doc, *(() if one else (-1,)))]
+    assert [token for block, n in blocks for token in block[:n]] == parted
+    starts = np.cumsum([0] + [n for _, n in blocks])
+    for (block, n), start in zip(blocks, starts, strict=False):
+        assert block.tolist() == parted[start : start + n + overlap - 1][: len(block)]
+        assert len(block) == min(n + overlap - 1, len(parted) - start)
+    assert all(len(block) == n for block, n in default)  # by default a window is one token
+    assert [token for block, _ in default for token in block] == parted
+
+
+def test_default_parts_are_the_continuation_and_the_whole() -> None:
+    seqs = SequenceSet.from_tokens([[1, 2, 3], [4, 2, 3]], 1)
+    found = count_duplicates(seqs, [[1, 2, 3]], progress=False)
+    assert list(found) == ["id", "continuation_count", "sequence_count"]
+    every = count_duplicates(seqs, [[1, 2, 3]], parts=("prefix", "sequence"), progress=False)
+    assert list(every) == ["id", "prefix_count", "sequence_count"]
+    assert every.to_numpy()[:, 1:].tolist() == [[1, 1], [0, 0]]
+    assert found["id"].tolist() == seqs.ids
+    for parts in ((), []):
+        with pytest.raises(OptionError, match="give a list of parts, such as"):
+            count_duplicates(seqs, [[1]], parts=parts)
+    with pytest.raises(SequenceError, match="n-gram 1 has no token"):
+        count_ngrams([[1], []], [[1]])
+    assert count_ngrams([], [[1]]).tolist() == []
+    assert count_ngrams([[1]], []).tolist() == [0]
+
+
+def test_counters_are_asked_quietly_and_with_a_bar_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package, engine = ModuleType("infini_gram"), ModuleType("infini_gram.engine")
+    engine.InfiniGramEngine = Engine  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "infini_gram", package)
+    monkeypatch.setitem(sys.modules, "infini_gram.engine", engine)
+    (tmp_path / "ids.txt").write_text("1 2 3 1 2 3 5 2")
+    index = InfiniGram(str(tmp_path), 9)
+    assert index._engine.eos == 9
+    seqs = SequenceSet.from_tokens([[1, 2, 3], [2, 3, 5]], 1)
+    calls = {
+        "4n-gram": (lambda **bar: count_duplicates(seqs, index, **bar), True),
+        "6n-gram": (lambda **bar: token_counts(index, vocab_size=6, **bar), True),
+        "2n-gram": (lambda **bar: index.count_ngrams([[1], [2]], **bar), False),
+        "3n-gram": (lambda **bar: count_ngrams([[1], [2], [5]], index, **bar), False),
+    }
+    capsys.readouterr()
+    for said, (call, by_default) in calls.items():
+        for bar, shown in (({}, by_default), ({"progress": True}, True), ({"progress": False}, False)):
+            call(**bar)
+            err = capsys.readouterr().err
+            n = said.partition("n-gram")[0]
+            assert ("counting: 100%" in err and f"{n}/{n}" in err and "n-gram" in err) == shown, (said, bar)
+    assert index.count_ngrams([[1, 2], [5]]).dtype == np.int64
+    assert count_ngrams([[1, 2], [5]], [[1, 2]]).dtype == np.int64
+
+
+def test_counts_of_a_longer_vocabulary_end_with_zeros() -> None:
+    assert token_counts([[1, 1], [3]], vocab_size=6, progress=False).tolist() == [0, 2, 0, 1, 0, 0]
+    assert token_counts([[1, 1], [3]], vocab_size=4, progress=False).tolist() == [0, 2, 0, 1]
+    with pytest.raises(SequenceError, match=r"contains the token id 3, but vocab_size=3"):
+        token_counts([[1, 1], [3]], vocab_size=3, progress=False)
+    assert token_counts([], progress=False).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "has no training.json with the counts: train the model again"),
+        ('{"corpus": {}}', "train the model again"),
+        ('{"corpus": {"token_counts": {"a": 1, "b": 2}}}', r"shape \(2,\).*train the model again"),
+        ("{", "train the model again"),
+    ],
+)
+def test_damaged_counts_of_a_model_are_named(
+    content: str | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "zoo_path", lambda name: tmp_path / name)
+    (tmp_path / "zoo/mine").mkdir(parents=True)
+    if content is not None:
+        (tmp_path / "zoo/mine/training.json").write_text(content)
+    with pytest.raises(MemlensError, match=f"(?s)zoo/mine.*{words}"):
+        token_counts("zoo/mine")
+    (tmp_path / "zoo/mine/training.json").write_text(
+        '{"corpus": {"token_counts": {"a": [1, 2], "b": [3, 4]}}}'
+    )
+    assert token_counts("zoo/mine").tolist() == [4, 6]
+    for name in ("zoom", "pile/zoo", ""):
+        with pytest.raises(SourceNotFoundError, match="is not a corpus: give 'zoo', 'zoo/NAME' or token ids"):
+            token_counts(name)

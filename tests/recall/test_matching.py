@@ -5,12 +5,14 @@ from __future__ import annotations
 from itertools import permutations
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memlens.errors import OptionError
 from memlens.recall import matching
-from memlens.recall.matching import match_controls, mean_log_frequency
+from memlens.recall.matching import match_controls, match_pairs, mean_log_frequency
 from memlens.sequences.set import SequenceSet
 
 COUNTS = np.array([0, 1, 10, 1000, 100_000])
@@ -102,3 +104,57 @@ def test_many_sequences_are_assigned_in_blocks_that_share_the_pool(monkeypatch: 
     assert found.controls.ids != match_controls(first, pool, COUNTS, n_per=1, seed=2).controls.ids
     few = match_controls(first, pool[:2], COUNTS, n_per=1, seed=1)
     assert (len(few.controls), few.n_unmatched) == (2, 8)
+
+
+def test_frequency_is_the_mean_logarithm_over_the_real_tokens() -> None:
+    seqs = sequences([[1, 2, 4, 4], [3, 3]], [1, 1])
+    logs = np.log1p(COUNTS)
+    assert mean_log_frequency(seqs, COUNTS).tolist() == pytest.approx(
+        [(logs[1] + logs[2] + 2 * logs[4]) / 4, logs[3]]
+    )
+
+
+def test_equal_groups_are_balanced_and_a_gap_without_spread_has_no_size() -> None:
+    same = sequences([[1, 1, 1]] * 3, [1] * 3)
+    found = match_controls(same, same, COUNTS, n_per=1, seed=0).balance
+    assert found.to_numpy().tolist() == [[0.0, 0.0]] * 3
+    longer = sequences([[1, 1, 1, 1]] * 3, [1] * 3)
+    found = match_controls(same, longer, COUNTS, n_per=1, seed=0).balance
+    assert np.isnan(found.loc["length"]).all()  # a token apart, and all alike
+    assert found.loc["prefix_len"].tolist() == [0.0, 0.0]
+    assert list(found) == ["before", "after"]
+    assert found.index.name == "covariate"
+    assert list(found.index) == ["length", "prefix_len", "frequency"]
+
+
+def test_pairs_within_calipers_are_as_many_and_as_near_as_possible() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        ours, theirs = (pd.DataFrame(rng.integers(0, 6, (n, 2)) / 2, columns=["x", "y"]) for n in (3, 4))
+        calipers = {"x": 1.0, "y": 0.5}
+        gap = {c: np.abs(np.subtract.outer(ours[c].to_numpy(), theirs[c].to_numpy())) for c in calipers}
+        fits = np.logical_and.reduce([gap[c] <= width for c, width in calipers.items()])
+        cost = sum(gap[c] / width for c, width in calipers.items())
+        ways = [[(i, j) for i, j in enumerate(chosen) if fits[i, j]] for chosen in permutations(range(4), 3)]
+        best = min((-len(way), round(sum(cost[i, j] for i, j in way), 9)) for way in ways)
+        found = match_pairs(ours, theirs, calipers)
+        assert all(fits[i, j] for i, j in zip(found.ours, found.theirs, strict=True))
+        assert len(set(found.theirs.tolist())) == len(found) == -best[0]
+        assert cost[found.ours, found.theirs].sum() == pytest.approx(best[1])
+        assert found.ours.tolist() == sorted(found.ours)
+        balance = found.balance.set_index("covariate")
+        assert list(balance.index) == ["x", "y"]
+        assert (balance["pairs"] == len(found)).all()
+        for c in calipers:
+            spread = np.sqrt((ours[c].var(ddof=0) + theirs[c].var(ddof=0)) / 2)
+            a, b = ours[c].iloc[found.ours], theirs[c].iloc[found.theirs]
+            for when, first, second in (("before", ours[c], theirs[c]), ("after", a, b)):
+                means = balance.loc[c, [f"first_{when}", f"second_{when}"]].tolist()
+                np.testing.assert_allclose(means, [first.mean(), second.mean()])
+                gap_of_means = first.mean() - second.mean()
+                expected = 0.0 if gap_of_means == 0 else gap_of_means / spread
+                np.testing.assert_allclose(balance.loc[c, f"smd_{when}"], expected)
+    assert len(match_pairs(ours.iloc[:0], theirs, calipers)) == 0
+    for width in (0, -1.0, float("nan")):
+        with pytest.raises(OptionError, match=r"the caliper of 'y' is .*: give a number above 0"):
+            match_pairs(ours, theirs, {"x": 1.0, "y": width})

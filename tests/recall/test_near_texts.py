@@ -57,9 +57,14 @@ def test_extraction_strength_is_what_greedy_decoding_from_every_place_gives(
     assert len(set(found)) > 2
 
 
-def _mean_likelihood(model: Any, prefix: list[int], continuation: list[int]) -> float:
+def _mean_likelihood(
+    model: Any, prefix: list[int], continuation: list[int], banned: int | None = None
+) -> float:
     with torch.no_grad():
-        logprobs = model(torch.tensor([prefix + continuation]))[0].double().log_softmax(-1)
+        logits = model(torch.tensor([prefix + continuation]))[0].double()
+    if banned is not None:
+        logits[:, banned] = -torch.inf
+    logprobs = logits.log_softmax(-1)
     places = range(len(prefix) - 1, len(prefix) + len(continuation) - 1)
     chosen = [float(logprobs[place, token]) for place, token in zip(places, continuation, strict=True)]
     return float(np.exp(np.mean(chosen)))
@@ -81,3 +86,48 @@ def test_truth_ratio_is_the_definition_on_plain_logits(tiny_model: Callable[...,
     empty = seqs.with_table(seqs.table.assign(alternatives=[[[]]] * len(seqs)))
     with pytest.raises(SequenceError, match="row 0 has the alternative"):
         score_recall(model, empty, generate=False, progress=False)
+
+
+def test_alternatives_of_every_form_and_a_banned_token_count_as_in_the_definition(
+    tiny_model: Callable[..., Any],
+) -> None:
+    model = tiny_model("gpt_neox", "bridge")
+    seqs = graded(model)[2::3]
+    forms: list[Any] = [
+        [[3, 4], [5, 6, 7]],
+        ([3, 4], np.array([5, 6, 7])),
+        np.array(["w3 w4", "w5 w6 w7"], object),
+    ]
+    options: dict[str, Any] = {"metrics": ("likelihood",), "generate": False, "progress": False}
+    found = [
+        score_recall(model, seqs.with_table(seqs.table.assign(alternatives=[given] * 3)), **options)
+        for given in forms
+    ]
+    assert found[0].table["truth_ratio"].notna().all()
+    for other in found[1:]:
+        np.testing.assert_allclose(other.table["truth_ratio"], found[0].table["truth_ratio"], rtol=1e-6)
+    whole = seqs.with_table(seqs.table.assign(alternatives=[forms[0]] * 3))
+    parts = score_recall(model, whole, batch_size=1, **options)
+    np.testing.assert_allclose(parts.table["truth_ratio"], found[0].table["truth_ratio"], rtol=1e-4)
+
+    banned = score_recall(model, whole, ban_eos=True, **options).table["truth_ratio"]
+    eos = model.tokenizer.eos_token_id
+    for i, (prefix, true) in enumerate(zip(*seqs.halves(), strict=True)):
+        likely = [_mean_likelihood(model, prefix, other, eos) for other in forms[0]]
+        expected = np.mean(likely) / _mean_likelihood(model, prefix, true, eos)
+        assert banned[i] == pytest.approx(expected, rel=1e-4)
+    assert np.abs(banned - found[0].table["truth_ratio"]).max() > 1e-4
+    assert "truth_ratio" not in score_recall(model, whole, **{**options, "metrics": ("sampling",)}).table
+    none = seqs.with_table(seqs.table.assign(alternatives=[None, np.nan, "w3 w4"]))  # no lists
+    assert score_recall(model, none, **options).table["truth_ratio"].isna().all()
+
+
+@pytest.mark.parametrize("wrong", [[], "", 7, None, np.zeros(0, int)])
+def test_an_alternative_without_tokens_is_named_by_its_row(
+    tiny_model: Callable[..., Any], wrong: Any
+) -> None:
+    model = tiny_model("gpt_neox", "bridge")
+    seqs = graded(model)[2::3]
+    seqs = seqs.with_table(seqs.table.assign(alternatives=[None, [[3]], [[4], wrong]]))
+    with pytest.raises(SequenceError, match="row 2 has the alternative .*as texts or as lists of ids"):
+        score_recall(model, seqs, generate=False, progress=False)

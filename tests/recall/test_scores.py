@@ -303,7 +303,9 @@ def test_a_mean_leaves_out_what_is_not_finite_and_says_how_many_are_left() -> No
     recall = made_up(8, copies=[1, 2] * 4)
     values = np.array([-1.0, -np.inf, -2.0, np.nan, -3.0, np.inf, -4.0, -5.0])
     table = recall.table.assign(sample_logprob=values, recollected=[0, 1] * 4, trivial=[0.5] * 8)
-    found = RecallScores(table, recall.sequences).summary(n_resamples=100).set_index(["metric", "by", "group"])
+    found = (
+        RecallScores(table, recall.sequences).summary(n_resamples=100).set_index(["metric", "by", "group"])
+    )
     assert found["n"].dtype.kind == "i"
     for by, group, n, mean in (("all", "all", 5, -3.0), ("copies", 1, 4, -2.5), ("copies", 2, 1, -5.0)):
         row = found.loc[("sample_logprob", by, group)]

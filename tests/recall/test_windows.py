@@ -2,12 +2,18 @@ from __future__ import annotations
 
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from memlens.recall.corpus.windows import open_windows, shuffled
+from memlens.errors import ColumnError, SequenceError, SourceNotFoundError, VocabularyError
+from memlens.recall.corpus.windows import Block, open_windows, shuffled
 from memlens.recall.matching import match_controls
 from memlens.sequences.set import SequenceSet
 
@@ -89,3 +95,155 @@ def test_matching_on_a_further_column_is_optimal() -> None:
         plain = match_controls(ours, pool, counts, n_per=1, seed=0)
         differs += plain.controls.tokens.tolist() != found.controls.tokens.tolist()
     assert differs >= 4
+
+
+rows_of_ids = st.lists(st.lists(st.integers(0, 9), max_size=9), min_size=1, max_size=8)
+
+
+def plain_windows(row: list[int], length: int, stride: int | None) -> list[tuple[int, list[int]]]:
+    """Where the windows of a row begin, and their ids."""
+    starts = [0] if stride is None else range(0, len(row), stride)
+    return [(s, row[s : s + length]) for s in starts if s + length <= len(row)]
+
+
+@settings(deadline=None)
+@given(
+    rows_of_ids, st.integers(1, 4), st.one_of(st.none(), st.integers(1, 5)), st.integers(1, 5), st.booleans()
+)
+def test_windows_of_rows_equal_a_plain_loop(
+    rows: list[list[int]], length: int, stride: int | None, size: int, stream: bool
+) -> None:
+    windows = open_windows(iter(rows) if stream else rows, length, stride, None)
+    assert windows.n_rows == (None if stream else len(rows))
+    assert windows.table is None
+    blocks = list(windows.blocks(3, size))
+    found = sorted(
+        (row, start, ids)
+        for block in blocks
+        for row, start, ids in zip(
+            block.row.tolist(), block.start.tolist(), block.tokens.tolist(), strict=True
+        )
+    )
+    every = [(i, s, ids) for i, row in enumerate(rows) for s, ids in plain_windows(row, length, stride)]
+    assert found == every
+    n_read = [min(size, len(rows) - start) for start in range(0, len(rows), size)]
+    assert [block.n_rows for block in blocks] == n_read
+    assert sum(block.n_short for block in blocks) == sum(len(row) < length for row in rows)
+    assert all(block.whole for block in blocks)
+    assert {part.dtype for b in blocks for part in (b.tokens, b.row, b.start)} == {np.dtype(np.int64)}
+
+
+@settings(deadline=None)
+@given(st.integers(1, 4), st.integers(4, 12), st.integers(1, 4), st.one_of(st.none(), st.integers(1, 5)))
+def test_windows_of_arrays_equal_a_plain_loop(n: int, width: int, length: int, stride: int | None) -> None:
+    table = np.arange(n * width, dtype=np.int32).reshape(n, width)
+    for array, step in ((table, stride), (table.ravel(), length if stride is None else stride)):
+        windows = open_windows(array, length, stride, None)
+        rows = array.reshape(-1, array.shape[-1]).tolist()
+        every = [(i, s, ids) for i, row in enumerate(rows) for s, ids in plain_windows(row, length, step)]
+        assert windows.n_rows == len(every)
+        (block,) = windows.blocks(0, len(every) + 1)
+        parts = (block.row.tolist(), block.start.tolist(), block.tokens.tolist())
+        assert sorted(zip(*parts, strict=True)) == every
+        assert (block.n_rows, block.n_short, len(block)) == (len(every), 0, len(every))
+        assert block.tokens.dtype == np.int64
+
+
+def test_limits_cut_a_scan_and_the_last_block_says_so() -> None:
+    rows = [[i, i] for i in range(10)]
+    for limit, sizes in ((None, [4, 4, 2]), (9, [4, 4, 1]), (8, [4, 4]), (4, [4]), (3, [3]), (99, [4, 4, 2])):
+        for source in (rows, iter(rows), np.array(rows)):
+            blocks = list(open_windows(source, 2, None, None).blocks(0, 4, limit))
+            assert [block.n_rows for block in blocks] == sizes
+            full = [size == 4 or limit in (None, 99) for size in sizes]
+            assert [block.whole for block in blocks] == full
+    assert not list(open_windows(iter([]), 2, None, None).blocks(0, 4))
+
+
+def test_each_block_is_in_an_order_of_its_own_that_the_seed_decides() -> None:
+    def starts(seed: int) -> list[list[int]]:
+        blocks = open_windows(iter([list(range(40))] * 2), 2, 1, None).blocks(seed, 1)
+        return [block.start.tolist() for block in blocks]
+
+    first, second = starts(0)
+    assert sorted(first) == sorted(second) == list(range(39))
+    assert len({tuple(first), tuple(second), tuple(range(39)), tuple(starts(1)[0])}) == 4
+    assert starts(0) == [first, second]
+    expected = [np.random.default_rng([0, start]).permutation(39).tolist() for start in (0, 1)]
+    assert [first, second] == expected  # so that scans of older versions go on
+
+
+def test_a_block_is_identified_by_ids_rows_and_places() -> None:
+    ids, row, start = np.array([[1, 2], [3, 4]]), np.array([0, 1]), np.array([0, 5])
+    block = Block(ids, row, start, 2, 0)
+    assert block.whole
+    same = Block(np.asfortranarray(ids.astype(np.int32)), row.astype(np.int16), start, 9, 9, whole=False)
+    assert same.fingerprint == block.fingerprint
+    assert len(block.fingerprint) == 32
+    others = [
+        Block(ids + 1, row, start, 2, 0),
+        Block(ids, row + 1, start, 2, 0),
+        Block(ids, row, start + 1, 2, 0),
+    ]
+    assert len({block.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
+def test_rows_of_every_kind_and_the_column_of_ids() -> None:
+    rows = [[1, 2, 3], [4, 5, 6]]
+    table = pd.DataFrame({"mine": rows, "tokens": [row[::-1] for row in rows]})
+    records = [{"mine": row, "tokens": row[::-1]} for row in rows]
+    dataset = Dataset.from_dict({"mine": rows, "tokens": [row[::-1] for row in rows]})
+    tensors = [torch.tensor(row, requires_grad=False) for row in rows]
+    for source in (table, records, iter(records), dataset):
+        for column, expected in (("mine", rows), (None, [row[::-1] for row in rows])):
+            if column is None and not isinstance(source, list | pd.DataFrame | Dataset):
+                continue  # already read
+            (block,) = open_windows(source, 3, None, column).blocks(0, 9)
+            assert sorted(block.tokens.tolist()) == sorted(expected)
+    for source in (tensors, iter(tensors), torch.tensor(rows), [np.array(row, np.uint8) for row in rows]):
+        (block,) = open_windows(source, 3, None, None).blocks(0, 9)
+        assert sorted(block.tokens.tolist()) == rows
+    seqs = SequenceSet.from_tokens([[1, 2, 3], [4, 5]], 1, table=pd.DataFrame({"domain": ["a", "b"]}))
+    windows = open_windows(seqs, 2, None, None)
+    assert windows.table is not None
+    assert windows.table["domain"].tolist() == ["a", "b"]
+    assert windows.n_rows == 2
+    for source in (pd.DataFrame({"x": rows}), [{"x": row} for row in rows]):
+        with pytest.raises(ColumnError, match=r"no column of token ids: .*x; name it in tokens_column"):
+            list(open_windows(source, 2, None, None).blocks(0, 9))
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([[1, 2], [[3, 4]]], r"row 1 of the corpus is int64 of shape \(1, 2\)"),
+        ([[1, 2], [0.5, 1.5]], r"row 1 of the corpus is float64 of shape \(2,\)"),
+        ([[1, 2], 7], r"row 1 of the corpus is int64 of shape \(\)"),
+    ],
+)
+def test_rows_without_ids_are_named(rows: list[Any], words: str) -> None:
+    for source in (rows, iter(rows)):
+        with pytest.raises(SequenceError, match=words):
+            list(open_windows(source, 2, None, None).blocks(0, 9))
+
+
+def test_the_first_row_with_a_negative_id_is_named() -> None:
+    for source in ([[1, 2], [3, -4]], iter([[1, 2], [3, -4]]), np.array([[1, 2], [3, -4]])):
+        with pytest.raises(VocabularyError, match="row 1 of the corpus has a negative token id"):
+            list(open_windows(source, 2, None, None).blocks(0, 9))
+    assert len(list(open_windows([[], [0, 0]], 2, None, None).blocks(0, 9))) == 1  # empty rows are short rows
+
+
+def test_arrays_without_ids_or_windows_are_refused() -> None:
+    for array in (np.zeros((2, 3)), np.zeros((2, 2, 2), int), np.array(3), np.array([[True, False]])):
+        with pytest.raises(SequenceError, match=r"give \[row, token\] or \[token\] integers"):
+            open_windows(array, 2, None, None)
+    with pytest.raises(SequenceError, match="rows of 1 tokens and a window has 2: shorten prefix_len"):
+        open_windows(np.zeros((3, 1), int), 2, None, None)
+    assert open_windows(np.zeros((3, 2), np.uint8), 2, None, None).n_rows == 3
+    for source in ("text.npy", Path("nowhere.npy"), "nowhere.NPY"):
+        with pytest.raises(SourceNotFoundError, match="there is no file"):
+            open_windows(source, 2, None, None)
+    for source in ({"a": [1]}, b"bytes", 5, None):
+        with pytest.raises(SequenceError, match=f"a {type(source).__name__} is not a corpus"):
+            open_windows(source, 2, None, None)

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from tqdm.auto import tqdm
 
 from memlens.errors import OptionError, SequenceError, SourceNotFoundError, check_option
-from memlens.files import parsing, read_json
+from memlens.files import parsed_json, parsing
 from memlens.models.zoo import zoo_path
 from memlens.sequences.set import SequenceSet
 
@@ -287,7 +287,7 @@ def _zoo_counts(name: str) -> np.ndarray:
             f"{file.parent} has no training.json with the counts: train the model again"
         )
     with parsing(file, advice="train the model again"):
-        by_domain = read_json(file)["corpus"]["token_counts"]
+        by_domain = parsed_json(file.read_text(encoding="utf-8"))["corpus"]["token_counts"]
         counts = np.array([*by_domain.values()], dtype=np.int64)
         if counts.ndim != 2:
             raise ValueError(f"its token_counts have the shape {counts.shape}")
