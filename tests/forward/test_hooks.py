@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from memlens.forward.hooks import (
     has_site,
     hook_name,
     layer_of,
+    refuse_sites,
     resolve_hook,
 )
 from tests.tiny import random_tokens
@@ -108,3 +110,60 @@ def test_captured_activations_are_copies_before_or_after_the_user_s_hooks(tiny_m
             model(tokens)
     torch.testing.assert_close(after[name], 2 * plain[name])
     torch.testing.assert_close(before[name], plain[name])
+
+
+DESCRIBED = {
+    "resid_pre": ("blocks.7.hook_resid_pre", "batch pos d_model", "layer's input"),
+    "resid_mid": ("blocks.7.hook_resid_mid", "batch pos d_model", "between attention and MLP"),
+    "resid_post": ("blocks.7.hook_resid_post", "batch pos d_model", "layer's output"),
+    "attn_out": ("blocks.7.hook_attn_out", "batch pos d_model", "what attention adds .* after any post-norm"),
+    "mlp_out": ("blocks.7.hook_mlp_out", "batch pos d_model", "what the MLP adds .* after any post-norm"),
+    "q": ("blocks.7.attn.hook_q", "batch pos head d_head", "queries"),
+    "k": ("blocks.7.attn.hook_k", "batch pos kv_head d_head", "keys"),
+    "v": ("blocks.7.attn.hook_v", "batch pos kv_head d_head", "values"),
+    "z": ("blocks.7.attn.hook_z", "batch pos head d_head", "each head's mixed values"),
+    "pattern": ("blocks.7.attn.hook_pattern", "batch head query key", "attention weights"),
+    "mlp_post": ("blocks.7.mlp.hook_post", "batch pos d_mlp", "hidden activations"),
+}
+
+
+def test_each_site_has_its_hook_axes_and_meaning() -> None:
+    assert list(SITES) == list(DESCRIBED)
+    for name, (hook, axes, words) in DESCRIBED.items():
+        site = SITES[name]
+        assert (site.name, hook_name(name, 7), site.shape) == (name, hook, axes)
+        assert re.search(words, site.meaning), name
+        assert re.fullmatch(r"[a-z].*[a-z)]|the MLP's hidden activations", site.meaning), name
+        assert layer_of(hook) == 7
+
+
+def test_sites_that_were_found_to_be_misnamed_are_refused(tiny_folder: Any) -> None:
+    model = ml.load_model(tiny_folder("llama"), backend="bridge", device="cpu")
+    assert has_site(model, "q", 1)
+    refuse_sites(model, ["q"])
+    assert not has_site(model, "q")
+    assert has_site(model, "k")
+    for layer in (0, 2):
+        with pytest.raises(
+            SiteError, match=rf"'blocks.{layer}.attn.hook_q' does not do what its name claims"
+        ):
+            resolve_hook(model, hook_name("q", layer))
+    for name in ("blocks.1.attn.hook_k", "hook_embed"):
+        assert resolve_hook(model, name) is model.hook_dict[name]
+        assert resolve_hook(model, name, {name: "mine"}) == "mine"
+    with pytest.raises(SiteError, match=r"no hook named 'hook_q'"):
+        resolve_hook(model, "hook_q", {})
+    refuse_sites(model, [])
+    assert has_site(model, "q")
+
+
+def test_levels_of_hooks_go_up_and_down(tiny_model: Any) -> None:
+    model, name = tiny_model("llama", "bridge"), "blocks.1.hook_mlp_out"
+    start, point = model.context_level, model.hook_dict[name]
+    with attached(model, [(name, lambda x, hook: None)]):
+        assert model.context_level == start + 1
+        assert [hook.context_level for hook in point.fwd_hooks] == [start + 1]
+        with attached(model, [(point, lambda x, hook: None)]):
+            assert model.context_level == start + 2
+            assert [hook.context_level for hook in point.fwd_hooks] == [start + 1, start + 2]
+    assert model.context_level == start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,17 @@ import memlens as ml
 from memlens.errors import OptionError
 from memlens.figures import labels
 from memlens.figures.labels import metric_text
-from memlens.forward.metrics import BUILT_IN, METRICS, LazyTargetStats, Metric, make_reduce, register_metric
+from memlens.forward.metrics import (
+    BUILT_IN,
+    METRICS,
+    LazyTargetStats,
+    Metric,
+    as_metric,
+    as_metrics,
+    make_reduce,
+    metric_names,
+    register_metric,
+)
 from memlens.results.kinds import reading
 from tests.small import ragged
 
@@ -104,3 +115,128 @@ def test_what_is_no_metric_is_an_error() -> None:
         reduce(logits, ids, mask)
     with pytest.raises(OptionError, match="has no values per target"):
         Metric(surprise).of(LazyTargetStats(logits, ids, mask))
+
+
+# Unit, better, proportion, differentiable, label, words of the meaning, and what it is cited for.
+DESCRIBED: dict[str, tuple[str, str, bool, bool, str, str, tuple[tuple[str, str], ...]]] = {
+    "target_logprob": (
+        "nats", "higher", False, True, "target log-prob",
+        "mean log-probability of the continuation's tokens", (),
+    ),
+    "exact_match": (
+        "0 or 1", "higher", True, False, "exact match", "1 where the arg-max is the target at every position",
+        (("carlini2023", "exact match of the continuation"),),
+    ),
+    "matching_prefix": (
+        "tokens", "higher", False, False, "matching prefix", "right before the first error", ()
+    ),
+    "target_accuracy": (
+        "share of tokens", "higher", False, False, "target accuracy", "share .* are the arg-max", ()
+    ),
+    "target_rank": ("0 = top", "lower", False, False, "target rank", "mean zero-based rank", ()),
+    "completion_entropy": (
+        "nats", "lower", False, True, "completion entropy", "sum of the next-token entropies",
+        (("menta2025", "completion entropy"),),
+    ),
+    "margin": (
+        "logits", "higher", False, True, "margin over the best other token",
+        "smallest difference between a target's logit and the best other", (),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_what_is_said_of_each_built_in_metric(name: str) -> None:
+    unit, better, proportion, differentiable, label, words, cites = DESCRIBED[name]
+    metric = METRICS[name]
+    assert (metric.unit, metric.better, metric.proportion) == (unit, better, proportion)
+    assert (metric.differentiable, metric.label, metric.cites) == (differentiable, label, cites)
+    assert re.search(words, metric.meaning)
+    assert re.fullmatch(r"[a-z1].*[a-z]", metric.meaning)  # goes on after the name, without a full stop
+    attrs = {"label": label, "units": unit, "long_name": metric.meaning, "better": better}
+    assert metric.attrs == (attrs | {"proportion": True} if proportion else attrs)
+    assert tuple(DESCRIBED) == BUILT_IN
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_values_per_sequence_and_per_target_by_plain_loops(name: str) -> None:
+    torch.manual_seed(3)
+    logits = (3 * torch.randn(40, 4, 5)).round()  # with ties
+    ids, mask = torch.randint(5, (40, 4)), torch.arange(4) < torch.randint(1, 5, (40, 1))
+    found = METRICS[name](logits, ids, mask)
+    per_token = make_reduce([name], per_token=True)(logits, ids, mask)[name]
+    together = {
+        "target_logprob": lambda values: sum(values) / len(values),
+        "exact_match": lambda values: float(all(values)),
+        "matching_prefix": lambda values: float([*values, 0.0].index(0.0)),
+        "target_accuracy": lambda values: sum(values) / len(values),
+        "target_rank": lambda values: sum(values) / len(values),
+        "completion_entropy": sum,
+        "margin": min,
+    }
+    for i in range(40):
+        values = [plain_value(name, logits[i, j].double(), int(ids[i, j])) for j in range(4) if mask[i, j]]
+        assert float(found[i]) == pytest.approx(together[name](values), rel=1e-6, abs=1e-6)
+        assert per_token[i][mask[i]].tolist() == pytest.approx(values, rel=1e-6, abs=1e-6)
+        assert per_token[i][~mask[i]].isnan().all()
+    assert make_reduce([name], per_token=False)(logits, ids, mask)[name].tolist() == found.tolist()
+
+
+def plain_value(name: str, row: torch.Tensor, target: int) -> float:
+    """One target's value from one row of logits."""
+    others = [float(x) for v, x in enumerate(row) if v != target]
+    logp = row.log_softmax(-1)
+    return {
+        "target_logprob": float(logp[target]),
+        "target_rank": float(sum(x > row[target] for x in others)),
+        "completion_entropy": float(-(logp.exp() * logp).sum()),
+        "margin": float(row[target]) - max(others),
+    }.get(name, float(int(row.argmax()) == target))
+
+
+def test_metrics_are_given_by_name_object_or_function() -> None:
+    mine = Metric(surprise)
+    assert (mine.name, mine.label, mine.unit, mine.meaning, mine.better) == (
+        "surprise",
+        "surprise",
+        "",
+        "",
+        None,
+    )
+    assert (mine.proportion, mine.differentiable, mine.cites) == (False, True, ())
+    assert Metric(surprise, name="a_b").label == "a b"
+    assert as_metric(mine) is mine
+    assert as_metric("margin") is METRICS["margin"]
+    assert as_metric(surprise).fn is surprise
+    assert metric_names(["margin", mine, lambda logits, ids, mask: logits]) == [
+        "margin",
+        "surprise",
+        "<lambda>",
+    ]
+    for bad in ([], (), "margin"):
+        with pytest.raises(OptionError, match="give a sequence with at least one metric"):
+            as_metrics(bad)
+    with pytest.raises(OptionError, match="two metrics have the same name"):
+        as_metrics(["margin", surprise, mine])
+    for form in (
+        {"fn": surprise, "per_target": lambda s: s, "reduce": lambda v, m: v}, {"per_target": lambda s: s},
+        {"fn": surprise, "reduce": lambda v, m: v}, {},
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match="metric 'any': give a function, or per_target= together"):
+            Metric(name="any", **form)
+
+
+def test_several_metrics_come_from_one_pass_over_the_logits_as_plain_numbers() -> None:
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    ids, mask = torch.randint(5, (2, 3)), torch.ones(2, 3, dtype=torch.bool)
+    found = make_reduce(["margin", surprise, "exact_match"], per_token=False)(logits, ids, mask)
+    assert list(found) == ["margin", "surprise", "exact_match"]
+    assert not found["surprise"].requires_grad
+    assert found["surprise"].dtype == torch.float32
+    stats = LazyTargetStats(logits, ids, mask)
+    assert METRICS["margin"].of(stats).tolist() == found["margin"].tolist()
+    with pytest.raises(OptionError, match="metric 'surprise' is a function of logits"):
+        Metric(surprise).of(stats, per_token=True)
+    scalar = Metric(lambda logits, ids, mask: 3.0, name="scalar")  # type: ignore[arg-type, return-value]
+    with pytest.raises(OptionError, match=r"metric 'scalar' returned float: it must .* shape \(2,\)"):
+        scalar(logits, ids, mask)

@@ -31,7 +31,7 @@ EXPECTED: dict[str, tuple[str, str, str | None, str]] = {
     "min_k": ("likelihood", "nats", HIGH, "mean log-probability of the least likely"),
     "min_k_plus_plus": ("likelihood", "1", HIGH, "lowest log-probabilities, standardized"),
     "zlib_ratio": ("likelihood", "nats per byte", LOW, "mean NLL .* zlib size of the whole"),
-    "nll_per_zlib_byte": ("likelihood", "nats per byte", LOW, "NLL of the continuation over the zlib size of its"),
+    "nll_per_zlib_byte": ("likelihood", "nats per byte", LOW, "NLL of .* over the zlib size of its"),
     "truth_ratio": ("likelihood", "1", LOW, "wrong continuations over that of the true"),
     "sample_logprob": ("sampling", "nats", HIGH, "one sample is the whole"),
     "samples_needed": ("sampling", "samples", LOW, "fewest samples"),
@@ -81,7 +81,7 @@ def test_each_column_has_its_group_unit_direction_and_source() -> None:
         assert dict(column.cites) == CITED.get(name, {}), name
     assert METRIC_GROUPS == ("likelihood", "sampling", "near_verbatim", "trivial", "taxonomy")
     assert {column.group for column in COLUMNS.values()} == {"", *METRIC_GROUPS}
-    assert SCORE_COLUMNS == (*BUILT_IN, *EXPECTED, "generated", "generated_text")
+    assert (*BUILT_IN, *EXPECTED, "generated", "generated_text") == SCORE_COLUMNS
 
 
 def test_labels_carry_unit_meaning_and_direction() -> None:
@@ -182,7 +182,10 @@ def likely(n: int, seed: int = 0) -> TargetStats:
     )
 
 
-@pytest.mark.parametrize(("n", "share", "count"), [(100, 0.29, 29), (10, 0.3, 3), (9, 0.34, 3), (9, 0.33, 2), (4, 0.1, 1), (50, 1.0, 50)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("n", "share", "count"),
+    [(100, 0.29, 29), (10, 0.3, 3), (9, 0.34, 3), (9, 0.33, 2), (4, 0.1, 1), (50, 1.0, 50)],
+)
 def test_the_share_of_the_lowest_is_rounded_down_to_one_or_more(n: int, share: float, count: int) -> None:
     stats = likely(n)
     lowest = stats.logprob[0].double().sort().values[:count]

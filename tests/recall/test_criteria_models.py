@@ -197,8 +197,12 @@ def test_a_reference_is_the_probed_model_by_what_it_holds(tiny_model: Any) -> No
     assert references.name_of(model) == describe(model)["model"]
     assert references.name_of(wrapped) == "another name"
     assert references.name_of(object()) is None
-    for given, names in (([model, wrapped], [describe(model)["model"], "another name"]), (wrapped, ["another name"]),
-                         ({"x": model, "y": other}, ["x", "y"]), ((wrapped, wrapped), ["another name", "another name-2"])):  # fmt: skip
+    for given, names in (
+        ([model, wrapped], [describe(model)["model"], "another name"]),
+        (wrapped, ["another name"]),
+        ({"x": model, "y": other}, ["x", "y"]),
+        ((wrapped, wrapped), ["another name", "another name-2"]),
+    ):
         found, circular = references.as_references(given)
         assert list(found) == names
         assert not circular

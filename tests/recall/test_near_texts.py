@@ -129,5 +129,5 @@ def test_an_alternative_without_tokens_is_named_by_its_row(
     model = tiny_model("gpt_neox", "bridge")
     seqs = graded(model)[2::3]
     seqs = seqs.with_table(seqs.table.assign(alternatives=[None, [[3]], [[4], wrong]]))
-    with pytest.raises(SequenceError, match="row 2 has the alternative .*as texts or as lists of ids"):
+    with pytest.raises(SequenceError, match=r"row 2 has the alternative .*as texts or as lists of ids"):
         score_recall(model, seqs, generate=False, progress=False)

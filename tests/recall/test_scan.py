@@ -216,7 +216,8 @@ def test_names_and_facts_of_windows() -> None:
     assert plain["id"].tolist() == ["row-4", "row-0", "row-0+6"]
     assert list(plain) == ["id", "row", "start"]
     table = pd.DataFrame({
-        "id": list("abcde"), "domain": list("vwxyz"), "row": 1, "start": 2, "role": 3, "exact_match": 4, "text": 5,
+        "id": list("abcde"), "domain": list("vwxyz"), "row": 1, "start": 2, "role": 3, "exact_match": 4,
+        "text": 5,
         "matched_to": 6, "length_difference": 7, "frequency_difference": 8, "nll": 9,
     })  # fmt: skip
     seqs = SequenceSet.from_tokens([[1, 2, 3]] * 5, 1, table=table)
@@ -268,9 +269,15 @@ def test_documented_defaults_are_recorded(tiny: Any, monkeypatch: pytest.MonkeyP
         "below": 0.25, "on_eos": "keep", "pool_size": 9, "block_size": 8,
     }  # fmt: skip
     other = build_memorized_set(
-        tiny, corpus.tolist(), **changes, rules=TrivialRules(copied=0.6), predictable=PredictableRule(below=0.8),
-        token_counts=np.ones(tiny.cfg.d_vocab), progress=False, prepend_bos=True,
-    )  # fmt: skip
+        tiny,
+        corpus.tolist(),
+        **changes,
+        rules=TrivialRules(copied=0.6),
+        predictable=PredictableRule(below=0.8),
+        token_counts=np.ones(tiny.cfg.d_vocab),
+        prepend_bos=True,
+        progress=False,
+    )
     changes |= {"trivial_copied": 0.6, "predictable_below": 0.8, "source": "list", "source_kind": "rows"}
     changes |= {"token_counts": "given"}
     assert {name: other.settings[name] for name in DOCUMENTED} == {**DOCUMENTED, **changes}
@@ -313,9 +320,8 @@ def test_a_scan_of_nothing_memorized_warns_its_caller_and_is_saved(tiny: Any, tm
         "unmemorized_found", "predictable_found", "between", "pool_full", "pool_trivial",
         "pool_duplicate_window", "pool_duplicate_continuation", "unmemorized", "predictable",
     }  # fmt: skip
-    assert repr(found) == (
-        f"MemorizedSet(0 memorized, 0 unmemorized, 0 predictable; 5 windows scanned with {found.settings['model']})"
-    )
+    sizes, model = "0 memorized, 0 unmemorized, 0 predictable", found.settings["model"]
+    assert repr(found) == f"MemorizedSet({sizes}; 5 windows scanned with {model})"
     bare = MemorizedSet(found.memorized, found.unmemorized, found.predictable, {}, {})
     assert repr(bare).endswith("0 windows scanned with a model)")
     assert bare.balance().empty

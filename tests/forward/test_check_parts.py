@@ -1,0 +1,260 @@
+"""The parts of `check_model`: bounds, reports and notes, on numbers made by hand."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import memlens as ml
+from memlens.errors import ModelLoadError
+from memlens.forward import check_model as module
+from memlens.forward.check_model import Check, ModelCheck, Reference, check_model, probe_tokens
+from tests.tiny import random_tokens
+
+DTYPES = {
+    torch.float64: (1e-6, 1e-6),
+    torch.float32: (1e-3, 1e-4),
+    torch.bfloat16: (0.04, 0.02),
+    torch.float16: (0.01, 0.005),
+}
+"""The documented bounds: over the whole depth, and where both sides run on the same modules."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("depth", [1, 3, 4, 5, 16, 100])
+def test_bounds_grow_with_the_root_of_the_depth_in_16_bits(dtype: torch.dtype, depth: int) -> None:
+    whole, same = DTYPES[dtype]
+    x = torch.randn(3, 50).to(dtype)
+    growth = math.sqrt(max(1, depth / 4)) if dtype.itemsize == 2 else 1
+    assert module._compared("x", x, x, module._TOLERANCE, depth=depth).allowed == pytest.approx(
+        whole * growth
+    )
+    assert module._compared("x", x, x, module._SAME).allowed == pytest.approx(same)
+    others = {torch.float32: 0.5}  # a type without a bound has that of float32
+    assert module._compared("x", x, x, others, depth=4).allowed == 0.5
+
+
+def test_differences_are_root_mean_squares_relative_to_the_centered_reference() -> None:
+    b = torch.tensor([[1.0, 3.0, 5.0, 7.0], [2.0, 2.0, 6.0, 6.0]]) + 100
+    a = b + torch.tensor([[0.1, -0.1, 0.1, -0.1], [0.3, 0.3, -0.3, -0.3]])
+    centered = torch.tensor([[-3.0, -1.0, 1.0, 3.0], [-2.0, -2.0, 2.0, 2.0]])
+    expected = math.sqrt((4 * 0.01 + 4 * 0.09) / 8) / math.sqrt(float(centered.square().mean()))
+    for bound, status in ((expected * 1.001, "ok"), (expected * 0.999, "failed")):
+        found = module._compared("it", a, b, {torch.float32: bound}, "a note")
+        assert found.difference == pytest.approx(expected, rel=1e-4)
+        assert (found.name, found.status, found.allowed, found.note) == ("it", status, bound, "a note")
+    assert module._compared("", b, b, {torch.float32: 0.0}).status == "ok"  # no more than allowed
+    assert module._compared("", a * math.nan, b, {torch.float32: 9.0}).status == "failed"
+    assert module._compared("", a * math.nan, b, {torch.float32: 9.0}).difference == math.inf
+    flat = torch.ones(2, 3)  # a reference without spread has a size all the same
+    assert module._compared("", flat + 1e-9, flat, {torch.float32: 1.0}).difference < math.inf
+    found = module._compared("x", a, b[:, :3], {torch.float32: 1.0})
+    assert (found.status, found.note, found.allowed) == ("failed", "shape (2, 4), not (2, 3)", 1.0)
+    assert math.isnan(found.difference)
+
+
+CHECKS = (
+    Check("logits", "ok", 1.2e-5, 1e-3, note="against another"),
+    Check("site q", "refused", 0.5, 1e-4, 2, "does something else"),
+    Check("site z", "absent", note="is not there"),
+)
+
+
+def test_a_report_is_a_table_with_a_verdict() -> None:
+    found = ModelCheck("a/model", "float32", CHECKS)
+    assert found.ok
+    assert found.failures == []
+    found.raise_if_failed()
+    assert repr(found) == (
+        "a/model (float32): ok\n"
+        "check   status   difference  layer  note\n"
+        "logits  ok       1.2e-05            against another\n"
+        "site q  refused  5.0e-01     2      does something else\n"
+        "site z  absent                      is not there"
+    )
+    assert found._repr_html_().startswith("<h4>a/model (float32): ok</h4><table")
+    table = found.to_frame()
+    assert list(table) == ["name", "status", "difference", "allowed", "layer", "note"]
+    assert table["name"].tolist() == ["logits", "site q", "site z"]
+    escaped = ModelCheck("<b>", "float32", CHECKS)._repr_html_()
+    assert escaped.startswith("<h4>&lt;b&gt; (float32): ok</h4>")
+
+
+@pytest.mark.parametrize(
+    ("failed", "message"),
+    [
+        (
+            Check("logits", "failed", 0.1234, 0.04, 3, "differs"),
+            "'a/model' in bfloat16 fails the check of its logits, first in layer 3: "
+            "differs by 0.12 (allowed: 0.04). ",
+        ),
+        (
+            Check("trunk", "failed", note="has another shape"),
+            "'a/model' in bfloat16 fails the check of its trunk: has another shape. ",
+        ),
+        (Check("trunk", "failed", 2.0, 1.0, 0, "x"), "its trunk, first in layer 0: x by 2 (allowed: 1). "),
+    ],
+)
+def test_the_first_failure_is_an_error(failed: Check, message: str) -> None:
+    found = ModelCheck("a/model", "bfloat16", (*CHECKS, failed, Check("later", "failed")))
+    assert not found.ok
+    assert [check.name for check in found.failures] == [failed.name, "later"]
+    with pytest.raises(ModelLoadError) as raised:
+        found.raise_if_failed()
+    assert message in str(raised.value)
+    assert str(raised.value).endswith(
+        "Numbers from it would be wrong, so it is refused; try the other backend."
+    )
+    assert "(bfloat16): 2 failed" in repr(found)
+    assert "(bfloat16): failed</h4>" in found._repr_html_()
+
+
+def test_probe_tokens_are_fixed_and_spread_over_the_vocabulary() -> None:
+    for vocab, n_ctx, length in (
+        (50_000, 64, 12),
+        (50_000, None, 12),
+        (100, 5, 5),
+        (7, 12, 12),
+        (100, 11, 11),
+    ):
+        tokens = probe_tokens(vocab, n_ctx)
+        assert tokens.shape == (2, length)
+        assert tokens.tolist() == probe_tokens(vocab, n_ctx).tolist()
+        assert int(tokens.max()) < vocab
+        assert int(tokens.min()) >= 0
+        assert len(tokens.unique()) == min(2 * length, vocab)
+    spread = probe_tokens(50_000, None).flatten().sort().values
+    assert int(spread[0]) < 10_000 < 40_000 < int(spread[-1])
+    assert 0 not in probe_tokens(50_000, None)  # not an id with a meaning of its own
+
+
+class Block(nn.Module):
+    def __init__(
+        self, layer: int, *, width: int = 4, window: int | None = None, inner: type[nn.Module] = nn.ReLU
+    ) -> None:
+        super().__init__()
+        self.linear, self.act = nn.Linear(4, width), inner()
+        self.layer, self.name = layer, f"blocks.{layer}.attn"
+        self.window = -1 if window is None else window
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds"),
+    [
+        ([{}, {}, {}, {}], [0, 3]),
+        ([{}], [0]),
+        ([{}, {"window": 4}, {"window": 4}, {}], [0, 1, 3]),
+        ([{}, {}, {"width": 5}, {}, {}], [0, 2, 4]),
+        ([{}, {"inner": nn.GELU}, {"inner": nn.GELU}, {"inner": nn.GELU}], [0, 1, 3]),
+        ([{"window": 1}, {"window": 2}, {"window": 3}], [0, 1, 2]),
+    ],
+)
+def test_layers_are_of_one_kind_if_they_differ_by_their_number_alone(
+    changes: list[Any], kinds: list[int]
+) -> None:
+    model = SimpleNamespace(blocks=[Block(n, **change) for n, change in enumerate(changes)])
+    assert module.kinds_of_layers(model) == kinds
+
+
+def test_a_model_that_memlens_did_not_load_is_not_compared(tiny_folder: Any) -> None:
+    model = ml.load_model(tiny_folder("llama"), backend="bridge", device="cpu")
+    logits = check_model(model, layers=[0]).checks[0]
+    assert (logits.name, logits.status) == ("logits", "ok")
+    assert logits.note.endswith("against Hugging Face's, when it was loaded")
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1
+    logits = check_model(model, layers=[0]).checks[0]
+    assert (logits.status, logits.note) == ("not compared", "the model has been changed since it was loaded")
+    unchecked = ml.load_model(tiny_folder("llama"), backend="bridge", device="cpu", check_weights=False)
+    logits = check_model(unchecked, layers=[0]).checks[0]
+    assert (logits.status, logits.note) == ("not compared", "not loaded by memlens, or unchecked")
+
+
+@torch.no_grad()
+def test_the_first_layer_that_differs_from_the_reference_is_named(tiny_model: Any) -> None:
+    model = tiny_model("llama", "bridge")
+    tokens = probe_tokens(100, 64)
+    names = [f"blocks.{n}.hook_resid_pre" for n in range(3)]
+    logits, cache = model.run_with_cache(tokens, names_filter=names)
+    resid = [cache[name] for name in names]
+    wrong = logits * 1.1
+
+    def layer(given: list[torch.Tensor]) -> tuple[int | None, str]:
+        found = module._against_huggingface(model, Reference(tokens, given, wrong), cache, logits)
+        assert found.status == "failed"
+        return found.layer, found.note
+
+    begins = "differs from Hugging Face's model"
+    assert layer(resid) == (2, f"{begins} after the last layer's input")
+    assert layer([resid[0] * 1.1, *resid[1:]]) == (0, f"{begins} in its embedding")
+    assert layer([resid[0], resid[1] * 1.1, resid[2]]) == (0, begins)
+    assert layer([resid[0], resid[1], resid[2] * 1.1]) == (1, begins)
+    assert layer([]) == (2, f"{begins} after the last layer's input")
+    right = module._against_huggingface(model, Reference(tokens, resid, logits), cache, logits)
+    assert (right.status, right.layer, right.note) == ("ok", None, "against Hugging Face's")
+    assert right.allowed == 1e-3
+
+
+@torch.no_grad()
+def test_a_processed_model_is_compared_by_log_probabilities(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, logits = tiny_model("llama", "bridge"), torch.randn(2, 12, 20)
+    shifted = Reference(random_tokens(2, 12), [], logits + torch.randn(2, 12, 1))
+    assert module._against_huggingface(model, shifted, {}, logits).status == "failed"
+    monkeypatch.setattr(module, "describe", lambda model: {"processed_weights": True})
+    found = module._against_huggingface(model, shifted, {}, logits)
+    assert (found.status, found.note) == ("ok", "log-probabilities against Hugging Face's")
+    assert module._by_layer(SimpleNamespace(model=model), shifted, found) is found  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_what_a_layer_adds_is_compared_beyond_rounding() -> None:
+    """A trunk whose layer 1 adds a little too much to what the reference says."""
+    model = SimpleNamespace()
+    resid = [torch.full((1, 2, 4), 8.0, dtype=torch.bfloat16)]
+    for step in (1.0, 2.0, 4.0):
+        resid.append(resid[-1] + step)
+    reference = Reference(random_tokens(1, 2), resid, torch.zeros(1, 2, 9, dtype=torch.bfloat16))
+    allowed, eps = 0.02, torch.finfo(torch.bfloat16).eps
+
+    def off_by(share: float) -> Check:
+        def run(start: torch.Tensor, layer: int, stop: int) -> torch.Tensor:
+            assert stop == layer + 1
+            return resid[stop].double() + share * (layer == 1)
+
+        trunk = SimpleNamespace(model=model, device=torch.device("cpu"), run=run)
+        return module._by_layer(trunk, reference, right)  # type: ignore[arg-type]
+
+    right = Check("logits", "ok", 0.0, 1.0)
+    added = 2 + eps * 11 / allowed  # from 9 to 11, and the rounding of what is added to
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_processed", lambda model: False)
+        assert off_by(0.99 * allowed * added) is right
+        found = off_by(1.01 * allowed * added)
+    assert (found.name, found.status, found.layer, found.allowed) == ("logits", "failed", 1, allowed)
+    assert found.difference == pytest.approx(1.01 * allowed, rel=1e-3)
+    assert found.note == "what the layer adds to the residual differs from Hugging Face's model"
+
+
+def test_the_worst_layer_is_shown_for_each_site() -> None:
+    order = ["absent", "ok", "ignored", "refused", "failed"]
+    assert sorted(module._BADNESS, key=module._BADNESS.__getitem__) == order
+    assert len(set(module._BADNESS.values())) == 5
+
+
+def test_zeros_are_written_into_their_rows_and_the_activation_is_kept() -> None:
+    store: dict[str, torch.Tensor] = {}
+    x = torch.ones(6, 2)
+    out = module._zeroed(slice(2, 4), 6, "a", store)(x, None)
+    assert out.sum(1).tolist() == [2, 2, 0, 0, 2, 2]
+    assert x.sum() == 12  # not in place
+    assert store["a"] is out
+    experts = module._zeroed(slice(2, 4), 5, "b", store)(x, None)
+    assert experts.sum() == 12  # another first axis: nothing is written
+    assert store["b"] is experts
