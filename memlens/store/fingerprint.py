@@ -94,9 +94,9 @@ def model_fingerprint(model: nn.Module) -> str:
     return _Digest(model).of(_model_facts(model)).hex()
 
 
-def _model_facts(model: nn.Module) -> list[Any]:
+def _model_facts(model: Any) -> list[Any]:
     facts = {name: fact for name, fact in describe(model).items() if name in _ABOUT}
-    points: Mapping[str, Any] = getattr(model, "hook_dict", {})
+    points: Mapping[str, Any] = model.hook_dict
     standing = {n: list(p._forward_hooks.values()) for n, p in points.items() if p.fwd_hooks}
     every = [*every_module._global_forward_hooks.values(), *every_module._global_forward_pre_hooks.values()]
     return [facts, _configs(model), *_contents_of(model), standing, _foreign(every)]
@@ -266,8 +266,8 @@ class _Digest:
             yield self.of(value.get_state())
         elif isinstance(value, (types.BuiltinFunctionType, types.ModuleType)):
             yield getattr(value, "__qualname__", value.__name__).encode()
-            owner = getattr(value, "__self__", None)
-            yield b"" if owner is None or isinstance(owner, types.ModuleType) else self.of(owner)
+            owner = getattr(value, "__self__", None)  # of a function its module: `math.sin` is no `cmath.sin`
+            yield owner.__name__.encode() if isinstance(owner, types.ModuleType) else self.of(owner)
         else:
             yield from map(self.of, (type(value), _state(value)))
 

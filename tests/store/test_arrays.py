@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import zipfile
 from pathlib import Path
@@ -70,3 +71,36 @@ def test_objects_are_refused(array: np.ndarray, tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", a=array)
     with pytest.raises(ValueError, match=r"(?i)object"):
         read_arrays(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("claimed", "packed", "refused"),
+    [
+        (2**28, 100, False),
+        (2**28 + 1, 100, True),
+        (200 * 2**21, 2**21, False),
+        (200 * 2**21 + 1, 2**21, True),
+        (2**28 + 1, 2**21, False),
+    ],
+)
+def test_members_may_unpack_to_256_mib_or_200_times_their_size(
+    claimed: int, packed: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "a.npz", a=np.arange(3))
+    listed = zipfile.ZipFile.infolist
+
+    def infolist(self: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+        (member,) = listed(self)
+        claims = copy.copy(member)
+        claims.file_size, claims.compress_size = claimed, packed
+        monkeypatch.setattr(self, "read", lambda _: plain)
+        return [claims]
+
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        plain = archive.read("a.npy")
+    monkeypatch.setattr(zipfile.ZipFile, "infolist", infolist)
+    if refused:
+        with pytest.raises(ValueError, match=rf"^a\.npy would unpack to {claimed / 2**30:.1f} GiB$"):
+            read_arrays(tmp_path / "a.npz")
+    else:
+        assert read_arrays(tmp_path / "a.npz")["a"].tolist() == [0, 1, 2]

@@ -657,3 +657,21 @@ def test_a_model_is_named_by_weights_and_hooks(tiny_folder: Any) -> None:
     with torch.no_grad():
         list(model.parameters())[-1].view(-1)[-1] += 1e-6
     assert model_fingerprint(model) != name
+
+
+def test_facts_of_a_model_that_count_are_those_behind_its_numbers(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("gpt_neox", "bridge")
+    facts = {
+        "architecture": "a", "backend": "b", "dtype": "c", "processed_weights": False,
+        "transformer_lens": "d", "model": "e", "device": "f", "memlens": "g",
+    }  # fmt: skip
+    names = {}
+    for changed in (None, *facts):
+        given = facts if changed is None else {**facts, changed: "another"}
+        monkeypatch.setattr(fingerprints, "describe", lambda model, given=given: given)
+        names[changed] = model_fingerprint(model)
+    counting = {changed for changed, name in names.items() if name != names[None]}
+    assert counting == {"architecture", "backend", "dtype", "processed_weights", "transformer_lens"}
+    assert len(set(names.values())) == 6
