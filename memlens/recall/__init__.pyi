@@ -16,6 +16,7 @@ from .extraction import extraction_curve as extraction_curve
 from .sampling import Sampling as Sampling
 from .sampling import samples_needed as samples_needed
 from .score import score_recall as score_recall
+from .score_file import score_to_file as score_to_file
 from .scores import RecallScores as RecallScores
 from .taxonomy import TaxonomyRules as TaxonomyRules
 from .taxonomy import recall_classes as recall_classes

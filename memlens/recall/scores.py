@@ -61,6 +61,15 @@ def _summary(table: pd.DataFrame, by: str, group: object, options: dict[str, Any
     return found.astype({"n": int})
 
 
+def summarized(table: pd.DataFrame, **options: Any) -> pd.DataFrame:
+    """Return the means of a table of scores with their intervals; see `RecallScores.summary`."""
+    parts = [_summary(table, "all", "all", options)]
+    for column in (name for name in GROUPS if name in table):
+        groups = table.groupby(column, sort=True)
+        parts += [_summary(part, column, value, options) for value, part in groups]
+    return pd.concat(parts, ignore_index=True)
+
+
 class _MatchingOptions(TypedDict, total=False):
     seed: int
     threshold: float
@@ -224,12 +233,7 @@ class RecallScores:
             Columns `by` ("all", "copies" or "domain"), `group`, `metric`, `mean`, `low`, `high`, `n`,
             `method`.
         """
-        options = {"level": level, "n_resamples": n_resamples, "seed": seed}
-        parts = [_summary(self.table, "all", "all", options)]
-        for column in (name for name in GROUPS if name in self.table):
-            groups = self.table.groupby(column, sort=True)
-            parts += [_summary(part, column, value, options) for value, part in groups]
-        return pd.concat(parts, ignore_index=True)
+        return summarized(self.table, level=level, n_resamples=n_resamples, seed=seed)
 
     def save(self, path: str | Path) -> Path:
         """Write scores and sequences to one file, in the format of its suffix.

@@ -6,7 +6,8 @@ an ordinary table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 
 from memlens.errors import ColumnError, FileFormatError
 from memlens.files import exact_json, expanded, parsed_exact, parsing, replacing
-from memlens.sequences.set import RESERVED_COLUMNS, SequenceSet
+from memlens.sequences.set import RESERVED_COLUMNS, SequenceSet, unique_ids
 
 _KEY = b"memlens"
 
@@ -39,6 +40,34 @@ def write_table(frame: pd.DataFrame, path: str | Path, **settings: Any) -> Path:
     return _write(pa.Table.from_pandas(frame, preserve_index=False), path, settings)
 
 
+def join_parquet(parts: Sequence[Path], path: str | Path, **extra: Any) -> Path:
+    """Write the rows of several files of `write_parquet`, in order, to one (whole or not at all).
+
+    It is written a part at a time. Columns have the types that hold the values of all parts; ids that occur
+    in several parts get a suffix, with a warning. The settings are those of the first part, with `extra`.
+    """
+    schema = pa.unify_schemas([pq.read_schema(part) for part in parts], promote_options="permissive")
+    settings = [read_settings(part) for part in parts]
+    about = {**settings[0], "width": max(each["width"] for each in settings), **extra}
+    schema = schema.with_metadata({**(schema.metadata or {}), _KEY: exact_json(about)})
+    ids = [str(name) for part in parts for name in pq.read_table(part, columns=["id"])["id"].to_pylist()]
+    unique = unique_ids(ids)
+    if unique != ids:
+        warnings.warn(f"{len(ids) - len(set(ids))} ids occur again and get a suffix", stacklevel=3)
+    with replacing(path) as new, pq.ParquetWriter(new, schema) as writer:
+        first = 0
+        for part in parts:
+            table = pq.read_table(part)
+            named = pa.array(unique[first : first + len(table)], pa.string())
+            table = table.set_column(table.schema.get_field_index("id"), "id", named)
+            missing = [field for field in schema if field.name not in table.schema.names]
+            for field in missing:
+                table = table.append_column(field, pa.nulls(len(table), field.type))
+            writer.write_table(table.select(schema.names).cast(schema))
+            first += len(table)
+    return expanded(path)
+
+
 def _write(table: pa.Table, path: str | Path, settings: Mapping[str, Any]) -> Path:
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), _KEY: exact_json(settings)})
     with replacing(path) as part:
@@ -55,12 +84,33 @@ def read_table(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     """
     with parsing(path):
         table = _decoded(expanded(path))
-        frame = table.to_pandas()
-        for name in table.schema.names:
-            if pa.types.is_nested(table.schema.field(name).type):
-                frame[name] = pd.Series([_plain(v) for v in frame[name]], index=frame.index, dtype=object)
-        metadata = table.schema.metadata or {}
-        return frame, parsed_exact(metadata[_KEY], dict[str, Any]) if _KEY in metadata else {}
+        return _as_frame(table), _settings(table.schema)
+
+
+def read_frames(path: str | Path, rows: int) -> Iterator[pd.DataFrame]:
+    """Yield a parquet file's table, so many rows at a time, as `read_table` gives it."""
+    with parsing(path), pq.ParquetFile(expanded(path)) as file:
+        for batch in file.iter_batches(batch_size=rows):
+            yield _as_frame(pa.Table.from_batches([batch]))
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Return memlens' settings in a parquet file, without its table; none of another program's file."""
+    with parsing(path):
+        return _settings(pq.read_schema(expanded(path)))
+
+
+def _as_frame(table: pa.Table) -> pd.DataFrame:
+    frame = table.to_pandas()
+    for name in table.schema.names:
+        if pa.types.is_nested(table.schema.field(name).type):
+            frame[name] = pd.Series([_plain(v) for v in frame[name]], index=frame.index, dtype=object)
+    return frame
+
+
+def _settings(schema: pa.Schema) -> dict[str, Any]:
+    metadata = schema.metadata or {}
+    return parsed_exact(metadata[_KEY], dict[str, Any]) if _KEY in metadata else {}
 
 
 _LARGE, _PACKED = 2**30, 200
