@@ -38,8 +38,6 @@ from memlens.studies.registry import ModelChoice, SequenceChoice
 if TYPE_CHECKING:
     import pandas as pd
 
-    from memlens.recall.scores import RecallScores
-
 
 def _packages() -> str | None:
     """Return which packages extend memlens: they may add studies to `memlens run`."""
@@ -145,6 +143,7 @@ def score(
     n_samples: int = 100,
     probability: float = 0.5,
     min_k: float = 0.2,
+    portion: int | None = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -165,45 +164,51 @@ def score(
         n_samples: n of (n, p)-discoverable.
         probability: p of (n, p)-discoverable.
         min_k: Share of the targets that Min-K % averages over.
+        portion: Read, score and write so many rows at a time (into .parquet): for sources larger than memory.
+            The same command continues a run that was stopped.
     """
     import memlens as ml
     from memlens.recall.columns import METRIC_GROUPS
-    from memlens.recall.scores import table_suffix
+    from memlens.recall.scores import criterion_of, read_scores, summarized, table_suffix
 
     table_suffix(out)  # before the work, not after it
     named = {"all": list(METRIC_GROUPS), "none": []}
     groups = named.get(metrics, [group.strip() for group in metrics.split(",")])
     for group in groups:
         check_option("metrics", group, ["all", "none", *METRIC_GROUPS])
-    sampling = ml.recall.Sampling(temperature, top_k, top_p)
+    options = {
+        "generate": generate,
+        "metrics": groups,
+        "sampling": ml.recall.Sampling(temperature, top_k, top_p),
+        "n_samples": n_samples,
+        "probability": probability,
+        "min_k": min_k,
+        "progress": not quiet,
+    }
     model = where.load()
-    recall = ml.score_recall(
-        model,
-        what.load(model),
-        generate=generate,
-        metrics=groups,
-        sampling=sampling,
-        n_samples=n_samples,
-        probability=probability,
-        min_k=min_k,
-        progress=not quiet,
-    )
-    path = recall.save(out)
-    if as_json:
-        rows = records(recall.table.assign(prefix_len=recall.sequences.prefix_len.numpy()))
-        print_json({"table": path, "summary": records(recall.summary()), "sequences": rows})
+    if portion is None:
+        recall = ml.score_recall(model, what.load(model), **options)
+        path, table = recall.save(out), recall.table
+        rows = table.assign(prefix_len=recall.sequences.prefix_len.numpy()) if as_json else None
     else:
-        print_table(_most_recalled(recall), "What is recalled best")
-        summary = recall.summary()
-        shown = summary.query(f"by == 'all' or metric in ['exact_match', {recall.criterion!r}]")
+        reading = what.reading()
+        path = ml.recall.score_to_file(model, what.sequences, out, size=portion, reading=reading, **options)
+        table, rows = read_scores(path), None
+    summary, best = summarized(table), criterion_of(table)
+    if as_json:
+        listed = {} if rows is None else {"sequences": records(rows)}
+        print_json({"table": path, "summary": records(summary), **listed})
+    else:
+        print_table(_most_recalled(table, best), "What is recalled best")
+        shown = summary.query(f"by == 'all' or metric in ['exact_match', {best!r}]")
         print_table(shown, "Recall (means with 95 % intervals)")
         OUT.print(f"table: {path}")
 
 
-def _most_recalled(recall: RecallScores, most: int = 10) -> pd.DataFrame:
+def _most_recalled(table: pd.DataFrame, criterion: str, most: int = 10) -> pd.DataFrame:
     """The sequences that are recalled best, with the columns that tell which they are."""
-    order = [name for name in ("exact_match", recall.criterion, "target_logprob") if name in recall.table]
-    best = recall.table.sort_values(order, ascending=False, kind="stable").head(most)
+    order = [name for name in ("exact_match", criterion, "target_logprob") if name in table]
+    best = table.sort_values(order, ascending=False, kind="stable").head(most)
     shown = [name for name in ("id", "text", "domain", "copies", *order, "np_discoverable") if name in best]
     rows = best.filter(list(dict.fromkeys(shown)))
     return rows.map(lambda value: f"{value[:60]}…" if isinstance(value, str) and len(value) > 60 else value)

@@ -22,7 +22,7 @@ from memlens.results.kinds import register_kind
 from memlens.results.plots.layers import plot_recall
 from memlens.results.readings import read_recall
 from memlens.results.statistics.intervals import is_binary, mean_interval
-from memlens.sequences.parquet import read_parquet, write_parquet
+from memlens.sequences.parquet import read_columns, read_parquet, write_parquet
 from memlens.sequences.set import Attr, SequenceSet
 
 if TYPE_CHECKING:
@@ -59,6 +59,16 @@ def _summary(table: pd.DataFrame, by: str, group: object, options: dict[str, Any
             found.loc[rows, "n"] = interval["n"].values
             found.loc[rows, "method"] = method
     return found.astype({"n": int})
+
+
+def criterion_of(table: pd.DataFrame) -> str:
+    """Return the column of a table of scores that decides what is memorized: `RecallScores.criterion`."""
+    return "memorization_score" if "memorization_score" in table else "target_accuracy"
+
+
+def read_scores(path: str | Path) -> pd.DataFrame:
+    """Return the ids, groups and numbers of a file of scores, without its texts and tokens."""
+    return read_columns(path, ("id", *GROUPS, *BUILT_IN, *COLUMNS))
 
 
 def summarized(table: pd.DataFrame, **options: Any) -> pd.DataFrame:
@@ -138,7 +148,7 @@ class RecallScores:
 
         Both are 1 for exact matches only. Below 1 they differ: the latter, teacher-forced, is more generous.
         """
-        return "memorization_score" if "memorization_score" in self.table else "target_accuracy"
+        return criterion_of(self.table)
 
     def memorized(self, threshold: float = 1.0) -> SequenceSet:
         """Return the sequences whose score is at least `threshold`; by default 1 (exact matches).

@@ -94,6 +94,12 @@ def read_frames(path: str | Path, rows: int) -> Iterator[pd.DataFrame]:
             yield _as_frame(pa.Table.from_batches([batch]))
 
 
+def read_columns(path: str | Path, names: Sequence[str]) -> pd.DataFrame:
+    """Return those of the named columns that a parquet file has."""
+    with parsing(path), pq.ParquetFile(expanded(path)) as file:
+        return _as_frame(file.read([name for name in names if name in file.schema_arrow.names]))
+
+
 def read_settings(path: str | Path) -> dict[str, Any]:
     """Return memlens' settings in a parquet file, without its table; none of another program's file."""
     with parsing(path):

@@ -10,7 +10,7 @@ and `memlens run mine` is there. The module imports nothing heavy, so that help 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
@@ -100,17 +100,16 @@ class SequenceChoice:
     tokens_column: str | None = None
     """Column of token ids, likewise."""
 
+    def reading(self) -> dict[str, Any]:
+        """Return the options of `load_sequences`."""
+        options = {each.name: getattr(self, each.name) for each in fields(self) if each.name in _READING}
+        return {**options, "prepend_bos": {"always": True, "never": False}.get(self.prepend_bos, "auto")}
+
     def load(self, model: Any) -> Any:
         """Read the sequences for a model."""
         import memlens as ml
 
-        return ml.load_sequences(
-            self.sequences, model, prefix_len=self.prefix_len, max_targets=self.max_targets,
-            target=self.target, split=self.split, limit=self.limit, on_short=self.on_short,
-            on_eos=self.on_eos, text_column=self.text_column, prompt_column=self.prompt_column,
-            continuation_column=self.continuation_column, tokens_column=self.tokens_column,
-            prepend_bos="auto" if self.prepend_bos == "auto" else self.prepend_bos == "always",
-        )  # fmt: skip
+        return ml.load_sequences(self.sequences, model, **self.reading())
 
     def read(self, call: Call) -> dict[str, Any]:
         """Return the study's model and sequences."""
@@ -131,6 +130,12 @@ class SequenceChoice:
         pilot = Pilot.of({"sequences": len(seqs), **sizes_of(call.options, sizes)}, number)
         few = at_most(seqs, pilot.sizes["sequences"], 0)
         return pilot.giving({**given, "sequences": few, "options": pilot.options(call.options)})
+
+
+_READING = (
+    "prefix_len", "max_targets", "target", "split", "limit", "prepend_bos", "on_short", "on_eos",
+    "text_column", "prompt_column", "continuation_column", "tokens_column",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,26 @@ def test_score_writes_a_table(tmp_path: Path) -> None:
     assert "exact_match" in out
 
 
+def test_a_source_is_scored_in_portions(tmp_path: Path, recited: tuple[str, str]) -> None:
+    folder, rows = recited
+    found = []
+    for extra in ((), ("--portion", "10")):
+        base = ("score", "-m", folder, "-s", rows, "--prefix-len", "8", "--out", str(tmp_path / "t.parquet"))
+        code, out, err = call(*base, *extra, "-q", "--json")
+        assert code == 0, err
+        found.append(json.loads(out))
+    assert [("sequences" in each) for each in found] == [True, False]
+    for one, other in zip(*(each["summary"] for each in found), strict=True):
+        assert one["n"] == other["n"]
+        assert one["mean"] == pytest.approx(other["mean"], rel=1e-4)
+    code, out, _ = call(*base, "--portion", "10", "-q")
+    assert code == 0
+    assert "recalled best" in out
+    code, _, err = call(*base[:-1], str(tmp_path / "t.csv"), "--portion", "10", "-q")
+    assert code == 2
+    assert ".parquet" in err
+
+
 def test_the_suffix_decides_in_which_format_score_writes(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text('One text of a line, with a comma.\n\nAnother text, quoted "here".\n')
     base = (

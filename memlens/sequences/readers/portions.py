@@ -120,7 +120,8 @@ def _cut(content: Any, size: int, limit: int | None) -> Iterator[Any]:
         while portion := list(islice(rows, size)):
             yield portion
     else:
-        n = len(content) if limit is None else min(limit, len(content))
+        whole: Any = content
+        n = len(whole) if limit is None else min(limit, len(whole))
         for start in range(0, n, size):
             yield _rows(content, start, min(start + size, n))
 
