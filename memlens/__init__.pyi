@@ -46,6 +46,7 @@ from .sweeps.interventions import Intervention as Intervention
 from .sweeps.plan import plan as plan
 from .sweeps.run import measure as measure
 from .sweeps.run import sweep as sweep
+from .sweeps.shards import gather as gather
 
 __version__: str
 from .explorer.explorer import Explorer as Explorer

@@ -99,6 +99,22 @@ class OtherRunError(ResultError):
     """A folder holds the parts of another run than the one that is to continue there."""
 
 
+class UnfinishedError(MemlensError, RuntimeError):
+    """A run that several processes share is not done yet; the message names the missing parts.
+
+    Attributes:
+        missing: The names of the missing parts.
+    """
+
+    def __init__(self, message: str, missing: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.missing = list(missing)
+
+
+class WorkerError(MemlensError, RuntimeError):
+    """Work cannot be given to the workers of an executor, or was lost with them too often."""
+
+
 def near_matches(value: str, known: Iterable[str]) -> str:
     """Return a hint such as `" Did you mean 'zero' or 'mean'?"`, or an empty string.
 

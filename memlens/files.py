@@ -55,6 +55,11 @@ def reading(path: str | Path) -> AbstractContextManager[None]:
     return _errors(PathError, f"{path} cannot be read", "check the path and its permissions")
 
 
+def writing(path: str | Path) -> AbstractContextManager[None]:
+    """Turn an `OSError` of the body, which writes `path`, into a `WriteError` with the path."""
+    return _errors(WriteError, f"{path} cannot be written", "free space, or give another folder")
+
+
 @contextmanager
 def _errors(kind: type[PathError], what: str, advice: str) -> Iterator[None]:
     try:
@@ -329,6 +334,12 @@ def finish_replacing(folder: str | Path) -> Path:
     return folder
 
 
+def scratch_path(path: str | Path) -> Path:
+    """Return a path for a file that `remove_leftovers` removes once this process has ended."""
+    path = expanded(path)
+    return path.with_name(f".{path.name}.{_writer()}.{time.time_ns():x}.part")
+
+
 def write_atomically(path: str | Path, content: bytes | memoryview) -> Path:
     """Write `content` to `path`, whole or not at all (see `replacing`), and return the path."""
     with replacing(path) as part:
@@ -432,7 +443,7 @@ def remove_leftovers(folder: str | Path) -> None:
     for file in Path(folder).glob(".*.part"):
         writer = re.search(r"\.(\w+)-(\d+)\.[^.]+\.part$", file.name)
         with suppress(OSError):
-            ended = writer is not None and writer[1] == _machine() and not _runs(int(writer[2]))
+            ended = writer is not None and writer[1] == _machine() and not process_runs(int(writer[2]))
             if ended or file.stat().st_mtime < time.time() - 86_400:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
 
@@ -445,7 +456,8 @@ def _machine() -> str:
     return re.sub(r"\W", "_", platform.node())[:40] or "unnamed"
 
 
-def _runs(process: int) -> bool:
+def process_runs(process: int) -> bool:
+    """Return whether a process of this machine runs, given its number."""
     if os.name != "posix":  # elsewhere signal 0 ends a process
         return True
     try:

@@ -52,6 +52,9 @@ class NoiseSource:
         """What identifies it, without the numbers it currently holds."""
         return {"seed": self.seed, "draw": self.draw}
 
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.__init__(**state)
+
     def of(self, batch: Batch, width: int) -> Float[Tensor, "batch pos width"]:
         """Return `width` numbers per position; 0 where there is no token."""
         key = (width, *batch.rows.tolist())

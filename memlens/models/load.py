@@ -28,7 +28,7 @@ from memlens.models.huggingface import (
     prepare_tokenizer,
 )
 from memlens.models.names import checkpoint_revision, local_checkpoint, resolve_source
-from memlens.models.provenance import Origin, remember, remember_origin
+from memlens.models.provenance import Origin, remember, remember_origin, remember_recipe
 from memlens.models.quiet import quiet
 from memlens.models.state import keep_fresh
 
@@ -116,6 +116,7 @@ def load_model(
         >>> type(model).__name__, model.cfg.n_layers
         ('TransformerBridge', 2)
     """
+    given = {key: value for key, value in locals().items() if key != "name"}
     options = _check_options(backend, dtype, device, device_map, process_weights, check_weights)
     if isinstance(name, nn.Module):
         misplaced: dict[str, Any] = {"revision": revision, "checkpoint_step": checkpoint_step}
@@ -150,6 +151,7 @@ def load_model(
         model = _wrap(hf_model, tokenizer, options, name=source.name, revision=fact)
     keep_fresh(model)
     remember_origin(model, Origin(source, revision, trust_remote_code, allow_pickle))
+    remember_recipe(model, name, given)
     return model
 
 

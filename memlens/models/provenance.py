@@ -1,15 +1,19 @@
-"""What a result records about its model."""
+"""Where a model comes from: what a result records about it, and how another process loads it again."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from memlens.errors import WorkerError
 from memlens.models.families import architecture_of, family_of
+from memlens.models.zoo import is_zoo_name
 
 if TYPE_CHECKING:
     from memlens.models.names import Source
@@ -48,6 +52,72 @@ def remember_origin(model: nn.Module, origin: Origin) -> None:
 def origin_of(model: nn.Module) -> Origin | None:
     """Return the checkpoint that a model was loaded from; None for a model that was made in memory."""
     return _ORIGINS.get(model)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The arguments of `load_model` that gave a model.
+
+    Attributes:
+        name: A name, or the absolute path of a folder or file.
+        options: The keyword arguments: backend, revision, dtype, device, … A device that was not given is
+            chosen where the model is loaded.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+
+    def load(self) -> Any:
+        """Load the model."""
+        from memlens.models.load import load_model
+
+        return load_model(self.name, **self.options)
+
+
+_RECIPES: WeakKeyDictionary[nn.Module, tuple[Recipe, list[Any]]] = WeakKeyDictionary()
+"""Recipes by model, with the state of the weights after loading; dropped with the model."""
+
+
+def remember_recipe(model: nn.Module, name: str | Path, options: Mapping[str, Any]) -> None:
+    """Record by which arguments a model was loaded."""
+    place = Path(name).expanduser()
+    is_path = place.exists() and not (isinstance(name, str) and is_zoo_name(name))
+    _RECIPES[model] = Recipe(str(place.absolute() if is_path else name), dict(options)), _state(model)
+
+
+def recipe_of(model: nn.Module) -> Recipe:
+    """Return the recipe of a model.
+
+    Raises:
+        WorkerError: The model was not loaded by a name or path, was edited after it was loaded, or has hooks:
+            loading it again would give another one.
+    """
+    found = _RECIPES.get(model)
+    if found is None:
+        raise WorkerError(
+            f"this {type(model).__name__} was not loaded by a name or a path, so that workers cannot load "
+            "it: "
+            "save it to a folder, and give load_model the path."
+        )
+    recipe, state = found
+    if state != _state(model):
+        raise WorkerError(
+            f"{recipe.name!r} was edited after it was loaded, so that workers would load another model: save "
+            "the edited one to a folder, and give load_model the path."
+        )
+    points: Mapping[str, Any] = getattr(model, "hook_dict", {})
+    if hooked := [name for name, point in points.items() if point.fwd_hooks]:
+        raise WorkerError(
+            f"{recipe.name!r} has a hook on {hooked[0]!r}, which workers would not have: remove it "
+            "(model.reset_hooks()), or make it part of the interventions."
+        )
+    return recipe
+
+
+def _state(model: nn.Module) -> list[Any]:
+    """What changes when a weight is written to or gets another dtype; the device does not count."""
+    parameters = nn.Module.named_parameters(model)
+    return [(n, p.dtype, tuple(p.shape), -1 if p.is_inference() else p._version) for n, p in parameters]
 
 
 def remember(model: nn.Module, /, **facts: Fact) -> None:

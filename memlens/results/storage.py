@@ -15,8 +15,9 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,15 @@ def _rows_at_once(file: xr.Dataset) -> int:
     return max(1, _READ * rows // max(1, widest.nbytes) // stored) * stored
 
 
+@contextmanager
+def _own_locks() -> Iterator[None]:
+    """Keep xarray from asking an active Dask cluster for a lock on a file that only this process sees."""
+    dask = sys.modules.get("dask")
+    with nullcontext() if dask is None else dask.config.set(scheduler="threads"):
+        yield
+
+
+@_own_locks()
 def save_dataset(data: xr.Dataset, path: str | Path) -> Path:
     """Write `data` to `path` atomically.
 

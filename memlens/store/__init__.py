@@ -1,1 +1,1 @@
-"""Runs on disk: fingerprints and keyed folders that resume."""
+"""Runs on disk: fingerprints, keyed folders that resume, parts, claims and executors."""

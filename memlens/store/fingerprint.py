@@ -12,6 +12,7 @@ The bytes of tensors are hashed by xxh3-128, which runs at the speed of memory (
 from __future__ import annotations
 
 import copyreg
+import dis
 import functools
 import hashlib
 import sys
@@ -335,19 +336,34 @@ def _class_name(cls: type) -> bytes:
 
 def _named_values(fn: types.FunctionType) -> list[Any]:
     """What a function closes over, and the global values that it names, in nested functions too."""
-    names: set[str] = set()
-    codes = [fn.__code__]
-    while codes:
-        code = codes.pop()
-        names |= set(code.co_names)
-        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    globals_, names = _names(fn.__code__)
     known = fn.__globals__
     if _is_installed(fn.__module__ or ""):
-        found = {n: v for n in sorted(names) if isinstance(v := known.get(n), (types.FunctionType, *_PLAIN))}
+        found = {n: v for n in globals_ if isinstance(v := known.get(n), (types.FunctionType, *_PLAIN))}
     else:
-        found = {n: known.get(n, sys.modules.get(n)) for n in sorted(names) if n in known or n in sys.modules}
+        found = {n: known.get(n, sys.modules.get(n)) for n in globals_ if n in known or n in sys.modules}
     cells = [c.cell_contents for c in fn.__closure__ or () if _is_filled(c)]
     return [_attributes(value, names) for value in (*found.values(), *cells)] + [list(found)]
+
+
+@functools.lru_cache(maxsize=10_000)
+def _names(code: types.CodeType) -> tuple[list[str], frozenset[str]]:
+    """The names that code looks up as global values or imports, sorted; and these with names of attributes.
+
+    An attribute that is called like a global value does not count as one: a function that another process
+    unpickled has only those global values that it uses.
+    """
+    looked_up = {i.argval for i in dis.get_instructions(code) if i.opname in _LOOKS_UP}
+    names = set(code.co_names)
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            inside, more = _names(const)
+            looked_up |= {*inside}
+            names |= more
+    return sorted(looked_up), frozenset(names)
+
+
+_LOOKS_UP = ("LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME")
 
 
 def _attributes(value: Any, names: Iterable[str]) -> Any:

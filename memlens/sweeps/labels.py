@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,30 +30,59 @@ def _grid_keys(interventions: Sequence[Intervention]) -> list[str] | None:
     return keys if len(cells) == len(interventions) else None
 
 
-def gridded(
-    values: Values, interventions: Sequence[Intervention], per_token: bool
-) -> tuple[dict[str, Any], dict[str, list[Hashable]]]:
-    """Spread `[seq, intervention, …]` over the grid of the interventions' coordinates.
+@dataclass(frozen=True)
+class Grid:
+    """Where the interventions of a sweep are in its result.
 
-    Returns:
-        The variables with their dimensions, NaN in cells without an intervention; and the coordinates of the
-        dimensions other than `sequence`.
+    Attributes:
+        keys: The dimensions that they spread over.
+        axes: The coordinates of each.
+        index: The place of each intervention, `[intervention, key]`; None where they lie along one axis in
+            order.
     """
-    keys = _grid_keys(interventions)
-    dims = ("sequence", *(keys or ["intervention"]))
-    tails = {name: ("target",) if per_token and array.ndim > 2 else () for name, array in values.items()}
-    if keys is None:
-        variables: dict[str, Any] = {n: ((*dims, *tails[n]), array) for n, array in values.items()}
-        return variables, {"intervention": [i.name for i in interventions]}
-    axes = {key: list(dict.fromkeys(i.coords[key] for i in interventions)) for key in keys}
-    places = {key: {value: n for n, value in enumerate(axis)} for key, axis in axes.items()}
-    index = tuple(np.array([places[key][i.coords[key]] for i in interventions]) for key in keys)
-    variables = {}
-    for name, array in values.items():
-        grid = np.full((len(array), *map(len, axes.values()), *array.shape[2:]), np.nan, array.dtype)
-        grid[(slice(None), *index)] = array
-        variables[name] = ((*dims, *tails[name]), grid)
-    return variables, axes
+
+    keys: list[str]
+    axes: dict[str, list[Hashable]]
+    index: np.ndarray | None
+
+    @classmethod
+    def of(cls, interventions: Sequence[Intervention]) -> Grid:
+        """Return the grid of the coordinates that all of them share, or one dimension of their names."""
+        keys = _grid_keys(interventions)
+        if keys is None:
+            return cls(["intervention"], {"intervention": [i.name for i in interventions]}, None)
+        axes = {key: list(dict.fromkeys(i.coords[key] for i in interventions)) for key in keys}
+        places = {key: {value: n for n, value in enumerate(axis)} for key, axis in axes.items()}
+        return cls(
+            keys, axes, np.array([[places[key][i.coords[key]] for key in keys] for i in interventions])
+        )
+
+    @property
+    def cells(self) -> dict[str, Any]:
+        """The places as a variable of a result."""
+        places = np.arange(len(self.axes[self.keys[0]]))[:, None] if self.index is None else self.index
+        return {"cell": (("item", "axis"), places)}
+
+    def variables(self, baseline: Values, values: Values, *, per_token: bool) -> dict[str, Any]:
+        """Return the variables of a result with their dimensions, NaN in cells without an intervention.
+
+        Args:
+            baseline: `[seq, …]` of each metric.
+            values: `[seq, intervention, …]` of each metric.
+            per_token: Whether metrics have a `target` axis at the end.
+        """
+        found: dict[str, Any] = {}
+        for name, array in values.items():
+            tail = ("target",) if per_token and array.ndim > 2 else ()
+            grid = array
+            if self.index is not None:
+                sizes = map(len, self.axes.values())
+                grid = np.full((len(array), *sizes, *array.shape[2:]), np.nan, array.dtype)
+                grid[(slice(None), *self.index.T)] = array
+            found[name] = (("sequence", *self.keys, *tail), grid)
+        for name, array in baseline.items():
+            found[f"{name}_baseline"] = (("sequence", *(["target"] * per_token)), array)
+        return found
 
 
 def labels_of(seqs: SequenceSet) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -19,10 +18,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from memlens.errors import EmptySetError, InterventionError, WriteError, check_option
-from memlens.files import expanded, replacing
+from memlens.errors import EmptySetError, InterventionError, OptionError, WriteError, check_option
+from memlens.files import expanded
 from memlens.forward.batches import make_batches
-from memlens.forward.exclusive import computes
+from memlens.forward.exclusive import computation, computes
 from memlens.forward.hooks import resolve_hook
 from memlens.forward.memory import Budget
 from memlens.forward.metrics import MetricLike, as_metrics
@@ -33,15 +32,17 @@ from memlens.results.readings import read_effects
 from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
+from memlens.store.executors import run_parts
 from memlens.store.fingerprint import fingerprint, model_fingerprint
-from memlens.store.keyed_folder import KeyedFolder, read_arrays
+from memlens.store.sharing import Part, check_finished, do_share
 from memlens.sweeps.contexts import in_dtype
 from memlens.sweeps.engine.engine import Engine
 from memlens.sweeps.engine.schedule import joined, run_batches
 from memlens.sweeps.interventions import Intervention
-from memlens.sweeps.labels import Values, gridded, make_result
+from memlens.sweeps.labels import Grid, Values, make_result
 from memlens.sweeps.plan import intervention_flops
 from memlens.sweeps.randomness import with_watched_draws
+from memlens.sweeps.shards import Shard, ShardStore, assembled, cut, save_frame
 
 ENGINES = ("fast", "reference")
 _LOG = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class SweepOptions(TypedDict, total=False):
     batch_size: int | None
     progress: bool
     out: str | Path | None
+    part: Part | None
+    executor: Any
     check_dtype: bool | None
 
 
@@ -75,6 +78,8 @@ def sweep(
     batch_size: int | None = None,
     progress: bool = True,
     out: str | Path | None = None,
+    part: Part | None = None,
+    executor: Any = None,
     check_dtype: bool | None = None,
     seed: int | None = None,
     kind: str = "sweep",
@@ -100,6 +105,12 @@ def sweep(
         progress: Show a progress bar that counts floating-point operations.
         out: A folder for every finished part, and at the end for `result.nc`. The same call computes only
             what is missing, however the last one ended; the values are those of an uninterrupted run.
+        part: Only a share of the parts in `out`, for job arrays: (i, n) or "i/n" for each n-th part beginning
+            with the i-th (from 0), "slurm" for the same from the variables of a Slurm job array, "auto" for
+            whatever no other process has claimed. What others do is left to them.
+        executor: Do the parts on the workers of an executor of `concurrent.futures`, or of
+            `client.get_executor()` of Dask Distributed. They share the folder `out`, and load the model by
+            the arguments that `load_model` was given here.
         check_dtype: Also run a sample in float32 and record the largest differences as the setting
             `float32_agreement`; by default where the weights have 16 bits.
         seed: For hooks that draw random numbers: each call of a function of your own starts torch's, numpy's
@@ -120,6 +131,9 @@ def sweep(
         InterventionError: A hook raised; the message names it.
         NonFiniteError: The unchanged model gives NaN or infinity.
         ResultError: `out` holds another sweep, or a damaged part.
+        UnfinishedError: With `part`: this share is done, and parts of others are missing.
+        WorkerError: With `executor`: the model or a hook cannot be sent to workers, or a part was lost with
+            its worker too often.
 
     Example:
         >>> import memlens as ml
@@ -137,53 +151,197 @@ def sweep(
         engine = "reference"
     _check_inputs(trunk, sequences, interventions)
     budget = Budget.of(trunk, sequences, memory_budget, batch_size)
-    runner = Engine.of(trunk, sequences, metrics, budget, per_token=per_token)
     costs = intervention_flops(trunk, sequences, interventions, fast=engine == "fast")
-    store = None
-    shards = [Shard(range(len(sequences)), range(len(interventions)))]
-    if out is not None:
-        seeded = {} if seed is None else {"seed": seed, "batch_size": budget.batch_size}
-        about = _about(model, sequences, interventions, metrics, engine=engine, per_token=per_token, **seeded)
-        most = _SHARD_FLOPS.get(trunk.device.type, _SHARD_FLOPS["cuda"])
-        store = ShardStore(out, about, cut(len(sequences), costs, budget.batch_size, most))
-        shards = store.shards
-    watched = with_watched_draws(interventions, seed)
-    parts = []
-    with tqdm(
+    given = (model, sequences, interventions, metrics)
+    runner = _Runner(
+        *given, costs=costs, engine=engine, per_token=per_token, budget=budget, memory_budget=memory_budget,
+        seed=seed,
+    )  # fmt: skip
+    recorded: dict[str, Any] = {
+        "engine": engine,
+        "metrics": [metric.name for metric in measured],
+        "per_token": per_token,
+        **runner.seeded,
+        **(settings or {}),
+    }
+    grid = Grid.of(interventions)
+    bar = tqdm(
         total=sum(costs) * len(sequences),
         disable=not progress,
         desc=f"{kind.replace('_', ' ')}: {len(interventions):,} x {len(sequences):,}",
         unit="FLOP",
         unit_scale=True,
-    ) as bar:
-        for shard in shards:
-            done = None if store is None else store.load(shard)
-            some = [(costs[i], watched[i]) for i in shard.items]
-            if done is not None:
-                bar.update(sum(cost for cost, _ in some) * len(shard.rows))
-                bar.initial = bar.n  # what was done before counts for no speed
-            else:
-                done = run_batches(runner, sequences, some, engine, budget, bar, shard.rows)
-                if store is not None:
-                    store.save(shard, *done)
-            parts.append((shard, *done))
-    baseline, values = _assembled(parts)
+    )
+    with bar:
+        if out is None:
+            if part is not None or executor is not None:
+                raise OptionError("part= and executor= need a folder that all workers share: give out=.")
+            baseline, values = runner.run(Shard(range(len(sequences)), range(len(interventions))), bar)
+        else:
+            about = runner.about
+            most = _SHARD_FLOPS.get(trunk.device.type, _SHARD_FLOPS["cuda"])
+            store = ShardStore(out, about, cut(len(sequences), costs, budget.batch_size, most))
+            if part is not None or executor is not None:
+                frame = make_result(kind, model, sequences, grid.cells, grid.axes, recorded)
+                save_frame(out, frame, grid, per_token, measured)
+                _share(_SweepJob(runner, store), part, executor, bar)
+            baseline, values = _from_parts(runner, store, bar)
     _warn_not_finite(values)
-    recorded: dict[str, Any] = {
-        "engine": engine,
-        "metrics": [metric.name for metric in measured],
-        "per_token": per_token,
-        **({} if seed is None else {"seed": seed, "batch_size": budget.batch_size}),
-        **(settings or {}),
-    }
     if trunk.dtype.itemsize < 4 if check_dtype is None else check_dtype:
         recorded["float32_agreement"] = agreement_with_float32(
             trunk, sequences, interventions, metrics, baseline, values, per_token=per_token
         )
-    variables, coords = gridded(values, interventions, per_token)
-    for name, array in baseline.items():
-        variables[f"{name}_baseline"] = (("sequence", *(["target"] * per_token)), array)
-    return kept(make_result(kind, model, sequences, variables, coords, recorded, measured), out)
+    variables = grid.variables(baseline, values, per_token=per_token)
+    return kept(make_result(kind, model, sequences, variables, grid.axes, recorded, measured), out)
+
+
+class _Runner:
+    """Computes the parts of a sweep.
+
+    Args:
+        model: The model, like the next arguments as of `sweep`.
+        sequences: The sequences.
+        interventions: The interventions.
+        metrics: The metrics.
+        costs: What each intervention costs on one sequence, in FLOP.
+        engine: "fast" or "reference".
+        per_token: Whether values have a `target` axis.
+        budget: How much runs at a time.
+        memory_budget: What was given for it.
+        seed: Of hooks that draw random numbers.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sequences: SequenceSet,
+        interventions: Sequence[Intervention],
+        metrics: Sequence[MetricLike],
+        *,
+        costs: Sequence[float],
+        engine: str,
+        per_token: bool,
+        budget: Budget,
+        memory_budget: int | None,
+        seed: int | None,
+    ) -> None:
+        self.given = (model, sequences, interventions, metrics)
+        self.memory_budget, self.seed = memory_budget, seed
+        self._watched = with_watched_draws(interventions, seed)
+        self.costs, self.engine, self.per_token, self.budget = costs, engine, per_token, budget
+        self._engine = Engine.of(Trunk(model), sequences, metrics, budget, per_token=per_token)
+
+    def __reduce__(self) -> Any:
+        # another device has another amount of memory, but the rows of a batch belong to the result
+        options = (self.costs, self.engine, self.per_token, self.memory_budget, self.seed)
+        options = (*options, self.budget.batch_size)
+        return _runner_elsewhere, (*self.given, *options)
+
+    @property
+    def seeded(self) -> dict[str, int]:
+        """What random numbers depend on, where there is a seed."""
+        return {} if self.seed is None else {"seed": self.seed, "batch_size": self.budget.batch_size}
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What identifies the sweep."""
+        return _about(*self.given, engine=self.engine, per_token=self.per_token, **self.seeded)
+
+    def run(self, shard: Shard, bar: Any) -> tuple[Values, Values]:
+        """Return a part's baseline and values."""
+        sequences = self.given[1]
+        some = [(self.costs[i], self._watched[i]) for i in shard.items]
+        return run_batches(self._engine, sequences, some, self.engine, self.budget, bar, shard.rows)
+
+    def cost(self, shard: Shard) -> float:
+        """Return what a part costs, in FLOP."""
+        return sum(self.costs[i] for i in shard.items) * len(shard.rows)
+
+
+def _runner_elsewhere(
+    model: Any,
+    sequences: SequenceSet,
+    interventions: Sequence[Intervention],
+    metrics: Sequence[MetricLike],
+    costs: Sequence[float],
+    engine: str,
+    per_token: bool,
+    memory_budget: int | None,
+    seed: int | None,
+    batch_size: int,
+) -> _Runner:
+    budget = Budget.of(Trunk(model), sequences, memory_budget, batch_size)
+    return _Runner(
+        model, sequences, interventions, metrics, costs=costs, engine=engine, per_token=per_token,
+        budget=budget, memory_budget=memory_budget, seed=seed,
+    )  # fmt: skip
+
+
+def _from_parts(runner: _Runner, store: ShardStore, bar: Any) -> tuple[Values, Values]:
+    """Read the parts that are there, and compute and save the others."""
+    parts = []
+    for shard in store.shards:
+        done = store.load(shard)
+        if done is None:
+            done = runner.run(shard, bar)
+            store.save(shard, *done)
+        elif bar.n < bar.total:
+            bar.update(runner.cost(shard))
+            bar.initial = bar.n  # what was done before counts for no speed
+        parts.append((shard, *done))
+    return assembled(parts)
+
+
+class _SweepJob:
+    """The parts of a sweep for `run_parts` and `do_share`.
+
+    Args:
+        runner: Computes them.
+        store: Its folder; opened anew in another process, where what arrived must be the same sweep.
+    """
+
+    folder: Path
+
+    def __init__(self, runner: _Runner, store: ShardStore) -> None:
+        self.runner, self.store, self.folder = runner, store, store.folder.path
+        self.shards = {shard.name: shard for shard in store.shards}
+
+    def __reduce__(self) -> Any:
+        return _job_elsewhere, (self.runner, str(self.folder.absolute()), self.store.shards)
+
+    def done(self, part: str) -> bool:
+        """Whether a part's file is there."""
+        return self.store.is_done(part)
+
+    @torch.no_grad()
+    def work(self, part: str, bar: Any = None) -> None:
+        """Compute and save a part."""
+        with computation(self.runner.given[0]):
+            bar = tqdm(disable=True) if bar is None else bar
+            self.store.save(self.shards[part], *self.runner.run(self.shards[part], bar))
+
+
+def _job_elsewhere(runner: _Runner, folder: str, shards: Sequence[Shard]) -> _SweepJob:
+    return _SweepJob(runner, ShardStore(folder, runner.about, shards))
+
+
+def _share(job: _SweepJob, part: Part | None, executor: Any, bar: Any) -> None:
+    """Do a share of a sweep's parts, or all of them on other processes, and check that none is missing."""
+    names = list(job.shards)
+    for name in names:
+        if job.done(name):
+            bar.update(job.runner.cost(job.shards[name]))
+            bar.initial = bar.n
+    if part is not None and executor is not None:
+        raise OptionError("part= and executor= contradict each other: give one.")
+    if executor is not None:
+        run_parts(
+            executor, job, [name for name in names if not job.done(name)],
+            on_done=lambda name, _: bar.update(job.runner.cost(job.shards[name])),
+        )  # fmt: skip
+    elif part is not None:
+        do_share(part, names, job.folder, job.done, lambda name: job.work(name, bar))
+    check_finished(names, job.folder, job.done)
 
 
 def kept(result: Result, out: str | Path | None) -> Result:
@@ -223,19 +381,6 @@ def _about(
         "the metrics": fingerprint(list(metrics), model),
         "the options": fingerprint(options),
     }
-
-
-def _assembled(parts: Sequence[tuple[Shard, Values, Values]]) -> tuple[Values, Values]:
-    """Join parts, which are ordered by their sequences and then by their interventions."""
-    rows: dict[range, list[tuple[Values, Values]]] = {}
-    for shard, base, values in parts:
-        rows.setdefault(shard.rows, []).append((base, values))
-    _, bases, found = parts[0]
-    base = {n: joined([some[0][0][n] for some in rows.values()]) for n in bases}
-    values = {
-        n: joined([np.concatenate([v[n] for _, v in some], 1) for some in rows.values()]) for n in found
-    }
-    return base, values
 
 
 def _check_inputs(trunk: Trunk, seqs: SequenceSet, interventions: Sequence[Intervention]) -> None:
@@ -295,93 +440,6 @@ def measure(
     else:
         parts = [engine.baseline(batch, targets).values for batch, targets in batches]
     return {name: joined([p[name].numpy() for p in parts]) for name in parts[0]}
-
-
-_PARTS_VERSION = 2
-"""The version of the format; version 1 used fingerprints that could collide."""
-_FEWEST = 16
-"""The smallest number of interventions per part, since each part runs the unchanged model once."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A part of a sweep: some sequences under some interventions.
-
-    Attributes:
-        rows: Row numbers of the sequences.
-        items: Numbers of the interventions.
-    """
-
-    rows: range
-    items: range
-
-    @property
-    def name(self) -> str:
-        """The name of its file."""
-        return (
-            f"sequences-{self.rows.start:06d}-{self.rows.stop:06d}"
-            f"-interventions-{self.items.start:06d}-{self.items.stop:06d}.npz"
-        )
-
-
-def cut(n_sequences: int, costs: Sequence[float], batch_size: int, most: float) -> list[Shard]:
-    """Divide a sweep into parts of about the same cost.
-
-    >>> [(s.rows, s.items) for s in cut(3, [1.0] * 40, 2, 40.0)]
-    [(range(0, 2), range(0, 20)), (range(0, 2), range(20, 40)), (range(2, 3), range(0, 40))]
-    """
-    shards = []
-    for first in range(0, n_sequences, batch_size):
-        rows = range(first, min(first + batch_size, n_sequences))
-        start, cost = 0, 0.0
-        for i, each in enumerate(costs):
-            if i - start >= _FEWEST and cost + each * len(rows) > most:
-                shards.append(Shard(rows, range(start, i)))
-                start, cost = i, 0.0
-            cost += each * len(rows)
-        shards.append(Shard(rows, range(start, len(costs))))
-    return shards
-
-
-class ShardStore:
-    """The finished parts of one sweep in a folder.
-
-    Raises:
-        OtherRunError: The folder belongs to another sweep, or another version of memlens wrote it.
-        ResultError: Its manifest cannot be read.
-    """
-
-    folder: KeyedFolder
-    shards: list[Shard]
-
-    def __init__(self, folder: str | Path, about: Mapping[str, str], shards: Sequence[Shard]) -> None:
-        cut = [[s.rows.start, s.rows.stop, s.items.start, s.items.stop] for s in shards]
-        self.folder = KeyedFolder(
-            folder, "sweep", about, version=_PARTS_VERSION, parts="*.npz", content={"parts": cut}
-        )
-        self.shards = [Shard(range(a, b), range(c, d)) for a, b, c, d in self.folder.content["parts"]]
-
-    def load(self, shard: Shard) -> tuple[Values, Values] | None:
-        """Return a part's baseline and values; None if it is not finished.
-
-        Raises:
-            ResultError: The file is damaged, or is not the part that this sweep wrote.
-        """
-        path = self.folder.path / shard.name
-        if not path.exists():
-            return None
-        with self.folder.parsing(shard.name):
-            found = read_arrays(path)
-            self.folder.check(shard.name, found, found.pop("seal", None))
-        base = {n[5:]: a for n, a in found.items() if n.startswith("base ")}
-        return base, {n[6:]: a for n, a in found.items() if n.startswith("value ")}
-
-    def save(self, shard: Shard, base: Values, values: Values) -> None:
-        """Write a finished part, whole or not at all."""
-        named = {f"base {n}": a for n, a in base.items()} | {f"value {n}": a for n, a in values.items()}
-        seal = np.array(self.folder.seal(shard.name, named))
-        with replacing(self.folder.path / shard.name) as part, part.open("wb") as file:
-            np.savez(file, seal=seal, **named)  # pyright: ignore[reportArgumentType]
 
 
 _COMPARED_SEQUENCES = 4

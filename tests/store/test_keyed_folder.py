@@ -18,7 +18,7 @@ import pytest
 from memlens.errors import MemlensError, OtherRunError, ResultError, VocabularyError
 from memlens.files import replacing
 from memlens.store.keyed_folder import KeyedFolder, read_manifest, write_manifest
-from memlens.sweeps.run import Shard, ShardStore
+from memlens.sweeps.shards import Shard, ShardStore
 
 SHARDS = [Shard(range(2), range(3)), Shard(range(2, 4), range(3))]
 

@@ -19,7 +19,7 @@ import torch
 
 import memlens as ml
 from memlens.errors import InterventionError, ResultError, WriteError
-from memlens.sweeps.run import Shard, ShardStore, cut
+from memlens.sweeps.shards import Shard, ShardStore, cut
 from tests.small import corrupted, ragged
 
 METRICS = ("target_logprob", "target_rank", "exact_match")
