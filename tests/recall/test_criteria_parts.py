@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import memlens as ml
 from memlens.errors import OptionError
 from memlens.recall.criteria import text
-from memlens.recall.criteria.score import NEUTRAL_CONTEXTS, SHIFTED_CONTEXTS
+from memlens.recall.criteria.options import NEUTRAL_CONTEXTS, SHIFTED_CONTEXTS
 from memlens.recall.criteria.scores import (
     answer_columns,
     edit_share,

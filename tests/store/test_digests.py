@@ -87,7 +87,7 @@ nested = st.recursive(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(nested)
 def test_plain_data(value: Any) -> None:
     assert fingerprint(value) == plainly(value).hex()
