@@ -35,6 +35,7 @@ _SEARCHED = ("output_vector", "norm_preserving")
 
 
 @computes
+@torch.inference_mode(False)  # a search needs gradients, whatever the caller switched off
 def edit_weights(
     model: Any,
     components: Iterable[Component | str],
