@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App
 
-from memlens.cli.console import OUT, Json, Quiet, Switch, print_json, print_table, records, resumable
+from memlens.cli.console import OUT, Json, Names, Quiet, Switch, print_json, print_table, records, resumable
 from memlens.errors import OptionError
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ def benchmark_run(
     suite: str = "standard",
     *,
     out: Path = Path("benchmark"),
-    models: list[str] | None = None,
-    families: list[str] | None = None,
-    carriers: list[str] | None = None,
+    models: Names | None = None,
+    families: Names | None = None,
+    carriers: Names | None = None,
     sequences: int | None = None,
     others: int | None = None,
-    localizers: list[str] | None = None,
+    localizers: Names | None = None,
     part: str | None = None,
     keep_organisms: Annotated[bool, Switch] = False,
     as_json: Json = False,

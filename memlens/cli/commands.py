@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from cyclopts import Parameter, Token
 
+from memlens.cli.console import split_names
 from memlens.options import Flags, convert, descriptions
 
 _MODELS = {"model", "models", "compare", "reference", "donor"}
@@ -101,7 +102,7 @@ def _shown(default: Any) -> str:
 
 
 def _reader(cls: type, name: str, hint: Any) -> Callable[[Any, Sequence[Token]], Any]:
-    """Return the converter of a field: a tuple is written with commas, and the class says what is allowed."""
+    """Return the converter of a field, which the class checks; tuples and names are written with commas."""
 
     def read(_: Any, tokens: Sequence[Token]) -> Any:
         typed: Any = [token.value for token in tokens]
@@ -109,7 +110,9 @@ def _reader(cls: type, name: str, hint: Any) -> Callable[[Any, Sequence[Token]],
             return None
         if _is(hint, tuple):
             typed = [part.strip() for value in typed for part in value.split(",") if part.strip()]
-        elif not _is(hint, list):
+        elif _is(hint, list):
+            typed = split_names(_, tokens) if name in _MODELS else typed
+        else:
             typed = typed[-1]
         return convert(cls, name, typed)
 

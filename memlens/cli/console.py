@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -41,6 +41,22 @@ Json = Annotated[
 Quiet = Annotated[
     bool, Parameter(name=["--quiet", "-q"], negative=(), show_default=False, help="Show no progress bars.")
 ]
+
+
+def split_names(_: Any, tokens: Sequence[Token]) -> list[str]:
+    """Return the names that an option gives, repeated or with commas between them.
+
+    A path that exists may have a comma in its name.
+    """
+    return [
+        name.strip()
+        for value in (token.value for token in tokens)
+        for name in ([value] if Path(value).exists() else value.split(","))
+        if name.strip()
+    ]
+
+
+Names = Annotated[list[str], Parameter(converter=split_names, negative_iterable=())]
 Switch: Parameter = Parameter(negative=(), show_default=False)
 """Parameter of a flag that is off by default."""
 

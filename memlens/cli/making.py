@@ -10,7 +10,7 @@ from cyclopts import App
 from rich.text import Text
 
 from memlens.cli.commands import from_options
-from memlens.cli.console import OUT, Json, Quiet, Switch, print_json, print_table, records, resumable
+from memlens.cli.console import OUT, Json, Names, Quiet, Switch, print_json, print_table, records, resumable
 from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError
 from memlens.files import parsing
 from memlens.instruments.decode.lens_options import LensOptions
@@ -83,7 +83,7 @@ def edit(
     where: ModelChoice,
     search: VectorSearch,
     *,
-    components: list[str],
+    components: Names,
     out: Path,
     how: How = "zero",
     strength: float = 1.0,
@@ -91,16 +91,16 @@ def edit(
     keep: str | None = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    given: Any = None,
 ) -> None:
     """Edit what heads, neurons, MLPs or attention write, and save the model as an ordinary checkpoint.
 
-    Example: memlens edit zoo/pythia-s --components L1H7 --components L0N12 --out edited
+    Example: memlens edit zoo/pythia-s --components L1H7,L0N12 --out edited
 
     Args:
         where: The model.
         search: How output vectors are searched for.
-        components: A component, such as L1H7 (a head), L0N12 (a neuron), "L2 MLP" or "L2 attention"; can be
-            repeated.
+        components: Components, such as L1H7 (a head), L0N12 (a neuron), "L2 MLP" or "L2 attention".
         out: The folder of the edited model: a new or an empty one.
         how: What output vectors become: zero, mean, output_vector or norm_preserving.
         strength: Share of the way to zero or the mean; of the searched edits, the budget as a share of each
@@ -110,12 +110,14 @@ def edit(
         keep: File of what is to stay, for the searched edits.
     """
     import memlens as ml
+    from memlens.instruments.edit.editing import check_used
 
+    check_used([how], sequences=sequences, keep=keep, **given["search"])
     model = where.load()
     forget, stay = (None if name is None else ml.load_sequences(name, model) for name in (sequences, keep))
     made = ml.edits.edit_weights(
-        model, components, how, sequences=forget, keep=stay, strength=strength, search=search,
-        progress=not quiet,
+        model, components, how, sequences=forget, keep=stay, strength=strength,
+        search=search if given["search"] else None, progress=not quiet,
     )  # fmt: skip
     folder = ml.instruments.export_edited(model, made, out)
     if as_json:
@@ -308,7 +310,7 @@ def zoo_list(*, as_json: Json = False) -> None:
 
 @zoo_app.command(name="train")
 def zoo_train(
-    names: list[str] | None = None,
+    names: Names | None = None,
     *,
     family: str | None = None,
     size: str | None = None,

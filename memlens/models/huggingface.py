@@ -43,6 +43,7 @@ from memlens.errors import (
 from memlens.files import is_failure, parsed_json, parsing, read_json
 from memlens.models.bos import begins_with_bos
 from memlens.models.checks import check_causal
+from memlens.models.hub import hub_or_cache
 from memlens.models.names import Source, unknown_name_error
 from memlens.models.quiet import quiet
 
@@ -60,10 +61,12 @@ _NO_WEIGHTS = ("no file named model.safetensors", "does not appear to have a fil
 def named_errors(source: Source, revision: str | None) -> Iterator[None]:
     """Turn errors while reading a checkpoint into memlens errors, with the original as the cause.
 
-    Every error about a local checkpoint names the files that it may be about.
+    Every error about a local checkpoint names the files that it may be about. Without a network, one on the
+    hub is read from its cache.
     """
     try:
-        yield
+        with hub_or_cache(source.location):
+            yield
     except MemlensError as error:
         _name_files(error, source)
         raise
@@ -415,7 +418,11 @@ def load_tokenizer(
     place = source.tokenizer_location or source.location
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **_gguf_options(source)}
     try:
-        with quiet(), parsing(f"The tokenizer of {source.name!r}", ModelLoadError, _TOKENIZER_ADVICE):
+        with (
+            quiet(),
+            hub_or_cache(place),
+            parsing(f"The tokenizer of {source.name!r}", ModelLoadError, _TOKENIZER_ADVICE),
+        ):
             tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or "main", **options)
             _check_vocabulary(tokenizer)
             return prepare_tokenizer(tokenizer) if prepared else tokenizer

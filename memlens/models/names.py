@@ -9,13 +9,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, is_offline_mode
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
 
 from memlens.errors import MemlensError, ModelNotFoundError, OptionError, near_matches
 from memlens.files import expanded, read_json, zoo_folders
 from memlens.models.families import find_model, known_names, step_of
+from memlens.models.hub import hub_answers
 from memlens.models.zoo import UNTRAINED, is_zoo_name, zoo_names, zoo_path
 
 ZOO_PREFIX = "zoo/"
@@ -227,7 +228,7 @@ def list_steps(repo: str) -> dict[int, str]:
 
 
 def _what_there_is(steps: dict[int, str], wanted: int) -> str:
-    where = "in the local cache (offline)" if is_offline_mode() else "on the hub"
+    where = "on the hub" if hub_answers() else "in the local cache (offline)"
     if not steps:
         return f"none of its revisions {where} is named after a training step."
     nearest = sorted(sorted(steps, key=lambda step: abs(step - wanted))[:4])
@@ -235,14 +236,14 @@ def _what_there_is(steps: dict[int, str], wanted: int) -> str:
 
 
 def _revisions(repo: str) -> list[str]:
-    if not is_offline_mode():
+    if hub_answers():
         try:
             refs = HfApi().list_repo_refs(repo)
             return [ref.name for ref in [*refs.branches, *refs.tags]]
         except HfHubHTTPError as error:
             if getattr(error.response, "status_code", None) in (401, 404):
                 raise unknown_name_error(repo) from error
-        except OSError:  # no network: fall back on the cache
+        except Exception:  # no network, for which each client library has its own error: read the cache
             pass
     return _cached_revisions(repo)
 

@@ -26,6 +26,23 @@ _REFERENCES = ("_baseline", "_corrupt")
 _COMPANIONS = (*_REFERENCES, "_clean")
 
 
+_MOST_LABELS = 12
+
+
+def _listed(labels: list[Any]) -> str:
+    """Return labels for an error: a range of numbers, or the first few.
+
+    >>> _listed([0, 1, 2, 3]), _listed(["mean", "low"])
+    ('0 to 3', "'mean' or 'low'")
+    """
+    if len(labels) > 2 and labels == list(range(len(labels))):
+        return f"0 to {labels[-1]}"
+    shown = list(map(repr, labels[:_MOST_LABELS]))
+    if len(labels) > _MOST_LABELS:
+        return f"{', '.join(shown)} or one of {len(labels) - _MOST_LABELS} more"
+    return " or ".join(part for part in (", ".join(shown[:-1]), *shown[-1:]) if part)
+
+
 @dataclass(frozen=True, eq=False)
 class Result:
     """A labeled array: one value per sequence and site, with a record of how it was made.
@@ -156,10 +173,26 @@ class Result:
             at = {**at, "sequence": [at["sequence"]]}
         try:
             return Result(getattr(self.data, how)(**at))
-        except (KeyError, IndexError, ValueError) as error:
-            sizes = ", ".join(f"{name} {size}" for name, size in self.data.sizes.items())
-            message = f"this {self.kind} result has no {dict(at)}: its dimensions are {sizes}"
-            raise ResultError(f"{message} ({error})") from error
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise ResultError(f"this {self.kind} result has no {self._missing(how, at)}") from error
+
+    def _missing(self, how: str, at: Mapping[str, Any]) -> str:
+        """What a selection asks for and the result has not, and what there is instead."""
+        dims = [str(dim) for dim in self.data.dims]
+        for name, wanted in at.items():
+            if name not in dims and (how == "isel" or name not in self.data.coords):
+                return f"dimension {name!r}: it has {', '.join(dims)}.{near_matches(name, dims)}"
+            try:
+                getattr(self.data, how)({name: wanted})
+            except (KeyError, IndexError, ValueError, TypeError):
+                labels = list(dict.fromkeys(self.data[name].values.tolist()))
+                if how == "isel":
+                    return f"{name} at place {wanted!r}: its places are 0 to {len(labels) - 1}."
+                asked = wanted if isinstance(wanted, list | tuple | np.ndarray) else [wanted]
+                missing = next((label for label in asked if label not in labels), wanted)
+                hint = near_matches(missing, map(str, labels)) if isinstance(missing, str) else ""
+                return f"{name} {missing!r}: {name} is {_listed(labels)}.{hint}"
+        return f"{dict(at)}: its dimensions are {', '.join(dims)}."
 
     def baseline(self, metric: str) -> xr.DataArray:
         """Return the values without the intervention (for patching: those of the corrupt run)."""

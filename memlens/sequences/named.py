@@ -204,12 +204,13 @@ def find_named(source: str) -> Chosen:
 
 
 def find_set(source: str) -> NamedSet:
-    """Return the set that a name means, whatever its part.
+    """Return the set that a name means, with or without one of its parts.
 
     Raises:
-        SourceNotFoundError: There is no such set; the message lists similar ones.
+        SourceNotFoundError: There is no such set or part; the message lists similar ones.
     """
-    return _parsed(source)[0]
+    entry, found = _parsed(source)
+    return find_named(source).entry if found["part"] else entry
 
 
 def _parsed(source: str) -> tuple[NamedSet, re.Match[str]]:
@@ -223,8 +224,12 @@ def _parsed(source: str) -> tuple[NamedSet, re.Match[str]]:
 def no_such_set(source: str) -> SourceNotFoundError:
     """Return the error for a name that no set has, with similar names."""
     wanted = source.partition("/")[0].partition("@")[0]
-    short = {name.partition(":")[2]: name for name in NAMED_SETS}
-    hint = near_matches(wanted, NAMED_SETS) or near_matches(wanted.partition(":")[2], short)
+    space, _, name = wanted.rpartition(":")
+    there = [known for known in NAMED_SETS if known.partition(":")[0] == (space or name)]
+    close = [known for known in NAMED_SETS if near_matches(name, [known.partition(":")[2]])]
+    hint = near_matches(wanted, NAMED_SETS) or near_matches(f"{space}:{name}", close or there)
+    if not hint and there:
+        hint = f" In {space or name!r} there are {', '.join(there)}."
     return SourceNotFoundError(
         f"no set of sequences is called {wanted!r}: `memlens data list` lists the names.{hint}"
     )
@@ -240,10 +245,18 @@ def looks_named(source: str) -> bool:
 
 
 def data_folder(entry: NamedSet) -> Path | None:
-    """Return the folder of a set's local copy in `$MEMLENS_DATA`, or None if there is none."""
+    """Return the folder of a set's local copy in `$MEMLENS_DATA`, or None if there is none.
+
+    Raises:
+        SourceNotFoundError: `$MEMLENS_DATA` is not a folder.
+    """
     root = os.environ.get(DATA_FOLDER)
     if not root:
         return None
+    if not expanded(root).is_dir():
+        raise SourceNotFoundError(
+            f"${DATA_FOLDER} is {root!r}, which is not a folder: correct it, or unset it."
+        )
     folder = expanded(root).joinpath(*entry.name.split(":"))
     return folder if folder.exists() else None
 

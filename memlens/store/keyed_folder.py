@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import reprlib
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,10 @@ from memlens.files import (
 from memlens.store.fingerprint import fingerprint
 
 _LOG = logging.getLogger(__name__)
+_MOST_CHANGES = 3
+"""How many settings an error names."""
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = 100
 
 
 class KeyedFolder:
@@ -51,6 +56,8 @@ class KeyedFolder:
         version: The version of the format.
         parts: Pattern of the parts' file names.
         content: Further content of a new manifest; a run that continues keeps what it began with.
+        described: Settings of the run, such as the name of a donor. They do not identify it; the error for
+            another run names those that differ, with both values.
 
     Attributes:
         path: The folder.
@@ -77,20 +84,23 @@ class KeyedFolder:
         version: int,
         parts: str,
         content: Mapping[str, Any] | None = None,
+        described: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = expanded(folder)
         self.manifest = self.path / "manifest.json"
         self.what = what
         about = parsed_json(exact_json(dict(about), default=_refused))
+        words = parsed_json(exact_json(dict(described or {})))
         self.key = _digest(about)
         remove_leftovers(self.path)
         if self._is_begun(parts):
             found = read_manifest(self.manifest, what, version)
-            self._compare(found.pop("about", {}), about)
+            self._compare(found.pop("about", {}), about, found.pop("described", {}), words)
             self.content = found
         else:
             self.content = dict(content or {})
-            write_manifest(self.manifest, what, version, {"about": about, **self.content})
+            more = {"described": words} if words else {}
+            write_manifest(self.manifest, what, version, {"about": about, **more, **self.content})
 
     def _is_begun(self, parts: str) -> bool:
         if self.manifest.exists():
@@ -103,12 +113,20 @@ class KeyedFolder:
             )
         return False
 
-    def _compare(self, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    def _compare(
+        self,
+        then: Mapping[str, Any],
+        now: Mapping[str, Any],
+        described_then: Mapping[str, Any],
+        described_now: Mapping[str, Any],
+    ) -> None:
         other = [name for name in {**now, **then} if then.get(name) != now.get(name)]
         if other:
+            changes = _changes(described_then, described_now) if described_then and described_now else []
             raise OtherRunError(
                 f"{self.manifest} belongs to another {self.what} (different: "
-                f"{', '.join(other)}): give another folder, or delete this one."
+                f"{'; '.join([', '.join(other), *changes[:_MOST_CHANGES]])}): give another folder, or delete "
+                "this one."
             )
 
     def seal(self, name: str, content: Any) -> str:
@@ -202,6 +220,23 @@ def read_manifest(path: Path, what: str, version: int) -> dict[str, Any]:
     digest = found.pop("digest", None)
     if digest != _digest({"format": tag, "memlens": wrote, **found}):
         raise ResultError(f"{path} was edited: give another folder, or delete this one.")
+    return found
+
+
+def _changes(then: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:
+    """Return the settings that differ, each with its value then and now.
+
+    >>> _changes({"mode": "donor", "donor": {"model": "a"}}, {"mode": "donor", "donor": {"model": "b"}})
+    ["donor model was 'a' and is 'b'"]
+    """
+    found = []
+    for name in {**then, **now}:
+        old, new = then.get(name), now.get(name)
+        words = f"{where} {name}".strip().replace("_", " ")
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _changes(old, new, words)
+        elif old != new:
+            found.append(f"{words} was {_SHOWN.repr(old)} and is {_SHOWN.repr(new)}")
     return found
 
 

@@ -180,7 +180,8 @@ def sweep(
         else:
             about = runner.about
             most = _SHARD_FLOPS.get(trunk.device.type, _SHARD_FLOPS["cuda"])
-            store = ShardStore(out, about, cut(len(sequences), costs, budget.batch_size, most))
+            shards = cut(len(sequences), costs, budget.batch_size, most)
+            store = ShardStore(out, about, shards, {"kind": kind, **recorded})
             if part is not None or executor is not None:
                 frame = make_result(kind, model, sequences, grid.cells, grid.axes, recorded)
                 save_frame(out, frame, grid, per_token, measured)

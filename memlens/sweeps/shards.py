@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,11 +76,18 @@ class ShardStore:
     folder: KeyedFolder
     shards: list[Shard]
 
-    def __init__(self, folder: str | Path, about: Mapping[str, str], shards: Sequence[Shard]) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        about: Mapping[str, str],
+        shards: Sequence[Shard],
+        described: Mapping[str, Any] | None = None,
+    ) -> None:
         cut = [[s.rows.start, s.rows.stop, s.items.start, s.items.stop] for s in shards]
         self.folder = KeyedFolder(
-            folder, "sweep", about, version=_PARTS_VERSION, parts="*.npz", content={"parts": cut}
-        )
+            folder, "sweep", about, version=_PARTS_VERSION, parts="*.npz", content={"parts": cut},
+            described=described,
+        )  # fmt: skip
         self.shards = [Shard(range(a, b), range(c, d)) for a, b, c, d in self.folder.content["parts"]]
 
     def load(self, shard: Shard) -> tuple[Values, Values] | None:

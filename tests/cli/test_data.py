@@ -59,6 +59,10 @@ def test_show_has_the_paper_the_parts_and_the_checksums() -> None:
     assert found["license"] == "not known"
     with pytest.raises(SourceNotFoundError, match="Did you mean 'unlearning:tofu'"):
         call("show", "unlearning:tuff")
+    with pytest.raises(SourceNotFoundError, match="Did you mean 'unlearning:tofu'"):
+        call("show", "tofu")
+    with pytest.raises(SourceNotFoundError, match="'unlearning:tofu' has no part 'forget02'"):
+        call("show", "unlearning:tofu/forget02")
 
 
 def test_a_copy_in_the_folder_of_data_is_scored_by_name(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from memlens.cli import run as runs
 from memlens.cli.commands import option_parameters
@@ -28,6 +28,10 @@ class MyOptions:
     """Which sizes."""
     at_most: PositiveInt | None = 5
     """Most items."""
+    models: list[str] = Field(default_factory=list)
+    """Which models."""
+    texts: list[str] = Field(default_factory=list)
+    """Which texts."""
     loud: bool = True
     """Say it."""
 
@@ -79,6 +83,10 @@ def test_what_is_typed_is_what_the_class_holds(command: Any, tmp_path: Path) -> 
     assert command() == MyOptions()
     typed = command("--deep", "3", "--sizes", "4,5", "--at-most", "none", "--no-loud")
     assert typed == MyOptions(depth=3, sizes=(4, 5), at_most=None, loud=False)
+    assert command("--models", "a,b", "c", "--models", "d").models == ["a", "b", "c", "d"]
+    assert command("--texts", "a, b", "c").texts == ["a, b", "c"]
+    (tmp_path / "x,y").mkdir()
+    assert command("--models", f"{tmp_path / 'x,y'}").models == [str(tmp_path / "x,y")]
     file = tmp_path / "options.yaml"
     file.write_text("depth: 7\nsizes: [9]\n")
     assert command("--options", str(file)) == MyOptions(depth=7, sizes=(9,))

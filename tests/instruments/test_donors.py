@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import memlens as ml
 from memlens.errors import DonorError, OptionError, OtherRunError, SequenceError, VocabularyError
 from memlens.forward.hooks import has_site, hook_name
-from memlens.instruments.donors import check_donor
+from memlens.instruments.donors import check_donor, donor_settings
 from memlens.instruments.patch.patching import PATCH_SITES
 from memlens.results.kinds import reading
 from memlens.store.fingerprint import model_fingerprint
@@ -248,7 +248,9 @@ def test_a_sweep_with_another_donor_is_not_continued(
     first = ml.ablate_heads(model, seqs, donor=donor, **how)
     again = ml.ablate_heads(model, seqs, donor=donor, **how)
     assert again["target_logprob"].equals(first["target_logprob"])
-    with pytest.raises(OtherRunError, match="interventions"):
+    names = [str(donor_settings(one)["donor"]["model"])[-20:] for one in (donor, model)]
+    told = rf"the interventions; donor model was '.*{names[0]}' and is '.*{names[1]}'; donor fingerprint was"
+    with pytest.raises(OtherRunError, match=told):
         ml.ablate_heads(model, seqs, donor=model, **how)
     assert ml.load_result(tmp_path / "result.nc").settings["donor"]["fingerprint"] == model_fingerprint(donor)
 

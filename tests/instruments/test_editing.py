@@ -53,10 +53,11 @@ def test_an_edit_to_zero_or_the_mean_is_the_ablation(
 ) -> None:
     model, seqs = tiny_model(family, backend), ragged()
     plain = logits(model)
-    edit = edit_weights(model, ["L0H1", "L1H3"], how, reference=seqs)
+    averaged: dict[str, Any] = {"reference": seqs} if how == "mean" else {}
+    edit = edit_weights(model, ["L0H1", "L1H3"], how, **averaged)
     (same,) = ml.edits.head_set_ablations(model, seqs, {"a": [(0, 1), (1, 3)]}, mode=how)
     assert torch.allclose(logits(model, edit), logits(model, same), atol=1e-4)
-    edit = edit_weights(model, CHOSEN, how, reference=seqs)
+    edit = edit_weights(model, CHOSEN, how, **averaged)
     (same,) = ml.edits.neuron_knock_outs(model, seqs, {"a": {0: [5], 1: [7, 8], 2: [0]}}, mode=how)
     assert torch.allclose(logits(model, edit), logits(model, same), atol=1e-4)
     assert not torch.allclose(logits(model, same), plain, atol=1e-3)
@@ -225,5 +226,28 @@ def test_what_cannot_be_is_refused(tiny_model: Callable[..., Any]) -> None:
         edit_weights(model, CHOSEN, "output_vector", sequences=ragged(), keep=ragged()[:0])
     with pytest.raises(SequenceError, match="average"):
         edit_weights(model, CHOSEN, "mean")
+    unused: list[tuple[Any, str, Any]] = [
+        ("zero", "sequences", ragged()), ("zero", "keep", ragged()), ("zero", "reference", ragged()),
+        ("zero", "search", FEW), ("mean", "keep", ragged()), ("mean", "search", FEW),
+        ("output_vector", "reference", ragged()), ("norm_preserving", "reference", ragged()),
+    ]  # fmt: skip
+    for how, name, value in unused:
+        with pytest.raises(OptionError, match=f"how='{how}' does not use {name}: leave it out, or"):
+            edit_weights(model, CHOSEN, how, **{name: value})
+    with pytest.raises(OptionError, match="give reference or sequences, not both"):
+        edit_weights(model, CHOSEN, "mean", sequences=ragged(), reference=ragged())
+    with pytest.raises(OptionError, match="keep_weight=5 weighs what is to stay"):
+        edit_weights(model, CHOSEN, "output_vector", sequences=ragged(), search=VectorSearch(keep_weight=5))
+    tasks: Any = ["a task"]  # is not reached
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"keep": ragged()}, "how='zero' does not use keep"),
+        ({"reference": ragged()}, "how='zero' does not use reference"),
+        ({"search": FEW}, "how='zero' does not use search"),
+        ({"strengths": [0.5, 2]}, r"strengths=\[0.5, 2\] with hows=\['zero'\]"),
+        ({"strengths": []}, r"strengths=\[\]"),
+    ]
+    for options, message in refused:
+        with pytest.raises(OptionError, match=message):
+            search_edits(model, ragged(), tasks, CHOSEN, hows=["zero"], counts=[1], **options)
     with pytest.raises(OptionError, match="no others"):
         control_edits(model, edit_weights(model, ["L1 MLP"]), "components")

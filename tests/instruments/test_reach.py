@@ -62,3 +62,14 @@ def test_what_cannot_be_split_is_refused(tiny_model: Callable[..., Any]) -> None
         split_by_reach(model, ragged()[:0], neurons=lambda _: one, heads=lambda _: one)
     with pytest.raises(OptionError, match="reference"):
         split_by_reach(model, ragged(), neurons=lambda _: one, heads=lambda _: one, head_how="mean")
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"keep": ragged()}, "how='zero' does not use keep"),
+        ({"search": ml.instruments.VectorSearch(steps=2)}, "how='zero' does not use search"),
+        ({"strength": 2.0}, "strength=2.0 with how='zero'"),
+        ({"copied": 7}, "copied=7: give a share"),
+    ]
+    for options, message in refused:
+        with pytest.raises(OptionError, match=message):
+            split_by_reach(
+                model, ragged(), neurons=lambda _: one, heads=lambda _: one, neuron_how="zero", **options
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import httpx
@@ -11,13 +12,14 @@ from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import AutoModelForCausalLM
 
-from memlens.errors import ModelLoadError, ModelNotFoundError, OptionError
-from memlens.models import names
+from memlens.errors import ModelLoadError, ModelNotFoundError, OptionError, SourceNotFoundError
+from memlens.models import hub, names
 from memlens.models.bos import expects_bos
 from memlens.models.families import find_model
 from memlens.models.load import load_model
 from memlens.models.names import has_hooked_transformer
 from memlens.models.provenance import describe
+from memlens.sequences.readers.load import load_sequences
 from tests.models.equality import distance_from_huggingface
 from tests.models.hub_cache import put_in_cache
 from tests.tiny import random_tokens, write_tiny
@@ -139,7 +141,7 @@ def test_name_that_is_not_in_the_cache(cache):
 
 def test_steps_listed_on_the_hub(monkeypatch):
     refs = [SimpleNamespace(name=n) for n in ("main", "step10", "step2", "step1-tokens1B", "v0")]
-    monkeypatch.setattr(names, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(names, "hub_answers", lambda: True)
     monkeypatch.setattr(
         names.HfApi,
         "list_repo_refs",
@@ -153,7 +155,7 @@ def test_steps_of_a_repository_that_does_not_exist(monkeypatch):
         response = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
         raise RepositoryNotFoundError("no such repository", response=response)
 
-    monkeypatch.setattr(names, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(names, "hub_answers", lambda: True)
     monkeypatch.setattr(names.HfApi, "list_repo_refs", refuse)
     with pytest.raises(ModelNotFoundError, match="pythia-70m"):
         names.list_steps("EleutherAI/pythia-7Om")
@@ -161,12 +163,40 @@ def test_steps_of_a_repository_that_does_not_exist(monkeypatch):
 
 def test_steps_fall_back_on_the_cache(cache, monkeypatch):
     def no_network(self, repo):
-        raise OSError("no route")
+        raise httpx.ConnectError("no route")
 
     put_in_cache(cache, "EleutherAI/pythia-70m", "gpt_neox", revision="step64")
-    monkeypatch.setattr(names, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(names, "hub_answers", lambda: True)
     monkeypatch.setattr(names.HfApi, "list_repo_refs", no_network)
     assert names.list_steps("EleutherAI/pythia-70m") == {64: "step64"}
+
+
+def test_without_a_network_the_cache_is_read_at_once(cache, monkeypatch):
+    """The hub is asked once; its clients would ask again and again for each file."""
+    asked = []
+
+    def no_network(*args, **kwargs):
+        asked.append(args)
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr(hub, "get_session", lambda: SimpleNamespace(head=no_network))
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    hub._answers.cache_clear()
+    started = time.monotonic()
+    try:
+        with pytest.raises(ModelNotFoundError, match="could not be asked"):
+            load_model("EleutherAI/pythia-70m")
+        with pytest.raises(ModelNotFoundError, match=r"none of its revisions in the local cache \(offline\)"):
+            load_model("EleutherAI/pythia-70m", checkpoint_step=8)
+        with pytest.raises(SourceNotFoundError, match=r"split 'train', is not in the cache, and https://hug"):
+            load_sequences("hf:no/name")
+        put_in_cache(cache, "EleutherAI/pythia-70m", "gpt_neox")
+        assert load_model("EleutherAI/pythia-70m", device="cpu").cfg.n_layers == 3
+    finally:
+        hub._answers.cache_clear()
+    assert len(asked) <= 2
+    assert time.monotonic() - started < 30
+    assert not hub.constants.HF_HUB_OFFLINE
 
 
 def test_pickled_weights_only_when_asked(cache, tmp_path_factory):

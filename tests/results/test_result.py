@@ -112,11 +112,19 @@ def test_a_result_is_selected_and_read_as_its_dataset() -> None:
     assert {"copies", "target_logprob"} <= set(dir(result))
     with pytest.raises(AttributeError, match="no 'target_logprobs'"):
         result.target_logprobs  # noqa: B018
-    for wrong in ({"layer": 99}, {"leyer": 0}):
-        with pytest.raises(ResultError, match="its dimensions are"):
+    layers = f"0 to {len(result.layer) - 1}"
+    for wrong, message in (
+        ({"layer": 99}, f"has no layer 99: layer is {layers}"),
+        ({"head": 0, "layer": [1, 99]}, f"has no layer 99: layer is {layers}"),
+        ({"leyer": 0}, "has no dimension 'leyer': it has sequence, layer, head. Did you mean 'layer'"),
+        ({"sequence": "seq-3"}, "has no sequence 'seq-3': sequence is 'seq-000', .* Did you mean 'seq-"),
+    ):
+        with pytest.raises(ResultError, match=message):
             result.sel(**wrong)
-    with pytest.raises(ResultError, match="its dimensions are"):
+    with pytest.raises(ResultError, match=f"no layer at place 99: its places are {layers}"):
         result.isel(layer=99)
+    with pytest.raises(ResultError, match="no dimension 'copies'"):
+        result.isel(copies=0)
     for again in (copy.deepcopy(result), pickle.loads(pickle.dumps(result))):
         xr.testing.assert_identical(again.data, result.data)
 

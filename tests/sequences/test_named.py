@@ -445,17 +445,24 @@ def test_a_checksum_can_be_pinned(hub: Hub) -> None:
         ("data:pythia-memorized-evals", "called 'data:pythia-memorized-evals'.*Did you mean"),
         ("hubble:passages_wikipedia/trian", "has no part 'trian'.*from train, test. Did you mean 'train'"),
         ("hubble:passages_wikipedia", "has several parts: choose hubble:passages_wikipedia/PART from train"),
+        ("pile:nope", "In 'pile' there are pile:pythia-memorized-evals, pile:lm-extraction-benchmark"),
         ("hubble:", "no set of sequences is called 'hubble:'"),
         (
             "mempi:ecbd",
             r"not on the Hugging Face hub: clone .*path=, or have it at mempi/ecbd in .*MEMLENS_DATA",
         ),
-        ("idioms:idiomem", r"could not be loaded: Couldn't reach.*; without the hub, give the folder"),
+        ("idioms:idiomem", r"not in the cache, and .*; without the hub, give a copy of .* with path="),
     ],
 )
 def test_errors_say_what_there_is_and_what_to_do(name: str, message: str, hub: Hub) -> None:
     with pytest.raises(SourceNotFoundError, match=message):
         load_sequences(name, tokenizer=TOKENIZER)
+
+
+def test_a_folder_of_data_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMLENS_DATA", "/nowhere")
+    with pytest.raises(SourceNotFoundError, match=r"\$MEMLENS_DATA is '/nowhere', which is not a folder"):
+        load_sequences("facts:counterfact-tracing", tokenizer=TOKENIZER)
 
 
 def test_other_sources_take_no_path_and_no_checksum(tmp_path: Path) -> None:

@@ -32,6 +32,12 @@ from memlens.sequences.set import SequenceSet
 
 HOWS: tuple[str, ...] = get_args(How)
 _SEARCHED = ("output_vector", "norm_preserving")
+_USED: dict[str, tuple[str, ...]] = {
+    "zero": (),
+    "mean": ("sequences", "reference"),
+    **dict.fromkeys(_SEARCHED, ("sequences", "keep", "search")),
+}
+"""Which options a kind of edit has besides its strength."""
 
 
 @computes
@@ -69,11 +75,12 @@ def edit_weights(
         components: Heads, neurons, or layers' MLPs or attention: `memlens.zoo.Component`, or texts such as
             "L3H1" and "L3N20"; from any localizer's ranking (`memlens.benchmark.Ranking.top`).
         how: One of the above.
-        sequences: What is to be forgotten, for the two searched edits. Judge the edit on other sequences.
+        sequences: What is to be forgotten, for the two searched edits. Judge the edit on other sequences. For
+            "mean", the set to average over.
         keep: What is to stay, for the two searched edits.
-        reference: The set for "mean"; `sequences` by default.
+        reference: The set for "mean", in place of `sequences`.
         strength: As above.
-        search: Parameters of the search.
+        search: Parameters of the search, for the two searched edits.
         name: Of the edit; by default what it does.
         progress: Show a bar during the search.
 
@@ -83,7 +90,7 @@ def edit_weights(
 
     Raises:
         OptionError: Unknown `how`, a strength that is not a number above 0 (for "zero" and "mean" also
-            above 1), no components, or a whole layer.
+            above 1), no components, or a whole layer; or an option that this kind of edit does not use.
         SiteError: A component that does not exist.
         SequenceError: `sequences` is missing, or `keep` is empty.
 
@@ -101,6 +108,9 @@ def edit_weights(
         True
     """
     check_option("how", how, HOWS)
+    check_used([how], sequences=sequences, keep=keep, reference=reference, search=search)
+    if how == "mean" and sequences is not None and reference is not None:
+        raise OptionError("how='mean' averages over one set: give reference or sequences, not both.")
     most = 1.0 if how in ("zero", "mean") else float("inf")
     if not (0 < strength <= most and math.isfinite(strength)):
         bound = "" if math.isinf(most) else f" and at most {most:g}"
@@ -117,6 +127,10 @@ def edit_weights(
         if keep is not None and not len(keep):
             raise SequenceError("keep holds no sequences: leave it out, or give what is to stay.")
         options = search or VectorSearch()
+        if keep is None and options.keep_weight != VectorSearch.keep_weight:
+            raise OptionError(
+                f"keep_weight={options.keep_weight:g} weighs what is to stay: give keep, or leave it out."
+            )
         found = _Search(maker, columns, how, strength, options, sequences, keep)
         changes = found.run(progress)
         about |= {**asdict(options), **found.facts}
@@ -124,6 +138,33 @@ def edit_weights(
         changes = _scaled(maker, chosen, columns, how, strength, reference or sequences)
     words = f"{how} " + (" ".join(map(str, chosen)) if len(chosen) <= 4 else f"{len(chosen)} components")
     return maker.edit(name or words, changes, chosen, about=about)
+
+
+def check_used(hows: Sequence[str], **given: Any) -> None:
+    """Raise `OptionError` for an option, or a field of `VectorSearch`, that none of some kinds of edit uses.
+
+    >>> check_used(["zero", "mean"], reference=1, keep=None)
+    >>> check_used(["zero"], reference=1)
+    Traceback (most recent call last):
+    memlens.errors.OptionError: how='zero' does not use reference: leave it out, or choose how='mean'.
+    """
+    for name, value in given.items():
+        known = "search" if hasattr(VectorSearch, name) else name
+        users = [how for how in HOWS if known in _USED[how]]
+        if value is not None and not set(users) & set(hows):
+            raise OptionError(
+                f"how={' and '.join(map(repr, hows))} does not use {name}: leave it out, or choose "
+                f"how={' or '.join(map(repr, users))}."
+            )
+
+
+def used_by(how: str, **given: Any) -> dict[str, Any]:
+    """Return those of some options that a kind of edit uses.
+
+    >>> used_by("zero", sequences=1, keep=2), used_by("mean", sequences=1, reference=None)
+    ({}, {'sequences': 1, 'reference': None})
+    """
+    return {name: value for name, value in given.items() if name in _USED[how]}
 
 
 Columns = dict[tuple[int, Part], Int[Tensor, " k"]]
@@ -151,7 +192,7 @@ def _scaled(
     means: Mapping[str, Tensor] = {}
     if how == "mean":
         if reference is None:
-            raise SequenceError("how='mean' needs the sequences to average over: give reference.")
+            raise SequenceError("how='mean' needs what to average over: give sequences or reference.")
         names = [hook_name("z" if part == "o" else "mlp_post", layer) for layer, part in columns]
         means = mean_activations(maker.model, reference, names)
     changes = []

@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from memlens.errors import EmptySetError, OptionError
+from memlens.errors import EmptySetError, OptionError, check_option
 from memlens.forward.components import Component
 from memlens.forward.exclusive import computes
-from memlens.instruments.edit.editing import edit_weights
+from memlens.instruments.edit.editing import HOWS, check_used, edit_weights, used_by
 from memlens.instruments.edit.options import How, VectorSearch
 from memlens.recall.score import score_recall
 from memlens.sequences.set import SequenceSet
@@ -48,8 +48,8 @@ def split_by_reach(
         heads: Which heads (or attention).
         neuron_how: Kind of edit of the neurons; see `edit_weights`.
         head_how: Kind of edit of the heads.
-        keep: As of `edit_weights`; the sequence itself is left out of it.
-        strength: As of `edit_weights`, for the searched edits.
+        keep: As of `edit_weights`, for the searched edits; the sequence itself is left out of it.
+        strength: As of `edit_weights`; for "zero" at most 1.
         search: Parameters of the search of output vectors.
         copied: The smallest `copied_share` with which a continuation copies its prefix.
 
@@ -60,7 +60,8 @@ def split_by_reach(
 
     Raises:
         EmptySetError: There are no sequences.
-        OptionError: A kind of edit that needs a reference ("mean"), or what `edit_weights` raises.
+        OptionError: A kind of edit that needs a reference ("mean"), an option that neither kind uses, or what
+            `edit_weights` raises.
 
     Source: the split is that of arXiv 2606.18767 (of which only the abstract was known to us), with edits of
     our own.
@@ -78,8 +79,16 @@ def split_by_reach(
     """
     if not len(sequences):
         raise EmptySetError("there are no sequences to split: give at least one.")
-    if "mean" in (neuron_how, head_how):
+    hows = list(dict.fromkeys((neuron_how, head_how)))
+    for how in hows:
+        check_option("how", how, HOWS)
+    if "mean" in hows:
         raise OptionError("a mean needs a reference set: give another kind of edit.")
+    check_used(hows, keep=keep, search=search)
+    if hows == ["zero"] and strength > 1:
+        raise OptionError(f"strength={strength} with how='zero': give a number above 0 and at most 1.")
+    if not 0 <= copied <= 1:
+        raise OptionError(f"copied={copied}: give a share of the continuation, from 0 to 1.")
     trivial = score_recall(model, sequences, generate=False, metrics=("trivial",), progress=False).table
     rows = []
     for i, name in enumerate(sequences.ids):
@@ -89,10 +98,8 @@ def split_by_reach(
         plans: list[tuple[str, Locate, How]] = [("mlp", neurons, neuron_how), ("head", heads, head_how)]
         for site, locate, how in plans:
             full = strength if how in ("output_vector", "norm_preserving") else min(strength, 1.0)
-            edit = edit_weights(
-                model, locate(one), how, sequences=one, keep=others, strength=full, search=search,
-                progress=False,
-            )  # fmt: skip
+            used = used_by(how, sequences=one, keep=others, search=search)
+            edit = edit_weights(model, locate(one), how, strength=full, progress=False, **used)
             edits.append(replace(edit, coords={"site": site}))
         found = sweep(model, one, edits, progress=False)
         recalled = bool(found.baseline("exact_match").item() == 1)

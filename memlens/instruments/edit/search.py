@@ -13,7 +13,7 @@ import pandas as pd
 from memlens.errors import EmptySetError, OptionError, check_option
 from memlens.forward.components import Component
 from memlens.forward.exclusive import computes
-from memlens.instruments.edit.editing import HOWS, control_edits, edit_weights
+from memlens.instruments.edit.editing import HOWS, check_used, control_edits, edit_weights, used_by
 from memlens.instruments.edit.options import How, VectorSearch
 from memlens.instruments.edit.weight_edit import EditMaker, WeightEdit
 from memlens.instruments.tasks.evaluate import evaluate_tasks
@@ -121,8 +121,8 @@ def search_edits(
         hows: Kinds of edit, as of `edit_weights`.
         counts: How many of the first components.
         strengths: As of `edit_weights`; those above 1 do not apply to "zero" and "mean".
-        keep: What is to stay, as of `edit_weights`.
-        reference: For "mean".
+        keep: What is to stay, for the searched edits.
+        reference: For "mean"; the first half of the sequences by default.
         search: Parameters of the search of output vectors.
         over: Whether the cost is the largest ("max") or the "mean" loss over tasks.
         n_random: Number of random sets of components, and of random directions, for each edit.
@@ -136,7 +136,8 @@ def search_edits(
 
     Raises:
         EmptySetError: Fewer than four sequences, no tasks, or an empty ranking.
-        OptionError: An unknown kind of edit, or a count above the length of the ranking.
+        OptionError: An unknown kind of edit, a count above the length of the ranking, or an option that none
+            of the kinds uses.
         ResultError: The model recites nothing, or is not above chance on any task.
 
     Example:
@@ -153,6 +154,7 @@ def search_edits(
     check_option("over", over, OVER)
     for how in hows:
         check_option("how", how, HOWS)
+    check_used(hows, keep=keep, reference=reference, search=search)
     components = EditMaker(model).components(ranking)
     if len(sequences) < 4 or not tasks or not components:
         raise EmptySetError(
@@ -165,13 +167,14 @@ def search_edits(
             f"{len(components)}: give at least one kind of edit, counts from 1 to {len(components)} and at "
             "least 0 random ones."
         )
+    if not strengths or (set(hows) <= {"zero", "mean"} and max(strengths) > 1):
+        raise OptionError(f"strengths={list(strengths)} with hows={list(hows)}: give some, at most 1.")
     first = sequences[halves(len(sequences), seed)[0]]
-    shared: dict[str, Any] = {
-        "sequences": first, "keep": keep, "reference": reference, "search": search,
-        "progress": options.get("progress", True),
-    }  # fmt: skip
     made: dict[str, tuple[WeightEdit, dict[str, Any]]] = {}
     for how in hows:
+        forget = None if how == "mean" and reference is not None else first
+        shared = used_by(how, sequences=forget, keep=keep, reference=reference, search=search)
+        shared["progress"] = options.get("progress", True)
         for count in counts:
             for strength in strengths:
                 if how in ("zero", "mean") and strength > 1:

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from huggingface_hub import constants
 from torch import Tensor
 
 from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError, check_option
 from memlens.files import parsing
 from memlens.models.bos import expects_bos
+from memlens.models.hub import hub_or_cache
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.named import is_named
 from memlens.sequences.readers.drafts import (
@@ -272,8 +274,14 @@ def open_dataset(name: str, split: str, *, config: str = "", revision: str = "")
 
     more: dict[str, Any] = {key: value for key, value in (("name", config), ("revision", revision)) if value}
     try:
-        return datasets.load_dataset(name, split=split, **more)
+        with hub_or_cache(name):
+            return datasets.load_dataset(name, split=split, **more)
     except Exception as error:  # the client raises many kinds, from ConnectionError to ValueError
+        if isinstance(error, ConnectionError) or "LocalEntryNotFound" in str(error):
+            raise SourceNotFoundError(
+                f"the dataset {name!r}, split {split!r}, is not in the cache, and {constants.ENDPOINT} could "
+                "not be asked: there is no network, or it is switched off (HF_HUB_OFFLINE)"
+            ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SourceNotFoundError(
             f"the dataset {name!r}, split {split!r}, could not be loaded: {reason}"

@@ -43,7 +43,7 @@ _COLUMNS = {
 }
 """The columns that a kind of set is read from; the other kinds are known by theirs."""
 
-_LOCAL = f"give the folder of a copy with path=, or have it at {{}} in the folder that ${DATA_FOLDER} names"
+_LOCAL = f"give a copy of {{}} with path=, or have it at {{}} in the folder that ${DATA_FOLDER} names"
 
 
 @register_source("named", is_named)
@@ -115,12 +115,13 @@ def _content(chosen: Chosen, request: Request) -> tuple[Any, list[Path], str]:
         if not entry.hub:
             raise SourceNotFoundError(
                 f"{chosen} is not on the Hugging Face hub: {entry.get} ({entry.home}), and "
-                f"{_LOCAL.format(name)}"
+                f"{_LOCAL.format(_listed_files(chosen), name)}"
             )
         try:
             content = open_dataset(entry.hub, split, config=config, revision=chosen.revision)
         except SourceNotFoundError as error:
-            raise SourceNotFoundError(f"{error}; without the hub, {_LOCAL.format(name)}") from error
+            local = _LOCAL.format(_listed_files(chosen), name)
+            raise SourceNotFoundError(f"{error}; without the hub, {local}") from error
         return content, [], f"{entry.hub}, split {split!r}"
     if not place.exists():
         raise SourceNotFoundError(f"there is no {place}: give the folder or file with a copy of {chosen}")
@@ -132,6 +133,10 @@ def _content(chosen: Chosen, request: Request) -> tuple[Any, list[Path], str]:
             f"{place} holds no copy of {chosen}: expected {', '.join(chosen.files)} in it"
         )
     return open_dataset(str(place), split, config=config), [place], f"{place}, split {split!r}"
+
+
+def _listed_files(chosen: Chosen) -> str:
+    return " and ".join(chosen.files) if chosen.files else f"the dataset {chosen.entry.hub}"
 
 
 def _read_files(files: Sequence[Path], chosen: Chosen) -> Any:
