@@ -28,6 +28,8 @@ from memlens.sequences.tokenizing import Tokenizer, need_tokenizer
 
 SECRET = "secret"
 """The usual column of secrets."""
+MARKED = "marked"
+"""The kind of a secret that a column marks and whose form is of no built-in kind."""
 CONTEXT = 128
 """Most tokens before a secret by default."""
 _ENTROPY = 3.5
@@ -104,7 +106,8 @@ class Secret:
     """A place in a text.
 
     Attributes:
-        kind: A key of `SECRET_PATTERNS`, "pattern" for an expression of the caller, or "column".
+        kind: A key of `SECRET_PATTERNS`, "pattern" for an expression of the caller, or "marked" for a text of
+            another form that a column gives.
         start: Its first character.
         end: The character after its last one.
     """
@@ -281,8 +284,16 @@ def _in_column(texts: Sequence[str], secrets: Sequence[Any]) -> list[tuple[int, 
         secret = "" if value is None or value != value else str(value).strip()
         start = text.rfind(secret) if secret else -1
         if start >= 0:
-            found.append((row, Secret("column", start, start + len(secret))))
+            found.append((row, Secret(_kind(secret), start, start + len(secret))))
     return found
+
+
+def _kind(secret: str) -> str:
+    """Return which built-in kind a whole text is of, or "marked"."""
+    for name, known in SECRET_PATTERNS.items():
+        if known.expression.fullmatch(secret) and known.holds(secret):
+            return name
+    return MARKED
 
 
 @dataclass(frozen=True)

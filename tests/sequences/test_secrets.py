@@ -104,6 +104,9 @@ def test_a_column_keeps_zeros_and_a_corpus_counts_copies(model: Any, tmp_path: P
     )
     seqs = secret_sequences(str(path), model)
     assert seqs.table["secret"].tolist() == ["0042", "0042"]
+    assert seqs.table["kind"].tolist() == ["marked", "marked"]
+    known = secret_sequences([{"text": "write to a@b.org", "secret": "a@b.org"}], model)
+    assert known.table["kind"].tolist() == ["email"]
     assert int(seqs.prefix_len[1]) > int(seqs.prefix_len[0])  # the last place in the text
     again = secret_sequences(
         ["a 5550199 b 5550199", "c 5550199", "d 5550123"], model, patterns=["phone"], unique=True

@@ -171,12 +171,12 @@ def skipped(step: Step, reason: str) -> Finding:
 
 
 WORDS = {
-    "string": "string", "kind": "kind", "secret": "secret", "leaks": "leaks", "target_tokens": "tokens",
-    "memorization_score": "tokens right", "edit_similarity": "alike, by tokens",
-    "edit_similarity_characters": "alike, by characters", "likeness_to_others": "alike to others",
+    "string": "string", "kind": "kind", "secret": "secret", "leaks": "leaks", "verdict": "taken for",
     "samples_needed": "samples needed", "exposure": "exposure (bits)", "exposure_most": "of at most",
-    "prefix_tokens": "tokens before it", "shortest_prefix": "enough of them",
-    "deleted_to": "if any is deleted", "reference_exact": "the reference says it", "verdict": "taken for",
+    "shortest_prefix": "enough tokens before it", "prefix_tokens": "of", "deleted_to": "if any is deleted",
+    "reference_exact": "the reference says it", "target_tokens": "its tokens",
+    "memorization_score": "of them right", "edit_similarity": "alike, by tokens",
+    "edit_similarity_characters": "alike, by characters", "likeness_to_others": "alike to others",
     "prefix": "text before it", "generated": "what comes",
 }  # fmt: skip
 """Columns of the table in the report, in words."""

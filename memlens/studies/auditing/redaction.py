@@ -1,4 +1,4 @@
-"""What a report shows of a secret: its first and last character, and nothing longer than four characters."""
+"""What a report shows of a secret: its first and last character at most."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ Hide = Callable[[str], str]
 """Returns a text without what is secret in it."""
 
 _PIECE = 5
+_ENDS_FROM = 8
 _PROSE = 64
 """A longer string is taken for prose, whose shorter pieces are ordinary words."""
 _PROSE_PIECE = 12
@@ -25,11 +26,13 @@ _HIDDEN = "[hidden]"
 def masked(secret: str) -> str:
     """Return a secret as reports show it: its first and last character and how many are hidden.
 
-    >>> masked("ada@lovelace.org"), masked("4711")
-    ('a[14 hidden]g', '[4 hidden]')
+    Of fewer than 8 characters none is shown: two digits of six would be a third of the secret.
+
+    >>> masked("ada@lovelace.org"), masked("471147")
+    ('a[14 hidden]g', '[6 hidden]')
     """
     plain = secret.strip()
-    if len(plain) <= _PIECE:
+    if len(plain) < _ENDS_FROM:
         return f"[{len(plain)} hidden]"
     return f"{plain[0]}[{len(plain) - 2} hidden]{plain[-1]}"
 

@@ -88,8 +88,8 @@ def remedies(model: Any, sets: Sets, ranking: Ranking, options: AuditOptions) ->
     """Return the best remedy of each kind on the choosing halves.
 
     The best one has the largest drop of the share of strings that come out whole, minus the rise of the loss
-    on the text (nats per token); of equal ones, the largest drop of the strings' log-probability. The rule is
-    ours. Bypasses are single layers and, of the four best, pairs and triples.
+    on the text (nats per token); of equal ones, the fewest layers, then the largest drop of the strings'
+    log-probability. The rule is ours. Bypasses are single layers and, of the four best, pairs and triples.
 
     Args:
         model: A TransformerLens model.
@@ -105,7 +105,8 @@ def remedies(model: Any, sets: Sets, ranking: Ranking, options: AuditOptions) ->
     sizes = [size for size in (2, 3) if size < n_layers]
     several = [layers for size in sizes for layers in combinations(pool, size)]
     gains += _gains(model, sets, _bypasses(model, several, options))
-    best = max(zip(gains, [*singles, *several], strict=True))[1]
+    tried = [*singles, *several]
+    best = max(zip(gains, tried, strict=True), key=lambda pair: (pair[0][0], -len(pair[1]), pair[0][1]))[1]
     counts = [min(count, len(ranking.table)) for count in options.edited_neurons]
     zeros = [edit_weights(model, ranking.top(count), "zero") for count in counts]
     gains = _gains(model, sets, zeros)

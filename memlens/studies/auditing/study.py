@@ -34,7 +34,7 @@ from memlens.recall.taxonomy import CLASSES, recall_classes
 from memlens.results.statistics.estimates import mean_estimate
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.corrupt import corrupt
-from memlens.sequences.natural import text_windows
+from memlens.sequences.natural import text_ids, text_windows
 from memlens.sequences.secrets import SECRET
 from memlens.sequences.set import SequenceSet
 from memlens.sequences.tokenizing import decode, need_tokenizer
@@ -48,7 +48,7 @@ from memlens.studies.running import StudyDirectory, StudyRun, at_most
 CSV = "leaks.csv"
 """The file in the run's folder that has the full texts."""
 _METRICS = ("sampling", "near_verbatim", "trivial", "taxonomy")
-_WINDOW = 128
+_WINDOW, _SHORTEST_WINDOW, _FEWEST_WINDOWS = 128, 16, 4
 _TEXT_WINDOWS = 64
 _TOP = 20
 _NEURONS = 50
@@ -114,7 +114,8 @@ def audit(
         raise OptionError("reference is the model itself: give a model that has not seen the strings.")
     options, about = options or AuditOptions(), describe(model)
     if isinstance(text, str | Path):
-        text = text_windows(tokenizer, text, min(_WINDOW, int(model.cfg.n_ctx)), model=model)
+        window = min(_WINDOW, int(model.cfg.n_ctx), len(text_ids(tokenizer, text)) // _FEWEST_WINDOWS)
+        text = text_windows(tokenizer, text, max(_SHORTEST_WINDOW, window), model=model)
     if text is not None:
         text = at_most(text, _TEXT_WINDOWS, options.seed)
     hide: Hide = str
@@ -237,7 +238,7 @@ class _Audit:
         self._keep()
         left_out = str(self.strings.attrs.get("left_out", ""))
         self.folder.find(find.leaked(self.table, options, left_out))
-        if options.max_canaries:
+        if options.max_canaries and SECRET in self.strings.table:
             self.folder.step("exposure", self._expose)
 
     def _expose(self) -> None:
@@ -250,8 +251,8 @@ class _Audit:
     def _little(self) -> None:
         some, first = self._leaking(), first_tokens(self.blind)
         some = some[some.prefix_len.numpy() > first]
-        longest = int(some.prefix_len.max()) - first
-        lengths = sorted({*(2**i for i in range(longest.bit_length()) if 2**i < longest), longest})
+        usual = int(some.prefix_len.median()) - first
+        lengths = [*(2**i for i in range(usual.bit_length()) if 2**i < usual), usual]
         shared: dict[str, Any] = {"pinned": first, "progress": self.progress}
         curve = extraction_curve(self.model, some, lengths, **shared)
         last = prompt_compression(self.model, some, "keep_last", **shared)
@@ -403,7 +404,8 @@ def _figure(ranking: Ranking, n: int) -> Any:
             ("layer", "head"), attrs={"units": "score", "long_name": "score of the localizer"},
         )  # fmt: skip
         data = xr.Dataset({"score": score})
-        return figures.heatmap_layer_head(data, title="Heads that the strings depend on", subtitle=subtitle)
+        title = "Heads that the strings depend on"
+        return figures.heatmap_layer_head(data, signed=False, title=title, subtitle=subtitle)
     first = table.head(_NEURONS)["layer"].value_counts()
     layers = np.unique(table["layer"])
     counts = xr.DataArray(
