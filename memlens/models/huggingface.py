@@ -43,8 +43,7 @@ from memlens.errors import (
 from memlens.files import is_failure, parsed_json, parsing, read_json
 from memlens.models.bos import begins_with_bos
 from memlens.models.checks import check_causal
-from memlens.models.hub import hub_or_cache
-from memlens.models.names import Source, unknown_name_error
+from memlens.models.names import Source, hub_or_cache, unknown_name_error
 from memlens.models.quiet import quiet
 
 _LOG = logging.getLogger(__name__)

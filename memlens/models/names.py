@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import get_session
 
 from memlens.errors import MemlensError, ModelNotFoundError, OptionError, near_matches
 from memlens.files import expanded, read_json, zoo_folders
 from memlens.models.families import find_model, known_names, step_of
-from memlens.models.hub import hub_answers
 from memlens.models.zoo import UNTRAINED, is_zoo_name, zoo_names, zoo_path
 
 ZOO_PREFIX = "zoo/"
+_HUB_SECONDS = 5.0
+"""How long the hub may take to answer."""
 
 
 @cache
@@ -216,6 +222,43 @@ def _check_one(revision: str | None, step: int | None) -> None:
         raise OptionError(
             f"revision={revision!r} and checkpoint_step={step} contradict each other: give one."
         )
+
+
+@contextmanager
+def hub_or_cache(name: str | Path) -> Iterator[None]:
+    """Let the hub's clients read their caches at once, as in offline mode, where the hub does not answer.
+
+    On their own they ask several times for every file, which takes minutes.
+
+    Args:
+        name: What is read: a name on the hub; for a path that exists, nothing is asked and changed.
+    """
+    if Path(name).exists() or is_offline_mode() or hub_answers():
+        yield
+        return
+    switches: list[Any] = [constants, *filter(None, [sys.modules.get("datasets.config")])]
+    held = [module.HF_HUB_OFFLINE for module in switches]
+    try:
+        for module in switches:
+            module.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for module, value in zip(switches, held, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
+def hub_answers() -> bool:
+    """Return whether the hub may be asked (not in offline mode) and answers; it is asked once a minute."""
+    return not is_offline_mode() and _answers(int(time.monotonic() // 60))
+
+
+@lru_cache(maxsize=1)
+def _answers(minute: int) -> bool:
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)
+    except Exception:  # each client library has its own errors
+        return False
+    return True
 
 
 def list_steps(repo: str) -> dict[int, str]:

@@ -13,7 +13,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import AutoModelForCausalLM
 
 from memlens.errors import ModelLoadError, ModelNotFoundError, OptionError, SourceNotFoundError
-from memlens.models import hub, names
+from memlens.models import names
 from memlens.models.bos import expects_bos
 from memlens.models.families import find_model
 from memlens.models.load import load_model
@@ -179,9 +179,9 @@ def test_without_a_network_the_cache_is_read_at_once(cache, monkeypatch):
         asked.append(args)
         raise httpx.ConnectError("no route")
 
-    monkeypatch.setattr(hub, "get_session", lambda: SimpleNamespace(head=no_network))
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    hub._answers.cache_clear()
+    monkeypatch.setattr(names, "get_session", lambda: SimpleNamespace(head=no_network))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    names._answers.cache_clear()
     started = time.monotonic()
     try:
         with pytest.raises(ModelNotFoundError, match="could not be asked"):
@@ -193,10 +193,10 @@ def test_without_a_network_the_cache_is_read_at_once(cache, monkeypatch):
         put_in_cache(cache, "EleutherAI/pythia-70m", "gpt_neox")
         assert load_model("EleutherAI/pythia-70m", device="cpu").cfg.n_layers == 3
     finally:
-        hub._answers.cache_clear()
+        names._answers.cache_clear()
     assert len(asked) <= 2
     assert time.monotonic() - started < 30
-    assert not hub.constants.HF_HUB_OFFLINE
+    assert not constants.HF_HUB_OFFLINE
 
 
 def test_pickled_weights_only_when_asked(cache, tmp_path_factory):

@@ -20,7 +20,7 @@ from torch import Tensor
 from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError, check_option
 from memlens.files import parsing
 from memlens.models.bos import expects_bos
-from memlens.models.hub import hub_or_cache
+from memlens.models.names import hub_or_cache
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.named import is_named
 from memlens.sequences.readers.drafts import (
