@@ -61,7 +61,7 @@ TESTS = {
         "instruments/test_bounds.py",
         "sequences/test_bos.py",
     ],
-    "memlens/store": ["store", "sweeps/test_shards.py"],
+    "memlens/store": ["store", "sweeps/test_shards.py", "sweeps/test_executors.py"],
 }
 """The tests of each package, besides its docstrings' examples. Slow ones are left out."""
 TEXT = ("warn", "debug", "info", "warning", "error", "exception")

@@ -33,6 +33,28 @@ def test_shuffled_is_a_function_of_each_index_and_of_the_seed() -> None:
     assert np.abs(np.diff(whole)).mean() / 5000 == pytest.approx(1 / 3, abs=0.02)
 
 
+def plain_place(index: int, n: int, seed: int) -> int:
+    """Where an index goes, by Python's own numbers: six rounds on two halves, again until it is below n."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    keys = [int(key) for key in np.random.default_rng(seed).integers(0, 2**63, 6, dtype=np.uint64)]
+    value = index
+    while True:
+        left, right = value >> half, value & (2**half - 1)
+        for key in keys:
+            mixed = (right + key) * 0xBF58476D1CE4E5B9 % 2**64
+            mixed = (mixed ^ mixed >> 31) * 0x94D049BB133111EB % 2**64
+            left, right = right, left ^ (mixed ^ mixed >> 29) & (2**half - 1)
+        value = left << half | right
+        if value < n:
+            return value
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 16, 17, 700])
+def test_a_seed_s_order_stays_so_that_scans_of_earlier_versions_go_on(n: int) -> None:
+    for seed in (0, 9):
+        assert shuffled(np.arange(n), n, seed).tolist() == [plain_place(i, n, seed) for i in range(n)]
+
+
 def test_a_corpus_too_large_to_shuffle_in_memory() -> None:
     n = 10**12
     found = shuffled(np.arange(1000), n, 0)
