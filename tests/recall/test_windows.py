@@ -260,8 +260,11 @@ def test_arrays_without_ids_or_windows_are_refused() -> None:
     for array in (np.zeros((2, 3)), np.zeros((2, 2, 2), int), np.array(3), np.array([[True, False]])):
         with pytest.raises(SequenceError, match=r"give \[row, token\] or \[token\] integers"):
             open_windows(array, 2, None, None)
-    with pytest.raises(SequenceError, match="rows of 1 tokens and a window has 2: shorten prefix_len"):
-        open_windows(np.zeros((3, 1), int), 2, None, None)
+    lengths = {1: "", 2: ": give prefix_len=1 and suffix_len=1", 5: ": give prefix_len=2 and suffix_len=3"}
+    for longest, fits in lengths.items():
+        words = f"the longest row of the corpus has {longest} tokens, and 6 are needed{fits}\\."
+        with pytest.raises(SequenceError, match=words):
+            open_windows(np.zeros((3, longest), int), 6, None, None)
     assert open_windows(np.zeros((3, 2), np.uint8), 2, None, None).n_rows == 3
     for source in ("text.npy", Path("nowhere.npy"), "nowhere.NPY"):
         with pytest.raises(SourceNotFoundError, match="there is no file"):

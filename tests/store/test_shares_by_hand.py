@@ -97,8 +97,8 @@ def test_what_is_missing_is_named_up_to_a_dozen(tmp_path: Path) -> None:
             check_finished(names, tmp_path, lambda name, n_done=n_done: int(name[1:]) < n_done)
         shown = ", ".join(names[n_done:][:12])
         assert str(raised.value) == (
-            f"{n_done} of 20 parts in {tmp_path} are done; missing: {shown}{more}. Let the other workers finish, "
-            "or run it again with part='auto'."
+            f"{n_done} of 20 parts in {tmp_path} are done; missing: {shown}{more}. "
+            "Let the other workers finish, or run it again with part='auto'."
         )
         assert raised.value.missing == names[n_done:]
 
