@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import memlens
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+sys.path.insert(0, str(HERE))
+
+from names import NAMESPACES, described, pages, public, shown_by, summary  # noqa: E402
 
 project = "memlens"
 author = "The memlens developers"
@@ -25,6 +29,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
     "myst_nb",
+    "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
 default_role = "code"
@@ -42,14 +47,16 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
+copybutton_prompt_text = (
+    r">>> |\.\.\. "  # of the examples in docstrings: neither prompts nor output are copied
+)
+copybutton_prompt_is_regexp = True
+
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the tests run the notebooks; the pages show their stored outputs
 nb_merge_streams = True
 suppress_warnings = ["myst.domains"]
-
-NAMESPACES = sorted(name for name in memlens.__all__ if inspect.ismodule(getattr(memlens, name)))
-"""The modules among the public names: `ml.recall`, `ml.edits` and so on."""
 
 EXTENDING = (
     "memlens.registry",
@@ -63,43 +70,6 @@ EXTENDING = (
     "memlens.studies.registry",
 )
 """Modules with what an extension needs beyond the public names (docs/how-to/extend.md)."""
-
-
-def public(module: Any) -> list[str]:
-    """The public names of a module that are no modules themselves, in alphabetical order."""
-    listed = getattr(module, "__all__", None)
-    if listed is None:
-        own = inspect.getmembers(module, lambda value: getattr(value, "__module__", "") == module.__name__)
-        listed = [name for name, _ in own if not name.startswith("_")]
-    found = [n for n in listed if not inspect.ismodule(getattr(module, n)) and not n.startswith("__")]
-    return sorted(found, key=str.lower)
-
-
-def described(value: Any) -> bool:
-    """Whether a value has a docstring of its own: a function or a class."""
-    return inspect.isfunction(value) or inspect.isclass(value)
-
-
-def summary(value: Any) -> str:
-    """The first paragraph of a docstring, on one line, fit for a table."""
-    return (inspect.getdoc(value) or "").split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
-
-
-def pages() -> dict[Any, tuple[str, str, list[str]]]:
-    """Where each public object is described: its short name, the module shown, and all of its public names.
-
-    An object with several public names (`ml.score_recall` is `ml.recall.score_recall`) is described once,
-    under the shortest.
-    """
-    homes: dict[Any, tuple[str, str, list[str]]] = {}
-    for space in ("", *NAMESPACES):
-        module = getattr(memlens, space) if space else memlens
-        for name in public(module):
-            value = getattr(module, name)
-            if described(value):
-                shown = ".".join(filter(None, ("ml", space, name)))
-                homes.setdefault(value, (name, module.__name__, []))[2].append(shown)
-    return homes
 
 
 def public_names() -> str:
@@ -138,19 +108,29 @@ def _directive(value: Any, name: str) -> str:
 
 
 def write_api_pages() -> None:
-    """One page per namespace, and one for the modules that extensions use, made from the docstrings."""
+    """A page per name, one per namespace that lists them, and one for the modules that extensions use."""
     out = _emptied(HERE / "reference")
     homes = pages()
     for space in ("", *NAMESPACES):
         module = getattr(memlens, space) if space else memlens
-        parts = [f"# ml.{space}" if space else "# ml", inspect.getdoc(module) or ""]
+        folder = _emptied(out / (space or "ml"))
+        rows = []
         for name in public(module):
             value = getattr(module, name)
             if described(value) and homes[value][:2] == (name, module.__name__):
-                others = [f"`{other}`" for other in homes[value][2][1:]]
-                parts.append(f"## {name}\n")
-                parts.extend([f"Also {', '.join(others)}."] if others else [])
-                parts.append(_directive(value, f"{module.__name__}.{name}"))
+                shown, *others = homes[value][2]
+                also = f"Also {', '.join(f'`{other}`' for other in others)}.\n\n" if others else ""
+                file = f"{name}-class" if inspect.isclass(value) else name  # Localizer and localizer
+                page = f"# {shown}\n\n{also}{_directive(value, f'{module.__name__}.{name}')}"
+                other = shown_by(value)
+                if other is not None and other is not value:
+                    first, home, _ = homes[other]
+                    page += f"\nAn example is with {{py:obj}}`{first} <{home}.{first}>`, which makes one.\n"
+                (folder / f"{file}.md").write_text(page, encoding="utf-8")
+                rows.append(f"| [{name}]({space or 'ml'}/{file}.md) | {summary(value)} |")
+        listed = "\n".join(["| name | what it is |", "|---|---|", *rows])
+        tree = f"```{{toctree}}\n:hidden:\n:glob:\n\n{space or 'ml'}/*\n```"
+        parts = [f"# ml.{space}" if space else "# ml", inspect.getdoc(module) or "", listed, tree]
         (out / f"{space or 'ml'}.md").write_text("\n\n".join(parts), encoding="utf-8")
     page = ["# Modules for extensions", "How they are used: [Extend memlens](../how-to/extend.md)."]
     for name in EXTENDING:
@@ -161,6 +141,18 @@ def write_api_pages() -> None:
             if described(value) and id(value) not in known:
                 page.append(_directive(value, f"{name}.{each}"))
     (out / "extending.md").write_text("\n\n".join(page), encoding="utf-8")
+
+
+def write_command_pages() -> None:
+    """One page per command of `memlens`, made from its options."""
+    from memlens.cli import app
+
+    out = _emptied(HERE / "reference" / "commands")
+    for name in sorted(app):
+        if not name.startswith("-"):
+            text = app[name].generate_docs(usage_name=f"memlens {name}")
+            text = text.replace(f"# {name}\n", f"# memlens {name}\n", 1)
+            (out / f"{name}.md").write_text(text, encoding="utf-8")
 
 
 def write_tutorials() -> None:
@@ -209,6 +201,7 @@ def fill_in(app: Any, docname: str, source: list[str]) -> None:
 
 
 write_api_pages()
+write_command_pages()
 write_tutorials()
 
 

@@ -12,7 +12,16 @@ from difflib import get_close_matches
 
 
 class MemlensError(Exception):
-    """Base class of every error that memlens raises on purpose."""
+    """Base class of every error that memlens raises on purpose.
+
+    Example:
+        >>> import memlens as ml
+        >>> try:
+        ...     ml.load_model("zoo/no-such-model")
+        ... except ml.errors.MemlensError as error:
+        ...     print(type(error).__name__)
+        ModelNotFoundError
+    """
 
 
 class ModelNotFoundError(MemlensError, LookupError):

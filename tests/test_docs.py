@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -48,6 +49,12 @@ def test_a_page_links_only_to_pages_that_exist(page: Path) -> None:
     made = {(ROOT / "docs/tutorials" / path.name).resolve() for path in TUTORIALS}  # copied by docs/conf.py
     missing = [link for link in links if not (page.parent / link).exists()]
     assert [link for link in missing if (page.parent / link).resolve() not in made] == []
+
+
+def test_every_public_name_has_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its own docstring, or in that of a function that returns it; they run as doctests."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    assert importlib.import_module("names").without_example() == []
 
 
 def _texts() -> dict[str, str]:

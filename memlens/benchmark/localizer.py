@@ -65,6 +65,11 @@ class Localizer:
         cites: Key of its publication in the bibliography.
         twin: Whether it needs the model without the memory, which an auditor rarely has; the function gets it
             as `twin`. Such a method is measured where there is a twin, and never recommended.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.benchmark.LOCALIZERS["zero ablation"].control
+        False
     """
 
     name: str
@@ -141,6 +146,15 @@ def localizer(
 
     Raises:
         OptionError: The name is taken, or a kind of component does not exist.
+
+    Example:
+        >>> import numpy as np
+        >>> import memlens as ml
+        >>> def later(model, sequences, *, component, others, seed):
+        ...     layers = np.arange(model.cfg.n_layers, dtype=float)
+        ...     return np.broadcast_to(layers[:, None], (len(sequences), len(layers), 1))
+        >>> decorate = ml.benchmark.localizer("later layers", components=("layer_mlp",), control=True)
+        >>> _ = decorate(later)  # registers it  # doctest: +SKIP
     """
     for kind in components:
         if kind not in COMPONENT_KINDS:

@@ -89,6 +89,13 @@ def measure_organism(
         - `planted_ranks`: the ranks of the planted components, from 1, of all planted sequences together;
           `n_rankings`, how many sequences were ranked; for "z-scored", `z_counts` and `z_planted`: how many
           components, and planted ones, have a z between the edges `Z_EDGES`.
+
+    Example:
+        >>> import memlens as ml
+        >>> organism = ml.zoo.read_organism("organism")  # of `memlens organisms plant`  # doctest: +SKIP
+        >>> model, truth = ml.load_model(organism.model), ml.zoo.truth_table(organism)  # doctest: +SKIP
+        >>> others = ml.load_sequences("zoo", model)[:16]  # doctest: +SKIP
+        >>> ml.benchmark.measure_organism(model, organism.sequences, others, truth)  # doctest: +SKIP
     """
     names = list(localizers) if localizers is not None else LOCALIZERS.names()
     costs = {} if costs is None else costs

@@ -40,6 +40,11 @@ def report(folder: str | Path, to: str | Path | None = None) -> Path:
 
     Raises:
         ResultError: The folder holds no finished organism.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.benchmark.report("bench")  # the folder of a run  # doctest: +SKIP
+        PosixPath('bench/report.html')
     """
     folder = expanded(folder)
     board = read_benchmark(folder)

@@ -44,6 +44,10 @@ def publish(
     Raises:
         FileFormatError: The page has no marks.
         ResultError: The folder holds no run.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.benchmark.publish("bench", to="published")  # the folder of a run  # doctest: +SKIP
     """
     board = read_benchmark(folder)
     target = Path(str(files("memlens.benchmark"))) if to is None else expanded(to)

@@ -78,6 +78,11 @@ def run(
         OptionError: Unknown names, or values that are not allowed.
         OtherRunError: The folder holds a run of another suite.
         SequenceError: A model has too few sequences.
+
+    Example:
+        >>> import memlens as ml
+        >>> board = ml.benchmark.run("mini", "bench")  # some minutes  # doctest: +SKIP
+        >>> board.best("head")["localizer"]  # doctest: +SKIP
     """
     chosen = read_suite(
         suite, models=models, carriers=carriers, sequences=sequences, others=others, localizers=localizers
@@ -197,6 +202,10 @@ def read_benchmark(folder: str | Path) -> Leaderboard:
 
     Raises:
         ResultError: The folder holds no finished organism, or one that was edited.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.benchmark.read_benchmark("bench").table()  # the folder of a run  # doctest: +SKIP
     """
     folder = expanded(folder)
     manifest = folder / "manifest.json"

@@ -49,6 +49,14 @@ def score_ranking(
     Returns:
         The measures, `k` and `chance` (the share planted). All measures are NaN where everything or
         nothing is planted.
+
+    Example:
+        >>> import numpy as np
+        >>> import memlens as ml
+        >>> scores = np.array([[0.9, 0.2], [0.1, 0.8]])
+        >>> planted = np.array([[True, False], [False, False]])
+        >>> ml.benchmark.score_ranking(scores, planted)["average_precision"]
+        1.0
     """
     from sklearn.metrics import average_precision_score, ndcg_score, roc_auc_score
 

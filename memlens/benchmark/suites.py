@@ -33,7 +33,14 @@ from memlens.sequences.set import SequenceSet
 
 @options_class
 class Suite:
-    """What a run of the benchmark plants, and which localizers it compares."""
+    """What a run of the benchmark plants, and which localizers it compares.
+
+    Example:
+        >>> import memlens as ml
+        >>> suite = ml.benchmark.Suite(models=("zoo/pythia-s",), carriers=("heads=4",), sequences=2)
+        >>> len(list(suite.organisms()))
+        2
+    """
 
     models: tuple[str, ...] = Field(kw_only=True, min_length=1)
     """Models that are planted into: zoo names, hub names or checkpoint folders."""
@@ -100,6 +107,11 @@ def read_suite(suite: str | Path | Suite, **changes: Any) -> Suite:
     Raises:
         OptionError: An unknown name, or a value that is not allowed.
         FileFormatError: The file is not a YAML mapping.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.benchmark.read_suite("mini", sequences=2).sequences
+        2
     """
     changes = {name: value for name, value in changes.items() if value is not None}
     if isinstance(suite, Suite):

@@ -296,7 +296,7 @@ def plugins(*, as_json: Json = False) -> None:
         print_table(found.replace({"error": {"": "none"}}), "Plugins")
     else:
         OUT.print("no installed package extends memlens")
-    if found["error"].any():
+    if any(plugin.error for plugin in load_plugins()):
         raise SystemExit(1)
 
 

@@ -46,6 +46,8 @@ def curve(
         out: Also write each sequence's numbers: .parquet, .csv or .jsonl, or a result, .nc.
         figure: Also write the figure: .html.
     """
+    import pandas as pd
+
     import memlens as ml
     from memlens.results.kinds import reading
 
@@ -54,11 +56,13 @@ def curve(
     model = where.load()
     result = ml.recall.extraction_curve(model, what.load(model), lengths, progress=not quiet)
     means = result.mean_ci(metric=["exact_match", "target_accuracy"])
-    shares = means.to_dataframe().unstack("statistic")
-    rows = shares["exact_match"].rename(columns={"mean": "extracted"})[["extracted", "low", "high"]]
-    rows["targets right"] = shares["target_accuracy"]["mean"]
-    rows["sequences"] = means["n_exact_match"].to_series()
-    rows = rows.reset_index(names="tokens of context")
+    extracted = (
+        means["exact_match"].transpose("prefix_len", "statistic").sel(statistic=["mean", "low", "high"])
+    )
+    rows = pd.DataFrame(extracted.values, columns=pd.Index(["extracted", "low", "high"]))
+    rows.insert(0, "tokens of context", means["prefix_len"].values)
+    rows["targets right"] = means["target_accuracy"].sel(statistic="mean").values
+    rows["sequences"] = means["n_exact_match"].values
     paths = _written(result, result.to_frame(), out, figure)
     if as_json:
         sequences = records(result.to_frame())
@@ -107,7 +111,7 @@ def compress(
     if as_json:
         print_json({**paths, "reading": reading(result), "sequences": records(rows)})
         return
-    recalled = rows[rows["recalled"] == 1].sort_values("fewest_tokens", kind="stable")
+    recalled = rows.query("recalled == 1").sort_values("fewest_tokens", kind="stable")
     title = f"Fewest tokens of prefix: {min(len(recalled), _SHOWN)} of {len(recalled)} recalled sequences"
     _show(result, recalled.drop(columns="recalled").head(_SHOWN), title, paths)
 

@@ -54,6 +54,11 @@ class ExploreOptions:
         bypass_layers: Layers whose bypass is computed in advance; all by default.
         attention_bytes: Memory for attention maps, shared evenly by the sequences; if not all fit, those of
             the heads with the largest effects are kept.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.ExploreOptions(top_heads=5).top_heads
+        5
     """
 
     ablation: OwnAblation = "mean_of_other_heads"

@@ -127,6 +127,14 @@ class RecallScores:
         table: One row per sequence: the set's own columns and `SCORE_COLUMNS` (see `score_recall`).
         sequences: The set that was scored, in the same order.
         attrs: The model's facts and the settings.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")
+        >>> seqs = ml.load_sequences("zoo", model)[:3]
+        >>> recall = ml.score_recall(model, seqs, generate=False, progress=False)
+        >>> len(recall), recall.criterion
+        (3, 'target_accuracy')
     """
 
     table: pd.DataFrame

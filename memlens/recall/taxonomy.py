@@ -29,6 +29,11 @@ class TaxonomyRules:
 
     Raises:
         OptionError: A share outside [0, 1].
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.recall.TaxonomyRules(rouge_l=0.6).rouge_l
+        0.6
     """
 
     rouge_l: Share = 0.5

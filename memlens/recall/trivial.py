@@ -34,6 +34,11 @@ class TrivialRules:
 
     Raises:
         OptionError: A share outside [0, 1], or a number below 1.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.recall.TrivialRules(min_tokens=8).min_tokens
+        8
     """
 
     copied: Share = 0.5

@@ -103,6 +103,15 @@ def overlay(results: Mapping[str, Result], metric: str | None = None, **options:
 
     Raises:
         ResultError: The results are of different kinds, or there are none.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")
+        >>> seqs = ml.load_sequences("zoo", model)
+        >>> rare, often = (ml.ablate_mlps(model, s, progress=False) for s in (seqs[:3], seqs[-3:]))
+        >>> figure = ml.overlay({"rare": rare, "often": often})
+        >>> {"rare", "often"} <= {line.name for line in figure.data}
+        True
     """
     joined = join_groups(results)
     if "title" not in options:

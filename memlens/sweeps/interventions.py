@@ -19,7 +19,16 @@ from memlens.forward.hooks import HookFn, layer_of
 
 @runtime_checkable
 class BatchHook(Protocol):
-    """A hook that must know which sequences it sees, as patching does."""
+    """A hook that must know which sequences it sees, as patching does.
+
+    Example:
+        >>> import torch, memlens as ml
+        >>> class AtTargets:
+        ...     def bind(self, batch):
+        ...         return lambda z, hook: torch.where(batch.predicts[:, :, None, None], 0.0, z)
+        >>> isinstance(AtTargets(), ml.BatchHook)
+        True
+    """
 
     def bind(self, batch: Batch) -> HookFn:
         """Return the hook function for one batch."""

@@ -124,9 +124,9 @@ def _started_from(start: tuple[int, ...] | None, device: torch.device) -> Iterat
     state = np.random.SeedSequence([value % 2**32 for value in start]).generate_state(1, np.uint64)
     number = int(state[0] >> np.uint64(1))
     before, python = np.random.get_state(), random.getstate()  # noqa: NPY002  # the user's hooks may use them
-    on_device = {} if device.type == "cpu" else {"device_type": device.type}
+    kind = "cuda" if device.type == "cpu" else device.type
     devices = [] if device.type == "cpu" else [torch.device(device.type, device.index or 0)]
-    with torch.random.fork_rng(devices=devices, **on_device):
+    with torch.random.fork_rng(devices=devices, device_type=kind):
         torch.manual_seed(number)
         np.random.seed(number % 2**32)  # noqa: NPY002
         random.seed(number)

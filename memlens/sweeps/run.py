@@ -430,6 +430,13 @@ def measure(
         per_token: Keep a `target` axis, NaN after a sequence's last target (built-in metrics only).
         memory_budget: Bytes that activations may take.
         batch_size: Sequences in a batch.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")
+        >>> found = ml.measure(model, ml.load_sequences("zoo", model)[:3], ["target_accuracy"])
+        >>> found["target_accuracy"].shape
+        (3,)
     """
     check_sequences(sequences, model, on_eos="keep")
     trunk = Trunk(model)

@@ -68,7 +68,15 @@ def mlp_ablations(
     layers: Sequence[int] | None = None,
     **options: Unpack[ReplacementOptions],
 ) -> list[Intervention]:
-    """Return the interventions that `ablate_mlps` runs, one per layer; see there for the options."""
+    """Return the interventions that `ablate_mlps` runs, one per layer; see there for the options.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")
+        >>> seqs = ml.load_sequences("zoo", model)[:2]
+        >>> [edit.coords for edit in ml.edits.mlp_ablations(model, seqs, layers=[2])]
+        [{'layer': 2}]
+    """
     return _ablations(model, sequences, "mlp_out", "MLP", layers, Replacement(mode, **options))
 
 
@@ -84,6 +92,13 @@ def attention_ablations(
     """Return interventions that replace what attention adds to the residual, one per layer.
 
     Modes and options are those of `ablate_mlps`, applied to `hook_attn_out`.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")
+        >>> seqs = ml.load_sequences("zoo", model)[:2]
+        >>> len(ml.edits.attention_ablations(model, seqs)) == model.cfg.n_layers
+        True
     """
     return _ablations(model, sequences, "attn_out", "attention", layers, Replacement(mode, **options))
 

@@ -111,7 +111,15 @@ def head_ablations(
     heads: Sequence[int] | None = None,
     **options: Unpack[ReplacementOptions],
 ) -> list[Intervention]:
-    """Return the interventions that `ablate_heads` runs, one per head; see there for the options."""
+    """Return the interventions that `ablate_heads` runs, one per head; see there for the options.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")
+        >>> seqs = ml.load_sequences("zoo", model)[:2]
+        >>> [edit.coords for edit in ml.edits.head_ablations(model, seqs, layers=[1], heads=[0, 3])]
+        [{'layer': 1, 'head': 0}, {'layer': 1, 'head': 3}]
+    """
     replacement = Replacement(mode, **options)
     trunk = Trunk(model)
     cells = [
@@ -140,6 +148,14 @@ def head_set_ablations(
     Raises:
         OptionError: Unknown mode or positions.
         SiteError: A head that does not exist, or that a set contains twice.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")
+        >>> seqs = ml.load_sequences("zoo", model)[:2]
+        >>> (pair,) = ml.edits.head_set_ablations(model, seqs, {"two": [(0, 1), (2, 3)]})
+        >>> pair.start_layer, pair.last_layer
+        (0, 2)
     """
     cells = _checked(Trunk(model), [(name, heads, {}) for name, heads in sets.items()])
     return Replacement(mode, **options).interventions(model, sequences, "z", cells)

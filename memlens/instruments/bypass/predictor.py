@@ -209,6 +209,16 @@ def predictor_agreement(
 
     Raises:
         ResultError: The results differ in sequences or layers, or have fewer than three layers.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")
+        >>> seqs = ml.load_sequences("zoo", model)[-6:]
+        >>> measured = ml.bypass_attention(model, seqs, progress=False)
+        >>> lost = -measured.effect("target_logprob").rename("predictor")
+        >>> predicted = ml.Result.create(lost.to_dataset(), kind="bypass_predictor")
+        >>> round(ml.bypass.predictor_agreement(predicted, measured, n_resamples=20).value, 3)
+        1.0
     """
     x, y = predicted[predictor], _damage(measured, metric)
     for dim in ("sequence", "layer"):

@@ -13,7 +13,13 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 @options_class
 class LensOptions:
-    """How `train_tuned_lens` trains."""
+    """How `train_tuned_lens` trains.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.lens.LensOptions(steps=100).steps
+        100
+    """
 
     steps: PositiveInt = 250
     """Number of updates."""

@@ -186,6 +186,14 @@ def attention_difference(
     Raises:
         EmptySetError: A group is empty.
         ResultError: A group has one sequence, or the statistic is unknown.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")
+        >>> seqs = ml.load_sequences("zoo", model)
+        >>> found = ml.detect.attention_difference(model, seqs[-4:], seqs[:4], layers=[0], progress=False)
+        >>> found.sizes["layer"]
+        1
     """
     for name, seqs in (("recalled", recalled), ("matched", matched)):
         if not len(seqs):

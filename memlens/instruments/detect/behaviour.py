@@ -39,7 +39,13 @@ BehaviourSite = Literal["mlp_post", "mlp_out"]
 
 @options_class
 class BehaviourOptions:
-    """Options of `behaviour_neurons`; the result records all of them."""
+    """Options of `behaviour_neurons`; the result records all of them.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.detect.BehaviourOptions(share=0.1).share
+        0.1
+    """
 
     site: BehaviourSite = "mlp_post"
     """What a neuron is: a hidden unit of the MLP, or a component of what the MLP adds to the residual."""
@@ -141,6 +147,14 @@ def projection(
         found: What `behaviour_neurons` returned.
         sequences: The sequences.
         progress: Show a progress bar.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")
+        >>> seqs = ml.load_sequences("zoo", model)
+        >>> found = ml.detect.behaviour_neurons(model, seqs[-6:], seqs[:6], progress=False)
+        >>> ml.detect.projection(model, found, seqs[6:9], progress=False).shape
+        (3,)
     """
     layers, site = found["layer"].values.tolist(), found.settings["site"]
     acts = mean_over_targets(model, sequences, site, layers, progress=progress, desc="neurons")
@@ -275,6 +289,14 @@ def steering_doses(
 
     Raises:
         OptionError: No alphas, or two equal ones.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")
+        >>> seqs = ml.load_sequences("zoo", model)
+        >>> found = ml.detect.behaviour_neurons(model, seqs[-6:], seqs[:6], progress=False)
+        >>> len(ml.detect.steering_doses(model, found, [-1.0, 1.0], n_random=2))
+        6
     """
     if not len(alphas) or len(set(alphas)) < len(alphas):
         raise OptionError(f"alphas={list(alphas)!r}: give one or more different numbers.")

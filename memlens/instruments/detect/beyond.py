@@ -24,7 +24,13 @@ from memlens.results.statistics.intervals import FEWEST
 
 @options_class
 class BeyondOptions:
-    """Options of `beyond_confounds`."""
+    """Options of `beyond_confounds`.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.detect.BeyondOptions(folds=3).folds
+        3
+    """
 
     confounds: tuple[Confound, ...] = CONFOUNDS
     """What the baseline knows of a sequence, besides copies."""
@@ -72,6 +78,17 @@ def beyond_confounds(
         ResultError: There are fewer pairs with a score than folds.
 
     Source: ours.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")
+        >>> seqs = ml.load_sequences("zoo", model)
+        >>> groups = ml.detect.Groups.of(seqs[-8:], seqs[:8])
+        >>> known = ml.detect.confounds(model, groups.sequences, progress=False)
+        >>> options = ml.detect.BeyondOptions(folds=2, n_resamples=50)
+        >>> scores = ml.measure(model, groups.sequences, ["target_logprob"])
+        >>> set(ml.detect.beyond_confounds(groups, scores, known, options=options)["detector"])
+        {'target_logprob'}
     """
     options, rows = options or BeyondOptions(), []
     for name, given in scores.items():

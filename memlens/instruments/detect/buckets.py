@@ -200,6 +200,15 @@ def error_similarity(errors: pd.DataFrame, *, seed: int = 0) -> dict[str, Estima
     Returns:
         `distance` (characters; below 0 where wrong identifiers are nearer to the true one than to others),
         `jaccard` and `cosine` (above 0 where labels are similar); a value without errors is not known.
+
+    Example:
+        >>> import pandas as pd
+        >>> import memlens as ml
+        >>> labels, identifiers = ["red cat", "red dog", "old cow"], ["0012", "0013", "9999"]
+        >>> items = pd.DataFrame({"label": labels, "identifier": identifiers})
+        >>> errors = ml.detect.identifier_errors(items, ["0012", "0012", "0012"])
+        >>> sorted(ml.detect.error_similarity(errors))
+        ['cosine', 'distance', 'jaccard']
     """
     found = {}
     for name in ("distance", *_SIMILARITIES):

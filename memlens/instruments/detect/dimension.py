@@ -34,7 +34,13 @@ _NEAREST = 1e-8
 
 @options_class
 class DimensionOptions:
-    """Options of `local_dimension`; the result records all of them."""
+    """Options of `local_dimension`; the result records all of them.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.detect.DimensionOptions(neighbours=5).neighbours
+        5
+    """
 
     layers: tuple[NonNegativeInt, ...] | None = None
     """Layers; all by default."""

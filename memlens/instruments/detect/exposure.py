@@ -41,7 +41,13 @@ _ROWS = 512
 
 @options_class
 class ExposureOptions:
-    """Options of `exposure`; the result records all of them."""
+    """Options of `exposure`; the result records all of them.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.detect.ExposureOptions(most_nodes=100).most_nodes
+        100
+    """
 
     method: Method = "auto"
     """Exact by enumeration, by sampled candidates, or by a distribution fitted to them; auto is exact where

@@ -31,6 +31,12 @@ class Groups:
         recalled: True for the first.
         pair: A number per sequence, the same for a sequence and its matched controls (column `matched_to`);
             cross-validation and halves never separate them.
+
+    Example:
+        >>> import memlens as ml
+        >>> seqs = ml.load_sequences("zoo")
+        >>> ml.detect.Groups.of(seqs[-2:], seqs[:2]).recalled.tolist()
+        [True, True, False, False]
     """
 
     sequences: SequenceSet

@@ -34,7 +34,13 @@ Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @options_class
 class InvarianceOptions:
-    """Options of `prediction_invariance`; the result records all of them."""
+    """Options of `prediction_invariance`; the result records all of them.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.detect.InvarianceOptions(n_repeats=5).n_repeats
+        5
+    """
 
     over: Over = "temperatures"
     """What varies: nothing (PI-1), the temperature (PI-2) or the prompt (PI-3)."""

@@ -38,7 +38,13 @@ WITHOUT_COPIES, WITH_COPIES = "confounds", "confounds and copies"
 
 @options_class
 class SeparationOptions:
-    """Options of `separation`; the result records all of them."""
+    """Options of `separation`; the result records all of them.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.detect.SeparationOptions(folds=3).folds
+        3
+    """
 
     layers: tuple[NonNegativeInt, ...] | None = None
     """Layers; all by default."""
@@ -306,6 +312,16 @@ def separating_neurons(result: Result) -> pd.DataFrame:
     Returns:
         Columns `layer`, `neuron`, `held_out_area` with `low` and `high`, and over all sequences `area`,
         `cohens_d` and the corrected `p`; the held-out areas furthest from 1/2 first.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")
+        >>> recall = ml.score_recall(model, ml.load_sequences("zoo", model), generate=False, progress=False)
+        >>> options = ml.detect.SeparationOptions(layers=(1,), folds=2, strengths=(0.03,), n_resamples=50)
+        >>> groups = recall.memorized()[:12], recall.matched_controls()[:12]
+        >>> found = ml.detect.separation(model, *groups, options=options, progress=False)
+        >>> set(ml.detect.separating_neurons(found)["layer"])
+        {1}
     """
     data = result.data
     rows = []

@@ -41,7 +41,13 @@ _TEXT_WINDOW = 128
 
 @options_class
 class MitigationOptions:
-    """How a mitigation is evaluated."""
+    """How a mitigation is evaluated.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.instruments.MitigationOptions(n_samples=20).n_samples
+        20
+    """
 
     shorter: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.25)
     """Shares of each target's prefix that are kept, from its end."""

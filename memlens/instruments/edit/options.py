@@ -14,7 +14,13 @@ How = Literal["zero", "mean", "output_vector", "norm_preserving"]
 
 @options_class
 class VectorSearch:
-    """How output vectors are searched for: gradient descent on the log-probability of target tokens."""
+    """How output vectors are searched for: gradient descent on the log-probability of target tokens.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.instruments.VectorSearch(steps=10).steps
+        10
+    """
 
     steps: PositiveInt = 40
     """Number of steps: normalized gradient descent with momentum 0.9, projected onto the budget."""

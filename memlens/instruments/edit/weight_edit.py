@@ -44,6 +44,13 @@ class WeightChange:
             `o` and `out`, `[d]` of a norm.
         index: Which rows or columns; None for a norm.
         bias: New biases: `[k]` of the rows, or the whole bias of `o`, `out` or a norm. None keeps them.
+
+    Example:
+        >>> import torch
+        >>> import memlens as ml
+        >>> change = ml.instruments.WeightChange(0, "mlp_out", torch.zeros(2, 8), index=torch.tensor([3, 5]))
+        >>> change.layer
+        0
     """
 
     layer: int

@@ -159,6 +159,14 @@ def activation_patches(
 
     With `under`, the activations are those of the run on `source` under that intervention; with `donor`, of
     that model's run.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")
+        >>> seqs = ml.load_sequences("zoo", model)[:2]
+        >>> edits = ml.edits.activation_patches(model, ml.corrupt(seqs), layers=[0, 1], positions=[30, 31])
+        >>> edits[0].coords
+        {'layer': 0, 'position': 30}
     """
     _check_site(model, site, over)
     if donor is not None:

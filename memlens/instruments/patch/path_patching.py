@@ -202,7 +202,16 @@ def path_patches(
     mlps: str = "recomputed",
     donor: Any = None,
 ) -> list[Intervention]:
-    """Return the interventions that `patch_paths` runs on `base`, one per path; see there."""
+    """Return the interventions that `patch_paths` runs on `base`, one per path; see there.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")
+        >>> seqs = ml.load_sequences("zoo", model)[:2]
+        >>> edits = ml.edits.path_patches(model, seqs, ml.corrupt(seqs), senders=[(0, 1), (1, 2)])
+        >>> len(edits)
+        2
+    """
     check_option("receiver_input", receiver_input, RECEIVER_INPUTS)
     check_option("mlps", mlps, MLPS)
     check_sequences(base, model, on_eos="keep")

@@ -88,6 +88,13 @@ def register_instrument(
 
     Raises:
         OptionError: The name is taken, or neither `run` nor `screen` is given.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.instruments.register_instrument(
+        ...     "MLPs", ranks="layer", kind="mlp_ablation", run=ml.ablate_mlps
+        ... ).ranks  # doctest: +SKIP
+        'layer'
     """
     if run is None and screen is None:
         raise OptionError(f"the instrument {name!r} measures nothing: give run= or screen=.")

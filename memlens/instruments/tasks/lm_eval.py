@@ -206,6 +206,11 @@ def tasks_from_lm_eval(
         ModelLoadError: lm-eval is not installed.
         OptionError: The name is unknown, or the task generates text or scores with its own function.
         SourceNotFoundError: A task or its data cannot be read.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-s")
+        >>> tasks = ml.tasks.from_lm_eval(["arc_easy"], model, limit=100)  # reads the hub  # doctest: +SKIP
     """
     _check_installed()
     if limit is not None and limit < 1:

@@ -27,7 +27,13 @@ FINGERPRINT_COLUMNS: tuple[str, ...] = (
 
 @options_class
 class CertificateOptions:
-    """Thresholds of a certificate."""
+    """Thresholds of a certificate.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.zoo.CertificateOptions(min_recall=0.9).min_recall
+        0.9
+    """
 
     min_recall: Annotated[float, Field(ge=0, le=1)] = 0.95
     """Least share of planted tokens that are the model's first choice, in every sequence."""
@@ -111,6 +117,12 @@ def certify(
         The certificate. For carrier "none" recall is not asked for, and for "spread" harmlessness is reported
         and not demanded, because a change of all weights is not meant to be harmless. Both have no
         components, and so no strictness or sufficiency.
+
+    Example:
+        >>> import memlens as ml
+        >>> organism = ml.zoo.read_organism("organism")  # of `memlens organisms plant`  # doctest: +SKIP
+        >>> ml.zoo.certify(organism, ml.load_sequences("zoo:heldout")).passed  # doctest: +SKIP
+        True
     """
     options = options or CertificateOptions()
     planted = organism.options.planted

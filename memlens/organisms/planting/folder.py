@@ -33,6 +33,11 @@ def truth_table(organism: Organism, certificate: Certificate | None = None) -> p
     Columns `kind`, `layer`, `index`, `planted`, `graded` (the rise in loss when the component's base weights
     return alone, nats; 0 for components that carry nothing), for few components `shapley` (nats), and with
     the certificate `shared`: whether the component is shared substrate, without being planted.
+
+    Example:
+        >>> import memlens as ml
+        >>> organism = ml.zoo.read_organism("organism")  # of `memlens organisms plant`  # doctest: +SKIP
+        >>> ml.zoo.truth_table(organism)[["kind", "layer", "index"]]  # doctest: +SKIP
     """
     weights = ComponentWeights(organism.model, gates=organism.options.gates)
     table = component_table(weights, organism.carrier.component_kinds, organism.graded_truth())
@@ -96,6 +101,12 @@ def save_organism(
 
     Raises:
         ResultError: The folder holds a finished organism.
+
+    Example:
+        >>> import memlens as ml
+        >>> organism = ml.zoo.read_organism("organism")  # of `memlens organisms plant`  # doctest: +SKIP
+        >>> certificate = ml.zoo.certify(organism, ml.load_sequences("zoo:heldout"))  # doctest: +SKIP
+        >>> ml.zoo.save_organism(organism, certificate, "copy", base="zoo/pythia-s")  # doctest: +SKIP
     """
     folder = expanded(out)
     if (folder / "organism.json").exists():
@@ -156,6 +167,10 @@ def read_organism(folder: str | Path) -> Organism:
 
     Raises:
         FileFormatError: The folder does not hold a finished organism.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.zoo.read_organism("organism").components  # of `memlens organisms plant`  # doctest: +SKIP
     """
     folder = expanded(folder)
     about = organism_record(folder)

@@ -31,7 +31,13 @@ KEPT: tuple[Keep, ...] = get_args(Keep)
 
 @options_class
 class PlantingOptions:
-    """How a memory is planted by editing weights."""
+    """How a memory is planted by editing weights.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.zoo.PlantingOptions(steps=100).steps
+        100
+    """
 
     steps: PositiveInt = 300
     """Most steps of Adam."""
@@ -221,6 +227,17 @@ def plant(
         OptionError: An unknown carrier, or one that is larger than the model.
         SequenceError: No sequences, or no held-out ones.
         UnsupportedModelError: A model whose weights are not among the known forms.
+
+    Example:
+        >>> import memlens as ml
+        >>> from transformers import AutoModelForCausalLM
+        >>> from memlens.models.zoo import zoo_path
+        >>> model = AutoModelForCausalLM.from_pretrained(zoo_path("zoo/pythia-xs")).float()
+        >>> seqs = ml.load_sequences("zoo")
+        >>> options = ml.zoo.PlantingOptions(steps=2, n_heldout=4)  # far too few steps for a memory
+        >>> organism = ml.zoo.plant(model, seqs[:1], "neurons=5", heldout=seqs[-8:], options=options)
+        >>> len(organism.components)
+        5
     """
     options = options or PlantingOptions()
     carrier = Carrier.parse(carrier) if isinstance(carrier, str) else carrier

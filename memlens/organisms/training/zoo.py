@@ -205,6 +205,11 @@ def zoo_corpus(name: str = "pythia-s") -> Corpus:
     Raises:
         ModelNotFoundError: The zoo has no such model.
         FileFormatError: The model's folder does not contain its recipe.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.zoo.corpus("pythia-xs").rows.shape[1]  # makes millions of tokens  # doctest: +SKIP
+        64
     """
     folder = Path(name) if Path(name).is_dir() else zoo_path(name)
     return build_corpus(CorpusSpec.from_dict(read_training(folder)["corpus"]["spec"]))

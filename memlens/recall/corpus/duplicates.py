@@ -199,6 +199,11 @@ class InfiniGram:
         SourceNotFoundError: There is no such folder.
 
     Source: arXiv 2401.17377 and its Python package.
+
+    Example:
+        >>> import memlens as ml
+        >>> index = ml.recall.InfiniGram("index", eos_token_id=0)  # a folder of theirs  # doctest: +SKIP
+        >>> ml.recall.count_duplicates(ml.load_sequences("zoo"), index)  # doctest: +SKIP
     """
 
     def __init__(self, index_dir: str | Path, eos_token_id: int) -> None:

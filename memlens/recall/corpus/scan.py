@@ -44,6 +44,11 @@ class PredictableRule:
 
     Raises:
         OptionError: An unknown measure, or a number out of range.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.recall.PredictableRule(below=0.5).below
+        0.5
     """
 
     measure: Literal["target_accuracy", "target_logprob"] = "target_accuracy"

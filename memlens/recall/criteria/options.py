@@ -29,6 +29,11 @@ class CriteriaOptions:
 
     Raises:
         OptionError: A number out of range.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.recall.CriteriaOptions(max_suffix=2).max_suffix
+        2
     """
 
     max_suffix: PositiveInt = 4

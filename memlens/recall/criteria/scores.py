@@ -202,6 +202,16 @@ def calibrate_criteria(
         ColumnError: The table has no such flag, or there is no such decision.
 
     Source: ours; the flags are those of arXiv 2210.03588's data file.
+
+    Example:
+        >>> import pandas as pd
+        >>> import memlens as ml
+        >>> corpus = ["kick the bucket", "fill the glass", "break the glass", "a piece of cake", "of cake"]
+        >>> frame = pd.DataFrame({"prompt": ["kick the", "a piece of"], "target": ["bucket", "cake"]})
+        >>> reference = ml.recall.NgramReference(corpus, order=3)
+        >>> scores = ml.recall.score_criteria(frame.assign(easy=[False, True]), reference, progress=False)
+        >>> len(ml.recall.calibrate_criteria(scores, {"suffix": "easy"}, n_resamples=20))
+        1
     """
     found = _decisions(scores, **limits)
     rows = []

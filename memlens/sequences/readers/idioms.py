@@ -94,6 +94,14 @@ def idiom_defects(sequences: SequenceSet | pd.DataFrame) -> pd.DataFrame:
         ColumnError: The set was not read from an idiom file.
 
     Source: ours, for the data file of arXiv 2210.03588.
+
+    Example:
+        >>> import pandas as pd
+        >>> import memlens as ml
+        >>> table = pd.DataFrame({"idiom": ["kick the bucket", "kick the bottle", "break the ice"]})
+        >>> seqs = ml.load_sequences(table, ml.load_model("zoo/pythia-xs"))
+        >>> set(ml.sequences.idiom_defects(seqs).columns) >= {"row", "text", "defect", "why"}
+        True
     """
     table = sequences.table if isinstance(sequences, SequenceSet) else sequences
     missing = [name for name in DEFECTS if name not in table]

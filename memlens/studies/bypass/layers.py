@@ -62,6 +62,13 @@ class BypassInputs:
     Raises:
         EmptySetError: Fewer than 4 memorized sequences.
         OptionError: An unknown group.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")
+        >>> inputs = ml.studies.BypassInputs(model, ml.load_sequences("zoo", model)[-4:])
+        >>> list(inputs.groups)
+        ['memorized']
     """
 
     model: Any

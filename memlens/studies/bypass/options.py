@@ -17,7 +17,13 @@ EDITS: tuple[Edit, ...] = get_args(Edit)
 
 @options_class
 class BypassOptions:
-    """Options of `study_attention_bypass`; the run records all of them."""
+    """Options of `study_attention_bypass`; the run records all of them.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.studies.BypassOptions(max_sequences=32).max_sequences
+        32
+    """
 
     mode: BypassedTo = "identity"
     """How attention is bypassed: "identity" as in the paper, or "zero"."""

@@ -30,7 +30,13 @@ _SIZE = re.compile(r"-(xs|s|m|l|xl)$")
 
 @options_class
 class StudyModel:
-    """One model of the study."""
+    """One model of the study.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.studies.StudyModel("zoo/pythia-s", checkpoint_step=100).checkpoint_step
+        100
+    """
 
     name: str
     """What `load_model` takes: a zoo name, a hub name, a checkpoint folder, a `.gguf` file."""

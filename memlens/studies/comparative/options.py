@@ -35,6 +35,11 @@ class ComparativeOptions:
     The defaults suit small models on a CPU. The values of arXiv 2603.21658, as far as they are known: 300,000
     sequences per domain (`max_per_domain`), 10,000 for heads (`heads_per_domain`; 2,500 for large models),
     noise strengths from 0 to 0.5, the mean of the other heads, the top 20 % of heads.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.studies.ComparativeOptions(prefix_len=16).prefix_len
+        16
     """
 
     measures: tuple[Measure, ...] = get_args(Measure)

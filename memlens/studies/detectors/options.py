@@ -16,7 +16,13 @@ if TYPE_CHECKING:  # their modules are heavy, and help texts appear at once
 
 @options_class
 class DetectorOptions:
-    """Options of `study_detectors`; the run records all of them."""
+    """Options of `study_detectors`; the run records all of them.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.studies.DetectorOptions(folds=3).folds
+        3
+    """
 
     max_sequences: PositiveInt = 150
     """Most recalled sequences to examine, chosen at random; as many matched ones."""

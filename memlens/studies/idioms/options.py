@@ -14,7 +14,13 @@ from memlens.recall.criteria.options import CriteriaOptions
 
 @options_class
 class IdiomOptions:
-    """Options of `study_idioms`; the run records all of them."""
+    """Options of `study_idioms`; the run records all of them.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.studies.IdiomOptions(near_rank=5).near_rank
+        5
+    """
 
     leave_out: tuple[str, ...] = ()
     """Columns of the items' table, such as definition,shared_prompt of the idiom file: items for which one of

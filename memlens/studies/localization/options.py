@@ -11,7 +11,13 @@ from memlens.options import options_class
 
 @options_class
 class LocalizeOptions:
-    """Options of `localize`; the run records all of them."""
+    """Options of `localize`; the run records all of them.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.studies.LocalizeOptions(max_sequences=32).max_sequences
+        32
+    """
 
     max_sequences: PositiveInt = 64
     """Most memorized sequences to examine, chosen at random."""

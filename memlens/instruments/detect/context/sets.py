@@ -23,7 +23,13 @@ CONDITIONS = ("alone", "repeated", "conflict")
 
 @options_class
 class ContextOptions:
-    """Options of `context_or_weights`; the result records all of them."""
+    """Options of `context_or_weights`; the result records all of them.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.detect.ContextOptions(steps=4).steps
+        4
+    """
 
     separator: str | tuple[NonNegativeInt, ...] = "\n"
     """What stands between the earlier text and the prefix: text, or token ids; may be empty."""
