@@ -71,9 +71,10 @@ def study_command(study: Study) -> Any:
         print_run(found, record_times(call.folder, call.watch.times), as_json=as_json)
 
     run.__annotations__ |= {"where": study.where, "inputs": study.inputs, "options": study.options}
+    again = "continues an interrupted run" if study.keeps else "starts over"
     run.__doc__ = f"""{study.help}
 
-    Run the same command again to continue an interrupted run.
+    The same command again {again}.
 
     Example: {study.example}
 

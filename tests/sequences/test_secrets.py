@@ -72,7 +72,7 @@ def test_targets_are_the_tokens_that_overlap_the_secret(model: Any) -> None:
         assert prefix + target == encoded["input_ids"][: overlap[-1] + 1]
         assert target == [encoded["input_ids"][place] for place in overlap]
         assert secret in model.tokenizer.decode(target)
-        assert seqs.table["text"][0] == text[: start + len(secret)]
+        assert seqs.texts == [text[: start + len(secret)]]
     assert overlapping_tokens([(0, 2), (2, 2), (2, 4)], 2, 3) == (2, 3)  # an empty token overlaps nothing
 
 

@@ -293,6 +293,60 @@ def test_bad_inputs_are_refused_before_any_work(model: Any, strings: ml.Sequence
         ml.studies.audit(model, strings[:0], tmp_path)
 
 
+def test_a_folder_with_tables_of_its_own_is_refused(
+    model: Any, strings: ml.SequenceSet, table: pd.DataFrame, tmp_path: Path
+) -> None:
+    """A report shows every table of its folder, so it would show the strings."""
+    table.to_parquet(tmp_path / "strings.parquet")
+    with pytest.raises(OptionError, match="holds 1 tables of something else"):
+        ml.studies.audit(model, strings, tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["strings.parquet"]
+
+
+def test_when_every_string_leaks_no_remedy_is_judged(
+    model: Any, strings: ml.SequenceSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(QUICK, steps=("leak", "help"), max_canaries=0)
+    some = strings[strings.table["copies"].to_numpy() == 256][:4]
+    (tmp_path / "leaks.csv").write_text("of an earlier audit")
+    run = ml.studies.audit(model, some, tmp_path, options=options, progress=False)
+    assert run.findings[0].estimate == 1
+    assert "every string leaks" in run.findings[-1].statement
+    assert run.failures == {}
+    # And what an earlier audit found is gone, if this one finds nothing.
+    monkeypatch.setattr(study, "score_recall", lambda *_, **__: 1 / 0)
+    failed = ml.studies.audit(model, some, tmp_path, options=options, progress=False)
+    assert list(failed.failures) == ["leak"]
+    assert not (tmp_path / "leaks.csv").exists()
+
+
+def test_a_remedy_is_chosen_by_what_it_removes_and_what_it_costs(model: Any, strings: ml.SequenceSet) -> None:
+    """Against the rule applied by hand to every set of layers that is tried."""
+    from memlens.benchmark.ranking import rank
+    from memlens.studies.auditing.remedies import Sets, remedies
+
+    copies = strings.table["copies"].to_numpy()
+    text = ml.load_sequences("zoo:heldout", model, prefix_len=1, limit=6)
+    sets = Sets.of(strings[copies == 256][:8], strings[copies == 0][:4], text, 0)
+    assert sets.apart
+    assert not {tuple(row) for row in sets.choosing.rows()} & {tuple(row) for row in sets.measuring.rows()}
+    ranking = rank(model, sets.choosing, "neuron", localizer="gate gradient")
+    bypass, zero, rewritten = remedies(model, sets, ranking, replace(QUICK, edited_neurons=(3, 2, 3)))
+    assert sets.text is not None
+
+    def gain(layers: list[int]) -> float:
+        edit = ml.edits.attention_bypasses(model, layers=[layers])
+        hits = ml.sweep(model, sets.choosing, edit, progress=False).effect("exact_match").mean()
+        loss = ml.sweep(model, sets.text[0], edit, ("target_logprob",), progress=False)  # pyright: ignore
+        return float(loss.effect("target_logprob").mean() - hits)
+
+    chosen = [int(n) for n in re.findall(r"\d", bypass.words)]
+    assert gain(chosen) >= -1e-5 + max(gain([layer]) for layer in range(4))
+    count = int(re.findall(r"\d+", zero.words)[0])
+    assert count in (2, 3)
+    assert len(zero.edit.components) == len(rewritten.edit.components) == count  # pyright: ignore
+
+
 def test_errors_of_reading_quote_nothing_that_was_read(model: Any, tmp_path: Path) -> None:
     broken, odd = tmp_path / "broken.jsonl", tmp_path / "odd.jsonl"
     broken.write_text(f'{{"text": "{ADDRESSES[0]}"}}\n{{"{ADDRESSES[1]}: 1}}\n')

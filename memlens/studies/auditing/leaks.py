@@ -68,6 +68,7 @@ def leak_table(model: Any, strings: SequenceSet, recall: RecallScores, options: 
         {
             "string": scores["id"],
             "id": given["id"],
+            "row": given.get("row", range(len(given))),
             "kind": given.get("kind", "text"),
             "leaks": how,
             **{name: scores[name] for name in wanted},

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 
 from memlens.benchmark.ranking import Ranking
-from memlens.errors import EmptySetError
 from memlens.instruments.bypass.bypass import attention_bypasses
 from memlens.instruments.edit.editing import edit_weights
 from memlens.instruments.edit.mitigation import Mitigation, evaluate_mitigation
@@ -50,15 +49,7 @@ class Sets:
 
     @classmethod
     def of(cls, leaking: SequenceSet, others: SequenceSet, text: SequenceSet | None, seed: int) -> Sets:
-        """Divide the strings and the text.
-
-        Raises:
-            EmptySetError: No string does not leak.
-        """
-        if not len(others):
-            raise EmptySetError(
-                "every string leaks: add some that do not, to see what else a remedy changes."
-            )
+        """Divide the strings and the text."""
         apart = len(leaking) >= 4
         first, second = (
             (leaking[rows] for rows in halves(len(leaking), seed)) if apart else (leaking, leaking)
@@ -107,7 +98,7 @@ def remedies(model: Any, sets: Sets, ranking: Ranking, options: AuditOptions) ->
     gains += _gains(model, sets, _bypasses(model, several, options))
     tried = [*singles, *several]
     best = max(zip(gains, tried, strict=True), key=lambda pair: (pair[0][0], -len(pair[1]), pair[0][1]))[1]
-    counts = [min(count, len(ranking.table)) for count in options.edited_neurons]
+    counts = list(dict.fromkeys(min(count, len(ranking.table)) for count in options.edited_neurons))
     zeros = [edit_weights(model, ranking.top(count), "zero") for count in counts]
     gains = _gains(model, sets, zeros)
     chosen = max(range(len(counts)), key=gains.__getitem__)

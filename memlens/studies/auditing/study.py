@@ -31,6 +31,7 @@ from memlens.recall.counterfactual import counterfactual_memorization
 from memlens.recall.extraction import extraction_curve, first_tokens
 from memlens.recall.score import score_recall
 from memlens.recall.taxonomy import CLASSES, recall_classes
+from memlens.report.from_directory import SUFFIXES, file_of, read_run
 from memlens.results.statistics.estimates import mean_estimate
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.corrupt import corrupt
@@ -96,7 +97,7 @@ def audit(
 
     Raises:
         EmptySetError, SequenceError, VocabularyError: The sequences do not fit, before any forward pass.
-        OptionError: The reference is the model itself.
+        OptionError: The reference is the model itself, or the folder holds tables of something else.
         SourceNotFoundError: There is no such text.
 
     Example:
@@ -129,6 +130,8 @@ def audit(
         "model": about, "sequences": source, "n_sequences": len(sequences),
         "reference": None if reference is None else describe(reference)["model"],
     }  # fmt: skip
+    if options.redact:
+        _check_folder(expanded(out))
     lead = find.TEXTS["lead"].format(shown=find.TEXTS["redacted" if options.redact else "open"])
     title = find.TEXTS["title"].format(model=about["model"], n=len(sequences))
     folder = StudyDirectory(
@@ -136,7 +139,27 @@ def audit(
     )
     folder.hide = hide if options.redact else None
     csv = expanded(options.csv) if options.csv is not None else folder.path / CSV
+    (folder.path / CSV).unlink(missing_ok=True)  # of an earlier audit
     return _Audit(model, folder, options, sequences, reference, text, csv, progress).run()
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a folder with results or tables of something else: a report shows all that its folder holds.
+
+    Raises:
+        OptionError: There are some.
+    """
+    if not path.is_dir():
+        return
+    old = read_run(path)
+    for part in ("results", "tables"):
+        named = {file_of(path, part, entry["name"]) for entry in old[part]}
+        loose = [file for file in path.glob(f"*{SUFFIXES[part]}") if file not in named]
+        if loose:
+            raise OptionError(
+                f"{path} holds {len(loose)} {part} of something else ({SUFFIXES[part]}), which the report "
+                "would show: name another folder."
+            )
 
 
 @dataclass(eq=False)
@@ -159,6 +182,8 @@ class _Audit:
         if len(self.table):
             for step in STEPS[1:]:
                 self._ask(step)
+        else:
+            self.folder.find(find.skipped("leak", "it failed, and the other questions need its answer."))
         run = self.folder.done()
         if not len(self.table):
             return run
@@ -192,6 +217,8 @@ class _Audit:
             reason = "no string leaks."
         elif step != "memory" and not self._whole().any():
             reason = "no string comes out whole; those that leak do so by sampling only."
+        elif step == "help" and leaking.all():
+            reason = "every string leaks; add some that do not, to see what else a remedy changes."
         if reason:
             self.folder.find(find.skipped(step, reason))
         else:
