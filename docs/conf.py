@@ -17,6 +17,7 @@ ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 
 from names import NAMESPACES, described, pages, public, shown_by, summary  # noqa: E402
+from run_tutorials import repository  # noqa: E402
 
 project = "memlens"
 author = "The memlens developers"
@@ -37,7 +38,10 @@ default_role = "code"
 html_theme = "furo"
 html_title = f"memlens {release}"
 html_static_path = ["_static"]
-html_theme_options = {"sidebar_hide_name": False}
+html_theme_options: dict[str, Any] = {"sidebar_hide_name": False}
+if ADDRESS := repository():
+    branch = {"source_branch": "main", "source_directory": "docs/"}
+    html_theme_options |= {"source_repository": ADDRESS, **branch}
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "both"

@@ -1,19 +1,24 @@
 """Run the tutorials and store their outputs, free of times, warnings and this machine's paths.
 
-`python docs/run_tutorials.py [NOTEBOOK ...]`; all of them by default.
+`python docs/run_tutorials.py [NOTEBOOK ...]`; all of them by default. If `pyproject.toml` has the address
+of the repository, each notebook begins with a badge for Colab, and a cell that installs memlens there.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
 
-TUTORIALS = Path(__file__).parents[1] / "tutorials"
+ROOT = Path(__file__).parents[1]
+TUTORIALS = ROOT / "tutorials"
+_COLAB = "https://colab.research.google.com"
+_TAG = "colab"
 
 
 def _passing(output: Any) -> bool:
@@ -23,9 +28,36 @@ def _passing(output: Any) -> bool:
     )
 
 
+def repository() -> str:
+    """Return the address of the repository, or "" as long as there is none."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return settings["tool"]["memlens"]["repository"].rstrip("/")
+
+
+def with_badge(notebook: Any, name: str, address: str) -> Any:
+    """Put badge and install cell first, in place of earlier ones; without an address take them away."""
+    cells = [cell for cell in notebook.cells if _TAG not in cell.metadata.get("tags", [])]
+    if address:
+        place = (
+            f"{address.removeprefix('https://').replace('github.com', 'github')}/blob/main/tutorials/{name}"
+        )
+        badge = f"[![Open in Colab]({_COLAB}/assets/colab-badge.svg)]({_COLAB}/{place})"
+        install = (
+            "import sys\n\n"
+            'if "google.colab" in sys.modules:  # elsewhere memlens is there already\n'
+            f'    %pip install -q "memlens @ git+{address}"'
+        )
+        first = nbformat.v4.new_markdown_cell(badge), nbformat.v4.new_code_cell(install)
+        for number, cell in enumerate(first):
+            cell["id"], cell.metadata["tags"] = f"{_TAG}-{number}", [_TAG]
+        cells = [*first, *cells]
+    notebook.cells = cells
+    return notebook
+
+
 def run(path: Path) -> None:
     """Execute a notebook and write it back."""
-    notebook = nbformat.read(path, as_version=4)
+    notebook = with_badge(nbformat.read(path, as_version=4), path.name, repository())
     NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)

@@ -9,6 +9,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import nbformat
 import pytest
 
 import memlens as ml
@@ -55,6 +56,24 @@ def test_every_public_name_has_an_example(monkeypatch: pytest.MonkeyPatch) -> No
     """In its own docstring, or in that of a function that returns it; they run as doctests."""
     monkeypatch.syspath_prepend(ROOT / "docs")
     assert importlib.import_module("names").without_example() == []
+
+
+def test_a_tutorial_has_a_colab_badge_once_there_is_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    tutorials = importlib.import_module("run_tutorials")
+    notebook = nbformat.read(TUTORIALS[0], as_version=4)
+    plain = [cell.source for cell in tutorials.with_badge(notebook, TUTORIALS[0].name, "").cells]
+    for _ in range(2):  # again is the same
+        notebook = tutorials.with_badge(notebook, TUTORIALS[0].name, "https://github.com/someone/memlens")
+    badge, install, *rest = (cell.source for cell in notebook.cells)
+    assert (
+        f"colab.research.google.com/github/someone/memlens/blob/main/tutorials/{TUTORIALS[0].name}" in badge
+    )
+    assert '%pip install -q "memlens @ git+https://github.com/someone/memlens"' in install
+    assert rest == plain
+    nbformat.validate(notebook)
+    if not tutorials.repository():
+        assert all("colab" not in path.read_text(encoding="utf-8") for path in TUTORIALS)
 
 
 def _texts() -> dict[str, str]:

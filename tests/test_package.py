@@ -6,11 +6,13 @@ import ast
 import inspect
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 
 import memlens as ml
 
@@ -66,6 +68,13 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_the_version_is_the_installed_one() -> None:
     assert ml.__version__ == metadata.version("memlens")
+
+
+def test_the_citation_has_the_version_that_the_package_defines_once() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"]
+    assert str(cited) == ml.__version__
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "version" in project["dynamic"]
 
 
 def test_importing_memlens_is_silent_and_imports_nothing_heavy() -> None:

@@ -288,6 +288,16 @@ def class_differences(
         ResultError: The result does not have the coordinate, or there are no two classes to compare.
 
     Source: ours.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")
+        >>> seqs = ml.load_sequences("zoo", model)
+        >>> recall = ml.score_recall(model, seqs[[0, 1, 2, 427, 428, 429]], generate=False, progress=False)
+        >>> found = ml.detect.attention_by_class(model, recall, progress=False)
+        >>> options = {"by": "domain", "within": (), "n_resamples": 20, "n_permutations": 19}
+        >>> ml.detect.class_differences(found, **options)[["a", "b"]].notna().to_numpy().all()
+        np.True_
     """
     classes = result[by].values.astype(str)
     named = [name for name in dict.fromkeys([*CLASSES, *classes.tolist()]) if (classes == name).sum() >= 2]

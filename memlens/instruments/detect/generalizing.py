@@ -74,7 +74,13 @@ def answered_questions(model: Any, tasks: Sequence[ChoiceTask], *, progress: boo
 
 @options_class
 class GeneralizingOptions(BehaviourOptions):
-    """Options of `recall_or_generalize`; the result records those of `BehaviourOptions`."""
+    """Options of `recall_or_generalize`; the result records those of `BehaviourOptions`.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.detect.GeneralizingOptions(folds=3).folds
+        3
+    """
 
     max_targets: PositiveInt | None = 4
     """Most targets of each sequence that are read, from the first: answers are short, and the groups should

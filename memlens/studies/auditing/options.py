@@ -23,7 +23,13 @@ STEPS: tuple[Step, ...] = get_args(Step)
 
 @options_class
 class AuditOptions:
-    """Options of `audit`; the run records all of them."""
+    """Options of `audit`; the run records all of them.
+
+    Example:
+        >>> import memlens as ml
+        >>> ml.studies.AuditOptions(fail_above="2%").fail_above
+        '2%'
+    """
 
     steps: Annotated[tuple[Step, ...], Field(min_length=1)] = STEPS
     """Which questions are asked: leak (which strings come out), little (from how little), memory (is it
