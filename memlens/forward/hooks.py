@@ -98,8 +98,10 @@ def chosen_layers(layers: Sequence[int] | None, n_layers: int) -> list[int]:
     """Return the requested layers; all of them by default.
 
     Raises:
-        SiteError: The model does not have such a layer.
+        SiteError: The model does not have such a layer, or `layers` is not a list.
     """
+    if isinstance(layers, (int, str)):
+        raise SiteError(f"layers={layers!r}: give a list of layer numbers, such as [0, 3].")
     chosen = list(range(n_layers) if layers is None else layers)
     for layer in chosen:
         check_layer(layer, n_layers)

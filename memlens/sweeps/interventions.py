@@ -169,3 +169,21 @@ class ByBatch:
     def bind(self, batch: Batch) -> HookFn:
         """Return the hook function for one batch."""
         return self.make(batch)
+
+
+def as_interventions(given: Any) -> list[Intervention]:
+    """Return an intervention, or several, as a list.
+
+    Raises:
+        InterventionError: There is none, or something is not an intervention.
+    """
+    some: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
+    for one in some:
+        if not isinstance(one, Intervention):
+            raise InterventionError(
+                f"{type(one).__name__} is not an edit: give an intervention, as of memlens.edits, or a list "
+                "of them."
+            )
+    if not some:
+        raise InterventionError("there is no edit: give at least one.")
+    return some

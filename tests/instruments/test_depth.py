@@ -142,7 +142,7 @@ def test_bad_input(tiny_model: Any, edits: list[ml.Intervention]) -> None:
     model, seqs = tiny_model("llama", "bridge"), ragged()
     with pytest.raises(DonorError, match="Olmo3ForCausalLM"):
         depth_of(model, seqs, retain=tiny_model("olmo3", "bridge"), edited=model)
-    with pytest.raises(InterventionError, match="give a model, an intervention"):
+    with pytest.raises(InterventionError, match="there is no edit"):
         depth_of(model, seqs, retain=model, edited=[])
     with pytest.raises(OptionError, match="threshold=-1"):
         depth_of(model, seqs, retain=model, edited=edits, threshold=-1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import memlens as ml
-from memlens.errors import OptionError, SequenceError, SiteError
+from memlens.errors import InterventionError, OptionError, SequenceError, SiteError
 from memlens.forward.components import Component
 from memlens.forward.read_blocks import read_parts
 from memlens.forward.trunk import Trunk
@@ -249,5 +249,25 @@ def test_what_cannot_be_is_refused(tiny_model: Callable[..., Any]) -> None:
     for options, message in refused:
         with pytest.raises(OptionError, match=message):
             search_edits(model, ragged(), tasks, CHOSEN, hows=["zero"], counts=[1], **options)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"components": None}, "components is a NoneType"),
+        ({"strength": "much"}, "strength='much'"),
+        (
+            {"how": "output_vector", "sequences": ragged(), "search": {"steps": 2}},
+            "give memlens.instruments.Vec",
+        ),
+    ]
+    for options, message in wrong:
+        with pytest.raises(OptionError, match=message):
+            edit_weights(model, **{"components": CHOSEN, **options})
+    with pytest.raises(SequenceError, match="not a SequenceSet"):
+        edit_weights(model, CHOSEN, "mean", reference=[[1, 2, 3]])  # pyright: ignore[reportArgumentType]
+    for edits in ([], ["L0N5"]):
+        with pytest.raises(InterventionError, match="at least one weight edit"):
+            ml.instruments.join_edits(model, edits)
+    with pytest.raises(OptionError, match="3 controls of a str"):
+        control_edits(model, "L0N5", "direction")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(OptionError, match="hows='zero': give a list"):
+        search_edits(model, ragged(), tasks, CHOSEN, hows="zero")  # pyright: ignore[reportArgumentType]
     with pytest.raises(OptionError, match="no others"):
         control_edits(model, edit_weights(model, ["L1 MLP"]), "components")

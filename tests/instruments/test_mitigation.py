@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import memlens as ml
-from memlens.errors import EmptySetError, OptionError
+from memlens.errors import EmptySetError, InterventionError, OptionError, SequenceError
 from memlens.instruments.edit.editing import control_edits, edit_weights
 from memlens.instruments.edit.export import export_edited
 from memlens.instruments.edit.mitigation import MitigationOptions, evaluate_mitigation, shortened
@@ -143,7 +143,24 @@ def test_what_cannot_be_evaluated_is_refused(tiny_model: Callable[..., Any]) -> 
         evaluate_mitigation(model, edit, seqs, others=seqs[:0])
     with pytest.raises(OptionError, match="in target and in others"):
         evaluate_mitigation(model, edit, seqs[:3], others=seqs[2:])
-    found = evaluate_mitigation(model, edit, seqs[:3], others=seqs[3:], options=MitigationOptions(n_random=0))
+    refused: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"edit": 5}, InterventionError, "int is not an edit"),
+        ({"edit": []}, InterventionError, "there is no edit"),
+        ({"others": ["a"]}, SequenceError, "others is a list, not a SequenceSet"),
+        ({"options": {"n_random": 0}}, OptionError, "options="),
+        ({"controls": [edit]}, OptionError, "controls is a list"),
+        ({"controls": {"mine": []}}, InterventionError, "there is no edit"),
+        ({"controls": {"change_low": [edit]}}, OptionError, "'change_low' is a column"),
+    ]
+    for options, error, message in refused:
+        given: dict[str, Any] = {"edit": edit, "target": seqs[:3], "others": seqs[3:], **options}
+        with pytest.raises(error, match=message):
+            evaluate_mitigation(model, **given)
+    long = MitigationOptions(n_random=0, replaced=(1, 40))
+    found = evaluate_mitigation(model, edit, seqs[:3], others=seqs[3:], options=long)
+    shortest = int(seqs[:3].prefix_len.min())
+    told = f"the shortest prefix has {shortest} tokens."
+    assert found.settings["without_prompts"] == {"40 of the prefix replaced": told}
     with pytest.raises(OptionError, match="was not measured"):
         found["agreement: accuracy"]
     assert not [name for name in found.table if str(name).startswith("random")]

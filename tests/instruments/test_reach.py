@@ -62,6 +62,8 @@ def test_what_cannot_be_split_is_refused(tiny_model: Callable[..., Any]) -> None
         split_by_reach(model, ragged()[:0], neurons=lambda _: one, heads=lambda _: one)
     with pytest.raises(OptionError, match="reference"):
         split_by_reach(model, ragged(), neurons=lambda _: one, heads=lambda _: one, head_how="mean")
+    with pytest.raises(OptionError, match="neurons is a list: give a function"):
+        split_by_reach(model, ragged(), neurons=one, heads=lambda _: one)  # pyright: ignore[reportArgumentType]
     refused: list[tuple[dict[str, Any], str]] = [
         ({"keep": ragged()}, "how='zero' does not use keep"),
         ({"search": ml.instruments.VectorSearch(steps=2)}, "how='zero' does not use search"),

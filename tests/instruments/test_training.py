@@ -126,6 +126,11 @@ def test_kept_drawn_and_read(run: Path, model: Any, recalled: ml.SequenceSet, tm
 def test_bad_input(model: Any, recalled: ml.SequenceSet) -> None:
     with pytest.raises(EmptySetError, match="no checkpoints"):
         follow(model, recalled, checkpoints=[])
+    for wrong in (5, {"a": model}, {1: "a name"}):
+        with pytest.raises(OptionError, match="checkpoints"):
+            follow(model, recalled, checkpoints=wrong)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(EmptySetError, match=r"of 'zoo/pythia-s': give models by step.*memlens zoo train"):
+        follow(model, recalled, name="zoo/pythia-s")
     with pytest.raises(OptionError, match="over='position'"):
         follow(model, recalled, over="position")
     with pytest.raises(OptionError, match="per_token"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -111,10 +112,13 @@ def edit_weights(
     check_used([how], sequences=sequences, keep=keep, reference=reference, search=search)
     if how == "mean" and sequences is not None and reference is not None:
         raise OptionError("how='mean' averages over one set: give reference or sequences, not both.")
+    if search is not None and not isinstance(search, VectorSearch):
+        raise OptionError(f"search={search!r}: give memlens.instruments.VectorSearch(…).")
     most = 1.0 if how in ("zero", "mean") else float("inf")
-    if not (0 < strength <= most and math.isfinite(strength)):
+    number = isinstance(strength, Real)
+    if not (number and 0 < strength <= most and math.isfinite(strength)):
         bound = "" if math.isinf(most) else f" and at most {most:g}"
-        raise OptionError(f"strength={strength} with how={how!r}: give a number above 0{bound}.")
+        raise OptionError(f"strength={strength!r} with how={how!r}: give a number above 0{bound}.")
     maker = EditMaker(model)
     chosen = maker.components(components)
     if not chosen or any(component.kind == "layer" for component in chosen):
@@ -193,6 +197,7 @@ def _scaled(
     if how == "mean":
         if reference is None:
             raise SequenceError("how='mean' needs what to average over: give sequences or reference.")
+        check_sequences(reference, maker.model, on_eos="keep")
         names = [hook_name("z" if part == "o" else "mlp_post", layer) for layer, part in columns]
         means = mean_activations(maker.model, reference, names)
     changes = []
@@ -365,6 +370,10 @@ def control_edits(
         ['random direction 0', 'random direction 1']
     """
     check_option("kind", kind, ("direction", "components"))
+    if not isinstance(edit, WeightEdit) or n < 0:
+        raise OptionError(
+            f"{n} controls of a {type(edit).__name__}: give a weight edit (see as_weight_edit), and n from 0."
+        )
     if not edit.changes or any(change.part not in OUTPUTS for change in edit.changes):
         raise OptionError(
             f"{edit.name!r} changes more than output vectors: it has no random edit of its size."

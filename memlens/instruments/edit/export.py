@@ -23,7 +23,7 @@ from memlens.instruments.edit.writing import write_edit
 from memlens.models.provenance import describe
 from memlens.models.quiet import quiet
 from memlens.sweeps.contexts import applied
-from memlens.sweeps.interventions import Intervention
+from memlens.sweeps.interventions import Intervention, as_interventions
 
 RECORD = "memlens_edit.json"
 """The file of an exported model that says what was changed."""
@@ -120,17 +120,7 @@ def export_edited(model: Any, edit: Intervention | Sequence[Intervention], out: 
 def _edited(
     model: Any, edit: Intervention | Sequence[Intervention]
 ) -> tuple[PreTrainedModel, WeightEdit, list[str], float]:
-    asked: list[Any] = list(edit) if isinstance(edit, (list, tuple)) else [edit]
-    for one in asked:
-        if not isinstance(one, Intervention):
-            raise InterventionError(
-                f"{type(one).__name__} is not an edit: give an intervention, as of memlens.edits, or a list "
-                "of them."
-            )
-    given: list[Intervention] = asked
-    if not given:
-        raise InterventionError("there is no edit to export: give at least one.")
-    some = _few(model, given)
+    some = _few(model, as_interventions(edit))
     folded = [as_weight_edit(model, one) for one in some]
     joined = folded[0] if len(folded) == 1 else join_edits(model, folded)
     plain, tokens = plain_model(model), _tokens(model)

@@ -16,7 +16,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from rapidfuzz.distance import Levenshtein
 from torch import nn
 
-from memlens.errors import EmptySetError, InterventionError, MemlensError, OptionError
+from memlens.errors import EmptySetError, MemlensError, OptionError, SequenceError
 from memlens.forward.exclusive import computes
 from memlens.instruments.donors import check_donor
 from memlens.instruments.edit.editing import control_edits
@@ -34,7 +34,7 @@ from memlens.sequences.corrupt import corrupt
 from memlens.sequences.natural import text_windows
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.contexts import applied
-from memlens.sweeps.interventions import Intervention
+from memlens.sweeps.interventions import Intervention, as_interventions
 
 _TEXT_WINDOW = 128
 
@@ -80,7 +80,8 @@ class Mitigation:
             over the units of `n`, of paired changes; the edits of one kind of control are averaged first.
         instead: One row per target after which another memorized continuation comes: `under` ("unchanged",
             "edited"), `target`, `other` (ids), `similarity`, `generated` (token ids), `text`.
-        settings: The parameters, and under `without_controls` why a kind of control is missing.
+        settings: The parameters; under `without_controls` why a kind of control is missing, and under
+            `without_prompts` why a number of replaced tokens is.
     """
 
     table: pd.DataFrame
@@ -178,6 +179,19 @@ def evaluate_mitigation(
         (1.0, ['Does the target go?', 'Does another memory come instead?', 'What else is lost?'])
     """
     options = options or MitigationOptions()
+    if not isinstance(options, MitigationOptions):
+        raise OptionError(f"options={options!r}: give memlens.instruments.MitigationOptions(…).")
+    for name, seqs in (
+        ("target", target),
+        ("others", others),
+        ("neighbors", neighbors),
+        ("memorized", memorized),
+    ):
+        if seqs is not None and not isinstance(seqs, SequenceSet):
+            raise SequenceError(
+                f"{name} is a {type(seqs).__name__}, not a SequenceSet: read it with memlens.load_sequences "
+                "first."
+            )
     if not len(target) or not len(others):
         raise EmptySetError(f"{len(target)} targets and {len(others)} others: give at least one of each.")
     known = {tuple(row) for row in target.rows()}
@@ -188,7 +202,8 @@ def evaluate_mitigation(
         text = text_windows(model.tokenizer, text, _TEXT_WINDOW, model=model)
     measuring = _Measuring(target, others, text, tasks, neighbors, memorized, options)
     variant = _variant(model, edit)
-    found, missing = (controls, {}) if controls is not None else _controls(model, variant, options)
+    given = None if controls is None else _given_controls(controls)
+    found, missing = (given, {}) if given is not None else _controls(model, variant, options)
     with variant.running() as edited:
         after, instead = measuring.values(edited)
     before, already = measuring.values(model)
@@ -206,10 +221,14 @@ def evaluate_mitigation(
                 values[key] = _depth(model, target, retain, control)
     rows = [_row(key, before, after, compared, options) for key in before]
     tables = [frame.assign(under=under) for under, frame in (("unchanged", already), ("edited", instead))]
-    settings = {**asdict(options), "edit": variant.name, "targets": len(target), "others": len(others)}
-    return Mitigation(
-        pd.DataFrame(rows), pd.concat(tables, ignore_index=True), {**settings, "without_controls": missing}
-    )
+    settings: dict[str, Any] = {
+        **asdict(options),
+        "edit": variant.name,
+        "targets": len(target),
+        "others": len(others),
+    }
+    settings |= {"without_controls": missing, "without_prompts": measuring.too_short()}
+    return Mitigation(pd.DataFrame(rows), pd.concat(tables, ignore_index=True), settings)
 
 
 @dataclass(frozen=True)
@@ -232,9 +251,7 @@ def _variant(model: Any, edit: Any) -> _Variant:
             yield edit
 
         return _Variant(str(getattr(edit.cfg, "model_name", "edited model")), edit, other)
-    some = [edit] if isinstance(edit, Intervention) else list(edit)
-    if not some:
-        raise InterventionError("there is no edit to evaluate: give at least one.")
+    some = as_interventions(edit)
     return _Variant(" + ".join(one.name for one in some), some, lambda: applied(model, *some))
 
 
@@ -256,6 +273,19 @@ def _controls(
         except MemlensError as error:
             missing[name] = str(error)
     return found, missing
+
+
+def _given_controls(controls: Any) -> dict[str, list[Intervention]]:
+    """Return controls of the caller's own, each kind as a list."""
+    if not isinstance(controls, Mapping):
+        raise OptionError(
+            f"controls is a {type(controls).__name__}: give interventions by the name of a kind of control."
+        )
+    taken = ("question", "measure", "unit", "n", "before", "after", "change")
+    for kind in controls:
+        if str(kind).removesuffix("_low").removesuffix("_high") in taken:
+            raise OptionError(f"controls: {kind!r} is a column of the table, give the kind another name.")
+    return {str(kind): as_interventions(some) for kind, some in controls.items()}
 
 
 def _depth(model: Any, target: SequenceSet, retain: Any, edited: Any) -> np.ndarray:
@@ -317,14 +347,23 @@ class _Measuring:
         found: dict[str, SequenceSet] = {}
         for share in self.options.shorter:
             found[f"{share:g} of the prefix: exact match"] = shortened(self.target, share)
-        shortest = int(self.target.prefix_len.min()) - int(bool(self.target.attrs.get("prepend_bos")))
         for n in self.options.replaced:
-            if n <= shortest:
+            if n <= self._shortest:
                 damaged = corrupt(self.target, n_tokens=n, seed=self.options.seed)
                 found[f"{n} of the prefix replaced: exact match"] = damaged
         if self.neighbors is not None:
             found["neighbors: exact match"] = self.neighbors
         return found
+
+    @property
+    def _shortest(self) -> int:
+        """Tokens of the shortest prefix, without a beginning-of-text token that memlens prepended."""
+        return int(self.target.prefix_len.min()) - int(bool(self.target.attrs.get("prepend_bos")))
+
+    def too_short(self) -> dict[str, str]:
+        """Return why numbers of replaced tokens are not measured."""
+        why = f"the shortest prefix has {self._shortest} tokens."
+        return {f"{n} of the prefix replaced": why for n in self.options.replaced if n > self._shortest}
 
     def _instead(self, model: Any, scores: pd.DataFrame) -> pd.DataFrame:
         """Find the other continuation that is most like what comes after each target's prefix."""

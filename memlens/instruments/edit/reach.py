@@ -84,6 +84,12 @@ def split_by_reach(
         check_option("how", how, HOWS)
     if "mean" in hows:
         raise OptionError("a mean needs a reference set: give another kind of edit.")
+    for name, locate in (("neurons", neurons), ("heads", heads)):
+        if not callable(locate):
+            raise OptionError(
+                f"{name} is a {type(locate).__name__}: give a function that returns the components for a set "
+                "of one sequence."
+            )
     check_used(hows, keep=keep, search=search)
     if hows == ["zero"] and strength > 1:
         raise OptionError(f"strength={strength} with how='zero': give a number above 0 and at most 1.")

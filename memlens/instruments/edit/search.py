@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,14 @@ def search_edits(
         ['zero 2', 'zero 2, random components 0', 'zero 2, random direction 0']
     """
     check_option("over", over, OVER)
+    for name, values in (("hows", hows), ("counts", counts), ("strengths", strengths)):
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise OptionError(f"{name}={values!r}: give a list.")
+    hows, counts, strengths = list(hows), list(counts), list(strengths)
     for how in hows:
         check_option("how", how, HOWS)
+    if not all(isinstance(count, Integral) for count in counts):
+        raise OptionError(f"counts={counts}: give whole numbers.")
     check_used(hows, keep=keep, reference=reference, search=search)
     components = EditMaker(model).components(ranking)
     if len(sequences) < 4 or not tasks or not components:

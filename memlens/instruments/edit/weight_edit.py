@@ -152,7 +152,12 @@ class EditMaker:
             OptionError: A text names no component, or something is neither a component nor a text.
             SiteError: The model has no such component.
         """
-        given = [given] if isinstance(given, str) else list(given)
+        if not isinstance(given, Iterable) and not isinstance(given, Component):
+            raise OptionError(
+                f"components is a {type(given).__name__}: give a list of texts such as 'L3H1' or 'L3N20', or "
+                "the first of a ranking, ranking.top(n)."
+            )
+        given = [given] if isinstance(given, (str, Component)) else list(given)
         for one in given:
             if not isinstance(one, (Component, str)):
                 raise OptionError(f"{one!r} is not a component: write texts such as 'L3H1' or 'L3N20'.")
@@ -329,7 +334,8 @@ def join_edits(model: Any, edits: Sequence[WeightEdit], name: str | None = None)
     """Return one edit that makes all changes of several edits of a model.
 
     Raises:
-        InterventionError: Two edits give one weight different values, or were made for another model.
+        InterventionError: Two edits give one weight different values, or were made for another model; there
+            are none; or something is not a weight edit.
 
     Example:
         >>> import memlens as ml
@@ -339,12 +345,15 @@ def join_edits(model: Any, edits: Sequence[WeightEdit], name: str | None = None)
         >>> ml.instruments.join_edits(model, edits, "two MLPs of the twin")
         WeightEdit('two MLPs of the twin', L2 in, L2 out, L3 in, L3 out)
     """
+    some: list[Any] = [edits] if isinstance(edits, WeightEdit) else list(edits)
+    if not some or not all(isinstance(edit, WeightEdit) for edit in some):
+        raise InterventionError(f"edits={some}: give at least one weight edit (see as_weight_edit).")
     return weight_edit(
         model,
-        name or " + ".join(edit.name for edit in edits),
-        [change for edit in edits for change in edit.changes],
-        components=[component for edit in edits for component in edit.components],
-        about={"edits": [edit.name for edit in edits]},
+        name or " + ".join(edit.name for edit in some),
+        [change for edit in some for change in edit.changes],
+        components=[component for edit in some for component in edit.components],
+        about={"edits": [edit.name for edit in some]},
     )
 
 

@@ -11,7 +11,7 @@ import xarray as xr
 from torch import nn
 
 from memlens.choices import Positions
-from memlens.errors import InterventionError, OptionError
+from memlens.errors import OptionError
 from memlens.forward.capture import ActivationSource
 from memlens.forward.exclusive import computes
 from memlens.forward.hooks import chosen_layers, hook_name
@@ -23,7 +23,7 @@ from memlens.results.plots.layers import plot_depth
 from memlens.results.readings import read_depth
 from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
-from memlens.sweeps.interventions import Intervention
+from memlens.sweeps.interventions import Intervention, as_interventions
 from memlens.sweeps.run import SweepOptions, kept, sweep
 
 _SITE = "resid_post"
@@ -98,8 +98,8 @@ def unlearning_depth(
     """
     if options.get("per_token"):
         raise OptionError("per_token=True: the depth is one number per sequence, so leave it out.")
-    if not threshold >= 0:
-        raise OptionError(f"threshold={threshold}: give a fall in nats, 0 or more.")
+    if not isinstance(threshold, (int, float)) or not threshold >= 0:
+        raise OptionError(f"threshold={threshold!r}: give a fall in nats, 0 or more.")
     layers = chosen_layers(layers, Trunk(model).n_layers)
     names = [hook_name(_SITE, layer) for layer in layers]
     sources = {
@@ -129,21 +129,13 @@ def _model_source(model: Any, other: Any, seqs: SequenceSet, names: Sequence[str
 def _edited_source(model: Any, edited: Any, seqs: SequenceSet, names: Sequence[str]) -> ActivationSource:
     if isinstance(edited, nn.Module):
         return _model_source(model, edited, seqs, names)
-    edits = _edits(edited)
-    return ActivationSource(model, seqs, names, under=reduce(add, edits))
-
-
-def _edits(edited: Any) -> list[Intervention]:
-    edits = [edited] if isinstance(edited, Intervention) else list(edited)
-    if not edits or not all(isinstance(edit, Intervention) for edit in edits):
-        raise InterventionError(f"edited={edited!r}: give a model, an intervention, or a list of them.")
-    return edits
+    return ActivationSource(model, seqs, names, under=reduce(add, as_interventions(edited)))
 
 
 def _named(edited: Any) -> Any:
     if isinstance(edited, nn.Module):
         return donor_settings(edited)["donor"]
-    return [edit.name for edit in _edits(edited)]
+    return [edit.name for edit in as_interventions(edited)]
 
 
 def _hook(source: ActivationSource, name: str, positions: Positions) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -77,7 +78,8 @@ def memory_over_training(
         `memlens.results.statistics.training.training_events`.
 
     Raises:
-        OptionError: `per_token`, or an `over` that is neither "layer" nor "head".
+        OptionError: `per_token`, an `over` that is neither "layer" nor "head", or checkpoints that are not
+            steps or models by step.
         EmptySetError: There are no checkpoints.
         ModelNotFoundError: The model's name has no such step.
         DonorError: A checkpoint does not fit.
@@ -128,7 +130,13 @@ def _loaders(
     if checkpoints is None:
         checkpoints = checkpoint_steps(name)
     if not checkpoints:
-        raise EmptySetError(f"there are no checkpoints of {str(name)!r}: give checkpoints=, by step.")
+        raise EmptySetError(
+            f"there are no checkpoints of {str(name)!r}: give models by step in checkpoints=, or train a zoo "
+            "model, which keeps some (`memlens zoo train pythia-xs`)."
+        )
+    steps = list(checkpoints) if isinstance(checkpoints, Iterable) else [checkpoints]
+    if not isinstance(checkpoints, Iterable) or not all(isinstance(s, Integral) for s in steps):
+        raise OptionError(f"checkpoints={steps}: give training steps, or models by training step.")
     if isinstance(checkpoints, Mapping):
         return {step: _loader(checkpoints[step]) for step in sorted(checkpoints)}
     backend = "bridge" if hasattr(model, "original_model") else "hooked"
@@ -141,6 +149,8 @@ def _loaders(
 
 
 def _loader(checkpoint: Checkpoint) -> Callable[[], Any]:
+    if not isinstance(checkpoint, nn.Module) and not callable(checkpoint):
+        raise OptionError(f"checkpoints holds {checkpoint!r}: give a model, or a function that loads it.")
     return (lambda: checkpoint) if isinstance(checkpoint, nn.Module) else checkpoint
 
 
