@@ -198,7 +198,7 @@ def _model() -> Any:
 
 
 def _sweep(folder: Path) -> None:
-    sys.modules["memlens.sweeps.run"]._SHARD_FLOPS = {"cpu": 0.0, "cuda": 0.0}  # pyright: ignore[reportAttributeAccessIssue]
+    sys.modules["memlens.sweeps.shards"]._SHARD_FLOPS = {"cpu": 0.0, "cuda": 0.0}  # pyright: ignore[reportAttributeAccessIssue]
     edits = ml.edits.activation_patches(_model(), corrupted(ragged()), layers=[0, 1])
     ml.sweep(_model(), ragged(), edits, batch_size=2, out=folder, progress=False)
 

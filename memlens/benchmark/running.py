@@ -26,7 +26,7 @@ from memlens.benchmark.suites import (
     of_families,
     read_suite,
 )
-from memlens.errors import MemlensError, ResultError
+from memlens.errors import MemlensError, OptionError, ResultError
 from memlens.files import expanded, json_text, parsing, read_json, write_atomically
 from memlens.forward.components import COMPONENT_KINDS, ComponentWeights
 from memlens.models.load import load_model
@@ -35,7 +35,9 @@ from memlens.organisms.planting.carriers import Carrier
 from memlens.organisms.planting.certificate import certify
 from memlens.organisms.planting.folder import component_table, save_organism, truth_table
 from memlens.organisms.planting.plant import plant
+from memlens.store.executors import run_parts
 from memlens.store.keyed_folder import KeyedFolder, read_manifest
+from memlens.store.sharing import Part, do_share
 
 _LOG = logging.getLogger(__name__)
 
@@ -50,7 +52,8 @@ def run(
     sequences: int | None = None,
     others: int | None = None,
     localizers: Sequence[str] | None = None,
-    part: tuple[int, int] | None = None,
+    part: Part | None = None,
+    executor: Any = None,
     keep_organisms: bool = False,
     progress: bool = True,
 ) -> Leaderboard:
@@ -67,7 +70,9 @@ def run(
         sequences: Instead of the suite's number of organisms per model and carrier.
         others: Instead of the suite's number of other sequences.
         localizers: Instead of the suite's localizers.
-        part: (i, n): only each n-th organism, beginning with the i-th (from 0), for job arrays.
+        part: Only a share of the organisms, for job arrays: (i, n) or "i/n" for each n-th, beginning with the
+            i-th (from 0), "slurm", or "auto" for those that no other process has claimed (see `sweep`).
+        executor: Make the organisms on the workers of an executor, as for `sweep`.
         keep_organisms: Also save every organism as a checkpoint in `<out>/organisms`.
         progress: Show a bar.
 
@@ -91,30 +96,91 @@ def run(
         chosen = of_families(chosen, families)
     check_localizers(chosen.localizers)
     names = list(chosen.localizers or LOCALIZERS.names())
-    about = {"suite": asdict(chosen), "localizers": names}
-    folder = _store(out, about)
-    planned = list(chosen.organisms())
-    if part is not None:
-        planned = planned[part[0] :: part[1]]
-    missing = [p for p in planned if not (folder.path / "parts" / f"{p.name}.json").exists()]
-    texts: dict[str, Material] = {}
-    costs: Costs = {}
+    about = _about(chosen, names)
+    if part is not None and executor is not None:
+        raise OptionError("part= and executor= contradict each other: give one.")
+    job = _Job(_store(out, about), chosen, names, keep_organisms)
+    every = list(job.planned)
+    missing = [name for name in every if not job.done(name)]
     with tqdm(
-        total=len(planned), initial=len(planned) - len(missing), disable=not progress, unit="organism"
+        total=len(every), initial=len(every) - len(missing), disable=not progress, unit="organism"
     ) as bar:
-        for item in missing:
-            bar.set_description(item.name)
-            if item.model not in texts:
-                texts = {item.model: material(item.model, chosen)}
-            timer = Timer()
-            record = _run_one(item, chosen, texts[item.model], names, folder, keep_organisms, costs)
-            record |= {**timer.stop().columns(), "peak_mib": peak_memory()}
-            record["seal"] = folder.seal(f"{item.name}.json", json_text(record))
-            path = folder.path / "parts" / f"{item.name}.json"
-            path.parent.mkdir(exist_ok=True)
-            write_atomically(path, json_text(record, indent=1).encode())
+
+        def work(name: str) -> None:
+            bar.set_description(name)
+            job.work(name)
             bar.update()
+
+        if executor is not None:
+            run_parts(executor, job, missing, on_done=lambda *_: bar.update())
+        elif part is not None:
+            do_share(part, every, job.folder, job.done, work)
+        else:
+            for name in missing:
+                work(name)
     return read_benchmark(out)
+
+
+class _Job:
+    """The organisms of a suite as parts.
+
+    Args:
+        store: The folder of the run.
+        suite: The suite.
+        localizers: Names of localizers.
+        keep: Whether organisms are saved as checkpoints.
+    """
+
+    folder: Path
+
+    def __init__(self, store: KeyedFolder, suite: Suite, localizers: list[str], keep: bool) -> None:
+        self.store, self.suite, self.localizers, self.keep = store, suite, localizers, keep
+        self.folder, self.planned = store.path, {item.name: item for item in suite.organisms()}
+        self.texts: dict[str, Material] = {}
+        self.costs: Costs = {}
+
+    def __reduce__(self) -> Any:
+        return _job_elsewhere, (str(self.folder.absolute()), self.suite, self.localizers, self.keep)
+
+    def _path(self, part: str) -> Path:
+        return self.folder / "parts" / f"{part}.json"
+
+    def done(self, part: str) -> bool:
+        """Whether an organism's file is there."""
+        return self._path(part).exists()
+
+    def work(self, part: str) -> None:
+        """Make an organism and write its file."""
+        item = self.planned[part]
+        if item.model not in self.texts:
+            self.texts = {item.model: material(item.model, self.suite)}
+        timer, texts = Timer(), self.texts[item.model]
+        record = _run_one(item, self.suite, texts, self.localizers, self.store, self.keep, self.costs)
+        record |= {**timer.stop().columns(), "peak_mib": peak_memory()}
+        record["seal"] = self.store.seal(f"{part}.json", json_text(record))
+        self._path(part).parent.mkdir(exist_ok=True)
+        write_atomically(self._path(part), json_text(record, indent=1).encode())
+
+
+def _job_elsewhere(folder: str, suite: Suite, localizers: list[str], keep: bool) -> _Job:
+    return _Job(_store(folder, _about(suite, localizers)), suite, localizers, keep)
+
+
+def _about(suite: Suite, localizers: list[str]) -> dict[str, Any]:
+    return {"suite": asdict(suite), "localizers": localizers}
+
+
+def missing_organisms(folder: str | Path) -> tuple[list[str], list[str]]:
+    """Return the names of a run's organisms, and of those that are missing.
+
+    Raises:
+        ResultError: The folder does not hold a run of the benchmark.
+    """
+    folder = expanded(folder)
+    about = read_manifest(folder / "manifest.json", "benchmark", 1)["about"]
+    job = _Job(_store(folder, about), Suite(**about["suite"]), about["localizers"], keep=False)
+    names = list(job.planned)
+    return names, [name for name in names if not job.done(name)]
 
 
 def _store(folder: str | Path, about: dict[str, Any]) -> KeyedFolder:

@@ -31,6 +31,7 @@ from memlens.cli.console import (
 from memlens.cli.data import data_app
 from memlens.cli.making import edit, generate, lens_app, zoo_app
 from memlens.cli.recall import recall_app
+from memlens.cli.sharing import SlurmOption, TasksOption, gather
 from memlens.errors import MemlensError, check_option
 from memlens.registry import named_plugins
 from memlens.studies.registry import ModelChoice, SequenceChoice
@@ -214,16 +215,35 @@ def _most_recalled(table: pd.DataFrame, criterion: str, most: int = 10) -> pd.Da
     return rows.map(lambda value: f"{value[:60]}…" if isinstance(value, str) and len(value) > 60 else value)
 
 
-def plan(where: ModelChoice, what: SequenceChoice, *, as_json: Json = False) -> None:
+def plan(
+    where: ModelChoice,
+    what: SequenceChoice,
+    *,
+    out: Path | None = None,
+    slurm: SlurmOption = False,
+    tasks: TasksOption = 16,
+    as_json: Json = False,
+) -> None:
     """Estimate the cost of ablating every head, bypassing every layer and patching every site.
+
+    With --slurm, print the script of a job array that does it by `memlens run localize`.
 
     Example: memlens plan --model zoo/pythia-s --sequences zoo
 
     Args:
         where: The model.
         what: The sequences.
+        out: With --slurm: the folder of the run.
     """
-    from memlens.cli.run import print_plan
+    from memlens.cli.run import print_plan, print_script
+    from memlens.studies.localization.command import LocalizeInputs
+    from memlens.studies.localization.options import LocalizeOptions
+    from memlens.studies.registry import Call
+
+    if slurm:
+        inputs = LocalizeInputs(**vars(what))
+        print_script(inputs, Call(where, LocalizeOptions(), out), tasks)
+        return
     from memlens.studies.localization.command import localize_works
     from memlens.studies.plans import plan_works
 
@@ -254,6 +274,7 @@ def check(where: ModelChoice, *, as_json: Json = False) -> None:
         raise SystemExit(1)
 
 
+app.command(gather)
 app.command(from_options(check), name="check")
 app.command(from_options(score), name="score")
 app.command(from_options(plan), name="plan")

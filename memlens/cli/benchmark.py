@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App
 
 from memlens.cli.console import OUT, Json, Names, Quiet, Switch, print_json, print_table, records, resumable
-from memlens.errors import OptionError
+from memlens.cli.sharing import PartOption
 
 if TYPE_CHECKING:
     from memlens.benchmark import Leaderboard
@@ -28,7 +28,7 @@ def benchmark_run(
     sequences: int | None = None,
     others: int | None = None,
     localizers: Names | None = None,
-    part: str | None = None,
+    part: PartOption = None,
     keep_organisms: Annotated[bool, Switch] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -48,7 +48,6 @@ def benchmark_run(
         sequences: Organisms per model and carrier.
         others: Sequences that are not planted, to compare with.
         localizers: Only these localizers.
-        part: I/N runs each N-th organism beginning with the I-th (from 0), for job arrays.
         keep_organisms: Also save every organism as a checkpoint.
     """
     from memlens import benchmark
@@ -57,7 +56,7 @@ def benchmark_run(
         found = benchmark.run(
             suite, out, models=models, families=families, carriers=carriers, sequences=sequences,
             others=others, localizers=localizers,
-            part=None if part is None else parse_part(part), keep_organisms=keep_organisms,
+            part=part, keep_organisms=keep_organisms,
             progress=not quiet,
         )  # fmt: skip
     _print(found, as_json)
@@ -158,18 +157,6 @@ def benchmark_localizers(*, as_json: Json = False) -> None:
         print_json(records(table))
     else:
         print_table(table, "Localizers")
-
-
-def parse_part(text: str) -> tuple[int, int]:
-    """Return the numbers of "I/N".
-
-    >>> parse_part("2/8")
-    (2, 8)
-    """
-    first, _, second = text.partition("/")
-    if not (first.isdecimal() and second.isdecimal()) or not int(first) < int(second):
-        raise OptionError(f"part={text!r} is not I/N with I from 0 to N - 1: write it as in 2/8.")
-    return int(first), int(second)
 
 
 def _print(found: Leaderboard, as_json: bool, measure: str = "average_precision") -> None:

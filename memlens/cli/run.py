@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +25,7 @@ from memlens.cli.console import (
     print_times,
     resumable,
 )
+from memlens.cli.sharing import PartOption, SlurmOption, TasksOption, sharing, slurm_script
 from memlens.errors import OptionError
 from memlens.options import read_options
 from memlens.studies.pilot import plan_steps, record_times, save_plan
@@ -46,6 +49,9 @@ def study_command(study: Study) -> Any:
         out: Path | None = None,
         options_file: Annotated[Path | None, Parameter(name="--options")] = None,
         plan: Annotated[bool, Switch] = False,
+        slurm: SlurmOption = False,
+        tasks: TasksOption = 16,
+        part: PartOption = None,
         resume: bool = True,
         as_json: Json = False,
         quiet: Quiet = False,
@@ -58,16 +64,28 @@ def study_command(study: Study) -> Any:
         if out is None and study.folder and not plan:
             out = Path(study.folder)
         call = Call(where, study.options(**chosen), out, chosen, progress=not quiet)
+        if (part is not None or slurm) and not study.shares:
+            raise OptionError(
+                "this study cannot be shared by several processes: run it without --part and --slurm "
+                "(localize "
+                "and comparative can)."
+            )
+        if slurm:
+            print_script(inputs, call, tasks)
+            return
         if plan:
             _plan(study, inputs, call, as_json=as_json)
             return
         if not resume:
-            for part in study.keeps:
-                shutil.rmtree(call.folder / part, ignore_errors=True)
-        with resumable(call.folder):
+            for name in study.keeps:
+                shutil.rmtree(call.folder / name, ignore_errors=True)
+        with resumable(call.folder), sharing(part):
             with call.watch.timed(READING):
                 arguments = {"options": call.options, **inputs.read(call)}
-            found = study(**arguments, out=call.folder, command=command_line(), progress=call.progress)
+            shared = {} if part is None else {"part": part}
+            found = study(
+                **arguments, **shared, out=call.folder, command=command_line(), progress=call.progress
+            )
         print_run(found, record_times(call.folder, call.watch.times), as_json=as_json)
 
     run.__annotations__ |= {"where": study.where, "inputs": study.inputs, "options": study.options}
@@ -106,6 +124,17 @@ def _plan(study: Study, inputs: Any, call: Call, *, as_json: bool) -> None:
         print_times(steps["steps"], "Time, estimated from two small runs of the study")
         for note in steps["notes"]:
             OUT.print(note)
+
+
+def print_script(inputs: Any, call: Call, tasks: int) -> None:
+    """Print the script of a Slurm job array that does a study."""
+    counted = inputs.plan(call)
+    if counted is None:
+        raise OptionError("--slurm is not available for these inputs: write the script by hand with --part.")
+    parts = sum(int(work["parts"]) for work in counted.document["works"])
+    largest = max((work["part_gflop"] for work in counted.document["works"]), default=0.0)
+    note = f"Parts of up to {largest:,.0f} GFLOP, if as many sequences are recalled as are examined."
+    sys.stdout.write(slurm_script(shlex.split(command_line()), call.out, parts, tasks, [note]))
 
 
 def print_plan(plan: PlanTable, *, as_json: bool) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,16 +62,19 @@ class Recipe:
         name: A name, or the absolute path of a folder or file.
         options: The keyword arguments: backend, revision, dtype, device, … A device that was not given is
             chosen where the model is loaded.
+        then: Makes another model from it, such as an untrained twin.
     """
 
     name: str
     options: Mapping[str, Any]
+    then: Callable[[Any], Any] | None = None
 
     def load(self) -> Any:
         """Load the model."""
         from memlens.models.load import load_model
 
-        return load_model(self.name, **self.options)
+        model = load_model(self.name, **self.options)
+        return model if self.then is None else self.then(model)
 
 
 _RECIPES: WeakKeyDictionary[nn.Module, tuple[Recipe, list[Any]]] = WeakKeyDictionary()
@@ -83,6 +86,13 @@ def remember_recipe(model: nn.Module, name: str | Path, options: Mapping[str, An
     place = Path(name).expanduser()
     is_path = place.exists() and not (isinstance(name, str) and is_zoo_name(name))
     _RECIPES[model] = Recipe(str(place.absolute() if is_path else name), dict(options)), _state(model)
+
+
+def derive_recipe(new: nn.Module, model: nn.Module, then: Callable[[Any], Any]) -> None:
+    """Record how a model was made from another one, if that one was loaded by a name or path."""
+    recipe, _ = _RECIPES.get(model, (None, None))
+    if recipe is not None and recipe.then is None:
+        _RECIPES[new] = replace(recipe, then=then), _state(new)
 
 
 def recipe_of(model: nn.Module) -> Recipe:

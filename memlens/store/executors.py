@@ -125,7 +125,7 @@ def run_parts(
     job: Job,
     parts: Sequence[str],
     *,
-    on_done: Callable[[str, Any], None] = lambda part, value: None,
+    on_done: Callable[[str, Any], object] = lambda part, value: None,
 ) -> None:
     """Do all parts of a job on the workers of an executor.
 
@@ -181,7 +181,7 @@ class _Driver:
         job: Job,
         claims: Claims,
         file: tuple[str, str],
-        on_done: Callable[[str, Any], None],
+        on_done: Callable[[str, Any], object],
     ) -> None:
         self.executor, self.job, self.claims, self.file, self.on_done = executor, job, claims, file, on_done
         self.ended: SimpleQueue[tuple[str, Any]] = SimpleQueue()

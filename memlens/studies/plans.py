@@ -72,6 +72,8 @@ def plan_works(model: Any, works: Works, note: str = "", *, calibrate: bool = Tr
                 "times_fewer": cost.reference_block_forwards / max(1, cost.block_forwards),
                 "gflop": (cost.block_flops + cost.unembed_flops) / 1e9,
                 "mib": cost.bytes / 2**20,
+                "parts": cost.n_parts,
+                "part_gflop": cost.part_flops / 1e9,
                 **seconds,
             }
         )

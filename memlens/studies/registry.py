@@ -229,6 +229,7 @@ class Study:
             by the end of the step's name; the entry "" is for the other steps, and the value "" says that the
             time does not depend on them.
         folder: The run's folder, if the command names none; "" where it must.
+        shares: Whether `run` takes `part`, so that several processes can do it together.
     """
 
     run: Any
@@ -241,6 +242,7 @@ class Study:
     sizes: Sequence[str] = ()
     scales: Mapping[str, str] = field(default_factory=lambda: {"": "sequences"})
     folder: str = ""
+    shares: bool = False
 
     def __call__(self, **given: Any) -> StudyRun:
         """Run the study."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from memlens.errors import MemlensError, OtherRunError
+from memlens.errors import MemlensError, OtherRunError, UnfinishedError
 from memlens.files import read_json, write_json
 from memlens.recall.score import score_recall
 from memlens.recall.scores import RecallScores
@@ -21,11 +21,13 @@ from memlens.report.model import Finding
 from memlens.report.run_directory import RunDirectory
 from memlens.results.statistics.estimates import Estimate
 from memlens.sequences.set import SequenceSet
+from memlens.store.claims import Claims
 from memlens.store.fingerprint import fingerprint, model_fingerprint
 from memlens.studies.times import Stopwatch
 
 _LOG = logging.getLogger(__name__)
 
+_K = TypeVar("_K")
 _T = TypeVar("_T")
 
 
@@ -56,13 +58,15 @@ class StudyDirectory(RunDirectory):
 
     Attributes:
         hide: Takes out of messages what must not be written; None: nothing.
+        sharing: `part` or `executor` for the sweeps that are kept (see `memlens.sweep`); empty: neither.
     """
 
     hide: Callable[[str], str] | None
+    sharing: dict[str, Any]
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # pyright: ignore[reportArgumentType]
-        self.hide = None
+        self.hide, self.sharing = None, {}
         self.findings: list[Finding] = []
         self.failures: dict[str, str] = {}
         self._watch = Stopwatch()
@@ -107,10 +111,26 @@ class StudyDirectory(RunDirectory):
         number = 1
         while True:
             try:
-                return work(out=self.place(name if number == 1 else f"{name}-{number}"))
+                return work(out=self.place(name if number == 1 else f"{name}-{number}"), **self.sharing)
             except OtherRunError as error:
                 _LOG.info("%s", error)
                 number += 1
+
+    def kept_each(self, works: Mapping[_K, tuple[str, Callable[..., _T]]]) -> dict[_K, _T]:
+        """Run several sweeps by `kept`; missing parts of one do not keep the others from being run.
+
+        Args:
+            works: By any key: the sweep's name, and what runs it.
+
+        Raises:
+            UnfinishedError: Parts of some are missing.
+        """
+        found: dict[_K, _T] = {}
+        with unfinished_together() as attempt:
+            for key, (name, work) in works.items():
+                with attempt():
+                    found[key] = self.kept(name, work)
+        return found
 
     def scored(self, name: str, model: Any, seqs: SequenceSet, **options: Any) -> RecallScores:
         """Score recall, or read the scores of an earlier run.
@@ -166,6 +186,45 @@ class StudyDirectory(RunDirectory):
         with self.timed("report"):
             report = self.finish()
         return StudyRun(report, self.findings, self.failures)
+
+
+@contextmanager
+def unfinished_together() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Try several things that may lack parts of other workers, and raise one error for all at the end.
+
+    Yields:
+        A function that returns a context for each attempt.
+
+    Raises:
+        UnfinishedError: After the last attempt, if parts were missing in one.
+    """
+    missing: list[str] = []
+    messages: list[str] = []
+
+    @contextmanager
+    def attempt() -> Iterator[None]:
+        try:
+            yield
+        except UnfinishedError as error:
+            missing.extend(error.missing)
+            messages.append(str(error))
+
+    yield attempt
+    if messages:
+        raise UnfinishedError("\n".join(messages), missing)
+
+
+@contextmanager
+def last_of_all(folder: str | Path) -> Iterator[None]:
+    """Claim the report of a run whose parts are done, for the worker that writes it.
+
+    Raises:
+        UnfinishedError: Another worker writes it.
+    """
+    with Claims(folder) as claims, claims.taking("report") as mine:
+        if not mine:
+            raise UnfinishedError(f"all parts are done; the report of {folder} is being written elsewhere.")
+        yield
 
 
 class Texts:

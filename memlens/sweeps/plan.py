@@ -22,6 +22,7 @@ from memlens.sequences.set import SequenceSet
 from memlens.sweeps.engine.entries import entry_of
 from memlens.sweeps.engine.schedule import portions
 from memlens.sweeps.interventions import Intervention
+from memlens.sweeps.shards import cut, part_limit
 
 
 def shape_of(model: Any) -> Shape:
@@ -62,6 +63,8 @@ class Plan:
         unembed_flops: The same of unembedding.
         bytes: Peak memory of activations, not counting the weights.
         expected_seconds: Time, from a short calibration run; None without one.
+        n_parts: Number of parts, as a sweep with a folder is cut: most workers that can share it.
+        part_flops: Operations of the largest part.
     """
 
     n_sequences: int
@@ -74,6 +77,8 @@ class Plan:
     unembed_flops: float
     bytes: int
     expected_seconds: float | None
+    n_parts: int
+    part_flops: float
 
     def __str__(self) -> str:
         share = self.reference_block_forwards / max(1, self.block_forwards)
@@ -83,7 +88,8 @@ class Plan:
             f"block-forwards ({share:.1f} times fewer than one full forward each), "
             f"{self.unembedded_positions:,} positions unembedded, "
             f"{(self.block_flops + self.unembed_flops) / 1e9:,.0f} GFLOP, "
-            f"{self.bytes / 2**20:.0f} MiB{seconds}"
+            f"{self.bytes / 2**20:.0f} MiB{seconds}; {self.n_parts:,} parts of up to "
+            f"{self.part_flops / 1e9:,.0f} GFLOP in a folder"
         )
 
     def _repr_html_(self) -> str:
@@ -168,6 +174,8 @@ def _planned(
     count = _Count(trunk, carries=carries())
     for first in range(0, len(sequences), budget.batch_size):
         count.batch(sequences[first : first + budget.batch_size], interventions, budget)
+    costs = intervention_flops(trunk, sequences, interventions, fast=count.carries)
+    shards = cut(len(sequences), costs, budget.batch_size, part_limit(trunk.device.type))
     found = Plan(
         n_sequences=len(sequences),
         n_interventions=len(interventions),
@@ -179,6 +187,8 @@ def _planned(
         unembed_flops=2.0 * trunk.d_model * trunk.d_vocab * count.targets,
         bytes=count.kept + count.working,
         expected_seconds=None,
+        n_parts=len(shards),
+        part_flops=max(sum(costs[i] for i in shard.items) * len(shard.rows) for shard in shards),
     )
     return found, count
 

@@ -42,12 +42,10 @@ from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.labels import Grid, Values, make_result
 from memlens.sweeps.plan import intervention_flops
 from memlens.sweeps.randomness import with_watched_draws
-from memlens.sweeps.shards import Shard, ShardStore, assembled, cut, save_frame
+from memlens.sweeps.shards import Shard, ShardStore, assembled, cut, part_limit, save_frame
 
 ENGINES = ("fast", "reference")
 _LOG = logging.getLogger(__name__)
-_SHARD_FLOPS = {"cpu": 1e12, "cuda": 1e15}
-"""The largest cost of a saved part: about ten seconds."""
 
 
 class SweepOptions(TypedDict, total=False):
@@ -179,8 +177,7 @@ def sweep(
             baseline, values = runner.run(Shard(range(len(sequences)), range(len(interventions))), bar)
         else:
             about = runner.about
-            most = _SHARD_FLOPS.get(trunk.device.type, _SHARD_FLOPS["cuda"])
-            shards = cut(len(sequences), costs, budget.batch_size, most)
+            shards = cut(len(sequences), costs, budget.batch_size, part_limit(trunk.device.type))
             store = ShardStore(out, about, shards, {"kind": kind, **recorded})
             if part is not None or executor is not None:
                 frame = make_result(kind, model, sequences, grid.cells, grid.axes, recorded)

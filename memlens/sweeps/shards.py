@@ -25,6 +25,15 @@ _FEWEST = 16
 """The smallest number of interventions per part, since each part runs the unchanged model once."""
 
 
+_SHARD_FLOPS = {"cpu": 1e12, "cuda": 1e15}
+"""The largest cost of a saved part: about ten seconds."""
+
+
+def part_limit(device: str) -> float:
+    """Return how much a part may cost on a type of device, in FLOP."""
+    return _SHARD_FLOPS.get(device, _SHARD_FLOPS["cuda"])
+
+
 @dataclass(frozen=True)
 class Shard:
     """A part of a sweep: some sequences under some interventions.
@@ -158,6 +167,22 @@ def save_frame(
         Result(frame.data.assign_attrs(frame=exact_json(about))).save(path)
 
 
+def parts_of(folder: str | Path) -> tuple[list[str], list[str]]:
+    """Return the names of a sweep's parts, and of those that are missing.
+
+    Raises:
+        ResultError: The folder does not hold a sweep.
+    """
+    store = _opened(folder)
+    names = [shard.name for shard in store.shards]
+    return names, [name for name in names if not store.is_done(name)]
+
+
+def _opened(folder: str | Path) -> ShardStore:
+    manifest = expanded(folder) / "manifest.json"
+    return ShardStore(folder, read_manifest(manifest, "sweep", _PARTS_VERSION)["about"], ())
+
+
 def gather(folder: str | Path) -> Result:
     """Join the parts of a sweep that several processes made, without the model.
 
@@ -181,8 +206,7 @@ def gather(folder: str | Path) -> Result:
         True
     """
     folder = expanded(folder)
-    found = read_manifest(folder / "manifest.json", "sweep", _PARTS_VERSION)
-    store = ShardStore(folder, found["about"], ())
+    store = _opened(folder)
     check_finished([shard.name for shard in store.shards], folder, store.is_done)
     if (folder / "result.nc").exists():
         return load_result(folder / "result.nc")

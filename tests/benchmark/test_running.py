@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 
 from memlens import benchmark
 from memlens.benchmark import LOCALIZERS, Leaderboard, localizer
+from memlens.benchmark.running import missing_organisms
 from memlens.benchmark.suites import material
 from memlens.cli.app import app
 from memlens.errors import OptionError, OtherRunError, ResultError
@@ -83,6 +86,23 @@ def test_a_finished_run_is_read_and_not_repeated(
     pd.testing.assert_frame_equal(again.rows, found.rows)
     with pytest.raises(OtherRunError, match="another benchmark"):
         benchmark.run(SMALL, out, carriers=["mlp"], progress=False)
+
+
+def test_workers_and_shares_make_the_same_organisms(mini: tuple[Path, Leaderboard], tmp_path: Path) -> None:
+    few = replace(SMALL, carriers=("none", "mlp"))
+    first = benchmark.run(few, tmp_path, part="0/2", progress=False)
+    assert len(first.organisms) == 1
+    assert [len(names) for names in missing_organisms(tmp_path)] == [2, 1]
+    with ThreadPoolExecutor(1) as executor:
+        both = benchmark.run(few, tmp_path, executor=executor, progress=False)
+    assert len(both.organisms) == 2
+    assert missing_organisms(tmp_path)[1] == []
+    key = ["carrier_kind", "localizer", "variant", "component", "draw"]
+    whole = mini[1].rows[mini[1].rows["carrier_kind"].isin(["none", "mlp"])]
+    found, wanted = (rows.sort_values(key)["average_precision"].tolist() for rows in (both.rows, whole))
+    assert found == wanted
+    with pytest.raises(OptionError, match="out of range"):
+        benchmark.run(few, tmp_path, part=(2, 2), progress=False)
 
 
 def test_an_edited_part_is_refused(mini: tuple[Path, Leaderboard], tmp_path: Path) -> None:

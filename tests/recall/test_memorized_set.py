@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from memlens.errors import (
     ResultError,
     SequenceError,
     SourceNotFoundError,
+    UnfinishedError,
     VocabularyError,
 )
 from memlens.models.load import load_model
@@ -226,6 +228,29 @@ def breaking(rows: Any, at: int) -> Iterator[Any]:
         yield row
 
 
+def test_blocks_scored_by_others_give_the_same_scan(model: Any, corpus: np.ndarray, tmp_path: Path) -> None:
+    """By workers, and in shares; also where the scan ends before the last block."""
+    np.save(tmp_path / "corpus.npy", corpus)
+    source = tmp_path / "corpus.npy"
+    for n in (None, 10):
+        whole = build(model, source, n=n, out=tmp_path / f"one-{n}")
+        with ThreadPoolExecutor(2) as executor:
+            found = build(model, source, n=n, out=tmp_path / f"many-{n}", executor=executor)
+        assert_equal_sets(found, whole)
+        blocks = sorted((tmp_path / f"one-{n}").glob("block-*"))
+        assert blocks
+        for part in blocks:
+            assert part.read_bytes() == (tmp_path / f"many-{n}" / part.name).read_bytes()
+    names = {f.name for f in (tmp_path / "many-None").iterdir()}
+    assert names == {f.name for f in (tmp_path / "one-None").iterdir()}
+    with pytest.raises(UnfinishedError, match=r"missing: scored-000001.parquet"):
+        build(model, source, n=None, out=tmp_path / "shares", part=(0, 2))
+    shared = build(model, source, n=None, out=tmp_path / "shares", part=(1, 2))
+    assert_equal_sets(shared, MemorizedSet.load(tmp_path / "one-None"))
+    with pytest.raises(OptionError, match="a source with a length"):
+        build(model, iter(corpus), out=tmp_path / "stream", part="auto")
+
+
 @pytest.mark.parametrize("form", ["stream", "array"])
 def test_an_interrupted_scan_goes_on(
     model: Any, corpus: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
@@ -233,15 +258,15 @@ def test_an_interrupted_scan_goes_on(
     out = tmp_path / "scan"
     whole = build(model, iter(corpus) if form == "stream" else corpus)
     scored: list[int] = []
-    scan_block = module.scan_block
+    score_block = module.score_block
 
     def counting(model: Any, block: Any, *rest: Any) -> Any:
         scored.append(len(block))
         if form == "array" and len(scored) == 3:
             raise Broken
-        return scan_block(model, block, *rest)
+        return score_block(model, block, *rest)
 
-    monkeypatch.setattr(module, "scan_block", counting)
+    monkeypatch.setattr(module, "score_block", counting)
     with pytest.raises(Broken):
         build(model, breaking(corpus, 150) if form == "stream" else corpus, out=out)
     assert sorted(p.name for p in out.iterdir()) == [

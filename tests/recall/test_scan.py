@@ -21,7 +21,7 @@ from memlens.recall.corpus import build as build_module
 from memlens.recall.corpus import scan as module
 from memlens.recall.corpus.build import build_memorized_set
 from memlens.recall.corpus.memorized_set import MemorizedSet
-from memlens.recall.corpus.scan import Kept, PredictableRule, ScanOptions, scan_block
+from memlens.recall.corpus.scan import Kept, PredictableRule, ScanOptions, choose, score_block
 from memlens.recall.corpus.windows import Block, open_windows
 from memlens.recall.trivial import TrivialRules, trivial_continuations
 from memlens.sequences.set import SequenceSet
@@ -133,7 +133,8 @@ def test_what_is_kept_and_counted_equals_a_plain_reading(
             place = np.arange(n)
             block = Block(np.array(rows), place + 10 * number, place, n + 2, 2)
             facts = pd.DataFrame({"id": [f"{number}-{i}" for i in place], "row": block.row, "start": place})
-            kept.add(*scan_block(model, block, facts, kept, options, 7))
+            seqs, counted = score_block(model, block, facts, options, 7)
+            kept.add(*choose(model, seqs, kept, options, counted))
     expected, counts = plain_scan(blocks, options)
     counts |= {"rows": sum(len(b) + 2 for b in blocks), "rows_too_short": 2 * len(blocks)}
     assert {name: n for name, n in kept.counts.items() if n} == {name: n for name, n in counts.items() if n}
@@ -207,7 +208,7 @@ def test_an_id_outside_the_vocabulary_names_its_row() -> None:
         0,
     )
     with pytest.raises(VocabularyError, match=r"row 9 of the corpus holds the token id 9, .* has 6 entries"):
-        scan_block(MODEL, block, pd.DataFrame({"id": list("abcd")}), Kept(), options_of(), 7)
+        score_block(MODEL, block, pd.DataFrame({"id": list("abcd")}), options_of(), 7)
 
 
 def test_names_and_facts_of_windows() -> None:

@@ -29,7 +29,7 @@ from tests.tiny import write_tiny
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every part holds one sequence and the fewest interventions; and nothing waits for long."""
-    monkeypatch.setattr("memlens.sweeps.run._SHARD_FLOPS", {"cpu": 0.0, "cuda": 0.0})
+    monkeypatch.setattr("memlens.sweeps.shards._SHARD_FLOPS", {"cpu": 0.0, "cuda": 0.0})
     monkeypatch.setattr("memlens.store.executors._POLL", 0.05)
     monkeypatch.setattr("memlens.store.sharing._LOOK", 0.05)
 

@@ -28,7 +28,7 @@ METRICS = ("target_logprob", "target_rank", "exact_match")
 @pytest.fixture
 def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every part holds one batch and the fewest interventions."""
-    monkeypatch.setattr("memlens.sweeps.run._SHARD_FLOPS", {"cpu": 0.0, "cuda": 0.0})
+    monkeypatch.setattr("memlens.sweeps.shards._SHARD_FLOPS", {"cpu": 0.0, "cuda": 0.0})
 
 
 def patches(model: Any, **options: Any) -> list[ml.Intervention]:
@@ -175,8 +175,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import memlens as ml
-import memlens.sweeps.run
-sys.modules["memlens.sweeps.run"]._SHARD_FLOPS = {"cpu": 0.0, "cuda": 0.0}
+import memlens.sweeps.shards
+sys.modules["memlens.sweeps.shards"]._SHARD_FLOPS = {"cpu": 0.0, "cuda": 0.0}
 from tests.small import corrupted, ragged
 model = ml.load_model(sys.argv[1], backend="bridge")
 edits = ml.edits.activation_patches(model, corrupted(ragged(6)), site="z", over="head_position")

@@ -33,6 +33,8 @@ from memlens.sweeps.run import SweepOptions, kept, sweep
 
 PATCH_SITES: tuple[str, ...] = get_args(PatchSite)
 _WITH_HEADS = ("z", "q", "k", "v", "pattern")
+_NOT_ALONE = ("progress", "out", "part", "executor", "check_dtype")
+"""Options of a sweep that one of a single intervention has no use for."""
 OVER = ("position", "layer", "head", "head_position")
 
 
@@ -133,7 +135,7 @@ def patch_activations(
     if denoising:
         patches = [replace(corrupt + patch, name=patch.name, coords=patch.coords) for patch in patches]
     result = sweep(model, clean, patches, metrics, kind=kind, settings=settings, **options)
-    quick: Any = {k: v for k, v in options.items() if k not in ("progress", "out", "check_dtype")}
+    quick: Any = {k: v for k, v in options.items() if k not in _NOT_ALONE}
     alone = sweep(model, clean, [replace(corrupt, coords={})], metrics, progress=False, **quick)
     source = {name: alone[name].values[:, 0] for name in metric_names(metrics)}
     if denoising:  # the base is the run under the intervention, and the source the clean one

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from transformers import (
 from memlens.errors import OptionError, check_option
 from memlens.forward.trunk import is_bridge
 from memlens.models.load import load_model
-from memlens.models.provenance import describe, remember
+from memlens.models.provenance import derive_recipe, describe, remember
 
 WINDOW = 32
 """Width of local attention in tokens (GPT-Neo, OLMo 3): half of a training row, so that it matters."""
@@ -251,6 +252,7 @@ def untrained_like(model: Any, *, seed: int = 0) -> Any:
         torch.manual_seed(seed)
         twin = _bridge_twin(model) if is_bridge(model) else _hooked_twin(model, seed)
     remember(twin, model=f"{describe(model)['model']} (untrained, seed {seed})", revision="")
+    derive_recipe(twin, model, partial(untrained_like, seed=seed))
     return twin
 
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Int
 from tqdm.auto import tqdm
 
-from memlens.errors import MemlensError, ResultError, SequenceError, check_option
+from memlens.errors import MemlensError, OptionError, ResultError, SequenceError, check_option
 from memlens.files import exact_json, expanded, naming
 from memlens.forward.exclusive import computes
 from memlens.forward.memory import check_batch_size, rows_per_batch
@@ -26,15 +26,17 @@ from memlens.models.bos import expects_bos
 from memlens.models.provenance import describe
 from memlens.recall.columns import SCORE_COLUMNS
 from memlens.recall.corpus.memorized_set import MemorizedSet, assemble_sets
-from memlens.recall.corpus.scan import Kept, PredictableRule, ScanOptions, scan_block
+from memlens.recall.corpus.scan import Kept, PredictableRule, ScanOptions, choose, score_block
 from memlens.recall.corpus.windows import Block, Windows, open_windows
 from memlens.recall.trivial import TrivialRules
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.parquet import read_parquet, write_parquet
 from memlens.sequences.set import SequenceSet
 from memlens.sequences.tokenizing import bos_id
+from memlens.store.executors import run_parts
 from memlens.store.fingerprint import model_fingerprint
 from memlens.store.keyed_folder import KeyedFolder, read_manifest
+from memlens.store.sharing import Part, check_finished, do_share
 
 _OWN = ("id", "text", "row", "start", "role", "matched_to", "length_difference", "frequency_difference")
 """Columns that the scan itself adds."""
@@ -51,6 +53,8 @@ def build_memorized_set(
     seed: int = 0,
     batch_size: int | None = None,
     out: str | Path | None = None,
+    part: Part | None = None,
+    executor: Any = None,
     max_rows: int | None = None,
     keep_trivial: bool = False,
     token_counts: Int[np.ndarray, "vocab"] | None = None,
@@ -90,6 +94,9 @@ def build_memorized_set(
             when a scan is resumed. Exact matches with a lead of rounding size (`near_tie`) may depend on it.
         out: A folder in which finished blocks are kept, and finally the set. The same call resumes an
             interrupted scan, or extends a finished one if `n` or `max_rows` is larger.
+        part: Only score a share of the blocks in `out`, as for `sweep`; the call without `part` chooses among
+            what was scored. For sources with a length. Give `max_rows`: all of its blocks are scored.
+        executor: Score blocks ahead on the workers of an executor, as for `sweep`, some dozens at a time.
         max_rows: Read at most this many rows (windows, for an array).
         keep_trivial: Keep continuations that follow by rule; the column `trivial` marks them.
         token_counts: How often each id occurs in the training corpus (see `memlens.recall.token_counts`), for
@@ -118,6 +125,8 @@ def build_memorized_set(
         OptionError: A number out of range.
         SequenceError: A window longer than the context, or a source without token ids.
         VocabularyError: An id outside the vocabulary, or a set made with another tokenizer.
+        UnfinishedError: With `part`: this share is scored, and other blocks are not.
+        WorkerError: With `executor`: as for `sweep`.
         ResultError: `out` contains another scan, or the source has changed since.
         SourceNotFoundError, FileFormatError, ColumnError: The source cannot be read.
 
@@ -172,12 +181,23 @@ def build_memorized_set(
         "token_counts": "counted in the scan" if token_counts is None else "given",
         **_numerics(model, size),
     }
-    store = None
+    store = ahead = None
     if out is not None:
-        about = _about(model, windows, settings)
-        store = KeyedFolder(out, "scan", about, version=_VERSION, parts="[!.]*")
+        store = _store(out, _about(model, windows, settings))
+        reading = (token_source, length, stride, tokens_column)
+        ahead = _Scoring(model, windows, options, size, store, settings, reading)
+    if part is not None or executor is not None:
+        if ahead is None or windows.n_rows is None or (part is not None and executor is not None):
+            raise OptionError(
+                "part= and executor= need a folder that all workers share (out=) and a source with a length, "
+                "and only one of the two can be given."
+            )
+        if part is not None:
+            names = ahead.names()
+            do_share(part, names, ahead.folder, ahead.done, ahead.work)
+            check_finished(names, ahead.folder, ahead.done)
     with naming(token_source) if isinstance(token_source, str | Path) else nullcontext():
-        kept, counted = _scan(model, windows, options, size, store, progress)
+        kept, counted = _scan(model, windows, options, size, store, ahead, executor, progress)
     counts = counted if token_counts is None else np.asarray(token_counts)
     found = assemble_sets(model, kept, counts, settings)
     if out is not None:
@@ -191,6 +211,8 @@ def _scan(
     options: ScanOptions,
     batch_size: int,
     store: KeyedFolder | None,
+    ahead: _Scoring | None,
+    executor: Any,
     progress: bool,
 ) -> tuple[Kept, Int[np.ndarray, "vocab"]]:
     """Return what was kept, and how often each id occurred in a window."""
@@ -201,19 +223,124 @@ def _scan(
         for number, block in enumerate(blocks):
             # A longer scan has another block in place of one that max_rows cut short.
             saved = store if block.whole else None
-            found = _load_block(saved, number, block) if saved is not None else None
+            found = _load_block(saved, _file(number), block) if saved is not None else None
             if found is None:
-                facts = _facts(windows, block)
-                found = scan_block(model, block, facts, kept, options, batch_size)
+                if ahead is not None and executor is not None:
+                    ahead.run(executor, number)
+                scored = None if ahead is None or saved is None else ahead.load(number, block)
+                if scored is None:
+                    scored = score_block(model, block, _facts(windows, block), options, batch_size)
+                found = choose(model, scored[0], kept, options, scored[1])
                 if saved is not None:
-                    _save_block(saved, number, block, *found)
+                    _save_block(saved, _file(number), block, *found)
+            if ahead is not None:
+                ahead.remove(number)
             kept.add(*found)
             counted += np.bincount(block.tokens.ravel(), minlength=len(counted))
             bar.update(block.n_rows)
             bar.set_postfix(memorized=kept.size("memorized"))
             if options.n is not None and kept.size("memorized") >= options.n:
                 break
+    if ahead is not None:
+        ahead.remove_all()
     return kept, counted
+
+
+_AHEAD = 64
+"""Blocks that are given to workers at a time."""
+
+
+class _Scoring:
+    """The scores of a scan's blocks as parts, which do not depend on the blocks before them.
+
+    Args:
+        model: The model.
+        windows: The windows.
+        options: The options of the scan.
+        batch_size: Windows per forward pass.
+        store: The folder of the scan.
+        settings: Of the scan.
+        reading: The arguments of `open_windows`, for another process.
+    """
+
+    folder: Path
+
+    def __init__(
+        self,
+        model: Any,
+        windows: Windows,
+        options: ScanOptions,
+        batch_size: int,
+        store: KeyedFolder,
+        settings: Mapping[str, Any],
+        reading: tuple[Any, ...],
+    ) -> None:
+        self.model, self.windows, self.options, self.batch_size = model, windows, options, batch_size
+        self.store, self.settings, self.reading, self.folder = store, settings, reading, store.path
+
+    def __reduce__(self) -> Any:
+        source, *rest = self.reading
+        source = str(expanded(source).absolute()) if isinstance(source, str | Path) else source
+        folder = str(self.folder.absolute())
+        return _scoring_elsewhere, (
+            self.model, self.options, self.batch_size, folder, self.settings, (source, *rest),
+        )  # fmt: skip
+
+    def names(self) -> list[str]:
+        """Return the names of all whole blocks."""
+        size, limit = self.options.block_size, self.options.max_rows
+        every = self.windows.n_blocks(size, limit) or 0
+        cut = limit is not None and limit < (self.windows.n_rows or 0) and limit % size
+        return [_scored(number) for number in range(every - bool(cut))]
+
+    def done(self, part: str) -> bool:
+        """Whether a block is scored, or was already chosen from."""
+        return (self.folder / part).exists() or (self.folder / _file(int(part[-14:-8]))).exists()
+
+    def work(self, part: str) -> None:
+        """Score a block and save it."""
+        number = int(part[-14:-8])
+        block = self.windows.block(number, self.options.seed, self.options.block_size, self.options.max_rows)
+        assert block is not None
+        facts = _facts(self.windows, block)
+        found = score_block(self.model, block, facts, self.options, self.batch_size)
+        _save_block(self.store, part, block, *found)
+
+    def run(self, executor: Any, first: int) -> None:
+        """Score the blocks from one on with an executor, unless that one is scored."""
+        names = self.names()[first : first + _AHEAD]
+        if names and not self.done(names[0]):
+            run_parts(executor, self, [name for name in names if not self.done(name)])
+
+    def load(self, number: int, block: Block) -> tuple[SequenceSet, dict[str, int]] | None:
+        """Return what `score_block` gave elsewhere; None if nothing did."""
+        return _load_block(self.store, _scored(number), block)
+
+    def remove(self, number: int) -> None:
+        """Remove the scores of a block that was chosen from."""
+        (self.folder / _scored(number)).unlink(missing_ok=True)
+
+    def remove_all(self) -> None:
+        """Remove the scores of blocks beyond the end of the scan."""
+        for path in self.folder.glob("scored-*.parquet"):
+            path.unlink(missing_ok=True)
+
+
+def _scoring_elsewhere(
+    model: Any,
+    options: ScanOptions,
+    batch_size: int,
+    folder: str,
+    settings: Mapping[str, Any],
+    reading: tuple[Any, ...],
+) -> _Scoring:
+    windows = open_windows(*reading)
+    store = _store(folder, _about(model, windows, settings))
+    return _Scoring(model, windows, options, batch_size, store, settings, reading)
+
+
+def _store(folder: str | Path, about: Mapping[str, Any]) -> KeyedFolder:
+    return KeyedFolder(folder, "scan", about, version=_VERSION, parts="[!.]*")
 
 
 def _batch_size(model: Any, length: int, out: str | Path | None) -> int:
@@ -256,13 +383,12 @@ _VERSION = 2
 """Of the format; version 1 used a sum of weights, which stays the same if two weights are exchanged."""
 
 
-def _load_block(store: KeyedFolder, number: int, block: Block) -> tuple[SequenceSet, dict[str, int]] | None:
-    """Return what a scan kept of a block, and its counts; None if it is not finished.
+def _load_block(store: KeyedFolder, name: str, block: Block) -> tuple[SequenceSet, dict[str, int]] | None:
+    """Return what a scan kept of a block (or its scores), and its counts; None if it is not finished.
 
     Raises:
         ResultError: The file is damaged, was not written by this scan, or was made from other windows.
     """
-    name = _file(number)
     path = store.path / name
     if not path.exists():
         return None
@@ -273,22 +399,26 @@ def _load_block(store: KeyedFolder, number: int, block: Block) -> tuple[Sequence
         store.check(name, _content(found, scan), seal)
     if scan["block"] != block.fingerprint:
         raise ResultError(
-            f"{path} was made from other windows than block {number} now has: the source has changed; "
+            f"{path} was made from other windows than this block now has: the source has changed; "
             "give another folder."
         )
     return found, scan["counts"]
 
 
 def _save_block(
-    store: KeyedFolder, number: int, block: Block, found: SequenceSet, counts: Mapping[str, int]
+    store: KeyedFolder, name: str, block: Block, found: SequenceSet, counts: Mapping[str, int]
 ) -> None:
-    name, scan = _file(number), {"block": block.fingerprint, "counts": dict(counts)}
+    scan = {"block": block.fingerprint, "counts": dict(counts)}
     seal = store.seal(name, _content(found, scan))
     write_parquet(found, store.path / name, scan={**scan, "seal": seal})
 
 
 def _file(number: int) -> str:
     return f"block-{number:06d}.parquet"
+
+
+def _scored(number: int) -> str:
+    return f"scored-{number:06d}.parquet"
 
 
 def _content(found: SequenceSet, scan: Mapping[str, Any]) -> list[Any]:

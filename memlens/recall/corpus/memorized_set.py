@@ -133,7 +133,7 @@ def assemble_sets(
 
     Args:
         model: The model; its tokenizer decodes the texts.
-        kept: What `scan_block` kept.
+        kept: What `choose` kept.
         token_counts: How often each id occurs in the corpus.
         settings: What the sets and the result record.
     """

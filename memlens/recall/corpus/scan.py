@@ -125,7 +125,7 @@ class Kept:
         return sum(map(len, self.sets[role]))
 
     def add(self, found: SequenceSet, counts: Mapping[str, int]) -> None:
-        """Add what `scan_block` returned."""
+        """Add what `choose` returned."""
         self.counts.update(counts)
         for role in ROLES:
             if (rows := found.table["role"].to_numpy() == role).any():
@@ -151,22 +151,22 @@ class Kept:
 
 
 @computes
-def scan_block(
-    model: Any, block: Block, facts: pd.DataFrame, kept: Kept, options: ScanOptions, batch_size: int
+def score_block(
+    model: Any, block: Block, facts: pd.DataFrame, options: ScanOptions, batch_size: int
 ) -> tuple[SequenceSet, dict[str, int]]:
-    """Score a block's windows and choose among them.
+    """Score a block's windows, whatever the blocks before gave.
 
     Args:
         model: A TransformerLens model.
         block: The windows.
         facts: One row per window, with its `id`.
-        kept: What the blocks before gave.
         options: The options of the scan.
-        batch_size: Windows per forward pass.
+        batch_size: Windows per forward pass; batches never span two blocks, so that a resumed scan has the
+            same ones.
 
     Returns:
-        What is kept, with the columns `role`, `row`, `start`, the scores and the shares that follow by rule;
-        and how many windows were kept or left out, and why.
+        The windows that count, with the columns `role`, `row`, `start` and the scores; and how many there
+        are.
 
     Raises:
         VocabularyError: An id is outside the model's vocabulary; names the row of the source.
@@ -180,11 +180,8 @@ def scan_block(
     seqs = seqs[~ended]
     if not len(seqs):
         return seqs.with_table(seqs.table.assign(role=[])), counts
-    recall = score_recall(
-        model, seqs, generate=False, metrics=(), batch_size=batch_size, progress=False
-    )  # batches never span two blocks, so a resumed scan has the same batches
-    seqs = seqs.with_table(recall.table.assign(role=_roles(recall.table, options)))
-    return _chosen(model, seqs, kept, options, counts)
+    recall = score_recall(model, seqs, generate=False, metrics=(), batch_size=batch_size, progress=False)
+    return seqs.with_table(recall.table.assign(role=_roles(recall.table, options))), counts
 
 
 def _sequences(block: Block, facts: pd.DataFrame, options: ScanOptions) -> SequenceSet:
@@ -205,9 +202,24 @@ def _roles(table: pd.DataFrame, options: ScanOptions) -> np.ndarray:
     return roles
 
 
-def _chosen(
-    model: Any, seqs: SequenceSet, kept: Kept, options: ScanOptions, counts: dict[str, int]
+def choose(
+    model: Any, seqs: SequenceSet, kept: Kept, options: ScanOptions, found: Mapping[str, int]
 ) -> tuple[SequenceSet, dict[str, int]]:
+    """Choose among the scored windows of a block.
+
+    Args:
+        model: A TransformerLens model.
+        seqs: What `score_block` returned, like `found`.
+        kept: What the blocks before gave.
+        options: The options of the scan.
+        found: How many windows there are.
+
+    Returns:
+        What is kept, with the shares that follow by rule; and how many were kept or left out, and why.
+    """
+    counts = dict(found)
+    if not len(seqs):
+        return seqs, counts
     room = {role: options.pool_size - kept.size(role) for role in ROLES[1:]}
     wanted = ["memorized", *(role for role, free in room.items() if free > 0)]
     tally = Counter(seqs.table["role"])

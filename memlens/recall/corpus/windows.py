@@ -83,16 +83,29 @@ class Windows:
             size: Rows per block.
             limit: Stop after this many rows.
         """
-        for start in count(0, size):
-            end = start + size if self.n_rows is None else min(start + size, self.n_rows)
-            stop = end if limit is None else min(end, limit)
-            numbers = np.arange(start, stop)
-            if self.n_rows is not None:
-                numbers = shuffled(numbers, self.n_rows, seed)
-            block = self.read(numbers) if len(numbers) else None
-            if block is None or not block.n_rows:
+        for number in count():
+            block = self.block(number, seed, size, limit)
+            if block is None:
                 return
-            yield _reordered(block, seed, start, stop == end or block.n_rows < len(numbers))
+            yield block
+
+    def block(self, number: int, seed: int, size: int, limit: int | None = None) -> Block | None:
+        """Return one of these blocks, of a stream the next one; None beyond the last."""
+        start = number * size
+        end = start + size if self.n_rows is None else min(start + size, self.n_rows)
+        stop = end if limit is None else min(end, limit)
+        numbers = np.arange(start, stop)
+        if self.n_rows is not None:
+            numbers = shuffled(numbers, self.n_rows, seed)
+        block = self.read(numbers) if len(numbers) else None
+        if block is None or not block.n_rows:
+            return None
+        return _reordered(block, seed, start, stop == end or block.n_rows < len(numbers))
+
+    def n_blocks(self, size: int, limit: int | None = None) -> int | None:
+        """Return the number of these blocks; None for a stream."""
+        known = [n for n in (self.n_rows, limit) if n is not None]
+        return None if self.n_rows is None else -(-min(known) // size)
 
 
 def open_windows(source: Any, length: int, stride: int | None, tokens_column: str | None) -> Windows:

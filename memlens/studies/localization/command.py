@@ -43,6 +43,7 @@ STUDIES.add(
         run="memlens.studies.localization.study:localize",
         options=LocalizeOptions,
         inputs=LocalizeInputs,
+        shares=True,
         help="Score, decode, ablate, bypass and patch: where does this model recall these sequences?",
         example="memlens run localize --model zoo/pythia-s --sequences zoo --out my-run",
         sizes=(

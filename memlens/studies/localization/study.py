@@ -40,10 +40,18 @@ from memlens.sequences.checks import check_sequences
 from memlens.sequences.corrupt import corrupt
 from memlens.sequences.set import SequenceSet
 from memlens.store.fingerprint import fingerprint
+from memlens.store.sharing import Part
 from memlens.studies.localization import findings as find
 from memlens.studies.localization.findings import CONTROL, MEMORIZED, UNTRAINED
 from memlens.studies.localization.options import LocalizeOptions
-from memlens.studies.running import StudyDirectory, StudyRun, at_most, matched_with
+from memlens.studies.running import (
+    StudyDirectory,
+    StudyRun,
+    at_most,
+    last_of_all,
+    matched_with,
+    unfinished_together,
+)
 
 MOST_OTHERS = 16
 """Most matched controls that rankings are compared with."""
@@ -60,6 +68,8 @@ def localize(
     title: str | None = None,
     command: str | None = None,
     progress: bool = True,
+    part: Part | None = None,
+    executor: Any = None,
 ) -> StudyRun:
     """Find where a model recalls sequences, and write results and report to a folder.
 
@@ -72,11 +82,15 @@ def localize(
         title: Heading of the report.
         command: The command line that repeats the run, for the report.
         progress: Show progress bars.
+        part: Only a share of the sweeps' parts, as for `sweep`; the worker that finishes last writes the
+            report.
+        executor: Do the sweeps on the workers of an executor, as for `sweep`.
 
     Returns:
         The report's path, the findings, and what failed.
 
     Raises:
+        UnfinishedError: With `part`: this share is done, and parts of others are missing.
         EmptySetError, SequenceError, VocabularyError: The sequences do not fit, before any forward pass.
 
     Example:
@@ -93,8 +107,18 @@ def localize(
         check_donor(model, donor, sequences, sites=["z"])
     settings = {"study": "localize", **asdict(options), "model": about, "sequences": dict(sequences.attrs)}
     title = title or find.TEXTS["title"].format(model=about["model"], n=len(sequences))
-    folder = StudyDirectory(out, title=title, settings=settings, command=command, fresh=True)
-    return _Localization(model, folder, options, progress, donor).run(sequences)
+    about_run: dict[str, Any] = {"title": title, "settings": settings, "command": command}
+
+    def study(**sharing: Any) -> _Localization:
+        folder = StudyDirectory(out, **about_run, fresh="part" not in sharing)
+        folder.sharing = {name: value for name, value in sharing.items() if value is not None}
+        return _Localization(model, folder, options, progress, donor)
+
+    if part is None:
+        return study(executor=executor).run(sequences)
+    study(part=part).share(sequences)
+    with last_of_all(out):
+        return study().run(sequences)
 
 
 def _loaded_like(model: Any, name: str) -> Any:
@@ -112,7 +136,7 @@ class _Localization:
 
     def run(self, seqs: SequenceSet) -> StudyRun:
         with self.folder.timed("recall"):
-            recall = self.folder.scored("recall", self.model, seqs, progress=self.progress)
+            recall = self._scored(seqs)
             memorized = recall.memorized()
             self._keep_recall(recall, enough=len(memorized) > 1)
         if len(memorized) < 2:
@@ -131,6 +155,27 @@ class _Localization:
         ):
             self.folder.step(name, partial(work, groups))
         return self.folder.done()
+
+    def share(self, seqs: SequenceSet) -> None:
+        """Do a share of the sweeps only; raises `UnfinishedError` while parts of others are missing."""
+        memorized = self._scored(seqs).memorized()
+        if len(memorized) < 2:
+            return
+        groups = self._groups(
+            self._scored(seqs), at_most(memorized, self.options.max_sequences, self.options.seed)
+        )
+        with unfinished_together() as attempt:
+            for sweeps in (
+                self._ablations,
+                self._bypasses,
+                lambda groups: self._patched(groups)[0],
+                *([] if self.donor is None else [self._from_donor]),
+            ):
+                with attempt():
+                    sweeps(groups)
+
+    def _scored(self, seqs: SequenceSet) -> RecallScores:
+        return self.folder.scored("recall", self.model, seqs, progress=self.progress)
 
     def _keep_recall(self, recall: RecallScores, *, enough: bool) -> None:
         recall.save(self.folder.path / "recall.parquet")
@@ -157,11 +202,15 @@ class _Localization:
         self._save("residual_decoding", "How the prediction unfolds over layers", decoded, one_sequence=True)
         self.folder.find(find.promoted(decoded, self.options.seed))
 
+    def _ablations(self, groups: Mapping[str, SequenceSet]) -> dict[str, Result]:
+        donor = self.donor if self.options.head_mode == "donor" else None
+        work = partial(
+            ablate_heads, self.model, mode=self.options.head_mode, seed=self.options.seed, donor=donor
+        )
+        return self._kept("heads", {name: partial(work, seqs) for name, seqs in groups.items()})
+
     def _ablate(self, groups: Mapping[str, SequenceSet]) -> None:
-        mode = self.options.head_mode
-        donor = self.donor if mode == "donor" else None
-        work = partial(ablate_heads, self.model, mode=mode, seed=self.options.seed, donor=donor)
-        results = {name: self._kept("heads", name, partial(work, seqs)) for name, seqs in groups.items()}
+        mode, results = self.options.head_mode, self._ablations(groups)
         self._save("head_ablation", "Which heads matter", results)
         self.folder.find(find.strongest_head(results, self.options.seed))
         table = find.head_table(results, self.options.seed)
@@ -202,22 +251,24 @@ class _Localization:
         about = [component, localizer, variant, self.options.seed, compared]
         return self.folder.stored(f"ranked_{component}", self.model, seqs, about, look)
 
-    def _bypass(self, groups: Mapping[str, SequenceSet]) -> None:
+    def _bypasses(self, groups: Mapping[str, SequenceSet]) -> dict[str, Result]:
         places = [(name, self.model, seqs) for name, seqs in groups.items()]
         if self.options.untrained_control:
             twin = untrained_like(self.model, seed=self.options.seed)
             places.append((UNTRAINED, twin, groups[MEMORIZED]))
         mode = self.options.bypass_mode
-        results = {
-            name: self._kept("bypass", name, partial(bypass_attention, model, seqs, mode=mode))
-            for name, model, seqs in places
-        }
+        works = {name: partial(bypass_attention, model, seqs, mode=mode) for name, model, seqs in places}
+        return self._kept("bypass", works)
+
+    def _bypass(self, groups: Mapping[str, SequenceSet]) -> None:
+        results = self._bypasses(groups)
         self._save("attention_bypass", "Which layer's attention matters", results)
         self.folder.find(find.bypassed_layer(results, self.options.seed))
 
-    def _patch(self, groups: Mapping[str, SequenceSet]) -> None:
+    def _patched(self, groups: Mapping[str, SequenceSet]) -> tuple[dict[str, Result], dict[str, np.ndarray]]:
+        """Results by group, and the position of the corrupted token in each sequence."""
         place = self.options.corrupted_position
-        results: dict[str, Result] = {}
+        works: dict[str, Callable[..., Result]] = {}
         corrupted: dict[str, np.ndarray] = {}
         for name, seqs in groups.items():
             usable = seqs[np.flatnonzero(seqs.prefix_len.numpy() >= -place)]
@@ -225,14 +276,20 @@ class _Localization:
             dirty = corrupt(clean, "replace_token", positions=[place], seed=self.options.seed)
             corrupted[name] = clean.prefix_len.numpy() + place
             patch = partial(patch_activations, self.model, clean, dirty, site=self.options.patch_site)
-            positions = self._positions(clean, corrupted[name])
-            results[name] = self._kept("patching", name, partial(patch, positions=positions))
+            works[name] = partial(patch, positions=self._positions(clean, corrupted[name]))
+        return self._kept("patching", works), corrupted
+
+    def _patch(self, groups: Mapping[str, SequenceSet]) -> None:
+        results, corrupted = self._patched(groups)
         self._save("activation_patching", "Where the cue is", results, one_sequence=True)
         self.folder.find(find.restoring_layer(results, corrupted[MEMORIZED], self.options.seed))
 
-    def _patch_from_donor(self, groups: Mapping[str, SequenceSet]) -> None:
+    def _from_donor(self, groups: Mapping[str, SequenceSet]) -> dict[str, Result]:
         patch = partial(patch_activations, self.model, donor=self.donor, site="z", over="head")
-        results = {name: self._kept("donor", name, partial(patch, seqs)) for name, seqs in groups.items()}
+        return self._kept("donor", {name: partial(patch, seqs) for name, seqs in groups.items()})
+
+    def _patch_from_donor(self, groups: Mapping[str, SequenceSet]) -> None:
+        results = self._from_donor(groups)
         self._save("donor_patching", f"Heads taken from {self.options.donor}", results)
 
     def _positions(self, seqs: SequenceSet, always: np.ndarray) -> list[int]:
@@ -247,8 +304,14 @@ class _Localization:
             title = f"What writes the target's logit: {name}"
             self.folder.add_result(f"logit_attribution_{name}", result, title=title)
 
-    def _kept(self, what: str, group: str, work: Callable[..., Result]) -> Result:
-        return self.folder.kept(f"{what}_{group}", partial(work, progress=self.progress))
+    def _kept(self, what: str, works: Mapping[str, Callable[..., Result]]) -> dict[str, Result]:
+        """Run a sweep on each group."""
+        return self.folder.kept_each(
+            {
+                group: (f"{what}_{group}", partial(work, progress=self.progress))
+                for group, work in works.items()
+            }
+        )
 
     def _explore(self, groups: Mapping[str, SequenceSet]) -> None:
         counts = {MEMORIZED: self.options.explored_memorized, CONTROL: self.options.explored_controls}
