@@ -221,7 +221,7 @@ def plan(
     *,
     out: Path | None = None,
     slurm: SlurmOption = False,
-    tasks: TasksOption = 16,
+    array_tasks: TasksOption = 16,
     as_json: Json = False,
 ) -> None:
     """Estimate the cost of ablating every head, bypassing every layer and patching every site.
@@ -242,7 +242,7 @@ def plan(
 
     if slurm:
         inputs = LocalizeInputs(**vars(what))
-        print_script(inputs, Call(where, LocalizeOptions(), out), tasks)
+        print_script(inputs, Call(where, LocalizeOptions(), out), array_tasks)
         return
     from memlens.studies.localization.command import localize_works
     from memlens.studies.plans import plan_works

@@ -50,7 +50,7 @@ def study_command(study: Study) -> Any:
         options_file: Annotated[Path | None, Parameter(name="--options")] = None,
         plan: Annotated[bool, Switch] = False,
         slurm: SlurmOption = False,
-        tasks: TasksOption = 16,
+        array_tasks: TasksOption = 16,
         part: PartOption = None,
         resume: bool = True,
         as_json: Json = False,
@@ -71,7 +71,7 @@ def study_command(study: Study) -> Any:
                 "and comparative can)."
             )
         if slurm:
-            print_script(inputs, call, tasks)
+            print_script(inputs, call, array_tasks)
             return
         if plan:
             _plan(study, inputs, call, as_json=as_json)

@@ -30,7 +30,9 @@ SlurmOption = Annotated[
         help="With --plan: print the script of a Slurm job array that does the work.",
     ),
 ]  # fmt: skip
-TasksOption = Annotated[int, Parameter(name="--tasks", help="Tasks of the job array, at most one per part.")]
+TasksOption = Annotated[
+    int, Parameter(name="--array-tasks", help="Tasks of the job array, at most one per part.")
+]
 
 
 @contextmanager
@@ -118,13 +120,13 @@ def slurm_script(words: Sequence[str], out: Path | None, parts: int, tasks: int,
     if out is None:
         raise OptionError("--slurm writes a script whose tasks share a folder: give --out.")
     if tasks < 1:
-        raise OptionError(f"--tasks {tasks} does no work: give 1 or more.")
+        raise OptionError(f"--array-tasks {tasks} does no work: give 1 or more.")
     tasks = max(1, min(tasks, parts))
     kept, skip = [], False
     for word in words:
-        if not skip and word not in ("--plan", "--slurm") and not re.match("--(tasks|part)(=|$)", word):
+        if not skip and word not in ("--plan", "--slurm") and not re.match("--(array-tasks|part)(=|$)", word):
             kept.append(word)
-        skip = not skip and word in ("--tasks", "--part")
+        skip = not skip and word in ("--array-tasks", "--part")
     if kept[1:2] == ["plan"]:
         kept[1:2] = ["run", "localize"]
     command = shlex.join(kept)

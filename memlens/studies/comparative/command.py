@@ -168,6 +168,7 @@ STUDIES.add(
         inputs=ComparativeInputs,
         where=Placement,
         keeps=("models",),
+        shares=True,
         sizes=("max_per_domain", "max_compressed", "noise_per_domain", "max_examined", "heads_per_domain"),
         scales={
             "": "max_per_domain",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
-from memlens.errors import MemlensError
-from memlens.files import parsing, replacing
+from memlens.errors import MemlensError, ResultError
+from memlens.files import parsing, read_json, reason_of, replacing, write_json
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.heads import ablate_heads
 from memlens.instruments.decode.decoding import decode_residual
@@ -61,7 +61,7 @@ def measure_model(
     sources: Mapping[str, Any] | str | SequenceSet,
     root: str | Path,
     options: ComparativeOptions,
-    folder: StudyDirectory,
+    folder: StudyDirectory | Steps,
     *,
     progress: bool = True,
 ) -> SavedModel:
@@ -74,7 +74,7 @@ def measure_model(
         sources: See `read_domains`.
         root: The folder of all models' folders.
         options: See `ComparativeOptions`.
-        folder: The study's folder, for failures.
+        folder: The study's folder, or another place for failures.
         progress: Show progress bars.
 
     Raises:
@@ -88,6 +88,79 @@ def measure_model(
         if part in wanted:
             folder.step(f"{entry.label}: {part}", partial(work.make, part))
     return SavedModel(work.path)
+
+
+class Steps:
+    """Runs the steps of one model where there is no study's folder, and keeps what failed.
+
+    Attributes:
+        failures: Messages by step.
+    """
+
+    failures: dict[str, str]
+
+    def __init__(self) -> None:
+        self.failures = {}
+
+    def step(self, name: str, work: Callable[[], Any]) -> None:
+        """Run a step; if it fails for any reason, record that."""
+        try:
+            work()
+        except Exception as error:
+            self.failures[name] = str(error) if isinstance(error, MemlensError) else reason_of(error)
+
+
+class ModelsJob:
+    """The models of a study as parts: each is measured by one process.
+
+    The file of a part says where the model's folder is, and what failed.
+
+    Args:
+        entries: The models.
+        sources: See `read_domains`.
+        root: The folder of all models' folders.
+        options: See `ComparativeOptions`.
+    """
+
+    folder: Path
+
+    def __init__(
+        self, entries: Sequence[StudyModel], sources: Any, root: Path, options: ComparativeOptions
+    ) -> None:
+        self.sources, self.options, self.folder = sources, options, root.absolute()
+        key = fingerprint([str(sources) if isinstance(sources, str) else sources, options])
+        self.entries = {
+            folder_name(entry.label, fingerprint([entry.settings(), key])): entry for entry in entries
+        }
+
+    def _path(self, part: str) -> Path:
+        return self.folder / f"{part}.measured.json"
+
+    def done(self, part: str) -> bool:
+        """Whether a model was measured."""
+        return self._path(part).exists()
+
+    def work(self, part: str) -> None:
+        """Measure a model and write the part's file."""
+        entry, steps, found = self.entries[part], Steps(), []
+
+        def measured() -> None:
+            saved = measure_model(entry, self.sources, self.folder, self.options, steps, progress=False)
+            found.append(saved.path.name)
+
+        steps.step(entry.label, measured)
+        write_json(self._path(part), {"folders": found, "failures": steps.failures})
+
+    def take(self, part: str) -> tuple[list[SavedModel], dict[str, str]]:
+        """Return the model that was measured, if it was, and what failed; the part's file is removed."""
+        content = read_json(self._path(part), kind=ResultError)
+        self._path(part).unlink()
+        return [SavedModel(self.folder / name) for name in content["folders"]], content["failures"]
+
+    def forget(self) -> None:
+        """Remove the files of all parts, so that models that have changed are measured anew."""
+        for part in self.entries:
+            self._path(part).unlink(missing_ok=True)
 
 
 class _Measures:

@@ -14,19 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from tqdm.auto import tqdm
 
-from memlens.errors import EmptySetError, OptionError
-from memlens.files import expanded
+from memlens.errors import EmptySetError, MemlensError, OptionError
+from memlens.files import expanded, made_folder
 from memlens.report.bibliography import Citation, family_citation
 from memlens.sequences.set import SequenceSet
+from memlens.store.executors import run_parts
+from memlens.store.sharing import Part, check_finished, do_share
 from memlens.studies.comparative.config import StudyModel, parse_model
 from memlens.studies.comparative.figures import FIGURES
 from memlens.studies.comparative.findings import TEXTS, as_finding
-from memlens.studies.comparative.measure import measure_model
+from memlens.studies.comparative.measure import ModelsJob, measure_model
 from memlens.studies.comparative.options import ComparativeOptions
 from memlens.studies.comparative.store import SavedModel, saved_models
 from memlens.studies.comparative.tables import Made
-from memlens.studies.running import StudyDirectory, StudyRun
+from memlens.studies.running import StudyDirectory, StudyRun, last_of_all
 
 
 def study_comparative(
@@ -39,6 +42,8 @@ def study_comparative(
     title: str | None = None,
     command: str | None = None,
     progress: bool = True,
+    part: Part | None = None,
+    executor: Any = None,
 ) -> StudyRun:
     """Compare how several models memorize, and write results and a report to a folder.
 
@@ -61,6 +66,9 @@ def study_comparative(
         title: Heading of the report.
         command: The command line that makes it again, for the report.
         progress: Show progress bars.
+        part: Measure only a share of the models, as for `sweep`; the worker that finishes last writes the
+            report.
+        executor: Measure the models on the workers of an executor, as for `sweep`.
 
     Returns:
         The report's path, the findings, and what failed. A model or a part that fails is named in the report
@@ -69,6 +77,7 @@ def study_comparative(
     Raises:
         EmptySetError: No models.
         OptionError: A model given twice.
+        UnfinishedError: With `part`: this share is done, and models of others are missing.
         ResultError: A model's folder is damaged.
 
     Example:
@@ -80,6 +89,17 @@ def study_comparative(
     options = options or ComparativeOptions()
     entries, out = [parse_model(model) for model in models], expanded(out)
     _check(entries, include_saved)
+    if part is not None:
+        job = ModelsJob(entries, sequences, out / "models", options)
+        names = list(job.entries)
+        do_share(part, names, made_folder(job.folder), job.done, job.work)
+        check_finished(names, job.folder, job.done)
+        with last_of_all(out):
+            job.forget()
+            return study_comparative(
+                models, sequences, out, options=options, include_saved=include_saved, title=title,
+                command=command, progress=progress,
+            )  # fmt: skip
     of_sequences = {"prefix_len": options.prefix_len, "max_targets": options.max_targets}
     settings = {
         "study": "comparative",
@@ -94,7 +114,17 @@ def study_comparative(
     for name, words in TEXTS["sections"].items():
         folder.add_section(name, words["title"], words.get("lead", ""))
     saved: list[SavedModel] = []
-    for entry in entries:
+    if executor is not None:
+        job = ModelsJob(entries, sequences, made_folder(out / "models"), options)
+        job.forget()
+        with tqdm(total=len(entries), disable=not progress, unit="model") as bar:
+            run_parts(executor, job, list(job.entries), on_done=lambda *_: bar.update())
+        for name in job.entries:
+            found, failures = job.take(name)
+            saved += found
+            for step, message in failures.items():
+                folder.failed(step, MemlensError(message))
+    for entry in entries if executor is None else ():
 
         def work(entry: StudyModel = entry) -> None:
             saved.append(measure_model(entry, sequences, out / "models", options, folder, progress=progress))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 import memlens as ml
-from memlens.errors import EmptySetError, OptionError
+from memlens.errors import EmptySetError, OptionError, UnfinishedError
 from memlens.models.provenance import describe, remember
 from memlens.recall.scores import RecallScores
 from memlens.studies.comparative import config as comparative_config
@@ -413,3 +415,23 @@ def test_a_store_keeps_what_was_made_from_the_same(tmp_path: Path) -> None:
     (tmp_path / "m" / "model.json").write_text("{")
     with pytest.raises(ml.errors.ResultError, match="damaged"):
         SavedModel(tmp_path / "m")
+
+
+def test_models_measured_by_workers_and_in_shares(sequences: ml.SequenceSet, tmp_path: Path) -> None:
+    """What workers save of a model is what one process saves; what fails there is told here."""
+    options = replace(SMALL, measures=("recall", "noise"), noise_per_domain=2, n_permutations=9)
+    models = ["zoo/pythia-xs", str(tmp_path / "missing")]
+    study = partial(ml.studies.study_comparative, models, sequences[::4], options=options, progress=False)
+    with ThreadPoolExecutor(1) as executor:
+        found = study(tmp_path / "many", executor=executor)
+    with pytest.raises(UnfinishedError, match=r"1 of 2 parts .* missing: .*missing"):
+        study(tmp_path / "shares", part=(0, 2))
+    shared = study(tmp_path / "shares", part=(1, 2))
+    assert list(found.failures) == list(shared.failures) == [str(tmp_path / "missing")]
+    many, shares = (next((tmp_path / name / "models").glob("zoo-*")) for name in ("many", "shares"))
+    noise = [ml.load_result(folder / "noise.nc").data.drop_attrs() for folder in (many, shares)]
+    assert noise[0].identical(noise[1])
+    assert RecallScores.load(many / "recall.parquet").table.equals(
+        RecallScores.load(shares / "recall.parquet").table
+    )
+    assert not list(tmp_path.rglob("*.measured.json"))
