@@ -38,3 +38,6 @@ Compression = Literal["keep_last", "keep_first", "greedy_deletion"]
 """Which end of a prompt is kept, or greedy deletion of tokens."""
 TaskCost = Literal["max", "mean"]
 """Whether the cost of an intervention is the largest or the mean loss over tasks."""
+
+CurvatureMatrix = Literal["in", "gate", "out", "q", "k", "v"]
+"""A matrix of a layer: of the MLP (the gate where it has one), or of attention's queries, keys or values."""

@@ -25,7 +25,7 @@ from memlens.instruments.detect.confounds import confounds
 from memlens.instruments.detect.context.comparing import condition_difference, context_heads, which_wins
 from memlens.instruments.detect.context.measure import context_or_weights
 from memlens.instruments.detect.context.patching import context_patching
-from memlens.instruments.detect.context.sets import ContextOptions, ContextSets, context_sets
+from memlens.instruments.detect.context.sets import ContextOptions, ContextSets, context_sets, longest_targets
 from memlens.instruments.detect.curvature import curvature_edits
 from memlens.instruments.detect.dimension import DimensionOptions, intrinsic_dimension, local_dimension
 from memlens.instruments.detect.exposure import ExposureOptions, digit_slots, exposure
@@ -75,6 +75,7 @@ __all__ = [
     "intrinsic_dimension",
     "invariance",
     "local_dimension",
+    "longest_targets",
     "modular_view",
     "popularity_buckets",
     "prediction_invariance",

@@ -13,12 +13,14 @@ import pytest
 import memlens as ml
 from memlens.recall.taxonomy import CLASSES
 from memlens.studies.detectors import findings
-from memlens.studies.detectors.study import areas_of, mixed_copies, task_table
+from memlens.studies.detectors.causal import task_table
+from memlens.studies.detectors.study import areas_of, mixed_copies
 from memlens.studies.running import StudyRun
 
 SMALL = ml.studies.DetectorOptions(
     max_sequences=12, max_steered=4, max_canaries=6, probed_targets=1, folds=2, alphas=(-4.0, 4.0),
-    n_random=1, most_nodes=20, n_permutations=50, least_mixed=2,
+    n_random=1, most_nodes=20, n_permutations=50, least_mixed=2, max_text=6, kept=(0.9,), max_modules=8,
+    module_steps=1, n_module_draws=20, max_context=4, context_targets=8,
 )  # fmt: skip
 
 
@@ -35,7 +37,8 @@ def inputs(model: Any) -> dict[str, Any]:
         "sequences": some,
         "canaries": ml.load_sequences("zoo:identifiers", model),
         "slots": ml.detect.digit_slots(model, 6),
-        "tasks": ml.tasks.local_tasks("zoo", model, names=["agreement"], n=4),
+        "tasks": ml.tasks.local_tasks("zoo", model, names=["agreement", "arithmetic"], n=12),
+        "text": ml.load_sequences("zoo:heldout", model)[:12],
     }
 
 
@@ -49,7 +52,7 @@ def run(model: Any, inputs: dict[str, Any], tmp_path_factory: pytest.TempPathFac
 def test_every_part_has_a_finding(run: StudyRun) -> None:
     assert run.failures == {}
     titles = [finding.title for finding in run.findings]
-    assert len(titles) == len(set(titles)) == 11
+    assert len(titles) == len(set(titles)) == 20
     for finding in run.findings:
         assert finding.estimate is not None
         if finding.low is not None and np.isfinite(finding.low):
@@ -58,9 +61,10 @@ def test_every_part_has_a_finding(run: StudyRun) -> None:
     kinds = {entry["name"] for entry in known["results"]}
     assert kinds >= {
         "recall", "separation", "inside_copies", "behaviour_neurons", "steering", "local_dimension",
-        "attention", "exposure", "prediction_invariance",
+        "attention", "exposure", "prediction_invariance", "attention_classes", "generalizing",
+        "generalizing_steering", "curvature", "context", "context_patching",
     }  # fmt: skip
-    assert {c["key"] for c in known["citations"]} >= {"dentan2025"}
+    assert {c["key"] for c in known["citations"]} >= {"dentan2025", "merullo2025"}
     assert "side by side" in run.report.read_text()
 
 
@@ -99,6 +103,35 @@ def test_steering_costs_are_measured_against_the_unchanged_model(
     again = task_table(cost)
     assert again["mean"].tolist() == pytest.approx(table["mean"].tolist())
     assert curve["alpha"].values.tolist() == [-4.0, 4.0]
+
+
+@pytest.mark.slow
+def test_the_parts_that_change_the_model_are_those_of_the_library(
+    run: StudyRun, model: Any, inputs: Any
+) -> None:
+    place = run.report.parent
+    costs = pd.read_parquet(place / "curvature_costs.parquet")
+    assert costs[["kept", "entries"]].to_numpy().tolist() == [[0.9, "curvature"], [0.9, "random 0"]]
+    assert costs["share_of_entries"].nunique() == 1
+    order = np.random.default_rng(0).permutation(12)
+    own, other = (inputs["text"][np.sort(order[part::2])] for part in (0, 1))
+    edits = ml.detect.curvature_edits(model, own, [0.9])
+    wanted = ml.sweep(model, other, edits, progress=False)["target_logprob"].mean("sequence")
+    np.testing.assert_allclose(costs["text_logprob"], wanted.values.ravel(), atol=1e-5)
+    shared = pd.read_parquet(place / "modules_shared.parquet")
+    assert ((shared["overlap"] >= 0) & (shared["overlap"] <= 1)).all()
+    groups = pd.read_parquet(place / "generalizing_groups.parquet")
+    assert set(groups["compared"]) == {
+        "recalled or generalizing", "recalled or matched", "matched or generalizing",
+    }  # fmt: skip
+    patched = ml.load_result(place / "context_patching.nc")
+    assert patched.data.sizes["sequence"] == 4
+    assert int(patched["n_targets"].max()) == 8
+    found = ml.load_result(place / "context.nc")
+    np.testing.assert_allclose(
+        patched["target_logprob_clean"].sel(condition="repeated"),
+        found["target_logprob_baseline"].sel(condition="repeated"), atol=1e-4,
+    )  # fmt: skip
 
 
 @pytest.mark.slow

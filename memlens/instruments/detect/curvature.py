@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from memlens.choices import CurvatureMatrix
 from memlens.errors import OptionError, check_option
 from memlens.forward.batches import Batch, Targets, make_batches
 from memlens.forward.capture import run_capturing
@@ -37,9 +38,7 @@ from memlens.sequences.set import SequenceSet
 
 _BATCH = 8
 
-Matrix = Literal["in", "gate", "out", "q", "k", "v"]
-"""A matrix of a layer: of the MLP (the gate where it has one), or of attention's queries, keys or values."""
-MATRICES: tuple[Matrix, ...] = get_args(Matrix)
+MATRICES: tuple[CurvatureMatrix, ...] = get_args(CurvatureMatrix)
 
 
 @computes
@@ -48,7 +47,7 @@ def curvature_edits(
     text: SequenceSet,
     kept: Sequence[float] = (0.99, 0.9, 0.8, 0.6),
     *,
-    matrices: Sequence[Matrix] = ("out",),
+    matrices: Sequence[CurvatureMatrix] = ("out",),
     layers: Sequence[int] | None = None,
     n_random: int = 1,
     seed: int = 0,
@@ -101,7 +100,7 @@ def curvature_edits(
             raise OptionError(f"kept={share} is not in (0, 1]: give a share of the curvature, such as 0.8.")
     if not len(matrices):
         raise OptionError(f"no matrices: name some of {', '.join(MATRICES)}.")
-    chosen: list[Matrix] = []
+    chosen: list[CurvatureMatrix] = []
     for matrix in matrices:
         check_option("matrix", matrix, MATRICES)
         if matrix not in chosen:
@@ -109,7 +108,7 @@ def curvature_edits(
     check_sequences(text, model, on_eos="keep")
     maker = EditMaker(model)
     layers = chosen_layers(layers, maker.trunk.n_layers)
-    places: list[tuple[int, Matrix]] = [(layer, matrix) for matrix in chosen for layer in layers]
+    places: list[tuple[int, CurvatureMatrix]] = [(layer, matrix) for matrix in chosen for layer in layers]
     for layer, matrix in places:
         if matrix not in maker.parts(layer).maps:
             raise OptionError(f"the MLP of layer {layer} has no {matrix!r}: leave it out of matrices.")
@@ -149,7 +148,7 @@ def _shuffled(stays: Bool[Tensor, "out in"], seed: Sequence[int]) -> Bool[Tensor
 
 
 def kfac_factors(
-    trunk: Trunk, text: SequenceSet, matrix: Matrix = "out"
+    trunk: Trunk, text: SequenceSet, matrix: CurvatureMatrix = "out"
 ) -> tuple[list[Tensor], list[Tensor]]:
     r"""Return :math:`E[a a^\top]` and :math:`E[g g^\top]` of a matrix in each layer, in float64.
 
@@ -216,7 +215,7 @@ Run = tuple[list[Float[Tensor, "batch pos d"]], list[Float[Tensor, "batch pos d"
 
 
 def curvature_runs(
-    trunk: Trunk, seqs: SequenceSet, matrix: Matrix = "out"
+    trunk: Trunk, seqs: SequenceSet, matrix: CurvatureMatrix = "out"
 ) -> Iterator[tuple[list[Tensor], list[Tensor], Tensor]]:
     """Yield a matrix' inputs and the gradients at its outputs by layer, and which positions predict."""
     run = _OutputRun(trunk) if matrix == "out" else _InputRun(trunk, matrix)
@@ -251,8 +250,8 @@ class _OutputRun:
 class _InputRun:
     """Runs that give the inputs of `in`, `gate`, `q`, `k` or `v`, after the norm, and the gradients there."""
 
-    def __init__(self, trunk: Trunk, matrix: Matrix) -> None:
-        self.matrix: Matrix = matrix
+    def __init__(self, trunk: Trunk, matrix: CurvatureMatrix) -> None:
+        self.matrix: CurvatureMatrix = matrix
         self.parts = [
             read_parts(trunk.model, layer, parallel=trunk.parallel) for layer in range(trunk.n_layers)
         ]

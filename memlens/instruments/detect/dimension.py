@@ -30,6 +30,8 @@ from memlens.sweeps.labels import make_result
 
 _NEAREST = 1e-8
 """What a largest distance of 0 becomes."""
+_FEWEST = 3
+"""References at least: of two, all but one are one neighbour, whose dimension is that of the space."""
 
 
 @options_class
@@ -129,7 +131,7 @@ def local_dimension(
 
     Raises:
         EmptySetError: A group is empty.
-        ResultError: There are too few references for the neighbours.
+        ResultError: There are fewer than three references, too few for the neighbours, or none is held out.
         SiteError: A layer that does not exist.
 
     Source: arXiv 2402.18048, there the last token of true and false answers; references, groups and positions
@@ -150,6 +152,11 @@ def local_dimension(
     is_reference[first] = True
     references = matched[np.flatnonzero(is_reference[len(recalled) :])]
     held_out = matched[np.flatnonzero(~is_reference[len(recalled) :])]
+    if not len(held_out) or (options.neighbours is None and len(references) < _FEWEST):
+        raise ResultError(
+            f"of {len(matched)} matched sequences {len(references)} would be references and {len(held_out)} "
+            f"held out: the dimension takes {_FEWEST} references and a sequence beyond them. Give more."
+        )
     groups = Groups.of(recalled, held_out)
     layers = chosen_layers(options.layers, Trunk(model).n_layers)
     points = _points(model, groups.sequences, layers, options.at, progress)
@@ -201,8 +208,8 @@ def read_dimension(result: Result, metric: str | None) -> str:
     value, low, high = result["area"].values[i].tolist()
     return (
         f"After layer {lid['layer'].values[i]}, where the groups differ most, recalled sequences have a "
-        f"local intrinsic dimension of {ours.text()}, {ours.n} sequences, and held-out matched ones of "
-        f"{theirs.text()}, {theirs.n} sequences, among {result.settings['n_references']} references. "
+        f"local intrinsic dimension of {ours.text()}, n = {ours.n}, and held-out matched ones of "
+        f"{theirs.text()}, n = {theirs.n}, among {result.settings['n_references']} references. "
         "A lower dimension marks recalled sequences "
         f"with an area of {Estimate(value, low, high, len(lid)).text()}."
     )

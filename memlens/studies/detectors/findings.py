@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import xarray as xr
 
+from memlens import figures
 from memlens.instruments.detect.beyond import gain_of
 from memlens.instruments.detect.buckets import BucketStatistics
+from memlens.instruments.detect.context.comparing import largest
 from memlens.instruments.detect.exposure import BY_CHANCE
+from memlens.instruments.detect.generalizing import OF_RECALL, OF_TEXT, RecallOrGeneralize
 from memlens.instruments.detect.separation import ACTIVATIONS, SHUFFLED, estimate_at
 from memlens.recall.taxonomy import CLASSES
 from memlens.report.model import Finding
@@ -72,20 +76,26 @@ def behaving(found: Result) -> Finding:
     )
 
 
-def steering(curve: Result, cost: Result | None) -> Finding:
+def steering(curve: Result, cost: Result | None, name: str = "steering") -> Finding:
     """What the largest dose away from recalling does to recall, beyond random shifts, and to tasks."""
-    alpha = float(curve["alpha"].min())
-    at = curve["exact_match"].sel(alpha=alpha)
-    own = at.sel(direction="behaviour")
-    random = [d for d in at["direction"].values if d != "behaviour"]
-    gap = own - at.sel(direction=random).mean("direction") if random else own - curve["exact_match_baseline"]
+    alphas = curve["alpha"].values
+    alpha = float(alphas.min())
+    random = [d for d in curve["direction"].values if d != "behaviour"]
+
+    def gap(dose: float) -> Estimate:
+        at = curve["exact_match"].sel(alpha=dose)
+        control = at.sel(direction=random).mean("direction") if random else curve["exact_match_baseline"]
+        return mean_estimate(at.sel(direction="behaviour") - control)
+
     tasks = "not measured"
     if cost is not None:
         lost = cost.effect("accuracy").sel(alpha=alpha)
         tasks = f"{mean_estimate(lost.sel(direction='behaviour'))}"
         if random:
             tasks += f", with random shifts {mean_estimate(lost.sel(direction=random).mean('direction'))}"
-    return TEXTS.finding("steering", mean_estimate(gap), alpha=alpha, left=share_estimate(own), tasks=tasks)
+    left = share_estimate(curve["exact_match"].sel(alpha=alpha, direction="behaviour"))
+    reverse = str(gap(-alpha)) if -alpha in alphas else "not measured"
+    return TEXTS.finding(name, gap(alpha), alpha=alpha, left=left, tasks=tasks, reverse=reverse)
 
 
 def dimension(found: Result) -> Finding:
@@ -111,6 +121,164 @@ def attention(compared: Mapping[str, xr.Dataset]) -> Finding:
         "attention", found, counts="; ".join(f"{key.replace('_', ' ')}: {n}" for key, n in counts.items()),
         total=part.sizes["site"], statistic=name.replace("_", " "), layer=int(layer), head=int(head),
     )  # fmt: skip
+
+
+def attention_classes(table: pd.DataFrame) -> Finding:
+    """Which statistic differs in most heads between recall and guesses, also among equal copies and domains.
+
+    Where there are no guesses, or no recall, what is recalled is compared with what is not memorized.
+
+    Args:
+        table: Of `class_differences`.
+    """
+    every = table.to_dict("records")
+    compared = [(row["a"], row["b"]) for row in every]
+    pairs = [(CLASSES[1], CLASSES[2]), (CLASSES[0], CLASSES[2]), (CLASSES[0], CLASSES[1])]
+    a, b = next(pair for pair in pairs if pair in compared)
+    rows = [row for row, pair in zip(every, compared, strict=True) if pair == (a, b)]
+    best = max(rows, key=lambda row: row["heads"])
+    n = int(best["n_a"] + best["n_b"])
+    inside = Estimate(
+        *(float(best[f"within_{key}"]) for key in ("difference", "low", "high")),
+        n=int(best["within_n_a"] + best["within_n_b"]),
+    )
+    return TEXTS.finding(
+        "attention_classes", Estimate(*(float(best[key]) for key in ("difference", "low", "high")), n=n),
+        a=a, b=b, n_a=int(best["n_a"]), n_b=int(best["n_b"]), p=f"{best['p']:.2g}",
+        counts="; ".join(f"{row['statistic'].replace('_', ' ')}: {row['heads']}" for row in rows),
+        total=best["of"], statistic=best["statistic"].replace("_", " "),
+        control=f"{inside}, {inside.n} sequences, p = {best['within_p']:.2g}" if inside.n else "none alike",
+    )  # fmt: skip
+
+
+def generalizing(found: RecallOrGeneralize, tasks: Sequence[str]) -> Finding:
+    """Whether the neurons that tell recalled sequences from questions tell recalled from matched ones."""
+    # Of the rows with several baselines the last stays: the one with copies, where they are known.
+    rows = {(row["neurons"], row["compared"]): row for row in found.comparisons.to_dict("records")}
+    areas = {
+        key: Estimate(row["area"], row["low"], row["high"], int(row["recalled"] + row["matched"]))
+        for key, row in rows.items()
+    }
+    test = rows[OF_RECALL, "recalled or matched"]
+    return TEXTS.finding(
+        "generalizing", areas[OF_RECALL, "recalled or matched"],
+        control=str(areas[OF_TEXT, "recalled or matched"]), tasks=", ".join(tasks),
+        n=int(found.neurons["chosen"].sum()), shared=f"{found.shared:.2g}",
+        apart=areas[OF_RECALL, OF_RECALL], text=areas[OF_RECALL, OF_TEXT], gain=gain_of(test),
+        verdict=verdict(gain_of(test)),
+    )  # fmt: skip
+
+
+def curvature(
+    recalled: Result, text: Result, cost: Result | None, share_of_entries: float, matrices: Sequence[str]
+) -> Finding:
+    """What the mildest and the strongest edit leave of recall, of other text and of tasks.
+
+    Args:
+        recalled: The edits on recalled sequences.
+        text: The edits on other text.
+        cost: The edits on tasks.
+        share_of_entries: How many directions the mildest edit keeps.
+        matrices: Which were edited.
+    """
+    most, least = (float(end) for end in (recalled["kept"].max(), recalled["kept"].min()))
+    own, random, strong = (
+        {"kept": kept, "entries": name}
+        for kept, name in ((most, "curvature"), (most, "random 0"), (least, "curvature"))
+    )
+    tasks = "not measured"
+    if cost is not None:
+        lost = cost.effect("accuracy")
+        tasks = f"{mean_estimate(lost.sel(own))}, with as many random ones {mean_estimate(lost.sel(random))}"
+    lost, left = text.effect("target_logprob"), recalled["exact_match"]
+    return TEXTS.finding(
+        "curvature", share_estimate(left.sel(own)), kept=f"{most:g}", share=f"{share_of_entries:.2g}",
+        matrices=", ".join(matrices), text=mean_estimate(lost.sel(own)),
+        random_text=mean_estimate(lost.sel(random)), tasks=tasks, least=f"{least:g}",
+        left=share_estimate(left.sel(strong)), strong_text=mean_estimate(lost.sel(strong)),
+        control=str(share_estimate(left.sel(random))),
+    )  # fmt: skip
+
+
+def module_figure(counts: pd.DataFrame, by: str, effects: Result) -> go.Figure:
+    """Draw how many neurons carry half of the effect in each group."""
+    values = counts[["neurons", "low", "high"]].to_numpy(float).T
+    words = {"label": "neurons that carry half of the harm", "units": f"of {counts['of'].iloc[0]}"}
+    coords = {"statistic": ["mean", "low", "high"], by: counts["group"].astype(str).to_numpy()}
+    drawn = xr.Dataset({"neurons": (("statistic", by), values, words)}, coords)
+    n, model = effects.data.sizes["sequence"], effects.data.attrs["model"]
+    return figures.dots_with_intervals(
+        drawn, dim=by, title=TEXTS["modules"]["figure"], subtitle=f"{n} sequences · {model}"
+    )
+
+
+def modules(counts: pd.DataFrame, shared: pd.DataFrame, by: str) -> Finding:
+    """How few neurons carry half of the effect, and whether groups share fewer than random divisions."""
+    rows, pairs = counts.to_dict("records"), shared.to_dict("records")
+    carriers = [Estimate(row["neurons"], row["low"], row["high"], row["n"]) for row in rows]
+    said = "; ".join(f"{row['group']} {found}" for row, found in zip(rows, carriers, strict=True))
+    total = rows[0]["of"]
+    if not pairs:
+        few = np.mean([row["share_of_neurons"] for row in rows])
+        return TEXTS.finding("one_module", Estimate(float(few)), counts=said, total=total)
+    overlap, null = (float(np.mean([row[key] for row in pairs])) for key in ("overlap", "null_mean"))
+    return TEXTS.finding(
+        "modules", Estimate(overlap), counts=said, total=total, by=by, pairs=len(pairs),
+        fewer=sum(row["p"] < 0.05 for row in pairs), control=f"{null:.2g}",
+    )  # fmt: skip
+
+
+def context(found: Result, control: Result) -> Finding:
+    """How often the context wins against the weights, and how likely the continuation is in each prompt."""
+    wins = [
+        share_estimate((r["wrong_logprob"] > r["target_logprob_baseline"]).sel(condition=condition))
+        for r, condition in ((found, "conflict"), (found, "alone"), (control, "conflict"))
+    ]
+    at = {
+        str(c): mean_estimate(found["target_logprob_baseline"].sel(condition=c))
+        for c in found["condition"].values
+    }
+    return TEXTS.finding(
+        "context", wins[0], before=wins[1], n=found.data.sizes["sequence"], **at, control=str(wins[2])
+    )
+
+
+def patched(found: Result, control: Result) -> Finding:
+    """What the corruption costs in each condition, and which head's patch costs most."""
+    costs = [
+        {
+            str(c): mean_estimate((r["target_logprob_corrupt"] - r["target_logprob_clean"]).sel(condition=c))
+            for c in r["condition"].values
+        }
+        for r in (found, control)
+    ]
+    heads = {
+        str(c): largest(Result(found.data.sel(condition=c, drop=True)), "target_logprob")
+        for c in found["condition"].values
+    }
+    return TEXTS.finding(
+        "patched", costs[0]["copied"], alone=costs[0]["alone"], repeated=costs[0]["repeated"],
+        heads="; ".join(f"{c}: {place}, {most}" for c, (_, place, most) in heads.items()),
+        direction=found.settings["direction"], control=str(costs[1]["copied"]),
+    )  # fmt: skip
+
+
+def context_sites(name: str, compared: Mapping[str, xr.Dataset]) -> Finding:
+    """Which heads and layers differ between the conditions, beyond matched sequences.
+
+    Args:
+        name: The finding.
+        compared: Of `context_heads` with a control, by what was patched or ablated.
+    """
+    counts = "; ".join(
+        f"{int((part['p_corrected'] < 0.05).sum())} of {part['p'].size} {what}"
+        for what, part in compared.items()
+    )
+    part = next(iter(compared.values())).stack(site=("layer", "head"))
+    best = part.isel(site=int(np.nanargmax(np.abs(part["difference"].values))))
+    most = Estimate(*(float(best[key]) for key in ("difference", "low", "high")), n=int(part.attrs["n_a"]))
+    layer, head = best["site"].item()
+    return TEXTS.finding(name, most, counts=counts, layer=int(layer), head=int(head))
 
 
 def beyond(table: pd.DataFrame) -> Finding:

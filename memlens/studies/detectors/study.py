@@ -7,7 +7,7 @@ corpus are known, recalled with other sequences of the same number of copies. Ev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,12 @@ import xarray as xr
 from memlens import figures
 from memlens.errors import MemlensError
 from memlens.instruments.detect.attention import STATISTICS as ATTENTION
-from memlens.instruments.detect.attention import attention_statistics
-from memlens.instruments.detect.behaviour import behaviour_neurons, projection, steering_curve, steering_doses
+from memlens.instruments.detect.attention import (
+    attention_by_class,
+    attention_statistics,
+    class_differences,
+)
+from memlens.instruments.detect.behaviour import behaviour_neurons, projection
 from memlens.instruments.detect.beyond import BeyondOptions, beyond_confounds
 from memlens.instruments.detect.buckets import popularity_buckets
 from memlens.instruments.detect.confounds import confounds
@@ -29,7 +33,6 @@ from memlens.instruments.detect.exposure import exposure
 from memlens.instruments.detect.groups import MATCHED, RECALLED, Groups
 from memlens.instruments.detect.invariance import prediction_invariance
 from memlens.instruments.detect.separation import ACTIVATIONS, separating_neurons, separation
-from memlens.instruments.tasks.evaluate import evaluate_tasks
 from memlens.instruments.tasks.tasks import ChoiceTask
 from memlens.models.provenance import describe
 from memlens.recall.scores import RecallScores
@@ -40,9 +43,11 @@ from memlens.results.result import Result
 from memlens.results.statistics.comparison import compare_groups
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
+from memlens.studies.detectors import causal
 from memlens.studies.detectors import findings as find
+from memlens.studies.detectors.causal import Detecting
 from memlens.studies.detectors.options import DetectorOptions
-from memlens.studies.running import StudyDirectory, StudyRun, at_most, matched_with
+from memlens.studies.running import StudyDirectory, StudyRun, matched_with
 
 
 def study_detectors(
@@ -53,6 +58,7 @@ def study_detectors(
     canaries: SequenceSet | None = None,
     slots: Sequence[Sequence[int]] = (),
     tasks: Sequence[ChoiceTask] = (),
+    text: SequenceSet | None = None,
     options: DetectorOptions | None = None,
     command: str | None = None,
     progress: bool = True,
@@ -64,17 +70,25 @@ def study_detectors(
     3. Behaviour neurons found on one half, and steering along them on the other.
     4. Local intrinsic dimension.
     5. Attention statistics.
-    6. Exposure and prediction invariance of the canaries.
-    7. All scores side by side: what each adds to the confounds, and to the confounds and copies.
+    6. Attention by class of the guess-or-recall taxonomy, also among equal copies and domains.
+    7. Neurons that tell recalling from answering new questions, tested on matched sequences; steering.
+    8. K-FAC curvature: what is left with the directions of large curvature.
+    9. The modular view: how many neurons carry half of the effect, and which domains share them.
+    10. In context or in weights, by ablation and by patching.
+    11. Exposure and prediction invariance of the canaries.
+    12. All scores side by side: what each adds to the confounds, and to the confounds and copies.
+
+    A part whose input is missing (tasks, text, canaries, the column of `modules_by`) is left out.
 
     Args:
         model: A TransformerLens model.
         sequences: What it may have memorized, with a column `copies` where they are known.
         out: The folder; results are saved there one by one. A second call with the same arguments resumes the
-            sweep of the dose curve.
+            sweeps of dose curves and curvature.
         canaries: Secrets of one format, such as identifiers.
         slots: Their format; see `memlens.detect.exposure`.
-        tasks: What steering may cost.
+        tasks: What steering and edits may cost; their answered questions are what recalling is set against.
+        text: General text for the curvature, without the sequences; at least two.
         options: See `DetectorOptions`.
         command: The command line that repeats the run, for the report.
         progress: Show progress bars.
@@ -94,39 +108,37 @@ def study_detectors(
         'report.html'
     """
     check_sequences(sequences, model)
-    if canaries is not None:
-        check_sequences(canaries, model)
+    for given in (canaries, text):
+        if given is not None:
+            check_sequences(given, model)
     options, about = options or DetectorOptions(), describe(model)
     settings = {"study": "detectors", **asdict(options), "model": about, "sequences": dict(sequences.attrs)}
     title = find.TEXTS["title"].format(model=about["model"], n=len(sequences))
     folder = StudyDirectory(out, title=title, settings=settings, command=command, fresh=True)
-    return _Detectors(model, folder, options, progress).run(sequences, canaries, slots, tasks)
+    return _Detectors(model, folder, options, progress).run(sequences, canaries, slots, tasks, text)
 
 
-@dataclass(eq=False)
-class _Detectors:
-    model: Any
-    folder: StudyDirectory
-    options: DetectorOptions
-    progress: bool
-
+class _Detectors(Detecting):
     def run(
         self,
         seqs: SequenceSet,
         canaries: SequenceSet | None,
         slots: Sequence[Sequence[int]],
         tasks: Sequence[ChoiceTask],
+        text: SequenceSet | None,
     ) -> StudyRun:
         with self.folder.timed("recall"):
             recall = self.folder.scored("recall", self.model, seqs, progress=self.progress)
             groups = self._keep_recall(recall)
         if groups is not None:
             self._compare(recall, groups, tasks)
+            self.folder.step("attention by class", partial(self._attend_by_class, recall))
+            self._change(groups, tasks, text)
         if canaries is not None and slots:
-            few = at_most(canaries, self.options.max_canaries, self.options.seed)
+            few = self.few(canaries, self.options.max_canaries)
             self.folder.step("exposure", partial(self._expose, few, slots))
         if canaries is not None:
-            few = at_most(canaries, self.options.max_canaries, self.options.seed)
+            few = self.few(canaries, self.options.max_canaries)
             self.folder.step("prediction invariance", partial(self._vary, few))
         return self.folder.done()
 
@@ -147,7 +159,7 @@ class _Detectors:
         except MemlensError as error:
             self.folder.failed("matched controls", error)
             return None
-        chosen = at_most(recall.memorized(), self.options.max_sequences, self.options.seed)
+        chosen = self.few(recall.memorized(), self.options.max_sequences)
         return Groups.of(chosen, matched_with(chosen, matched))
 
     def _compare(self, recall: RecallScores, groups: Groups, tasks: Sequence[ChoiceTask]) -> None:
@@ -164,6 +176,30 @@ class _Detectors:
             self.folder.step("inside copies", partial(self._inside_copies, recall))
         if scores:
             self.folder.step("side by side", partial(self._side_by_side, groups, scores))
+
+    def _change(self, groups: Groups, tasks: Sequence[ChoiceTask], text: SequenceSet | None) -> None:
+        """Run the parts that change the model."""
+        recalled, matched = (groups.sequences[rows] for rows in (groups.recalled, ~groups.recalled))
+        if tasks:
+            work = partial(causal.generalize, self, recalled, matched, tasks)
+            self.folder.step("recalling or answering", work)
+        if text is not None:
+            self.folder.step("curvature", partial(causal.curvature, self, recalled, text, tasks))
+        if self.options.modules_by in recalled.table:
+            self.folder.step("modules", partial(causal.modules, self, recalled))
+        self.folder.step("context or weights", partial(causal.context, self, recalled, matched))
+        self.folder.step("context patching", partial(causal.patching, self, recalled, matched))
+
+    def _attend_by_class(self, recall: RecallScores) -> None:
+        found = attention_by_class(self.model, recall, progress=self.progress)
+        self.folder.add_result("attention_classes", found, title=find.TEXTS["titles"]["attention_classes"])
+        table = class_differences(
+            found, n_permutations=self.options.n_permutations - 1, seed=self.options.seed
+        )
+        self.folder.add_table(
+            "attention_classes", table, title="Differences between the classes", section="attention_classes"
+        )
+        self.folder.find(find.attention_classes(table))
 
     def _separate(
         self, groups: Groups, recalled: SequenceSet, matched: SequenceSet, scores: dict[str, np.ndarray]
@@ -220,23 +256,7 @@ class _Detectors:
         self.folder.add_result("behaviour_neurons", chosen[0], title="Behaviour neurons")
         self.folder.find(find.behaving(chosen[0]))
         other = halves[1][groups.recalled[halves[1]]]
-        steered = at_most(groups.sequences[other], self.options.max_steered, self.options.seed)
-        curve = self.folder.kept(
-            "steering",
-            partial(
-                steering_curve, self.model, chosen[0], steered, self.options.alphas,
-                n_random=self.options.n_random, progress=self.progress,
-            ),
-        )  # fmt: skip
-        self.folder.add_result("steering", curve, title="Steering along them")
-        cost = None
-        if tasks:
-            doses = steering_doses(self.model, chosen[0], self.options.alphas, n_random=self.options.n_random)
-            cost = evaluate_tasks(self.model, tasks, doses, progress=self.progress)
-            self.folder.add_table(
-                "steering_tasks", task_table(cost), title="What steering costs", section="steering"
-            )
-        self.folder.find(find.steering(curve, cost))
+        self.steer("steering", chosen[0], groups.sequences[other], tasks, self.options.alphas)
 
     def _measure_dimension(
         self, groups: Groups, recalled: SequenceSet, matched: SequenceSet, scores: dict[str, np.ndarray]
@@ -321,15 +341,6 @@ def mixed_copies(copies: np.ndarray, hit: np.ndarray, least: int) -> list[int]:
         for n in np.unique(copies)
         if min((hit & (copies == n)).sum(), (~hit & (copies == n)).sum()) >= least
     ]
-
-
-def task_table(result: Result) -> pd.DataFrame:
-    """Return the mean accuracy at each dose and direction, with the baseline's, by task."""
-    found = result.mean_ci("sequence", metric="accuracy", group="task")["accuracy"]
-    base = result["accuracy_baseline"].groupby(result["task"]).mean()
-    frame = found.reset_coords(drop=True).to_dataset("statistic").to_dataframe().reset_index()
-    unchanged = base.to_dataframe("unchanged")["unchanged"].reset_index()
-    return frame.merge(unchanged, on="task")
 
 
 def areas_of(table: pd.DataFrame) -> xr.Dataset:

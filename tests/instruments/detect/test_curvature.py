@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import memlens as ml
+from memlens.choices import CurvatureMatrix
 from memlens.errors import EmptySetError, OptionError
 from memlens.forward.read_weights import value_vectors
 from memlens.forward.trunk import Trunk
 from memlens.instruments.detect.curvature import (
     Eigenbasis,
-    Matrix,
     curvature_runs,
     high_curvature,
     kfac_factors,
@@ -89,7 +89,7 @@ def test_controls_keep_as_many_other_entries(tiny_model: Callable[..., Any]) -> 
         ml.detect.curvature_edits(model, text, [1.5])
 
 
-OF_PARAMETER: dict[str, dict[Matrix, str]] = {
+OF_PARAMETER: dict[str, dict[CurvatureMatrix, str]] = {
     "gpt_neox_sequential": {"in": "mlp.dense_h_to_4h"},
     "gpt_neox": {"in": "mlp.dense_h_to_4h"},
     "llama_gqa": {

@@ -86,3 +86,23 @@ def test_another_model_gives_the_references(tiny_model: Callable[..., Any]) -> N
     np.testing.assert_array_equal(own["lid"], same["lid"])
     assert not np.allclose(own["lid"], twin["lid"])
     assert own.settings["reference_model"] is None is not twin.settings["reference_model"]
+
+
+@pytest.mark.parametrize(("n_recalled", "n_matched"), [(1, 1), (2, 2), (2, 4)])
+def test_one_or_two_pairs_are_refused(
+    tiny_model: Callable[..., Any], n_recalled: int, n_matched: int
+) -> None:
+    model = tiny_model("gpt_neox", "bridge")
+    recalled, matched = random_set(n_recalled, 0, 90, "r", 0), random_set(n_matched, 0, 90, "m", 1)
+    with pytest.raises(ResultError, match=f"of {n_matched} matched sequences .* takes 3 references"):
+        ml.detect.local_dimension(model, recalled, matched, progress=False)
+
+
+def test_few_sequences_have_a_dimension_and_no_interval(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("gpt_neox", "bridge")
+    found = ml.detect.local_dimension(
+        model, random_set(1, 0, 90, "r", 0), random_set(5, 0, 90, "m", 1), progress=False
+    )
+    assert np.isfinite(found["lid"]).all()
+    assert found["area"].sel(statistic=["low", "high"]).isnull().all()
+    assert "no interval" in reading(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -111,9 +112,7 @@ def context_sets(model: Any, sequences: SequenceSet, *, options: ContextOptions 
     """
     options = options or ContextOptions()
     check_is_set(sequences)
-    between = options.separator
-    if isinstance(between, str):
-        between = encode(need_tokenizer(model.tokenizer), [between])[0] if between else ()
+    between = _separator(model, options)
     first = 1 if sequences.attrs.get("prepend_bos") else 0
     alone = _fitting(sequences, 2 * sequences.lengths + len(between) - first, model.cfg.n_ctx, options)
     wrong = _wrong_continuations(alone, options)
@@ -125,6 +124,25 @@ def context_sets(model: Any, sequences: SequenceSet, *, options: ContextOptions 
     lag = alone.lengths.numpy() + len(between) - first
     after = [replaced(alone, prompts, continuations) for prompts in (repeated, conflict)]
     return ContextSets(alone, after[0], after[1], wrong, lag)
+
+
+def longest_targets(model: Any, sequences: SequenceSet, *, options: ContextOptions | None = None) -> int:
+    """Return how many targets after the longest prefix leave room for the text twice; at least 1.
+
+    Args:
+        model: A TransformerLens model.
+        sequences: The sequences.
+        options: Those of the prompts.
+    """
+    between = _separator(model, options or ContextOptions())
+    return max(1, (int(model.cfg.n_ctx) - len(between)) // 2 - int(sequences.prefix_len.max()))
+
+
+def _separator(model: Any, options: ContextOptions) -> Sequence[int]:
+    given = options.separator
+    if not isinstance(given, str):
+        return given
+    return encode(need_tokenizer(model.tokenizer), [given])[0] if given else ()
 
 
 def _fitting(seqs: SequenceSet, lengths: Tensor, n_ctx: int, options: ContextOptions) -> SequenceSet:
