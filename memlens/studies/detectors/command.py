@@ -68,7 +68,7 @@ class DetectorInputs(SequenceChoice):
 
     @staticmethod
     def _context_works(model: Any, seqs: Any, options: DetectorOptions) -> dict[str, tuple[Any, Any]]:
-        """Return the sweeps over prompts in which the text stands once or twice; none if it fits once only."""
+        """Return the sweeps over prompts that hold the text once or twice; none if it fits once only."""
         import memlens as ml
         from memlens.studies.comparative.plan import counted_edit
         from memlens.studies.plans import blank_sequences
