@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from memlens.errors import EmptySetError
 from memlens.instruments.detect.behaviour import steering_curve, steering_doses
 from memlens.instruments.detect.context.comparing import context_heads, which_wins
 from memlens.instruments.detect.context.measure import context_or_weights
@@ -107,10 +108,12 @@ def generalize(
 
 def curvature(run: Detecting, recalled: SequenceSet, text: SequenceSet, tasks: Sequence[ChoiceTask]) -> None:
     """Keep the directions of large curvature on half of a text; measure recall, the other half and tasks."""
+    if len(text) < 2:
+        raise EmptySetError(
+            "text needs two or more sequences: one half gives the curvature, one is measured."
+        )
     order = np.random.default_rng(run.options.seed).permutation(len(text))
-    own, other = (
-        run.few(text[np.sort(order[part::2])], run.options.max_text) for part in range(min(2, len(text)))
-    )
+    own, other = (run.few(text[np.sort(order[part::2])], run.options.max_text) for part in (0, 1))
     edits = curvature_edits(
         run.model, own, run.options.kept, matrices=run.options.matrices, n_random=1, seed=run.options.seed
     )
