@@ -192,8 +192,9 @@ def evaluate_mitigation(
                 f"{name} is a {type(seqs).__name__}, not a SequenceSet: read it with memlens.load_sequences "
                 "first."
             )
-    if not len(target) or not len(others):
-        raise EmptySetError(f"{len(target)} targets and {len(others)} others: give at least one of each.")
+    for name, seqs in (("target", target), ("others", others)):
+        if not len(seqs):
+            raise EmptySetError(f"{name} has no sequences: give at least one.")
     known = {tuple(row) for row in target.rows()}
     again = [i for i, row in zip(others.ids, others.rows(), strict=True) if tuple(row) in known]
     if again:
