@@ -38,7 +38,7 @@ def heatmap_layer_head(
     Returns:
         The figure; hovering shows layer, head, mean, interval and number of sequences.
     """
-    return _maps(ci, "head", signed, title, subtitle, token_axis(None, ci["head"].values, "head"))
+    return _maps(ci, "head", signed, title, subtitle)
 
 
 def heatmap_layer_position(
@@ -62,12 +62,13 @@ def heatmap_layer_position(
         title: Title of the figure.
         subtitle: Number of sequences, and what sign and color mean.
     """
-    axis = token_axis(tokens, ci[x].values, x)
-    fig = _maps(ci, x, signed, title, subtitle, axis, tokens=tokens)
+    fig = _maps(ci, x, signed, title, subtitle, tokens=tokens)
     if boundary is not None:
-        fig.add_vline(x=boundary - 0.5, line={"dash": "dash", "color": theme.INK, "width": 1.5})
+        places = ci[x].values
+        start = boundary if tokens is None else float(np.searchsorted(places, boundary))
+        fig.add_vline(x=start - 0.5, line={"dash": "dash", "color": theme.INK, "width": 1.5})
         fig.add_annotation(
-            x=boundary - 0.5,
+            x=start - 0.5,
             y=1,
             yref="paper",
             yanchor="bottom",
@@ -82,31 +83,35 @@ def heatmap_paths(
     *,
     x: str = "receiver",
     y: str = "sender",
+    signed: bool = True,
     title: str = "Effect of each path",
     subtitle: str = "",
 ) -> go.Figure:
-    """Draw a map of sender (up) by receiver (right), or of other named places.
+    """Draw a map of sender (up) by receiver (right), or of any other two dimensions.
 
     Args:
         ci: Variables `[statistic, sender, receiver]` with intervals, or `[sender, receiver]` of one sequence;
             both named, such as `L3H2`.
         x: The dimension to the right.
         y: The dimension up.
+        signed: Use red-white-blue around 0, else viridis.
         title: Title of the figure.
         subtitle: Number of sequences, and what sign and color mean.
     """
-    axis = token_axis(None, ci[x].values, x.replace("_", " "))
-    return _maps(ci, x, True, title, subtitle, axis, y=y)
+    return _maps(ci, x, signed, title, subtitle, y=y)
 
 
-def token_axis(tokens: Sequence[str] | None, places: np.ndarray, title: str) -> dict[str, Any]:
-    """Return the axis of positions: token labels where known, thinned so that they stay readable."""
-    step = theme.tick_step(len(places), 64 if tokens is not None else 24)
-    axis: dict[str, Any] = {"title": {"text": title}, "zeroline": False}
-    if tokens is None:
-        return {**axis, "tick0": 0, "dtick": step}
-    labels, shown = unique_tokens(tokens, places.tolist())[::step], places[::step].tolist()
-    return {**axis, "tickmode": "array", "tickvals": shown, "ticktext": labels, "tickangle": -60}
+def place_axis(places: np.ndarray, title: str, *, tokens: bool, panels: int = 1) -> dict[str, Any]:
+    """Return the axis of heads, positions, … to the right, whose labels are thinned to stay readable.
+
+    Labels of tokens are categories, which plotly thins by the width of the figure, as it does numbers where
+    there are more than fit in the narrowest page.
+    """
+    axis: dict[str, Any] = {"title": {"text": title.replace("_", " ")}, "zeroline": False}
+    if tokens or places.dtype.kind not in "iuf":
+        return {**axis, "type": "category", **({"tickangle": -60} if tokens else {})}
+    most = 24 // panels
+    return {**axis, "nticks": most} if len(places) > most else {**axis, "tick0": 0, "dtick": 1}
 
 
 def heatmap_trace(
@@ -123,21 +128,33 @@ def heatmap_trace(
     has_interval = "statistic" in array.dims
     array = array.transpose(*(["statistic"] if has_interval else []), y, x)
     means = array.sel(statistic="mean") if has_interval else array
-    named = [plain(visible(str(token))) for token in tokens] if tokens is not None else None
-    place = f"{y} %{{y}} · {x} %{{x}}" + (" · %{text}" if named else "")
+    places = array[x].values
+    named = None
+    if tokens is not None:
+        named = [
+            f"{place} · {plain(visible(str(token)))}" for place, token in zip(places, tokens, strict=True)
+        ]
+    words = {name: name.replace("_", " ") for name in (x, y)}
+    place = f"{words[y]} %{{y}} · {words[x]} {'%{text}' if named else '%{x}'}"
     rows = [array.sel(statistic=name).values for name in ("mean", "low", "high")] if has_interval else [means]
     counts = [c for c in array.coords if str(c).startswith("n_") and array[c].dims == means.dims]
     rows += [array[name].values for name in counts[:1] if has_interval]
     low, n = (1 if has_interval else None), (3 if len(rows) == 4 else None)
     return go.Heatmap(
         z=means.values,
-        x=array[x].values if array[x].dtype.kind in "iuf" else [plain(v) for v in array[x].values],
+        x=_labels(places, tokens),
         y=array[y].values,
         customdata=np.stack(rows, -1).astype(np.float32),
         text=[named] * array.sizes[y] if named else None,
         hovertemplate=hover(place, f"{text.label}: %{{z:.4g}}", low=low, unit=text.unit, n=n),
         **_colors(means.values, text, signed, limit),
     )
+
+
+def _labels(places: np.ndarray, tokens: Sequence[str] | None) -> Any:
+    if tokens is not None:
+        return unique_tokens(tokens, places.tolist())
+    return places if places.dtype.kind in "iuf" else [plain(place) for place in places]
 
 
 def _colors(values: np.ndarray, text: MetricText, signed: bool, limit: float | None) -> dict[str, Any]:
@@ -162,7 +179,6 @@ def _maps(
     signed: bool,
     title: str,
     subtitle: str,
-    x_axis: dict[str, Any],
     *,
     y: str = "layer",
     tokens: Sequence[str] | None = None,
@@ -185,11 +201,12 @@ def _maps(
         trace = heatmap_trace(part, x, texts[m], signed=signed, limit=limit, y=y, tokens=tokens)
         trace.showscale = g == 0
         fig.add_trace(trace, row=1, col=g + 1 if beside else 1)
-    fig.update_xaxes(**x_axis, showgrid=False)
+    axis = place_axis(first[x].values, x, tokens=tokens is not None, panels=len(beside) or 1)
+    fig.update_xaxes(axis, showgrid=False)
     fig.update_yaxes(theme.layer_axis(first[y].values, ""), showgrid=False)
     fig.update_yaxes(title_text=y.replace("_", " "), col=1)
     one_by_one = group is not None and not beside
-    height = int(np.clip(250 + 24 * ci.sizes[y], 360, 760)) + (60 if "ticktext" in x_axis else 0)
+    height = int(np.clip(250 + 24 * ci.sizes[y], 360, 760)) + (60 if tokens is not None else 0)
     menu = len(names) > 1 or one_by_one
     theme.figure(fig, title=title, subtitle=subtitle, height=height, menu=menu)
     if len(names) > 1:

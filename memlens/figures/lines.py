@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
@@ -40,11 +42,10 @@ def line_over_layers(
             traces += _baseline_traces(baseline[name], ci[x].values)
         fig.add_traces(traces)
         owners += [owner] * len(traces)
-    numbers = theme.layer_axis(ci[x].values) if x == "layer" else {"zeroline": False}
+    numbers = _layers_right(ci[x].values) if x == "layer" else {"zeroline": False}
     fig.update_xaxes({**numbers, "title": {"text": x_title or x}})
     fig.update_yaxes(title_text=texts[0].axis)
-    groups = len(_by_group(ci[names[0]], x))
-    height = 440 + 20 * max(0, groups - 2) * (1 if baseline is None else 2)
+    height = 440 + 20 * max(0, len(_by_group(ci[names[0]], x)) - 2)
     theme.figure(fig, title=title, subtitle=subtitle, height=height, menu=len(names) > 1)
     if len(names) > 1:
         titles = {"yaxis.title.text": [text.axis for text in texts]}
@@ -69,10 +70,11 @@ def decoding_panels(
         for trace in line_traces(ci[name], text):
             trace.showlegend = bool(trace.showlegend) and row == 1
             fig.add_trace(trace, row=row, col=1)
-    fig.update_xaxes(theme.layer_axis(ci["layer"].values, ""))
+    fig.update_xaxes({**_layers_right(ci["layer"].values), "title": {"text": ""}})
     fig.update_xaxes(title_text="layer", row=2)
     fig.update_yaxes(title_text="mean probability", rangemode="tozero", row=1)
-    fig.update_yaxes(title_text="geometric mean rank", type="log", autorange="reversed", row=2)
+    fig.update_yaxes(theme.log_axis(ci["rank"].values, 150), row=2)
+    fig.update_yaxes(title_text="geometric mean rank", autorange="reversed", row=2)
     return theme.figure(fig, title=title, subtitle=subtitle, height=620)
 
 
@@ -114,6 +116,15 @@ def dots_with_intervals(
     return fig
 
 
+def _layers_right(layers: np.ndarray) -> dict[str, Any]:
+    """Return the axis of layers, without the ticks before the first that plotly's own margin would add."""
+    axis = theme.layer_axis(layers)
+    if layers.dtype.kind not in "iuf" or len(layers) < 2:
+        return axis
+    room = 0.04 * float(layers[-1] - layers[0])
+    return {**axis, "range": [float(layers[0]) - room, float(layers[-1]) + room]}
+
+
 def line_traces(array: xr.DataArray, text: MetricText, x: str = "layer") -> list[go.Scatter]:
     """Return a band and a line for each group of `array` (`[statistic, x]`, or with a group)."""
     traces: list[go.Scatter] = []
@@ -141,19 +152,29 @@ def line_traces(array: xr.DataArray, text: MetricText, x: str = "layer") -> list
 
 
 def _baseline_traces(array: xr.DataArray, layers: np.ndarray) -> list[go.Scatter]:
+    """Return a dashed line per group, and one entry of the legend for all."""
     traces = []
-    for part, label, color in _by_group(array, ""):
+    parts = _by_group(array, "")
+    for part, label, color in parts:
         mean, low, high = (float(part.sel(statistic=name)) for name in ("mean", "low", "high"))
-        name = f"{label}, unchanged model" if label else "unchanged model"
+        name = f"{label}, {_BASELINE}" if label else _BASELINE
         traces.append(
             go.Scatter(
                 x=[layers[0], layers[-1]], y=[mean, mean], mode="lines",
-                name=name, legendgroup=label or "all", showlegend=True,
+                name=name, legendgroup=label or "all", showlegend=len(parts) == 1,
                 line={"color": color, "dash": "dash", "width": 1.5},
                 hovertemplate=f"{name}<br>%{{y:.4g}} [{low:.4g}, {high:.4g}]<extra></extra>",
             )
         )  # fmt: skip
+    if len(parts) > 1:
+        line = {"color": theme.OKABE_ITO[6], "dash": "dash", "width": 1.5}
+        traces.append(
+            go.Scatter(x=[None], y=[None], mode="lines", name=_BASELINE, showlegend=True, line=line)
+        )
     return traces
+
+
+_BASELINE = "unchanged model"
 
 
 def _by_group(array: xr.DataArray, x: str) -> list[tuple[xr.DataArray, str | None, str]]:

@@ -7,7 +7,6 @@ colors or panels. The figure is returned, not shown.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from textwrap import wrap
 from typing import Any, cast
 
 import numpy as np
@@ -45,7 +44,7 @@ def sizes(frame: pd.DataFrame, *, title: str = "Recall and size", subtitle: str 
                 **_row(part, "%{text}<br>%{x:.3s} parameters<br>rate %{y:.4g}"),
             )
         )  # fmt: skip
-    fig.update_xaxes(type="log", title_text="parameters")
+    fig.update_xaxes(theme.log_axis(frame["n_params"], theme.WIDTH, upright=False), title_text="parameters")
     fig.update_yaxes(title_text="share recalled exactly", rangemode="tozero")
     return theme.figure(fig, title=title, subtitle=subtitle, height=440)
 
@@ -90,7 +89,6 @@ def curves_by_family(
         vertical_spacing=0.3 / rows, horizontal_spacing=0.03,
     )  # fmt: skip
     kinds = list(dict.fromkeys(frame[dash].astype(str))) if dash else [""]
-    below = "<br>".join(map(plain, wrap(x_title or x, 80 // columns)))
     styles = dict(zip(kinds, _DASHES * len(kinds), strict=False))
     most = max(frame.groupby("family")["model"].nunique())
     by_kind = len(kinds) > 1 and most == 1
@@ -109,9 +107,10 @@ def curves_by_family(
                     trace.legendgroup = kind if by_kind else name
                     fig.add_trace(trace, at["row"], at["col"])
         lowest = place + columns >= len(families)
-        fig.update_xaxes(title_text=below if lowest else "", row=at["row"], col=at["col"])
+        fig.update_xaxes(title_text=plain(x_title or x) if lowest else "", row=at["row"], col=at["col"])
     _add_legend(fig, {} if by_kind else styles)
-    fig.update_xaxes(type="log" if log_x else "linear", zeroline=False)
+    scale = theme.log_axis(frame[x], theme.WIDTH / columns - 20, upright=False) if log_x else {}
+    fig.update_xaxes(scale, zeroline=False)
     fig.update_yaxes(title_text=y_title, col=1)
     return theme.figure(fig, title=title, subtitle=subtitle, height=200 + 260 * rows)
 
@@ -293,7 +292,7 @@ def similarity_map(
         go.Heatmap(
             z=values, x=places, y=places, colorscale=theme.magnitude_scale(), zmax=1.0,
             customdata=np.array([[f"{a} and {b}" for b in names] for a in names]),
-            colorbar={"title": {"text": "similarity"}, "thickness": 14, "len": 0.72, "y": 0.36},
+            colorbar={**theme.color_bar("similarity"), "len": 0.72, "y": 0.36},
             hovertemplate="%{customdata}<br>%{z:.3f}<extra></extra>",
         ),
         row=2,
@@ -303,7 +302,7 @@ def similarity_map(
     fig.update_xaxes({**axis, "tickangle": -50}, row=2, col=1)
     fig.update_yaxes({**axis, "autorange": "reversed"}, row=2, col=1)
     fig.update_yaxes(title_text="distance", rangemode="tozero", row=1, col=1)
-    return theme.figure(fig, title=title, subtitle=subtitle, height=360 + 26 * len(labels))
+    return theme.figure(fig, title=title, subtitle=subtitle, height=480 + 26 * len(labels))
 
 
 def _branches(

@@ -90,7 +90,7 @@ def recall_panels(
         subtitle: Number of sequences.
     """
     text = metric_text(str(values.name), values)
-    fig = make_subplots(1, 2 if ci is not None else 1, horizontal_spacing=0.12)
+    fig = make_subplots(1, 2 if ci is not None else 1, horizontal_spacing=0.18)
     if ci is not None:
         _add_curves(fig, ci, [str(name) for name in ci.data_vars])
     finite = values.values[np.isfinite(values.values.astype(float))].astype(float)
@@ -243,7 +243,7 @@ def _panel(part: xr.Dataset, exact: xr.DataArray, base: float, *, bar: bool) -> 
             "color": part["depth"].values, "cmin": 0, "cmax": 1, "colorscale": theme.magnitude_scale(),
             "size": 9 + 2 * np.minimum(part["size"].values - 1, 4), "line": {"width": 0.5, "color": "white"},
             "showscale": bar,
-            "colorbar": {"title": {"text": "depth"}, "thickness": 12, "len": 0.8},
+            "colorbar": theme.color_bar("depth"),
         },
         customdata=np.stack([left, right, low, high, part["depth"].values], -1),
         hovertemplate=(

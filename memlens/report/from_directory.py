@@ -27,6 +27,7 @@ from memlens.report.model import (
     TableBlock,
 )
 from memlens.report.render import versions_here, write_report
+from memlens.report.summary import Summary
 from memlens.results.kinds import reading
 from memlens.results.storage import load_result
 from memlens.sequences.parquet import read_table
@@ -79,9 +80,13 @@ def report_from_directory(path: str | Path, to: str | Path | None = None) -> Pat
         figures = _drawn(path, entry, warnings, cited) if "figures" in entry else []
         sections.append(section(entry["title"], entry["lead"], entry["name"], figures))
     sections.append(section("Tables", "", None, []))
+    findings = [Finding(**entry) for entry in run["findings"]]
+    told = [block.reading for section in sections for block in section.figures if block.reading]
+    missing = [entry["step"] for entry in run["failures"]]
     return write_report(
         to if to is not None else path / "report.html",
-        findings=[Finding(**entry) for entry in run["findings"]],
+        findings=findings,
+        summary=Summary.of(run["summary"], findings, title=run["title"], readings=told, missing=missing),
         sections=[section for section in sections if section.figures or section.tables or section.explorers],
         warnings=warnings,
         references=bibliography(cited),
@@ -103,6 +108,7 @@ def read_run(path: Path) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "finished": False,
         "settings": {},
+        "summary": {},
         "versions": versions_here(),
         **{part: [] for part in (*SUFFIXES, *_NOTES)},
     }
@@ -160,6 +166,7 @@ class _Run(BaseModel):
     created: str = ""
     finished: bool = False
     settings: dict[str, Any] = {}
+    summary: dict[str, str] = {}
     versions: dict[str, str] = {}
     findings: list[Finding] = []
     failures: list[_Failure] = []

@@ -29,6 +29,9 @@ class Finding:
         unit: `nats`, `share of sequences`, …
         n: Number of sequences behind it.
         control: What it was compared with, and the value for that.
+        plain: The same for a reader who is not a specialist, as a clause of the report's second sentence;
+            empty where the report does not open with it.
+        beside: The comparison in the same words; empty where there is none.
 
     Example:
         >>> Finding("Recall", "Most are recalled.", 0.75, 0.6, 0.86, "share of sequences", 48).number
@@ -43,13 +46,28 @@ class Finding:
     unit: str = ""
     n: int | None = None
     control: str | None = None
+    plain: str = ""
+    beside: str = ""
 
     @classmethod
     def of(
-        cls, title: str, statement: str, found: Estimate, unit: str = "", control: str | None = None
+        cls,
+        title: str,
+        statement: str,
+        found: Estimate,
+        unit: str = "",
+        control: str | None = None,
+        **words: str,
     ) -> Finding:
         """Return a finding about an estimate; an estimate over 0 sequences has no known `n`."""
-        return cls(title, statement, found.value, found.low, found.high, unit, found.n or None, control)
+        return cls(
+            title, statement, found.value, found.low, found.high, unit, found.n or None, control, **words
+        )
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether there is a number with both ends of its interval."""
+        return _known(self.estimate) and _known(self.low) and _known(self.high)
 
     @property
     def number(self) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import math
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -21,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import pandas as pd
 import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from memlens.figures.theme import title_room
 from memlens.files import json_text, write_atomically
 from memlens.report.bibliography import Reference
-from memlens.report.model import ExplorerBlock, FigureBlock, Finding, Section, TableBlock
+from memlens.report.model import ExplorerBlock, FigureBlock, Finding, Section
+from memlens.report.summary import Summary
+from memlens.report.tables import shown_table
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -88,7 +89,6 @@ def methods_text(settings: Mapping[str, Any]) -> str:
 
 
 _PACKAGES = ("memlens", "transformer-lens", "torch", "transformers", "numpy", "xarray", "plotly")
-_TITLE_ROOM = 62
 
 
 def write_report(
@@ -99,6 +99,7 @@ def write_report(
     sections: Sequence[Section],
     settings: Mapping[str, Any],
     lead: str = "",
+    summary: Summary | None = None,
     command: str | None = None,
     versions: Mapping[str, str] | None = None,
     warnings: Sequence[str] = (),
@@ -112,6 +113,7 @@ def write_report(
         title: The heading.
         findings: Shown first, each with its interval, n and control.
         sections: Figures and tables.
+        summary: The five sentences below the heading; made from the findings by default.
         settings: Every parameter; nested dictionaries become dotted names in the table. The paragraphs on
             methods come from them (see `methods_text`).
         lead: One paragraph below the heading.
@@ -141,6 +143,7 @@ def write_report(
     text = _environment().get_template("report.html.j2").render(
         title=title,
         lead=lead,
+        summary=(summary or Summary.of({}, findings, title=title)).rows(),
         findings=findings,
         warnings=warnings,
         sections=[_section(section, place, numbers) for place, section in enumerate(sections, 1)],
@@ -188,7 +191,7 @@ def _section(section: Section, place: int, numbers: Any) -> dict[str, Any]:
         "lead": _paragraphs(section.lead),
         "explorers": [_explorer(block, f"explorer-{place}-{i}") for i, block in enumerate(section.explorers)],
         "figures": [_figure(block, next(numbers)) for block in section.figures],
-        "tables": [_table(block) for block in section.tables],
+        "tables": [shown_table(block) for block in section.tables],
     }
 
 
@@ -200,9 +203,10 @@ def _explorer(block: ExplorerBlock, name: str) -> dict[str, Any]:
 def _figure(block: FigureBlock, number: int) -> dict[str, Any]:
     fig = go.Figure(block.figure)
     heading, subheading = _title_texts(fig)
+    room = title_room(fig)
     top = fig.layout.margin.t  # pyright: ignore[reportAttributeAccessIssue]
-    fig.update_layout(title=None, width=None, autosize=True, margin_t=max(32, (top or 100) - _TITLE_ROOM))
-    height = int(fig.layout.height or 450) - _TITLE_ROOM  # pyright: ignore
+    fig.update_layout(title=None, width=None, autosize=True, margin_t=max(32, (top or 100) - room))
+    height = int(fig.layout.height or 450) - room  # pyright: ignore
     fig.update_layout(height=height)
     return {
         "id": f"figure-{number}",
@@ -222,29 +226,6 @@ def _title_texts(fig: go.Figure) -> tuple[str, str]:
     texts = (title.text or "", title.subtitle.text or "")
     shown = [html.unescape(re.sub(r"<br\s*/?>", " ", text)) for text in texts]
     return shown[0], shown[1]
-
-
-def _table(block: TableBlock) -> dict[str, Any]:
-    frame = block.frame.head(block.rows)
-    if not isinstance(frame.index, pd.RangeIndex):
-        frame = frame.reset_index()
-    left = len(block.frame) - len(frame)
-    note = " ".join(filter(None, (block.note, f"{left} more rows are not shown." if left else "")))
-    return {
-        "title": block.title,
-        "columns": [str(name) for name in frame.columns],
-        "rows": [[_cell(value) for value in row] for row in frame.itertuples(index=False, name=None)],
-        "numeric": [bool(pd.api.types.is_numeric_dtype(column)) for column in frame.dtypes],
-        "note": note,
-    }
-
-
-def _cell(value: object) -> str:
-    if value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _paragraphs(text: str) -> list[str]:

@@ -28,6 +28,7 @@ from memlens.report.bibliography import Citation
 from memlens.report.from_directory import SUFFIXES, file_of, read_run, report_from_directory
 from memlens.report.model import FigureRequest, Finding
 from memlens.report.render import versions_here
+from memlens.report.summary import Summary
 from memlens.results.result import Result
 
 
@@ -41,6 +42,8 @@ class RunDirectory:
         title: Heading of the report.
         settings: Every parameter of the run.
         lead: A paragraph below the heading.
+        summary: Some of the five sentences with which the report opens, by their names in
+            `memlens.report.summary.Summary`; the others are made from the findings.
         command: The command line that repeats the run.
         fresh: Start over: delete the files that an older `run.json` names, and nothing else.
 
@@ -63,6 +66,7 @@ class RunDirectory:
         title: str | None = None,
         settings: Mapping[str, Any] | None = None,
         lead: str | None = None,
+        summary: Mapping[str, str] | None = None,
         command: str | None = None,
         fresh: bool = False,
     ) -> None:
@@ -74,7 +78,7 @@ class RunDirectory:
         self._run.update({key: value for key, value in given.items() if value is not None})
         self._run["settings"] = {**self._run["settings"], **(settings or {})}
         self._run.update(finished=False, versions=versions_here())
-        self._write()
+        self.add_summary(summary or {})
 
     def _clear(self) -> None:
         """Delete the files that the folder's `run.json` names, then `run.json` itself."""
@@ -142,6 +146,16 @@ class RunDirectory:
         """Record sources for the bibliography, in addition to those of the results."""
         known = self._run["citations"]
         known.extend(entry for entry in map(asdict, citations) if entry not in known)
+        self._write()
+
+    def add_summary(self, sentences: Mapping[str, str]) -> None:
+        """Record some of the five sentences with which the report opens; see the parameter `summary`.
+
+        Raises:
+            OptionError: A sentence is none of the five.
+        """
+        Summary.of(sentences, [])
+        self._run["summary"].update(sentences)
         self._write()
 
     def add_settings(self, settings: Mapping[str, Any]) -> None:

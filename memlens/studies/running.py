@@ -241,26 +241,30 @@ class Texts:
     def __getitem__(self, part: str) -> Any:
         return self._entries[part]
 
+    def summary(self, **values: Any) -> dict[str, str]:
+        """Return what the study says of itself in the report's five sentences, with its values filled in."""
+        return {key: text.format(**values) for key, text in self["summary"].items()}
+
     def finding(
         self, name: str, found: Estimate | None = None, /, *, control: str | None = None, **values: Any
     ) -> Finding:
         """Return a finding, with its texts filled in.
 
         Args:
-            name: Of the entry in `findings`, with the keys `title` and `statement`, and optionally `unit` and
-                `control`.
+            name: Of the entry in `findings`, with the keys `title` and `statement`, and optionally `unit`,
+                `control`, `plain` and `beside` (see `Finding`).
             found: The number, which the texts call `{found}`.
             control: What the number is compared with. The entry's own `control` is the text around
-                `{control}`, which is left out without it.
+                `{control}`, which is left out without it, as is a `beside` that names it.
             **values: What else the texts name.
         """
         entry = {"unit": "", "control": "{control}", **self["findings"][name]}
         words = {key: text.format(found=found, control=control, **values) for key, text in entry.items()}
         if not control and "{control}" in entry["control"]:
             words["control"] = None
-        if found is None:
-            return Finding(**words)
-        return Finding.of(words["title"], words["statement"], found, words["unit"], words["control"])
+        if not control and "{control}" in entry.get("beside", ""):
+            words["beside"] = ""
+        return Finding(**words) if found is None else Finding.of(found=found, **words)
 
 
 def spoken(found: Mapping[str, Estimate], unit: str = "", *, skip: str | None = None) -> str | None:

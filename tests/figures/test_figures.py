@@ -122,8 +122,8 @@ def test_a_ratio_with_wild_tails_does_not_drown_the_rest() -> None:
 
 def test_hovering_tells_the_token() -> None:
     trace = synthetic.residual_decoding().plot(sequence="seq-003").data[0]
-    assert "target %{x} · %{text}" in trace.hovertemplate
-    assert list(trace.text[0][:5]) == ["·the", *trace.text[0][1:4], "&lt;b&gt;"]
+    assert "target %{text}<br>" in trace.hovertemplate
+    assert list(trace.text[0][:5]) == ["0 · ·the", *trace.text[0][1:4], "4 · &lt;b&gt;"]
     assert np.shape(trace.text) == trace.z.shape
 
 
@@ -144,7 +144,8 @@ def test_dark_changes_page_and_ink_but_no_data(heads: xr.Dataset) -> None:
 
 def test_tokens_label_positions_uniquely_and_escaped() -> None:
     fig = synthetic.residual_decoding().plot(sequence="seq-003")
-    labels = fig.layout.xaxis.ticktext
+    labels = fig.data[0].x
+    assert fig.layout.xaxis.type == "category"
     assert len(set(labels)) == 12
     assert labels[0] == "·the_0"
     assert labels[7] == "·the_7"
@@ -158,8 +159,20 @@ def test_ragged_sequences_end_where_they_end() -> None:
         if name != "first_promotion":
             result.data[name][3, :, 9:] = np.nan
     fig = result.plot(sequence="seq-003")
-    assert len(fig.layout.xaxis.ticktext) == 9
+    assert len(fig.data[0].x) == 9
     assert fig.data[0].z.shape == (8, 9)
+
+
+def test_a_ragged_patch_map_ends_where_its_sequence_ends() -> None:
+    """Places that a shorter sequence does not have are not drawn: their tokens are NaN."""
+    result = synthetic.activation_patching()
+    result.data["token"] = result.data["token"].astype(object)
+    for name in ("target_logprob", "normalized_effect", "token"):
+        result.data[name][3, ..., 13:] = np.nan
+    fig = result.plot(sequence="seq-003")
+    assert [label.rpartition("_")[2] for label in fig.data[0].x] == [str(place) for place in range(13)]
+    assert not any("nan" in label for label in fig.data[0].x)
+    assert len(result.plot(sequence="seq-004").data[0].x) == 20
 
 
 def test_boundary_stands_before_the_first_target() -> None:
@@ -172,9 +185,8 @@ def test_restricted_positions_keep_their_tokens() -> None:
     result = synthetic.activation_patching()
     tokens = result.data["token"].values[0]
     chosen = type(result)(result.data.isel(position=[2, 7]))
-    axis = chosen.plot(sequence="seq-003").layout.xaxis
-    assert list(axis.tickvals) == [2, 7]
-    assert list(axis.ticktext) == figures.unique_tokens([tokens[2], tokens[7]], [2, 7])
+    fig = chosen.plot(sequence="seq-003")
+    assert list(fig.data[0].x) == figures.unique_tokens([tokens[2], tokens[7]], [2, 7])
 
 
 def test_lines_and_bands_are_the_intervals() -> None:
@@ -315,4 +327,4 @@ def test_many_heads_and_positions_stay_light() -> None:
     ci = synthetic.head_ablation(48, 128).mean_ci(metric="target_logprob", of="effect", n_resamples=50)
     fig = figures.heatmap_layer_head(ci[["target_logprob"]])
     assert len(fig.to_json()) < 400_000
-    assert 128 / fig.layout.xaxis.dtick <= 24
+    assert fig.layout.xaxis.nticks <= 24

@@ -43,6 +43,10 @@ class Page:
     def run(self, script: str) -> Any:
         return self.call("POST", "/execute/sync", {"script": script, "args": []})
 
+    def resize(self, width: int, height: int = 900) -> None:
+        """Give the window a size in pixels."""
+        self.call("POST", "/window/rect", {"width": width, "height": height})
+
     def wait_for(self, script: str, seconds: float = 30) -> Any:
         end = time.monotonic() + seconds
         while not (value := self.run(script)) and time.monotonic() < end:

@@ -86,9 +86,12 @@ def test_nothing_is_loaded(elements: list[tuple[str, dict[str, str | None]]]) ->
 
 @pytest.mark.parametrize("name", list(NASTY))
 def test_cells_show_text(text: str, name: str) -> None:
-    assert f'<div class="cell"><bdi>{html.escape(NASTY[name])}'.replace("&#x27;", "&#39;").replace(
-        "&quot;", "&#34;"
-    ) in text.replace("&quot;", "&#34;")
+    """All of it: what is long is folded, so that no cell scrolls."""
+    start, rest = (html.escape(part).replace("&#x27;", "&#39;").replace("&quot;", "&#34;")
+                   for part in (NASTY[name][:600], NASTY[name][600:]))  # fmt: skip
+    folded = f"<details><summary>more</summary><bdi>{rest}</bdi></details>" if rest else ""
+    cell = f'<div class="cell"><bdi>{start}</bdi>{folded}</div>'
+    assert cell in text.replace("&quot;", "&#34;")
 
 
 def test_plotly_is_there_once_and_the_file_is_small(text: str) -> None:
@@ -127,6 +130,34 @@ def test_long_tables_are_cut_and_say_so(tmp_path: Path) -> None:
     text = _write(tmp_path, sections=[Section("s", tables=[block])])
     assert "110 more rows are not shown." in text
     assert text.count('<td class="numeric">') == 40
+
+
+def test_columns_are_words_with_their_own_name_on_hovering(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {"quantity": ["exact_match", "nll"], "p_corrected": [0.5, 0.04], "is_it": [True, False]}
+    )
+    text = _write(tmp_path, sections=[Section("s", tables=[TableBlock("tests", frame)])])
+    assert 'title="p_corrected"><bdi>p, corrected for all tests</bdi>' in text
+    assert '<td class="short" title="exact_match"><div class="cell"><bdi>exact match</bdi>' in text
+    cells = re.findall(r'<div class="cell"><bdi>(.*?)</bdi>', text)
+    assert cells[:6] == ["negative log-prob", "0.04", "no", "exact match", "0.5", "yes"]  # the clearest first
+
+
+def test_recalled_sequences_come_first_and_so_does_their_recall(tmp_path: Path) -> None:
+    table = pd.DataFrame(
+        {
+            "text": list("abc"),
+            "id": list("xyz"),
+            "exact_match": [0, 1, 0],
+            "memorization_score": [0.2, 1.0, 0.7],
+        }
+    )
+    text = _write(tmp_path, sections=[Section("s", tables=[TableBlock("recall", table)])])
+    assert re.findall(r'title="(\w+)[":]', text)[:4] == ["id", "exact_match", "memorization_score", "text"]
+    assert re.findall(r'<td class="short"><div class="cell"><bdi>(.)</bdi>', text) == list("ybzcxa")
+    kept = {name: [1, 0] for name in ("layer", "p_corrected")}  # another table keeps its order
+    text = _write(tmp_path, sections=[Section("s", tables=[TableBlock("heads", pd.DataFrame(kept))])])
+    assert re.findall(r'<td class="numeric"><div class="cell"><bdi>(.)</bdi>', text) == list("1100")
 
 
 def test_lone_surrogates_do_not_stop_the_report(tmp_path: Path) -> None:

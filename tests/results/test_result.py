@@ -216,16 +216,34 @@ def test_a_sweep_is_drawn_by_the_coordinates_of_its_interventions() -> None:
     assert overlay({"a": by_layer, "b": by_layer}, "target_logprob").data
     assert of_sweep(synthetic.head_ablation().data).plot("target_logprob").data[0].type == "heatmap"
 
-    ids, names = ["s0", "s1"], {"layer": [0, 1], "strength": [0.5, 1.0]}
-    values = [[[1.0, 2.0], [3.0, np.nan]]] * 2  # there is no layer 1 at strength 1
+    ids, names = ["s0", "s1"], {"layer": [0, 1], "strength": [0.5, 1.0], "side": ["a"]}
+    values = [[[[1.0], [2.0]], [[3.0], [np.nan]]]] * 2  # there is no layer 1 at strength 1
     data = xr.Dataset({"margin": (("sequence", *names), values)}, {"sequence": ids, **names})
     sweep = Result.create(data, kind="sweep")
     drawn = next(trace for trace in sweep.plot().data if trace.x is not None and len(trace.x) == 3)
     assert dict(zip(drawn.y, drawn.x, strict=True)) == {
-        "layer 0, strength 0.5": 1,
-        "layer 0, strength 1.0": 2,
-        "layer 1, strength 0.5": 3,
+        "layer 0, strength 0.5, side a": 1,
+        "layer 0, strength 1.0, side a": 2,
+        "layer 1, strength 0.5, side a": 3,
     }
+
+
+@pytest.mark.parametrize("kind", ["sweep", "of_tomorrow"])
+def test_dimensions_with_names_of_ones_own_get_a_map(kind: str) -> None:
+    """Layers go up; two dimensions without layers are drawn as they are named; one sequence can be chosen."""
+    heads = synthetic.head_ablation().data.rename(head="value_head").assign_attrs(kind=kind)
+    expected = Result(heads).effect("target_logprob").mean("sequence")
+    fig = Result(heads).plot("target_logprob")
+    assert (fig.data[0].type, fig.layout.xaxis.title.text) == ("heatmap", "value head")
+    assert fig.layout.yaxis.title.text == "layer"
+    np.testing.assert_allclose(fig.data[0].z, expected.transpose("layer", "value_head"))
+    assert "value head %{x}" in fig.data[0].hovertemplate
+    one = Result(heads).plot("target_logprob", sequence="seq-003").data[0].z
+    np.testing.assert_allclose(one, Result(heads).effect("target_logprob").sel(sequence="seq-003"))
+    named = heads.rename(layer="block").assign_coords(value_head=list("abcdef"))
+    fig = Result(named).plot("target_logprob")
+    assert list(fig.data[0].x) == list("abcdef")
+    assert fig.layout.yaxis.title.text == "block"
 
 
 def test_plot_averages_target_tokens_inside_sequences() -> None:

@@ -10,6 +10,7 @@ import xarray as xr
 
 from memlens import figures
 from memlens.errors import OptionError, SiteError, check_option
+from memlens.figures import theme
 from memlens.results.plots.selection import Plot, Selection, chooses, single, takes, with_dims
 from memlens.results.result import Result
 from memlens.results.statistics.estimates import Estimate
@@ -19,16 +20,33 @@ from memlens.results.statistics.intervals import mean_interval
 @takes(of=None, group=None, sequence=None)
 def plot_head_map(result: Result, s: Selection) -> go.Figure:
     """Draw the effect of each head; effects where the result has baselines, else values."""
-    of = s.of_result(result)
-    shown, names = ("layer", "head"), s.names(result, "layer", "head")
-    note, heading = s.note(result, names, of), f"Effect of each head: {_words(result.kind)}"
+    return _map(result, s, ("layer", "head"))
+
+
+@takes(of=None, group=None, sequence=None)
+def plot_own_map(result: Result, s: Selection) -> go.Figure:
+    """Draw a map of the two dimensions of a result's sites, whatever they are called; layers go up."""
+    names = [s.metric] if s.metric else result.metrics
+    return _map(result, s, next(dims for name in names if len(dims := site_dims(result, name)) == 2))
+
+
+def _map(result: Result, s: Selection, shown: tuple[str, ...]) -> go.Figure:
+    of, (y, x) = s.of_result(result), shown
+    names = s.names(result, *shown)
+    note, heading = s.note(result, names, of), f"Effect of each {_words(x)}: {_words(result.kind)}"
     if s.sequence is None:
         ci, caption = s.drawn(result, shown, heading, of=of, note=note)
     else:
         ci = single(result, names, shown, of, s.sequence)
         subtitle = " · ".join(filter(None, (f"one sequence, {s.sequence}", note)))
         caption = {"title": s.title or heading, "subtitle": subtitle}
-    return figures.heatmap_layer_head(ci, signed=of == "effect", **caption)
+    return figures.heatmap_paths(ci, x=x, y=y, signed=of == "effect", **caption)
+
+
+def site_dims(result: Result, name: str) -> tuple[str, ...]:
+    """Return the dimensions of a metric's sites, `layer` first: not sequences, target tokens or draws."""
+    dims = [str(dim) for dim in result[name].dims if dim not in ("sequence", "target", "draw")]
+    return tuple(sorted(dims, key=lambda dim: dim != "layer"))
 
 
 @takes(of="value", group=None)
@@ -106,10 +124,10 @@ def _words(kind: str) -> str:
 @chooses
 def plot_sweep(result: Result) -> Plot:
     """Choose the figure of a sweep by the coordinates of its interventions; others are a row of dots."""
-    sites = {str(dim) for name in result.metrics for dim in result[name].dims} - {"sequence", "target"}
+    sites = {dim for name in result.metrics for dim in site_dims(result, name)}
     if sites == {"layer"}:
         return plot_layer_effects
-    return plot_head_map if sites == {"layer", "head"} else plot_interventions
+    return plot_own_map if len(sites) == 2 else plot_interventions
 
 
 _LINES = {
@@ -141,8 +159,9 @@ def plot_bounds(result: Result, s: Selection) -> go.Figure:
         ci, caption = s.drawn(result, shown, heading, of="value", names=names)
         ci = _stacked(ci)
     fig = figures.line_over_layers(ci, **caption)
-    fig.update_yaxes(title_text=words, type="log", exponentformat="power")
-    return fig
+    drawn = [ci[name].values for name in ci.data_vars]
+    fig.update_yaxes(theme.log_axis(np.concatenate([values.ravel() for values in drawn]), 200))
+    return fig.update_yaxes(title_text=words)
 
 
 def _stacked(ci: xr.Dataset) -> xr.Dataset:
@@ -277,9 +296,13 @@ def plot_by_dimensions(result: Result) -> Plot:
     dims = (
         (("layer", "head"), plot_head_map),
         (("layer", "position"), plot_patch_map),
-        (("layer",), plot_layer_lines),
     )
-    for wanted, plot in (*dims, (("intervention",), plot_interventions)):
+    for wanted, plot in dims:
+        if with_dims(result, *wanted):
+            return plot
+    if len({dim for name in result.metrics for dim in site_dims(result, name)}) == 2:
+        return plot_own_map
+    for wanted, plot in ((("layer",), plot_layer_lines), (("intervention",), plot_interventions)):
         if with_dims(result, *wanted):
             return plot
     return plot_recall

@@ -28,6 +28,8 @@ def plot_patch_map(result: Result, s: Selection) -> go.Figure:
     if x == "head":
         return figures.heatmap_layer_head(ci, title=heading, subtitle=note)
     boundary, tokens = _boundary(result, s.sequence), None
+    if s.sequence is not None:
+        ci = ci.dropna(x, how="all")  # a ragged set has empty places at the end of its shorter sequences
     if s.sequence is not None and "token" in result.data.variables:
         row = one(result, s.sequence)["token"]
         tokens = [str(value) for value in row.sel({x: ci[x]}).values] if row.dims == (x,) else None

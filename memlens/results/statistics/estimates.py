@@ -73,6 +73,15 @@ class Estimate:
         return cls(float(row[name]), float(row[f"{prefix}low"]), float(row[f"{prefix}high"]), count)
 
     @property
+    def percent(self) -> str:
+        """The value of a share in percent, rounded.
+
+        >>> Estimate(0.254).percent, Estimate.unknown().percent
+        ('25 %', 'an unknown share')
+        """
+        return f"{100 * self.value:.0f} %" if math.isfinite(self.value) else "an unknown share"
+
+    @property
     def known(self) -> bool:
         """Whether there is an interval."""
         return math.isfinite(self.low) and math.isfinite(self.high)

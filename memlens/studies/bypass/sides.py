@@ -60,7 +60,11 @@ def joint(study: BypassContext) -> None:
     for name, result in (("recall", search.recall), ("tasks", search.accuracy)):
         result.save(study.folder.place("sets") / f"{name}.nc")
     best, areas = search.best_table(), search.areas()
-    for name, frame in (("best_sets", best), ("areas", areas), ("every_set", search.table)):
+    for name, frame in (
+        ("best_sets", best),
+        ("areas", areas),
+        ("every_set", search.table.sort_values("selectivity", ascending=False)),
+    ):
         study.table(name, frame)
     study.folder.find(find.best_set(best, areas, search, _elsewhere(study, search)))
 

@@ -97,7 +97,13 @@ def study_attention_bypass(
     }
     title = title or TEXTS["title"].format(name=inputs.name)
     folder = StudyDirectory(
-        out, title=title, lead=TEXTS["lead"], settings=settings, command=command, fresh=True
+        out,
+        title=title,
+        lead=TEXTS["lead"],
+        summary=TEXTS.summary(name=inputs.name),
+        settings=settings,
+        command=command,
+        fresh=True,
     )
     folder.add_citations(Citation("menta2025", "the study that this one follows"))
     study = BypassContext(inputs, folder, chosen, progress=progress)

@@ -364,6 +364,19 @@ def as_finding(judged: Judged) -> Finding:
     return Finding.of(title, statement, number, claim.unit, control)
 
 
+def in_sentences(judged: Sequence[Judged]) -> dict[str, str]:
+    """Return in one sentence each what was found over all claims, how sure that is, and the comparison.
+
+    Where no claim could be tested, that is all that is said.
+    """
+    counts = {verdict: sum(item.verdict == verdict for item in judged) for verdict in VERDICTS}
+    if counts["not tested"] == len(judged):
+        return {}
+    numbers = {"holds": counts["holds"], "fails": counts["does not hold"], "undecided": counts["undecided"]}
+    values = {**numbers, "all": len(judged), "tested": len(judged) - counts["not tested"]}
+    return {name: text.format(**values) for name, text in TEXTS["judged"].items()}
+
+
 def signature_table(models: pd.DataFrame, similarity: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return what is noted of single families of the paper, and the order of families here.
 

@@ -24,7 +24,7 @@ from memlens.store.executors import run_parts
 from memlens.store.sharing import Part, check_finished, do_share
 from memlens.studies.comparative.config import StudyModel, parse_model
 from memlens.studies.comparative.figures import FIGURES
-from memlens.studies.comparative.findings import TEXTS, as_finding
+from memlens.studies.comparative.findings import TEXTS, as_finding, in_sentences
 from memlens.studies.comparative.measure import ModelsJob, measure_model
 from memlens.studies.comparative.options import ComparativeOptions
 from memlens.studies.comparative.store import SavedModel, saved_models
@@ -109,7 +109,9 @@ def study_comparative(
         "include_saved": include_saved,
     }
     title = title or "How models memorize, compared"
-    folder = StudyDirectory(out, title=title, settings=settings, command=command, fresh=True)
+    folder = StudyDirectory(
+        out, title=title, summary=TEXTS["summary"], settings=settings, command=command, fresh=True
+    )
     folder.add_citations(Citation("chen2026", "the study that this one follows"))
     for name, words in TEXTS["sections"].items():
         folder.add_section(name, words["title"], words.get("lead", ""))
@@ -169,6 +171,7 @@ def _compare(models: list[SavedModel], folder: StudyDirectory, options: Comparat
     def findings() -> None:
         for item in made.judged:
             folder.find(as_finding(item))
+        folder.add_summary(in_sentences(made.judged))
 
     folder.step("over all models: findings", findings, part="over all models")
 

@@ -114,7 +114,8 @@ def study_detectors(
     options, about = options or DetectorOptions(), describe(model)
     settings = {"study": "detectors", **asdict(options), "model": about, "sequences": dict(sequences.attrs)}
     title = find.TEXTS["title"].format(model=about["model"], n=len(sequences))
-    folder = StudyDirectory(out, title=title, settings=settings, command=command, fresh=True)
+    summary = find.TEXTS.summary(model=about["model"], n=len(sequences))
+    folder = StudyDirectory(out, title=title, summary=summary, settings=settings, command=command, fresh=True)
     return _Detectors(model, folder, options, progress).run(sequences, canaries, slots, tasks, text)
 
 

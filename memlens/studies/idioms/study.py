@@ -120,7 +120,8 @@ def study_idioms(
             raise ColumnError(f"leave_out names {column!r}, a column that neither idioms nor facts have.")
     own_lens = None if lens is None else as_lens(lens, model)
     title = title or find.TEXTS["title"].format(model=about["model"], n=len(sequences))
-    folder = StudyDirectory(out, title=title, settings=settings, command=command, fresh=True)
+    summary = find.TEXTS.summary(model=about["model"], n=len(sequences))
+    folder = StudyDirectory(out, title=title, summary=summary, settings=settings, command=command, fresh=True)
     folder.add_citations(
         Citation("haviv2023", "the study that this one follows"),
         *family_citation(str(about["family"]), str(about["model"])),

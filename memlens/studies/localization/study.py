@@ -107,7 +107,13 @@ def localize(
         check_donor(model, donor, sequences, sites=["z"])
     settings = {"study": "localize", **asdict(options), "model": about, "sequences": dict(sequences.attrs)}
     title = title or find.TEXTS["title"].format(model=about["model"], n=len(sequences))
-    about_run: dict[str, Any] = {"title": title, "settings": settings, "command": command}
+    summary = find.TEXTS.summary(model=about["model"], n=len(sequences))
+    about_run: dict[str, Any] = {
+        "title": title,
+        "summary": summary,
+        "settings": settings,
+        "command": command,
+    }
 
     def study(**sharing: Any) -> _Localization:
         folder = StudyDirectory(out, **about_run, fresh="part" not in sharing)
