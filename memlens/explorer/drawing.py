@@ -83,8 +83,12 @@ def written_html(view: SequenceView, continuation: Continuation) -> str:
         _text(token) if same else f"<u style='background:rgba({_WRONG},.25)'>{_text(token)}</u>"
         for token, same in marks
     ]
-    score = f"memorization score {continuation.memorization_score:.0%}"
-    return f"<div><b>{escape(continuation.edits.name)}</b>: {score}</div>" + _block("".join(parts))
+    right, score = continuation.correct.mean(), continuation.memorization_score
+    said = (
+        f"of the targets {right:.0%} are right, each after the true tokens before it; of what is generated "
+        f"without them, below, {score:.0%} of the tokens are (memorization score)"
+    )
+    return f"<div><b>{escape(continuation.edits.name)}</b>: {said}</div>" + _block("".join(parts))
 
 
 def running_text(token: str) -> str:

@@ -120,6 +120,7 @@ class Explorer:
         self._written: dict[tuple[int, Edits], Continuation] = {}
         self._maps: dict[tuple[int, Head], np.ndarray] = {}
         self._listeners: list[Callable[[], None]] = []
+        self._told: list[Callable[[str], None]] = []
         self._widget: ExplorerWidget | None = None
 
     # What is selected ---------------------------------------------------------------------
@@ -152,8 +153,9 @@ class Explorer:
         if self._row not in self._views:
             (self._views[self._row],) = explore_sequences(
                 self._model, self._sequences[[self._row]], self.options, reference=self._reference,
-                try_edits=False, keep_attention=False, progress=self._progress,
+                try_edits=False, keep_attention=False, progress=self._progress, on_step=self._tell,
             ).views  # fmt: skip
+            self._tell("")
         return self._views[self._row]
 
     @property
@@ -248,6 +250,14 @@ class Explorer:
     def on_change(self, listener: Callable[[], None]) -> None:
         """Register a function that is called after every change."""
         self._listeners.append(listener)
+
+    def on_step(self, listener: Callable[[str], None]) -> None:
+        """Register a function that is called with each of `STEPS` as it begins, and with "" at the end."""
+        self._told.append(listener)
+
+    def _tell(self, step: str) -> None:
+        for listener in self._told:
+            listener(step)
 
     def _changed(self) -> Explorer:
         for listener in self._listeners:

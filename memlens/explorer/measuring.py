@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -93,6 +93,7 @@ def explore_sequences(
     try_edits: bool = True,
     keep_attention: bool = True,
     progress: bool = True,
+    on_step: Callable[[str], None] | None = None,
 ) -> Exploration:
     """Measure everything that the explorer shows, for all sequences together.
 
@@ -104,6 +105,7 @@ def explore_sequences(
         try_edits: Also compute continuations under edits, for a page without a model.
         keep_attention: Also keep attention maps.
         progress: Show progress bars.
+        on_step: Called with each of `STEPS` as it begins.
 
     Raises:
         EmptySetError, SequenceError, VocabularyError: The sequences do not fit; before any forward pass.
@@ -123,7 +125,9 @@ def explore_sequences(
     layers = chosen_layers(options.bypass_layers, Trunk(model).n_layers)
     bare = sequences.with_table(sequences.table.filter(["id"]))
     reference = bare if reference is None else reference
-    arrays = _arrays(model, bare, options, reference, progress)
+    begin = on_step or (lambda step: None)
+    arrays = _arrays(model, bare, options, reference, progress, begin)
+    begin(STEPS[-1])
     plain = continuations(model, bare, Edits(), options, reference)
     texts = Texts(model)
     views = [
@@ -218,14 +222,27 @@ class Texts:
         return " ".join(self.tokens(ids)) if self._tokenizer is None else self._tokenizer.decode(list(ids))
 
 
+STEPS = ("lens", "heads", "MLPs", "attention bypasses", "generated text")
+"""What is measured of sequences, in order."""
+
+
 def _arrays(
-    model: Any, seqs: SequenceSet, options: ExploreOptions, reference: SequenceSet, progress: bool
+    model: Any,
+    seqs: SequenceSet,
+    options: ExploreOptions,
+    reference: SequenceSet,
+    progress: bool,
+    begin: Callable[[str], None],
 ) -> dict[str, np.ndarray]:
     metric = options.metric
     quiet: dict[str, Any] = {"progress": progress}
+    begin(STEPS[0])
     lens = decode_residual(model, seqs, lens=options.lens, **quiet)
+    begin(STEPS[1])
     heads = ablate_heads(model, seqs, mode=options.ablation, reference=reference, metrics=[metric], **quiet)
+    begin(STEPS[2])
     mlps = ablate_mlps(model, seqs, mode="zero", metrics=[metric], **quiet)
+    begin(STEPS[3])
     bypass = bypass_attention(model, seqs, mode=options.bypass, metrics=[metric], **quiet)
     return {
         "lens_probability": lens["probability"].values,

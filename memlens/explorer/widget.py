@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-import anywidget  # noqa: F401  (plotly's FigureWidget is made with it)
+import anywidget
 import ipywidgets as widgets
 import plotly.graph_objects as go
+from IPython.core.getipython import get_ipython
+from IPython.display import display
 
 from memlens.explorer.drawing import tokens_html, written_html
+from memlens.explorer.measuring import STEPS
 from memlens.files import json_text
 from memlens.instruments.ablate.heads import head_label
 
@@ -22,6 +25,37 @@ if TYPE_CHECKING:
 
 _WRAP = widgets.Layout(flex_flow="row wrap", align_items="center")
 _KINDS = ("lens", "effects", "attention")
+_CONFIG = {
+    "responsive": True,
+    "displaylogo": False,
+    "plotlyServerURL": "",
+    "modeBarButtonsToRemove": ["sendDataToCloud", "sendChartToCloud"],
+}
+
+
+class _Fitting(anywidget.AnyWidget):
+    """An empty line of the box that has figures drawn again when the box has got its size, or another one.
+
+    A `FigureWidget` is drawn before it is on the page: 700 pixels wide, and with titles that it could not
+    measure. The box grows when a figure comes, and has its width from the cell.
+    """
+
+    _esm = """
+    export default { render({ el }) {
+      let last = "";
+      const observer = new ResizeObserver(() => {
+        if (!el.parentElement) { return; }
+        observer.observe(el.parentElement);
+        const { width, height } = el.parentElement.getBoundingClientRect();
+        if (width > 0 && `${width} ${height}` !== last) {
+          last = `${width} ${height}`;
+          window.dispatchEvent(new Event("resize"));
+        }
+      });
+      observer.observe(el);
+      return () => observer.disconnect();
+    } };
+    """
 
 
 class ExplorerWidget:
@@ -40,6 +74,7 @@ class ExplorerWidget:
         clear: Switches all edits off.
         tokens: The tokens, colored by recall under the current edits.
         written: What the model generates, unchanged and under the edits.
+        progress: A bar that shows while a sequence is measured, and names the step.
         figures: By kind ("lens", "effects", "attention") a `FigureWidget`; a click on a head selects it.
     """
 
@@ -52,11 +87,18 @@ class ExplorerWidget:
     clear: Any
     tokens: Any
     written: Any
+    progress: Any
     figures: dict[str, Any]
 
     def __init__(self, explorer: Explorer) -> None:
         self._explorer, self._busy = explorer, False
+        self.progress = _bar()
+        explorer.on_step(self._show_step)
+        if get_ipython() is not None:  # the box is there only after the first measurement
+            display(self.progress)
         n_layers, n_heads = explorer.view.head_effects.shape
+        self.progress.close()
+        self.progress = _bar()
         self.sequence = widgets.Dropdown(
             options=_menu(explorer), description="sequence", layout={"width": "32em"}
         )
@@ -76,7 +118,7 @@ class ExplorerWidget:
         )
         self.tokens, self.written = widgets.HTML(), widgets.HTML()
         self._drawn: dict[str, Any] = {}
-        self.figures = {kind: go.FigureWidget(_without_nan(explorer.figure(kind))) for kind in _KINDS}
+        self.figures = {kind: _live(explorer.figure(kind)) for kind in _KINDS}
         self.box = self._laid_out()
         self._listen()
         explorer.on_change(self.show)
@@ -93,6 +135,12 @@ class ExplorerWidget:
             self._show_figures()
         finally:
             self._busy = False
+
+    def _show_step(self, step: str) -> None:
+        """Show which step of a measurement begins; the bar is hidden when there is none."""
+        self.progress.layout.visibility = "visible" if step else "hidden"
+        self.progress.value = STEPS.index(step) if step else 0
+        self.progress.description = step
 
     def _show_figures(self) -> None:
         """Redraw figures whose sequence or head changed; all figures show the unchanged model."""
@@ -163,23 +211,36 @@ class ExplorerWidget:
         heading = widgets.HTML("<b>bypass attention of</b>")
         return widgets.VBox(
             [
-                self.sequence,
+                widgets.HBox([self.sequence, self.progress], layout=_WRAP),
                 widgets.HBox([heading, *self.bypass], layout=_WRAP),
                 widgets.HBox([self.layer, self.head, self.ablate, self.clear], layout=_WRAP),
                 self.tokens,
                 self.written,
                 *self.figures.values(),
+                _Fitting(layout={"width": "100%", "height": "0"}),
             ]
         )
 
 
+def _bar() -> widgets.IntProgress:
+    """Return a bar that counts the steps of a measurement; hidden at first."""
+    layout = {"width": "32em", "visibility": "hidden"}
+    return widgets.IntProgress(max=len(STEPS), layout=layout, style={"description_width": "14em"})
+
+
 def _menu(explorer: Explorer) -> list[tuple[str, str]]:
-    """Return pairs of label (with target accuracy) and id for the menu of sequences."""
+    """Return pairs of label (with the share of targets that are right) and id for the menu of sequences."""
     shares = explorer.table["target_accuracy"]
     return [
-        (f"{name} · target accuracy {share:.0%}", name)
+        (f"{name} · {share:.0%} of targets right", name)
         for name, share in zip(explorer.ids, shares, strict=True)
     ]
+
+
+def _live(figure: go.Figure) -> go.FigureWidget:
+    shown = go.FigureWidget(_without_nan(figure))
+    shown._config = {**shown._config, **_CONFIG}
+    return shown
 
 
 def _redraw(shown: Any, figure: Any) -> None:

@@ -75,6 +75,10 @@ for _name, _text in {
     _KNOWN.add(_name, _text)
 
 
+_DERIVED = ("restored_share", "normalized_effect", "prediction_flipped", "target_missed")
+"""Quantities made from a metric, whose attributes older files give them."""
+
+
 def describe_quantity(name: str, attrs: Mapping[Any, Any]) -> None:
     """Register the words for a quantity, used for arrays without attributes (such as those of old files)."""
     _KNOWN.add(name, _text_of(attrs))
@@ -90,13 +94,14 @@ def metric_text(name: str, array: xr.DataArray | None = None) -> MetricText:
     """Return label, unit and direction of a metric.
 
     The array's attributes (`label`, `units`, `better`, see `memlens.Metric`) take precedence over the words
-    registered for the name. Other arrays are described by a short `long_name` and their `units`. The label of
+    registered for the name, except for what memlens makes from a metric. Other arrays are described by a short `long_name` and their `units`. The label of
     an array of differences (attribute `of="effect"`) says so.
 
     >>> metric_text("target_logprob").axis
     'target log-prob (nats)'
     """
-    attrs = {} if array is None else array.attrs
+    given = {} if array is None else array.attrs
+    attrs = {} if name in _DERIVED else given
     long_name = str(attrs.get("long_name", ""))
     words = long_name if 0 < len(long_name) <= _LONGEST_NAME else name.replace("_", " ")
     if "label" in attrs:
@@ -104,7 +109,7 @@ def metric_text(name: str, array: xr.DataArray | None = None) -> MetricText:
     else:
         known = _KNOWN.get(name) or MetricText(words, str(attrs.get("units", "")))
     label, unit = known.label, known.unit
-    change = "change in " if attrs.get("of") == "effect" else ""
+    change = "change in " if given.get("of") == "effect" else ""
     return MetricText(change + plain(str(label)), plain(str(unit)), known.better, known.whole)
 
 

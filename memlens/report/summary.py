@@ -13,6 +13,8 @@ _NOT_FOUND = (
 )
 _NOT_SURE = "That cannot be said: no interval was computed, mostly because there were too few sequences."
 _ALONE = "Nothing: there is no control, so what was found need not be special to these sequences."
+_MOST = 3
+"""Findings in one sentence."""
 _HIDES = (
     "It describes one model on these sequences and says nothing about other models or other text. The "
     "largest of several values is overstated unless it was measured again on other sequences."
@@ -62,7 +64,7 @@ class Summary:
 
         Args:
             given: Sentences by the name of their attribute.
-            findings: Of the run. Those with a `plain` sentence are told; without any, the first one is.
+            findings: Of the run. The first three with a `plain` clause are told; without any, the first one is.
             title: Of the run, which says what was asked where that is not given.
             readings: Of the results, for a run without findings.
             missing: Steps that failed.
@@ -73,9 +75,9 @@ class Summary:
         names = [field.name for field in fields(cls)]
         for name in given:
             check_option("sentence", name, names)
-        told = [finding for finding in findings if finding.plain] or list(findings[:1])
+        told = [finding for finding in findings if finding.plain][:_MOST] or list(findings[:1])
         said = [finding.plain or finding.statement for finding in told] or list(readings[:1])
-        beside = [finding.beside for finding in findings]
+        beside = [finding.beside for finding in findings if finding.beside][:_MOST]
         if not any(finding.plain or finding.beside for finding in findings):
             beside = [finding.control or "" for finding in told]
         found = {

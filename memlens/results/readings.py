@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 
 from memlens.figures.labels import MetricText, metric_text
-from memlens.results.plots.layers import STRENGTHS
+from memlens.results.plots.layers import FLIPS, STRENGTHS
 from memlens.results.plots.selection import with_dims
 from memlens.results.result import Result
 from memlens.results.statistics.estimates import Estimate, median_estimate
@@ -72,6 +72,11 @@ def read_effects(result: Result, metric: str | None) -> str:
         theirs = _mean(first.sel(site).isel(sequence=own))
         said += f" In {group} it changes by {_spoken(theirs, text)} there, {_over(theirs.n)}."
     return said
+
+
+def read_knock_outs(result: Result, metric: str | None) -> str:
+    """Say which window of layers' knock-out changes most of the metric that its figure shows first."""
+    return read_effects(result, metric or next((name for name in result.metrics if name in FLIPS), None))
 
 
 def read_sets(result: Result, metric: str | None) -> str:

@@ -17,6 +17,7 @@ import memlens as ml
 from memlens.errors import OptionError, SiteError
 from memlens.explorer.drawing import running_text, tokens_html, written_html
 from memlens.explorer.explorer import Explorer
+from memlens.explorer.measuring import STEPS
 from memlens.figures.theme import DARK_TEMPLATE
 from tests.explorer.synthetic import view
 from tests.report.test_render import NASTY
@@ -124,7 +125,7 @@ def test_what_does_not_exist_is_refused_and_changes_nothing(explorer: Explorer) 
 def test_menus_and_switches_show_what_the_model_says(explorer: Explorer, planted: ml.SequenceSet) -> None:
     widget = explorer.widget
     assert [value for _, value in widget.sequence.options] == planted.ids
-    assert widget.sequence.options[0][0] == f"{planted.ids[0]} · target accuracy 100%"
+    assert widget.sequence.options[0][0] == f"{planted.ids[0]} · 100% of targets right"
     plain = widget.tokens.value
     assert plain == tokens_html(explorer.view, explorer.continuation)
     widget.bypass[1].value = True
@@ -140,6 +141,30 @@ def test_menus_and_switches_show_what_the_model_says(explorer: Explorer, planted
     widget.clear.click()
     assert not explorer.edits
     assert not any(button.value for button in (*widget.bypass, widget.ablate))
+
+
+def test_the_steps_of_a_measurement_are_shown_while_it_runs(
+    explorer: Explorer, planted: ml.SequenceSet
+) -> None:
+    widget, seen = explorer.widget, []
+    explorer.on_step(
+        lambda step: seen.append((step, widget.progress.description, widget.progress.layout.visibility))
+    )
+    widget.sequence.value = planted.ids[1]
+    assert seen == [*((step, step, "visible") for step in STEPS), ("", "", "hidden")]
+    widget.sequence.value = planted.ids[0]  # measured before
+    assert len(seen) == len(STEPS) + 1
+
+
+def test_the_two_percentages_are_named_apart(explorer: Explorer, planted: ml.SequenceSet) -> None:
+    explorer.select(planted.ids[2])
+    one = explorer.continuation
+    right, score = one.correct.mean(), one.memorization_score
+    assert right != score
+    assert f"{right:.0%} of targets right" in explorer.widget.sequence.options[2][0]
+    said = explorer.widget.written.value
+    assert f"of the targets {right:.0%} are right, each after the true tokens before it" in said
+    assert f"{score:.0%} of the tokens are (memorization score)" in said
 
 
 def test_widget_messages_are_strict_json_though_attention_has_no_value_above_the_diagonal(

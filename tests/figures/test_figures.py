@@ -328,3 +328,13 @@ def test_many_heads_and_positions_stay_light() -> None:
     fig = figures.heatmap_layer_head(ci[["target_logprob"]])
     assert len(fig.to_json()) < 400_000
     assert fig.layout.xaxis.nticks <= 24
+
+
+def test_what_is_made_from_a_metric_is_not_called_by_its_name() -> None:
+    """Older files give the restored share the attributes of the metric."""
+    result = synthetic.activation_patching()
+    result.data["normalized_effect"].attrs = {"label": "target log-prob", "units": "nats", "better": "higher"}
+    fig = result.plot("normalized_effect", sequence="seq-003")
+    assert "recall restored" in fig.data[0].colorbar.title.text
+    flips = xr.DataArray([0.0], dims="sequence", attrs={"label": "first prediction", "of": "effect"})
+    assert figures.metric_text("prediction_flipped", flips).label == "change in prediction flipped"

@@ -20,7 +20,7 @@ MISSING = "needs chromium and chromedriver on PATH (Debian: apt-get install chro
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic"),
     *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    *("--window-size=1100,900", "--host-resolver-rules=MAP * ~NOTFOUND"),
+    *("--window-size=1100,900", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"),
 ]
 
 
@@ -37,8 +37,10 @@ class Page:
         with urlopen(request, timeout=90) as answer:
             return json.load(answer)["value"]
 
-    def open(self, file: Path) -> None:
-        self.call("POST", "/url", {"url": file.resolve().as_uri()})
+    def open(self, file: Path | str) -> None:
+        """Open a file, or an address."""
+        address = file if isinstance(file, str) else file.resolve().as_uri()
+        self.call("POST", "/url", {"url": address})
 
     def run(self, script: str) -> Any:
         return self.call("POST", "/execute/sync", {"script": script, "args": []})
@@ -91,7 +93,7 @@ def browser(folder: Path) -> Iterator[Page]:
     )
     try:
         driver = Page(f"http://127.0.0.1:{port}")
-        _until_ready(driver)
+        until_answers(f"http://127.0.0.1:{port}/status")
         options = {"binary": CHROMIUM, "args": [*FLAGS, f"--user-data-dir={folder}"]}
         wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         session = driver.call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
@@ -105,11 +107,16 @@ def browser(folder: Path) -> Iterator[Page]:
         process.wait(timeout=30)
 
 
-def _until_ready(driver: Page, seconds: float = 30) -> None:
+def until_answers(address: str, seconds: float = 30) -> None:
+    """Wait until a server answers.
+
+    Raises:
+        OSError: It does not.
+    """
     end = time.monotonic() + seconds
     while True:
         try:
-            if driver.call("GET", "/status")["ready"]:
+            with urlopen(address, timeout=10):
                 return
         except OSError:
             if time.monotonic() > end:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import re
 from pathlib import Path
 
 import pytest
@@ -13,28 +11,11 @@ from memlens.report.model import Finding
 from memlens.report.run_directory import RunDirectory
 from memlens.report.summary import Summary
 from tests.report import synthetic
+from tests.report.pages import sentences
 
-LABELS = [
-    "What was asked",
-    "What was found",
-    "How sure that is",
-    "Compared with what",
-    "What it does not show",
-]
 PLAIN = Finding(
     "Recall", "…", 0.5, 0.25, 0.75, "share", 9, plain="half are recalled", beside="with others: more"
 )
-
-
-def sentences(report: Path) -> dict[str, str]:
-    """The five sentences of a report's page."""
-    found = re.findall(
-        r"<dt>(.*?)</dt><dd><bdi>(.*?)</bdi></dd>", report.read_text(encoding="utf-8"), re.DOTALL
-    )
-    assert [label for label, _ in found] == LABELS
-    texts = [html.unescape(text) for _, text in found]
-    assert all(text.endswith((".", "?")) and not re.search(r"[{}]|nan", text) for text in texts)
-    return dict(zip(Summary.__dataclass_fields__, texts, strict=True))
 
 
 def test_a_report_opens_with_what_a_study_gave_and_its_findings_say(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from memlens.studies.bypass.findings import scaling
 from memlens.studies.bypass.layers import METRICS
 from memlens.studies.running import StudyRun
 from tests.cli.test_commands import call
+from tests.report.pages import sentences
 
 SMALL = ml.studies.BypassOptions(
     max_sequences=20,
@@ -315,6 +316,9 @@ def test_without_controls_nothing_is_called_special(pythia: Any, found: Any, tmp
     special = next(f for f in run.findings if f.title == "What is special to memorized text")
     assert special.estimate is None
     assert "No control text" in special.statement
+    said = sentences(run.report)
+    assert "The unchanged model recites 8 of the 8 examined sequences" in said["found"]
+    assert said["compared"].startswith("Nothing, since no control text was given")
 
 
 def test_bad_inputs_are_refused(pythia: Any, found: ml.recall.MemorizedSet) -> None:

@@ -16,6 +16,7 @@ from memlens.studies.detectors import findings
 from memlens.studies.detectors.causal import task_table
 from memlens.studies.detectors.study import areas_of, mixed_copies
 from memlens.studies.running import StudyRun
+from tests.report.pages import sentences
 
 SMALL = ml.studies.DetectorOptions(
     max_sequences=12, max_steered=4, max_canaries=6, probed_targets=1, folds=2, alphas=(-4.0, 4.0),
@@ -69,6 +70,12 @@ def test_every_part_has_a_finding(run: StudyRun) -> None:
 
 
 @pytest.mark.slow
+def test_the_report_opens_with_what_was_found(run: StudyRun) -> None:
+    said = sentences(run.report)
+    assert "sequences word for word; of the detectors, " in said["found"]
+    assert "with matched sequences that are not recalled" in said["compared"].lower()
+
+
 def test_the_table_has_every_detector_against_both_baselines(run: StudyRun, inputs: dict[str, Any]) -> None:
     table = pd.read_parquet(run.report.parent / "detectors.parquet")
     assert set(table["baseline"]) == {"confounds", "confounds and copies"}

@@ -15,10 +15,12 @@ from statsmodels.stats.proportion import proportion_confint
 
 import memlens as ml
 from memlens.errors import ColumnError, OptionError
+from memlens.results.kinds import reading
 from memlens.studies.idioms import study as idioms
 from memlens.studies.idioms.findings import recall_by_frequency, recall_by_subset
 from memlens.studies.idioms.unfolding import MISSED, NATURAL, RECALLED
 from memlens.studies.running import StudyRun
+from tests.report.pages import sentences
 
 SMALL = ml.studies.IdiomOptions(
     max_items=6,
@@ -224,7 +226,25 @@ def test_nothing_recalled_is_said_and_ends_there(pythia: Any, tmp_path: Path) ->
     assert run.failures == {}
     assert run.findings[0].estimate == 0
     assert not (tmp_path / "idioms_decoding.nc").exists()
-    assert run.report.exists()
+    said = sentences(run.report)
+    assert said["found"] == f"The model predicts the target of 0 of {len(missed)} idioms."
+    assert said["compared"].startswith("Nothing: there is no control")
+
+
+def test_the_report_opens_with_what_was_found(run: StudyRun) -> None:
+    said = sentences(run.report)
+    assert "The model predicts the target of " in said["found"]
+    assert "most dominant neurons" in said["found"]
+    assert "the end of recalled idioms is predicted" in said["compared"]
+    assert said["found"].count(";") <= 2  # it stays one sentence, however many kinds of items there are
+
+
+def test_a_knock_out_is_described_by_what_its_figure_shows(folder: Path) -> None:
+    for name in ("idioms_knock_out_top", "idioms_knock_out_non_top"):
+        result = ml.load_result(folder / f"{name}.nc")
+        assert "prediction flipped" in reading(result)
+        assert "prediction flipped" in result.plot().data[0].hovertemplate
+        assert "target log-prob" in reading(result, "target_logprob")
 
 
 def test_recall_rises_with_frequency_and_identifiers_are_whole(run: StudyRun, folder: Path) -> None:

@@ -23,6 +23,7 @@ from memlens.results.statistics.intervals import halves
 from memlens.studies.localization import findings
 from memlens.studies.localization import study as localization
 from memlens.studies.running import StudyRun
+from tests.report.pages import sentences
 
 SMALL = ml.studies.LocalizeOptions(
     max_sequences=6,
@@ -169,7 +170,23 @@ def test_nothing_recalled_still_gives_a_report(pythia: Any, planted: ml.Sequence
     run = ml.localize(pythia, rare, tmp_path, progress=False)
     assert len(run.findings) == 1
     assert "too few to localize" in run.findings[0].statement
-    assert run.report.exists()
+    said = sentences(run.report)
+    assert (
+        said["found"]
+        == f"The model repeats 0 of {len(rare)} sequences word for word, too few to look for a place."
+    )
+    assert said["compared"].startswith("Nothing, since there are too few recalled sequences")
+
+
+def test_the_report_opens_with_what_was_found(run: StudyRun, planted: ml.SequenceSet) -> None:
+    said, by = sentences(run.report), {finding.title: finding for finding in run.findings}
+    layer = by["Which layer's attention recall needs"]
+    assert f"{len(planted)} given sequences" in said["asked"]
+    assert by["What is recalled"].plain in said["found"].replace("The model", "the model")
+    assert layer.plain in said["found"]
+    assert f"{layer.low:.3g} to {layer.high:.3g} nats per token" in said["sure"]
+    assert layer.statement.rpartition(". ")[2] in layer.beside
+    assert layer.beside[1:] in said["compared"]
 
 
 def test_a_second_run_replaces_the_first(

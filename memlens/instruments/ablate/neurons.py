@@ -37,7 +37,7 @@ from memlens.instruments.screen.instruments import register_instrument
 from memlens.results.kinds import register_kind
 from memlens.results.plots.heads import plot_sites
 from memlens.results.plots.layers import plot_knock_outs
-from memlens.results.readings import read_effects
+from memlens.results.readings import read_effects, read_knock_outs
 from memlens.results.result import Result
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.interventions import BatchHook, ByBatch, Intervention
@@ -353,7 +353,7 @@ def first_prediction(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 def _with_first_target(result: Result, sequences: SequenceSet) -> xr.Dataset:
     """Turn the first prediction into the two metrics that follow from it, and keep it as a coordinate."""
     names = ("first_prediction", "first_prediction_baseline")
-    now, own = (result[name] for name in names)
+    now, own = (result[name].drop_attrs() for name in names)
     target = xr.DataArray(sequences.target_ids[:, 0].numpy(), dims="sequence")
     metrics = {
         "prediction_flipped": (now != own).where(now.notnull()).transpose(*now.dims),
@@ -370,7 +370,7 @@ def _with_first_target(result: Result, sequences: SequenceSet) -> xr.Dataset:
 register_kind(
     "neuron_knockout",
     plot=plot_knock_outs,
-    reading=read_effects,
+    reading=read_knock_outs,
     cites=(("haviv2023", "knocking out the neurons that promote a prediction"),),
 )
 register_kind("neuron_ablation", plot=plot_sites, reading=read_effects)

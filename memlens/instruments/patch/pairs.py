@@ -161,7 +161,7 @@ def compare_runs(
     low, high = data[f"{first}_corrupt"], data[f"{first}_clean"]
     span = high - low
     effect = ((data[first] - low) / span.where(span != 0)).rename("normalized_effect")
-    data = data.assign(normalized_effect=effect)
+    data = data.assign(normalized_effect=effect.drop_attrs())
     if "position" in data.dims:
         in_sequence = data["position"] < xr.DataArray(clean.lengths.numpy() - 1, dims="sequence")
         data = data.assign({n: data[n].where(in_sequence) for n in (*source, "normalized_effect")})

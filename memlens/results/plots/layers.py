@@ -237,6 +237,10 @@ STRENGTHS = {
 }
 
 
+FLIPS = ("prediction_flipped", "target_missed")
+"""What a knock-out is shown by first, where it was measured."""
+
+
 @takes(of="effect", group=None)
 def plot_knock_outs(
     result: Result, s: Selection, *, k: int | None = None, selection: str | None = None
@@ -266,7 +270,7 @@ def plot_knock_outs(
     chosen = Result(data)
     of = s.of or "effect"
     names = s.names(chosen, "layer", "window")
-    names = sorted(names, key=lambda name: name not in ("prediction_flipped", "target_missed"))
+    names = sorted(names, key=lambda name: name not in FLIPS)
     what = "all but the top" if result.settings.get("keep") else "the top"
     heading = f"Knock-out of {what} {'k' if k is None else k} neurons of a layer"
     note = s.note(chosen, names, of)

@@ -28,6 +28,7 @@ from memlens.studies.comparative.findings import CLAIMS
 from memlens.studies.comparative.options import CONTROL, MEMORIZED
 from memlens.studies.comparative.store import SavedModel, saved_models
 from memlens.studies.running import StudyRun
+from tests.report.pages import sentences
 
 SMALL = ml.studies.ComparativeOptions(
     max_compressed=3,
@@ -329,6 +330,11 @@ def test_one_model_that_recalls_nothing_and_one_that_is_not_there(
     assert "too few" in model.parts["decoding"]["note"]
     page = html.unescape(run.report.read_text(encoding="utf-8"))
     assert "No model has enough memorized sequences" in page
+    said = sentences(run.report)
+    tested = int((verdicts["verdict"] != "not tested").sum())
+    holds = int((verdicts["verdict"] == "holds").sum())
+    assert f"findings, {tested} could be tested here; {holds} of them hold" in said["found"]
+    assert said["hides"].endswith("What failed is missing: zoo/nowhere.")
 
 
 def test_twins_have_rows_and_no_part_in_families(
