@@ -77,7 +77,7 @@ def heatmap_effects(
         ]
     )
     fig.data[1].update(customdata=[list(BRANCHES.values())] * len(layers), colorbar={"x": 1.14})
-    ticks = list(range(0, n, theme.tick_step(n, 24)))
+    ticks = list(range(0, n, theme.tick_step(n, 12)))
     fig.update_xaxes(
         title_text="head", tickmode="array", showgrid=False, zeroline=False,
         tickvals=[*ticks, *places], ticktext=[*map(str, ticks), *BRANCHES.values()], tickangle=0,

@@ -94,8 +94,9 @@ def metric_text(name: str, array: xr.DataArray | None = None) -> MetricText:
     """Return label, unit and direction of a metric.
 
     The array's attributes (`label`, `units`, `better`, see `memlens.Metric`) take precedence over the words
-    registered for the name, except for what memlens makes from a metric. Other arrays are described by a short `long_name` and their `units`. The label of
-    an array of differences (attribute `of="effect"`) says so.
+    registered for the name, except for what memlens makes from a metric. Other arrays are described by a
+    short `long_name` and their `units`. The label of an array of differences (attribute `of="effect"`) says
+    so.
 
     >>> metric_text("target_logprob").axis
     'target log-prob (nats)'

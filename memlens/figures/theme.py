@@ -340,11 +340,12 @@ def group_menu(fig: go.Figure, names: Sequence[str], owners: Sequence[int]) -> N
 
 
 def _add_menu(fig: go.Figure, buttons: Sequence[Mapping[str, Any]], place: Mapping[str, Any]) -> None:
+    panels = max((1 + str(title.text).count("<br>") for title in fig.layout["annotations"]), default=0)
     menu = {
         "buttons": list(buttons),
         "y": 1.0,
         "yanchor": "bottom",
-        "pad": {"b": 26},
+        "pad": {"b": 26 + _LINE["panel"] * max(0, panels - 1)},
         "bgcolor": "white",
         "bordercolor": "#9aa5b1",
         "showactive": True,

@@ -64,7 +64,7 @@ class Summary:
 
         Args:
             given: Sentences by the name of their attribute.
-            findings: Of the run. The first three with a `plain` clause are told; without any, the first one is.
+            findings: Of the run. The first three with a `plain` clause are told, else the first one.
             title: Of the run, which says what was asked where that is not given.
             readings: Of the results, for a run without findings.
             missing: Steps that failed.

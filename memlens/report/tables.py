@@ -90,7 +90,7 @@ def with_first_things_first(frame: pd.DataFrame) -> pd.DataFrame:
         keys = [key for key in ("exact_match", "memorization_score", "target_accuracy") if key in frame]
         frame = frame.sort_values(keys, ascending=False, kind="stable")
         first = [name for name in _FIRST if name in frame]
-        return frame[[*first, *(name for name in frame if name not in first)]]
+        return frame.reindex(columns=[*first, *(name for name in frame if name not in first)])
     if "p_corrected" in frame and "layer" not in frame:
         return frame.sort_values("p_corrected", kind="stable")
     return frame

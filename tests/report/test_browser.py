@@ -56,8 +56,23 @@ def test_nothing_is_requested(page: browser.Page) -> None:
 
 def test_text_of_sequences_is_shown_and_not_run(page: browser.Page) -> None:
     assert page.run("return window.ran === undefined") is True
-    shown = page.run("return Array.from(document.querySelectorAll('td')).map(d => d.textContent)")
+    shown = page.run(
+        "return Array.from(document.querySelectorAll('td')).map("
+        "(d) => Array.from(d.querySelectorAll('bdi')).map((part) => part.textContent).join(''))"
+    )
     assert set(NASTY.values()) <= set(shown)
+
+
+def test_no_cell_scrolls_and_the_page_is_not_wider_than_its_window(page: browser.Page) -> None:
+    for width in (1400, 900, 600):
+        page.resize(width)
+        scrolling = page.run(
+            "return Array.from(document.querySelectorAll('.cell')).filter((cell) => "
+            "cell.scrollHeight > cell.clientHeight + 1 || cell.scrollWidth > cell.clientWidth + 1).length"
+        )
+        assert scrolling == 0
+        assert page.run("return document.documentElement.scrollWidth <= window.innerWidth") is True
+    page.resize(1100)
     assert page.run("return document.querySelectorAll('main img, main b, main i').length") == 0
 
 
