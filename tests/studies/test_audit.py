@@ -127,7 +127,10 @@ def test_a_reference_that_says_the_same_is_no_memory(
     assert MEMORY not in set(found["verdict"])
     assert REFERENCE in set(found["verdict"])
     asked = {f.title: f for f in again.findings}
-    assert "0 [0, 0] nats per token" in str(asked["Is it memory?"].control)
+    assert "of the reference: 0 [0, 0] nats per token" in str(asked["Is it memory?"].control)
+    # After another string's text a recalled secret is far less likely, whatever the reference says.
+    leaks, after = found["target_logprob"], found["logprob_after_other_text"]
+    assert np.mean(leaks - after) > 1
     skipped = {f.title: f.statement for f in again.findings if f.estimate is None}
     assert skipped["From how little?"] == "Not asked: it is not among the chosen steps."
 

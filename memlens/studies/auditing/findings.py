@@ -98,15 +98,34 @@ def from_how_little(table: pd.DataFrame, curve: Result, options: AuditOptions) -
     )
 
 
-def is_memory(table: pd.DataFrame, control: str) -> Finding:
-    """What the leaking strings are taken for."""
-    verdicts = table["verdict"].to_numpy()[leaks(table)].tolist()
+def is_memory(
+    table: pd.DataFrame, above: Mapping[str, np.ndarray], matched: np.ndarray, seed: int
+) -> Finding:
+    """What the leaking strings are taken for.
+
+    Args:
+        table: With the column `verdict`.
+        above: By how much each string's log-probability (nats per token) is above that under something else.
+        matched: Which strings do not leak and match those that do.
+        seed: Of the intervals.
+    """
+    leaking = leaks(table)
+    verdicts = table["verdict"].to_numpy()[leaking].tolist()
     compared = "reference_exact" in table
     said = f"and the reference model says {verdicts.count(REFERENCE)} as well"
+    controls = []
+    for name, values in above.items():
+        own, others = (values[rows & np.isfinite(values)] for rows in (leaking, matched))
+        if len(own):
+            theirs = f"{_mean(others, seed)} for {len(others)} matched ones that do not leak"
+            controls.append(
+                f"log-probability above that {name}: {_mean(own, seed)} nats per token for leaking strings, "
+                + (theirs if len(others) else "and no others match")
+            )
     return TEXTS.finding(
         "memory",
         share_estimate([verdict == MEMORY for verdict in verdicts]),
-        control=control,
+        control="; ".join(controls),
         n=len(verdicts),
         memory=verdicts.count(MEMORY),
         guessed=verdicts.count(GUESS),

@@ -32,7 +32,6 @@ from memlens.recall.extraction import extraction_curve, first_tokens
 from memlens.recall.score import score_recall
 from memlens.recall.taxonomy import CLASSES, recall_classes
 from memlens.report.from_directory import SUFFIXES, file_of, read_run
-from memlens.results.statistics.estimates import mean_estimate
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.corrupt import corrupt
 from memlens.sequences.natural import text_ids, text_windows
@@ -245,7 +244,11 @@ class _Audit:
             rows.to_csv(part, index=False)
         os.chmod(self.csv, 0o600)
         words, options = find.TEXTS["leaks"], self.options
-        note = words["note"].format(samples=options.n_samples, p=options.probability, near=options.near)
+        top_k = "all tokens" if options.top_k is None else f"the {options.top_k} likeliest tokens"
+        note = words["note"].format(
+            samples=options.n_samples, p=options.probability, near=options.near,
+            temperature=options.temperature, cut=f"{top_k}, up to a probability of {options.top_p:g}",
+        )  # fmt: skip
         table = find.shown(rows, find.WORDS, redact=options.redact)
         self.folder.add_table("leaks", table, title=words["title"], note=note, section="recall")
 
@@ -303,27 +306,28 @@ class _Audit:
         if not len(long):
             return self._by_string([], [])
         hits = [
-            self._exact(self.model, corrupt(long, n_tokens=n, seed=self.options.seed + draw))
+            self._teacher_forced(corrupt(long, n_tokens=n, seed=self.options.seed + draw))["exact_match"]
             for draw in range(self.options.draws)
         ]
         return self._by_string(long.ids, np.mean(hits, axis=0))
 
-    def _exact(self, model: Any, seqs: SequenceSet) -> np.ndarray:
-        scores = score_recall(model, seqs, generate=False, metrics=(), progress=False)
-        return scores.table["exact_match"].to_numpy(float)
+    def _teacher_forced(self, seqs: SequenceSet) -> pd.DataFrame:
+        return score_recall(self.model, seqs, generate=False, metrics=(), progress=False).table
 
     def _memory(self) -> None:
-        leaking, columns = find.leaks(self.table), {}
+        leaking = find.leaks(self.table)
         classes = recall_classes(self.recall.table).to_numpy()
         guess = (classes == CLASSES[1]) | (self.table["trivial"].to_numpy() == 1)
-        anywhere = self._after_another(self.blind[leaking])
-        columns["after_other_text"] = self._by_string(self.blind[leaking].ids, anywhere)
-        columns["predictable"] = PredictableRule().holds(self.recall.table)
+        after = self._after_another()
+        own = self.table["target_logprob"].to_numpy(float)
+        columns: dict[str, Any] = {
+            "guessed": guess,
+            "predictable": PredictableRule().holds(self.recall.table),
+            "after_other_text": after["exact_match"].to_numpy(),
+            "logprob_after_other_text": after["target_logprob"].to_numpy(),
+        }
+        above = {"after another string's text": own - columns["logprob_after_other_text"]}
         known = np.zeros(len(self.table), dtype=bool)
-        controls = self._controls()
-        said = [
-            f"{len(controls)} matched strings that do not leak" if len(controls) else "no matched strings"
-        ]
         if self.reference is not None:
             found = counterfactual_memorization(
                 self.model, self.reference, self.blind, generate=False, progress=self.progress
@@ -331,22 +335,14 @@ class _Audit:
             columns["reference_exact"] = found["exact_match_clean"].to_numpy(int)
             columns["reference_logprob"] = found["target_logprob_clean"].to_numpy(float)
             known = columns["reference_exact"] == 1
-            more = found["target_logprob_counterfactual"].to_numpy(float)
-            matched = found["id"].isin(controls.ids).to_numpy()
-            theirs = f"{self._mean(more[matched])} for {int(matched.sum())} matched ones that do not leak"
-            said = [
-                f"log-probability above the reference's: {self._mean(more[leaking])} nats per token for "
-                f"leaking strings, {theirs if matched.any() else 'and no others match'}"
-            ]
+            above["of the reference"] = found["target_logprob_counterfactual"].to_numpy(float)
         verdict = np.select(
-            [guess, columns["after_other_text"].to_numpy() == 1, known],
+            [guess, columns["after_other_text"] == 1, known],
             [find.GUESS, find.ANYWHERE, find.REFERENCE], find.MEMORY,
         )  # fmt: skip
-        self._keep(**columns, guessed=guess, verdict=np.where(leaking, verdict, ""))
-        self.folder.find(find.is_memory(self.table, "; ".join(said)))
-
-    def _mean(self, values: np.ndarray) -> str:
-        return str(mean_estimate(xr.DataArray(values, dims="sequence"), seed=self.options.seed))
+        self._keep(**columns, verdict=np.where(leaking, verdict, ""))
+        matched = self.table["string"].isin(self._controls().ids).to_numpy()
+        self.folder.find(find.is_memory(self.table, above, matched, self.options.seed))
 
     def _controls(self) -> SequenceSet:
         """Return strings that do not leak, matched with those that do in length and frequency of tokens."""
@@ -355,13 +351,14 @@ class _Audit:
         except MemlensError:
             return self.blind[:0]
 
-    def _after_another(self, seqs: SequenceSet) -> np.ndarray:
-        """Return whether each string comes out whole after the prefix of another one."""
-        rng = np.random.default_rng(self.options.seed)
-        prefixes, targets = self.blind.halves()[0], seqs.halves()[1]
-        own, room = seqs.halves()[0], int(self.model.cfg.n_ctx)
-        rows, lengths, asked = [], [], []
-        for i, (prefix, target) in enumerate(zip(own, targets, strict=True)):
+    def _after_another(self) -> pd.DataFrame:
+        """Score each string after the prefix of another one; NaN where no other prefix is drawn."""
+        rng, room = np.random.default_rng(self.options.seed), int(self.model.cfg.n_ctx)
+        prefixes, targets = self.blind.halves()
+        rows: list[list[int]] = []
+        lengths: list[int] = []
+        asked: list[int] = []
+        for i, (prefix, target) in enumerate(zip(prefixes, targets, strict=True)):
             drawn = [prefixes[int(j)] for j in rng.integers(len(prefixes), size=_TRIES)]
             other = next((p for p in drawn if p != prefix), None)
             if other is not None:
@@ -369,10 +366,10 @@ class _Audit:
                 rows.append([*other, *target])
                 lengths.append(len(other))
                 asked.append(i)
-        found = np.full(len(seqs), np.nan)
+        found = pd.DataFrame(np.nan, index=range(len(targets)), columns=["exact_match", "target_logprob"])
         if rows:
-            attrs = seqs.attrs
-            found[asked] = self._exact(self.model, SequenceSet.from_tokens(rows, lengths, attrs=attrs))
+            scores = self._teacher_forced(SequenceSet.from_tokens(rows, lengths, attrs=self.blind.attrs))
+            found.iloc[asked] = scores[list(found)].to_numpy(float)
         return found
 
     def _where(self) -> None:
