@@ -411,3 +411,11 @@ def test_what_is_installed_is_told_from_what_a_user_wrote() -> None:
     assert fingerprints._root(None) == ""
     assert fingerprints._is_own(Number)
     assert not fingerprints._is_own(int)
+
+
+def test_the_default_device_does_not_count() -> None:
+    tensor = torch.arange(9.0)
+    name, checksum = plainly(tensor).hex(), fingerprints._checksum(tensor.view(torch.uint8))
+    with torch.device("meta"):  # where new tensors would be made that do not say where
+        assert fingerprint(tensor) == name
+        assert fingerprints._checksum(tensor.view(torch.uint8)) == checksum
