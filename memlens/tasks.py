@@ -1,6 +1,7 @@
 """Benchmark tasks under interventions, and what an intervention costs on them."""
 
 from memlens.instruments.tasks.evaluate import evaluate_tasks
+from memlens.instruments.tasks.inspect_model import as_inspect
 from memlens.instruments.tasks.lm_eval import LM_EVAL_TASKS, as_lm_eval
 from memlens.instruments.tasks.lm_eval import tasks_from_lm_eval as from_lm_eval
 from memlens.instruments.tasks.tasks import ChoiceTask
@@ -11,6 +12,7 @@ from memlens.results.statistics.tradeoff import edit_tradeoff, join_frontier
 __all__ = [
     "LM_EVAL_TASKS",
     "ChoiceTask",
+    "as_inspect",
     "as_lm_eval",
     "edit_tradeoff",
     "evaluate_tasks",

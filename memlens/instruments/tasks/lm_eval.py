@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain, groupby
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from memlens.errors import ModelLoadError, OptionError, SourceNotFoundError, near_matches
@@ -25,7 +25,7 @@ if TYPE_CHECKING or find_spec("lm_eval") is None:
     class LM:
         """Stands for lm-eval's own class, which has no type annotations, and for its absence."""
 
-        cache_hook: Any
+        cache_hook: Any = SimpleNamespace(add_partial=lambda *answer: None)
 
 else:
     from lm_eval.api.model import LM
@@ -267,6 +267,17 @@ def as_lm_eval(
         >>> scores = simple_evaluate(lm, tasks=["arc_easy"], limit=100)  # doctest: +SKIP
     """
     _check_installed()
+    return lens_lm(model, interventions, prepend_bos, batch_size, progress)
+
+
+def lens_lm(
+    model: Any,
+    interventions: Intervention | Sequence[Intervention],
+    prepend_bos: bool | None,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> LensLM:
+    """Return a model under interventions that answers requests, whether lm-eval is installed or not."""
     some = (interventions,) if isinstance(interventions, Intervention) else tuple(interventions)
     encoder = PairEncoder.of(model, prepend_bos=prepend_bos)
     with applied(model, *some):
