@@ -23,6 +23,7 @@ from memlens.results.statistics.estimates import Estimate
 from memlens.sequences.set import SequenceSet
 from memlens.store.claims import Claims
 from memlens.store.fingerprint import fingerprint, model_fingerprint
+from memlens.store.sharing import parse_part
 from memlens.studies.times import Stopwatch
 
 _LOG = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class StudyDirectory(RunDirectory):
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # pyright: ignore[reportArgumentType]
-        self.hide, self.sharing = None, {}
+        self.hide, self.sharing, self._kept = None, {}, 0
         self.findings: list[Finding] = []
         self.failures: dict[str, str] = {}
         self._watch = Stopwatch()
@@ -108,10 +109,14 @@ class StudyDirectory(RunDirectory):
             name: Of the sweep.
             work: Runs it, given `out=`.
         """
-        number = 1
+        number, sharing = 1, {**self.sharing}
+        if (share := parse_part(self.sharing.get("part", "auto"))) is not None:
+            # else the first task would do all sweeps of a single part
+            sharing["part"] = (share[0] + self._kept) % share[1], share[1]
+        self._kept += 1
         while True:
             try:
-                return work(out=self.place(name if number == 1 else f"{name}-{number}"), **self.sharing)
+                return work(out=self.place(name if number == 1 else f"{name}-{number}"), **sharing)
             except OtherRunError as error:
                 _LOG.info("%s", error)
                 number += 1

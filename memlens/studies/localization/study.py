@@ -40,7 +40,7 @@ from memlens.sequences.checks import check_sequences
 from memlens.sequences.corrupt import corrupt
 from memlens.sequences.set import SequenceSet
 from memlens.store.fingerprint import fingerprint
-from memlens.store.sharing import Part
+from memlens.store.sharing import Part, parse_part
 from memlens.studies.localization import findings as find
 from memlens.studies.localization.findings import CONTROL, MEMORIZED, UNTRAINED
 from memlens.studies.localization.options import LocalizeOptions
@@ -100,6 +100,8 @@ def localize(
         >>> run.report.name  # doctest: +SKIP
         'report.html'
     """
+    if part is not None:
+        parse_part(part)
     check_sequences(sequences, model)
     options, about = options or LocalizeOptions(), describe(model)
     donor = None if options.donor is None else _loaded_like(model, options.donor)
