@@ -50,7 +50,13 @@ def as_inspect(
     """
     if find_spec("inspect_ai") is None:
         raise ModelLoadError("inspect_ai is not installed: run `pip install 'memlens[inspect]'`.")
-    from inspect_ai.model import GenerateConfig, Model, ModelAPI, ModelOutput, modelapi
+    from inspect_ai.model import (  # pyright: ignore[reportMissingImports]  # an extra of its own
+        GenerateConfig,
+        Model,
+        ModelAPI,
+        ModelOutput,
+        modelapi,
+    )
 
     lm = lens_lm(model, interventions, prepend_bos)
     name = str(describe(model)["model"])

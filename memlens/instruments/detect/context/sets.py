@@ -133,6 +133,12 @@ def longest_targets(model: Any, sequences: SequenceSet, *, options: ContextOptio
         model: A TransformerLens model.
         sequences: The sequences.
         options: Those of the prompts.
+
+    Example:
+        >>> import memlens as ml
+        >>> model = ml.load_model("zoo/pythia-xs")  # a context of 128 tokens, prefixes of 32
+        >>> ml.detect.longest_targets(model, ml.load_sequences("zoo", model))
+        31
     """
     between = _separator(model, options or ContextOptions())
     return max(1, (int(model.cfg.n_ctx) - len(between)) // 2 - int(sequences.prefix_len.max()))
