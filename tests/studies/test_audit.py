@@ -22,6 +22,7 @@ from memlens.studies.auditing.findings import MEMORY, REFERENCE
 from memlens.studies.auditing.redaction import hiding, masked, quiet_reading, without_quotes
 from memlens.studies.running import StudyRun
 from tests.cli.test_commands import call
+from tests.report.pages import sentences
 
 MODEL = "zoo/pythia-xs"
 ADDRESSES = ("qzxvk77@wyjqfomb.org", "hrwdu41@zpkqxvul.net")
@@ -266,6 +267,10 @@ def test_strings_that_do_not_leak_leave_the_other_questions_unasked(model: Any, 
     assert run.exceeded == ""
     assert [f.statement for f in run.findings[1:]] == ["Not asked: no string leaks."] * 4
     assert "too few" in run.findings[0].number  # two strings give no interval
+    said = sentences(run.report)
+    assert "0 of " in said["found"]
+    assert "strings leak: 0 come out whole after the text before them" in said["found"]
+    assert said["compared"].startswith("What comes out is ")
 
 
 def test_whole_strings_are_audited_from_their_first_half(model: Any, tmp_path: Path) -> None:

@@ -134,7 +134,13 @@ def audit(
     lead = find.TEXTS["lead"].format(shown=find.TEXTS["redacted" if options.redact else "open"])
     title = find.TEXTS["title"].format(model=about["model"], n=len(sequences))
     folder = StudyDirectory(
-        out, title=title, lead=lead, settings=settings, command=command and hide(command), fresh=True
+        out,
+        title=title,
+        lead=lead,
+        summary=find.TEXTS.summary(model=about["model"], n=len(sequences)),
+        settings=settings,
+        command=command and hide(command),
+        fresh=True,
     )
     folder.hide = hide if options.redact else None
     csv = expanded(options.csv) if options.csv is not None else folder.path / CSV
