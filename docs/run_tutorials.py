@@ -6,6 +6,7 @@ of the repository, each notebook begins with a badge for Colab, and a cell that 
 
 from __future__ import annotations
 
+import base64
 import os
 import sys
 import tomllib
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import plotly.graph_objects as go
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 TUTORIALS = ROOT / "tutorials"
 _COLAB = "https://colab.research.google.com"
 _TAG = "colab"
+_FIGURE = "application/vnd.plotly.v1+json"
 
 
 def _passing(output: Any) -> bool:
@@ -26,6 +29,20 @@ def _passing(output: Any) -> bool:
     return output.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in output.get(
         "data", {}
     )
+
+
+def with_images(notebook: Any) -> Any:
+    """Put an image next to each interactive figure, which a code host does not draw; smaller ones for many."""
+    drawn = [data for cell in notebook.cells for data in _data(cell) if _FIGURE in data]
+    for data in drawn:
+        figure = go.Figure(data[_FIGURE]["data"], data[_FIGURE]["layout"])
+        size = {"width": 700, "height": figure.layout.height or 450, "scale": 1.0 if len(drawn) < 5 else 0.65}
+        data["image/jpeg"] = base64.b64encode(figure.to_image("jpeg", **size)).decode("ascii")
+    return notebook
+
+
+def _data(cell: Any) -> list[Any]:
+    return [output["data"] for output in cell.get("outputs", []) if "data" in output]
 
 
 def repository() -> str:
@@ -67,7 +84,7 @@ def run(path: Path) -> None:
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
-    nbformat.write(notebook, path)
+    nbformat.write(with_images(notebook), path)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_no_cell_scrolls_and_the_page_is_not_wider_than_its_window(page: browser
             "cell.scrollHeight > cell.clientHeight + 1 || cell.scrollWidth > cell.clientWidth + 1).length"
         )
         assert scrolling == 0
-        assert page.run("return document.documentElement.scrollWidth <= window.innerWidth") is True
+        assert page.wait_for("return document.documentElement.scrollWidth <= window.innerWidth", 10)
     page.resize(1100)
     assert page.run("return document.querySelectorAll('main img, main b, main i').length") == 0
 
