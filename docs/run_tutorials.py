@@ -32,7 +32,7 @@ def _passing(output: Any) -> bool:
 
 
 def with_images(notebook: Any) -> Any:
-    """Put an image next to each interactive figure, which a code host does not draw; smaller ones for many."""
+    """Put an image next to each interactive figure, which code hosts do not draw; small ones if many."""
     drawn = [data for cell in notebook.cells for data in _data(cell) if _FIGURE in data]
     for data in drawn:
         figure = go.Figure(data[_FIGURE]["data"], data[_FIGURE]["layout"])
