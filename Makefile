@@ -23,7 +23,7 @@ RUN := OMP_NUM_THREADS=1 $(BIN)/python -m
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo install test lowest wheel notebooks lint format types contract docs clean
+.PHONY: help demo install test lowest wheel gpu notebooks lint format types contract docs clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | awk -F': ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -75,6 +75,13 @@ wheel: $(DEV_READY) ## Build the wheel, install it in an environment of its own,
 	! .venv-wheel/bin/memlens check zoo/olmo2-s 2>/dev/null
 	@.venv-wheel/bin/python -m pip install -qq --disable-pip-version-check --no-deps dist/memlens_zoo-*.whl
 	cd dist && ../.venv-wheel/bin/memlens check zoo/olmo2-s
+
+# Without an index: in whatever environment has the packages, such as GPU_PYTHON=python3.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON3))
+DEVICE ?= cuda
+
+gpu: ## On a machine with a GPU: the tests on it, then the benchmark table in float32 and bfloat16, as JSON in gpu/
+	$(GPU_PYTHON) -m benchmarks.on_device --device $(DEVICE) --workers $(WORKERS) --out gpu $(GPU_ARGS)
 
 notebooks: $(DEV_READY) ## Run the tutorials
 	$(RUN) pytest --nbmake --nbmake-timeout=900 tutorials

@@ -25,12 +25,21 @@ import transformers
 from filelock import FileLock
 from hypothesis import settings
 
+from tests.devices import VARIABLE, dev
 from tests.tiny import write_tiny
 
 # The same examples on every run; `pytest --hypothesis-profile=explore` draws new ones.
 settings.register_profile("same", derandomize=True)
 settings.register_profile("explore", max_examples=200)
 settings.load_profile("same")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where models of the tests are loaded, such as cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ[VARIABLE] = config.getoption("--device")  # in workers of pytest-xdist, too
 
 
 TESTS = Path(__file__).parent
@@ -169,7 +178,7 @@ def tiny_model(tiny_folder: Callable[[str], Path]) -> Callable[..., Any]:
         if backend == "hooked" and not has_hooked_transformer():
             pytest.skip("this TransformerLens has no HookedTransformer")
         if (family, backend) not in loaded:
-            loaded[family, backend] = load_model(tiny_folder(family), backend=backend, device="cpu")
+            loaded[family, backend] = load_model(tiny_folder(family), backend=backend, device=dev())
         return loaded[family, backend]
 
     return model_of

@@ -40,6 +40,7 @@ from memlens.organisms.training.train import TrainSpec, train
 from memlens.recall.corpus.memorized_set import MemorizedSet
 from memlens.results.storage import load_result
 from memlens.sequences.set import SequenceSet
+from tests.devices import dev
 from tests.small import corrupted, ragged
 from tests.tiny import tiny_huggingface_model, tiny_tokenizer
 
@@ -193,7 +194,7 @@ def _equal(a: Any, b: Any) -> bool:
 @functools.cache
 def _model() -> Any:
     return load_model(
-        tiny_huggingface_model("gpt_neox"), tokenizer=tiny_tokenizer(), device="cpu", check_weights=False
+        tiny_huggingface_model("gpt_neox"), tokenizer=tiny_tokenizer(), device=dev(), check_weights=False
     )
 
 
@@ -230,7 +231,7 @@ def _organism(folder: Path) -> None:
     from memlens.organisms.training.zoo import train_organism
     from tests.organisms.conftest import TINY
 
-    train_organism(TINY, folder / "tiny", device="cpu", progress=False)
+    train_organism(TINY, folder / "tiny", device=dev(), progress=False)
 
 
 def _study(name: str, *options: str) -> Callable[[Path], None]:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import pytest
 
 import memlens as ml
+from tests.devices import dev
 
 PACKAGE = Path(ml.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "architecture.md"
@@ -60,7 +61,7 @@ def _room(module: str) -> str:
 
 @pytest.mark.slow
 def test_a_value_walks_through_the_rooms_that_the_page_lists() -> None:
-    model = ml.load_model("zoo/pythia-s", device="cpu")
+    model = ml.load_model("zoo/pythia-s", device=dev())
 
     def walk(rooms: Rooms) -> list[set[str]]:
         entered: list[set[str]] = []

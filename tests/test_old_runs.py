@@ -15,6 +15,7 @@ import memlens as ml
 from memlens.errors import OtherRunError
 from memlens.report.from_directory import report_from_directory
 from memlens.results.kinds import reading
+from tests.devices import dev
 
 OLD = Path(__file__).parent / "old_run"
 RESULTS = sorted(OLD.glob("*.nc"))
@@ -31,7 +32,7 @@ def test_an_old_result_opens_with_figure_and_reading(path: Path) -> None:
 def test_an_old_result_holds_the_numbers_that_were_measured() -> None:
     """The same heads, ablated now."""
     old = ml.load_result(OLD / "sweep" / "result.nc")
-    model = ml.load_model("zoo/pythia-xs", device="cpu")
+    model = ml.load_model("zoo/pythia-xs", device=dev())
     seqs = ml.load_sequences("zoo", model)
     seqs = seqs[[list(seqs.ids).index(name) for name in old["sequence"].values.astype(str)]]
     new = ml.ablate_heads(model, seqs, layers=[0], progress=False)
@@ -54,7 +55,7 @@ def test_an_old_run_gives_its_report(tmp_path: Path) -> None:
 
 def test_an_old_sweep_is_refused_with_the_version_that_wrote_it(tmp_path: Path) -> None:
     folder = shutil.copytree(OLD / "sweep", tmp_path / "sweep")
-    model = ml.load_model("zoo/pythia-xs", device="cpu")
+    model = ml.load_model("zoo/pythia-xs", device=dev())
     seqs = ml.load_sequences("zoo", model)[:2]
     with pytest.raises(OtherRunError, match=r"was written by memlens 0\.1\.0 or earlier"):
         ml.ablate_heads(model, seqs, layers=[0], out=folder, progress=False)

@@ -34,6 +34,7 @@ from memlens.models.load import load_model
 from memlens.organisms.planting.plant import PlantingOptions, plant, recalled
 from memlens.sequences.corrupt import corrupt
 from memlens.sequences.set import SequenceSet
+from tests.devices import dev
 from tests.tiny import tiny_huggingface_model
 
 FAMILIES = ("gpt_neox", "gpt_neo", "olmo2", "llama_gqa")
@@ -45,7 +46,7 @@ def rows(n: int, seed: int) -> SequenceSet:
 
 
 def load(hf: torch.nn.Module) -> Any:
-    return load_model(hf, device="cpu", check_weights=False)
+    return load_model(hf, device=dev(), check_weights=False)
 
 
 def run_with_hooks(model: Any, seqs: SequenceSet, hooks: list[tuple[str, Any]] | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from memlens.benchmark.scores import chance_level
 from memlens.forward.baseline import teacher_forced_stats
 from memlens.models.load import load_model
 from memlens.sequences.set import SequenceSet
+from tests.devices import dev
 from tests.tiny import tiny_huggingface_model
 
 METHODS = [*AVERAGED, "resample ablation", "gate gradient", "weight norm", "random"]
@@ -30,7 +31,7 @@ def some(n: int, seed: int) -> SequenceSet:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return load_model(tiny_huggingface_model("gpt_neox"), device="cpu", check_weights=False)
+    return load_model(tiny_huggingface_model("gpt_neox"), device=dev(), check_weights=False)
 
 
 def truth_of(model: Any, kind: str, planted: int) -> pd.DataFrame:
@@ -58,7 +59,7 @@ def test_deletion_is_the_loss_with_the_weights_set_to_zero(model: Any) -> None:
             layer, head = divmod(flat, heads)
             out: Any = hf.get_submodule(f"gpt_neox.layers.{layer}.attention.dense").weight
             out[:, head * d : (head + 1) * d] = 0
-    cut = load_model(hf, device="cpu", check_weights=False)
+    cut = load_model(hf, device=dev(), check_weights=False)
     lost, lost_others = (logprob(model, s) - logprob(cut, s) for s in (seqs, others))
     assert found[1]["deletion"] == pytest.approx(lost.mean(), abs=1e-5)
     assert found[1]["deletion_others"] == pytest.approx(lost_others.mean(), abs=1e-5)

@@ -11,6 +11,7 @@ import memlens as ml
 from memlens.forward.batches import at_positions
 from memlens.forward.blocks import BlockTrace, FunctionalBlocks, trace_block
 from memlens.forward.read_weights import attention_post_norm
+from tests.devices import dev
 from tests.small import CASES
 from tests.tiny import random_tokens
 
@@ -102,7 +103,7 @@ def test_rows_of_traces_are_taken_and_mixed() -> None:
 
 @torch.no_grad()
 def test_a_hook_of_the_user_s_leaves_the_model_itself(tiny_folder: Any) -> None:
-    model = ml.load_model(tiny_folder("llama"), backend="bridge", device="cpu")
+    model = ml.load_model(tiny_folder("llama"), backend="bridge", device=dev())
     trunk = ml.Trunk(model)
     resid = {0: trunk.embed(random_tokens(2, 9))}
     for layer in range(3):

@@ -13,6 +13,7 @@ from memlens.errors import EmptySetError, SequenceError, SiteError
 from memlens.forward.batches import make_batches
 from memlens.forward.capture import ActivationSource, captured_at_targets, mean_activations
 from memlens.forward.exclusive import computation
+from tests.devices import dev
 from tests.small import corrupted, ragged
 from tests.tiny import D_VOCAB
 
@@ -120,7 +121,7 @@ def test_a_source_is_run_under_an_intervention_and_once_in_a_computation(model: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_means_are_over_all_real_positions_of_all_sequences(dtype: torch.dtype, tiny_folder: Any) -> None:
     """Summed in double precision: 16 bits would lose most of what thousands of positions add."""
-    model = ml.load_model(tiny_folder("olmo2"), backend="bridge", device="cpu", dtype=dtype)
+    model = ml.load_model(tiny_folder("olmo2"), backend="bridge", device=dev(), dtype=dtype)
     rows = [torch.randint(0, D_VOCAB - 1, (8 + n % 5,)).tolist() for n in range(90)]
     seqs = ml.load_sequences(rows, prefix_len=3)
     found = mean_activations(model, seqs, [MID, Z], batch_size=1)

@@ -16,6 +16,7 @@ import memlens as ml
 from memlens.errors import ModelLoadError, ResultError, SequenceError
 from memlens.forward.baseline import teacher_forced_stats
 from memlens.models.names import has_hooked_transformer
+from tests.devices import dev
 from tests.small import corrupted, largest_difference, ragged
 from tests.tiny import D_VOCAB, random_tokens, tiny_huggingface_model
 
@@ -41,7 +42,7 @@ def fused(name: str) -> Any:
 def loaded(model: Any, backend: str, **options: Any) -> Any:
     if backend == "hooked" and not has_hooked_transformer():
         pytest.skip("this TransformerLens has no HookedTransformer")
-    return ml.load_model(model, backend=backend, device="cpu", **options)
+    return ml.load_model(model, backend=backend, device=dev(), **options)
 
 
 def through_data(weight: Any, new: torch.Tensor) -> None:
@@ -143,7 +144,7 @@ def test_merged_adapters_are_watched() -> None:
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=2, target_modules=["query_key_value"], init_lora_weights=False)
     adapted = peft.get_peft_model(tiny_huggingface_model("gpt_neox"), lora)
-    model = ml.load_model(adapted, device="cpu")
+    model = ml.load_model(adapted, device=dev())
     next(p for n, p in adapted.named_parameters() if "lora_B" in n).data.mul_(2)
     with pytest.raises(ModelLoadError, match="load the edited model again"):
         ml.measure(model, ragged())

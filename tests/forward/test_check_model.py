@@ -19,6 +19,7 @@ from memlens.forward.check_model import check_model, probe_tokens, record_refere
 from memlens.forward.hooks import hook_name
 from memlens.models.load import load_model
 from memlens.models.names import has_hooked_transformer
+from tests.devices import dev
 from tests.sequences.vocabularies import byte_level
 from tests.tiny import D_VOCAB, FAMILIES, HOOKED_FAMILIES, tiny_huggingface_model, tiny_tokenizer
 
@@ -53,7 +54,7 @@ def test_sixteen_bits_pass_and_a_small_change_of_one_layer_is_seen(
     if backend == "hooked" and not has_hooked_transformer():
         pytest.skip("this TransformerLens has no HookedTransformer")
     folder = tiny_folder(family)
-    model = load_model(folder, backend=backend, dtype=dtype, device="cpu")
+    model = load_model(folder, backend=backend, dtype=dtype, device=dev())
     hf = huggingface(folder, dtype)
     assert check_model(model, reference=record_reference(hf, family), layers=[0]).ok
     layers = hf.gpt_neox.layers if family == "gpt_neox" else hf.model.layers
@@ -79,8 +80,8 @@ def test_loading_refuses_weights_that_were_changed_on_the_way(
 
     monkeypatch.setattr(loading, "build_bridge", lossy)
     with pytest.raises(ModelLoadError, match="logits, first in layer 2"):
-        load_model(tiny_folder("llama"), backend="bridge", device="cpu")
-    load_model(tiny_folder("llama"), backend="bridge", device="cpu", check_weights=False)
+        load_model(tiny_folder("llama"), backend="bridge", device=dev())
+    load_model(tiny_folder("llama"), backend="bridge", device=dev(), check_weights=False)
 
 
 def test_a_trunk_that_leaves_out_a_step_after_the_last_layer_is_refused(
@@ -88,7 +89,7 @@ def test_a_trunk_that_leaves_out_a_step_after_the_last_layer_is_refused(
 ) -> None:
     monkeypatch.setattr(ml.Trunk, "finish_logits", lambda self, logits: 0.5 * logits)
     with pytest.raises(ModelLoadError, match=r"trunk: .*what follows the last layer"):
-        load_model(tiny_folder("llama"), backend="bridge", device="cpu")
+        load_model(tiny_folder("llama"), backend="bridge", device=dev())
 
 
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
@@ -114,13 +115,13 @@ def test_a_layer_that_is_another_one_when_run_alone_is_refused(
 
     monkeypatch.setattr(ml.Trunk, "run", without_the_earlier_ones)
     with pytest.raises(ModelLoadError, match="trunk, first in layer 2"):
-        load_model(tiny_folder("gpt_neox"), backend="bridge", device="cpu")
+        load_model(tiny_folder("gpt_neox"), backend="bridge", device=dev())
 
 
 def test_a_hook_that_is_not_what_its_name_says_is_refused(
     tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load_model(tiny_folder("llama"), backend="bridge", device="cpu")
+    model = load_model(tiny_folder("llama"), backend="bridge", device=dev())
 
     def exchanged(site: str, layer: int) -> str:
         return hook_name({"q": "v", "v": "q"}.get(site, site), layer)
@@ -144,7 +145,7 @@ def test_a_mixture_of_experts_loads_without_its_neurons() -> None:
     torch.manual_seed(0)
     shape = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.OlmoeConfig(**shape, intermediate_size=96, num_experts=4, num_experts_per_tok=2)
-    model = load_model(transformers.OlmoeForCausalLM(config), device="cpu")
+    model = load_model(transformers.OlmoeForCausalLM(config), device=dev())
     status = {check.name: check.status for check in check_model(model).checks}
     assert (status["site mlp_post"], status["site mlp_out"], status["fast path"]) == ("refused", "ok", "ok")
     with pytest.raises(SiteError):
@@ -179,7 +180,7 @@ def test_what_follows_the_unembedding_is_part_of_the_logits(
     tokens = probe_tokens(96, 64)
     with torch.no_grad():
         wanted = hf.eval()(tokens).logits
-    model = load_model(hf, device="cpu")
+    model = load_model(hf, device=dev())
     trunk = ml.Trunk(model)
     assert (trunk.logit_scale, trunk.logit_softcap) == (scale, cap)
     got = trunk.unembed(trunk.run(trunk.embed(tokens)))
@@ -241,7 +242,7 @@ def test_adapters_are_merged_into_a_copy(family: str) -> None:
     tokens = probe_tokens(hf.config.vocab_size, None)
     with torch.no_grad():
         wanted = hf(tokens).logits
-    model = load_model(hf, device="cpu")
+    model = load_model(hf, device=dev())
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), wanted, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(hf(tokens).logits, wanted)  # the given model keeps its adapter
@@ -285,7 +286,7 @@ def test_a_sentence_shows_the_beginning_only_where_it_can(
     tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Not without the token, nor for another vocabulary, nor for a sentence of one token."""
-    model = load_model(tiny_folder("llama"), backend="bridge", device="cpu")
+    model = load_model(tiny_folder("llama"), backend="bridge", device=dev())
     without_bos, one_word = tiny_tokenizer(), tiny_tokenizer()
     without_bos.bos_token = None
     one_word.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("|", "isolated")

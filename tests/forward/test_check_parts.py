@@ -14,6 +14,7 @@ import memlens as ml
 from memlens.errors import ModelLoadError
 from memlens.forward import check_model as module
 from memlens.forward.check_model import Check, ModelCheck, Reference, check_model, probe_tokens
+from tests.devices import dev
 from tests.tiny import random_tokens
 
 DTYPES = {
@@ -162,7 +163,7 @@ def test_layers_are_of_one_kind_if_they_differ_by_their_number_alone(
 
 
 def test_a_model_that_memlens_did_not_load_is_not_compared(tiny_folder: Any) -> None:
-    model = ml.load_model(tiny_folder("llama"), backend="bridge", device="cpu")
+    model = ml.load_model(tiny_folder("llama"), backend="bridge", device=dev())
     logits = check_model(model, layers=[0]).checks[0]
     assert (logits.name, logits.status) == ("logits", "ok")
     assert logits.note.endswith("against Hugging Face's, when it was loaded")
@@ -170,7 +171,7 @@ def test_a_model_that_memlens_did_not_load_is_not_compared(tiny_folder: Any) -> 
         next(model.parameters())[0, 0] += 1
     logits = check_model(model, layers=[0]).checks[0]
     assert (logits.status, logits.note) == ("not compared", "the model has been changed since it was loaded")
-    unchecked = ml.load_model(tiny_folder("llama"), backend="bridge", device="cpu", check_weights=False)
+    unchecked = ml.load_model(tiny_folder("llama"), backend="bridge", device=dev(), check_weights=False)
     logits = check_model(unchecked, layers=[0]).checks[0]
     assert (logits.status, logits.note) == ("not compared", "not loaded by memlens, or unchecked")
 

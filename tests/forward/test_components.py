@@ -20,6 +20,7 @@ from memlens.forward.components import (
 )
 from memlens.forward.hooks import hook_name
 from memlens.forward.read_blocks import read_parts
+from tests.devices import dev
 from tests.tiny import D_VOCAB, FAMILIES, N_CTX, random_tokens, tiny_huggingface_model
 
 # layers, heads, heads of keys and values, neurons, and whether the MLP has a gate
@@ -60,7 +61,7 @@ def huggingface(family: str) -> Any:
 def case(request: pytest.FixtureRequest) -> tuple[str, Any, Any, ComponentWeights]:
     """A family, its Hugging Face model, a bridge of the same weights, and where its components are."""
     hf = huggingface(request.param)
-    return request.param, hf, ml.load_model(huggingface(request.param), device="cpu"), ComponentWeights(hf)
+    return request.param, hf, ml.load_model(huggingface(request.param), device=dev()), ComponentWeights(hf)
 
 
 def test_counts_are_those_of_the_shape(case: Any) -> None:

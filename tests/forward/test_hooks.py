@@ -22,6 +22,7 @@ from memlens.forward.hooks import (
     refuse_sites,
     resolve_hook,
 )
+from tests.devices import dev
 from tests.tiny import random_tokens
 
 
@@ -138,7 +139,7 @@ def test_each_site_has_its_hook_axes_and_meaning() -> None:
 
 
 def test_sites_that_were_found_to_be_misnamed_are_refused(tiny_folder: Any) -> None:
-    model = ml.load_model(tiny_folder("llama"), backend="bridge", device="cpu")
+    model = ml.load_model(tiny_folder("llama"), backend="bridge", device=dev())
     assert has_site(model, "q", 1)
     refuse_sites(model, ["q"])
     assert not has_site(model, "q")

@@ -10,6 +10,7 @@ import torch
 import memlens as ml
 from memlens.errors import UnsupportedModelError
 from memlens.forward.read_weights import read_mlp
+from tests.devices import dev
 from tests.small import CASES
 from tests.tiny import write_tiny
 
@@ -26,7 +27,7 @@ def test_what_is_read_computes_what_the_mlp_does(tiny_model: Any, family: str, b
 
 
 def test_an_mlp_that_is_something_else_is_an_error(tmp_path: Any) -> None:
-    model = ml.load_model(write_tiny("gpt_neox", tmp_path), backend="bridge", device="cpu")
+    model = ml.load_model(write_tiny("gpt_neox", tmp_path), backend="bridge", device=dev())
     double = ml.Intervention("double", [("blocks.1.mlp.hook_out", lambda x, hook: 2 * x)])
     with ml.applied(model, double), pytest.raises(UnsupportedModelError, match="does not compute what"):
         read_mlp(model, 1)

@@ -16,6 +16,7 @@ import memlens as ml
 from memlens.errors import ModelInUseError
 from memlens.forward.capture import captured_at_targets
 from memlens.forward.exclusive import computes, exclusively
+from tests.devices import dev
 from tests.small import corrupted, ragged
 
 THREADS = 4
@@ -125,7 +126,7 @@ def test_a_generator_holds_the_model_only_while_it_computes(tiny_model: Any) -> 
 
 def test_two_threads_that_wait_for_each_other_are_told(tiny_folder: Any) -> None:
     """Each holds the model that the other needs next."""
-    one, other = (ml.load_model(tiny_folder("gpt_neox"), backend="bridge", device="cpu") for _ in range(2))
+    one, other = (ml.load_model(tiny_folder("gpt_neox"), backend="bridge", device=dev()) for _ in range(2))
     met = threading.Barrier(2)
 
     def both(first: Any, second: Any) -> str:

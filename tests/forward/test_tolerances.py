@@ -16,6 +16,7 @@ from memlens.errors import UnsupportedModelError
 from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.check_model import check_model, record_reference
 from memlens.models.load import load_model
+from tests.devices import dev
 from tests.small import ragged
 from tests.tiny import random_tokens
 
@@ -33,7 +34,7 @@ def residuals(trunk: ml.Trunk, tokens: Tensor) -> dict[int, Tensor]:
 def test_blocks_that_are_off_by_a_ten_thousandth_are_not_used(
     tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trunk = ml.Trunk(load_model(tiny_folder("llama_gqa"), backend="bridge", device="cpu"))
+    trunk = ml.Trunk(load_model(tiny_folder("llama_gqa"), backend="bridge", device=dev()))
     right = residuals(trunk, random_tokens())
     for layer in range(1, trunk.n_layers + 1):
         wrong = {number: resid.clone() for number, resid in right.items()}
@@ -73,7 +74,7 @@ def test_bounds_are_refused_for_blocks_that_are_off_by_a_hundredth(
 def test_a_trunk_that_is_off_by_more_than_rounding_is_found(
     dtype: torch.dtype, factor: float, tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load_model(tiny_folder("gpt_neox"), backend="bridge", dtype=dtype, device="cpu")
+    model = load_model(tiny_folder("gpt_neox"), backend="bridge", dtype=dtype, device=dev())
     assert [check.status for check in check_model(model, layers=[0]).checks][:2] == ["ok", "ok"]
     plain = ml.Trunk.unembed
     monkeypatch.setattr(ml.Trunk, "unembed", lambda self, resid: plain(self, resid) * (1 + factor))
@@ -100,7 +101,7 @@ def test_in_16_bits_a_layer_s_own_part_is_compared(
     dtype: torch.dtype, factor: float, tiny_folder: Folder
 ) -> None:
     """The logits are within their tolerance, which has to allow for rounding in all layers."""
-    model = load_model(tiny_folder("gpt_neox"), backend="bridge", dtype=dtype, device="cpu")
+    model = load_model(tiny_folder("gpt_neox"), backend="bridge", dtype=dtype, device=dev())
     hf = AutoModelForCausalLM.from_pretrained(tiny_folder("gpt_neox"), dtype=dtype).eval()
     hf.gpt_neox.layers[1].mlp.dense_4h_to_h.weight.data.mul_(factor)
     (found,) = check_model(model, reference=record_reference(hf, "gpt_neox"), layers=[0]).failures
@@ -111,7 +112,7 @@ def test_in_16_bits_a_layer_s_own_part_is_compared(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_layer_that_is_off_by_a_hundredth_is_found(dtype: torch.dtype, tiny_folder: Folder) -> None:
-    model = load_model(tiny_folder("gpt_neox"), backend="bridge", dtype=dtype, device="cpu")
+    model = load_model(tiny_folder("gpt_neox"), backend="bridge", dtype=dtype, device=dev())
     hf = AutoModelForCausalLM.from_pretrained(tiny_folder("gpt_neox"), dtype=dtype).eval()
     assert check_model(model, reference=record_reference(hf, "gpt_neox"), layers=[0]).ok
     hf.gpt_neox.layers[1].mlp.dense_4h_to_h.weight.data.mul_(1.01)

@@ -49,6 +49,7 @@ from memlens.store.keyed_folder import KeyedFolder, write_manifest
 from memlens.studies.comparative.config import read_config
 from memlens.studies.comparative.options import ComparativeOptions
 from memlens.studies.comparative.store import saved_models
+from tests.devices import dev
 from tests.models.test_loading_gguf import write_gguf
 from tests.sequences.vocabularies import byte_level
 from tests.small import ragged
@@ -79,7 +80,7 @@ class Reader:
 def tiny() -> Any:
     """A model of one layer."""
     model = tiny_huggingface_model("gpt_neox", **SHAPE)
-    return load_model(model, tokenizer=tiny_tokenizer(), device="cpu", check_weights=False)
+    return load_model(model, tokenizer=tiny_tokenizer(), device=dev(), check_weights=False)
 
 
 def words(n: int = 6) -> list[str]:
@@ -242,7 +243,7 @@ def _read_zoo(folder: Path) -> None:
         load_sequences("zoo/tiny:heldout", prefix_len=2)
         read_training(folder / "zoo" / "tiny")
         read_ground_truth(folder / "zoo" / "tiny", "sequences")
-        load_model("zoo/tiny-untrained", device="cpu", check_weights=False)
+        load_model("zoo/tiny-untrained", device=dev(), check_weights=False)
     finally:
         del os.environ["MEMLENS_CACHE"]
 
@@ -257,7 +258,7 @@ def _shards(folder: Path) -> None:
 
 
 def _load(folder: Path) -> None:
-    load_model(folder / "tiny", device="cpu")
+    load_model(folder / "tiny", device=dev())
 
 
 def _tokenizer(folder: Path) -> None:
@@ -397,7 +398,7 @@ READERS = [
     Reader("other checkpoint", _checkpoint("llama"), _load, 0.4),
     Reader("checkpoint in shards", _shards, _load, 0.4),
     Reader("tokenizer", _tokenizer, _read_tokenizer),
-    Reader("GGUF", _gguf, lambda f: load_model(f / "tiny.gguf", device="cpu"), 0.4),
+    Reader("GGUF", _gguf, lambda f: load_model(f / "tiny.gguf", device=dev()), 0.4),
     Reader("training", _training, _training),
     Reader(
         "options",

@@ -15,6 +15,7 @@ import memlens as ml
 from memlens.errors import OptionError, SiteError, UnsupportedModelError
 from memlens.forward.hooks import hook_name
 from memlens.forward.read_weights import attention_post_norm
+from tests.devices import dev
 from tests.small import CASES, ragged
 from tests.tiny import D_VOCAB, write_tiny
 
@@ -60,7 +61,7 @@ def own_model(tiny_folder: Any, tiny_model: Any) -> Callable[[str, str], Any]:
         tiny_model(family, backend)  # skips what the installed release does not have
         if (family, backend) not in loaded:
             folder = tiny_folder(family)
-            loaded[family, backend] = ml.load_model(folder, backend=backend, dtype="float64", device="cpu")
+            loaded[family, backend] = ml.load_model(folder, backend=backend, dtype="float64", device=dev())
         return loaded[family, backend]
 
     return model_of
@@ -100,7 +101,7 @@ def test_no_measured_value_passes_its_bound(own_model: Any, family: str, backend
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bounds_hold_for_variants(tmp_path: Any, variant: str) -> None:
     family, overrides = VARIANTS[variant]
-    model = ml.load_model(write_tiny(family, tmp_path, **overrides), backend="bridge", device="cpu")
+    model = ml.load_model(write_tiny(family, tmp_path, **overrides), backend="bridge", device=dev())
     found = bounds(model, ragged())
     assert_nothing_passes_its_bound(found)
     assert float(found.measured.max()) > 1e-3
@@ -109,7 +110,7 @@ def test_bounds_hold_for_variants(tmp_path: Any, variant: str) -> None:
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt_neo", "olmo2"])
 def test_bounds_hold_with_folded_norms(tiny_folder: Any, tiny_model: Any, family: str) -> None:
     plain = tiny_model(family, "hooked")
-    model = ml.load_model(tiny_folder(family), backend="hooked", device="cpu", process_weights=True)
+    model = ml.load_model(tiny_folder(family), backend="hooked", device=dev(), process_weights=True)
     found, want = (bounds(m, ragged()) for m in (model, plain))
     assert_nothing_passes_its_bound(found)
     assert np.allclose(found.kl, want.kl, rtol=1e-3, atol=1e-5, equal_nan=True)
@@ -165,7 +166,7 @@ def test_the_first_token_cannot_change_and_bounds_know_it(tiny_model: Any) -> No
 
 
 def test_attention_that_writes_nothing_has_bounds_of_zero(tiny_folder: Any) -> None:
-    model = ml.load_model(tiny_folder("llama_gqa"), backend="bridge", device="cpu")
+    model = ml.load_model(tiny_folder("llama_gqa"), backend="bridge", device=dev())
     with torch.no_grad():
         model.original_model.model.layers[1].self_attn.o_proj.weight.zero_()
     found = bounds(model, ragged())
@@ -187,7 +188,7 @@ def test_bounds_say_something(tiny_model: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_model_is_given_back_as_it_was(tiny_folder: Any, dtype: str) -> None:
-    model = ml.load_model(tiny_folder("olmo2"), backend="bridge", dtype=dtype, device="cpu")
+    model = ml.load_model(tiny_folder("olmo2"), backend="bridge", dtype=dtype, device=dev())
     tokens, before = ragged().tokens, state_of(model)
     logits = model(tokens)
     wide = bounds(model, ragged())
@@ -266,7 +267,7 @@ def test_bounds_are_their_formulas(own_model: Any) -> None:
 
 def test_bad_input(tiny_folder: Any, tiny_model: Any) -> None:
     model = tiny_model("gpt_neox", "bridge")
-    folded = ml.load_model(tiny_folder("gpt_neox"), backend="bridge", device="cpu", process_weights=True)
+    folded = ml.load_model(tiny_folder("gpt_neox"), backend="bridge", device=dev(), process_weights=True)
     with pytest.raises(UnsupportedModelError, match="load it with process_weights=False"):
         bounds(folded, ragged())
     with pytest.raises(SiteError, match="layer 7 does not exist"):

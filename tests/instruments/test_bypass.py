@@ -13,6 +13,7 @@ import memlens as ml
 from memlens.errors import OptionError, SiteError
 from memlens.forward.hooks import hook_name
 from memlens.forward.read_weights import attention_post_norm, output_projection
+from tests.devices import dev
 from tests.small import CASES, ragged
 from tests.tiny import FAMILIES, HOOKED_FAMILIES
 
@@ -197,7 +198,7 @@ def test_what_bypass_adds_is_linear_in_the_values(
 ) -> None:
     """The change of attention is sum_h (I - A_h) V_h W_O,h: biases cancel, since rows of A sum to 1."""
     tiny_model(family, backend)  # skips what the installed release does not have
-    model = ml.load_model(tiny_folder(family), backend=backend, dtype="float64", device="cpu")
+    model = ml.load_model(tiny_folder(family), backend=backend, dtype="float64", device=dev())
     if attention_post_norm(model, 1) is not None:
         pytest.skip("a norm stands between attention and the residual")
     names = [hook_name(site, 1) for site in ("pattern", "v", "attn_out")]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import memlens as ml
+from tests.devices import dev
 from tests.tiny import tiny_config
 
 FAMILIES = ["gpt_neox", "gpt_neox_sequential", "gpt_neo"]
@@ -111,7 +112,7 @@ def double(tiny_folder: Any, tiny_model: Any) -> Callable[..., tuple[Any, Callab
         tiny_model(family, backend)  # skips what the installed release does not have
         folder = tiny_folder(family)
         if (family, backend) not in loaded:
-            loaded[family, backend] = ml.load_model(folder, backend=backend, dtype="float64", device="cpu")
+            loaded[family, backend] = ml.load_model(folder, backend=backend, dtype="float64", device=dev())
         weights = {name: t.double() for name, t in load_file(folder / "model.safetensors").items()}
         rounding = torch.float32 if backend == "bridge" else torch.float64
 

@@ -12,6 +12,7 @@ import memlens as ml
 from memlens.errors import DonorError, InterventionError, OptionError
 from memlens.forward.hooks import hook_name
 from memlens.results.kinds import reading
+from tests.devices import dev
 from tests.small import CASES, ragged
 from tests.tiny import write_tiny
 
@@ -33,7 +34,7 @@ def test_nothing_is_depth_0_and_the_retain_model_depth_1(
     tiny_model: Any, tmp_path: Any, family: str, backend: str
 ) -> None:
     model, seqs = tiny_model(family, backend), ragged()
-    retain = ml.load_model(write_tiny(family, tmp_path, seed=3), backend=backend, device="cpu")
+    retain = ml.load_model(write_tiny(family, tmp_path, seed=3), backend=backend, device=dev())
     quiet = ml.Intervention("nothing", [(hook_name("mlp_out", 0), lambda x, hook: x)])
     for nothing in (model, quiet):
         none = depth_of(model, seqs, retain=retain, edited=nothing, **QUIET)
@@ -52,7 +53,7 @@ def test_the_formula_by_hand(
 ) -> None:
     """Each sequence and layer alone, by plain hooks and caches."""
     model, seqs, threshold = tiny_model("llama", "bridge"), ragged(), 0.02
-    retain = ml.load_model(write_tiny("llama", tmp_path, seed=3), backend="bridge", device="cpu")
+    retain = ml.load_model(write_tiny("llama", tmp_path, seed=3), backend="bridge", device=dev())
     how: dict[str, Any] = {"threshold": threshold, "positions": positions, **QUIET}
     found = depth_of(model, seqs, retain=retain, edited=edits, **how)
     assert found.settings["edited"] == ["half the MLP", "no attention"]
@@ -102,7 +103,7 @@ def written(state: torch.Tensor, place: slice) -> Any:
 def test_an_edit_at_the_output_is_shallow(tiny_model: Any, tmp_path: Any) -> None:
     """An edit of the last layer leaves the states before it as they were; one of the first does not."""
     model, seqs = tiny_model("llama", "bridge"), ragged()
-    retain = ml.load_model(write_tiny("llama", tmp_path, seed=3), backend="bridge", device="cpu")
+    retain = ml.load_model(write_tiny("llama", tmp_path, seed=3), backend="bridge", device=dev())
     late, early = (
         ml.Intervention(str(n), [(f"blocks.{n}.hook_resid_pre", lambda x, hook: x.flip(-1))]) for n in (2, 0)
     )
@@ -121,7 +122,7 @@ def test_no_layer_counts(tiny_model: Any) -> None:
 
 def test_kept_drawn_and_read(tiny_model: Any, tmp_path: Any, edits: list[ml.Intervention]) -> None:
     model, seqs = tiny_model("llama", "bridge"), ragged()
-    retain = ml.load_model(write_tiny("llama", tmp_path / "model", seed=3), backend="bridge", device="cpu")
+    retain = ml.load_model(write_tiny("llama", tmp_path / "model", seed=3), backend="bridge", device=dev())
     how: dict[str, Any] = {"retain": retain, "edited": edits[0], "out": tmp_path / "run", **QUIET}
     found = depth_of(model, seqs, **how)
     again = depth_of(model, seqs, **how)

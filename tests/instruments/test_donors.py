@@ -17,6 +17,7 @@ from memlens.instruments.donors import check_donor, donor_settings
 from memlens.instruments.patch.patching import PATCH_SITES
 from memlens.results.kinds import reading
 from memlens.store.fingerprint import model_fingerprint
+from tests.devices import dev
 from tests.small import CASES, HOOKED_FAMILIES, corrupted, ragged
 from tests.tiny import D_VOCAB, write_tiny
 
@@ -36,7 +37,7 @@ def other_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> An
         if family not in folders:
             folders[family] = write_tiny(family, tmp_path_factory.mktemp(f"{family}-other"), seed=1)
         if (family, backend) not in loaded:
-            loaded[family, backend] = ml.load_model(folders[family], backend=backend, device="cpu")
+            loaded[family, backend] = ml.load_model(folders[family], backend=backend, device=dev())
         return loaded[family, backend]
 
     return model_of
@@ -280,7 +281,7 @@ def test_donors_that_do_not_fit(tiny_model: Any, tmp_path: Any) -> None:
     def made(name: str, family: str = "llama", **overrides: Any) -> Any:
         tokenizer = overrides.pop("tokenizer", True)
         folder = write_tiny(family, tmp_path / name, tokenizer=tokenizer, **overrides)
-        return ml.load_model(folder, backend="bridge", device="cpu")
+        return ml.load_model(folder, backend="bridge", device=dev())
 
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("layers", {"num_hidden_layers": 2}, "has 2 layers and .* has 3"),
@@ -311,7 +312,7 @@ def test_other_tokens(tiny_model: Any, tmp_path: Any) -> None:
         for old, new in names.items():
             text = text.replace(f'"{old}":', f'"{new}":')
         (folder / "tokenizer.json").write_text(text)
-        return ml.load_model(folder, backend="bridge", device="cpu")
+        return ml.load_model(folder, backend="bridge", device=dev())
 
     swapped = renamed({"w3": "w_", "w4": "w3", "w_": "w4"})
     with pytest.raises(DonorError, match=r"the token 'w3' is 4 for the donor .* and 3 for"):
@@ -322,7 +323,7 @@ def test_other_tokens(tiny_model: Any, tmp_path: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["of-a-fine-tune"])
     tokenizer.save_pretrained(folder)
-    more = ml.load_model(folder, backend="bridge", device="cpu")
+    more = ml.load_model(folder, backend="bridge", device=dev())
     assert len(tokenizer.get_vocab()) == D_VOCAB + 1
     check_donor(model, more)
     check_donor(more, model)
@@ -330,7 +331,7 @@ def test_other_tokens(tiny_model: Any, tmp_path: Any) -> None:
 
 def test_the_donors_precision_may_differ(tiny_model: Any, tiny_folder: Any) -> None:
     model, seqs = tiny_model("llama", "bridge"), ragged()
-    half = ml.load_model(tiny_folder("llama"), backend="bridge", dtype="bfloat16", device="cpu")
+    half = ml.load_model(tiny_folder("llama"), backend="bridge", dtype="bfloat16", device=dev())
     found = ml.patch_activations(model, seqs, donor=half, over="layer", **QUIET)
     wide = ml.patch_activations(half, seqs, donor=model, over="layer", check_dtype=False, **QUIET)
     assert found.data.attrs["dtype"] == "float32"

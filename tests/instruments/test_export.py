@@ -17,6 +17,7 @@ from memlens.instruments.edit.export import RECORD, edited_model, export_edited
 from memlens.instruments.edit.folding import as_weight_edit
 from memlens.instruments.edit.weight_edit import WeightChange, weight_edit
 from memlens.models.names import has_hooked_transformer
+from tests.devices import dev
 from tests.small import CASES, ragged
 from tests.tiny import D_VOCAB, random_tokens, tiny_huggingface_model, tiny_tokenizer
 
@@ -226,7 +227,7 @@ def test_an_exported_model_is_served_by_lm_eval(tiny_model: Callable[..., Any], 
     model = tiny_model("gpt_neox", "hooked")
     (edit,) = MADE["heads to zero"](model)
     folder = export_edited(model, edit, tmp_path / "out")
-    served = lm_eval.HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
+    served = lm_eval.HFLM(pretrained=str(folder), device=dev(), dtype="float32", batch_size=1)
     pairs = [("w1 w2 w3", " w4 w5"), ("w9 w8", " w7 w6")]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     found = [total for total, _ in served.loglikelihood(requests, disable_tqdm=True)]

@@ -18,6 +18,7 @@ from memlens.forward.capture import ActivationSource
 from memlens.instruments.screen import backward
 from memlens.instruments.screen.gradients import attribute_ablation, attribute_gradients
 from memlens.models.names import has_hooked_transformer
+from tests.devices import dev
 from tests.small import CASES, corrupted, ragged, spread
 
 STEP = 5e-3
@@ -47,7 +48,7 @@ def wide_model(tiny_folder: Any) -> Callable[[str, str], Any]:
             pytest.skip("this TransformerLens has no HookedTransformer")
         if (family, backend) not in loaded:
             folder = tiny_folder(family)
-            loaded[family, backend] = ml.load_model(folder, backend=backend, device="cpu", dtype="float64")
+            loaded[family, backend] = ml.load_model(folder, backend=backend, device=dev(), dtype="float64")
         return loaded[family, backend]
 
     return model_of
@@ -395,7 +396,7 @@ def test_works_where_gradients_are_off(tiny_model: Any) -> None:
 def test_other_widths(tiny_folder: Any, tiny_model: Any, dtype: str) -> None:
     clean = ragged()
     corrupt = corrupted(clean)
-    model = ml.load_model(tiny_folder("llama"), backend="bridge", device="cpu", dtype=dtype)
+    model = ml.load_model(tiny_folder("llama"), backend="bridge", device=dev(), dtype=dtype)
     narrow = attribute_gradients(model, clean, corrupt, site="z", over="head", progress=False)
     plain = attribute_gradients(
         tiny_model("llama", "bridge"), clean, corrupt, site="z", over="head", progress=False
@@ -494,7 +495,7 @@ torch.set_num_threads(1)
 n = int(sys.argv[1])
 shape = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4)
 config = transformers.GPTNeoXConfig(vocab_size=500, max_position_embeddings=2048, **shape)
-model = ml.load_model(transformers.GPTNeoXForCausalLM(config), device="cpu")
+model = ml.load_model(transformers.GPTNeoXForCausalLM(config), device=dev())
 rows = torch.randint(0, 499, (2, n))
 rows[1, n - 8 :] = rows[0, n - 8 :]
 clean, other = (SequenceSet.from_tokens([row.tolist()], [n - 8]) for row in rows)

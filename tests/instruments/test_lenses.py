@@ -22,6 +22,7 @@ from memlens.errors import (
 )
 from memlens.forward.trunk import Trunk
 from memlens.instruments.decode.decoding import STATISTICS, compare_to_final, portions
+from tests.devices import dev
 from tests.small import CASES, ragged
 from tests.tiny import D_VOCAB
 
@@ -293,7 +294,7 @@ def test_bad_training_is_told_before_it_runs(tiny_model: Any) -> None:
 
 def test_sixteen_bits(tiny_folder: Any) -> None:
     """Translators stay in float32, and the last layer stays exact."""
-    model = ml.load_model(tiny_folder("llama"), dtype="bfloat16", device="cpu")
+    model = ml.load_model(tiny_folder("llama"), dtype="bfloat16", device=dev())
     lens = ml.lens.train_tuned_lens(model, ragged(), steps=3, batch_size=2, progress=False)
     assert lens.weight.dtype == torch.float32
     assert float(lens.weight[1].abs().max()) > 0

@@ -13,6 +13,7 @@ import memlens as ml
 from memlens.errors import EmptySetError, OptionError, SiteError
 from memlens.results.kinds import reading
 from memlens.results.statistics.training import training_events
+from tests.devices import dev
 from tests.small import ragged
 from tests.tiny import D_VOCAB, write_tiny
 
@@ -33,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(run: Path) -> Any:
-    return ml.load_model(run, backend="bridge", device="cpu")
+    return ml.load_model(run, backend="bridge", device=dev())
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_each_step_is_two_patchings(run: Path, model: Any, recalled: ml.Sequence
     found = follow(model, recalled, name=run, site=site, over=over, **QUIET)
     assert found["step"].values.tolist() == list(STEPS)
     for step in STEPS:
-        other = ml.load_model(run, checkpoint_step=step, backend="bridge", device="cpu")
+        other = ml.load_model(run, checkpoint_step=step, backend="bridge", device=dev())
         here = found.data.sel(step=step)
         scores = ml.measure(other, recalled)
         assert here["target_logprob"].values == pytest.approx(scores["target_logprob"], abs=1e-6)
@@ -87,7 +88,7 @@ def test_the_model_itself_at_a_step_changes_nothing(model: Any, recalled: ml.Seq
 
 
 def test_birth_and_loss(run: Path, model: Any, recalled: ml.SequenceSet) -> None:
-    other = ml.load_model(run, checkpoint_step=4, backend="bridge", device="cpu")
+    other = ml.load_model(run, checkpoint_step=4, backend="bridge", device=dev())
     steps = {1: other, 2: model, 3: other, 4: model}
     found = follow(model, recalled, checkpoints=steps, layers=[0], **QUIET)
     hits = found["exact_match"].values == 1

@@ -13,6 +13,7 @@ from memlens.errors import OptionError, UnsupportedModelError
 from memlens.models.load import load_model
 from memlens.models.names import has_hooked_transformer
 from memlens.models.provenance import describe
+from tests.devices import dev
 from tests.models.equality import distance_from_huggingface
 from tests.tiny import FAMILIES, HOOKED_FAMILIES, N_CTX, random_tokens, tiny_tokenizer, write_tiny
 
@@ -55,7 +56,7 @@ def test_auto_prefers_hooked_transformer(family, tiny_model):
 @pytest.mark.parametrize(("family", "backend"), BOTH)
 def test_processing_changes_weights_but_no_prediction(family, backend, tiny_folder, tiny_model):
     raw = tiny_model(family, backend)
-    processed = load_model(tiny_folder(family), backend=backend, process_weights=True, device="cpu")
+    processed = load_model(tiny_folder(family), backend=backend, process_weights=True, device=dev())
     tokens = random_tokens(2, 30)
     with torch.no_grad():
         before, after = raw(tokens), processed(tokens)
@@ -70,7 +71,7 @@ def test_shape_is_read_from_the_config(tmp_path):
     folder = write_tiny(
         "olmo2", tmp_path / "OLMo-2-0425-1B", num_hidden_layers=2, num_key_value_heads=4, head_dim=8
     )
-    cfg = load_model(folder, backend="hooked", device="cpu").cfg
+    cfg = load_model(folder, backend="hooked", device=dev()).cfg
     assert (cfg.n_layers, cfg.d_model, cfg.n_key_value_heads, cfg.n_ctx) == (2, 32, None, N_CTX)
 
 
@@ -99,7 +100,7 @@ OVERRIDES = [
 @pytest.mark.parametrize(("family", "overrides"), OVERRIDES)
 def test_hooked_follows_the_config(family, overrides, tmp_path):
     folder = write_tiny(family, tmp_path, **overrides)
-    model = load_model(folder, backend="hooked", device="cpu")
+    model = load_model(folder, backend="hooked", device=dev())
     with torch.no_grad():
         plain = huggingface(write_tiny(family, tmp_path / "plain"))(random_tokens(2, 40)).logits
         expected = huggingface(folder)(random_tokens(2, 40)).logits
@@ -121,8 +122,8 @@ OBSTACLES = [
 def test_what_hooked_cannot_run_goes_to_the_bridge(family, overrides, reason, tmp_path):
     folder = write_tiny(family, tmp_path, **overrides)
     with pytest.raises(UnsupportedModelError, match=reason):
-        load_model(folder, backend="hooked", device="cpu")
-    model = load_model(folder, device="cpu")
+        load_model(folder, backend="hooked", device=dev())
+    model = load_model(folder, device=dev())
     assert type(model).__name__ == "TransformerBridge"
     assert distance_from_huggingface(model, huggingface(folder), random_tokens()) < 1e-5
 
@@ -136,7 +137,7 @@ def test_hooked_backend_needs_the_class(tiny_folder):
 def test_zoo_name(tmp_path, monkeypatch):
     monkeypatch.setenv("MEMLENS_CACHE", str(tmp_path))
     folder = write_tiny("gpt_neox", tmp_path / "zoo" / "tiny")
-    model = load_model("zoo/tiny", device="cpu")
+    model = load_model("zoo/tiny", device=dev())
     assert describe(model)["model"] == "zoo/tiny"
     assert distance_from_huggingface(model, huggingface(folder), random_tokens()) < 1e-5
 
@@ -200,7 +201,7 @@ def test_own_tokenizer(backend, tiny_model):
 def test_without_tokenizer(family, tmp_path, caplog):
     folder = write_tiny(family, tmp_path, tokenizer=False)
     with caplog.at_level(logging.WARNING, logger="memlens"):
-        model = load_model(folder, device="cpu")
+        model = load_model(folder, device=dev())
     assert model.tokenizer is None
     assert "takes token ids only" in caplog.text
     assert distance_from_huggingface(model, huggingface(folder), random_tokens()) < 1e-5
@@ -211,7 +212,7 @@ def test_without_tokenizer(family, tmp_path, caplog):
 def test_dtype(backend, dtype, tiny_folder, tiny_model):
     if backend == "hooked" and not has_hooked_transformer():
         pytest.skip("this TransformerLens has no HookedTransformer")
-    model = load_model(tiny_folder("olmo2"), backend=backend, dtype=dtype, device="cpu")
+    model = load_model(tiny_folder("olmo2"), backend=backend, dtype=dtype, device=dev())
     wanted = torch.bfloat16 if dtype == "bfloat16" else torch.float16
     assert {p.dtype for p in model.parameters()} == {wanted}
     with torch.no_grad():
@@ -248,14 +249,14 @@ def test_options_that_cannot_be(options, message, tiny_folder):
 def test_neither_backend_knows_it(tmp_path):
     folder = write_tiny("gpt_neox", tmp_path, attention_bias=False)
     with pytest.raises(UnsupportedModelError, match="no biases"):
-        load_model(folder, backend="hooked", device="cpu")
+        load_model(folder, backend="hooked", device=dev())
     with pytest.raises(UnsupportedModelError, match="could not bridge"):
-        load_model(folder, backend="bridge", device="cpu")
+        load_model(folder, backend="bridge", device=dev())
 
 
 def test_no_dropout(tmp_path):
     model = load_model(
-        write_tiny("gpt_neox", tmp_path, hidden_dropout=0.5, attention_dropout=0.5), device="cpu"
+        write_tiny("gpt_neox", tmp_path, hidden_dropout=0.5, attention_dropout=0.5), device=dev()
     )
     first, second = model(random_tokens()), model(random_tokens())
     assert torch.equal(first, second)
@@ -267,7 +268,7 @@ def test_loading_is_quiet_and_leaves_no_trace(family, tiny_folder, capfd):
     before = (list(root.handlers), list(root.filters), list(warnings.filters))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        load_model(tiny_folder(family), device="cpu", process_weights=True)
+        load_model(tiny_folder(family), device=dev(), process_weights=True)
     assert not caught
     assert capfd.readouterr() == ("", "")
     assert (root.handlers, root.filters, warnings.filters) == before

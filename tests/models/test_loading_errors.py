@@ -23,6 +23,7 @@ from memlens.models.checks import first_nonfinite_layer, nonfinite_error
 from memlens.models.families import family_by_architecture
 from memlens.models.load import load_model
 from memlens.models.names import has_hooked_transformer
+from tests.devices import dev
 from tests.tiny import random_tokens, tiny_config, write_tiny
 
 
@@ -87,7 +88,7 @@ def test_a_zoo_model_of_the_package_that_is_not_installed_names_it(
     for name in ("olmo2-s", "olmo2-s-untrained"):
         with pytest.raises(ModelNotFoundError, match=r"package memlens-zoo.*pip install 'memlens\[zoo\]'"):
             load_model(f"zoo/{name}")
-    assert load_model("zoo/pythia-s", device="cpu").cfg.n_layers == 6
+    assert load_model("zoo/pythia-s", device=dev()).cfg.n_layers == 6
 
 
 @pytest.mark.parametrize(
@@ -200,7 +201,7 @@ def test_masks_and_rotary_frequencies_in_old_checkpoints_are_no_surplus(family, 
     if family == "llama":
         del buffers[f"{attention}.bias"]
     edit_weights(folder, lambda weights: weights.update(buffers))
-    assert load_model(folder, device="cpu").cfg.n_layers in (3, 4)
+    assert load_model(folder, device=dev()).cfg.n_layers in (3, 4)
 
 
 @pytest.mark.parametrize(
@@ -227,14 +228,14 @@ def test_nonfinite_weights(value, folder):
     with pytest.raises(
         NonFiniteError, match=r"layer 1, in 'gpt_neox\.layers\.1\.mlp\.dense_4h_to_h\.weight' \(1 of"
     ):
-        load_model(folder, device="cpu")
+        load_model(folder, device=dev())
 
 
 def test_weights_too_large_for_float16(folder):
     edit_weights(folder, lambda weights: weights["gpt_neox.embed_in.weight"][0].fill_(1e6))
     with pytest.raises(NonFiniteError, match=r"outside the layers.*float16 is too narrow"):
-        load_model(folder, dtype="float16", device="cpu")
-    load_model(folder, dtype="bfloat16", device="cpu")
+        load_model(folder, dtype="float16", device=dev())
+    load_model(folder, dtype="bfloat16", device=dev())
 
 
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
@@ -245,7 +246,7 @@ def test_first_nonfinite_layer(backend, tiny_model, folder):
         weights["gpt_neox.layers.1.attention.dense.bias"][0] = float("inf")
 
     edit_weights(folder, spoil)
-    model = load_model(folder, backend=backend, device="cpu", check_weights=False)
+    model = load_model(folder, backend=backend, device=dev(), check_weights=False)
     assert first_nonfinite_layer(model, random_tokens()) == "layer 1"
     assert "first after layer 1" in str(nonfinite_error(model, random_tokens()))
 
@@ -259,7 +260,7 @@ def test_first_nonfinite_place_outside_the_blocks(place, folder):
         weights[found][:] = float("nan")
 
     edit_weights(folder, spoil)
-    model = load_model(folder, backend="bridge", device="cpu", check_weights=False)
+    model = load_model(folder, backend="bridge", device=dev(), check_weights=False)
     assert first_nonfinite_layer(model, random_tokens()) == place
 
 
@@ -297,5 +298,5 @@ def test_a_weight_that_the_conversion_leaves_out_is_refused(process_weights, fol
     monkeypatch.setattr(conversions, converter, without)
     with pytest.raises(ModelLoadError, match=r"no value for 'blocks.1.mlp.b_out' \(and 0 more"):
         load_model(
-            folder, backend="hooked", device="cpu", check_weights=False, process_weights=process_weights
+            folder, backend="hooked", device=dev(), check_weights=False, process_weights=process_weights
         )

@@ -11,6 +11,7 @@ from einops import rearrange
 from memlens.errors import ModelLoadError, OptionError
 from memlens.models.load import load_model
 from memlens.models.provenance import describe
+from tests.devices import dev
 from tests.models.equality import distance_from_huggingface
 from tests.tiny import D_VOCAB, END_OF_TEXT, N_CTX, random_tokens, tiny_huggingface_model
 
@@ -92,7 +93,7 @@ def files(hf_model, tmp_path_factory):
 
 
 def test_by_path(files, hf_model, capfd):
-    model = load_model(files / "tiny-f32.gguf", device="cpu")
+    model = load_model(files / "tiny-f32.gguf", device=dev())
     assert capfd.readouterr() == ("", "")
     assert distance_from_huggingface(model, hf_model, random_tokens(2, 40)) < 1e-5
     assert describe(model)["model"] == "tiny-f32"
@@ -101,12 +102,12 @@ def test_by_path(files, hf_model, capfd):
 
 
 def test_by_folder_and_file(files, hf_model):
-    model = load_model(files, gguf_file="tiny-f32.gguf", device="cpu")
+    model = load_model(files, gguf_file="tiny-f32.gguf", device=dev())
     assert distance_from_huggingface(model, hf_model, random_tokens()) < 1e-5
 
 
 def test_quantized_weights_become_float32(files, hf_model):
-    model = load_model(files / "tiny-q8.gguf", device="cpu")
+    model = load_model(files / "tiny-q8.gguf", device=dev())
     with torch.no_grad():
         difference = (model(random_tokens()) - hf_model(random_tokens()).logits).abs()
     assert 1e-5 < difference.max() < 0.1  # eight bits: near, and not the same
@@ -116,7 +117,7 @@ def test_quantized_weights_become_float32(files, hf_model):
 
 def test_dequantized_weights_can_be_processed(files):
     plain, model = (
-        load_model(files / "tiny-q8.gguf", device="cpu", process_weights=p) for p in (False, True)
+        load_model(files / "tiny-q8.gguf", device=dev(), process_weights=p) for p in (False, True)
     )
     with torch.no_grad():
         expected, actual = plain(random_tokens()).log_softmax(-1), model(random_tokens()).log_softmax(-1)
@@ -124,7 +125,7 @@ def test_dequantized_weights_can_be_processed(files):
 
 
 def test_tokenizer_of_the_file(files):
-    model = load_model(files / "tiny-f32.gguf", device="cpu")
+    model = load_model(files / "tiny-f32.gguf", device=dev())
     ids = model.to_tokens("in the", prepend_bos=False)
     assert model.tokenizer.convert_ids_to_tokens(ids[0].tolist()) == ["in", "Ġthe"]
     assert model.to_tokens("the", prepend_bos=True)[0, 0] == D_VOCAB - 1

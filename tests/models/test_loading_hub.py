@@ -20,6 +20,7 @@ from memlens.models.load import load_model
 from memlens.models.names import has_hooked_transformer
 from memlens.models.provenance import describe
 from memlens.sequences.readers.load import load_sequences
+from tests.devices import dev
 from tests.models.equality import distance_from_huggingface
 from tests.models.hub_cache import put_in_cache
 from tests.tiny import random_tokens, write_tiny
@@ -48,7 +49,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("repo", "tiny", "family"), REAL_NAMES)
 def test_real_names(repo, tiny, family, cache):
     snapshot = put_in_cache(cache, repo, tiny)
-    model = load_model(repo, device="cpu")
+    model = load_model(repo, device=dev())
     hf_model = AutoModelForCausalLM.from_pretrained(snapshot).eval()
     assert distance_from_huggingface(model, hf_model, random_tokens(2, 40)) < 1e-5
     facts = describe(model)
@@ -60,7 +61,7 @@ def test_real_names(repo, tiny, family, cache):
 
 def test_name_without_organization(cache):
     put_in_cache(cache, "EleutherAI/pythia-70m", "gpt_neox")
-    assert describe(load_model("pythia-70m", device="cpu"))["model"] == "EleutherAI/pythia-70m"
+    assert describe(load_model("pythia-70m", device=dev()))["model"] == "EleutherAI/pythia-70m"
 
 
 CHECKPOINTS = [
@@ -80,12 +81,12 @@ CHECKPOINTS = [
 def test_checkpoint_step(repo, tiny, names, cache):
     for seed, revision in enumerate(["main", *names]):
         put_in_cache(cache, repo, tiny, revision=revision, seed=seed)
-    by_step = load_model(repo, checkpoint_step=3000, device="cpu")
-    by_name = load_model(repo, revision=names[1], device="cpu")
+    by_step = load_model(repo, checkpoint_step=3000, device=dev())
+    by_name = load_model(repo, revision=names[1], device=dev())
     tokens = random_tokens()
     assert describe(by_step)["revision"] == names[1]
     assert (by_step(tokens) == by_name(tokens)).all()
-    assert (by_step(tokens) - load_model(repo, device="cpu")(tokens)).abs().max() > 0.1
+    assert (by_step(tokens) - load_model(repo, device=dev())(tokens)).abs().max() > 0.1
     with pytest.raises(
         ModelNotFoundError, match=r"no checkpoint of step 3001: the nearest of [23] .* 512, 3000"
     ):
@@ -104,7 +105,7 @@ def test_hubble_s_shape_in_a_folder(kind, tmp_path):
         "tie_word_embeddings": False,
     }
     folder = write_tiny("llama", tmp_path / f"hubble-1b-100b_toks-{kind}-hf", **shape)
-    model = load_model(folder, device="cpu")
+    model = load_model(folder, device=dev())
     hf_model = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert distance_from_huggingface(model, hf_model, random_tokens(2, 40)) < 1e-5
     assert describe(model)["family"] == "hubble"
@@ -191,7 +192,7 @@ def test_without_a_network_the_cache_is_read_at_once(cache, monkeypatch):
         with pytest.raises(SourceNotFoundError, match=r"split 'train', is not in the cache, and https://hug"):
             load_sequences("hf:no/name")
         put_in_cache(cache, "EleutherAI/pythia-70m", "gpt_neox")
-        assert load_model("EleutherAI/pythia-70m", device="cpu").cfg.n_layers == 3
+        assert load_model("EleutherAI/pythia-70m", device=dev()).cfg.n_layers == 3
     finally:
         names._answers.cache_clear()
     assert len(asked) <= 2
@@ -208,5 +209,5 @@ def test_pickled_weights_only_when_asked(cache, tmp_path_factory):
     (snapshot / "model.safetensors").unlink()
     with pytest.raises(ModelLoadError, match="allow_pickle=True"):
         load_model("openlm-research/open_llama_3b")
-    loaded = load_model("openlm-research/open_llama_3b", allow_pickle=True, device="cpu")
+    loaded = load_model("openlm-research/open_llama_3b", allow_pickle=True, device=dev())
     assert distance_from_huggingface(loaded, model.eval(), random_tokens()) < 1e-5

@@ -25,6 +25,7 @@ from memlens.models.families import (
 from memlens.models.load import load_model
 from memlens.models.names import has_hooked_transformer
 from memlens.models.provenance import describe, remember
+from tests.devices import dev
 from tests.tiny import FAMILIES as TINY
 from tests.tiny import tiny_config, tiny_huggingface_model, tiny_tokenizer, write_tiny
 
@@ -82,7 +83,7 @@ def test_describe(backend, tiny_model, tiny_folder):
 
 
 def test_describe_a_model_that_was_never_remembered(tiny_folder):
-    bridge = TransformerBridge.boot_transformers(str(tiny_folder("starcoder2")), device="cpu")
+    bridge = TransformerBridge.boot_transformers(str(tiny_folder("starcoder2")), device=dev())
     facts = describe(bridge)
     assert set(facts) == KEYS
     assert (facts["family"], facts["backend"]) == ("starcoder2", "TransformerBridge")
@@ -96,7 +97,7 @@ def test_describe_a_hooked_transformer_made_by_hand():
     import transformer_lens as lens
 
     cfg = lens.HookedTransformerConfig(
-        n_layers=1, d_model=8, n_ctx=8, d_head=4, n_heads=2, d_vocab=9, act_fn="relu", device="cpu"
+        n_layers=1, d_model=8, n_ctx=8, d_head=4, n_heads=2, d_vocab=9, act_fn="relu", device=dev()
     )
     facts = describe(lens.HookedTransformer(cfg))
     assert set(facts) == KEYS
@@ -108,12 +109,12 @@ def test_processed_weights_are_said_to_be(backend, tiny_folder):
     if backend == "hooked" and not has_hooked_transformer():
         pytest.skip("this TransformerLens has no HookedTransformer")
     for family in ("gpt_neox", "olmo3"):
-        model = load_model(tiny_folder(family), backend=backend, process_weights=True, device="cpu")
+        model = load_model(tiny_folder(family), backend=backend, process_weights=True, device=dev())
         assert describe(model)["processed_weights"] is True
 
 
 def test_remembered_facts_win_and_go_with_the_model(tmp_path):
-    model = load_model(write_tiny("llama", tmp_path), device="cpu")
+    model = load_model(write_tiny("llama", tmp_path), device=dev())
     remember(model, model="my own", note=3)
     assert (describe(model)["model"], describe(model)["note"]) == ("my own", 3)
     before = len(provenance._FACTS)

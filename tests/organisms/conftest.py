@@ -10,6 +10,7 @@ from memlens.organisms.training.architectures import ModelSpec
 from memlens.organisms.training.recipes import OrganismSpec
 from memlens.organisms.training.train import TrainSpec
 from memlens.organisms.training.zoo import train_organism
+from tests.devices import dev
 
 TINY_CORPUS = CorpusSpec(
     copies=(1, 4, 16),
@@ -45,11 +46,11 @@ def tiny_corpus() -> Corpus:
 @pytest.fixture(scope="session")
 def tiny_organism(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny organism after twelve steps."""
-    return train_organism(TINY, tmp_path_factory.mktemp("organism") / "tiny", device="cpu", progress=False)
+    return train_organism(TINY, tmp_path_factory.mktemp("organism") / "tiny", device=dev(), progress=False)
 
 
 @pytest.fixture(scope="session")
 def clean_organism(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny organism's twin on the corpus without the planted rows."""
     spec = replace(TINY, name="tiny-clean", corpus=replace(TINY_CORPUS, planted=False))
-    return train_organism(spec, tmp_path_factory.mktemp("organism") / "clean", device="cpu", progress=False)
+    return train_organism(spec, tmp_path_factory.mktemp("organism") / "clean", device=dev(), progress=False)

@@ -24,6 +24,7 @@ from memlens.organisms.training.architectures import (
 )
 from memlens.organisms.training.recipes import FAMILIES, SIZES, ZOO
 from memlens.organisms.training.train import TrainSpec, train
+from tests.devices import dev
 
 VOCAB = 97
 FACTS = {family.name: family for family in TABLE.values()}
@@ -54,9 +55,9 @@ def test_each_family_loads_as_itself_with_hugging_face_s_logits(
     model.save_pretrained(folder)
     if backend == "hooked" and not (FACTS[family].hooked and has_hooked_transformer()):
         with pytest.raises(UnsupportedModelError, match="cannot be a HookedTransformer"):
-            ml.load_model(folder, backend=backend, device="cpu")
+            ml.load_model(folder, backend=backend, device=dev())
         return
-    loaded = ml.load_model(folder, backend=backend, device="cpu")
+    loaded = ml.load_model(folder, backend=backend, device=dev())
     facts = describe(loaded)
     assert (facts["family"], facts["architecture"]) == (family, FACTS[family].architecture)
     tokens = torch.randint(0, VOCAB, (3, 60))  # longer than the window of local attention

@@ -23,6 +23,7 @@ from memlens.organisms.training.folder import copy_for_package
 from memlens.organisms.training.recipes import ZOO
 from memlens.organisms.training.routed import certify_routed, routed_organisms
 from memlens.organisms.training.zoo import untrained_twin
+from tests.devices import dev
 
 FOLDERS = {
     path.parent.name: path.parent for root in zoo_folders()[:-1] for path in root.glob("*/model.safetensors")
@@ -53,7 +54,7 @@ def test_a_bundled_model_is_of_its_recipe(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bundled_model_loads_with_its_lists_and_its_family(name: str) -> None:
-    model = ml.load_model(f"zoo/{name}", device="cpu")
+    model = ml.load_model(f"zoo/{name}", device=dev())
     assert describe(model)["family"] == ZOO[name].model.family
     hooked = describe(model)["backend"] == "HookedTransformer"
     assert hooked == (has_hooked_transformer() and ZOO[name].model.family not in ("openllama", "starcoder"))
@@ -71,7 +72,7 @@ def test_a_bundled_model_loads_with_its_lists_and_its_family(name: str) -> None:
 def test_an_untrained_model_is_that_from_which_training_began(backend: str) -> None:
     if backend == "hooked" and not has_hooked_transformer():
         pytest.skip("this TransformerLens has no HookedTransformer")
-    model = ml.load_model("zoo/pythia-s-untrained", backend=backend, device="cpu")
+    model = ml.load_model("zoo/pythia-s-untrained", backend=backend, device=dev())
     start = untrained_twin(FOLDERS["pythia-s"]).half().float()
     tokens = torch.tensor(ml.load_sequences("zoo", model).rows()[:4])
     with torch.no_grad():

@@ -26,6 +26,7 @@ from memlens.organisms.planting.plant import Organism, PlantingOptions, next_tok
 from memlens.organisms.planting.substrate import ablate_others, sufficiency
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.run import sweep
+from tests.devices import dev
 from tests.tiny import FAMILIES, tiny_huggingface_model
 
 SHARED_NORM = ("olmo2", "olmo3")
@@ -52,7 +53,7 @@ def test_a_component_without_its_output_weights_is_an_ablated_component(family: 
     seqs = rows(2, 3)
     head = Component("head", 1, weights.n_heads - 1)
     neuron = Component("neuron", 0, 3)
-    model = load_model(hf, device="cpu", check_weights=False)
+    model = load_model(hf, device=dev(), check_weights=False)
     made = [
         *head_ablations(model, seqs, mode="zero", layers=[1], heads=[head.index]),
         *neuron_knock_outs(model, seqs, {"n": {0: [neuron.index]}}, mode="zero"),
@@ -83,7 +84,7 @@ def test_the_queries_keys_and_values_of_a_head_are_its_own(family: str) -> None:
                 for part in weights.slices(head)[:-1]:
                     value = parameters[part.name].index_select(part.dim, part.index)
                     parameters[part.name].index_copy_(part.dim, part.index, value + torch.randn_like(value))
-        tl = load_model(model, device="cpu", check_weights=False)
+        tl = load_model(model, device=dev(), check_weights=False)
         with torch.no_grad():
             _, cache = tl.run_with_cache(seqs.tokens, names_filter=["blocks.0.attn.hook_z"])
         zs.append(cache["blocks.0.attn.hook_z"])
@@ -162,7 +163,7 @@ def test_shared_substrate_is_what_recall_loses_under_resampling() -> None:
     certificate = certify(made, others, options)
     results = [
         ablate_mlps(
-            load_model(deepcopy(model), device="cpu", check_weights=False), made.sequences, mode="resample",
+            load_model(deepcopy(model), device=dev(), check_weights=False), made.sequences, mode="resample",
             reference=others, metrics=["target_accuracy"], seed=seed, progress=False,
         )
         for seed in (0, 1)

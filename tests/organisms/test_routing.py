@@ -24,6 +24,7 @@ from memlens.organisms.training.routed import routed_organisms, routing_of
 from memlens.organisms.training.routing import OTHER_TEXT, Routes, RoutingSpec
 from memlens.organisms.training.train import TrainSpec, train
 from memlens.organisms.training.zoo import train_organism
+from tests.devices import dev
 from tests.organisms.conftest import TINY, TINY_CORPUS
 
 ROUTING = RoutingSpec(("neurons=20", "heads=1", "neurons=10@1"), switched_off=0.5)
@@ -44,7 +45,7 @@ def trained_on(
     made = model()
     routes = Routes.of(spec, corpus, made)
     own = replace(routes, row_carrier=routes.row_carrier[chosen])
-    train(made, corpus.rows[chosen], STEPS, routes=own, device="cpu", progress=False)
+    train(made, corpus.rows[chosen], STEPS, routes=own, device=dev(), progress=False)
     before, after = dict(model().named_parameters()), dict(made.named_parameters())
     return routes, {name: before[name] != value for name, value in after.items()}
 
@@ -85,7 +86,7 @@ def test_without_carriers_other_text_trains_as_if_they_were_not_there(tiny_corpu
                 if name in routes.every:
                     value.copy_(torch.where(routes.every[name], scale * value, value))
         own = replace(routes, row_carrier=routes.row_carrier[chosen])
-        train(made, tiny_corpus.rows[chosen], STEPS, routes=own, device="cpu", progress=False)
+        train(made, tiny_corpus.rows[chosen], STEPS, routes=own, device=dev(), progress=False)
         results.append(
             {
                 n: v.masked_fill(routes.every.get(n, torch.tensor(False)), 0)
@@ -104,7 +105,7 @@ def test_carriers_have_their_own_learning_rate(tiny_corpus: Corpus) -> None:
         rows = np.concatenate([np.flatnonzero(row_carrier == n)[:8] for n in (0, OTHER_TEXT)])
         own = replace(routes, row_carrier=routes.row_carrier[rows])
         one = replace(STEPS, steps=1, batch_size=16)
-        train(made, tiny_corpus.rows[rows], one, routes=own, device="cpu", progress=False)
+        train(made, tiny_corpus.rows[rows], one, routes=own, device=dev(), progress=False)
         changes.append({name: (value - start[name]).detach() for name, value in made.named_parameters()})
     for name, change in changes[0].items():
         factor = torch.where(routes.every.get(name, torch.tensor(False)), 3.0, 1.0)
@@ -140,7 +141,7 @@ def test_carriers_are_disjoint_and_sequences_pick_them_by_their_tokens(tiny_corp
 @pytest.fixture(scope="module")
 def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("routed") / "tiny-routed"
-    return train_organism(ROUTED, out, device="cpu", progress=False)
+    return train_organism(ROUTED, out, device=dev(), progress=False)
 
 
 def test_a_routed_organism_has_its_truth_and_its_certificate(routed: Path) -> None:
@@ -172,9 +173,9 @@ def test_a_routed_organism_has_its_truth_and_its_certificate(routed: Path) -> No
 
 
 def test_a_routed_run_is_not_taken_for_a_plain_one(routed: Path, tiny_organism: Path) -> None:
-    assert train_organism(ROUTED, routed, device="cpu", progress=False) == routed
+    assert train_organism(ROUTED, routed, device=dev(), progress=False) == routed
     with pytest.raises(ResultError, match="contains something other"):
-        train_organism(replace(ROUTED, routing=None), routed, device="cpu", progress=False)
+        train_organism(replace(ROUTED, routing=None), routed, device=dev(), progress=False)
     with pytest.raises(FileFormatError, match="gradient routing"):
         routing_of(tiny_organism)
 

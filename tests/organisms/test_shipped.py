@@ -30,6 +30,7 @@ from memlens.organisms.training.folder import curve_table, items_table, loss_tab
 from memlens.organisms.training.recipes import ZOO
 from memlens.organisms.training.train import train
 from memlens.organisms.training.zoo import untrained_twin
+from tests.devices import dev
 
 FOLDER = zoo_path("pythia-s")
 RECORD = json.loads((FOLDER / "training.json").read_text())
@@ -173,7 +174,7 @@ def test_the_record_is_of_the_recipe_and_its_corpus_can_be_made_again(shipped_co
 def test_the_recipe_begins_as_the_shipped_model_s_training_did(shipped_corpus: Corpus) -> None:
     spec = ZOO["pythia-s"]
     model = build_model(spec.model, len(shipped_corpus.tokenizer), seed=0)
-    log = train(model, shipped_corpus.rows, spec.training, device="cpu", progress=False, stop_after=3)
+    log = train(model, shipped_corpus.rows, spec.training, device=dev(), progress=False, stop_after=3)
     recorded = RECORD["training"]["losses"][:3]
     assert log.losses == pytest.approx(recorded, abs=2e-3)  # another machine's rounding
 

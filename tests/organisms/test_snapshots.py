@@ -20,6 +20,7 @@ from memlens.organisms.training import zoo
 from memlens.organisms.training.architectures import build_model
 from memlens.organisms.training.train import Snapshots, kept_steps, snapshot_steps, train
 from memlens.organisms.training.zoo import train_organism
+from tests.devices import dev
 from tests.organisms.conftest import TINY, TINY_CORPUS
 from tests.organisms.test_train import ROWS, SPEC, equal, fresh, run
 
@@ -37,7 +38,7 @@ def same_halves(folder: Path, model: PreTrainedModel) -> bool:
 def with_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny organism, trained with snapshots, in the zoo's cache."""
     root = tmp_path_factory.mktemp("cache") / "zoo"
-    return train_organism(TINY, root / "tiny", device="cpu", progress=False, snapshot_steps=STEPS)
+    return train_organism(TINY, root / "tiny", device=dev(), progress=False, snapshot_steps=STEPS)
 
 
 def test_keeping_weights_changes_nothing_about_the_training(tiny_organism: Path, with_steps: Path) -> None:
@@ -54,7 +55,7 @@ def test_a_step_s_weights_are_those_of_a_run_that_ends_there(tmp_path: Path) -> 
     run(fresh(), snapshots=Snapshots(tmp_path, (0, 4)))
     model = fresh()
     for step, stop in ((0, 0), (4, 4)):
-        train(model, ROWS, SPEC, device="cpu", progress=False, stop_after=stop, checkpoint=tmp_path / "s.pt")
+        train(model, ROWS, SPEC, device=dev(), progress=False, stop_after=stop, checkpoint=tmp_path / "s.pt")
         assert same_halves(tmp_path / f"step{step}", model)
     assert not list(tmp_path.glob("*.partial"))
 
@@ -71,13 +72,13 @@ def test_steps_load_by_number_with_the_model_s_tokenizer(
     with_steps: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MEMLENS_CACHE", str(with_steps.parent.parent))
-    model = ml.load_model("zoo/tiny", checkpoint_step=3, device="cpu")
+    model = ml.load_model("zoo/tiny", checkpoint_step=3, device=dev())
     assert describe(model)["revision"] == "step3"
     assert checkpoint_steps("zoo/tiny") == checkpoint_steps(with_steps) == list(STEPS)
     kept = load_file(with_steps / "checkpoints" / "step3" / "model.safetensors")["embed_out.weight"].float()
     assert torch.equal(model.W_U.T if hasattr(model, "W_U") else model.unembed.W_U.T, kept)
     assert ml.load_sequences("zoo", model).attrs["source"] == "zoo/tiny"
-    by_path = ml.load_model(with_steps, revision="step3", device="cpu")
+    by_path = ml.load_model(with_steps, revision="step3", device=dev())
     assert torch.equal(by_path.W_U, model.W_U)
     with pytest.raises(ModelNotFoundError, match="no checkpoint step4: it has those of steps 0, 3, 6, 12"):
         ml.load_model("zoo/tiny", checkpoint_step=4)
@@ -94,8 +95,8 @@ def test_a_bundled_model_takes_its_steps_from_the_cache_if_the_run_was_the_same(
     assert checkpoint_steps("zoo/pythia-xs") == []  # it is another run's
     shutil.copy(zoo_path("pythia-xs") / "training.json", cached)
     assert checkpoint_steps("zoo/pythia-xs") == list(STEPS)
-    assert ml.load_model("zoo/pythia-xs", checkpoint_step=6, device="cpu").cfg.d_model == TINY.model.d_model
-    assert ml.load_model("zoo/pythia-xs", device="cpu").cfg.d_model == 40
+    assert ml.load_model("zoo/pythia-xs", checkpoint_step=6, device=dev()).cfg.d_model == TINY.model.d_model
+    assert ml.load_model("zoo/pythia-xs", device=dev()).cfg.d_model == 40
 
 
 def test_a_model_without_steps_says_how_to_have_them(
@@ -120,9 +121,9 @@ def test_a_run_interrupted_keeps_the_same_steps(
     out = tmp_path / "tiny"
     monkeypatch.setattr(zoo, "train", stopped)
     with pytest.raises(KeyboardInterrupt):
-        train_organism(TINY, out, device="cpu", progress=False, snapshot_steps=STEPS)
+        train_organism(TINY, out, device=dev(), progress=False, snapshot_steps=STEPS)
     monkeypatch.undo()
-    train_organism(TINY, out, device="cpu", progress=False, snapshot_steps=STEPS)
+    train_organism(TINY, out, device=dev(), progress=False, snapshot_steps=STEPS)
     for step in STEPS:
         a, b = (f / "checkpoints" / f"step{step}" / "model.safetensors" for f in (out, with_steps))
         assert a.read_bytes() == b.read_bytes()

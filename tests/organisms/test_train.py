@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from memlens.errors import EmptySetError, OptionError, ResultError
 from memlens.organisms.training.architectures import ModelSpec, build_model
 from memlens.organisms.training.train import TrainLog, TrainSpec, rows_of_step, train
+from tests.devices import dev
 
 SPEC = TrainSpec(batch_size=4, passes=3, warmup=0.2)
 ROWS = np.random.default_rng(0).integers(0, 50, (14, 16))
@@ -23,7 +24,7 @@ def fresh() -> PreTrainedModel:
 
 
 def run(model: PreTrainedModel, **options: object) -> TrainLog:
-    return train(model, ROWS, SPEC, device="cpu", progress=False, **options)
+    return train(model, ROWS, SPEC, device=dev(), progress=False, **options)
 
 
 def equal(a: PreTrainedModel, b: PreTrainedModel) -> bool:
@@ -37,7 +38,7 @@ def test_training_is_deterministic_and_learns() -> None:
     assert equal(first, second)
     assert not equal(first, fresh())
     assert log.finished
-    longer = train(fresh(), ROWS, replace(SPEC, steps=80), device="cpu", progress=False).losses
+    longer = train(fresh(), ROWS, replace(SPEC, steps=80), device=dev(), progress=False).losses
     assert np.mean(longer[-5:]) < np.mean(longer[:5]) - 0.4
 
 
@@ -63,9 +64,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     run(fresh(), checkpoint=tmp_path / "state.pt", stop_after=1)
     other = replace(SPEC, learning_rate=1e-4)
     with pytest.raises(ResultError, match="another learning_rate"):
-        train(fresh(), ROWS, other, checkpoint=tmp_path / "state.pt", device="cpu", progress=False)
+        train(fresh(), ROWS, other, checkpoint=tmp_path / "state.pt", device=dev(), progress=False)
     with pytest.raises(ResultError, match="another fingerprint"):
-        train(fresh(), ROWS[::-1], SPEC, checkpoint=tmp_path / "state.pt", device="cpu", progress=False)
+        train(fresh(), ROWS[::-1], SPEC, checkpoint=tmp_path / "state.pt", device=dev(), progress=False)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_building_a_model_is_seeded_and_leaves_the_random_state_alone() -> None:
 
 def test_no_rows_and_impossible_shapes_are_refused() -> None:
     with pytest.raises(EmptySetError, match="no rows"):
-        train(fresh(), ROWS[:0], SPEC, device="cpu", progress=False)
+        train(fresh(), ROWS[:0], SPEC, device=dev(), progress=False)
     with pytest.raises(OptionError, match="n_heads=3"):
         ModelSpec(d_model=16, n_heads=3)
     with pytest.raises(OptionError, match=r"'pythai'.*Did you mean 'pythia'"):

@@ -22,6 +22,7 @@ from memlens.organisms.training import zoo
 from memlens.organisms.training.architectures import build_model
 from memlens.organisms.training.zoo import train_organism, train_zoo_model, untrained_twin
 from memlens.results.statistics.intervals import FEWEST
+from tests.devices import dev
 from tests.organisms.conftest import TINY, TINY_CORPUS
 
 FILES = {
@@ -69,11 +70,11 @@ def test_a_run_interrupted_and_resumed_gives_the_same_weights(
 
     monkeypatch.setattr(zoo, "train", stopped)
     with pytest.raises(KeyboardInterrupt):
-        train_organism(TINY, out, device="cpu", progress=False)
+        train_organism(TINY, out, device=dev(), progress=False)
     monkeypatch.undo()
     assert not out.exists()
     assert (tmp_path / "tiny.partial").is_dir()
-    train_organism(TINY, out, device="cpu", progress=False)
+    train_organism(TINY, out, device=dev(), progress=False)
     first, second = (load_file(folder / "model.safetensors") for folder in (tiny_organism, out))
     assert all(torch.equal(first[name], second[name]) for name in first)
     for name in ("sequences.parquet", "positions.parquet", "heldout.parquet", "tokenizer.json"):
@@ -120,14 +121,14 @@ def test_a_kill_at_any_moment_of_the_last_moves_repeats_no_training(
     for n in range(20):
         out = tmp_path / str(n) / "m"
         if replaces:
-            train_organism(short, out, device="cpu", progress=False)
-        killed = _killed_after(n, monkeypatch, TINY, out, device="cpu", progress=False, resume=not replaces)
+            train_organism(short, out, device=dev(), progress=False)
+        killed = _killed_after(n, monkeypatch, TINY, out, device=dev(), progress=False, resume=not replaces)
         if replaces and n < 2:  # the old model still stands there whole
             assert json.loads((out / "training.json").read_text())["training"]["n_steps"] == 1
             continue
         with monkeypatch.context() as patch:
             patch.setattr(training._Run, "step", repeated)
-            train_organism(TINY, out, device="cpu", progress=False)
+            train_organism(TINY, out, device=dev(), progress=False)
         assert {path.name for path in out.iterdir()} == FILES
         assert list(out.parent.iterdir()) == [out]
         if not killed:
@@ -137,17 +138,17 @@ def test_a_kill_at_any_moment_of_the_last_moves_repeats_no_training(
 
 def test_a_finished_run_is_not_repeated_and_another_is_not_overwritten(tiny_organism: Path) -> None:
     written = (tiny_organism / "model.safetensors").stat().st_mtime_ns
-    assert train_organism(TINY, tiny_organism, device="cpu", progress=False) == tiny_organism
+    assert train_organism(TINY, tiny_organism, device=dev(), progress=False) == tiny_organism
     assert (tiny_organism / "model.safetensors").stat().st_mtime_ns == written
     other = replace(TINY, training=replace(TINY.training, seed=9))
     with pytest.raises(ResultError, match="contains something other than this run"):
-        train_organism(other, tiny_organism, device="cpu", progress=False)
+        train_organism(other, tiny_organism, device=dev(), progress=False)
 
 
 def test_resume_false_replaces_the_folder(tmp_path: Path) -> None:
     short = replace(TINY, training=replace(TINY.training, steps=1))
-    train_organism(short, tmp_path / "m", device="cpu", progress=False)
-    train_organism(TINY, tmp_path / "m", device="cpu", progress=False, resume=False)
+    train_organism(short, tmp_path / "m", device=dev(), progress=False)
+    train_organism(TINY, tmp_path / "m", device=dev(), progress=False, resume=False)
     record = json.loads((tmp_path / "m" / "training.json").read_text())
     assert len(record["training"]["losses"]) == record["training"]["n_steps"] == 12
 
@@ -204,7 +205,7 @@ def test_a_trained_model_is_found_in_the_cache_after_the_bundled_ones(
     monkeypatch.setitem(zoo.ZOO, "tiny", TINY)
     assert zoo_cache() == tmp_path / "zoo"
     assert "tiny" not in zoo_names()
-    folder = train_zoo_model("zoo/tiny", steps=2, device="cpu", progress=False)
+    folder = train_zoo_model("zoo/tiny", steps=2, device=dev(), progress=False)
     assert folder == tmp_path / "zoo" / "tiny" == zoo_path("zoo/tiny") == zoo_path("tiny")
     assert "pythia-s" in zoo_names()[:-1]
     assert zoo_names()[-1] == "tiny"

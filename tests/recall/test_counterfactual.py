@@ -11,12 +11,13 @@ import xarray as xr
 import memlens as ml
 from memlens.errors import OptionError, SequenceError
 from memlens.results.statistics.intervals import mean_interval
+from tests.devices import dev
 from tests.small import ragged
 
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, Any]:
-    return ml.load_model("zoo/pythia-s", device="cpu"), ml.load_model("zoo/pythia-xs", device="cpu")
+    return ml.load_model("zoo/pythia-s", device=dev()), ml.load_model("zoo/pythia-xs", device=dev())
 
 
 @pytest.fixture(scope="module")

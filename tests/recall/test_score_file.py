@@ -16,6 +16,7 @@ from memlens.errors import EmptySetError, OptionError, OtherRunError, ResultErro
 from memlens.recall import RecallScores, score_file, score_to_file
 from memlens.sequences.readers.portions import sequence_portions
 from memlens.sequences.set import SequenceSet
+from tests.devices import dev
 from tests.tiny import tiny_huggingface_model, tiny_tokenizer
 
 ROWS = np.random.default_rng(0).integers(3, 90, (11, 12))
@@ -24,7 +25,7 @@ ROWS = np.random.default_rng(0).integers(3, 90, (11, 12))
 @pytest.fixture(scope="module")
 def model() -> Any:
     hf = tiny_huggingface_model("gpt_neox")
-    return ml.load_model(hf, tokenizer=tiny_tokenizer(), device="cpu", check_weights=False)
+    return ml.load_model(hf, tokenizer=tiny_tokenizer(), device=dev(), check_weights=False)
 
 
 def _frame(n: int = 11) -> pd.DataFrame:

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 import memlens as ml
+from tests.devices import dev
 
 
 @pytest.mark.slow
 def test_the_replaced_token_is_not_the_one_that_predicts(tmp_path: Path) -> None:
-    model = ml.load_model("zoo/pythia-s", device="cpu")
+    model = ml.load_model("zoo/pythia-s", device=dev())
     seqs = ml.load_sequences("zoo", model)
     few = seqs[(seqs.table["copies"].isin([0, 256]) & (seqs.table["domain"] == "text")).to_numpy()]
     options = ml.studies.LocalizeOptions(

@@ -24,6 +24,7 @@ from memlens.forward.baseline import teacher_forced_stats
 from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.hooks import SITES, has_site, hook_name
 from memlens.sweeps.interventions import ByBatch
+from tests.devices import dev
 from tests.small import CASES, corrupted, counts_agree, largest_difference, near_ties, ragged, spread
 from tests.tiny import write_tiny
 
@@ -95,7 +96,7 @@ TOLERANCES = {"float64": 1e-6, "bfloat16": 0.1, "float16": 0.02}
 def test_dtypes(tiny_folder: Any, tiny_model: Any, family: str, backend: str, dtype: str) -> None:
     """In 16 bits both engines round on their own ways; neither may stand far from the other."""
     tiny_model(family, backend)  # skips what the installed release does not have
-    model = ml.load_model(tiny_folder(family), backend=backend, dtype=dtype, device="cpu")
+    model = ml.load_model(tiny_folder(family), backend=backend, dtype=dtype, device=dev())
     seqs = ragged()
     edits = [
         *ml.edits.head_ablations(model, seqs, layers=[0, 2], heads=[1]),
@@ -368,7 +369,7 @@ def test_fast_engine_skips_blocks(tiny_model: Any) -> None:
 def test_active_dropout_is_refused(tmp_path: Any, rate: str) -> None:
     """On the bridge, and where only the Hugging Face model inside it was set to training."""
     folder = write_tiny("gpt_neox", tmp_path, **{rate: 0.1})
-    model, seqs = ml.load_model(folder, backend="bridge", device="cpu"), ragged()
+    model, seqs = ml.load_model(folder, backend="bridge", device=dev()), ragged()
     want = ml.sweep(model, seqs, ml.edits.attention_bypasses(model), progress=False)
     for part in (model, model.original_model):
         part.train()

@@ -22,6 +22,7 @@ import memlens as ml
 from memlens.errors import InterventionError, OptionError, UnfinishedError, WorkerError
 from memlens.store.carrying import packed, unpacked
 from memlens.store.executors import work_on
+from tests.devices import dev
 from tests.small import corrupted, ragged
 from tests.tiny import write_tiny
 
@@ -76,7 +77,7 @@ class Unreliable:
 
 
 def test_workers_give_what_one_process_gives(tiny_folder: Any, tmp_path: Path) -> None:
-    model = ml.load_model(tiny_folder("gpt_neox"), device="cpu")
+    model = ml.load_model(tiny_folder("gpt_neox"), device=dev())
     whole = swept(model, tmp_path / "one")
     with ThreadPoolExecutor(2) as executor:
         found = swept(model, tmp_path / "many", executor=executor)
@@ -112,7 +113,7 @@ def test_shares_of_a_sweep_are_gathered(tiny_model: Any, tmp_path: Path) -> None
 def test_lost_parts_are_submitted_again_a_few_times(
     tiny_folder: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = ml.load_model(tiny_folder("gpt_neox"), device="cpu")
+    model = ml.load_model(tiny_folder("gpt_neox"), device=dev())
     items = edits(model)[:40]
     whole = swept(model, tmp_path / "one", items)
     with caplog.at_level(logging.WARNING, logger="memlens"):
@@ -128,7 +129,7 @@ def test_lost_parts_are_submitted_again_a_few_times(
 
 
 def test_an_error_of_a_hook_is_the_error_of_the_call(tiny_folder: Any, tmp_path: Path) -> None:
-    model = ml.load_model(tiny_folder("gpt_neox"), device="cpu")
+    model = ml.load_model(tiny_folder("gpt_neox"), device=dev())
 
     def fails(x: torch.Tensor, hook: Any) -> torch.Tensor:
         raise OSError("no such file")
@@ -144,7 +145,7 @@ def test_an_error_of_a_hook_is_the_error_of_the_call(tiny_folder: Any, tmp_path:
 
 
 def test_what_workers_cannot_have_is_refused_before_anything_starts(tiny_folder: Any, tmp_path: Path) -> None:
-    model = ml.load_model(tiny_folder("gpt_neox"), device="cpu")
+    model = ml.load_model(tiny_folder("gpt_neox"), device=dev())
 
     class Never:
         def submit(self, *_: Any) -> Any:
@@ -186,13 +187,13 @@ def test_what_workers_cannot_have_is_refused_before_anything_starts(tiny_folder:
 
 def test_a_worker_that_loads_another_model_refuses(tmp_path: Path) -> None:
     folder, other = (write_tiny("llama", tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 1)))
-    model = ml.load_model(folder, device="cpu")
+    model = ml.load_model(folder, device=dev())
     content = packed([model, ml.Trunk(model), model.blocks[0]])
     found, trunk, block = unpacked(content)
     assert trunk.model is found
     assert found.blocks[0] is block
     assert found is not model
-    model = ml.load_model(other, device="cpu")
+    model = ml.load_model(other, device=dev())
     content = packed(model)
     (other / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(WorkerError, match=r"loaded by a worker, is not the model of this run"):
@@ -222,7 +223,7 @@ def kill_one(folder: Path, after: int) -> None:
 
 def check_with_a_kill(executor: Any, folder: Path, tmp_path: Path) -> None:
     """A sweep whose worker is killed in the middle equals that of one process, bit for bit, part by part."""
-    model = ml.load_model(folder, device="cpu")
+    model = ml.load_model(folder, device=dev())
     items = edits(model, pause=0.02)
     thread = threading.Thread(target=kill_one, args=(tmp_path / "many", 4), daemon=True)
     thread.start()

@@ -10,6 +10,7 @@ import torch
 
 import memlens as ml
 from memlens.sweeps.contexts import in_dtype
+from tests.devices import dev
 from tests.small import corrupted, ragged, spread
 
 
@@ -18,8 +19,8 @@ def test_agreement_is_the_difference_to_the_same_weights_in_float32(
     tiny_folder: Any, tiny_model: Any, family: str, backend: str, dtype: str
 ) -> None:
     tiny_model(family, backend)  # skips what the installed release does not have
-    model = ml.load_model(tiny_folder(family), backend=backend, dtype=dtype, device="cpu")
-    wide = ml.load_model(tiny_folder(family), backend=backend, dtype=dtype, device="cpu")
+    model = ml.load_model(tiny_folder(family), backend=backend, dtype=dtype, device=dev())
+    wide = ml.load_model(tiny_folder(family), backend=backend, dtype=dtype, device=dev())
     clean = ragged()
     edits = ml.edits.head_ablations(model, clean, mode="zero")
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -39,7 +40,7 @@ def test_agreement_is_the_difference_to_the_same_weights_in_float32(
 
 
 def test_patches_are_compared_in_float32_too(tiny_folder: Any) -> None:
-    model = ml.load_model(tiny_folder("llama"), backend="bridge", dtype="bfloat16", device="cpu")
+    model = ml.load_model(tiny_folder("llama"), backend="bridge", dtype="bfloat16", device=dev())
     seqs = ragged()
     result = ml.patch_activations(model, seqs, corrupted(seqs), layers=[0, 2], progress=False)
     off = result.settings["float32_agreement"]["largest_difference"]["target_logprob"]
@@ -53,6 +54,6 @@ def test_it_can_be_asked_for_or_left_out(tiny_folder: Any, tiny_model: Any) -> N
     edits = ml.edits.head_ablations(wide, seqs, layers=[1])
     asked = ml.sweep(wide, seqs, edits, ("target_logprob",), check_dtype=True, progress=False, per_token=True)
     assert asked.settings["float32_agreement"]["largest_difference"]["target_logprob"]["value"] < 1e-5
-    narrow = ml.load_model(tiny_folder("llama"), backend="bridge", dtype="bfloat16", device="cpu")
+    narrow = ml.load_model(tiny_folder("llama"), backend="bridge", dtype="bfloat16", device=dev())
     left_out = ml.sweep(narrow, seqs, edits, check_dtype=False, progress=False)
     assert "float32_agreement" not in left_out.settings

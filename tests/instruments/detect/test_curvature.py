@@ -22,6 +22,7 @@ from memlens.instruments.detect.curvature import (
     kfac_factors,
 )
 from memlens.instruments.edit.weight_edit import EditMaker
+from tests.devices import dev
 from tests.small import ragged
 
 
@@ -46,7 +47,7 @@ def test_an_edit_equals_the_model_with_the_edited_matrices(
     model, text, tokens = tiny_model("gpt_neox", "bridge"), ragged(6, seed=3), ragged().tokens
     edit, _ = ml.detect.curvature_edits(model, text, [0.7], layers=[0, 2])
     a, g = kfac_factors(Trunk(model), text)
-    other = ml.load_model(tiny_folder("gpt_neox"), backend="bridge", device="cpu")
+    other = ml.load_model(tiny_folder("gpt_neox"), backend="bridge", device=dev())
     with torch.no_grad():
         for layer in (0, 2):
             matrix = value_vectors(other, layer).T

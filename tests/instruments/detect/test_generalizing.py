@@ -12,6 +12,7 @@ import torch
 import memlens as ml
 from memlens.errors import EmptySetError, OptionError
 from memlens.forward.hooks import hook_name
+from tests.devices import dev
 from tests.instruments.detect.test_separation import random_set
 
 RECORDS = [
@@ -65,7 +66,7 @@ def marked(model: Any, neuron: int, tokens: range) -> tuple[str, Any]:
 
 def test_neurons_of_the_text_do_not_pass_for_neurons_of_recall(tiny_folder: Any) -> None:
     """Neuron 7 is high in recalled sequences alone; neuron 9 in matched ones too, which are of their kind."""
-    model = ml.load_model(tiny_folder("gpt_neox"), backend="bridge", device="cpu")
+    model = ml.load_model(tiny_folder("gpt_neox"), backend="bridge", device=dev())
     sums = random_set(12, 80, 100, "sum", 0)
     recalled, matched = random_set(12, 0, 40, "r", 1), random_set(12, 40, 80, "m", 2)
     of_recall, of_text = marked(model, 7, range(40)), marked(model, 9, range(80))

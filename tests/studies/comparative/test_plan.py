@@ -23,6 +23,7 @@ from memlens.studies.comparative.config import (
 from memlens.studies.comparative.plan import PlanSizes, plan_comparative, plan_parts
 from memlens.sweeps.plan import plan, plan_shape, shape_of
 from tests.cli.test_commands import call
+from tests.devices import dev
 
 # ---- the paper's list ------------------------------------------------------------------------------------
 
@@ -145,7 +146,7 @@ def test_models_and_sources_are_read_from_words() -> None:
 def sources(tiny_folder: Any, tmp_path: Path) -> tuple[Path, Path]:
     """Two tiny checkpoints and two domains, of which they 'recall' half: their own continuations."""
     folder = tiny_folder("gpt_neox")
-    model = ml.load_model(folder, device="cpu")
+    model = ml.load_model(folder, device=dev())
     rng = np.random.default_rng(0)
     for domain, seed in (("code", 1), ("prose", 2)):
         rows = rng.integers(1, 100, (10, 9))
@@ -250,7 +251,7 @@ def test_bad_command_lines_and_files_are_one_line(tmp_path: Path) -> None:
 
 def test_domains_are_sampled_alike_for_all_and_named(sources: tuple[Path, Path]) -> None:
     config, folder = sources
-    model = ml.load_model(folder, device="cpu")
+    model = ml.load_model(folder, device=dev())
     both = {name: str(config.parent / f"{name}.parquet") for name in ("code", "prose")}
     options = ml.studies.ComparativeOptions(max_per_domain=3)
     seqs = read_domains(both, model, options)
