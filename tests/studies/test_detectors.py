@@ -173,4 +173,7 @@ def test_a_finding_says_which_detectors_add_anything() -> None:
     assert "good adds most" in found.statement
     assert "above 0: good." in found.statement
     assert found.estimate == 0.1
-    assert findings.beyond(pd.DataFrame(rows[1:])).statement.count("above 0: none.") == 1
+    assert found.plain == "of 3 detectors these add: good, to what the confounds alone tell"
+    nothing = findings.beyond(pd.DataFrame(rows[1:]))
+    assert nothing.statement.count("above 0: none.") == 1
+    assert nothing.plain == "none of 2 detectors clearly adds to what the confounds alone tell"

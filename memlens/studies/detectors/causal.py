@@ -201,6 +201,10 @@ def context_sequences(run: Detecting, recalled: SequenceSet, matched: SequenceSe
     ]
 
 
+def _matched(name: str) -> str:
+    return f"{find.TEXTS['titles'][name]}: matched sequences"
+
+
 def context(run: Detecting, recalled: SequenceSet, matched: SequenceSet) -> None:
     """Ablate heads where the continuation is recalled and where it stands in the prompt."""
     options = run.options.context()
@@ -209,7 +213,7 @@ def context(run: Detecting, recalled: SequenceSet, matched: SequenceSet) -> None
         for seqs in context_sequences(run, recalled, matched)
     )
     run.folder.add_result("context", found, title=find.TEXTS["titles"]["context"])
-    run.folder.add_result("context_matched", control, title="The same of matched sequences")
+    run.folder.add_result("context_matched", control, title=_matched("context"))
     wins = which_wins(found)
     run.folder.add_table("context_wins", wins, title="Who wins a conflict", section="context")
     heads = context_heads(found, control=control, seed=run.options.seed)
@@ -229,7 +233,7 @@ def patching(run: Detecting, recalled: SequenceSet, matched: SequenceSet) -> Non
         for seqs in context_sequences(run, recalled, matched)
     )
     run.folder.add_result("context_patching", found, title=find.TEXTS["titles"]["context_patching"])
-    run.folder.add_result("context_patching_matched", control, title="The same of matched sequences")
+    run.folder.add_result("context_patching_matched", control, title=_matched("context_patching"))
     compared = {name: context_heads(found, name, control=control, seed=run.options.seed) for name in _PATCHED}
     table = pd.concat(
         [part.to_dataframe().reset_index().assign(patched=name) for name, part in compared.items()]

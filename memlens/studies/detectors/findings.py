@@ -288,9 +288,13 @@ def beyond(table: pd.DataFrame) -> Finding:
     gain = gain_of(best)
     adding = [str(row["detector"]) for row in rows if gain_of(row).known and row["gain_low"] > 0]
     copies = "; ".join(f"{row['detector']} {row['copies_correlation']:.2f}" for row in rows)
+    clearly = (
+        f"of {len(rows)} detectors these add" if adding else f"none of {len(rows)} detectors clearly adds"
+    )
     return TEXTS.finding(
         "beyond", gain, baseline=best["baseline"], alone=f"{best['baseline_area']:.3g}",
         detector=best["detector"], adding=", ".join(adding) or "none", copies=copies,
+        clearly=f"{clearly}: {', '.join(adding)}," if adding else clearly,
     )  # fmt: skip
 
 
