@@ -117,7 +117,7 @@ def test_plain_data(value: Any) -> None:
         "\ud800",
         SequenceSet.from_tokens([[1, 2, 3], [4, 5]], [1, 1]),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_each_kind_of_content(value: Any) -> None:
     assert fingerprint(value) == plainly(value).hex()
