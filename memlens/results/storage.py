@@ -11,7 +11,6 @@ they are needed, some sequences at a time (Dask).
 from __future__ import annotations
 
 import errno
-import json
 import math
 import re
 import shutil
@@ -29,6 +28,7 @@ from memlens.errors import OptionError, ResultError
 from memlens.files import (
     exact_json,
     expanded,
+    json_text,
     parsed_exact,
     parsed_json,
     parsing,
@@ -161,7 +161,7 @@ def save_table(result: Result, path: str | Path) -> Path:
         for name, variable in data.variables.items()
         if variable.dtype.kind == "O"
     }
-    attrs = json.dumps({str(key): value for key, value in data.attrs.items()})
+    attrs = json_text({str(key): value for key, value in data.attrs.items()})
     with replacing(path) as part, ExitStack() as files:
         writer: pq.ParquetWriter | None = None
         for rows in [*slices(data.sizes["sequence"], max(1, _ROW_GROUP // max(1, sites)))] or [slice(None)]:

@@ -495,7 +495,7 @@ torch.set_num_threads(1)
 n = int(sys.argv[1])
 shape = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4)
 config = transformers.GPTNeoXConfig(vocab_size=500, max_position_embeddings=2048, **shape)
-model = ml.load_model(transformers.GPTNeoXForCausalLM(config), device=dev())
+model = ml.load_model(transformers.GPTNeoXForCausalLM(config), device="cpu")
 rows = torch.randint(0, 499, (2, n))
 rows[1, n - 8 :] = rows[0, n - 8 :]
 clean, other = (SequenceSet.from_tokens([row.tolist()], [n - 8]) for row in rows)

@@ -139,7 +139,7 @@ def test_controls_of_ones_own_and_why_there_are_none(tiny_model: Callable[..., A
 def test_what_cannot_be_evaluated_is_refused(tiny_model: Callable[..., Any]) -> None:
     model, seqs = tiny_model("gpt_neox", "hooked"), ragged(6)
     edit = edit_weights(model, ["L0H1"])
-    with pytest.raises(EmptySetError, match="0 others"):
+    with pytest.raises(EmptySetError, match="others has no sequences"):
         evaluate_mitigation(model, edit, seqs, others=seqs[:0])
     with pytest.raises(OptionError, match="in target and in others"):
         evaluate_mitigation(model, edit, seqs[:3], others=seqs[2:])

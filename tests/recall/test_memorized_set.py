@@ -494,7 +494,11 @@ def test_models_without_a_tokenizer_s_text(tiny_model: Callable[..., Any], famil
     ("source", "error", "message"),
     [
         (np.ones((3, 64)), SequenceError, r"float64 of shape \(3, 64\)"),
-        (np.ones((3, 63), int), SequenceError, "rows of 63 tokens and a window has 64"),
+        (
+            np.ones((3, 63), int),
+            SequenceError,
+            "the longest row of the corpus has 63 tokens, and 64",
+        ),
         (np.ones((2, 3, 64), int), SequenceError, r"shape \(2, 3, 64\)"),
         (np.full((3, 64), 5000), VocabularyError, "row 0 of the corpus|row . of the corpus holds .* 5000"),
         (np.full((3, 64), -1), VocabularyError, "negative token id"),

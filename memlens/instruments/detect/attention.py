@@ -245,7 +245,7 @@ def attention_by_class(
         >>> found = ml.detect.attention_by_class(model, recall, progress=False)
         >>> means = found.mean_ci(("sequence", "layer", "head"), group="recall_class")
         >>> means["prefix_share"].dims
-        ('statistic', 'recall_class')
+        ('recall_class', 'statistic')
     """
     classes = recall_classes(recall.table, above=above).to_numpy()
     seqs = recall.sequences.with_table(recall.sequences.table.assign(recall_class=classes))

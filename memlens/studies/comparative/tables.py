@@ -344,7 +344,7 @@ def _summary(made: Made) -> pd.DataFrame:
     ]  # fmt: skip
     table = table.merge(pd.DataFrame(facts), on="model")
     sources: dict[str, Any] = {**made.tables, "noise_left": _noise_left(made.table("noise"))}
-    for words in TEXTS["summary"]:
+    for words in TEXTS["overview"]:
         found, columns = sources.get(words["table"], _EMPTY), words["columns"]
         if len(found):
             found = found.query(words["rows"]) if "rows" in words else found
