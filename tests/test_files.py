@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+import yaml
 
 import memlens as ml
 from memlens.errors import (
@@ -287,3 +288,21 @@ def test_a_result_s_file_holds_valid_json_and_its_settings_survive(tmp_path: Pat
     assert back["label"].values[0] == "a"
     assert np.isnan(back["label"].values[1])
     assert back["label"].values[2] == 2
+
+
+def test_no_key_occurs_twice_in_a_file_of_the_package() -> None:
+    """Of two, the reader of YAML takes the last, without a word."""
+
+    def check(node: Any, file: Path) -> None:
+        parts = getattr(node, "value", None)
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in parts]
+            assert len(set(map(str, keys))) == len(keys), f"{file}, line {node.start_mark.line + 1}"
+            parts = [value for _, value in parts]
+        for part in parts if isinstance(parts, list) else ():
+            check(part, file)
+
+    files = sorted(Path(ml.__file__).parent.rglob("*.yaml"))
+    assert len(files) > 8
+    for file in files:
+        check(yaml.compose(file.read_text(encoding="utf-8")), file)
