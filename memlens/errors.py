@@ -115,6 +115,8 @@ class UnfinishedError(MemlensError, RuntimeError):
         missing: The names of the missing parts.
     """
 
+    missing: list[str]
+
     def __init__(self, message: str, missing: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.missing = list(missing)

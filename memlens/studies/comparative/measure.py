@@ -123,6 +123,9 @@ class ModelsJob:
     """
 
     folder: Path
+    sources: Any
+    options: ComparativeOptions
+    entries: dict[str, StudyModel]
 
     def __init__(
         self, entries: Sequence[StudyModel], sources: Any, root: Path, options: ComparativeOptions
