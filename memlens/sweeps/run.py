@@ -231,9 +231,9 @@ class _Runner:
 
     def __reduce__(self) -> Any:
         # another device has another amount of memory, but the rows of a batch belong to the result
-        options = (self.costs, self.engine, self.per_token, self.memory_budget, self.seed)
-        options = (*options, self.budget.batch_size)
-        return _runner_elsewhere, (*self.given, *options)
+        names = ("costs", "engine", "per_token", "memory_budget", "seed")
+        options = {name: getattr(self, name) for name in names}
+        return _runner_elsewhere, (self.given, options, self.budget.batch_size)
 
     @property
     def seeded(self) -> dict[str, int]:
@@ -256,23 +256,10 @@ class _Runner:
         return sum(self.costs[i] for i in shard.items) * len(shard.rows)
 
 
-def _runner_elsewhere(
-    model: Any,
-    sequences: SequenceSet,
-    interventions: Sequence[Intervention],
-    metrics: Sequence[MetricLike],
-    costs: Sequence[float],
-    engine: str,
-    per_token: bool,
-    memory_budget: int | None,
-    seed: int | None,
-    batch_size: int,
-) -> _Runner:
-    budget = Budget.of(Trunk(model), sequences, memory_budget, batch_size)
-    return _Runner(
-        model, sequences, interventions, metrics, costs=costs, engine=engine, per_token=per_token,
-        budget=budget, memory_budget=memory_budget, seed=seed,
-    )  # fmt: skip
+def _runner_elsewhere(given: tuple[Any, ...], options: dict[str, Any], batch_size: int) -> _Runner:
+    model, sequences, *_ = given
+    budget = Budget.of(Trunk(model), sequences, options["memory_budget"], batch_size)
+    return _Runner(*given, budget=budget, **options)
 
 
 def _from_parts(runner: _Runner, store: ShardStore, bar: Any) -> tuple[Values, Values]:
