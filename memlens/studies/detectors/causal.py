@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -201,19 +201,23 @@ def context_sequences(run: Detecting, recalled: SequenceSet, matched: SequenceSe
     ]
 
 
-def _matched(name: str) -> str:
-    return f"{find.TEXTS['titles'][name]}: matched sequences"
+def _measured(
+    run: Detecting, name: str, measure: Callable[..., Result], recalled: SequenceSet, matched: SequenceSet
+) -> tuple[Result, Result]:
+    """Measure recalled and matched sequences, and add both results to the run."""
+    options, title = run.options.context(), find.TEXTS["titles"][name]
+    found, control = (
+        measure(run.model, seqs, options=options, progress=run.progress)
+        for seqs in context_sequences(run, recalled, matched)
+    )
+    run.folder.add_result(name, found, title=title)
+    run.folder.add_result(f"{name}_matched", control, title=f"{title}: matched sequences")
+    return found, control
 
 
 def context(run: Detecting, recalled: SequenceSet, matched: SequenceSet) -> None:
     """Ablate heads where the continuation is recalled and where it stands in the prompt."""
-    options = run.options.context()
-    found, control = (
-        context_or_weights(run.model, seqs, options=options, progress=run.progress)
-        for seqs in context_sequences(run, recalled, matched)
-    )
-    run.folder.add_result("context", found, title=find.TEXTS["titles"]["context"])
-    run.folder.add_result("context_matched", control, title=_matched("context"))
+    found, control = _measured(run, "context", context_or_weights, recalled, matched)
     wins = which_wins(found)
     run.folder.add_table("context_wins", wins, title="Who wins a conflict", section="context")
     heads = context_heads(found, control=control, seed=run.options.seed)
@@ -227,13 +231,7 @@ def context(run: Detecting, recalled: SequenceSet, matched: SequenceSet) -> None
 
 def patching(run: Detecting, recalled: SequenceSet, matched: SequenceSet) -> None:
     """Patch heads and layers where the continuation is recalled and where it is copied."""
-    options = run.options.context()
-    found, control = (
-        context_patching(run.model, seqs, options=options, progress=run.progress)
-        for seqs in context_sequences(run, recalled, matched)
-    )
-    run.folder.add_result("context_patching", found, title=find.TEXTS["titles"]["context_patching"])
-    run.folder.add_result("context_patching_matched", control, title=_matched("context_patching"))
+    found, control = _measured(run, "context_patching", context_patching, recalled, matched)
     compared = {name: context_heads(found, name, control=control, seed=run.options.seed) for name in _PATCHED}
     table = pd.concat(
         [part.to_dataframe().reset_index().assign(patched=name) for name, part in compared.items()]
