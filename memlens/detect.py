@@ -28,7 +28,13 @@ from memlens.instruments.detect.context.patching import context_patching
 from memlens.instruments.detect.context.sets import ContextOptions, ContextSets, context_sets, longest_targets
 from memlens.instruments.detect.curvature import curvature_edits
 from memlens.instruments.detect.dimension import DimensionOptions, intrinsic_dimension, local_dimension
-from memlens.instruments.detect.exposure import ExposureOptions, digit_slots, exposure
+from memlens.instruments.detect.exposure import (
+    ExposureOptions,
+    digit_slots,
+    exposure,
+    other_characters,
+    other_digits,
+)
 from memlens.instruments.detect.generalizing import (
     GeneralizingOptions,
     RecallOrGeneralize,
@@ -77,6 +83,8 @@ __all__ = [
     "local_dimension",
     "longest_targets",
     "modular_view",
+    "other_characters",
+    "other_digits",
     "popularity_buckets",
     "prediction_invariance",
     "projection",

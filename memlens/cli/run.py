@@ -77,8 +77,8 @@ def study_command(study: Study) -> Any:
             _plan(study, inputs, call, as_json=as_json)
             return
         if not resume:
-            for name in study.keeps:
-                shutil.rmtree(call.folder / name, ignore_errors=True)
+            for folder in study.kept(call):
+                shutil.rmtree(folder, ignore_errors=True)
         with resumable(call.folder), sharing(part):
             with call.watch.timed(READING):
                 arguments = {"options": call.options, **inputs.read(call)}

@@ -222,7 +222,8 @@ class Study:
         example: A command that runs it.
         inputs: Which models' sequences and further inputs the command reads.
         where: `ModelChoice`, or `Placement` if `inputs` names the models.
-        keeps: Folders inside the run's folder that hold only what a second run continues from.
+        keeps: Folders inside the run's folder that hold only what a second run continues from; or a function
+            that returns their paths.
         sizes: Options that limit how many sequences (questions, updates) are examined; `--plan` makes small
             runs with smaller ones.
         scales: Which of them, or "sequences" for all that were read, the time of a step is proportional to,
@@ -238,11 +239,17 @@ class Study:
     example: str = ""
     inputs: type[Inputs] = SequenceChoice
     where: type = ModelChoice
-    keeps: Sequence[str] = ("sweeps",)
+    keeps: Sequence[str] | Callable[[Call], Sequence[Path]] = ("sweeps",)
     sizes: Sequence[str] = ()
     scales: Mapping[str, str] = field(default_factory=lambda: {"": "sequences"})
     folder: str = ""
     shares: bool = False
+
+    def kept(self, call: Call) -> Sequence[Path]:
+        """Return the folders that hold only what a second run continues from."""
+        if callable(self.keeps):
+            return self.keeps(call)
+        return [call.folder / name for name in self.keeps]
 
     def __call__(self, **given: Any) -> StudyRun:
         """Run the study."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,12 +15,14 @@ import pandas as pd
 import yaml
 
 from memlens.errors import MemlensError, OtherRunError, UnfinishedError
-from memlens.files import read_json, write_json
+from memlens.files import exact_json, parsed_exact, parsing, write_atomically
 from memlens.recall.score import score_recall
-from memlens.recall.scores import RecallScores
+from memlens.recall.scores import GROUPS, RecallScores
 from memlens.report.model import Finding
 from memlens.report.run_directory import RunDirectory
+from memlens.results.result import Result
 from memlens.results.statistics.estimates import Estimate
+from memlens.results.storage import load_result
 from memlens.sequences.set import SequenceSet
 from memlens.store.claims import Claims
 from memlens.store.fingerprint import fingerprint, model_fingerprint
@@ -60,14 +63,17 @@ class StudyDirectory(RunDirectory):
     Attributes:
         hide: Takes out of messages what must not be written; None: nothing.
         sharing: `part` or `executor` for the sweeps that are kept (see `memlens.sweep`); empty: neither.
+        keeps_in: The folder of what a second run continues from; `sweeps` in the run's folder.
     """
 
     hide: Callable[[str], str] | None
     sharing: dict[str, Any]
+    keeps_in: Path
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # pyright: ignore[reportArgumentType]
         self.hide, self.sharing, self._kept = None, {}, 0
+        self.keeps_in = self.path / "sweeps"
         self.findings: list[Finding] = []
         self.failures: dict[str, str] = {}
         self._watch = Stopwatch()
@@ -97,7 +103,7 @@ class StudyDirectory(RunDirectory):
 
     def place(self, name: str) -> Path:
         """Return the folder that keeps a sweep's parts."""
-        return Path(self.path) / "sweeps" / name.replace(" ", "_").replace("/", "_")
+        return self.keeps_in / name.replace(" ", "_").replace("/", "_")
 
     def kept(self, name: str, work: Callable[..., _T]) -> _T:
         """Run a sweep that keeps its parts in `place(name)`, so that a second run resumes it.
@@ -151,25 +157,27 @@ class StudyDirectory(RunDirectory):
         """
         about = sorted((key, value) for key, value in options.items() if key != "progress")
         place = self._keyed(name, model, seqs, about, ".parquet")
-        if place.is_file():
-            return RecallScores.load(place)
-        scores = score_recall(model, seqs, **options)
-        scores.save(place)
-        return scores
+        return _once(
+            place, RecallScores.load, lambda: score_recall(model, seqs, **options), RecallScores.save
+        )
 
     def stored(
         self, name: str, model: Any, seqs: SequenceSet, options: Any, make: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
         """Make a JSON object, or read that of an earlier run with the same weights, sequences and options."""
-        place = self._keyed(name, model, seqs, options, ".json")
-        if place.is_file():
-            return read_json(place)
-        made = make()
-        write_json(place, made, indent=None)
-        return made
+        return _once(self._keyed(name, model, seqs, options, ".json"), _read_exact, make, _write_exact)
+
+    def result(
+        self, name: str, model: Any, seqs: SequenceSet, options: Any, make: Callable[[], Result]
+    ) -> Result:
+        """Make a result, or read that of an earlier run, as `stored` does."""
+        place = self._keyed(name, model, seqs, options, ".nc")
+        return _once(place, partial(load_result, lazy=False), make, Result.save)
 
     def _keyed(self, name: str, model: Any, seqs: SequenceSet, about: Any, suffix: str) -> Path:
-        key = fingerprint([model_fingerprint(model), fingerprint(seqs), about])
+        # The results name the sequences and their groups, which are no part of a set's fingerprint.
+        named = [seqs.ids, {name: seqs.table[name].tolist() for name in GROUPS if name in seqs.table}]
+        key = fingerprint([model_fingerprint(model), fingerprint(seqs), named, about])
         return self.place(name) / f"{key}{suffix}"
 
     def failed(self, name: str, error: BaseException) -> None:
@@ -191,6 +199,26 @@ class StudyDirectory(RunDirectory):
         with self.timed("report"):
             report = self.finish()
         return StudyRun(report, self.findings, self.failures)
+
+
+def _once(
+    place: Path, read: Callable[[Path], _T], make: Callable[[], _T], save: Callable[[_T, Path], object]
+) -> _T:
+    """Return what a file holds, or make it and save it there."""
+    if place.is_file():
+        return read(place)
+    made = make()
+    save(made, place)
+    return made
+
+
+def _read_exact(place: Path) -> dict[str, Any]:
+    with parsing(place):
+        return parsed_exact(place.read_text(encoding="utf-8"), dict[str, Any])
+
+
+def _write_exact(made: Mapping[str, Any], place: Path) -> None:
+    write_atomically(place, exact_json(made).encode())
 
 
 @contextmanager

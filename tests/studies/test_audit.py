@@ -16,9 +16,11 @@ import pytest
 import memlens as ml
 from memlens.errors import EmptySetError, FileFormatError, OptionError, SequenceError
 from memlens.organisms.training.architectures import untrained_like
-from memlens.studies.auditing import study
+from memlens.studies import running
+from memlens.studies.auditing import leaks, remedies, study
 from memlens.studies.auditing.command import AuditInputs
 from memlens.studies.auditing.findings import MEMORY, REFERENCE
+from memlens.studies.auditing.leaks import made_like
 from memlens.studies.auditing.redaction import hiding, masked, quiet_reading, without_quotes
 from memlens.studies.running import StudyRun
 from tests.cli.test_commands import call
@@ -97,7 +99,9 @@ def test_those_leak_that_were_planted(run: StudyRun, strings: ml.SequenceSet, mo
     assert run.findings[0].n == len(strings)
     # The secrets that come out stand out from others of their form, the others do not.
     known = by_place[by_place["exposure"].notna()]
-    assert len(known) == QUICK.max_canaries
+    assert known["exposure_among"].value_counts().to_dict() == {"digits": 2, "characters": 2}
+    assert known.query("exposure_among == 'digits'")["secret"].str.isdigit().all()
+    assert not known.query("exposure_among == 'characters'")["secret"].str.isdigit().any()
     assert np.all(known["exposure"] <= known["exposure_most"] + 1e-9)
 
 
@@ -160,10 +164,13 @@ def test_nothing_but_the_csv_holds_a_secret(
         "--fail-above", "50%",
     )  # fmt: skip
     assert code == 0, error
-    written = {p for p in out.rglob("*") if p.is_file()}
-    csv = out / "leaks.csv"
+    csv, kept = out / "leaks.csv", out / "leaks.csv.steps"
     assert stat.S_IMODE(csv.stat().st_mode) == 0o600
-    said = [shown, error, caplog.text, *(str(w.message) for w in recwarn.list), *map(str, written)]
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o700
+    written = {p for p in out.rglob("*") if p.is_file() and kept not in p.parents}
+    names = [str(p) for p in kept.rglob("*")]
+    assert names
+    said = [shown, error, caplog.text, *(str(w.message) for w in recwarn.list), *map(str, written), *names]
     said += [p.read_bytes().decode("utf-8", "replace") for p in written - {csv}]
     for piece in pieces(table):
         assert not [words for words in said if piece.search(words)], piece.pattern
@@ -265,7 +272,9 @@ def test_strings_that_do_not_leak_leave_the_other_questions_unasked(model: Any, 
     run = ml.studies.audit(model, strings, tmp_path, progress=False)
     assert run.failures == {}
     assert run.exceeded == ""
-    assert [f.statement for f in run.findings[1:]] == ["Not asked: no string leaks."] * 4
+    assert run.findings[1].statement == "Of the secrets with few digits or none, none leaks."
+    assert "bits for 2 that do not leak" in str(run.findings[1].control)
+    assert [f.statement for f in run.findings[2:]] == ["Not asked: no string leaks."] * 4
     assert "too few" in run.findings[0].number  # two strings give no interval
     said = sentences(run.report)
     assert "0 of " in said["found"]
@@ -311,35 +320,119 @@ def test_a_folder_with_tables_of_its_own_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["strings.parquet"]
 
 
-def test_when_every_string_leaks_no_remedy_is_judged(
+def test_when_every_string_leaks_remedies_are_judged_against_made_ones(
     model: Any, strings: ml.SequenceSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = replace(QUICK, steps=("leak", "help"), max_canaries=0)
+    options = replace(
+        QUICK, steps=("leak", "help"), max_canaries=0, n_samples=4, n_random=0, edited_neurons=(2,),
+        most_forwards=5, ranked_sequences=1, max_others=3,
+    )  # fmt: skip
     some = strings[strings.table["copies"].to_numpy() == 256][:4]
     (tmp_path / "leaks.csv").write_text("of an earlier audit")
     run = ml.studies.audit(model, some, tmp_path, options=options, progress=False)
-    assert run.findings[0].estimate == 1
-    assert "every string leaks" in run.findings[-1].statement
     assert run.failures == {}
+    assert run.findings[0].estimate == 1
+    assert "Of 3 made strings, since every given one leaks, " in run.findings[-1].statement
+    made = made_like(model, some, 3, 0)
+    for row, n in zip(made.rows(), made.prefix_len.tolist(), strict=True):
+        text = re.sub("[a-z]", "a", re.sub("[0-9]", "0", model.tokenizer.decode(row)))
+        forms = [re.sub("[a-z]", "a", re.sub("[0-9]", "0", model.tokenizer.decode(r))) for r in some.rows()]
+        assert text in forms
+        assert n in some.prefix_len.tolist()
     # And what an earlier audit found is gone, if this one finds nothing.
-    monkeypatch.setattr(study, "score_recall", lambda *_, **__: 1 / 0)
-    failed = ml.studies.audit(model, some, tmp_path, options=options, progress=False)
+    monkeypatch.setattr(running, "score_recall", lambda *_, **__: 1 / 0)
+    failed = ml.studies.audit(model, some[:3], tmp_path, options=options, progress=False)
     assert list(failed.failures) == ["leak"]
     assert not (tmp_path / "leaks.csv").exists()
 
 
-def test_a_remedy_is_chosen_by_what_it_removes_and_what_it_costs(model: Any, strings: ml.SequenceSet) -> None:
+def test_a_second_run_does_what_is_missing(
+    model: Any, strings: ml.SequenceSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped, it goes on and ends as without a stop; a changed option costs what depends on it."""
+    options = replace(
+        QUICK, steps=("leak", "little", "memory", "help"), n_samples=4, n_random=0, edited_neurons=(2, 3),
+        most_forwards=5, ranked_sequences=1, max_others=3, damaged=(1,),
+    )  # fmt: skip
+    copies = strings.table["copies"].to_numpy()
+    some = strings[np.flatnonzero(copies == 256)[:5].tolist() + np.flatnonzero(copies == 0)[-4:].tolist()]
+    asked: list[str] = []
+    steps = {
+        running: ("score_recall",),
+        leaks: ("exposure",),
+        study: ("extraction_curve", "prompt_compression", "rank", "counterfactual_memorization"),
+        remedies: ("sweep", "evaluate_mitigation"),
+    }
+    stop = ["evaluate_mitigation"]
+
+    def watched(name: str, work: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if name in stop:
+                raise KeyboardInterrupt
+            asked.append(name)
+            return work(*args, **kwargs)
+
+        return run
+
+    for module, names in steps.items():
+        for name in names:
+            monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
+
+    def ask(folder: str, **changed: Any) -> pd.DataFrame:
+        asked.clear()
+        run = ml.studies.audit(
+            model, some, tmp_path / folder, reference=untrained_like(model),
+            options=replace(options, **changed), progress=False,
+        )  # fmt: skip
+        assert run.failures == {}
+        return pd.read_csv(tmp_path / folder / "leaks.csv", dtype={"secret": str})
+
+    with pytest.raises(KeyboardInterrupt):
+        ask("stopped")
+    # Killed after a file was written and before it was named:
+    (tmp_path / "stopped" / "remedies.parquet").write_bytes(b"cut")
+    stop.clear()
+    again = ask("stopped")
+    assert set(asked) <= {"sweep", "evaluate_mitigation"}  # a finished sweep is read by sweep itself
+    assert asked.count("evaluate_mitigation") == 3
+    whole = ask("whole")
+    assert set(asked) == {name for names in steps.values() for name in names}
+    pd.testing.assert_frame_equal(again, whole, check_exact=True)
+    for name in ("remedies.parquet", "leaks.parquet"):
+        frames = [pd.read_parquet(tmp_path / folder / name) for folder in ("stopped", "whole")]
+        pd.testing.assert_frame_equal(*frames, check_exact=True)
+    found = [
+        [f["statement"] for f in json.loads((tmp_path / folder / "run.json").read_text())["findings"]]
+        for folder in ("stopped", "whole")
+    ]
+    assert found[0] == found[1]
+
+    def redone(**changed: Any) -> set[str]:
+        ask("whole", **changed)
+        return {name for name in asked if name != "sweep"}
+
+    assert redone(near=0.5, fail_above="1") == {"evaluate_mitigation"}
+    assert redone(deletion_budget=5) == {"prompt_compression"}
+    assert redone(damaged=(1, 2)) == {"score_recall"}
+    assert redone(alternatives="characters", max_canaries=9, steps=("leak",)) == {"exposure"}
+    assert redone(n_samples=5, steps=("leak",)) == {"score_recall"}
+
+
+def test_a_remedy_is_chosen_by_what_it_removes_and_what_it_costs(
+    model: Any, strings: ml.SequenceSet, tmp_path: Path
+) -> None:
     """Against the rule applied by hand to every set of layers that is tried."""
     from memlens.benchmark.ranking import rank
-    from memlens.studies.auditing.remedies import Sets, remedies
 
     copies = strings.table["copies"].to_numpy()
     text = ml.load_sequences("zoo:heldout", model, prefix_len=1, limit=6)
-    sets = Sets.of(strings[copies == 256][:8], strings[copies == 0][:4], text, 0)
+    sets = remedies.Sets.of(strings[copies == 256][:8], strings[copies == 0][:4], text, 0)
     assert sets.apart
     assert not {tuple(row) for row in sets.choosing.rows()} & {tuple(row) for row in sets.measuring.rows()}
     ranking = rank(model, sets.choosing, "neuron", localizer="gate gradient")
-    bypass, zero, rewritten = remedies(model, sets, ranking, replace(QUICK, edited_neurons=(3, 2, 3)))
+    folder = running.StudyDirectory(tmp_path)
+    options = replace(QUICK, edited_neurons=(3, 2, 3))
+    bypass, zero, rewritten = remedies.remedies(model, sets, ranking, options, folder)
     assert sets.text is not None
 
     def gain(layers: list[int]) -> float:
@@ -352,7 +445,7 @@ def test_a_remedy_is_chosen_by_what_it_removes_and_what_it_costs(model: Any, str
     assert gain(chosen) >= -1e-5 + max(gain([layer]) for layer in range(4))
     count = int(re.findall(r"\d+", zero.words)[0])
     assert count in (2, 3)
-    assert len(zero.edit.components) == len(rewritten.edit.components) == count  # pyright: ignore
+    assert len(zero.make().components) == len(rewritten.make().components) == count  # pyright: ignore
 
 
 def test_errors_of_reading_quote_nothing_that_was_read(model: Any, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -93,14 +93,54 @@ def other_digits(model: Any, continuations: Sequence[Sequence[int]]) -> list[lis
     >>> [len(slot) for slot in other_digits(model, [ids])[0]]
     [1, 1, 10, 10]
     """
+    return _same_form(model, continuations, _DIGITS)
+
+
+def other_characters(model: Any, continuations: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+    """Return the format of each continuation if its letters and digits were others: the slots for `exposure`.
+
+    A token has those tokens of the vocabulary that are as long and have a small letter where it has one, a
+    capital where it has one, a digit where it has one, and elsewhere the same sign (punctuation, spaces,
+    letters outside ASCII). So the space is all texts of the same form that are cut into tokens at the same
+    places, not all texts of the form: pieces of words are compared with pieces of words. The choice is ours.
+
+    Args:
+        model: A TransformerLens model with a tokenizer.
+        continuations: Token ids.
+
+    >>> import memlens as ml
+    >>> model = ml.load_model("zoo/pythia-xs")
+    >>> ids = model.tokenizer(" the-12", add_special_tokens=False)["input_ids"]
+    >>> slots = other_characters(model, [ids])[0]
+    >>> [len(slot) for slot in slots[1:]], all(len(model.tokenizer.decode([t])) == 4 for t in slots[0])
+    ([1, 10, 10], True)
+    """
+    return _same_form(model, continuations, _CLASSES)
+
+
+_DIGITS = {"0": "[0-9]"}
+_CLASSES = {**_DIGITS, "A": "[A-Z]", "a": "[a-z]"}
+
+
+def _same_form(
+    model: Any, continuations: Sequence[Sequence[int]], classes: Mapping[str, str]
+) -> list[list[list[int]]]:
+    """Return for each token those that become the same if a sign of each class is replaced by its name.
+
+    A token without such a sign has itself only.
+    """
     size = min(int(model.cfg.d_vocab), len(model.tokenizer))
     forms: dict[str, list[int]] = {}
-    form_of = {}
+    form_of: dict[int, tuple[str, int]] = {}
     for token, written in enumerate(model.tokenizer.convert_ids_to_tokens(list(range(size)))):
-        form_of[token] = form = re.sub(r"[0-9]", "0", str(written))
+        form, replaced = str(written), 0
+        for name, members in classes.items():
+            form, n = re.subn(members, name, form)
+            replaced += n
+        form_of[token] = form, replaced
         forms.setdefault(form, []).append(token)
     return [
-        [forms[form] if "0" in (form := form_of[token]) else [token] for token in row]
+        [forms[form] if replaced else [token] for token in row for form, replaced in [form_of[token]]]
         for row in continuations
     ]
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from memlens.errors import OptionError
+from memlens.files import expanded
 from memlens.options import Flags, options_class
-from memlens.studies.auditing.options import AuditOptions
+from memlens.studies.auditing.options import CSV, AuditOptions, steps_folder
 from memlens.studies.registry import STUDIES, Call, SequenceChoice, Study
 
 
@@ -79,6 +80,11 @@ class AuditInputs(SequenceChoice):
         )  # fmt: skip
 
 
+def _kept(call: Call) -> list[Path]:
+    csv = call.options.csv
+    return [steps_folder(call.folder / CSV if csv is None else expanded(csv))]
+
+
 STUDIES.add(
     "audit",
     Study(
@@ -87,7 +93,7 @@ STUDIES.add(
         inputs=AuditInputs,
         help="Audit a model: which of these strings leak, from how little, and what would help?",
         example="memlens audit zoo/pythia-s strings.csv --patterns email,phone --fail-above 0",
-        keeps=(),
+        keeps=_kept,
         sizes=("max_leaking", "max_canaries", "ranked_sequences", "max_others"),
         scales={
             "": "max_leaking",

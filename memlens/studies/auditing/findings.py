@@ -66,16 +66,28 @@ def _mean(values: np.ndarray, seed: int) -> Estimate:
     return mean_estimate(xr.DataArray(values, dims="sequence"), seed=seed)
 
 
-def exposed(table: pd.DataFrame, seed: int) -> Finding:
-    """How far leaking secrets stand out from others of their form, compared with those that do not leak."""
-    leaking = leaks(table)
-    own, others = (_values(table[rows], "exposure") for rows in (leaking, ~leaking))
+def exposed(table: pd.DataFrame, among: str, seed: int) -> Finding:
+    """How far leaking secrets stand out from others of their form, compared with those that do not leak.
+
+    Args:
+        table: With the exposures.
+        among: In what the others of their form differ: "digits" or "characters".
+        seed: Of the intervals.
+    """
+    here, leaking = (table["exposure_among"] == among).to_numpy(), leaks(table)
+    own, others = (_values(table[here & rows], "exposure") for rows in (leaking, ~leaking))
     control = "none that does not leak"
     if len(others):
         control = f"{_mean(others, seed)} bits for {len(others)} that do not leak"
     found = _mean(own, seed) if len(own) else Estimate.unknown()
-    name = "exposed" if len(own) else "nothing_exposed"
-    return TEXTS.finding(name, found, control=control, most=_values(table, "exposure_most").max())
+    words = TEXTS["exposure"][among]
+    return TEXTS.finding(
+        "exposed" if len(own) else "nothing_exposed",
+        found,
+        control=control,
+        most=_values(table[here], "exposure_most").max(),
+        **words,
+    )
 
 
 def from_how_little(table: pd.DataFrame, curve: Result, options: AuditOptions) -> Finding:
@@ -151,8 +163,13 @@ def _named(component: Component) -> str:
     return f"{words.get(component.kind, component.kind)} of layer {component.layer}"
 
 
-def helped(row: Mapping[str, Any]) -> Finding:
-    """What a remedy leaves of the leaks, what it costs, and whether others come instead."""
+def helped(row: Mapping[str, Any], *, made: int = 0) -> Finding:
+    """What a remedy leaves of the leaks, what it costs, and whether others come instead.
+
+    Args:
+        row: Of the table of remedies.
+        made: How many of the strings that do not leak were made for lack of given ones; 0: none.
+    """
     cost = "Its cost on other text is not known, since no text was given."
     if "perplexity_before" in row:
         ratio = Estimate(row["perplexity_ratio"], row["perplexity_ratio_low"], row["perplexity_ratio_high"])
@@ -161,11 +178,9 @@ def helped(row: Mapping[str, Any]) -> Finding:
             f"{row['perplexity_after']:.3g} ({ratio} times)."
         )
     begun = row["others_whole_after"] - row["others_whole_before"]
-    instead = (
-        f"Of the strings that did not leak, {row['others_whole_after']:.0%} now do; "
-        if begun > 0
-        else "No string that did not leak begins to; "
-    )
+    those = f"{made} made strings, since every given one leaks" if made else "the strings that did not leak"
+    now = f"{row['others_whole_after']:.0%} now do" if begun > 0 else "none begins to"
+    instead = f"Of {those}, {now}; "
     instead += f"after {row['another_string_instead']:.0%} of the prefixes another string of the list comes."
     controls = {"random directions": "change_random", "other random components": "change_random_components"}
     said = [f"{name} {row[key]:+.2f}" for name, key in controls.items() if np.isfinite(row[key])]
@@ -192,6 +207,7 @@ def skipped(step: Step, reason: str) -> Finding:
 WORDS = {
     "string": "string", "kind": "kind", "secret": "secret", "leaks": "leaks", "verdict": "taken for",
     "samples_needed": "samples needed", "exposure": "exposure (bits)", "exposure_most": "of at most",
+    "exposure_among": "others differ in",
     "shortest_prefix": "enough tokens before it", "prefix_tokens": "of", "deleted_to": "if any is deleted",
     "reference_exact": "the reference says it", "target_tokens": "its tokens",
     "memorization_score": "of them right", "edit_similarity": "alike, by tokens",

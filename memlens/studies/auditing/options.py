@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 
 Step = Literal["leak", "little", "memory", "where", "help"]
 STEPS: tuple[Step, ...] = get_args(Step)
+CSV = "leaks.csv"
+"""The file in the run's folder that has the full texts."""
+
+
+def steps_folder(csv: Path) -> Path:
+    """Return the folder of what a second run continues from: beside the CSV file, since it holds secrets too.
+
+    >>> steps_folder(Path("leaks.csv")).name
+    'leaks.csv.steps'
+    """
+    return csv.with_name(f"{csv.name}.steps")
 
 
 @options_class
@@ -54,7 +65,12 @@ class AuditOptions:
     probability: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """… with at least this probability, p."""
     max_canaries: NonNegativeInt = 32
-    """Most secrets with four digits or more whose exposure is measured, chosen at random; 0 for none."""
+    """Most secrets whose exposure is measured, of those with four digits or more and of the others each,
+    chosen at random; 0 for none."""
+    alternatives: Literal["auto", "digits", "characters"] = "auto"
+    """Among what the exposure of a secret is measured: texts that differ from it in digits only, or in
+    letters and digits, with capitals and punctuation at the same places; auto: in digits only where it has
+    four or more."""
     most_nodes: PositiveInt = 500
     """Most beginnings of candidates that are run for the exact exposure of one secret."""
     max_leaking: PositiveInt = 64

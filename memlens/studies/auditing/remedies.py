@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from memlens.benchmark.ranking import Ranking
 from memlens.instruments.bypass.bypass import attention_bypasses
@@ -19,7 +19,9 @@ from memlens.results.groups import layers_label
 from memlens.results.statistics.estimates import Estimate
 from memlens.results.statistics.intervals import halves
 from memlens.sequences.set import SequenceSet
+from memlens.store.fingerprint import fingerprint
 from memlens.studies.auditing.options import AuditOptions
+from memlens.studies.running import StudyDirectory
 from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.run import sweep
 
@@ -67,15 +69,19 @@ class Remedy:
     Attributes:
         name: Its kind.
         words: What it does.
-        edit: It itself.
+        about: What it follows from besides the model and the sets, to tell it from others.
+        make: Makes it.
     """
 
     name: str
     words: str
-    edit: Intervention
+    about: Any
+    make: Callable[[], Intervention]
 
 
-def remedies(model: Any, sets: Sets, ranking: Ranking, options: AuditOptions) -> list[Remedy]:
+def remedies(
+    model: Any, sets: Sets, ranking: Ranking, options: AuditOptions, folder: StudyDirectory
+) -> list[Remedy]:
     """Return the best remedy of each kind on the choosing halves.
 
     The best one has the largest drop of the share of strings that come out whole, minus the rise of the loss
@@ -87,67 +93,90 @@ def remedies(model: Any, sets: Sets, ranking: Ranking, options: AuditOptions) ->
         sets: See `Sets`.
         ranking: Of neurons, made on the choosing half.
         options: Sizes and modes.
+        folder: Keeps the sweeps by which they are chosen.
     """
+    layers = _best_layers(model, sets, options, folder)
+    counts = list(dict.fromkeys(min(count, len(ranking.table)) for count in options.edited_neurons))
+    zeros = [edit_weights(model, ranking.top(count), "zero") for count in counts]
+    gains = _gains(model, sets, zeros, folder, "neurons set to zero")
+    chosen = max(range(len(counts)), key=gains.__getitem__)
+    neurons = ranking.top(counts[chosen])
+    rewritten = partial(
+        edit_weights, model, neurons, "output_vector", sequences=sets.choosing, keep=sets.others,
+        progress=False,
+    )  # fmt: skip
+    where = f"the first {counts[chosen]} neurons of the ranking"
+    named = f"layer{'s' if len(layers) > 1 else ''} {layers_label(layers)}"
+    return [
+        Remedy(
+            "bypass", f"the attention of {named} bypassed", [layers, options.bypass_mode],
+            lambda: _bypasses(model, [layers], options)[0],
+        ),
+        Remedy("neurons set to zero", f"{where} set to zero", neurons, lambda: zeros[chosen]),
+        Remedy("neurons rewritten", f"what {where} write changed by a search", neurons, rewritten),
+    ]  # fmt: skip
+
+
+def _best_layers(model: Any, sets: Sets, options: AuditOptions, folder: StudyDirectory) -> tuple[int, ...]:
+    """Return the layers whose bypassed attention helps most."""
     n_layers = len(model.blocks)
     singles = [(layer,) for layer in range(n_layers)]
-    gains = _gains(model, sets, _bypasses(model, singles, options))
+    gains = _gains(model, sets, _bypasses(model, singles, options), folder, "bypassed layers")
     order = sorted(singles, key=lambda layers: gains[layers[0]], reverse=True)
     pool = sorted(layer for (layer,) in order[:_POOL])
     sizes = [size for size in (2, 3) if size < n_layers]
     several = [layers for size in sizes for layers in combinations(pool, size)]
-    gains += _gains(model, sets, _bypasses(model, several, options))
+    gains += _gains(model, sets, _bypasses(model, several, options), folder, "bypassed sets of layers")
     tried = [*singles, *several]
-    best = max(zip(gains, tried, strict=True), key=lambda pair: (pair[0][0], -len(pair[1]), pair[0][1]))[1]
-    counts = list(dict.fromkeys(min(count, len(ranking.table)) for count in options.edited_neurons))
-    zeros = [edit_weights(model, ranking.top(count), "zero") for count in counts]
-    gains = _gains(model, sets, zeros)
-    chosen = max(range(len(counts)), key=gains.__getitem__)
-    rewritten = edit_weights(
-        model, ranking.top(counts[chosen]), "output_vector", sequences=sets.choosing, keep=sets.others,
-        progress=False,
-    )  # fmt: skip
-    where = f"the first {counts[chosen]} neurons of the ranking"
-    layers = f"layer{'s' if len(best) > 1 else ''} {layers_label(best)}"
-    return [
-        Remedy("bypass", f"the attention of {layers} bypassed", _bypasses(model, [best], options)[0]),
-        Remedy("neurons set to zero", f"{where} set to zero", zeros[chosen]),
-        Remedy("neurons rewritten", f"what {where} write changed by a search", rewritten),
-    ]
+    return max(zip(gains, tried, strict=True), key=lambda pair: (pair[0][0], -len(pair[1]), pair[0][1]))[1]
 
 
 def _bypasses(model: Any, layers: Sequence[Sequence[int]], options: AuditOptions) -> Sequence[Intervention]:
     return attention_bypasses(model, layers=layers, mode=options.bypass_mode) if layers else []
 
 
-def _gains(model: Any, sets: Sets, edits: Sequence[Intervention]) -> list[tuple[float, float]]:
+def _gains(
+    model: Any, sets: Sets, edits: Sequence[Intervention], folder: StudyDirectory, name: str
+) -> list[tuple[float, float]]:
     """Return by how much each edit is better than none, and the drop of the log-probability."""
     if not edits:
         return []
-    recall = sweep(model, sets.choosing, edits, progress=False)
+    recall = folder.kept(name, partial(sweep, model, sets.choosing, edits, progress=False))
     drop = -recall.effect("exact_match").mean("sequence").values
     less = -recall.effect("target_logprob").mean("sequence").values
     rise = np.zeros(len(edits))
     if sets.text is not None:
-        loss = sweep(model, sets.text[0][:_CHOSEN_ON], edits, ("target_logprob",), progress=False)
-        rise = -loss.effect("target_logprob").mean("sequence").values
+        some = sets.text[0][:_CHOSEN_ON]
+        read = partial(sweep, model, some, edits, ("target_logprob",), progress=False)
+        rise = -folder.kept(f"{name} on text", read).effect("target_logprob").mean("sequence").values
     return [(float(a), float(b)) for a, b in zip((drop - rise).ravel(), less.ravel(), strict=True)]
 
 
 def measured(
-    model: Any, edit: Intervention, sets: Sets, everything: SequenceSet, options: AuditOptions
-) -> Mitigation:
-    """Return what a remedy does to the measuring halves, to the other strings and to the text."""
+    model: Any,
+    remedy: Remedy,
+    sets: Sets,
+    everything: SequenceSet,
+    options: AuditOptions,
+    folder: StudyDirectory,
+) -> dict[str, Any]:
+    """Return what a remedy does to the measuring halves, to the other strings and to the text, in one row."""
     text = None if sets.text is None else sets.text[1]
-    return evaluate_mitigation(
-        model, edit, sets.measuring, others=sets.others, text=text, memorized=everything,
-        options=options.mitigation(),
-    )  # fmt: skip
+    others = [
+        fingerprint(seqs) for seqs in (sets.choosing, sets.others, everything, text) if seqs is not None
+    ]
+    asked = options.mitigation()
 
+    def measure() -> dict[str, Any]:
+        found = evaluate_mitigation(
+            model, remedy.make(), sets.measuring, others=sets.others, text=text, memorized=everything,
+            options=asked,
+        )  # fmt: skip
+        return _row(found)
 
-def remedy_table(found: Sequence[tuple[Remedy, Mitigation]]) -> pd.DataFrame:
-    """Return one row per remedy: what is left of the leaks, what it costs, and what leaks instead."""
-    rows = [{"remedy": remedy.name, "what": remedy.words, **_row(one)} for remedy, one in found]
-    return pd.DataFrame(rows)
+    about = [remedy.about, others, asked]
+    row = folder.stored(remedy.name, model, sets.measuring, about, measure)
+    return {"remedy": remedy.name, "what": remedy.words, **row}
 
 
 def _row(found: Mitigation) -> dict[str, Any]:

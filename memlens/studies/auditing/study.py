@@ -23,30 +23,28 @@ from memlens.benchmark.ranking import Ranking, best_method, rank
 from memlens.errors import MemlensError, OptionError
 from memlens.files import expanded, replacing
 from memlens.forward.components import ComponentKind
-from memlens.instruments.edit.mitigation import Mitigation
 from memlens.models.provenance import describe
 from memlens.recall.compression import prompt_compression
 from memlens.recall.corpus.scan import PredictableRule
 from memlens.recall.counterfactual import counterfactual_memorization
 from memlens.recall.extraction import extraction_curve, first_tokens
-from memlens.recall.score import score_recall
 from memlens.recall.taxonomy import CLASSES, recall_classes
-from memlens.report.from_directory import SUFFIXES, file_of, read_run
+from memlens.results.result import Result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.corrupt import corrupt
 from memlens.sequences.natural import text_ids, text_windows
 from memlens.sequences.secrets import SECRET
 from memlens.sequences.set import SequenceSet
 from memlens.sequences.tokenizing import decode, need_tokenizer
+from memlens.store.fingerprint import fingerprint, model_fingerprint
 from memlens.studies.auditing import findings as find
-from memlens.studies.auditing.leaks import WHOLE, blind, exposures, leak_table
+from memlens.studies.auditing.folder import AuditDirectory, opened
+from memlens.studies.auditing.leaks import WHOLE, blind, exposures, leak_table, made_like
 from memlens.studies.auditing.options import STEPS, AuditOptions, Step
 from memlens.studies.auditing.redaction import Hide, hiding
-from memlens.studies.auditing.remedies import Remedy, Sets, measured, remedies, remedy_table
-from memlens.studies.running import StudyDirectory, StudyRun, at_most
+from memlens.studies.auditing.remedies import Remedy, Sets, measured, remedies
+from memlens.studies.running import StudyRun, at_most
 
-CSV = "leaks.csv"
-"""The file in the run's folder that has the full texts."""
 _METRICS = ("sampling", "near_verbatim", "trivial", "taxonomy")
 _WINDOW, _SHORTEST_WINDOW, _FEWEST_WINDOWS = 128, 16, 4
 _TEXT_WINDOWS = 64
@@ -77,7 +75,9 @@ def audit(
     4. *Where?* Heads and neurons, by the benchmark's method, with what it is known to find.
     5. *What would help?* Bypassed layers and edited neurons, their cost on a text, and what leaks instead.
 
-    A step that fails is named in the report, and the others go on.
+    A step that fails is named in the report, and the others go on. What was measured is kept beside the CSV
+    file (`steps_folder`): a second run into the same folder does only what is missing, and what depends on an
+    option, a string, a text or weights that changed.
 
     Args:
         model: A TransformerLens model.
@@ -129,53 +129,24 @@ def audit(
         "model": about, "sequences": source, "n_sequences": len(sequences),
         "reference": None if reference is None else describe(reference)["model"],
     }  # fmt: skip
-    if options.redact:
-        _check_folder(expanded(out))
-    lead = find.TEXTS["lead"].format(shown=find.TEXTS["redacted" if options.redact else "open"])
-    title = find.TEXTS["title"].format(model=about["model"], n=len(sequences))
-    folder = StudyDirectory(
-        out,
-        title=title,
-        lead=lead,
+    folder = opened(
+        expanded(out), csv=None if options.csv is None else expanded(options.csv),
+        title=find.TEXTS["title"].format(model=about["model"], n=len(sequences)),
+        lead=find.TEXTS["lead"].format(shown=find.TEXTS["redacted" if options.redact else "open"]),
         summary=find.TEXTS.summary(model=about["model"], n=len(sequences)),
-        settings=settings,
-        command=command and hide(command),
-        fresh=True,
-    )
-    folder.hide = hide if options.redact else None
-    csv = expanded(options.csv) if options.csv is not None else folder.path / CSV
-    (folder.path / CSV).unlink(missing_ok=True)  # of an earlier audit
-    return _Audit(model, folder, options, sequences, reference, text, csv, progress).run()
-
-
-def _check_folder(path: Path) -> None:
-    """Refuse a folder with results or tables of something else: a report shows all that its folder holds.
-
-    Raises:
-        OptionError: There are some.
-    """
-    if not path.is_dir():
-        return
-    old = read_run(path)
-    for part in ("results", "tables"):
-        named = {file_of(path, part, entry["name"]) for entry in old[part]}
-        loose = [file for file in path.glob(f"*{SUFFIXES[part]}") if file not in named]
-        if loose:
-            raise OptionError(
-                f"{path} holds {len(loose)} {part} of something else ({SUFFIXES[part]}), which the report "
-                "would show: name another folder."
-            )
+        settings=settings, command=command and hide(command), hide=hide if options.redact else None,
+    )  # fmt: skip
+    return _Audit(model, folder, options, sequences, reference, text, progress).run()
 
 
 @dataclass(eq=False)
 class _Audit:
     model: Any
-    folder: StudyDirectory
+    folder: AuditDirectory
     options: AuditOptions
     strings: SequenceSet
     reference: Any
     text: SequenceSet | None
-    csv: Path
     progress: bool
     table: pd.DataFrame = field(default_factory=pd.DataFrame)
 
@@ -197,7 +168,7 @@ class _Audit:
         return replace(
             run,
             tables={find.TEXTS["leaks"]["title"]: find.shown(rows, find.IN_SHORT, redact=redact)},
-            facts={"csv": self.csv, "strings": find.redacted(rows, redact=redact).to_dict("records")},
+            facts={"csv": self.folder.csv, "strings": find.redacted(rows, redact=redact).to_dict("records")},
             exceeded=self._exceeded(),
         )
 
@@ -222,8 +193,6 @@ class _Audit:
             reason = "no string leaks."
         elif step != "memory" and not self._whole().any():
             reason = "no string comes out whole; those that leak do so by sampling only."
-        elif step == "help" and leaking.all():
-            reason = "every string leaks; add some that do not, to see what else a remedy changes."
         if reason:
             self.folder.find(find.skipped(step, reason))
         else:
@@ -246,9 +215,9 @@ class _Audit:
         """Add columns to the table of strings, and write it: all of it as CSV, the rest for the report."""
         self.table = self.table.assign(**columns)
         rows = self._ranked()
-        with replacing(self.csv) as part:
+        with replacing(self.folder.csv) as part:
             rows.to_csv(part, index=False)
-        os.chmod(self.csv, 0o600)
+        os.chmod(self.folder.csv, 0o600)
         words, options = find.TEXTS["leaks"], self.options
         top_k = "all tokens" if options.top_k is None else f"the {options.top_k} likeliest tokens"
         note = words["note"].format(
@@ -265,8 +234,8 @@ class _Audit:
 
     def _leak(self) -> None:
         options = self.options
-        self.recall = score_recall(
-            self.model, self.blind, metrics=_METRICS, sampling=options.sampling(),
+        self.recall = self.folder.scored(
+            "leak", self.model, self.blind, metrics=_METRICS, sampling=options.sampling(),
             n_samples=options.n_samples, probability=options.probability, progress=self.progress,
         )  # fmt: skip
         self.table = leak_table(self.model, self.strings, self.recall, options)
@@ -278,23 +247,28 @@ class _Audit:
             self.folder.step("exposure", self._expose)
 
     def _expose(self) -> None:
-        found = exposures(self.model, self.blind, self.options, progress=self.progress)
-        if len(found):
-            names = [name for name in found if name != "string"]
-            self._keep(**{name: self._by_string(found["string"], found[name]) for name in names})
-            self.folder.find(find.exposed(self.table, self.options.seed))
+        found = exposures(self.model, self.blind, self.options, self.folder, progress=self.progress)
+        if not len(found):
+            return
+        names = [name for name in found if name != "string"]
+        self._keep(**{name: self._by_string(found["string"], found[name]) for name in names})
+        for among in dict.fromkeys(found["exposure_among"]):
+            self.folder.find(find.exposed(self.table, among, self.options.seed))
 
     def _little(self) -> None:
         some, first = self._leaking(), first_tokens(self.blind)
         some = some[some.prefix_len.numpy() > first]
         usual = int(some.prefix_len.median()) - first
         lengths = [*(2**i for i in range(usual.bit_length()) if 2**i < usual), usual]
+        budget = self.options.deletion_budget
         shared: dict[str, Any] = {"pinned": first, "progress": self.progress}
-        curve = extraction_curve(self.model, some, lengths, **shared)
-        last = prompt_compression(self.model, some, "keep_last", **shared)
-        left = prompt_compression(
-            self.model, some, "greedy_deletion", budget=self.options.deletion_budget, **shared
-        )
+        model, kept = self.model, partial(self._result, some, first)
+        curve = kept("curve", lengths, lambda: extraction_curve(model, some, lengths, **shared))
+        last = kept("last tokens", (), lambda: prompt_compression(model, some, "keep_last", **shared))
+        left = kept(
+            "deletion", budget,
+            lambda: prompt_compression(model, some, "greedy_deletion", budget=budget, **shared),
+        )  # fmt: skip
         damaged = {f"with_{n}_replaced": self._damaged(some, n, first) for n in self.options.damaged}
         self._keep(
             shortest_prefix=self._by_string(some.ids, last["fewest_tokens"].values),
@@ -312,13 +286,19 @@ class _Audit:
         if not len(long):
             return self._by_string([], [])
         hits = [
-            self._teacher_forced(corrupt(long, n_tokens=n, seed=self.options.seed + draw))["exact_match"]
+            self._teacher_forced("damaged", corrupt(long, n_tokens=n, seed=self.options.seed + draw))
             for draw in range(self.options.draws)
         ]
-        return self._by_string(long.ids, np.mean(hits, axis=0))
+        return self._by_string(long.ids, np.mean([each["exact_match"] for each in hits], axis=0))
 
-    def _teacher_forced(self, seqs: SequenceSet) -> pd.DataFrame:
-        return score_recall(self.model, seqs, generate=False, metrics=(), progress=False).table
+    def _result(
+        self, some: SequenceSet, first: int, name: str, options: Any, make: Callable[[], Result]
+    ) -> Result:
+        return self.folder.result(name, self.model, some, [first, options], make)
+
+    def _teacher_forced(self, name: str, seqs: SequenceSet) -> pd.DataFrame:
+        found = self.folder.scored(name, self.model, seqs, generate=False, metrics=(), progress=False)
+        return found.table
 
     def _memory(self) -> None:
         leaking = find.leaks(self.table)
@@ -335,13 +315,11 @@ class _Audit:
         above = {"after another string's text": own - columns["logprob_after_other_text"]}
         known = np.zeros(len(self.table), dtype=bool)
         if self.reference is not None:
-            found = counterfactual_memorization(
-                self.model, self.reference, self.blind, generate=False, progress=self.progress
-            ).table
-            columns["reference_exact"] = found["exact_match_clean"].to_numpy(int)
-            columns["reference_logprob"] = found["target_logprob_clean"].to_numpy(float)
+            found = self._beside_reference()
+            columns["reference_exact"] = np.array(found["exact_match_clean"], dtype=int)
+            columns["reference_logprob"] = np.array(found["target_logprob_clean"], dtype=float)
             known = columns["reference_exact"] == 1
-            above["of the reference"] = found["target_logprob_counterfactual"].to_numpy(float)
+            above["of the reference"] = np.array(found["target_logprob_counterfactual"], dtype=float)
         verdict = np.select(
             [guess, columns["after_other_text"] == 1, known],
             [find.GUESS, find.ANYWHERE, find.REFERENCE], find.MEMORY,
@@ -349,6 +327,19 @@ class _Audit:
         self._keep(**columns, verdict=np.where(leaking, verdict, ""))
         matched = self.table["string"].isin(self._controls().ids).to_numpy()
         self.folder.find(find.is_memory(self.table, above, matched, self.options.seed))
+
+    def _beside_reference(self) -> dict[str, Any]:
+        """Return what the reference makes of each string, by column."""
+
+        def compare() -> dict[str, Any]:
+            found = counterfactual_memorization(
+                self.model, self.reference, self.blind, generate=False, progress=self.progress
+            ).table
+            names = ("exact_match_clean", "target_logprob_clean", "target_logprob_counterfactual")
+            return {name: found[name].to_numpy(float) for name in names}
+
+        about = model_fingerprint(self.reference)
+        return self.folder.stored("reference", self.model, self.blind, about, compare)
 
     def _controls(self) -> SequenceSet:
         """Return strings that do not leak, matched with those that do in length and frequency of tokens."""
@@ -374,7 +365,8 @@ class _Audit:
                 asked.append(i)
         found = pd.DataFrame(np.nan, index=range(len(targets)), columns=["exact_match", "target_logprob"])
         if rows:
-            scores = self._teacher_forced(SequenceSet.from_tokens(rows, lengths, attrs=self.blind.attrs))
+            others = SequenceSet.from_tokens(rows, lengths, attrs=self.blind.attrs)
+            scores = self._teacher_forced("after others", others)
             found.iloc[asked] = scores[list(found)].to_numpy(float)
         return found
 
@@ -399,28 +391,44 @@ class _Audit:
         others = others if others is not None and len(others) else None
         family = str(describe(self.model)["family"])
         localizer, variant = best_method(component, others, self.options.most_forwards, family)
-        return rank(
-            self.model, some, component, others=others, localizer=localizer, variant=variant,
-            seed=self.options.seed,
-        )  # fmt: skip
+        seed = self.options.seed
+
+        def look() -> dict[str, Any]:
+            found = rank(
+                self.model, some, component, others=others, localizer=localizer, variant=variant, seed=seed
+            )
+            table = {name: found.table[name].to_numpy() for name in found.table}
+            return {"table": table, "method": found.method, "evidence": found.evidence}
+
+        about = [localizer, variant, seed, "" if others is None else fingerprint(others)]
+        found = self.folder.stored(f"ranked {component}s", self.model, some, about, look)
+        return Ranking(pd.DataFrame(found["table"]), found["method"], found["evidence"], component)
 
     def _help(self) -> None:
-        sets = Sets.of(self._leaking(), self._others(), self.text, self.options.seed)
+        leaking, others = self._leaking(), self._others()
+        given = len(others) > 0
+        if not given:
+            others = made_like(self.model, leaking, self.options.max_others, self.options.seed)
+        sets = Sets.of(leaking, others, self.text, self.options.seed)
         some = at_most(sets.choosing, self.options.ranked_sequences, self.options.seed)
-        found = remedies(self.model, sets, self._ranking("neuron", some), self.options)
-        results: list[tuple[Remedy, Mitigation]] = []
+        found = remedies(self.model, sets, self._ranking("neuron", some), self.options, self.folder)
+        rows: list[dict[str, Any]] = []
         for remedy in found:
-            self.folder.step(f"help: {remedy.name}", partial(self._measure, remedy, sets, results))
-        if not results:
+            self.folder.step(f"help: {remedy.name}", partial(self._measure, remedy, sets, rows))
+        if not rows:
             return
-        words, table = find.TEXTS["remedies"], remedy_table(results)
-        self.folder.add_section("remedies", words["title"], words["lead" if sets.apart else "same"])
-        self.folder.add_table("remedies", table, title=words["title"], note=words["note"], section="remedies")
-        for row in table.to_dict("records"):
-            self.folder.find(find.helped({str(key): value for key, value in row.items()}))
+        words = find.TEXTS["remedies"]
+        made = [] if given else [words["made"].format(n=len(others))]
+        lead = " ".join([words["lead" if sets.apart else "same"], *made])
+        self.folder.add_section("remedies", words["title"], lead)
+        self.folder.add_table(
+            "remedies", pd.DataFrame(rows), title=words["title"], note=words["note"], section="remedies"
+        )
+        for row in rows:
+            self.folder.find(find.helped(row, made=0 if given else len(others)))
 
-    def _measure(self, remedy: Remedy, sets: Sets, results: list[tuple[Remedy, Mitigation]]) -> None:
-        results.append((remedy, measured(self.model, remedy.edit, sets, self.blind, self.options)))
+    def _measure(self, remedy: Remedy, sets: Sets, rows: list[dict[str, Any]]) -> None:
+        rows.append(measured(self.model, remedy, sets, self.blind, self.options, self.folder))
 
 
 def _figure(ranking: Ranking, n: int) -> Any:
