@@ -1,7 +1,8 @@
 """Results and sources larger than memory: `python -m benchmarks.large make`, then `means`, and so on.
 
-`make` writes a result of 300,000 sequences by 1,024 heads by 2 metrics; the next four read it. `score` scores
-100,000 sequences of random tokens on `zoo/pythia-xs`. Each prints seconds and resident memory.
+`make` writes a result of 300,000 sequences by 1,024 heads by 2 metrics; the next four read it. `sweep` makes
+one of this size part by part, from random numbers in place of a model's; `gather` joins its parts again.
+`score` scores 100,000 sequences of random tokens on `zoo/pythia-xs`. Each prints seconds and resident memory.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 
 import memlens as ml
 from benchmarks.memory import resident
+from memlens.sweeps import run
 
 LAYERS = HEADS = 32
 _ROWS = 8192
+CASES = ("score", "make", "open", "means", "plot", "compare", "sweep", "gather")
 
 
 def made(n: int) -> ml.Result:
@@ -72,10 +76,35 @@ def scored(n: int, folder: Path) -> list[tuple[float, int]]:
     return log
 
 
+def swept(n: int, folder: Path) -> None:
+    """Run a sweep whose parts are drawn, not computed, from its first part to its result in `folder`."""
+    model = ml.load_model("zoo/pythia-xs")
+    rows = np.random.default_rng(0).integers(0, model.cfg.d_vocab - 1, (n, 3))
+    edits = [
+        ml.Intervention(
+            f"L{layer}H{head}", [("blocks.0.hook_attn_out", torch.zeros_like)], {"layer": layer, "head": head}
+        )
+        for layer in range(LAYERS)
+        for head in range(HEADS)
+    ]
+
+    def drawn(*given: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        items, rows = len(given[2]), given[-1]
+        rng = np.random.default_rng(rows.start)
+        base = rng.normal(size=len(rows)).astype(np.float32)
+        values = rng.normal(size=(len(rows), items)).astype(np.float32)
+        recalled = {"target_logprob": base, "exact_match": np.ones_like(base)}
+        return recalled, {"target_logprob": values, "exact_match": (values > 0).astype(np.float32)}
+
+    run.run_batches = drawn
+    seqs = ml.SequenceSet.from_tokens(rows, 2)
+    ml.sweep(model, seqs, edits, batch_size=512, out=folder, part=(0, 1), progress=False)
+
+
 def main() -> None:
     """Do one thing and print what it took."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["score", "make", "open", "means", "plot", "compare"])
+    parser.add_argument("what", choices=CASES)
     parser.add_argument("--n", type=int, help="sequences; by default 100,000 for score, else 300,000")
     parser.add_argument("--out", type=Path, default=Path("large"))
     given = parser.parse_args()
@@ -87,6 +116,11 @@ def main() -> None:
             print(f"{seconds:6.0f} s {size / 2**20:6.0f} MiB")
     elif given.what == "make":
         made(given.n or 300_000).save(path)
+    elif given.what == "sweep":
+        swept(given.n or 300_000, given.out / "swept")
+    elif given.what == "gather":
+        (given.out / "swept" / "result.nc").unlink(missing_ok=True)
+        ml.gather(given.out / "swept").save(given.out / "gathered.nc")
     else:
         result = ml.load_result(path)
         if given.what == "means":

@@ -93,7 +93,7 @@ def load_result(path: str | Path, *, lazy: bool | None = None) -> Result:
             size = file.nbytes
             if size > max(2**30, 1000 * path.stat().st_size):
                 raise ValueError(f"its {path.stat().st_size} bytes would unpack to {size / 2**30:.1f} GiB")
-            lazy = size > _LAZY and _HAS_DASK if lazy is None else lazy
+            lazy = stays_in_file(size) if lazy is None else lazy
             raw = file.chunk({"sequence": _rows_at_once(file)}) if lazy else file.load()
         finally:
             if not lazy:
@@ -108,6 +108,16 @@ def load_result(path: str | Path, *, lazy: bool | None = None) -> Result:
         if not (isinstance(result.kind, str) and isinstance(result.settings, dict)):
             raise ValueError("its kind is not a name, or its settings are not an object")
         return result
+
+
+def stays_in_file(size: int) -> bool:
+    """Whether the values of a result of so many bytes are left in its file until they are needed."""
+    return size > _LAZY and _HAS_DASK
+
+
+def rows_at_once(row_bytes: int) -> int:
+    """Return how many sequences of so many bytes are read at once."""
+    return max(1, _READ // max(1, row_bytes))
 
 
 def _rows_at_once(file: xr.Dataset) -> int:
@@ -137,6 +147,10 @@ def save_dataset(data: xr.Dataset, path: str | Path) -> Path:
         WriteError: The file cannot be written.
     """
     encoded = encode(data)
+    for name, variable in encoded.variables.items():
+        if any(len(sizes) > 1 for sizes in variable.chunksizes.values()):
+            rows = rows_at_once(variable.nbytes // max(1, len(variable)))
+            encoded[name] = variable.chunk({**dict.fromkeys(variable.dims, -1), variable.dims[0]: rows})
     how: dict[str, Any] = {"engine": "h5netcdf", "encoding": _compression(encoded)}
     if encoded.nbytes <= _IN_MEMORY:
         return write_atomically(path, encoded.to_netcdf(**how))

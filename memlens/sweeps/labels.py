@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -63,26 +64,40 @@ class Grid:
         places = np.arange(len(self.axes[self.keys[0]]))[:, None] if self.index is None else self.index
         return {"cell": (("item", "axis"), places)}
 
+    @property
+    def stretch(self) -> float:
+        """How many cells there are for each intervention."""
+        return 1.0 if self.index is None else math.prod(map(len, self.axes.values())) / len(self.index)
+
     def variables(self, baseline: Values, values: Values, *, per_token: bool) -> dict[str, Any]:
         """Return the variables of a result with their dimensions, NaN in cells without an intervention.
 
         Args:
             baseline: `[seq, …]` of each metric.
-            values: `[seq, intervention, …]` of each metric.
+            values: `[seq, intervention, …]` of each metric; NumPy or Dask arrays.
             per_token: Whether metrics have a `target` axis at the end.
         """
         found: dict[str, Any] = {}
         for name, array in values.items():
             tail = ("target",) if per_token and array.ndim > 2 else ()
-            grid = array
-            if self.index is not None:
-                sizes = map(len, self.axes.values())
-                grid = np.full((len(array), *sizes, *array.shape[2:]), np.nan, array.dtype)
-                grid[(slice(None), *self.index.T)] = array
-            found[name] = (("sequence", *self.keys, *tail), grid)
+            found[name] = (("sequence", *self.keys, *tail), self._spread(array))
         for name, array in baseline.items():
             found[f"{name}_baseline"] = (("sequence", *(["target"] * per_token)), array)
         return found
+
+    def _spread(self, array: Any) -> Any:
+        """Put `[seq, intervention, …]` into its cells; a Dask array block by block."""
+        if self.index is None:
+            return array
+        sizes = tuple(map(len, self.axes.values()))
+        if not isinstance(array, np.ndarray):
+            return array.map_blocks(
+                self._spread, dtype=array.dtype, chunks=(array.chunks[0], *sizes, *array.chunks[2:]),
+                drop_axis=1, new_axis=range(1, 1 + len(sizes)),
+            )  # fmt: skip
+        grid = np.full((len(array), *sizes, *array.shape[2:]), np.nan, array.dtype)
+        grid[(slice(None), *self.index.T)] = array
+        return grid
 
 
 def labels_of(seqs: SequenceSet) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from memlens.results.kinds import register_kind
 from memlens.results.plots.layers import plot_sweep
 from memlens.results.readings import read_effects
 from memlens.results.result import Result
+from memlens.results.storage import load_result
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 from memlens.store.executors import run_parts
@@ -42,7 +43,7 @@ from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.labels import Grid, Values, make_result
 from memlens.sweeps.plan import intervention_flops
 from memlens.sweeps.randomness import with_watched_draws
-from memlens.sweeps.shards import Shard, ShardStore, assembled, cut, part_limit, save_frame
+from memlens.sweeps.shards import Parts, Shard, ShardStore, cut, part_limit, save_frame
 
 ENGINES = ("fast", "reference")
 _LOG = logging.getLogger(__name__)
@@ -175,6 +176,7 @@ def sweep(
             if part is not None or executor is not None:
                 raise OptionError("part= and executor= need a folder that all workers share: give out=.")
             baseline, values = runner.run(Shard(range(len(sequences)), range(len(interventions))), bar)
+            lost = _is_lost(values)
         else:
             about = runner.about
             shards = cut(len(sequences), costs, budget.batch_size, part_limit(trunk.device.type))
@@ -183,8 +185,9 @@ def sweep(
                 frame = make_result(kind, model, sequences, grid.cells, grid.axes, recorded)
                 save_frame(out, frame, grid, per_token, measured)
                 _share(_SweepJob(runner, store), part, executor, bar)
-            baseline, values = _from_parts(runner, store, bar)
-    _warn_not_finite(values)
+            baseline, values, lost = _from_parts(runner, store, grid, bar)
+    if lost:
+        _LOG.warning("some interventions drive the model to NaN; their values are NaN in the result")
     if trunk.dtype.itemsize < 4 if check_dtype is None else check_dtype:
         recorded["float32_agreement"] = agreement_with_float32(
             trunk, sequences, interventions, metrics, baseline, values, per_token=per_token
@@ -262,9 +265,13 @@ def _runner_elsewhere(given: tuple[Any, ...], options: dict[str, Any], batch_siz
     return _Runner(*given, budget=budget, **options)
 
 
-def _from_parts(runner: _Runner, store: ShardStore, bar: Any) -> tuple[Values, Values]:
-    """Read the parts that are there, and compute and save the others."""
-    parts = []
+def _from_parts(runner: _Runner, store: ShardStore, grid: Grid, bar: Any) -> tuple[Values, Values, bool]:
+    """Read the parts that are there, and compute and save the others.
+
+    Returns:
+        The baseline, the values, and whether some are lost (see `_is_lost`).
+    """
+    parts, lost = Parts(store, grid.stretch), False
     for shard in store.shards:
         done = store.load(shard)
         if done is None:
@@ -273,8 +280,9 @@ def _from_parts(runner: _Runner, store: ShardStore, bar: Any) -> tuple[Values, V
         elif bar.n < bar.total:
             bar.update(runner.cost(shard))
             bar.initial = bar.n  # what was done before counts for no speed
-        parts.append((shard, *done))
-    return assembled(parts)
+        parts.add(shard, *done)
+        lost = lost or _is_lost(done[1])
+    return *parts.joined(), lost
 
 
 class _SweepJob:
@@ -332,6 +340,8 @@ def _share(job: _SweepJob, part: Part | None, executor: Any, bar: Any) -> None:
 def kept(result: Result, out: str | Path | None) -> Result:
     """Return a result, saved as `result.nc` where the sweep has a folder `out`.
 
+    One whose values are not in memory is written a portion at a time, and then read from that file.
+
     Analyses that extend the result of `sweep` save it through this function, too. In a folder of a finished
     run that cannot be written any more, the file that is there stays.
     """
@@ -344,7 +354,9 @@ def kept(result: Result, out: str | Path | None) -> Result:
         if error.errno not in _READ_ONLY or not path.exists():
             raise
         _LOG.warning("%s is read-only and keeps its %s", path.parent, path.name)
-    return result
+        return result
+    in_memory = all(variable.chunks is None for variable in result.data.variables.values())
+    return result if in_memory else load_result(path)
 
 
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -388,10 +400,10 @@ def _check_inputs(trunk: Trunk, seqs: SequenceSet, interventions: Sequence[Inter
         resolve_hook(trunk.model, name)
 
 
-def _warn_not_finite(values: Values) -> None:
-    for name, array in values.items():
-        if name == "target_logprob" and np.isnan(array).all(axis=tuple(range(array.ndim))[2:]).any():
-            _LOG.warning("some interventions drive the model to NaN; their values are NaN in the result")
+def _is_lost(values: Values) -> bool:
+    """Whether an intervention drives the model to NaN on a sequence."""
+    logprob = values.get("target_logprob")
+    return logprob is not None and bool(np.isnan(logprob).all(axis=tuple(range(2, logprob.ndim))).any())
 
 
 @computes
@@ -468,7 +480,7 @@ def agreement_with_float32(
     for name, before in plain.items():
         found[name] = _differences(
             baseline[name][: len(rows)],
-            values[name][: len(rows)][:, items],
+            np.asarray(values[name][: len(rows)][:, items]),
             before,
             torch.stack([w[name] for w in wanted], 1),
         )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from memlens.errors import ResultError
 from memlens.files import exact_json, expanded, parsed_exact, replacing
 from memlens.forward.metrics import Metric
 from memlens.results.result import Result
-from memlens.results.storage import load_result
+from memlens.results.storage import load_result, rows_at_once, stays_in_file
 from memlens.store.keyed_folder import KeyedFolder, read_arrays, read_manifest
 from memlens.store.sharing import check_finished
 from memlens.sweeps.engine.schedule import joined
@@ -118,10 +121,23 @@ class ShardStore:
         """Whether a part's file is there, given its name."""
         return (self.folder.path / name).exists()
 
-    def joined(self) -> tuple[Values, Values]:
-        """Return the baseline and the values of all parts, which must be finished."""
-        parts = [(shard, self.load(shard)) for shard in self.shards]
-        return assembled([(shard, *done) for shard, done in parts if done is not None])
+    def joined(self, stretch: float = 1.0) -> tuple[Values, Values]:
+        """Return the baseline and the values of all parts, which must be finished; see `Parts`."""
+        parts = Parts(self, stretch)
+        for shard in self.shards:
+            parts.add(shard, *self.finished(shard))
+        return parts.joined()
+
+    def finished(self, shard: Shard) -> tuple[Values, Values]:
+        """Return a part's baseline and values.
+
+        Raises:
+            ResultError: It is missing or damaged, or is not the part that this sweep wrote.
+        """
+        done = self.load(shard)
+        if done is None:
+            raise ResultError(f"{self.folder.path / shard.name} is gone: run the sweep again.")
+        return done
 
     def save(self, shard: Shard, base: Values, values: Values) -> None:
         """Write a finished part, whole or not at all."""
@@ -131,17 +147,111 @@ class ShardStore:
             np.savez(file, seal=seal, **named)  # pyright: ignore[reportArgumentType]
 
 
-def assembled(parts: Sequence[tuple[Shard, Values, Values]]) -> tuple[Values, Values]:
-    """Join parts, which are ordered by their sequences and then by their interventions."""
-    rows: dict[range, list[tuple[Values, Values]]] = {}
-    for shard, base, values in parts:
-        rows.setdefault(shard.rows, []).append((base, values))
-    _, bases, found = parts[0]
-    base = {n: joined([some[0][0][n] for some in rows.values()]) for n in bases}
-    values = {
-        n: joined([np.concatenate([v[n] for _, v in some], 1) for some in rows.values()]) for n in found
+class Parts:
+    """The parts of a sweep as they come, joined: in memory, or read from their files when they are needed.
+
+    The values are left in the files where a result of their size would be (`load_result`).
+
+    Args:
+        store: Keeps the parts, which must be in it when the values are read.
+        stretch: How many cells the result has for each intervention.
+    """
+
+    def __init__(self, store: ShardStore, stretch: float = 1.0) -> None:
+        self._store, self._stretch = store, stretch
+        self._groups: list[tuple[range, Values, list[Shard]]] = []
+        self._held: list[tuple[Shard, Values, Values]] | None = []
+        self._kinds: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+        self._cells = 0
+
+    def add(self, shard: Shard, base: Values, values: Values) -> None:
+        """Take the next part; parts are ordered by their sequences and then by their interventions."""
+        if not self._groups or self._groups[-1][0] != shard.rows:
+            self._groups.append((shard.rows, base, []))
+        self._groups[-1][2].append(shard)
+        self._cells += len(shard.rows) * len(shard.items)
+        for name, array in values.items():
+            tail, dtype = self._kinds.get(name, (array.shape[2:], array.dtype))
+            self._kinds[name] = max(tail, array.shape[2:]), np.result_type(dtype, array.dtype)
+        if self._held is not None:
+            self._held.append((shard, base, values))
+            if stays_in_file(round(self._cells * self._cell_bytes())):
+                self._held = None
+
+    def joined(self) -> tuple[Values, Values]:
+        """Return the baseline `[seq, …]` and the values `[seq, intervention, …]` of each metric.
+
+        Values that are left in the files are Dask arrays, in blocks of some sequences.
+        """
+        base = {n: joined([own[n] for _, own, _ in self._groups]) for n in self._groups[0][1]}
+        return base, self._left() if self._held is None else _assembled(self._held)
+
+    def _cell_bytes(self) -> float:
+        return self._stretch * sum(math.prod(tail) * dtype.itemsize for tail, dtype in self._kinds.values())
+
+    def _left(self) -> dict[str, Any]:
+        import dask.array as da
+        from dask.delayed import delayed
+
+        n_items = self._groups[0][2][-1].items.stop
+        # One task reads all metrics of a block, so that each part is read once when a result is written.
+        blocks = [(len(rows), delayed(partial(self._read, rows))()) for rows in self._blocks(n_items)]
+        return {
+            name: da.concatenate(
+                [da.from_delayed(block[name], (rows, n_items, *tail), dtype) for rows, block in blocks]
+            )
+            for name, (tail, dtype) in self._kinds.items()
+        }
+
+    def _blocks(self, n_items: int) -> Iterator[range]:
+        """Yield the rows that are read at once: whole parts, unless they are many times too large."""
+        most = rows_at_once(round(n_items * self._cell_bytes()))
+        start = stop = 0
+        for rows, _, _ in self._groups:
+            if stop > start and rows.stop - start > most:
+                yield range(start, stop)
+                start = stop
+            stop = rows.stop
+            while stop - start > _LARGEST_BLOCK * most:
+                yield range(start, start + _LARGEST_BLOCK * most)
+                start += _LARGEST_BLOCK * most
+        if stop > start:
+            yield range(start, stop)
+
+    def _read(self, rows: range) -> Values:
+        first = bisect_right(self._groups, rows.start, key=lambda group: group[0].start) - 1
+        last = bisect_left(self._groups, rows.stop, key=lambda group: group[0].start)
+        parts = []
+        for of, _, shards in self._groups[first:last]:
+            own = slice(max(rows.start - of.start, 0), rows.stop - of.start)
+            for shard in shards:
+                _, values = self._store.finished(shard)
+                parts.append((shard, {}, {n: values[n][own] for n in self._kinds}))
+        return {
+            name: _widened(array, self._kinds[name][0]).astype(self._kinds[name][1], copy=False)
+            for name, array in _assembled(parts).items()
+        }
+
+
+_LARGEST_BLOCK = 8
+"""How many times larger than what is read at once a block of whole parts may be."""
+
+
+def _assembled(parts: Sequence[tuple[Shard, Values, Values]]) -> Values:
+    """Join the values of parts, which are ordered by their sequences and then by their interventions."""
+    rows: dict[range, list[Values]] = {}
+    for shard, _, values in parts:
+        rows.setdefault(shard.rows, []).append(values)
+    return {
+        n: joined([np.concatenate([values[n] for values in some], 1) for some in rows.values()])
+        for n in parts[0][2]
     }
-    return base, values
+
+
+def _widened(array: np.ndarray, tail: tuple[int, ...]) -> np.ndarray:
+    """Pad the axes after the interventions with NaN, as `joined` does."""
+    pads = [(0, 0), (0, 0), *((0, size - own) for size, own in zip(tail, array.shape[2:], strict=True))]
+    return np.pad(array, pads, constant_values=np.nan) if array.shape[2:] != tail else array
 
 
 _FRAME = "frame.nc"
@@ -186,9 +296,10 @@ def _opened(folder: str | Path) -> ShardStore:
 def gather(folder: str | Path) -> Result:
     """Join the parts of a sweep that several processes made, without the model.
 
-    The result is that of `sweep`, bit for bit. What an analysis adds to it (such as the normalized effects of
-    `patch_activations`, or `float32_agreement`) is in the folder's `result.nc`, which the same call without
-    `part` writes, as does the worker that finishes last: where it is there, it is read.
+    The result is that of `sweep`, bit for bit; the values of a large one stay in the parts until they are
+    needed, as those of `load_result` stay in its file. What an analysis adds to it (such as the normalized
+    effects of `patch_activations`, or `float32_agreement`) is in the folder's `result.nc`, which the same
+    call without `part` writes, as does the worker that finishes last: where it is there, it is read.
 
     Args:
         folder: The folder that was given as `out`, with `part` or `executor`.
@@ -213,15 +324,14 @@ def gather(folder: str | Path) -> Result:
     if not (folder / _FRAME).exists():
         raise ResultError(
             f"{folder} has no {_FRAME}: its sweep was not shared by part= or executor=, so that the call "
-            "that began "
-            "it has to finish it."
+            "that began it has to finish it."
         )
     frame = load_result(folder / _FRAME).data
     about = parsed_exact(frame.attrs.pop("frame"))
     index = None if about["in_order"] else frame["cell"].values
     frame = frame.drop_vars("cell")
     grid = Grid(about["keys"], {key: frame[key].values.tolist() for key in about["keys"]}, index)
-    variables = grid.variables(*store.joined(), per_token=about["per_token"])
+    variables = grid.variables(*store.joined(grid.stretch), per_token=about["per_token"])
     data = frame.assign(variables)
     for name in variables:
         data[name].attrs = about["attrs"].get(name.removesuffix("_baseline"), {})

@@ -356,18 +356,21 @@ def ablate_head_pairs(
 def _squared(result: Result, cells: Sequence[tuple[int, ...]], labels: list[str]) -> xr.Dataset:
     """Turn a list of single heads and pairs into a symmetric square, and add the interaction."""
     data = result.data.drop_dims("intervention")
-    a, b = (np.array([cell[side] for cell in cells]) for side in (0, -1))
+    n = len(labels)
+    places = np.zeros((n, n), dtype=int)  # of each pair, and of each head alone, among the cells
+    for number, cell in enumerate(cells):
+        places[cell[0], cell[-1]] = places[cell[-1], cell[0]] = number
     squares: dict[str, Any] = {}
     for name in result.metrics:
-        values = result[name].values
-        square = np.full((len(values), len(labels), len(labels), *values.shape[2:]), np.nan)
-        square[:, a, b] = square[:, b, a] = values
+        values = result[name].data.astype(float)
+        square = values[:, places.ravel()].reshape(len(values), n, n, *values.shape[2:])
         squares[name] = (("sequence", "head_a", "head_b", *result[name].dims[2:]), square)
     data = data.assign(squares).assign_coords(head_a=labels, head_b=labels)
     both = data[result.metrics[0]]
-    diagonal = both.values[:, range(len(labels)), range(len(labels))]
-    interaction = both - diagonal[:, :, None] - diagonal[:, None] + result.baseline(result.metrics[0])
-    off = xr.DataArray(~np.eye(len(labels), dtype=bool), dims=("head_a", "head_b"))
+    alone = result[result.metrics[0]].isel(intervention=slice(n))  # the first cells
+    a, b = (alone.rename(intervention=dim).assign_coords({dim: labels}) for dim in ("head_a", "head_b"))
+    interaction = both - a - b + result.baseline(result.metrics[0])
+    off = xr.DataArray(~np.eye(n, dtype=bool), dims=("head_a", "head_b"))
     return data.assign(interaction=interaction.where(off).transpose(*both.dims))
 
 

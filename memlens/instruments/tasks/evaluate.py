@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from memlens.results.kinds import register_kind
 from memlens.results.plots.tasks import plot_tasks
 from memlens.results.readings import read_tasks
 from memlens.results.result import Result
+from memlens.results.statistics.resampling import slices
+from memlens.results.storage import rows_at_once
 from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.labels import make_result
 from memlens.sweeps.run import kept, measure, sweep
@@ -103,9 +105,9 @@ def _per_question(swept: Result, tasks: Sequence[ChoiceTask], n_targets: np.ndar
         if f"target_logprob{tail}" not in data:
             continue
         mean, greedy = data[f"target_logprob{tail}"], data[f"exact_match{tail}"]
-        values = mean.values.astype(float)
+        values = mean.data.astype(float)
         total = values * n_targets.reshape(-1, *[1] * (values.ndim - 1))
-        for name, array in _scored(tasks, total, greedy.values.astype(float)).items():
+        for name, array in _scored(tasks, total, greedy.data.astype(float)).items():
             variables[name + tail] = xr.Variable(mean.dims, array, {"long_name": _LABELS[name]})
     counted, in_order = [len(task) for task in tasks], {"keep_order": 1}
     coords = {
@@ -118,17 +120,41 @@ def _per_question(swept: Result, tasks: Sequence[ChoiceTask], n_targets: np.ndar
     return Result(xr.Dataset(variables, {**coords, **sites}, data.attrs))
 
 
-def _scored(tasks: Sequence[ChoiceTask], total: np.ndarray, greedy: np.ndarray) -> dict[str, np.ndarray]:
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in _LABELS}
+def _scored(tasks: Sequence[ChoiceTask], total: Any, greedy: Any) -> dict[str, Any]:
+    """Score the questions of all tasks; Dask arrays some questions at a time."""
+    in_memory = isinstance(total, np.ndarray)
+    parts: dict[str, list[Any]] = {name: [] for name in _LABELS}
     start = 0
     for task in tasks:
         rows = slice(start, start + len(task.requests))
         start = rows.stop
-        found = task.score(total[rows], greedy[rows])
-        found["accuracy_chance_corrected"] = (found["accuracy"] - task.chance) / (1 - task.chance)
-        for name, array in found.items():
-            parts[name].append(array)
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+        own = task, total[rows], greedy[rows]
+        for found in [_score(*own)] if in_memory else _left(*own):
+            for name, array in found.items():
+                parts[name].append(array)
+    if in_memory:
+        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    import dask.array as da
+
+    return {name: da.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def _score(task: ChoiceTask, total: np.ndarray, greedy: np.ndarray) -> dict[str, np.ndarray]:
+    found = task.score(total, greedy)
+    return {**found, "accuracy_chance_corrected": (found["accuracy"] - task.chance) / (1 - task.chance)}
+
+
+def _left(task: ChoiceTask, total: Any, greedy: Any) -> Iterator[dict[str, Any]]:
+    """Yield the scores of some questions after the other, which are computed when they are needed."""
+    import dask.array as da
+    from dask.delayed import delayed
+
+    choices = int(task.n_choices.max())
+    for some in slices(len(task), rows_at_once(choices * total.nbytes // len(total))):
+        rows = task.requests_of(some)
+        found = delayed(_score)(task.take(some), total[rows], greedy[rows])
+        shape = len(range(*some.indices(len(task)))), *total.shape[1:]
+        yield {name: da.from_delayed(found[name], shape, float) for name in _LABELS}
 
 
 register_kind("task_accuracy", plot=plot_tasks, reading=read_tasks)

@@ -233,8 +233,12 @@ class ChoiceTask:
 
     def take(self, questions: Sequence[int] | slice) -> ChoiceTask:
         """Return the task with some of its questions: `task.take(slice(0, None, 2))` has every other one."""
+        return ChoiceTask(self.name, self.group, self.requests[self.requests_of(questions)], self.chance)
+
+    def requests_of(self, questions: Sequence[int] | slice) -> list[int]:
+        """Return the row numbers of some questions' requests, in the order of `take`."""
         chosen = self._rows[questions]
-        return ChoiceTask(self.name, self.group, self.requests[chosen[chosen >= 0].tolist()], self.chance)
+        return chosen[chosen >= 0].tolist()
 
     def score(
         self, logprob: Float[np.ndarray, "request *site"], greedy: Float[np.ndarray, "request *site"]
