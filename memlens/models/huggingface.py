@@ -8,10 +8,14 @@ import operator
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
+from threading import RLock
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub.errors import (
@@ -317,6 +321,43 @@ def _untrained(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> 
 def _no_gguf_bar(source: Source) -> AbstractContextManager[Any]:
     """Dequantizing shows a bar that cannot be turned off; for a hub file the download bar matters more."""
     return redirect_stderr(io.StringIO()) if source.gguf_file and source.local else nullcontext()
+
+
+@contextmanager
+def gguf_read_once(source: Source) -> Iterator[None]:
+    """Read a GGUF file's header once for all that transformers reads of it inside a `with` statement.
+
+    Transformers reads the header anew for config, tokenizer and weights, entry by entry, and asks for the
+    table of tensor names once per module, which at 135 million parameters takes more than half of the time
+    of loading. Another thread that wants to load a GGUF file waits.
+    """
+    if source.gguf_file is None or find_spec("gguf") is None:
+        yield
+        return
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        """Reads from a plain array: each slice of a `numpy.memmap` costs far more than its few bytes."""
+
+        @property
+        def data(self) -> Any:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: np.ndarray) -> None:
+            self._plain = mapped.view(np.ndarray)
+
+    with _GGUF_LOCK:
+        own = gguf.GGUFReader, gguf.get_tensor_name_map
+        gguf.GGUFReader = cache(Reader)
+        gguf.get_tensor_name_map = cache(gguf.get_tensor_name_map)
+        try:
+            yield
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map = own
+
+
+_GGUF_LOCK = RLock()
 
 
 def _gguf_options(source: Source) -> dict[str, str]:

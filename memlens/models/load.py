@@ -20,6 +20,7 @@ from memlens.models.checks import check_causal, check_finite_weights, check_plai
 from memlens.models.families import architecture_of, family_of
 from memlens.models.hooked import build_hooked, hooked_obstacle
 from memlens.models.huggingface import (
+    gguf_read_once,
     load_config,
     load_tokenizer,
     load_weights,
@@ -132,20 +133,21 @@ def load_model(
         source, revision = local_checkpoint(source, revision=revision, step=checkpoint_step), None
     else:
         revision = checkpoint_revision(source, revision=revision, step=checkpoint_step)
-    config = load_config(source, revision=revision, trust_remote_code=trust_remote_code)
-    options = _choose_backend(options, config, source.name)
-    if tokenizer is None:
-        tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
-    hf_model = load_weights(
-        source,
-        config,
-        revision=revision,
-        dtype=options.dtype,
-        device=options.device,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-    )
+    with gguf_read_once(source):
+        config = load_config(source, revision=revision, trust_remote_code=trust_remote_code)
+        options = _choose_backend(options, config, source.name)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
+        hf_model = load_weights(
+            source,
+            config,
+            revision=revision,
+            dtype=options.dtype,
+            device=options.device,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+        )
     fact = source.checkpoint if source.local else revision or "main"
     with named_errors(source, revision):
         model = _wrap(hf_model, tokenizer, options, name=source.name, revision=fact)

@@ -131,6 +131,24 @@ def test_tokenizer_of_the_file(files):
     assert model.to_tokens("the", prepend_bos=True)[0, 0] == D_VOCAB - 1
 
 
+def test_the_header_is_read_once(files, tmp_path, monkeypatch):
+    """Config, tokenizer and weights share one reading, and nothing of it stays behind."""
+    reads, init = [], gguf.GGUFReader.__init__
+
+    def counted(self, path, *args):
+        reads.append(path)
+        init(self, path, *args)
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", counted)
+    own = gguf.GGUFReader, gguf.get_tensor_name_map
+    load_model(files / "tiny-q8.gguf", device=dev())
+    assert len(reads) == 1
+    (tmp_path / "cut.gguf").write_bytes((files / "tiny-q8.gguf").read_bytes()[:600])
+    with pytest.raises(ModelLoadError, match=r"cut\.gguf"):
+        load_model(tmp_path / "cut.gguf")
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own
+
+
 def test_file_that_is_no_gguf(tmp_path):
     (tmp_path / "fake.gguf").write_bytes(b"GGML is something else" * 10)
     with pytest.raises(ModelLoadError, match="'fake' could not be read"):
