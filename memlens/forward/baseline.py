@@ -18,8 +18,10 @@ from tqdm.auto import tqdm
 
 from memlens.errors import UnsupportedModelError
 from memlens.forward.batches import Batch, Targets, at_targets, logits_at, make_batches
+from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.capture import run_capturing
 from memlens.forward.exclusive import computes
+from memlens.forward.hooks import hook_name
 from memlens.forward.memory import Budget, check_batch_size, rows_per_batch, unembedding_rows
 from memlens.forward.metrics import TargetStats, target_stats
 from memlens.forward.trunk import Trunk, has_own_forward
@@ -60,15 +62,22 @@ class TeacherForced:
         return TeacherForced(trunk.model, trunk, reduce, budget.unembed_rows, budget.reduced_rows)
 
     def run(
-        self, batch: Batch, names: Sequence[str] = ()
+        self, batch: Batch, names: Sequence[str] = (), blocks: FunctionalBlocks | None = None
     ) -> tuple[Float[Tensor, "batch pos d_model"], dict[str, Tensor]]:
         """Return the residual after the last layer, and the activations at the hooks `names`.
+
+        Args:
+            batch: The sequences.
+            names: Hook names.
+            blocks: Run in place of the model's own, where no activation is asked for.
 
         Raises:
             NonFiniteError: The residual is NaN or infinite at a real token; names the first layer.
         """
         if self.trunk is None:
             final, acts = self.model(batch.tokens), {}
+        elif blocks is not None and not names:
+            final, acts = blocks.run_all(self.trunk.embed(batch.tokens)), {}
         else:
             final, acts = run_capturing(self.trunk, batch.tokens, names, before_hooks=True)
         if not bool(torch.isfinite(final[batch.mask]).all()):
@@ -129,7 +138,8 @@ def teacher_forced(
 ) -> tuple[TargetStats, dict[str, Tensor]]:
     """Return the statistics of every target token, `[seq, target]`, and further numbers from the same pass.
 
-    Sequences of similar length are batched together.
+    Sequences of similar length are batched together. From several batches on, the model's blocks run as
+    functions (`FunctionalBlocks`) where they reproduce it, which is faster and differs by rounding.
 
     Args:
         model: A TransformerLens model.
@@ -155,11 +165,16 @@ def teacher_forced(
     forward = TeacherForced(model, trunk, reduce, *unembedding_rows(cfg.d_vocab, device))
     size = batch_size or rows_per_batch(cfg, int(seqs.lengths.max()), device)
     order, parts = seqs.lengths.argsort(stable=True), []
+    blocks = unembed = None
+    if trunk is not None and len(seqs) > _OWN_BATCHES * size:
+        blocks = _functional(trunk, seqs[order[-1:]])
+        unembed = blocks and blocks.unembed
     bar = tqdm(total=len(seqs), desc="scoring", unit="seq", disable=not progress)
     with torch.no_grad(), bar:
         for batch, targets in make_batches(seqs, size, device, order):
-            final, _ = forward.run(batch)
-            (found,) = forward.reduced(targets.each(), at_targets(final, targets)[targets.mask][:, None])
+            final, _ = forward.run(batch, blocks=blocks)
+            rows = at_targets(final, targets)[targets.mask][:, None]
+            (found,) = forward.reduced(targets.each(), rows, unembed)
             finite = torch.isfinite(found["logprob"] + found["entropy"])[:, 0]
             if not finite.all():
                 owners = targets.mask.cpu().nonzero()[:, 0][~finite]
@@ -169,6 +184,25 @@ def teacher_forced(
     arrays = {name: _placed(torch.cat([p[name][:, 0] for p in parts]), seqs, order) for name in parts[0]}
     stats = TargetStats(**{f.name: arrays.pop(f.name) for f in fields(TargetStats)})
     return stats, arrays
+
+
+_OWN_BATCHES = 3
+"""So few batches run through the model itself: comparing its blocks with functions would not pay."""
+
+
+@torch.no_grad()
+def _functional(trunk: Trunk, longest: SequenceSet) -> FunctionalBlocks | None:
+    """Return a model's blocks as functions, compared with the model on its longest sequence.
+
+    None where they do not reproduce it, or where a rounding difference is not small.
+    """
+    if trunk.dtype.itemsize < 4:
+        return None
+    ((batch, _),) = make_batches(longest, 1, trunk.device)
+    names = {hook_name("resid_pre", layer): layer for layer in range(trunk.n_layers)}
+    final, acts = run_capturing(trunk, batch.tokens, list(names), before_hooks=True)
+    resid = {layer: acts[name] for name, layer in names.items()}
+    return FunctionalBlocks.of(trunk, {**resid, trunk.n_layers: final})
 
 
 def _stats_and(extras: Mapping[str, Reducer], banned: int | None) -> Reduce:

@@ -132,6 +132,12 @@ class FunctionalBlocks:
         )
         return self.add(layer, resid if queries is None else at_positions(resid, queries), attn, trace=trace)
 
+    def run_all(self, resid: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
+        """Return the output of the last block from the input of the first."""
+        for layer in sorted(self.blocks):
+            resid = self.run(layer, resid)
+        return resid
+
     def attention(
         self,
         layer: int,

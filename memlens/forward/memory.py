@@ -17,8 +17,9 @@ _FREE_SHARE = 0.4
 # From 1,024 to 4,096 positions are equally fast on a CPU (docs/benchmarks.md); more leave its caches.
 _CPU_POSITIONS = 2048
 _CPU_UNEMBEDDED = 256
-_CPU_REDUCED = 16
-"""Target positions whose logits are reduced at a time on a CPU, so that they stay in its caches."""
+_CPU_REDUCED, _CPU_REDUCED_LOGITS = 16, 2**17
+"""Target positions whose logits are reduced at a time on a CPU, so that they stay in its caches: at least the
+first number, and more where the vocabulary is so small that the second one holds them."""
 
 
 def default_budget(device: torch.device) -> int:
@@ -90,7 +91,8 @@ def unembedding_rows(
     cpu = device.type == "cpu"
     cost, total = logits_bytes(d_vocab, itemsize), total or default_budget(device)
     unembedded = fitting(cost, total, share=0.15, most=_CPU_UNEMBEDDED if cpu else None)
-    return unembedded, min(unembedded, _CPU_REDUCED) if cpu else unembedded
+    reduced = max(_CPU_REDUCED, _CPU_REDUCED_LOGITS // d_vocab) if cpu else unembedded
+    return unembedded, min(unembedded, reduced)
 
 
 @dataclass(frozen=True)

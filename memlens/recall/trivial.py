@@ -22,6 +22,7 @@ from memlens.recall.columns import longest_common_runs
 from memlens.sequences.set import SequenceSet
 
 _UNITS = re.compile(r"\d+|[^\W\d]+|[^\s\w]")
+_NUMBER = re.compile(r"[0-9]+")
 _LONGEST_NUMBER = 15  # digits; longer ones are compared as text
 
 
@@ -154,11 +155,15 @@ def _text_steps(
     prefixes: Sequence[Sequence[int]], rows: Sequence[Sequence[int]], tokenizer: Any, max_period: int
 ) -> Float[np.ndarray, "seq"]:
     """Return `step_share` of the texts, cut into numbers, words and other signs."""
-    cuts = [len(text) for text in tokenizer.batch_decode(list(prefixes))]
-    cut_up = [list(_UNITS.finditer(text)) for text in tokenizer.batch_decode(list(rows))]
+    texts = tokenizer.batch_decode(list(rows))
+    share = np.zeros(len(rows))
+    # A step takes three numbers; few texts have them, and only those are cut up.
+    counting = [i for i, text in enumerate(texts) if len(_NUMBER.findall(text)) >= 3]
+    cuts = [len(text) for text in tokenizer.batch_decode([prefixes[i] for i in counting])]
+    cut_up = [list(_UNITS.finditer(texts[i])) for i in counting]
     width = max(map(len, cut_up), default=0)
-    values, weight = (np.zeros((len(rows), width), np.int64) for _ in range(2))
-    numeric = np.zeros((len(rows), width), bool)
+    values, weight = (np.zeros((len(counting), width), np.int64) for _ in range(2))
+    numeric = np.zeros((len(counting), width), bool)
     known: dict[str, int] = {}
     for i, (units, cut) in enumerate(zip(cut_up, cuts, strict=True)):
         for j, unit in enumerate(units):
@@ -168,4 +173,5 @@ def _text_steps(
             numeric[i, j] = word.isascii() and word.isdigit() and len(word) <= _LONGEST_NUMBER
             # Words get negative values, so that none equals a number.
             values[i, j] = int(word) if numeric[i, j] else known.setdefault(word, -1 - len(known))
-    return _patterns(values, numeric, weight, max_period)[1]
+    share[counting] = _patterns(values, numeric, weight, max_period)[1]
+    return share

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import memlens as ml
 from memlens.errors import NonFiniteError
 from memlens.forward.baseline import teacher_forced, teacher_forced_stats
+from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.capture import captured_at_targets, mean_activations
 from memlens.forward.metrics import target_stats
 from tests.small import ragged
@@ -101,3 +103,32 @@ def test_numbers_that_are_not_finite_are_refused_by_layer(tiny_model: Any) -> No
         pytest.raises(NonFiniteError, match="first after layer 2;"),
     ):
         teacher_forced_stats(model, seqs[:1], progress=False)
+
+
+@pytest.mark.parametrize(("dtype", "as_functions"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_many_batches_run_as_functions_unless_a_hook_or_rounding_forbids_it(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, as_functions: bool
+) -> None:
+    model, seqs = deepcopy(tiny_model("gpt_neox", "hooked")).to(dtype), ragged(6)
+    ran: list[int] = []
+    run_all = FunctionalBlocks.run_all
+
+    def counting(self: FunctionalBlocks, resid: torch.Tensor) -> torch.Tensor:
+        ran.append(len(resid))
+        return run_all(self, resid)
+
+    monkeypatch.setattr(FunctionalBlocks, "run_all", counting)
+
+    def stats(batch_size: int) -> torch.Tensor:
+        ran.clear()
+        return teacher_forced_stats(model, seqs, batch_size=batch_size, progress=False).logprob
+
+    own = stats(2)
+    assert ran == []  # three batches
+    many = stats(1)
+    assert ran == [1] * 6 * as_functions
+    torch.testing.assert_close(many, own, rtol=0, atol=1e-5 if as_functions else 0.1)
+    with model.hooks(fwd_hooks=[("blocks.1.hook_attn_out", lambda x, hook: 0 * x)]):
+        hooked = stats(1)
+    assert ran == []
+    assert (hooked - many).abs().max() > 1e-3

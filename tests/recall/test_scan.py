@@ -23,6 +23,7 @@ from memlens.recall.corpus.build import build_memorized_set
 from memlens.recall.corpus.memorized_set import MemorizedSet
 from memlens.recall.corpus.scan import Kept, PredictableRule, ScanOptions, choose, score_block
 from memlens.recall.corpus.windows import Block, open_windows
+from memlens.recall.score import score_recall
 from memlens.recall.trivial import TrivialRules, trivial_continuations
 from memlens.sequences.set import SequenceSet
 
@@ -341,3 +342,27 @@ def test_rows_that_are_read_are_limited_and_facts_of_the_source_kept(tiny: Any) 
             found = build_memorized_set(tiny, rows, max_rows=limit, **options)
             assert (found.counts["rows"], found.counts["windows"]) == (n, n)
             assert found.settings["max_rows"] == limit
+
+
+def test_each_distinct_window_is_scored_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two windows with one continuation, and a third that occurs three times."""
+    rows = [[1, 2, 3, 4], [5, 6, 7, 8], [5, 2, 3, 4], [5, 6, 7, 8], [5, 6, 7, 8]]
+    block = Block(np.array(rows), np.arange(5), np.zeros(5, int), 5, 0)
+    facts = pd.DataFrame({"id": list("abcde")})
+    sizes: list[int] = []
+    plain = score_recall(
+        tiny, SequenceSet.from_tokens(rows, 2), generate=False, metrics=(), batch_size=5, progress=False
+    ).table
+
+    def counting(model: Any, seqs: SequenceSet, **options: Any) -> Any:
+        sizes.append(len(seqs))
+        return score_recall(model, seqs, **options)
+
+    monkeypatch.setattr(module, "score_recall", counting)
+    seqs, counts = score_block(tiny, block, facts, options_of(prefix_len=2, suffix_len=2), 5)
+    assert sizes == [3]
+    assert counts["windows"] == len(seqs) == 5
+    assert seqs.rows() == rows
+    assert seqs.table["id"].tolist() == list("abcde")
+    for name in ("target_logprob", "margin", "matching_prefix", "target_accuracy"):
+        np.testing.assert_allclose(seqs.table[name], plain[name], rtol=0, atol=1e-5)

@@ -19,6 +19,7 @@ from pydantic import Field, PositiveInt
 from memlens.errors import OptionError, VocabularyError
 from memlens.forward.exclusive import computes
 from memlens.options import options_class
+from memlens.recall.columns import SCORE_COLUMNS
 from memlens.recall.corpus.windows import Block
 from memlens.recall.score import score_recall
 from memlens.recall.trivial import TrivialRules, trivial_columns
@@ -180,8 +181,13 @@ def score_block(
     seqs = seqs[~ended]
     if not len(seqs):
         return seqs.with_table(seqs.table.assign(role=[])), counts
-    recall = score_recall(model, seqs, generate=False, metrics=(), batch_size=batch_size, progress=False)
-    return seqs.with_table(recall.table.assign(role=_roles(recall.table, options))), counts
+    # A corpus repeats what is memorized: each distinct window is scored once.
+    codes = pd.factorize(np.array([whole + rest for whole, rest in _keys(seqs)], dtype=object))[0]
+    distinct = seqs[np.unique(codes, return_index=True)[1]]
+    recall = score_recall(model, distinct, generate=False, metrics=(), batch_size=batch_size, progress=False)
+    scores = {name: recall.table[name].to_numpy()[codes] for name in SCORE_COLUMNS if name in recall.table}
+    table = seqs.table.assign(**scores)
+    return seqs.with_table(table.assign(role=_roles(table, options))), counts
 
 
 def _sequences(block: Block, facts: pd.DataFrame, options: ScanOptions) -> SequenceSet:
