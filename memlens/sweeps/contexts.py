@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memlens.errors import SilentInterventionError
+from memlens.errors import SilentInterventionError, UnsupportedModelError
 from memlens.forward.exclusive import computation, computes, exclusively, known_of
-from memlens.forward.hooks import HookFn, attached
+from memlens.forward.hooks import HookFn, attached, layer_of
+from memlens.forward.trunk import Trunk, has_own_forward
 from memlens.sweeps.interventions import Intervention
 
 
@@ -25,6 +26,8 @@ class EditWatch:
         self.probe_tokens = probe_tokens
         self.heard = known_of(model).setdefault("hooks that are heard", set())
         self._quiet: Tensor | None = None
+        self._trunk: Trunk | None = None
+        self._points: Mapping[str, Any] = {}
         self.edited: set[str] = set()
         self.fired: set[str] = set()
 
@@ -59,11 +62,38 @@ class EditWatch:
                     f"the hook {name!r} never ran: this model computes its forward pass without it."
                 )
             if name in self.edited:
-                if self._quiet is None:
-                    with torch.no_grad():
-                        self._quiet = self.model(self.probe_tokens)
-                check_hook_is_heard(self.model, name, self.probe_tokens, self._quiet)
+                if not self._changes_its_layer(name):
+                    if self._quiet is None:
+                        with torch.no_grad():
+                            self._quiet = self.model(self.probe_tokens)
+                    check_hook_is_heard(self.model, name, self.probe_tokens, self._quiet)
                 self.heard.add(name)
+
+    @torch.no_grad()
+    def _changes_its_layer(self, name: str) -> bool:
+        """Whether noise written to a hook changes its layer's output; False where only the model can tell."""
+        layer = layer_of(name)
+        if layer is None or has_own_forward(self.model):
+            return False
+        if self._trunk is None:
+            try:
+                self._trunk, self._points = Trunk(self.model), self.model.hook_dict
+            except UnsupportedModelError:
+                return False
+        shape = (1, self.probe_tokens.shape[1], self._trunk.d_model)
+        resid = torch.linspace(-1, 1, shape[1] * shape[2], device=self._trunk.device).reshape(shape)
+        resid = resid.to(self._trunk.dtype)
+        before = self._trunk.run(resid.clone(), layer, layer + 1)
+        with attached(self.model, [(self._points[name], _disturb)]):
+            after = self._trunk.run(resid.clone(), layer, layer + 1)
+        return not torch.equal(before, after)
+
+
+def _disturb(activation: Tensor, hook: Any) -> Tensor:
+    if not activation.is_floating_point():
+        return activation
+    noise = torch.linspace(0.5, 1.5, activation.numel(), device=activation.device)
+    return activation + noise.reshape(activation.shape).to(activation.dtype)
 
 
 @computes
@@ -74,17 +104,8 @@ def check_hook_is_heard(model: Any, name: str, tokens: Tensor, quiet: Tensor | N
     Raises:
         SilentInterventionError: Every logit stayed bit-identical.
     """
-
-    def disturb(activation: Tensor, hook: Any) -> Tensor:
-        if not activation.is_floating_point():
-            return activation
-        noise = torch.linspace(0.5, 1.5, activation.numel(), device=activation.device).reshape(
-            activation.shape
-        )
-        return activation + noise.to(activation.dtype)
-
     before: Tensor = model(tokens) if quiet is None else quiet
-    with attached(model, [(name, disturb)]):
+    with attached(model, [(name, _disturb)]):
         loud = model(tokens)
     if torch.equal(before, loud):
         raise SilentInterventionError(
