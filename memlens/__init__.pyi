@@ -27,6 +27,7 @@ from .instruments.patch.patching import patch_activations as patch_activations
 from .instruments.patch.path_patching import patch_paths as patch_paths
 from .instruments.screen.gradients import attribute_gradients as attribute_gradients
 from .instruments.screen.screening import screen_then_verify as screen_then_verify
+from .instruments.screen.top import find_top as find_top
 from .instruments.tasks.evaluate import evaluate_tasks as evaluate_tasks
 from .models.families import families_table as families_table
 from .models.load import load_model as load_model

@@ -38,4 +38,5 @@ from .screen.instruments import Instrument as Instrument
 from .screen.instruments import register_instrument as register_instrument
 from .screen.screening import Screening as Screening
 from .screen.screening import screen_then_verify as screen_then_verify
+from .screen.top import find_top as find_top
 from .tasks.evaluate import evaluate_tasks as evaluate_tasks

@@ -26,6 +26,7 @@ from memlens.results.statistics.intervals import (
     restorable_metric,
     restored_share,
 )
+from memlens.results.statistics.racing import RANK_BY
 from memlens.results.statistics.tasks import task_summary, task_tables
 
 _INNER = ("target", "draw")
@@ -89,6 +90,37 @@ def read_estimated(result: Result, metric: str | None) -> str:
     read = read_restored if restorable_metric(result) else read_effects
     note = " These effects are estimated from gradients, not measured: verify the largest by running them."
     return read(result, metric) + note
+
+
+def read_top(result: Result, metric: str | None) -> str:
+    """Say which components are in the top k, which are undecided, and what the answer cost."""
+    about, data = result.settings, result.data
+    name = str(about["metric"])
+    text = metric_text(name, result[name])
+    dims = [str(d) for d in result["status"].dims]
+    flat = result.to_frame(["status", "decided_by", "estimate", "low", "high"]).to_dict("records")
+    score = RANK_BY[about["rank_by"]]
+    chosen = sorted((row for row in flat if row["status"] == "in"), key=lambda row: -score(row["estimate"]))
+    named = [_where({d: row[d] for d in dims}).removeprefix(" at ") for row in chosen]
+    verb = {"magnitude": "change", "decrease": "lower", "increase": "raise"}[about["rank_by"]]
+    said = ""
+    if chosen:
+        first = Estimate(*(chosen[0][part] for part in ("estimate", "low", "high")), n=FEWEST)
+        said += f"The {len(named)} components that {verb} the {text.label} most over the given sequences: "
+        said += "; ".join(named[:_MOST_NAMED]) + (" and others. " if len(named) > _MOST_NAMED else ". ")
+        said += f"The first changes it by {_spoken(first, text)}. "
+    undecided = sum(row["status"] == "undecided" for row in flat)
+    said += f"{undecided} are undecided. " if undecided else ""
+    if any(row["decided_by"] == "tie" for row in flat):
+        said += "Some means at the boundary are equal; the first in order were taken. "
+    return said + (
+        f"This took {100 * about['share']:.3g} % of the cost of all cells of {data.sizes['sequence']} "
+        "sequences; the answer is that of all of them with a probability of at least "
+        f"{100 * about['level']:g} %{'' if about['interval'] == 'betting' else ', approximately'}."
+    )
+
+
+_MOST_NAMED = 10
 
 
 def read_restored(result: Result, metric: str | None) -> str:

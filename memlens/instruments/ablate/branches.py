@@ -11,6 +11,7 @@ from memlens.forward.hooks import chosen_layers
 from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.replacing import AblationOptions, Replacement, ReplacementOptions
+from memlens.instruments.screen.gradients import ablation_screen
 from memlens.instruments.screen.instruments import register_instrument
 from memlens.results.kinds import register_kind
 from memlens.results.plots.layers import plot_layer_lines
@@ -119,4 +120,7 @@ def _ablations(
 
 
 register_kind("mlp_ablation", plot=plot_layer_lines, reading=read_effects)
-register_instrument("mlp_ablation", ranks="layer", kind="mlp_ablation", run=ablate_mlps)
+register_instrument(
+    "mlp_ablation", ranks="layer", kind="mlp_ablation", run=ablate_mlps,
+    screen=ablation_screen("mlp_out", "layer"), options=("mode", "positions", "reference", "donor"),
+)  # fmt: skip

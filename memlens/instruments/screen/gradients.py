@@ -237,7 +237,7 @@ def attribute_ablation(
 
 
 def ablation_screen(site: str, over: str) -> MakeScreen:
-    """Return the function that makes the screen of an ablation of each "head" or "neuron" at a site."""
+    """Return the function that makes the screen of an ablation at a site: "head", "neuron" or "layer"."""
 
     def screen(model: Any, clean: SequenceSet, _: None, options: Mapping[str, Any]) -> Screen:
         replacement = Replacement(
@@ -253,7 +253,9 @@ def ablation_screen(site: str, over: str) -> MakeScreen:
 
         def interventions(cells: Sequence[Mapping[str, int]]) -> list[Intervention]:
             named = [
-                (f"{replacement.mode} L{c['layer']}{over[0].upper()}{c[over]}", {c["layer"]: c[over]}, c)
+                (f"{replacement.mode} {site} {c['layer']}", {c["layer"]: None}, c)
+                if over == "layer"
+                else (f"{replacement.mode} L{c['layer']}{over[0].upper()}{c[over]}", {c["layer"]: c[over]}, c)
                 for c in cells
             ]
             return replacement.interventions(model, clean, site, named)

@@ -19,6 +19,7 @@ from memlens.results.result import Result
 from memlens.results.statistics.agreement import rank_correlation, share_interval, standard_interval
 from memlens.results.statistics.estimates import Estimate
 from memlens.results.statistics.intervals import FEWEST, check_level, mean_interval
+from memlens.results.statistics.racing import RANK_BY
 from memlens.results.statistics.resampling import bootstrap_means
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.run import sweep
@@ -27,12 +28,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-RANK_BY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "magnitude": np.abs,
-    "decrease": np.negative,
-    "increase": np.positive,
-}
-"""The score by which sites are ranked: the size of the metric's mean change, its decrease or its increase."""
 Site = tuple[Hashable, ...]
 
 
@@ -131,6 +126,7 @@ def screen_then_verify(
 
     - "patching": `attribute_gradients` against `patch_activations`, with `site`, `over`, `direction`;
     - "head_ablation": `attribute_ablation` against `ablate_heads`, with `mode`, `reference`;
+    - "mlp_ablation": `attribute_ablation` against `ablate_mlps`, with the same options;
     - "neuron_ablation": the same for single neurons of all MLPs;
     - "neuron_patching": patching of single neurons, with `direction`.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
@@ -123,6 +124,47 @@ def plot_screening(
     subtitle = " · ".join((f"{table['n'].max()} sequences", said, str(attrs.get("model", ""))))
     title = "Estimated and exact effects of the verified sites"
     return figures.scatter_agreement(sites, metric=metric, title=title, subtitle=subtitle)
+
+
+@takes()
+def plot_top(result: Result, s: Selection, *, most: int = 40) -> go.Figure:
+    """Draw what a race for the top k knows of each component: estimate, interval and decision.
+
+    The intervals are those that the race ended with; they are not computed anew.
+    """
+    name = str(result.settings["metric"])
+    dims = [str(d) for d in result["status"].dims]
+    table = result.data[["status", "estimate", "low", "high", "sequences_used"]].reset_coords(drop=False)
+    labels = table["status"].stack(component=dims)["component"].values
+    if dims == ["intervention"]:
+        labels = [str(label[0] if isinstance(label, tuple) else label) for label in labels]
+    else:
+        labels = [
+            "".join(f"{_LETTERS.get(d, f' {d} ')}{v}" for d, v in zip(dims, at, strict=True)) for at in labels
+        ]
+    flat = {part: table[part].values.ravel() for part in table.data_vars}
+    there = flat["status"] != ""
+    words = {"in": f"in the top {result.settings['k']}"}
+    groups = [g for g in ("in", "undecided", "out") if (flat["status"] == g).any()]
+    ends = np.stack([flat["estimate"], flat["low"], flat["high"]])[:, there]
+    parts = [np.where(flat["status"][there] == g, ends, np.nan) for g in groups]
+    ci = xr.Dataset(
+        {name: (("statistic", "component", "status"), np.stack(parts, -1))},
+        {
+            "statistic": ["mean", "low", "high"],
+            "component": np.array(labels, dtype=object)[there],
+            "status": [words.get(g, g) for g in groups],
+            f"n_{name}": ("component", flat["sequences_used"][there]),
+        },
+        result.data.attrs,
+    )
+    ci[name].attrs = {**result[name].attrs, "of": "effect"}
+    share = result.settings["share"]
+    level = f"{100 * result.settings['level']:g} %"
+    subtitle = f"{level} intervals of the mean over the given sequences · {100 * share:.3g} % of all cells"
+    return figures.dots_with_intervals(
+        ci, dim="component", most=most, title=s.title or "Which components are in the top", subtitle=subtitle
+    )
 
 
 def _without_ratio(result: Result) -> Result:
