@@ -12,7 +12,7 @@ from . import studies as studies
 from . import tasks as tasks
 from . import zoo as zoo
 from .explorer.explorer import explore as explore
-from .forward.check_model import check_model as check_model
+from .forward.check.model import check_model as check_model
 from .forward.metrics import METRICS as METRICS
 from .forward.metrics import Metric as Metric
 from .instruments.ablate.branches import ablate_mlps as ablate_mlps

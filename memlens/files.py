@@ -469,18 +469,22 @@ def process_runs(process: int) -> bool:
     return True
 
 
+def cache_folder() -> Path:
+    """Return the folder of what memlens can make again: `$MEMLENS_CACHE`, or `~/.cache/memlens`."""
+    root = os.environ.get("MEMLENS_CACHE")
+    return expanded(root) if root else Path.home() / ".cache" / "memlens"
+
+
 def zoo_folders() -> tuple[Path, ...]:
     """Return the folders that are searched for models of the zoo, in order.
 
-    The first is in this package, the last has the models trained on demand: `$MEMLENS_CACHE/zoo`, or
-    `~/.cache/memlens/zoo`, which need not exist. Between them is that of the package `memlens-zoo`, if
-    installed.
+    The first is in this package, the last has the models trained on demand: `zoo` in `cache_folder()`, which
+    need not exist. Between them is that of the package `memlens-zoo`, if installed.
     """
     bundled = [Path(__file__).parent / "models" / "zoo"]
     if (package := find_spec("memlens_zoo")) is not None and package.origin is not None:
         bundled.append(Path(package.origin).parent)
-    root = os.environ.get("MEMLENS_CACHE")
-    return *bundled, (expanded(root) if root else Path.home() / ".cache" / "memlens") / "zoo"
+    return *bundled, cache_folder() / "zoo"
 
 
 def zoo_table(folder: str | Path, name: str) -> Path | None:

@@ -262,7 +262,7 @@ def check(where: ModelChoice, *, as_json: Json = False) -> None:
     import memlens as ml
 
     try:
-        found = ml.check_model(where.load())
+        found = ml.check_model(where.load(check_weights="always"))
     except ml.errors.ModelLoadError as error:
         print_json({"ok": False, "error": str(error)}) if as_json else OUT.print(str(error))
         raise SystemExit(1) from None

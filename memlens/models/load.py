@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from memlens.choices import Backend
 from memlens.errors import OptionError, UnsupportedModelError, check_option
 from memlens.models.adapters import merged_adapters, without_peft
 from memlens.models.bridge import build_bridge, check_bridge_supports
-from memlens.models.checks import check_causal, check_finite_weights, check_plain_weights
+from memlens.models.checks import check_causal, check_plain_weights
 from memlens.models.families import architecture_of, family_of
 from memlens.models.hooked import build_hooked, hooked_obstacle
 from memlens.models.huggingface import (
@@ -28,9 +30,8 @@ from memlens.models.huggingface import (
     parse_dtype,
     prepare_tokenizer,
 )
-from memlens.models.names import checkpoint_revision, local_checkpoint, resolve_source
+from memlens.models.names import Source, checkpoint_revision, local_checkpoint, resolve_source
 from memlens.models.provenance import Origin, remember, remember_origin, remember_recipe
-from memlens.models.quiet import quiet
 from memlens.models.state import keep_fresh
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class _Options:
     device: torch.device
     device_map: Any
     process_weights: bool
-    check_weights: bool
+    check_weights: bool | str
 
 
 def load_model(
@@ -67,7 +68,7 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
-    check_weights: bool = True,
+    check_weights: bool | Literal["always"] = True,
 ) -> HookedTransformer | TransformerBridge:
     """Load a causal language model as TransformerLens' own object.
 
@@ -95,7 +96,9 @@ def load_model(
         trust_remote_code: Allow Python code that comes with the checkpoint to run.
         allow_pickle: Allow weights in `.bin` files, which can run code, where there are no safetensors.
         check_weights: Refuse weights with NaN or infinity, and a model that fails `check_model`: on a few
-            tokens its logits must equal Hugging Face's, and its hooks must do what their names claim.
+            tokens its logits must equal Hugging Face's, and its hooks must do what their names claim. That a
+            large model passed is kept in memlens' cache, and the same files are not checked again;
+            `"always"` checks them all the same.
 
     Returns:
         A `HookedTransformer` or a `TransformerBridge`, in evaluation mode. `.tokenizer` is None where the
@@ -128,17 +131,15 @@ def load_model(
             return _as_it_is(name, backend, misplaced)
         _refuse(misplaced, name)
         return _from_huggingface(name.to(options.device) if device is not None else name, options, tokenizer)
+    begun = time.time()
     source = resolve_source(name, gguf_file=gguf_file)
     if source.local:
         source, revision = local_checkpoint(source, revision=revision, step=checkpoint_step), None
     else:
         revision = checkpoint_revision(source, revision=revision, step=checkpoint_step)
-    with gguf_read_once(source):
-        config = load_config(source, revision=revision, trust_remote_code=trust_remote_code)
-        options = _choose_backend(options, config, source.name)
-        if tokenizer is None:
-            tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
-        hf_model = load_weights(
+
+    def read() -> PreTrainedModel:
+        return load_weights(
             source,
             config,
             revision=revision,
@@ -148,9 +149,26 @@ def load_model(
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
-    fact = source.checkpoint if source.local else revision or "main"
-    with named_errors(source, revision):
-        model = _wrap(hf_model, tokenizer, options, name=source.name, revision=fact)
+
+    def wrapped(hf_model: PreTrainedModel, options: _Options) -> Any:
+        fact = source.checkpoint if source.local else revision or "main"
+        place = source if device_map is None else None
+        with named_errors(source, revision):
+            return _wrap(
+                hf_model, tokenizer, options, name=source.name, revision=fact, source=place, begun=begun
+            )
+
+    with gguf_read_once(source):
+        config = load_config(source, revision=revision, trust_remote_code=trust_remote_code)
+        options = _choose_backend(options, config, source.name)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
+        hf_model = read()
+    model = wrapped(hf_model, options)
+    if model is None:
+        del hf_model
+        gc.collect()  # of the model that has just been made, whose parts refer to one another
+        model = wrapped(read(), replace(options, check_weights="always"))
     keep_fresh(model)
     remember_origin(model, Origin(source, revision, trust_remote_code, allow_pickle))
     remember_recipe(model, name, given)
@@ -158,9 +176,11 @@ def load_model(
 
 
 def _check_options(
-    backend: str, dtype: Any, device: Any, device_map: Any, process_weights: bool, check_weights: bool
+    backend: str, dtype: Any, device: Any, device_map: Any, process_weights: bool, check_weights: Any
 ) -> _Options:
     check_option("backend", backend, BACKENDS)
+    if check_weights not in (True, False, "always"):
+        raise OptionError(f"check_weights={check_weights!r} is not known: give True, False or 'always'.")
     if device_map is not None and device is not None:
         raise OptionError(
             f"device={str(device)!r} and device_map={device_map!r} contradict each other: give one."
@@ -245,16 +265,31 @@ def _wrap(
     *,
     name: str,
     revision: str,
+    source: Source | None = None,
+    begun: float = 0.0,
 ) -> Any:
-    """Check the weights and build the TransformerLens model."""
-    from memlens.forward.check_model import check_model, kinds_of_layers, record_reference
+    """Check the weights and build the TransformerLens model.
+
+    Args:
+        hf_model: The Hugging Face model.
+        tokenizer: Its tokenizer.
+        options: Those of `load_model`.
+        name: What to call it.
+        revision: What to say of its revision.
+        source: Where it was read from; None where no verdict on it is to be kept.
+        begun: When reading it began, in seconds.
+
+    Returns:
+        The model; None if it is not the one that the kept verdict is on, and must be read and checked anew.
+    """
+    from memlens.forward.check.at_load import CheckAtLoad
 
     check_plain_weights(hf_model, name)
-    reference = None
+    check = None
     if options.check_weights:
-        check_finite_weights(hf_model, name)
-        with quiet():
-            reference = record_reference(hf_model, name)
+        made = {name: value for name, value in vars(options).items() if name != "check_weights"}
+        anew = options.check_weights == "always"
+        check = CheckAtLoad.begin(hf_model, name, made, source=source, begun=begun, anew=anew)
     hf_model, adapters = merged_adapters(hf_model, name)
     if tokenizer is not None:
         tokenizer = prepare_tokenizer(tokenizer)
@@ -276,11 +311,7 @@ def _wrap(
         model = build_bridge(hf_model, tokenizer, **common)
     remember(model, **facts)
     _keep_to_one_rotation(model, hf_model)
-    if reference is not None:
-        with quiet():
-            found = check_model(model, reference=reference, layers=kinds_of_layers(model))
-        found.raise_if_failed()
-    return model
+    return model if check is None or check.finish(model) else None
 
 
 def _keep_to_one_rotation(model: Any, hf_model: PreTrainedModel) -> None:

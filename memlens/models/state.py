@@ -58,9 +58,9 @@ def content_key(model: nn.Module) -> tuple[Any, ...]:
     return (
         tuple(classes.items()),
         tuple(found),
-        tuple((key, _plain_text(vars(config))) for key, config in configs.items()),
+        tuple((key, plain_facts(vars(config))) for key, config in configs.items()),
         tuple((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device, _version(t)) for t in tensors),
-        _samples(tensors),
+        sampled(tensors, _SHOWN),
     )
 
 
@@ -77,13 +77,13 @@ def _class_facts(kind: type) -> tuple[Any, ...]:
     )
 
 
-def _plain_text(value: Any) -> str:
-    """The plain values of a configuration, with those of its lists and dictionaries."""
+def plain_facts(value: Any) -> str:
+    """Return the plain values of a configuration, with those of its lists and dictionaries."""
     if type(value) in _PLAIN:
         return repr(value)
     if isinstance(value, dict):
-        return repr([(key, _plain_text(entry)) for key, entry in value.items()])
-    return repr([_plain_text(entry) for entry in value]) if isinstance(value, (list, tuple)) else ""
+        return repr([(key, plain_facts(entry)) for key, entry in value.items()])
+    return repr([plain_facts(entry) for entry in value]) if isinstance(value, (list, tuple)) else ""
 
 
 def _version(tensor: Tensor) -> int:
@@ -91,15 +91,15 @@ def _version(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
-def _samples(tensors: Iterable[Tensor]) -> bytes:
-    """Some numbers of each tensor: writing to ``.data`` moves no version."""
+def sampled(tensors: Iterable[Tensor], shown: int) -> bytes:
+    """Return some numbers of each tensor, evenly spread: writing to ``.data`` moves no version."""
     parts: dict[Any, list[Tensor]] = {}
     for t in tensors:
         n = t.numel()
         if n and not t.is_meta:
             flat = t if t.is_contiguous() else t.contiguous()
-            step = max(1, n // _SHOWN)
-            some = flat.as_strided((min(n, _SHOWN),), (step,))
+            step = max(1, n // shown)
+            some = flat.as_strided((min(n, shown),), (step,))
             parts.setdefault((t.dtype, t.device), []).append(some)
     return b"".join(torch.cat(some).double().cpu().numpy().tobytes() for some in parts.values())
 

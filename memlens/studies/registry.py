@@ -65,7 +65,8 @@ class ModelChoice(Placement):
     def load(self, name: str | None = None, **more: Any) -> Any:
         """Load the model, or another one in the same way, at its main revision."""
         if name is None:
-            name, more = self.model, {"revision": self.revision, "checkpoint_step": self.checkpoint_step}
+            name = self.model
+            more = {"revision": self.revision, "checkpoint_step": self.checkpoint_step, **more}
         return Placement.load(self, name, **more)
 
 

@@ -14,8 +14,9 @@ from torch import nn
 
 import memlens as ml
 from memlens.errors import ModelLoadError, SiteError, UnsupportedModelError
-from memlens.forward import check_model as module
-from memlens.forward.check_model import check_model, probe_tokens, record_reference
+from memlens.forward.check import sites
+from memlens.forward.check.comparison import probe_tokens, record_reference
+from memlens.forward.check.model import check_model
 from memlens.forward.hooks import hook_name
 from memlens.models.load import load_model
 from memlens.models.names import has_hooked_transformer
@@ -99,9 +100,9 @@ def test_one_layer_of_each_kind_is_checked_at_load(
     if backend == "hooked" and not has_hooked_transformer():
         pytest.skip("this TransformerLens has no HookedTransformer")
     local = [kind == "sliding_attention" for kind in huggingface(tiny_folder("olmo3")).config.layer_types]
-    found = module.kinds_of_layers(tiny_model("olmo3", backend))
+    found = sites.kinds_of_layers(tiny_model("olmo3", backend))
     assert found == sorted({0, len(local) - 1, local.index(False), local.index(True)})
-    assert module.kinds_of_layers(tiny_model("gpt_neox", backend)) == [0, 2]
+    assert sites.kinds_of_layers(tiny_model("gpt_neox", backend)) == [0, 2]
 
 
 def test_a_layer_that_is_another_one_when_run_alone_is_refused(
@@ -126,7 +127,7 @@ def test_a_hook_that_is_not_what_its_name_says_is_refused(
     def exchanged(site: str, layer: int) -> str:
         return hook_name({"q": "v", "v": "q"}.get(site, site), layer)
 
-    monkeypatch.setattr(module, "hook_name", exchanged)
+    monkeypatch.setattr(sites, "hook_name", exchanged)
     found = check_model(model)
     assert [check.name for check in found.failures] == ["site v"]
     assert [check.name for check in found.checks if check.status == "refused"] == ["site q"]
@@ -270,14 +271,14 @@ def test_differences_at_a_site_are_relative_to_the_residual_or_to_attention_weig
     out, here = hook_name("resid_post", 2), hook_name(site, 2)
     plain = {out: torch.full((2, 3), 100.0), here: torch.ones(2, 3)}
     wanted = torch.full((2, 3), 1e-3)
-    found = module._site(site, 2, plain, {out: plain[out] + 1}, lambda run: (wanted + off, wanted))
+    found = sites._site(site, 2, plain, {out: plain[out] + 1}, lambda run: (wanted + off, wanted))
     assert (found.name, found.status) == (f"site {site}", status)
     assert found.layer == (None if status == "ok" else 2)
-    unheeded = module._site(site, 2, plain, plain, lambda run: (wanted, wanted))
+    unheeded = sites._site(site, 2, plain, plain, lambda run: (wanted, wanted))
     assert (unheeded.status, unheeded.layer) == ("ignored", 2)
     nothing = plain | {here: torch.zeros(2, 3)}  # a zero changes nothing where there was none but zeros
-    assert module._site(site, 2, nothing, nothing, lambda run: (wanted, wanted)).status == "ok"
-    absent = module._site(site, 2, plain, {out: plain[out] + 1}, lambda run: (run["other"], wanted))
+    assert sites._site(site, 2, nothing, nothing, lambda run: (wanted, wanted)).status == "ok"
+    absent = sites._site(site, 2, plain, {out: plain[out] + 1}, lambda run: (run["other"], wanted))
     assert absent.status == "absent"
 
 

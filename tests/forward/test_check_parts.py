@@ -12,8 +12,10 @@ from torch import nn
 
 import memlens as ml
 from memlens.errors import ModelLoadError
-from memlens.forward import check_model as module
-from memlens.forward.check_model import Check, ModelCheck, Reference, check_model, probe_tokens
+from memlens.forward.check import comparison, sites
+from memlens.forward.check.comparison import Reference, compared, probe_tokens
+from memlens.forward.check.model import check_model
+from memlens.forward.check.table import Check, ModelCheck
 from tests.devices import dev
 from tests.tiny import random_tokens
 
@@ -32,12 +34,10 @@ def test_bounds_grow_with_the_root_of_the_depth_in_16_bits(dtype: torch.dtype, d
     whole, same = DTYPES[dtype]
     x = torch.randn(3, 50).to(dtype)
     growth = math.sqrt(max(1, depth / 4)) if dtype.itemsize == 2 else 1
-    assert module._compared("x", x, x, module._TOLERANCE, depth=depth).allowed == pytest.approx(
-        whole * growth
-    )
-    assert module._compared("x", x, x, module._SAME).allowed == pytest.approx(same)
+    assert compared("x", x, x, comparison.TOLERANCE, depth=depth).allowed == pytest.approx(whole * growth)
+    assert compared("x", x, x, comparison.SAME).allowed == pytest.approx(same)
     others = {torch.float32: 0.5}  # a type without a bound has that of float32
-    assert module._compared("x", x, x, others, depth=4).allowed == 0.5
+    assert compared("x", x, x, others, depth=4).allowed == 0.5
 
 
 def test_differences_are_root_mean_squares_relative_to_the_centered_reference() -> None:
@@ -46,15 +46,15 @@ def test_differences_are_root_mean_squares_relative_to_the_centered_reference() 
     centered = torch.tensor([[-3.0, -1.0, 1.0, 3.0], [-2.0, -2.0, 2.0, 2.0]])
     expected = math.sqrt((4 * 0.01 + 4 * 0.09) / 8) / math.sqrt(float(centered.square().mean()))
     for bound, status in ((expected * 1.001, "ok"), (expected * 0.999, "failed")):
-        found = module._compared("it", a, b, {torch.float32: bound}, "a note")
+        found = compared("it", a, b, {torch.float32: bound}, "a note")
         assert found.difference == pytest.approx(expected, rel=1e-4)
         assert (found.name, found.status, found.allowed, found.note) == ("it", status, bound, "a note")
-    assert module._compared("", b, b, {torch.float32: 0.0}).status == "ok"  # no more than allowed
-    assert module._compared("", a * math.nan, b, {torch.float32: 9.0}).status == "failed"
-    assert module._compared("", a * math.nan, b, {torch.float32: 9.0}).difference == math.inf
+    assert compared("", b, b, {torch.float32: 0.0}).status == "ok"  # no more than allowed
+    assert compared("", a * math.nan, b, {torch.float32: 9.0}).status == "failed"
+    assert compared("", a * math.nan, b, {torch.float32: 9.0}).difference == math.inf
     flat = torch.ones(2, 3)  # a reference without spread has a size all the same
-    assert module._compared("", flat + 1e-9, flat, {torch.float32: 1.0}).difference < math.inf
-    found = module._compared("x", a, b[:, :3], {torch.float32: 1.0})
+    assert compared("", flat + 1e-9, flat, {torch.float32: 1.0}).difference < math.inf
+    found = compared("x", a, b[:, :3], {torch.float32: 1.0})
     assert (found.status, found.note, found.allowed) == ("failed", "shape (2, 4), not (2, 3)", 1.0)
     assert math.isnan(found.difference)
 
@@ -159,7 +159,7 @@ def test_layers_are_of_one_kind_if_they_differ_by_their_number_alone(
     changes: list[Any], kinds: list[int]
 ) -> None:
     model = SimpleNamespace(blocks=[Block(n, **change) for n, change in enumerate(changes)])
-    assert module.kinds_of_layers(model) == kinds
+    assert sites.kinds_of_layers(model) == kinds
 
 
 def test_a_model_that_memlens_did_not_load_is_not_compared(tiny_folder: Any) -> None:
@@ -186,7 +186,7 @@ def test_the_first_layer_that_differs_from_the_reference_is_named(tiny_model: An
     wrong = logits * 1.1
 
     def layer(given: list[torch.Tensor]) -> tuple[int | None, str]:
-        found = module._against_huggingface(model, Reference(tokens, given, wrong), cache, logits)
+        found = comparison.against_huggingface(model, Reference(tokens, given, wrong), cache, logits)
         assert found.status == "failed"
         return found.layer, found.note
 
@@ -196,7 +196,7 @@ def test_the_first_layer_that_differs_from_the_reference_is_named(tiny_model: An
     assert layer([resid[0], resid[1] * 1.1, resid[2]]) == (0, begins)
     assert layer([resid[0], resid[1], resid[2] * 1.1]) == (1, begins)
     assert layer([]) == (2, f"{begins} after the last layer's input")
-    right = module._against_huggingface(model, Reference(tokens, resid, logits), cache, logits)
+    right = comparison.against_huggingface(model, Reference(tokens, resid, logits), cache, logits)
     assert (right.status, right.layer, right.note) == ("ok", None, "against Hugging Face's")
     assert right.allowed == 1e-3
 
@@ -207,11 +207,11 @@ def test_a_processed_model_is_compared_by_log_probabilities(
 ) -> None:
     model, logits = tiny_model("llama", "bridge"), torch.randn(2, 12, 20)
     shifted = Reference(random_tokens(2, 12), [], logits + torch.randn(2, 12, 1))
-    assert module._against_huggingface(model, shifted, {}, logits).status == "failed"
-    monkeypatch.setattr(module, "describe", lambda model: {"processed_weights": True})
-    found = module._against_huggingface(model, shifted, {}, logits)
+    assert comparison.against_huggingface(model, shifted, {}, logits).status == "failed"
+    monkeypatch.setattr(comparison, "describe", lambda model: {"processed_weights": True})
+    found = comparison.against_huggingface(model, shifted, {}, logits)
     assert (found.status, found.note) == ("ok", "log-probabilities against Hugging Face's")
-    assert module._by_layer(SimpleNamespace(model=model), shifted, found) is found  # type: ignore[arg-type]
+    assert comparison.by_layer(SimpleNamespace(model=model), shifted, found) is found  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -230,12 +230,12 @@ def test_what_a_layer_adds_is_compared_beyond_rounding() -> None:
             return resid[stop].double() + share * (layer == 1)
 
         trunk = SimpleNamespace(model=model, device=torch.device("cpu"), run=run)
-        return module._by_layer(trunk, reference, right)  # type: ignore[arg-type]
+        return comparison.by_layer(trunk, reference, right)  # type: ignore[arg-type]
 
     right = Check("logits", "ok", 0.0, 1.0)
     added = 2 + eps * 11 / allowed  # from 9 to 11, and the rounding of what is added to
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_processed", lambda model: False)
+        patch.setattr(comparison, "_processed", lambda model: False)
         assert off_by(0.99 * allowed * added) is right
         found = off_by(1.01 * allowed * added)
     assert (found.name, found.status, found.layer, found.allowed) == ("logits", "failed", 1, allowed)
@@ -245,17 +245,17 @@ def test_what_a_layer_adds_is_compared_beyond_rounding() -> None:
 
 def test_the_worst_layer_is_shown_for_each_site() -> None:
     order = ["absent", "ok", "ignored", "refused", "failed"]
-    assert sorted(module._BADNESS, key=module._BADNESS.__getitem__) == order
-    assert len(set(module._BADNESS.values())) == 5
+    assert sorted(sites._BADNESS, key=sites._BADNESS.__getitem__) == order
+    assert len(set(sites._BADNESS.values())) == 5
 
 
 def test_zeros_are_written_into_their_rows_and_the_activation_is_kept() -> None:
     store: dict[str, torch.Tensor] = {}
     x = torch.ones(6, 2)
-    out = module._zeroed(slice(2, 4), 6, "a", store)(x, None)
+    out = sites._zeroed(slice(2, 4), 6, "a", store)(x, None)
     assert out.sum(1).tolist() == [2, 2, 0, 0, 2, 2]
     assert x.sum() == 12  # not in place
     assert store["a"] is out
-    experts = module._zeroed(slice(2, 4), 5, "b", store)(x, None)
+    experts = sites._zeroed(slice(2, 4), 5, "b", store)(x, None)
     assert experts.sum() == 12  # another first axis: nothing is written
     assert store["b"] is experts

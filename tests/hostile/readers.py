@@ -22,6 +22,7 @@ from memlens.benchmark.running import read_benchmark
 from memlens.benchmark.suites import read_suite
 from memlens.cli.making import read_prompts
 from memlens.files import json_text, write_json
+from memlens.forward.check.kept import KeptVerdicts, Verdict
 from memlens.forward.components import Component
 from memlens.instruments.decode.lens import TunedLens
 from memlens.models.huggingface import load_tokenizer
@@ -315,6 +316,10 @@ def _copied_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder / "tiny" / "generation_config.json", ignore_errors=True)
 
 
+def _kept_verdict(folder: Path) -> None:
+    KeptVerdicts(folder, "key").keep("state", Verdict("m", "2026-11-28", 1e-6, 1e-3, "compared", ("q",)))
+
+
 READERS = [
     Reader("array", _array("x.npy"), lambda f: load_sequences(f / "x.npy", prefix_len=2)),
     Reader(
@@ -405,6 +410,7 @@ READERS = [
         _yaml({"max_targets": 5, "seed": 1, "prefix_len": 8}),
         lambda f: read_options(f / "x.yaml", ComparativeOptions, check=True),
     ),
+    Reader("kept verdict", _kept_verdict, lambda f: KeptVerdicts(f, "key").read(), 0.4),
     Reader("suite", _yaml(SUITE), lambda f: list(read_suite(f / "x.yaml").organisms())),
     Reader("study", _yaml(CONFIG), lambda f: asdict(read_config(f / "x.yaml"))),
 ]
