@@ -108,10 +108,14 @@ def place_axis(places: np.ndarray, title: str, *, tokens: bool, panels: int = 1)
     there are more than fit in the narrowest page.
     """
     axis: dict[str, Any] = {"title": {"text": title.replace("_", " ")}, "zeroline": False}
-    if tokens or places.dtype.kind not in "iuf":
+    if tokens or not _whole_numbers(places):
         return {**axis, "type": "category", **({"tickangle": -60} if tokens else {})}
     most = 24 // panels
     return {**axis, "nticks": most} if len(places) > most else {**axis, "tick0": 0, "dtick": 1}
+
+
+def _whole_numbers(places: np.ndarray) -> bool:
+    return places.dtype.kind in "iu" or (places.dtype.kind == "f" and bool((places == places.round()).all()))
 
 
 def heatmap_trace(
@@ -203,7 +207,9 @@ def _maps(
         fig.add_trace(trace, row=1, col=g + 1 if beside else 1)
     axis = place_axis(first[x].values, x, tokens=tokens is not None, panels=len(beside) or 1)
     fig.update_xaxes(axis, showgrid=False)
-    fig.update_yaxes(theme.layer_axis(first[y].values, ""), showgrid=False)
+    places = first[y].values
+    numbered = _whole_numbers(places) or places.dtype.kind != "f"
+    fig.update_yaxes(theme.layer_axis(places, "") if numbered else {"type": "category"}, showgrid=False)
     fig.update_yaxes(title_text=y.replace("_", " "), col=1)
     one_by_one = group is not None and not beside
     height = int(np.clip(250 + 24 * ci.sizes[y], 360, 760)) + (60 if tokens is not None else 0)

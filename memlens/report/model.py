@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from memlens.results.statistics.estimates import shown_number
+
 if TYPE_CHECKING:
     from memlens.results.statistics.estimates import Estimate
 
@@ -61,7 +63,7 @@ class Finding:
     ) -> Finding:
         """Return a finding about an estimate; an estimate over 0 sequences has no known `n`."""
         return cls(
-            title, statement, found.value, found.low, found.high, unit, found.n or None, control, **words
+            title, statement, found.rounded, found.low, found.high, unit, found.n or None, control, **words
         )
 
     @property
@@ -74,9 +76,9 @@ class Finding:
         """Estimate, interval, unit and n in one line; empty without an estimate."""
         if not _known(self.estimate):
             return ""
-        parts = f"{self.estimate:.3g}"
+        parts = shown_number(self.estimate)
         if _known(self.low) and _known(self.high):
-            parts += f" [{self.low:.3g}, {self.high:.3g}]"
+            parts += f" [{shown_number(self.low)}, {shown_number(self.high)}]"
         parts += f" {self.unit}" if self.unit else ""
         few = self.n is not None and self.n < 3 and not _known(self.low)
         parts += f", n = {self.n}" if self.n is not None else ""

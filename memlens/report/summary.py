@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from memlens.errors import check_option
 from memlens.report.model import Finding
+from memlens.results.statistics.estimates import shown_number
 
 _NOT_FOUND = (
     "Nothing was found that can be put in one sentence: the figures and tables below give the numbers."
@@ -108,7 +109,7 @@ _WORDS = {
 
 def _sure(told: Sequence[Finding]) -> str:
     ranges = [
-        " ".join(filter(None, (f"{finding.low:.3g} to {finding.high:.3g}", finding.unit)))
+        " ".join(filter(None, (f"{shown_number(finding.low)} to {shown_number(finding.high)}", finding.unit)))
         + (f" ({finding.title}, n = {finding.n})" if finding.n else f" ({finding.title})")
         for finding in told
         if finding.has_interval

@@ -35,10 +35,16 @@ _WORDS = {
     "copies_correlation": "correlation with copies",
     "on_frontier": "on the frontier",
     "exact_match_left": "exact match left",
+    "alpha": "dose α",
+    "attn_logprob": "attention layer",
+    "mlp_logprob": "MLP",
 }
 """Columns whose names are not words with underscores in between."""
 _ENDS = {"low": "low end", "high": "high end", "p_corrected": _WORDS["p_corrected"]}
-_NAMES = ("quantity", "covariate", "metric", "measure", "statistic", "of the scan", "direction", "criterion")
+_NAMES = (
+    "quantity", "covariate", "metric", "measure", "statistic", "of the scan", "direction", "criterion",
+    "importance", "other", "patched", "selection",
+)  # fmt: skip
 """Columns whose cells are themselves names of quantities."""
 _FIRST = (
     "id",
@@ -50,6 +56,8 @@ _FIRST = (
     "group",
     "domain",
 )
+_NAME = re.compile(r"(?<![\w./`'])[a-z0-9]+(_[a-z0-9]+)+(?![\w`']|[./(]\w)")
+"""A name of a column or of a choice in a note, which the table calls by words."""
 _LONG = 600
 """Cells with more letters are folded: the rest opens on a click."""
 
@@ -103,7 +111,8 @@ def shown_table(block: TableBlock) -> dict[str, Any]:
     if any(name is not None for name in frame.index.names):
         frame = frame.reset_index()
     left = len(whole) - len(frame)
-    note = " ".join(filter(None, (block.note, f"{left} more rows are not shown." if left else "")))
+    said = _NAME.sub(lambda name: column_words(name.group()), block.note)
+    note = " ".join(filter(None, (said, f"{left} more rows are not shown." if left else "")))
     return {
         "title": block.title,
         "columns": [_column(frame.iloc[:, place], name) for place, name in enumerate(frame.columns)],

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from memlens.files import read_json, write_json
 from memlens.studies.registry import Call, Inputs, Study
-from memlens.studies.times import LOADING, READING, Stopwatch, Times
+from memlens.studies.times import LOADING, PLANNING, READING, Stopwatch, Times
 
 _T = TypeVar("_T")
 
@@ -164,7 +164,9 @@ def plan_steps(study: Study, inputs: Inputs, call: Call) -> dict[str, Any] | Non
                 return None
             study(**pilot.arguments, out=Path(name) / "run", command=None, progress=False)
             run = read_json(Path(name) / "run" / "run.json")
-        runs.append((pilot, watch.times | {entry["step"]: entry for entry in run["times"]}))
+        times = watch.times | {entry["step"]: entry for entry in run["times"]}
+        times.pop(PLANNING, None)
+        runs.append((pilot, times))
         notes = [
             *filter(None, [pilot.note]),
             *(

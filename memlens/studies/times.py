@@ -9,6 +9,9 @@ from contextlib import contextmanager
 LOADING, READING = "loading of models", "reading"
 """The steps before a study. Models that a study loads itself count in its own steps."""
 
+PLANNING = "planning"
+"""What only a plan does."""
+
 Times = Mapping[str, Mapping[str, float]]
 """By step: `seconds` by the clock, and `cpu_seconds` of the processor (of all threads)."""
 

@@ -17,6 +17,33 @@ LABELS = [
 ]
 
 
+_NAME = re.compile(r"(?<![\w./`'\"])[a-z0-9]+(_[a-z0-9]+)+(?![\w`'\"]|[./(]\w)")
+
+
+def said_once(text: str) -> None:
+    """Check that no clause says what another says with a few words more."""
+    clauses = [clause.lower().strip(" .").split() for clause in text.split(";")]
+    for i, one in enumerate(clauses):
+        for other in clauses[:i] + clauses[i + 1 :]:
+            rest = iter(other)
+            assert not all(word in rest for word in one), " ".join(one)
+
+
+def check_words(report: Path) -> None:
+    """Check that every figure has a text, and that texts have neither raw names nor rounding errors."""
+    page = report.read_text(encoding="utf-8")
+    for figure in re.findall(r"<figure>.*?</figure>", page, re.DOTALL):
+        heading, text = (re.sub(r"<[^>]+>", " ", part) for part in figure.split("<figcaption>"))
+        assert len(text.split()) > 5, heading[:200]
+    page = page.partition("<h2>Methods")[0]
+    blocks = re.findall(r'<p(?: class="(?:reading|small)")?><bdi>(.*?)</bdi></p>', page, re.DOTALL)
+    headers = re.findall(r"<th[^>]*>(.*?)</th>", page, re.DOTALL)
+    assert blocks
+    for words in (html.unescape(re.sub(r"<[^>]+>", " ", block)) for block in [*blocks, *headers]):
+        assert not _NAME.search(words), words
+        assert not re.search(r"\de-1\d\b|\de\+0\d|[{}]", words), words
+
+
 def sentences(report: Path) -> dict[str, str]:
     """The five sentences of a report's page."""
     found = re.findall(
@@ -25,4 +52,7 @@ def sentences(report: Path) -> dict[str, str]:
     assert [label for label, _ in found] == LABELS
     texts = [html.unescape(text) for _, text in found]
     assert all(text.endswith((".", "?")) and not re.search(r"[{}]|\bnan\b", text) for text in texts)
+    for text in texts:
+        said_once(text)
+    check_words(report)
     return dict(zip(Summary.__dataclass_fields__, texts, strict=True))

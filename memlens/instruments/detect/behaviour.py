@@ -65,6 +65,7 @@ def behaviour_neurons(
     a: SequenceSet,
     b: SequenceSet,
     *,
+    names: tuple[str, str] = ("a", "b"),
     options: BehaviourOptions | None = None,
     progress: bool = True,
 ) -> Result:
@@ -83,6 +84,7 @@ def behaviour_neurons(
         model: A TransformerLens model.
         a: Sequences with the one behaviour, such as planted ones that are recalled.
         b: Sequences of the same task with the other, such as sums that must be computed.
+        names: What sequences of the two sets are called in the figure and its text.
         options: See `BehaviourOptions`.
         progress: Show a progress bar.
 
@@ -130,7 +132,7 @@ def behaviour_neurons(
         "projection": ("sequence", (acts[:, chosen] * np.sign(rho[chosen])).mean(1)),
     }
     coords = {"layer": layers, "neuron": np.arange(rho.shape[1]), "split": np.arange(options.n_splits)}
-    settings = {**asdict(options), "n_a": len(a), "n_b": len(b)}
+    settings = {**asdict(options), "n_a": len(a), "n_b": len(b), "names": list(names)}
     return make_result("behaviour_neurons", model, seqs, variables, coords, settings)
 
 
@@ -366,14 +368,15 @@ def plot_behaviour(result: Result, s: Selection, *, most: int = 40) -> go.Figure
     top = rho.isel(site=np.argsort(-np.abs(rho.values), kind="stable")[:most])
     labels = [f"L{layer}N{neuron}" for layer, neuron in top["site"].values]
     values = np.stack([top.values, *np.full((2, len(labels)), np.nan)])
-    words = {"label": "correlation with behaviour a", "units": ""}
+    a, b = _sides(result)
+    words = {"label": f"correlation with being {a} rather than {b}", "units": ""}
     array = xr.DataArray(
         values, dims=("statistic", "site"), attrs=words,
         coords={"statistic": ["mean", "low", "high"], "site": labels},
     )  # fmt: skip
     settings = result.settings
     subtitle = (
-        f"{settings['n_a']} sequences of a, {settings['n_b']} of b · {result.data.attrs.get('model', '')}"
+        f"sequences: {settings['n_a']} {a}, {settings['n_b']} {b} · {result.data.attrs.get('model', '')}"
     )
     return figures.dots_with_intervals(
         xr.Dataset({"rho": array}),
@@ -384,16 +387,23 @@ def plot_behaviour(result: Result, s: Selection, *, most: int = 40) -> go.Figure
     )
 
 
+def _sides(result: Result) -> tuple[str, str]:
+    """Return what the two sides are called; results of earlier versions do not say."""
+    a, b = result.settings.get("names", ("a", "b"))
+    return str(a), str(b)
+
+
 def read_behaviour(result: Result, metric: str | None) -> str:
     """Say which neuron goes most with the behaviour, and how stable the choice is."""
     rho, settings = result["rho"], result.settings
     layer, neuron = np.unravel_index(int(np.abs(rho.values).argmax()), rho.shape)
     known = int((result["p"] < 0.05).sum())
+    a, b = _sides(result)
     said = (
-        f"Neuron {neuron} of layer {rho['layer'].values[layer]} goes most with behaviour a: correlation "
-        f"{float(rho[layer, neuron]):.3g} over {settings['n_a']} and {settings['n_b']} sequences. "
-        f"Of {rho.size} "
-        f"neurons {known} have a corrected p below 0.05, and {int(result['chosen'].sum())} were chosen."
+        f"Neuron {neuron} of layer {rho['layer'].values[layer]} tells most whether a sequence is {a} or "
+        f"{b}: correlation {float(rho[layer, neuron]):.3g} over {settings['n_a']} and {settings['n_b']} "
+        f"sequences. Of {rho.size} neurons {known} have a corrected p below 0.05, and "
+        f"{int(result['chosen'].sum())} were chosen."
     )
     if result.data.sizes["split"]:
         same, chance = (float(result[name].mean()) for name in ("overlap", "overlap_shuffled"))

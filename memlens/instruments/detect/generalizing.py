@@ -185,7 +185,9 @@ def recall_or_generalize(
     for own, other in folds:
         for kind, first in _KINDS.items():
             sides = [groups[name][own[name]] for name in (first, GENERALIZING)]
-            found = behaviour_neurons(model, *sides, options=options.of_neurons(), progress=progress)
+            found = behaviour_neurons(
+                model, *sides, names=(first, GENERALIZING), options=options.of_neurons(), progress=progress
+            )
             values = {
                 name: projection(model, found, seqs[other[name]], progress=progress)
                 for name, seqs in groups.items()

@@ -19,6 +19,20 @@ _DRAWN = 2**22
 """Values of all resamples of a median that are held at a time."""
 
 
+_ROUNDING = 1e-12
+"""Part of the interval's width below which a value is 0."""
+
+
+def shown_number(value: float) -> str:
+    """Return a number with three digits, without an exponent where it has up to seven places.
+
+    >>> [shown_number(value) for value in (0.12345, 7321.6, -13482.0, 1.5e9)]
+    ['0.123', '7,320', '-13,500', '1.5e+09']
+    """
+    short = f"{value:.3g}"
+    return f"{float(short):,.0f}" if 1e3 <= abs(float(short)) < 1e7 else short
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A number with its confidence interval over `n` sequences; `str` gives `0.5 [0.2, 0.8]`.
@@ -113,19 +127,30 @@ class Estimate:
         """
         if not math.isfinite(self.value):
             return "not known"
-        number = f"{self.value:.3g} {unit}".rstrip()
+        number = f"{shown_number(self.rounded)} {unit}".rstrip()
         if self.known:
-            return f"{number} ({100 * self.level:g} % interval {self.low:.3g} to {self.high:.3g})"
+            ends = f"{shown_number(self.low)} to {shown_number(self.high)}"
+            return f"{number} ({100 * self.level:g} % interval {ends})"
         if self.n >= FEWEST:
             return f"{number} (no interval)"
         few = f"one {units.removesuffix('s')} is" if self.n == 1 else f"{self.n} {units} are"
         return f"{number} (no interval: {few} too few)"
 
+    @property
+    def rounded(self) -> float:
+        """The value, or 0 where only rounding errors of the mean tell it from 0.
+
+        >>> print(Estimate(1.4e-17, -0.25, 0.25, 4))
+        0 [-0.25, 0.25]
+        """
+        wide = max(abs(self.low), abs(self.high))
+        return 0.0 if abs(self.value) < _ROUNDING * wide else self.value
+
     def __str__(self) -> str:
         if self.known:
-            return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+            return f"{shown_number(self.rounded)} [{shown_number(self.low)}, {shown_number(self.high)}]"
         few = math.isfinite(self.value) and 0 < self.n < FEWEST
-        return f"{self.value:.3g}" + (f" (no interval: n = {self.n})" if few else "")
+        return shown_number(self.value) + (f" (no interval: n = {self.n})" if few else "")
 
 
 def chosen_site(result: Result, metric: str, rows: Int[np.ndarray, "row"]) -> dict[str, int]:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from memlens.errors import OptionError
 from memlens.files import expanded
 from memlens.options import Flags, options_class
 from memlens.studies.auditing.options import CSV, AuditOptions, steps_folder
 from memlens.studies.registry import STUDIES, Call, SequenceChoice, Study
+
+if TYPE_CHECKING:
+    from memlens.studies.pilot import Pilot
+
+
+_FEWEST = 4
+"""Fewest strings of each kind in the smaller run of a plan: fewer differ too much from one another."""
 
 
 @options_class
@@ -55,6 +63,33 @@ class AuditInputs(SequenceChoice):
         if self.reference is not None:
             given["reference"] = call.load(self.reference)
         return given if self.text is None else {**given, "text": self.text}
+
+    def pilot(self, call: Call, sizes: Sequence[str], number: int) -> Pilot:
+        """Return a small run: a few strings, of which as large a part leaks as of all, and of each kind.
+
+        How many come out whole is counted first, by one forward pass of each string.
+        """
+        import numpy as np
+
+        from memlens.recall.score import score_recall
+        from memlens.studies.pilot import Pilot, sizes_of
+        from memlens.studies.times import PLANNING
+
+        given = self.read(call)
+        strings = given["sequences"]
+        with call.watch.timed(PLANNING):
+            scores = score_recall(given["model"], strings, generate=False, metrics=(), progress=False)
+        comes = scores.table["exact_match"].to_numpy() == 1
+        limits = sizes_of(call.options, sizes)
+        most = {"max_others": int((~comes).sum()), "max_canaries": len(strings)}
+        whole = {name: min(n, max(1, most.get(name, int(comes.sum())))) for name, n in limits.items()}
+        pilot = Pilot.of({"sequences": len(strings), **whole}, number, least=_FEWEST)
+        n = pilot.sizes["sequences"]
+        mixed = np.random.default_rng(0).permutation(len(strings))
+        kinds = strings.table["kind"] if "kind" in strings.table else strings.prefix_len.numpy()
+        order = mixed[np.lexsort((np.array(kinds)[mixed], comes[mixed]))]
+        few = strings[np.sort(order[(np.arange(n) * len(strings) + len(strings) // 2) // n])]
+        return pilot.giving({**given, "sequences": few, "options": pilot.options(call.options)})
 
     def load(self, model: Any) -> Any:
         """Read whole strings, or those of which a part is secret."""

@@ -188,7 +188,8 @@ def made_like(model: Any, leaking: SequenceSet, most: int, seed: int) -> Sequenc
     rows = [given[i][:first] + [int(rng.choice(slot)) for slot in slots[i]] for i in drawn]
     names = pd.DataFrame({"id": [f"made {i + 1}" for i in range(len(rows))]})
     made = SequenceSet.from_tokens(rows, leaking.prefix_len[drawn], table=names, attrs=leaking.attrs)
-    comes = score_recall(model, made, generate=False, metrics=(), progress=False).table["exact_match"]
+    scores = score_recall(model, made, generate=False, metrics=(), progress=False)
+    comes = scores.table["exact_match"].to_numpy() == 1
     if comes.all():
         raise EmptySetError("every string leaks, and what is made of them too: add strings that do not leak.")
-    return made[comes.to_numpy() == 0]
+    return made[~comes]

@@ -23,6 +23,7 @@ from memlens.instruments.screen.gradients import attribute_ablation
 from memlens.instruments.tasks.evaluate import evaluate_tasks
 from memlens.instruments.tasks.tasks import ChoiceTask
 from memlens.report.bibliography import Citation
+from memlens.report.model import FigureRequest
 from memlens.results.result import Result
 from memlens.results.statistics.estimates import mean_estimate, share_estimate
 from memlens.sequences.set import SequenceSet
@@ -123,7 +124,10 @@ def curvature(run: Detecting, recalled: SequenceSet, text: SequenceSet, tasks: S
         found[name] = run.folder.kept(
             name, partial(sweep, run.model, seqs, edits, SWEPT, progress=run.progress)
         )
-    run.folder.add_result("curvature", found["curvature"], title=find.TEXTS["titles"]["curvature"])
+    run.folder.add_result(
+        "curvature", found["curvature"], title=find.TEXTS["titles"]["curvature"],
+        figures=[FigureRequest({"title": find.TEXTS["curvature"]["figure"]})],
+    )  # fmt: skip
     run.folder.add_citations(Citation("merullo2025", "curvature and recitation"))
     cost = evaluate_tasks(run.model, tasks, edits, progress=run.progress) if tasks else None
     table = curvature_table(found["curvature"], found["curvature_text"], cost)

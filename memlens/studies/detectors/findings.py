@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -281,8 +282,13 @@ def context_sites(name: str, compared: Mapping[str, xr.Dataset]) -> Finding:
     return TEXTS.finding(name, most, counts=counts, layer=int(layer), head=int(head))
 
 
-def beyond(table: pd.DataFrame) -> Finding:
-    """Which detector adds most to a baseline, and which add anything."""
+def beyond(table: pd.DataFrame, *, told: bool = True) -> Finding:
+    """Which detector adds most to a baseline, and which add anything.
+
+    Args:
+        table: Of one baseline.
+        told: Whether the report's first sentences tell it; of several baselines, the strictest is enough.
+    """
     rows = table.to_dict("records")
     best = max(rows, key=lambda row: row["gain"])
     gain = gain_of(best)
@@ -291,11 +297,12 @@ def beyond(table: pd.DataFrame) -> Finding:
     clearly = (
         f"of {len(rows)} detectors these add" if adding else f"none of {len(rows)} detectors clearly adds"
     )
-    return TEXTS.finding(
+    found = TEXTS.finding(
         "beyond", gain, baseline=best["baseline"], alone=f"{best['baseline_area']:.3g}",
         detector=best["detector"], adding=", ".join(adding) or "none", copies=copies,
         clearly=f"{clearly}: {', '.join(adding)}," if adding else clearly,
     )  # fmt: skip
+    return found if told else replace(found, plain="", beside="")
 
 
 def exposed(found: Result) -> Finding:

@@ -248,8 +248,9 @@ class _Detectors(Detecting):
         for own, other in (halves, halves[::-1]):
             sides = [groups.sequences[own[groups.recalled[own] == side]] for side in (True, False)]
             found = behaviour_neurons(
-                self.model, *sides, options=self.options.behaviour(), progress=self.progress
-            )
+                self.model, *sides, names=(RECALLED, MATCHED), options=self.options.behaviour(),
+                progress=self.progress,
+            )  # fmt: skip
             values = projection(self.model, found, groups.sequences[other], progress=self.progress)
             score[other] = (values - values.mean()) / max(float(values.std()), 1e-12)
             chosen.append(found)
@@ -302,13 +303,15 @@ class _Detectors(Detecting):
             areas_of(table), dim="detector", title=find.TEXTS["beyond"]["figure"],
             subtitle=f"{len(groups)} sequences · {describe(self.model)['model']}",
         )  # fmt: skip
-        self.folder.add_figure("detectors", figure, section="beyond")
+        reading = find.TEXTS["beyond"]["reading"]
+        self.folder.add_figure("detectors", figure, section="beyond", reading=reading)
         self.folder.add_table(
             "detectors", table, title="What each adds to the confounds", section="beyond",
             note=find.TEXTS["beyond"]["note"],
         )  # fmt: skip
-        for _, rows in table.groupby("baseline", sort=False):
-            self.folder.find(find.beyond(rows))
+        baselines = [rows for _, rows in table.groupby("baseline", sort=False)]
+        for rows in baselines:
+            self.folder.find(find.beyond(rows, told=rows is baselines[-1]))
 
     def _expose(self, canaries: SequenceSet, slots: Sequence[Sequence[int]]) -> None:
         found = exposure(self.model, canaries, slots, options=self.options.exposure(), progress=self.progress)

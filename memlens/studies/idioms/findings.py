@@ -133,8 +133,13 @@ def _spearman(x: np.ndarray, y: np.ndarray, seed: int) -> Estimate:
 # ---- the two phases --------------------------------------------------------------------------------------
 
 
-def decoded_in_words(decoded: Mapping[str, Result]) -> str:
-    """Say of each group how sure the model is in the end, and from which layer its prediction is on top."""
+def decoded_in_words(decoded: Mapping[str, Result], stream: str = "resid_post") -> str:
+    """Say of each group how sure the model is in the end, and from which layer its prediction is on top.
+
+    Of the output of attention or MLPs alone: at which layer the predicted token is likeliest.
+    """
+    if stream != "resid_post":
+        return " ".join(_likeliest(group, result, stream) for group, result in decoded.items())
     parts = []
     for group, result in decoded.items():
         data = resid_post(result).data
@@ -148,6 +153,38 @@ def decoded_in_words(decoded: Mapping[str, Result]) -> str:
             f"probability of {final}; its geometric mean rank is below 2 (1 is the top) from layer {first}."
         )
     return "\n\n".join(parts)
+
+
+def _likeliest(group: str, result: Result, stream: str) -> str:
+    each = result.data["predicted_probability"].sel(stream=stream).mean("target")
+    layer = int(each.mean("sequence").argmax("layer"))
+    found = mean_estimate(each.isel(layer=layer))
+    return (
+        f"{group[:1].upper()}{group[1:]} (n = {found.n}): likeliest at layer {each['layer'].values[layer]}, "
+        f"with a mean probability of {found}."
+    )
+
+
+def last_layers_in_words(decoded: Mapping[str, Result], metric: str, text: str) -> str:
+    """Say of each group what a metric of the decoded residual is in the end, which `text` calls `{last}`.
+
+    The divergence from the final prediction is 0 after the last layer, so that the one before counts.
+    """
+    layer = -2 if metric == "kl_to_final" else -1
+    last: dict[str, Estimate] = {}
+    for group, result in decoded.items():
+        values = resid_post(result).data[metric].mean("target")
+        last[group] = mean_estimate(values.isel(layer=max(layer, -values.sizes["layer"])))
+    return text.format(last=spoken(last, "nats"))
+
+
+def groups_in_words(dominant: Mapping[str, Result], k: int) -> str:
+    """Say how many predictions of each group the k dominant neurons flip, over all windows."""
+    found = {
+        group: mean_estimate(_over_draws(part["prediction_flipped"]).sel(k=k).mean(("layer", "window")))
+        for group, part in dominant.items()
+    }
+    return f"Mean share of predictions flipped over all windows, k = {k}: {spoken(found)}."
 
 
 def boundary(name: str, lens: str, phases: pd.DataFrame, n_layers: int) -> Finding:
@@ -332,7 +369,8 @@ def _strongest(name: str, k: int, flips: _Flips, groups: _Flips, seed: int) -> F
     for group, array in groups.items():
         others[group] = share_estimate(array.sel(site))
     more = "" if window == 1 else f" and the {window - 1} after it"
-    values = {"k": k, "layer": layer, "more": more, "differs": differs}
+    clause = differs[:1].lower() + differs[1:]
+    values = {"k": k, "layer": layer, "more": more, "differs": differs, "clause": clause}
     return finding("strongest", name, main, control=spoken(others), **values)
 
 

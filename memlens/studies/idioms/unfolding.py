@@ -137,13 +137,18 @@ class Unfolding:
         figures = [
             FigureRequest(
                 {"group": "group", "token": "predicted", "stream": stream, "title": title},
-                reading=find.decoded_in_words(self.decoded) if stream == "resid_post" else "",
+                reading=find.decoded_in_words(self.decoded, stream),
             )
             for stream, title in find.TEXTS["streams"].items()
             if stream in streams
         ]
-        for metric in ("entropy", "kl_to_final"):
-            figures.append(FigureRequest({"group": "group", "metric": metric}, reading=""))
+        for metric, words in find.TEXTS["decoded"].items():
+            figures.append(
+                FigureRequest(
+                    {"group": "group", "metric": metric, "title": words["title"]},
+                    reading=find.last_layers_in_words(self.decoded, metric, words["reading"]),
+                )
+            )
         self._show("decoding", joined, "decoded by the logit lens", figures)
         self._phases("logit", joined, "decoding")
 
@@ -213,7 +218,8 @@ class Unfolding:
             figures.append(FigureRequest({"k": of_all}, reading=find.controls_in_words(result, of_all)))
         self._show(name, result, title, figures)
         if len(dominant) > 1:
-            figure = FigureRequest({"group": "group", "k": of_all}, reading="")
+            words = find.groups_in_words(dominant, of_all)
+            figure = FigureRequest({"group": "group", "k": of_all}, reading=words)
             title += ", beside other predictions"
             self._show(f"{name}_groups", join_groups(dominant), title, [figure])
         table = find.knock_out_table(result, dominant, self.options)
