@@ -159,9 +159,11 @@ def _text_steps(
     share = np.zeros(len(rows))
     # A step takes three numbers; few texts have them, and only those are cut up.
     counting = [i for i, text in enumerate(texts) if len(_NUMBER.findall(text)) >= 3]
+    if not counting:  # of no rows, tokenizers decode one empty text
+        return share
     cuts = [len(text) for text in tokenizer.batch_decode([prefixes[i] for i in counting])]
     cut_up = [list(_UNITS.finditer(texts[i])) for i in counting]
-    width = max(map(len, cut_up), default=0)
+    width = max(map(len, cut_up))
     values, weight = (np.zeros((len(counting), width), np.int64) for _ in range(2))
     numeric = np.zeros((len(counting), width), bool)
     known: dict[str, int] = {}

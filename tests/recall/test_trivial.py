@@ -185,6 +185,14 @@ def test_longer_numbers_than_fifteen_digits_are_words(digits: int, share: float)
     assert found["step_share"][0] == share
 
 
+def test_texts_without_three_numbers_take_no_step() -> None:
+    """Of no rows at all, a tokenizer decodes one empty text."""
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.batch_decode([]) == [""]
+    found = trivial_continuations(SequenceSet.from_tokens([[3, 14]], 1), tokenizer=tokenizer)
+    assert found["step_share"].tolist() == [0.0]
+
+
 class TokenRow(PreTrainedTokenizerBase):
     """A token is a word of a list, in an order without steps."""
 
