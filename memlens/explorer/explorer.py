@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,13 @@ from memlens.errors import OptionError, ResultError, check_option
 from memlens.explorer import drawing
 from memlens.explorer.attention import attention_maps
 from memlens.explorer.data import Continuation, Edits, Exploration, SequenceView, row_of, strongest_heads
-from memlens.explorer.measuring import ExploreOptions, continuations, explore_sequences
+from memlens.explorer.measuring import (
+    ExploreOptions,
+    continuations,
+    explore_sequences,
+    measured_views,
+    planned_steps,
+)
 from memlens.figures.labels import metric_text
 from memlens.figures.theme import dark
 from memlens.forward.hooks import check_head, check_layer
@@ -52,7 +59,8 @@ def explore(
 
     Args:
         model: A TransformerLens model.
-        sequences: Any number of sequences. All are scored at once; the rest is computed on selection.
+        sequences: Any number of sequences. All are scored at once; the rest is computed on selection, in
+            Jupyter a portion at a time: text and lens are shown first, and effects as they are measured.
         options: Ablation mode, bypass mode, metric of the effects and more; see `ExploreOptions`.
         reference: The set for ablation by "mean"; `sequences` itself by default.
         dark: Figures for a dark notebook. (The page of `write_html` follows the reader's system.)
@@ -117,6 +125,9 @@ class Explorer:
         self.edits = Edits()
         self._row, self._head = 0, None
         self._views: dict[int, SequenceView] = {}
+        self._measuring: dict[int, Iterator[list[SequenceView]]] = {}
+        self._complete: set[int] = set()
+        self._lock = RLock()
         self._written: dict[tuple[int, Edits], Continuation] = {}
         self._maps: dict[tuple[int, Head], np.ndarray] = {}
         self._listeners: list[Callable[[], None]] = []
@@ -149,29 +160,86 @@ class Explorer:
         Raises:
             ResultError: The model has changed since this explorer was made.
         """
-        self._check_unchanged()
-        if self._row not in self._views:
-            (self._views[self._row],) = explore_sequences(
-                self._model, self._sequences[[self._row]], self.options, reference=self._reference,
-                try_edits=False, keep_attention=False, progress=self._progress, on_step=self._tell,
-            ).views  # fmt: skip
-            self._tell("")
+        while self.measure_more():
+            pass
         return self._views[self._row]
+
+    @property
+    def shown(self) -> SequenceView:
+        """The selected sequence as far as it is measured: at least its text and lens.
+
+        Effects that are not measured yet are NaN.
+
+        Raises:
+            ResultError: The model has changed since this explorer was made.
+        """
+        self._check_unchanged()
+        while self._row not in self._views:
+            self.measure_more()
+        return self._views[self._row]
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything about the selected sequence is measured."""
+        return self._row in self._complete
+
+    @property
+    def steps(self) -> list[str]:
+        """The names of the steps in which a sequence is measured, in order."""
+        return planned_steps(self._model, self.options)
+
+    def measure_more(self) -> bool:
+        """Measure the next portion of the selected sequence; return whether there was one.
+
+        Raises:
+            ResultError: The model has changed since this explorer was made.
+        """
+        self._check_unchanged()
+        with self._lock:
+            row = self._row
+            if row in self._complete:
+                return False
+            if row not in self._measuring:
+                one = self._sequences[[row]]
+                self._measuring[row] = measured_views(
+                    self._model, one, self.options, self._reference,
+                    in_portions=True, progress=self._progress, on_step=self._tell,
+                )  # fmt: skip
+            try:
+                found = next(self._measuring[row], None)
+            except BaseException:
+                del self._measuring[row]  # an interrupted generator is at its end: begin anew
+                self._tell("")
+                raise
+            if found is None:
+                del self._measuring[row]
+                self._complete.add(row)
+                self._tell("")
+                return False
+            (self._views[row],) = found
+            return True
 
     @property
     def head(self) -> Head:
         """The head whose attention is shown; initially the one whose ablation harms the sequence most."""
-        if self._head is None:
-            better = metric_text(self.options.metric).better
-            return strongest_heads(self.view.head_effects, better)[0]
-        return self._head
+        return self._head_of(self.view) if self._head is None else self._head
+
+    @property
+    def shown_head(self) -> Head:
+        """The same, without waiting: the first head until all heads are measured."""
+        if self._head is None and self.complete:
+            return self._head_of(self.shown)
+        return self._head or (0, 0)
+
+    def _head_of(self, view: SequenceView) -> Head:
+        return strongest_heads(view.head_effects, metric_text(self.options.metric).better)[0]
 
     @property
     def continuation(self) -> Continuation:
         """The prediction for the selected sequence under the current edits."""
         self._check_unchanged()
         if not self.edits:
-            return self.view.continuation
+            return self.shown.continuation
         key = (self._row, self.edits)
         if key not in self._written:
             one = self._bare[[self._row]]
@@ -182,31 +250,35 @@ class Explorer:
     @property
     def attention(self) -> UInt8[np.ndarray, "query key"]:
         """The selected head's attention on the sequence in the unchanged model, from 0 to 255."""
+        return self._attention_of(self.head)
+
+    def _attention_of(self, head: Head) -> UInt8[np.ndarray, "query key"]:
         self._check_unchanged()
-        key = (self._row, self.head)
+        key = (self._row, head)
         if key not in self._maps:
             n = int(self._bare.lengths[self._row])
-            maps = attention_maps(self._model, self._bare.tokens[self._row, :n], [self.head])
-            self._maps[key] = maps[self.head]
+            self._maps[key] = attention_maps(self._model, self._bare.tokens[self._row, :n], [head])[head]
         return self._maps[key]
 
-    def figure(self, kind: str = "effects") -> go.Figure:
+    def figure(self, kind: str = "effects", *, partial: bool = False) -> go.Figure:
         """Return a figure of the selected sequence.
 
         Args:
             kind: "lens" (the targets' probability after each layer), "effects" (of each head, MLP and
                 layer's attention) or "attention" (of the selected head).
+            partial: Draw what is measured so far (`shown`, `shown_head`) instead of measuring the rest.
 
         Raises:
             OptionError: The kind is unknown.
         """
         check_option("kind", kind, FIGURES)
+        view, head = (self.shown, self.shown_head) if partial else (self.view, self.head)
         if kind == "lens":
-            figure = drawing.lens_figure(self.view)
+            figure = drawing.lens_figure(view)
         elif kind == "attention":
-            figure = drawing.attention_figure(self.view, self.head, self.attention)
+            figure = drawing.attention_figure(view, head, self._attention_of(head))
         else:
-            figure = drawing.effects_figure(self.view, self.options.metric, self.head)
+            figure = drawing.effects_figure(view, self.options.metric, head)
         return dark(figure) if self._dark else figure
 
     # Selecting ----------------------------------------------------------------------------------------------
@@ -252,7 +324,7 @@ class Explorer:
         self._listeners.append(listener)
 
     def on_step(self, listener: Callable[[str], None]) -> None:
-        """Register a function that is called with each of `STEPS` as it begins, and with "" at the end."""
+        """Register a function that is called with each of `steps` as it begins, and with "" at the end."""
         self._told.append(listener)
 
     def _tell(self, step: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -28,6 +28,7 @@ from memlens.instruments.decode.decoding import decode_residual
 from memlens.instruments.decode.lens import TunedLens
 from memlens.models.provenance import describe
 from memlens.recall.score import generated_after
+from memlens.results.groups import layers_label
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.contexts import applied
@@ -105,7 +106,7 @@ def explore_sequences(
         try_edits: Also compute continuations under edits, for a page without a model.
         keep_attention: Also keep attention maps.
         progress: Show progress bars.
-        on_step: Called with each of `STEPS` as it begins.
+        on_step: Called with the name of each step of `planned_steps` as it begins.
 
     Raises:
         EmptySetError, SequenceError, VocabularyError: The sequences do not fit; before any forward pass.
@@ -125,15 +126,7 @@ def explore_sequences(
     layers = chosen_layers(options.bypass_layers, Trunk(model).n_layers)
     bare = sequences.with_table(sequences.table.filter(["id"]))
     reference = bare if reference is None else reference
-    begin = on_step or (lambda step: None)
-    arrays = _arrays(model, bare, options, reference, progress, begin)
-    begin(STEPS[-1])
-    plain = continuations(model, bare, Edits(), options, reference)
-    texts = Texts(model)
-    views = [
-        _view(sequences, row, texts, plain[row], {name: array[row] for name, array in arrays.items()})
-        for row in range(len(bare))
-    ]
+    *_, views = measured_views(model, sequences, options, reference, progress=progress, on_step=on_step)
     if try_edits:
         bar = tqdm(_planned(views, layers, options), desc="decoding under edits", disable=not progress)
         tried = [continuations(model, bare, edits, options, reference) for edits in bar]
@@ -222,35 +215,114 @@ class Texts:
         return " ".join(self.tokens(ids)) if self._tokenizer is None else self._tokenizer.decode(list(ids))
 
 
-STEPS = ("lens", "heads", "MLPs", "attention bypasses", "generated text")
-"""What is measured of sequences, in order."""
+_FORWARDS = 18
+"""Work of one portion of heads, in forward passes: a few seconds for 64 tokens and 135 million parameters."""
 
 
-def _arrays(
+def planned_steps(model: Any, options: ExploreOptions, *, in_portions: bool = True) -> list[str]:
+    """Return the names of the steps of `measured_views`, in order; see there for the arguments.
+
+    Example:
+        >>> import memlens as ml
+        >>> planned_steps(ml.load_model("zoo/pythia-s"), ExploreOptions())[3:]
+        ['MLPs', 'heads of layers 0-2', 'heads of layers 3-5']
+    """
+    heads = map(_heads_step, _head_portions(Trunk(model), options, in_portions=in_portions))
+    return [*_EARLY_STEPS, *heads]
+
+
+_EARLY_STEPS = ("generated text", "lens", "attention bypasses", "MLPs")
+
+
+def _heads_step(layers: range) -> str:
+    return f"heads of layer{'s' if len(layers) > 1 else ''} {layers_label(layers)}"
+
+
+def _head_portions(trunk: Trunk, options: ExploreOptions, *, in_portions: bool) -> list[range]:
+    """Divide the layers into portions of about `_FORWARDS` forward passes, from the first layer on.
+
+    Ablating a head runs its layer and the later ones. Where a reference set must run first, there is one
+    portion.
+    """
+    if not in_portions or options.ablation == "mean":
+        return [range(trunk.n_layers)]
+    found, first, cost = [], 0, 0.0
+    for layer in range(trunk.n_layers):
+        cost += trunk.n_heads * (1 - layer / trunk.n_layers)
+        if cost >= _FORWARDS or layer == trunk.n_layers - 1:
+            found.append(range(first, layer + 1))
+            first, cost = layer + 1, 0.0
+    return found
+
+
+@computes
+def measured_views(
     model: Any,
-    seqs: SequenceSet,
+    sequences: SequenceSet,
     options: ExploreOptions,
     reference: SequenceSet,
-    progress: bool,
-    begin: Callable[[str], None],
-) -> dict[str, np.ndarray]:
-    metric = options.metric
-    quiet: dict[str, Any] = {"progress": progress}
-    begin(STEPS[0])
-    lens = decode_residual(model, seqs, lens=options.lens, **quiet)
-    begin(STEPS[1])
-    heads = ablate_heads(model, seqs, mode=options.ablation, reference=reference, metrics=[metric], **quiet)
-    begin(STEPS[2])
-    mlps = ablate_mlps(model, seqs, mode="zero", metrics=[metric], **quiet)
-    begin(STEPS[3])
-    bypass = bypass_attention(model, seqs, mode=options.bypass, metrics=[metric], **quiet)
-    return {
-        "lens_probability": lens["probability"].values,
-        "lens_rank": lens["rank"].values,
-        "head_effects": heads.effect(metric).values,
-        "mlp_effects": mlps.effect(metric).values,
-        "bypass_effects": bypass.effect(metric).values,
+    *,
+    in_portions: bool = False,
+    progress: bool = False,
+    on_step: Callable[[str], None] | None = None,
+) -> Iterator[list[SequenceView]]:
+    """Measure sequences in steps: the text and the lens, then the effects.
+
+    Args:
+        model: A TransformerLens model.
+        sequences: The sequences, which have been checked.
+        options: See `ExploreOptions`.
+        reference: The set for ablation by "mean".
+        in_portions: Measure heads a few layers at a time.
+        progress: Show progress bars.
+        on_step: Called with the name of each of `planned_steps` as it begins.
+
+    Yields:
+        After the lens, and after each later step, one view per sequence. Effects that have not been measured
+        yet are NaN.
+    """
+    trunk, texts, metric = Trunk(model), Texts(model), options.metric
+    begin = on_step or (lambda step: None)
+    text, lens, bypasses, mlps = _EARLY_STEPS
+    bare = sequences.with_table(sequences.table.filter(["id"]))
+    measure: dict[str, Any] = {"metrics": [metric], "progress": progress}
+
+    begin(text)
+    plain = continuations(model, bare, Edits(), options, reference)
+    begin(lens)
+    decoded = decode_residual(model, bare, lens=options.lens, progress=progress)
+    effects = {
+        "head_effects": np.full((len(bare), trunk.n_layers, trunk.n_heads), np.nan),
+        "mlp_effects": np.full((len(bare), trunk.n_layers), np.nan),
+        "bypass_effects": np.full((len(bare), trunk.n_layers), np.nan),
     }
+
+    def views() -> list[SequenceView]:
+        arrays = {
+            "lens_probability": decoded["probability"].values,
+            "lens_rank": decoded["rank"].values,
+            **{name: array.copy() for name, array in effects.items()},
+        }
+        return [
+            _view(sequences, row, texts, plain[row], {name: array[row] for name, array in arrays.items()})
+            for row in range(len(bare))
+        ]
+
+    yield views()
+    begin(bypasses)
+    found = bypass_attention(model, bare, mode=options.bypass, **measure)
+    effects["bypass_effects"][:] = found.effect(metric).values
+    yield views()
+    begin(mlps)
+    effects["mlp_effects"][:] = ablate_mlps(model, bare, mode="zero", **measure).effect(metric).values
+    yield views()
+    for layers in _head_portions(trunk, options, in_portions=in_portions):
+        begin(_heads_step(layers))
+        heads = ablate_heads(
+            model, bare, mode=options.ablation, layers=layers, reference=reference, **measure
+        )
+        effects["head_effects"][:, layers.start : layers.stop] = heads.effect(metric).values
+        yield views()
 
 
 def _continuation(

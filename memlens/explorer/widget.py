@@ -1,11 +1,16 @@
 """The Jupyter widget of an `Explorer`: ipywidgets and plotly's FigureWidget (extra `notebook`).
 
-The widget has no state of its own: user actions call the explorer, and each change redraws the widget.
+The widget has no state of its own: user actions call the explorer, and each change redraws the widget. It is
+drawn with a sequence's text and lens; the effects are measured a portion at a time between the kernel's other
+work, and drawn as they come.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+from threading import RLock
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import anywidget
@@ -14,8 +19,8 @@ import plotly.graph_objects as go
 from IPython.core.getipython import get_ipython
 from IPython.display import display
 
+from memlens.errors import MemlensError
 from memlens.explorer.drawing import tokens_html, written_html
-from memlens.explorer.measuring import STEPS
 from memlens.files import json_text
 from memlens.instruments.ablate.heads import head_label
 
@@ -25,6 +30,10 @@ if TYPE_CHECKING:
 
 _WRAP = widgets.Layout(flex_flow="row wrap", align_items="center")
 _KINDS = ("lens", "effects", "attention")
+_AT_ONCE = 2.0
+"""Seconds for which a sequence is measured before it is drawn; small models are done by then."""
+_PAUSE = 0.02
+"""Seconds between two portions, in which the kernel turns to what the user has done."""
 _CONFIG = {
     "responsive": True,
     "displaylogo": False,
@@ -91,14 +100,22 @@ class ExplorerWidget:
     figures: dict[str, Any]
 
     def __init__(self, explorer: Explorer) -> None:
-        self._explorer, self._busy = explorer, False
-        self.progress = _bar()
+        self._explorer, self._busy, self._waiting = explorer, False, False
+        self._lock = RLock()  # JupyterLab has clicks handled in a thread of their own
+        self._begun: set[str] = set()
+        try:
+            self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        except RuntimeError:
+            self._loop = None
+        self._steps = explorer.steps
+        self.progress = self._bar()
         explorer.on_step(self._show_step)
         if get_ipython() is not None:  # the box is there only after the first measurement
             display(self.progress)
-        n_layers, n_heads = explorer.view.head_effects.shape
+        self._begin()
+        n_layers, n_heads = explorer.shown.head_effects.shape
         self.progress.close()
-        self.progress = _bar()
+        self.progress = self._bar()
         self.sequence = widgets.Dropdown(
             options=_menu(explorer), description="sequence", layout={"width": "32em"}
         )
@@ -118,7 +135,7 @@ class ExplorerWidget:
         )
         self.tokens, self.written = widgets.HTML(), widgets.HTML()
         self._drawn: dict[str, Any] = {}
-        self.figures = {kind: _live(explorer.figure(kind)) for kind in _KINDS}
+        self.figures = {kind: _live(explorer.figure(kind, partial=True)) for kind in _KINDS}
         self.box = self._laid_out()
         self._listen()
         explorer.on_change(self.show)
@@ -126,45 +143,85 @@ class ExplorerWidget:
 
     def show(self) -> None:
         """Draw everything again from the explorer."""
-        if self._busy:
+        with self._lock:
+            if self._busy:
+                return
+            self._busy = True  # setting a menu's value must not count as a user's choice
+            try:
+                self._begin()
+                self._show_controls()
+                self._show_text()
+                self._show_figures()
+            finally:
+                self._busy = False
+        self._go_on()
+
+    def _begin(self) -> None:
+        """Measure what the first draw of the selected sequence needs, and more for a moment."""
+        explorer = self._explorer
+        if explorer.selected in self._begun and self._goes_on:
             return
-        self._busy = True  # setting a menu's value must not count as a user's choice
+        until = monotonic() + _AT_ONCE
+        while explorer.measure_more() and not (self._goes_on and monotonic() > until):
+            pass
+        self._begun.add(explorer.selected)
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether there is a kernel that turns to the next portion when it has nothing else to do."""
+        return self._loop is not None and self._loop.is_running()
+
+    def _go_on(self) -> None:
+        """Measure the next portion when the kernel has nothing else to do."""
+        if self._loop is not None and self._goes_on and not self._waiting and not self._explorer.complete:
+            self._waiting = True
+            self._loop.call_soon_threadsafe(self._loop.call_later, _PAUSE, self._measure)
+
+    def _measure(self) -> None:
+        self._waiting = False
         try:
-            self._show_controls()
-            self._show_text()
-            self._show_figures()
-        finally:
-            self._busy = False
+            self._explorer.measure_more()
+            self.show()
+        except MemlensError as error:  # the model was changed
+            self._show_step("stopped")
+            self.progress.bar_style, self.progress.tooltip = "danger", str(error)
 
     def _show_step(self, step: str) -> None:
         """Show which step of a measurement begins; the bar is hidden when there is none."""
         self.progress.layout.visibility = "visible" if step else "hidden"
-        self.progress.value = STEPS.index(step) if step else 0
-        self.progress.description = step
+        self.progress.value = self._steps.index(step) if step in self._steps else 0
+        self.progress.description, self.progress.bar_style = step, ""
+
+    def _bar(self) -> widgets.IntProgress:
+        """Return a bar that counts the steps of a measurement; hidden at first."""
+        layout = {"width": "32em", "visibility": "hidden"}
+        return widgets.IntProgress(max=len(self._steps), layout=layout, style={"description_width": "14em"})
 
     def _show_figures(self) -> None:
-        """Redraw figures whose sequence or head changed; all figures show the unchanged model."""
+        """Redraw figures of which something changed; all figures show the unchanged model."""
         explorer = self._explorer
         of = {
             "lens": explorer.selected,
-            **dict.fromkeys(("effects", "attention"), (explorer.selected, explorer.head)),
+            "effects": (explorer.shown, explorer.shown_head),
+            "attention": (explorer.selected, explorer.shown_head),
         }
         for kind, shown in self.figures.items():
             if self._drawn.get(kind) != of[kind]:
-                _redraw(shown, _without_nan(explorer.figure(kind)))
+                _redraw(shown, _without_nan(explorer.figure(kind, partial=True)))
                 self._drawn[kind] = of[kind]
 
     def _show_controls(self) -> None:
         explorer = self._explorer
         self.sequence.value = explorer.selected
-        self.layer.value, self.head.value = explorer.head
-        self.ablate.description = f"ablate {head_label(explorer.head)}"
-        self.ablate.value = explorer.head in explorer.edits.ablated
+        head = explorer.shown_head
+        self.layer.value, self.head.value = head
+        self.ablate.description = f"ablate {head_label(head)}"
+        self.ablate.value = head in explorer.edits.ablated
         for layer, button in enumerate(self.bypass):
             button.value = layer in explorer.edits.bypassed
 
     def _show_text(self) -> None:
-        view, continuation = self._explorer.view, self._explorer.continuation
+        view, continuation = self._explorer.shown, self._explorer.continuation
         self.tokens.value = tokens_html(view, continuation)
         written = [written_html(view, view.continuation)]
         if continuation.edits:
@@ -176,7 +233,7 @@ class ExplorerWidget:
         self.sequence.observe(self._chosen(lambda change: explorer.select(change["new"])), "value")
         for menu in (self.layer, self.head):
             menu.observe(self._chosen(lambda change: explorer.select_head(*self._asked)), "value")
-        self.ablate.observe(self._chosen(lambda change: explorer.toggle(*explorer.head)), "value")
+        self.ablate.observe(self._chosen(lambda change: explorer.toggle(*explorer.shown_head)), "value")
         for layer, button in enumerate(self.bypass):
             button.observe(self._chosen(lambda change, layer=layer: explorer.toggle(layer)), "value")
         self.clear.on_click(self._chosen(lambda button: explorer.clear()))
@@ -193,8 +250,9 @@ class ExplorerWidget:
         """Return a listener that ignores changes by the widget itself."""
 
         def listener(change: Any) -> None:
-            if not self._busy:
-                act(change)
+            with self._lock:
+                if not self._busy:
+                    act(change)
 
         return listener
 
@@ -220,12 +278,6 @@ class ExplorerWidget:
                 _Fitting(layout={"width": "100%", "height": "0"}),
             ]
         )
-
-
-def _bar() -> widgets.IntProgress:
-    """Return a bar that counts the steps of a measurement; hidden at first."""
-    layout = {"width": "32em", "visibility": "hidden"}
-    return widgets.IntProgress(max=len(STEPS), layout=layout, style={"description_width": "14em"})
 
 
 def _menu(explorer: Explorer) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import html
 import json
@@ -14,10 +15,11 @@ import torch
 from ipywidgets.widgets.widget import _remove_buffers
 
 import memlens as ml
-from memlens.errors import OptionError, SiteError
+from memlens.errors import OptionError, ResultError, SiteError
+from memlens.explorer import widget as widgets
 from memlens.explorer.drawing import running_text, tokens_html, written_html
 from memlens.explorer.explorer import Explorer
-from memlens.explorer.measuring import STEPS
+from memlens.explorer.measuring import ExploreOptions, explore_sequences, planned_steps
 from memlens.figures.theme import DARK_TEMPLATE
 from tests.explorer.synthetic import view
 from tests.report.test_render import NASTY
@@ -151,9 +153,95 @@ def test_the_steps_of_a_measurement_are_shown_while_it_runs(
         lambda step: seen.append((step, widget.progress.description, widget.progress.layout.visibility))
     )
     widget.sequence.value = planted.ids[1]
-    assert seen == [*((step, step, "visible") for step in STEPS), ("", "", "hidden")]
+    assert seen == [*((step, step, "visible") for step in explorer.steps), ("", "", "hidden")]
     widget.sequence.value = planted.ids[0]  # measured before
-    assert len(seen) == len(STEPS) + 1
+    assert len(seen) == len(explorer.steps) + 1
+
+
+def test_in_a_kernel_the_effects_come_after_the_first_draw(
+    pythia: Any, planted: ml.SequenceSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text and lens are drawn first, then each portion, between which a user's choices are heard."""
+    monkeypatch.setattr(widgets, "_AT_ONCE", 0)
+    whole = explore_sequences(pythia, planted, ExploreOptions(), try_edits=False, progress=False)
+    explorer = ml.explore(pythia, planted)
+    drawn: list[int] = []
+
+    def measured() -> int:
+        z = np.array(explorer.widget.figures["effects"].data[0].z, dtype=float)
+        assert (np.isnan(z) == np.isnan(explorer.shown.head_effects)).all()
+        return int(np.isfinite(z).sum())
+
+    async def kernel() -> None:
+        widget = explorer.widget
+        assert measured() == 0
+        assert np.allclose(widget.figures["lens"].data[0].z, whole.views[0].lens_probability)
+        assert widget.written.value.startswith(written_html(whole.views[0], whole.views[0].continuation))
+        explorer.toggle(1)
+        assert "bypass L1" in widget.written.value
+        assert measured() == 0  # the switch did not wait for effects
+        while not explorer.complete:
+            await asyncio.sleep(0.01)
+            drawn.append(measured())
+            if drawn[-1] and explorer.selected == planted.ids[0]:
+                widget.sequence.value = planted.ids[2]
+        assert widget.progress.layout.visibility == "hidden"
+
+    asyncio.run(kernel())
+    assert {0, 48} < set(drawn)
+    assert explorer.selected == planted.ids[2]
+    assert explorer.head == explorer.shown_head
+    found, wanted = explorer.view, whole.views[2]
+    for name in ("head_effects", "mlp_effects", "bypass_effects"):
+        assert np.allclose(getattr(found, name), getattr(wanted, name), atol=1e-5), name
+    left = explorer.select(planted.ids[0])  # no kernel any more: measured at once
+    assert left.complete
+    assert np.allclose(left.view.head_effects, whole.views[0].head_effects, atol=1e-5)
+
+
+def test_a_model_that_changes_stops_the_measurement_visibly(
+    planted: ml.SequenceSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(widgets, "_AT_ONCE", 0)
+    model = ml.load_model("zoo/pythia-xs")
+    explorer = ml.explore(model, ml.load_sequences("zoo", model)[:1])
+
+    async def kernel() -> None:
+        progress = explorer.widget.progress
+        with torch.no_grad():
+            model.W_U[0, 0] += 1
+        await asyncio.sleep(0.2)
+        assert (progress.description, progress.bar_style) == ("stopped", "danger")
+        assert "the model has changed" in progress.tooltip
+
+    asyncio.run(kernel())
+    with pytest.raises(ResultError, match="the model has changed"):
+        _ = explorer.view
+
+
+def test_an_interrupted_measurement_begins_anew(
+    pythia: Any, planted: ml.SequenceSet, explorer: Explorer
+) -> None:
+    def interrupt(step: str) -> None:
+        if step.startswith("heads") and not hits:
+            hits.append(step)
+            raise KeyboardInterrupt
+
+    hits: list[str] = []
+    explorer.on_step(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _ = explorer.view
+    assert not explorer.complete
+    assert np.isnan(explorer.shown.head_effects).all()
+    assert np.isfinite(explorer.view.head_effects).all()
+
+
+def test_portions_of_heads_cost_about_the_same() -> None:
+    """A head of layer l of n costs 1 - l / n forward passes."""
+    model = ml.load_model("zoo/pythia-s")
+    names = planned_steps(model, ExploreOptions())
+    assert names[-2:] == ["heads of layers 0-2", "heads of layers 3-5"]
+    assert planned_steps(model, ExploreOptions(ablation="mean"))[-1] == "heads of layers 0-5"
 
 
 def test_the_two_percentages_are_named_apart(explorer: Explorer, planted: ml.SequenceSet) -> None:
