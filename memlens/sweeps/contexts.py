@@ -1,8 +1,9 @@
-"""Apply interventions, or a wider dtype, inside a `with` statement."""
+"""Apply interventions, or another dtype, inside a `with` statement."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -158,27 +159,35 @@ def applied(model: Any, *interventions: Intervention) -> Iterator[Any]:
 
 
 @contextmanager
-def in_dtype(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Let a model run in a wider dtype inside a `with` statement.
+def in_dtype(model: Any, dtype: torch.dtype, *, narrow: bool = False) -> Iterator[None]:
+    """Let a model run in a wider dtype inside a `with` statement, or in a narrower one.
 
-    The weights keep their values, so only the rounding of activations differs. Afterwards the model has its
-    own tensors again, not copies cast back. Both sets of weights are in memory at once.
+    In a wider dtype the weights keep their values, so only the rounding of activations differs. Afterwards
+    the model has its own tensors again, not copies cast back. Both sets of weights are in memory at once.
+
+    Args:
+        model: A TransformerLens model.
+        dtype: The data type.
+        narrow: Round wider weights to `dtype` (buffers, such as rotations, keep theirs), instead of widening
+            narrower ones.
     """
     with exclusively(model):
-        yield from _widened(model, dtype)
+        yield from _cast(model, dtype, operator.gt if narrow else operator.lt, buffers=not narrow)
 
 
-def _widened(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    tensors = [*model.parameters(), *model.buffers()]
-    narrow = [t for t in tensors if t.is_floating_point() and t.dtype.itemsize < dtype.itemsize]
-    kept = [(t, t.data) for t in narrow]
+def _cast(
+    model: Any, dtype: torch.dtype, off: Callable[[int, int], bool], *, buffers: bool
+) -> Iterator[None]:
+    tensors = [*model.parameters(), *(model.buffers() if buffers else ())]
+    other = [t for t in tensors if t.is_floating_point() and off(t.dtype.itemsize, dtype.itemsize)]
+    kept = [(t, t.data) for t in other]
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "cfg", None)) is not None}.values()
     dtypes = [(c, c.dtype) for c in configs if isinstance(getattr(c, "dtype", None), torch.dtype)]
     try:
         for tensor, data in kept:
             tensor.data = data.to(dtype)
         for config, own in dtypes:
-            config.dtype = dtype if own.itemsize < dtype.itemsize else own
+            config.dtype = dtype if off(own.itemsize, dtype.itemsize) else own
         yield
     finally:
         for tensor, data in kept:

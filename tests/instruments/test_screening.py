@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 import memlens as ml
 from memlens.errors import OptionError, SequenceError, SiteError
-from memlens.instruments.screen.screening import Verified, agreement_table, recall_of_top
+from memlens.instruments.screen import screening as module
+from memlens.instruments.screen.instruments import screen_of
+from memlens.instruments.screen.screening import Verified, agreement_table, bfloat16_time, recall_of_top
 from memlens.results.statistics.agreement import rank_correlation
 from tests.small import CASES, corrupted, ragged
 
@@ -152,6 +157,66 @@ def test_figures_and_words(tiny_model: Any) -> None:
     assert isinstance(found.estimate.plot(), go.Figure)
 
 
+@pytest.mark.parametrize(("family", "backend"), CASES[:2])
+def test_a_screen_in_bfloat16_runs_every_site_and_verifies_in_the_models_precision(
+    tiny_model: Any, family: str, backend: str
+) -> None:
+    model, seqs = tiny_model(family, backend), ragged()
+    before = [(p.dtype, p.data_ptr()) for p in model.parameters()]
+    found = ml.screen_then_verify(
+        model, seqs, instrument="head_ablation", precision="bfloat16", top_k=4, verify="all", n_resamples=50,
+        metrics=("exact_match", "target_logprob"), progress=False,
+    )  # fmt: skip
+    assert [(p.dtype, p.data_ptr()) for p in model.parameters()] == before
+    whole = ml.ablate_heads(model, seqs, mode="zero", progress=False)
+    assert found.metric == "exact_match"  # which has no gradient
+    found = ml.screen_then_verify(
+        model, seqs, instrument="head_ablation", precision="bfloat16", top_k=4, verify="all", n_resamples=50,
+        progress=False,
+    )  # fmt: skip
+    assert found.estimate.settings["precision"] == "bfloat16"
+    assert found.n_sites == whole["target_logprob"][0].size == len(found.table)
+    want = whole.effect("target_logprob")
+    rough, exact = (
+        r.effect("target_logprob").reindex_like(want).values for r in (found.estimate, found.exact)
+    )
+    assert exact == pytest.approx(want.values, abs=1e-5)
+    assert 1e-5 < np.abs(rough - exact).max() < 0.1
+    assert found.agreement.loc["rank correlation, all sites", "value"] > 0.8
+
+
+def test_a_screen_in_bfloat16_patches_positions_and_neurons(tiny_model: Any) -> None:
+    model, clean = tiny_model("olmo", "bridge"), ragged()
+    corrupt = corrupted(clean)
+    options: dict[str, Any] = {"precision": "bfloat16", "top_k": 3, "n_random": 2, "progress": False}
+    found = ml.screen_then_verify(
+        model, clean, corrupt, positions=[2, 13], layers=[0, 1], direction="noising", **options
+    )
+    assert found.n_sites == 4
+    lengths = clean.lengths.numpy() - 1
+    for position, n in found.table.set_index("position")["n"].items():
+        assert n == int((lengths > position).sum())
+    assert found.table["estimate"].to_numpy() == pytest.approx(found.table["exact"].to_numpy(), abs=0.1)
+    found = ml.screen_then_verify(
+        model, clean, corrupt, instrument="neuron_patching", layers=[2], donor=deepcopy(model), **options
+    )
+    assert found.n_sites == model.cfg.d_mlp
+    assert found.table["chosen"].tolist().count("random") == 2
+
+
+def test_where_bfloat16_is_slower_a_screen_says_so(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, seqs = tiny_model("gpt_neox", "bridge"), ragged(2)
+    assert 0 < bfloat16_time(model, rows=2, repeats=1) < np.inf
+    options: dict[str, Any] = {"instrument": "head_ablation", "layers": [0], "top_k": 1, "n_random": 0}
+    for share, warned in ((2.5, True), (0.5, False)):
+        caplog.clear()
+        monkeypatch.setattr(module, "bfloat16_time", lambda model, share=share: share)
+        ml.screen_then_verify(model, seqs, precision="bfloat16", progress=False, **options)
+        assert ("2.5 times as long in bfloat16 as in torch.float32" in caplog.text) == warned
+
+
 @given(st.integers(1, 6), st.integers(0, 9), st.integers(0, 10_000))
 def test_recall_with_every_site_is_the_overlap(k: int, rest: int, seed: int) -> None:
     score = np.random.default_rng(seed).permutation(k + rest).astype(float)
@@ -222,6 +287,8 @@ def test_bad_input(tiny_model: Any) -> None:
         ({"instrument": "head_ablation", "layers": [7]}, SiteError, "layer 7 does not exist"),
         ({"instrument": "neuron_ablation", "mode": "mean_of_other_heads"}, OptionError, "needs site='z'"),
         ({"instrument": "mlp_ablation"}, OptionError, "has no gradient estimate"),
+        ({"instrument": "head_ablation", "precision": "int8"}, OptionError, "precision='int8'"),
+        ({"corrupt": corrupt, "precision": "bfloat16", "steps": 2}, OptionError, "belong to gradients"),
         ({"corrupt": corrupt, "metrics": ("exact_match",)}, OptionError, "has no gradient"),
         ({"corrupt": corrupt, "site": "resid_mid"}, SiteError, "no site 'resid_mid'"),
     ):
@@ -242,7 +309,7 @@ def test_the_registry_s_instruments_give_what_they_declare(tiny_model: Any) -> N
             assert tool.ranks == "site" or tool.ranks in result.data.dims
 
 
-def test_a_new_instrument_is_screened_by_its_name(tiny_model: Any) -> None:
+def test_a_new_instrument_is_screened_by_its_name(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Registered outside memlens' own modules, with the screen of head ablation."""
     own = ml.instruments.INSTRUMENTS["head_ablation"]
     ml.instruments.register_instrument("mine", ranks="head", kind=own.kind, screen=own.screen)
@@ -256,6 +323,15 @@ def test_a_new_instrument_is_screened_by_its_name(tiny_model: Any) -> None:
         assert mine.table.equals(theirs.table)
         with pytest.raises(OptionError, match="instrument='mine' does not use mode='mean'"):
             ml.screen_then_verify(model, clean, instrument="mine", mode="mean", **options)
+        monkeypatch.setattr(
+            module, "screen_of", lambda *args, **given: replace(screen_of(*args, **given), cells=None)
+        )
+        with pytest.raises(OptionError, match="instrument='mine' does not list its sites"):
+            ml.screen_then_verify(model, clean, instrument="mine", precision="bfloat16", **options)
+        with pytest.raises(OptionError, match=r"weights are torch\.bfloat16 already"):
+            ml.screen_then_verify(
+                deepcopy(model).to(torch.bfloat16), clean, instrument="mine", precision="bfloat16", **options
+            )
         with pytest.raises(OptionError, match="measures nothing"):
             ml.instruments.register_instrument("nothing", ranks="head", kind=own.kind)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any, Unpack, get_args
 
@@ -173,15 +174,27 @@ def activation_patches(
     _check_site(model, site, over)
     if donor is not None:
         check_donor(model, donor, source, sites=[site])
+    return _patches(model, source, site, _cells(model, source, site, over, layers, positions), under, donor)
+
+
+def _cells(
+    model: Any,
+    source: SequenceSet,
+    site: str,
+    over: str | None,
+    layers: Sequence[int] | None,
+    positions: Sequence[int] | None,
+) -> list[dict[str, int]]:
+    """Return every cell of a site."""
     trunk = Trunk(model)
-    values = {
+    values: dict[str, Sequence[int]] = {
         "layer": chosen_layers(layers, trunk.n_layers),
         "head": range(trunk.n_kv_heads if site in ("k", "v") else trunk.n_heads),
         "position": checked_positions(source, positions),
+        "neuron": range(getattr(model.cfg, "d_mlp", None) or 0),
     }
     dims = ["layer", *(part for part in (over or "position").split("_") if part != "layer")]
-    cells = [dict(zip(dims, cell, strict=True)) for cell in product(*(values[dim] for dim in dims))]
-    return _patches(model, source, site, cells, under, donor)
+    return [dict(zip(dims, cell, strict=True)) for cell in product(*(values[dim] for dim in dims))]
 
 
 def _check_site(model: Any, site: str, over: str | None) -> None:
@@ -290,6 +303,7 @@ def _between_runs(
         lambda cells: _patches(model, pairs.source, common["site"], cells, donor=pairs.donor),
         {**common, **pairs.settings},
         lambda result, metrics: pairs.compared(model, result, metrics),
+        partial(_cells, model, pairs.source, **common),
     )
 
 

@@ -22,8 +22,9 @@ from memlens.errors import check_option
 from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource
 from memlens.forward.exclusive import computes
-from memlens.forward.hooks import hook_name
+from memlens.forward.hooks import chosen_layers, hook_name
 from memlens.forward.metrics import MetricLike
+from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.replacing import Replacement, ReplacementOptions
 from memlens.instruments.donors import check_donor, donor_settings
 from memlens.instruments.patch.pairs import Pairs
@@ -260,9 +261,15 @@ def ablation_screen(site: str, over: str) -> MakeScreen:
             ]
             return replacement.interventions(model, clean, site, named)
 
+        def cells() -> list[dict[str, int]]:
+            trunk = Trunk(model)
+            layers = chosen_layers(options["layers"], trunk.n_layers)
+            each = range(trunk.n_heads if over == "head" else model.cfg.d_mlp)
+            return [{"layer": layer, over: place} for layer in layers for place in each]
+
         settings = {name: getattr(replacement, name) for name in ("mode", "positions", "seed")}
         settings |= {} if replacement.donor is None else donor_settings(replacement.donor)
-        return Screen(clean, estimate, interventions, settings)
+        return Screen(clean, estimate, interventions, settings, cells=cells)
 
     return screen
 

@@ -20,7 +20,7 @@ Interventions = Callable[[Sequence[Cell]], list[Intervention]]
 
 @dataclass(frozen=True)
 class Screen:
-    """A gradient estimate of all components, and the exact interventions on some of them.
+    """A gradient estimate of all components, and the exact interventions on some of them or on all.
 
     Attributes:
         base: The sequences under intervention.
@@ -28,6 +28,7 @@ class Screen:
         interventions: Returns the exact interventions on some cells.
         settings: Settings of the exact result.
         finish: Completes the exact result.
+        cells: Returns all components, for a screen in another precision; None: there is no such screen.
     """
 
     base: SequenceSet
@@ -35,6 +36,7 @@ class Screen:
     interventions: Interventions
     settings: Mapping[str, Any] = field(default_factory=dict)
     finish: Callable[[Result, Sequence[MetricLike]], Result] = lambda result, metrics: result
+    cells: Callable[[], Sequence[Cell]] | None = None
 
 
 MakeScreen = Callable[..., Screen]

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 from memlens.errors import EmptySetError, OptionError, check_option
 from memlens.forward.exclusive import computes
 from memlens.forward.metrics import MetricLike, metric_names
-from memlens.instruments.screen.instruments import INSTRUMENTS, screen_of
+from memlens.forward.trunk import Trunk
+from memlens.instruments.screen.instruments import INSTRUMENTS, Screen, screen_of
 from memlens.results.result import Result
 from memlens.results.statistics.agreement import rank_correlation, share_interval, standard_interval
 from memlens.results.statistics.estimates import Estimate
@@ -22,11 +28,13 @@ from memlens.results.statistics.intervals import FEWEST, check_level, mean_inter
 from memlens.results.statistics.racing import RANK_BY
 from memlens.results.statistics.resampling import bootstrap_means
 from memlens.sequences.set import SequenceSet
+from memlens.sweeps.contexts import in_dtype
 from memlens.sweeps.run import sweep
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+_LOG = logging.getLogger(__name__)
 
 Site = tuple[Hashable, ...]
 
@@ -42,7 +50,7 @@ class Screening:
             first.
         agreement: `value`, `low`, `high` and `n_sites` of each statistic of `screen_then_verify`. Rank
             correlations are given on the screened sites, on the random ones, and on all if all were verified.
-        estimate: The result of the gradients, with every site.
+        estimate: The result of the gradients, or that of the sweep in bfloat16, with every site.
         exact: The result of the sweep; sites that were not verified are NaN or absent.
         metric: The metric that was estimated and compared.
         n_sites: Number of sites.
@@ -93,6 +101,7 @@ def screen_then_verify(
     method: str = "integrated_gradients",
     path: str = "site",
     steps: int = 8,
+    precision: str = "float32",
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
     level: float = 0.95,
     n_resamples: int = 2000,
@@ -117,6 +126,11 @@ def screen_then_verify(
       belongs to the top; it is wide if there are few random sites;
     - *share of the rest above the screened median*: the share of the random sites with at least the median
       effect of the screened ones, with the interval of Clopper and Pearson.
+
+    With ``precision="bfloat16"`` the screen is no estimate by gradients: every site is run exactly, with
+    weights and activations rounded to bfloat16, and the sites that are chosen are run again as the model is.
+    It suits any metric, and models whose matrix products are faster in bfloat16; where they are not, a
+    warning says so. The agreement is reported in the same way.
 
     The screened set counts as given. Integrated gradients are the default because the gradient at a recalled
     continuation is small (see `attribute_ablation`); "attribution_patching" needs one pass only.
@@ -151,7 +165,10 @@ def screen_then_verify(
         method: As for `attribute_gradients`.
         path: As for `attribute_gradients`.
         steps: As for `attribute_gradients`.
-        metrics: As for `sweep`; the first one is estimated and compared, and must have a gradient.
+        precision: "float32", or "bfloat16" for an exact screen in that precision, without `method`, `path`
+            and `steps`. The weights are then in memory twice.
+        metrics: As for `sweep`; the first one is estimated and compared, and must have a gradient (with
+            bfloat16 it need not).
         level: Coverage of all intervals.
         n_resamples: Resamples of the bootstrap.
         seed: Seed of the random sites, the bootstrap, and "resample".
@@ -160,7 +177,8 @@ def screen_then_verify(
         options: Further options of `sweep`.
 
     Raises:
-        OptionError: An unknown option, or a first metric without a gradient.
+        OptionError: An unknown option, or a first metric without a gradient; or bfloat16 for weights that
+            have 16 bits already, or for an instrument of another package that does not list its sites.
         SequenceError: The two sets do not fit, or `corrupt` is missing or not used.
         DonorError: The donor does not fit the model.
         SiteError: A layer, a position or a site that does not exist.
@@ -178,6 +196,7 @@ def screen_then_verify(
     """  # fmt: skip
     check_option("verify", verify, ("screened", "all"))
     check_option("rank_by", rank_by, list(RANK_BY))
+    check_option("precision", precision, ("float32", "bfloat16"))
     for name, number, least in (("top_k", top_k, 1), ("n_random", n_random, 0)):
         if not isinstance(number, int) or number < least:
             raise OptionError(f"{name}={number!r} is not a number of sites: give {least} or more.")
@@ -188,9 +207,20 @@ def screen_then_verify(
         layers=layers, positions=positions, reference=reference, path=path, seed=seed,
         donor=donor,
     )  # fmt: skip
-    estimate = tool.estimate(
-        metric=metrics[0], method=method, steps=steps, batch_size=batch_size, progress=progress
-    )
+    if precision == "bfloat16":
+        if (method, path, steps) != ("integrated_gradients", "site", 8):
+            raise OptionError(
+                'method, path and steps belong to gradients, which precision="bfloat16" does without: leave '
+                "them out."
+            )
+        limits = {name: options[name] for name in ("engine", "memory_budget") if name in options}
+        estimate = _in_bfloat16(
+            instrument, tool, model, donor, metrics[0], batch_size=batch_size, progress=progress, **limits
+        )
+    else:
+        estimate = tool.estimate(
+            metric=metrics[0], method=method, steps=steps, batch_size=batch_size, progress=progress
+        )
     effects = estimate.effect(metric)
     dims = [str(d) for d in effects.dims[1:]]
     stacked = effects.transpose("sequence", *dims).stack(site=dims)
@@ -217,6 +247,63 @@ def screen_then_verify(
     table = _table(data, dims, sites, np.argsort(ranked)[chosen] + 1, **bootstrap)
     agreement = agreement_table(data, **bootstrap)
     return Screening(table, agreement, estimate, exact, metric, len(ranked), top_k)
+
+
+def _in_bfloat16(
+    instrument: str, tool: Screen, model: Any, donor: Any, metric: MetricLike, **options: Any
+) -> Result:
+    """Return the exact result of every site in bfloat16."""
+    trunk = Trunk(model)
+    if trunk.dtype.itemsize <= torch.bfloat16.itemsize:
+        raise OptionError(
+            f'precision="bfloat16" saves nothing: the weights are {trunk.dtype} already. Run the instrument '
+            "itself, or screen by gradients."
+        )
+    if tool.cells is None:
+        raise OptionError(
+            f'instrument={instrument!r} does not list its sites, which precision="bfloat16" needs: screen by '
+            "gradients, or give its Screen cells=."
+        )
+    share = bfloat16_time(model)
+    if share > 1:
+        _LOG.warning(
+            "matrix products of this model's shape take %.1f times as long in bfloat16 as in %s on this "
+            "device: the screen will not be faster than the exact sweep", share, trunk.dtype,
+        )  # fmt: skip
+    with ExitStack() as stack:
+        for each in (model, *(() if donor is None else (donor,))):
+            stack.enter_context(in_dtype(each, torch.bfloat16, narrow=True))
+        swept = sweep(
+            model, tool.base, tool.interventions(tool.cells()), [metric], kind=INSTRUMENTS[instrument].kind,
+            settings={**tool.settings, "precision": "bfloat16"}, check_dtype=False, **options,
+        )  # fmt: skip
+        return tool.finish(swept, [metric])
+
+
+def bfloat16_time(model: Any, *, rows: int = 256, repeats: int = 5) -> float:
+    """Return the time of a matrix product in bfloat16 over that in the model's own precision, measured.
+
+    The product is that of an MLP's input, for some positions: above 1 the device has no fast instructions for
+    bfloat16, or the model is too small for them. The least of some repeats counts, by turns.
+
+    Args:
+        model: A TransformerLens model.
+        rows: Number of positions.
+        repeats: Number of products of each kind.
+    """
+    weight, cfg = next(model.parameters()), model.cfg
+    shapes = (rows, cfg.d_model), (cfg.d_model, getattr(cfg, "d_mlp", None) or 4 * cfg.d_model)
+    pairs = [
+        [torch.ones(shape, device=weight.device, dtype=dtype) for shape in shapes]
+        for dtype in (torch.bfloat16, weight.dtype)
+    ]
+    least = [math.inf, math.inf]
+    for _ in range(1 + repeats):
+        for i, (a, b) in enumerate(pairs):
+            start = time.perf_counter()
+            (a @ b).sum().item()  # waits for the device
+            least[i] = min(least[i], time.perf_counter() - start)
+    return least[0] / least[1]
 
 
 def _at(effects: xr.DataArray, dims: Sequence[str], sites: Sequence[Site]) -> xr.DataArray:
