@@ -31,7 +31,7 @@ from memlens.cli.console import (
 from memlens.cli.data import data_app
 from memlens.cli.making import edit, generate, lens_app, zoo_app
 from memlens.cli.recall import recall_app
-from memlens.cli.sharing import SlurmOption, TasksOption, gather
+from memlens.cli.sharing import OnOption, SlurmOption, TasksOption, gather
 from memlens.errors import MemlensError, check_option
 from memlens.registry import named_plugins
 from memlens.studies.registry import ModelChoice, SequenceChoice
@@ -220,6 +220,7 @@ def plan(
     what: SequenceChoice,
     *,
     out: Path | None = None,
+    on: OnOption = None,
     slurm: SlurmOption = False,
     array_tasks: TasksOption = 16,
     as_json: Json = False,
@@ -248,7 +249,7 @@ def plan(
     from memlens.studies.plans import plan_works
 
     model = where.load()
-    print_plan(plan_works(model, localize_works(model, what.load(model))), as_json=as_json)
+    print_plan(plan_works(model, localize_works(model, what.load(model)), on=on), as_json=as_json)
 
 
 def check(where: ModelChoice, *, as_json: Json = False) -> None:

@@ -25,7 +25,7 @@ from memlens.cli.console import (
     print_times,
     resumable,
 )
-from memlens.cli.sharing import PartOption, SlurmOption, TasksOption, sharing, slurm_script
+from memlens.cli.sharing import OnOption, PartOption, SlurmOption, TasksOption, sharing, slurm_script
 from memlens.errors import OptionError
 from memlens.options import read_options
 from memlens.studies.pilot import plan_steps, record_times, save_plan
@@ -49,6 +49,7 @@ def study_command(study: Study) -> Any:
         out: Path | None = None,
         options_file: Annotated[Path | None, Parameter(name="--options")] = None,
         plan: Annotated[bool, Switch] = False,
+        on: OnOption = None,
         slurm: SlurmOption = False,
         array_tasks: TasksOption = 16,
         part: PartOption = None,
@@ -63,7 +64,9 @@ def study_command(study: Study) -> Any:
         }
         if out is None and study.folder and not plan:
             out = Path(study.folder)
-        call = Call(where, study.options(**chosen), out, chosen, progress=not quiet)
+        if on is not None and not plan:
+            raise OptionError(f"--on {on} plans for another device: give --plan with it.")
+        call = Call(where, study.options(**chosen), out, chosen, progress=not quiet, on=on)
         if (part is not None or slurm) and not study.shares:
             raise OptionError(
                 "this study cannot be shared by several processes: run it without --part and --slurm "
@@ -100,7 +103,8 @@ def study_command(study: Study) -> Any:
         out: Folder for results and report.
         options_file: YAML file with options of the study; options on the command line override it.
         plan: Only print the estimated time of each step, from two small runs, and the cost of the sweeps;
-            with --out, the run in that folder records it beside the time that it took.
+            with --out, the run in that folder records it beside the time that it took. With --on, only
+            the cost of the sweeps.
         resume: Continue an earlier run in the folder, or start over.
     """
     return from_options(run)
@@ -109,8 +113,10 @@ def study_command(study: Study) -> Any:
 def _plan(study: Study, inputs: Any, call: Call, *, as_json: bool) -> None:
     """Print what a study's steps would take, which is saved for the run, and what its sweeps would cost."""
     call = replace(call, loaded={})
-    steps = plan_steps(study, inputs, call) if study.sizes else None
+    steps = plan_steps(study, inputs, call) if study.sizes and call.on is None else None
     counted = inputs.plan(call)
+    if call.on is not None and (counted is None or "on" not in counted.document):
+        raise OptionError(f"--on {call.on} is not available for this study: plan it without.")
     if steps is None and counted is None:
         raise OptionError("--plan is not available for this study: run it without.")
     if steps is not None and call.out is not None:

@@ -30,6 +30,14 @@ SlurmOption = Annotated[
         help="With --plan: print the script of a Slurm job array that does the work.",
     ),
 ]  # fmt: skip
+OnOption = Annotated[
+    str | None,
+    Parameter(
+        name="--on",
+        help="Plan for another device, by the roofline: a name such as h100-sxm, or here (this machine's "
+        "device is measured).",
+    ),
+]
 TasksOption = Annotated[
     int, Parameter(name="--array-tasks", help="Tasks of the job array, at most one per part.")
 ]
@@ -124,9 +132,13 @@ def slurm_script(words: Sequence[str], out: Path | None, parts: int, tasks: int,
     tasks = max(1, min(tasks, parts))
     kept, skip = [], False
     for word in words:
-        if not skip and word not in ("--plan", "--slurm") and not re.match("--(array-tasks|part)(=|$)", word):
+        if (
+            not skip
+            and word not in ("--plan", "--slurm")
+            and not re.match("--(array-tasks|part|on)(=|$)", word)
+        ):
             kept.append(word)
-        skip = not skip and word in ("--array-tasks", "--part")
+        skip = not skip and word in ("--array-tasks", "--part", "--on")
     if kept[1:2] == ["plan"]:
         kept[1:2] = ["run", "localize"]
     command = shlex.join(kept)

@@ -25,8 +25,13 @@ first number, and more where the vocabulary is so small that the second one hold
 def default_budget(device: torch.device) -> int:
     """Return the bytes that activations may take: 1 GiB, or 40 % of a GPU's free memory."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * _FREE_SHARE)
+        return budget_of_free(torch.cuda.mem_get_info(device)[0])
     return _CPU_BYTES
+
+
+def budget_of_free(free: float) -> int:
+    """Return the bytes that activations may take of a GPU's free memory: 40 %, and at least one."""
+    return max(1, int(free * _FREE_SHARE))
 
 
 def fitting(cost: int, total: int, *, share: float = 0.25, most: int | None = None) -> int:
@@ -64,6 +69,22 @@ def position_bytes(trunk: Trunk, width: int) -> int:
     """Return what one position takes while a layer runs on it as a function."""
     d_mlp = getattr(trunk.model.cfg, "d_mlp", None) or 4 * trunk.d_model
     return trunk.dtype.itemsize * (6 * trunk.d_model + 2 * d_mlp + trunk.n_heads * width)
+
+
+def backward_bytes(cfg: Any, length: int, n_targets: int, itemsize: int = 4, *, by_layer: bool) -> int:
+    """Return what one sequence takes at the peak of a forward and backward pass to its activations.
+
+    Args:
+        cfg: A TransformerLens model's configuration, or a `Shape`.
+        length: Number of tokens.
+        n_targets: Number of targets, whose logits are kept.
+        itemsize: Bytes of a number.
+        by_layer: Whether only the input of each layer is kept, and one layer's activations at a time, instead
+            of the activations of all layers.
+    """
+    layer, inputs = row_bytes(cfg, length, itemsize), itemsize * length * cfg.d_model * (cfg.n_layers + 1)
+    kept = layer + inputs if by_layer else cfg.n_layers * layer
+    return kept + n_targets * logits_bytes(cfg.d_vocab, itemsize)
 
 
 def logits_bytes(d_vocab: int, itemsize: int = 4) -> int:

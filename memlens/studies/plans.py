@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from memlens.sequences.set import SequenceSet
     from memlens.sweeps.interventions import Intervention
+    from memlens.sweeps.roofline import Device
 
     Works = Mapping[str, tuple["SequenceSet", Sequence["Intervention"]]]
 
@@ -46,23 +47,35 @@ def blank_sequences(n: int, length: int, prefix_len: int) -> SequenceSet:
     return ml.SequenceSet.from_tokens(torch.zeros((n, length), dtype=torch.long), prefix_len)
 
 
-def plan_works(model: Any, works: Works, note: str = "", *, calibrate: bool = True) -> PlanTable:
-    """Return what each sweep would cost on this machine.
+def plan_works(
+    model: Any, works: Works, note: str = "", *, calibrate: bool = True, on: Device | str | None = None
+) -> PlanTable:
+    """Return what each sweep would cost on this machine, or by the roofline on another device.
 
     Args:
         model: A TransformerLens model.
         works: The sequences and interventions of each sweep, by its name.
         note: What the numbers leave out.
         calibrate: Also estimate the seconds, from a few timed layers.
+        on: The other device, as for `memlens.plan`.
     """
     import pandas as pd
 
     import memlens as ml
+    from memlens.sweeps.roofline import LEFT_OUT, device_for
 
-    rows = []
+    place = next(model.parameters())
+    device = None if on is None else device_for(on, place.device, place.dtype)
+    calibrate = calibrate and device is None
+    rows: list[dict[str, Any]] = []
+    operators: dict[str, Any] = {}
     for name, (seqs, edits) in works.items():
-        cost = ml.plan(model, seqs, edits, calibrate=calibrate)
-        seconds = {"seconds": cost.expected_seconds} if calibrate else {}
+        cost = ml.plan(model, seqs, edits, calibrate=calibrate, on=device)
+        seconds: dict[str, Any] = {"seconds": cost.expected_seconds} if calibrate else {}
+        if cost.roofline is not None:
+            line = cost.roofline
+            seconds = {"seconds": line.seconds, "memory_bound": line.memory_share, "fits": line.fits}
+            operators[name] = line.to_frame().to_dict("records")
         rows.append(
             {
                 "work": name,
@@ -81,9 +94,12 @@ def plan_works(model: Any, works: Works, note: str = "", *, calibrate: bool = Tr
     said = [] if rows else ["nothing to sweep"]
     if rows and calibrate:
         said.append(f"the sweeps together about {frame['seconds'].sum():,.0f} s here, nothing else included")
-    return PlanTable(
-        frame,
-        "Sweeps; 'times_fewer': than one full forward pass per intervention",
-        [*said, *filter(None, [note])],
-        {"works": frame.to_dict("records"), "note": note},
-    )
+    document: dict[str, Any] = {"works": frame.to_dict("records"), "note": note}
+    title = "Sweeps; 'times_fewer': than one full forward pass per intervention"
+    if device is not None:
+        document |= {"on": asdict(device), "operators": operators, "left_out": LEFT_OUT}
+        title += f"; seconds on {device.name} by the roofline, 'memory_bound': the share that memory binds"
+        if rows:
+            said.append(f"the sweeps together at least {frame['seconds'].sum():.2g} s on {device.name}")
+        said.append(f"Not counted: {', '.join(LEFT_OUT)}.")
+    return PlanTable(frame, title, [*said, *filter(None, [note])], document)

@@ -151,6 +151,7 @@ class Call:
         progress: Whether progress bars are shown.
         loaded: Models that were loaded and are kept; None: none are kept.
         watch: Counts the time of loading and reading.
+        on: The device for which a plan is asked, as for `memlens.plan`.
     """
 
     where: Any
@@ -160,6 +161,7 @@ class Call:
     progress: bool = True
     loaded: dict[Any, Any] | None = field(default=None, repr=False)
     watch: Stopwatch = field(default_factory=Stopwatch, repr=False)
+    on: str | None = None
 
     def load(self, name: str | None = None, **more: Any) -> Any:
         """Load the model, or another one."""

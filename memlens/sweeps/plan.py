@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import timeit
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,14 +16,19 @@ from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.capture import run_capturing
 from memlens.forward.exclusive import computes
 from memlens.forward.hooks import hook_name
-from memlens.forward.memory import Budget, position_bytes
+from memlens.forward.memory import Budget, budget_of_free, position_bytes
 from memlens.forward.trunk import Trunk
 from memlens.models.families import Shape
 from memlens.sequences.set import SequenceSet
-from memlens.sweeps.engine.entries import entry_of
+from memlens.sweeps.engine.entries import Entry, entry_of
 from memlens.sweeps.engine.schedule import portions
 from memlens.sweeps.interventions import Intervention
+from memlens.sweeps.operators import Operators
+from memlens.sweeps.roofline import Device, Roofline, device_for
 from memlens.sweeps.shards import cut, part_limit
+
+_BUDGET = 2**34
+"""Bytes for activations on a device whose memory is not known."""
 
 
 def shape_of(model: Any) -> Shape:
@@ -32,7 +38,11 @@ def shape_of(model: Any) -> Shape:
     >>> shape_of(ml.load_model("zoo/pythia-s")).n_layers
     6
     """
-    trunk, cfg = Trunk(model), model.cfg
+    return _shape(Trunk(model))
+
+
+def _shape(trunk: Trunk) -> Shape:
+    cfg = trunk.model.cfg
     return Shape(
         n_layers=trunk.n_layers,
         d_model=trunk.d_model,
@@ -65,6 +75,7 @@ class Plan:
         expected_seconds: Time, from a short calibration run; None without one.
         n_parts: Number of parts, as a sweep with a folder is cut: most workers that can share it.
         part_flops: Operations of the largest part.
+        roofline: The least time on another device, and whether it fits there; None unless `on` was given.
     """
 
     n_sequences: int
@@ -79,6 +90,7 @@ class Plan:
     expected_seconds: float | None
     n_parts: int
     part_flops: float
+    roofline: Roofline | None = None
 
     def __str__(self) -> str:
         share = self.reference_block_forwards / max(1, self.block_forwards)
@@ -90,6 +102,7 @@ class Plan:
             f"{(self.block_flops + self.unembed_flops) / 1e9:,.0f} GFLOP, "
             f"{self.bytes / 2**20:.0f} MiB{seconds}; {self.n_parts:,} parts of up to "
             f"{self.part_flops / 1e9:,.0f} GFLOP in a folder"
+            f"{'' if self.roofline is None else f'; {self.roofline}'}"
         )
 
     def _repr_html_(self) -> str:
@@ -105,6 +118,7 @@ def plan(
     memory_budget: int | None = None,
     batch_size: int | None = None,
     calibrate: bool = True,
+    on: Device | str | None = None,
 ) -> Plan:
     """Estimate what `sweep` would cost, without running it.
 
@@ -115,9 +129,17 @@ def plan(
         memory_budget: Bytes for activations.
         batch_size: Sequences in a batch.
         calibrate: Time layers and unembedding on a few sequences to estimate the seconds.
+        on: Plan for another device, in the model's data type: a name such as "h100-sxm"
+            (`memlens.sweeps.roofline.DEVICES`), "here" (this machine's device is measured), or a `Device` of
+            your own figures. Everything is counted as the sweep would run there, `roofline` has the least
+            time by the roofline, and nothing is calibrated.
 
     Returns:
         Block-forwards (one layer on one sequence), unembedded positions, operations, bytes and seconds.
+
+    Raises:
+        EmptySetError: No sequences.
+        OptionError: `on` is not a known device, or the device has no figure for the model's data type.
 
     Example:
         >>> import memlens as ml
@@ -127,11 +149,23 @@ def plan(
         >>> cost = ml.plan(model, seqs, edits, calibrate=False)
         >>> cost.block_forwards, cost.reference_block_forwards
         (84, 168)
+        >>> away = ml.plan(model, seqs, edits, on="h100-sxm")
+        >>> away.roofline.bound, away.roofline.fits
+        ('memory', True)
     """
     trunk = Trunk(model)
+    shape, device = _shape(trunk), trunk.device
+    if on is not None:
+        there = device_for(on, device, trunk.dtype)
+        weights = sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values())
+        return _planned_on(
+            there, shape, weights, sequences, interventions, memory_budget, batch_size,
+            carries=lambda: _carries(trunk, sequences),
+        )  # fmt: skip
     found, count = _planned(
-        trunk, sequences, interventions, memory_budget, batch_size, carries=lambda: _carries(trunk, sequences)
-    )
+        shape, device, sequences, interventions, memory_budget, batch_size,
+        carries=lambda: _carries(trunk, sequences),
+    )  # fmt: skip
     return replace(found, expected_seconds=_calibrated(trunk, sequences, count)) if calibrate else found
 
 
@@ -140,27 +174,63 @@ def plan_shape(
     sequences: SequenceSet,
     interventions: Sequence[Intervention],
     *,
-    memory_budget: int = 2**34,
+    memory_budget: int | None = None,
     batch_size: int | None = None,
+    on: Device | str | None = None,
 ) -> Plan:
     """Estimate what `sweep` would cost on a GPU with a model of a given shape, which need not be available.
 
-    Arguments and result are those of `plan`, without seconds. Only the lengths of the sequences count, and
-    without interventions the cost is that of the baseline pass.
+    Arguments and result are those of `plan`, without calibrated seconds. Only the lengths of the sequences
+    count, and without interventions the cost is that of the baseline pass. The memory budget is 16 GiB by
+    default, or with `on` 40 % of what the device's memory leaves beside the weights (`Shape.n_params`).
+
+    Example:
+        >>> import memlens as ml, torch
+        >>> from memlens.models.families import find_model
+        >>> family, entry = find_model("pythia-6.9b")
+        >>> seqs = ml.SequenceSet.from_tokens(torch.zeros((1, 8), dtype=torch.long), 4)
+        >>> print(plan_shape(entry.shape, seqs, [], on="h100-sxm").roofline.bound)
+        memory
     """
-    sizes = SimpleNamespace(
-        **{f.name: getattr(shape, f.name) for f in fields(shape)},
-        d_head=shape.d_head,
-        model=SimpleNamespace(cfg=shape),
-        device=torch.device("cuda"),
-        dtype=SimpleNamespace(itemsize=shape.itemsize),
+    if on is None:
+        there, budget = torch.device("cuda"), memory_budget or _BUDGET
+        return _planned(
+            shape, there, sequences, interventions, budget, batch_size, carries=lambda: True
+        )[0]  # fmt: skip
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {2: torch.bfloat16, 4: torch.float32}.get(shape.itemsize, torch.float64)
+    return _planned_on(
+        device_for(on, here, dtype), shape, shape.n_params * shape.itemsize, sequences, interventions,
+        memory_budget, batch_size, carries=lambda: True,
+    )  # fmt: skip
+
+
+def _planned_on(
+    device: Device,
+    shape: Shape,
+    weights: int,
+    sequences: SequenceSet,
+    interventions: Sequence[Intervention],
+    memory_budget: int | None,
+    batch_size: int | None,
+    *,
+    carries: Callable[[], bool],
+) -> Plan:
+    """Plan for a device by the roofline."""
+    device.rate(shape.itemsize)  # refuse before the counting
+    if memory_budget is None and device.kind == "cuda":
+        memory_budget = _BUDGET if device.memory is None else budget_of_free(device.memory - weights)
+    found, count = _planned(
+        shape, torch.device(device.kind), sequences, interventions, memory_budget, batch_size, carries=carries
     )
-    trunk = cast("Trunk", sizes)  # the counting reads sizes only
-    return _planned(trunk, sequences, interventions, memory_budget, batch_size, carries=lambda: True)[0]
+    joined = shape.itemsize * shape.d_model * (shape.n_heads + 2 * shape.n_kv_heads) * shape.d_head
+    line = Roofline.of(count.operators, device, weights=weights, activations=found.bytes + joined)
+    return replace(found, roofline=line)
 
 
 def _planned(
-    trunk: Trunk,
+    shape: Shape,
+    device: torch.device,
     sequences: SequenceSet,
     interventions: Sequence[Intervention],
     memory_budget: int | None,
@@ -170,21 +240,34 @@ def _planned(
 ) -> tuple[Plan, _Count]:
     if len(sequences) == 0:
         raise EmptySetError("there are no sequences to plan for: give at least one.")
+    sizes = SimpleNamespace(
+        **{f.name: getattr(shape, f.name) for f in fields(shape)},
+        d_head=shape.d_head,
+        model=SimpleNamespace(cfg=shape),
+        device=device,
+        dtype=SimpleNamespace(itemsize=shape.itemsize),
+    )
+    trunk = cast("Trunk", sizes)  # the counting reads sizes only
     budget = Budget.of(trunk, sequences, memory_budget, batch_size)
-    count = _Count(trunk, carries=carries())
-    for first in range(0, len(sequences), budget.batch_size):
-        count.batch(sequences[first : first + budget.batch_size], interventions, budget)
-    costs = intervention_flops(trunk, sequences, interventions, fast=count.carries)
-    shards = cut(len(sequences), costs, budget.batch_size, part_limit(trunk.device.type))
+    count = _Count(shape, carries=carries())
+    parts = (sequences[i : i + budget.batch_size] for i in range(0, len(sequences), budget.batch_size))
+    for batch, times in Counter(map(_BatchSizes.of, parts)).items():
+        one = _Count(shape, carries=count.carries)
+        one.batch(batch, interventions, budget)
+        one.memory(trunk, batch, budget, interventions)
+        count.add(one, times)
+    costs = _costs(count, sequences, interventions)
+    shards = cut(len(sequences), costs, budget.batch_size, part_limit(device.type))
+    unembed = 2 * shape.d_model * shape.d_vocab * count.targets
     found = Plan(
         n_sequences=len(sequences),
         n_interventions=len(interventions),
         block_forwards=count.blocks,
-        reference_block_forwards=len(sequences) * trunk.n_layers * (1 + len(interventions)),
+        reference_block_forwards=len(sequences) * shape.n_layers * (1 + len(interventions)),
         block_positions=round(count.positions),
         unembedded_positions=count.targets,
-        block_flops=count.flops,
-        unembed_flops=2.0 * trunk.d_model * trunk.d_vocab * count.targets,
+        block_flops=float(count.operators.flops - unembed),
+        unembed_flops=float(unembed),
         bytes=count.kept + count.working,
         expected_seconds=None,
         n_parts=len(shards),
@@ -197,111 +280,209 @@ def intervention_flops(
     trunk: Trunk, seqs: SequenceSet, interventions: Sequence[Intervention], *, fast: bool
 ) -> list[float]:
     """Return what each intervention costs on a sequence of the set's mean length: FLOP of matrix products."""
+    return _costs(_Count(_shape(trunk), carries=fast), seqs, interventions)
+
+
+def _costs(like: _Count, seqs: SequenceSet, interventions: Sequence[Intervention]) -> list[float]:
     width, asked = (max(1, round(float(n.double().mean()))) for n in (seqs.lengths - 1, seqs.n_targets))
-    unembed = 2.0 * trunk.d_model * trunk.d_vocab * asked
-    count, costs = _Count(trunk, carries=fast), []
-    for item in interventions:
-        before = count.flops
-        count.item(item, width, asked, whole=not fast)
-        costs.append(count.flops - before + unembed)
-    return costs
+    unembed = 2 * like.shape.d_model * like.shape.d_vocab * asked
+    known: dict[Any, float] = {}
+
+    def cost(item: Intervention) -> float:
+        entry = entry_of(item) if like.carries else None
+        key = (entry and (entry.layer, entry.site), item.start_layer, item.last_layer, item.first_position)
+        if key not in known:
+            count = _Count(like.shape, carries=like.carries)
+            count.item(item, width, asked)
+            known[key] = float(count.operators.flops + unembed)
+        return known[key]
+
+    return [cost(item) for item in interventions]
+
+
+@dataclass(frozen=True)
+class _BatchSizes:
+    """What the cost of a batch depends on.
+
+    Attributes:
+        size: Sequences.
+        width: Tokens of the longest.
+        stop: Positions up to this one are computed.
+        max_targets: The largest number of targets of a sequence.
+        targets: Targets of all sequences.
+    """
+
+    size: int
+    width: int
+    stop: int
+    max_targets: int
+    targets: int
+
+    @staticmethod
+    def of(part: SequenceSet) -> _BatchSizes:
+        stop = int(part.target_positions[part.target_mask].max())
+        return _BatchSizes(
+            len(part), int(part.lengths.max()), stop, part.max_targets, int(part.n_targets.sum())
+        )
 
 
 class _Count:
     """Adds up what the engine will do, by the same rules by which it does it."""
 
-    def __init__(self, trunk: Trunk, *, carries: bool) -> None:
-        cfg = trunk.model.cfg
-        self.trunk, self.carries = trunk, carries
-        d_mlp = getattr(cfg, "d_mlp", None) or 4 * trunk.d_model
-        kv = 2 * trunk.n_kv_heads * trunk.d_head
-        self.kv_weights = kv * trunk.d_model
-        self.mlp_weights = (3 if getattr(cfg, "gated_mlp", False) else 2) * d_mlp * trunk.d_model
-        self.weights = self.kv_weights + 2 * trunk.d_model * trunk.n_heads * trunk.d_head + self.mlp_weights
+    def __init__(self, shape: Shape, *, carries: bool) -> None:
+        self.shape, self.carries = shape, carries
+        self.kv_weights = 2 * shape.n_kv_heads * shape.d_head * shape.d_model
+        self.mlp_weights = (3 if shape.gated_mlp else 2) * shape.d_mlp * shape.d_model
+        self.weights = (
+            self.kv_weights + 2 * shape.d_model * shape.n_heads * shape.d_head + self.mlp_weights
+        )  # fmt: skip
+        self.operators = Operators(shape)
         self.blocks, self.targets = 0, 0
-        self.positions, self.flops = 0.0, 0.0
-        self.kept, self.working = 0, 0
+        self.positions = 0.0
+        self.load, self.kept, self.working = 0, 0, 0
 
-    def batch(self, part: SequenceSet, interventions: Sequence[Intervention], budget: Budget) -> None:
+    def add(self, other: _Count, times: int) -> None:
+        """Add another count, so many times."""
+        self.operators.add(other.operators, times)
+        self.blocks += times * other.blocks
+        self.targets += times * other.targets
+        self.positions += times * other.positions
+        self.kept, self.working = max(self.kept, other.kept), max(self.working, other.working)
+
+    def batch(self, batch: _BatchSizes, interventions: Sequence[Intervention], budget: Budget) -> None:
         """Add one batch of sequences."""
-        size, width = len(part), int(part.lengths.max())
-        targets = part.target_positions[part.target_mask]
-        stop, asked = int(targets.max()), size * part.max_targets
-        n_layers = self.trunk.n_layers
-        self._run(n_layers, size, size * width, width)
-        self.targets += int(part.n_targets.sum()) * (1 + len(interventions))
+        size, width, stop = batch.size, batch.width, batch.stop
+        self._run(self.shape.n_layers, size, size * width, width)
+        self.targets += batch.targets * (1 + len(interventions))
+        for positions in (batch.targets, batch.targets * len(interventions)):
+            self.operators.unembed(positions, budget.unembed_rows)
         items = list(enumerate(interventions))
         carried = [x for x in items if self.carries and entry_of(x[1]) is not None]
         names = {i for i, _ in carried}
-        load = 0
         for first, some in portions(carried, size, stop, budget.stack_tokens):
-            load = max(load, len(some) * size * (stop - first))
-            for _, item in some:
-                self._carried(item, size, size * (stop - first), asked, stop)
-        for i, item in items:
-            if i not in names:
-                self._stacked(item, size, size * width, asked, width)
-                load = max(load, min(budget.stack_tokens, len(items) * size * width))
-        self._memory(part, load, budget, interventions)
+            self.load = max(self.load, len(some) * size * (stop - first))
+            entries = [e for _, item in some if (e := entry_of(item))]
+            here = size * (stop - first)
+            self._carried(
+                entries, _Rows(size, here, size * batch.max_targets, stop, first), budget.chunk_tokens
+            )
+        groups = Counter((item.start_layer, item.last_layer) for i, item in items if i not in names)
+        whole = _Rows(size, size * width, size * batch.max_targets, width, 0)
+        most = max(1, budget.stack_tokens // (size * width))
+        for (first, last), n in groups.items():
+            self.load = max(self.load, min(budget.stack_tokens, len(items) * size * width))
+            step = 1 if first is None else most
+            for copies, times in ((step, n // step), (n % step, 1)):
+                if copies and times:
+                    one = _Count(self.shape, carries=self.carries)
+                    one._stacked(first, last, copies, whole, budget.chunk_tokens)
+                    self.add(one, times)
 
-    def item(self, item: Intervention, width: int, asked: int, *, whole: bool) -> None:
-        """Add one intervention on one sequence; `whole`: as the reference engine runs it."""
-        if whole:
-            self._run(self.trunk.n_layers, 1, width, width)
-        elif entry_of(item) is None:
-            self._stacked(item, 1, width, asked, width)
-        else:
-            self._carried(item, 1, max(asked, width - item.first_position), asked, width)
-
-    def _carried(self, item: Intervention, size: int, positions: int, asked: int, keys: int) -> None:
+    def item(self, item: Intervention, width: int, asked: int) -> None:
+        """Add one intervention on one sequence; as the reference engine runs it if nothing is carried."""
         entry = entry_of(item)
-        assert entry is not None
-        if entry.runs_mlp(self.trunk.parallel):
-            self.flops += 2.0 * positions * self.mlp_weights
-            self.positions += positions * self.mlp_weights / self.weights
-        self._downstream(entry.next_layer(), size, positions, asked, keys)
+        if not self.carries:
+            self._run(self.shape.n_layers, 1, width, width)
+        elif entry is None:
+            self._stacked(item.start_layer, item.last_layer, 1, _Rows(1, width, asked, width, 0), width)
+        else:
+            positions = max(asked, width - item.first_position)
+            self._carried([entry], _Rows(1, positions, asked, width, 0), positions)
 
-    def _stacked(self, item: Intervention, size: int, positions: int, asked: int, keys: int) -> None:
-        n_layers = self.trunk.n_layers
-        first, last = item.start_layer, item.last_layer
-        if first is None or last is None or not self.carries:
-            self._run(n_layers - (first or 0), size, positions, keys)
-            return
-        self._run(last + 1 - first, size, positions, keys)
-        self._downstream(last + 1, size, positions, asked, keys)
+    def _carried(self, entries: Sequence[Entry], each: _Rows, chunk: int) -> None:
+        """Add a portion of interventions that are carried to the residual."""
+        entering = Counter(entry.next_layer() for entry in entries)
+        mid = sum(entry.runs_mlp(self.shape.parallel) for entry in entries)
+        if mid:
+            self.operators.mlp(each.positions, times=mid)
+            self.positions += mid * each.positions * self.mlp_weights / self.weights
+        # the activation is copied and compared, and its change added to the residual
+        whole = each.rows * each.keys
+        self.operators.copied((4 * whole + 3 * each.positions) * self.shape.d_model, len(entries))
+        self._downstream(entering, each, chunk)
 
-    def _downstream(self, layer: int, size: int, positions: int, asked: int, keys: int) -> None:
-        left = self.trunk.n_layers - layer
-        if left <= 0:
-            return
-        self._run(left - 1, size, positions, keys)
-        self._run(1, size, min(asked, positions), keys)
-        more = positions - min(asked, positions)
-        self.flops += 2.0 * more * self.kv_weights
-        self.positions += more * self.kv_weights / self.weights
+    def _stacked(self, first: int | None, last: int | None, copies: int, each: _Rows, chunk: int) -> None:
+        """Add interventions with one first and last layer, through which the model's own blocks run."""
+        n_layers = self.shape.n_layers
+        through = first is None or last is None or not self.carries
+        stop = n_layers if through or last is None else last + 1
+        self.operators.copied(2 * copies * each.positions * self.shape.d_model)
+        self._run(stop - (first or 0), copies * each.rows, copies * each.positions, each.keys)
+        if not through:
+            self._downstream({stop: copies}, each, chunk)
 
-    def _run(self, blocks: int, size: int, positions: int, keys: int) -> None:
-        """Add whole layers: their weights, and scores and mixing over the keys."""
-        self.blocks += blocks * size
+    def _downstream(self, entering: Mapping[int, int], each: _Rows, chunk: int) -> None:
+        """Add the layers after some starts: a stack that grows as it passes the layers where they enter."""
+        shape, copies = self.shape, 0
+        step = max(1, chunk // each.positions)
+        for layer in range(min(entering), shape.n_layers + 1):
+            new = entering.get(layer, 0)
+            if new:
+                joined = copies + new if copies else 0
+                self.operators.copied(2 * (new + joined) * each.positions * shape.d_model)
+                copies += new
+            if layer == shape.n_layers:
+                return
+            self.blocks += copies * each.rows
+            asked = min(each.asked, each.positions) if layer == shape.n_layers - 1 else each.positions
+            more = each.positions - asked
+            self.positions += copies * (asked + more * self.kv_weights / self.weights)
+            for n, times in ((step, copies // step), (copies % step, 1)):
+                if n and times:
+                    self._chunk(n, each, None if layer < shape.n_layers - 1 else asked, times)
+            if copies > step:
+                self.operators.copied(2 * copies * asked * shape.d_model)
+
+    def _chunk(self, copies: int, each: _Rows, asked: int | None, times: int) -> None:
+        rows = copies * each.rows
+        self.operators.layer(
+            rows, copies * each.positions, each.keys, None if asked is None else copies * asked, times=times
+        )
+        if each.first:  # keys and values of the unchanged prefix are repeated, and those of the rest appended
+            width = 2 * self.shape.n_kv_heads * self.shape.d_head
+            self.operators.copied(rows * width * (each.first + 2 * each.keys), times)
+
+    def _run(self, blocks: int, rows: int, positions: int, keys: int) -> None:
+        """Add whole layers of the model's own."""
+        self.blocks += blocks * rows
         self.positions += blocks * positions
-        attention = 2 * keys * self.trunk.n_heads * self.trunk.d_head
-        self.flops += 2.0 * blocks * positions * (self.weights + attention)
+        if blocks:
+            self.operators.layer(rows, positions, keys, own=True, times=blocks)
 
-    def _memory(
-        self, part: SequenceSet, load: int, budget: Budget, interventions: Sequence[Intervention]
+    def memory(
+        self, trunk: Trunk, batch: _BatchSizes, budget: Budget, interventions: Sequence[Intervention]
     ) -> None:
-        trunk, width = self.trunk, int(part.lengths.max())
-        item = trunk.dtype.itemsize
+        """Find the bytes that a batch keeps and works with, once it was added."""
+        item, width = trunk.dtype.itemsize, batch.width
         entries = [e for i in interventions if self.carries and (e := entry_of(i))]
         captured = {name for e in entries for name in e.captured(trunk.parallel)}
         first = min(
             (i.start_layer for i in interventions if i.start_layer is not None), default=trunk.n_layers
         )
         layers = len(captured | {hook_name("resid_pre", n) for n in range(first, trunk.n_layers)}) + 1
-        self.kept = max(self.kept, item * len(part) * width * trunk.d_model * layers)
-        reduced = max(budget.reduced_rows, part.max_targets)
-        logits = max(item, 4) * trunk.d_vocab * min(budget.unembed_rows + 2 * reduced, load)
-        self.working = max(self.working, load * position_bytes(trunk, width), logits)
+        self.kept = max(self.kept, item * batch.size * width * trunk.d_model * layers)
+        reduced = max(budget.reduced_rows, batch.max_targets)
+        logits = max(item, 4) * trunk.d_vocab * min(budget.unembed_rows + 2 * reduced, self.load)
+        self.working = max(self.working, self.load * position_bytes(trunk, width), logits)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One copy of a batch under an intervention.
+
+    Attributes:
+        rows: Its sequences.
+        positions: Positions of all of them that are computed.
+        asked: Positions of all of them that are queried in the last layer.
+        keys: Keys of a sequence.
+        first: Positions of a sequence before the first that is computed.
+    """
+
+    rows: int
+    positions: int
+    asked: int
+    keys: int
+    first: int
 
 
 @torch.no_grad()

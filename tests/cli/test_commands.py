@@ -176,6 +176,29 @@ def test_plan_names_each_analysis(tiny_folder: Any, tmp_path: Path) -> None:
     assert "together about" in out
 
 
+def test_plan_for_another_device(tiny_folder: Any, tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).integers(0, 100, (4, 12)))
+    what = ["-m", str(tiny_folder("gpt_neox")), "-s", str(tmp_path / "rows.npy"), "--prefix-len", "6"]
+    code, out, _ = call("run", "localize", *what, "--plan", "--on", "H100-SXM", "--json")
+    assert code == 0
+    plan = json.loads(out)
+    assert "steps" not in plan  # nothing runs here
+    assert plan["on"]["memory"] == 80e9
+    for row in plan["works"]:
+        operators = plan["operators"][row["work"]]
+        assert row["fits"]
+        assert row["seconds"] == pytest.approx(sum(each["seconds"] for each in operators))
+        assert sum(each["flops"] for each in operators) == pytest.approx(row["gflop"] * 1e9)
+    code, out, _ = call("plan", *what, "--on", "a100-40gb")
+    assert code == 0
+    assert "Not counted: launches of kernels" in out
+    for args in (
+        ["run", "localize", *what, "--on", "h200"],
+        ["run", "comparative", "--plan", "--on", "h200"],
+    ):
+        assert call(*args)[0] == 2
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

@@ -74,7 +74,7 @@ class BypassSources:
         """Count the sweeps that are known before the sequences are."""
         model = call.load()
         tasks = self._tasks(model, call.where.model, call.options.seed)
-        return plan_works(model, self._works(model, tasks, call.options), NOTE, calibrate=False)
+        return plan_works(model, self._works(model, tasks, call.options), NOTE, calibrate=False, on=call.on)
 
     def pilot(self, call: Call, sizes: Sequence[str], number: int) -> Pilot:
         """Return a small run: few rows are scanned for memorized sequences, and few questions asked."""

@@ -64,7 +64,7 @@ class DetectorInputs(SequenceChoice):
             works["curvature, recalled"] = few, edits
             works["curvature, other text"] = text[: min(options.max_text, len(text) // 2)], edits
         works |= self._context_works(model, seqs[: options.max_context], options)
-        return plan_works(model, works, NOTE, calibrate=False)
+        return plan_works(model, works, NOTE, calibrate=False, on=call.on)
 
     @staticmethod
     def _context_works(model: Any, seqs: Any, options: DetectorOptions) -> dict[str, tuple[Any, Any]]:

@@ -88,7 +88,7 @@ class IdiomInputs:
         model = call.load()
         items = _read("idioms", self._sources()["idioms"], model, self.limit)
         return plan_works(
-            model, idiom_works(model, items, self._options(call.options)), NOTE, calibrate=False
+            model, idiom_works(model, items, self._options(call.options)), NOTE, calibrate=False, on=call.on
         )
 
     def pilot(self, call: Call, sizes: Sequence[str], number: int) -> Pilot:

@@ -21,7 +21,9 @@ class LocalizeInputs(SequenceChoice):
     def plan(self, call: Call) -> PlanTable:
         """Count the three sweeps."""
         model = call.load()
-        return plan_works(model, localize_works(model, self.load(model), call.options), NOTE, calibrate=False)
+        return plan_works(
+            model, localize_works(model, self.load(model), call.options), NOTE, calibrate=False, on=call.on
+        )
 
 
 def localize_works(model: Any, seqs: SequenceSet, options: LocalizeOptions | None = None) -> Works:

@@ -1,0 +1,133 @@
+"""The operators of a model's layers, with their operations and the bytes that they move.
+
+A matrix product of :math:`n` rows with a weight of :math:`k` by :math:`m` takes :math:`2nkm` operations and
+moves :math:`nk + km + nm` numbers: its input and its weight are read once and its output is written once, as
+if caches held everything that is used again within one operator, and nothing from one operator to the next.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from memlens.models.families import Shape
+
+KINDS: tuple[str, ...] = (
+    "queries, keys and values",
+    "attention",
+    "attention output",
+    "MLP in",
+    "MLP out",
+    "unembedding",
+    "norms and elementwise",
+    "metrics",
+    "copies",
+)
+"""The kinds of operators; the last three only move bytes."""
+_QKV, _ATTENTION, _OUTPUT, _IN, _OUT, _UNEMBEDDING, _ELEMENTWISE, _METRICS, _COPIES = KINDS
+
+_PATTERN_PASSES = 6
+"""How often attention weights are written or read where they are materialized (scores, mask, softmax)."""
+_LOGIT_PASSES = 8
+"""How often logits are read or written, in float32, on their way to a metric (see `LazyTargetStats`)."""
+
+
+class Operators:
+    """Counts calls of operators by kind, operations and bytes.
+
+    Args:
+        shape: The model's sizes.
+    """
+
+    shape: Shape
+    calls: Counter[tuple[str, int, int]]
+    flops: int
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.calls = Counter()
+        self.flops = 0
+
+    def add(self, other: Operators, times: int) -> None:
+        """Add all calls of another count, this many times."""
+        for call, n in other.calls.items():
+            self.calls[call] += n * times
+        self.flops += other.flops * times
+
+    def layer(
+        self,
+        rows: int,
+        positions: int,
+        keys: int,
+        queries: int | None = None,
+        *,
+        own: bool = False,
+        times: int = 1,
+    ) -> None:
+        """Add one layer.
+
+        Args:
+            rows: Rows of the batch.
+            positions: Positions of all rows at which the layer has inputs.
+            keys: Keys of a row.
+            queries: Positions of all rows whose output is wanted; all by default.
+            own: Whether the model's own modules run, which keep the attention weights, instead of functional
+                blocks, which join the weights of queries, keys and values and use a fused kernel.
+            times: How often.
+        """
+        s, n = self.shape, positions
+        asked = n if queries is None else queries
+        width, kv = s.n_heads * s.d_head, 2 * s.n_kv_heads * s.d_head
+        if queries is None:
+            self._product(_QKV, n, s.d_model, width + kv, times)
+        else:
+            self._product(_QKV, n, s.d_model, kv, times)
+            self._product(_QKV, asked, s.d_model, width, times)
+        pattern = _PATTERN_PASSES * asked * keys * s.n_heads if own else 0
+        self._call(
+            _ATTENTION,
+            4 * asked * keys * width,
+            s.itemsize * (2 * asked * width + 2 * rows * keys * width + pattern),
+            times,
+        )
+        self._product(_OUTPUT, asked, width, s.d_model, times)
+        self.mlp(asked, times=times)
+        rotated = 2 * asked * width + n * kv
+        summed = 6 * asked * s.d_model
+        self.moved(_ELEMENTWISE, 2 * n * s.d_model + rotated + summed, times)
+        joined = 0 if own else 2 * s.d_model * (width + kv)
+        repeated = 2 * rows * keys * width if s.n_kv_heads < s.n_heads else 0
+        self.copied(joined + repeated, times)
+
+    def mlp(self, positions: int, *, times: int = 1) -> None:
+        """Add an MLP, with the norm before it."""
+        s, gates = self.shape, 2 if self.shape.gated_mlp else 1
+        self._product(_IN, positions, s.d_model, gates * s.d_mlp, times)
+        self._product(_OUT, positions, s.d_mlp, s.d_model, times)
+        self.moved(_ELEMENTWISE, positions * (2 * s.d_model + (gates + 1) * s.d_mlp), times)
+
+    def unembed(self, positions: int, most: int) -> None:
+        """Add the unembedding of target positions, at most so many at a time, and their metrics."""
+        s = self.shape
+        full, rest = divmod(positions, most)
+        for n, times in ((most, full), (rest, 1)):
+            if n and times:
+                self._product(_UNEMBEDDING, n, s.d_model, s.d_vocab, times)
+                widened = 0 if s.itemsize >= 4 else s.itemsize + 4
+                self._call(_METRICS, 0, n * s.d_vocab * (_LOGIT_PASSES * max(4, s.itemsize) + widened), times)
+
+    def copied(self, numbers: int, times: int = 1) -> None:
+        """Add a copy that reads and writes so many numbers in total."""
+        self.moved(_COPIES, numbers, times)
+
+    def moved(self, kind: str, numbers: int, times: int) -> None:
+        """Add an operator without matrix products that reads and writes so many numbers in total."""
+        if numbers:
+            self._call(kind, 0, self.shape.itemsize * numbers, times)
+
+    def _product(self, kind: str, rows: int, into: int, out: int, times: int) -> None:
+        moved = self.shape.itemsize * (rows * into + into * out + rows * out)
+        self._call(kind, 2 * rows * into * out, moved, times)
+
+    def _call(self, kind: str, flops: int, moved: int, times: int) -> None:
+        self.calls[kind, flops, moved] += times
+        self.flops += flops * times
