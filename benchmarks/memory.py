@@ -1,5 +1,6 @@
 """Peak memory of the head sweep, without the weights: `python -m benchmarks.memory --model pythia-160m`.
 
+With `--gradients`, of gradients at all heads instead: with the activations of all layers, and layer by layer.
 Each side runs in its own process, so that neither affects the other.
 """
 
@@ -16,6 +17,7 @@ import torch
 
 import memlens as ml
 from benchmarks.models import build, recalled
+from memlens.forward.memory import backward_bytes
 
 
 def resident(field: str) -> int:
@@ -44,18 +46,52 @@ def one_side(side: str, name: str, backend: str) -> dict[str, int]:
     return {"peak": peak, "planned": planned}
 
 
+def gradients(side: str, name: str, backend: str) -> dict[str, int]:
+    """Return the additional peak bytes of gradients, "whole" or "by layer", and what is planned."""
+    torch.set_num_threads(1)
+    model = build(name, backend)
+    seqs = recalled(model, 8, 32, 32)
+    other = ml.SequenceSet.from_tokens(
+        torch.cat([seqs.tokens[:, :32].roll(1, 0), seqs.tokens[:, 32:]], 1), 32
+    )
+    options: dict[str, Any] = {"site": "z", "over": "head", "progress": False}
+    ml.attribute_gradients(model, seqs[:1], other[:1], layers=[0], **options)
+    row = backward_bytes(model.cfg, 64, 32, by_layer=side == "by layer")
+    kept = (
+        4 * 4 * 64 * model.cfg.d_model * model.cfg.n_layers
+    )  # a, a', a' - a and the gradient of every layer
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    budget = 1 if side == "by layer" else 2**40
+    found = ml.attribute_gradients(model, seqs, other, batch_size=8, memory_budget=budget, **options)
+    assert found.settings["backward"] == side
+    return {"peak": resident("VmHWM") - before, "planned": len(seqs) * (row + kept)}
+
+
 def main() -> None:
     """Run both sides and print one line per backend."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="pythia-160m")
     parser.add_argument("--backend", nargs="+", default=["hooked", "bridge"])
-    parser.add_argument("--side", choices=["sweep", "cache"])
+    parser.add_argument("--side", choices=["sweep", "cache", "whole", "by layer"])
+    parser.add_argument("--gradients", action="store_true")
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(one_side(args.side, args.model, args.backend[0])))
+        run = one_side if args.side in ("sweep", "cache") else gradients
+        print(json.dumps(run(args.side, args.model, args.backend[0])))
         return
     for backend in args.backend:
-        print(line(args.model, backend), flush=True)
+        print((gradient_line if args.gradients else line)(args.model, backend), flush=True)
+
+
+def gradient_line(model: str, backend: str) -> str:
+    """Return a line with both ways of going back."""
+    sides = {side: measured(side, model, backend) for side in ("whole", "by layer")}
+    said = (
+        f"{side} {found['peak'] / 2**20:.0f} MiB (planned {found['planned'] / 2**20:.0f})"
+        for side, found in sides.items()
+    )
+    return f"{model} {backend}: gradients at all heads of 8 x (32 + 32) tokens, {', '.join(said)}"
 
 
 def line(model: str, backend: str) -> str:

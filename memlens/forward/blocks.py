@@ -41,6 +41,9 @@ _LIBRARIES = ("transformer_lens.", "transformers.", "memlens.")
 class FunctionalBlocks:
     """Blocks as functions; see the module docstring.
 
+    In a model that is spread over devices a block runs where its weights are; its output is on the device of
+    its input.
+
     Args:
         trunk: The model.
         layers: Which blocks.
@@ -96,15 +99,20 @@ class FunctionalBlocks:
 
     def unembed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """Return the logits of final residuals."""
-        return self.trunk.finish_logits(self.unembedding(self.final_norm(resid)))
+        logits = self.unembedding(self.final_norm(resid.to(self.unembedding.weight.device)))
+        return self.trunk.finish_logits(logits.to(resid.device))
+
+    def _home(self, layer: int) -> torch.device:
+        return self.blocks[layer].o.weight.device
 
     def keys_values(self, layer: int, resid: Float[Tensor, "row pos d_model"], first: int = 0) -> KeysValues:
         """Return a layer's keys and values of residuals at positions ``first ..``."""
-        block = self.blocks[layer]
-        x = resid if block.attn_norm is None else block.attn_norm(resid)
+        block, x = self.blocks[layer], resid.to(self._home(layer))
+        x = x if block.attn_norm is None else block.attn_norm(x)
         split = self.n_heads * self.d_head
         kv = block.qkv().rows(slice(split, None))(x)
-        return self._keys_values(block, kv, torch.arange(first, first + x.shape[1], device=x.device))
+        k, v = self._keys_values(block, kv, torch.arange(first, first + x.shape[1], device=x.device))
+        return k.to(resid.device), v.to(resid.device)
 
     def run(
         self,
@@ -126,11 +134,19 @@ class FunctionalBlocks:
             trace: Filled with copies of intermediate results (see `BlockTrace`).
             bypass: Attention mixes nothing: each position keeps its own values.
         """
-        norm = self.blocks[layer].attn_norm
+        norm, home = self.blocks[layer].attn_norm, self._home(layer)
+        x = resid.to(home)
+        if past is not None:
+            past = past[0].to(home), past[1].to(home)
+        if queries is not None:
+            queries = queries.to(home)
         attn = self.attention(
-            layer, resid if norm is None else norm(resid), past, queries, trace=trace, bypass=bypass
+            layer, x if norm is None else norm(x), past, queries, trace=trace, bypass=bypass
         )
-        return self.add(layer, resid if queries is None else at_positions(resid, queries), attn, trace=trace)
+        out = self.add(layer, x if queries is None else at_positions(x, queries), attn, trace=trace)
+        if trace is not None:
+            trace |= {name: value.to(resid.device) for name, value in trace.items()}
+        return out.to(resid.device)
 
     def run_all(self, resid: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
         """Return the output of the last block from the input of the first."""
@@ -148,7 +164,10 @@ class FunctionalBlocks:
         trace: Trace | None = None,
         bypass: bool = False,
     ) -> Float[Tensor, "row query d_model"]:
-        """Return attention's projected output from what it reads; arguments as of `run`."""
+        """Return attention's projected output from what it reads; arguments as of `run`.
+
+        All of them are on the block's device, and so is the output.
+        """
         block = self.blocks[layer]
         first = 0 if past is None else past[0].shape[2]
         places = torch.arange(first, first + x.shape[1], device=x.device)
@@ -195,7 +214,8 @@ class FunctionalBlocks:
         self, layer: int, resid_mid: Float[Tensor, "*batch d_model"], *, trace: Trace | None = None
     ) -> Float[Tensor, "*batch d_model"]:
         """Return a sequential block's output from the residual between attention and MLP."""
-        return self._mlp(self.blocks[layer], resid_mid, trace).add_(resid_mid)
+        x = resid_mid.to(self._home(layer))
+        return self._mlp(self.blocks[layer], x, trace).add_(x).to(resid_mid.device)
 
     def _mlp(self, block: BlockWeights, resid: Tensor, trace: Trace | None) -> Tensor:
         x = resid if block.mlp_norm is None else block.mlp_norm(resid)
@@ -210,15 +230,16 @@ class FunctionalBlocks:
         block, width = self.blocks[layer], q.shape[2]
         k = k.repeat_interleave(self.n_heads // self.n_kv, 1)
         scores = q @ k.transpose(-1, -2) * block.scale
-        return scores.masked_fill(~block.around.visible[:width, :width], -torch.inf).softmax(-1)
+        visible = block.around.visible[:width, :width].to(scores.device)
+        return scores.masked_fill(~visible, -torch.inf).softmax(-1)
 
     def attention_output(
         self, layer: int, z: Float[Tensor, "*batch head d_head"]
     ) -> Float[Tensor, "*batch d_model"]:
         """Return what attention adds to the residual from each head's mixed values."""
         block = self.blocks[layer]
-        out = block.o(z.flatten(-2))
-        return out if block.attn_post_norm is None else block.attn_post_norm(out)
+        out = block.o(z.flatten(-2).to(self._home(layer)))
+        return (out if block.attn_post_norm is None else block.attn_post_norm(out)).to(z.device)
 
     def head_output_change(
         self, layer: int, dz: Float[Tensor, "*batch head d_head"], heads: slice
@@ -228,7 +249,7 @@ class FunctionalBlocks:
         if block.attn_post_norm is not None:
             return None
         columns = slice(heads.start * self.d_head, heads.stop * self.d_head)
-        return F.linear(dz.flatten(-2), block.o.weight[:, columns])
+        return F.linear(dz.flatten(-2).to(self._home(layer)), block.o.weight[:, columns]).to(dz.device)
 
     def _keys_values(self, block: BlockWeights, kv: Tensor, places: Tensor) -> KeysValues:
         k, v = kv.chunk(2, dim=-1)
@@ -329,6 +350,10 @@ class BlockTrace:
 
     def __getitem__(self, rows: slice) -> BlockTrace:
         return BlockTrace(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+    def to(self, device: torch.device) -> BlockTrace:
+        """Return the same on a device."""
+        return BlockTrace(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
     def where(self, chosen: Bool[Tensor, " row"], other: BlockTrace) -> BlockTrace:
         """Return these rows where `chosen`, else the other's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +26,17 @@ if TYPE_CHECKING:
 def run_capturing(
     trunk: Trunk, tokens: Int[Tensor, "batch pos"], names: Sequence[str], *, before_hooks: bool = False
 ) -> tuple[Float[Tensor, "batch pos d_model"], dict[str, Tensor]]:
-    """Run tokens; return the last layer's output and the activations at `names` (see `capturing`)."""
+    """Run tokens; return the last layer's output and the activations at `names` (see `capturing`).
+
+    All of them are on the trunk's device, wherever their layer is.
+    """
     with capturing(trunk.model, names, before_hooks=before_hooks) as store:
         final = trunk.run(trunk.embed(tokens))
-    return final, store
+    return final, _gathered(trunk, store)
+
+
+def _gathered(trunk: Trunk, store: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: activation.to(trunk.device) for name, activation in store.items()}
 
 
 def _activations(trunk: Trunk, tokens: Int[Tensor, "batch pos"], names: Sequence[str]) -> dict[str, Tensor]:
@@ -38,7 +45,7 @@ def _activations(trunk: Trunk, tokens: Int[Tensor, "batch pos"], names: Sequence
         return run_capturing(trunk, tokens, names)[1]
     with capturing(trunk.model, names) as store:
         trunk.model(tokens)
-    return store
+    return _gathered(trunk, store)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from memlens.errors import SiteError, check_option, near_matches
@@ -149,6 +150,30 @@ def resolve_hook(model: Any, name: str, known: Mapping[str, Any] | None = None) 
 def has_site(model: Any, site: str, layer: int = 0) -> bool:
     """Whether the model has this site, and it is what its name says (parallel blocks have no `resid_mid`)."""
     return hook_name(site, layer) in model.hook_dict and site not in _MISNAMED.get(model, ())
+
+
+def at_place(fn: HookFn, place: torch.device | None) -> HookFn:
+    """Return a hook function that receives its activation on a device, wherever its layer is.
+
+    What it returns, or changed in place, is carried back to the layer.
+
+    Args:
+        fn: The function.
+        place: The device; None: that of the layer, for which `fn` itself is returned.
+    """
+    if place is None:
+        return fn
+
+    def call(activation: Tensor, hook: Any) -> Any:
+        if activation.device == place:
+            return fn(activation, hook=hook)
+        there = activation.to(place)
+        new = fn(there, hook=hook)
+        if new is None:
+            activation.copy_(there)
+        return None if new is None else new.to(activation.device)
+
+    return call
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def read_block(model: Any, layer: int, around: Surroundings, *, parallel: bool) 
     """
     block = model.blocks[layer]
     bridge = hasattr(model, "original_model")
-    like = next(model.parameters())
+    like = torch.empty(0, dtype=next(model.parameters()).dtype, device=next(block.parameters()).device)
     attn_norm, attn_post, mlp_norm, mlp_post = (
         None if module is None else read_norm(module, model.cfg.d_model, model.cfg, like)
         for module in _block_norms(model, layer)
@@ -134,7 +134,7 @@ def read_parts(model: Any, layer: int, *, parallel: bool) -> LayerParts:
     Raises:
         UnsupportedModelError: A part has an unknown form.
     """
-    alone = Surroundings(causal(1, next(model.parameters()).device), None)
+    alone = Surroundings(causal(1, next(model.blocks[layer].parameters()).device), None)
     block, mlp = read_block(model, layer, alone, parallel=parallel), read_mlp(model, layer)
     n_q, qkv = block.o.weight.shape[1], block.qkv()
     n_kv = (qkv.weight.shape[0] - n_q) // 2
@@ -175,7 +175,8 @@ def read_unembedding(model: Any) -> tuple[Norm, Linear]:
     Raises:
         UnsupportedModelError: The unembedding has an unknown form.
     """
-    norm = read_norm(model.ln_final, model.cfg.d_model, model.cfg, next(model.parameters()))
+    dtype, place = next(model.parameters()).dtype, next(model.unembed.parameters()).device
+    norm = read_norm(model.ln_final, model.cfg.d_model, model.cfg, torch.empty(0, dtype=dtype, device=place))
     if hasattr(model, "original_model"):
         return norm, _linear(model.unembed)
     bias = model.unembed.b_U.detach()  # zeros in a model without one: not worth the time
@@ -264,7 +265,8 @@ def bridge_surroundings(
         if isinstance(own, Tensor) and own.dtype == torch.bool:  # GPT-Neo's local layers
             visible &= own[0, 0, :width, :width]
         if mask is not None:
-            mask = mask[0, 0, :width, :width]
+            mask = mask[0, 0, :width, :width].to(device)
             visible = visible & (mask if mask.dtype == torch.bool else mask == 0)
-        found.append(Surroundings(visible, None if rotary is None else (rotary[0][0], rotary[1][0])))
+        turns = None if rotary is None else (rotary[0][0].to(device), rotary[1][0].to(device))
+        found.append(Surroundings(visible, turns))
     return found

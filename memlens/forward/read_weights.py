@@ -81,18 +81,18 @@ def read_norm(norm: Any, width: int, cfg: Any, like: Tensor) -> Norm:
         norm: The module.
         width: Its width (even).
         cfg: The model's configuration, whose epsilon counts where the module has none.
-        like: A tensor whose device and dtype are used.
+        like: A tensor whose device and dtype are used, wherever the norm runs.
     """
     zero = torch.zeros(1, 1, width, device=like.device, dtype=like.dtype)
     ones = torch.ones_like(zero)
     signs = 1e3 * ones
     signs[..., 1::2] = -1e3  # mean 0 and root mean square 1e3, so that the norm's epsilon does not count
     bias = norm(zero)[0, 0]
-    weight = (norm(signs)[0, 0] - bias) * signs[0, 0].sign()
+    weight = (norm(signs)[0, 0] - bias) * signs[0, 0].sign().to(bias.device)
     centered = bool((norm(ones)[0, 0] - bias).abs().max() < 1e-2 * weight.abs().max())
     inner = getattr(norm, "original_component", norm)
     eps = next((getattr(inner, n) for n in ("eps", "variance_epsilon") if hasattr(inner, n)), cfg.eps)
-    return Norm(weight, bias, float(eps), centered)
+    return Norm(weight.to(like.device), bias.to(like.device), float(eps), centered)
 
 
 @torch.no_grad()
@@ -132,14 +132,18 @@ def _mlp_linear(model: Any, layer: int, part: str, n_in: int | None = None) -> L
 def output_projection(
     model: Any, layer: int
 ) -> tuple[Float[Tensor, "head d_head d_model"], Float[Tensor, " d_model"]]:
-    """Return a layer's attention output projection: `W_O` by head, and `b_O` (zeros where there is none)."""
+    """Return a layer's attention output projection: `W_O` by head, and `b_O` (zeros where there is none).
+
+    They are on the embedding's device, as are captured activations.
+    """
     attn, cfg = model.blocks[layer].attn, model.cfg
     if not hasattr(model, "original_model"):
         return attn.W_O.detach(), attn.b_O.detach()
     found = read_linear(attn.o, cfg.n_heads * cfg.d_head)
     assert found is not None
     bias = torch.zeros_like(found.weight[:, 0]) if found.bias is None else found.bias
-    return found.weight.T.reshape(cfg.n_heads, cfg.d_head, cfg.d_model), bias
+    place = next(model.parameters()).device
+    return found.weight.T.reshape(cfg.n_heads, cfg.d_head, cfg.d_model).to(place), bias.to(place)
 
 
 def attention_post_norm(model: Any, layer: int) -> Any:
@@ -160,11 +164,11 @@ def target_directions(
 ) -> tuple[Float[Tensor, "*batch d_model"], Float[Tensor, "*batch"]]:
     """Return the unembedding's column and bias of each token, minus the vocabulary's mean if `centered`."""
     w_u, zero = model.W_U, torch.zeros(1, 1, model.cfg.d_model)
-    b_u = model.unembed(zero.to(w_u))[0, 0]
-    columns, bias = w_u[:, ids].movedim(0, -1), b_u[ids]
+    b_u, here = model.unembed(zero.to(w_u))[0, 0], ids.to(w_u.device)
+    columns, bias = w_u[:, here].movedim(0, -1), b_u[here]
     if centered:
-        return columns - w_u.mean(1), bias - b_u.mean()
-    return columns, bias
+        columns, bias = columns - w_u.mean(1), bias - b_u.mean()
+    return columns.to(ids.device), bias.to(ids.device)
 
 
 @torch.no_grad()
@@ -183,7 +187,7 @@ def value_vectors(model: Any, layer: int) -> Float[Tensor, "neuron d_model"]:
             f"the MLP of layer {layer} is a {kind} without a single output matrix: its neurons "
             "have no value vectors, so ablate the whole MLP instead (ablate_mlps)."
         )
-    return found.weight.T
+    return found.weight.T.to(next(model.parameters()).device)
 
 
 _AGREES = 1e-4

@@ -3,6 +3,9 @@
 Both backends offer the same three steps, `embed`, `run` and `unembed`, whose composition is the model's own
 forward pass up to rounding. TransformerLens hooks fire in the layers that run.
 
+A model may be spread over devices (`device_map`): its layers run where their weights are, and what comes out
+of a step is on the device of the embedding.
+
 Layers before `start` are really skipped: `HookedTransformer` can start at a layer; in a `TransformerBridge`
 the skipped blocks are replaced by a pass-through for the duration of one call.
 """
@@ -127,7 +130,7 @@ class Trunk:
                 "replace the forward of a layer or of a part of one, or use engine='reference'."
             )
         with computation(self.model):
-            return self._run.embed(tokens.to(self.device))
+            return self._run.embed(tokens.to(self.device)).to(self.device)
 
     def run(
         self, resid: Float[Tensor, "batch pos d_model"], start: int = 0, stop: int | None = None
@@ -148,13 +151,13 @@ class Trunk:
         check_layer(start, self.n_layers)
         check_layer(stop - 1, self.n_layers)
         with computation(self.model):
-            return self._run.run(resid, start, stop)
+            return self._run.run(resid, start, stop).to(self.device)
 
     def unembed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """Return the logits of final residuals: final norm, unembedding, then `finish_logits`."""
         flat = resid.reshape(1, -1, self.d_model)
         with computation(self.model):
-            logits = self.model.unembed(self.model.ln_final(flat))
+            logits = self.model.unembed(self.model.ln_final(flat)).to(self.device)
         return self.finish_logits(logits.reshape(*resid.shape[:-1], logits.shape[-1]))
 
     def finish_logits(self, logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch d_vocab"]:
@@ -180,7 +183,7 @@ class Trunk:
 
     def final_norm(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """Return the final norm of residuals."""
-        return self.model.ln_final(resid.reshape(1, -1, self.d_model)).reshape(resid.shape)
+        return self.model.ln_final(resid.reshape(1, -1, self.d_model)).reshape(resid.shape).to(self.device)
 
 
 def _after_unembedding(model: Any) -> tuple[float, float | None]:

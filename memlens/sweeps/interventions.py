@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memlens.errors import InterventionError
 from memlens.forward.batches import Batch
-from memlens.forward.hooks import HookFn, layer_of
+from memlens.forward.hooks import HookFn, at_place, layer_of
 
 
 @runtime_checkable
@@ -113,10 +113,16 @@ class Intervention:
     def bound(self, batch: Batch | None) -> list[tuple[str, HookFn]]:
         """Return plain hooks for one batch, whose errors name this intervention.
 
+        Each function receives its activation on the batch's device, wherever its layer is.
+
         Raises:
             InterventionError: A hook needs to know its sequences and `batch` is None.
         """
-        return [(name, self._named(name, self._plain(name, fn, batch))) for name, fn in self.hooks]
+        place = None if batch is None else batch.tokens.device
+        return [
+            (name, self._named(name, at_place(self._plain(name, fn, batch), place)))
+            for name, fn in self.hooks
+        ]
 
     def __add__(self, other: Intervention) -> Intervention:
         """Both interventions together, with this one's hooks first."""

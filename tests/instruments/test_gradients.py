@@ -481,6 +481,7 @@ def test_going_back_layer_by_layer_gives_the_same(
         with monkeypatch.context() as patch:
             patch.setattr(backward, "default_budget", lambda device: 1)
             parts = call(progress=False)
+        assert (whole.settings["backward"], parts.settings["backward"]) == ("whole", "by layer")
         same = whole.effect("target_logprob").values, parts.effect("target_logprob").values
         np.testing.assert_allclose(*same, atol=1e-5)
 

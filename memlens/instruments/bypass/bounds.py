@@ -223,8 +223,10 @@ def _bound_batch(
             none = _total(bypassed.out - base.out, real) <= rounding
             bypassed = base.where(none, bypassed)
             pattern = blocks.pattern(layer, base.q, base.k)
-            for name, value in _bound_block(norms[layer], pattern, base, bypassed, real).items():
-                out[name][layer] = value
+            home = norms[layer].block.o.weight.device
+            placed = pattern.to(home), base.to(home), bypassed.to(home), real.to(home)
+            for name, value in _bound_block(norms[layer], *placed).items():
+                out[name][layer] = value.to(resid.device)
             out["rounding"][layer] = rounding
             started.append(layer)
             edited, unchanged = torch.cat([edited, bypassed.out]), torch.cat([unchanged, none])

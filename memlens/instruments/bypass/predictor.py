@@ -117,8 +117,8 @@ def ov_gains(model: Any, layers: Sequence[int]) -> dict[int, Float[Tensor, " hea
         UnsupportedModelError: Blocks that memlens cannot read.
     """
     blocks = FunctionalBlocks(Trunk(model), layers, width=2)
-    pairs = {layer: head_matrices(blocks, layer) for layer in layers}
-    return {layer: product_norm(w_o.double(), w_v.double()) for layer, (w_v, w_o) in pairs.items()}
+    pairs, place = {layer: head_matrices(blocks, layer) for layer in layers}, blocks.trunk.device
+    return {layer: product_norm(w_o.double(), w_v.double()).to(place) for layer, (w_v, w_o) in pairs.items()}
 
 
 def _of_batch(
@@ -129,10 +129,10 @@ def _of_batch(
     lengths: dict[int, Tensor] = {}
 
     def diagonal(layer: int, pattern: Tensor, hook: Any) -> None:
-        shared[layer] = 1 - pattern.diagonal(dim1=-2, dim2=-1).double()
+        shared[layer] = (1 - pattern.diagonal(dim1=-2, dim2=-1).double()).to(predicts.device)
 
     def length(layer: int, resid: Tensor, hook: Any) -> None:
-        lengths[layer] = resid.double().norm(dim=-1)
+        lengths[layer] = resid.double().norm(dim=-1).to(predicts.device)
 
     looks = (("pattern", diagonal), ("resid_pre", length))
     hooks = [(hook_name(site, layer), partial(look, layer)) for site, look in looks for layer in layers]

@@ -15,7 +15,7 @@ from memlens.errors import OptionError, SiteError, check_option
 from memlens.forward.batches import Batch
 from memlens.forward.capture import ActivationSource
 from memlens.forward.exclusive import computes
-from memlens.forward.hooks import HookFn, attached, capturing, check_head, check_layer, hook_name
+from memlens.forward.hooks import HookFn, at_place, attached, capturing, check_head, check_layer, hook_name
 from memlens.forward.metrics import MetricLike
 from memlens.forward.trunk import Trunk
 from memlens.instruments.ablate.heads import Head, head_label
@@ -85,11 +85,11 @@ class FrozenRuns:
             start, resid = sender[0], base[hook_name("resid_pre", sender[0])].clone()
             hooks = [self._sending(batch, sender)]
         for name in (hook_name("attn_out", n) for n in range(max(start, sender[0] + 1), layer + 1)):
-            hooks.append((name, lambda x, hook, held=base[name]: held))
+            hooks.append((name, lambda x, hook, held=base[name]: held.to(x.device)))
         wanted = hook_name(site, layer)
         with attached(self.trunk.model, hooks), capturing(self.trunk.model, [wanted]) as store:
             self.trunk.run(resid, start, layer + 1)
-        return store[wanted]
+        return store[wanted].to(resid.device)
 
     def _change(self, batch: Batch, sender: Head) -> Tensor:
         """How much the sender changes what its layer's attention adds to the residual."""
@@ -100,12 +100,12 @@ class FrozenRuns:
             capturing(self.trunk.model, [name]) as store,
         ):
             self.trunk.run(base[hook_name("resid_pre", layer)].clone(), layer, layer + 1)
-        return store[name] - base[name]
+        return store[name].to(base[name].device) - base[name]
 
     def _sending(self, batch: Batch, sender: Head) -> tuple[str, HookFn]:
         layer, head = sender
         write = write_cell(self.source, "z", {"layer": layer, "head": head})
-        return hook_name("z", layer), write.bind(batch)
+        return hook_name("z", layer), at_place(write.bind(batch), batch.tokens.device)
 
 
 @computes

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from memlens.errors import NonFiniteError, OptionError, SilentInterventionError, SiteError, check_option
 from memlens.forward.batches import Batch, Targets, at_targets, logits_at, make_batches
 from memlens.forward.hooks import SITES, attached, capturing, chosen_layers, has_site, hook_name
-from memlens.forward.memory import check_batch_size, default_budget, fitting, logits_bytes, row_bytes
+from memlens.forward.memory import backward_bytes, check_batch_size, default_budget, fitting
 from memlens.forward.metrics import METRICS, Metric, MetricLike, as_metric
 from memlens.forward.trunk import Trunk
 from memlens.instruments.patch.pairs import checked_positions
@@ -65,11 +65,13 @@ class Pass:
         values: The metric, `[batch]`.
         gradients: By layer, the gradient of each sequence's metric, in the shape of the activation.
         activations: By layer, the activation that was read.
+        by_layer: Whether each layer ran again for the backward pass, to save memory.
     """
 
     values: Float[Tensor, " batch"]
     gradients: Mapping[int, Tensor]
     activations: Mapping[int, Tensor]
+    by_layer: bool = False
 
 
 def _differentiable(metric: MetricLike) -> Metric:
@@ -93,6 +95,8 @@ def run_backward(
     metric: Metric,
     spots: Sequence[Spot],
     shift: Tensor | None = None,
+    *,
+    memory_budget: int | None = None,
 ) -> Pass:
     """Run the layers from `start` on and take the metric's gradient at `spots`.
 
@@ -108,16 +112,18 @@ def run_backward(
         metric: A differentiable metric.
         spots: Where gradients are taken; without any, nothing is differentiated.
         shift: Added to the activation at the only spot, for a gradient at another point.
+        memory_budget: Bytes for activations; `default_budget` by default.
 
     Raises:
         SilentInterventionError: A spot's hook did not run, or nothing depends on its activation.
         NonFiniteError: The metric is NaN or infinite.
         OptionError: A custom metric has another shape, or no gradient.
     """
-    by_layer = len(resid) * _graph_bytes(trunk, resid.shape[1]) > default_budget(trunk.device)
+    whole = len(resid) * _pass_bytes(trunk, resid.shape[1], targets.ids.shape[1], by_layer=False)
+    by_layer = bool(spots) and whole > (memory_budget or default_budget(trunk.device))
     hooked = _Hooked(trunk, spots, shift)
     with parameters_at_rest(trunk.model):
-        if by_layer and spots:
+        if by_layer:
             values, gradients = _backward_by_layer(hooked, targets, resid, start, metric)
         else:
             with torch.set_grad_enabled(bool(spots)):
@@ -126,8 +132,9 @@ def run_backward(
                 gradients = _gradients(values, hooked.leaves(), spots)
     return Pass(
         values.detach(),
-        {s.layer: g for s, g in zip(spots, gradients, strict=True)},
-        {s.layer: hooked.seen[s.read].detach() for s in spots},
+        {s.layer: g.to(trunk.device) for s, g in zip(spots, gradients, strict=True)},
+        {s.layer: hooked.seen[s.read].detach().to(trunk.device) for s in spots},
+        by_layer,
     )
 
 
@@ -156,7 +163,7 @@ class _Hooked:
         return out
 
     def _take(self, name: str, x: Tensor, hook: Any) -> Tensor:
-        moved = x if self.shift is None else (x + self.shift.to(x.dtype)).detach()
+        moved = x if self.shift is None else (x + self.shift.to(x)).detach()
         leaf = moved.clone() if moved.requires_grad else moved.detach().clone()
         self.taken[name] = leaf.requires_grad_(torch.is_grad_enabled())
         return leaf.clone()  # later in-place writes are not allowed on a leaf
@@ -207,9 +214,8 @@ def _backward_by_layer(
     return values, [found[s.write] for s in hooked.spots]
 
 
-def _graph_bytes(trunk: Trunk, width: int) -> int:
-    """What one sequence's activations take when those of all layers are kept for the backward pass."""
-    return trunk.n_layers * row_bytes(trunk.model.cfg, width, trunk.dtype.itemsize)
+def _pass_bytes(trunk: Trunk, width: int, n_targets: int, *, by_layer: bool) -> int:
+    return backward_bytes(trunk.model.cfg, width, n_targets, trunk.dtype.itemsize, by_layer=by_layer)
 
 
 def _gradients(values: Tensor, leaves: Sequence[Tensor], spots: Sequence[Spot]) -> Sequence[Tensor]:
@@ -278,7 +284,8 @@ class GradientRun:
     """Estimates from gradients at one site; `attribute_gradients` describes the options.
 
     All options are checked before anything runs. The attributes are the options as checked: `layers` and
-    `positions` are complete, `metric` is differentiable, and `batch_size` is chosen.
+    `positions` are complete, `metric` is differentiable, and `batch_size` is chosen. `by_layer` says
+    afterwards whether a backward pass went layer by layer to save memory.
     """
 
     trunk: Trunk
@@ -293,6 +300,8 @@ class GradientRun:
     steps: int
     tolerance: float | None
     batch_size: int
+    memory_budget: int | None
+    by_layer: bool
 
     def __init__(
         self,
@@ -309,6 +318,7 @@ class GradientRun:
         steps: int,
         tolerance: float | None = None,
         batch_size: int | None,
+        memory_budget: int | None = None,
     ) -> None:
         check_option("site", site, GRADIENT_SITES)
         check_option("method", method, GRADIENT_METHODS)
@@ -324,6 +334,8 @@ class GradientRun:
                 'method="integrated_gradients" with path="site", whose cells sum to an exact effect.'
             )
         check_batch_size(batch_size)
+        if memory_budget is not None and memory_budget < 1:
+            raise OptionError(f"memory_budget={memory_budget} holds no activation: give bytes above 0.")
         check_sequences(seqs, model, on_eos="keep")
         self.trunk, self.seqs, self.site = Trunk(model), seqs, site
         if not has_site(model, site):
@@ -331,7 +343,8 @@ class GradientRun:
         self.layers = chosen_layers(layers, self.trunk.n_layers)
         self.over, self.positions = _checked_over(site, over), checked_positions(seqs, positions)
         self.method, self.path, self.steps, self.tolerance = method, path, steps, tolerance
-        self.batch_size = batch_size or _batch_size(self.trunk, seqs)
+        self.memory_budget, self.by_layer = memory_budget, False
+        self.batch_size = batch_size or _batch_size(self.trunk, seqs, memory_budget)
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -376,6 +389,7 @@ class GradientRun:
         }
         about: dict[str, Any] = {
             "site": self.site, "over": self.over, "method": self.method, "metrics": [name],
+            "backward": "by layer" if self.by_layer else "whole",
         }  # fmt: skip
         if self.method == "integrated_gradients":
             about |= {"path": self.path, "steps": self.steps, "tolerance": self.tolerance}
@@ -401,7 +415,7 @@ class GradientRun:
             for batch, targets in make_batches(self.seqs, self.batch_size, self.trunk.device):
                 with torch.no_grad():
                     resid = self.trunk.embed(batch.tokens)
-                base = run_backward(self.trunk, targets, resid, 0, self.metric, spots)
+                base = self._back(targets, resid, 0, spots)
                 bar.update(len(batch.rows))
                 delta = deltas(batch, base.activations)
                 gradients: Mapping[int, Tensor] = base.gradients
@@ -417,17 +431,31 @@ class GradientRun:
                 if integrated and self.path == "site":
                     exact = self._whole(targets, spots, resid, delta)
                     for product, value in zip(products, exact, strict=True):
-                        gap = product.flatten(1).sum(1) - (value - base.values)
+                        gap = product.flatten(1).sum(1) - (value - base.values).to(product.device)
                         largest = max(largest, float(gap.abs().max()))
                 effects.append(np.stack([self._summed(p) for p in products], axis=1))
         return np.concatenate(values), np.concatenate(effects), largest
+
+    def _back(
+        self,
+        targets: Targets,
+        resid: Tensor,
+        start: int,
+        spots: Sequence[Spot],
+        shift: Tensor | None = None,
+    ) -> Pass:
+        found = run_backward(
+            self.trunk, targets, resid, start, self.metric, spots, shift, memory_budget=self.memory_budget
+        )
+        self.by_layer |= found.by_layer
+        return found
 
     def _whole(
         self, targets: Targets, spots: Sequence[Spot], resid: Tensor, delta: Mapping[int, Tensor]
     ) -> Iterator[Float[Tensor, "batch"]]:
         """Yield the metric with each layer's whole activation at the end of the path."""
         for s, here in zip(spots, self._inputs(resid), strict=True):
-            yield run_backward(self.trunk, targets, here, s.layer, self.metric, [s], delta[s.layer]).values
+            yield self._back(targets, here, s.layer, [s], delta[s.layer]).values
 
     def _path(
         self,
@@ -442,12 +470,12 @@ class GradientRun:
         if end is not None:
             for share in middles:
                 moved = resid + share * (end - resid).to(resid.dtype)
-                yield run_backward(self.trunk, targets, moved, 0, self.metric, spots).gradients
+                yield self._back(targets, moved, 0, spots).gradients
             return
         for s, here in zip(spots, self._inputs(resid), strict=True):
             for share in middles:
                 shift = share * delta[s.layer]
-                yield run_backward(self.trunk, targets, here, s.layer, self.metric, [s], shift).gradients
+                yield self._back(targets, here, s.layer, [s], shift).gradients
 
     @torch.no_grad()
     def _inputs(self, resid: Tensor) -> Iterator[Float[Tensor, "batch pos d_model"]]:
@@ -483,8 +511,10 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _batch_size(trunk: Trunk, seqs: SequenceSet) -> int:
-    """As many sequences as fit if all layers' activations are kept, else one (see `run_backward`)."""
-    row = _graph_bytes(trunk, int(seqs.lengths.max()))
-    row += int(seqs.n_targets.max()) * logits_bytes(trunk.d_vocab, trunk.dtype.itemsize)
-    return fitting(row, default_budget(trunk.device), share=1, most=min(len(seqs), 32))
+def _batch_size(trunk: Trunk, seqs: SequenceSet, memory_budget: int | None) -> int:
+    """As many sequences as fit with all layers' activations; where not one does, as fit layer by layer."""
+    total = memory_budget or default_budget(trunk.device)
+    width, n_targets = int(seqs.lengths.max()), seqs.max_targets
+    rows = (_pass_bytes(trunk, width, n_targets, by_layer=by_layer) for by_layer in (False, True))
+    row = next((each for each in rows if each <= total), total)
+    return fitting(row, total, share=1, most=min(len(seqs), 32))

@@ -57,6 +57,7 @@ def attribute_gradients(
     positions: Sequence[int] | None = None,
     metric: MetricLike = "target_logprob",
     batch_size: int | None = None,
+    memory_budget: int | None = None,
     progress: bool = True,
 ) -> Result:
     r"""Estimate the result of `patch_activations` for every site of a kind from a few passes.
@@ -102,6 +103,9 @@ def attribute_gradients(
         metric: "target_logprob", "margin" (of the token with the smallest lead), "completion_entropy", or a
             differentiable function of (logits, ids, mask) that returns one number per sequence.
         batch_size: Sequences at a time; chosen to fit the memory by default.
+        memory_budget: Bytes for activations. Where those of all layers do not fit, each layer runs once more
+            when the backward pass comes to it, and only one layer's activations are kept; the result's
+            settings say which (`backward`). By default 1 GiB on a CPU, 40 % of a GPU's free memory.
         progress: Show a progress bar.
 
     Returns:
@@ -132,6 +136,7 @@ def attribute_gradients(
     run = GradientRun(
         model, pairs.base, site, over or "position", layers=layers, positions=positions, metric=metric,
         method=method, path=path, steps=steps, tolerance=tolerance, batch_size=batch_size,
+        memory_budget=memory_budget,
     )  # fmt: skip
     check_sequences(source, model, on_eos="keep")
     if donor is not None:
@@ -164,6 +169,7 @@ def attribute_ablation(
     layers: Sequence[int] | None = None,
     metric: MetricLike = "target_logprob",
     batch_size: int | None = None,
+    memory_budget: int | None = None,
     progress: bool = True,
     **options: Unpack[ReplacementOptions],
 ) -> Result:
@@ -197,6 +203,9 @@ def attribute_ablation(
         layers: All by default.
         metric: As for `attribute_gradients`.
         batch_size: Sequences at a time; chosen to fit the memory by default.
+        memory_budget: Bytes for activations. Where those of all layers do not fit, each layer runs once more
+            when the backward pass comes to it, and only one layer's activations are kept; the result's
+            settings say which (`backward`). By default 1 GiB on a CPU, 40 % of a GPU's free memory.
         progress: Show a progress bar.
         options: `positions`, `reference` and `seed`, as for `ablate_heads`.
 
@@ -223,7 +232,7 @@ def attribute_ablation(
     replacement = Replacement(mode, **options)
     run = GradientRun(
         model, sequences, site, over, layers=layers, metric=metric, method=method, steps=steps,
-        tolerance=tolerance, batch_size=batch_size,
+        tolerance=tolerance, batch_size=batch_size, memory_budget=memory_budget,
     )  # fmt: skip
     by = replacement.by_layer(model, site, run.layers, sequences)
 
