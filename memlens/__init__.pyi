@@ -54,4 +54,3 @@ from .explorer.explorer import Explorer as Explorer
 from .explorer.measuring import ExploreOptions as ExploreOptions
 from .forward.trunk import Trunk as Trunk
 from .sweeps.plan import Plan as Plan
-from .sweeps.roofline import Device as Device

@@ -139,7 +139,7 @@ def device_for(on: Device | str, here: torch.device, dtype: torch.dtype) -> Devi
         known = [*DEVICES, HERE]
         raise OptionError(
             f"on={on!r} is not a device with published figures: choose from {', '.join(known)}, or give a "
-            f"Device(peak=…, bandwidth=…).{near_matches(name, known)}"
+            f"memlens.sweeps.roofline.Device(peak=…, bandwidth=…).{near_matches(name, known)}"
         )
     return DEVICES[name]
 
