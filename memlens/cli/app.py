@@ -208,11 +208,12 @@ def score(
 
 def _most_recalled(table: pd.DataFrame, criterion: str, most: int = 10) -> pd.DataFrame:
     """The sequences that are recalled best, with the columns that tell which they are."""
+    from memlens.sequences.set import shortened_cells
+
     order = [name for name in ("exact_match", criterion, "target_logprob") if name in table]
     best = table.sort_values(order, ascending=False, kind="stable").head(most)
     shown = [name for name in ("id", "text", "domain", "copies", *order, "np_discoverable") if name in best]
-    rows = best.filter(list(dict.fromkeys(shown)))
-    return rows.map(lambda value: f"{value[:60]}…" if isinstance(value, str) and len(value) > 60 else value)
+    return shortened_cells(best.filter(list(dict.fromkeys(shown))))
 
 
 def plan(

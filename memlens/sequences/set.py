@@ -32,6 +32,15 @@ RESERVED_COLUMNS = ("tokens", "prefix_len")
 """Columns of a file that become attributes of the set, not columns of its table."""
 
 
+def shortened_cells(table: pd.DataFrame, most: int = 60) -> pd.DataFrame:
+    """Return a table to be shown, in which what is longer than `most` characters is cut there.
+
+    >>> shortened_cells(pd.DataFrame({"text": ["a word", "words"], "n": [1, 2]}), 5)["text"].tolist()
+    ['a wor…', 'words']
+    """
+    return table.map(lambda value: value if len(str(value)) <= most else f"{str(value)[:most]}…")
+
+
 def pad(tokens: Tensor | np.ndarray | Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Return `[seq, pos]` ids padded on the right with 0, and the mask of real tokens."""
     if isinstance(tokens, Tensor | np.ndarray):
@@ -429,5 +438,5 @@ class SequenceSet:
             prefix_len=self.prefix_len[:5].numpy(), n_targets=self.n_targets[:5].numpy()
         )
         more = f"<p>… and {len(self) - 5} more</p>" if len(self) > 5 else ""
-        short = head.map(lambda value: value if len(str(value)) <= 60 else f"{str(value)[:60]}…")
-        return f"<p><b>{escape(repr(self))}</b></p>{short.to_html(escape=True, index=False)}{more}"
+        shown = shortened_cells(head)
+        return f"<p><b>{escape(repr(self))}</b></p>{shown.to_html(escape=True, index=False)}{more}"

@@ -125,13 +125,14 @@ def test_the_set_does_not_change_with_the_caller_s_objects() -> None:
 
 
 def test_representations_tell_size_and_source_and_escape_text() -> None:
-    table = pd.DataFrame({"text": ["<script>alert(1)</script>", "b"]})
+    table = pd.DataFrame({"text": ["<script>alert(1)</script>", "b" * 61]})
     seqs = SequenceSet.from_tokens([[1, 2, 3], [4, 5]], 1, table=table, attrs={"source": "<b>x.npy"})
     assert repr(seqs) == "SequenceSet(2 sequences, prefix 1, continuation 1-2 tokens, from <b>x.npy)"
     html = seqs._repr_html_()
     assert "&lt;script&gt;" in html
     assert "<script>" not in html
     assert "<b>x.npy" not in html
+    assert f">{'b' * 60}…<" in html
 
 
 @pytest.mark.parametrize(
