@@ -199,12 +199,12 @@ def _gaps_of_drawn_labels(x: Any, y: Any, n_permutations: int, seed: int) -> np.
         for rows in row_blocks(len(table)):
             values = as_floats(table, rows)
             present = np.isfinite(values)
-            parts = np.where(present, values, 0.0), present.astype(float)
-            all_sums += [part.sum(0) for part in parts]
+            filled, whole = np.where(present, values, 0.0), bool(present.all())
+            all_sums += [filled.sum(0), present.sum(0)]
             for some in slices(n_permutations, _PERMUTED):
                 drawn = (rng.random((some.stop - some.start, len(values)), dtype=np.float32) < chance) * 1.0
-                for sums, part in zip(in_x, parts, strict=True):
-                    sums[some] += drawn @ part
+                in_x[0][some] += drawn @ filled
+                in_x[1][some] += drawn.sum(1, keepdims=True) if whole else drawn @ present
     with np.errstate(invalid="ignore", divide="ignore"):
         return in_x[0] / in_x[1] - (all_sums[0] - in_x[0]) / (all_sums[1] - in_x[1])
 
