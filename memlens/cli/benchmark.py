@@ -9,6 +9,7 @@ from cyclopts import App
 
 from memlens.cli.console import OUT, Json, Names, Quiet, Switch, print_json, print_table, records, resumable
 from memlens.cli.sharing import PartOption
+from memlens.cli.workers import SchedulerOption, WorkersOption, executor_of
 
 if TYPE_CHECKING:
     from memlens.benchmark import Leaderboard
@@ -29,6 +30,8 @@ def benchmark_run(
     others: int | None = None,
     localizers: Names | None = None,
     part: PartOption = None,
+    workers: WorkersOption = None,
+    scheduler: SchedulerOption = None,
     keep_organisms: Annotated[bool, Switch] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -52,12 +55,11 @@ def benchmark_run(
     """
     from memlens import benchmark
 
-    with resumable(out):
+    with resumable(out), executor_of(workers, scheduler, part) as executor:
         found = benchmark.run(
             suite, out, models=models, families=families, carriers=carriers, sequences=sequences,
-            others=others, localizers=localizers,
-            part=part, keep_organisms=keep_organisms,
-            progress=not quiet,
+            others=others, localizers=localizers, part=part, executor=executor,
+            keep_organisms=keep_organisms, progress=not quiet,
         )  # fmt: skip
     _print(found, as_json)
 

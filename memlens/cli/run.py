@@ -26,6 +26,7 @@ from memlens.cli.console import (
     resumable,
 )
 from memlens.cli.sharing import OnOption, PartOption, SlurmOption, TasksOption, sharing, slurm_script
+from memlens.cli.workers import SchedulerOption, WorkersOption, executor_of
 from memlens.errors import OptionError
 from memlens.options import read_options
 from memlens.studies.pilot import plan_steps, record_times, save_plan
@@ -53,6 +54,8 @@ def study_command(study: Study) -> Any:
         slurm: SlurmOption = False,
         array_tasks: TasksOption = 16,
         part: PartOption = None,
+        workers: WorkersOption = None,
+        scheduler: SchedulerOption = None,
         resume: bool = True,
         as_json: Json = False,
         quiet: Quiet = False,
@@ -67,12 +70,15 @@ def study_command(study: Study) -> Any:
         if on is not None and not plan:
             raise OptionError(f"--on {on} plans for another device: give --plan with it.")
         call = Call(where, study.options(**chosen), out, chosen, progress=not quiet, on=on)
-        if (part is not None or slurm) and not study.shares:
+        asked = {"--part": part, "--slurm": slurm or None, "--workers": workers, "--scheduler": scheduler}
+        asked = [name for name, value in asked.items() if value is not None]
+        if asked and not study.shares:
             raise OptionError(
-                "this study cannot be shared by several processes: run it without --part and --slurm "
-                "(localize "
-                "and comparative can)."
+                f"this study cannot be shared by several processes: run it without {' and '.join(asked)} "
+                f"({', '.join(name for name in STUDIES if STUDIES[name].shares)} can)."
             )
+        if slurm and (workers is not None or scheduler is not None):
+            raise OptionError(f"--slurm writes a script with --part: leave out {asked[-1]}.")
         if slurm:
             print_script(inputs, call, array_tasks)
             return
@@ -82,10 +88,10 @@ def study_command(study: Study) -> Any:
         if not resume:
             for folder in study.kept(call):
                 shutil.rmtree(folder, ignore_errors=True)
-        with resumable(call.folder), sharing(part):
+        with resumable(call.folder), sharing(part), executor_of(workers, scheduler, part) as executor:
             with call.watch.timed(READING):
                 arguments = {"options": call.options, **inputs.read(call)}
-            shared = {} if part is None else {"part": part}
+            shared = {name: how for name, how in (("part", part), ("executor", executor)) if how is not None}
             found = study(
                 **arguments, **shared, out=call.folder, command=command_line(), progress=call.progress
             )

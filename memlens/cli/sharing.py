@@ -86,6 +86,8 @@ def gather(folder: Path, *, out: Path | None = None, as_json: Json = False) -> N
     document: dict[str, object] = {"parts": rows, "missing": missing}
     if not missing and sweeps == [folder] and not _is_benchmark(folder):
         document["result"] = gather(folder).save(out or folder / "gathered.nc")
+    elif not missing and (folder / "report.html").exists():
+        document["report"] = folder / "report.html"
     if as_json:
         print_json(document)
     else:
@@ -96,6 +98,8 @@ def gather(folder: Path, *, out: Path | None = None, as_json: Json = False) -> N
             OUT.print(f"missing in {name}: {', '.join(left)}", markup=False)
         if "result" in document:
             OUT.print(f"result: {document['result']}")
+        elif "report" in document:
+            OUT.print(f"all parts are there; report: {document['report']}", markup=False)
         elif not missing:
             OUT.print("all parts are there: the command without --part writes the report.")
     if missing:

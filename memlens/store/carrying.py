@@ -40,8 +40,7 @@ def packed(value: Any) -> bytes:
     except Exception as error:
         raise WorkerError(
             f"this work cannot be sent to other processes ({reason_of(error)}): leave what cannot be "
-            "pickled, "
-            "such as an open file, a lock or a generator, out of what hooks and metrics hold or name."
+            "pickled (an open file, a lock, a generator) out of what hooks and metrics hold or name."
         ) from error
     return buffer.getvalue()
 

@@ -206,13 +206,11 @@ class _Driver:
         except BrokenExecutor as error:
             self.finish_here(error)
         if self.given_up:
-            (name, reason), *more = self.given_up.items()
+            name, reason = next(iter(self.given_up.items()))
             raise WorkerError(
                 f"{len(self.given_up)} parts were lost {_TRIES} times each with their workers, such as "
-                f"{name} "
-                f"({reason}): look into the workers' logs (often memory), then run it again; the other "
-                "parts are "
-                f"kept. All that are missing: {', '.join([name, *(part for part, _ in more)])}."
+                f"{name} ({reason}): look into the workers' logs (often memory), then run it again; "
+                f"the other parts are kept. All that are missing: {', '.join(self.given_up)}."
             )
 
     def submit(self, part: str, lost: int | None = None) -> None:
@@ -228,9 +226,8 @@ class _Driver:
         except BrokenExecutor:
             self.pending[part] = future
             raise
-        except (
-            BaseException
-        ) as error:  # the worker died, or could not even begin; CancelledError is no Exception
+        except BaseException as error:
+            # The worker died, or could not even begin; CancelledError is not an Exception.
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             self.lose(part, reason_of(error))
@@ -275,9 +272,8 @@ class _Driver:
         for part in [part for part in self.left if self.job.done(part)]:
             self.end(part, None)
         _LOG.warning(
-            "the executor is broken (%s): the remaining %d parts are done in this process; to have "
-            "workers again, "
-            "stop, and make the same call with a new executor",
+            "the executor is broken (%s): the remaining %d parts are done in this process; to have workers "
+            "again, stop, and make the same call with a new executor",
             reason_of(error),
             len(self.left),
         )

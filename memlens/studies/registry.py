@@ -233,7 +233,7 @@ class Study:
             by the end of the step's name; the entry "" is for the other steps, and the value "" says that the
             time does not depend on them.
         folder: The run's folder, if the command names none; "" where it must.
-        shares: Whether `run` takes `part`, so that several processes can do it together.
+        shares: Whether `run` takes `part` and `executor`, so that several processes can do it together.
     """
 
     run: Any

@@ -194,14 +194,13 @@ class Parts:
         from dask.delayed import delayed
 
         n_items = self._groups[0][2][-1].items.stop
-        # One task reads all metrics of a block, so that each part is read once when a result is written.
-        blocks = [(len(rows), delayed(partial(self._read, rows))()) for rows in self._blocks(n_items)]
-        return {
-            name: da.concatenate(
-                [da.from_delayed(block[name], (rows, n_items, *tail), dtype) for rows, block in blocks]
-            )
-            for name, (tail, dtype) in self._kinds.items()
-        }
+        found: dict[str, list[Any]] = {name: [] for name in self._kinds}
+        for rows in self._blocks(n_items):
+            # One task reads all metrics of a block, so that each part is read once when a result is written.
+            block: Any = delayed(partial(self._read, rows))()
+            for name, (tail, dtype) in self._kinds.items():
+                found[name].append(da.from_delayed(block[name], (len(rows), n_items, *tail), dtype))
+        return {name: da.concatenate(blocks) for name, blocks in found.items()}
 
     def _blocks(self, n_items: int) -> Iterator[range]:
         """Yield the rows that are read at once: whole parts, unless they are many times too large."""

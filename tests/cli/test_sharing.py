@@ -44,6 +44,7 @@ def test_the_tasks_of_a_job_array_give_what_one_process_gives(
         assert gathered == 1 - task
         assert ("missing in heads_matched_control: sequences-" in table) == (task == 0)
         assert ("this share is done" in shown) == (task == 0)
+        assert (f"all parts are there; report: {out / 'report.html'}" in table) == (task == 1)
     assert (out / "report.html").exists()
     one = tmp_path / "one"
     assert call(*base, str(one))[0] == 0

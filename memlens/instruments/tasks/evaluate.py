@@ -152,7 +152,7 @@ def _left(task: ChoiceTask, total: Any, greedy: Any) -> Iterator[dict[str, Any]]
     choices = int(task.n_choices.max())
     for some in slices(len(task), rows_at_once(choices * total.nbytes // len(total))):
         rows = task.requests_of(some)
-        found = delayed(_score)(task.take(some), total[rows], greedy[rows])
+        found: Any = delayed(_score)(task.take(some), total[rows], greedy[rows])
         shape = len(range(*some.indices(len(task)))), *total.shape[1:]
         yield {name: da.from_delayed(found[name], shape, float) for name in _LABELS}
 
