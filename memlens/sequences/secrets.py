@@ -193,6 +193,7 @@ def secret_sequences(
     model: Any,
     *,
     column: str | None = None,
+    text_column: str | None = None,
     pattern: str | None = None,
     patterns: Sequence[str] = (),
     context: int = CONTEXT,
@@ -211,6 +212,7 @@ def secret_sequences(
         model: A TransformerLens model, with a tokenizer that knows the characters of its tokens.
         column: The column of secrets, each of which stands in its row's text; "secret" by default where there
             is no pattern.
+        text_column: The column of texts, where it has none of the usual names.
         pattern: A regular expression; see `find_secrets`.
         patterns: Built-in kinds, keys of `SECRET_PATTERNS`.
         context: Most tokens before the secret; fewer where the model's context leaves fewer.
@@ -245,7 +247,7 @@ def secret_sequences(
             "this tokenizer does not know which characters its tokens stand for (it is not a fast one): give "
             "prompts and continuations in columns of their own."
         )
-    read = read_texts(source, tokenizer, split=split, limit=limit)
+    read = read_texts(source, tokenizer, split=split, limit=limit, text_column=text_column)
     table, origin = read.table, str(read.attrs.get("source", "texts"))
     if pattern is None and not patterns:
         name = find_column(table, column, (SECRET,))
@@ -263,18 +265,34 @@ def secret_sequences(
         [(row, secret.kind, secret.start, secret.end) for row, secret in places],
         columns=["row", "kind", "start", "end"],
     )
+    if not len(table):
+        raise EmptySetError(f"{origin} has no rows: give at least one text.")
     if not len(found):
         raise EmptySetError(f"no secret is found in the {len(table)} rows of {origin}: is the pattern right?")
     return _Cutter(model, tokenizer, context, prepend_bos).cut(table, found, unique, origin)
 
 
 def read_texts(
-    source: Any, tokenizer: Tokenizer, *, split: str = "train", limit: int | None = None
+    source: Any,
+    tokenizer: Tokenizer,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    **columns: str | None,
 ) -> SequenceSet:
-    """Read any source as whole texts, in the column `text`; rows of fewer than two tokens are left out."""
+    """Read any source as whole texts, in the column `text`; rows of fewer than two tokens are left out.
+
+    Args:
+        source: Whatever `load_sequences` reads.
+        tokenizer: Of the model.
+        split: As of `load_sequences`.
+        limit: Likewise.
+        **columns: Names of columns, likewise (`text_column`, …).
+    """
     return load_sequences(
-        source, tokenizer=tokenizer, prefix_len=1, on_short="drop", on_eos="keep", split=split, limit=limit
-    )
+        source, tokenizer=tokenizer, prefix_len=1, on_short="drop", on_eos="keep", split=split, limit=limit,
+        **columns,
+    )  # fmt: skip
 
 
 def _in_column(texts: Sequence[str], secrets: Sequence[Any]) -> list[tuple[int, Secret]]:

@@ -11,7 +11,7 @@ from memlens.report.model import Finding
 from memlens.report.run_directory import RunDirectory
 from memlens.report.summary import Summary
 from tests.report import synthetic
-from tests.report.pages import sentences
+from tests.report.pages import said_once, sentences
 
 PLAIN = Finding(
     "Recall", "…", 0.5, 0.25, 0.75, "share", 9, plain="half are recalled", beside="with others: more"
@@ -67,3 +67,9 @@ def test_a_sentence_of_another_name_is_refused(tmp_path: Path) -> None:
     again = RunDirectory(tmp_path)  # a continued run keeps them
     again.add_finding(PLAIN)
     assert sentences(again.finish())["found"] == "This."
+
+
+def test_a_clause_that_repeats_another_is_noticed() -> None:
+    said_once("the model repeats 2 of 4; the model repeats 1 of 3")
+    with pytest.raises(AssertionError, match="none adds to the confounds"):
+        said_once("None adds to the confounds; none adds to the confounds and copies.")

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 import memlens as ml
-from memlens.errors import EmptySetError, FileFormatError, OptionError, SequenceError
+from memlens.errors import ColumnError, EmptySetError, FileFormatError, OptionError, SequenceError
 from memlens.organisms.training.architectures import untrained_like
 from memlens.studies import running
 from memlens.studies.auditing import leaks, remedies, study
@@ -290,6 +290,18 @@ def test_whole_strings_are_audited_from_their_first_half(model: Any, tmp_path: P
     assert AuditInputs(sequences=str(source), prefix_len=2).load(model).prefix_len.tolist() == [2, 2]
 
 
+def test_columns_with_other_names_are_read_and_empty_files_are_called_so(model: Any, tmp_path: Path) -> None:
+    source, secret = tmp_path / "s.csv", ADDRESSES[0]
+    source.write_text(f"satz,geheim\nThe mail of Brannoc is {secret} today,{secret}\n")
+    found = AuditInputs(sequences=str(source), text_column="satz", secret="geheim").load(model)
+    assert found.table["secret"].tolist() == [secret]
+    assert len(AuditInputs(sequences=str(source), text_column="satz").load(model)) == 1
+    for text, said in (("", "no columns, so it may be empty"), ("text,secret\n", "has no rows")):
+        source.write_text(text)
+        with pytest.raises((ColumnError, EmptySetError), match=said):
+            AuditInputs(sequences=str(source)).load(model)
+
+
 def test_bad_inputs_are_refused_before_any_work(model: Any, strings: ml.SequenceSet, tmp_path: Path) -> None:
     for given in ({}, {"sequences": "a.txt", "scan": "b.txt"}):
         with pytest.raises(OptionError, match="give one of them"):
@@ -474,6 +486,7 @@ def test_pieces_of_a_secret_are_hidden_and_other_words_are_not() -> None:
     assert hide("a long list of sentences") == "a long list of sentences"
     assert "[hidden]" in hide("the sentence that is not a secret")
     assert masked("  abcde ") == "[5 hidden]"
+    assert without_quotes("'utf-8' codec, 'ä'") == "'utf-8' codec, [hidden]"
     assert without_quotes("it's the model's 'a b' or \"c'd\"") == "it's the model's [hidden] or [hidden]"
 
 

@@ -50,7 +50,9 @@ def find_column(frame: pd.DataFrame, given: str | None, usual: Sequence[str]) ->
 
 def listing(frame: pd.DataFrame) -> str:
     """Return the names of a table's columns, for an error message."""
-    return f"the columns are {', '.join(map(str, frame.columns)) or 'none'}"
+    if not len(frame.columns):
+        return "there are no columns, so it may be empty"
+    return f"the columns are {', '.join(map(str, frame.columns))}"
 
 
 LONGEST_TEXT = 2**24

@@ -100,16 +100,17 @@ class AuditInputs(SequenceChoice):
         bos = "auto" if self.prepend_bos == "auto" else self.prepend_bos == "always"
         column = self.secret
         if column is None and self.pattern is None and not self.patterns:
-            texts = read_texts(source, getattr(model, "tokenizer", None), split=self.split, limit=1)
+            reading = self.reading()
+            columns = {name: column for name, column in reading.items() if name.endswith("_column")}
+            tokenizer = getattr(model, "tokenizer", None)
+            texts = read_texts(source, tokenizer, split=self.split, limit=1, **columns)
             if SECRET not in texts.table:
-                half = self.prefix_len or "half"
                 return ml.load_sequences(
-                    source, model, prefix_len=half, max_targets=self.max_targets, target=self.target,
-                    split=self.split, limit=self.limit, prepend_bos=bos,
-                )  # fmt: skip
+                    source, model, **{**reading, "prefix_len": self.prefix_len or "half"}
+                )
             column = SECRET
         return ml.sequences.secret_sequences(
-            source, model, column=column, pattern=self.pattern, patterns=self.patterns,
+            source, model, column=column, text_column=self.text_column, pattern=self.pattern, patterns=self.patterns,
             context=self.prefix_len or CONTEXT, unique=self.scan is not None, prepend_bos=bos,
             split=self.split, limit=self.limit,
         )  # fmt: skip

@@ -21,6 +21,7 @@ _PROSE = 64
 _PROSE_PIECE = 12
 _QUOTED = re.compile(r"""(?<!\w)(['"])(?:\\.|(?!\1).)*\1(?!\w)|\d{5,}""", re.DOTALL)
 _HIDDEN = "[hidden]"
+_ENCODINGS = ("'utf-8'", "'ascii'")
 
 
 def masked(secret: str) -> str:
@@ -72,7 +73,7 @@ def without_quotes(message: str) -> str:
     >>> without_quotes("row 3 of the model's file is 'ada@lovelace.org': give text")
     "row 3 of the model's file is [hidden]: give text"
     """
-    return _QUOTED.sub(_HIDDEN, message)
+    return _QUOTED.sub(lambda quoted: quoted[0] if quoted[0] in _ENCODINGS else _HIDDEN, message)
 
 
 @contextmanager
