@@ -110,7 +110,8 @@ class AuditInputs(SequenceChoice):
                 )
             column = SECRET
         return ml.sequences.secret_sequences(
-            source, model, column=column, text_column=self.text_column, pattern=self.pattern, patterns=self.patterns,
+            source, model, column=column, text_column=self.text_column, pattern=self.pattern,
+            patterns=self.patterns,
             context=self.prefix_len or CONTEXT, unique=self.scan is not None, prepend_bos=bos,
             split=self.split, limit=self.limit,
         )  # fmt: skip
