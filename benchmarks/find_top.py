@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import memlens as ml
-from memlens.results.statistics.racing import RANK_BY, RaceOptions, race
+from memlens.results.statistics.racing import Race, RaceOptions, race
 
 KS = (1, 3, 5, 10)
 GRADIENTS = (("attribution_patching", 1), ("integrated_gradients", 1), ("integrated_gradients", 2),
@@ -40,7 +40,7 @@ def main() -> None:
     else:
         tables = dict(np.load(options.keep)) if options.keep and options.keep.exists() else measured(options)
         if options.keep and not options.keep.exists():
-            np.savez(options.keep, **tables)
+            np.savez(options.keep, allow_pickle=False, **tables)
         replayed(tables, options.seeds, options.level)
 
 
@@ -64,12 +64,19 @@ def measured(options: Any) -> dict[str, np.ndarray]:
     if heads:
         result = ml.ablate_heads(model, seqs, metrics=("target_logprob",), **common)
     else:
-        neurons = {f"{i}": {options.layer: [i]} for i in range(model.cfg.d_mlp)}
+        width = tables[f"{GRADIENTS[0][0]} 1"].shape[1]
+        neurons = {f"{i}": {options.layer: [i]} for i in range(width)}
         edits = ml.edits.neuron_knock_outs(model, seqs, neurons, mode=options.mode)
         result = ml.sweep(model, seqs, edits, ("target_logprob",), progress=False)
     tables["exact"] = result.effect("target_logprob").values.reshape(len(seqs), -1)
     tables["seconds exact"] = np.array(time.process_time() - started)
     return tables
+
+
+def raced(exact: np.ndarray, options: RaceOptions, seed: int, estimates: np.ndarray | None) -> Race:
+    """Race on a table that is known."""
+    n, m = exact.shape
+    return race(lambda rows, parts: exact[np.ix_(rows, parts)], n, m, options, estimates=estimates, seed=seed)
 
 
 def replayed(tables: dict[str, np.ndarray], seeds: int, level: float) -> None:
@@ -87,14 +94,9 @@ def replayed(tables: dict[str, np.ndarray], seeds: int, level: float) -> None:
     for k in KS:
         for name in (None, *names):
             for equal in (False, True) if name is None else (False,):
-                found = [
-                    race(
-                        lambda rows, parts: exact[np.ix_(rows, parts)], *exact.shape,
-                        RaceOptions(k, level=level, equal_width=equal), seed=seed,
-                        estimates=None if name is None else tables[name],
-                    )
-                    for seed in range(seeds)
-                ]  # fmt: skip
+                known = None if name is None else tables[name]
+                rules = RaceOptions(k, level=level, equal_width=equal)
+                found = [raced(exact, rules, seed, known) for seed in range(seeds)]
                 wanted = np.sort(np.argsort(-np.abs(exact.mean(0)), kind="stable")[:k])
                 right = np.mean([np.array_equal(np.flatnonzero(f.status == "in"), wanted) for f in found])
                 cells = np.mean([f.cells for f in found]) / exact.size
@@ -147,13 +149,10 @@ def simulated(seeds: int, level: float) -> None:
                     rng = np.random.default_rng(seed)
                     exact = population(kind, n, rng)
                     noise = rng.normal(0, exact.std(0) / 2, exact.shape)
-                    found = race(
-                        lambda rows, parts, e=exact: e[np.ix_(rows, parts)], *exact.shape,
-                        RaceOptions(k, "increase", level=level), seed=seed,
-                        estimates=exact + noise if correlated else None,
-                    )  # fmt: skip
+                    rules = RaceOptions(k, "increase", level=level)
+                    found = raced(exact, rules, seed, exact + noise if correlated else None)
                     mean = exact.mean(0)
-                    wanted = np.sort(np.argsort(-RANK_BY["increase"](mean), kind="stable")[:k])
+                    wanted = np.sort(np.argsort(-mean, kind="stable")[:k])
                     wrong += not np.array_equal(np.flatnonzero(found.status == "in"), wanted)
                     missed += bool(((mean < found.low - 1e-9) | (mean > found.high + 1e-9)).any())
                     cells += found.cells / exact.size

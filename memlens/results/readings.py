@@ -113,11 +113,12 @@ def read_top(result: Result, metric: str | None) -> str:
     said += f"{undecided} are undecided. " if undecided else ""
     if any(row["decided_by"] == "tie" for row in flat):
         said += "Some means at the boundary are equal; the first in order were taken. "
-    return said + (
-        f"This took {100 * about['share']:.3g} % of the cost of all cells of {data.sizes['sequence']} "
-        "sequences; the answer is that of all of them with a probability of at least "
-        f"{100 * about['level']:g} %{'' if about['interval'] == 'betting' else ', approximately'}."
-    )
+    said += f"This took {100 * about['share']:.3g} % of the cost of all cells of {data.sizes['sequence']} "
+    if all(row["decided_by"] in ("all sequences", "tie", "") for row in flat):
+        return said + "sequences."
+    sure = f"at least {100 * about['level']:g} %"
+    sure += "" if about["interval"] == "betting" else ", approximately"
+    return said + f"sequences; the answer is that of all of them with a probability of {sure}."
 
 
 _MOST_NAMED = 10

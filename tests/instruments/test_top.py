@@ -115,14 +115,13 @@ def test_interventions_of_ones_own_that_know_their_sequences(tiny_model: Model) 
 
 def test_gradients_as_a_control_variate(tiny_model: Model) -> None:
     model, seqs = tiny_model("gpt_neox", "bridge"), many(24)
-    how: dict[str, Any] = {"method": "attribution_patching"}
-    options: dict[str, Any] = {"instrument": "neuron_ablation", "layers": [1], **how, **OPTIONS}
+    options: dict[str, Any] = {"instrument": "neuron_ablation", "layers": [1], **OPTIONS}
     top = ml.find_top(model, seqs, 3, **options)
     assert top.settings["control_variate"]
     assert 0 < top.settings["gradient_cells"] <= 0.1 * top.settings["cells_full"]
     assert top["controlled"].values.any()
     estimate = ml.instruments.attribute_ablation(
-        model, seqs, site="mlp_post", layers=[1], progress=False, **how
+        model, seqs, site="mlp_post", layers=[1], method="attribution_patching", progress=False
     ).effect("target_logprob")
     x, g = top.effect("target_logprob").values, estimate.values
     part = np.argwhere(top["controlled"].values & (top["sequences_used"].values < len(seqs)))[0]
@@ -181,8 +180,10 @@ def test_undecided_figures_and_readings(tiny_model: Model) -> None:
     figure: Any = top.plot()
     assert {trace.name for trace in figure.data} == {"undecided"}
     exact = ml.find_top(model, seqs[:2], 2, progress=False)
-    assert "L0H" in "".join(ml.find_top(model, seqs[:2], 2, progress=False).plot().data[0].y)
-    assert {t.name for t in exact.plot().data} == {"in the top 2", "out"}
+    figure = exact.plot()
+    assert {trace.name for trace in figure.data} == {"in the top 2", "out"}
+    assert "L0H" in "".join(figure.data[0].y)
+    assert "probability" not in reading(exact)
     assert exact.settings["rounds"] == [{"sequences": 2, "components": 12}]
     table = exact.to_frame(["status", "decided_by", "estimate"])
     assert set(table["decided_by"]) == {"all sequences"}
@@ -212,6 +213,11 @@ def test_bad_arguments_are_refused_before_anything_runs(tiny_model: Model) -> No
         ({"interventions": [3]}, InterventionError, "int"),
         ({"interventions": [edit], "control_variate": True}, OptionError, "an instrument"),
         ({"interval": "betting", "bounds": (-1, 1), "control_variate": True}, OptionError, "interval='t'"),
+        ({"interventions": [edit], "layers": [0]}, OptionError, "leave out layers"),
+        ({"interventions": [edit], "mode": "mean"}, OptionError, "leave out mode"),
+        ({"method": "guess"}, OptionError, "method"),
+        ({"path": "guess"}, OptionError, "path"),
+        ({"steps": 0}, OptionError, "steps=0"),
         ({"metrics": ["exact_match"], "control_variate": True}, OptionError, "no gradient"),
         ({"layers": []}, EmptySetError, "component"),
     ]

@@ -152,11 +152,37 @@ def test_a_control_variate_saves_cells_and_is_off_where_it_does_not_help() -> No
     assert abs(errors.mean()) < 3 * errors.std() / np.sqrt(len(errors))
 
 
+def test_gradients_show_that_a_sample_lacks_the_rare_sequences() -> None:
+    """What t alone cannot know: some sequences still to come are unlike all that ran."""
+    wrong = {"plain": 0, "known": 0}
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        table = rng.normal([0.1, 0.0], 0.01, (200, 2))
+        table[rng.permutation(200)[:4], 0] -= 8
+        known = 0.1 * table + rng.normal(0, 0.01, table.shape)
+        for name, estimates in (("plain", None), ("known", known)):
+            wrong[name] += chosen(run(table, 1, seed, rank_by="increase", known=estimates)) != {1}
+    assert wrong["plain"] > 5
+    assert wrong["known"] == 0
+
+
+def test_nothing_is_claimed_where_a_sample_is_unlike_the_rest() -> None:
+    effects = np.random.default_rng(0).normal([5.0, 0.0, 0.0], 0.1, (40, 3))
+    whole = np.random.default_rng(1).normal(0, 1, (100, 3))
+    whole[50, 0] = 50.0  # not among the drawn
+    sample = Sample.of(effects, whole[:40], whole, 100)
+    assert not sample.exceeds(np.ones(3), 1.0, 0.05)[0].any()
+    low, high = sample.interval(0.05)
+    assert np.isinf([low[0], high[0]]).all()
+    assert np.isfinite([low[1:], high[1:]]).all()
+    assert Sample.of(effects, None, None, 100).exceeds(np.ones(3), 1.0, 0.05)[0, 1:].all()
+
+
 def test_a_slope_that_one_sequence_decides_is_not_trusted() -> None:
     effects = np.random.default_rng(0).normal(0, 1, (10, 1))
     known = np.zeros((10, 1))
     known[0], effects[0] = 1.0, 5.0  # the slope through one point predicts nothing of it
-    sample = Sample.of(effects, known, np.array([0.1]), 100)
+    sample = Sample.of(effects, known, np.tile(known, (10, 1)), 100)
     assert not sample.controlled.any()
     assert sample.mean[0] == effects.mean()
 
@@ -261,6 +287,9 @@ def test_another_seed_is_another_order() -> None:
         ({"first": 1}, "first=1"),
         ({"max_sequences": 0}, "max_sequences=0"),
         ({"growth": 1.0}, "growth=1.0"),
+        ({"growth": "twice"}, "growth='twice'"),
+        ({"growth": float("nan")}, "growth=nan"),
+        ({"interval": "betting", "bounds": 3}, "least effect first"),
         ({"level": 1.0}, "level"),
         ({"rank_by": "size"}, "rank_by"),
         ({"interval": "z"}, "interval"),

@@ -13,13 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memlens.choices import AblationMode, Positions
-from memlens.errors import EmptySetError, OptionError
+from memlens.errors import EmptySetError, OptionError, check_option
 from memlens.files import replacing
 from memlens.forward.batches import Batch
 from memlens.forward.exclusive import computes
 from memlens.forward.hooks import HookFn
 from memlens.forward.metrics import Metric, MetricLike, as_metrics
 from memlens.forward.trunk import Trunk
+from memlens.instruments.screen.backward import GRADIENT_METHODS, PATHS
 from memlens.instruments.screen.instruments import INSTRUMENTS, Cell, Screen, screen_of
 from memlens.results.kinds import register_kind
 from memlens.results.plots.heads import plot_top
@@ -37,6 +38,8 @@ from memlens.sweeps.run import SweepOptions, kept, sweep
 
 _CHEAP = 0.1
 """The largest share of the cost of all cells at which the gradients are taken without being asked for."""
+_UNUSED = {"instrument": "head_ablation", "mode": "zero", "path": "site"}
+"""Defaults, other than None, of the options that only instruments use."""
 _BACKWARD = 2
 """What a backward pass costs, in forward passes."""
 
@@ -67,9 +70,9 @@ def find_top(
     layers: Sequence[int] | None = None,
     positions: Sequence[int] | Positions | None = None,
     reference: SequenceSet | None = None,
-    method: str = "integrated_gradients",
+    method: str = "attribution_patching",
     path: str = "site",
-    steps: int = 2,
+    steps: int = 8,
     metrics: Sequence[MetricLike] = ("target_logprob", "exact_match"),
     seed: int = 0,
     **options: Unpack[SweepOptions],
@@ -99,9 +102,11 @@ def find_top(
     *Control variate.* Estimates from gradients are known for all sequences once they are taken. With them
     each mean is estimated by :math:`\bar x - \beta (\bar g_\text{run} - \bar g_\text{all})`, where
     :math:`\beta` is fitted on the sequences that ran, for each component that this helps (judged by the
-    residuals of left-out sequences). The gradients cost as much for one component of a layer as for
-    thousands: they pay for neurons, and not for heads or layers. By default they are taken where they cost
-    at most a tenth of the full sweep. Their cost is in the share that the result reports.
+    residuals of left-out sequences). They also show whether the sequences that ran are like the others:
+    nothing is claimed about a component whose estimates vary less than half as much over them as over all.
+    The gradients cost as much for one component of a layer as for thousands: they pay for neurons, and not
+    for heads or layers. By default they are taken where they cost at most a tenth of the full sweep. Their
+    cost is in the share that the result reports.
 
     Args:
         model: A TransformerLens model.
@@ -183,9 +188,22 @@ def find_top(
             raise OptionError(
                 f"find_top has no {name}=: rounds depend on one another and on whole sequences."
             )
+    check_option("method", method, GRADIENT_METHODS)
+    check_option("path", path, PATHS)
+    if not isinstance(steps, int) or steps < 1:
+        raise OptionError(f"steps={steps!r} is not a number of points on a path: give 1 or more.")
+    own: dict[str, Any] = {
+        "site": site, "over": over, "direction": direction, "mode": mode, "layers": layers,
+        "positions": positions, "reference": reference, "path": path, "donor": donor,
+    }  # fmt: skip
     if control_variate and (interval == "betting" or interventions is not None):
         needs = "interval='t'" if interval == "betting" else "an instrument instead of interventions="
         raise OptionError(f"control_variate=True needs {needs}: leave it out.")
+    if interventions is not None:
+        given = {**own, "corrupt": corrupt, "instrument": instrument}
+        for name, value in given.items():
+            if value is not None and not (isinstance(value, str) and value == _UNUSED.get(name)):
+                raise OptionError(f"interventions= are complete: leave out {name}={value!r}.")
     check_sequences(sequences, model, on_eos="keep")
     measured = as_metrics(metrics)
     gradients = _Gradients(
@@ -193,16 +211,10 @@ def find_top(
     )
     tool: Screen | None = None
     if interventions is None:
-        own: dict[str, Any] = {
-            "site": site, "over": over, "direction": direction, "mode": mode, "layers": layers,
-            "positions": positions, "reference": reference, "path": path, "seed": seed, "donor": donor,
-        }  # fmt: skip
-        tool = screen_of(instrument, model, sequences, corrupt, **own)
+        tool = screen_of(instrument, model, sequences, corrupt, seed=seed, **own)
         cells = _cells(instrument, model, sequences, corrupt, own)
         items = tool.interventions(cells)
     else:
-        if corrupt is not None:
-            raise OptionError("interventions= take no corrupt=: it is for the instruments that patch.")
         items, cells = as_interventions(interventions), []
     base = sequences if tool is None else tool.base
     costs = intervention_flops(Trunk(model), base, items, fast=options.get("engine", "fast") == "fast")
@@ -274,7 +286,9 @@ def _cells(
     row = int(clean.lengths.argmin())
     if not INSTRUMENTS[instrument].pairs:  # what replaces a component does not matter here
         own = {**own, "mode": "zero", "positions": None, "reference": None, "donor": None}
-    tool = screen_of(instrument, model, clean[[row]], None if corrupt is None else corrupt[[row]], **own)
+    tool = screen_of(
+        instrument, model, clean[[row]], None if corrupt is None else corrupt[[row]], seed=0, **own
+    )
     result = tool.estimate(
         metric="target_logprob", method="attribution_patching", steps=1, batch_size=1, progress=False
     )
@@ -282,11 +296,10 @@ def _cells(
     dims = [str(d) for d in effects.dims[1:]]
     stacked = effects.transpose("sequence", *dims).stack(site=dims)
     known = np.flatnonzero(np.isfinite(stacked.values[0]))
-    found = [
+    return [
         {d: int(v) for d, v in zip(dims, place if isinstance(place, tuple) else (place,), strict=True)}
         for place in stacked["site"].values[known].tolist()
     ]
-    return found
 
 
 @dataclass(frozen=True)

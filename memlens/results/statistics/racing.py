@@ -73,8 +73,10 @@ class RaceOptions:
             if value is None and name == "max_sequences":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise OptionError(f"{name}={value!r} is not a number that is possible: give {least} or more.")
-        if not self.growth > 1:
+                raise OptionError(
+                    f"{name}={value!r} is not possible: give a whole number of {least} or more."
+                )
+        if not isinstance(self.growth, int | float) or not 1 < self.growth < np.inf:
             raise OptionError(
                 f"growth={self.growth!r} adds no sequences: give a factor above 1, such as 1.5."
             )
@@ -83,7 +85,8 @@ class RaceOptions:
                 f"interval={self.interval!r} with bounds={self.bounds!r}: interval='betting' needs the "
                 "least and the largest possible effect, such as (-1, 1) for exact_match; 't' takes none."
             )
-        if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
+        two = isinstance(self.bounds, tuple | list) and len(self.bounds) == 2
+        if self.bounds is not None and not (two and self.bounds[0] < self.bounds[1]):
             raise OptionError(f"bounds={self.bounds!r}: give the least effect first and then the largest.")
 
     def sizes(self, n_sequences: int) -> list[int]:
@@ -107,7 +110,8 @@ class Race:
     Attributes:
         effects: Effects, NaN where nothing ran.
         estimate: Estimated mean effect of each component over all sequences; exact where all ran.
-        low: Lower end of its interval, at the race's level for all components and rounds together.
+        low: Lower end of its interval, at the race's level for all components and rounds together; NaN where
+            the sample says nothing (see `Sample.of`).
         high: Upper end likewise.
         status: Of `STATUS`.
         by: How it was decided: "interval", "all sequences", "tie" (in the order of the components, since the
@@ -158,19 +162,21 @@ class Sample:
         cls,
         effects: Float[np.ndarray, "row part"],
         known: Float[np.ndarray, "row part"] | None,
-        offset: Float[np.ndarray, " part"] | None,
+        whole: Float[np.ndarray, "sequence part"] | None,
         n_sequences: int,
     ) -> Sample:
         r"""Return the sample, corrected by `known` where that predicts left-out sequences better.
 
         The regression estimator of a mean is :math:`\bar x - \beta (\bar g_\text{run} - \bar g_\text{all})`.
-        Residuals are those of a line that was fitted without the sequence itself, so that an estimated slope
-        never looks better than it is.
+        Residuals are those of a line that was fitted without the sequence itself, each with the weight that
+        its sequence has in this estimate, so that a slope never looks better than it is. Where the drawn
+        sequences have less than half of the variance that `known` has over all, they are no guide to the
+        rest: residuals are infinite, and nothing is claimed about the component yet.
 
         Args:
             effects: On the drawn sequences.
             known: Estimates from gradients there.
-            offset: How much the mean of `known` there exceeds that over all sequences.
+            whole: The same on all sequences.
             n_sequences: All of them.
         """
         n = len(effects)
@@ -178,18 +184,20 @@ class Sample:
         plain = (effects - mean) * (n / max(n - 1, 1))  # each less the mean of the others
         off = np.zeros(effects.shape[1], bool)
         share = 1 - n / n_sequences
-        if known is None or offset is None or n < 4:
+        if known is None or whole is None or n < 4:
             return cls(mean, plain, n - 1, share, off)
-        away = known - known.mean(0)
+        offset, away = known.mean(0) - whole.mean(0), known - known.mean(0)
         spread = np.square(away).sum(0)
         with np.errstate(invalid="ignore", divide="ignore"):
             slope = (away * effects).sum(0) / spread
             leverage = 1 / n + np.square(away) / spread
-            fitted = (effects - mean - slope * away) / (1 - leverage)
+            fitted = (effects - mean - slope * away) / (1 - leverage) * (1 - n * offset * away / spread)
             better = np.square(fitted).sum(0) < np.square(plain).sum(0)
         better &= np.isfinite(fitted).all(0)
         mean = np.where(better, mean - slope * offset, mean)
-        return cls(mean, np.where(better, fitted, plain), n - 1 - bool(better.any()), share, better)
+        residuals = np.where(better, fitted, plain)
+        residuals[:, spread / n < whole.var(0) / 2] = np.inf
+        return cls(mean, residuals, n - 1 - bool(better.any()), share, better)
 
     def exceeds(
         self, mine: Float[np.ndarray, " part"], theirs: float, alpha: float
@@ -199,13 +207,15 @@ class Sample:
         if n < 2:
             return np.zeros((len(self.mean), len(self.mean)), bool)
         gap = (mine * self.mean)[:, None] - theirs * self.mean
-        products = self.residuals.T @ self.residuals
+        unknown = ~np.isfinite(self.residuals).all(0)
+        residuals = np.where(unknown, 0.0, self.residuals)
+        products = residuals.T @ residuals
         own = np.add.outer(np.diag(products), np.diag(products))
         squares = np.maximum(
             own - 2 * theirs * mine[:, None] * products, 1e-14 * own
         )  # rounding may give less
         error = np.sqrt(squares / (n - 1) / n * self.share)
-        return gap > stats.t.isf(alpha, self.df) * error
+        return (gap > stats.t.isf(alpha, self.df) * error) & ~np.logical_or.outer(unknown, unknown)
 
     def interval(self, alpha: float) -> tuple[Float[np.ndarray, " part"], Float[np.ndarray, " part"]]:
         """Return Student's interval of each mean, with an error probability of `alpha` at each end."""
@@ -346,6 +356,8 @@ class _Running:
             effects, sample = self._sample(parts, int(size))
             estimate[parts], controlled[parts] = sample.mean, sample.controlled
             low[parts], high[parts] = self._interval(effects, sample)
+        unknown = ~(np.isfinite(low) & np.isfinite(high))
+        low[unknown] = high[unknown] = np.nan
         return Race(
             self.effects, estimate, low, high, self.status, self.by, self.used, self.sizes[: len(running)],
             running, controlled,
@@ -371,9 +383,8 @@ class _Running:
         effects = self.effects[np.ix_(rows, parts)]
         if self.known is None:
             return effects, Sample.of(effects, None, None, self.n)
-        known = self.known[np.ix_(rows, parts)]
-        offset = known.mean(0) - self.known[:, parts].mean(0)
-        return effects, Sample.of(effects, known, offset, self.n)
+        whole = self.known[:, parts]
+        return effects, Sample.of(effects, whole[rows], whole, self.n)
 
     def _look(self, size: int) -> None:
         """Decide what can be decided."""
