@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from memlens.errors import UnsupportedModelError
 from memlens.forward.batches import Batch, Targets, at_targets, logits_at, make_batches
 from memlens.forward.blocks import FunctionalBlocks
-from memlens.forward.capture import run_capturing
+from memlens.forward.capture import FunctionalPass, run_capturing
 from memlens.forward.exclusive import computes
 from memlens.forward.hooks import hook_name
 from memlens.forward.memory import Budget, check_batch_size, rows_per_batch, unembedding_rows
@@ -62,7 +62,11 @@ class TeacherForced:
         return TeacherForced(trunk.model, trunk, reduce, budget.unembed_rows, budget.reduced_rows)
 
     def run(
-        self, batch: Batch, names: Sequence[str] = (), blocks: FunctionalBlocks | None = None
+        self,
+        batch: Batch,
+        names: Sequence[str] = (),
+        blocks: FunctionalBlocks | None = None,
+        by: FunctionalPass | None = None,
     ) -> tuple[Float[Tensor, "batch pos d_model"], dict[str, Tensor]]:
         """Return the residual after the last layer, and the activations at the hooks `names`.
 
@@ -70,12 +74,15 @@ class TeacherForced:
             batch: The sequences.
             names: Hook names.
             blocks: Run in place of the model's own, where no activation is asked for.
+            by: Runs in place of the model's own layers.
 
         Raises:
             NonFiniteError: The residual is NaN or infinite at a real token; names the first layer.
         """
         if self.trunk is None:
             final, acts = self.model(batch.tokens), {}
+        elif by is not None:
+            final, acts = by.run(batch.tokens, names)
         elif blocks is not None and not names:
             final, acts = blocks.run_all(self.trunk.embed(batch.tokens)), {}
         else:

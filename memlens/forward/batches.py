@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from memlens.sequences.set import SequenceSet
+
+if TYPE_CHECKING:
+    from memlens.forward.capture import FunctionalPass
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,12 @@ class Batch:
         tokens: Their ids, padded on the right.
         mask: True where there is a real token.
         predicts: True at the positions whose logits predict a target token.
+        by: What ran the unchanged model, where its own layers did not: activations that are compared with
+            those of that pass have to come from the same arithmetic.
     """
 
     rows: Int[Tensor, " batch"]
     tokens: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
     predicts: Bool[Tensor, "batch pos"]
+    by: FunctionalPass | None = None

@@ -9,8 +9,8 @@ unknown; then the model itself runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from memlens.errors import UnsupportedModelError
 from memlens.forward.batches import at_positions
 from memlens.forward.exclusive import known_of
+from memlens.forward.hooks import hook_points
 from memlens.forward.read_blocks import BlockWeights, read_block, read_unembedding
 from memlens.forward.read_weights import Linear, Norm
 from memlens.forward.trunk import Trunk, module_of
@@ -28,11 +29,27 @@ from memlens.forward.trunk import Trunk, module_of
 KeysValues = tuple[Float[Tensor, "row kv_head pos d_head"], Float[Tensor, "row kv_head pos d_head"]]
 """Keys (rotated) and values of one layer."""
 
-Trace = dict[str, Tensor]
-"""Intermediate results of a block, by the names of `BlockTrace`."""
+
+class Trace(dict[str, Tensor]):
+    """Intermediate results of a block by name, filled while it runs.
+
+    Args:
+        wanted: Which: of the attributes of `BlockTrace`, `z` (each head's mixed values) and `mlp_added` (what
+            the MLP adds to the residual).
+    """
+
+    wanted: frozenset[str]
+
+    def __init__(self, wanted: Iterable[str]) -> None:
+        super().__init__()
+        self.wanted = frozenset(wanted)
+
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
+
+_KEPT_BYTES = 2**27
+"""The largest size of the maps to queries, keys and values that are kept, rather than made at each use."""
 
 _LIBRARIES = ("transformer_lens.", "transformers.", "memlens.")
 """Libraries whose own hooks change nothing that functional blocks do not reproduce."""
@@ -66,7 +83,10 @@ class FunctionalBlocks:
         self.blocks: Mapping[int, BlockWeights] = {
             layer: read_block(trunk.model, layer, around[layer], parallel=trunk.parallel) for layer in layers
         }
+        self._turns = {layer: _Turn.of(around[layer].rotary, self.d_head) for layer in layers}
         self.final_norm, self.unembedding = read_unembedding(trunk.model)
+        size = (self.n_heads + 2 * self.n_kv) * self.d_head * trunk.d_model * trunk.dtype.itemsize
+        self._kept: dict[int, _Attention] | None = {} if size * trunk.n_layers <= _KEPT_BYTES else None
 
     @staticmethod
     def of(trunk: Trunk, resid: Mapping[int, Tensor]) -> FunctionalBlocks | None:
@@ -78,18 +98,17 @@ class FunctionalBlocks:
                 last one is the output of the last block to compare.
         """
         layers = sorted(resid)
-        if _has_hooks(trunk.model):
+        if has_hooks(trunk.model):
             return None
         width = resid[layers[0]].shape[1]
-        found = known_of(trunk.model)
-        known: dict[int, int] = found.setdefault(f"widths on which blocks agree in {trunk.dtype}", {})
+        known = agreed_widths(trunk)
         try:
             blocks = FunctionalBlocks(trunk, layers[:-1], width)
             new = [n for n in layers[:-1] if known.get(n, 0) < width]
-            close = all(_close(blocks.run(n, resid[n]), resid[n + 1]) for n in new)
+            close = all(agree(blocks.run(n, resid[n]), resid[n + 1]) for n in new)
             if trunk.n_layers not in known:
                 final = resid[layers[-1]][:, -1]
-                close = close and _close(blocks.unembed(final), trunk.unembed(final))
+                close = close and agree(blocks.unembed(final), trunk.unembed(final))
         except (AttributeError, KeyError, RuntimeError, TypeError, UnsupportedModelError):
             return None
         if not close:
@@ -107,12 +126,20 @@ class FunctionalBlocks:
 
     def keys_values(self, layer: int, resid: Float[Tensor, "row pos d_model"], first: int = 0) -> KeysValues:
         """Return a layer's keys and values of residuals at positions ``first ..``."""
-        block, x = self.blocks[layer], resid.to(self._home(layer))
+        block, read, x = self.blocks[layer], self._read(layer), resid.to(self._home(layer))
         x = x if block.attn_norm is None else block.attn_norm(x)
-        split = self.n_heads * self.d_head
-        kv = block.qkv().rows(slice(split, None))(x)
-        k, v = self._keys_values(block, kv, torch.arange(first, first + x.shape[1], device=x.device))
+        kv = read.qkv.rows(slice(self.n_heads * self.d_head, None))(x)
+        k, v = self._keys_values(block, read, kv, slice(first, first + x.shape[1]))
         return k.to(resid.device), v.to(resid.device)
+
+    def _read(self, layer: int) -> _Attention:
+        """Return a layer's maps to queries, keys and values with the pairs that rotate side by side."""
+        if self._kept is not None and layer in self._kept:
+            return self._kept[layer]
+        found = _Attention.of(self.blocks[layer], self._turns[layer], self.n_heads, self.n_kv)
+        if self._kept is not None:
+            self._kept[layer] = found
+        return found
 
     def run(
         self,
@@ -131,7 +158,7 @@ class FunctionalBlocks:
             resid: Its input at the positions after those of `past`.
             past: Keys and values of the positions before.
             queries: The positions whose output is wanted, counted from the first of `resid`; all by default.
-            trace: Filled with copies of intermediate results (see `BlockTrace`).
+            trace: Filled with copies of intermediate results.
             bypass: Attention mixes nothing: each position keeps its own values.
         """
         norm, home = self.blocks[layer].attn_norm, self._home(layer)
@@ -168,30 +195,33 @@ class FunctionalBlocks:
 
         All of them are on the block's device, and so is the output.
         """
-        block = self.blocks[layer]
+        block, read = self.blocks[layer], self._read(layer)
         first = 0 if past is None else past[0].shape[2]
-        places = torch.arange(first, first + x.shape[1], device=x.device)
-        split, qkv = self.n_heads * self.d_head, block.qkv()
+        here = slice(first, first + x.shape[1])
+        split, qkv = self.n_heads * self.d_head, read.qkv
+        asked: slice | Tensor
         if queries is None:
             q, kv = qkv(x).split([split, qkv.weight.shape[0] - split], dim=-1)
-            visible, asked = block.around.visible[first : first + x.shape[1], : first + x.shape[1]], places
+            visible, asked = block.around.visible[here, : here.stop], here
         else:
             kv = qkv.rows(slice(split, None))(x)
             q = qkv.rows(slice(0, split))(at_positions(x, queries))
-            asked = places[queries]
-            visible = block.around.visible[:, : first + x.shape[1]][asked][:, None]
+            asked = queries + first
+            visible = block.around.visible[:, : here.stop][asked][:, None]
         _keep(trace, attn_in=x)
         del qkv, x  # free before attention and the MLP take their memory
-        k, v = self._keys_values(block, kv, places)
-        q = self._shaped(block, q, block.q_norm, asked, self.n_heads, rotate=True)
+        k, v = self._keys_values(block, read, kv, here)
+        q = self._shaped(block, q, read.q_norm, self.n_heads, (read.turn, asked))
         _keep(trace, q=q, k=k, v=v)
-        del kv
+        del kv, read
         if bypass:
             own = v.repeat_interleave(self.n_heads // self.n_kv, 1)
             return block.o(own.transpose(1, 2).flatten(-2))
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        return block.o(self._attend(block, q, k, v, visible))
+        z = self._attend(block, q, k, v, visible)
+        _keep(trace, z=z)
+        return block.o(z)
 
     def add(
         self,
@@ -221,7 +251,9 @@ class FunctionalBlocks:
         x = resid if block.mlp_norm is None else block.mlp_norm(resid)
         out = block.mlp(x)
         _keep(trace, mlp_from=resid, mlp_in=x, mlp_raw=out)
-        return out if block.mlp_post_norm is None else block.mlp_post_norm(out)
+        out = out if block.mlp_post_norm is None else block.mlp_post_norm(out)
+        _keep(trace, mlp_added=out)
+        return out
 
     def pattern(
         self, layer: int, q: Float[Tensor, "row head pos d_head"], k: Float[Tensor, "row kv_head pos d_head"]
@@ -251,15 +283,20 @@ class FunctionalBlocks:
         columns = slice(heads.start * self.d_head, heads.stop * self.d_head)
         return F.linear(dz.flatten(-2).to(self._home(layer)), block.o.weight[:, columns]).to(dz.device)
 
-    def _keys_values(self, block: BlockWeights, kv: Tensor, places: Tensor) -> KeysValues:
+    def _keys_values(self, block: BlockWeights, read: _Attention, kv: Tensor, places: slice) -> KeysValues:
         k, v = kv.chunk(2, dim=-1)
         return (
-            self._shaped(block, k, block.k_norm, places, self.n_kv, rotate=True),
-            self._shaped(block, v, None, places, self.n_kv, rotate=False),
+            self._shaped(block, k, read.k_norm, self.n_kv, (read.turn, places)),
+            self._shaped(block, v, None, self.n_kv),
         )
 
     def _shaped(
-        self, block: BlockWeights, x: Tensor, norm: Any, places: Tensor, heads: int, *, rotate: bool
+        self,
+        block: BlockWeights,
+        x: Tensor,
+        norm: Norm | None,
+        heads: int,
+        turn: tuple[_Turn | None, slice | Tensor] = (None, slice(0)),
     ) -> Tensor:
         """Norm, clip, split into heads and rotate: `[row, head, pos, d_head]`."""
         if norm is not None and norm.weight.numel() == self.d_head:
@@ -267,19 +304,10 @@ class FunctionalBlocks:
         elif norm is not None:
             x = norm(x)
         x = x if block.clip is None else x.clamp(-block.clip, block.clip)
-        x = x.unflatten(-1, (heads, self.d_head)).transpose(1, 2)
-        if not rotate or block.around.rotary is None:
-            return x
-        x = x.clone() if x.requires_grad else x  # autograd allows no rotation in place of a view
-        cos, sin = (t[places] for t in block.around.rotary)
-        if places.ndim == 2:  # positions differ between rows
-            cos, sin = cos[:, None], sin[:, None]
-        if cos.dtype == x.dtype:
-            _rotate(x, cos, sin)
-            return x
-        wide = x.to(cos.dtype)  # a model may rotate in a wider dtype than its weights have
-        _rotate(wide, cos, sin)
-        return wide.to(x.dtype)
+        x = x.unflatten(-1, (heads, self.d_head))
+        if turn[0] is not None:
+            x = turn[0](x, turn[1])
+        return x.transpose(1, 2)
 
     def _attend(self, block: BlockWeights, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
         if self.n_kv != self.n_heads:
@@ -289,31 +317,109 @@ class FunctionalBlocks:
         return z.transpose(1, 2).flatten(-2)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate the first features in place, the halves against each other."""
-    width = cos.shape[-1]
-    half = width // 2
-    low, high = x[..., :half], x[..., half:width]
-    turned = low * cos[..., :half] - high * sin[..., :half]
-    high.mul_(cos[..., half:]).add_(low * sin[..., half:])
-    low.copy_(turned)
+@dataclass(frozen=True)
+class _Turn:
+    """Rotation of pairs of features by their position.
+
+    Attributes:
+        by: The rotations as complex numbers of absolute value 1, or what a model takes for them.
+        order: The features of a head with each pair side by side, which lie half a width apart in the model.
+    """
+
+    by: Tensor
+    order: Int[Tensor, " d_head"]
+
+    @staticmethod
+    def of(rotary: tuple[Tensor, Tensor] | None, d_head: int) -> _Turn | None:
+        """Return the rotation with cosines and sines `[pos, rotary]`; None without any.
+
+        Raises:
+            UnsupportedModelError: The two features of a pair have different angles.
+        """
+        if rotary is None:
+            return None
+        cos, sin = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in rotary)
+        half = cos.shape[-1] // 2
+        if any(not torch.equal(t[:, :half], t[:, half:]) for t in (cos, sin)):
+            raise UnsupportedModelError("rotary embeddings with two angles for one pair of features.")
+        order = torch.arange(d_head, device=cos.device)
+        order[: 2 * half] = order[: 2 * half].view(2, half).T.flatten()
+        return _Turn(torch.complex(cos[:, :half].contiguous(), sin[:, :half].contiguous()), order)
+
+    def __call__(
+        self, x: Float[Tensor, "row pos head d_head"], places: slice | Int[Tensor, "row pos"]
+    ) -> Float[Tensor, "row pos head d_head"]:
+        """Rotate queries or keys, in place where nothing else needs them, at the given positions."""
+        by = self.by[places][..., None, :]
+        wide = x.to(self.by.real.dtype)  # a model may rotate in a wider dtype than its weights have
+        wide = wide.clone() if x.requires_grad and wide is x else wide  # autograd allows no change of a view
+        torch.view_as_complex(wide[..., : 2 * by.shape[-1]].unflatten(-1, (-1, 2))).mul_(by)
+        return wide.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """What queries, keys and values are made with; pairs of features that rotate together are side by side.
+
+    Attributes:
+        qkv: The map to queries, keys and values.
+        q_norm: The norm of the queries.
+        k_norm: The norm of the keys.
+        turn: The rotation.
+    """
+
+    qkv: Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
+    turn: _Turn | None
+
+    @staticmethod
+    def of(block: BlockWeights, turn: _Turn | None, n_heads: int, n_kv: int) -> _Attention:
+        """Copy a block's, in this order of features."""
+        qkv, q_norm, k_norm = block.qkv(), block.q_norm, block.k_norm
+        if turn is None:
+            return _Attention(qkv, q_norm, k_norm, None)
+        d_head = len(turn.order)
+        starts = d_head * torch.arange(n_heads + n_kv, device=turn.order.device)
+        every = (starts[:, None] + turn.order).flatten()
+        values = torch.arange(len(every), len(every) + n_kv * d_head, device=every.device)
+
+        def ordered(norm: Norm | None) -> Norm | None:
+            if norm is None:
+                return None
+            order = every[: norm.weight.numel()]
+            return replace(norm, weight=norm.weight[order], bias=norm.bias[order])
+
+        order = torch.cat([every, values])
+        weight = qkv.weight.T[:, order].T if qkv.weight.stride(0) == 1 else qkv.weight[order]
+        qkv = Linear(weight, None if qkv.bias is None else qkv.bias[order])
+        return _Attention(qkv, ordered(q_norm), ordered(k_norm), turn)
 
 
 def _keep(trace: Trace | None, **values: Tensor) -> None:
     """Store copies of intermediate results, since blocks continue in place."""
     if trace is not None:
-        trace |= {name: value.clone() for name, value in values.items()}
+        trace |= {name: value.clone() for name, value in values.items() if name in trace.wanted}
 
 
-def _has_hooks(model: Any) -> bool:
+def has_hooks(model: Any) -> bool:
     """Whether the model has a user's hook: then only its own forward is correct."""
-    if any(point.fwd_hooks for point in model.hook_dict.values()):
+    if any(point.fwd_hooks for point in hook_points(model).values()):
         return True
     hooks = (h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
     return any(not module_of(h).startswith(_LIBRARIES) for h in hooks)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def agreed_widths(trunk: Trunk) -> dict[int | str, int]:
+    """Return on how many positions a layer, or what is captured at a hook, was found equal to the model's.
+
+    The number of layers stands for the unembedding.
+    """
+    return known_of(trunk.model).setdefault(f"widths on which blocks agree in {trunk.dtype}", {})
+
+
+def agree(a: Tensor, b: Tensor) -> bool:
+    """Whether two results of a block are equal up to rounding in their dtype."""
     return bool((a - b).abs().max() <= _TOLERANCE[a.dtype] * b.abs().max())
 
 
@@ -324,8 +430,8 @@ class BlockTrace:
     Attributes:
         resid: Its input.
         attn_in: What attention reads.
-        q: Queries as used.
-        k: Keys as used.
+        q: Queries as used; the features of a head may be in another order than the model's.
+        k: Keys as used, in the same order.
         v: Values as used.
         projected: Attention's projected output.
         added: What attention adds to the residual: `projected`, after a post-norm where there is one.
@@ -376,6 +482,6 @@ def trace_block(
         resid: Its input.
         bypass: Attention mixes nothing: each position keeps its own values.
     """
-    trace: Trace = {}
+    trace = Trace(f.name for f in fields(BlockTrace))
     out = blocks.run(layer, resid, trace=trace, bypass=bypass)
     return BlockTrace(resid=resid, out=out, **trace)

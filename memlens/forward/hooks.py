@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from memlens.errors import SiteError, check_option, near_matches
-from memlens.forward.exclusive import exclusively
+from memlens.forward.exclusive import exclusively, known_of
 
 HookFn = Callable[..., Any]
 """A TransformerLens hook function: ``fn(activation, hook) -> activation or None``."""
@@ -79,6 +80,7 @@ def hook_name(site: str, layer: int) -> str:
     return SITES[site].template.format(layer=layer)
 
 
+@cache
 def layer_of(name: str) -> int | None:
     """Return the layer that a hook name belongs to, or None.
 
@@ -115,6 +117,15 @@ def check_head(head: int, n_heads: int) -> None:
         raise SiteError(f"head {head} does not exist: each layer has heads 0 to {n_heads - 1}.")
 
 
+def hook_points(model: Any) -> Mapping[str, Any]:
+    """Return the model's `hook_dict`, which a bridge makes anew at each access: within a computation once."""
+    known = known_of(model)
+    if _POINTS not in known:
+        known[_POINTS] = model.hook_dict
+    return known[_POINTS]
+
+
+_POINTS = "hook points"
 _MISNAMED: WeakKeyDictionary[Any, frozenset[str]] = WeakKeyDictionary()
 
 
@@ -123,18 +134,17 @@ def refuse_sites(model: Any, sites: Iterable[str]) -> None:
     _MISNAMED[model] = frozenset(sites)
 
 
-def resolve_hook(model: Any, name: str, known: Mapping[str, Any] | None = None) -> Any:
+def resolve_hook(model: Any, name: str) -> Any:
     """Return the model's `HookPoint` of this name.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
         name: A hook name.
-        known: The model's `hook_dict`, if the caller has it: the bridge rebuilds it at each access.
 
     Raises:
         SiteError: The model has no hook of this name (the message suggests similar names), or it is misnamed.
     """
-    points = model.hook_dict if known is None else known
+    points = hook_points(model)
     layer = layer_of(name)
     for site in _MISNAMED.get(model, ()):
         if layer is not None and name == hook_name(site, layer):
@@ -149,7 +159,7 @@ def resolve_hook(model: Any, name: str, known: Mapping[str, Any] | None = None) 
 
 def has_site(model: Any, site: str, layer: int = 0) -> bool:
     """Whether the model has this site, and it is what its name says (parallel blocks have no `resid_mid`)."""
-    return hook_name(site, layer) in model.hook_dict and site not in _MISNAMED.get(model, ())
+    return hook_name(site, layer) in hook_points(model) and site not in _MISNAMED.get(model, ())
 
 
 def at_place(fn: HookFn, place: torch.device | None) -> HookFn:
@@ -194,8 +204,7 @@ def attached(model: Any, hooks: Iterable[tuple[Any, HookFn]], *, prepend: bool =
         SiteError: The model has no hook of a given name.
     """
     hooks = list(hooks)
-    known = model.hook_dict if any(isinstance(p, str) for p, _ in hooks) else {}
-    resolved = [(resolve_hook(model, p, known) if isinstance(p, str) else p, fn) for p, fn in hooks]
+    resolved = [(resolve_hook(model, p) if isinstance(p, str) else p, fn) for p, fn in hooks]
     with exclusively(model):
         level = model.context_level + 1
         try:

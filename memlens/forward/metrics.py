@@ -80,7 +80,7 @@ class LazyTargetStats:
 
     @cached_property
     def _top(self) -> tuple[Tensor, Tensor]:
-        return self._logits.max(-1)
+        return _first_largest(self._logits)
 
     @cached_property
     def _chosen(self) -> Tensor:
@@ -136,6 +136,29 @@ class LazyTargetStats:
     def correct(self) -> Bool[Tensor, "seq target"]:
         """Whether the target is the arg-max."""
         return (self._top[1] == self._ids[..., 0]).cpu()
+
+
+_BLOCK = 128
+
+
+def _first_largest(x: Float[Tensor, "*row vocab"]) -> tuple[Tensor, Tensor]:
+    """Return what ``x.max(-1)`` returns, with the first index of equal numbers.
+
+    On a CPU a maximum with its index takes three times as long as one without, so the index is looked for in
+    the first block that holds the maximum only.
+    """
+    whole = x.shape[-1] // _BLOCK * _BLOCK
+    if x.device.type != "cpu" or whole < 64 * _BLOCK:
+        return x.max(-1)
+    blocks = x[..., :whole].unflatten(-1, (-1, _BLOCK))
+    value, block = blocks.amax(-1).max(-1)
+    found = blocks.gather(-2, block[..., None, None].expand(*block.shape, 1, _BLOCK))[..., 0, :]
+    index = block * _BLOCK + found.argmax(-1)
+    if whole < x.shape[-1]:
+        rest, place = x[..., whole:].max(-1)
+        later = (rest > value) | (rest.isnan() & ~value.isnan())
+        value, index = torch.where(later, rest, value), torch.where(later, whole + place, index)
+    return value, index
 
 
 def target_stats(

@@ -57,8 +57,8 @@ class BlockWeights:
     mlp_norm: Callable[[Tensor], Tensor] | None
     mlp_post_norm: Callable[[Tensor], Tensor] | None
     qkv: Callable[[], Linear]
-    q_norm: Callable[[Tensor], Tensor] | None
-    k_norm: Callable[[Tensor], Tensor] | None
+    q_norm: Norm | None
+    k_norm: Norm | None
     clip: float | None
     scale: float
     o: Linear
@@ -105,10 +105,18 @@ def read_block(model: Any, layer: int, around: Surroundings, *, parallel: bool) 
         clip=clip,
         scale=scale,
         o=o,
-        mlp=block.mlp,
+        mlp=_mlp(model, layer),
         parallel=parallel,
         around=around,
     )
+
+
+def _mlp(model: Any, layer: int) -> Callable[[Tensor], Tensor]:
+    """Return the MLP from its matrices, or the module where it has another form."""
+    try:
+        return read_mlp(model, layer)
+    except UnsupportedModelError:
+        return model.blocks[layer].mlp
 
 
 @dataclass(frozen=True)

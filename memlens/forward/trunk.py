@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from memlens.errors import UnsupportedModelError
 from memlens.forward.exclusive import computation, known_of
-from memlens.forward.hooks import check_layer
+from memlens.forward.hooks import check_layer, hook_points
 from memlens.forward.read_blocks import Surroundings, bridge_surroundings, hooked_surroundings
 
 
@@ -104,7 +104,7 @@ class Trunk:
         self.d_head: int = cfg.d_head
         self.d_vocab: int = cfg.d_vocab
         self.n_ctx: int = cfg.n_ctx
-        self.parallel: bool = "blocks.0.hook_resid_mid" not in model.hook_dict
+        self.parallel: bool = "blocks.0.hook_resid_mid" not in hook_points(model)
         self.logit_scale, self.logit_softcap = _after_unembedding(model)
         self._run = _BridgeRunner(model) if is_bridge(model) else _HookedRunner(model)
 

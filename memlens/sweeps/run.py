@@ -22,7 +22,7 @@ from memlens.errors import EmptySetError, InterventionError, OptionError, WriteE
 from memlens.files import expanded
 from memlens.forward.batches import make_batches
 from memlens.forward.exclusive import computation, computes
-from memlens.forward.hooks import resolve_hook
+from memlens.forward.hooks import hook_points, resolve_hook
 from memlens.forward.memory import Budget
 from memlens.forward.metrics import MetricLike, as_metrics
 from memlens.forward.trunk import Trunk, has_own_forward
@@ -395,7 +395,7 @@ def _check_inputs(trunk: Trunk, seqs: SequenceSet, interventions: Sequence[Inter
             )
         for check in item.checks:
             check(trunk.model)
-    known = trunk.model.hook_dict
+    known = hook_points(trunk.model)
     for name in {name for item in interventions for name, _ in item.hooks if name not in known}:
         resolve_hook(trunk.model, name)
 

@@ -11,11 +11,19 @@ import torch
 import memlens as ml
 from memlens.errors import EmptySetError, SequenceError, SiteError
 from memlens.forward.batches import make_batches
-from memlens.forward.capture import ActivationSource, captured_at_targets, mean_activations
+from memlens.forward.blocks import FunctionalBlocks
+from memlens.forward.capture import (
+    ActivationSource,
+    FunctionalPass,
+    captured_at_targets,
+    mean_activations,
+    run_capturing,
+)
 from memlens.forward.exclusive import computation
+from memlens.forward.hooks import has_site, hook_name
 from tests.devices import dev
 from tests.small import corrupted, ragged
-from tests.tiny import D_VOCAB
+from tests.tiny import D_VOCAB, random_tokens
 
 MID, LAST, Z = "blocks.1.hook_resid_pre", "blocks.2.hook_resid_post", "blocks.1.attn.hook_z"
 CPU = torch.device("cpu")
@@ -135,3 +143,51 @@ def test_means_are_over_all_real_positions_of_all_sequences(dtype: torch.dtype, 
     torch.testing.assert_close(
         together, found[MID], rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-5
     )
+
+
+CAPTURED = ("resid_pre", "resid_mid", "resid_post", "v", "z", "attn_out", "mlp_out")
+
+
+@pytest.mark.parametrize(
+    ("family", "backend"), [("gpt_neox", "hooked"), ("llama_gqa", "bridge"), ("olmo2", "bridge")]
+)
+@torch.no_grad()
+def test_the_pass_by_functions_is_the_model_s(tiny_model: Any, family: str, backend: str) -> None:
+    model, tokens = tiny_model(family, backend), random_tokens(3, 24)
+    trunk = ml.Trunk(model)
+    names = [hook_name(site, layer) for site in CAPTURED if has_site(model, site) for layer in (0, 2)]
+    by = FunctionalPass.of(trunk, tokens, names)
+    assert by is not None
+    (final, acts), (want, wanted) = by.run(tokens, names), run_capturing(trunk, tokens, names)
+    torch.testing.assert_close(final, want, rtol=1e-4, atol=1e-5)
+    for name in names:
+        torch.testing.assert_close(acts[name], wanted[name], rtol=1e-4, atol=1e-5)
+    assert FunctionalPass.of(trunk, tokens, [*names, "blocks.0.attn.hook_q"]) is None  # nothing gives it
+    with model.hooks(fwd_hooks=[(names[0], lambda x, hook: 2 * x)]):
+        assert FunctionalPass.of(trunk, tokens, names) is None
+
+
+@torch.no_grad()
+def test_a_pass_is_compared_once_and_a_model_it_does_not_equal_runs_itself(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk, tokens = ml.Trunk(model), random_tokens(2, 12)
+    plain, ran = FunctionalBlocks.run, []
+
+    def look(self: Any, layer: int, *rest: Any, **traced: Any) -> torch.Tensor:
+        ran.append(layer)
+        return plain(self, layer, *rest, **traced)
+
+    monkeypatch.setattr(FunctionalBlocks, "run", look)
+    with computation(model):
+        known = FunctionalPass.of(trunk, tokens, [Z])
+        assert known is not None
+        assert ran
+        ran.clear()
+        assert FunctionalPass.of(trunk, tokens[:, :9], [Z]) is not None
+        assert known.of_model(trunk, tokens, [Z]) is known
+        assert not ran
+        assert known.of_model(trunk, random_tokens(2, 13), [Z]) is not known  # longer than what was compared
+        assert ran
+    monkeypatch.setattr(FunctionalBlocks, "run", lambda *args, **traced: plain(*args, **traced) * (1 + 1e-3))
+    assert FunctionalPass.of(trunk, tokens, [Z]) is None

@@ -208,3 +208,22 @@ def test_a_metric_is_given_one_way() -> None:
         wrong(torch.zeros(2, 1, 3), torch.zeros(2, 1).long(), torch.ones(2, 1).bool())
     stats = LazyTargetStats(torch.zeros(1, 1, 3), torch.zeros(1, 1).long(), torch.ones(1, 1).bool())
     assert Metric(name="both", **forms).of(stats).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("vocab", [8192, 8200])
+def test_the_arg_max_of_a_large_vocabulary_is_the_first_of_the_largest(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 3, (2, 4, vocab), generator=generator).float()
+    logits[0, 0, [77, 8100]] = 5.0
+    logits[0, 1, [8191, vocab - 1]] = 5.0
+    logits[1, 2] = 1.0
+    logits[1, 3, 300] = math.nan
+    stats = target_stats(logits, torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.bool))
+    wanted = [[_first(row) for row in rows] for rows in logits.tolist()]
+    assert stats.argmax[0].tolist() == wanted[0]
+    assert stats.argmax[0, :2].tolist() == [77, 8191]
+    assert stats.argmax[1].tolist() == [*wanted[1][:2], 0, 300]  # NaN counts as the largest
+
+
+def _first(row: list[float]) -> int:
+    return row.index(max(row))

@@ -140,12 +140,12 @@ def test_out_of_memory_is_halved(
     seen: list[int] = []
     plain = runs.run
 
-    def short_of_memory(self: Any, *args: Any) -> torch.Tensor:
+    def short_of_memory(self: Any, *args: Any, **traced: Any) -> torch.Tensor:
         rows = next(len(a) for a in args if isinstance(a, torch.Tensor))
         seen.append(rows)
         if rows > 2 * len(seqs):
             raise torch.OutOfMemoryError("no room")
-        return plain(self, *args)
+        return plain(self, *args, **traced)
 
     monkeypatch.setattr(runs, "run", short_of_memory)
     got = ml.sweep(model, seqs, edits, progress=False)

@@ -13,7 +13,7 @@ blocks run from ``l`` on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from memlens.forward.baseline import TeacherForced
 from memlens.forward.batches import Batch, Targets, at_targets
 from memlens.forward.blocks import FunctionalBlocks
+from memlens.forward.capture import FunctionalPass
 from memlens.forward.hooks import HookFn, attached, hook_name, resolve_hook
 from memlens.forward.memory import Budget
 from memlens.forward.metrics import MetricLike, make_reduce
@@ -135,6 +136,7 @@ class Engine:
         self.watch = EditWatch(trunk.model, probe_tokens)
         self._points: dict[str, Any] = {}
         self._blocks: FunctionalBlocks | None = None
+        self._pass: FunctionalPass | None = None
         self._width, self._first = 0, 0  # what the blocks cover
 
     @staticmethod
@@ -165,11 +167,22 @@ class Engine:
         layers = range(min(starts, default=trunk.n_layers), trunk.n_layers)
         wanted = {n for i in interventions if (e := entry_of(i)) for n in e.captured(trunk.parallel)}
         names = {hook_name("resid_pre", layer): layer for layer in layers}
-        final, acts = self.forward.run(batch, sorted({*names, *wanted}))
+        if all(i.start_layer is None or entry_of(i) for i in interventions):
+            batch = replace(batch, by=self._functional(batch, sorted(wanted)))
+        final, acts = self.forward.run(batch, sorted({*names, *wanted}), by=batch.by)
         resid = {layer: acts[name] for name, layer in names.items()} | {trunk.n_layers: final}
         cone = self._cone(resid, batch, targets)
         values = self.reduced(targets, at_targets(final, targets))[0]
         return Baseline(batch, targets, values, resid, {name: acts[name] for name in wanted}, cone)
+
+    def _functional(self, batch: Batch, names: Sequence[str]) -> FunctionalPass | None:
+        """Return the pass by functions for a batch whose interventions all enter at one point."""
+        had, self._pass = self._pass, None
+        make = FunctionalPass.of if had is None else had.of_model
+        self._pass = make(self.trunk, batch.tokens, names)
+        if self._pass is not None:
+            self._blocks, self._width, self._first = self._pass.blocks, self._pass.width, 0
+        return self._pass
 
     def _cone(self, resid: dict[int, Tensor], batch: Batch, targets: Targets) -> Cone | None:
         width, first = resid[self.trunk.n_layers].shape[1], min(resid)

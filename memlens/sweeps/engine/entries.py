@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ def entry_of(intervention: Intervention) -> Entry | None:
     return Entry(layer, site, name, reads)
 
 
+@cache
 def _place(name: str) -> tuple[int | None, str | None]:
     layer = layer_of(name)
     if layer is None:
