@@ -278,7 +278,7 @@ def read_texts(
     *,
     split: str = "train",
     limit: int | None = None,
-    **columns: str | None,
+    **columns: Any,
 ) -> SequenceSet:
     """Read any source as whole texts, in the column `text`; rows of fewer than two tokens are left out.
 

@@ -23,12 +23,14 @@ _ROUNDING = 1e-12
 """Part of the interval's width below which a value is 0."""
 
 
-def shown_number(value: float) -> str:
+def shown_number(value: float | None) -> str:
     """Return a number with three digits, without an exponent where it has up to seven places.
 
     >>> [shown_number(value) for value in (0.12345, 7321.6, -13482.0, 1.5e9)]
     ['0.123', '7,320', '-13,500', '1.5e+09']
     """
+    if value is None:
+        return "not known"
     short = f"{value:.3g}"
     return f"{float(short):,.0f}" if 1e3 <= abs(float(short)) < 1e7 else short
 
