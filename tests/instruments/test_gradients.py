@@ -15,7 +15,6 @@ import torch
 import memlens as ml
 from memlens.errors import OptionError, SequenceError, SilentInterventionError, SiteError
 from memlens.forward.capture import ActivationSource
-from memlens.instruments.screen import backward
 from memlens.instruments.screen.gradients import attribute_ablation, attribute_gradients
 from memlens.models.names import has_hooked_transformer
 from tests.devices import dev
@@ -455,6 +454,8 @@ def test_bad_input(tiny_model: Any) -> None:
         run(positions=[40])
     with pytest.raises(OptionError, match="batch_size=0"):
         run(batch_size=0)
+    with pytest.raises(OptionError, match="memory_budget=0"):
+        run(memory_budget=0)
     with pytest.raises(OptionError, match="it must return a tensor of shape"):
         run(metric=lambda logits, ids, mask: logits.sum())
     with pytest.raises(OptionError, match="the metric has no gradient"):
@@ -472,15 +473,13 @@ def test_bad_input(tiny_model: Any) -> None:
 @pytest.mark.parametrize(("family", "backend"), [("gpt_neox", "bridge"), ("olmo2", "hooked")])
 @pytest.mark.parametrize("site", ["resid_pre", "resid_post", "z", "mlp_post"])
 def test_going_back_layer_by_layer_gives_the_same(
-    tiny_model: Any, monkeypatch: pytest.MonkeyPatch, family: str, backend: str, site: str
+    tiny_model: Any, family: str, backend: str, site: str
 ) -> None:
     model, seqs = tiny_model(family, backend), ragged()
     for options in ({"method": "attribution_patching"}, {"method": "integrated_gradients", "steps": 2}):
         call = partial(attribute_gradients, model, seqs, corrupted(seqs), site=site, batch_size=2, **options)
         whole = call(progress=False)
-        with monkeypatch.context() as patch:
-            patch.setattr(backward, "default_budget", lambda device: 1)
-            parts = call(progress=False)
+        parts = call(progress=False, memory_budget=1)
         assert (whole.settings["backward"], parts.settings["backward"]) == ("whole", "by layer")
         same = whole.effect("target_logprob").values, parts.effect("target_logprob").values
         np.testing.assert_allclose(*same, atol=1e-5)
