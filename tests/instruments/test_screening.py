@@ -197,6 +197,8 @@ def test_a_screen_in_bfloat16_patches_positions_and_neurons(tiny_model: Any) -> 
     for position, n in found.table.set_index("position")["n"].items():
         assert n == int((lengths > position).sum())
     assert found.table["estimate"].to_numpy() == pytest.approx(found.table["exact"].to_numpy(), abs=0.1)
+    mlps = ml.screen_then_verify(model, clean, instrument="mlp_ablation", layers=[0, 2], **options)
+    assert sorted(mlps.table["layer"]) == [0, 2]
     found = ml.screen_then_verify(
         model, clean, corrupt, instrument="neuron_patching", layers=[2], donor=deepcopy(model), **options
     )
@@ -286,7 +288,7 @@ def test_bad_input(tiny_model: Any) -> None:
         ({"instrument": "head_ablation", "level": 95}, OptionError, "level=95"),
         ({"instrument": "head_ablation", "layers": [7]}, SiteError, "layer 7 does not exist"),
         ({"instrument": "neuron_ablation", "mode": "mean_of_other_heads"}, OptionError, "needs site='z'"),
-        ({"instrument": "mlp_ablation"}, OptionError, "has no gradient estimate"),
+        ({"instrument": "attention_bypass"}, OptionError, "has no gradient estimate"),
         ({"instrument": "head_ablation", "precision": "int8"}, OptionError, "precision='int8'"),
         ({"corrupt": corrupt, "precision": "bfloat16", "steps": 2}, OptionError, "belong to gradients"),
         ({"corrupt": corrupt, "metrics": ("exact_match",)}, OptionError, "has no gradient"),

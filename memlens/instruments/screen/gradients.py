@@ -273,6 +273,8 @@ def ablation_screen(site: str, over: str) -> MakeScreen:
         def cells() -> list[dict[str, int]]:
             trunk = Trunk(model)
             layers = chosen_layers(options["layers"], trunk.n_layers)
+            if over == "layer":
+                return [{"layer": layer} for layer in layers]
             each = range(trunk.n_heads if over == "head" else model.cfg.d_mlp)
             return [{"layer": layer, over: place} for layer in layers for place in each]
 
