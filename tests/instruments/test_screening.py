@@ -95,6 +95,16 @@ def test_neurons(tiny_model: Any, instrument: str) -> None:
     assert found.agreement.loc["rank correlation, screened", "value"] > 0.5
 
 
+def test_mlps(tiny_model: Any) -> None:
+    model, clean = tiny_model("gpt_neox", "bridge"), ragged()
+    found = ml.screen_then_verify(
+        model, clean, instrument="mlp_ablation", verify="all", n_resamples=100, progress=False
+    )
+    whole = ml.ablate_mlps(model, clean, progress=False).effect("target_logprob").mean("sequence")
+    for _, row in found.table.iterrows():
+        assert row["exact"] == pytest.approx(float(whole.sel(layer=row["layer"])), abs=1e-5)
+
+
 def test_mean_ablation_of_neurons(tiny_model: Any) -> None:
     model, seqs = tiny_model("gpt_neox", "bridge"), ragged()
     found = ml.screen_then_verify(
