@@ -1,11 +1,18 @@
-"""The models: random weights in Pythia's shapes, and the bundled zoo models."""
+"""The models: random weights in the shapes of Pythia and other families, and the bundled zoo models."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 
 import memlens as ml
 
@@ -17,13 +24,32 @@ SHAPES: dict[str, tuple[int, int, int]] = {
 }
 """Layers, width and heads."""
 
+OTHERS: dict[str, PreTrainedConfig] = {
+    "gpt2-124m": GPT2Config(),
+    "qwen3-160m": Qwen3Config(
+        vocab_size=50304, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, head_dim=64,
+        num_key_value_heads=4, intermediate_size=2048, max_position_embeddings=2048,
+    ),
+    "gemma3-160m": Gemma3TextConfig(
+        vocab_size=50304, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, head_dim=64,
+        num_key_value_heads=4, intermediate_size=2048, max_position_embeddings=2048, sliding_window=512,
+    ),
+}  # fmt: skip
+"""Shapes of other families, of about the size of `pythia-160m`; the bridge runs all of them."""
+
 
 def build(name: str, backend: str, *, dtype: str = "float32", device: str | None = None) -> Any:
     """Return a zoo model, or a model of this shape with random weights (always the same seed)."""
     if name.startswith("zoo/"):
         return ml.load_model(name, backend=backend, dtype=dtype, device=device)
-    layers, width, heads = SHAPES[name]
-    config = GPTNeoXConfig(
+    config = OTHERS[name] if name in OTHERS else _pythia(*SHAPES[name])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    return ml.load_model(model, backend=backend, dtype=dtype, device=device)
+
+
+def _pythia(layers: int, width: int, heads: int) -> PreTrainedConfig:
+    return GPTNeoXConfig(
         vocab_size=50304,
         hidden_size=width,
         num_hidden_layers=layers,
@@ -34,9 +60,6 @@ def build(name: str, backend: str, *, dtype: str = "float32", device: str | None
         bos_token_id=0,
         eos_token_id=0,
     )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    return ml.load_model(model, backend=backend, dtype=dtype, device=device)
 
 
 @torch.no_grad()
