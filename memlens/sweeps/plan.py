@@ -352,7 +352,7 @@ class _Count:
     def batch(self, batch: _BatchSizes, interventions: Sequence[Intervention], budget: Budget) -> None:
         """Add one batch of sequences."""
         size, width, stop = batch.size, batch.width, batch.stop
-        self._run(self.shape.n_layers, size, size * width, width)
+        self._run(self.shape.n_layers, size, size * width, width, own=not self.carries)
         self.targets += batch.targets * (1 + len(interventions))
         for positions in (batch.targets, batch.targets * len(interventions)):
             self.operators.unembed(positions, budget.unembed_rows)
@@ -442,12 +442,12 @@ class _Count:
             width = 2 * self.shape.n_kv_heads * self.shape.d_head
             self.operators.copied(rows * width * (each.first + 2 * each.keys), times)
 
-    def _run(self, blocks: int, rows: int, positions: int, keys: int) -> None:
-        """Add whole layers of the model's own."""
+    def _run(self, blocks: int, rows: int, positions: int, keys: int, *, own: bool = True) -> None:
+        """Add whole layers: the model's own, or blocks as functions."""
         self.blocks += blocks * rows
         self.positions += blocks * positions
         if blocks:
-            self.operators.layer(rows, positions, keys, own=True, times=blocks)
+            self.operators.layer(rows, positions, keys, own=own, times=blocks)
 
     def memory(
         self, trunk: Trunk, batch: _BatchSizes, budget: Budget, interventions: Sequence[Intervention]
