@@ -282,16 +282,28 @@ class ActivationSource:
             places: Tensor | None = torch.arange(width)[None] % lengths[:, None]
             if torch.equal(tokens[:, :width], batch.tokens):
                 tokens, places = batch.tokens, None
-            with attached(self.trunk.model, self._edit(rows)):
-                store = self._activations(tokens.to(self.trunk.device), batch.by)
+            there = tokens.to(self.trunk.device)
+            store = (
+                self._activations(there, batch.by) if self.under is None else self._edited(there, batch, rows)
+            )
             self._key, self._store = key, {n: _placed(n, a.to(here), places) for n, a in store.items()}
         return self._store
 
     def _activations(self, tokens: Int[Tensor, "batch pos"], by: FunctionalPass | None) -> dict[str, Tensor]:
+        """The activations of the source without `under`."""
         own = None
-        if by is not None and self.under is None and not has_own_forward(self.trunk.model):
+        if by is not None and not has_own_forward(self.trunk.model):
             own = by.of_model(self.trunk, tokens, self.names)
         return _activations(self.trunk, tokens, self.names) if own is None else own.run(tokens, self.names)[1]
+
+    def _edited(self, tokens: Int[Tensor, "batch pos"], batch: Batch, rows: Tensor) -> dict[str, Tensor]:
+        """The activations under the intervention: exactly those of the batch's pass where unchanged."""
+        with attached(self.trunk.model, self._edit(rows)):
+            edited = _activations(self.trunk, tokens, self.names)
+        if batch.by is None:
+            return edited
+        plain, same = _activations(self.trunk, tokens, self.names), self._activations(tokens, batch.by)
+        return {n: torch.where(edited[n] == plain[n], same[n], edited[n]) for n in self.names}
 
     def _edit(self, rows: Int[Tensor, " batch"]) -> list[tuple[str, HookFn]]:
         if self.under is None:
