@@ -140,6 +140,20 @@ def test_a_donor_on_the_other_backend_gives_the_same(tiny_model: Any, other_mode
             assert np.allclose(a, b, atol=1e-5, equal_nan=True), site
 
 
+@pytest.mark.parametrize("engine", ["fast", "reference"])
+def test_an_equal_donor_leaves_nothing_to_normalize_by(
+    tiny_model: Any, tiny_folder: Any, engine: str
+) -> None:
+    """The unchanged run and the donor's may be computed in two ways, whose rounding is no difference."""
+    model, seqs = tiny_model("llama_gqa", "bridge"), ragged()
+    copy = ml.load_model(tiny_folder("llama_gqa"), backend="bridge", device=dev())
+    for donor in (model, copy):
+        found = ml.patch_activations(model, seqs, donor=donor, layers=[0], engine=engine, **QUIET)
+        for name in ("target_logprob", "exact_match"):
+            assert np.array_equal(found[f"{name}_clean"], found[f"{name}_corrupt"])
+        assert bool(found["normalized_effect"].isnull().all())
+
+
 def test_directions_name_the_run_that_recalls(tiny_model: Any, other_model: Any) -> None:
     model, donor, seqs = tiny_model("llama", "bridge"), other_model("llama", "bridge"), ragged()
     own, theirs = (ml.measure(m, seqs)["target_logprob"] for m in (model, donor))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 import torch
 import xarray as xr
 
-from memlens.errors import SequenceError, SiteError, check_option
+from memlens.errors import FingerprintError, SequenceError, SiteError, check_option
 from memlens.forward.metrics import MetricLike
 from memlens.instruments.donors import donor_settings
 from memlens.results.result import Result
 from memlens.sequences.checks import check_is_set
 from memlens.sequences.set import SequenceSet
+from memlens.store.fingerprint import model_fingerprint
 from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.labels import token_labels
 from memlens.sweeps.run import SweepOptions, kept, measure, sweep
@@ -115,10 +117,27 @@ class Pairs:
     def compared(
         self, model: Any, result: Result, metrics: Sequence[MetricLike], *, per_token: bool = False
     ) -> Result:
-        """Measure the source run and add it to a result on the base; see `compare_runs`."""
+        """Measure the source run and add it to a result on the base; see `compare_runs`.
+
+        Where both runs are of the same tokens by the same weights, the source run is the base run: their
+        arithmetic may differ, and a difference that is rounding would be normalized by.
+        """
         of_source = model if self.donor is None else self.donor
         source = measure(of_source, self.source, metrics, per_token=per_token)
+        if self._is_donor(model):
+            pairs = zip(self.source.rows(), self.base.rows(), strict=True)
+            same = np.array([one == other for one, other in pairs])
+            for name, values in source.items():
+                values[same] = result.baseline(name).values[same]
         return compare_runs(result, model, source, self.direction, self.clean)
+
+    def _is_donor(self, model: Any) -> bool:
+        """Whether activations come from the model itself, or an equal one."""
+        if self.donor is None:
+            return True
+        with suppress(FingerprintError):
+            return model_fingerprint(self.donor) == model_fingerprint(model)
+        return False
 
 
 def direction_of(direction: str | None, corrupt: object) -> str:
