@@ -44,10 +44,11 @@ def caption_of(exploration: Exploration) -> str:
     """Return a paragraph about what was measured and how."""
     settings = exploration.settings
     metric = metric_text(exploration.metric)
+    ablation, bypass = (str(settings[name]).replace("_", " ") for name in ("ablation", "bypass"))
     parts = [
         f"Effects are changes of {metric.axis} of this one sequence by ablating each head "
-        f"({settings['ablation']}), ablating each MLP, and bypassing each layer's attention "
-        f"({settings['bypass']}); the edits in the menu use the same modes.",
+        f"({ablation}), ablating each MLP, and bypassing each layer's attention ({bypass}); "
+        "the edits in the menu use the same modes.",
         "The model generates greedily, as many tokens as the continuation has.",
         f"Probabilities after each layer are by the {settings['lens']} lens.",
         "Attention is that of the unchanged model, in steps of 1/255.",

@@ -68,7 +68,7 @@ def test_the_number_of_forward_passes_is_the_number_run(
 
     model, run = tiny_model("llama"), []
     original = TeacherForced.run
-    monkeypatch.setattr(TeacherForced, "run", lambda *args: run.append(1) or original(*args))
+    monkeypatch.setattr(TeacherForced, "run", lambda *args, **by: run.append(1) or original(*args, **by))
     scores = ml.recall.score_criteria(
         TEXTS, model, progress=False, options=ml.recall.CriteriaOptions(batch_size=10)
     )

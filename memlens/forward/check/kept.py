@@ -154,6 +154,8 @@ def _files(source: Source, config: Any) -> list[Path]:
 
 
 def _verdict(file: Path) -> Verdict | None:
+    if not file.is_file():  # a pipe would wait for a writer
+        return None
     with suppress(*_UNREADABLE), parsing(file):
         found = TypeAdapter(Verdict).validate_python(read_json(file))
         if not (0 <= found.difference <= found.allowed < math.inf and {*found.refused} <= {*SITES}):

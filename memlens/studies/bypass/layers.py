@@ -154,21 +154,23 @@ class BypassContext:
         result: Result,
         *,
         figures: Sequence[Mapping[str, Any]] | None = None,
-        reading: str | None = "",
+        reading: str | None = None,
         ranked: str = "",
         **options: Any,
     ) -> None:
         """Save a result, with the words and figures (options of `Result.plot`) from `texts.yaml`.
 
-        `figures` replaces those figures, and `options` are added to each. `reading` belongs to the first one
-        (None: as for any result of its kind); the others have none. `ranked` is added to the words.
+        `figures` replaces those figures, and `options` are added to each. `reading` belongs to the first one;
+        the others, and the first one without it, have that of `texts.yaml`, or as any result of its kind.
+        `ranked` is added to the words.
         """
         words = dict(TEXTS["results"][name])
         drawn = words.pop("figures")
-        requests = [
-            FigureRequest({**figure, **options}, reading="" if number else reading)
-            for number, figure in enumerate(figures or drawn)
-        ]
+        requests: list[FigureRequest] = []
+        for number, figure in enumerate(figures or drawn):
+            chosen = {**figure, **options}
+            own = chosen.pop("reading", None)
+            requests.append(FigureRequest(chosen, reading=own if number or reading is None else reading))
         words["lead"] = f"{words.get('lead', '')} {ranked}".strip()
         self.folder.add_result(name, result, figures=requests, **words)
 
@@ -248,7 +250,10 @@ def frontier(study: BypassContext, others: Iterable[BypassInputs | Callable[[], 
         study.folder.step(f"further model {number + 1}", lambda given=given: _other(study, given, parts))
     if not parts:
         return
-    panels = [{"title": "Recitation against ability: one panel per model"}] if len(parts) > 1 else None
+    (figure,) = TEXTS["results"]["frontier"]["figures"]
+    panels = (
+        [{**figure, "title": "Recitation against ability: one panel per model"}] if len(parts) > 1 else None
+    )
     study.show("frontier", join_frontier(parts, **study.resampling), figures=panels)
     tables = []
     for name, (recall, accuracy) in parts.items():

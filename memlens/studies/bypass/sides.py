@@ -106,7 +106,7 @@ def heads(study: BypassContext) -> None:
         work = partial(single, metrics=_CONTROL_METRICS, progress=study.progress)
         study.headed[name] = study.folder.kept(f"heads_{name}", work)
     result = study.headed[MEMORIZED]
-    study.show("heads", result, reading=None)
+    study.show("heads", result)
     study.folder.find(find.heads_against_layers(study.headed, study.swept.get(MEMORIZED), study.options.seed))
 
 
