@@ -168,17 +168,16 @@ def in_dtype(model: Any, dtype: torch.dtype, *, narrow: bool = False) -> Iterato
     Args:
         model: A TransformerLens model.
         dtype: The data type.
-        narrow: Round wider weights to `dtype` (buffers, such as rotations, keep theirs), instead of widening
-            narrower ones.
+        narrow: Round wider weights to `dtype`, and buffers beside them (such as a bias that is none), but
+            not other buffers (such as rotations), instead of widening narrower ones.
     """
     with exclusively(model):
-        yield from _cast(model, dtype, operator.gt if narrow else operator.lt, buffers=not narrow)
+        yield from _cast(model, dtype, operator.gt if narrow else operator.lt, alone=not narrow)
 
 
-def _cast(
-    model: Any, dtype: torch.dtype, off: Callable[[int, int], bool], *, buffers: bool
-) -> Iterator[None]:
-    tensors = [*model.parameters(), *(model.buffers() if buffers else ())]
+def _cast(model: Any, dtype: torch.dtype, off: Callable[[int, int], bool], *, alone: bool) -> Iterator[None]:
+    owners = [m for m in model.modules() if alone or next(m.parameters(recurse=False), None) is not None]
+    tensors = [*model.parameters(), *{b for owner in owners for b in owner.buffers(recurse=False)}]
     other = [t for t in tensors if t.is_floating_point() and off(t.dtype.itemsize, dtype.itemsize)]
     kept = [(t, t.data) for t in other]
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "cfg", None)) is not None}.values()
