@@ -246,7 +246,7 @@ class _Runner:
     @property
     def about(self) -> dict[str, str]:
         """What identifies the sweep."""
-        return _about(*self.given, engine=self.engine, per_token=self.per_token, **self.seeded)
+        return about_sweep(*self.given, engine=self.engine, per_token=self.per_token, **self.seeded)
 
     def run(self, shard: Shard, bar: Any) -> tuple[Values, Values]:
         """Return a part's baseline and values."""
@@ -363,11 +363,12 @@ _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 """Why nothing can be written to a folder, other than a lack of space."""
 
 
-def _about(
+def about_sweep(
     model: Any,
     seqs: SequenceSet,
     interventions: Sequence[Intervention],
     metrics: Sequence[MetricLike],
+    /,
     **options: Any,
 ) -> dict[str, str]:
     """Return what identifies a saved sweep, entry by entry, so that an error can name what differs."""

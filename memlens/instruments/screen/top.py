@@ -29,12 +29,11 @@ from memlens.results.result import Result
 from memlens.results.statistics.racing import Race, RaceOptions, race
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
-from memlens.store.fingerprint import fingerprint, model_fingerprint
 from memlens.store.keyed_folder import KeyedFolder, read_arrays
 from memlens.sweeps.interventions import BatchHook, Intervention, as_interventions
 from memlens.sweeps.labels import Grid, make_result
 from memlens.sweeps.plan import intervention_flops
-from memlens.sweeps.run import SweepOptions, kept, sweep
+from memlens.sweeps.run import SweepOptions, about_sweep, kept, sweep
 
 _CHEAP = 0.1
 """The largest share of the cost of all cells at which the gradients are taken without being asked for."""
@@ -353,13 +352,7 @@ class _Folder:
     ) -> _Folder:
         if out is None:
             return cls(None)
-        about = {
-            "the model": model_fingerprint(model),
-            "the sequences": fingerprint(base),
-            "the interventions": fingerprint(list(items), model),
-            "the metrics": fingerprint(list(metrics), model),
-            "the options": fingerprint(dict(settings)),
-        }
+        about = about_sweep(model, base, items, metrics, **settings)
         return cls(KeyedFolder(out, "top", about, version=1, parts="*.npz", described=settings))
 
     def round(self, number: int) -> Path | None:
