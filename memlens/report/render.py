@@ -78,14 +78,41 @@ def methods_text(settings: Mapping[str, Any]) -> str:
         Means and intervals are over sequences: each sequence's values are averaged first.
     """
     model, sequences = settings.get("model"), settings.get("sequences")
-    analyses = {key: value for key, value in settings.items() if key != "model" and _inner(value)}
+    known = flatten({"": model}) if isinstance(model, Mapping) else {}
+    analyses = {
+        str(key).replace("_", " "): {k: v for k, v in flatten({"": value}).items() if known.get(k) != v}
+        for key, value in settings.items()
+        if key != "model" and _inner(value)
+    }
     text = _environment(prose=True).get_template("methods.txt.j2").render(
         model={**settings, **model} if isinstance(model, Mapping) else settings,
         settings=settings,
         source="" if sequences is None or _inner(sequences) else flatten({"": sequences})[""],
-        analyses={str(key).replace("_", " "): flatten({"": value}) for key, value in analyses.items()},
+        analyses=_shared(analyses),
     )  # fmt: skip
     return "\n\n".join(_paragraphs(text))
+
+
+def _shared(analyses: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """Say once what several analyses share if that is most of each, such as groups of sequences."""
+    alike: list[tuple[list[str], dict[str, str]]] = []
+    for name, options in analyses.items():
+        for names, common in alike:
+            both = {key: value for key, value in common.items() if options.get(key) == value}
+            if 2 * len(both) > max(len(options), len(common)):
+                names.append(name)
+                common.clear()
+                common |= both
+                break
+        else:
+            alike.append(([name], dict(options)))
+    said: dict[str, dict[str, str]] = {}
+    for names, common in alike:
+        said[" and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])] = common
+        if len(names) > 1:
+            for name in names:
+                said[name] = {key: value for key, value in analyses[name].items() if common.get(key) != value}
+    return {name: options for name, options in said.items() if options}
 
 
 _PACKAGES = ("memlens", "transformer-lens", "torch", "transformers", "numpy", "xarray", "plotly")

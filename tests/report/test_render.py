@@ -181,6 +181,22 @@ def test_methods_say_only_what_is_known() -> None:
     assert flatten({"a": {"b": {"c": 1}}, "d": {}}) == {"a.b.c": "1", "d": "none"}
 
 
+def test_methods_say_once_what_groups_share_and_what_the_model_is() -> None:
+    model = {"model": "zoo/pythia-s", "dtype": "float32"}
+    shared = {**model, "prefix_len": 32, "below": 0.5, "on_eos": "drop"}
+    groups = {
+        "memorized": {**shared, "n": 79},
+        "other": {**shared, "n": 9},
+        "predictable": {**shared, "n": 79},
+    }
+    said = methods_text({"model": model, **groups, "ablation": {"mode": "zero", "n": 79}}).split("\n\n")
+    assert said[1:-1] == [
+        "Memorized, other and predictable: prefix len = 32; below = 0.5; on eos = drop.",
+        *(f"{name}: n = {n}." for name, n in (("Memorized", 79), ("Other", 9), ("Predictable", 79))),
+        "Ablation: mode = zero; n = 79.",
+    ]
+
+
 SETTINGS = {
     "seed": 1,
     "layers": (1, 2),
