@@ -1,7 +1,6 @@
 """Fixtures shared by all tests: no network, few threads, tiny checkpoints made once a session.
 
-What is listed in `WITHOUT_TRANSFORMER_LENS` runs on TransformerLens 3.9 only. The two environments differ in
-no other package, so on 4.x these tests would do the same again.
+Which of them run on TransformerLens 4.x is in `tests/releases.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from filelock import FileLock
 from hypothesis import settings
 
 from tests.devices import VARIABLE, dev
+from tests.releases import runs_on_4, touches_no_model
 from tests.tiny import write_tiny
 
 # The same examples on every run; `pytest --hypothesis-profile=explore` draws new ones.
@@ -42,45 +42,13 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ[VARIABLE] = config.getoption("--device")  # in workers of pytest-xdist, too
 
 
-TESTS = Path(__file__).parent
-WITHOUT_TRANSFORMER_LENS = (
-    "figures",
-    "report",
-    "results",
-    "sequences",
-    "store",
-    *(f"organisms/test_{name}.py" for name in ("corpus", "domains", "known_items", "recipes", "shipped")),
-    *(f"organisms/test_{name}.py" for name in ("tokenizer", "train")),
-    *(f"recall/test_{name}.py" for name in ("calibration", "columns", "criteria")),
-    *(f"recall/test_{name}.py" for name in ("criteria_parts", "ngrams", "scores", "windows")),
-    *(f"studies/comparative/test_{name}.py" for name in ("heads", "numbers")),
-    *(f"test_{name}.py" for name in ("files", "options")),
-)
-"""Folders and files of statistics, figures, readers, reports, corpora and training: no test in them may make
-or run a model of TransformerLens, which is an error."""
-BUT = (
-    "results/test_restored.py",
-    "sequences/test_bos.py",
-    "sequences/test_extraction_pairs.py",
-    "sequences/test_natural.py",
-    "store/test_fingerprint.py",
-)
-"""Files of those folders that do use models."""
-
-
-def _is_without_transformer_lens(path: Path) -> bool:
-    if not path.is_relative_to(TESTS) or any(path == TESTS / name for name in BUT):
-        return False
-    return any(path.is_relative_to(TESTS / name) for name in WITHOUT_TRANSFORMER_LENS)
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """On TransformerLens 4.x and later, run only what can differ there."""
     if int(version("transformer-lens").split(".")[0]) < 4:
         return
-    same = [item for item in items if _is_without_transformer_lens(item.path)]
-    config.hook.pytest_deselected(items=same)
-    items[:] = [item for item in items if not _is_without_transformer_lens(item.path)]
+    runs = [runs_on_4(item.path, getattr(item, "originalname", item.name)) for item in items]
+    config.hook.pytest_deselected(items=[item for item, run in zip(items, runs, strict=True) if not run])
+    items[:] = [item for item, run in zip(items, runs, strict=True) if run]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -89,10 +57,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     from transformer_lens.hook_points import HookPoint
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError(f"{item.nodeid} uses a model: take its file off the list in tests/conftest.py")
+        raise AssertionError(f"{item.nodeid} uses a model: take its file off the list in tests/releases.py")
 
     with pytest.MonkeyPatch.context() as patch:
-        if _is_without_transformer_lens(item.path):
+        if touches_no_model(item.path):
             patch.setattr(HookPoint, "__init__", refuse)
             patch.setattr(HookPoint, "forward", refuse)
         return (yield)

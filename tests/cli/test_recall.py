@@ -45,7 +45,7 @@ def test_a_curve_is_that_of_python_and_is_written_as_asked(
     assert "plotly" in figure.read_text(encoding="utf-8")
 
 
-def test_compression_lists_what_is_recalled_with_the_shortest_prompts_first(
+def test_compression_lists_the_shortest_prompts_first(
     recited: tuple[str, str], lines: str, tmp_path: Path
 ) -> None:
     base = ("recall", "compress", recited[0], "-s", lines, "-q")
