@@ -62,8 +62,21 @@ TESTS = {
         "sequences/test_bos.py",
     ],
     "memlens/store": ["store", "sweeps/test_shards.py", "sweeps/test_executors.py"],
+    "memlens/forward/check": [
+        "forward/test_changed_models.py",
+        "forward/test_check_model.py",
+        "forward/test_check_parts.py",
+        "forward/test_kept_verdicts.py",
+        "forward/test_tolerances.py",
+        "sequences/test_bos.py",
+    ],
+    "memlens/recall/score_file.py": ["recall/test_score_file.py"],
+    "memlens/results/statistics/racing.py": ["results/test_racing.py"],
+    "memlens/sweeps/operators.py": ["sweeps/test_roofline.py"],
+    "memlens/sweeps/roofline.py": ["sweeps/test_roofline.py"],
+    "memlens/sweeps/shards.py": ["sweeps/test_shards.py"],
 }
-"""The tests of each package, besides its docstrings' examples. Slow ones are left out."""
+"""The tests of each package or module, besides its docstrings' examples. Slow ones are left out."""
 TEXT = ("warn", "debug", "info", "warning", "error", "exception")
 """Functions of which the arguments are text for people."""
 OPTIONS = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "--no-header", "--tb=no", "--assert=plain"]
@@ -220,7 +233,7 @@ class _Recorder:
     def __init__(self, package: str) -> None:
         self.seconds: dict[str, float] = {}
         self.failed: set[str] = set()
-        self.coverage = Coverage(data_file=None, include=[f"{ROOT / package}/*"], config_file=False)
+        self.coverage = Coverage(data_file=None, include=[f"{ROOT / package}*"], config_file=False)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:

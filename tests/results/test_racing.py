@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,154 @@ def test_t_is_the_paired_test_with_the_finite_population_correction() -> None:
     low, high = sample.interval(0.025)
     alone = stats.t.isf(0.025, 19) * effects.std(0, ddof=1) * (20 / 19) / np.sqrt(20) * np.sqrt(0.75)
     np.testing.assert_allclose(high - low, 2 * alone)
+
+
+def test_the_corrected_mean_is_the_regression_estimator_and_residuals_are_of_left_out_sequences() -> None:
+    rng = np.random.default_rng(3)
+    n, n_all = 12, 50
+    whole = rng.normal(2, 1, (n_all, 2))
+    effects = 3 * whole[:n] + rng.normal(0, 0.5, (n, 2)) - 7
+    effects[:, 1] = rng.normal(0, 1, n)  # which gradients say nothing about
+    sample = Sample.of(effects, whole[:n], whole, n_all)
+    assert sample.controlled.tolist() == [True, False]
+    assert (sample.df, sample.share) == (n - 2, 1 - n / n_all)
+
+    g = whole[:n, 0]
+
+    def estimate(y: np.ndarray) -> float:
+        return float(y.mean() - np.polyfit(g, y, 1)[0] * (g.mean() - whole[:, 0].mean()))
+
+    y = effects[:, 0]
+    np.testing.assert_allclose(sample.mean, [estimate(y), effects[:, 1].mean()])
+    for i in range(n):
+        others = np.arange(n) != i
+        missed = y[i] - np.polyval(np.polyfit(g[others], y[others], 1), g[i])
+        weight = estimate(y + (np.arange(n) == i)) - estimate(y)  # the estimate is linear in the effects
+        np.testing.assert_allclose(sample.residuals[i, 0], missed * n * weight)
+        np.testing.assert_allclose(sample.residuals[i, 1], effects[i, 1] - effects[others, 1].mean())
+    plain = Sample.of(effects, None, None, n_all)
+    assert not plain.controlled.any()
+    assert plain.df == n - 1
+    np.testing.assert_array_equal(plain.mean, effects.mean(0))
+
+
+@pytest.mark.parametrize(("n", "controlled"), [(3, False), (4, True)])
+def test_three_sequences_are_too_few_for_a_slope(n: int, controlled: bool) -> None:
+    known = np.array([[0.0], [1.0], [2.0], [4.0]] * 3)
+    effects = 5 * known[:n] + np.array([[0.1], [-0.1], [0.1], [-0.1]])[:n]
+    assert Sample.of(effects, known[:n], known, 12).controlled.tolist() == [controlled]
+
+
+@pytest.mark.parametrize(("share", "claimed"), [(0.45, False), (0.55, True)])
+def test_a_sample_with_less_than_half_of_the_variance_claims_nothing(share: float, claimed: bool) -> None:
+    drawn, rest = np.array([[-1.0], [1.0]] * 4), np.array([[-1.0], [1.0]] * 10)
+    whole = np.concatenate([np.sqrt(20 * share / (28 - 8 * share)) * drawn, rest])
+    assert whole[:8].var() / whole.var() == pytest.approx(share)
+    for scale in (1.0, 100.0):
+        sample = Sample.of(drawn * 0.1 + 3, scale * whole[:8], scale * whole, 28)
+        assert np.isfinite(sample.interval(0.05)).all() == claimed
+
+
+def plain_wealth(values: list[float], null: float, low: float, width: float, n: int) -> float:
+    """One bet against one claim, as the documentation of `wealth` has it."""
+    now = most = 1.0
+    for t, x in enumerate(values):
+        left = (n * null - sum(values[:t])) / (n - t)  # what the claim leaves to those not drawn
+        if left <= low:
+            return np.inf
+        guesses = [(sum(values[:i]) + null) / (i + 1) for i in range(t + 1)]
+        squares = [(value - guess) ** 2 for value, guess in zip(values[:t], guesses[:t], strict=True)]
+        variance = (width**2 / 4 + sum(squares)) / (t + 1)
+        ahead = guesses[t] - left
+        now *= 1 + min(max(ahead / (variance + ahead**2), 0), 0.75 / (left - low)) * (x - left)
+        most = max(most, now)
+    drawn = len(values)
+    return np.inf if (n * null - sum(values)) / max(n - drawn, 1) < low else most
+
+
+def test_wealth_is_that_of_one_bet_after_the_other() -> None:
+    rng = np.random.default_rng(4)
+    for n_drawn, n, null, low, width in (
+        (20, 50, 0.3, -0.2, 1.7),
+        (20, 20, 0.6, 0.0, 1.0),
+        (1, 3, 0.4, 0.0, 2.0),
+        (12, 15, 0.1, 0.0, 1.0),  # impossible: too much has been drawn
+        (30, 90, 0.75, 0.0, 1.0),  # never ahead
+    ):
+        values = rng.random((n_drawn, 3)) * [1, 0.8, 0.9]
+        expected = [plain_wealth(column.tolist(), null, low, width, n) for column in values.T]
+        np.testing.assert_allclose(wealth(values, null, low, width, n), expected)
+
+
+@pytest.mark.parametrize("max_sequences", [None, 20])
+@pytest.mark.parametrize("rank_by", ["magnitude", "increase"])
+def test_the_error_probability_is_shared_by_claims_looks_and_sides(
+    rank_by: str, max_sequences: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, set[float]] = {"exceeds": set(), "interval": set()}
+    exceeds, interval = Sample.exceeds, Sample.interval
+
+    def noted_exceeds(self: Sample, mine: Any, theirs: float, alpha: float) -> Any:
+        asked["exceeds"].add(alpha)
+        return exceeds(self, mine, theirs, alpha)
+
+    def noted_interval(self: Sample, alpha: float) -> Any:
+        asked["interval"].add(alpha)
+        return interval(self, alpha)
+
+    monkeypatch.setattr(Sample, "exceeds", noted_exceeds)
+    monkeypatch.setattr(Sample, "interval", noted_interval)
+    table = table_of("shared", 60, 0)
+    found = run(table, k=3, rank_by=rank_by, level=0.9, max_sequences=max_sequences)
+    looks = 2 if max_sequences else 4  # rounds of 16, 24, 36 and 54; all 60 are exact
+    assert len(found.sizes) <= looks + 1
+    sides = {"magnitude": 2, "increase": 1}[rank_by]
+    assert [*asked["exceeds"]] == [pytest.approx(0.1 / (3 * 9 * looks * sides))]
+    assert [*asked["interval"]] == [pytest.approx(0.1 / (2 * 12 * looks))]
+
+
+def test_bets_are_shared_by_claims_and_sides_alone_as_they_may_be_looked_at_any_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(0)
+    table = rng.random((40, 4))
+    found = run(table, k=1, level=0.9, interval="betting", bounds=(0, 1), max_sequences=30)
+    rows = np.flatnonzero(np.isfinite(found.effects[:, 0]))
+    order = np.random.default_rng(0).permutation(40)[:30]
+    assert sorted(order.tolist()) == rows.tolist()
+    low, high = betting_interval(table[order], (0, 1), 40, 0.1 / (2 * 4))
+    open_ = found.used == 30
+    assert open_.any()
+    np.testing.assert_allclose(found.low[open_], low[open_])
+    np.testing.assert_allclose(found.high[open_], high[open_])
+
+
+def test_what_is_decided_is_what_every_possible_ranking_has_in_common(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Components surely differ if their means do by more than 1: all rankings that agree are tried."""
+
+    def by_more_than_one(self: Sample, mine: Any, theirs: float, alpha: float) -> Any:
+        return np.subtract.outer(mine * self.mean, theirs * self.mean) > 1
+
+    monkeypatch.setattr(Sample, "exceeds", by_more_than_one)
+    seen = set()
+    for seed in range(12):
+        means = np.random.default_rng(seed).uniform(0, 3, 5)
+        rankings = [
+            order
+            for order in permutations(range(5))
+            if not any(means[b] - means[a] > 1 for a, b in combinations(order, 2))
+        ]
+        for k in (1, 2, 4):
+            found = run(np.tile(means, (40, 1)), k, max_sequences=16, rank_by="increase")
+            for i, status in enumerate(found.status):
+                among = {i in order[:k] for order in rankings}
+                expected = "undecided" if len(among) > 1 else "in" if among == {True} else "out"
+                assert status == expected
+                assert found.by[i] == ("" if expected == "undecided" else "interval")
+                seen.add(status)
+    assert seen == {"in", "out", "undecided"}
 
 
 def test_a_control_variate_saves_cells_and_is_off_where_it_does_not_help() -> None:
