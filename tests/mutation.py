@@ -63,9 +63,9 @@ TESTS = {
     ],
     "memlens/store": ["store", "sweeps/test_shards.py", "sweeps/test_executors.py"],
     "memlens/forward/check": [
-        "forward/test_changed_models.py",
         "forward/test_check_model.py",
         "forward/test_check_parts.py",
+        "forward/test_identity.py",
         "forward/test_kept_verdicts.py",
         "forward/test_tolerances.py",
         "sequences/test_bos.py",
@@ -233,7 +233,9 @@ class _Recorder:
     def __init__(self, package: str) -> None:
         self.seconds: dict[str, float] = {}
         self.failed: set[str] = set()
-        self.coverage = Coverage(data_file=None, include=[f"{ROOT / package}*"], config_file=False)
+        self.coverage = Coverage(
+            data_file=None, include=[f"{ROOT / package}", f"{ROOT / package}/*"], config_file=False
+        )
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
