@@ -126,6 +126,71 @@ def test_a_run_that_was_stopped_continues(
     assert len(RecallScores.load(out)) == 11
 
 
+def test_what_identifies_the_scores_and_each_portion_is_compared(
+    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, tokenizer = tmp_path / "scores.PARQUET", tiny_tokenizer()
+    folder = tmp_path / "scores.PARQUET.parts"
+
+    def score(source: Any = None, **changed: Any) -> Path:
+        usual = {"size": 2, "reading": {"tokenizer": tokenizer}, "generate": False, "progress": False}
+        return score_to_file(model, _frame(4) if source is None else source, out, **usual | changed)
+
+    def stopped(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(score_file, "join_parquet", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            score()
+    first, second = sorted(folder.glob("*.parquet"))
+    monkeypatch.setattr(score_file, "score_recall", stopped)  # from here on nothing is scored
+    for what, changed in {
+        "the options of scoring": {"generate": True},
+        "the options of reading": {"reading": {"tokenizer": tokenizer, "limit": 4}},
+        "the size of portions": {"size": 3},
+    }.items():
+        with pytest.raises(OtherRunError, match=rf"another scoring \(different: {what}\)"):
+            score(**changed)
+    weight = next(model.parameters()).data
+    before = weight[3].clone()
+    weight[3] += 1
+    with pytest.raises(OtherRunError, match=r"different: the model\)"):
+        score()
+    weight[3] = before
+    with monkeypatch.context() as context:
+        context.setattr(score_file, "_VERSION", score_file._VERSION + 1)
+        with pytest.raises(OtherRunError):
+            score()
+    for others in (_frame(4).assign(prefix_len=5), _frame(4).assign(id=list("abcd")), _frame(4)[::-1]):
+        with pytest.raises(ResultError, match=rf"{first.name} was made from other sequences"):
+            score(others)
+    for damaged in (b"", second.read_bytes()[:-50]):
+        whole = second.read_bytes()
+        second.write_bytes(damaged)
+        with pytest.raises(ResultError, match=second.name):
+            score()
+        second.write_bytes(whole)
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ResultError, match=r"holds no manifest\.json of a scoring"):
+        score()
+    (folder / "manifest.json").write_text(manifest)
+    assert score(reading={"tokenizer": tiny_tokenizer()}) == out  # a tokenizer shows in what it reads
+    assert len(RecallScores.load(out)) == 4
+
+
+def test_one_bar_counts_sequences(tmp_path: Path, model: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    options: Any = {"size": 2, "reading": {"prefix_len": 6}, "generate": False}
+    score_to_file(model, ROWS[:5], tmp_path / "a.parquet", progress=False, **options)
+    assert capsys.readouterr().err == ""
+    score_to_file(model, ROWS[:5], tmp_path / "b.parquet", **options)
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert shown.startswith("\rscoring: 0sequence [")
+    assert "\rscoring: 5sequence [" in shown
+
+
 def test_ids_that_occur_again_get_a_suffix(tmp_path: Path, model: Any) -> None:
     frame = _frame(6).assign(id=["a", "b", "c", "a", "d", "e"])
     with pytest.warns(UserWarning, match="1 ids occur again"):

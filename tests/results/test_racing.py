@@ -280,6 +280,16 @@ def test_what_is_decided_is_what_every_possible_ranking_has_in_common(
     assert seen == {"in", "out", "undecided"}
 
 
+def test_two_sequences_are_enough_for_a_test_and_one_is_not() -> None:
+    effects = np.array([[9.0, 0.0], [9.1, 0.1]])
+    two, one = (Sample.of(effects[:n], None, None, 50) for n in (2, 1))
+    assert two.exceeds(np.ones(2), 1.0, 0.01).tolist() == [[False, True], [False, False]]
+    assert not one.exceeds(np.ones(2), 1.0, 0.01).any()
+    half = stats.t.isf(0.1, 1) * 0.1 * np.sqrt(48 / 50)  # residuals, each less the other, are -0.1 and 0.1
+    np.testing.assert_allclose(two.interval(0.1), [[9.05 - half, 0.05 - half], [9.05 + half, 0.05 + half]])
+    assert np.isnan(one.interval(0.1)).all()
+
+
 def test_a_control_variate_saves_cells_and_is_off_where_it_does_not_help() -> None:
     plain, with_known, biased = [], [], []
     for seed in range(60):
