@@ -143,10 +143,10 @@ def print_script(inputs: Any, call: Call, tasks: int) -> None:
     counted = inputs.plan(call)
     if counted is None:
         raise OptionError("--slurm is not available for these inputs: write the script by hand with --part.")
-    parts = sum(int(work["parts"]) for work in counted.document["works"])
-    largest = max((work["part_gflop"] for work in counted.document["works"]), default=0.0)
-    note = f"Parts of up to {largest:,.0f} GFLOP, if as many sequences are recalled as are examined."
-    sys.stdout.write(slurm_script(shlex.split(command_line()), call.out, parts, tasks, [note]))
+    note = (
+        f"Parts of up to {counted.part_gflop:,.0f} GFLOP, if as many sequences are recalled as are examined."
+    )
+    sys.stdout.write(slurm_script(shlex.split(command_line()), call.out, counted.parts, tasks, [note]))
 
 
 def print_plan(plan: PlanTable, *, as_json: bool) -> None:

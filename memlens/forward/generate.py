@@ -20,6 +20,9 @@ from memlens.forward.memory import default_budget, fitting
 from memlens.forward.trunk import Trunk, is_bridge
 from memlens.sequences.set import SequenceSet
 
+MOST_DECODED = 256
+"""Most sequences that are decoded together."""
+
 
 @computes
 def greedy_continuations(
@@ -130,8 +133,13 @@ def _rows_per_cache(model: Any, length: int) -> int:
     parameter = next(model.parameters())
     cfg = model.cfg
     heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
-    row_bytes = 2 * cfg.n_layers * heads * cfg.d_head * length * parameter.element_size()
-    return fitting(row_bytes, default_budget(parameter.device), most=256)
+    row_bytes = cache_bytes(cfg.n_layers, heads, cfg.d_head, length, parameter.element_size())
+    return fitting(row_bytes, default_budget(parameter.device), most=MOST_DECODED)
+
+
+def cache_bytes(n_layers: int, n_kv_heads: int, d_head: int, length: int, itemsize: int) -> int:
+    """Return what the keys and values of one sequence take."""
+    return 2 * n_layers * n_kv_heads * d_head * length * itemsize
 
 
 class _HookedDecoder:

@@ -30,12 +30,16 @@ class PlanTable:
         title: Its heading.
         notes: Lines below it.
         document: The same as one JSON object.
+        parts: How many parts processes can share.
+        part_gflop: The operations of the largest.
     """
 
     table: pd.DataFrame
     title: str
     notes: Sequence[str]
     document: Mapping[str, Any]
+    parts: int = 0
+    part_gflop: float = 0.0
 
 
 def blank_sequences(n: int, length: int, prefix_len: int) -> SequenceSet:
@@ -102,4 +106,6 @@ def plan_works(
         if rows:
             said.append(f"the sweeps together at least {frame['seconds'].sum():.2g} s on {device.name}")
         said.append(f"Not counted: {', '.join(LEFT_OUT)}.")
-    return PlanTable(frame, title, [*said, *filter(None, [note])], document)
+    parts = sum(row["parts"] for row in rows)
+    largest = max((row["part_gflop"] for row in rows), default=0.0)
+    return PlanTable(frame, title, [*said, *filter(None, [note])], document, parts, largest)

@@ -16,7 +16,7 @@ from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.capture import run_capturing
 from memlens.forward.exclusive import computes
 from memlens.forward.hooks import hook_name
-from memlens.forward.memory import Budget, budget_of_free, position_bytes
+from memlens.forward.memory import Budget, budget_of_free, default_budget, position_bytes
 from memlens.forward.trunk import Trunk
 from memlens.models.families import Shape
 from memlens.sequences.set import SequenceSet
@@ -193,16 +193,33 @@ def plan_shape(
         memory
     """
     if on is None:
-        there, budget = torch.device("cuda"), memory_budget or _BUDGET
+        there, budget = torch.device("cuda"), memory_budget or budget_on(None)
         return _planned(
             shape, there, sequences, interventions, budget, batch_size, carries=lambda: True
         )[0]  # fmt: skip
-    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {2: torch.bfloat16, 4: torch.float32}.get(shape.itemsize, torch.float64)
     return _planned_on(
-        device_for(on, here, dtype), shape, shape.n_params * shape.itemsize, sequences, interventions,
+        device_for_shape(on, shape), shape, shape.n_params * shape.itemsize, sequences, interventions,
         memory_budget, batch_size, carries=lambda: True,
     )  # fmt: skip
+
+
+def device_for_shape(on: Device | str, shape: Shape) -> Device:
+    """Return a device as `memlens.sweeps.roofline.device_for` does, for models of this shape's data type."""
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {2: torch.bfloat16, 4: torch.float32}.get(shape.itemsize, torch.float64)
+    return device_for(on, here, dtype)
+
+
+def budget_on(device: Device | None, weights: int = 0) -> int:
+    """Return the bytes that activations may take on a device: 40 % of what the weights leave free on a GPU.
+
+    Of a GPU whose memory is not known, 16 GiB; of a CPU, 1 GiB.
+    """
+    if device is not None and device.kind == "cpu":
+        return default_budget(torch.device("cpu"))
+    if device is None or device.memory is None:
+        return _BUDGET
+    return budget_of_free(device.memory - weights)
 
 
 def _planned_on(
@@ -218,10 +235,9 @@ def _planned_on(
 ) -> Plan:
     """Plan for a device by the roofline."""
     device.rate(shape.itemsize)  # refuse before the counting
-    if memory_budget is None and device.kind == "cuda":
-        memory_budget = _BUDGET if device.memory is None else budget_of_free(device.memory - weights)
+    budget = memory_budget or budget_on(device, weights)
     found, count = _planned(
-        shape, torch.device(device.kind), sequences, interventions, memory_budget, batch_size, carries=carries
+        shape, torch.device(device.kind), sequences, interventions, budget, batch_size, carries=carries
     )
     joined = shape.itemsize * shape.d_model * (shape.n_heads + 2 * shape.n_kv_heads) * shape.d_head
     line = Roofline.of(count.operators, device, weights=weights, activations=found.bytes + joined)

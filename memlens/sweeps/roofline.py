@@ -97,6 +97,10 @@ class Device:
         """Return the least time of an operator of so many operations and bytes."""
         return max(flops / self.rate(itemsize), moved / self.bandwidth)
 
+    def holds(self, size: float) -> bool | None:
+        """Whether so many bytes fit its memory; None where that is not known."""
+        return None if self.memory is None else size <= self.memory
+
 
 def _declared(name: str, facts: Mapping[str, float | str]) -> Device:
     return Device(
@@ -272,9 +276,7 @@ class Roofline:
     @property
     def fits(self) -> bool | None:
         """Whether weights and activations fit the device's memory; None where that is not known."""
-        if self.device.memory is None:
-            return None
-        return self.weights + self.activations <= self.device.memory
+        return self.device.holds(self.weights + self.activations)
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per kind of operator: its fields, `intensity`, `bound` and `share` of the time."""

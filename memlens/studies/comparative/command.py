@@ -59,26 +59,37 @@ class ComparativeInputs:
     def plan(self, call: Call) -> PlanTable | None:
         """Count every pass over models of the family table; without models, over those of the paper.
 
-        Models that are here (the zoo's, folders, files) are planned by small runs only.
+        Models that are here (the zoo's, folders, files) are planned by small runs only, but for another
+        device counted, too.
         """
         from memlens.studies.comparative.plan import PlanSizes, plan_comparative
+        from memlens.sweeps.roofline import HERE, LEFT_OUT
 
         config = self._config()
-        if self._here(config, call):
+        if self._here(config, call) and call.on is None:
             return None
         options = self._options(config, call)
         sizes = PlanSizes(per_domain=self.per_domain, domains=self.plan_domains)
         models = self._models(config, call.where)
-        table = plan_comparative(models, sizes=sizes, options=options, device_tflops=self.device_tflops)
+        table = plan_comparative(
+            models, sizes=sizes, options=options, device_tflops=self.device_tflops, on=call.on
+        )
+        speed, notes = f"at {self.device_tflops:g} TFLOP/s", []
+        about: dict[str, Any] = {"device_tflops": self.device_tflops}
+        if call.on is not None:
+            name = "this machine's device" if call.on == HERE else call.on
+            speed, notes = f"at best on {name}, by the roofline", [f"Not counted: {', '.join(LEFT_OUT)}."]
+            about = {"on": call.on, "left_out": LEFT_OUT}
         hours, for_heads = (table[name].to_numpy().sum() for name in ("hours", "head_hours"))
         return PlanTable(
             table.drop(columns=["family", "sequences", "head_sequences", "heads", "pflop", "note"]),
             f"{self.per_domain:,} sequences in each of {self.plan_domains} domains, "
             f"{sizes.heads_per_domain:,} for heads ({sizes.heads_if_large:,} for models beyond "
-            f"{sizes.large / 1e9:g} B), at {self.device_tflops:g} TFLOP/s",
+            f"{sizes.large / 1e9:g} B), {speed}",
             [
                 f"together {hours:,.0f} hours, {for_heads:,.0f} of them for heads; loading, reading, tables, "
                 "tests, figures and the report are not included",
+                *notes,
                 f"Assumes {sizes.memorized:.0%} memorized sequences, {len(options.alphas)} noise strengths "
                 f"in {options.noise_draws} draws, and greedy decoding of every sequence.",
                 *(
@@ -86,7 +97,9 @@ class ComparativeInputs:
                     for note, part in table.groupby("note", sort=False)
                 ),
             ],
-            {"device_tflops": self.device_tflops, "sizes": asdict(sizes), "models": table.to_dict("records")},
+            {**about, "sizes": asdict(sizes), "models": table.to_dict("records")},
+            parts=len(table),
+            part_gflop=1e6 * float(table["pflop"].max()),
         )
 
     def pilot(self, call: Call, sizes: Sequence[str], number: int) -> Pilot | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import pandas as pd
@@ -10,7 +11,9 @@ import torch
 from pydantic import Field, PositiveInt
 
 from memlens.errors import OptionError
+from memlens.forward.generate import MOST_DECODED, cache_bytes
 from memlens.forward.hooks import hook_name
+from memlens.forward.memory import fitting
 from memlens.models.families import Shape, find_model
 from memlens.models.provenance import describe
 from memlens.options import options_class
@@ -19,7 +22,9 @@ from memlens.studies.comparative.findings import TEXTS
 from memlens.studies.comparative.options import ComparativeOptions
 from memlens.studies.plans import blank_sequences
 from memlens.sweeps.interventions import Intervention
-from memlens.sweeps.plan import Plan, plan_shape, shape_of
+from memlens.sweeps.operators import Operators
+from memlens.sweeps.plan import Plan, budget_on, device_for_shape, plan_shape, shape_of
+from memlens.sweeps.roofline import Device, Roofline
 
 PAPER_MODELS: tuple[str, ...] = tuple(TEXTS["paper"]["models"])
 """The paper's twenty models, in the order of families and sizes; their shapes are in the family table."""
@@ -60,6 +65,7 @@ def plan_comparative(
     sizes: PlanSizes | None = None,
     options: ComparativeOptions | None = None,
     device_tflops: float = 100.0,
+    on: Device | str | None = None,
 ) -> pd.DataFrame:
     """Plan the study for the paper's list of models, or for other models.
 
@@ -70,15 +76,18 @@ def plan_comparative(
         sizes: How much is measured.
         options: Strengths and draws of the noise.
         device_tflops: The device's speed as reached in practice, in 10^12 operations per second.
+        on: Plan for a device by the roofline instead, as for `memlens.plan`: hours are the least possible.
 
     Returns:
         One row per model: `family`, `model`, `revision`, `corpus`, `sequences`, `head_sequences` (in all
         domains), `heads` (of all layers), `forwards` and `head_forwards` (whole forwards of a sequence, or
-        their equivalent in layers), `pflop`, `weights_gib` (16 bits), `activations_gib` (the largest at a
-        time, of 16 GiB allowed), `hours`, `head_hours` (of these), `note`.
+        their equivalent in layers), `pflop`, `weights_gib` (of 16 bits where the model is not
+        loaded), `activations_gib` (the largest at a time, of 16 GiB allowed, or with `on` of 40 % of what the
+        weights leave free), `hours`, `head_hours` (of these), `note`; with `on` also `fits`: whether weights
+        and activations fit its memory.
 
     Raises:
-        OptionError: A speed that is not above 0.
+        OptionError: A speed that is not above 0, or an unknown device.
 
     Example:
         >>> table = plan_comparative([StudyModel("EleutherAI/pythia-160m")], device_tflops=100)
@@ -88,11 +97,17 @@ def plan_comparative(
     if not device_tflops > 0:
         raise OptionError(f"device_tflops={device_tflops}: give the device's speed, a number above 0.")
     sizes, options, rows = sizes or PlanSizes(), options or ComparativeOptions(), []
+    devices: dict[int, Device | None] = {}
     for entry in [*models] or [StudyModel(name) for name in PAPER_MODELS]:
         facts, shape, n_params = _facts(entry)
-        parts = pd.DataFrame(plan_parts(shape, n_params, sizes, options)).T
-        hours = parts["flop"] / (device_tflops * 1e12) / 3600
-        note = facts.pop("note")
+        if shape.itemsize not in devices:
+            devices[shape.itemsize] = None if on is None else device_for_shape(on, shape)
+        there = devices[shape.itemsize]
+        counted = plan_parts(shape, n_params, sizes, options, there)
+        parts = pd.DataFrame(counted).T
+        seconds = parts["flop"] / (device_tflops * 1e12) if there is None else parts["seconds"]
+        hours, note = seconds / 3600, facts.pop("note")
+        weights, activations = shape.itemsize * n_params, max(part["bytes"] for part in counted.values())
         rows.append(
             {
                 **facts,
@@ -102,10 +117,11 @@ def plan_comparative(
                 "forwards": round(parts["forwards"].sum()),
                 "head_forwards": round(parts.loc["heads", "forwards"]),
                 "pflop": parts["flop"].sum() / 1e15,
-                "weights_gib": 2 * n_params / 2**30,
-                "activations_gib": parts["bytes"].max() / 2**30,
+                "weights_gib": weights / 2**30,
+                "activations_gib": activations / 2**30,
                 "hours": hours.sum(),
                 "head_hours": hours["heads"],
+                **({} if there is None else {"fits": there.holds(weights + activations)}),
                 "note": note,
             }
         )
@@ -133,13 +149,21 @@ def _facts(entry: StudyModel) -> tuple[dict[str, str], Shape, int]:
 
 
 def plan_parts(
-    shape: Shape, n_params: int, sizes: PlanSizes, options: ComparativeOptions
+    shape: Shape,
+    n_params: int,
+    sizes: PlanSizes,
+    options: ComparativeOptions,
+    on: Device | None = None,
 ) -> dict[str, dict[str, float]]:
     """Return for each part its `forwards` (of whole sequences, or their equivalent), `flop` and `bytes`.
 
-    Greedy decoding is counted for every sequence from the first target on, which is an upper bound.
+    With a device also `seconds`, the least time there by the roofline. Greedy decoding is counted for every
+    sequence from the first target on, which is an upper bound.
     """
-    seqs = blank_sequences(_SAMPLE, sizes.prefix_len + sizes.n_targets, sizes.prefix_len)
+    length = sizes.prefix_len + sizes.n_targets
+    seqs = blank_sequences(_SAMPLE, length, sizes.prefix_len)
+    half = max(1, sizes.prefix_len // 2)
+    shortened = blank_sequences(_SAMPLE, half + sizes.n_targets, half)
     n = sizes.per_domain * sizes.domains
     memorized = round(n * sizes.memorized)
     noisy = len(options.alphas) * options.noise_draws
@@ -147,24 +171,24 @@ def plan_parts(
     heads = [
         counted_edit("z", [layer], head) for layer in range(shape.n_layers) for head in range(shape.n_heads)
     ]
-    base, noised, ablated = (plan_shape(shape, seqs, edits) for edits in ([], noise, heads))
-    parts = {
+    work = partial(plan_shape, shape, on=on)
+    base, noised, ablated, compressed = (
+        work(seqs, []), work(seqs, noise), work(seqs, heads), work(shortened, [])
+    )  # fmt: skip
+    every_layer = Operators(shape)
+    every_layer.unembed(_SAMPLE * sizes.n_targets, _SAMPLE)
+    lens = _scaled(base, shape, 2 * memorized)
+    for name, cost in _operators(every_layer, 2 * memorized * shape.n_layers / _SAMPLE, on).items():
+        lens[name] += cost
+    return {
         "recall": _scaled(base, shape, n),
+        "greedy": _decoding(shape, sizes, n, on),
+        "compression": _scaled(compressed, shape, memorized * (sizes.prefix_len - 1)),
         "noise": _scaled(noised, shape, n),
+        "decoding": lens,
         "recovery": _scaled(noised, shape, 2 * memorized),
         "heads": _scaled(ablated, shape, sizes.of_heads(n_params)),
     }
-    one, share = parts["recall"]["flop"] / n, sizes.n_targets / (sizes.prefix_len + sizes.n_targets)
-    unembed = 2.0 * shape.d_model * shape.d_vocab * sizes.n_targets
-    prompts = memorized * (sizes.prefix_len - 1)
-    counted = {
-        "greedy": (n * share, n * (one * share + unembed)),
-        "compression": (float(prompts), prompts * one * 0.75),
-        "decoding": (2.0 * memorized, 2 * memorized * (one + shape.n_layers * unembed)),
-    }
-    for name, (forwards, flop) in counted.items():
-        parts[name] = {"forwards": forwards, "flop": flop, "bytes": 0.0}
-    return parts
 
 
 def _scaled(plan: Plan, shape: Shape, n: int) -> dict[str, float]:
@@ -172,7 +196,30 @@ def _scaled(plan: Plan, shape: Shape, n: int) -> dict[str, float]:
     times = n / plan.n_sequences
     flop = (plan.block_flops + plan.unembed_flops) * times
     forwards = plan.block_forwards * times / shape.n_layers
-    return {"forwards": forwards, "flop": flop, "bytes": float(plan.bytes)}
+    found = {"forwards": forwards, "flop": flop, "bytes": float(plan.bytes)}
+    return found if plan.roofline is None else {**found, "seconds": plan.roofline.seconds * times}
+
+
+def _decoding(shape: Shape, sizes: PlanSizes, n: int, on: Device | None) -> dict[str, float]:
+    """Return the cost of decoding greedily: the prompts, and then token by token with a cache."""
+    counted = Operators(shape)
+    length = sizes.prefix_len + sizes.n_targets
+    cache = cache_bytes(shape.n_layers, shape.n_kv_heads, shape.d_head, length, shape.itemsize)
+    rows = fitting(cache, budget_on(on, shape.n_params * shape.itemsize), most=MOST_DECODED)
+    for step in range(sizes.n_targets):
+        new = 1 if step else sizes.prefix_len
+        counted.layer(rows, rows * new, sizes.prefix_len + step, own=True, times=shape.n_layers)
+        counted.unembed(rows, rows)
+    return {"forwards": float(n), "bytes": float(rows * cache)} | _operators(counted, n / rows, on)
+
+
+def _operators(counted: Operators, times: float, on: Device | None) -> dict[str, float]:
+    """Return the operations of some operators, done so often, and their least time on a device."""
+    found = {"flop": counted.flops * times}
+    if on is None:
+        return found
+    line = Roofline.of(counted, on, weights=0, activations=0)
+    return {**found, "seconds": line.seconds * times}
 
 
 def counted_edit(site: str, layers: Sequence[int], number: int = 0) -> Intervention:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from memlens.studies.comparative.config import (
 )
 from memlens.studies.comparative.plan import PlanSizes, plan_comparative, plan_parts
 from memlens.sweeps.plan import plan, plan_shape, shape_of
+from memlens.sweeps.roofline import Device
 from tests.cli.test_commands import call
 from tests.devices import dev
 
@@ -86,6 +88,33 @@ def test_plans_count_forwards_and_hours() -> None:
     )
 
 
+def test_on_a_device_parts_take_what_arithmetic_or_memory_needs() -> None:
+    sizes = PlanSizes(per_domain=64, domains=2, heads_per_domain=8, memorized=0.25)
+    found = find_model("pythia-70m")
+    assert found is not None
+    shape = found[1].shape
+    assert shape is not None
+    options = ml.studies.ComparativeOptions(noise_draws=1)
+    without = plan_parts(shape, shape.n_params, sizes, options)
+    # 2 * 10^12 operations per second, and memory that nothing waits for.
+    fast = plan_parts(shape, shape.n_params, sizes, options, Device(peak=2e12, bandwidth=1e30))
+    for name, part in fast.items():
+        assert part["flop"] == without[name]["flop"]
+        assert part["seconds"] == pytest.approx(part["flop"] / 2e12)
+    slow = plan_parts(shape, shape.n_params, sizes, options, Device(peak=1e30, bandwidth=1e9))
+    # Decoding reads all weights but the embedding once for each token of a batch, here 128 rows of 256.
+    read = 32 * 2 * (shape.n_params - shape.d_model * shape.d_vocab) / 1e9
+    assert read / 2 < slow["greedy"]["seconds"] < 30 * read
+    assert (
+        slow["greedy"]["seconds"] / slow["greedy"]["flop"]
+        > slow["recall"]["seconds"] / slow["recall"]["flop"]
+    )
+    small = Device(peak=1e12, bandwidth=1e12, memory=1e8)
+    assert plan_comparative([StudyModel("pythia-70m")], sizes=sizes, on=small)["fits"].tolist() == [False]
+    with pytest.raises(OptionError, match="on='h999'"):
+        plan_comparative([StudyModel("pythia-70m")], on="h999")
+
+
 def test_large_models_are_planned_with_fewer_sequences_for_heads_and_faster_devices_take_less() -> None:
     table = plan_comparative(device_tflops=100).set_index("model")
     assert len(table) == 20
@@ -115,6 +144,20 @@ def test_the_command_prints_the_plan_of_the_paper_s_models() -> None:
         assert name in words
     assert "300,000 sequences in each of 5 domains" in words
     assert "not known" in words
+
+
+def test_the_command_plans_for_a_device_and_writes_a_script(tmp_path: Path) -> None:
+    at = ("run", "comparative", "--models", "pythia-70m", "zoo/pythia-xs", "--plan", "--per-domain", "100")
+    code, shown, error = call(*at, "--on", "h100-sxm", "--json")
+    assert code == 0, error
+    document = json.loads(shown)
+    assert document["on"] == "h100-sxm"
+    assert [row["model"] for row in document["models"]] == ["EleutherAI/pythia-70m", "zoo/pythia-xs"]
+    assert all(row["fits"] and 0 < row["head_hours"] < row["hours"] for row in document["models"])
+    code, shown, error = call(*at, "--slurm", "--out", str(tmp_path))
+    assert code == 0, error
+    assert "#SBATCH --array=0-1\n" in shown
+    assert "memlens run comparative --models pythia-70m zoo/pythia-xs" in shown
 
 
 # ---- models and domains without code ---------------------------------------------------------------------
