@@ -13,9 +13,10 @@ from torch import nn
 import memlens as ml
 from memlens.errors import ModelLoadError
 from memlens.forward.check import comparison, sites
-from memlens.forward.check.comparison import Reference, compared, probe_tokens
-from memlens.forward.check.model import check_model
+from memlens.forward.check.comparison import Reference, compared, probe_tokens, record_reference
+from memlens.forward.check.model import _trunk, check_model
 from memlens.forward.check.table import Check, ModelCheck
+from memlens.forward.hooks import SITES, hook_name
 from tests.devices import dev
 from tests.tiny import random_tokens
 
@@ -259,3 +260,159 @@ def test_zeros_are_written_into_their_rows_and_the_activation_is_kept() -> None:
     experts = sites._zeroed(slice(2, 4), 5, "b", store)(x, None)
     assert experts.sum() == 12  # another first axis: nothing is written
     assert store["b"] is experts
+
+
+class Recorded(nn.Module):
+    """Stands in for a model of transformers, and keeps how it was called."""
+
+    def __init__(self, config: Any, states: Any) -> None:
+        super().__init__()
+        self.weight, self.config, self.states = nn.Parameter(torch.ones(1)), config, states
+        self.calls: list[Any] = []
+        self.attention: list[str] = []
+
+    def set_attn_implementation(self, name: str) -> None:
+        self.attention.append(name)
+
+    def forward(self, **given: Any) -> Any:
+        tokens = given.pop("input_ids")
+        self.calls.append((tokens, given, self.training, self.attention[-1]))
+        return SimpleNamespace(logits=self.weight * tokens[..., None], **self.states)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_reference_is_one_plain_pass_over_the_probe_tokens(wrapped: bool) -> None:
+    text: Any = SimpleNamespace(vocab_size=50, max_position_embeddings=7, _attn_implementation="sdpa")
+    config = SimpleNamespace(vocab_size=9, get_text_config=lambda: text) if wrapped else text
+    states = [torch.full((2, 7, 3), float(n), requires_grad=True) for n in range(3)]
+    model = Recorded(config, {"hidden_states": tuple(states)}).train()
+    found = record_reference(model, "any")
+    ((tokens, given, training, attention),) = model.calls
+    assert tokens.tolist() == found.tokens.tolist() == probe_tokens(50, 7).tolist()
+    assert given == {"output_hidden_states": True, "use_cache": False}
+    assert (training, attention) == (False, "eager")
+    assert (model.training, model.attention) == (True, ["eager", "sdpa"])
+    assert [float(state.mean()) for state in found.resid] == [0, 1]  # the last is behind the final norm
+    assert found.logits.tolist() == tokens[..., None].tolist()
+    assert not any(state.requires_grad for state in (*found.resid, found.logits))
+    without = Recorded(SimpleNamespace(vocab_size=50), {})
+    found = record_reference(without, "any")
+    assert (found.resid, found.tokens.shape, without.attention) == ([], (2, 12), ["eager"])
+
+
+def off_by(x: torch.Tensor, share: float) -> torch.Tensor:
+    """Another tensor, whose difference as `compared` measures it is `share`."""
+    return x + share * (x - x.mean(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("checked", [[0, 1, 2], [0, 1]])
+def test_embedding_layers_and_unembedding_are_compared_each(checked: list[int]) -> None:
+    tokens, logits = random_tokens(2, 5), torch.randn(2, 5, 9)
+    names = [*(hook_name("resid_pre", n) for n in range(3)), hook_name("resid_post", 2)]
+    resid = {name: torch.randn(2, 5, 4) for name in names}
+    outputs = [resid[name] for name in names[1:]]
+
+    def check(**errors: float) -> Check:
+        def run(start: torch.Tensor, first: int) -> torch.Tensor:
+            assert (first, start is resid[names[2]]) == (2, True)
+            return resid[names[3]]
+
+        def unembed(final: torch.Tensor) -> torch.Tensor:
+            torch.testing.assert_close(final, last[:, -3:])
+            return off_by(logits[:, -3:], errors.get("unembed", 0))
+
+        runs = [
+            sites.LayerRun(n, off_by(outputs[n], errors.get(f"layer_{n}", 0)), {}, {}, {}) for n in checked
+        ]
+        last = runs[-1].out if checked[-1] == 2 else resid[names[3]]
+        embedded = off_by(resid[names[0]], errors.get("embed", 0))
+        trunk = SimpleNamespace(n_layers=3, embed=lambda given: embedded, run=run, unembed=unembed)
+        found, final = _trunk(trunk, tokens, resid, logits, runs)  # type: ignore[arg-type]
+        if found.status == "ok":
+            assert final is last
+        assert found.name == "trunk"
+        return found
+
+    begins = "embed, layers and unembed together are not the model's own forward pass"
+    behind = ": what follows the last layer (norm, unembedding, scaling of the logits) differs"
+    failures: dict[str, tuple[int | None, str]] = {
+        "embed": (0, f"{begins}: the embedding differs"),
+        **{f"layer_{n}": (n, begins) for n in checked},
+        "unembed": (None, begins + behind),
+    }
+    for place, (layer, note) in failures.items():
+        slight = check(**dict.fromkeys(failures, 2e-5) | {place: 8e-5})
+        assert (slight.status, slight.layer, slight.note) == ("ok", None, "")
+        assert slight.difference == pytest.approx(8e-5, rel=0.02)  # the largest
+        found = check(**{place: 5e-4})
+        assert (found.status, found.layer, found.note) == ("failed", layer, note)
+        assert found.difference == pytest.approx(5e-4, rel=0.02)
+    del resid[names[1]]  # a model that does not show what layer 1 gets
+    assert check(layer_0=5e-4).status == "ok"
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_what_a_zero_at_each_site_must_do(parallel: bool) -> None:
+    def activations() -> dict[str, torch.Tensor]:
+        return {site: torch.randn(2, 3, 4, 4) for site in SITES}
+
+    plain, run = activations(), activations()
+    named = [{hook_name(site, 1): x for site, x in each.items()} for each in (plain, run)]
+    trunk: Any = SimpleNamespace(parallel=parallel)
+    found = {site: claim(named[1]) for site, claim in sites._claims(trunk, 1, named[0])}
+
+    def constant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, x[0, 0].expand(2, 3, 4, 4)  # the same at every position of every sequence
+
+    nothing = torch.zeros(2, 3, 4, 4)
+    by_place = run["pattern"], run["pattern"][[0, 0]]
+    wanted = {
+        "resid_pre": constant(run["attn_out"] + run["mlp_out"]),
+        "resid_mid": constant(run["mlp_out"]),
+        "attn_out": (run["resid_mid"], plain["resid_pre"]),
+        "mlp_out": (run["resid_post"], plain["resid_mid"]),
+        "q": by_place,
+        "k": by_place,
+        "v": (run["z"], nothing),
+        "pattern": (run["z"], nothing),
+        "z": constant(run["attn_out"]),
+        "mlp_post": constant(run["mlp_out"]),
+    }
+    if parallel:  # both parts read the residual before the layer
+        wanted["attn_out"] = (run["resid_post"] - plain["mlp_out"], plain["resid_pre"])
+        wanted["mlp_out"] = (run["resid_post"], plain["resid_pre"] + plain["attn_out"])
+    assert found.keys() == wanted.keys()
+    for site, pair in wanted.items():
+        torch.testing.assert_close(found[site], pair)
+
+
+@torch.no_grad()
+def test_each_layer_runs_once_with_a_zero_at_each_site(tiny_model: Any) -> None:
+    model = tiny_model("llama", "bridge")
+    _, resid = model.run_with_cache(probe_tokens(100, 64)[:, :5])
+    trunk = ml.Trunk(model)
+    runs = sites.layer_runs(trunk, resid, [2, 0])
+    assert [run.layer for run in runs] == [2, 0]
+    for run in runs:
+        assert run.names == {site: hook_name(site, run.layer) for site in SITES}
+        torch.testing.assert_close(run.out, resid[hook_name("resid_post", run.layer)])
+        assert [(rows.start, rows.stop) for rows in run.rows.values()] == [
+            (2 * n, 2 * n + 2) for n in range(1, len(SITES) + 1)
+        ]
+        for site, name in run.names.items():
+            zero = run.store[name].flatten(1).abs().amax(1) == 0
+            assert zero[run.rows[site]].all()
+            assert not zero[:2].any()
+            torch.testing.assert_close(run.store[name][:2], resid[name])
+    checks = sites.check_sites(trunk, runs)
+    assert [check.name for check in checks] == [f"site {site}" for site, _ in sites._claims(trunk, 0, {})]
+    assert {check.status for check in checks} == {"ok"}
+    few = sites.LayerRun(0, run.out, run.names, run.rows, run.store | {run.names["z"]: torch.ones(3, 5)})
+    absent = {check.name: check for check in sites.check_sites(trunk, [few])}["site z"]
+    assert (absent.status, absent.note) == ("absent", "does not have one row per sequence")
+    without = {site: name for site, name in run.names.items() if site != "z"}
+    found = sites.check_sites(trunk, [sites.LayerRun(0, run.out, without, run.rows, run.store)])
+    absent = {check.name: check for check in found}["site z"]
+    assert (absent.status, absent.note) == ("absent", "the model does not have this hook")
+    (worst,) = [c for c in sites.check_sites(trunk, [few, runs[0]]) if c.name == "site z"]
+    assert worst.status == "ok"  # which is worse than nothing

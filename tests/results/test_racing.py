@@ -403,6 +403,15 @@ def test_equal_effects_are_a_tie_in_their_order(value: float) -> None:
     assert found.cells == 150
 
 
+@pytest.mark.parametrize(("k", "tied"), [(1, []), (2, [1, 2]), (3, []), (4, [3, 4]), (5, []), (9, [])])
+def test_only_what_is_equal_at_the_border_is_a_tie(k: int, tied: list[int]) -> None:
+    found = run(np.tile([3.0, -2.0, 2.0, 1.0, 1.0], (16, 1)), k=k)
+    assert chosen(found) == set(range(min(k, 5)))
+    assert np.flatnonzero(found.by == "tie").tolist() == tied
+    assert set(found.by) <= {"tie", "all sequences"}
+    assert run(np.tile([2.0, 2.0, 1.0], (16, 1)), k=1).by.tolist() == ["tie", "tie", "all sequences"]
+
+
 def test_k_of_all_components_or_more_takes_one_round() -> None:
     for k in (12, 50):
         found = run(table_of("shared", 100, 0), k=k)
