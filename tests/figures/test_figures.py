@@ -317,9 +317,11 @@ def test_colors_tell_groups_apart() -> None:
 def test_no_two_parts_of_a_figure_stand_in_one_place(name: str) -> None:
     """Legends are below the axes, menus above them, and the margins hold both."""
     fig: go.Figure = synthetic.ALL[name]().plot()
-    if any(trace.showlegend for trace in fig.data):
+    legend, menus = any(trace.showlegend for trace in fig.data), bool(fig.layout.updatemenus)
+    assert legend or menus or name == "residual_decoding"  # which has neither
+    if legend:
         assert fig.layout.margin.b >= 100
-    if fig.layout.updatemenus:
+    if menus:
         assert fig.layout.margin.t >= 130
 
 
