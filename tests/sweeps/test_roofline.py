@@ -15,9 +15,10 @@ from memlens.forward.blocks import FunctionalBlocks
 from memlens.models.families import Shape, find_model
 from memlens.studies.comparative.plan import counted_edit
 from memlens.studies.plans import blank_sequences
+from memlens.sweeps import roofline
 from memlens.sweeps.operators import KINDS, Operators
 from memlens.sweeps.plan import plan_shape, shape_of
-from memlens.sweeps.roofline import DEVICES, Device, Roofline, measured_device
+from memlens.sweeps.roofline import DEVICES, Device, Roofline, device_for, measured_device
 from tests.small import ragged
 
 SHAPE = Shape(
@@ -82,6 +83,92 @@ def test_the_models_own_blocks_keep_the_pattern_and_join_no_weights() -> None:
     a, b = by_kind(own), by_kind(functional)
     assert a["attention"][2] - b["attention"][2] == 2 * 6 * 6 * 3 * 4
     assert b["copies"][2] - a["copies"][2] == 2 * 2 * 8 * 16
+
+
+def test_a_layer_without_gates_and_shared_heads_and_how_often() -> None:
+    plain = replace(SHAPE, n_kv_heads=4, gated_mlp=False, itemsize=4)
+    counted = Operators(plain)
+    counted.layer(rows=2, positions=6, keys=3, times=5)
+    counted.unembed(4, most=2)
+    found = by_kind(counted)
+    assert found["queries, keys and values"] == (5, 5 * 2 * 6 * 8 * 24, 5 * 4 * (6 * 8 + 8 * 24 + 6 * 24))
+    assert found["attention"] == (5, 5 * 4 * 6 * 3 * 8, 5 * 4 * (6 * 8 + 2 * 2 * 3 * 8 + 6 * 8))
+    assert found["MLP in"] == (5, 5 * 2 * 6 * 8 * 16, 5 * 4 * (6 * 8 + 8 * 16 + 6 * 16))
+    moved = 2 * 8 + 2 * 8 + 2 * 8 + 6 * 8 + 2 * 8 + 2 * 16
+    assert found["norms and elementwise"] == (10, 0, 5 * 4 * 6 * moved)
+    assert found["copies"] == (5, 0, 5 * 4 * 2 * 8 * 24)  # nothing is repeated for heads that share
+    assert found["unembedding"][0] == 2  # without a rest
+    assert found["metrics"] == (2, 0, 4 * 10 * 8 * 4)  # without a copy in float32
+    assert counted.flops == sum(flops for _, flops, _ in found.values())
+
+    twice = Operators(plain)
+    twice.mlp(6)
+    before, flops = by_kind(twice), twice.flops
+    twice.add(counted, 3)
+    assert twice.flops == flops + 3 * counted.flops
+    for kind, sums in by_kind(twice).items():
+        old = before.get(kind, (0, 0, 0))
+        assert sums == tuple(a + 3 * b for a, b in zip(old, found[kind], strict=True))
+    own = Operators(plain)
+    own.layer(rows=1, positions=2, keys=3, own=True)
+    assert "copies" not in by_kind(own)
+
+
+def test_a_roofline_sums_the_least_time_of_each_call() -> None:
+    """At 1000 operations and 100 bytes per second."""
+    counted = Operators(SHAPE)
+    counted.calls["MLP out", 500, 10] = 2  # 0.5 s of arithmetic each
+    counted.calls["MLP out", 100, 30] = 3  # 0.3 s of memory each
+    counted.calls["MLP in", 100, 10] = 1  # 0.1 s of either, which is called arithmetic
+    counted.calls["copies", 0, 40] = 4
+    line = Roofline.of(counted, DEVICE, weights=3 * 10**9, activations=10**9)
+    assert [cost.kind for cost in line.operators] == ["MLP in", "MLP out", "copies"]  # as in `KINDS`
+    table = line.to_frame()
+    assert list(table) == [
+        *("kind", "calls", "flops", "bytes", "seconds", "memory_seconds", "intensity", "bound", "share")
+    ]
+    assert table["calls"].tolist() == [1, 5, 4]
+    assert table["flops"].tolist() == [100, 1300, 0]
+    assert table["bytes"].tolist() == [10, 110, 160]
+    assert table["seconds"].tolist() == pytest.approx([0.1, 1.9, 1.6])
+    assert table["memory_seconds"].tolist() == pytest.approx([0, 0.9, 1.6])
+    assert table["intensity"].tolist() == pytest.approx([10, 1300 / 110, 0])
+    assert table["bound"].tolist() == ["arithmetic", "arithmetic", "memory"]
+    assert table["share"].tolist() == pytest.approx([0.1 / 3.6, 1.9 / 3.6, 1.6 / 3.6])
+    assert line.seconds == pytest.approx(3.6)
+    assert line.memory_share == pytest.approx(2.5 / 3.6)
+    left_out = "; not counted: launches of kernels, Python and other work of the host, "
+    assert str(line).startswith(
+        "on a device of your own at least 3.6 s, 69% of it bound by memory; 3.0 GB of weights and 1.0 of "
+        f"activations are needed{left_out}"
+    )
+    for memory, fits in ((4e9, "fit into 4 GB"), (3.9e9, "do not fit into 4 GB")):
+        there = replace(line, device=replace(DEVICE, memory=memory))
+        assert there.fits == (memory == 4e9)
+        assert f"of activations {fits}{left_out}" in str(there)
+    del counted.calls["copies", 0, 40]
+    faster = Roofline.of(counted, DEVICE, weights=0, activations=0)
+    assert (faster.bound, faster.memory_share) == ("arithmetic", pytest.approx(0.45))
+    assert "2 s, 55% of it bound by arithmetic; 0.0 GB" in str(faster)
+    assert Roofline.of(Operators(SHAPE), DEVICE, weights=0, activations=0).memory_share == 0
+
+
+def test_a_device_by_its_name_with_its_published_rates() -> None:
+    cpu, half = torch.device("cpu"), torch.float16
+    found = device_for("H100-SXM", cpu, half)
+    assert (found.peak, found.float32, found.bandwidth) == (989e12, 67e12, 3350e9)
+    assert (found.memory, found.kind, found.name) == (80e9, "cuda", "h100-sxm")
+    assert [found.rate(size) for size in (1, 2, 4)] == [989e12, 989e12, 67e12]
+    assert found.seconds(67e12, 3350e9 / 2, itemsize=4) == 1
+    assert found.seconds(67e12, 3350e9 * 2, itemsize=4) == 2
+    assert device_for(DEVICE, cpu, half) is DEVICE
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roofline, "measured_device", lambda *args: asked.append(args) or DEVICE)
+        assert device_for("Here", cpu, half) is DEVICE
+    assert asked == [(cpu, half)]
+    with pytest.raises(OptionError, match=r"choose from .*, here, or give"):
+        device_for("there", cpu, half)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "olmo2"])
@@ -229,3 +316,4 @@ def test_a_machine_is_measured() -> None:
     assert found.peak == 2 * 2048 * 1024 * 4096 / 0.25
     assert found.bandwidth == 2 * 2**27 / 1
     assert (found.kind, found.memory, found.rate(4), found.rate(8)) == ("cpu", None, found.peak, found.peak)
+    assert (found.name, found.source) == ("this cpu", "measured")
