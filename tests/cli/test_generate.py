@@ -15,7 +15,6 @@ from memlens.cli.making import continuations, read_prompts
 from memlens.errors import FileFormatError, OptionError, SourceNotFoundError
 from memlens.results.groups import parse_layers
 from tests.cli.test_commands import call
-from tests.small import CASES
 from tests.tiny import D_VOCAB
 
 PROMPTS = ["w3 w14 w15 w92 w65 w35", "w27 w18 w28"]
@@ -27,7 +26,9 @@ def until_end(row: list[int]) -> list[int]:
     return row[: row.index(D_VOCAB - 1)] if D_VOCAB - 1 in row else row
 
 
-@pytest.mark.parametrize(("family", "backend"), CASES)
+@pytest.mark.parametrize(
+    ("family", "backend"), [("gpt_neox", "hooked"), ("gpt_neo", "bridge"), ("llama_gqa", "bridge")]
+)
 @torch.no_grad()
 def test_all_ways_to_generate_under_a_bypass_give_the_same_tokens(
     tiny_model: Any, tiny_folder: Any, family: str, backend: str

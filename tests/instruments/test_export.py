@@ -18,7 +18,7 @@ from memlens.instruments.edit.folding import as_weight_edit
 from memlens.instruments.edit.weight_edit import WeightChange, weight_edit
 from memlens.models.names import has_hooked_transformer
 from tests.devices import dev
-from tests.small import CASES, ragged
+from tests.small import CASES, ragged, spread
 from tests.tiny import D_VOCAB, random_tokens, tiny_huggingface_model, tiny_tokenizer
 
 Edits = Callable[[Any], list[ml.Intervention]]
@@ -58,8 +58,17 @@ def logits_of(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
         return plain(tokens).logits
 
 
-@pytest.mark.parametrize("what", MADE)
-@pytest.mark.parametrize(("family", "backend"), CASES)
+EVERYWHERE = ("heads to zero", "neurons to zero", "MLP to zero")
+"""What finds each part's weights; the others write other values there, each on six or seven of the cases."""
+
+
+@pytest.mark.parametrize(
+    ("family", "backend", "what"),
+    [
+        *((*case, what) for what in EVERYWHERE for case in CASES),
+        *spread([what for what in MADE if what not in EVERYWHERE], each=3),
+    ],
+)
 def test_an_exported_intervention_has_its_logits(
     family: str, backend: str, what: str, tiny_model: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import random
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +15,7 @@ import torch
 import memlens as ml
 from memlens.errors import InterventionError, ResultError, WriteError
 from memlens.sweeps.shards import Shard, ShardStore, cut
+from tests.kill_loops import Job, kill_loop
 from tests.small import corrupted, ragged
 
 METRICS = ("target_logprob", "target_rank", "exact_match")
@@ -169,53 +165,26 @@ def test_foreign_and_damaged_files_are_refused(tiny_model: Any, tmp_path: Path) 
         run(model, tmp_path / "a")
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-import memlens as ml
-import memlens.sweeps.shards
-sys.modules["memlens.sweeps.shards"]._SHARD_FLOPS = {"cpu": 0.0, "cuda": 0.0}
-from tests.small import corrupted, ragged
-model = ml.load_model(sys.argv[1], backend="bridge")
-edits = ml.edits.activation_patches(model, corrupted(ragged(6)), site="z", over="head_position")
-print("ready", flush=True)
-ml.sweep(model, ragged(6), edits, batch_size=1, out=sys.argv[2], progress=False)
-print("done", flush=True)
-"""
-
-
 @pytest.mark.slow
-def test_kills_at_random_moments_lose_and_repeat_nothing(tiny_folder: Any, tmp_path: Path) -> None:
+def test_kills_at_random_moments_lose_and_repeat_nothing(
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`kill -9` again and again; finished parts are never written twice, the result is that of one run."""
-    out, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "-c", SCRIPT, str(tiny_folder("gpt_neox"))]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(whole)], check=True, env=env, capture_output=True, cwd=tmp_path)
-    moments, written, kills = random.Random(0), dict[str, float](), 0
-    while True:
-        process = subprocess.Popen([*command, str(out)], env=env, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        wanted = len(written) + moments.randint(8, 40)
-        while process.poll() is None and len(list(out.glob("*.npz"))) < wanted:
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.03))
-        process.send_signal(signal.SIGKILL)
-        ended = "done" in process.stdout.read()
-        process.wait()
-        kills += not ended
-        now = {f.name: f.stat().st_mtime_ns for f in out.glob("*.npz")}
-        assert {n: now[n] for n in written} == written
-        assert ended or kills < 60
-        written = now
-        if ended:
-            break
-    assert kills >= 2
-    a, b = (ml.load_result(folder / "result.nc") for folder in (out, whole))
-    assert same(a, b)
-    assert set(written) == {f.name for f in whole.glob("*.npz")}
+    monkeypatch.setattr(sys.modules["memlens.sweeps.shards"], "_SHARD_FLOPS", {"cpu": 0.0, "cuda": 0.0})
+    model, written = tiny_model("gpt_neox", "bridge"), dict[Path, dict[str, int]]()
+    edits = ml.edits.activation_patches(model, corrupted(ragged()), site="z", over="head_position")
+
+    def work(folder: Path) -> None:
+        ml.sweep(model, ragged(), edits, batch_size=1, out=folder, progress=False)
+
+    def check(folder: Path) -> None:
+        now = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.npz")}
+        before = written.get(folder, {})
+        assert {name: now[name] for name in before} == before
+        written[folder] = now
+
+    assert kill_loop(Job("a sweep of many parts", work, check=check), 5, tmp_path).kills == 5
+    assert max(len(parts) for parts in written.values()) > 8
 
 
 def test_a_file_that_was_being_written_is_no_part(tiny_model: Any, tmp_path: Path) -> None:
