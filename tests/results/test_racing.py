@@ -252,6 +252,16 @@ def test_bets_are_shared_by_claims_and_sides_alone_as_they_may_be_looked_at_any_
     np.testing.assert_allclose(found.high[open_], high[open_])
 
 
+def test_bets_take_no_estimates() -> None:
+    table = np.random.default_rng(0).random((60, 4))
+    options: dict[str, Any] = {"k": 1, "interval": "betting", "bounds": (0, 1)}
+    found, alone = run(table, known=table, **options), run(table, **options)
+    assert not found.controlled.any()
+    np.testing.assert_array_equal(found.estimate, alone.estimate)
+    np.testing.assert_array_equal(found.low, alone.low)
+    assert run(table, k=1, known=table).controlled.any()
+
+
 def test_what_is_decided_is_what_every_possible_ranking_has_in_common(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -14,7 +14,8 @@ import torch
 
 import memlens as ml
 from memlens.errors import InterventionError, ResultError, WriteError
-from memlens.sweeps.shards import Shard, ShardStore, cut
+from memlens.sweeps import shards as shards_module
+from memlens.sweeps.shards import Parts, Shard, ShardStore, cut, part_limit
 from tests.kill_loops import Job, kill_loop
 from tests.small import corrupted, ragged
 
@@ -226,3 +227,92 @@ def test_the_cut_of_the_first_run_is_kept(tmp_path: Path) -> None:
     later = ShardStore(tmp_path, {"the model": "a"}, [Shard(range(4), range(3))])
     assert later.shards == begun
     assert json.loads((tmp_path / "manifest.json").read_text())["parts"][1] == [2, 4, 0, 3]
+
+
+def test_parts_are_cut_where_they_cost_too_much_but_not_below_16_interventions() -> None:
+    def items(costs: list[float], most: float, n: int = 2) -> list[range]:
+        return [shard.items for shard in cut(n, costs, 4, most)]
+
+    assert items([1.0] * 40, 40.0) == [range(20), range(20, 40)]  # two rows: 40 exactly, no more
+    assert items([1.0] * 40, 39.9) == [range(19), range(19, 38), range(38, 40)]
+    assert items([1.0] * 40, 40.0, n=1) == [range(40)]
+    assert items([1.0] * 40, 0.0) == [range(16), range(16, 32), range(32, 40)]
+    assert items([9.0, *[1.0] * 35], 40.0) == [range(16), range(16, 36)]  # the cost starts anew
+    assert items([], 40.0) == [range(0)]
+    assert [shard.rows for shard in cut(5, [1.0], 2, 1.0)] == [range(2), range(2, 4), range(4, 5)]
+    assert (part_limit("cpu"), part_limit("cuda"), part_limit("xpu")) == (1e12, 1e15, 1e15)
+
+
+@pytest.mark.parametrize(
+    ("of_rows", "at_once", "blocks"),
+    [
+        (3, 1, [3, 3, 3, 3, 3, 3, 2]),  # whole parts
+        (3, 5, [3, 3, 3, 3, 3, 5]),
+        (3, 6, [6, 6, 6, 2]),
+        (3, 100, [20]),
+        (20, 1, [8, 8, 4]),  # a part of more than eight times what is read at once
+        (20, 2, [16, 4]),
+        (20, 3, [20]),
+    ],
+)
+def test_parts_join_to_the_whole_in_memory_and_from_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_rows: int, at_once: int, blocks: list[int]
+) -> None:
+    """Random numbers, cut by hand; a `target` axis is narrower in the first part than in the others."""
+    n, n_items, rng = 20, 7, np.random.default_rng(0)
+    parts = [
+        Shard(range(i, min(i + of_rows, n)), items)
+        for i in range(0, n, of_rows)
+        for items in (range(4), range(4, 7))
+    ]
+    flat = rng.random((n, n_items)).astype(np.float32)
+    deep = rng.random((n, n_items, 3))
+    deep[: parts[0].rows.stop, :, 2] = np.nan
+    base = rng.random(n)
+    store = ShardStore(tmp_path, {"the model": "a"}, parts)
+    for part in parts:
+        rows, items = slice(part.rows.start, part.rows.stop), slice(part.items.start, part.items.stop)
+        own = deep[rows, items]
+        own = own[..., :2] if part.rows.start == 0 < n - of_rows else own
+        store.save(part, {"flat": base[rows]}, {"flat": flat[rows, items], "deep": own})
+
+    held = store.joined()
+    asked: list[int] = []
+    with monkeypatch.context() as context:
+        context.setattr(shards_module, "stays_in_file", lambda size: asked.append(size) or len(asked) == 2)
+        context.setattr(shards_module, "rows_at_once", lambda size: asked.append(size) or at_once)
+        left = store.joined(stretch=2.0)
+    cell = 2 * (4 + 8 * (2 if of_rows < n else 3))
+    cells = [len(part.rows) * len(part.items) for part in parts[:2]]
+    per_row = 2 * n_items * (4 + 8 * 3)
+    assert asked == [cells[0] * cell, sum(cells) * cell, per_row]  # nothing is held after that
+    for found_base, values in (held, left):
+        np.testing.assert_array_equal(found_base["flat"], base)
+        assert list(values) == ["flat", "deep"]
+        for name, whole in (("flat", flat), ("deep", deep)):
+            assert values[name].shape == whole.shape
+            assert values[name].dtype == whole.dtype
+            np.testing.assert_array_equal(np.asarray(values[name]), whole)
+    assert list(left[1]["flat"].chunks[0]) == blocks
+
+
+def test_only_the_parts_of_a_block_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [Shard(range(i, i + 2), range(1)) for i in range(0, 8, 2)]
+    store = ShardStore(tmp_path, {"the model": "a"}, parts)
+    monkeypatch.setattr(shards_module, "stays_in_file", lambda size: True)
+    monkeypatch.setattr(shards_module, "rows_at_once", lambda size: 4)
+    joined = Parts(store)
+    for part in parts:
+        values = {"x": np.arange(part.rows.start, part.rows.stop, dtype=float)[:, None]}
+        store.save(part, {}, values)
+        joined.add(part, {}, values)
+    whole = joined.joined()[1]["x"]
+    read: list[range] = []
+    finished = store.finished
+    monkeypatch.setattr(store, "finished", lambda shard: read.append(shard.rows) or finished(shard))
+    assert np.asarray(whole[4:6]).tolist() == [[4.0], [5.0]]
+    assert read == [range(4, 6), range(6, 8)]  # one block
+    (tmp_path / parts[3].name).unlink()
+    assert np.asarray(whole[:4]).tolist() == [[0.0], [1.0], [2.0], [3.0]]
+    with pytest.raises(ResultError, match=f"{parts[3].name} is gone"):
+        np.asarray(whole)
