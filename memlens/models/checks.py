@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from memlens.errors import NonFiniteError, UnsupportedModelError
 from memlens.models.families import architecture_of
@@ -52,10 +55,18 @@ def check_plain_weights(model: nn.Module, name: str) -> None:
             )
 
 
-def check_finite_weights(model: nn.Module, name: str) -> None:
-    """Raise `NonFiniteError`, naming the first layer and parameter with NaN or infinity, if there is one."""
+def check_finite_weights(model: nn.Module, name: str, finite: Container[int] = ()) -> None:
+    """Raise `NonFiniteError`, naming the first layer and parameter with NaN or infinity, if there is one.
+
+    Args:
+        model: The model.
+        name: Its name.
+        finite: The `id` of each parameter that is known to be finite (`noting_finite_products`).
+    """
     for parameter_name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and (n_bad := _count_nonfinite(parameter)):
+        if id(parameter) in finite or not parameter.is_floating_point():
+            continue
+        if n_bad := _count_nonfinite(parameter):
             found = _LAYER.search(parameter_name)
             where = f"layer {found[1]}" if found else "outside the layers"
             raise NonFiniteError(
@@ -63,6 +74,33 @@ def check_finite_weights(model: nn.Module, name: str) -> None:
                 f"({n_bad} of {parameter.numel()} values): the checkpoint is damaged, "
                 f"or {parameter.dtype} is too narrow for it (try dtype='float32')."
             )
+
+
+@contextmanager
+def noting_finite_products(model: nn.Module, finite: set[int]) -> Iterator[None]:
+    """Note which weights a forward pass shows to be finite, so that they need not be read for it once more.
+
+    They are those of linear layers whose output is finite: every one is a factor, or an addend, of some
+    number in each row of it, and whatever is multiplied by NaN or infinity is NaN or infinite (zero, too, by
+    IEEE 754), and so is each sum with such a term.
+
+    Args:
+        model: The model, which runs inside the `with` statement.
+        finite: Receives the `id` of each parameter.
+    """
+
+    def look(module: nn.Module, _args: Any, out: Tensor) -> None:
+        if out.numel() and bool(torch.isfinite(out.sum())):
+            finite.update(map(id, module.parameters(recurse=False)))
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if type(module).forward in _PRODUCTS and "forward" not in vars(module):
+                stack.enter_context(module.register_forward_hook(look, prepend=True))
+        yield
+
+
+_PRODUCTS = (nn.Linear.forward, Conv1D.forward)
 
 
 def _count_nonfinite(values: Tensor) -> int:

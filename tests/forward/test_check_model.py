@@ -15,8 +15,9 @@ from torch import nn
 import memlens as ml
 from memlens.errors import ModelLoadError, SiteError, UnsupportedModelError
 from memlens.forward.check import sites
-from memlens.forward.check.comparison import probe_tokens, record_reference
+from memlens.forward.check.kinds import kinds_of_layers
 from memlens.forward.check.model import check_model
+from memlens.forward.check.reference import probe_tokens, record_reference
 from memlens.forward.hooks import hook_name
 from memlens.models.load import load_model
 from memlens.models.names import has_hooked_transformer
@@ -100,9 +101,9 @@ def test_one_layer_of_each_kind_is_checked_at_load(
     if backend == "hooked" and not has_hooked_transformer():
         pytest.skip("this TransformerLens has no HookedTransformer")
     local = [kind == "sliding_attention" for kind in huggingface(tiny_folder("olmo3")).config.layer_types]
-    found = sites.kinds_of_layers(tiny_model("olmo3", backend))
+    found = kinds_of_layers(tiny_model("olmo3", backend))
     assert found == sorted({0, len(local) - 1, local.index(False), local.index(True)})
-    assert sites.kinds_of_layers(tiny_model("gpt_neox", backend)) == [0, 2]
+    assert kinds_of_layers(tiny_model("gpt_neox", backend)) == [0, 2]
 
 
 def test_a_layer_that_is_another_one_when_run_alone_is_refused(

@@ -13,8 +13,10 @@ from torch import nn
 import memlens as ml
 from memlens.errors import ModelLoadError
 from memlens.forward.check import comparison, sites
-from memlens.forward.check.comparison import Reference, compared, probe_tokens, record_reference
+from memlens.forward.check.comparison import compared
+from memlens.forward.check.kinds import kinds_of_layers
 from memlens.forward.check.model import _trunk, check_model
+from memlens.forward.check.reference import Reference, probe_tokens, record_reference
 from memlens.forward.check.table import Check, ModelCheck
 from memlens.forward.hooks import SITES, hook_name
 from tests.devices import dev
@@ -160,7 +162,7 @@ def test_layers_are_of_one_kind_if_they_differ_by_their_number_alone(
     changes: list[Any], kinds: list[int]
 ) -> None:
     model = SimpleNamespace(blocks=[Block(n, **change) for n, change in enumerate(changes)])
-    assert sites.kinds_of_layers(model) == kinds
+    assert kinds_of_layers(model) == kinds
 
 
 def test_a_model_that_memlens_did_not_load_is_not_compared(tiny_folder: Any) -> None:
@@ -212,36 +214,36 @@ def test_a_processed_model_is_compared_by_log_probabilities(
     monkeypatch.setattr(comparison, "describe", lambda model: {"processed_weights": True})
     found = comparison.against_huggingface(model, shifted, {}, logits)
     assert (found.status, found.note) == ("ok", "log-probabilities against Hugging Face's")
-    assert comparison.by_layer(SimpleNamespace(model=model), shifted, found) is found  # type: ignore[arg-type]
 
 
 @torch.no_grad()
-def test_what_a_layer_adds_is_compared_beyond_rounding() -> None:
-    """A trunk whose layer 1 adds a little too much to what the reference says."""
-    model = SimpleNamespace()
-    resid = [torch.full((1, 2, 4), 8.0, dtype=torch.bfloat16)]
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 0.02), (torch.float32, 1e-3)])
+def test_what_a_layer_adds_is_compared_beyond_rounding(dtype: torch.dtype, allowed: float) -> None:
+    """A trunk, or the model's own pass, whose layer 1 adds a little too much to what the reference says."""
+    resid = [torch.full((1, 2, 4), 8.0, dtype=dtype)]
     for step in (1.0, 2.0, 4.0):
         resid.append(resid[-1] + step)
-    reference = Reference(random_tokens(1, 2), resid, torch.zeros(1, 2, 9, dtype=torch.bfloat16))
-    allowed, eps = 0.02, torch.finfo(torch.bfloat16).eps
+    right = Check("logits", "ok", 0.0, 1.0)
+    added = 2 + torch.finfo(dtype).eps * 11 / allowed  # from 9 to 11, and the rounding of what is added to
 
-    def off_by(share: float) -> Check:
+    def trunk(share: float) -> Any:
         def run(start: torch.Tensor, layer: int, stop: int) -> torch.Tensor:
             assert stop == layer + 1
-            return resid[stop].double() + share * (layer == 1)
+            return resid[stop].double() + share * allowed * added * (layer == 1)
 
-        trunk = SimpleNamespace(model=model, device=torch.device("cpu"), run=run)
-        return comparison.by_layer(trunk, reference, right)  # type: ignore[arg-type]
+        return SimpleNamespace(device=torch.device("cpu"), run=run)
 
-    right = Check("logits", "ok", 0.0, 1.0)
-    added = 2 + eps * 11 / allowed  # from 9 to 11, and the rounding of what is added to
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "_processed", lambda model: False)
-        assert off_by(0.99 * allowed * added) is right
-        found = off_by(1.01 * allowed * added)
-    assert (found.name, found.status, found.layer, found.allowed) == ("logits", "failed", 1, allowed)
-    assert found.difference == pytest.approx(1.01 * allowed, rel=1e-3)
-    assert found.note == "what the layer adds to the residual differs from Hugging Face's model"
+    def made(share: float) -> dict[int, torch.Tensor]:
+        return {n: trunk(share).run(resid[n], n, n + 1) for n in range(3)}
+
+    for by, own in ((trunk(0.99), {}), (None, made(0.99)), (trunk(9), made(0.99)), (trunk(0.99), made(9))):
+        assert comparison.by_layer(by, resid, own, right) is right
+    assert comparison.by_layer(None, resid, {}, right) is right  # nothing to compare with
+    for by, own in ((trunk(1.01), {}), (None, made(1.01)), (trunk(1.01), made(math.nan))):
+        found = comparison.by_layer(by, resid, own, right)
+        assert (found.name, found.status, found.layer, found.allowed) == ("logits", "failed", 1, allowed)
+        assert found.difference == pytest.approx(1.01 * allowed, rel=1e-3)
+        assert found.note == "what the layer adds to the residual differs from Hugging Face's model"
 
 
 def test_the_worst_layer_is_shown_for_each_site() -> None:

@@ -33,7 +33,7 @@ from tests.devices import dev
 from tests.models.hub_cache import put_in_cache
 from tests.tiny import tiny_huggingface_model, write_tiny
 
-STEPS = ("check_finite_weights", "record_reference", "check_model")
+STEPS = ("record_reference", "check_finite_weights", "check_model")
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 import memlens as ml
 from memlens.errors import UnsupportedModelError
 from memlens.forward.blocks import FunctionalBlocks
-from memlens.forward.check.comparison import record_reference
 from memlens.forward.check.model import check_model
+from memlens.forward.check.reference import record_reference
 from memlens.models.load import load_model
 from tests.devices import dev
 from tests.small import ragged

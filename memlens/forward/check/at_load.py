@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from memlens.forward.check.comparison import AT_LOAD, Reference, record_reference
+from memlens.forward.check.comparison import AT_LOAD
 from memlens.forward.check.identity import model_digest
 from memlens.forward.check.kept import KeptVerdicts, Verdict
+from memlens.forward.check.kinds import kinds_of_layers
 from memlens.forward.check.model import check_model
-from memlens.forward.check.sites import kinds_of_layers
+from memlens.forward.check.reference import Reference, record_reference
 from memlens.forward.check.table import Check
 from memlens.forward.hooks import refuse_sites
-from memlens.models.checks import check_finite_weights
+from memlens.models.checks import check_finite_weights, noting_finite_products
 from memlens.models.names import Source
 from memlens.models.quiet import quiet
 from memlens.models.state import content_key
@@ -65,9 +66,13 @@ class CheckAtLoad:
         known = {} if kept is None or anew else kept.read()
         if known:
             return cls(None, kept, known)
-        check_finite_weights(hf_model, name)
-        with quiet():
-            return cls(record_reference(hf_model, name), kept, {})
+        finite: set[int] = set()
+        try:
+            with quiet(), noting_finite_products(hf_model, finite):
+                sparing = not options.get("process_weights")
+                return cls(record_reference(hf_model, name, sparing=sparing), kept, {})
+        finally:
+            check_finite_weights(hf_model, name, finite)  # which may be why it did not run
 
     def finish(self, model: Any) -> bool:
         """Check the TransformerLens model that was made, or take the kept verdict on it.

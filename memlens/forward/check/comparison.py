@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from memlens.errors import ModelLoadError
+from memlens.forward.check.reference import FirstLayers, Reference
 from memlens.forward.check.table import Check, Status
-from memlens.forward.hooks import hook_name
+from memlens.forward.hooks import HookFn, attached, capturing, hook_name
 from memlens.forward.trunk import Trunk
 from memlens.models.provenance import describe
 from memlens.models.state import content_key
 
-_ROWS, _LENGTH = 2, 12
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.04, torch.float16: 0.01}
 """Largest root mean square of a difference, relative to that of what it is compared with (centered).
 
@@ -26,59 +25,6 @@ In 16 bits rounding adds up over layers, so there these bounds are for four laye
 root of the depth; what one layer adds is compared as well, from the same residual."""
 SAME = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
 """The same, where both sides run on the same modules or through one layer only."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the Hugging Face model computes on the probe tokens.
-
-    Attributes:
-        tokens: The probe tokens.
-        resid: The residual at the input of each layer, `[layer, seq, pos, d_model]`; empty where the model
-            does not give it.
-        logits: Its logits.
-    """
-
-    tokens: Int[Tensor, "seq pos"]
-    resid: list[Float[Tensor, "seq pos d_model"]]
-    logits: Float[Tensor, "seq pos vocab"]
-
-
-def probe_tokens(vocab: int, n_ctx: int | None) -> Int[Tensor, "seq pos"]:
-    """Return the tokens that models are compared on: fixed, and spread over the vocabulary."""
-    length = min(_LENGTH, n_ctx or _LENGTH)
-    ids = torch.arange(_ROWS * length) * 7919 + 11
-    return (ids % vocab).reshape(_ROWS, length)
-
-
-@torch.no_grad()
-def record_reference(hf_model: Any, name: str) -> Reference:
-    """Run the Hugging Face model on the probe tokens, before anything changes it.
-
-    Raises:
-        ModelLoadError: It does not run.
-    """
-    config: Any = hf_model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    tokens = probe_tokens(config.vocab_size, getattr(config, "max_position_embeddings", None))
-    was_training, attention = hf_model.training, getattr(config, "_attn_implementation", None)
-    try:
-        hf_model.set_attn_implementation("eager")  # as TransformerLens runs it: rounding alike
-        out = hf_model.eval()(
-            input_ids=tokens.to(next(hf_model.parameters()).device),
-            output_hidden_states=True,
-            use_cache=False,
-        )
-    except Exception as error:
-        raise ModelLoadError(
-            f"{name!r} does not run in transformers ({type(error).__name__}: {error})."
-        ) from error
-    finally:
-        hf_model.train(was_training)
-        if attention is not None:
-            hf_model.set_attn_implementation(attention)
-    states = getattr(out, "hidden_states", None) or ()
-    return Reference(tokens, [state.detach() for state in states[:-1]], out.logits.detach())
 
 
 def size_of(x: Tensor) -> float:
@@ -96,7 +42,7 @@ def compared(
 ) -> Check:
     """Compare two tensors by the root mean square of their difference, relative to that of `b`, centered."""
     allowed = bounds.get(a.dtype, bounds[torch.float32])
-    if a.dtype.itemsize < 4:
+    if is_narrow(a):
         allowed *= max(1.0, depth / 4) ** 0.5
     if a.shape != b.shape:
         return Check(name, "failed", allowed=allowed, note=f"shape {tuple(a.shape)}, not {tuple(b.shape)}")
@@ -120,7 +66,7 @@ def against_huggingface(
         return found
     expected = reference.logits.to(logits.device)
     depth = len(model.blocks)
-    if _processed(model):  # centering the unembedding shifts all logits of a position by one constant
+    if is_processed(model):  # centering the unembedding shifts all logits of a position by one constant
         logits, expected = logits.float().log_softmax(-1), expected.float().log_softmax(-1)
         return compared(
             "logits", logits, expected, TOLERANCE, "log-probabilities against Hugging Face's", depth
@@ -128,33 +74,115 @@ def against_huggingface(
     found = compared("logits", logits, expected, TOLERANCE, "against Hugging Face's", depth)
     if found.status == "ok":
         return found
-    for layer, own in enumerate(reference.resid):
-        name = hook_name("resid_pre", layer)
-        if name in resid and compared("", resid[name], own, TOLERANCE, depth=layer).status == "failed":
-            first = max(0, layer - 1)
-            note = "differs from Hugging Face's model" + (" in its embedding" if layer == 0 else "")
-            return replace(found, layer=first, note=note)
+    if (first := _first_difference(resid, reference.resid, depth)) is not None:
+        return replace(found, layer=first.layer, note=first.note)
     note = "differs from Hugging Face's model after the last layer's input"
     return replace(found, layer=depth - 1, note=note)
 
 
-def by_layer(trunk: Trunk, reference: Reference, found: Check) -> Check:
-    """Compare what each layer adds to the residual, from Hugging Face's own residual: nothing adds up."""
-    if _processed(trunk.model):
-        return found
-    allowed = SAME[reference.logits.dtype]
-    rounding = torch.finfo(reference.logits.dtype).eps
-    for layer, (start, end) in enumerate(pairwise(reference.resid)):
-        out = trunk.run(start.to(trunk.device), layer, layer + 1).to(end.device)
-        added = size_of(wide(end) - start) + rounding * size_of(end) / allowed
-        off = size_of(wide(out) - end) / max(added, 1e-12)
+def _residuals(n_layers: int) -> list[str]:
+    """The hooks of the residual at the input of each layer and at the output of the last one."""
+    inputs = [hook_name("resid_pre", layer) for layer in range(n_layers)]
+    return [*inputs, hook_name("resid_post", n_layers - 1)]
+
+
+def _first_difference(resid: Mapping[str, Tensor], wanted: Sequence[Tensor], n_layers: int) -> Check | None:
+    """Return the first residual that differs from Hugging Face's, with the layer that it comes from."""
+    for layer, (name, own) in enumerate(zip(_residuals(n_layers), wanted, strict=False)):
+        found = compared("logits", resid[name], own, TOLERANCE, depth=layer) if name in resid else None
+        if found is not None and found.status == "failed":
+            note = "differs from Hugging Face's model" + (" in its embedding" if layer == 0 else "")
+            return replace(found, layer=max(0, layer - 1), note=note)
+    return None
+
+
+def by_layer(trunk: Trunk | None, resid: Sequence[Tensor], made: Mapping[int, Tensor], found: Check) -> Check:
+    """Compare what each layer adds to the residual, from Hugging Face's own residual: nothing adds up.
+
+    Args:
+        trunk: It runs a layer alone where `made` lacks or differs; None if it cannot.
+        resid: Hugging Face's residual at the input of each layer, and at the output of the last one if that
+            is to be compared as well.
+        made: By layer, what it makes of that residual in the model's own pass (`own_pass`).
+        found: What is returned if none differs.
+    """
+    for layer, (start, end) in enumerate(pairwise(resid)):
+        allowed = (SAME if is_narrow(start) else TOLERANCE)[start.dtype]
+        added = size_of(wide(end) - start) + torch.finfo(start.dtype).eps * size_of(end) / allowed
+        off = 0.0
+        for out in _outputs(trunk, layer, start, made):
+            off = size_of(wide(out).to(end.device) - end) / max(added, 1e-12)
+            if off <= allowed:
+                break
         if not off <= allowed:
             note = "what the layer adds to the residual differs from Hugging Face's model"
             return Check("logits", "failed", off, allowed, layer, note)
     return found
 
 
-def _processed(model: Any) -> bool:
+def _outputs(trunk: Trunk | None, layer: int, start: Tensor, made: Mapping[int, Tensor]) -> Iterator[Tensor]:
+    """What a layer makes of a residual: in the model's own pass, and run alone."""
+    if layer in made:
+        yield made[layer]
+    if trunk is not None:
+        yield trunk.run(start.to(trunk.device), layer, layer + 1)
+
+
+def by_first_layers(model: Any, trunk: Trunk | None, first: FirstLayers, found: Check) -> Check:
+    """Compare the embedding and the first layers on more tokens; `found` is returned if none differs."""
+    n_layers = len(first.resid) - 1
+    resid, _, made = own_pass(model, first.tokens, first.resid, stop=n_layers)
+    differs = _first_difference(resid, first.resid, n_layers)
+    return by_layer(trunk, first.resid, made, found) if differs is None else differs
+
+
+def own_pass(
+    model: Any, tokens: Tensor, given: Sequence[Tensor], stop: int | None = None
+) -> tuple[dict[str, Tensor], Tensor, dict[int, Tensor]]:
+    """Run the model on tokens, and each of its layers from Hugging Face's residual, in the same pass.
+
+    For the latter the batch holds the tokens twice, and in the second half the residual at the input of each
+    layer is replaced.
+
+    Args:
+        model: The model.
+        tokens: The tokens.
+        given: Hugging Face's residual at the input of each layer; empty: only the tokens run.
+        stop: First layer that does not run; by default all run.
+
+    Returns:
+        The residual at the input of each layer and at the output of the last one, by hook name; the logits
+        (with `stop`, the residual there); and by layer what it makes of Hugging Face's residual.
+    """
+    n, points = len(tokens), model.hook_dict  # which a bridge makes anew each time
+    residuals = _residuals(stop or len(model.blocks))
+    inputs, outputs = residuals[:-1], residuals[1:]
+    names = [name for name in residuals if name in points]
+    twice = len(given) >= len(inputs) and {*inputs} <= {*names}
+    writes = [(name, _replacing(rows, n)) for name, rows in zip(inputs, given, strict=False)] if twice else []
+    options = {} if stop is None else {"stop_at_layer": stop}
+    with capturing(model, names) as found, attached(model, writes):
+        out = model(torch.cat([tokens, tokens]) if twice else tokens, **options)
+    made = {layer: found[name][n:] for layer, name in enumerate(outputs) if twice and name in found}
+    return {name: value[:n] for name, value in found.items()}, out[:n], made
+
+
+def _replacing(rows: Tensor, n: int) -> HookFn:
+    """Return a hook that replaces what follows the first `n` rows."""
+
+    def fn(activation: Tensor, hook: Any) -> Tensor:
+        return torch.cat([activation[:n], rows.to(activation)])
+
+    return fn
+
+
+def is_narrow(x: Tensor) -> bool:
+    """Whether numbers have 16 bits."""
+    return x.dtype.itemsize < 4
+
+
+def is_processed(model: Any) -> bool:
+    """Whether the weights have TransformerLens' classic form, in which activations are other ones."""
     return bool(describe(model)["processed_weights"])
 
 

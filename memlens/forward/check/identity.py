@@ -32,7 +32,7 @@ _FOLLOWED = ("memlens", "transformers", "transformer_lens")
 _ALWAYS = (
     "torch.nn.functional",
     *(f"memlens.forward.{name}" for name in ("trunk", "hooks", "blocks")),
-    *(f"memlens.forward.check.{name}" for name in ("comparison", "sites", "model")),
+    *(f"memlens.forward.check.{name}" for name in ("comparison", "kinds", "model", "reference", "sites")),
     *(f"memlens.models.{name}" for name in ("bridge", "hooked", "hooked_forms", "huggingface", "state")),
 )
 """Modules that are read for every model: what computes with it, builds it and checks it."""

@@ -4,7 +4,8 @@ Four things are compared on a few tokens, in the model's own precision:
 
 - *Hugging Face*: the logits, and the residual at the input of every layer, against those of the Hugging Face
   model that the weights came from. They are recorded before TransformerLens touches that model
-  (`record_reference`), because a bridge changes it in place.
+  (`record_reference`), because a bridge changes it in place. Of a large model this takes few tokens, and more
+  in the first layers (`memlens.forward.check.reference`).
 - *trunk*: `Trunk`'s embed, each layer run alone from the model's own residual, and unembed, against the
   model's own forward pass. Where all layers are checked, this is their composition.
 - *sites*: a zero written at each named site must do what the name claims. Zeroed `attn_out` leaves the
@@ -34,16 +35,20 @@ from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.check.comparison import (
     AT_LOAD,
     SAME,
-    Reference,
+    TOLERANCE,
     against_huggingface,
+    by_first_layers,
     by_layer,
     compared,
-    probe_tokens,
+    is_narrow,
+    is_processed,
+    own_pass,
 )
+from memlens.forward.check.reference import FirstLayers, Reference, probe_tokens
 from memlens.forward.check.sites import LayerRun, check_sites, layer_runs
 from memlens.forward.check.table import Check, ModelCheck
 from memlens.forward.exclusive import computes, known_of
-from memlens.forward.hooks import capturing, chosen_layers, hook_name, refuse_sites
+from memlens.forward.hooks import chosen_layers, hook_name, refuse_sites
 from memlens.forward.trunk import Trunk, noting_block_outputs, require_model
 from memlens.models.bos import expects_bos
 from memlens.models.state import content_key
@@ -82,21 +87,19 @@ def check_model(
     device = next(model.parameters()).device
     tokens = probe_tokens(model.cfg.d_vocab, model.cfg.n_ctx) if reference is None else reference.tokens
     tokens = tokens.to(device)
-    n_layers = len(model.blocks)
-    names = [hook_name("resid_pre", layer) for layer in range(n_layers)]
-    names.append(hook_name("resid_post", n_layers - 1))
-    points = model.hook_dict  # which a bridge makes anew each time
-    names = [name for name in names if name in points]
-    with capturing(model, names) as resid, noting_block_outputs(model, known_of(model)):
-        logits = model(tokens)
+    shown = None if reference is None or is_processed(model) else reference  # whose residual is comparable
+    given = shown.resid if shown is not None and is_narrow(shown.logits) else []
+    first = None if shown is None else shown.first
+    with noting_block_outputs(model, known_of(model)):
+        resid, logits, made = own_pass(model, tokens, given)
     checks = [against_huggingface(model, reference, resid, logits)]
     trunk = None
     try:
         trunk = Trunk(model)
-        if reference is not None and checks[0].status == "ok" and logits.dtype.itemsize < 4:
-            checks[0] = by_layer(trunk, reference, checks[0])
-        runs = layer_runs(trunk, resid, chosen_layers(layers, n_layers))
+        runs = layer_runs(trunk, resid, chosen_layers(layers, len(model.blocks)))
         own, final = _trunk(trunk, tokens, resid, logits, runs)
+        if own.status == "ok" and first is not None:
+            own = _first_layers(trunk, first, own)
         checks.append(own)
     except UnsupportedModelError as error:
         checks.append(Check("trunk", "slow", note=f"{error} Full forward passes are used."))
@@ -107,6 +110,10 @@ def check_model(
             refuse_sites(model, [c.name.removeprefix("site ") for c in found if c.status == "refused"])
             checks += found
             checks += [_fast_path(trunk, resid, final)] if layers is None else []
+    if checks[0].status == "ok":
+        checks[0] = by_layer(trunk, given, made, checks[0])
+    if checks[0].status == "ok" and first is not None:
+        checks[0] = by_first_layers(model, trunk, first, checks[0])
     if reference is None:
         checks += _beginning(model, device)
     else:
@@ -137,6 +144,15 @@ def _beginning(model: Any, device: torch.device) -> list[Check]:
         f"without; load_sequences reads text {how} it"
     )
     return [Check("BOS", "ok", note=note)]
+
+
+def _first_layers(trunk: Trunk, first: FirstLayers, found: Check) -> Check:
+    """Compare the embedding and the first layers together on more tokens; `found` if they are the same."""
+    n = len(first.resid) - 1
+    out = trunk.run(trunk.embed(first.tokens), 0, n)
+    together = compared("trunk", out, first.resid[-1], TOLERANCE, depth=n)
+    note = "embed and the first layers together are not Hugging Face's model"
+    return found if together.status == "ok" else replace(together, layer=n - 1, note=note)
 
 
 def _trunk(

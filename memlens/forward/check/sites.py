@@ -1,8 +1,7 @@
-"""What a zero written at each named site must do, and in which layers this is tried."""
+"""What a zero written at each named site must do."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,48 +19,21 @@ _DISPENSABLE = ("q", "k", "pattern", "mlp_post")
 """Sites that a model can do without: only the site is refused, such as `mlp_post` of a mixture of experts."""
 
 
-def kinds_of_layers(model: Any) -> list[int]:
-    """Return the first and last layer, and the first layer of each further kind.
-
-    Layers are of one kind if their modules have the same classes, shapes and plain attributes, apart from the
-    layer's number.
-    """
-    facts = [_layer_facts(block) for block in model.blocks]
-    numbers = [key for key in facts[0] if all(own.get(key) == layer for layer, own in enumerate(facts))]
-    first: dict[Any, int] = {}
-    for layer, own in enumerate(facts):
-        first.setdefault(tuple(sorted((repr(k), repr(v)) for k, v in own.items() if k not in numbers)), layer)
-    return sorted({0, len(facts) - 1, *first.values()})
-
-
-def _layer_facts(block: Any) -> dict[tuple[int, str], Any]:
-    """Return the class, the shapes and the plain attributes of each of a layer's modules."""
-    facts: dict[tuple[int, str], Any] = {}
-    for i, module in enumerate(block.modules()):
-        facts[i, "class"] = type(module)
-        facts[i, "shapes"] = [tuple(p.shape) for p in module.parameters(recurse=False)]
-        for name, value in vars(module).items():
-            if isinstance(value, (bool, int, float, str)):
-                facts[i, name] = _NUMBERS.sub("", value) if isinstance(value, str) else value
-    return facts
-
-
-_NUMBERS = re.compile(r"\d+")
-
-
 @dataclass(frozen=True)
 class LayerRun:
     """One layer, run from the model's own residual for all sites at once.
 
     Attributes:
         layer: Its number.
-        out: Its output without a change.
+        n: How many rows of the batch are without a change, the first ones.
+        out: Its output from the model's own residual.
         names: The hook of each site that the model has.
-        rows: The rows of the batch in which a site was zeroed; the first rows are without a change.
+        rows: The rows of the batch in which a site was zeroed.
         store: The activations at each hook, all rows.
     """
 
     layer: int
+    n: int
     out: Float[Tensor, "seq pos d_model"]
     names: dict[str, str]
     rows: dict[str, slice]
@@ -69,12 +41,16 @@ class LayerRun:
 
 
 def layer_runs(trunk: Trunk, resid: dict[str, Tensor], layers: Sequence[int]) -> list[LayerRun]:
-    """Run each layer once: rows of the batch are copies of its residual, one with a zero at each site."""
+    """Run each layer once: rows of the batch are copies of its residual, one with a zero at each site.
+
+    What a zero must do is seen by comparing rows: a single one is joined by itself from end to beginning.
+    """
     points, found = trunk.model.hook_dict, []
     for layer in layers:
         names = {site: hook_name(site, layer) for site in SITES}
         names = {site: name for site, name in names.items() if name in points}
-        start = resid[hook_name("resid_pre", layer)]
+        own = resid[hook_name("resid_pre", layer)]
+        start = own if len(own) > 1 else torch.cat([own, own.flip(1)])
         n = len(start)
         rows = {site: slice((i + 1) * n, (i + 2) * n) for i, site in enumerate(names)}
         store: dict[str, Tensor] = {}
@@ -82,7 +58,7 @@ def layer_runs(trunk: Trunk, resid: dict[str, Tensor], layers: Sequence[int]) ->
         hooks = [(points[name], _zeroed(rows[site], n_rows, name, store)) for site, name in names.items()]
         with attached(trunk.model, hooks):
             out = trunk.run(start.repeat(len(rows) + 1, 1, 1), layer, layer + 1)
-        found.append(LayerRun(layer, out[:n], names, rows, store))
+        found.append(LayerRun(layer, n, out[: len(own)], names, rows, store))
     return found
 
 
@@ -129,7 +105,7 @@ def check_sites(trunk: Trunk, runs: Sequence[LayerRun]) -> list[Check]:
     """Check every site in every layer that was run; one entry per site, with the first layer that fails."""
     worst: dict[str, Check] = {}
     for one in runs:
-        n, n_rows = len(one.out), (len(one.rows) + 1) * len(one.out)
+        n, n_rows = one.n, (len(one.rows) + 1) * one.n
         plain = {name: value[:n] for name, value in one.store.items()}
         for site, claim in _claims(trunk, one.layer, plain):
             if site in one.names and len(one.store[one.names[site]]) != n_rows:
