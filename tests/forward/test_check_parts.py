@@ -331,7 +331,7 @@ def test_embedding_layers_and_unembedding_are_compared_each(checked: list[int]) 
         trunk = SimpleNamespace(n_layers=3, embed=lambda given: embedded, run=run, unembed=unembed)
         found, final = _trunk(trunk, tokens, resid, logits, runs)  # type: ignore[arg-type]
         if found.status == "ok":
-            assert final is last
+            assert torch.equal(final, last)
         assert found.name == "trunk"
         return found
 
@@ -406,6 +406,11 @@ def test_each_layer_runs_once_with_a_zero_at_each_site(tiny_model: Any) -> None:
             assert zero[run.rows[site]].all()
             assert not zero[:2].any()
             torch.testing.assert_close(run.store[name][:2], resid[name])
+    first = {name: value[:1] for name, value in resid.items()}
+    (alone,) = sites.layer_runs(trunk, first, [1])  # a single row, joined by itself from end to beginning
+    start = first[hook_name("resid_pre", 1)]
+    torch.testing.assert_close(alone.out, trunk.run(torch.cat([start, start[:, [4, 3, 2, 1, 0]]]), 1, 2))
+    assert {check.status for check in sites.check_sites(trunk, [alone])} == {"ok"}
     checks = sites.check_sites(trunk, runs)
     assert [check.name for check in checks] == [f"site {site}" for site, _ in sites._claims(trunk, 0, {})]
     assert {check.status for check in checks} == {"ok"}

@@ -166,10 +166,11 @@ def _trunk(
     last, final = trunk.n_layers - 1, None
     for run in runs:
         after = hook_name("resid_post", last) if run.layer == last else hook_name("resid_pre", run.layer + 1)
-        final = run.out if run.layer == last else final
+        out = run.out[: len(tokens)]
+        final = out if run.layer == last else final
         if after not in resid:
             continue
-        found = compared("trunk", run.out, resid[after], SAME)
+        found = compared("trunk", out, resid[after], SAME)
         if found.status != "ok":
             return replace(found, layer=run.layer, note=note), logits
         worst = max(worst, found, key=lambda check: check.difference)

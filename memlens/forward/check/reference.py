@@ -79,7 +79,7 @@ def record_reference(hf_model: Any, name: str, *, sparing: bool = True) -> Refer
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     tokens = probe_tokens(config.vocab_size, getattr(config, "max_position_embeddings", None))
     tokens = tokens.to(next(hf_model.parameters()).device)
-    large = sparing and hf_model.num_parameters() >= FEW_FROM
+    large = sparing and sum(p.numel() for p in hf_model.parameters()) >= FEW_FROM
     blocks = _first_blocks(hf_model, config) if large else []
     was_training, attention = hf_model.training, getattr(config, "_attn_implementation", None)
     try:

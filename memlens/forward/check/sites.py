@@ -25,15 +25,13 @@ class LayerRun:
 
     Attributes:
         layer: Its number.
-        n: How many rows of the batch are without a change, the first ones.
-        out: Its output from the model's own residual.
+        out: Its output without a change, from the model's own residual and what was joined to it.
         names: The hook of each site that the model has.
-        rows: The rows of the batch in which a site was zeroed.
+        rows: The rows of the batch in which a site was zeroed; the first rows are without a change.
         store: The activations at each hook, all rows.
     """
 
     layer: int
-    n: int
     out: Float[Tensor, "seq pos d_model"]
     names: dict[str, str]
     rows: dict[str, slice]
@@ -58,7 +56,7 @@ def layer_runs(trunk: Trunk, resid: dict[str, Tensor], layers: Sequence[int]) ->
         hooks = [(points[name], _zeroed(rows[site], n_rows, name, store)) for site, name in names.items()]
         with attached(trunk.model, hooks):
             out = trunk.run(start.repeat(len(rows) + 1, 1, 1), layer, layer + 1)
-        found.append(LayerRun(layer, n, out[: len(own)], names, rows, store))
+        found.append(LayerRun(layer, out[:n], names, rows, store))
     return found
 
 
@@ -105,7 +103,7 @@ def check_sites(trunk: Trunk, runs: Sequence[LayerRun]) -> list[Check]:
     """Check every site in every layer that was run; one entry per site, with the first layer that fails."""
     worst: dict[str, Check] = {}
     for one in runs:
-        n, n_rows = one.n, (len(one.rows) + 1) * one.n
+        n, n_rows = len(one.out), (len(one.rows) + 1) * len(one.out)
         plain = {name: value[:n] for name, value in one.store.items()}
         for site, claim in _claims(trunk, one.layer, plain):
             if site in one.names and len(one.store[one.names[site]]) != n_rows:
