@@ -29,11 +29,12 @@ class Finding:
         low: Lower end of its interval.
         high: Upper end of its interval.
         unit: `nats`, `share of sequences`, …
-        n: Number of sequences behind it.
+        n: Number of sequences, or of what `over` names, behind it.
         control: What it was compared with, and the value for that.
         plain: The same for a reader who is not a specialist, as a clause of the report's second sentence;
             empty where the report does not open with it.
         beside: The comparison in the same words; empty where there is none.
+        over: What `n` counts, in the plural.
 
     Example:
         >>> Finding("Recall", "Most are recalled.", 0.75, 0.6, 0.86, "share of sequences", 48).number
@@ -50,6 +51,7 @@ class Finding:
     control: str | None = None
     plain: str = ""
     beside: str = ""
+    over: str = "sequences"
 
     @classmethod
     def of(
@@ -82,7 +84,7 @@ class Finding:
         parts += f" {self.unit}" if self.unit else ""
         few = self.n is not None and self.n < 3 and not _known(self.low)
         parts += f", n = {self.n}" if self.n is not None else ""
-        return parts + (" (too few sequences for an interval)" if few else "")
+        return parts + (f" (too few {self.over} for an interval)" if few else "")
 
 
 def _known(value: float | None) -> bool:

@@ -80,7 +80,11 @@ def methods_text(settings: Mapping[str, Any]) -> str:
     model, sequences = settings.get("model"), settings.get("sequences")
     known = flatten({"": model}) if isinstance(model, Mapping) else {}
     analyses = {
-        str(key).replace("_", " "): {k: v for k, v in flatten({"": value}).items() if known.get(k) != v}
+        str(key).replace("_", " "): {
+            name: text
+            for name, text in flatten({"": value}).items()
+            if known.get(name) != text and text not in ("", "None")
+        }
         for key, value in settings.items()
         if key != "model" and _inner(value)
     }

@@ -63,7 +63,7 @@ def test_files_are_strict_json_where_numbers_are_not_finite(tmp_path: Path) -> N
     stored = _strict(tmp_path / "run.json")
     assert stored["findings"][0] == {
         "title": "One", "statement": "One sequence.", "estimate": 0.5, "low": None, "high": None,
-        "unit": "nats", "n": 1, "control": None, "plain": "", "beside": "",
+        "unit": "nats", "n": 1, "control": None, "plain": "", "beside": "", "over": "sequences",
     }  # fmt: skip
     assert stored["settings"] == {"tolerance": None, "layers": [1.0, None]}
     _strict(tmp_path / "line.plotly.json")

@@ -187,6 +187,8 @@ def test_texts_say_why_there_is_no_interval() -> None:
     assert str(Estimate(0.5, n=2)) == "0.5 (no interval: n = 2)"
     assert str(Estimate(0.5, 0.25, 0.75, n=3)) == "0.5 [0.25, 0.75]"
     assert Finding.of("a", "b", Estimate(0.5, n=1)).number == "0.5, n = 1 (too few sequences for an interval)"
+    of_models = Finding.of("a", "b", Estimate(0.5, n=2), over="models")
+    assert of_models.number == "0.5, n = 2 (too few models for an interval)"
     few, enough = (_subtitle(n) for n in (2, 3))
     assert "over 2 sequences, too few for an interval" in few
     assert "over 3 sequences, 95 % interval" in enough

@@ -87,6 +87,7 @@ class Judged:
         estimate: The number that decides, with its interval.
         control: What it is compared with, and what that gave.
         verdict: One of `VERDICTS`.
+        over: What the number's `n` counts.
     """
 
     claim: str
@@ -94,6 +95,7 @@ class Judged:
     estimate: Estimate
     control: str
     verdict: str
+    over: str = "sequences"
 
 
 # ---- rules -----------------------------------------------------------------------------------------------
@@ -146,8 +148,8 @@ def _estimates(claim: Claim, table: Any) -> list[Estimate]:
     return [Estimate.from_row(row, claim.column, prefix=claim.prefix, n=n) for row in rows]
 
 
-Evidence = tuple[str, Estimate, str, str]
-"""The sentence, the number, the control and the verdict of a `Judged` claim."""
+Evidence = tuple[str, Estimate, str, str, str]
+"""The sentence, the number, the control, the verdict of a `Judged` claim, and what its n counts."""
 
 
 def _pooled(claim: Claim, table: Any) -> Evidence | None:
@@ -181,7 +183,8 @@ def _pooled(claim: Claim, table: Any) -> Evidence | None:
     if verdict == "holds" and twin is not None and not claim.sign * (mean.low - twin.high) > 0:
         sentence += " Untrained twins, the strictest control, are not clearly different."
         verdict = "undecided"
-    return sentence, mean, claim.control + "; ".join(control), verdict
+    counted = "models" if len(own) > 1 else "sequences"
+    return sentence, mean, claim.control + "; ".join(control), verdict, counted
 
 
 def _overlap(claim: Claim, table: Any) -> Evidence | None:
@@ -210,9 +213,10 @@ def _overlap(claim: Claim, table: Any) -> Evidence | None:
     if not found:
         return None
     name = min(found, key=lambda null: (_STRICT.index(found[null][0]), -found[null][1]))
-    verdict, chance, (sentence, number, *_) = found[name]
+    verdict, chance, (sentence, number, *_, counted) = found[name]
     sentence = f"{sentence} The strictest null is that of random {name} ({chance:.3g})."
-    return sentence, number, f"it is {number.value + chance:.3g}; random {'; '.join(controls)}", verdict
+    control = f"it is {number.value + chance:.3g}; random {'; '.join(controls)}"
+    return sentence, number, control, verdict, counted
 
 
 _STRICT = ("does not hold", "undecided", "holds")
@@ -241,7 +245,7 @@ def _fitted(claim: Claim, fits: Any) -> Evidence:
         f"{claim.found} changes by {slope} with every factor 10 in parameters ({row['family']}, "
         f"{slope.n} sizes, R² {row['r2']:.2g})."
     )
-    return found, slope, claim.control + others, judge(slope, claim.sign)
+    return found, slope, claim.control + others, judge(slope, claim.sign), "sizes"
 
 
 def _smaller(claim: Claim, rates: Any) -> Evidence | None:
@@ -257,6 +261,7 @@ def _smaller(claim: Claim, rates: Any) -> Evidence | None:
         Estimate(clear / len(pairs), n=len(pairs)),
         "mean rate by family: " + ", ".join(f"{family} {rate:.3g}" for family, rate in means.items()),
         "holds" if clear else "undecided",
+        "pairs of models",
     )
 
 
@@ -281,7 +286,7 @@ def _agreed(claim: Claim, values: np.ndarray) -> Evidence | None:
     n, p = int(found["n"]), found["p_above"]
     null = f"shuffled: [{found['null_low']:.3g}, {found['null_high']:.3g}], p = {p:.2g}"
     sentence = f"{claim.found} is {found['value']:.3g} (mean, all pairs of {n} families)."
-    return sentence, Estimate(found["value"], n=n), f"{claim.control} {null}", by_null(p)
+    return sentence, Estimate(found["value"], n=n), f"{claim.control} {null}", by_null(p), "families"
 
 
 RULES: Mapping[str, Callable[[Claim, pd.DataFrame], Evidence | None]] = {
@@ -306,8 +311,7 @@ def judge_all(
         found = _signature(tests, signature) if claim.rule == "signature" else None
         if claim.rule in RULES and len(table := tables.get(claim.table, pd.DataFrame())):
             found = RULES[claim.rule](claim, table)
-        sentence, estimate, control, verdict = found or (claim.needs, Estimate.unknown(), "", "not tested")
-        judged.append(Judged(name, sentence, estimate, control, verdict))
+        judged.append(Judged(name, *(found or (claim.needs, Estimate.unknown(), "", "not tested"))))
     return judged
 
 
@@ -333,9 +337,9 @@ def _signature(tests: Mapping[str, FamilyTest], signature: Estimate | None) -> E
         verdicts["untrained twins"] = "holds" if better else "undecided"
     if tests["families"].labelings < _FEW_LABELINGS:
         few = "too few models for a permutation test to decide"
-        return found, signature, f"{few}; {control}", "undecided"
+        return found, signature, f"{few}; {control}", "undecided", "sequences"
     strictest = min(verdicts, key=lambda null: _STRICT.index(verdicts[null]))
-    return f"{found} The strictest null: {strictest}.", signature, control, verdicts[strictest]
+    return f"{found} The strictest null: {strictest}.", signature, control, verdicts[strictest], "sequences"
 
 
 def claim_table(judged: Sequence[Judged]) -> pd.DataFrame:
@@ -361,7 +365,14 @@ def as_finding(judged: Judged) -> Finding:
     title, control = f"{claim.title}: {judged.verdict}", judged.control or None
     if not np.isfinite(number.value):
         return Finding(title, statement, control=control)
-    return Finding.of(title, statement, number, claim.unit, control)
+    return Finding.of(title, statement, number, claim.unit, control, over=judged.over)
+
+
+_VERBS = {
+    "holds": ("holds", "hold"),
+    "does not hold": ("does not", "do not"),
+    "undecided": ("is undecided", "are undecided"),
+}
 
 
 def in_sentences(judged: Sequence[Judged]) -> dict[str, str]:
@@ -372,8 +383,9 @@ def in_sentences(judged: Sequence[Judged]) -> dict[str, str]:
     counts = {verdict: sum(item.verdict == verdict for item in judged) for verdict in VERDICTS}
     if counts["not tested"] == len(judged):
         return {}
-    numbers = {"holds": counts["holds"], "fails": counts["does not hold"], "undecided": counts["undecided"]}
-    values = {**numbers, "all": len(judged), "tested": len(judged) - counts["not tested"]}
+    said = [f"{counts[verdict]} {verbs[counts[verdict] != 1]}" for verdict, verbs in _VERBS.items()]
+    verdicts = f"{', '.join(said[:-1])} and {said[-1]}"
+    values = {"all": len(judged), "tested": len(judged) - counts["not tested"], "verdicts": verdicts}
     return {name: text.format(**values) for name, text in TEXTS["judged"].items()}
 
 

@@ -199,6 +199,8 @@ def _told(entry: StudyModel) -> str:
 def _words(sequences: Any) -> Any:
     """Return the sources as JSON."""
     if isinstance(sequences, Mapping):
+        if list(sequences) == [""]:  # one source whose table names the domains
+            return _words(sequences[""])
         return {str(domain): _words(source) for domain, source in sequences.items()}
     if isinstance(sequences, SequenceSet):
         return {"sequences": len(sequences), **sequences.attrs}

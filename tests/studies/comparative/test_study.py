@@ -333,7 +333,7 @@ def test_one_model_that_recalls_nothing_and_one_that_is_not_there(
     said = sentences(run.report)
     tested = int((verdicts["verdict"] != "not tested").sum())
     holds = int((verdicts["verdict"] == "holds").sum())
-    assert f"findings, {tested} could be tested here; {holds} of them hold" in said["found"]
+    assert f"findings, {tested} could be tested here: {holds} hold" in said["found"]
     assert said["hides"].endswith("What failed is missing: zoo/nowhere.")
 
 
