@@ -207,6 +207,11 @@ def test_wealth_is_that_of_one_bet_after_the_other() -> None:
         values = rng.random((n_drawn, 3)) * [1, 0.8, 0.9]
         expected = [plain_wealth(column.tolist(), null, low, width, n) for column in values.T]
         np.testing.assert_allclose(wealth(values, null, low, width, n), expected)
+    ones = np.ones(
+        (2, 1)
+    )  # of four values from 0 on: their mean may be 0.5, if the others are 0, and no less
+    assert np.isfinite(wealth(ones, 0.5, 0.0, 1.0, 4)).all()
+    assert np.isinf(wealth(ones, 0.49, 0.0, 1.0, 4)).all()
 
 
 @pytest.mark.parametrize("max_sequences", [None, 20])
@@ -379,7 +384,7 @@ def test_every_cell_is_asked_for_once() -> None:
     assert found.cells == asked.sum()
     np.testing.assert_array_equal(np.isfinite(found.effects), asked == 1)
     np.testing.assert_array_equal(found.effects[asked == 1], table[asked == 1])
-    assert found.used.tolist() == asked.sum(0).tolist()
+    np.testing.assert_array_equal(found.used, asked.sum(0), strict=True)
     assert len(found.running) == len(found.sizes)
     assert sum(m * n for m, n in zip(found.running, np.diff([0, *found.sizes]), strict=True)) == found.cells
 
@@ -484,6 +489,10 @@ def test_impossible_rules_are_refused(options: dict[str, Any], match: str) -> No
 def test_bounds_that_an_effect_exceeds_are_refused() -> None:
     with pytest.raises(OptionError, match=r"bounds=\(-1, 1\).*-2"):
         run(np.full((20, 2), -2.0), interval="betting", bounds=(-1, 1))
+    with pytest.raises(OptionError, match=r"bounds=\(-1, 1\).*2"):
+        run(np.full((20, 2), 2.0), interval="betting", bounds=(-1, 1))
+    ends = np.array([[-1.0, 1.0]] * 20)  # which are possible themselves
+    assert chosen(run(ends, k=1, interval="betting", bounds=(-1, 1), rank_by="increase")) == {1}
 
 
 def test_nothing_to_rank_is_refused() -> None:
