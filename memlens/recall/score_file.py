@@ -102,7 +102,7 @@ def score_to_file(
 
 
 def _portions(source: Any, model: Any, size: int, reading: Mapping[str, Any]) -> Iterable[SequenceSet]:
-    if isinstance(source, SequenceSet):
+    if isinstance(source, SequenceSet) and not reading:
         return (source[start : start + size] for start in range(0, len(source), size))
     return sequence_portions(source, model, size, **reading)
 

@@ -101,6 +101,18 @@ def test_scores_are_those_of_a_single_call(tmp_path: Path, model: Any) -> None:
     assert not (tmp_path / "scores.parquet.parts").exists()
 
 
+def test_a_set_is_scored_as_it_is_unless_it_is_to_be_read_otherwise(tmp_path: Path, model: Any) -> None:
+    seqs = ml.load_sequences(_frame(5), model, on_eos="keep").with_attrs(origin="by hand")
+    options: Any = {"size": 2, "generate": False, "progress": False}
+    found = RecallScores.load(score_to_file(model, seqs, tmp_path / "a.parquet", **options))
+    assert found.sequences.attrs == seqs.attrs
+    assert found.sequences.ids == seqs.ids
+    whole = ml.score_recall(model, seqs, generate=False, progress=False).table
+    pd.testing.assert_frame_equal(found.table, whole, check_exact=False, rtol=1e-5, atol=1e-5)
+    path = score_to_file(model, seqs, tmp_path / "b.parquet", reading={"limit": 3}, **options)
+    assert RecallScores.load(path).sequences.ids == seqs.ids[:3]
+
+
 def test_a_run_that_was_stopped_continues(
     tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
