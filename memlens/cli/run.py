@@ -108,7 +108,7 @@ def study_command(study: Study) -> Any:
     Args:
         out: Folder for results and report.
         options_file: YAML file with options of the study; options on the command line override it.
-        plan: Only print the estimated time of each step, from two small runs, and the cost of the sweeps;
+        plan: Only print the estimated time of each step, from small runs, and the cost of the sweeps;
             with --out, the run in that folder records it beside the time that it took. With --on, only
             the cost of the sweeps.
         resume: Continue an earlier run in the folder, or start over.
@@ -133,7 +133,7 @@ def _plan(study: Study, inputs: Any, call: Call, *, as_json: bool) -> None:
     if counted is not None:
         print_plan(counted, as_json=False)
     if steps is not None:
-        print_times(steps["steps"], "Time, estimated from two small runs of the study")
+        print_times(steps["steps"], "Time, estimated from small runs of the study")
         for note in steps["notes"]:
             OUT.print(note)
 

@@ -1,12 +1,14 @@
-"""What a study will take, step by step: estimated from two small runs of the study itself.
+"""What a study will take, step by step: estimated from three small runs of the study itself.
 
-The small runs have the sizes `f` and `g` (fractions of the whole). A step of which they took `s` and `t` is
-planned at
+The first two small runs have the size `f`, the third `g` (fractions of the whole). A step of which they took
+`c`, `s` and `t` is planned at
 
-    s + (1 - f) (t - s) / (g - f),
+    c + (1 - f) (t - s) / (g - f),
 
 so that what does not depend on the number of sequences (bootstraps, figures, the report) counts once, and the
-rest in proportion. Models are loaded once, before the first run, and count as they are. The method is ours.
+rest in proportion. What a process does only once (imports, caches) is in `c` alone: the difference would
+count it 1 / (g - f) times. Models are loaded once, before the first run, and count as they are. The method is
+ours.
 """
 
 from __future__ import annotations
@@ -126,21 +128,21 @@ def extrapolate(runs: Sequence[tuple[Pilot, Times]], scales: Mapping[str, str]) 
     """Return what each step of the whole study will take.
 
     Args:
-        runs: The smaller and the larger run, each with what its steps took.
+        runs: Two runs of the smaller size and one of the larger, each with what its steps took.
         scales: Of the study; "" as a value: the step takes the same time for any number of sequences.
     """
-    (small, first), (large, second) = runs
+    (_, cold), (small, first), (large, second) = runs
     found: dict[str, dict[str, float]] = {}
-    for step in dict.fromkeys([*first, *second]):
+    for step in dict.fromkeys([*cold, *first, *second]):
         limit = next((scales[end] for end in scales if end and step.endswith(end)), scales[""])
         limit = limit if limit in large.whole or not limit else scales[""]
         # What a run finds may tell how large the whole is: the larger run tells it best.
         f, g = replace(small, whole=large.whole).share(limit), large.share(limit)
         found[step] = {}
         for clock in _CLOCKS:
-            start, more = (times.get(step, {}).get(clock, 0.0) for times in (first, second))
+            once, start, more = (times.get(step, {}).get(clock, 0.0) for times in (cold, first, second))
             slope = max(0.0, more - start) / (g - f) if g > f and step != LOADING else 0.0
-            found[step][clock] = start + (1 - f) * slope
+            found[step][clock] = once + (1 - f) * slope
     return found
 
 
@@ -154,7 +156,7 @@ def plan_steps(study: Study, inputs: Inputs, call: Call) -> dict[str, Any] | Non
     loaded = {} if call.loaded is None else call.loaded
     runs: list[tuple[Pilot, Times]] = []
     notes: list[str] = []
-    for number in (0, 1):
+    for number in (0, 0, 1):
         with tempfile.TemporaryDirectory() as name:
             watch = Stopwatch()
             here = replace(call, loaded=loaded, watch=watch, progress=False, out=Path(name))
@@ -176,7 +178,7 @@ def plan_steps(study: Study, inputs: Inputs, call: Call) -> dict[str, Any] | Non
         ]
     return {
         "steps": [{"step": step, **spent} for step, spent in extrapolate(runs, study.scales).items()],
-        "sizes": dict(runs[0][0].whole),
+        "sizes": dict(runs[-1][0].whole),
         "notes": notes,
     }
 

@@ -123,10 +123,10 @@ class SequenceChoice:
 
     def pilot(self, call: Call, sizes: Sequence[str], number: int) -> Pilot | None:
         """Return the study's arguments for a small run: a few of the sequences."""
+        given = self.read(call)  # first, so that what it imports counts as in a run
         from memlens.studies.pilot import Pilot, sizes_of
         from memlens.studies.running import at_most
 
-        given = self.read(call)
         seqs = given["sequences"]
         pilot = Pilot.of({"sequences": len(seqs), **sizes_of(call.options, sizes)}, number)
         few = at_most(seqs, pilot.sizes["sequences"], 0)
@@ -205,7 +205,7 @@ class Inputs(Protocol):
         Args:
             call: As for `read`.
             sizes: The study's `sizes`.
-            number: Which of the two sizes of small runs: 0 or 1.
+            number: Which of the two sizes of small runs: 0 or 1. The first run and the second have size 0.
 
         Returns:
             None: The study cannot run here.

@@ -1,4 +1,4 @@
-"""Plans by small runs: every step is timed, and what two small runs took gives the time of the whole."""
+"""Plans by small runs: every step is timed, and what small runs took gives the time of the whole."""
 
 from __future__ import annotations
 
@@ -168,5 +168,19 @@ def test_what_is_found_of_repeated_things_tells_how_long_to_look() -> None:
 def test_a_limit_that_is_found_on_the_way_is_that_of_the_larger_run() -> None:
     small, large = (Pilot.of({"sequences": 320}, number).limited("rows", whole, size)
                     for number, whole, size in ((0, 50, 10), (1, 100, 20)))  # fmt: skip
-    runs = [(pilot, {READING: {"seconds": s, "cpu_seconds": s}}) for pilot, s in ((small, 3.0), (large, 5.0))]
+    runs = [
+        (pilot, {READING: {"seconds": s, "cpu_seconds": s}})
+        for pilot, s in ((small, 3.0), (small, 3.0), (large, 5.0))
+    ]
     assert extrapolate(runs, {"": "sequences", READING: "rows"})[READING]["seconds"] == pytest.approx(21.0)
+
+
+def test_what_a_process_does_once_counts_once() -> None:
+    small, large = (Pilot.of({"sequences": 320}, number) for number in (0, 1))
+    # Two seconds for each twenty sequences, and four for imports in the first run.
+    runs = [
+        (pilot, {"sweep": {"seconds": s, "cpu_seconds": 2 * s}})
+        for pilot, s in ((small, 4.0 + 2.0), (small, 2.0), (large, 4.0))
+    ]
+    found = extrapolate(runs, {"": "sequences"})["sweep"]
+    assert found == {"seconds": pytest.approx(4.0 + 32.0), "cpu_seconds": pytest.approx(2 * (4.0 + 32.0))}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from memlens.sweeps.interventions import Intervention
 
 _PILOT_ROWS = 1024
-"""Rows that the smaller of two small runs scans: one block."""
+"""Rows that the smaller runs of a plan scan: one block."""
 
 
 @options_class
@@ -242,7 +242,8 @@ STUDIES.add(
             "free decoding": "max_free_running",
             "single heads": "control_sequences",
             "other interventions": "control_sequences",
-            "sets of layers": "joint_sequences",
+            # each set answers 50 questions of each task, with several choices
+            "sets of layers": "joint_questions",
             "bounds": "bounds_sequences",
         },
         help="Study what each layer's attention gives to recitation, and what its bypass costs elsewhere.",
