@@ -311,7 +311,8 @@ def judge_all(
         found = _signature(tests, signature) if claim.rule == "signature" else None
         if claim.rule in RULES and len(table := tables.get(claim.table, pd.DataFrame())):
             found = RULES[claim.rule](claim, table)
-        judged.append(Judged(name, *(found or (claim.needs, Estimate.unknown(), "", "not tested"))))
+        evidence: Evidence = found or (claim.needs, Estimate.unknown(), "", "not tested", "sequences")
+        judged.append(Judged(name, *evidence))
     return judged
 
 
