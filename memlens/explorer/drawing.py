@@ -14,6 +14,8 @@ from memlens.figures.exploring import heatmap_attention, heatmap_effects, heatma
 from memlens.figures.labels import unique_tokens, visible
 from memlens.instruments.ablate.heads import Head, head_label
 
+FIGURES = ("lens", "effects", "attention")
+"""The kinds of figures of a sequence."""
 _RIGHT, _WRONG = "0,114,178", "213,94,0"  # Okabe and Ito's blue and vermilion
 _WHOLE = 10**9
 

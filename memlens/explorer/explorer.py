@@ -15,6 +15,7 @@ from memlens.errors import OptionError, ResultError, check_option
 from memlens.explorer import drawing
 from memlens.explorer.attention import attention_maps
 from memlens.explorer.data import Continuation, Edits, Exploration, SequenceView, row_of, strongest_heads
+from memlens.explorer.drawing import FIGURES
 from memlens.explorer.measuring import (
     ExploreOptions,
     continuations,
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
     from memlens.explorer.widget import ExplorerWidget
 
 
-FIGURES = ("lens", "effects", "attention")
-
-
 def explore(
     model: Any,
     sequences: SequenceSet,
@@ -52,7 +50,7 @@ def explore(
 ) -> Explorer:
     """Explore sequences one by one: recall of tokens, lens, heads, attention, and the model under edits.
 
-    Jupyter shows the returned object as a widget (extra `notebook`: ipywidgets and plotly's FigureWidget).
+    Jupyter shows the returned object as a widget (extra `notebook`: ipywidgets and anywidget).
     Select a sequence, click a head to see where it attends, switch on ablations and bypasses, and see at once
     what the model generates. Everything is also available from Python, and `Explorer.write_html` writes a
     page that does not need Python.

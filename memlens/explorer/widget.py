@@ -1,4 +1,4 @@
-"""The Jupyter widget of an `Explorer`: ipywidgets and plotly's FigureWidget (extra `notebook`).
+"""The Jupyter widget of an `Explorer`: ipywidgets and `Plots` (extra `notebook`).
 
 The widget has no state of its own: user actions call the explorer, and each change redraws the widget. It is
 drawn with a sequence's text and lens; the effects are measured a portion at a time between the kernel's other
@@ -8,20 +8,19 @@ work, and drawn as they come.
 from __future__ import annotations
 
 import asyncio
-import json
 from threading import RLock
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-import anywidget
 import ipywidgets as widgets
 import plotly.graph_objects as go
 from IPython.core.getipython import get_ipython
 from IPython.display import display
 
 from memlens.errors import MemlensError
-from memlens.explorer.drawing import tokens_html, written_html
-from memlens.files import json_text
+from memlens.explorer.drawing import FIGURES, tokens_html, written_html
+from memlens.explorer.plots import Plots
+from memlens.figures.exploring import BRANCHES
 from memlens.instruments.ablate.heads import head_label
 
 if TYPE_CHECKING:
@@ -29,42 +28,10 @@ if TYPE_CHECKING:
 
 
 _WRAP = widgets.Layout(flex_flow="row wrap", align_items="center")
-_KINDS = ("lens", "effects", "attention")
 _AT_ONCE = 2.0
 """Seconds for which a sequence is measured before it is drawn; small models are done by then."""
 _PAUSE = 0.02
 """Seconds between two portions, in which the kernel turns to what the user has done."""
-_CONFIG = {
-    "responsive": True,
-    "displaylogo": False,
-    "plotlyServerURL": "",
-    "modeBarButtonsToRemove": ["sendDataToCloud", "sendChartToCloud"],
-}
-
-
-class _Fitting(anywidget.AnyWidget):
-    """An empty line of the box that has figures drawn again when the box has got its size, or another one.
-
-    A `FigureWidget` is drawn before it is on the page: 700 pixels wide, and with titles that it could not
-    measure. The box grows when a figure comes, and has its width from the cell.
-    """
-
-    _esm = """
-    export default { render({ el }) {
-      let last = "";
-      const observer = new ResizeObserver(() => {
-        if (!el.parentElement) { return; }
-        observer.observe(el.parentElement);
-        const { width, height } = el.parentElement.getBoundingClientRect();
-        if (width > 0 && `${width} ${height}` !== last) {
-          last = `${width} ${height}`;
-          window.dispatchEvent(new Event("resize"));
-        }
-      });
-      observer.observe(el);
-      return () => observer.disconnect();
-    } };
-    """
 
 
 class ExplorerWidget:
@@ -84,7 +51,8 @@ class ExplorerWidget:
         tokens: The tokens, colored by recall under the current edits.
         written: What the model generates, unchanged and under the edits.
         progress: A bar that shows while a sequence is measured, and names the step.
-        figures: By kind ("lens", "effects", "attention") a `FigureWidget`; a click on a head selects it.
+        figures: The figures as they are shown, by kind ("lens", "effects", "attention").
+        plots: Shows the figures; a click on a head selects it.
     """
 
     box: Any
@@ -97,7 +65,8 @@ class ExplorerWidget:
     tokens: Any
     written: Any
     progress: Any
-    figures: dict[str, Any]
+    figures: dict[str, go.Figure]
+    plots: Plots
 
     def __init__(self, explorer: Explorer) -> None:
         self._explorer, self._busy, self._waiting = explorer, False, False
@@ -134,8 +103,9 @@ class ExplorerWidget:
             description="clear", tooltip="switch all edits off", layout={"width": "5em"}
         )
         self.tokens, self.written = widgets.HTML(), widgets.HTML()
-        self._drawn: dict[str, Any] = {}
-        self.figures = {kind: _live(explorer.figure(kind, partial=True)) for kind in _KINDS}
+        self.figures = {kind: explorer.figure(kind, partial=True) for kind in FIGURES}
+        self._drawn = self._figure_states()
+        self.plots = Plots(self.figures, self._cell_clicked)
         self.box = self._laid_out()
         self._listen()
         explorer.on_change(self.show)
@@ -199,16 +169,20 @@ class ExplorerWidget:
 
     def _show_figures(self) -> None:
         """Redraw figures of which something changed; all figures show the unchanged model."""
+        for kind, state in self._figure_states().items():
+            if self._drawn[kind] != state:
+                self.figures[kind] = self._explorer.figure(kind, partial=True)
+                self.plots.draw(kind, self.figures[kind])
+                self._drawn[kind] = state
+
+    def _figure_states(self) -> dict[str, Any]:
+        """Return what each figure depends on."""
         explorer = self._explorer
-        of = {
+        return {
             "lens": explorer.selected,
             "effects": (explorer.shown, explorer.shown_head),
             "attention": (explorer.selected, explorer.shown_head),
         }
-        for kind, shown in self.figures.items():
-            if self._drawn.get(kind) != of[kind]:
-                _redraw(shown, _without_nan(explorer.figure(kind, partial=True)))
-                self._drawn[kind] = of[kind]
 
     def _show_controls(self) -> None:
         explorer = self._explorer
@@ -237,9 +211,6 @@ class ExplorerWidget:
         for layer, button in enumerate(self.bypass):
             button.observe(self._chosen(lambda change, layer=layer: explorer.toggle(layer)), "value")
         self.clear.on_click(self._chosen(lambda button: explorer.clear()))
-        effects = self.figures["effects"]
-        effects.data[0].on_click(self._head_clicked)
-        effects.data[1].on_click(self._branch_clicked)
 
     @property
     def _asked(self) -> tuple[int, int]:
@@ -256,14 +227,12 @@ class ExplorerWidget:
 
         return listener
 
-    def _head_clicked(self, trace: Any, points: Any, state: Any) -> None:
-        if points.point_inds:
-            layer, head = points.point_inds[0]
-            self._explorer.select_head(int(layer), int(head))
-
-    def _branch_clicked(self, trace: Any, points: Any, state: Any) -> None:
-        if points.point_inds and points.point_inds[0][1] == 1:
-            self._explorer.toggle(int(points.point_inds[0][0]))
+    def _cell_clicked(self, kind: str, trace: int, row: int, column: int) -> None:
+        """Select the head, or switch the bypass, of a cell of the map of effects."""
+        if kind == "effects" and trace == 0:
+            self._explorer.select_head(row, column)
+        elif kind == "effects" and column == list(BRANCHES).index("bypass"):
+            self._explorer.toggle(row)
 
     def _laid_out(self) -> widgets.VBox:
         heading = widgets.HTML("<b>bypass attention of</b>")
@@ -274,8 +243,7 @@ class ExplorerWidget:
                 widgets.HBox([self.layer, self.head, self.ablate, self.clear], layout=_WRAP),
                 self.tokens,
                 self.written,
-                *self.figures.values(),
-                _Fitting(layout={"width": "100%", "height": "0"}),
+                self.plots,
             ]
         )
 
@@ -287,23 +255,3 @@ def _menu(explorer: Explorer) -> list[tuple[str, str]]:
         (f"{name} · {share:.0%} of targets right", name)
         for name, share in zip(explorer.ids, shares, strict=True)
     ]
-
-
-def _live(figure: go.Figure) -> go.FigureWidget:
-    shown = go.FigureWidget(_without_nan(figure))
-    shown._config = {**shown._config, **_CONFIG}
-    return shown
-
-
-def _redraw(shown: Any, figure: Any) -> None:
-    """Show another figure of the same kind and keep its click handlers."""
-    with shown.batch_update():
-        for old, new in zip(shown.data, figure.data, strict=True):
-            old.update(new.to_plotly_json(), overwrite=True)
-        shown.layout.update(figure.layout.to_plotly_json(), overwrite=True)
-
-
-def _without_nan(figure: Any) -> Any:
-    """Return a figure with None for NaN and infinity: a widget's message is JSON, which has neither."""
-    traces = json.loads(json_text([trace.to_plotly_json() for trace in figure.data]))
-    return go.Figure(traces, figure.layout)

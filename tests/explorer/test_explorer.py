@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ipywidgets.widgets.widget import _remove_buffers
 
 import memlens as ml
 from memlens.errors import OptionError, ResultError, SiteError
 from memlens.explorer import widget as widgets
-from memlens.explorer.drawing import running_text, tokens_html, written_html
+from memlens.explorer.drawing import FIGURES, running_text, tokens_html, written_html
 from memlens.explorer.explorer import Explorer
 from memlens.explorer.measuring import ExploreOptions, explore_sequences, planned_steps
 from memlens.figures.theme import DARK_TEMPLATE
@@ -259,51 +258,54 @@ def test_widget_messages_are_strict_json_though_attention_has_no_value_above_the
     explorer: Explorer, planted: ml.SequenceSet
 ) -> None:
     assert np.isnan(np.array(explorer.figure("attention").data[0].z, dtype=float)).any()
-    explorer.widget  # noqa: B018  (the first draw)
-    explorer.select(planted.ids[1])  # and a second
-    for kind, shown in explorer.widget.figures.items():
-        state, _, _ = _remove_buffers(shown.get_state())
-        assert json.loads(json.dumps(state, allow_nan=False))["_widget_data"], kind
+    shown = explorer.widget.plots  # the first draw
+    first = shown.attention
+    explorer.select(planted.ids[1])
+    assert shown.attention != first
+    state = json.loads(json.dumps(shown.get_state(), allow_nan=False))
+    for kind in FIGURES:
+        (z, *_) = [trace["z"] for trace in state[kind]["data"]]
+        np.testing.assert_array_equal(np.array(z, dtype=float), explorer.figure(kind).data[0].z)
 
 
-def click(figure: Any, trace: int, row: int, column: int) -> None:
-    """What plotly's script sends when a cell of a heat map is clicked."""
-    figure._js2py_pointsCallback = {
-        "event_type": "plotly_click",
-        "points": {
-            "trace_indexes": [trace],
-            "point_indexes": [[row, column]],
-            "xs": [0],
-            "ys": [0],
-            "zs": [0],
-        },
-        "device_state": None,
-        "selector": None,
-    }
+def test_plotlys_script_is_no_part_of_the_module_that_must_load_in_two_seconds(explorer: Explorer) -> None:
+    state = explorer.widget.plots.get_state()
+    assert "Plotly" in state["script"]
+    assert len(state["_esm"]) < 10_000
+    shown = [one for one in explorer.widget.box.children if hasattr(one, "_esm")]
+    assert shown == [explorer.widget.plots]
+
+
+def click(explorer: Explorer, kind: str, trace: int, row: int, column: int) -> None:
+    """What the script in the browser sends when a cell of a heat map is clicked."""
+    content = {"clicked": kind, "trace": trace, "cell": [row, column]}
+    explorer.widget.plots._handle_custom_msg(content, [])
 
 
 def test_a_click_on_a_head_shows_its_attention(explorer: Explorer) -> None:
     widget = explorer.widget
-    effects, attention = widget.figures["effects"], widget.figures["attention"]
-    click(effects, 0, 3, 6)
+    click(explorer, "effects", 0, 3, 6)
     assert explorer.head == (3, 6)
     assert (widget.layer.value, widget.head.value) == (3, 6)
+    effects, attention = widget.figures["effects"], widget.figures["attention"]
     assert attention.layout.title.text == "Attention of L3H6 in the unchanged model"
     assert np.allclose(
         np.nan_to_num(np.array(attention.data[0].z, dtype=float)), np.tril(explorer.attention) / 255
     )
     assert (effects.layout.shapes[0].x0, effects.layout.shapes[0].y0) == (5.5, 2.5)
-    click(effects, 0, 3, 7)  # still heard after the figure was drawn anew
+    click(explorer, "effects", 0, 3, 7)  # still heard after the figure was drawn anew
     assert explorer.head == (3, 7)
     assert widget.ablate.description == "ablate L3H7"
+    click(explorer, "attention", 0, 1, 2)  # a pair of tokens is no head
+    assert explorer.head == (3, 7)
 
 
 def test_a_click_on_the_column_of_bypasses_switches_one(explorer: Explorer) -> None:
     widget = explorer.widget
-    click(widget.figures["effects"], 1, 2, 1)
+    click(explorer, "effects", 1, 2, 1)
     assert explorer.edits.bypassed == (2,)
     assert widget.bypass[2].value is True
-    click(widget.figures["effects"], 1, 2, 0)  # the MLP column is no switch
+    click(explorer, "effects", 1, 2, 0)  # the MLP column is no switch
     assert explorer.edits.bypassed == (2,)
 
 

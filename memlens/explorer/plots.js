@@ -1,0 +1,79 @@
+// The explorer's figures in a notebook. This module is small on purpose: anywidget gives a module two seconds
+// to load, and delivers no message to a widget whose module took longer. Plotly's script, which takes a slow
+// browser longer than that, is therefore data of the widget, and starts afterwards.
+const KINDS = ["lens", "effects", "attention"];
+const CONFIG = {
+  displaylogo: false, displayModeBar: "hover", plotlyServerURL: "",
+  modeBarButtonsToRemove: ["sendDataToCloud", "sendChartToCloud", "zoomIn2d", "zoomOut2d", "autoScale2d"],
+};
+const turn = () => new Promise((resolve) => setTimeout(resolve));  // lets the page do something else
+
+// Plotly of this script, once for all explorers of a page; the page's own Plotly stays what it was.
+function plotly(script) {
+  window.memlensPlotly ??= (async () => {
+    const before = window.Plotly;
+    const parts = ["const module = {exports: {}}, exports = module.exports, define = undefined;\n",
+      script, "\nexport default module.exports;"];
+    const address = URL.createObjectURL(new Blob(parts, {type: "text/javascript"}));
+    try {
+      return (await import(address)).default;
+    } finally {
+      URL.revokeObjectURL(address);
+      if (before) { window.Plotly = before; }
+    }
+  })();
+  return window.memlensPlotly;
+}
+
+function render({ model, el }) {
+  const waiting = document.createElement("div");
+  waiting.textContent = "The figures are being prepared …";
+  el.append(waiting);
+  const places = Object.fromEntries(KINDS.map((kind) => [kind, document.createElement("div")]));
+  const stale = new Set(KINDS);
+  let drawing = false, gone = false, width = 0, library = null;
+
+  async function draw(kind) {
+    const { data, layout } = structuredClone(model.get(kind)), place = places[kind];
+    const first = !place.isConnected;
+    if (first) { el.append(place); }
+    await library.react(place, data, layout, CONFIG);
+    if (first) {
+      place.on("plotly_click", ({ points: [{ curveNumber, pointNumber }] }) =>
+        model.send({ clicked: kind, trace: curveNumber, cell: pointNumber }));
+    }
+  }
+
+  async function drawStale() {
+    if (drawing || !width) { return; }  // outside the page nothing can be measured
+    drawing = true;
+    try {
+      library ??= await plotly(model.get("script"));
+      waiting.remove();
+      while (stale.size && !gone) {
+        const kind = KINDS.find((one) => stale.has(one));
+        stale.delete(kind);
+        await draw(kind);
+        await turn();
+      }
+    } finally {
+      drawing = false;
+    }
+  }
+
+  KINDS.forEach((kind) => model.on(`change:${kind}`, () => { stale.add(kind); drawStale(); }));
+  const observer = new ResizeObserver(() => {
+    if (el.clientWidth === width) { return; }
+    width = el.clientWidth;
+    KINDS.forEach((kind) => stale.add(kind));
+    drawStale();
+  });
+  observer.observe(el);
+  return () => {
+    gone = true;
+    observer.disconnect();
+    KINDS.forEach((kind) => places[kind].isConnected && library?.purge(places[kind]));
+  };
+}
+
+export default { render };
