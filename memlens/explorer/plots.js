@@ -1,6 +1,6 @@
-// The explorer's figures in a notebook. This module is small on purpose: anywidget gives a module two seconds
-// to load, and delivers no message to a widget whose module took longer. Plotly's script, which takes a slow
-// browser longer than that, is therefore data of the widget, and starts afterwards.
+// The explorer's figures in a notebook. anywidget gives a module two seconds to load, and delivers no message
+// to a widget whose module took longer. Plotly's script takes a slow browser longer than that, so it is no part
+// of this module but data of the widget; and what is drawn comes through models of ipywidgets, which always hear.
 const KINDS = ["lens", "effects", "attention"];
 const CONFIG = {
   displaylogo: false, displayModeBar: "hover", plotlyServerURL: "",
@@ -26,18 +26,20 @@ function plotly(script) {
 }
 
 function render({ model, el }) {
+  el.classList.add("memlens-figures");
   const waiting = document.createElement("div");
   waiting.textContent = "The figures are being prepared …";
   el.append(waiting);
   const places = Object.fromEntries(KINDS.map((kind) => [kind, document.createElement("div")]));
   const stale = new Set(KINDS);
   let drawing = false, gone = false, width = 0, library = null;
+  const sources = {};
 
   async function draw(kind) {
-    const { data, layout } = structuredClone(model.get(kind)), place = places[kind];
-    const first = !place.isConnected;
+    const { data, layout } = JSON.parse(sources[kind].get("value")), place = places[kind];
+    const first = !place.parentElement;
     if (first) { el.append(place); }
-    await library.react(place, data, layout, CONFIG);
+    await library.react(place, data, { ...layout, width }, CONFIG);
     if (first) {
       place.on("plotly_click", ({ points: [{ curveNumber, pointNumber }] }) =>
         model.send({ clicked: kind, trace: curveNumber, cell: pointNumber }));
@@ -56,23 +58,36 @@ function render({ model, el }) {
         await draw(kind);
         await turn();
       }
+    } catch (error) {
+      waiting.textContent = `The figures cannot be drawn: ${error}`;
+      el.append(waiting);
+      throw error;
     } finally {
       drawing = false;
     }
   }
 
-  KINDS.forEach((kind) => model.on(`change:${kind}`, () => { stale.add(kind); drawStale(); }));
+  const renew = Object.fromEntries(KINDS.map((kind) => [kind, () => { stale.add(kind); drawStale(); }]));
   const observer = new ResizeObserver(() => {
     if (el.clientWidth === width) { return; }
     width = el.clientWidth;
     KINDS.forEach((kind) => stale.add(kind));
     drawStale();
   });
-  observer.observe(el);
+  (async () => {
+    for (const kind of KINDS) {
+      sources[kind] = await model.widget_manager.get_model(model.get("sources")[kind]);
+      sources[kind].on("change:value", renew[kind]);
+    }
+    observer.observe(el);
+  })();
   return () => {
     gone = true;
     observer.disconnect();
-    KINDS.forEach((kind) => places[kind].isConnected && library?.purge(places[kind]));
+    KINDS.forEach((kind) => {
+      sources[kind]?.off("change:value", renew[kind]);
+      if (places[kind].parentElement) { library?.purge(places[kind]); }
+    });
   };
 }
 

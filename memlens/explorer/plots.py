@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import anywidget
+import ipywidgets as widgets
 import plotly.graph_objects as go
 import traitlets
 from plotly.offline import get_plotlyjs
@@ -15,12 +15,21 @@ from plotly.offline import get_plotlyjs
 from memlens.files import json_text
 
 
+_CSS = """
+.memlens-figures { container-type: inline-size; }
+.memlens-figures .js-plotly-plot .plotly .modebar { top: 32px; }
+@container (max-width: 420px) { .memlens-figures .js-plotly-plot .plotly .modebar { display: none; } }
+"""
+"""Figures follow a cell that gets narrower; plotly's buttons lie beside the subtitle, not on the title."""
+
+
 class Plots(anywidget.AnyWidget):
     """All figures of an explorer, one below the other.
 
-    A `FigureWidget` has plotly's script (5 MB) as its module, each figure its own. On a slow or busy machine
-    a browser does not load three of them within the two seconds that anywidget allows, and figures then stay
-    empty. Here the script comes once, as data, and may take its time. A figure is drawn when it is on the
+    A `FigureWidget` has plotly's script (5 MB) as its module, each figure its own. A slow or busy browser
+    does not load three of them within the two seconds that anywidget allows; such figures stay empty, and get
+    no message any more. Here the module is small, the script comes once, as data that may take its time, and
+    figures come through models of ipywidgets, which wait for no module. A figure is drawn when it is on the
     page, as wide as the cell, and always as last sent.
 
     Args:
@@ -30,28 +39,28 @@ class Plots(anywidget.AnyWidget):
 
     Attributes:
         script: Plotly's script.
-        lens: The figure as JSON types.
-        effects: The same.
-        attention: The same.
+        sources: By kind, the id of the model whose value is the figure as JSON.
+        shown: By kind, that model.
     """
 
     _esm = Path(__file__).with_name("plots.js")
+    _css = _CSS
     script: Any = traitlets.Unicode().tag(sync=True)
-    lens: Any = traitlets.Dict().tag(sync=True)
-    effects: Any = traitlets.Dict().tag(sync=True)
-    attention: Any = traitlets.Dict().tag(sync=True)
+    sources: Any = traitlets.Dict().tag(sync=True)
+    shown: dict[str, Any]
 
     def __init__(
         self, figures: Mapping[str, go.Figure], on_click: Callable[[str, int, int, int], None]
     ) -> None:
-        drawn = {kind: _plain(figure) for kind, figure in figures.items()}
-        super().__init__(script=get_plotlyjs(), layout={"width": "100%"}, **drawn)
+        self.shown = {kind: widgets.Label(_json(figure)) for kind, figure in figures.items()}
+        sources = {kind: shown.model_id for kind, shown in self.shown.items()}
+        super().__init__(script=get_plotlyjs(), sources=sources, layout={"width": "100%"})
         self._on_click = on_click
         self.on_msg(self._heard)
 
     def draw(self, kind: str, figure: go.Figure) -> None:
         """Show another figure of a kind."""
-        self.set_trait(kind, _plain(figure))
+        self.shown[kind].value = _json(figure)
 
     def _heard(self, widget: Any, content: Mapping[str, Any], buffers: Any) -> None:
         if "clicked" in content:
@@ -59,10 +68,7 @@ class Plots(anywidget.AnyWidget):
             self._on_click(content["clicked"], int(content["trace"]), int(row), int(column))
 
 
-def _plain(figure: go.Figure) -> dict[str, Any]:
-    """Return a figure as JSON types, with None for NaN and infinity, which messages do not have."""
-    parts = {
-        "data": [trace.to_plotly_json() for trace in figure.data],
-        "layout": figure.layout.to_plotly_json(),
-    }
-    return json.loads(json_text(parts))
+def _json(figure: go.Figure) -> str:
+    """Return a figure as strictly valid JSON, with null for NaN and infinity."""
+    traces = [trace.to_plotly_json() for trace in figure.data]
+    return json_text({"data": traces, "layout": figure.layout.to_plotly_json()})

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import operator
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
-from functools import cache
+from contextlib import contextmanager
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
@@ -27,6 +26,7 @@ from huggingface_hub.errors import (
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, models
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -318,9 +318,21 @@ def _untrained(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> 
     return model.half().to(dtype).eval()
 
 
-def _no_gguf_bar(source: Source) -> AbstractContextManager[Any]:
-    """Dequantizing shows a bar that cannot be turned off; for a hub file the download bar matters more."""
-    return redirect_stderr(io.StringIO()) if source.gguf_file and source.local else nullcontext()
+@contextmanager
+def _no_gguf_bar(source: Source) -> Iterator[None]:
+    """Hide the bar of dequantizing, which transformers always shows: in a notebook it stays in the cell."""
+    if source.gguf_file is None:
+        yield
+        return
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    with _GGUF_LOCK:
+        own = reading.tqdm
+        reading.tqdm = partial(tqdm, disable=True)
+        try:
+            yield
+        finally:
+            reading.tqdm = own
 
 
 @contextmanager

@@ -258,13 +258,13 @@ def test_widget_messages_are_strict_json_though_attention_has_no_value_above_the
     explorer: Explorer, planted: ml.SequenceSet
 ) -> None:
     assert np.isnan(np.array(explorer.figure("attention").data[0].z, dtype=float)).any()
-    shown = explorer.widget.plots  # the first draw
-    first = shown.attention
+    shown = explorer.widget.plots.shown  # the first draw
+    first = shown["attention"].value
     explorer.select(planted.ids[1])
-    assert shown.attention != first
-    state = json.loads(json.dumps(shown.get_state(), allow_nan=False))
+    assert shown["attention"].value != first
     for kind in FIGURES:
-        (z, *_) = [trace["z"] for trace in state[kind]["data"]]
+        assert "NaN" not in shown[kind].value
+        (z, *_) = [trace["z"] for trace in json.loads(shown[kind].value)["data"]]
         np.testing.assert_array_equal(np.array(z, dtype=float), explorer.figure(kind).data[0].z)
 
 

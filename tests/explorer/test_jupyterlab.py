@@ -38,6 +38,10 @@ if (accept) { accept.click(); return false; }
 const context = window.jupyterapp.shell.currentWidget?.sessionContext;
 return !!context && context.isReady && context.session?.kernel?.status === "idle";
 """  # JupyterLab may ask which kernel is meant
+_TOO_LATE = """
+const real = AbortSignal.timeout.bind(AbortSignal);
+AbortSignal.timeout = (milliseconds) => real(milliseconds === 2000 ? 0 : milliseconds);
+"""  # anywidget gives a widget's module two seconds: here every one comes too late, as on a busy machine
 _FIGURES = "Array.from(document.querySelectorAll('.jp-OutputArea .js-plotly-plot'))"
 
 
@@ -95,8 +99,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[browser.Page
         ready = "return !!(window.jupyterapp && document.querySelector('.jp-Notebook .jp-Cell'))"
         assert page.wait_for(ready, 60), log.read_text()
         assert page.wait_for(_ANSWERED, 60), log.read_text()
+        page.run(_TOO_LATE)
         page.run("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        assert page.wait_for(f"return {_FIGURES}.length === 3", 90), log.read_text()
+        assert page.wait_for(f"return {_FIGURES}.filter((figure) => figure.data).length === 3", 90), (
+            log.read_text()
+        )
         yield page, log
 
 
@@ -117,7 +124,9 @@ def test_the_first_draw_shows_everything(lab: tuple[browser.Page, Path]) -> None
     assert "of the targets 100% are right" in text
     assert "100% of the tokens are (memorization score)" in text
     assert "not JSON compliant" not in log.read_text() + text
-    assert [line for line in page.console() if "Error" in line and "favicon" not in line] == []
+    errors = [line for line in page.console() if "Error" in line and "favicon" not in line]
+    assert errors
+    assert all("[anywidget] Failed to initialize model" in line for line in errors), errors
 
 
 def test_another_sequence_and_a_switch_change_what_is_shown(lab: tuple[browser.Page, Path]) -> None:
@@ -141,3 +150,36 @@ def test_another_sequence_and_a_switch_change_what_is_shown(lab: tuple[browser.P
         f"return {attention}[0][{attention}[0].length - 1] === null"
     )  # nothing above the diagonal
     assert "not JSON compliant" not in log.read_text()
+
+
+def test_a_click_on_a_cell_reaches_the_kernel(lab: tuple[browser.Page, Path]) -> None:
+    page, log = lab
+    x, y = page.run(
+        f"const map = {_FIGURES}[1].querySelector('.nsewdrag'); map.scrollIntoView({{block: 'center'}});"
+        "const box = map.getBoundingClientRect(); return [box.left + 20, box.top + 20];"
+    )  # the first head of the last layer
+    page.click(x, y)
+    title = f"{_FIGURES}[2].querySelector('.gtitle').textContent"
+    assert page.wait_for(f"return {title}.startsWith('Attention of L3H0 ')", 60), page.run(f"return {title}")
+    frame = page.run(f"const shape = {_FIGURES}[1].layout.shapes[0]; return [shape.x0, shape.y0]")
+    assert frame == [-0.5, 2.5], log.read_text()
+
+
+@pytest.mark.parametrize("width", [900, 600])
+def test_in_a_narrow_window_the_buttons_lie_beside_the_titles(
+    lab: tuple[browser.Page, Path], width: int
+) -> None:
+    page, _ = lab
+    page.run("document.querySelector('.jp-SideBar .lm-mod-current')?.click()")  # closes the side bar
+    page.resize(width, 1000)
+    problems = (
+        "const apart = (a, b) => a.right < b.left || b.right < a.left || a.bottom < b.top || b.bottom < a.top;"
+        "const box = (figure, part) => figure.querySelector(part).getBoundingClientRect();"
+        f"return {_FIGURES}.flatMap((figure) => {{"
+        "  const wide = box(figure, '.main-svg').width, buttons = box(figure, '.modebar');"
+        "  const cell = figure.closest('.jp-OutputArea-output').getBoundingClientRect().width;"
+        "  const found = ['.gtitle', '.gtitle-subtitle'].filter((part) => !apart(box(figure, part), buttons));"
+        "  return Math.abs(wide - cell) < 20 && cell > 400 && buttons.width ? found : [...found, [wide, cell]];"
+        "});"
+    )
+    assert page.wait_for(f"return !(() => {{ {problems} }})().length", 20), page.run(problems)

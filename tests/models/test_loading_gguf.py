@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from tqdm import notebook
+from transformers import modeling_gguf_pytorch_utils as reading
 
 from memlens.errors import ModelLoadError, OptionError
 from memlens.models.load import load_model
@@ -131,7 +133,7 @@ def test_tokenizer_of_the_file(files):
     assert model.to_tokens("the", prepend_bos=True)[0, 0] == D_VOCAB - 1
 
 
-def test_the_header_is_read_once(files, tmp_path, monkeypatch):
+def test_the_header_is_read_once_and_a_notebook_gets_no_bar(files, tmp_path, monkeypatch):
     """Config, tokenizer and weights share one reading, and nothing of it stays behind."""
     reads, init = [], gguf.GGUFReader.__init__
 
@@ -140,9 +142,14 @@ def test_the_header_is_read_once(files, tmp_path, monkeypatch):
         init(self, path, *args)
 
     monkeypatch.setattr(gguf.GGUFReader, "__init__", counted)
+    monkeypatch.setattr(notebook.tqdm_notebook, "display", lambda *_, **__: bars.append(1))
+    monkeypatch.setattr(reading, "tqdm", notebook.tqdm_notebook)  # tqdm.auto's choice in Jupyter
+    bars = []
     own = gguf.GGUFReader, gguf.get_tensor_name_map
     load_model(files / "tiny-q8.gguf", device=dev())
     assert len(reads) == 1
+    assert not bars
+    assert reading.tqdm is notebook.tqdm_notebook
     (tmp_path / "cut.gguf").write_bytes((files / "tiny-q8.gguf").read_bytes()[:600])
     with pytest.raises(ModelLoadError, match=r"cut\.gguf"):
         load_model(tmp_path / "cut.gguf")
