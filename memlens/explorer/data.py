@@ -201,7 +201,10 @@ def row_of(name: str, ids: Sequence[str]) -> int:
         SiteError: There is no such sequence.
     """
     if name not in ids:
-        raise SiteError(f"there is no sequence {name!r} among these {len(ids)}.{near_matches(name, ids)}")
+        some = ", ".join(map(repr, ids[:8])) + (", …" if len(ids) > 8 else "")
+        raise SiteError(
+            f"there is no sequence {name!r} among these {len(ids)}: {some}.{near_matches(name, ids)}"
+        )
     return ids.index(name)
 
 

@@ -14,7 +14,6 @@ from plotly.offline import get_plotlyjs
 
 from memlens.files import json_text
 
-
 _CSS = """
 .memlens-figures { container-type: inline-size; }
 .memlens-figures .js-plotly-plot .plotly .modebar { top: 32px; }

@@ -409,8 +409,9 @@ def as_metrics(metrics: Sequence[MetricLike]) -> list[Metric]:
         OptionError: An unknown name, two metrics of one name, or none at all.
     """
     if isinstance(metrics, str) or not metrics:
+        such = METRICS[metrics].name if isinstance(metrics, str) else "exact_match"
         raise OptionError(
-            f"metrics={metrics!r}: give a sequence with at least one metric, such as ('exact_match',)."
+            f"metrics={metrics!r}: give a sequence with at least one metric, such as ({such!r},)."
         )
     found = [as_metric(metric) for metric in metrics]
     names = [metric.name for metric in found]

@@ -125,9 +125,10 @@ class Result:
         """Return one variable or coordinate by name."""
         if name not in self.data.variables:
             known = [str(key) for key in self.data.variables]
+            rest = [key for key in known if key not in self.metrics]
             raise ResultError(
-                f"this {self.kind} result has no {name!r}: it has {', '.join(known)}."
-                + near_matches(name, known)
+                f"this {self.kind} result has no {name!r}: its metrics are {', '.join(self.metrics)}, and it "
+                f"has {', '.join(rest[:8])}{', …' if len(rest) > 8 else ''}.{near_matches(name, known)}"
             )
         return self.data[name]
 
@@ -392,11 +393,21 @@ class Result:
     def save(self, path: str | Path) -> Path:
         """Write a netCDF file atomically; `memlens.load_result` reads it back exactly.
 
+        Args:
+            path: The file, `.nc`.
+
         Raises:
+            OptionError: The suffix is that of a table: `to_frame` and `to_parquet` make one.
             WriteError: The file cannot be written, such as on a full disk; the result stays usable.
         """
         from memlens.results.storage import save_dataset
 
+        if (suffix := Path(path).suffix.lower()) in (".csv", ".jsonl", ".json", ".parquet", ".xlsx"):
+            table = "to_parquet(path)" if suffix == ".parquet" else "to_frame() or to_frame('all')"
+            raise OptionError(
+                f"{path} ends in {suffix!r}, and save writes netCDF: give a name in .nc, or make a table with "
+                f"{table}."
+            )
         return save_dataset(self.data, path)
 
     def to_parquet(self, path: str | Path) -> Path:

@@ -6,9 +6,9 @@ Ablation, bypass, patching, knock-outs and a user's own hooks all take this form
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -85,13 +85,21 @@ class Intervention:
     checks: Sequence[Callable[[Any], None]] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hooks", tuple((n, fn) for n, fn in self.hooks))
-        for name, fn in self.hooks:
-            if not isinstance(name, str) or not (callable(fn) or isinstance(fn, BatchHook)):
-                raise InterventionError(
-                    f"intervention {self.name!r} holds {(name, fn)!r}: each hook is a pair of a hook name "
-                    "and a function."
-                )
+        if isinstance(self.hooks, str) or not isinstance(self.hooks, Iterable):
+            self._refuse(self.hooks)
+        object.__setattr__(self, "hooks", tuple(self.hooks))
+        for pair in self.hooks:
+            match pair:
+                case (str(), fn) if callable(fn) or isinstance(fn, BatchHook):
+                    pass
+                case _:
+                    self._refuse(pair)
+
+    def _refuse(self, hook: object) -> NoReturn:
+        raise InterventionError(
+            f"intervention {self.name!r} holds {hook!r}: hooks are a list of pairs of a hook name and a "
+            "function, such as [('blocks.0.hook_mlp_out', fn)]."
+        )
 
     def __repr__(self) -> str:
         places = ", ".join(dict.fromkeys(name for name, _ in self.hooks))

@@ -108,7 +108,7 @@ def test_all_sequences_are_scored_and_the_rest_waits(explorer: Explorer, planted
 
 
 def test_what_does_not_exist_is_refused_and_changes_nothing(explorer: Explorer) -> None:
-    with pytest.raises(SiteError, match="no sequence 'nowhere' among these 3"):
+    with pytest.raises(SiteError, match=rf"no sequence 'nowhere' among these 3: '{explorer.ids[0]}', '"):
         explorer.select("nowhere")
     with pytest.raises(SiteError, match="layer 6"):
         explorer.toggle(6)

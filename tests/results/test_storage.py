@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from memlens.errors import PathError, ResultError, WriteError
+from memlens.errors import OptionError, PathError, ResultError, WriteError
 from memlens.results.result import Result
 from memlens.results.storage import load_result
 from tests.report import synthetic
@@ -84,6 +85,13 @@ def test_other_programs_can_read_the_file(tmp_path: Path) -> None:
         assert raw.attrs["model"] == "zoo/pythia-s"
         assert raw["target_logprob"].shape == (48, 8, 6)
         assert raw["sequence"].values[3] == "seq-003"
+
+
+@pytest.mark.parametrize(("name", "instead"), [("r.csv", "to_frame()"), ("r.Parquet", "to_parquet(path)")])
+def test_a_table_is_not_written_as_netcdf(tmp_path: Path, name: str, instead: str) -> None:
+    with pytest.raises(OptionError, match=rf"save writes netCDF.*{re.escape(instead)}"):
+        synthetic.head_ablation().save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.filterwarnings(

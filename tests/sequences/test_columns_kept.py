@@ -152,7 +152,9 @@ def test_a_sequence_needs_one_token_after_its_prefix() -> None:
     rows = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
     found = load_sequences(rows, prefix_len=2, on_short="drop")
     assert (found.rows(), found.attrs["n_dropped_short"]) == ([[1, 2, 3], [6, 7, 8, 9]], 1)
-    with pytest.raises(SequenceError, match=r"1 sequences are not longer.*first is row 1 with 2 tokens"):
+    with pytest.raises(
+        SequenceError, match=r"1 sequence is not longer than its prefix, it is row 1 with 2 tokens"
+    ):
         load_sequences(rows, prefix_len=2)
     with pytest.warns(UserWarning, match="1 rows are empty"):
         found = load_sequences([[], *rows], prefix_len=[5, 2, 1, 3])

@@ -281,7 +281,7 @@ def test_empty_rows_are_left_out_and_reported(tmp_path: Path) -> None:
 def test_short_rows_raise_or_are_dropped() -> None:
     rows = [[1, 2, 3], [4, 5], [6, 7, 8]]
     with pytest.raises(
-        SequenceError, match=r"1 sequences .* row 1 with 2 tokens and prefix_len=2.*on_short='drop'"
+        SequenceError, match=r"1 sequence is .* row 1 with 2 tokens and prefix_len=2.*on_short='drop'"
     ):
         load_sequences(rows, prefix_len=2)
     seqs = load_sequences(rows, prefix_len=2, on_short="drop")

@@ -296,6 +296,14 @@ def test_bad_input_is_refused_before_any_forward(tiny_model: Any, monkeypatch: p
         ml.sweep(model, ml.SequenceSet.from_tokens([list(range(65))], 1), [edit])
     with pytest.raises(InterventionError, match="is not an Intervention"):
         ml.sweep(model, seqs, [("blocks.0.hook_mlp_out", scaled(0.0))])
+    for hooks in (
+        "blocks.0.hook_mlp_out",
+        ("blocks.0.hook_mlp_out", scaled(0.0)),
+        [scaled(0.0)],
+        scaled(0.0),
+    ):
+        with pytest.raises(InterventionError, match=r"'one' holds .*a list of pairs"):
+            ml.Intervention("one", hooks)
     assert not ran
 
 

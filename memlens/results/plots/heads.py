@@ -162,9 +162,13 @@ def plot_top(result: Result, s: Selection, *, most: int = 40) -> go.Figure:
     share = result.settings["share"]
     level = f"{100 * result.settings['level']:g} %"
     subtitle = f"{level} intervals of the mean over the given sequences · {100 * share:.3g} % of all cells"
-    return figures.dots_with_intervals(
+    figure = figures.dots_with_intervals(
         ci, dim="component", most=most, title=s.title or "Which components are in the top", subtitle=subtitle
     )
+    inside = flat["status"][there] == "in"
+    if inside.any() and ends[0, inside].mean() < ends[0].mean():
+        figure.update_yaxes(autorange="reversed")  # the top is seen first, also where it is the most negative
+    return figure
 
 
 def _without_ratio(result: Result) -> Result:

@@ -167,9 +167,10 @@ def without_short(draft: Draft, on_short: str) -> Draft:
     if not short.any():
         return draft
     if on_short == "raise":
-        first = int(np.flatnonzero(short)[0])
+        first, several = int(np.flatnonzero(short)[0]), int(short.sum()) > 1
         raise SequenceError(
-            f"{int(short.sum())} sequences are not longer than their prefix, the first is row "
+            f"{int(short.sum())} {'sequences are' if several else 'sequence is'} not longer than "
+            f"{'their' if several else 'its'} prefix, {'the first' if several else 'it'} is row "
             f"{source_rows[first]} with {lengths[first]} tokens and prefix_len={prefix_len[first]}: choose a "
             "smaller prefix_len, or leave them out with on_short='drop'"
         )
