@@ -69,5 +69,6 @@ class Plots(anywidget.AnyWidget):
 
 def _json(figure: go.Figure) -> str:
     """Return a figure as strictly valid JSON, with null for NaN and infinity."""
-    traces = [trace.to_plotly_json() for trace in figure.data]
-    return json_text({"data": traces, "layout": figure.layout.to_plotly_json()})
+    parts: Any = figure
+    traces = [trace.to_plotly_json() for trace in parts.data]
+    return json_text({"data": traces, "layout": parts.layout.to_plotly_json()})

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
@@ -324,8 +325,7 @@ def _no_gguf_bar(source: Source) -> Iterator[None]:
     if source.gguf_file is None:
         yield
         return
-    from transformers import modeling_gguf_pytorch_utils as reading
-
+    reading: Any = import_module("transformers.modeling_gguf_pytorch_utils")
     with _GGUF_LOCK:
         own = reading.tqdm
         reading.tqdm = partial(tqdm, disable=True)

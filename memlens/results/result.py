@@ -405,8 +405,8 @@ class Result:
         if (suffix := Path(path).suffix.lower()) in (".csv", ".jsonl", ".json", ".parquet", ".xlsx"):
             table = "to_parquet(path)" if suffix == ".parquet" else "to_frame() or to_frame('all')"
             raise OptionError(
-                f"{path} ends in {suffix!r}, and save writes netCDF: give a name in .nc, or make a table with "
-                f"{table}."
+                f"{path} ends in {suffix!r}, and save writes netCDF: give a name in .nc, or make a table "
+                f"with {table}."
             )
         return save_dataset(self.data, path)
 

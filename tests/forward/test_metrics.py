@@ -218,7 +218,7 @@ def test_metrics_are_given_by_name_object_or_function() -> None:
             OptionError, match=rf"give a sequence with at least one metric, such as \('{such}'"
         ):
             as_metrics(bad)
-    with pytest.raises(OptionError, match="marginal.*Did you mean 'margin'"):
+    with pytest.raises(OptionError, match=r"marginal.*Did you mean 'margin'"):
         as_metrics("marginal")
     with pytest.raises(OptionError, match="two metrics have the same name"):
         as_metrics(["margin", surprise, mine])
