@@ -72,10 +72,10 @@ TO_ITS_END = {
     "recall counterfactual": "cli/test_recall.py::test_counterfactual_recall_is_the_difference_to_the_twin",
     "recall curve": "cli/test_recall.py::test_a_curve_is_that_of_python_and_is_written_as_asked",
     "run audit": "studies/test_audit.py::test_those_leak_that_were_planted",
-    "run bypass": "studies/test_attention_bypass.py::test_all_parts_ran_and_stand_in_the_report",
+    "run bypass": "studies/test_attention_bypass.py::test_the_command_runs_on_saved_sequences",
     "run comparative": "studies/comparative/test_plan.py::test_a_study_from_a_yaml_file",
     "run detectors": "studies/test_detectors.py::test_every_part_has_a_finding",
-    "run idioms": "studies/test_idioms.py::test_all_parts_ran_and_found_something",
+    "run idioms": "cli/test_run.py",
     "run localize": "cli/test_commands.py::test_localize_on_a_checkpoint_folder_and_report",
     "score": "cli/test_commands.py::test_score_writes_a_table",
 }

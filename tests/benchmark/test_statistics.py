@@ -19,7 +19,7 @@ from memlens.errors import OptionError, ResultError
 def test_the_chance_level_is_that_of_random_rankings(n: int, k: int) -> None:
     random, planted = np.random.default_rng(0), np.zeros((1, n), bool)
     planted[0, :k] = True
-    found = pd.DataFrame([score_ranking(random.random((1, n)), planted) for _ in range(1500)])
+    found = pd.DataFrame([score_ranking(random.random((1, n)), planted) for _ in range(500)])
     for measure in ("average_precision", "recall_at_k", "roc_auc"):
         error = 4 * found[measure].std() / np.sqrt(len(found))
         assert chance_level(measure, k / n, k) == pytest.approx(found[measure].mean(), abs=error)

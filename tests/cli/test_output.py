@@ -58,8 +58,12 @@ def test_score_and_models_as_json(recited: tuple[str, str], tmp_path: Path) -> N
 
 def test_a_study_as_json_tells_its_findings(recited: tuple[str, str], tmp_path: Path) -> None:
     model, rows = recited
-    args = ("run", "localize", "-m", model, "-s", rows, "--prefix-len", "8", "--out", str(tmp_path), "-q")
-    plan = asked(*args, "--max-patched", "2", "--plan")
+    args = (
+        *("run", "localize", "-m", model, "-s", rows, "--prefix-len", "8", "--max-patched", "2"),
+        *("--ranked-sequences", "1", "--most-forwards", "100", "--explored-controls", "0"),
+        *("--out", str(tmp_path), "-q"),
+    )
+    plan = asked(*args, "--plan")
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
     assert [row["work"] for row in plan["works"]] == [
         "ablate each head", "bypass each layer", "patch layer x position"
@@ -67,7 +71,7 @@ def test_a_study_as_json_tells_its_findings(recited: tuple[str, str], tmp_path: 
     steps = {row["step"] for row in plan["steps"]}
     assert {"loading of models", "recall", "head ablation", "rankings", "report"} <= steps
     assert all(row["seconds"] >= 0 and row["cpu_seconds"] >= 0 for row in plan["steps"])
-    told = asked(*args, "--max-patched", "2")
+    told = asked(*args)
     assert Path(told["report"]).is_file()
     assert told["failures"] == {}
     stored = json.loads((tmp_path / "run.json").read_text())

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 import memlens as ml
 from memlens.errors import MemlensError, OptionError, SequenceError, SourceNotFoundError
-from memlens.organisms.corpus.corpus import CorpusSpec, build_corpus
+from memlens.organisms.corpus.corpus import build_corpus
 from memlens.recall.corpus import duplicates as module
 from memlens.recall.corpus.duplicates import InfiniGram, count_duplicates, count_ngrams, token_counts
 from memlens.sequences.set import SequenceSet
+from tests.organisms.conftest import TINY_CORPUS
 
 ids = st.integers(0, 2)
 ngrams = st.lists(st.lists(ids, min_size=1, max_size=9), min_size=1, max_size=6)
@@ -69,17 +70,16 @@ def test_hashes_of_windows_rarely_meet() -> None:
 
 
 def test_the_zoo_s_copies_are_found_in_its_corpus() -> None:
-    spec = CorpusSpec(
-        copies=(1, 4), per_cell=2, n_heldout=3, background_rows=60, heldout_rows=5, tokenizer_documents=60
-    )
-    corpus = build_corpus(spec)
+    corpus = build_corpus(TINY_CORPUS)
     table = corpus.sequences
-    seqs = SequenceSet.from_tokens(table["tokens"].tolist(), spec.prefix_len, table=table[["id", "copies"]])
+    seqs = SequenceSet.from_tokens(
+        table["tokens"].tolist(), TINY_CORPUS.prefix_len, table=table[["id", "copies"]]
+    )
     found = count_duplicates(seqs, corpus.rows, parts=["sequence", "continuation", "prefix"], progress=False)
     assert found["sequence_count"].tolist() == table["copies"].tolist()
     assert found["continuation_count"].tolist() == table["copies"].tolist()
     assert (found["prefix_count"] >= found["sequence_count"]).all()
-    assert set(found["sequence_count"]) == {0, 1, 4}
+    assert set(found["sequence_count"]) == {0, *TINY_CORPUS.copies}
     assert token_counts(corpus.rows, vocab_size=len(corpus.tokenizer), progress=False).tolist() == (
         corpus.token_counts.tolist()
     )

@@ -17,7 +17,7 @@ def test_the_replaced_token_is_not_the_one_that_predicts(tmp_path: Path) -> None
     few = seqs[(seqs.table["copies"].isin([0, 256]) & (seqs.table["domain"] == "text")).to_numpy()]
     options = ml.studies.LocalizeOptions(
         max_sequences=4, max_patched=4, max_positions=4, untrained_control=False, explored_memorized=0,
-        explored_controls=0,
+        explored_controls=0, ranked_sequences=1, most_forwards=0,
     )  # fmt: skip
     run = ml.localize(model, few, tmp_path, options=options, progress=False)
     assert run.failures == {}

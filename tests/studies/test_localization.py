@@ -33,6 +33,8 @@ SMALL = ml.studies.LocalizeOptions(
     explored_controls=1,
     ranked_sequences=2,
 )
+SHORT = replace(SMALL, explored_memorized=0, explored_controls=0, ranked_sequences=1, most_forwards=0)
+"""Without the explorer and most rankings, of the same sweeps."""
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +135,7 @@ def test_the_report_explores_some_of_both_groups(run: StudyRun, pythia: Any, pla
 
 
 def test_the_explorer_can_be_left_out(pythia: Any, planted: ml.SequenceSet, tmp_path: Path) -> None:
-    few = ml.studies.LocalizeOptions(
-        max_sequences=2, max_patched=1, max_positions=2, untrained_control=False,
-        explored_memorized=0, explored_controls=0, ranked_sequences=1, most_forwards=100,
-    )  # fmt: skip
+    few = replace(SHORT, max_sequences=2, max_patched=1, max_positions=2, untrained_control=False)
     run = ml.localize(pythia, planted, tmp_path, options=few, progress=False)
     assert not (tmp_path / "explorer.explorer.json").exists()
     assert "Look at single sequences" not in run.report.read_text(encoding="utf-8")
@@ -152,7 +151,7 @@ def test_a_step_that_fails_loses_nothing(
 
     shutil.copytree(run.report.parent / "sweeps", tmp_path / "sweeps")
     monkeypatch.setattr(localization, "bypass_attention", broken)
-    other = ml.localize(pythia, planted, tmp_path, options=SMALL, progress=False)
+    other = ml.localize(pythia, planted, tmp_path, options=SHORT, progress=False)
     assert other.failures == {"attention bypass": "layer 3 is NaN"}
     assert [f.title for f in other.findings] == [
         "What is recalled",
@@ -213,9 +212,7 @@ def test_one_target_corrupts_the_token_before_the_last(
 ) -> None:
     short = ml.load_sequences("zoo", pythia, max_targets=1)
     few = short[np.flatnonzero(np.isin(short.table["copies"].to_numpy(), [1, 256]))]
-    options = replace(
-        SMALL, max_sequences=4, untrained_control=False, explored_memorized=0, explored_controls=0
-    )
+    options = replace(SHORT, max_sequences=4, untrained_control=False)
     run = ml.localize(pythia, few, tmp_path, options=options, progress=False)
     assert run.failures == {}
     patched = ml.load_result(tmp_path / "activation_patching.nc")
