@@ -293,7 +293,7 @@ def test_parts_join_to_the_whole_in_memory_and_from_their_files(
             assert values[name].shape == whole.shape
             assert values[name].dtype == whole.dtype
             np.testing.assert_array_equal(np.asarray(values[name]), whole)
-    assert list(left[1]["flat"].chunks[0]) == blocks
+    assert list(left[1]["flat"].chunks[0]) == blocks  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_only_the_parts_of_a_block_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
