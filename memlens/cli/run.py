@@ -69,12 +69,13 @@ def study_command(study: Study) -> Any:
             out = Path(study.folder)
         if on is not None and not plan:
             raise OptionError(f"--on {on} plans for another device: give --plan with it.")
-        call = Call(where, study.options(**chosen), out, chosen, progress=not quiet, on=on)
+        shared = part is not None or slurm
+        call = Call(where, study.options(**chosen), out, chosen, progress=not quiet, on=on, shared=shared)
         asked = {"--part": part, "--slurm": slurm or None, "--workers": workers, "--scheduler": scheduler}
         asked = [name for name, value in asked.items() if value is not None]
         if asked and not study.shares:
             raise OptionError(
-                f"this study cannot be shared by several processes: run it without {' and '.join(asked)} "
+                f"{study.alone}: run it without {' and '.join(asked)} "
                 f"({', '.join(name for name in STUDIES if STUDIES[name].shares)} can)."
             )
         if slurm and (workers is not None or scheduler is not None):

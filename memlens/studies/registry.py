@@ -152,6 +152,7 @@ class Call:
         loaded: Models that were loaded and are kept; None: none are kept.
         watch: Counts the time of loading and reading.
         on: The device for which a plan is asked, as for `memlens.plan`.
+        shared: Whether several commands do the run together, each a part.
     """
 
     where: Any
@@ -162,6 +163,7 @@ class Call:
     loaded: dict[Any, Any] | None = field(default=None, repr=False)
     watch: Stopwatch = field(default_factory=Stopwatch, repr=False)
     on: str | None = None
+    shared: bool = False
 
     def load(self, name: str | None = None, **more: Any) -> Any:
         """Load the model, or another one."""
@@ -234,6 +236,7 @@ class Study:
             time does not depend on them.
         folder: The run's folder, if the command names none; "" where it must.
         shares: Whether `run` takes `part` and `executor`, so that several processes can do it together.
+        alone: Why it does not share, in a sentence without its period.
     """
 
     run: Any
@@ -247,6 +250,7 @@ class Study:
     scales: Mapping[str, str] = field(default_factory=lambda: {"": "sequences"})
     folder: str = ""
     shares: bool = False
+    alone: str = "this study cannot be shared by several processes"
 
     def kept(self, call: Call) -> Sequence[Path]:
         """Return the folders that hold only what a second run continues from."""

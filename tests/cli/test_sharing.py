@@ -69,6 +69,19 @@ def test_what_cannot_be_shared_is_one_line(recited: tuple[str, str], tmp_path: P
         code, _, error = call(*base, *more)
         assert code == 2
         assert words in " ".join(error.split())
+    for study, why in (("idioms", "train the lens"), ("detectors", "follow from one another")):
+        given = () if study == "idioms" else ("-s", rows)
+        code, _, error = call(
+            "run", study, "-m", model, *given, "--out", str(tmp_path / "run"), "--part", "0/2"
+        )
+        assert code == 2
+        assert why in " ".join(error.split())
+        assert "run it without --part" in " ".join(error.split())
+    code, _, error = call("audit", model, rows, "--part", "0/2", "--workers", "2")
+    assert code == 2
+    assert "run it without --part and --workers (localize, bypass, comparative can)" in " ".join(
+        error.split()
+    )
     code, _, error = call("gather", str(tmp_path))
     assert code == 2
     assert "holds neither a sweep nor a study with sweeps" in " ".join(error.split())

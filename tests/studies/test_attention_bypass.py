@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from statsmodels.stats.proportion import proportion_confint
 
 import memlens as ml
-from memlens.errors import EmptySetError, OptionError
+from memlens.errors import EmptySetError, OptionError, UnfinishedError
 from memlens.organisms.corpus.corpus import Corpus
 from memlens.results.groups import quartiles
 from memlens.results.statistics.intervals import halves
@@ -289,6 +290,43 @@ def test_a_killed_run_is_taken_up(
     assert [f.statement for f in again.findings] == expected
 
 
+def test_two_parts_give_what_one_process_gives_to_the_byte(
+    inputs: ml.studies.BypassInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memlens.sweeps.shards._SHARD_FLOPS", {"cpu": 0.0, "cuda": 0.0})
+    options = replace(
+        SMALL, max_sequences=8, free_running=False, control_sequences=4, bounds_sequences=0,
+        exact_layers=6, edits=("identity", "mean"), untrained_control=False,
+    )  # fmt: skip
+    other = ml.studies.BypassInputs(
+        inputs.model, inputs.groups["memorized"][:4], inputs.tasks[:1], "the same, less"
+    )
+
+    def study(out: Path, **part: Any) -> StudyRun:
+        return ml.studies.study_attention_bypass(
+            inputs.model, inputs.sequences, out, tasks=inputs.tasks, others=iter([lambda: other]),
+            options=options, progress=False, **part,
+        )  # fmt: skip
+
+    many = tmp_path / "many"
+    with pytest.raises(UnfinishedError) as missing:
+        study(many, part=(0, 2))
+    # Whole sweeps of one part, parts of larger ones, and both sweeps of the search's first round.
+    for name in ("blocks_not_memorized", "heads_memorized", "sets/recall_0", "sets/tasks_0"):
+        assert f"many/sweeps/{name} " in str(missing.value)
+    assert not (many / "report.html").exists()
+    assert study(many, part=(1, 2)).failures == {}
+    one = study(tmp_path / "one")
+    names = sorted(path.relative_to(many) for path in many.rglob("*.npz"))
+    assert names == sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.npz"))
+    assert len(names) > 20
+    for name in names:
+        assert (many / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    runs = [json.loads((folder / "run.json").read_text()) for folder in (many, tmp_path / "one")]
+    assert runs[0]["findings"] == runs[1]["findings"]
+    assert len(one.findings) == len(runs[0]["findings"]) > 8
+
+
 def test_a_part_that_fails_costs_only_itself(
     pythia: Any, inputs: ml.studies.BypassInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,3 +403,6 @@ def test_the_command_runs_on_saved_sequences(found: ml.recall.MemorizedSet, tmp_
     code, _, error = call(*given, "--corpus", "x.npy")
     assert code == 2
     assert "--corpus and --memorized both say what is recited" in error
+    code, _, error = call(*args, "--part", "0/2")
+    assert code == 2
+    assert "scan it first" in error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pandas as pd
 import xarray as xr
 
 from memlens.choices import BypassMode
-from memlens.errors import EmptySetError, OptionError, check_option
+from memlens.errors import EmptySetError, OptionError, UnfinishedError, check_option
 from memlens.forward.exclusive import computes
 from memlens.forward.trunk import Trunk
 from memlens.instruments.bypass.bypass import attention_bypasses
@@ -26,6 +27,7 @@ from memlens.results.readings import read_sets
 from memlens.results.result import Result
 from memlens.results.statistics.tradeoff import OVER, Tradeoff, edit_tradeoff, on_frontier, tasks_above_chance
 from memlens.sequences.set import SequenceSet
+from memlens.store.sharing import Part
 from memlens.sweeps.run import sweep
 
 Layers = tuple[int, ...]
@@ -128,6 +130,7 @@ def search_layer_sets(
     n_resamples: int = 2000,
     seed: int = 0,
     out: str | Path | None = None,
+    part: Part | None = None,
     **options: Any,
 ) -> LayerSetSearch:
     r"""Bypass sets of layers together and search for the one with the best selectivity.
@@ -152,6 +155,8 @@ def search_layer_sets(
         n_resamples: Resamples of the bootstraps.
         seed: Seed of the halves, the random sets and the bootstraps.
         out: A folder that keeps finished parts, as for `sweep`; one for each round of the search.
+        part: Only a share of the first round's parts, as for `sweep`. Later rounds follow from the first:
+            whoever finds it done does them alone.
         options: Further options of `sweep`.
 
     Returns:
@@ -161,6 +166,7 @@ def search_layer_sets(
         EmptySetError: Fewer than four sequences, or no tasks.
         OptionError: An unknown mode or `over`, or a size below 1.
         ResultError: The model recites nothing, or is not above chance on any task.
+        UnfinishedError: With `part`: this share is done, and parts of others are missing.
 
     Example:
         >>> import memlens as ml
@@ -184,7 +190,7 @@ def search_layer_sets(
             f"{len(sequences)} sequences and {len(tasks)} tasks: give at least four sequences and one task."
         )
     n_layers = Trunk(model).n_layers
-    search = _Search(model, n_layers, sequences, tasks, mode, over, seed, out, options)
+    search = _Search(model, n_layers, sequences, tasks, mode, over, seed, out, options, part)
     for kind, some in named_layer_sets(n_layers).items():
         search.plan(kind, some)
     everything = n_layers <= exact_layers
@@ -234,6 +240,7 @@ class _Search:
     seed: int
     out: str | Path | None
     options: Mapping[str, Any]
+    part: Part | None = None  # of the first round
     kinds: dict[Layers, list[str]] = field(default_factory=dict)
     tried: list[Layers] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)  # of recall and of the tasks, all rounds joined
@@ -257,14 +264,18 @@ class _Search:
             None if self.out is None else Path(self.out) / f"{name}_{self.rounds}"
             for name in ("recall", "tasks")
         ]
-        recall = sweep(
-            self.model, self.sequences, edits, _METRICS, kind="bypass_sets",
+        recite = partial(
+            sweep, self.model, self.sequences, edits, _METRICS, kind="bypass_sets",
             settings={"mode": self.mode}, out=folders[0], **self.options,
         )  # fmt: skip
-        accuracy = evaluate_tasks(self.model, self.tasks, edits, out=folders[1], **self.options)
-        pairs = zip(self.results, (recall, accuracy), strict=True) if self.results else ()
-        self.results = [_joined(*pair) for pair in pairs] or [recall, accuracy]
-        self.counted = self.counted or tasks_above_chance(accuracy)
+        answer = partial(evaluate_tasks, self.model, self.tasks, edits, out=folders[1], **self.options)
+        if self.part is None or self.rounds:
+            found = [recite(), answer()]
+        else:
+            found = _shared([recite, answer], self.part)
+        pairs = zip(self.results, found, strict=True) if self.results else ()
+        self.results = [_joined(*pair) for pair in pairs] or found
+        self.counted = self.counted or tasks_above_chance(found[1])
         self.tried += new
         self.rounds += 1
 
@@ -333,6 +344,21 @@ def _subsets(layers: Iterable[int]) -> list[Layers]:
     """Return every non-empty set of the layers, small ones first."""
     every = sorted(layers)
     return [some for size in range(1, len(every) + 1) for some in combinations(every, size)]
+
+
+def _shared(works: Sequence[Callable[..., Result]], part: Part) -> list[Result]:
+    """Do a share of several sweeps; all are tried before one that lacks parts of others raises."""
+    found: list[Result] = []
+    errors: list[UnfinishedError] = []
+    for work in works:
+        try:
+            found.append(work(part=part))
+        except UnfinishedError as error:
+            errors.append(error)
+    if errors:
+        missing = [name for error in errors for name in error.missing]
+        raise UnfinishedError("\n".join(map(str, errors)), missing)
+    return found
 
 
 def _joined(first: Result, second: Result) -> Result:

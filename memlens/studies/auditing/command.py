@@ -130,6 +130,8 @@ STUDIES.add(
         inputs=AuditInputs,
         help="Audit a model: which of these strings leak, from how little, and what would help?",
         example="memlens audit zoo/pythia-s strings.csv --patterns email,phone --fail-above 0",
+        alone="the steps of an audit follow from one another: which strings leak decides what is shortened, "
+        "ranked and remedied",
         keeps=_kept,
         sizes=("max_leaking", "max_canaries", "ranked_sequences", "max_others"),
         scales={

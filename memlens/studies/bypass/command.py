@@ -66,12 +66,14 @@ class BypassSources:
 
     def read(self, call: Call) -> dict[str, Any]:
         """Load the model, its sequences and tasks; further models follow when their turn comes."""
+        self._check_sharing(call)
         inputs = self._inputs(call, call.where.model, call.load())
         others = [partial(self._other, call, name) for name in self.compare]
         return {**vars(inputs), "others": others}
 
     def plan(self, call: Call) -> PlanTable:
         """Count the sweeps that are known before the sequences are."""
+        self._check_sharing(call)
         model = call.load()
         tasks = self._tasks(model, call.where.model, call.options.seed)
         return plan_works(model, self._works(model, tasks, call.options), NOTE, calibrate=False, on=call.on)
@@ -102,6 +104,13 @@ class BypassSources:
         inputs = few._inputs(here, name, model, sequences)
         others = [partial(few._other, here, other) for other in self.compare]
         return pilot.giving({**vars(inputs), "others": others, "options": here.options}, note)
+
+    def _check_sharing(self, call: Call) -> None:
+        if call.shared and self.memorized is None:
+            raise OptionError(
+                "processes that share a run would each scan the text for the same sequences: scan it first "
+                "(ml.recall.build_memorized_set, which takes part=), and give its folder with --memorized."
+            )
 
     def _rows_to_scan(self, counts: Mapping[str, int], corpus: Any) -> int:
         """Return how many rows are expected to be scanned, from what is found in some of them."""
@@ -225,6 +234,7 @@ STUDIES.add(
         run="memlens.studies.bypass.study:study_attention_bypass",
         options=BypassOptions,
         inputs=BypassSources,
+        shares=True,
         keeps=("sweeps", "memorized"),
         sizes=(
             "max_sequences",

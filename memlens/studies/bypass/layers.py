@@ -43,6 +43,9 @@ LEAST = 4
 """Fewest memorized sequences: their halves have intervals."""
 _GROUPS = (MEMORIZED, "not memorized", "predictable")
 
+Kept = tuple[str, Callable[..., Result]]
+"""A sweep that keeps its parts: its name, and what runs it (see `StudyDirectory.kept`)."""
+
 METRICS = ("exact_match", "target_accuracy", "target_logprob", "completion_entropy", "matching_prefix")
 """Of every layer, from one teacher-forced sweep."""
 
@@ -178,22 +181,21 @@ class BypassContext:
         """Save a table, with the words that `texts.yaml` has for it."""
         self.folder.add_table(name, frame, **TEXTS["tables"][name])
 
-    def bypass(self, model: Any, seqs: SequenceSet, name: str) -> Result:
-        """Bypass each layer alone."""
+    def bypass(self, model: Any, seqs: SequenceSet, name: str) -> Kept:
+        """Return the sweep that bypasses each layer alone."""
         work = partial(bypass_attention, model, seqs, mode=self.options.mode, metrics=METRICS)
-        return self.folder.kept(f"blocks_{name}", partial(work, progress=self.progress))
+        return f"blocks_{name}", partial(work, progress=self.progress)
 
-    def evaluate(self, inputs: BypassInputs, name: str) -> Result:
-        """Answer the tasks with each layer bypassed."""
+    def evaluate(self, inputs: BypassInputs, name: str) -> Kept:
+        """Return the sweep that answers the tasks with each layer bypassed."""
         edits = attention_bypasses(inputs.model, mode=self.options.mode)
-        work = partial(evaluate_tasks, inputs.model, inputs.tasks, edits, progress=self.progress)
-        return self.folder.kept(name, work)
+        return name, partial(evaluate_tasks, inputs.model, inputs.tasks, edits, progress=self.progress)
 
 
 def layers(study: BypassContext) -> None:
     """E1: bypass each layer alone, on every group and on untrained weights."""
     for name, model, seqs in study.measured(study.options.max_sequences):
-        study.swept[name] = study.bypass(model, seqs, name)
+        study.swept[name] = study.folder.kept(*study.bypass(model, seqs, name))
     ranked = ranked_by("attention bypass", "layer_attention", str(describe(study.model)["family"]))
     reading = find.layers_in_words(study.swept[MEMORIZED])
     study.show("blocks", join_groups(study.swept), reading=reading, ranked=ranked)
@@ -211,7 +213,7 @@ def accuracies(study: BypassContext) -> None:
     if not study.inputs.tasks:
         study.folder.add_failure("tasks", "no tasks were given: what a bypass costs is not known.")
         return
-    study.tasks = study.evaluate(study.inputs, "tasks")
+    study.tasks = study.folder.kept(*study.evaluate(study.inputs, "tasks"))
     parts = {"parts": study.options.quartiles}
     drawn = TEXTS["results"]["tasks"]["figures"]
     figures = [{**figure, **parts} if "parts" in figure else figure for figure in drawn]
@@ -307,12 +309,24 @@ def _other(
     given: BypassInputs | Callable[[], BypassInputs],
     parts: dict[str, tuple[Result, Result]],
 ) -> None:
-    inputs = given if isinstance(given, BypassInputs) else given()
-    seqs = at_most(inputs.groups[MEMORIZED], study.options.max_sequences, study.options.seed)
-    recall = study.bypass(inputs.model, seqs, f"of_{inputs.name}")
-    parts[inputs.name] = recall, study.evaluate(inputs, f"tasks_of_{inputs.name}")
+    inputs, seqs, works = further(study, given)
+    recall, accuracy = (study.folder.kept(*work) for work in works)
+    parts[inputs.name] = recall, accuracy
     about = {**describe(inputs.model), "memorized": dict(seqs.attrs)}
     study.folder.add_settings({f"further model {inputs.name}": about})
+
+
+def further(
+    study: BypassContext, given: BypassInputs | Callable[[], BypassInputs]
+) -> tuple[BypassInputs, SequenceSet, list[Kept]]:
+    """Return a further model with its sequences and sweeps."""
+    inputs = given if isinstance(given, BypassInputs) else given()
+    seqs = at_most(inputs.groups[MEMORIZED], study.options.max_sequences, study.options.seed)
+    works = [
+        study.bypass(inputs.model, seqs, f"of_{inputs.name}"),
+        study.evaluate(inputs, f"tasks_of_{inputs.name}"),
+    ]
+    return inputs, seqs, works
 
 
 def _tradeoff(study: BypassContext, recall: Result, accuracy: Result, part: int) -> Tradeoff:

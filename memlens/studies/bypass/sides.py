@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, cast
@@ -35,7 +35,7 @@ from memlens.results.statistics.tradeoff import join_frontier
 from memlens.sequences.set import SequenceSet
 from memlens.studies.bypass import findings as find
 from memlens.studies.bypass.findings import MEMORIZED, TEXTS, UNTRAINED
-from memlens.studies.bypass.layers import BypassContext
+from memlens.studies.bypass.layers import BypassContext, Kept
 from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.run import sweep
 
@@ -45,15 +45,9 @@ _CONTROL_METRICS = ("target_logprob", "completion_entropy", "exact_match")
 
 def joint(study: BypassContext) -> None:
     """E6: sets of layers bypassed together."""
-    options, tasks = study.options, study.inputs.tasks
-    if not options.joint_sequences or not tasks:
+    work = joint_search(study)
+    if work is None:
         return
-    if options.joint_questions is not None:
-        tasks = [task.take(slice(0, options.joint_questions)) for task in tasks]
-    named = ("mode", "over", "greedy_size", "exact_layers", "exact_pool", "n_random", "n_resamples", "seed")
-    wanted = {name: getattr(options, name) for name in named}
-    seqs = study.chosen(options.joint_sequences)[MEMORIZED]
-    work = partial(search_layer_sets, study.model, seqs, tasks, progress=study.progress, **wanted)
     search = study.folder.kept("sets", work)
     both = {study.inputs.name: (search.recall, search.accuracy)}
     study.show("sets", join_frontier(both, **study.resampling))
@@ -69,12 +63,25 @@ def joint(study: BypassContext) -> None:
     study.folder.find(find.best_set(best, areas, search, _elsewhere(study, search)))
 
 
+def joint_search(study: BypassContext) -> Callable[..., LayerSetSearch] | None:
+    """Return the search over sets of layers; None where it is not wanted or there are no tasks."""
+    options, tasks = study.options, study.inputs.tasks
+    if not options.joint_sequences or not tasks:
+        return None
+    if options.joint_questions is not None:
+        tasks = [task.take(slice(0, options.joint_questions)) for task in tasks]
+    named = ("mode", "over", "greedy_size", "exact_layers", "exact_pool", "n_random", "n_resamples", "seed")
+    wanted = {name: getattr(options, name) for name in named}
+    seqs = study.chosen(options.joint_sequences)[MEMORIZED]
+    return partial(search_layer_sets, study.model, seqs, tasks, progress=study.progress, **wanted)
+
+
 def edits(study: BypassContext) -> None:
     """E8: other interventions on each layer, on every group and on untrained weights."""
     if not study.options.edits:
         return
     results = {
-        name: _edited(study, model, seqs, name)
+        name: study.folder.kept(*edit_sweep(study, model, seqs, name))
         for name, model, seqs in study.measured(study.options.control_sequences)
     }
     for name, headed in study.headed.items():
@@ -102,12 +109,16 @@ def heads(study: BypassContext) -> None:
     if not study.options.heads:
         return
     for name, model, seqs in study.measured(study.options.control_sequences):
-        single = partial(bypass_attention, model, seqs, mode="identity", over="head")
-        work = partial(single, metrics=_CONTROL_METRICS, progress=study.progress)
-        study.headed[name] = study.folder.kept(f"heads_{name}", work)
+        study.headed[name] = study.folder.kept(*head_sweep(study, model, seqs, name))
     result = study.headed[MEMORIZED]
     study.show("heads", result)
     study.folder.find(find.heads_against_layers(study.headed, study.swept.get(MEMORIZED), study.options.seed))
+
+
+def head_sweep(study: BypassContext, model: Any, seqs: SequenceSet, name: str) -> Kept:
+    """Return the sweep that bypasses each head of a group alone."""
+    single = partial(bypass_attention, model, seqs, mode="identity", over="head")
+    return f"heads_{name}", partial(single, metrics=_CONTROL_METRICS, progress=study.progress)
 
 
 def bounds(study: BypassContext) -> None:
@@ -133,11 +144,12 @@ def bounds(study: BypassContext) -> None:
     study.folder.find(find.bounded(result, agreements))
 
 
-def _edited(study: BypassContext, model: Any, seqs: SequenceSet, name: str) -> Result:
+def edit_sweep(study: BypassContext, model: Any, seqs: SequenceSet, name: str) -> Kept:
+    """Return the sweep of the other interventions on a group."""
     edits = control_edits(model, seqs, study.options.edits)
     settings = {"edits": list(study.options.edits)}
     work = partial(sweep, model, seqs, edits, _CONTROL_METRICS, kind="bypass_controls", settings=settings)
-    return study.folder.kept(f"edits_{name}", partial(work, progress=study.progress))
+    return f"edits_{name}", partial(work, progress=study.progress)
 
 
 def _elsewhere(study: BypassContext, search: LayerSetSearch) -> dict[str, Result]:

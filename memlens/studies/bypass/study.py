@@ -7,23 +7,29 @@ layers, selectivity and bounds are ours, and every choice is a named parameter t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from memlens.errors import UnfinishedError
 from memlens.instruments.tasks.tasks import ChoiceTask
 from memlens.models.provenance import describe
 from memlens.recall.corpus.memorized_set import MemorizedSet
 from memlens.report.bibliography import Citation
 from memlens.sequences.set import SequenceSet
-from memlens.studies.bypass import layers as part
+from memlens.store.sharing import Part, parse_part
+from memlens.studies.bypass import layers as steps
 from memlens.studies.bypass import sides as side
 from memlens.studies.bypass.findings import TEXTS
 from memlens.studies.bypass.layers import BypassContext, BypassInputs
 from memlens.studies.bypass.options import BypassOptions
-from memlens.studies.running import StudyDirectory, StudyRun
+from memlens.studies.running import StudyDirectory, StudyRun, last_of_all, unfinished_together
+
+_LOG = logging.getLogger(__name__)
 
 
 def study_attention_bypass(
@@ -38,6 +44,8 @@ def study_attention_bypass(
     title: str | None = None,
     command: str | None = None,
     progress: bool = True,
+    part: Part | None = None,
+    executor: Any = None,
 ) -> StudyRun:
     """Study what each layer's attention contributes to recitation and to ability; write results and a report.
 
@@ -65,6 +73,10 @@ def study_attention_bypass(
         title: Heading of the report.
         command: The command line that repeats the run, for the report.
         progress: Show progress bars.
+        part: Only a share of the sweeps' parts, as for `sweep`: layers, tasks, heads, other interventions and
+            the first round of the search over sets of layers, also of further models. The worker that
+            finishes last does the rest and writes the report.
+        executor: Do the sweeps on the workers of an executor, as for `sweep`.
 
     Returns:
         The report's path, the findings, and what failed.
@@ -72,6 +84,7 @@ def study_attention_bypass(
     Raises:
         SequenceError, VocabularyError: The sequences do not fit, before any forward pass.
         EmptySetError: Fewer than 4 memorized sequences.
+        UnfinishedError: With `part`: this share is done, and parts of others are missing.
 
     Example:
         >>> import memlens as ml, tempfile
@@ -83,7 +96,9 @@ def study_attention_bypass(
         >>> run.report.name  # doctest: +SKIP
         'report.html'
     """
-    chosen = options or BypassOptions()
+    if part is not None:
+        parse_part(part)
+    chosen, others = options or BypassOptions(), others if part is None else list(others)
     inputs = BypassInputs(model, sequences, tasks, name)
     settings = {
         "study": "attention bypass",
@@ -96,27 +111,73 @@ def study_attention_bypass(
         },
     }
     title = title or TEXTS["title"].format(name=inputs.name)
-    folder = StudyDirectory(
-        out,
-        title=title,
-        lead=TEXTS["lead"],
-        summary=TEXTS.summary(name=inputs.name),
-        settings=settings,
-        command=command,
-        fresh=True,
-    )
-    folder.add_citations(Citation("menta2025", "the study that this one follows"))
-    study = BypassContext(inputs, folder, chosen, progress=progress)
+
+    def study(**sharing: Any) -> BypassContext:
+        folder = StudyDirectory(
+            out,
+            title=title,
+            lead=TEXTS["lead"],
+            summary=TEXTS.summary(name=inputs.name),
+            settings=settings,
+            command=command,
+            fresh="part" not in sharing,
+        )
+        folder.sharing = {name: value for name, value in sharing.items() if value is not None}
+        return BypassContext(inputs, folder, chosen, progress=progress)
+
+    if part is None:
+        return _run(study(executor=executor), others)
+    _share(study(part=part), others)
+    with last_of_all(out):
+        return _run(study(), others)
+
+
+def _run(study: BypassContext, others: Iterable[BypassInputs | Callable[[], BypassInputs]]) -> StudyRun:
+    study.folder.add_citations(Citation("menta2025", "the study that this one follows"))
     for name, work in (
-        ("bypass of each layer", part.layers),
-        ("tasks", part.accuracies),
-        ("free decoding", part.free_running),
-        ("recitation against ability", partial(part.frontier, others=others)),
-        ("quartiles of depth", part.quartiles),
+        ("bypass of each layer", steps.layers),
+        ("tasks", steps.accuracies),
+        ("free decoding", steps.free_running),
+        ("recitation against ability", partial(steps.frontier, others=others)),
+        ("quartiles of depth", steps.quartiles),
         ("sets of layers", side.joint),
         ("single heads", side.heads),
         ("other interventions", side.edits),
         ("bounds", side.bounds),
     ):
-        folder.step(name, partial(work, study))
-    return folder.done()
+        study.folder.step(name, partial(work, study))
+    return study.folder.done()
+
+
+def _share(study: BypassContext, others: Iterable[BypassInputs | Callable[[], BypassInputs]]) -> None:
+    """Do a share of the sweeps only; raises `UnfinishedError` while parts of others are missing."""
+    options = study.options
+    works: list[tuple[str, Callable[..., Any]]]
+    works = [study.bypass(m, s, name) for name, m, s in study.measured(options.max_sequences)]
+    if study.inputs.tasks:
+        works.append(study.evaluate(study.inputs, "tasks"))
+    if (search := side.joint_search(study)) is not None:
+        works.append(("sets", search))
+    for wanted, sweep in ((options.heads, side.head_sweep), (options.edits, side.edit_sweep)):
+        if wanted:
+            works += [sweep(study, m, s, name) for name, m, s in study.measured(options.control_sequences)]
+    with unfinished_together() as attempt:
+        for name, work in works:
+            with attempt(), _left_to_the_report(name):
+                study.folder.kept(name, work)
+        for number, other in enumerate(others):
+            with _left_to_the_report(f"further model {number + 1}"):
+                for name, work in steps.further(study, other)[2]:
+                    with attempt():
+                        study.folder.kept(name, work)
+
+
+@contextmanager
+def _left_to_the_report(name: str) -> Iterator[None]:
+    """Go on after a sweep that fails: the worker that finishes last meets the error again and records it."""
+    try:
+        yield
+    except UnfinishedError:
+        raise
+    except Exception as error:
+        _LOG.warning("%s failed, which the report will say: %s", name, error)

@@ -98,6 +98,8 @@ STUDIES.add(
         inputs=DetectorInputs,
         help="Run every detector: what does each tell of recall beyond copies and other confounds?",
         example="memlens run detectors --model zoo/pythia-s --sequences zoo --out my-detectors",
+        alone="the parts of this study follow from one another (neurons are found, then steered along), and "
+        "few of them are sweeps that could be shared",
         sizes=("max_sequences", "max_steered", "max_canaries", "max_text", "max_modules", "max_context"),
         scales={
             "": "max_sequences",

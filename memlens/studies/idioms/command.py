@@ -193,6 +193,8 @@ STUDIES.add(
         inputs=IdiomInputs,
         help="Study how fixed expressions (and facts, and identifiers) are recalled, layer by layer.",
         example="memlens run idioms --model zoo/pythia-s --out my-idioms",
+        alone="only the knock-outs of this study are sweeps, and every process would train the lens and "
+        "count the text again for its share of them",
         sizes=("max_items", "max_controls", "max_others", "control_n", "lens_steps"),
         scales={
             "": "sequences",
