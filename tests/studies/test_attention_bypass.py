@@ -290,9 +290,11 @@ def test_a_killed_run_is_taken_up(
     assert [f.statement for f in again.findings] == expected
 
 
+@pytest.mark.slow
 def test_two_parts_give_what_one_process_gives_to_the_byte(
     inputs: ml.studies.BypassInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Three runs of the study, two of them shares."""
     monkeypatch.setattr("memlens.sweeps.shards._SHARD_FLOPS", {"cpu": 0.0, "cuda": 0.0})
     options = replace(
         SMALL, max_sequences=8, free_running=False, control_sequences=4, bounds_sequences=0,
