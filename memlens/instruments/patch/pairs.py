@@ -173,18 +173,21 @@ def compare_runs(
     """
     data = result.data
     of_source, of_base = ("clean", "corrupt") if direction == "denoising" else ("corrupt", "clean")
+    found: dict[str, xr.Variable] = {}  # the coordinates are one and the same, which variables do not compare
     for name, values in source.items():
-        data = data.assign({f"{name}_{of_source}": (("sequence", "target")[: values.ndim], values)})
-        data = data.assign({f"{name}_{of_base}": data[f"{name}_baseline"]})
+        found[f"{name}_{of_source}"] = xr.Variable(("sequence", "target")[: values.ndim], values)
+        found[f"{name}_{of_base}"] = data[f"{name}_baseline"].variable
     first = next(iter(source))
-    low, high = data[f"{first}_corrupt"], data[f"{first}_clean"]
+    low, high = found[f"{first}_corrupt"], found[f"{first}_clean"]
     span = high - low
-    effect = ((data[first] - low) / span.where(span != 0)).rename("normalized_effect")
-    data = data.assign(normalized_effect=effect.drop_attrs())
+    effect = (data[first].variable - low) / span.where(span != 0)
+    found["normalized_effect"] = effect = xr.Variable(effect.dims, effect.data)
     if "position" in data.dims:
-        in_sequence = data["position"] < xr.DataArray(clean.lengths.numpy() - 1, dims="sequence")
-        data = data.assign({n: data[n].where(in_sequence) for n in (*source, "normalized_effect")})
+        position = data["position"].variable.to_base_variable()
+        in_sequence = position < xr.Variable("sequence", clean.lengths.numpy() - 1)
+        found["normalized_effect"] = effect.where(in_sequence)
+        found |= {name: data[name].variable.where(in_sequence) for name in source}
         labels = token_labels(model, clean.tokens, clean.mask)
         if labels is not None:
-            data = data.assign(token=(("sequence", "position"), labels[:, data["position"].values]))
-    return Result(data)
+            found["token"] = xr.Variable(("sequence", "position"), labels[:, position.values])
+    return Result(data.assign(found))
