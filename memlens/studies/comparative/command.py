@@ -99,7 +99,7 @@ class ComparativeInputs:
             ],
             {**about, "sizes": asdict(sizes), "models": table.to_dict("records")},
             parts=len(table),
-            part_gflop=1e6 * float(table["pflop"].max()),
+            part_gflop=1e6 * float(table["pflop"].to_numpy().max()),
         )
 
     def pilot(self, call: Call, sizes: Sequence[str], number: int) -> Pilot | None:
