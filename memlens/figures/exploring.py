@@ -46,6 +46,9 @@ def heatmap_lens(data: xr.Dataset, labels: Sequence[str]) -> go.Figure:
     return theme.figure(fig, title=title, subtitle="lens, teacher-forced", height=height)
 
 
+_RIGHTMOST = {"xref": "container", "x": 1, "xanchor": "right"}
+
+
 def heatmap_effects(
     heads: xr.DataArray,
     branches: xr.Dataset,
@@ -76,7 +79,7 @@ def heatmap_effects(
             _signed(next_to, places, layers, "%{customdata}", text, " and ".join(BRANCHES.values())),
         ]
     )
-    fig.data[1].update(customdata=[list(BRANCHES.values())] * len(layers), colorbar={"x": 1.14})
+    fig.data[1].update(customdata=[list(BRANCHES.values())] * len(layers), colorbar=_RIGHTMOST)
     ticks = list(range(0, n, theme.tick_step(n, 12)))
     fig.update_xaxes(
         title_text="head", tickmode="array", showgrid=False, zeroline=False,
@@ -92,7 +95,8 @@ def heatmap_effects(
         )  # fmt: skip
     subtitle = "red = recall harmed" if text.better else "change of the metric"
     title = "What each head and layer contributes"
-    return theme.figure(fig, title=title, subtitle=subtitle, height=_height(len(layers), 0))
+    theme.figure(fig, title=title, subtitle=subtitle, height=_height(len(layers), 0))
+    return fig.update_layout(margin_r=190)  # pixels for two color bars, however narrow the figure is
 
 
 def heatmap_attention(
