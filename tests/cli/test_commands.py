@@ -192,11 +192,7 @@ def test_plan_for_another_device(tiny_folder: Any, tmp_path: Path) -> None:
     code, out, _ = call("plan", *what, "--on", "a100-40gb")
     assert code == 0
     assert "Not counted: launches of kernels" in out
-    for args in (
-        ["run", "localize", *what, "--on", "h200"],
-        ["run", "comparative", "--plan", "--on", "h200"],
-    ):
-        assert call(*args)[0] == 2
+    assert call("run", "localize", *what, "--on", "h200")[0] == 2  # not without --plan
 
 
 @pytest.mark.parametrize(

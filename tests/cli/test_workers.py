@@ -35,7 +35,7 @@ def test_what_workers_cannot_do_is_one_line(recited: tuple[str, str], tmp_path: 
         ),
         (
             ("run", "idioms", *place, "--workers", "2"),
-            "several processes: run it without --workers (localize",
+            "count the text again for its share of them: run it without --workers (localize",
         ),
         (
             ("benchmark", "run", "mini", "--scheduler", "a", "--part", "auto"),

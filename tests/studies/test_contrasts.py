@@ -108,8 +108,8 @@ def overlaps(layered_p: float, layered: float) -> pd.DataFrame:
 
 @pytest.mark.parametrize(("p", "verdict"), [(0.3, "undecided"), (0.001, "holds"), (0.99, "does not hold")])
 def test_universal_heads_are_judged_by_the_null_inside_layers(p: float, verdict: str) -> None:
-    sentence, number, control, found = RULES["overlap"](CLAIMS["universal"], overlaps(p, 0.28))  # pyright: ignore[reportGeneralTypeIssues]
-    assert found == verdict
+    sentence, number, control, found, counted = RULES["overlap"](CLAIMS["universal"], overlaps(p, 0.28))  # pyright: ignore[reportGeneralTypeIssues]
+    assert (found, counted) == (verdict, "models")
     assert "heads inside their layers" in sentence
     assert number.value == pytest.approx(0.3 - 0.28)
     assert f"{0 if p > 0.05 else 3} of 3 models" in control
@@ -118,7 +118,7 @@ def test_universal_heads_are_judged_by_the_null_inside_layers(p: float, verdict:
 def test_the_exact_null_decides_where_it_is_the_stricter_one() -> None:
     table = overlaps(0.001, 0.02)
     table.loc[table["null"] == "heads anywhere", "exact"] = 0.31
-    sentence, number, _, found = RULES["overlap"](CLAIMS["universal"], table)  # pyright: ignore[reportGeneralTypeIssues]
+    sentence, number, _, found, _ = RULES["overlap"](CLAIMS["universal"], table)  # pyright: ignore[reportGeneralTypeIssues]
     assert found == "undecided"
     assert "heads anywhere" in sentence
     assert number.value == pytest.approx(0.3 - 0.31)
@@ -138,7 +138,7 @@ def test_what_untrained_twins_do_as_well_is_undecided(twin: float, verdict: str)
         }
         for group, mean in (("memorized", 0.7), ("untrained twin", twin))
     ]
-    sentence, *_, found = RULES["pooled"](CLAIMS["burst"], pd.DataFrame(rows))  # pyright: ignore[reportGeneralTypeIssues]
+    sentence, *_, found, _ = RULES["pooled"](CLAIMS["burst"], pd.DataFrame(rows))  # pyright: ignore[reportGeneralTypeIssues]
     assert found == verdict
     assert ("Untrained twins, the strictest control" in sentence) == (verdict == "undecided")
 
