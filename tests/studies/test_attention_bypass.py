@@ -297,8 +297,9 @@ def test_two_parts_give_what_one_process_gives_to_the_byte(
     """Three runs of the study, two of them shares."""
     monkeypatch.setattr("memlens.sweeps.shards._SHARD_FLOPS", {"cpu": 0.0, "cuda": 0.0})
     options = replace(
-        SMALL, max_sequences=8, free_running=False, control_sequences=4, bounds_sequences=0,
-        exact_layers=6, edits=("identity", "mean"), untrained_control=False,
+        SMALL, max_sequences=6, free_running=False, control_sequences=4, bounds_sequences=0,
+        exact_layers=6, joint_sequences=4, joint_questions=4, edits=("identity",), untrained_control=False,
+        n_resamples=50,
     )  # fmt: skip
     other = ml.studies.BypassInputs(
         inputs.model, inputs.groups["memorized"][:4], inputs.tasks[:1], "the same, less"
