@@ -234,7 +234,7 @@ def _panel(part: xr.Dataset, exact: xr.DataArray, base: float, *, bar: bool) -> 
     labels = [plain(value) for value in part["label"].values]
     few = len(labels) <= _LABELLED
     gray = "rgba(90,100,110,0.35)"
-    ends = [float(min(start, np.nanmin(left))), float(max(start, np.nanmax(right)))]
+    ends = [float(np.nanmin([start, *left])), float(np.nanmax([start, *right]))]
     dots = go.Scatter(
         x=x, y=mean, mode="markers+text" if few else "markers", text=labels, textposition="top center",
         textfont={"size": 10, "color": "#52606d"}, showlegend=False,
