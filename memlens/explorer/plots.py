@@ -22,7 +22,7 @@ _CSS = """
 """Figures follow a cell that gets narrower; plotly's buttons lie beside the subtitle, not on the title."""
 
 
-class Plots(anywidget.AnyWidget):
+class _Plots(anywidget.AnyWidget):
     """All figures of an explorer, one below the other.
 
     A `FigureWidget` has plotly's script (5 MB) as its module, each figure its own. A slow or busy browser
@@ -65,6 +65,17 @@ class Plots(anywidget.AnyWidget):
         if "clicked" in content:
             row, column = content["cell"]
             self._on_click(content["clicked"], int(content["trace"]), int(row), int(column))
+
+
+def show_plots(figures: Mapping[str, go.Figure], on_click: Callable[[str, int, int, int], None]) -> Any:
+    """Return the widget that shows figures by kind; `draw(kind, figure)` shows another one of a kind.
+
+    Args:
+        figures: By kind ("lens", "effects", "attention").
+        on_click: Called with the kind, the number of the trace, and row and column of the cell that was
+            clicked.
+    """
+    return _Plots(figures, on_click)
 
 
 def _json(figure: go.Figure) -> str:

@@ -1,4 +1,4 @@
-"""The Jupyter widget of an `Explorer`: ipywidgets and `Plots` (extra `notebook`).
+"""The Jupyter widget of an `Explorer`: ipywidgets and `show_plots` (extra `notebook`).
 
 The widget has no state of its own: user actions call the explorer, and each change redraws the widget. It is
 drawn with a sequence's text and lens; the effects are measured a portion at a time between the kernel's other
@@ -19,7 +19,7 @@ from IPython.display import display
 
 from memlens.errors import MemlensError
 from memlens.explorer.drawing import FIGURES, tokens_html, written_html
-from memlens.explorer.plots import Plots
+from memlens.explorer.plots import show_plots
 from memlens.figures.exploring import BRANCHES
 from memlens.instruments.ablate.heads import head_label
 
@@ -66,7 +66,7 @@ class ExplorerWidget:
     written: Any
     progress: Any
     figures: dict[str, go.Figure]
-    plots: Plots
+    plots: Any
 
     def __init__(self, explorer: Explorer) -> None:
         self._explorer, self._busy, self._waiting = explorer, False, False
@@ -105,7 +105,7 @@ class ExplorerWidget:
         self.tokens, self.written = widgets.HTML(), widgets.HTML()
         self.figures = {kind: explorer.figure(kind, partial=True) for kind in FIGURES}
         self._drawn = self._figure_states()
-        self.plots = Plots(self.figures, self._cell_clicked)
+        self.plots = show_plots(self.figures, self._cell_clicked)
         self.box = self._laid_out()
         self._listen()
         explorer.on_change(self.show)
