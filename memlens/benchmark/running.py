@@ -112,7 +112,7 @@ def run(
             bar.update()
 
         if executor is not None:
-            run_parts(executor, job, missing, on_done=lambda *_: bar.update())
+            run_parts(executor, job, every, on_done=lambda *_: bar.update())
         elif part is not None:
             do_share(part, every, job.folder, job.done, work)
         else:

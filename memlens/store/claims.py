@@ -16,7 +16,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,14 +104,19 @@ class Claims:
 
     def standing(self, parts: Iterable[str]) -> dict[str, Claim]:
         """Return the claims that stand on some parts; a dead one is noticed by looking again and again."""
-        generations: dict[str, int] = {}
+        generations = self._generations()
+        found = {part: self._read(part, generations[part]) for part in parts if part in generations}
+        return {part: claim for part, claim in found.items() if claim is not None}
+
+    def _generations(self) -> dict[str, int]:
+        """The latest generation of each part that has claims."""
+        latest: dict[str, int] = {}
         with suppress(FileNotFoundError), os.scandir(self.folder) as files:
             for file in files:
                 part, _, number = file.name.rpartition(".")
                 if number.isdecimal():
-                    generations[part] = max(int(number), generations.get(part, 0))
-        found = {part: self._read(part, generations[part]) for part in parts if part in generations}
-        return {part: claim for part, claim in found.items() if claim is not None}
+                    latest[part] = max(int(number), latest.get(part, 0))
+        return latest
 
     def _read(self, part: str, generation: int) -> Claim | None:
         path = self._path(part, generation)
@@ -190,7 +195,21 @@ class Claims:
         path = self._own.pop(part)
         with self._lock:
             self._touched.discard(path)
-        for generation in range(int(path.suffix[1:]) + 1):
+        self._remove(part, int(path.suffix[1:]))
+
+    def clear(self, parts: Collection[str], done: Callable[[str], bool]) -> None:
+        """Remove the claims on parts that are done: an owner that was killed just then has left them.
+
+        Args:
+            parts: The names of the parts.
+            done: Whether a part, given its name, is done.
+        """
+        for part, generation in self._generations().items():
+            if part in parts and part not in self._own and done(part):
+                self._remove(part, generation)
+
+    def _remove(self, part: str, latest: int) -> None:
+        for generation in range(latest + 1):
             with suppress(OSError):
                 self._path(part, generation).unlink()
 

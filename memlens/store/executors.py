@@ -127,7 +127,7 @@ def run_parts(
     *,
     on_done: Callable[[str, Any], object] = lambda part, value: None,
 ) -> None:
-    """Do all parts of a job on the workers of an executor.
+    """Do the parts of a job that are not done on the workers of an executor.
 
     A part that was lost with its worker is submitted again, three times in all. Where the executor itself
     breaks, as a `ProcessPoolExecutor` does when one of its processes dies, the remaining parts are done in
@@ -137,7 +137,7 @@ def run_parts(
         executor: Of `concurrent.futures`, of `dask.distributed` (`client.get_executor()`), or with their
             interface.
         job: The job.
-        parts: The parts to do.
+        parts: All parts.
         on_done: Called in this process with each finished part and what `Job.work` returned (None if another
             run did it).
 
@@ -156,7 +156,8 @@ def run_parts(
         claims.touch_too(path)
         driver = _Driver(executor, job, claims, (str(path.absolute()), _digest(content)), on_done)
         try:
-            driver.run(parts)
+            driver.run([part for part in parts if not job.done(part)])
+            claims.clear(set(parts), job.done)
         finally:
             driver.cancel()
 

@@ -123,6 +123,7 @@ def do_share(
             if waited_for:
                 _LOG.info("waiting to see whether %s still works on %s", waited_for[0], waited_for[0].part)
                 time.sleep(_LOOK)
+        claims.clear(set(names), done)
 
 
 def check_finished(names: Sequence[str], folder: str | Path, done: Callable[[str], bool]) -> None:

@@ -329,7 +329,7 @@ def _share(job: _SweepJob, part: Part | None, executor: Any, bar: Any) -> None:
         raise OptionError("part= and executor= contradict each other: give one.")
     if executor is not None:
         run_parts(
-            executor, job, [name for name in names if not job.done(name)],
+            executor, job, names,
             on_done=lambda name, _: bar.update(job.runner.cost(job.shards[name])),
         )  # fmt: skip
     elif part is not None:

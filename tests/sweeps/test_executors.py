@@ -84,6 +84,14 @@ def test_workers_give_what_one_process_gives(tiny_folder: Any, tmp_path: Path) -
     assert same(found, whole)
     assert len(list((tmp_path / "many").glob("*.npz"))) > 8
     assert not list((tmp_path / "many").glob(".*"))
+    next(iter((tmp_path / "many").glob("*.npz"))).unlink()
+    (tmp_path / "many" / "result.nc").unlink()
+    left = tmp_path / "many" / ".claims" / f"{next(iter((tmp_path / 'many').glob('*.npz'))).name}.0"
+    left.parent.mkdir()
+    left.touch()  # its owner was killed after the part and before it could remove the claim
+    with ThreadPoolExecutor(2) as executor:
+        assert same(swept(model, tmp_path / "many", executor=executor), whole)
+    assert not list((tmp_path / "many").glob(".*"))
     for part in (tmp_path / "one").glob("*.npz"):
         assert part.read_bytes() == (tmp_path / "many" / part.name).read_bytes()
     assert ml.gather(tmp_path / "many").data.identical(found.data)

@@ -310,7 +310,7 @@ class _Scoring:
         """Score the blocks from one on with an executor, unless that one is scored."""
         names = self.names()[first : first + _AHEAD]
         if names and not self.done(names[0]):
-            run_parts(executor, self, [name for name in names if not self.done(name)])
+            run_parts(executor, self, names)
 
     def load(self, number: int, block: Block) -> tuple[SequenceSet, dict[str, int]] | None:
         """Return what `score_block` gave elsewhere; None if nothing did."""
