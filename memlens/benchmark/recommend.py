@@ -117,12 +117,13 @@ class Known:
         where = f"{organisms} of {self.family or 'all families'}"
         interval = f" [{100 * found.low:.0f}, {100 * found.high:.0f}]" if found.known else ""
         return (
-            f"{self.method} finds {100 * found.value:.0f} %{interval} of planted {_WORDS[self.component]} "
+            f"{self.method} finds {100 * found.value:.0f} %{interval} of planted {PLURALS[self.component]} "
             f"among the first k on {where} (chance {100 * self.chance:.0f} %)"
         )
 
 
-_WORDS = {"head": "heads", "neuron": "neurons", "layer_mlp": "MLPs", "layer_attention": "attention layers"}
+PLURALS = {"head": "heads", "neuron": "neurons", "layer_mlp": "MLPs", "layer_attention": "attention layers"}
+"""What several components of each kind are called."""
 
 
 def method_name(localizer: str, variant: str = "") -> str:
@@ -172,7 +173,7 @@ def what_is_known(
     if found is not None:
         return f"In the localization benchmark {found}."
     name = method_name(localizer, variant)
-    return f"The localization benchmark has not measured {name} on {_WORDS[component]}."
+    return f"The localization benchmark has not measured {name} on {PLURALS[component]}."
 
 
 ABLATIONS: Mapping[str, str] = {

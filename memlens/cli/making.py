@@ -15,6 +15,7 @@ from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNo
 from memlens.files import parsing
 from memlens.instruments.decode.lens_options import LensOptions
 from memlens.instruments.edit.options import How, VectorSearch
+from memlens.results.groups import named_layers
 from memlens.studies.registry import ModelChoice
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def generate(
                 row |= {key: decode(ids), f"{key}_tokens": ids}
         print_json({"model": where.model, "bypass": layers, "mode": mode, "generations": rows})
         return
-    bypassed = f"layers {','.join(map(str, layers))} bypassed: "
+    bypassed = f"{named_layers(','.join(map(str, layers)))} bypassed: "
     headings = {"continuation": bypassed, "without_bypass": "without bypass: "}
     for i, text in enumerate(texts):
         for key, generated in found.items():

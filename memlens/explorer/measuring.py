@@ -28,7 +28,7 @@ from memlens.instruments.decode.decoding import decode_residual
 from memlens.instruments.decode.lens import TunedLens
 from memlens.models.provenance import describe
 from memlens.recall.score import generated_after
-from memlens.results.groups import layers_label
+from memlens.results.groups import layers_label, named_layers
 from memlens.sequences.checks import check_sequences
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.contexts import applied
@@ -235,7 +235,7 @@ _EARLY_STEPS = ("generated text", "lens", "attention bypasses", "MLPs")
 
 
 def _heads_step(layers: range) -> str:
-    return f"heads of layer{'s' if len(layers) > 1 else ''} {layers_label(layers)}"
+    return f"heads of {named_layers(layers_label(layers))}"
 
 
 def _head_portions(trunk: Trunk, options: ExploreOptions, *, in_portions: bool) -> list[range]:

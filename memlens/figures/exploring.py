@@ -70,7 +70,7 @@ def heatmap_effects(
     """
     text, n = metric_text(metric, heads.assign_attrs(of="effect")), heads.sizes["head"]
     layers = heads["layer"].values
-    wide = max(1.0, n / 4)  # a column of a branch stays wide enough for its name, and to be clicked
+    wide = max(1.0, n / 3)  # a column of a branch stays wide enough for its name, and to be clicked
     places = [n - 0.5 + wide * (1.5 + i) for i in range(len(BRANCHES))]
     next_to = np.stack([branches[name].values for name in BRANCHES], axis=1)
     fig = go.Figure(

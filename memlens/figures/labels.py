@@ -104,7 +104,7 @@ def metric_text(name: str, array: xr.DataArray | None = None) -> MetricText:
     given = {} if array is None else array.attrs
     attrs = {} if name in _DERIVED else given
     long_name = str(attrs.get("long_name", ""))
-    words = long_name if 0 < len(long_name) <= _LONGEST_NAME else name.replace("_", " ")
+    words = long_name if 0 < len(long_name) <= _LONGEST_NAME else choice_words(name)
     if "label" in attrs:
         known = _text_of(attrs)
     else:
@@ -112,6 +112,15 @@ def metric_text(name: str, array: xr.DataArray | None = None) -> MetricText:
     label, unit = known.label, known.unit
     change = "change in " if given.get("of") == "effect" else ""
     return MetricText(change + plain(str(label)), plain(str(unit)), known.better, known.whole)
+
+
+def choice_words(name: object) -> str:
+    """Return the name of a choice, such as what is done to a layer, in words.
+
+    >>> choice_words("norm_matched"), choice_words("mlp_zero")
+    ('norm matched', 'MLP zero')
+    """
+    return " ".join("MLP" if word == "mlp" else word for word in str(name).split("_"))
 
 
 def plain(text: object) -> str:

@@ -36,6 +36,10 @@ _WORDS = {
     "on_frontier": "on the frontier",
     "exact_match_left": "exact match left",
     "alpha": "dose α",
+    "full_top1": "top token after the whole prompt",
+    "unigram_prob": "unigram probability",
+    "bigram_prob": "bigram probability",
+    "trigram_prob": "trigram probability",
     "attn_logprob": "attention layer",
     "mlp_logprob": "MLP",
 }
@@ -43,7 +47,7 @@ _WORDS = {
 _ENDS = {"low": "low end", "high": "high end", "p_corrected": _WORDS["p_corrected"]}
 _NAMES = (
     "quantity", "covariate", "metric", "measure", "statistic", "of the scan", "direction", "criterion",
-    "importance", "other", "patched", "selection",
+    "importance", "other", "patched", "selection", "edit", "predictor",
 )  # fmt: skip
 """Columns whose cells are themselves names of quantities."""
 _FIRST = (

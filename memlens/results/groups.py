@@ -117,6 +117,15 @@ def layers_label(layers: Iterable[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
+def named_layers(label: str) -> str:
+    """Return a label of `layers_label` after the word "layer", or "layers" where there are several.
+
+    >>> named_layers("5"), named_layers("0,2-4")
+    ('layer 5', 'layers 0,2-4')
+    """
+    return f"layer {label}" if label.isdigit() else f"layers {label}"
+
+
 def parse_layers(text: str) -> list[int]:
     """Return the layers in a list of numbers and ranges, such as a label of `layers_label`, each once.
 

@@ -8,13 +8,15 @@ between "harms" and "changes".
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from memlens.figures.labels import MetricText, metric_text
+from memlens.figures.labels import MetricText, choice_words, metric_text
+from memlens.results.groups import named_layers
 from memlens.results.plots.layers import FLIPS, STRENGTHS
 from memlens.results.plots.selection import with_dims
 from memlens.results.result import Result
@@ -45,29 +47,30 @@ def read_effects(result: Result, metric: str | None) -> str:
     ci = mean_interval(first.isel(sequence=rows))
     site = _extreme(ci, -text.better)
     found = Estimate.of(ci.sel(site))
-    lead = "" if control is None else f"With {effect[control].values[0]}: "
+    what = f"the share of sequences with the {text.label}" if name in FLIPS else f"the {text.label}"
+    lead = "" if control is None else f"With {choice_words(effect[control].values[0])}: "
     lead += "" if not groups else f"In {next(iter(groups))}: "
     where = _where(site)
     if not text.better:
-        said = f"The change is largest{where}: the {text.label} there changes by {_spoken(found, text)}"
+        said = f"The change is largest{where}: {what} there changes by {_spoken(found, text)}"
     elif found.value * text.better < 0:
-        said = f"Recall is harmed most{where}: the {text.label} there changes by {_spoken(found, text)}"
+        said = f"Recall is harmed most{where}: {what} there changes by {_spoken(found, text)}"
     else:
         said = (
-            f"No site harms recall on average: even{where or ' there'} the {text.label} changes by "
+            f"No site harms recall on average: even{where or ' there'} {what} changes by "
             f"{_spoken(found, text)}"
         )
     said = lead + said[0].lower() + said[1:] if lead else said
     said += f", {_over(found.n)}, against the unchanged model."
     if found.known and not found.excludes(0):
         said += " That interval includes 0: this may be no effect at all."
-    said += _chance(ci)
+    said += _chance(ci, can_fall=name not in FLIPS)
     if control is not None:
         here = effect.sel(site)
         for other in effect[control].values[1:]:
             theirs = here.sel({control: other}, drop=True)
             change, gap = _mean(theirs), _mean(first.sel(site) - theirs)
-            said += f" There {other} changes it by {_spoken(change, text)}; "
+            said += f" There {choice_words(other)} changes it by {_spoken(change, text)}; "
             said += f"the difference is {_spoken(gap, text)}."
     for group, own in list(groups.items())[1:]:
         theirs = _mean(first.sel(site).isel(sequence=own))
@@ -272,7 +275,8 @@ def read_strengths(result: Result, metric: str | None) -> str:
     text, array = metric_text(name, result[name]), _inner_mean(result[name])
     array = array.mean([dim for dim in array.dims if dim not in ("sequence", x)]).sortby(x)
     ends = array[x].values[[0, -1]].tolist()
-    start = f"{STRENGTHS[x]} = {ends[0]:g}" if x == "alpha" else f"{ends[0]:g} {STRENGTHS[x]}"
+    words = re.sub(r"(token|step)s\b", r"\1", STRENGTHS[x]) if ends[0] == 1 else STRENGTHS[x]
+    start = f"{words} = {ends[0]:g}" if x == "alpha" else f"{ends[0]:g} {words}"
     low, high = (array.sel({x: end}, drop=True) for end in ends)
     both = low.notnull() & high.notnull()
     a, b, change = (_mean(part.where(both)) for part in (low, high, high - low))
@@ -282,7 +286,8 @@ def read_strengths(result: Result, metric: str | None) -> str:
     )
     missing = array.sizes["sequence"] - change.n
     if missing:
-        said += f" {missing} further sequences have no value at one of these ends and are left out."
+        have, are = ("sequence has", "is") if missing == 1 else ("sequences have", "are")
+        said += f" {missing} further {have} no value at one of these ends and {are} left out."
     if f"{name}_baseline" in result.data:
         base = _mean(result.baseline(name))
         said += f" The unchanged model's is {_spoken(base, text)}."
@@ -316,7 +321,9 @@ def read_compression(result: Result, metric: str | None) -> str:
 
 
 def read_bounds(result: Result, metric: str | None) -> str:
-    """Say whether every measured change lies within its bound, and how loose each bound is."""
+    """Say whether measured changes lie within their bounds, and how loose; or where a metric is largest."""
+    if metric is not None and metric not in ("slack", "measured", "limit"):
+        return _largest(result, metric)
     slack = result["slack"]
     known, broken = int(slack.notnull().sum()), int((slack < 1 - 1e-4).sum())
     said = (
@@ -372,23 +379,26 @@ def read_depth(result: Result, metric: str | None) -> str:
         "as good as before, 1 one whose states lack as much as the retain model's."
     )
     if int(counted.sum()) < n:
-        said += f" {n - int(counted.sum())} further sequences have no layer that counts."
+        left = n - int(counted.sum())
+        said += f" {left} further sequence{' has' if left == 1 else 's have'} no layer that counts."
     means = result["erased"].mean("sequence")
     intact = [str(layer) for layer in means["layer"].values[means.values < 0.5]]
-    most = f"layers {', '.join(intact)}" if len(intact) > 1 else f"layer {''.join(intact)}"
+    most = named_layers(", ".join(intact))
     return said + (f" More than half is still there after {most}." if intact else "")
 
 
 def read_predictor(result: Result, metric: str | None) -> str:
     """Say which layer the predictor, a guess from one pass without interventions, ranks first."""
-    name = metric or "predictor"
+    return _largest(result, metric or "predictor") + (
+        " It is a guess from one run of the unchanged model, not a measured effect: compare it with a bypass."
+    )
+
+
+def _largest(result: Result, name: str) -> str:
     ci = mean_interval(_inner_mean(result[name]))
     site = _extreme(ci, 1)
     text, found = metric_text(name, result[name]), Estimate.of(ci.sel(site))
-    return (
-        f"The {text.label} is largest{_where(site)}: {_spoken(found, text)}, {_over(found.n)}. It is a guess "
-        "from one run of the unchanged model, not a measured effect: compare it with a bypass."
-    )
+    return f"The {text.label} is largest{_where(site)}: {_spoken(found, text)}, {_over(found.n)}."
 
 
 def read_frontier(result: Result, metric: str | None) -> str:
@@ -408,9 +418,10 @@ def read_frontier(result: Result, metric: str | None) -> str:
         n = Estimate.of(exact.isel(site=best))
         ends = (float(part[f"accuracy{end}"].values[best]) for end in ("", "_low", "_high"))
         cost = Estimate(*ends, n=FEWEST)
+        bypassed = named_layers(str(part["label"].values[best]))
         said.append(
-            f"{model}: with layers {part['label'].values[best]} bypassed exact match goes from {base:.3g} to "
-            f"{n.text()} ({_over(n.n)}) and the accuracy on {scope} from {able:.3g} to {cost.text()}."
+            f"{model}: with {bypassed} bypassed exact match goes from {base:.3g} to {n.text()} "
+            f"({_over(n.n)}) and the accuracy on {scope} from {able:.3g} to {cost.text()}."
         )
     return " ".join(said) + (
         " Each bypass named removes the largest share of recitation beyond the share of accuracy that it "
@@ -497,13 +508,17 @@ def _where(site: Mapping[Any, Any]) -> str:
     return f" at {', '.join(places)}" if places else ""
 
 
-def _chance(ci: xr.DataArray) -> str:
+def _chance(ci: xr.DataArray, *, can_fall: bool = True) -> str:
+    """Count the intervals that exclude 0; where no value can be below 0, the first above it does that."""
     low, high = ci.sel(statistic="low"), ci.sel(statistic="high")
     sites = int((low.notnull() & high.notnull()).sum())
     if sites < 2:
         return ""
-    away = int(((low > 0) | (high < 0)).sum())
+    if not can_fall:
+        return f" The site named is the most extreme of {sites}, which overstates it."
+    away, expected = int(((low > 0) | (high < 0)).sum()), round(0.05 * sites)
+    by_chance = f"about {expected}" if expected else "hardly any"
     return (
-        f" The interval excludes 0 at {away} of {sites} sites; about {max(1, round(0.05 * sites))} would by "
-        "chance if nothing mattered. The site named is the most extreme of them, which overstates it."
+        f" The interval excludes 0 at {away} of {sites} sites; {by_chance} would by chance if nothing "
+        "mattered. The site named is the most extreme of them, which overstates it."
     )

@@ -46,8 +46,9 @@ def strictest(
 
     Returns:
         The control whose difference is least clear: one that is not clear before one that is, and of these
-        the one whose interval reaches furthest towards the unexpected side. None without a control that can
-        be compared: both need two sequences.
+        the one whose interval reaches furthest towards the unexpected side. Two sequences give no interval:
+        such a control is named if no other is unclear. None without a control that can be compared: both need
+        two sequences.
     """
     found: list[Contrast] = []
     for name, values in controls.items():
@@ -60,9 +61,10 @@ def strictest(
         clear = estimate.excludes(0.0) and sign * difference > 0 and p < 0.05
         found.append(Contrast(name, estimate, p, clear))
 
-    def strength(contrast: Contrast) -> tuple[bool, float]:
-        end = contrast.difference.low if sign > 0 else contrast.difference.high
-        return contrast.clear, sign * end
+    def strength(contrast: Contrast) -> tuple[bool, bool, float]:
+        found = contrast.difference
+        end = found.low if sign > 0 else found.high
+        return contrast.clear, not found.known, sign * (end if found.known else found.value)
 
     return min(found, key=strength, default=None)
 
@@ -80,7 +82,7 @@ def against_controls(contrast: Contrast | None, more: str, unit: str = "") -> st
     That is more than with random neurons, the strictest control (difference 0.5 [0.2, 0.8], p = 0.01).
     """
     if contrast is None:
-        return "There is no control to tell whether that is special."
+        return "There is no control with enough sequences to tell whether that is special."
     unit = f" {unit}" if unit else ""
     numbers = f"(difference {contrast.difference}{unit}, p = {contrast.p:.2g})"
     if contrast.clear:

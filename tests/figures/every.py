@@ -79,6 +79,8 @@ def every() -> dict[str, list[go.Figure]]:
                (("one", 1.0), ("two", 2.0), ("three", 3.0), ("many", 6.0))}  # fmt: skip
     decoded = [xr.Dataset({"probability": 1 / values, "rank": values}) for values in decades.values()]
     ablation = synthetic.head_ablation(32, 16)
+    few = synthetic.logit_attribution().data.isel(layer=slice(4), head=slice(5))
+    few["heads"] = few["heads"] * (1.07 / abs(few["heads"].mean("sequence")).max())
     sides = ablation.mean_ci(of="effect", n_resamples=20)
     three = sides.expand_dims(group=groups[:3]).transpose("statistic", "group", ...)
     many = sides.expand_dims(copies=[0, 1, 4, 16, 64]).transpose("statistic", "copies", ...)
@@ -142,7 +144,7 @@ def every() -> dict[str, list[go.Figure]]:
             synthetic.sweep().plot(),
             synthetic.sweep().plot("exact_match", group="domain"),
         ],
-        "attribution_panels": [synthetic.logit_attribution().plot()],
+        "attribution_panels": [synthetic.logit_attribution().plot(), Result(few).plot()],
         "recall_panels": [synthetic.recall().plot(), synthetic.recall().plot(group="domain")],
         "scatter_agreement": [figures.scatter_agreement(sites, metric="target_logprob", **long)],
         "frontier_panels": [

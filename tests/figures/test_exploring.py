@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import xarray as xr
 
 from memlens.figures.exploring import heatmap_attention, heatmap_effects, heatmap_lens
@@ -28,6 +29,15 @@ def test_heads_and_branches_have_scales_of_their_own_and_red_always_harms() -> N
     turned = heatmap_effects(heads, branches([1, 1], [1, 1]), metric="target_rank")
     assert turned.data[0].colorscale[0][1] == first.colorscale[-1][1] != first.colorscale[0][1]
     assert "nats" in first.hovertemplate
+
+
+@pytest.mark.parametrize("n", [1, 5, 16, 32])
+def test_the_names_of_the_branches_have_room_beside_any_number_of_heads(n: int) -> None:
+    heads = xr.DataArray(np.zeros((2, n)), LAYERS, dims=("layer", "head"))
+    fig = heatmap_effects(heads, branches([0, 0], [0, 0]), metric="exact_match")
+    first, second = fig.data[1].x
+    low, high = fig.layout.xaxis.range
+    assert (second - first) / (high - low) > 0.16
 
 
 def test_a_map_of_zeros_has_a_scale() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from memlens.report.summary import Summary
@@ -17,6 +19,7 @@ LABELS = [
 ]
 
 
+TASKS = ("last_word",)
 _NAME = re.compile(r"(?<![\w./`'\"])[a-z0-9]+(_[a-z0-9]+)+(?![\w`'\"]|[./(]\w)")
 
 
@@ -36,12 +39,26 @@ def check_words(report: Path) -> None:
         heading, text = (re.sub(r"<[^>]+>", " ", part) for part in figure.split("<figcaption>"))
         assert len(text.split()) > 5, heading[:200]
     page = page.partition("<h2>Methods")[0]
-    blocks = re.findall(r'<p(?: class="(?:reading|small)")?><bdi>(.*?)</bdi></p>', page, re.DOTALL)
-    headers = re.findall(r"<th[^>]*>(.*?)</th>", page, re.DOTALL)
+    blocks = re.findall(
+        r'<p(?: class="(?:reading|small)")?>(?:Control: )?<bdi>(.*?)</bdi></p>', page, re.DOTALL
+    )
+    headers = re.findall(r"<th[^>]*>(.*?)</th>|<h[123]>(.*?)</h[123]>", page, re.DOTALL)
     assert blocks
-    for words in (html.unescape(re.sub(r"<[^>]+>", " ", block)) for block in [*blocks, *headers]):
+    texts = [*blocks, *("".join(pair) for pair in headers), *_in_figures(page)]
+    for words in (html.unescape(re.sub(r"<[^>]+>", " ", block)) for block in texts):
         assert not _NAME.search(words), words
         assert not re.search(r"\de-1\d\b|\de\+0\d|[{}]", words), words
+        assert not re.search(
+            r"\blayers \d+\b(?![-,]\d| (?:and|to) )|\b1 (?:\w+ )?tokens\b|,\.|: That", words
+        ), words
+
+
+def _in_figures(page: str) -> Iterator[str]:
+    """The names of lines and panels; of tasks, which are names of their own, none."""
+    for spec in re.findall(r'id="figure-\d+-data">(.*?)</script>', page, re.DOTALL):
+        figure = json.loads(spec)
+        yield from (trace["name"] for trace in figure["data"] if trace.get("name") not in (None, *TASKS))
+        yield from (note["text"] for note in figure["layout"].get("annotations", ()))
 
 
 def sentences(report: Path) -> dict[str, str]:

@@ -47,7 +47,7 @@ def test_the_most_harmful_site(kind: str) -> None:
         "Recall is harmed most at layer 1, head 0: the target log-prob there changes by -2 nats (95 "
         "% interval "
         "-2 to -2), mean over 4 sequences, against the unchanged model. The interval excludes 0 at 3 of 4 "
-        "sites; about 1 would by chance if nothing mattered. The site named is the most extreme of "
+        "sites; hardly any would by chance if nothing mattered. The site named is the most extreme of "
         "them, which "
         "overstates it."
     )
@@ -100,12 +100,22 @@ def test_knock_outs_stand_beside_their_control() -> None:
     )  # fmt: skip
     said = reading(result)
     assert said.startswith(
-        "With dominant: recall is harmed most at layer 1, window 1, k 10: the prediction flipped "
-        "there changes by 1"
+        "With dominant: recall is harmed most at layer 1, window 1, k 10: the share of sequences with the "
+        "prediction flipped there changes by 1 (95 %"
     )
     assert (
         "There random changes it by 0.25 (95 % interval 0.25 to 0.25); the difference is 0.75 (95 %" in said
     )
+    # A share of flips cannot be below 0: how many intervals lie above it says nothing.
+    assert "excludes 0" not in said
+    assert "The site named is the most extreme of 2, which overstates it." in said
+
+
+def test_the_second_control_is_named_in_words() -> None:
+    values = np.zeros((2, 2))  # layer, edit
+    variables = {"target_logprob": (("layer", "edit"), values - 1.0), "target_logprob_baseline": ((), 0.0)}
+    result = made("bypass_controls", variables, {"edit": ["identity", "mlp_zero"], "layer": [0, 1]})
+    assert "There MLP zero changes it by" in reading(result)
 
 
 def test_bypass_controls_compare_the_first_edit_with_the_others_at_its_layer() -> None:
@@ -116,7 +126,7 @@ def test_bypass_controls_compare_the_first_edit_with_the_others_at_its_layer() -
     assert said.startswith(
         "With bypass: recall is harmed most at layer 1: the target log-prob there changes by -3 nats"
     )
-    assert "There mlp changes it by -1 nats (95 % interval -1 to -1); the difference is -2 nats" in said
+    assert "There MLP changes it by -1 nats (95 % interval -1 to -1); the difference is -2 nats" in said
 
 
 def test_groups_are_read_at_the_site_of_the_first() -> None:
@@ -190,9 +200,18 @@ def test_strengths_compare_the_ends_on_the_sequences_that_have_both(kind: str, x
     said = reading(result, "matching_prefix")
     assert said.startswith(f"With {words} the matching prefix is 2 tokens (95 % interval 2 to 2)")
     assert "with 32 it is 0.667 tokens (95 % interval 0 to 2); each sequence changes by -1.33 tokens" in said
-    assert "mean over 3 sequences. 1 further sequences have no value at one of these ends" in said
+    assert (
+        "mean over 3 sequences. 1 further sequence has no value at one of these ends and is left out." in said
+    )
     assert "The unchanged model's is 2 tokens (95 % interval 2 to 2)." in said
     assert said.endswith("includes 0: this may be no change at all.")
+
+
+def test_one_token_is_no_plural() -> None:
+    result = made(
+        "extraction_curve", {"matching_prefix": (("prefix_len",), [0.0, 2.0])}, {"prefix_len": [1, 32]}
+    )
+    assert reading(result).startswith("With 1 prefix token given the matching prefix is 0 tokens")
 
 
 def test_compression_counts_only_what_is_recalled_from_the_whole_prefix() -> None:
@@ -319,6 +338,12 @@ def test_bounds_hold_or_do_not() -> None:
     )
 
 
+def test_a_change_beside_the_bounds_has_a_reading_of_its_own() -> None:
+    variables = {"slack": (("bound", "layer"), [[2.0, 2.0]]), "kl": (("layer",), [1.0, 3.0])}
+    said = reading(made("bypass_bounds", variables, {"bound": ["B1"], "layer": [0, 1]}), metric="kl")
+    assert said == "The kl is largest at layer 1: 3 (95 % interval 3 to 3), mean over 4 sequences."
+
+
 def test_the_predictor_is_called_a_guess() -> None:
     said = reading(made("bypass_predictor", {"predictor": (("layer",), [1.0, 3.0])}, {"layer": [0, 1]}))
     assert said == (
@@ -344,7 +369,7 @@ def test_the_frontier_names_the_most_selective_bypass() -> None:
     recall = recall_result([[0, 0, 1]] * 6 + [[0, 1, 1]] * 4, [1.0] * 10)  # 0, 0.4 and 1 are left
     said = reading(join_frontier({"a": (recall, task_result(TASKS))}, n_resamples=200))  # accuracy 0, 0.75, 1
     assert said.startswith(
-        "a: with layers 1 bypassed exact match goes from 1 to 0.4 (95 % interval 0.168 to 0.687)"
+        "a: with layer 1 bypassed exact match goes from 1 to 0.4 (95 % interval 0.168 to 0.687)"
     )
     assert "and the accuracy on all tasks from 1 to 0.75 (95 % interval" in said
     assert said.endswith("it was chosen on the same data, which overstates it.")

@@ -19,6 +19,7 @@ import memlens as ml
 from memlens.errors import EmptySetError, OptionError, UnfinishedError
 from memlens.organisms.corpus.corpus import Corpus
 from memlens.results.groups import quartiles
+from memlens.results.kinds import reading
 from memlens.results.statistics.intervals import halves
 from memlens.studies.bypass.findings import scaling
 from memlens.studies.bypass.layers import METRICS
@@ -105,6 +106,17 @@ def test_all_parts_ran_and_stand_in_the_report(run: StudyRun, folder: Path) -> N
     assert "Ranked by attention bypass. In the localization benchmark attention bypass finds" in page
     for finding in run.findings:
         assert finding.control or finding.title in ("Bounds", "From one model to the next")
+
+
+def test_findings_count_and_name_what_they_are_about(run: StudyRun, folder: Path) -> None:
+    sentences(run.report)
+    by = {finding.title: finding for finding in run.findings}
+    bounds = ml.load_result(folder / "bounds.nc")
+    n = int(bounds["slack"].notnull().sum())
+    assert f"None of {n} bounds is exceeded" in by["Bounds"].statement
+    assert f"All {n} measured changes lie within" in reading(bounds)
+    assert "relative predictor on this model" in str(by["Bounds"].control)
+    assert "MLP zero" in by["What is special to memorized text"].statement
 
 
 def test_exact_match_under_a_bypass_is_that_of_a_plain_forward(

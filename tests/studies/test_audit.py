@@ -119,6 +119,19 @@ def test_from_how_little_is_what_the_instruments_say(
     assert {"recall", "extraction_curve", "deletion"} == {p.stem for p in run.report.parent.glob("*.nc")}
 
 
+def test_a_note_explains_the_columns_that_are_there(run: StudyRun, model: Any, tmp_path: Path) -> None:
+    def notes(folder: Path) -> dict[str, str]:
+        return {t["name"]: t["note"] for t in json.loads((folder / "run.json").read_text())["tables"]}
+
+    assert "exposure (bits): by how much" in notes(run.report.parent)["leaks"]
+    some = ml.load_sequences("zoo", model)[::40]
+    options = replace(QUICK, steps=("leak",))
+    ml.studies.audit(model, some, tmp_path, options=options, progress=False)
+    note = notes(tmp_path)["leaks"]
+    assert "alike to others: how like" in note
+    assert "exposure" not in note
+
+
 def test_a_reference_that_says_the_same_is_no_memory(
     model: Any, strings: ml.SequenceSet, run: StudyRun, tmp_path: Path
 ) -> None:

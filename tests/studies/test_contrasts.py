@@ -43,6 +43,19 @@ def test_the_strictest_control_decides_and_is_named() -> None:
     assert not wrong_way.clear
 
 
+def test_a_control_without_an_interval_is_named_only_where_all_others_are_clear() -> None:
+    """Two pairs do not decide beside a control that is known to be alike, but they do beside clear ones."""
+    own = values(-2.0, match=("sequence", np.arange(24)))
+    few = {gap: values(-2.0 + gap, n=2, match=("sequence", np.arange(2))) for gap in (1.0, 2.0)}
+    named = {"alike": values(-2.0), "far": few[2.0], "two": few[1.0], "clear": values(0.0)}
+    for left_out, expected in (((), "alike"), (("alike",), "two"), (("alike", "two"), "far")):
+        for names in (list(named), list(named)[::-1]):
+            found = strictest(own, {name: named[name] for name in names if name not in left_out}, sign=-1)
+            assert found is not None
+            assert (found.control, found.clear) == (expected, False)
+    assert "(no interval: n = 2)" in against_controls(found, "more than")
+
+
 def test_no_control_is_said() -> None:
     assert strictest(values(-2.0), {}, sign=-1) is None
     assert strictest(values(-2.0), {"one": values(0.0, n=1)}, sign=-1) is None

@@ -10,14 +10,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 import memlens as ml
 from memlens.errors import ColumnError, OptionError
 from memlens.results.kinds import reading
+from memlens.results.result import Result
 from memlens.studies.idioms import study as idioms
-from memlens.studies.idioms.findings import recall_by_frequency, recall_by_subset
+from memlens.studies.idioms.findings import (
+    knocked_out,
+    recall_by_frequency,
+    recall_by_subset,
+    rises_with_frequency,
+)
 from memlens.studies.idioms.unfolding import MISSED, NATURAL, RECALLED
 from memlens.studies.running import StudyRun
 from tests.report.pages import sentences
@@ -256,9 +263,47 @@ def test_recall_rises_with_frequency_and_identifiers_are_whole(run: StudyRun, fo
     assert finding.low > 0
     bins = table(folder, "idioms_by_copies")
     assert bins["n"].sum() == len(recall)
+    lowest = recall[recall["copies"] == recall["copies"].min()]
+    hits = (
+        f"({lowest['copies'].iloc[0]:.0f}), {lowest['exact_match'].sum():.0f} of {len(lowest)} are recalled"
+    )
+    assert f"Of the idioms with the fewest copies {hits}" in finding.statement
     assert bins["recalled"].iloc[-1] > bins["recalled"].iloc[0]
     identifiers = table(folder, "identifiers_recall")
     assert (identifiers["n_targets"] > 1).all() if "n_targets" in identifiers else True
+
+
+def test_where_nothing_varies_no_correlation_is_promised() -> None:
+    frame = pd.DataFrame({"exact_match": [0, 0, 0, 0], "copies": [0, 0, 1, 1]})
+    finding = rises_with_frequency("facts", frame, "copies", 0)
+    assert finding.number == ""
+    said = "Of the facts with the fewest copies (0), 0 of 2 are recalled, of those with the most (1), 0 of 2."
+    assert said in finding.statement
+    assert "not vary enough for a correlation" in finding.statement
+    varied = rises_with_frequency("facts", frame.assign(exact_match=[0, 0, 0, 1]), "copies", 0)
+    assert "of those with the most (1), 1 of 2. The number is Spearman's" in varied.statement
+
+
+def flipped(share: float, n: int = 20, **coords: Any) -> xr.DataArray:
+    hits = (np.arange(n) < share * n).astype(float)[:, None, None]
+    places = {"sequence": [f"{share}-{i}" for i in range(n)], "layer": [0], "window": [1]}
+    return xr.DataArray(hits, places, ("sequence", "layer", "window"))
+
+
+def test_other_predictions_that_flip_as_often_are_controls_too() -> None:
+    own, random = flipped(0.8), flipped(0.0).assign_coords(sequence=flipped(0.8)["sequence"])
+    k = {"k": [10]}
+    values = xr.concat([own, random], xr.DataArray(["dominant", "random"], dims="selection")).expand_dims(k)
+    result = Result.create(xr.Dataset({"prediction_flipped": values}), kind="neuron_knockout")
+    others = {
+        MISSED: Result.create(
+            xr.Dataset({"prediction_flipped": flipped(0.9).expand_dims(k)}), kind="neuron_knockout"
+        )
+    }
+    alone = next(knocked_out("idioms", result, {}, 0)).statement
+    assert "That is more than with random neurons" in alone
+    beside = next(knocked_out("idioms", result, others, 0)).statement
+    assert f"That is not clearly more than with {MISSED}, the strictest control" in beside
 
 
 def test_frequency_bins_and_subsets_by_hand() -> None:

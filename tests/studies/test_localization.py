@@ -184,7 +184,7 @@ def test_the_report_opens_with_what_was_found(run: StudyRun, planted: ml.Sequenc
     assert by["What is recalled"].plain in said["found"].replace("The model", "the model")
     assert layer.plain in said["found"]
     assert f"{layer.low:.3g} to {layer.high:.3g} nats per token" in said["sure"]
-    assert layer.statement.rpartition(". ")[2] in layer.beside
+    assert f": that{layer.statement.rpartition('. That')[2]}" in layer.beside
     assert layer.beside[1:] in said["compared"]
 
 
@@ -271,6 +271,10 @@ def test_every_ranking_says_what_the_benchmark_found_of_its_method(run: StudyRun
         assert notes[name].startswith("Ranked by ")
         assert "In the localization benchmark" in notes[name]
         assert " of pythia (chance" in notes[name]
+    titles = {table["name"]: table["title"] for table in told["tables"]}
+    assert (titles["ranked_head"], titles["ranked_layer_mlp"]) == ("Heads: ranked", "MLPs: ranked")
+    mlps = pd.read_parquet(run.report.parent / "ranked_layer_mlp.parquet")
+    assert list(mlps) == ["layer", "score"]
     table = pd.read_parquet(run.report.parent / "ranked_neuron.parquet")
     assert len(table) == 20
     assert table["score"].is_monotonic_decreasing

@@ -11,6 +11,7 @@ import xarray as xr
 from memlens import figures
 from memlens.errors import OptionError, SiteError, check_option
 from memlens.figures import theme
+from memlens.figures.labels import choice_words
 from memlens.results.plots.selection import Plot, Selection, chooses, single, takes, with_dims
 from memlens.results.result import Result
 from memlens.results.statistics.estimates import Estimate
@@ -275,6 +276,8 @@ def plot_knock_outs(
     heading = f"Knock-out of {what} {'k' if k is None else k} neurons of a layer"
     note = s.note(chosen, names, of)
     ci, caption = s.drawn(chosen, ("layer", "window", side), heading, of=of, names=names, note=note)
+    if controls:
+        ci = ci.assign_coords(selection=[choice_words(value) for value in ci["selection"].values])
     return figures.heatmap_layer_position(ci, x="window", signed=of == "effect", **caption)
 
 

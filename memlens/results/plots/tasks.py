@@ -10,6 +10,7 @@ import xarray as xr
 
 from memlens import figures
 from memlens.errors import OptionError, check_option
+from memlens.figures.labels import choice_words
 from memlens.results.groups import by_part
 from memlens.results.plots.layers import plot_interventions, plot_layer_lines
 from memlens.results.plots.selection import Selection, takes
@@ -99,6 +100,8 @@ def plot_edits(result: Result, s: Selection, *, edit: str | None = None) -> go.F
     shown = ("layer", "edit") if edit is None else ("layer",)
     heading = "Other edits of each layer"
     ci, caption = s.drawn(result, shown, heading, of=s.of or "effect", names=names)
+    if edit is None:
+        ci = ci.assign_coords(edit=[choice_words(value) for value in known])
     return figures.line_over_layers(ci, **caption)
 
 

@@ -241,7 +241,12 @@ def shown(table: pd.DataFrame, words: Mapping[str, str], *, redact: bool) -> pd.
 
 
 def _count(value: float) -> str:
-    return f"{value:,.0f}" if value < 1e6 else ("never" if np.isinf(value) else f"{value:.0e}")
+    """Return a number of samples; beyond a million, only that it is.
+
+    >>> [_count(value) for value in (12345.0, 3e6, np.inf)]
+    ['12,345', 'over a million', 'never']
+    """
+    return f"{value:,.0f}" if value < 1e6 else ("never" if np.isinf(value) else "over a million")
 
 
 def ranking_order(table: pd.DataFrame) -> np.ndarray:

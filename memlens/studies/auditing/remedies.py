@@ -15,7 +15,7 @@ from memlens.benchmark.ranking import Ranking
 from memlens.instruments.bypass.bypass import attention_bypasses
 from memlens.instruments.edit.editing import edit_weights
 from memlens.instruments.edit.mitigation import Mitigation, evaluate_mitigation
-from memlens.results.groups import layers_label
+from memlens.results.groups import layers_label, named_layers
 from memlens.results.statistics.estimates import Estimate
 from memlens.results.statistics.intervals import halves
 from memlens.sequences.set import SequenceSet
@@ -106,7 +106,7 @@ def remedies(
         progress=False,
     )  # fmt: skip
     where = f"the first {counts[chosen]} neurons of the ranking"
-    named = f"layer{'s' if len(layers) > 1 else ''} {layers_label(layers)}"
+    named = named_layers(layers_label(layers))
     return [
         Remedy(
             "bypass", f"the attention of {named} bypassed", [layers, options.bypass_mode],

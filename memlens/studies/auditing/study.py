@@ -220,11 +220,12 @@ class _Audit:
         os.chmod(self.folder.csv, 0o600)
         words, options = find.TEXTS["leaks"], self.options
         top_k = "all tokens" if options.top_k is None else f"the {options.top_k} likeliest tokens"
-        note = words["note"].format(
+        table = find.shown(rows, find.WORDS, redact=options.redact)
+        columns = {name: find.WORDS[name] for name in words["notes"] if find.WORDS[name] in table}
+        note = " ".join(f"{column}: {words['notes'][name]}" for name, column in columns.items()).format(
             samples=options.n_samples, p=options.probability, near=options.near,
             temperature=options.temperature, cut=f"{top_k}, up to a probability of {options.top_p:g}",
         )  # fmt: skip
-        table = find.shown(rows, find.WORDS, redact=options.redact)
         self.folder.add_table("leaks", table, title=words["title"], note=note, section="recall")
 
     def _by_string(self, names: Any, values: Any) -> pd.Series:
@@ -421,8 +422,9 @@ class _Audit:
         made = [] if given else [words["made"].format(n=len(others))]
         lead = " ".join([words["lead" if sets.apart else "same"], *made])
         self.folder.add_section("remedies", words["title"], lead)
+        note = " ".join([words["note"], *([] if self.text is None else [words["perplexity"]])])
         self.folder.add_table(
-            "remedies", pd.DataFrame(rows), title=words["title"], note=words["note"], section="remedies"
+            "remedies", pd.DataFrame(rows), title=words["title"], note=note, section="remedies"
         )
         for row in rows:
             self.folder.find(find.helped(row, made=0 if given else len(others)))

@@ -11,9 +11,10 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
+from memlens.figures.labels import choice_words
 from memlens.instruments.bypass.layer_sets import LayerSetSearch
 from memlens.report.model import Finding
-from memlens.results.groups import layers_label, quartiles
+from memlens.results.groups import layers_label, named_layers, quartiles
 from memlens.results.result import Result
 from memlens.results.statistics.estimates import Estimate, chosen_site, mean_estimate, share_estimate
 from memlens.results.statistics.intervals import halves, quantile_interval
@@ -30,6 +31,8 @@ TEXTS = Texts(__file__)
 MEMORIZED, UNTRAINED = "memorized", "untrained weights"
 MEASURES = ("relative_drop", "relative_drop_chance_corrected")
 GAP = "language minus reasoning"
+_MOST_SPOKEN = 8
+"""Layers whose numbers a sentence gives with their intervals."""
 _Draws = Float[np.ndarray, "draw layer"]
 
 
@@ -54,9 +57,13 @@ def recited(swept: Mapping[str, Result], given: int) -> Finding:
 
 def layers_in_words(result: Result) -> str:
     """Say what remains under the bypass of each layer, in one sentence."""
-    exact = result["exact_match"].mean("sequence")
-    kept = ", ".join(f"{float(value):.2f}" for value in exact.values)
-    return f"Exact match with the attention of layer 0, 1, … bypassed: {kept}."
+    exact, n = result["exact_match"], result.data.sizes["sequence"]
+    shares = [share_estimate(exact.sel(layer=layer)) for layer in exact["layer"].values]
+    kept = ", ".join(map(str, shares) if len(shares) <= _MOST_SPOKEN else (f"{s.value:.2f}" for s in shares))
+    return (
+        f"Share of the {n} memorized sequences that are recited with the attention of layer 0, 1, … bypassed:"
+        f" {kept}."
+    )
 
 
 def selective_layer(
@@ -107,11 +114,12 @@ def best_set(
     top, single = rows.loc["any"], rows.loc["single layer"]
     parts = []
     if top["random_sets"]:
+        size, n = int(top["size"]), int(top["random_sets"])
         parts.append(
-            f"other sets of {int(top['size'])} layers (n = {int(top['random_sets'])}): "
-            f"{top['random_mean']:.3g} on average, {top['random_share']:.2f} of them do as well"
+            f"{n} other sets of {size} layer{'s' if size > 1 else ''}: {top['random_mean']:.3g} on average, "
+            f"{round(top['random_share'] * n)} of them do as well"
         )
-    parts.append(f"the best single layer ({single['layers']}) has {single['selectivity']:.3g}")
+    parts.append(f"the best single layer, {single['layers']}, has {single['selectivity']:.3g}")
     if others := _other_text(elsewhere, {"layers": 0}):
         parts.append(f"log-probability of other text: {others}")
     families = [
@@ -122,7 +130,7 @@ def best_set(
         _estimate(top, "selectivity"),
         control="; ".join(parts),
         n_sets=len(search.sets),
-        layers=top["layers"],
+        layers=named_layers(top["layers"]),
         removed=_estimate(top, "removed"),
         cost=_estimate(top, "cost"),
         areas="; ".join(families),
@@ -212,7 +220,7 @@ def by_quartile(table: pd.DataFrame, swept: Mapping[str, Result]) -> list[Findin
             "late_and_early",
             replace(late, n=swept[MEMORIZED].data.sizes["sequence"]),
             control=_stack_control(swept),
-            layers=rows.loc[("recitation", raw, last), "layers"],
+            layers=named_layers(rows.loc[("recitation", raw, last), "layers"]),
             late=late,
             late_cost=cost(last),
             early=mean("recitation", raw, first),
@@ -271,10 +279,10 @@ def special(table: pd.DataFrame) -> Finding:
         Estimate.from_row(row, f"minus {control}", prefix=f"minus {control} ", n=None),
         control=control,
         text=text,
-        strictest=f", the stricter of {len(controls)} controls," if len(controls) > 1 else "",
+        strictest=f", the stricter of {len(controls)} controls" if len(controls) > 1 else "",
         harms="harms" if certain[place] else "does not clearly harm",
-        layers=row["layers"],
-        parts=", ".join(f"{edit} {n} of {size}" for edit, n, size in hits.itertuples()),
+        layers=named_layers(row["layers"]),
+        parts=", ".join(f"{choice_words(edit)} {n} of {size}" for edit, n, size in hits.itertuples()),
         mine=row[MEMORIZED],
         theirs=row[control],
     )
@@ -311,7 +319,7 @@ def beside_removal(results: Mapping[str, Result], parts: int, seed: int) -> Find
         "beside_removal",
         gap,
         control=spoken(gaps, skip=MEMORIZED),
-        layers=layers_label(last),
+        layers=named_layers(layers_label(last)),
         identity=said("identity"),
         mean=said("mean"),
         zero=f", by nothing {said('zero')}" if "zero" in main["edit"].values else "",
@@ -371,7 +379,10 @@ def bounded(result: Result, agreements: Sequence[Mapping[str, Any]]) -> Finding:
     over = int((measured > limit * (1 + 1e-9) + result["rounding"]).sum())
     medians = slack.median([dim for dim in slack.dims if dim != "bound"])
     ratios = ", ".join(f"{name} {float(medians.sel(bound=name)):.3g}" for name in medians["bound"].values)
-    said = [f"{row['predictor']} on {row['weights']} {Estimate.from_row(row, n=None)}" for row in agreements]
+    said = [
+        f"{choice_words(row['predictor'])} on {row['weights']} {Estimate.from_row(row, n=None)}"
+        for row in agreements
+    ]
     verdict = TEXTS["verdicts"]["bounds"]["broken" if over else "hold"]
-    verdict = verdict.format(over=over, n=measured.size, ratios=ratios)
+    verdict = verdict.format(over=over, n=int(slack.notnull().sum()), ratios=ratios)
     return TEXTS.finding("bounded", control="; ".join(said), verdict=verdict)

@@ -12,6 +12,7 @@ import pandas as pd
 import xarray as xr
 
 from memlens.choices import AblationMode, BypassMode
+from memlens.figures.labels import choice_words
 from memlens.instruments.ablate.branches import attention_ablations, mlp_ablations
 from memlens.instruments.bypass.bounds import bypass_bounds
 from memlens.instruments.bypass.bypass import (
@@ -89,7 +90,7 @@ def edits(study: BypassContext) -> None:
     study.show("edits", results[MEMORIZED])
     (figure,) = TEXTS["results"]["edits_by_group"]["figures"]
     each = [
-        {**figure, "edit": edit, "title": f"Intervention: {edit}"}
+        {**figure, "edit": edit, "title": f"Intervention: {choice_words(edit)}"}
         for edit in results[MEMORIZED]["edit"].values.tolist()
     ]
     study.show("edits_by_group", join_groups(results), figures=each)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from memlens.figures.labels import choice_words
 from memlens.report.model import Finding
 from memlens.results.result import Result
 from memlens.results.statistics.agreement import rank_correlation
@@ -109,15 +110,32 @@ def rises_with_frequency(name: str, table: pd.DataFrame, column: str, seed: int)
     x, y = table[column].to_numpy(float), table["exact_match"].to_numpy(float)
     bins = recall_by_frequency(table, column)
     shares = [f"{share:.2f} at {to:g}" for to, share in bins[["to", "recalled"]].to_numpy()]
+    found = _spearman(x, y, seed)
+    correlation = (
+        f"The number is Spearman's rank correlation of recall and {column} over all items."
+        if np.isfinite(found.value)
+        else "Recall does not vary enough for a correlation."
+    )
+    least, most = ("fewest", "most") if column == "copies" else ("lowest", "highest")
+    first, last = _counted(bins.iloc[0]), _counted(bins.iloc[-1])
     return finding(
         "rises_with_frequency",
         name,
-        _spearman(x, y, seed),
+        found,
         control=", ".join(shares),
         column=column,
-        first=bins.iloc[0],
-        last=bins.iloc[-1],
+        least=least,
+        most=most,
+        first=f"{first} are",
+        last=last,
+        correlation=correlation,
     )
+
+
+def _counted(row: Any) -> str:
+    """Say how many of the items of a bin are recalled: "(2 to 4), 3 of 16"."""
+    values = f"{row['from']:g}" if row["from"] == row["to"] else f"{row['from']:g} to {row['to']:g}"
+    return f"({values}), {row['recalled'] * row['n']:.0f} of {row['n']:.0f}"
 
 
 def _spearman(x: np.ndarray, y: np.ndarray, seed: int) -> Estimate:
@@ -192,18 +210,18 @@ def boundary(name: str, lens: str, phases: pd.DataFrame, n_layers: int) -> Findi
     rows = _quantity(phases, "boundary")
     main = rows[RECALLED]
     where = (
-        f"after layer {main.value:.3g} of 0 to {n_layers - 1}"
+        f"is 0 (the top) for the first time after layer {main.value:.3g} (of 0 to {n_layers - 1})"
         if np.isfinite(main.value)
-        else "after no layer, except by chance: the median rank is never 0"
+        else "is 0 (the top) after no layer, except by chance"
     )
-    others = spoken(rows, "layer", skip=RECALLED)
+    others = spoken(rows, skip=RECALLED)
     return finding("boundary", name, main, control=others, lens=lens, where=where)
 
 
 def boosting(name: str, phases: pd.DataFrame) -> Finding:
     """How much of the final probability comes after the prediction is on top for good."""
     rows, shares = _quantity(phases, "boost"), _quantity(phases, "promotion_share")
-    others = spoken(rows, "of probability", skip=RECALLED)
+    others = spoken(rows, skip=RECALLED)
     return finding("boosting", name, rows[RECALLED], control=others, share=shares[RECALLED])
 
 
@@ -332,7 +350,7 @@ def controls_in_words(result: Result, k: int) -> str:
     parts = []
     for label, part in _by_selection(result):
         flips = _over_draws(part["prediction_flipped"]).sel(k=k)
-        parts.append(f"{label.replace('_', ' ')} {mean_estimate(flips.mean(('layer', 'window')))}")
+        parts.append(f"{choice_words(label)} {mean_estimate(flips.mean(('layer', 'window')))}")
     return f"Mean share of predictions flipped over all windows, k = {k}: {', '.join(parts)}."
 
 
@@ -340,7 +358,7 @@ def knocked_out(name: str, result: Result, dominant: Mapping[str, Result], seed:
     """Where the dominant neurons matter: the strongest window, and early against late ones."""
     k = largest_shared_k(result)
     flips = {
-        label.replace("_", " "): _over_draws(part["prediction_flipped"]).sel(k=k)
+        choice_words(label): _over_draws(part["prediction_flipped"]).sel(k=k)
         for label, part in _by_selection(result)
     }
     groups = {
@@ -364,6 +382,7 @@ def _strongest(name: str, k: int, flips: _Flips, groups: _Flips, seed: int) -> F
     own = here.pop("dominant")
     main, mine = share_estimate(own), _matched(own)
     rivals = {f"{label} neurons": _matched(array) for label, array in here.items()}
+    rivals |= {group: array.sel(site).dropna("sequence") for group, array in groups.items()}
     differs = against_controls(strictest(mine, rivals, sign=1, seed=seed), "more than")
     others = {f"{label} neurons": mean_estimate(array, seed=seed) for label, array in here.items()}
     for group, array in groups.items():

@@ -275,7 +275,7 @@ def _criteria_finding(
         "criteria",
         name,
         number,
-        control=f"{strict['recalled']:.3g}" if strict["passed"] else None,
+        control=f"{strict['recalled'] * strict['passed']:.0f}" if strict["passed"] else None,
         strict=int(strict["passed"]),
         n=int(strict["items"]),
         references=", ".join(scores.settings["references"]),

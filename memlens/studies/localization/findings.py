@@ -59,7 +59,7 @@ def promoted(decoded: Mapping[str, Result], seed: int) -> Finding:
     """The layer from which the predicted token is and stays the top one."""
     stable = {name: result["stable_promotion"].median("target") for name, result in decoded.items()}
     found = {name: median_estimate(values.values, seed=seed) for name, values in stable.items()}
-    others = spoken(found, "layer", skip=MEMORIZED)
+    others = spoken(found, skip=MEMORIZED)
     last = decoded[MEMORIZED].data.sizes["layer"] - 1
     return TEXTS.finding("promoted", found[MEMORIZED], control=others, last=last)
 
@@ -103,7 +103,10 @@ def _most_harmful(finding: str, results: Mapping[str, Result], seed: int) -> Fin
     differs = against_controls(
         strictest(own, effects, sign=-1, seed=seed), "more harm than", "nats per token"
     )
-    return TEXTS.finding(finding, found[MEMORIZED], control=others, left=left, differs=differs, **site)
+    clause = differs[:1].lower() + differs[1:]
+    return TEXTS.finding(
+        finding, found[MEMORIZED], control=others, left=left, differs=differs, clause=clause, **site
+    )
 
 
 def restoring_layer(results: Mapping[str, Result], corrupted: np.ndarray, seed: int) -> Finding:
@@ -121,7 +124,9 @@ def restoring_layer(results: Mapping[str, Result], corrupted: np.ndarray, seed: 
     shares = [ratio_estimate(gained.isel(layer=i), lost, seed=seed) for i in range(gained.sizes["layer"])]
     half = next((i for i, share in enumerate(shares) if share.value < 0.5), None)
     deepest = -1 if half is None else half
-    stays = "the last layer, so the cue stays at its place"
+    stays, falls = "the last layer, so the cue stays at its place", "the first with an estimate below half"
+    if half is not None and not shares[half].high < 0.5:
+        falls += ", though its interval does not exclude half"
     lost_by = {
         name: mean_estimate(each["target_logprob_corrupt"] - each["target_logprob_clean"], seed=seed)
         for name, each in results.items()
@@ -132,5 +137,5 @@ def restoring_layer(results: Mapping[str, Result], corrupted: np.ndarray, seed: 
         control=spoken(lost_by, "nats per token"),
         first=shares[0],
         layer=int(gained["layer"].values[deepest]),
-        ending=stays if half is None else "the first where it is less than half",
+        ending=stays if half is None else falls,
     )

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from memlens.benchmark.ranking import best_method, rank
-from memlens.benchmark.recommend import ABLATIONS, ranked_by
+from memlens.benchmark.recommend import ABLATIONS, PLURALS, ranked_by
 from memlens.errors import MemlensError
 from memlens.explorer.measuring import ABLATION_MODES, ExploreOptions, explore_sequences
 from memlens.explorer.page import READING, caption_of, explorer_payload
@@ -237,10 +237,14 @@ class _Localization:
         self.folder.add_section("rankings", find.TEXTS["rankings"]["title"], find.TEXTS["rankings"]["lead"])
         for component in COMPONENT_KINDS:
             found = self._best_ranking(component, seqs, others)
-            words = component.replace("_", " ").capitalize()
+            words = PLURALS[component]
             note = f"Ranked by {found['method']}, mean over {len(seqs)} sequences. {found['evidence']}"
             name, top = f"ranked_{component}", pd.DataFrame(found["top"])
-            self.folder.add_table(name, top, title=f"{words}: ranked", note=note, section="rankings")
+            if component.startswith("layer"):
+                top = top.drop(columns="index")  # of the one MLP or attention of a layer, always 0
+            self.folder.add_table(
+                name, top, title=f"{words[0].upper()}{words[1:]}: ranked", note=note, section="rankings"
+            )
 
     def _best_ranking(
         self, component: ComponentKind, seqs: SequenceSet, others: SequenceSet | None
