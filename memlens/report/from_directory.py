@@ -218,7 +218,9 @@ def _drawn(
             if words is None:
                 chosen = {key: options[key] for key in ("metric", "sequence", "stream") if key in options}
                 words = reading(result, **chosen)
-                words += f" The values of {options['group']} are drawn apart." if "group" in options else ""
+                if group := options.get("group"):
+                    words += " The groups" if group == "group" else f" The values of {group}"
+                    words += " are drawn apart."
             figures.append(FigureBlock(result.plot(**options), words, request["caption"]))
     except Exception as error:  # one result that cannot be shown must not cost the others
         _LOG.warning("the result %s cannot be shown: %s", entry["name"], error)

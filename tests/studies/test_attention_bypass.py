@@ -116,6 +116,11 @@ def test_findings_count_and_name_what_they_are_about(run: StudyRun, folder: Path
     assert f"None of {n} bounds is exceeded" in by["Bounds"].statement
     assert f"All {n} measured changes lie within" in reading(bounds)
     assert "relative predictor on this model" in str(by["Bounds"].control)
+    gaps = pd.read_parquet(folder / "quartiles.parquet").query(
+        "what == 'language minus reasoning' and measure == 'relative_drop'"
+    )
+    clear = [f"part {row.part}" for row in gaps.itertuples() if row.low > 0 or row.high < 0] or ["no part"]
+    assert f"excludes 0 at {' and '.join(clear)}." in by["Language against reasoning"].statement
     assert "MLP zero" in by["What is special to memorized text"].statement
 
 

@@ -229,7 +229,9 @@ def by_quartile(table: pd.DataFrame, swept: Mapping[str, Result]) -> list[Findin
     ]
     if GAP in set(table["what"]):
         said = [f"part {p}: raw {mean(GAP, raw, p)}, corrected {mean(GAP, corrected, p)}" for p in parts]
-        found.append(TEXTS.finding("language_and_reasoning", mean(GAP, raw, first), parts="; ".join(said)))
+        clear = " and ".join(f"part {p}" for p in parts if mean(GAP, raw, p).excludes(0)) or "no part"
+        words = {"clear": clear, "parts": "; ".join(said)}
+        found.append(TEXTS.finding("language_and_reasoning", mean(GAP, raw, first), **words))
     return found
 
 
