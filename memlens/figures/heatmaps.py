@@ -111,7 +111,8 @@ def place_axis(places: np.ndarray, title: str, *, tokens: bool, panels: int = 1)
     if tokens or not _whole_numbers(places):
         return {**axis, "type": "category", **({"tickangle": -60} if tokens else {})}
     most = 24 // panels
-    return {**axis, "nticks": most} if len(places) > most else {**axis, "tick0": 0, "dtick": 1}
+    many = len(places) > 0 and np.ptp(places) >= most  # the axis has a place for each number in between
+    return {**axis, "nticks": most} if many else {**axis, "tick0": 0, "dtick": 1}
 
 
 def _whole_numbers(places: np.ndarray) -> bool:
@@ -206,7 +207,7 @@ def _maps(
         trace.showscale = g == 0
         fig.add_trace(trace, row=1, col=g + 1 if beside else 1)
     axis = place_axis(first[x].values, x, tokens=tokens is not None, panels=len(beside) or 1)
-    fig.update_xaxes(axis, showgrid=False)
+    fig.update_xaxes(axis, showgrid=False, matches="x" if beside else None)  # also of a panel without values
     places = first[y].values
     numbered = _whole_numbers(places) or places.dtype.kind != "f"
     fig.update_yaxes(theme.layer_axis(places, "") if numbered else {"type": "category"}, showgrid=False)

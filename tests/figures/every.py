@@ -81,6 +81,12 @@ def every() -> dict[str, list[go.Figure]]:
     ablation = synthetic.head_ablation(32, 16)
     few = synthetic.logit_attribution().data.isel(layer=slice(4), head=slice(5))
     few["heads"] = few["heads"] * (1.07 / abs(few["heads"].mean("sequence")).max())
+    places = {
+        "group": np.array(groups[:2]),
+        "layer": layers[:4],
+        "position": np.linspace(30, 62, 8).astype(int),
+    }
+    sparse = xr.Dataset({"target_logprob": _ci(rng, places)})
     sides = ablation.mean_ci(of="effect", n_resamples=20)
     three = sides.expand_dims(group=groups[:3]).transpose("statistic", "group", ...)
     many = sides.expand_dims(copies=[0, 1, 4, 16, 64]).transpose("statistic", "copies", ...)
@@ -123,6 +129,7 @@ def every() -> dict[str, list[go.Figure]]:
             _patched().plot(),
             _patched().plot(sequence="seq-003"),
             _ragged().plot(sequence="seq-003"),
+            figures.heatmap_layer_position(sparse),
         ],
         "heatmap_paths": [figures.heatmap_paths(paths, **long)],
         "heatmap_lens": [figures.heatmap_lens(lens, tokens)],

@@ -340,3 +340,13 @@ def test_what_is_made_from_a_metric_is_not_called_by_its_name() -> None:
     assert "recall restored" in fig.data[0].colorbar.title.text
     flips = xr.DataArray([0.0], dims="sequence", attrs={"label": "first prediction", "of": "effect"})
     assert figures.metric_text("prediction_flipped", flips).label == "change in prediction flipped"
+
+
+def test_a_panel_without_values_has_the_axis_of_the_others() -> None:
+    values = np.full((3, 2, 2, 4), 0.5)
+    values[:, 1] = np.nan
+    dims = ("statistic", "group", "layer", "position")
+    coords = {"statistic": ["mean", "low", "high"], "group": ["a", "b"], "position": [30, 40, 50, 60]}
+    ci = xr.Dataset({"target_logprob": (dims, values)}, coords | {"layer": [0, 1]})
+    layout = figures.heatmap_layer_position(ci).layout
+    assert layout.xaxis2.matches == "x"
