@@ -19,7 +19,7 @@ from memlens.organisms.training.architectures import untrained_like
 from memlens.studies import running
 from memlens.studies.auditing import leaks, remedies, study
 from memlens.studies.auditing.command import AuditInputs
-from memlens.studies.auditing.findings import MEMORY, REFERENCE
+from memlens.studies.auditing.findings import MEMORY, REFERENCE, helped
 from memlens.studies.auditing.leaks import made_like
 from memlens.studies.auditing.redaction import hiding, masked, quiet_reading, without_quotes
 from memlens.studies.running import StudyRun
@@ -116,6 +116,10 @@ def test_from_how_little_is_what_the_instruments_say(
     assert some["shortest_prefix"].tolist() == again["fewest_tokens"].values.tolist()
     assert np.all(some["deleted_to"] <= some["prefix_tokens"])
     assert set(some["with_1_replaced"]) <= {0.0, 1.0}
+    little = next(f for f in run.findings if f.title == "From how little?")
+    given = ml.load_result(run.report.parent / "extraction_curve.nc")["exact_match"]
+    last = given.isel(prefix_len=-1).dropna("sequence")
+    assert str(little.control).endswith(f": {int(last.sum())} of {last.size}")
     assert {"recall", "extraction_curve", "deletion"} == {p.stem for p in run.report.parent.glob("*.nc")}
 
 
@@ -293,6 +297,19 @@ def test_strings_that_do_not_leak_leave_the_other_questions_unasked(model: Any, 
     assert "0 of " in said["found"]
     assert "strings leak: 0 come out whole after the text before them" in said["found"]
     assert said["compared"].startswith("What comes out is ")
+
+
+def test_a_large_perplexity_has_no_exponent() -> None:
+    row = dict.fromkeys(("change", "change_low", "change_high"), -0.5) | {
+        "strings": 4,
+        "what": "x",
+        "remedy": "y",
+    }
+    row |= {"whole_before": 1.0, "whole_after": 0.5, "others_whole_before": 0.0, "others_whole_after": 0.0}
+    row |= {"another_string_instead": 0.0, "change_random": np.nan, "change_random_components": np.nan}
+    ratio = {"perplexity_ratio": 1.3, "perplexity_ratio_low": 1.2, "perplexity_ratio_high": 1.4}
+    statement = helped({**row, **ratio, "perplexity_before": 1890.0, "perplexity_after": 2520.0}).statement
+    assert "from 1,890 to 2,520 (1.3 [1.2, 1.4] times)" in statement
 
 
 def test_whole_strings_are_audited_from_their_first_half(model: Any, tmp_path: Path) -> None:

@@ -172,6 +172,13 @@ def family_tests(p: float, accuracy_p: float, accuracy: float) -> FamilyTest:
     return FamilyTest(pd.DataFrame(rows), pd.DataFrame(), 90)
 
 
+def test_models_assigned_to_their_family_are_counted() -> None:
+    tests = {"families": family_tests(0.01, 0.01, 5 / 6), "untrained": family_tests(0.5, 0.4, 0.5)}
+    signature = judge_all({}, tests, Estimate(0.3, 0.2, 0.4, 6))
+    control = next(item.control for item in signature if item.claim == "signature")
+    assert "assigns 5 of 6 models to their family (shuffled 1.2 on average, p" in str(control)
+
+
 @pytest.mark.parametrize(
     ("difference_p", "accuracy_p", "untrained", "verdict", "named"),
     [

@@ -23,6 +23,7 @@ from memlens.studies.idioms.findings import (
     knocked_out,
     recall_by_frequency,
     recall_by_subset,
+    recalled,
     rises_with_frequency,
 )
 from memlens.studies.idioms.unfolding import MISSED, NATURAL, RECALLED
@@ -271,6 +272,11 @@ def test_recall_rises_with_frequency_and_identifiers_are_whole(run: StudyRun, fo
     assert bins["recalled"].iloc[-1] > bins["recalled"].iloc[0]
     identifiers = table(folder, "identifiers_recall")
     assert (identifiers["n_targets"] > 1).all() if "n_targets" in identifiers else True
+
+
+def test_subsets_are_counted_where_they_stand_beside_their_size() -> None:
+    frame = pd.DataFrame({"exact_match": [0, 1, 1, 1], "relation": ["home", "home", "trade", "trade"]})
+    assert recalled("facts", frame).control == "relation home: 1 of 2; relation trade: 2 of 2"
 
 
 def test_where_nothing_varies_no_correlation_is_promised() -> None:

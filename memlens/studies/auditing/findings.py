@@ -13,7 +13,13 @@ from memlens.benchmark.ranking import Ranking
 from memlens.forward.components import Component
 from memlens.report.model import Finding
 from memlens.results.result import Result
-from memlens.results.statistics.estimates import Estimate, mean_estimate, median_estimate, share_estimate
+from memlens.results.statistics.estimates import (
+    Estimate,
+    mean_estimate,
+    median_estimate,
+    share_estimate,
+    shown_number,
+)
 from memlens.studies.auditing.leaks import LEAKS, NEARLY, SAMPLED, WHOLE
 from memlens.studies.auditing.options import AuditOptions, Step
 from memlens.studies.auditing.redaction import masked
@@ -103,7 +109,7 @@ def from_how_little(table: pd.DataFrame, curve: Result, options: AuditOptions) -
     return TEXTS.finding(
         "little",
         median_estimate(_values(some, "shortest_prefix"), seed=seed),
-        control="; ".join(f"{k}: {hits.mean():.2f} of {len(hits)}" for k, hits in shares.items()),
+        control="; ".join(f"{k}: {hits.sum():.0f} of {len(hits)}" for k, hits in shares.items()),
         whole=float(np.median(_values(some, "prefix_tokens"))),
         deleted=median_estimate(_values(some, "deleted_to"), seed=seed),
         damaged=" ".join(damaged),
@@ -174,8 +180,8 @@ def helped(row: Mapping[str, Any], *, made: int = 0) -> Finding:
     if "perplexity_before" in row:
         ratio = Estimate(row["perplexity_ratio"], row["perplexity_ratio_low"], row["perplexity_ratio_high"])
         cost = (
-            f"The perplexity of the text goes from {row['perplexity_before']:.3g} to "
-            f"{row['perplexity_after']:.3g} ({ratio} times)."
+            f"The perplexity of the text goes from {shown_number(row['perplexity_before'])} to "
+            f"{shown_number(row['perplexity_after'])} ({ratio} times)."
         )
     begun = row["others_whole_after"] - row["others_whole_before"]
     those = f"{made} made strings, since every given one leaks" if made else "the strings that did not leak"

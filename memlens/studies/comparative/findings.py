@@ -321,10 +321,11 @@ def _signature(tests: Mapping[str, FamilyTest], signature: Estimate | None) -> E
         return None
     rows = tests["families"].table.set_index("statistic")
     accuracy, gap = rows.loc["accuracy"], rows.loc["difference"]
+    n = int(accuracy["n"])
     control = (
         f"family labels shuffled: [{gap['null_low']:.3g}, {gap['null_high']:.3g}], p = {gap['p']:.2g}; "
-        f"leave-one-out assigns {accuracy['value']:.3g} of {int(accuracy['n'])} models to their family "
-        f"(shuffled {accuracy['null_mean']:.3g}, p = {accuracy['p']:.2g})"
+        f"leave-one-out assigns {accuracy['value'] * n:.0f} of {n} models to their family "
+        f"(shuffled {accuracy['null_mean'] * n:.3g} on average, p = {accuracy['p']:.2g})"
     )
     found = f"Profiles are {signature} more similar within families than across."
     verdicts = {

@@ -53,7 +53,7 @@ def finding(key: str, name: str, found: Estimate | None = None, /, **values: Any
 def recalled(name: str, table: pd.DataFrame) -> Finding:
     """The share of items whose target is the model's prediction."""
     rows = recall_by_subset(table).iloc[1:6]
-    parts = [f"{row.subset}: {row.recalled:.3g} of {row.n}" for row in rows.itertuples()]
+    parts = [f"{row.subset}: {row.recalled * row.n:.0f} of {row.n}" for row in rows.itertuples()]
     hits = table["exact_match"].to_numpy(float)
     values = {"recalled": int(hits.sum()), "n": len(hits), "control": "; ".join(parts)}
     return finding("recalled", name, share_estimate(hits), **values)
