@@ -316,7 +316,7 @@ def _root(module: str | None) -> str:
 
 @functools.cache
 def _is_installed(module: str) -> bool:
-    """Whether a module, given by its name, belongs to memlens, to Python or to a package that is no plugin."""
+    """Whether a module, given by its name, is memlens', Python's or that of a package that is no plugin."""
     root = _root(module)
     if root in {"memlens", "builtins"} or root in sys.stdlib_module_names:
         return True

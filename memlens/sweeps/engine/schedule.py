@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ def run_batches(
             # without a hook nothing changes, to the last bit
             done[i] = runner.reference(batch, targets, item) if item.hooks else base[-1]
             bar.update(costs[i] * len(batch.rows))
-        out.append([done[i] | _observed(item, batch) for i, item in enumerate(interventions)])
+        out.append([done[i] | _observed(item, batch, done[i]) for i, item in enumerate(interventions)])
     _check_names(out, interventions)
     return (
         {n: joined([b[n].numpy() for b in base]) for n in base[0]},
@@ -58,13 +58,23 @@ def run_batches(
     )
 
 
-def _observed(item: Intervention, batch: Batch) -> Values:
+def _observed(item: Intervention, batch: Batch, metrics: Values) -> Values:
     """Return what an intervention's reading hooks have seen of a batch."""
     found = {} if item.observed is None else item.observed(batch)
+    if not isinstance(found, Mapping):
+        raise InterventionError(
+            f"intervention {item.name!r} observed {type(found).__name__}: it must be a dictionary of "
+            "tensors by name."
+        )
     for name, value in found.items():
-        if value.shape != batch.rows.shape:
+        if name in metrics:
             raise InterventionError(
-                f"intervention {item.name!r} observed {name!r} of shape {tuple(value.shape)}: "
+                f"intervention {item.name!r} observed {name!r}, which is a metric of the sweep: rename one."
+            )
+        if not isinstance(value, Tensor) or value.shape != batch.rows.shape:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InterventionError(
+                f"intervention {item.name!r} observed {name!r} of shape {shape}: "
                 f"it must be ({len(batch.rows)},), one number per sequence."
             )
     return {name: value.detach().float().cpu() for name, value in found.items()}
