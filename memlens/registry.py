@@ -190,7 +190,7 @@ def _load(entry: EntryPoint) -> Plugin:
     # a module that another one has imported registered its things then
     own = [what for by, what in _added[:before] if f"{by}.".startswith(f"{entry.module}.")]
     new = [what for by, what in _added[before:] if by != "memlens"]
-    return _plugin(entry, adds=(*own, *new))
+    return _plugin(entry, adds=tuple(dict.fromkeys([*own, *new])))
 
 
 def _plugin(entry: EntryPoint, error: str = "", adds: tuple[str, ...] = ()) -> Plugin:

@@ -122,7 +122,7 @@ class NamedSet:
         found = _NAME.fullmatch(self.name)
         if found is None or found["name"] != self.name:
             raise OptionError(
-                f"a set is called {self.name!r}: call it NAMESPACE:NAME, such as 'pile:counts'."
+                "its name is not NAMESPACE:NAME (a namespace of two letters or more), as in 'pile:counts'."
             )
         check_option("kind", self.kind, get_args(Kind))
         if not self.parts:

@@ -99,7 +99,8 @@ class Grid:
             tail = ("target",) if per_token and array.ndim > 2 else ()
             found[name] = (("sequence", *self.keys, *tail), self._spread(array))
         for name, array in baseline.items():
-            found[f"{name}_baseline"] = (("sequence", *(["target"] * per_token)), array)
+            tail = ("target",) if per_token and array.ndim > 1 else ()
+            found[f"{name}_baseline"] = (("sequence", *tail), array)
         self.check_names(found)
         return found
 

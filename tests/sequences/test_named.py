@@ -552,8 +552,8 @@ FIELDS = "{title: a, made_for: b, kind: texts, parts: {train: {}}, cite: c, home
         (f"mine:set: {FIELDS[:-1]}, colour: red}}", "unexpected keyword argument 'colour'"),
         (f"mine:set: {FIELDS.replace('texts', 'tezts')}", "kind='tezts' is not known.*'texts'"),
         (f"mine:set: {FIELDS.replace('{train: {}}', '{}')}", "it has no parts"),
-        (f"mine: {FIELDS}", "call it NAMESPACE:NAME"),
-        (f"m:set: {FIELDS}", "call it NAMESPACE:NAME"),
+        (f"mine: {FIELDS}", "its name is not NAMESPACE:NAME"),
+        (f"m:set: {FIELDS}", "its name is not NAMESPACE:NAME"),
     ],
 )
 def test_a_set_that_is_described_wrongly_is_refused(text: str, message: str) -> None:
