@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 import memlens as ml
 
@@ -66,3 +67,23 @@ def test_a_coordinate_is_not_called_like_a_dimension_of_every_result(
     seqs = ml.SequenceSet.from_tokens([[5, 6, 7]], 2)
     with pytest.raises(ml.errors.OptionError, match=f"have the coordinate '{name}'"):
         ml.sweep(tiny_model("gpt_neox"), seqs, [edit], progress=False)
+
+
+def test_a_hook_on_a_full_device_is_left_to_who_takes_smaller_portions(
+    tiny_model: Callable[..., Any],
+) -> None:
+    """As an error of the hook it would end the sweep, instead of halving its portions."""
+    asked: list[int] = []
+
+    def hungry(x: Any, hook: Any) -> Any:
+        asked.append(len(x))
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError
+        return 0 * x
+
+    edits = [ml.Intervention(f"edit {i}", [("blocks.0.hook_mlp_out", hungry)], {"layer": i}) for i in (0, 1)]
+    seqs = ml.SequenceSet.from_tokens([[5, 6, 7]], 2)
+    swept = ml.sweep(tiny_model("gpt_neox"), seqs, edits, progress=False, seed=0)
+    plain = ml.sweep(tiny_model("gpt_neox"), seqs, [EDIT], progress=False)
+    assert len(asked) > 2
+    assert (abs(swept["target_logprob"].values - plain["target_logprob"].values) < 1e-5).all()
