@@ -124,7 +124,6 @@ class Budget:
         bytes: What activations may take.
         batch_size: Sequences in a batch.
         stack_tokens: Positions (of all sequences and interventions) in one stacked forward.
-        chunk_tokens: Positions that run through a layer at a time.
         unembed_rows: Target positions unembedded at a time.
         reduced_rows: Target positions whose logits are reduced to metrics at a time.
     """
@@ -132,7 +131,6 @@ class Budget:
     bytes: int
     batch_size: int
     stack_tokens: int
-    chunk_tokens: int
     unembed_rows: int
     reduced_rows: int
 
@@ -147,4 +145,4 @@ class Budget:
         kept = item * width * trunk.d_model * 4 * trunk.n_layers
         size = batch_size or max(1, min(len(seqs), tokens // width, fitting(kept, total, most=64)))
         unembed = unembedding_rows(trunk.d_vocab, trunk.device, item, total)
-        return Budget(total, size, max(tokens, size * width), tokens, *unembed)
+        return Budget(total, size, max(tokens, size * width), *unembed)
