@@ -213,9 +213,11 @@ class FunctionalBlocks:
         else:
             q, kv = read.qkv(x).split([split, read.qkv.weight.shape[0] - split], dim=-1)
         del x
-        parts = zip(_parted(q, wanted), _parted(kv, sizes), stacks, strict=True)
-        z = [self._mixed(block, read, *own, stack.past, stack.queries).flatten(0, 1) for *own, stack in parts]
-        del q, kv, parts
+        z = [
+            self._mixed(block, read, queries, own, stack.past, stack.queries).flatten(0, 1)
+            for queries, own, stack in zip(_parted(q, wanted), _parted(kv, sizes), stacks, strict=True)
+        ]
+        del q, kv
         return _parted(self.add(layer, resid, block.o(torch.cat(z))).to(place), wanted)
 
     def run_all(self, resid: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
