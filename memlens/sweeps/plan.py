@@ -193,7 +193,7 @@ def plan_shape(
         memory
     """
     if on is None:
-        there, budget = torch.device("cuda"), memory_budget or budget_on(None)
+        there, budget = torch.device("cuda"), budget_on(None) if memory_budget is None else memory_budget
         return _planned(
             shape, there, sequences, interventions, budget, batch_size, carries=lambda: True
         )[0]  # fmt: skip
@@ -235,7 +235,7 @@ def _planned_on(
 ) -> Plan:
     """Plan for a device by the roofline."""
     device.rate(shape.itemsize)  # refuse before the counting
-    budget = memory_budget or budget_on(device, weights)
+    budget = budget_on(device, weights) if memory_budget is None else memory_budget
     found, count = _planned(
         shape, torch.device(device.kind), sequences, interventions, budget, batch_size, carries=carries
     )
