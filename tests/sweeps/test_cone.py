@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import memlens as ml
-from memlens.forward.blocks import FunctionalBlocks
+from memlens.forward.blocks import FunctionalBlocks, Stack
 from memlens.forward.exclusive import computation
 from memlens.forward.hooks import capturing, has_site, hook_name
 from memlens.forward.trunk import Trunk
@@ -47,6 +47,15 @@ def test_blocks_as_functions_are_the_models_blocks(tiny_model: Any, family: str,
         assert torch.allclose(blocks.run(layer, resid[layer][:, 9:], past), want[:, 9:], atol=1e-5)
         some = blocks.run(layer, resid[layer][:, 9:], past, asked)
         assert torch.allclose(some, want[torch.arange(3)[:, None], 9 + asked], atol=1e-5)
+        ends = [Stack(resid[layer]), Stack(resid[layer][:, 9:], past), Stack(resid[layer][1:2, :3])]
+        for got, first, rows in zip(
+            blocks.run_together(layer, ends), (0, 9, 0), (slice(3), slice(3), slice(1, 2)), strict=True
+        ):
+            assert torch.allclose(got, want[rows, first : first + got.shape[1]], atol=1e-5)
+        ends = [Stack(resid[layer][:, 9:], past, asked), Stack(resid[layer], None, asked + 1)]
+        late, early = blocks.run_together(layer, ends)
+        assert torch.allclose(late, some, atol=1e-5)
+        assert torch.allclose(early, want[torch.arange(3)[:, None], asked + 1], atol=1e-5)
     assert torch.allclose(blocks.unembed(want), trunk.unembed(want), atol=1e-5)
 
 

@@ -99,7 +99,7 @@ def _fast(
     own = {i for i, _ in carried}
     stacked = [x for x in items if x[0] not in own and x[1].start_layer is not None]
     if base.cone is not None:
-        for _, part in portions(carried, size, base.cone.stop, budget.stack_tokens):
+        for part in portions(carried, size, base.cone.stop, budget.stack_tokens):
             try:
                 yield part, _halving(lambda some: _from_starts(runner, base, some), part)
             except NotCarriedError:
@@ -164,36 +164,28 @@ Numbered = list[tuple[int, Intervention]]
 """Interventions with their place in the user's list."""
 
 
-_WORTHWHILE = 512
-"""A smaller stack uses the processor badly, so interventions at the next position join it."""
-
-
-def portions(items: Numbered, size: int, stop: int, tokens: int) -> Iterator[tuple[int, Numbered]]:
-    """Divide interventions into portions with similar first positions and at most `tokens` positions.
+def portions(items: Numbered, size: int, stop: int, tokens: int) -> Iterator[Numbered]:
+    """Divide interventions, by the layers that they enter, into portions of at most `tokens` positions.
 
     Args:
         items: Numbered interventions that each change one point.
         size: Sequences in the batch.
         stop: Positions up to this one are computed.
         tokens: The largest number of positions in a portion, over all its rows.
-
-    Yields:
-        The first position of a portion, and the portion.
     """
-
-    def key(x: tuple[int, Intervention]) -> tuple[int, int]:
-        return min(x[1].first_position, stop - 1), x[1].start_layer or 0
-
     part: Numbered = []
-    first = 0
-    for x in sorted(items, key=key):
-        here, load = key(x)[0], len(part) * size * (stop - first)
-        full = load + size * (stop - first) > tokens
-        if part and (full or (here > first and load >= _WORTHWHILE)):
-            yield first, part
-            part = []
-        if not part:
-            first = here
+    load = 0
+    for x in sorted(items, key=lambda x: (x[1].start_layer or 0, x[1].first_position)):
+        here = size * (stop - first_of(x[1], stop))
+        if part and load + here > tokens:
+            yield part
+            part, load = [], 0
         part.append(x)
+        load += here
     if part:
-        yield first, part
+        yield part
+
+
+def first_of(item: Intervention, stop: int) -> int:
+    """Return the first position that an intervention changes, as far as it is known before it runs."""
+    return min(item.first_position, stop - 1)
