@@ -47,8 +47,8 @@ def floor_seconds(model: Any, row: Row, clock: Clock) -> tuple[float, float]:
     """Return the time of the necessary operations at two measured rates.
 
     Returns:
-        At the rate of bare matrix products; and, in the blocks, at the rate at which the model's own forward does
-        the same operations on 32 sequences of 64 tokens, attention, norms and activations included.
+        At the rate of bare matrix products; and, in the blocks, at the rate at which the model's own forward
+        does the same operations on 32 sequences of 64 tokens, attention, norms and activations included.
     """
     cost = ml.plan(model, row.sequences, row.interventions(), calibrate=False)
     width, hidden = model.cfg.d_model, 4 * model.cfg.d_model

@@ -62,18 +62,30 @@ nb_execution_mode = "off"  # the tests run the notebooks; the pages show their s
 nb_merge_streams = True
 suppress_warnings = ["myst.domains"]
 
-EXTENDING = (
-    "memlens.registry",
-    "memlens.forward.metrics",
-    "memlens.models.families",
-    "memlens.report.bibliography",
-    "memlens.results.kinds",
-    "memlens.results.plots.selection",
-    "memlens.sequences.named",
-    "memlens.sequences.readers.registry",
-    "memlens.studies.registry",
-)
-"""Modules with what an extension needs beyond the public names (docs/how-to/extend.md)."""
+EXTENDING: dict[str, tuple[str, ...]] = {
+    "memlens.registry": (),
+    "memlens.figures": ("metric_text",),
+    "memlens.forward.capture": ("captured_at_targets",),
+    "memlens.forward.hooks": ("hook_name",),
+    "memlens.forward.metrics": (),
+    "memlens.models.families": (),
+    "memlens.models.provenance": ("describe",),
+    "memlens.options": ("options_class",),
+    "memlens.report.bibliography": (),
+    "memlens.report.model": ("FigureRequest", "Finding"),
+    "memlens.report.run_directory": ("RunDirectory",),
+    "memlens.results.kinds": (),
+    "memlens.results.plots.layers": ("plot_by_dimensions",),
+    "memlens.results.plots.selection": (),
+    "memlens.results.readings": ("read_effects",),
+    "memlens.results.statistics.estimates": ("Estimate",),
+    "memlens.sequences.named": (),
+    "memlens.sequences.readers.registry": (),
+    "memlens.studies.registry": (),
+    "memlens.studies.running": ("StudyDirectory", "StudyRun", "at_most"),
+}
+"""Modules with what an extension needs beyond the public names (docs/how-to/extend.md), and which of their
+names; none for all."""
 
 
 def public_names() -> str:
@@ -137,10 +149,10 @@ def write_api_pages() -> None:
         parts = [f"# ml.{space}" if space else "# ml", inspect.getdoc(module) or "", listed, tree]
         (out / f"{space or 'ml'}.md").write_text("\n\n".join(parts), encoding="utf-8")
     page = ["# Modules for extensions", "How they are used: [Extend memlens](../how-to/extend.md)."]
-    for name in EXTENDING:
+    for name, chosen in EXTENDING.items():
         module, known = importlib.import_module(name), {id(value) for value in homes}
         page.append(f"## {name}\n\n{inspect.getdoc(module) or ''}\n")
-        for each in public(module):
+        for each in chosen or public(module):
             value = getattr(module, each)
             if described(value) and id(value) not in known:
                 page.append(_directive(value, f"{name}.{each}"))

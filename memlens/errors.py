@@ -146,3 +146,16 @@ def check_option(name: str, value: object, known: Sequence[str]) -> None:
         raise OptionError(
             f"{name}={value!r} is not known: choose one of {', '.join(map(repr, known))}.{hint}"
         )
+
+
+def check_cites(of: str, cites: object) -> None:
+    """Raise `OptionError` unless `cites` are pairs of a reference's key and what it is cited for.
+
+    >>> check_cites("metric 'm'", (("carlini2023", "exact match"),))
+    """
+    pairs = [*cites] if isinstance(cites, tuple | list) else [cites]
+    for pair in pairs:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(p, str) for p in pair)):
+            raise OptionError(
+                f"{of} cites {pair!r}: give pairs, such as cites=(('carlini2023', 'exact match'),)."
+            )

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import logging
 import pkgutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from types import FrameType
 from typing import Generic, TypeVar
 
 from memlens.errors import OptionError, near_matches
@@ -22,6 +24,8 @@ PLUGINS = "memlens.plugins"
 
 _LOG = logging.getLogger(__name__)
 _loaded: list[Plugin] | None = None
+_added: list[tuple[str, str]] = []
+"""Everything that was registered: by which module, and what."""
 
 T = TypeVar("T")
 
@@ -31,6 +35,7 @@ class Registry(Generic[T]):
 
     Args:
         what: The word for them in errors, such as "kind".
+        of: Their class; None: any.
         modules: Modules of memlens that define some; of a package, all of its modules.
 
     Example:
@@ -41,20 +46,28 @@ class Registry(Generic[T]):
         (3, False, ['triangle'])
     """
 
-    def __init__(self, what: str, *, modules: Sequence[str] = ()) -> None:
-        self.what = what
+    def __init__(self, what: str, *, of: type[T] | None = None, modules: Sequence[str] = ()) -> None:
+        self.what, self._of = what, of
         self._modules = list(modules)
         self._items: dict[str, T] = {}
+        self._by: dict[str, str] = {}
 
     def add(self, name: str, value: T) -> T:
         """Register an object and return it.
 
         Raises:
-            OptionError: Another object of this name is registered.
+            OptionError: Another object of this name is registered, or it is not of the registry's class.
         """
+        if self._of is not None and not isinstance(value, self._of):
+            raise OptionError(
+                f"{self.what} {name!r} is {value!r}: register an object of the class {self._of.__name__}."
+            )
         if name in self._items and self._items[name] is not value:
-            raise OptionError(f"{self.what} {name!r} is registered already: choose another name.")
-        self._items[name] = value
+            raise OptionError(
+                f"{self.what} {name!r} is registered already by {self._by[name]}: choose another name."
+            )
+        self._items[name], self._by[name] = value, _registering()
+        _added.append((self._by[name], f"{self.what} {name}"))
         return value
 
     def __getitem__(self, name: str) -> T:
@@ -106,6 +119,17 @@ class Registry(Generic[T]):
         load_plugins()
 
 
+def _registering() -> str:
+    """Return the name of the module that registers something, or "memlens" for all of memlens' own."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if name.partition(".")[0] != "memlens":
+            return "memlens" if "importlib" in name else name
+        frame = frame.f_back
+    return "memlens"
+
+
 def _import_all(name: str) -> None:
     module = import_module(name)
     for found in pkgutil.walk_packages(getattr(module, "__path__", []), f"{name}."):
@@ -121,12 +145,14 @@ class Plugin:
         module: The module that is imported.
         package: The package that it belongs to, with its version.
         error: Why it cannot be imported; `""` if it can.
+        adds: What it registered.
     """
 
     name: str
     module: str
     package: str
     error: str = ""
+    adds: tuple[str, ...] = ()
 
 
 def named_plugins() -> list[Plugin]:
@@ -149,7 +175,10 @@ def load_plugins() -> tuple[Plugin, ...]:
 
 
 def _load(entry: EntryPoint) -> Plugin:
+    before = len(_added)
     try:
+        if entry.pattern.match(entry.value) is None:
+            raise OptionError(f"{entry.value!r} is not the name of a module")
         entry.load()
     except (Exception, SystemExit) as error:
         failed = _plugin(entry, f"{type(error).__name__}: {error}")
@@ -158,9 +187,12 @@ def _load(entry: EntryPoint) -> Plugin:
             failed.name, failed.module, failed.package, failed.error,
         )  # fmt: skip
         return failed
-    return _plugin(entry)
+    # a module that another one has imported registered its things then
+    own = [what for by, what in _added[:before] if f"{by}.".startswith(f"{entry.module}.")]
+    new = [what for by, what in _added[before:] if by != "memlens"]
+    return _plugin(entry, adds=tuple(dict.fromkeys([*own, *new])))
 
 
-def _plugin(entry: EntryPoint, error: str = "") -> Plugin:
+def _plugin(entry: EntryPoint, error: str = "", adds: tuple[str, ...] = ()) -> Plugin:
     package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else ""
-    return Plugin(entry.name, entry.value, package, error)
+    return Plugin(entry.name, entry.value, package, error, adds)

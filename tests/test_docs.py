@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import re
@@ -50,6 +51,34 @@ def test_a_page_links_only_to_pages_that_exist(page: Path) -> None:
     made = {(ROOT / "docs/tutorials" / path.name).resolve() for path in TUTORIALS}  # copied by docs/conf.py
     missing = [link for link in links if not (page.parent / link).exists()]
     assert [link for link in missing if (page.parent / link).resolve() not in made] == []
+
+
+def test_what_the_template_imports_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a public name, or among the modules for extensions; both are promised in docs/stability.md."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    names = importlib.import_module("names")
+    conf = ast.parse((ROOT / "docs" / "conf.py").read_text(encoding="utf-8"))
+    (shown,) = (
+        ast.literal_eval(node.value)
+        for node in conf.body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "EXTENDING" and node.value
+    )
+    known = {id(value) for value in names.pages()}
+    for module, chosen in shown.items():
+        found = importlib.import_module(module)
+        known |= {id(getattr(found, name)) for name in chosen or names.public(found)}
+    used = {
+        (node.module or "", alias.name)
+        for file in (ROOT / "examples" / "memlens-example").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("memlens.")
+        for alias in node.names
+    }
+    assert len(used) > 25
+    found = {(module, name): resolve_name(f"{module}:{name}") for module, name in used}
+    unknown = [key for key, value in found.items() if id(value) not in known]
+    assert [(module, name) for module, name in unknown if names.described(found[module, name])] == []
+    assert {module for module, _ in unknown} <= {*shown}  # constants and names of types
 
 
 def test_every_public_name_has_an_example(monkeypatch: pytest.MonkeyPatch) -> None:

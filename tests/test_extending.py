@@ -119,6 +119,8 @@ def test_names_are_known_and_an_instrument_gives_a_kind_with_figure_and_reading(
     whole, study = "\n".join(lines).split("Usage: memlens run COMMAND")
     assert "Extended by memlens-example 0.1.0" in whole
     assert "memlens_example.scaling.command" in whole
+    assert "localizer size of addition" in whole
+    assert "nothing" not in whole.split("Plugins")[1]
     assert "How much of its MLPs does a model need to recite?" in study.split("Usage: ")[0]
     assert "--factor" in study
     assert "size of addition" in study
@@ -127,21 +129,47 @@ def test_names_are_known_and_an_instrument_gives_a_kind_with_figure_and_reading(
 
 def test_a_study_runs_by_its_command(installed: Path, tmp_path: Path) -> None:
     command = ["run", "scaling", "--model", "zoo/pythia-xs", "--sequences", "zoo", "--factor", "0.25"]
-    command += ["--max-sequences", "3", "--out", "out"]
-    _run(["-m", "memlens", *command], installed, tmp_path)
+    command += ["--max-sequences", "3"]
+    done = _call(["-m", "memlens", *command, "--out", "out"], tmp_path, installed)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr
     assert (tmp_path / "out" / "report.html").is_file()
     assert (tmp_path / "out" / "scaling.nc").is_file()
+    (finding,) = json.loads((tmp_path / "out" / "run.json").read_text())["findings"]
+    assert finding["low"] <= finding["estimate"] <= finding["high"] < 0
+    planned = _run(["-m", "memlens", *command, "--plan", "--json"], installed, tmp_path)
+    assert "scaling" in {step["step"] for step in json.loads(planned)["steps"]}
 
 
+def test_the_tests_of_the_example_pass(installed: Path, tmp_path: Path) -> None:
+    tests = shutil.copytree(EXAMPLE / "tests", tmp_path / "tests")
+    passed = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull]
+    assert "1 passed" in _run([*passed, str(tests)], installed, tmp_path)
+
+
+REFERENCES = "from memlens.report.bibliography import Reference, register_reference"
 BROKEN = {
     "cannot_be_imported": "import no_such_package",
     "leaves": "raise SystemExit('this plugin leaves')",
-    "takes_a_name": "from memlens.forward.metrics import METRICS; METRICS.add('exact_match', lambda *_: 0)",
+    "takes_a_name": (
+        "from memlens.forward.metrics import METRICS\nMETRICS.add('exact_match', METRICS['margin'])"
+    ),
     "fails_on_sources": (
         "from memlens.sequences.readers.registry import register_source\n"
         "register_source('own', lambda source: source['own'])(lambda source, request: source)"
     ),
     "is_no_study": "from memlens.studies.registry import STUDIES; STUDIES.add('nothing', 'not a study')",
+    "has_an_option_of_every_study": (
+        "from memlens.options import options_class\n"
+        "from memlens.studies.registry import STUDIES, Study\n"
+        "@options_class\n"
+        "class Options:\n"
+        "    out: int = 1\n"
+        "STUDIES.add('clash', Study(run=print, options=Options, help='What?'))"
+    ),
+    "shares_a_name_1": f"{REFERENCES}; register_reference('k', Reference('A', 1, 'T'))",
+    "shares_a_name_2": f"{REFERENCES}; register_reference('k', Reference('B', 2, 'U'))",
+    "adds_nothing": "import memlens",
 }
 
 
@@ -151,7 +179,7 @@ def test_broken_plugins_are_named_and_stop_nothing(tmp_path: Path) -> None:
     about.mkdir(parents=True)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.2\n")
     entries = "".join(f"{name} = broken_{name}\n" for name in BROKEN)
-    (about / "entry_points.txt").write_text(f"[memlens.plugins]\n{entries}")
+    (about / "entry_points.txt").write_text(f"[memlens.plugins]\n{entries}names_no_module = not a module\n")
     for name, code in BROKEN.items():
         (about.parent / f"broken_{name}.py").write_text(code)
     read = "import memlens as ml; print(len(ml.load_sequences([[1, 2, 3]], prefix_len=1)))"
@@ -159,16 +187,26 @@ def test_broken_plugins_are_named_and_stop_nothing(tmp_path: Path) -> None:
     done = _call(["-c", code, "plugins --json", "run --help"], tmp_path, about.parent)
     assert done.returncode == 0, done.stderr
     listed, _, rest = done.stdout.partition("exit code 1\n")
-    errors = {plugin["name"]: plugin["error"] for plugin in json.loads(listed)}
+    plugins = json.loads(listed)
+    errors = {plugin["name"]: plugin["error"] for plugin in plugins}
+    adds = {plugin["name"]: plugin["adds"] for plugin in plugins}
     assert errors["cannot_be_imported"] == "ModuleNotFoundError: No module named 'no_such_package'"
     assert errors["leaves"] == "SystemExit: this plugin leaves"
-    assert "'exact_match' is registered already" in errors["takes_a_name"]
-    assert errors["fails_on_sources"] == errors["is_no_study"] == ""
+    assert "'exact_match' is registered already by memlens: choose another name" in errors["takes_a_name"]
+    assert "'k' is registered already by broken_shares_a_name_1" in errors["shares_a_name_2"]
+    assert errors["names_no_module"] == "OptionError: 'not a module' is not the name of a module"
+    assert "study 'nothing' is 'not a study': register an object of the class Study" in errors["is_no_study"]
+    assert (
+        errors["fails_on_sources"] == errors["has_an_option_of_every_study"] == errors["adds_nothing"] == ""
+    )
+    assert adds["fails_on_sources"] == ["source own"]
+    assert adds["shares_a_name_1"] == ["reference k"]
+    assert adds["adds_nothing"] == []
     assert "localize" in rest
     assert rest.endswith("\n1\n")
     for said in (
         "the plugin leaves (broken_leaves, of broken 1.2) cannot be imported",
-        "the study nothing has no command",
+        "the study clash has no command: ValueError: duplicate parameter name: 'out'",
         "the source 'own' cannot say what it reads",
     ):
         assert said in done.stderr

@@ -17,9 +17,11 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from jaxtyping import Float
+from torch import Tensor
 
-from memlens.errors import OptionError, ResultError
+from memlens.errors import MemlensError, OptionError, ResultError
 from memlens.forward.components import COMPONENT_KINDS, ComponentKind
 from memlens.forward.exclusive import computes
 from memlens.registry import Registry
@@ -107,7 +109,7 @@ class Localizer:
 
         Raises:
             OptionError: It does not rank components of this kind, or it needs a twin and was not `given` one.
-            ResultError: It gave scores of another shape, or NaN.
+            ResultError: It raised, or gave scores of another shape, or NaN.
         """
         if component not in self.components:
             raise OptionError(
@@ -117,19 +119,34 @@ class Localizer:
             raise OptionError(
                 f"{self.name} needs the model without the memory: use the localizer that given(twin) returns."
             )
-        found = np.asarray(
-            self.score(model, sequences, component=component, others=others, seed=seed), dtype=np.float64
-        )
-        expected = (len(sequences), *component_shape(model, component))
-        if found.shape != expected or not np.isfinite(found).all():
+        try:
+            given: Any = self.score(model, sequences, component=component, others=others, seed=seed)
+            if isinstance(given, Tensor):
+                given = given.detach().double().cpu()
+            found = np.asarray(given, dtype=np.float64)
+        except (MemlensError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
             raise ResultError(
-                f"the localizer {self.name} gave scores of shape {found.shape}, "
-                f"{int((~np.isfinite(found)).sum())} of them not finite: it must give {expected}."
+                f"the localizer {self.name!r} raised {type(error).__name__}: {error}"
+            ) from error
+        expected = (len(sequences), *component_shape(model, component))
+        if found.shape != expected:
+            raise ResultError(
+                f"the localizer {self.name!r} gave scores of shape {found.shape}: it must give {expected}, "
+                "(sequence, layer, index)."
+            )
+        if lost := int((~np.isfinite(found)).sum()):
+            raise ResultError(
+                f"the localizer {self.name!r} gave NaN or infinity as {lost} of {found.size} scores: it must "
+                "give a number for each."
             )
         return found
 
 
-LOCALIZERS: Registry[Localizer] = Registry("localizer", modules=["memlens.benchmark.localizers"])
+LOCALIZERS: Registry[Localizer] = Registry(
+    "localizer", of=Localizer, modules=["memlens.benchmark.localizers"]
+)
 
 
 def localizer(
@@ -145,7 +162,8 @@ def localizer(
     """Register a function as a localizer; see `Localizer` for the arguments.
 
     Raises:
-        OptionError: The name is taken, or a kind of component does not exist.
+        OptionError: The name is taken, a kind of component does not exist, or what is decorated cannot be
+            called.
 
     Example:
         >>> import numpy as np
@@ -156,11 +174,15 @@ def localizer(
         >>> decorate = ml.benchmark.localizer("later layers", components=("layer_mlp",), control=True)
         >>> _ = decorate(later)  # registers it  # doctest: +SKIP
     """
+    if isinstance(components, str):
+        raise OptionError(f"components={components!r}: give a list, such as ({components!r},).")
     for kind in components:
         if kind not in COMPONENT_KINDS:
             raise OptionError(f"component {kind!r}: choose from {', '.join(COMPONENT_KINDS)}.")
 
     def register(score: ScoreFunction) -> ScoreFunction:
+        if not callable(score):
+            raise OptionError(f"the localizer {name!r} is {score!r}: decorate a function.")
         LOCALIZERS.add(name, Localizer(name, tuple(components), score, cost, control, specific, cites, twin))
         return score
 

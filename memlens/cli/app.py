@@ -316,6 +316,7 @@ def plugins(*, as_json: Json = False) -> None:
     if as_json:
         print_json(records(found))
     elif len(found):
+        found["adds"] = found["adds"].map(lambda adds: ", ".join(adds) or "nothing")
         print_table(found.replace({"error": {"": "none"}}), "Plugins")
     else:
         OUT.print("no installed package extends memlens")

@@ -1,7 +1,6 @@
 // The explorer's figures in a notebook. anywidget gives a module two seconds to load, and delivers no message
 // to a widget whose module took longer. Plotly's script takes a slow browser longer than that, so it is no part
 // of this module but data of the widget; and what is drawn comes through models of ipywidgets, which always hear.
-const KINDS = ["lens", "effects", "attention"];
 const CONFIG = {
   displaylogo: false, displayModeBar: "hover", plotlyServerURL: "",
   modeBarButtonsToRemove: ["sendDataToCloud", "sendChartToCloud", "zoomIn2d", "zoomOut2d", "autoScale2d"],
@@ -26,12 +25,13 @@ function plotly(script) {
 }
 
 function render({ model, el }) {
+  const kinds = Object.keys(model.get("sources"));  // in the order in which they are shown
   el.classList.add("memlens-figures");
   const waiting = document.createElement("div");
   waiting.textContent = "The figures are being prepared …";
   el.append(waiting);
-  const places = Object.fromEntries(KINDS.map((kind) => [kind, document.createElement("div")]));
-  const stale = new Set(KINDS);
+  const places = Object.fromEntries(kinds.map((kind) => [kind, document.createElement("div")]));
+  const stale = new Set(kinds);
   let drawing = false, gone = false, width = 0, library = null;
   const sources = {};
 
@@ -53,7 +53,7 @@ function render({ model, el }) {
       library ??= await plotly(model.get("script"));
       waiting.remove();
       while (stale.size && !gone) {
-        const kind = KINDS.find((one) => stale.has(one));
+        const kind = kinds.find((one) => stale.has(one));
         stale.delete(kind);
         await draw(kind);
         await turn();
@@ -67,15 +67,15 @@ function render({ model, el }) {
     }
   }
 
-  const renew = Object.fromEntries(KINDS.map((kind) => [kind, () => { stale.add(kind); drawStale(); }]));
+  const renew = Object.fromEntries(kinds.map((kind) => [kind, () => { stale.add(kind); drawStale(); }]));
   const observer = new ResizeObserver(() => {
     if (el.clientWidth === width) { return; }
     width = el.clientWidth;
-    KINDS.forEach((kind) => stale.add(kind));
+    kinds.forEach((kind) => stale.add(kind));
     drawStale();
   });
   (async () => {
-    for (const kind of KINDS) {
+    for (const kind of kinds) {
       sources[kind] = await model.widget_manager.get_model(model.get("sources")[kind]);
       sources[kind].on("change:value", renew[kind]);
     }
@@ -84,7 +84,7 @@ function render({ model, el }) {
   return () => {
     gone = true;
     observer.disconnect();
-    KINDS.forEach((kind) => {
+    kinds.forEach((kind) => {
       sources[kind]?.off("change:value", renew[kind]);
       if (places[kind].parentElement) { library?.purge(places[kind]); }
     });

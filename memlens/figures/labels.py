@@ -45,7 +45,7 @@ class MetricText:
 
 
 _RUNS = "0 = corrupt, 1 = clean"
-_KNOWN: Registry[MetricText] = Registry("quantity", modules=["memlens.forward.metrics"])
+_KNOWN: Registry[MetricText] = Registry("metric", modules=["memlens.forward.metrics"])
 for _name, _text in {
     "memorization_score": MetricText("memorization score M", "share of tokens", 1),
     "restored_share": MetricText("recall restored", _RUNS, 1, whole=1.0),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,19 @@ from memlens.forward.trunk import Trunk, module_of
 
 KeysValues = tuple[Float[Tensor, "row kv_head pos d_head"], Float[Tensor, "row kv_head pos d_head"]]
 """Keys (rotated) and values of one layer."""
+
+
+class Stack(NamedTuple):
+    """What a block reads of some rows; see `FunctionalBlocks.run`."""
+
+    resid: Float[Tensor, "row pos d_model"]
+    past: KeysValues | None = None
+    queries: Int[Tensor, "row query"] | None = None
+
+    def to(self, device: torch.device) -> Stack:
+        """Return the same on a device."""
+        past = None if self.past is None else (self.past[0].to(device), self.past[1].to(device))
+        return Stack(self.resid.to(device), past, None if self.queries is None else self.queries.to(device))
 
 
 class Trace(dict[str, Tensor]):
@@ -50,6 +63,9 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-6, torch.bfloat16: 3e-2, to
 
 _KEPT_BYTES = 2**27
 """The largest size of the maps to queries, keys and values that are kept, rather than made at each use."""
+
+_AT_ONCE = 16
+"""Numbers that a processor's fused attention takes at a time."""
 
 _LIBRARIES = ("transformer_lens.", "transformers.", "memlens.")
 """Libraries whose own hooks change nothing that functional blocks do not reproduce."""
@@ -161,12 +177,8 @@ class FunctionalBlocks:
             trace: Filled with copies of intermediate results.
             bypass: Attention mixes nothing: each position keeps its own values.
         """
-        norm, home = self.blocks[layer].attn_norm, self._home(layer)
-        x = resid.to(home)
-        if past is not None:
-            past = past[0].to(home), past[1].to(home)
-        if queries is not None:
-            queries = queries.to(home)
+        norm = self.blocks[layer].attn_norm
+        x, past, queries = Stack(resid, past, queries).to(self._home(layer))
         attn = self.attention(
             layer, x if norm is None else norm(x), past, queries, trace=trace, bypass=bypass
         )
@@ -174,6 +186,42 @@ class FunctionalBlocks:
         if trace is not None:
             trace |= {name: value.to(resid.device) for name, value in trace.items()}
         return out.to(resid.device)
+
+    def run_together(self, layer: int, stacks: Sequence[Stack]) -> list[Float[Tensor, "row query d_model"]]:
+        """Return a block's outputs for stacks of any lengths; each matrix product takes all their positions.
+
+        Args:
+            layer: The block.
+            stacks: What `run` takes for each. Either all or none have queries.
+        """
+        if len(stacks) == 1:
+            return [self.run(layer, *stacks[0])]
+        block, read, home = self.blocks[layer], self._read(layer), self._home(layer)
+        place, split = stacks[0].resid.device, self.n_heads * self.d_head
+        stacks = [stack.to(home) for stack in stacks]
+        asked = [stack.queries for stack in stacks if stack.queries is not None]
+        sizes = [stack.resid.shape[:2] for stack in stacks]
+        wanted = [at.shape for at in asked] or sizes
+
+        def at_queries(x: Tensor) -> Tensor:
+            parts = zip(_parted(x, sizes), asked, strict=True)
+            return torch.cat([at_positions(*part).flatten(0, 1) for part in parts])
+
+        resid = torch.cat([stack.resid.flatten(0, 1) for stack in stacks])
+        x = resid if block.attn_norm is None else block.attn_norm(resid)
+        if asked:
+            kv = read.qkv.rows(slice(split, None))(x)
+            q = read.qkv.rows(slice(0, split))(at_queries(x))
+            resid = at_queries(resid)
+        else:
+            q, kv = read.qkv(x).split([split, read.qkv.weight.shape[0] - split], dim=-1)
+        del x
+        z = [
+            self._mixed(block, read, queries, own, stack.past, stack.queries).flatten(0, 1)
+            for queries, own, stack in zip(_parted(q, wanted), _parted(kv, sizes), stacks, strict=True)
+        ]
+        del q, kv
+        return _parted(self.add(layer, resid, block.o(torch.cat(z))).to(place), wanted)
 
     def run_all(self, resid: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
         """Return the output of the last block from the input of the first."""
@@ -196,32 +244,49 @@ class FunctionalBlocks:
         All of them are on the block's device, and so is the output.
         """
         block, read = self.blocks[layer], self._read(layer)
-        first = 0 if past is None else past[0].shape[2]
-        here = slice(first, first + x.shape[1])
         split, qkv = self.n_heads * self.d_head, read.qkv
-        asked: slice | Tensor
         if queries is None:
             q, kv = qkv(x).split([split, qkv.weight.shape[0] - split], dim=-1)
-            visible, asked = block.around.visible[here, : here.stop], here
         else:
             kv = qkv.rows(slice(split, None))(x)
             q = qkv.rows(slice(0, split))(at_positions(x, queries))
-            asked = queries + first
-            visible = block.around.visible[:, : here.stop][asked][:, None]
         _keep(trace, attn_in=x)
         del qkv, x  # free before attention and the MLP take their memory
+        return block.o(self._mixed(block, read, q, kv, past, queries, trace=trace, bypass=bypass))
+
+    def _mixed(
+        self,
+        block: BlockWeights,
+        read: _Attention,
+        q: Float[Tensor, "row query n"],
+        kv: Float[Tensor, "row pos m"],
+        past: KeysValues | None,
+        queries: Int[Tensor, "row query"] | None,
+        *,
+        trace: Trace | None = None,
+        bypass: bool = False,
+    ) -> Float[Tensor, "row query n"]:
+        """Return the heads' mixed values, side by side, from projected queries, keys and values."""
+        first = 0 if past is None else past[0].shape[2]
+        here = slice(first, first + kv.shape[1])
+        asked: slice | Tensor
+        if queries is None:
+            visible, asked = block.around.visible[here, : here.stop], here
+        else:
+            asked = queries + first
+            visible = block.around.visible[:, : here.stop][asked][:, None]
         k, v = self._keys_values(block, read, kv, here)
         q = self._shaped(block, q, read.q_norm, self.n_heads, (read.turn, asked))
         _keep(trace, q=q, k=k, v=v)
-        del kv, read
+        del kv
         if bypass:
-            own = v.repeat_interleave(self.n_heads // self.n_kv, 1)
-            return block.o(own.transpose(1, 2).flatten(-2))
-        if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        z = self._attend(block, q, k, v, visible)
+            return v.repeat_interleave(self.n_heads // self.n_kv, 1).transpose(1, 2).flatten(-2)
+        more = _filled_up(here.stop) - here.stop if v.device.type == "cpu" else 0
+        before = (None, None) if past is None else past
+        k, v = (_between(old, new, more) for old, new in zip(before, (k, v), strict=True))
+        z = self._attend(block, q, k, v, F.pad(visible, (0, more)) if more else visible)
         _keep(trace, z=z)
-        return block.o(z)
+        return z
 
     def add(
         self,
@@ -394,6 +459,33 @@ class _Attention:
         weight = qkv.weight.T[:, order].T if qkv.weight.stride(0) == 1 else qkv.weight[order]
         qkv = Linear(weight, None if qkv.bias is None else qkv.bias[order])
         return _Attention(qkv, ordered(q_norm), ordered(k_norm), turn)
+
+
+def _filled_up(keys: int) -> int:
+    """Return how many keys attention on a CPU takes least time for: the next multiple of 16 where it is near.
+
+    Its fused kernel works on sixteen at a time, and on what remains one by one.
+    """
+    rest = keys % _AT_ONCE
+    return keys + _AT_ONCE - rest if rest > _AT_ONCE // 2 else keys
+
+
+def _between(
+    before: Float[Tensor, "row head first d_head"] | None,
+    own: Float[Tensor, "row head pos d_head"],
+    more: int,
+) -> Float[Tensor, "row head key d_head"]:
+    """Return keys or values after those of earlier positions, followed by so many zeros."""
+    zeros = own.new_zeros(()).expand(*own.shape[:2], more, own.shape[3])
+    parts = [part for part in (before, own, zeros) if part is not None and part.shape[2]]
+    return own if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _parted(x: Float[Tensor, "all n"], sizes: Sequence[Sequence[int]]) -> list[Float[Tensor, "row pos n"]]:
+    """Divide what lies one after another into stacks of these rows and positions."""
+    return [
+        part.unflatten(0, tuple(n)) for part, n in zip(x.split([a * b for a, b in sizes]), sizes, strict=True)
+    ]
 
 
 def _keep(trace: Trace | None, **values: Tensor) -> None:

@@ -29,6 +29,19 @@ def default_budget(device: torch.device) -> int:
     return _CPU_BYTES
 
 
+def budget_bytes(memory_budget: int | None, device: torch.device) -> int:
+    """Return the bytes that activations may take: those that were given, or else `default_budget`.
+
+    Raises:
+        OptionError: Less than one byte was given.
+    """
+    if memory_budget is None:
+        return default_budget(device)
+    if memory_budget < 1:
+        raise OptionError(f"memory_budget={memory_budget} bytes hold nothing: give more, or None")
+    return memory_budget
+
+
 def budget_of_free(free: float) -> int:
     """Return the bytes that activations may take of a GPU's free memory: 40 %, and at least one."""
     return max(1, int(free * _FREE_SHARE))
@@ -110,7 +123,7 @@ def unembedding_rows(
         total: The memory budget in bytes; `default_budget` by default.
     """
     cpu = device.type == "cpu"
-    cost, total = logits_bytes(d_vocab, itemsize), total or default_budget(device)
+    cost, total = logits_bytes(d_vocab, itemsize), budget_bytes(total, device)
     unembedded = fitting(cost, total, share=0.15, most=_CPU_UNEMBEDDED if cpu else None)
     reduced = max(_CPU_REDUCED, _CPU_REDUCED_LOGITS // d_vocab) if cpu else unembedded
     return unembedded, min(unembedded, reduced)
@@ -124,7 +137,6 @@ class Budget:
         bytes: What activations may take.
         batch_size: Sequences in a batch.
         stack_tokens: Positions (of all sequences and interventions) in one stacked forward.
-        chunk_tokens: Positions that run through a layer at a time.
         unembed_rows: Target positions unembedded at a time.
         reduced_rows: Target positions whose logits are reduced to metrics at a time.
     """
@@ -132,7 +144,6 @@ class Budget:
     bytes: int
     batch_size: int
     stack_tokens: int
-    chunk_tokens: int
     unembed_rows: int
     reduced_rows: int
 
@@ -140,11 +151,11 @@ class Budget:
     def of(trunk: Trunk, seqs: SequenceSet, memory_budget: int | None, batch_size: int | None) -> Budget:
         """Divide a memory budget (bytes); by default 1 GiB, or 40 % of a GPU's free memory."""
         check_batch_size(batch_size)
-        total = memory_budget or default_budget(trunk.device)
+        total = budget_bytes(memory_budget, trunk.device)
         width, item = int(seqs.lengths.max()), trunk.dtype.itemsize
         positions = _CPU_POSITIONS if trunk.device.type == "cpu" else None
         tokens = fitting(position_bytes(trunk, width), total, share=0.6, most=positions)
         kept = item * width * trunk.d_model * 4 * trunk.n_layers
         size = batch_size or max(1, min(len(seqs), tokens // width, fitting(kept, total, most=64)))
         unembed = unembedding_rows(trunk.d_vocab, trunk.device, item, total)
-        return Budget(total, size, max(tokens, size * width), tokens, *unembed)
+        return Budget(total, size, max(tokens, size * width), *unembed)

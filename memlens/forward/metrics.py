@@ -19,9 +19,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from memlens.errors import OptionError, check_option
+from memlens.errors import MemlensError, OptionError, check_cites, check_option
 from memlens.figures.labels import describe_quantity
 from memlens.registry import Registry
+from memlens.results.result import COMPANIONS
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,8 @@ class Metric:
         reduce: From those values and the mask to `[seq]`.
 
     Raises:
-        OptionError: Neither or both forms of the computation are given, or an unknown direction.
+        OptionError: Neither or both forms of the computation are given, one that cannot be called, an unknown
+            direction, or `cites` that are no pairs.
 
     Example:
         >>> def surprise(logits, ids, mask):
@@ -231,6 +233,10 @@ class Metric:
         name = self.name or getattr(self.fn, "__name__", type(self.fn).__name__)
         if (self.per_target is None) != (self.reduce is None) or (self.fn is None) == (self.reduce is None):
             raise OptionError(f"metric {name!r}: give a function, or per_target= together with reduce=.")
+        for part in (self.fn, self.per_target, self.reduce):
+            if part is not None and not callable(part):
+                raise OptionError(f"metric {name!r} holds {part!r}, which is not a function.")
+        check_cites(f"metric {name!r}", self.cites)
         if self.better is not None:
             check_option("better", self.better, get_args(Direction))
         object.__setattr__(self, "name", name)
@@ -240,15 +246,31 @@ class Metric:
         """Return the value of each sequence.
 
         Raises:
-            OptionError: The function does not return one number per sequence.
+            OptionError: The function raises, changes what it is given, or does not return one number per
+                sequence.
         """
-        value = self.fn(logits, ids, mask) if self.fn else self.of(LazyTargetStats(logits, ids, mask))
+        if self.fn is None:
+            return self.of(LazyTargetStats(logits, ids, mask))
+        given = {"logits": logits, "ids": ids, "mask": mask}
+        before = [_version(tensor) for tensor in given.values()]
+        try:
+            value = self.fn(*given.values())
+        except (MemlensError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise OptionError(f"metric {self.name!r} raised {type(error).__name__}: {error}") from error
         if not isinstance(value, Tensor) or value.shape != (len(logits),):
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise OptionError(
                 f"metric {self.name!r} returned {shape}: it must return a tensor of shape ({len(logits)},), "
                 "one number per sequence."
             )
+        for (name, tensor), version in zip(given.items(), before, strict=True):
+            if _version(tensor) != version:
+                raise OptionError(
+                    f"metric {self.name!r} changes its {name} in place, which other metrics read too: let it "
+                    f"change a copy, {name}.clone()."
+                )
         return value
 
     def of(self, stats: Stats, *, per_token: bool = False) -> Tensor:
@@ -276,7 +298,12 @@ class Metric:
         )
 
 
-METRICS: Registry[Metric] = Registry("metric")
+def _version(tensor: Tensor) -> int:
+    """Return what counts the changes in place of a tensor; tensors of inference mode are not counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+METRICS: Registry[Metric] = Registry("metric", of=Metric)
 """The metrics by name: those of memlens and of installed plugins."""
 
 
@@ -284,8 +311,10 @@ def register_metric(metric: Metric) -> Metric:
     """Make a metric known by its name, and return it.
 
     Raises:
-        OptionError: Another metric has this name.
+        OptionError: Another metric has this name, or it is a function that no `Metric` describes.
     """
+    if not isinstance(metric, Metric):
+        raise OptionError(f"{metric!r} is not a Metric: register Metric(fn, unit=..., better=...).")
     describe_quantity(metric.name, metric.attrs)
     return METRICS.add(metric.name, metric)
 
@@ -415,8 +444,9 @@ def as_metrics(metrics: Sequence[MetricLike]) -> list[Metric]:
         )
     found = [as_metric(metric) for metric in metrics]
     names = [metric.name for metric in found]
-    if len(set(names)) < len(names):
-        raise OptionError(f"metrics={names!r}: two metrics have the same name; rename one.")
+    companions = {f"{name}{tail}" for name in names for tail in COMPANIONS}
+    if len(set(names)) < len(names) or not companions.isdisjoint(names):
+        raise OptionError(f"metrics={names!r}: two metrics have the same name in a result; rename one.")
     return found
 
 

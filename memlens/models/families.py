@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from memlens.errors import OptionError
 from memlens.models import hooked_forms
 from memlens.models.hooked_forms import HookedForm
 from memlens.registry import Registry
@@ -101,6 +102,9 @@ class Family:
         post_norm: Whether a norm stands between a sublayer and the residual stream.
         hooked: How `HookedTransformer` (TransformerLens 3.x) runs it; None where it does not.
         by_name: Whether the architecture is shared with other families, so that only a name tells this one.
+
+    Raises:
+        OptionError: One of the models is no `ModelEntry`.
     """
 
     name: str
@@ -115,8 +119,15 @@ class Family:
     hooked: HookedForm | None = None
     by_name: bool = False
 
+    def __post_init__(self) -> None:
+        for model in self.models:
+            if not isinstance(model, ModelEntry):
+                raise OptionError(
+                    f"the family {self.name!r} has {model!r} as a model: give a ModelEntry(name, size)."
+                )
 
-FAMILIES: Registry[Family] = Registry("family of models")
+
+FAMILIES: Registry[Family] = Registry("family of models", of=Family)
 """The families by name."""
 
 

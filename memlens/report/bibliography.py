@@ -47,7 +47,7 @@ def _reference(entry: dict[str, Any]) -> Reference:
 
 
 _FILE = resources.files("memlens.report").joinpath("references.yaml")
-REFERENCES: Registry[Reference] = Registry("reference")
+REFERENCES: Registry[Reference] = Registry("reference", of=Reference)
 """The publications that memlens (`references.yaml`) and its plugins cite, by key."""
 for _key, _entry in yaml.safe_load(_FILE.read_text(encoding="utf-8")).items():
     REFERENCES.add(_key, _reference(_entry))

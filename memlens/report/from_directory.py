@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from pydantic import BaseModel
 
-from memlens.errors import FileFormatError, OptionError, ResultError
+from memlens.errors import FileFormatError, MemlensError, OptionError, ResultError
 from memlens.files import expanded, parsed_json, parsing, read_json
 from memlens.report.bibliography import Citation, bibliography, citations_of
 from memlens.report.model import (
@@ -29,6 +29,7 @@ from memlens.report.model import (
 from memlens.report.render import versions_here, write_report
 from memlens.report.summary import Summary
 from memlens.results.kinds import reading
+from memlens.results.result import Result
 from memlens.results.storage import load_result
 from memlens.sequences.parquet import read_table
 
@@ -53,13 +54,14 @@ def report_from_directory(path: str | Path, to: str | Path | None = None) -> Pat
         The path of the report.
 
     Raises:
-        ResultError: The folder does not exist, holds nothing to show, or its `run.json` is damaged.
+        ResultError: The folder does not exist, holds neither a finished run nor anything to show, or its
+            `run.json` is damaged.
     """
     path = expanded(path)
     if not path.is_dir():
         raise ResultError(f"{path} is not a folder: give the folder that a run wrote.")
     run = _with_loose_files(read_run(path), path)
-    if not any(run[part] for part in ("results", "tables", "findings", "explorers")):
+    if not run["finished"] and not any(run[part] for part in ("results", "tables", "findings", "explorers")):
         raise ResultError(f"{path} holds no results, tables or findings: give the folder that a run wrote.")
     warnings = [f"The step {entry['step']!r} failed: {entry['message']}" for entry in run["failures"]]
     if not run["finished"]:
@@ -216,16 +218,32 @@ def _drawn(
         for request in entry["figures"] or [asdict(FigureRequest())]:
             options, words = request["options"], request["reading"]
             if words is None:
-                chosen = {key: options[key] for key in ("metric", "sequence", "stream") if key in options}
-                words = reading(result, **chosen)
-                if group := options.get("group"):
-                    words += " The groups" if group == "group" else f" The values of {group}"
-                    words += " are drawn apart."
+                words = _read(entry["name"], result, options, warnings)
             figures.append(FigureBlock(result.plot(**options), words, request["caption"]))
     except Exception as error:  # one result that cannot be shown must not cost the others
-        _LOG.warning("the result %s cannot be shown: %s", entry["name"], error)
-        warnings.append(f"The result {entry['name']!r} cannot be shown: {error}")
+        _warn(f"the result {entry['name']!r} cannot be shown", error, warnings)
     return figures
+
+
+def _read(name: str, result: Result, options: Mapping[str, Any], warnings: list[str]) -> str:
+    """Return the reading of a result's figure; one that fails must not cost the figure."""
+    chosen = {key: options[key] for key in ("metric", "sequence", "stream") if key in options}
+    try:
+        words = reading(result, **chosen)
+    except Exception as error:
+        _warn(f"the result {name!r} has no reading", error, warnings)
+        return ""
+    group = options.get("group")
+    drawn = "The groups" if group == "group" else f"The values of {group}"
+    return f"{words} {drawn} are drawn apart." if group else words
+
+
+def _warn(what: str, error: Exception, warnings: list[str]) -> None:
+    """Note what is missing in the report, and where in the code that comes from in the log."""
+    expected = isinstance(error, MemlensError)
+    said = str(error) if expected else f"{type(error).__name__}: {error}"
+    _LOG.warning("%s: %s", what, said, exc_info=None if expected else error)
+    warnings.append(f"{what[0].upper()}{what[1:]}: {said}")
 
 
 def _table(file: Path, entry: Mapping[str, Any]) -> TableBlock:

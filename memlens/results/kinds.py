@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from memlens.errors import MemlensError, OptionError, check_option
+from memlens.errors import MemlensError, OptionError, ResultError, check_cites, check_option
 from memlens.registry import Registry
 from memlens.results.groups import join_groups
 from memlens.results.plots.layers import plot_by_dimensions
@@ -28,7 +28,7 @@ class Kind:
         cites: Pairs of a key of the bibliography and what it is cited for; empty where the kind is ours.
 
     Raises:
-        OptionError: The name is empty, or `plot` or `reading` cannot be called.
+        OptionError: The name is empty, `plot` or `reading` cannot be called, or `cites` are no pairs.
     """
 
     name: str
@@ -42,10 +42,12 @@ class Kind:
         for part in ("plot", "reading"):
             if not callable(getattr(self, part)):
                 raise OptionError(f"the kind {self.name!r} needs a function as its {part}: give {part}=...")
+        check_cites(f"the kind {self.name!r}", self.cites)
 
 
 KINDS = Registry[Kind](
     "kind of result",
+    of=Kind,
     modules=[
         "memlens.results.statistics.tradeoff", "memlens.sweeps.run", "memlens.recall",
         "memlens.instruments", "memlens.studies",
@@ -80,6 +82,7 @@ def plot_result(result: Result, metric: str | None = None, **options: Any) -> go
     Raises:
         OptionError: An option that this kind of figure does not have.
         SiteError: A sequence or stream that the result does not have.
+        ResultError: The plot function of the kind returned no figure.
     """
     plot: Any = KINDS[result.kind].plot if result.kind in KINDS else plot_by_dimensions
     if getattr(plot, "chooses", False):
@@ -90,7 +93,13 @@ def plot_result(result: Result, metric: str | None = None, **options: Any) -> go
         check_option("plot option", name, sorted({*defaults, *own, *ALWAYS}))
     shared = {name: value for name, value in options.items() if name not in own}
     rest = {name: value for name, value in options.items() if name in own}
-    return plot(result, Selection(metric, **{**defaults, **shared}), **rest)
+    figure = plot(result, Selection(metric, **{**defaults, **shared}), **rest)
+    if not isinstance(figure, go.Figure):
+        raise ResultError(
+            f"the plot function of the kind {result.kind!r} returned {type(figure).__name__}: it must return "
+            "a plotly Figure."
+        )
+    return figure
 
 
 def overlay(results: Mapping[str, Result], metric: str | None = None, **options: Any) -> go.Figure:
@@ -138,6 +147,9 @@ def reading(
     Returns:
         Plain text; empty for an unknown kind, or for a result without the values that its reading needs.
 
+    Raises:
+        ResultError: The kind's own reading is not a text.
+
     Example:
         >>> import xarray as xr
         >>> data = xr.Dataset({"exact_match": ("sequence", [1.0, 1.0, 0.0, 1.0])})
@@ -152,6 +164,11 @@ def reading(
             result = Result(result.data.isel(sequence=ids == str(sequence)))
         if "stream" in result.data.dims:
             result = Result(result.data.sel(stream=stream))
-        return KINDS[result.kind].reading(result, metric)
+        said = KINDS[result.kind].reading(result, metric)
     except (MemlensError, KeyError, ValueError, StopIteration):
         return ""
+    if not isinstance(said, str):
+        raise ResultError(
+            f"the reading of the kind {result.kind!r} returned {said!r}: it must return a text."
+        )
+    return said

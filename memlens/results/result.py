@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 _REFERENCES = ("_baseline", "_corrupt")
-_COMPANIONS = (*_REFERENCES, "_clean")
+COMPANIONS = (*_REFERENCES, "_clean")
+"""Ends of the names of what a result holds beside a metric: its values in other runs."""
 
 
 _MOST_LABELS = 12
@@ -119,7 +120,7 @@ class Result:
         return [name for name in names if not self._is_companion(name)]
 
     def _is_companion(self, name: str) -> bool:
-        return any(name.endswith(tail) and name.removesuffix(tail) in self.data for tail in _COMPANIONS)
+        return any(name.endswith(tail) and name.removesuffix(tail) in self.data for tail in COMPANIONS)
 
     def __getitem__(self, name: str) -> xr.DataArray:
         """Return one variable or coordinate by name."""

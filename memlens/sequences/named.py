@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import yaml
 
-from memlens.errors import SourceNotFoundError, near_matches
+from memlens.errors import OptionError, SourceNotFoundError, check_option, near_matches
 from memlens.files import expanded
 from memlens.registry import Registry
 
@@ -52,6 +52,9 @@ class Part:
     md5: str = ""
 
 
+_NAME = re.compile(r"(?P<name>[a-z][a-z0-9]+:[\w.-]+)(?:/(?P<part>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
+
+
 @dataclass(frozen=True)
 class NamedSet:
     """A public set of sequences. What is not known is empty.
@@ -83,6 +86,9 @@ class NamedSet:
         whole: The column of prompt and continuation together, instead of `continuation`.
         template: The template of identifiers.
         copies: The column, or the entry of the column `meta`, that counts insertions into the training data.
+
+    Raises:
+        OptionError: The name is not `"namespace:name"`, the kind is unknown, or there are no parts.
     """
 
     name: str
@@ -112,6 +118,16 @@ class NamedSet:
     template: str = ""
     copies: str = ""
 
+    def __post_init__(self) -> None:
+        found = _NAME.fullmatch(self.name)
+        if found is None or found["name"] != self.name:
+            raise OptionError(
+                "its name is not NAMESPACE:NAME (a namespace of two letters or more), as in 'pile:counts'."
+            )
+        check_option("kind", self.kind, get_args(Kind))
+        if not self.parts:
+            raise OptionError("it has no parts: name one at least, such as `parts: {train: {}}`.")
+
     @property
     def checksum(self) -> str:
         """What is known beforehand about the content: `"md5"`, `"revision"`, or `""`."""
@@ -136,7 +152,8 @@ class Chosen:
         return [name.format(part=self.part.name) for name in self.part.files or self.entry.files]
 
 
-def _part(name: str, facts: dict[str, Any]) -> Part:
+def _part(name: str, facts: dict[str, Any] | None) -> Part:
+    facts = facts or {}
     return Part(name, **{**facts, "files": tuple(facts.get("files", ()))})
 
 
@@ -147,7 +164,7 @@ def _named_set(name: str, facts: dict[str, Any]) -> NamedSet:
 
 
 _FILE = resources.files("memlens.sequences").joinpath("named.yaml")
-NAMED_SETS: Registry[NamedSet] = Registry("set of sequences")
+NAMED_SETS: Registry[NamedSet] = Registry("set of sequences", of=NamedSet)
 """The sets of memlens (`named.yaml`) and its plugins, by name."""
 
 
@@ -158,15 +175,25 @@ def register_named_sets(text: str) -> None:
         text: A mapping of names to the fields of `NamedSet`; `parts` maps names to the fields of `Part`.
 
     Raises:
-        OptionError: A set of this name is registered already.
+        OptionError: The text is not such YAML, a field is missing or unknown, or a set of this name is
+            registered already.
     """
-    for name, facts in yaml.safe_load(text).items():
-        NAMED_SETS.add(name, _named_set(name, facts))
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise OptionError(f"the sets are not described in YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise OptionError("the sets are not described: give YAML with the fields of each by its name.")
+    for name, facts in found.items():
+        try:
+            made = _named_set(name, facts)
+        except (TypeError, KeyError, AttributeError, OptionError) as error:
+            said = f"the field {error} is missing" if isinstance(error, KeyError) else error
+            raise OptionError(f"the set {name!r} cannot be registered: {said}") from error
+        NAMED_SETS.add(name, made)
 
 
 register_named_sets(_FILE.read_text(encoding="utf-8"))
-
-_NAME = re.compile(r"(?P<name>[a-z][a-z0-9]+:[\w.-]+)(?:/(?P<part>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
 
 
 def is_named(source: object) -> bool:

@@ -3,7 +3,8 @@
 Two things have the same fingerprint if their contents are equal: weights, token ids, a hook function's code
 with everything it closes over and names, numbers; of a `SequenceSet` its ids, mask and prefix lengths. For an
 object that keeps caches, ``__getstate__`` says what counts; a function that only watches another one names it
-in its attribute ``stands_for``. What an installed package defines counts by its name and is not followed.
+in its attribute ``stands_for``. What an installed package defines counts by its name and is not followed, but
+for packages that extend memlens: their code changes while they are written.
 
 The bytes of tensors are hashed by xxh3-128, which runs at the speed of memory (14 GB/s on one core, against
 0.7 GB/s for BLAKE2b and 0.5 GB/s for a checksum in torch); everything else, and the combination, by BLAKE2b.
@@ -31,11 +32,14 @@ from torch.nn.modules import module as every_module
 from memlens.errors import FingerprintError
 from memlens.forward.trunk import Trunk
 from memlens.models.provenance import describe
+from memlens.registry import named_plugins
 from memlens.sequences.set import SequenceSet
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _BY_REPR = (torch.dtype, torch.device, np.dtype, np.generic, np.ufunc, PurePath, range, slice, type(...))
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+_FOLDERS = {"site-packages", "dist-packages"}
+"""Where packages are installed: this environment's folders, and those that it shares with others."""
 _ABOUT = ("architecture", "backend", "dtype", "processed_weights", "transformer_lens")
 _CHUNK = 2**24
 _CALLABLE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
@@ -73,7 +77,7 @@ def fingerprint(value: Any, model: Any = None) -> str:
         >>> fingerprint(halve) == fingerprint(halve), fingerprint(halve) == fingerprint(by_three)
         (True, False)
     """
-    return _Digest(model).of(value).hex()
+    return _Digest(model).whole(value)
 
 
 @torch.no_grad()
@@ -92,7 +96,7 @@ def model_fingerprint(model: nn.Module) -> str:
     Raises:
         FingerprintError: A hook or a replaced ``forward`` holds something that cannot be read.
     """
-    return _Digest(model).of(_model_facts(model)).hex()
+    return _Digest(model).whole(_model_facts(model))
 
 
 def _model_facts(model: Any) -> list[Any]:
@@ -188,6 +192,15 @@ class _Digest:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.known: dict[int, tuple[Any, bytes]] = {}
+
+    def whole(self, value: Any) -> str:
+        try:
+            return self.of(value).hex()
+        except RecursionError:
+            raise FingerprintError(
+                "a hook, metric or option holds or names values that are nested too deeply to be read: leave "
+                "them out, or run without a folder (out=None)."
+            ) from None
 
     def of(self, value: Any) -> bytes:
         while isinstance(value, types.FunctionType) and hasattr(value, "stands_for"):
@@ -303,12 +316,20 @@ def _root(module: str | None) -> str:
 
 @functools.cache
 def _is_installed(module: str) -> bool:
-    """Whether a module, given by its name, belongs to memlens, to Python or to an installed package."""
+    """Whether a module, given by its name, is memlens', Python's or that of a package that is no plugin."""
     root = _root(module)
     if root in {"memlens", "builtins"} or root in sys.stdlib_module_names:
         return True
     place = getattr(sys.modules.get(root), "__file__", None)
-    return place is not None and place.startswith(_INSTALLED)
+    if place is None or root in _extending():
+        return False
+    return place.startswith(_INSTALLED) or not _FOLDERS.isdisjoint(PurePath(place).parts)
+
+
+@functools.cache
+def _extending() -> set[str]:
+    """The packages that extend memlens."""
+    return {_root(plugin.module) for plugin in named_plugins()}
 
 
 def _is_own(cls: type) -> bool:

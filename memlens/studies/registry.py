@@ -259,16 +259,29 @@ class Study:
         return [call.folder / name for name in self.keeps]
 
     def __call__(self, **given: Any) -> StudyRun:
-        """Run the study."""
+        """Run the study.
+
+        Raises:
+            OptionError: It did not return a `StudyRun`.
+        """
         run = self.run
         if isinstance(run, str):
             module, _, name = run.partition(":")
             run = getattr(import_module(module), name)
-        return run(**given)
+        found = run(**given)
+        from memlens.studies.running import StudyRun
+
+        if not isinstance(found, StudyRun):
+            raise OptionError(
+                f"the study {self.run} returned {found!r}: it must return a StudyRun, as "
+                "StudyDirectory.done() does."
+            )
+        return found
 
 
 STUDIES: Registry[Study] = Registry(
     "study",
+    of=Study,
     modules=[
         f"memlens.studies.{name}.command"
         for name in ("localization", "idioms", "bypass", "comparative", "detectors", "auditing")

@@ -182,7 +182,7 @@ class StudyDirectory(RunDirectory):
 
     def failed(self, name: str, error: BaseException) -> None:
         """Record that a step failed; an unexpected error with its type, and its traceback in the log."""
-        unexpected = not isinstance(error, (MemlensError, RuntimeError, ValueError))
+        unexpected = not isinstance(error, MemlensError)
         words = str(error) if self.hide is None else self.hide(str(error))
         trace = error if unexpected and self.hide is None else None  # which would repeat the message
         _LOG.warning("%s failed: %s", name, words, exc_info=trace)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from memlens.errors import InterventionError
@@ -153,14 +154,21 @@ class Intervention:
     def _named(self, name: str, fn: HookFn) -> HookFn:
         def call(activation: Tensor, hook: Any) -> Any:
             try:
-                return fn(activation, hook=hook)
-            except InterventionError:
+                new = fn(activation, hook=hook)
+            except (InterventionError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 raise InterventionError(
                     f"the hook on {name!r} of intervention {self.name!r} raised "
                     f"{type(error).__name__}: {error}"
                 ) from error
+            if new is None or (isinstance(new, Tensor) and new.shape == activation.shape):
+                return new
+            shape = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            raise InterventionError(
+                f"the hook on {name!r} of intervention {self.name!r} returned {shape}: it must return "
+                f"a tensor of the activation's shape {tuple(activation.shape)}, or None."
+            )
 
         return call
 

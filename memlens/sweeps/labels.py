@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from memlens.errors import OptionError
 from memlens.files import exact_json
 from memlens.forward.metrics import METRICS, Metric
 from memlens.models.provenance import describe
@@ -58,6 +59,22 @@ class Grid:
             keys, axes, np.array([[places[key][i.coords[key]] for key in keys] for i in interventions])
         )
 
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse variables that are called like a dimension.
+
+        Raises:
+            OptionError: One is; the message names it.
+        """
+        taken = {"sequence", "target"}
+        for name in self.keys:
+            if name in taken:
+                raise OptionError(
+                    f"interventions have the coordinate {name!r}, a dimension of every result: rename it."
+                )
+        for name in names:
+            if name in taken | {*self.keys}:
+                raise OptionError(f"the metric {name!r} is called like a dimension of the result: rename it.")
+
     @property
     def cells(self) -> dict[str, Any]:
         """The places as a variable of a result."""
@@ -82,7 +99,9 @@ class Grid:
             tail = ("target",) if per_token and array.ndim > 2 else ()
             found[name] = (("sequence", *self.keys, *tail), self._spread(array))
         for name, array in baseline.items():
-            found[f"{name}_baseline"] = (("sequence", *(["target"] * per_token)), array)
+            tail = ("target",) if per_token and array.ndim > 1 else ()
+            found[f"{name}_baseline"] = (("sequence", *tail), array)
+        self.check_names(found)
         return found
 
     def _spread(self, array: Any) -> Any:

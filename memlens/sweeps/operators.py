@@ -8,6 +8,7 @@ if caches held everything that is used again within one operator, and nothing fr
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from memlens.models.families import Shape
 
@@ -74,7 +75,14 @@ class Operators:
                 blocks, which join the weights of queries, keys and values and use a fused kernel.
             times: How often.
         """
-        s, n = self.shape, positions
+        self.layer_of([(rows, positions, keys, queries)], own=own, times=times)
+
+    def layer_of(
+        self, stacks: Sequence[tuple[int, int, int, int | None]], *, own: bool = False, times: int = 1
+    ) -> None:
+        """Add one layer that runs on several stacks together: rows, positions, keys and queries of each."""
+        s, queries = self.shape, None if stacks[0][3] is None else sum(stack[3] or 0 for stack in stacks)
+        n = sum(positions for _, positions, _, _ in stacks)
         asked = n if queries is None else queries
         width, kv = s.n_heads * s.d_head, 2 * s.n_kv_heads * s.d_head
         if queries is None:
@@ -82,21 +90,23 @@ class Operators:
         else:
             self._product(_QKV, n, s.d_model, kv, times)
             self._product(_QKV, asked, s.d_model, width, times)
-        pattern = _PATTERN_PASSES * asked * keys * s.n_heads if own else 0
-        self._call(
-            _ATTENTION,
-            4 * asked * keys * width,
-            s.itemsize * (2 * asked * width + 2 * rows * keys * width + pattern),
-            times,
-        )
+        repeated = 0
+        for rows, positions, keys, at in stacks:
+            here = positions if at is None else at
+            pattern = _PATTERN_PASSES * here * keys * s.n_heads if own else 0
+            read = 2 * rows * keys * width
+            self._call(
+                _ATTENTION, 4 * here * keys * width, s.itemsize * (2 * here * width + read + pattern), times
+            )
+            repeated += read if s.n_kv_heads < s.n_heads else 0
         self._product(_OUTPUT, asked, width, s.d_model, times)
         self.mlp(asked, times=times)
         rotated = 2 * asked * width + n * kv
         summed = 6 * asked * s.d_model
         self.moved(_ELEMENTWISE, 2 * n * s.d_model + rotated + summed, times)
         joined = 0 if own else 2 * s.d_model * (width + kv)
-        repeated = 2 * rows * keys * width if s.n_kv_heads < s.n_heads else 0
-        self.copied(joined + repeated, times)
+        together = 2 * ((n if queries is None else n + 2 * asked) * s.d_model + asked * width)
+        self.copied(joined + repeated + (together if len(stacks) > 1 else 0), times)
 
     def mlp(self, positions: int, *, times: int = 1) -> None:
         """Add an MLP, with the norm before it."""

@@ -21,7 +21,7 @@ from memlens.forward.trunk import Trunk
 from memlens.models.families import Shape
 from memlens.sequences.set import SequenceSet
 from memlens.sweeps.engine.entries import Entry, entry_of
-from memlens.sweeps.engine.schedule import portions
+from memlens.sweeps.engine.schedule import first_of, portions
 from memlens.sweeps.interventions import Intervention
 from memlens.sweeps.operators import Operators
 from memlens.sweeps.roofline import Device, Roofline, device_for
@@ -193,7 +193,7 @@ def plan_shape(
         memory
     """
     if on is None:
-        there, budget = torch.device("cuda"), memory_budget or budget_on(None)
+        there, budget = torch.device("cuda"), budget_on(None) if memory_budget is None else memory_budget
         return _planned(
             shape, there, sequences, interventions, budget, batch_size, carries=lambda: True
         )[0]  # fmt: skip
@@ -235,7 +235,7 @@ def _planned_on(
 ) -> Plan:
     """Plan for a device by the roofline."""
     device.rate(shape.itemsize)  # refuse before the counting
-    budget = memory_budget or budget_on(device, weights)
+    budget = budget_on(device, weights) if memory_budget is None else memory_budget
     found, count = _planned(
         shape, torch.device(device.kind), sequences, interventions, budget, batch_size, carries=carries
     )
@@ -375,13 +375,15 @@ class _Count:
         items = list(enumerate(interventions))
         carried = [x for x in items if self.carries and entry_of(x[1]) is not None]
         names = {i for i, _ in carried}
-        for first, some in portions(carried, size, stop, budget.stack_tokens):
-            self.load = max(self.load, len(some) * size * (stop - first))
-            entries = [e for _, item in some if (e := entry_of(item))]
-            here = size * (stop - first)
-            self._carried(
-                entries, _Rows(size, here, size * batch.max_targets, stop, first), budget.chunk_tokens
-            )
+        for some in portions(carried, size, stop, budget.stack_tokens):
+            entering: Counter[tuple[Entry, _Rows]] = Counter()
+            for _, item in some:
+                entry, first = entry_of(item), first_of(item, stop)
+                assert entry is not None
+                here = size * (stop - first)
+                entering[entry, _Rows(size, here, size * batch.max_targets, stop, first)] += 1
+            self.load = max(self.load, sum(n * each.positions for (_, each), n in entering.items()))
+            self._carried(entering)
         groups = Counter((item.start_layer, item.last_layer) for i, item in items if i not in names)
         whole = _Rows(size, size * width, size * batch.max_targets, width, 0)
         most = max(1, budget.stack_tokens // (size * width))
@@ -391,7 +393,7 @@ class _Count:
             for copies, times in ((step, n // step), (n % step, 1)):
                 if copies and times:
                     one = _Count(self.shape, carries=self.carries)
-                    one._stacked(first, last, copies, whole, budget.chunk_tokens)
+                    one._stacked(first, last, copies, whole)
                     self.add(one, times)
 
     def item(self, item: Intervention, width: int, asked: int) -> None:
@@ -400,24 +402,28 @@ class _Count:
         if not self.carries:
             self._run(self.shape.n_layers, 1, width, width)
         elif entry is None:
-            self._stacked(item.start_layer, item.last_layer, 1, _Rows(1, width, asked, width, 0), width)
+            self._stacked(item.start_layer, item.last_layer, 1, _Rows(1, width, asked, width, 0))
         else:
             positions = max(asked, width - item.first_position)
-            self._carried([entry], _Rows(1, positions, asked, width, 0), positions)
+            self._carried({(entry, _Rows(1, positions, asked, width, 0)): 1})
 
-    def _carried(self, entries: Sequence[Entry], each: _Rows, chunk: int) -> None:
+    def _carried(self, entries: Mapping[tuple[Entry, _Rows], int]) -> None:
         """Add a portion of interventions that are carried to the residual."""
-        entering = Counter(entry.next_layer() for entry in entries)
-        mid = sum(entry.runs_mlp(self.shape.parallel) for entry in entries)
-        if mid:
-            self.operators.mlp(each.positions, times=mid)
-            self.positions += mid * each.positions * self.mlp_weights / self.weights
-        # the activation is copied and compared, and its change added to the residual
-        whole = each.rows * each.keys
-        self.operators.copied((4 * whole + 3 * each.positions) * self.shape.d_model, len(entries))
-        self._downstream(entering, each, chunk)
+        entering: dict[int, Counter[_Rows]] = {}
+        mid: Counter[tuple[int, _Rows]] = Counter()
+        for (entry, each), n in entries.items():
+            entering.setdefault(entry.next_layer(), Counter())[each] += n
+            if entry.runs_mlp(self.shape.parallel):
+                mid[entry.layer, each] += n
+            # the activation is copied and compared, and its change added to the residual
+            whole = each.rows * each.keys
+            self.operators.copied((4 * whole + 3 * each.positions) * self.shape.d_model, n)
+        for (_, each), n in mid.items():
+            self.operators.mlp(n * each.positions)
+            self.positions += n * each.positions * self.mlp_weights / self.weights
+        self._downstream(entering)
 
-    def _stacked(self, first: int | None, last: int | None, copies: int, each: _Rows, chunk: int) -> None:
+    def _stacked(self, first: int | None, last: int | None, copies: int, each: _Rows) -> None:
         """Add interventions with one first and last layer, through which the model's own blocks run."""
         n_layers = self.shape.n_layers
         through = first is None or last is None or not self.carries
@@ -425,38 +431,34 @@ class _Count:
         self.operators.copied(2 * copies * each.positions * self.shape.d_model)
         self._run(stop - (first or 0), copies * each.rows, copies * each.positions, each.keys)
         if not through:
-            self._downstream({stop: copies}, each, chunk)
+            self._downstream({stop: Counter({each: copies})})
 
-    def _downstream(self, entering: Mapping[int, int], each: _Rows, chunk: int) -> None:
-        """Add the layers after some starts: a stack that grows as it passes the layers where they enter."""
-        shape, copies = self.shape, 0
-        step = max(1, chunk // each.positions)
+    def _downstream(self, entering: Mapping[int, Counter[_Rows]]) -> None:
+        """Add the layers after some starts: stacks that grow as they pass the layers where others enter."""
+        shape = self.shape
+        stacks: Counter[_Rows] = Counter()
         for layer in range(min(entering), shape.n_layers + 1):
-            new = entering.get(layer, 0)
-            if new:
-                joined = copies + new if copies else 0
+            for each, new in entering.get(layer, {}).items():
+                joined = stacks[each] + new if stacks[each] else 0
                 self.operators.copied(2 * (new + joined) * each.positions * shape.d_model)
-                copies += new
-            if layer == shape.n_layers:
-                return
-            self.blocks += copies * each.rows
-            asked = min(each.asked, each.positions) if layer == shape.n_layers - 1 else each.positions
-            more = each.positions - asked
-            self.positions += copies * (asked + more * self.kv_weights / self.weights)
-            for n, times in ((step, copies // step), (copies % step, 1)):
-                if n and times:
-                    self._chunk(n, each, None if layer < shape.n_layers - 1 else asked, times)
-            if copies > step:
-                self.operators.copied(2 * copies * asked * shape.d_model)
+                stacks[each] += new
+            if layer < shape.n_layers:
+                self._layer(stacks, last=layer == shape.n_layers - 1)
 
-    def _chunk(self, copies: int, each: _Rows, asked: int | None, times: int) -> None:
-        rows = copies * each.rows
-        self.operators.layer(
-            rows, copies * each.positions, each.keys, None if asked is None else copies * asked, times=times
-        )
-        if each.first:  # keys and values of the unchanged prefix are repeated, and those of the rest appended
-            width = 2 * self.shape.n_kv_heads * self.shape.d_head
-            self.operators.copied(rows * width * (each.first + 2 * each.keys), times)
+    def _layer(self, stacks: Counter[_Rows], *, last: bool) -> None:
+        """Add a layer that runs on stacks together, queried in the last layer where it is asked."""
+        found: list[tuple[int, int, int, int | None]] = []
+        for each, n in stacks.items():
+            asked = min(each.asked, each.positions) if last else each.positions
+            self.blocks += n * each.rows
+            more = each.positions - asked
+            self.positions += n * (asked + more * self.kv_weights / self.weights)
+            found.append((n * each.rows, n * each.positions, each.keys, n * asked if last else None))
+            if each.first:  # keys and values of the unchanged prefix are repeated, those of the rest appended
+                width = 2 * self.shape.n_kv_heads * self.shape.d_head
+                repeated = each.first if each.rows > 1 else 0
+                self.operators.copied(n * each.rows * width * (repeated + 2 * each.keys))
+        self.operators.layer_of(found)
 
     def _run(self, blocks: int, rows: int, positions: int, keys: int, *, own: bool = True) -> None:
         """Add whole layers: the model's own, or blocks as functions."""

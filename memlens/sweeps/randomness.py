@@ -78,7 +78,7 @@ def _bound(
         new = activation if returned is None else returned
         if moved and start is None:
             _warn(item, name, "draws random numbers: give sweep a seed=, and its values can be repeated.")
-        elif not _same(before, new):
+        elif isinstance(new, Tensor) and not _same(before, new):  # the engine refuses anything else
             new = new.clone()
             with _started_from(start, activation.device):
                 again = before if (second := plain(before, hook=hook)) is None else second

@@ -127,7 +127,8 @@ def sweep(
         EmptySetError: No sequences, or no interventions.
         SiteError: A hook name that the model does not have.
         SilentInterventionError: The model ignores what a hook writes.
-        InterventionError: A hook raised; the message names it.
+        InterventionError: A hook raised, or returned another shape; the message names it.
+        OptionError: A metric raised, or is called like a dimension of the result.
         NonFiniteError: The unchanged model gives NaN or infinity.
         ResultError: `out` holds another sweep, or a damaged part.
         UnfinishedError: With `part`: this share is done, and parts of others are missing.
@@ -164,6 +165,7 @@ def sweep(
         **(settings or {}),
     }
     grid = Grid.of(interventions)
+    grid.check_names(metric.name for metric in measured)
     bar = tqdm(
         total=sum(costs) * len(sequences),
         disable=not progress,

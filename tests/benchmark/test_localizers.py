@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memlens.benchmark import LOCALIZERS, score_ranking
+from memlens.benchmark import LOCALIZERS, Localizer, localizer, score_ranking
 from memlens.benchmark.localizer import component_shape
 from memlens.benchmark.localizers.atp import NODES
 from memlens.benchmark.localizers.gradients import SITES
@@ -25,7 +25,7 @@ from memlens.benchmark.localizers.masks import (
     probability_of_staying,
 )
 from memlens.benchmark.suites import Suite, material
-from memlens.errors import OptionError
+from memlens.errors import OptionError, ResultError
 from memlens.forward.components import COMPONENT_KINDS, ComponentKind, ComponentWeights
 from memlens.forward.hooks import attached, hook_name
 from memlens.forward.trunk import Trunk
@@ -375,3 +375,36 @@ def test_what_was_planted_is_found_better_than_by_chance(
     scores = LOCALIZERS[name].given(twin)(model, seqs, component=component, others=others)
     found = score_ranking(scores[0], truth)
     assert found["average_precision"] > 1.5 * found["chance"], found
+
+
+def test_what_a_localizer_gives_is_checked(tiny_model: Callable[..., Any]) -> None:
+    model, seqs = tiny_model("gpt_neox"), rows(2, 13)
+    shape = (len(seqs), model.cfg.n_layers, 1)
+
+    def gives(found: Any) -> np.ndarray:
+        def score(*given: Any, **options: Any) -> Any:
+            return found() if callable(found) else found
+
+        return Localizer("mine", ("layer_mlp",), score)(model, seqs, component="layer_mlp", others=seqs)
+
+    trained = torch.ones(shape, dtype=torch.bfloat16, requires_grad=True)
+    np.testing.assert_array_equal(gives(trained), np.ones(shape))
+    for found, message in {
+        (): r"'mine' gave scores of shape \(0,\): it must give \(2, ",
+        "a": "'mine' raised ValueError: could not convert string",
+        (lambda: {}["layer"]): "'mine' raised KeyError: 'layer'",
+    }.items():
+        with pytest.raises(ResultError, match=message):
+            gives(found)
+    lost = np.zeros(shape)
+    lost[0, 0] = np.nan
+    with pytest.raises(ResultError, match=f"NaN or infinity as 1 of {lost.size} scores"):
+        gives(lost)
+
+
+def test_a_localizer_is_a_function_of_kinds_of_component() -> None:
+    with pytest.raises(OptionError, match=r"components='head': give a list, such as \('head',\)"):
+        localizer("mine", components="head")
+    with pytest.raises(OptionError, match="the localizer 'mine' is None: decorate a function"):
+        localizer("mine", components=("head",))(None)  # type: ignore[arg-type]
+    assert "mine" not in LOCALIZERS

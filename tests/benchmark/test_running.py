@@ -129,7 +129,7 @@ def own() -> Iterator[str]:
 def test_a_localizer_that_gives_no_numbers_is_refused(own: str, tiny_model: Any) -> None:
     model = tiny_model("gpt_neox")
     some = SequenceSet.from_tokens([[5, 6, 7, 8]], 2)
-    with pytest.raises(ResultError, match="test only gave scores"):
+    with pytest.raises(ResultError, match="'test only' gave NaN or infinity"):
         LOCALIZERS[own](model, some, component="head", others=some)
     with pytest.raises(OptionError, match="does not rank neuron"):
         LOCALIZERS[own](model, some, component="neuron", others=some)

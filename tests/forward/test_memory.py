@@ -19,7 +19,9 @@ from memlens.forward.memory import (
     rows_per_batch,
     unembedding_rows,
 )
+from memlens.models.families import find_model
 from memlens.sequences.set import SequenceSet
+from memlens.sweeps.plan import plan_shape
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -87,15 +89,15 @@ def texts(n: int) -> SequenceSet:
     [
         # a position takes 560 bytes (60 % of the budget: 1071 fit), what is kept of a sequence 4,800
         # (25 %: 52), a target 1,200 (15 %: 125)
-        (CPU, 10**6, 200, None, (10**6, 52, 1071, 1071, 125, 125)),
-        (CPU, 10**6, 3, None, (10**6, 3, 1071, 1071, 125, 125)),
-        (CPU, 10**6, 3, 200, (10**6, 200, 2000, 1071, 125, 125)),
-        (CPU, 10**9, 200, None, (10**9, 64, 2048, 2048, 256, 256)),
-        (GPU, 10**9, 200, None, (10**9, 64, 1_071_428, 1_071_428, 125_000, 125_000)),
-        (GPU, 10**9, 20, None, (10**9, 20, 1_071_428, 1_071_428, 125_000, 125_000)),
-        (CPU, 30_000, 200, None, (30_000, 1, 32, 32, 3, 3)),
-        (CPU, 100, 200, None, (100, 1, 10, 1, 1, 1)),
-        (CPU, None, 200, None, (2**30, 64, 2048, 2048, 256, 256)),
+        (CPU, 10**6, 200, None, (10**6, 52, 1071, 125, 125)),
+        (CPU, 10**6, 3, None, (10**6, 3, 1071, 125, 125)),
+        (CPU, 10**6, 3, 200, (10**6, 200, 2000, 125, 125)),
+        (CPU, 10**9, 200, None, (10**9, 64, 2048, 256, 256)),
+        (GPU, 10**9, 200, None, (10**9, 64, 1_071_428, 125_000, 125_000)),
+        (GPU, 10**9, 20, None, (10**9, 20, 1_071_428, 125_000, 125_000)),
+        (CPU, 30_000, 200, None, (30_000, 1, 32, 3, 3)),
+        (CPU, 100, 200, None, (100, 1, 10, 1, 1)),
+        (CPU, None, 200, None, (2**30, 64, 2048, 256, 256)),
     ],
 )
 def test_a_budget_is_divided(
@@ -136,3 +138,13 @@ def test_as_many_sequences_are_decoded_together_as_their_keys_and_values_fit(
 def test_a_batch_without_a_sequence_is_refused(batch_size: int) -> None:
     with pytest.raises(OptionError, match=f"batch_size={batch_size} holds no sequence"):
         Budget.of(trunk(), texts(3), None, batch_size)
+
+
+@pytest.mark.parametrize("memory_budget", [0, -1])
+def test_a_budget_of_nothing_is_refused(memory_budget: int) -> None:
+    with pytest.raises(OptionError, match=f"memory_budget={memory_budget} bytes hold nothing"):
+        Budget.of(trunk(), texts(3), memory_budget, None)
+    pythia = find_model("pythia-70m")[1].shape
+    for on in (None, "h100-sxm"):
+        with pytest.raises(OptionError, match=f"memory_budget={memory_budget} bytes hold nothing"):
+            plan_shape(pythia, texts(3), [], memory_budget=memory_budget, on=on)

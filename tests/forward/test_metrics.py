@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import memlens as ml
 from memlens.errors import OptionError
@@ -244,3 +245,61 @@ def test_several_metrics_come_from_one_pass_over_the_logits_as_plain_numbers() -
     scalar = Metric(lambda logits, ids, mask: 3.0, name="scalar")  # type: ignore[arg-type, return-value]
     with pytest.raises(OptionError, match=r"metric 'scalar' returned float: it must .* shape \(2,\)"):
         scalar(logits, ids, mask)
+
+
+def in_place(what: str) -> Any:
+    def metric(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        {"logits": logits, "ids": ids, "mask": mask}[what].zero_()
+        return torch.ones(len(logits))
+
+    return metric
+
+
+@pytest.mark.parametrize("what", ["logits", "ids", "mask"])
+def test_a_metric_that_changes_what_others_read_is_refused(what: str) -> None:
+    """Else the metrics after it are those of other logits, without a word."""
+    given = torch.randn(2, 1, 3), torch.ones(2, 1, dtype=torch.long), torch.ones(2, 1).bool()
+    reduce = make_reduce([in_place(what), "target_logprob"], per_token=False)
+    with pytest.raises(OptionError, match=rf"changes its {what} in place.*{what}\.clone\(\)"):
+        reduce(*given)
+    with torch.inference_mode():  # tensors of which no change is counted
+        kept = [tensor.clone() for tensor in given]
+        assert Metric(surprise)(*kept).shape == (2,)
+
+
+def test_a_metric_that_raises_is_named() -> None:
+    def broken(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        raise KeyError("layer")
+
+    given = torch.randn(2, 1, 3), torch.ones(2, 1, dtype=torch.long), torch.ones(2, 1).bool()
+    with pytest.raises(OptionError, match="metric 'broken' raised KeyError: 'layer'"):
+        Metric(broken)(*given)
+
+
+def test_a_full_device_is_left_to_who_can_take_smaller_portions() -> None:
+    def hungry(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    given = torch.randn(2, 1, 3), torch.ones(2, 1, dtype=torch.long), torch.ones(2, 1).bool()
+    with pytest.raises(torch.OutOfMemoryError):
+        Metric(hungry)(*given)
+
+
+@pytest.mark.parametrize("cites", [("carlini2023", "what for"), "carlini2023", (("carlini2023",),)])
+def test_what_is_cited_is_named_in_pairs(cites: Any) -> None:
+    with pytest.raises(OptionError, match=r"metric 'surprise' cites .*give pairs"):
+        Metric(surprise, cites=cites)
+
+
+@pytest.mark.parametrize("name", ["margin_baseline", "margin_corrupt", "margin_clean"])
+def test_a_metric_is_not_called_like_the_baseline_of_another(name: str) -> None:
+    with pytest.raises(OptionError, match="two metrics have the same name in a result"):
+        as_metrics(["margin", Metric(surprise, name=name)])
+    assert as_metrics(["exact_match", Metric(surprise, name=name)])[1].name == name
+
+
+def test_only_a_function_is_a_metric_and_only_a_metric_is_registered() -> None:
+    with pytest.raises(OptionError, match="metric 'int' holds 3, which is not a function"):
+        Metric(3)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"is not a Metric: register Metric\(fn"):
+        register_metric(surprise)  # type: ignore[arg-type]

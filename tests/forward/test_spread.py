@@ -104,7 +104,7 @@ def test_gradients_layer_by_layer_on_two_devices(
 ) -> None:
     plain, model = both
     want = ANALYSES["gradients"](plain, ragged())
-    monkeypatch.setattr(backward, "default_budget", lambda device: 1)
+    monkeypatch.setattr(backward, "budget_bytes", lambda given, device: 1)
     with Devices():
         found = ANALYSES["gradients"](model, ragged())
     np.testing.assert_allclose(found.data["target_logprob"], want.data["target_logprob"], atol=1e-6)

@@ -346,5 +346,9 @@ def test_a_new_instrument_is_screened_by_its_name(tiny_model: Any, monkeypatch: 
             )
         with pytest.raises(OptionError, match="measures nothing"):
             ml.instruments.register_instrument("nothing", ranks="head", kind=own.kind)
+        with pytest.raises(OptionError, match=r"ranks='heads' is not known.*Did you mean 'head'"):
+            ml.instruments.register_instrument("nothing", ranks="heads", kind=own.kind, screen=own.screen)
+        with pytest.raises(OptionError, match="unknown kind of result 'no_kind'"):
+            ml.instruments.register_instrument("nothing", ranks="head", kind="no_kind", screen=own.screen)
     finally:
         del ml.instruments.INSTRUMENTS._items["mine"]

@@ -10,6 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig
 
 import memlens
+from memlens.errors import OptionError
 from memlens.models import provenance
 from memlens.models.families import (
     FAMILIES,
@@ -200,6 +201,12 @@ def test_training_steps_are_read_from_every_family_s_revisions():
         named = family.checkpoints.format(step=9, tokens=4)
         assert step_of(named) == (9 if named else None)
     assert [step_of(name) for name in ("main", "step", "stage2-step9", "step9x")] == [None] * 4
+
+
+def test_a_family_s_models_are_entries():
+    """Else a plugin's family would break every look-up of a model."""
+    with pytest.raises(OptionError, match=r"family 'phi' has 'someone/phi-1' as a model: give a ModelEntry"):
+        Family("phi", "PhiForCausalLM", "a corpus", "MIT", "", ("someone/phi-1",))
 
 
 def test_a_new_family_is_one_row(monkeypatch):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import html
 from typing import Any
 
 import plotly.graph_objects as go
 import pytest
 import xarray as xr
 
-from memlens.errors import OptionError, SiteError
+from memlens.errors import OptionError, ResultError, SiteError
 from memlens.report.bibliography import REFERENCES, citations_of
+from memlens.report.run_directory import RunDirectory
 from memlens.results.kinds import KINDS, Kind, overlay, plot_result, reading, register_kind
 from memlens.results.plots.selection import Selection, takes
 from memlens.results.result import Result
@@ -129,3 +131,51 @@ def test_colors_and_words_follow_the_direction_of_a_metric() -> None:
         assert note in fig.layout.title.subtitle.text
         expected = go.Figure(go.Heatmap(z=[[0]], colorscale=scales[better])).data[0].colorscale
         assert fig.data[0].colorscale == expected
+
+
+@pytest.fixture
+def own_kind(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Registers a kind for one test, and returns a result of it."""
+
+    def made(plot: Any, read: Any) -> Result:
+        monkeypatch.setattr(KINDS, "_items", dict(KINDS._items))
+        register_kind("of_a_plugin", plot=plot, reading=read)
+        return Result(synthetic.head_ablation().data.assign_attrs(kind="of_a_plugin"))
+
+    return made
+
+
+def test_a_plot_function_returns_a_figure_and_a_reading_a_text(own_kind: Any) -> None:
+    result = own_kind(lambda result, selection: None, lambda result, metric: None)
+    with pytest.raises(ResultError, match="plot function of the kind 'of_a_plugin' returned NoneType"):
+        result.plot()
+    with pytest.raises(ResultError, match="reading of the kind 'of_a_plugin' returned None"):
+        reading(result)
+
+
+def test_a_reading_that_fails_costs_no_figure(own_kind: Any, tmp_path: Any) -> None:
+    def broken(result: Result, metric: str | None) -> str:
+        raise TypeError("no reading today")
+
+    result = own_kind(lambda result, selection: go.Figure(layout={"title": {"text": "My own"}}), broken)
+    run = RunDirectory(tmp_path, title="T", settings={})
+    run.add_result("mine", result)
+    text = run.finish().read_text()
+    assert "The result 'mine' has no reading: TypeError: no reading today" in html.unescape(text)
+    assert text.count("<figure>") == 1
+    assert "My own" in text
+
+
+def test_a_figure_that_fails_is_named_with_the_type_of_the_error(own_kind: Any, tmp_path: Any) -> None:
+    def broken(result: Result, selection: Selection) -> go.Figure:
+        raise KeyError("layer")
+
+    run = RunDirectory(tmp_path, title="T", settings={})
+    run.add_result("mine", own_kind(broken, lambda result, metric: "A reading."))
+    said = html.unescape(run.finish().read_text())
+    assert "The result 'mine' cannot be shown: KeyError: 'layer'" in said
+
+
+def test_what_a_kind_cites_is_named_in_pairs() -> None:
+    with pytest.raises(OptionError, match="the kind 'mine' cites 'meng2022'"):
+        Kind("mine", lambda r, s: go.Figure(), lambda r, m: "", ("meng2022", "the idea"))  # type: ignore[arg-type]

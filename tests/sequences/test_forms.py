@@ -15,7 +15,14 @@ import torch
 
 from memlens.errors import FileFormatError, OptionError, SequenceError, VocabularyError
 from memlens.sequences.readers.load import load_sequences
-from memlens.sequences.readers.registry import FILES, FORMS, SOURCES, register_file, register_source
+from memlens.sequences.readers.registry import (
+    FILES,
+    FORMS,
+    SOURCES,
+    register_file,
+    register_form,
+    register_source,
+)
 from tests.sequences.vocabularies import byte_level, metaspace
 
 ROWS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8]]
@@ -200,3 +207,33 @@ def test_other_packages_register_formats(tmp_path: Path, monkeypatch: pytest.Mon
         load_sequences(tmp_path / "x.fasta")
     with pytest.raises(OptionError, match=r"'\.ids' is registered already"):
         register_file(".ids")(lambda path, as_text: ([], {}))
+
+
+@pytest.mark.parametrize("suffix", ["ids", ".tar.gz", ".", "a.ids"])
+def test_a_suffix_that_no_file_can_have_is_refused(suffix: str) -> None:
+    with pytest.raises(OptionError, match="no file name ends in the suffix"):
+        register_file(suffix)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [None, ["the cat sat"], pd.DataFrame({"text": ["the cat"]}), (["the cat"], 5), (["a"], {"attrs": 3})],
+)
+def test_readers_of_other_packages_return_what_they_must(
+    returned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for registry in (FILES, SOURCES, FORMS):
+        registry.names()
+        monkeypatch.setattr(registry, "_items", dict(registry._items))
+    register_file(".mine")(lambda path, as_text: returned)
+    register_source("mine", lambda source: source is monkeypatch)(lambda source, request: returned)
+    register_form("mine", lambda frame: "mine" in frame)(lambda frame, request: returned)
+    (tmp_path / "x.mine").write_text("x")
+    with pytest.raises(FileFormatError, match=r"x\.mine: the reader of \.mine files returned \w+: it must"):
+        load_sequences(tmp_path / "x.mine", prefix_len=1)
+    with pytest.raises(SequenceError, match=r"it must return Opened\(content, origin\)"):
+        load_sequences(monkeypatch, prefix_len=1)
+    with pytest.raises(
+        SequenceError, match=r"tables with the columns mine returned .* it must return a Draft"
+    ):
+        load_sequences(pd.DataFrame({"mine": [1]}), prefix_len=1)

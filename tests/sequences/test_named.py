@@ -30,7 +30,7 @@ from memlens.errors import (
 from memlens.models.families import FAMILIES
 from memlens.report.bibliography import REFERENCES
 from memlens.sequences import named
-from memlens.sequences.named import NAMED_SETS, find_named, named_sets
+from memlens.sequences.named import NAMED_SETS, find_named, named_sets, register_named_sets
 from memlens.sequences.readers.load import load_sequences
 from memlens.sequences.set import SequenceSet
 from tests.sequences.vocabularies import byte_level, model_with
@@ -536,3 +536,35 @@ def test_the_reader_looks_for_the_layout_from_any_level(tmp_path: Path) -> None:
     assert named.local_files(tmp_path, chosen) == []  # not every file that ends in .jsonl
     write_lines(tmp_path / "TREx" / "P1.jsonl", [{}])
     assert named.local_files(tmp_path, chosen) == [tmp_path / "TREx" / "P1.jsonl"]
+
+
+FIELDS = "{title: a, made_for: b, kind: texts, parts: {train: {}}, cite: c, home: d}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "not described in YAML"),
+        ("", "fields of each by its name"),
+        ("- mine:set", "fields of each by its name"),
+        ("mine:set:", "the set 'mine:set' cannot be registered"),
+        ("mine:set: {title: a}", "the field 'parts' is missing"),
+        (f"mine:set: {FIELDS[:-1]}, colour: red}}", "unexpected keyword argument 'colour'"),
+        (f"mine:set: {FIELDS.replace('texts', 'tezts')}", "kind='tezts' is not known.*'texts'"),
+        (f"mine:set: {FIELDS.replace('{train: {}}', '{}')}", "it has no parts"),
+        (f"mine: {FIELDS}", "its name is not NAMESPACE:NAME"),
+        (f"m:set: {FIELDS}", "its name is not NAMESPACE:NAME"),
+    ],
+)
+def test_a_set_that_is_described_wrongly_is_refused(text: str, message: str) -> None:
+    """A name or a kind that no reader knows would be listed, and never be found."""
+    before = NAMED_SETS.names()
+    with pytest.raises(OptionError, match=message):
+        register_named_sets(text)
+    assert NAMED_SETS.names() == before
+
+
+def test_a_part_needs_no_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NAMED_SETS, "_items", dict(NAMED_SETS._items))
+    register_named_sets(f"mine:set: {FIELDS.replace('{train: {}}', '{train: }')}")
+    assert find_named("mine:set").part.name == "train"

@@ -167,7 +167,7 @@ def test_auto_leaves_living_claims_and_takes_over_dead_ones(tmp_path: Path) -> N
 
 
 def test_a_claim_on_a_part_that_is_done_does_not_stay(tmp_path: Path) -> None:
-    """Its owner was killed between the part and the release; claims on other things are not ours to remove."""
+    """Its owner was killed between the part and the release. Claims on anything else stay."""
     for generation in (0, 1):
         foreign(tmp_path, "p1", generation)
     other, missing = foreign(tmp_path, "report"), foreign(tmp_path, "p3")

@@ -27,6 +27,7 @@ from memlens.errors import FingerprintError
 from memlens.forward.capture import ActivationSource
 from memlens.forward.trunk import Trunk
 from memlens.models.names import has_hooked_transformer
+from memlens.registry import Plugin
 from memlens.sequences.set import SequenceSet
 from memlens.store import fingerprint as fingerprints
 from memlens.store.fingerprint import fingerprint, model_fingerprint
@@ -280,6 +281,67 @@ def test_what_cannot_be_read_is_refused_for_a_folder(
         ml.sweep(model, ragged(), [edit], out=tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
     ml.sweep(model, ragged(), [edit], progress=False)
+
+
+def test_what_is_nested_too_deeply_is_refused() -> None:
+    deep: list[Any] = []
+    for _ in range(2 * sys.getrecursionlimit()):
+        deep = [deep]
+    with pytest.raises(FingerprintError, match=r"nested too deeply.*out=None"):
+        fingerprint(deep)
+
+
+_SHIFT = """
+class Shift:
+    lock = LOCK
+
+    def bind(self, batch):
+        return lambda x, hook: x + AMOUNT
+"""
+
+
+def _shift(folder: Path, package: str, amount: int) -> Any:
+    """An object of a package's class; the class has a lock, which cannot be read."""
+    place = folder / package
+    place.mkdir(parents=True, exist_ok=True)
+    module = types.ModuleType(package)
+    module.__file__ = str(place / "__init__.py")
+    lock = "__import__('threading').Lock()" if package == "anywhere" else "None"
+    exec(_SHIFT.replace("AMOUNT", str(amount)).replace("LOCK", lock), vars(module))
+    sys.modules[package] = module
+    return vars(module)["Shift"]()
+
+
+@pytest.fixture
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is known of packages is that of this test alone."""
+    for name in ("anywhere", "extends"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    plugins = [Plugin("all", "extends.metric", "extends 1.0")]
+    monkeypatch.setattr(fingerprints, "named_plugins", lambda: plugins)
+    remembered = (fingerprints._is_installed, fingerprints._extending)
+    for each in remembered:
+        each.cache_clear()
+    yield
+    for each in remembered:
+        each.cache_clear()
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize("folder", ["lib/python3.11/site-packages", "usr/lib/python3/dist-packages"])
+def test_a_package_installed_outside_this_environment_is_not_followed(folder: str, tmp_path: Path) -> None:
+    """As of an environment that sees the packages of another: there torch itself is in such a folder."""
+    assert fingerprint(_shift(tmp_path / folder, "anywhere", 1))
+    fingerprints._is_installed.cache_clear()
+    with pytest.raises(FingerprintError, match="lock cannot be read"):
+        fingerprint(_shift(tmp_path / "mine", "anywhere", 1))
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_an_installed_package_that_extends_memlens_is_followed(tmp_path: Path) -> None:
+    """Its author installs it anew after each change."""
+    names = {fingerprint(_shift(tmp_path / "site-packages", "extends", amount)) for amount in (1, 2)}
+    assert len(names) == 2
 
 
 @contextmanager

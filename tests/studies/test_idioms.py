@@ -222,7 +222,7 @@ def test_a_part_that_fails_costs_only_itself(
 
     monkeypatch.setattr("memlens.studies.idioms.unfolding.knock_out_neurons", broken)
     run = study(pythia, tmp_path)
-    assert run.failures == {"idioms: knock-outs": "out of memory"}
+    assert run.failures == {"idioms: knock-outs": "RuntimeError: out of memory"}
     assert (tmp_path / "idioms_decoding.nc").exists()
     assert "out of memory" in run.report.read_text(encoding="utf-8")
 

@@ -10,13 +10,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import memlens as ml
-from memlens.forward.blocks import FunctionalBlocks
+from memlens.forward.blocks import FunctionalBlocks, Stack
 from memlens.forward.exclusive import computation
 from memlens.forward.hooks import capturing, has_site, hook_name
 from memlens.forward.trunk import Trunk
 from memlens.sweeps.engine.cone import Cone
 from memlens.sweeps.engine.entries import entry_of
 from memlens.sweeps.interventions import Reads
+from tests.devices import dev
 from tests.small import CASES, corrupted, largest_difference, ragged
 from tests.tiny import random_tokens
 
@@ -35,7 +36,7 @@ def residuals(trunk: Trunk, tokens: torch.Tensor) -> dict[int, torch.Tensor]:
 @torch.no_grad()
 def test_blocks_as_functions_are_the_models_blocks(tiny_model: Any, family: str, backend: str) -> None:
     trunk = Trunk(tiny_model(family, backend))
-    resid = residuals(trunk, random_tokens(3, 24))
+    resid = residuals(trunk, random_tokens(3, 28))  # keys that attention fills up, from 28 to 32
     blocks = FunctionalBlocks.of(trunk, resid)
     assert blocks is not None
     asked = torch.tensor([[1, 4], [0, 9], [13, 2]])
@@ -47,6 +48,15 @@ def test_blocks_as_functions_are_the_models_blocks(tiny_model: Any, family: str,
         assert torch.allclose(blocks.run(layer, resid[layer][:, 9:], past), want[:, 9:], atol=1e-5)
         some = blocks.run(layer, resid[layer][:, 9:], past, asked)
         assert torch.allclose(some, want[torch.arange(3)[:, None], 9 + asked], atol=1e-5)
+        ends = [Stack(resid[layer]), Stack(resid[layer][:, 9:], past), Stack(resid[layer][1:2, :3])]
+        for got, first, rows in zip(
+            blocks.run_together(layer, ends), (0, 9, 0), (slice(3), slice(3), slice(1, 2)), strict=True
+        ):
+            assert torch.allclose(got, want[rows, first : first + got.shape[1]], atol=1e-5)
+        ends = [Stack(resid[layer][:, 9:], past, asked), Stack(resid[layer], None, asked + 1)]
+        late, early = blocks.run_together(layer, ends)
+        assert torch.allclose(late, some, atol=1e-5)
+        assert torch.allclose(early, want[torch.arange(3)[:, None], asked + 1], atol=1e-5)
     assert torch.allclose(blocks.unembed(want), trunk.unembed(want), atol=1e-5)
 
 
@@ -70,6 +80,32 @@ def test_instruments_equal_the_reference(tiny_model: Any, family: str, backend: 
     plain = ml.sweep(model, corrupt, edits, METRICS, engine="reference", progress=False)
     assert largest_difference(fast, plain) < 1e-5
     assert float(abs(fast.effect("target_logprob")).max()) > 1e-2
+
+
+def test_attention_fills_its_keys_up_where_few_are_missing(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU: from more than half of sixteen on, with keys that no query sees."""
+    if dev() != "cpu":
+        pytest.skip("a CPU's kernel")
+    trunk = Trunk(tiny_model("gpt_neox", "bridge"))
+    resid = residuals(trunk, random_tokens(2, 33))
+    blocks = FunctionalBlocks.of(trunk, resid)
+    assert blocks is not None
+    seen: list[tuple[int, ...]] = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def look(q: torch.Tensor, k: torch.Tensor, *rest: Any, **how: Any) -> torch.Tensor:
+        seen.append((q.shape[2], k.shape[2], *how["attn_mask"].shape[-2:]))
+        return plain(q, k, *rest, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
+    for width in (33, 31, 25, 24, 16):
+        blocks.run(0, resid[0][:, :width])
+    keys, values = blocks.keys_values(0, resid[0])
+    blocks.run(0, resid[0][:, 20:31], (keys[:, :, :20], values[:, :, :20]))
+    assert seen == [(33, 33, 33, 33), (31, 32, 31, 32), (25, 32, 25, 32), (24, 24, 24, 24), (16, 16, 16, 16),
+                    (11, 32, 11, 32)]  # fmt: skip
 
 
 def test_only_the_positions_after_a_change_run(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

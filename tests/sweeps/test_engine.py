@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -331,6 +332,24 @@ def test_scoring_and_the_baseline_of_a_sweep_are_one_pass(tiny_model: Any, famil
     for name in names:
         want = ml.METRICS[name].of(scored, per_token=True)
         np.testing.assert_allclose(swept.baseline(name), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_metric_of_your_own_has_no_target_axis(tiny_model: Any, tmp_path: Path, kept: bool) -> None:
+    """Beside memlens' own, which keep theirs, and with as many sequences as targets."""
+
+    def largest(logits: Any, ids: Any, mask: Any) -> Any:
+        return torch.where(mask[..., None], logits, -torch.inf).amax((1, 2))
+
+    model, seqs = tiny_model("gpt_neox", "bridge"), ragged()
+    edits = [ml.Intervention(f"MLP {i}", [(f"blocks.{i}.hook_mlp_out", scaled(0.5))]) for i in (0, 1)]
+    options: Any = {"progress": False, "out": tmp_path / "run" if kept else None}
+    swept = ml.sweep(model, seqs, edits, ["target_logprob", largest], per_token=True, **options)
+    plain = ml.sweep(model, seqs, edits, [largest], progress=False)
+    assert swept["target_logprob"].dims == ("sequence", "intervention", "target")
+    for name in ("largest", "largest_baseline"):
+        assert swept[name].dims == plain[name].dims
+        np.testing.assert_allclose(swept[name], plain[name], atol=1e-5)
 
 
 def test_not_finite_logits_name_the_layer(tiny_folder: Any) -> None:

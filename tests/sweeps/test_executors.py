@@ -90,7 +90,8 @@ def test_workers_give_what_one_process_gives(tiny_folder: Any, tmp_path: Path) -
     left.parent.mkdir()
     left.touch()  # its owner was killed after the part and before it could remove the claim
     with ThreadPoolExecutor(2) as executor:
-        assert same(swept(model, tmp_path / "many", executor=executor), whole)
+        found = swept(model, tmp_path / "many", executor=executor)
+    assert same(found, whole)
     assert not list((tmp_path / "many").glob(".*"))
     for part in (tmp_path / "one").glob("*.npz"):
         assert part.read_bytes() == (tmp_path / "many" / part.name).read_bytes()

@@ -12,6 +12,7 @@ import torch
 import memlens as ml
 from memlens.errors import OptionError
 from memlens.forward.blocks import FunctionalBlocks
+from memlens.forward.hooks import hook_name
 from memlens.models.families import Shape, find_model
 from memlens.studies.comparative.plan import counted_edit
 from memlens.studies.plans import blank_sequences
@@ -189,6 +190,13 @@ def test_the_operators_are_those_of_the_plan(tiny_model: Any, family: str) -> No
     assert str(cost).count("not counted: launches of kernels") == 1
 
 
+def doubled_from(position: int) -> Any:
+    def hook(resid: torch.Tensor, hook: Any) -> torch.Tensor:
+        return torch.cat([resid[:, :position], 2 * resid[:, position:]], 1)
+
+    return hook
+
+
 @pytest.mark.parametrize("family", ["gpt_neox", "olmo2"])
 def test_layers_are_counted_in_the_stacks_in_which_they_run(
     tiny_model: Any, family: str, monkeypatch: pytest.MonkeyPatch
@@ -196,29 +204,49 @@ def test_layers_are_counted_in_the_stacks_in_which_they_run(
     """Rows, positions and queries of every call of a functional block, against those that were counted."""
     model = tiny_model(family)
     seqs = ml.SequenceSet.from_tokens(torch.arange(1, 61).reshape(5, 12), 6)
-    edits = ml.edits.head_ablations(model, seqs, mode="zero") + ml.edits.attention_bypasses(model)
-    sizes: dict[str, Any] = {"memory_budget": 2**18, "batch_size": 3}
-    ml.sweep(model, seqs, edits, progress=False, **sizes)  # the blocks are compared with the model once
+    edits = ml.edits.head_ablations(model, seqs, mode="zero")
+    edits += [
+        ml.Intervention(
+            f"{layer}, {at}", [(hook_name("resid_pre", layer), doubled_from(at))], first_position=at
+        )
+        for layer in range(3)
+        for at in (3, 5, 9)
+    ]
+    edits = [ml.Intervention(f"{n}", e.hooks, first_position=e.first_position) for n, e in enumerate(edits)]
+    budget: dict[str, Any] = {"memory_budget": 2**18, "batch_size": 3}
+    ml.sweep(model, seqs, edits, progress=False, **budget)  # the blocks are compared with the model once
     counted: Counter[Any] = Counter()
     ran: Counter[Any] = Counter()
-    layer, run = Operators.layer, FunctionalBlocks.run
+    layer, run, together = Operators.layer_of, FunctionalBlocks.run, FunctionalBlocks.run_together
 
-    def count(self: Any, rows: int, positions: int, keys: int, queries: Any = None, **how: Any) -> None:
-        if not how.get("own") and rows > 1:  # the cost of each intervention is counted on one row
-            counted[rows, positions, queries or positions] += how["times"]
-        layer(self, rows, positions, keys, queries, **how)
+    def count(self: Any, stacks: Any, *, own: bool = False, times: int = 1) -> None:
+        if not own and sum(rows for rows, *_ in stacks) > 1:  # each intervention is counted on one row
+            counted[tuple(sorted((r, n, n if asked is None else asked) for r, n, _, asked in stacks))] += (
+                times
+            )
+        layer(self, stacks, own=own, times=times)
 
-    def note(self: Any, at: int, resid: Any, past: Any = None, queries: Any = None, **how: Any) -> Any:
+    def sizes(resid: Any, past: Any = None, queries: Any = None) -> tuple[int, int, int]:
         positions = resid.shape[0] * resid.shape[1]
-        ran[len(resid), positions, positions if queries is None else queries.numel()] += 1
-        return run(self, at, resid, past, queries, **how)
+        return len(resid), positions, positions if queries is None else queries.numel()
 
-    monkeypatch.setattr(Operators, "layer", count)
+    def note(self: Any, at: int, *stack: Any, **how: Any) -> Any:
+        ran[(sizes(*stack),)] += 1
+        return run(self, at, *stack, **how)
+
+    def note_all(self: Any, at: int, stacks: Any) -> Any:
+        if len(stacks) > 1:  # one stack alone goes through `run`
+            ran[tuple(sorted(sizes(*stack) for stack in stacks))] += 1
+        return together(self, at, stacks)
+
+    monkeypatch.setattr(Operators, "layer_of", count)
     monkeypatch.setattr(FunctionalBlocks, "run", note)
-    ml.sweep(model, seqs, edits, progress=False, **sizes)
-    ml.plan(model, seqs, edits, on=Device(1e12, 1e12, kind="cpu"), **sizes)
+    monkeypatch.setattr(FunctionalBlocks, "run_together", note_all)
+    ml.sweep(model, seqs, edits, progress=False, **budget)
+    ml.plan(model, seqs, edits, on=Device(1e12, 1e12, kind="cpu"), **budget)
     assert ran == counted
     assert len(ran) > 4
+    assert max(map(len, ran)) > 2  # some layers run on stacks of different lengths
 
 
 def test_time_falls_with_either_rate_and_halves_with_both() -> None:

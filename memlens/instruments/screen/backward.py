@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from memlens.errors import NonFiniteError, OptionError, SilentInterventionError, SiteError, check_option
 from memlens.forward.batches import Batch, Targets, at_targets, logits_at, make_batches
 from memlens.forward.hooks import SITES, attached, capturing, chosen_layers, has_site, hook_name
-from memlens.forward.memory import backward_bytes, check_batch_size, default_budget, fitting
+from memlens.forward.memory import backward_bytes, budget_bytes, check_batch_size, fitting
 from memlens.forward.metrics import METRICS, Metric, MetricLike, as_metric
 from memlens.forward.trunk import Trunk
 from memlens.instruments.patch.pairs import checked_positions
@@ -120,7 +120,7 @@ def run_backward(
         OptionError: A custom metric has another shape, or no gradient.
     """
     whole = len(resid) * _pass_bytes(trunk, resid.shape[1], targets.ids.shape[1], by_layer=False)
-    by_layer = bool(spots) and whole > (memory_budget or default_budget(trunk.device))
+    by_layer = bool(spots) and whole > budget_bytes(memory_budget, trunk.device)
     hooked = _Hooked(trunk, spots, shift)
     with parameters_at_rest(trunk.model):
         if by_layer:
@@ -334,10 +334,9 @@ class GradientRun:
                 'method="integrated_gradients" with path="site", whose cells sum to an exact effect.'
             )
         check_batch_size(batch_size)
-        if memory_budget is not None and memory_budget < 1:
-            raise OptionError(f"memory_budget={memory_budget} holds no activation: give bytes above 0.")
         check_sequences(seqs, model, on_eos="keep")
         self.trunk, self.seqs, self.site = Trunk(model), seqs, site
+        budget_bytes(memory_budget, self.trunk.device)
         if not has_site(model, site):
             raise SiteError(f"this model has no site {site!r}: parallel blocks have no 'resid_mid'.")
         self.layers = chosen_layers(layers, self.trunk.n_layers)
@@ -513,7 +512,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _batch_size(trunk: Trunk, seqs: SequenceSet, memory_budget: int | None) -> int:
     """As many sequences as fit with all layers' activations; where not one does, as fit layer by layer."""
-    total = memory_budget or default_budget(trunk.device)
+    total = budget_bytes(memory_budget, trunk.device)
     width, n_targets = int(seqs.lengths.max()), seqs.max_targets
     rows = (_pass_bytes(trunk, width, n_targets, by_layer=by_layer) for by_layer in (False, True))
     row = next((each for each in rows if each <= total), total)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from memlens.errors import OptionError, SequenceError
+from memlens.errors import OptionError, SequenceError, check_option
 from memlens.forward.metrics import MetricLike
 from memlens.registry import Registry
 from memlens.results.kinds import KINDS
@@ -38,6 +38,8 @@ class Screen:
     finish: Callable[[Result, Sequence[MetricLike]], Result] = lambda result, metrics: result
     cells: Callable[[], Sequence[Cell]] | None = None
 
+
+_RANKED = ("layer", "head", "neuron", "site")
 
 MakeScreen = Callable[..., Screen]
 """Maps a model, clean and corrupt sequences and options to a screen."""
@@ -73,7 +75,7 @@ class Instrument:
         return KINDS[self.kind].cites
 
 
-INSTRUMENTS: Registry[Instrument] = Registry("instrument", modules=["memlens.instruments"])
+INSTRUMENTS: Registry[Instrument] = Registry("instrument", of=Instrument, modules=["memlens.instruments"])
 
 
 def register_instrument(
@@ -89,7 +91,8 @@ def register_instrument(
     """Register an instrument that ranks components, in the module that defines it; see `Instrument`.
 
     Raises:
-        OptionError: The name is taken, or neither `run` nor `screen` is given.
+        OptionError: The name is taken, neither `run` nor `screen` is given, it ranks something else, or its
+            kind of result is not registered.
 
     Example:
         >>> import memlens as ml
@@ -100,6 +103,8 @@ def register_instrument(
     """
     if run is None and screen is None:
         raise OptionError(f"the instrument {name!r} measures nothing: give run= or screen=.")
+    check_option("ranks", ranks, _RANKED)
+    KINDS[kind]
     return INSTRUMENTS.add(name, Instrument(name, ranks, kind, run, pairs, screen, frozenset(options)))
 
 

@@ -206,7 +206,13 @@ def _read(content: Any, columns: Columns, request: Request) -> Draft:
     if not (columns.tokens or columns.text or columns.prompt or any(name in frame for name in TOKENS)):
         read_form = accepting(FORMS, frame)
         if read_form is not None:
-            return read_form(frame, request)
+            draft = read_form(frame, request)
+            if not isinstance(draft, Draft):
+                raise SequenceError(
+                    f"the reader of tables with the columns {', '.join(map(str, frame.columns))} returned "
+                    f"{type(draft).__name__}: it must return a Draft."
+                )
+            return draft
     return read_frame(frame, columns, request.tokenizer)
 
 

@@ -11,14 +11,14 @@ A module of another package registers its own readers in the same way, if it is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
 
-from memlens.errors import FileFormatError, SourceNotFoundError, near_matches
+from memlens.errors import FileFormatError, OptionError, SequenceError, SourceNotFoundError, near_matches
 from memlens.files import expanded, parsing
 from memlens.registry import Registry
 from memlens.sequences.named import looks_named, no_such_set
@@ -66,7 +66,8 @@ class Opened:
 OpenSource = Callable[[Any, Request], Opened]
 
 ReadFile = Callable[[Path, Sequence[str]], tuple[Any, dict[str, Any]]]
-"""From a path, and the columns that are text even if they look like numbers, to content and settings."""
+"""From a path, and the columns that are text even if they look like numbers, to the content, in any form that
+`load_sequences` takes in memory, and a dictionary, whose entry `attrs` is recorded with the set."""
 
 ReadForm = Callable[[pd.DataFrame, Request], Draft]
 
@@ -84,7 +85,15 @@ def register_source(name: str, accepts: Callable[[Any], bool]) -> Callable[[Open
 
 
 def register_file(suffix: str) -> Callable[[ReadFile], ReadFile]:
-    """Register the decorated function as the reader of files with a suffix, such as ".csv"."""
+    """Register the decorated function as the reader of files with a suffix, such as ".csv".
+
+    Raises:
+        OptionError: The suffix is not a dot and what follows the last dot of a name, or it is taken.
+    """
+    if Path(f"name{suffix}").suffix != suffix:
+        raise OptionError(
+            f"no file name ends in the suffix {suffix!r}: give one dot and an ending, such as '.csv'."
+        )
     return lambda fn: FILES.add(suffix.lower(), fn)
 
 
@@ -118,7 +127,13 @@ def open_source(source: Any, request: Request) -> Opened:
     """
     open_it = accepting(SOURCES, source)
     if open_it is not None:
-        return open_it(source, request)
+        opened = open_it(source, request)
+        if not isinstance(opened, Opened):
+            raise SequenceError(
+                f"the function that opens {source!r} returned {type(opened).__name__}: it must return "
+                "Opened(content, origin)."
+            )
+        return opened
     if isinstance(source, str) and looks_named(source) and not expanded(source).exists():
         raise no_such_set(source)
     if isinstance(source, str | Path):
@@ -148,4 +163,12 @@ def read_file(path: Path, as_text: Sequence[str] = ("identifier", "secret")) -> 
         siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise SourceNotFoundError(f"there is no file {path}.{near_matches(path.name, siblings)}")
     with parsing(path):
-        return FILES[path.suffix.lower()](path, as_text)
+        found: Any = FILES[path.suffix.lower()](path, as_text)
+    match found:
+        case (content, {**settings}) if isinstance(settings.get("attrs", {}), Mapping):
+            return content, settings
+        case _:
+            raise FileFormatError(
+                f"{path}: the reader of {path.suffix} files returned {type(found).__name__}: it must return "
+                "a pair of the content and a dictionary, whose entry 'attrs' may hold facts about the set."
+            )

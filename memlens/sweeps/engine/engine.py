@@ -119,20 +119,16 @@ class Engine:
     Args:
         forward: The teacher-forced pass, and the metrics.
         trunk: The model by layers.
-        chunk_tokens: The largest number of positions that run through a layer at a time.
         probe_tokens: A few token ids for the check that hooks are heard.
     """
 
     forward: TeacherForced
     trunk: Trunk
     model: Any
-    chunk_tokens: int
     watch: EditWatch
 
-    def __init__(
-        self, forward: TeacherForced, trunk: Trunk, *, chunk_tokens: int, probe_tokens: Tensor
-    ) -> None:
-        self.forward, self.trunk, self.model, self.chunk_tokens = forward, trunk, trunk.model, chunk_tokens
+    def __init__(self, forward: TeacherForced, trunk: Trunk, *, probe_tokens: Tensor) -> None:
+        self.forward, self.trunk, self.model = forward, trunk, trunk.model
         self.watch = EditWatch(trunk.model, probe_tokens)
         self._points: dict[str, Any] = {}
         self._blocks: FunctionalBlocks | None = None
@@ -146,7 +142,7 @@ class Engine:
         """Return an engine that measures these metrics within a budget."""
         forward = TeacherForced.of(trunk, make_reduce(metrics, per_token=per_token), budget)
         tokens = seqs.tokens[:1, :4].to(trunk.device)
-        return Engine(forward, trunk, chunk_tokens=budget.chunk_tokens, probe_tokens=tokens)
+        return Engine(forward, trunk, probe_tokens=tokens)
 
     def reference(
         self, batch: Batch, targets: Targets, intervention: Intervention | None
@@ -192,7 +188,7 @@ class Engine:
         if self._blocks is None:
             return None
         stop = int(torch.nonzero(batch.predicts.any(0)).max()) + 1
-        return Cone(self._blocks, resid, targets.positions, stop, self.chunk_tokens)
+        return Cone(self._blocks, resid, targets.positions, stop)
 
     def start(self, base: Baseline, intervention: Intervention, entry: Entry) -> Start | None:
         """Evaluate an intervention at one point on the baseline; None if it changes nothing.

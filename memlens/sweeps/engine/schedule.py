@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ def run_batches(
             # without a hook nothing changes, to the last bit
             done[i] = runner.reference(batch, targets, item) if item.hooks else base[-1]
             bar.update(costs[i] * len(batch.rows))
-        out.append([done[i] | _observed(item, batch) for i, item in enumerate(interventions)])
+        out.append([done[i] | _observed(item, batch, done[i]) for i, item in enumerate(interventions)])
     _check_names(out, interventions)
     return (
         {n: joined([b[n].numpy() for b in base]) for n in base[0]},
@@ -58,13 +58,23 @@ def run_batches(
     )
 
 
-def _observed(item: Intervention, batch: Batch) -> Values:
+def _observed(item: Intervention, batch: Batch, metrics: Values) -> Values:
     """Return what an intervention's reading hooks have seen of a batch."""
     found = {} if item.observed is None else item.observed(batch)
+    if not isinstance(found, Mapping):
+        raise InterventionError(
+            f"intervention {item.name!r} observed {type(found).__name__}: it must be a dictionary of "
+            "tensors by name."
+        )
     for name, value in found.items():
-        if value.shape != batch.rows.shape:
+        if name in metrics:
             raise InterventionError(
-                f"intervention {item.name!r} observed {name!r} of shape {tuple(value.shape)}: "
+                f"intervention {item.name!r} observed {name!r}, which is a metric of the sweep: rename one."
+            )
+        if not isinstance(value, Tensor) or value.shape != batch.rows.shape:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InterventionError(
+                f"intervention {item.name!r} observed {name!r} of shape {shape}: "
                 f"it must be ({len(batch.rows)},), one number per sequence."
             )
     return {name: value.detach().float().cpu() for name, value in found.items()}
@@ -89,7 +99,7 @@ def _fast(
     own = {i for i, _ in carried}
     stacked = [x for x in items if x[0] not in own and x[1].start_layer is not None]
     if base.cone is not None:
-        for _, part in portions(carried, size, base.cone.stop, budget.stack_tokens):
+        for part in portions(carried, size, base.cone.stop, budget.stack_tokens):
             try:
                 yield part, _halving(lambda some: _from_starts(runner, base, some), part)
             except NotCarriedError:
@@ -154,36 +164,28 @@ Numbered = list[tuple[int, Intervention]]
 """Interventions with their place in the user's list."""
 
 
-_WORTHWHILE = 512
-"""A smaller stack uses the processor badly, so interventions at the next position join it."""
-
-
-def portions(items: Numbered, size: int, stop: int, tokens: int) -> Iterator[tuple[int, Numbered]]:
-    """Divide interventions into portions with similar first positions and at most `tokens` positions.
+def portions(items: Numbered, size: int, stop: int, tokens: int) -> Iterator[Numbered]:
+    """Divide interventions, by the layers that they enter, into portions of at most `tokens` positions.
 
     Args:
         items: Numbered interventions that each change one point.
         size: Sequences in the batch.
         stop: Positions up to this one are computed.
         tokens: The largest number of positions in a portion, over all its rows.
-
-    Yields:
-        The first position of a portion, and the portion.
     """
-
-    def key(x: tuple[int, Intervention]) -> tuple[int, int]:
-        return min(x[1].first_position, stop - 1), x[1].start_layer or 0
-
     part: Numbered = []
-    first = 0
-    for x in sorted(items, key=key):
-        here, load = key(x)[0], len(part) * size * (stop - first)
-        full = load + size * (stop - first) > tokens
-        if part and (full or (here > first and load >= _WORTHWHILE)):
-            yield first, part
-            part = []
-        if not part:
-            first = here
+    load = 0
+    for x in sorted(items, key=lambda x: (x[1].start_layer or 0, x[1].first_position)):
+        here = size * (stop - first_of(x[1], stop))
+        if part and load + here > tokens:
+            yield part
+            part, load = [], 0
         part.append(x)
+        load += here
     if part:
-        yield first, part
+        yield part
+
+
+def first_of(item: Intervention, stop: int) -> int:
+    """Return the first position that an intervention changes, as far as it is known before it runs."""
+    return min(item.first_position, stop - 1)

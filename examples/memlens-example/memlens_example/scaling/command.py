@@ -12,5 +12,7 @@ STUDIES.add(
         options=ScalingOptions,
         help="How much of its MLPs does a model need to recite?",
         example="memlens run scaling --model zoo/pythia-s --sequences zoo --out my-run",
+        sizes=("max_sequences",),
+        scales={"": "sequences", "scaling": "max_sequences"},
     ),
 )

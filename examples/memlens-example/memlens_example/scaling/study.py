@@ -8,6 +8,7 @@ from typing import Any
 
 from memlens.models.provenance import describe
 from memlens.report.model import FigureRequest, Finding
+from memlens.results.statistics.estimates import Estimate
 from memlens.sequences.set import SequenceSet
 from memlens.studies.running import StudyDirectory, StudyRun, at_most
 from memlens_example.instrument import scale_mlps
@@ -34,10 +35,13 @@ def study_scaling(
         given = {"factor": options.factor, "progress": progress}
         result = folder.kept("scaling", lambda out: scale_mlps(model, memorized, out=out, **given))
         folder.add_result("scaling", result, title="Each MLP scaled", figures=[FigureRequest()])
-        effect = result.effect("target_logprob").mean("sequence")
-        layer = int(effect["layer"][int(effect.argmin())])
-        statement = f"Scaling the MLP of layer {layer} harms recall most."
-        folder.find(Finding("Which MLP", statement, float(effect.min()), unit="nats", n=len(memorized)))
+        means = result.mean_ci(metric="target_logprob", of="effect")["target_logprob"]
+        worst = means.isel(layer=int(means.sel(statistic="mean").argmin("layer")))
+        found = Estimate.of(worst)
+        statement = f"Scaling the MLP of layer {int(worst['layer'])} harms recall most."
+        if found.value >= 0:
+            statement = "Scaling one MLP harms recall in no layer."
+        folder.find(Finding.of("Which MLP", statement, found, unit="nats"))
 
     folder.step("scaling", scaling)
     return folder.done()
