@@ -46,6 +46,8 @@ class Registry(Generic[T]):
         (3, False, ['triangle'])
     """
 
+    what: str
+
     def __init__(self, what: str, *, of: type[T] | None = None, modules: Sequence[str] = ()) -> None:
         self.what, self._of = what, of
         self._modules = list(modules)
