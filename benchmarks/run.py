@@ -14,7 +14,7 @@ import torch
 
 import memlens as ml
 from benchmarks.memory import line as memory_line
-from benchmarks.models import build, recalled
+from benchmarks.models import build
 from benchmarks.rows import ROWS, Row
 from benchmarks.timing import Clock, interleaved, matrix_rate
 from memlens.forward.trunk import Trunk
@@ -28,8 +28,8 @@ COLUMNS = (
 @torch.no_grad()
 def measured(model: Any, row: Row, repeats: int, clock: Clock) -> dict[str, Any]:
     """Time one row and compare both sides' results."""
-    timed = interleaved(row.ours, row.peer, repeats, clock)
-    floor, forward = floor_seconds(model, row, clock)
+    timed = interleaved(row.ours, row.peer, repeats, clock, lambda: bounds(model, row, clock))
+    floor, forward = np.array(timed.beside).T
     return {
         "work": row.name,
         "against": row.peer_name,
@@ -38,12 +38,12 @@ def measured(model: Any, row: Row, repeats: int, clock: Clock) -> dict[str, Any]
         "peer_seconds": float(np.median(timed.peer)) / row.share,
         "peer_share_measured": row.share,
         "difference": row.difference(timed.our_result, timed.peer_result),
-        "share_of_floor": floor / float(np.median(timed.ours)),
-        "share_of_forward": forward / float(np.median(timed.ours)),
+        "share_of_floor": float(np.median(floor / np.array(timed.ours))),
+        "share_of_forward": float(np.median(forward / np.array(timed.ours))),
     }
 
 
-def floor_seconds(model: Any, row: Row, clock: Clock) -> tuple[float, float]:
+def bounds(model: Any, row: Row, clock: Clock) -> tuple[float, float]:
     """Return the time of the necessary operations at two measured rates.
 
     Returns:
@@ -57,7 +57,8 @@ def floor_seconds(model: Any, row: Row, clock: Clock) -> tuple[float, float]:
     rate = matrix_rate(shapes, 2048, dtype, str(model.cfg.device), clock)
     final = matrix_rate([(width, model.cfg.d_vocab)], 512, dtype, str(model.cfg.device), clock)
     unembedding = cost.unembed_flops / final
-    seqs, trunk = recalled(model, 32, 32, 32), Trunk(model)
+    trunk = Trunk(model)
+    seqs = ml.SequenceSet.from_tokens(torch.arange(32 * 64).reshape(32, 64) % model.cfg.d_vocab, 32)
     resid = trunk.embed(seqs.tokens.to(trunk.device))
     trunk.run(resid, 0, trunk.n_layers)
     timed = [clock(lambda: trunk.run(resid, 0, trunk.n_layers))[0] for _ in range(5)]

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of both sides in each repeat, and their last results."""
+    """Seconds of both sides in each repeat, their last results, and what was measured beside them."""
 
     ours: list[float]
     peer: list[float]
     our_result: Any
     peer_result: Any
+    beside: list[Any]
 
     @property
     def ratio(self) -> float:
@@ -43,15 +44,30 @@ class Clock:
         return self.now() - start, result
 
 
-def interleaved(ours: Callable[[], Any], peer: Callable[[], Any], repeats: int, clock: Clock) -> Timed:
-    """Run A B A B …; the median over several repeats excludes warm-up in the first."""
-    a, b, x, y = [], [], None, None
+def interleaved(
+    ours: Callable[[], Any],
+    peer: Callable[[], Any],
+    repeats: int,
+    clock: Clock,
+    beside: Callable[[], Any] = lambda: None,
+) -> Timed:
+    """Run A B A B …; the median over several repeats excludes warm-up in the first.
+
+    Args:
+        ours: One side.
+        peer: The other one.
+        repeats: How often each runs.
+        clock: Times them.
+        beside: Called before each A, such as to measure the machine, whose speed drifts.
+    """
+    a, b, x, y, others = [], [], None, None, []
     for _ in range(repeats):
+        others.append(beside())
         seconds, x = clock(ours)
         a.append(seconds)
         seconds, y = clock(peer)
         b.append(seconds)
-    return Timed(a, b, x, y)
+    return Timed(a, b, x, y, others)
 
 
 def matrix_rate(
