@@ -360,7 +360,7 @@ def test_a_part_that_fails_costs_only_itself(
     run = ml.studies.study_attention_bypass(
         inputs.model, inputs.sequences, tmp_path, tasks=inputs.tasks, options=options, progress=False
     )
-    assert run.failures == {"tasks": "out of memory"}
+    assert run.failures == {"tasks": "RuntimeError: out of memory"}
     assert "out of memory" in run.report.read_text(encoding="utf-8")
     assert [f.title for f in run.findings][-1] == "Bounds"
 
