@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -136,6 +138,17 @@ def _own_locks() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _own_threads() -> Iterator[None]:
+    """Let Dask work in threads that have ended at the end: one that still writes makes a file anew."""
+    dask = sys.modules.get("dask")
+    if dask is None:
+        yield
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool, dask.config.set(pool=pool):
+        yield
+
+
 @_own_locks()
 def save_dataset(data: xr.Dataset, path: str | Path) -> Path:
     """Write `data` to `path` atomically.
@@ -158,7 +171,8 @@ def save_dataset(data: xr.Dataset, path: str | Path) -> Path:
         if (free := shutil.disk_usage(part.parent).free) < encoded.nbytes:
             needed = f"{encoded.nbytes / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free"
             raise OSError(errno.ENOSPC, needed)
-        encoded.to_netcdf(part, **how)
+        with _own_threads():
+            encoded.to_netcdf(part, **how)
     return expanded(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 import memlens as ml
 from memlens.errors import ResultError, WriteError
@@ -178,3 +180,24 @@ def test_a_full_disk_loses_no_part(
     again = drawn_sweep(monkeypatch, model, tmp_path)
     assert again["m"].chunks is not None
     assert again.data.drop_attrs().identical(drawn.data.drop_attrs())
+
+
+def test_a_save_that_fails_waits_for_what_still_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A portion that is written after another one has failed must not make the removed file anew."""
+    array = pytest.importorskip("dask.array")
+    monkeypatch.setattr(storage, "_IN_MEMORY", 0)
+    monkeypatch.setattr(storage, "_READ", 1)
+
+    def portion(block_id: tuple[int, ...]) -> np.ndarray:
+        time.sleep(0.3 * block_id[0])
+        if block_id == (0,):
+            raise ResultError("the first part is gone")
+        return np.ones(1)
+
+    values = array.map_blocks(portion, chunks=((1,) * 4,), dtype=float)
+    with pytest.raises(ResultError, match="the first part is gone"):
+        storage.save_dataset(xr.Dataset({"m": ("sequence", values)}), tmp_path / "a.nc")
+    time.sleep(1.5)
+    assert not list(tmp_path.iterdir())
