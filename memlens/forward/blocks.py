@@ -281,7 +281,7 @@ class FunctionalBlocks:
         del kv
         if bypass:
             return v.repeat_interleave(self.n_heads // self.n_kv, 1).transpose(1, 2).flatten(-2)
-        more = _filled_up(here.stop) - here.stop if v.device.type == "cpu" else 0
+        more = _keys_to_add(here.stop) if v.device.type == "cpu" else 0
         before = (None, None) if past is None else past
         k, v = (_between(old, new, more) for old, new in zip(before, (k, v), strict=True))
         z = self._attend(block, q, k, v, F.pad(visible, (0, more)) if more else visible)
@@ -461,13 +461,13 @@ class _Attention:
         return _Attention(qkv, ordered(q_norm), ordered(k_norm), turn)
 
 
-def _filled_up(keys: int) -> int:
-    """Return how many keys attention on a CPU takes least time for: the next multiple of 16 where it is near.
+def _keys_to_add(keys: int) -> int:
+    """Return how many keys up to the next multiple of 16 save time on a CPU: fewer than half of it, or none.
 
-    Its fused kernel works on sixteen at a time, and on what remains one by one.
+    The fused kernel works on sixteen at a time, and on what remains one by one.
     """
-    rest = keys % _AT_ONCE
-    return keys + _AT_ONCE - rest if rest > _AT_ONCE // 2 else keys
+    missing = -keys % _AT_ONCE
+    return missing if missing < _AT_ONCE // 2 else 0
 
 
 def _between(

@@ -84,10 +84,11 @@ class Cone:
             copies = len(rows) // size
             asked = self._counted_from(first).repeat(copies, 1) if last else None
             whole = asked is not None and rows.shape[1] <= asked.shape[1]  # fewer than would be asked
-            every = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[:2])
-            past = self._past(layer, first, copies) if first else None
-            read.append(Stack(rows, past, every if whole else asked))
             chosen.append(asked if whole else None)
+            if whole:
+                asked = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[:2])
+            past = self._past(layer, first, copies) if first else None
+            read.append(Stack(rows, past, asked))
         found = self.blocks.run_together(layer, read)
         return [x if at is None else at_positions(x, at) for x, at in zip(found, chosen, strict=True)]
 

@@ -191,11 +191,7 @@ class Engine:
         return Cone(self._blocks, resid, targets.positions, stop)
 
     def start(self, base: Baseline, intervention: Intervention, entry: Entry) -> Start | None:
-        """Evaluate an intervention at one point on the baseline; None if it changes nothing.
-
-        Raises:
-            NotCarriedError: The new activation has another shape.
-        """
+        """Evaluate an intervention at one point on the baseline; None if it changes nothing."""
         assert base.cone is not None
         hooks = [
             (name, self._point(name), self.watch.wrap(name, fn))
@@ -203,8 +199,6 @@ class Engine:
         ]
         new = edited(hooks, entry, base.acts)
         self.watch.settle(name for name, _, _ in hooks)
-        if new.shape != base.acts[entry.name].shape:
-            raise NotCarriedError
         return start_of(entry, new, base.acts, base.resid, base.cone.blocks, base.cone.stop)
 
     def downstream(self, base: Baseline, starts: Sequence[Start | None]) -> Tensor:
@@ -259,7 +253,3 @@ class Engine:
 
     def _watched(self, hooks: Sequence[tuple[str, HookFn]]) -> list[tuple[Any, HookFn]]:
         return [(self._point(name), self.watch.wrap(name, fn)) for name, fn in hooks]
-
-
-class NotCarriedError(Exception):
-    """A change cannot be carried to the residual by itself: its layer has to run."""

@@ -13,7 +13,7 @@ from memlens.errors import InterventionError
 from memlens.forward.batches import Batch, make_batches
 from memlens.forward.memory import Budget
 from memlens.sequences.set import SequenceSet
-from memlens.sweeps.engine.engine import Baseline, Engine, NotCarriedError
+from memlens.sweeps.engine.engine import Baseline, Engine
 from memlens.sweeps.engine.entries import entry_of
 from memlens.sweeps.interventions import Intervention
 
@@ -100,10 +100,7 @@ def _fast(
     stacked = [x for x in items if x[0] not in own and x[1].start_layer is not None]
     if base.cone is not None:
         for part in portions(carried, size, base.cone.stop, budget.stack_tokens):
-            try:
-                yield part, _halving(lambda some: _from_starts(runner, base, some), part)
-            except NotCarriedError:
-                stacked += part
+            yield part, _halving(lambda some: _from_starts(runner, base, some), part)
     groups: dict[Any, Numbered] = {}
     for x in stacked:
         groups.setdefault((x[1].start_layer, x[1].last_layer), []).append(x)
