@@ -10,18 +10,19 @@ unknown; then the model itself runs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from memlens.errors import UnsupportedModelError
 from memlens.forward.batches import at_positions
 from memlens.forward.exclusive import known_of
-from memlens.forward.hooks import hook_points
+from memlens.forward.hooks import hook_name, hook_points, layer_of
 from memlens.forward.read_blocks import BlockWeights, read_block, read_unembedding
 from memlens.forward.read_weights import Linear, Norm
 from memlens.forward.trunk import Trunk, module_of
@@ -47,8 +48,8 @@ class Trace(dict[str, Tensor]):
     """Intermediate results of a block by name, filled while it runs.
 
     Args:
-        wanted: Which: of the attributes of `BlockTrace`, `z` (each head's mixed values) and `mlp_added` (what
-            the MLP adds to the residual).
+        wanted: Which: of the fields of `memlens.instruments.bypass.traces.BlockTrace`, `z` (each head's mixed
+            values) and `mlp_added` (what the MLP adds to the residual).
     """
 
     wanted: frozenset[str]
@@ -66,6 +67,11 @@ _KEPT_BYTES = 2**27
 
 _AT_ONCE = 16
 """Numbers that a processor's fused attention takes at a time."""
+
+_TRACED: Mapping[str, str] = MappingProxyType(
+    {"v": "v", "z": "z", "attn_out": "added", "resid_mid": "mlp_from", "mlp_out": "mlp_added"}
+)
+"""Sites inside a block, and what they are called there; `resid_pre` and `resid_post` need no trace."""
 
 _LIBRARIES = ("transformer_lens.", "transformers.", "memlens.")
 """Libraries whose own hooks change nothing that functional blocks do not reproduce."""
@@ -105,23 +111,27 @@ class FunctionalBlocks:
         self._kept: dict[int, _Attention] | None = {} if size * trunk.n_layers <= _KEPT_BYTES else None
 
     @staticmethod
-    def of(trunk: Trunk, resid: Mapping[int, Tensor]) -> FunctionalBlocks | None:
+    def of(
+        trunk: Trunk, resid: Mapping[int, Tensor], acts: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> FunctionalBlocks | None:
         """Return the blocks, or None where they would not reproduce the model.
 
         Args:
             trunk: The model.
             resid: The model's own residual `[batch, pos, d_model]` at the input of consecutive layers; the
                 last one is the output of the last block to compare.
+            acts: The model's own activations at hooks in these layers that `captured` has to reproduce, too.
         """
         layers = sorted(resid)
         if has_hooks(trunk.model):
             return None
         width = resid[layers[0]].shape[1]
         known = agreed_widths(trunk)
+        new = {key for key in (*layers[:-1], *acts) if known.get(key, 0) < width}
         try:
             blocks = FunctionalBlocks(trunk, layers[:-1], width)
-            new = [n for n in layers[:-1] if known.get(n, 0) < width]
-            close = all(agree(blocks.run(n, resid[n]), resid[n + 1]) for n in new)
+            hooks = {n: {k: acts[k] for k in acts if k in new and layer_of(k) == n} for n in layers[:-1]}
+            close = all(blocks._agrees(n, resid, own) for n, own in hooks.items() if own or n in new)
             if trunk.n_layers not in known:
                 final = resid[layers[-1]][:, -1]
                 close = close and agree(blocks.unembed(final), trunk.unembed(final))
@@ -131,6 +141,28 @@ class FunctionalBlocks:
             return None
         known |= dict.fromkeys([trunk.n_layers, *new], width)
         return blocks
+
+    def _agrees(self, layer: int, resid: Mapping[int, Tensor], acts: Mapping[str, Tensor]) -> bool:
+        """Whether a layer gives what the model gave after it, and at its hooks."""
+        out, found = self.captured(layer, resid[layer], list(acts))
+        return agree(out, resid[layer + 1]) and all(
+            found[n].shape == acts[n].shape and agree(found[n], acts[n]) for n in acts
+        )
+
+    def captured(
+        self, layer: int, resid: Float[Tensor, "row pos d_model"], names: Iterable[str]
+    ) -> tuple[Float[Tensor, "row pos d_model"], dict[str, Tensor]]:
+        """Run a layer; return its output and the activations at its hooks `names` (see `captured_site`)."""
+        sites = {name: site for name in names if (site := captured_site(name))}
+        trace = Trace(_TRACED[site] for site in sites.values() if site in _TRACED)
+        out = self.run(layer, resid, trace=trace)
+        store = {}
+        for name, site in sites.items():
+            value = trace[_TRACED[site]] if site in _TRACED else resid if site == "resid_pre" else out
+            if site == "z":
+                value = value.unflatten(-1, (self.n_heads, self.d_head))
+            store[name] = value.transpose(1, 2) if site == "v" else value
+        return out, store
 
     def unembed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """Return the logits of final residuals."""
@@ -388,11 +420,11 @@ class _Turn:
 
     Attributes:
         by: The rotations as complex numbers of absolute value 1, or what a model takes for them.
-        order: The features of a head with each pair side by side, which lie half a width apart in the model.
+        d_head: Features of a head.
     """
 
     by: Tensor
-    order: Int[Tensor, " d_head"]
+    d_head: int
 
     @staticmethod
     def of(rotary: tuple[Tensor, Tensor] | None, d_head: int) -> _Turn | None:
@@ -407,9 +439,14 @@ class _Turn:
         half = cos.shape[-1] // 2
         if any(not torch.equal(t[:, :half], t[:, half:]) for t in (cos, sin)):
             raise UnsupportedModelError("rotary embeddings with two angles for one pair of features.")
-        order = torch.arange(d_head, device=cos.device)
-        order[: 2 * half] = order[: 2 * half].view(2, half).T.flatten()
-        return _Turn(torch.complex(cos[:, :half].contiguous(), sin[:, :half].contiguous()), order)
+        return _Turn(torch.complex(cos[:, :half].contiguous(), sin[:, :half].contiguous()), d_head)
+
+    def paired(self, x: Float[Tensor, "features ..."]) -> Float[Tensor, "features ..."]:
+        """Put the features that rotate together, half a width apart in the model, side by side, in place."""
+        half = self.by.shape[-1]
+        turned = x.unflatten(0, (-1, self.d_head))[:, : 2 * half]
+        turned.copy_(turned.unflatten(1, (2, half)).transpose(1, 2).flatten(1, 2))
+        return x
 
     def __call__(
         self, x: Float[Tensor, "row pos head d_head"], places: slice | Int[Tensor, "row pos"]
@@ -444,20 +481,15 @@ class _Attention:
         qkv, q_norm, k_norm = block.qkv(), block.q_norm, block.k_norm
         if turn is None:
             return _Attention(qkv, q_norm, k_norm, None)
-        d_head = len(turn.order)
-        starts = d_head * torch.arange(n_heads + n_kv, device=turn.order.device)
-        every = (starts[:, None] + turn.order).flatten()
-        values = torch.arange(len(every), len(every) + n_kv * d_head, device=every.device)
 
         def ordered(norm: Norm | None) -> Norm | None:
             if norm is None:
                 return None
-            order = every[: norm.weight.numel()]
-            return replace(norm, weight=norm.weight[order], bias=norm.bias[order])
+            return replace(norm, weight=turn.paired(norm.weight.clone()), bias=turn.paired(norm.bias.clone()))
 
-        order = torch.cat([every, values])
-        weight = qkv.weight.T[:, order].T if qkv.weight.stride(0) == 1 else qkv.weight[order]
-        qkv = Linear(weight, None if qkv.bias is None else qkv.bias[order])
+        turn.paired(qkv.weight[: (n_heads + n_kv) * turn.d_head])
+        if qkv.bias is not None:
+            turn.paired(qkv.bias[: (n_heads + n_kv) * turn.d_head])
         return _Attention(qkv, ordered(q_norm), ordered(k_norm), turn)
 
 
@@ -510,70 +542,13 @@ def agreed_widths(trunk: Trunk) -> dict[int | str, int]:
     return known_of(trunk.model).setdefault(f"widths on which blocks agree in {trunk.dtype}", {})
 
 
+def captured_site(name: str) -> str | None:
+    """Return the site of a hook at which blocks give the activation; None for other hooks."""
+    layer = layer_of(name)
+    sites = ("resid_pre", "resid_post", *_TRACED)
+    return None if layer is None else next((s for s in sites if hook_name(s, layer) == name), None)
+
+
 def agree(a: Tensor, b: Tensor) -> bool:
     """Whether two results of a block are equal up to rounding in their dtype."""
     return bool((a - b).abs().max() <= _TOLERANCE[a.dtype] * b.abs().max())
-
-
-@dataclass(frozen=True)
-class BlockTrace:
-    """The intermediate results of a block.
-
-    Attributes:
-        resid: Its input.
-        attn_in: What attention reads.
-        q: Queries as used; the features of a head may be in another order than the model's.
-        k: Keys as used, in the same order.
-        v: Values as used.
-        projected: Attention's projected output.
-        added: What attention adds to the residual: `projected`, after a post-norm where there is one.
-        mlp_from: What the norm before the MLP reads: the residual after attention, or in a parallel block the
-            block's input.
-        mlp_in: What the MLP reads.
-        mlp_raw: The MLP's output before a post-norm.
-        out: The block's output.
-    """
-
-    resid: Float[Tensor, "row pos d_model"]
-    attn_in: Float[Tensor, "row pos d_model"]
-    q: Float[Tensor, "row head pos d_head"]
-    k: Float[Tensor, "row kv_head pos d_head"]
-    v: Float[Tensor, "row kv_head pos d_head"]
-    projected: Float[Tensor, "row pos d_model"]
-    added: Float[Tensor, "row pos d_model"]
-    mlp_from: Float[Tensor, "row pos d_model"]
-    mlp_in: Float[Tensor, "row pos d_model"]
-    mlp_raw: Float[Tensor, "row pos d_model"]
-    out: Float[Tensor, "row pos d_model"]
-
-    def __getitem__(self, rows: slice) -> BlockTrace:
-        return BlockTrace(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
-
-    def to(self, device: torch.device) -> BlockTrace:
-        """Return the same on a device."""
-        return BlockTrace(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
-
-    def where(self, chosen: Bool[Tensor, " row"], other: BlockTrace) -> BlockTrace:
-        """Return these rows where `chosen`, else the other's."""
-        pairs = ((getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
-        return BlockTrace(*(torch.where(chosen.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
-
-
-def trace_block(
-    blocks: FunctionalBlocks,
-    layer: int,
-    resid: Float[Tensor, "row pos d_model"],
-    *,
-    bypass: bool = False,
-) -> BlockTrace:
-    """Run a block on residuals that begin at position 0.
-
-    Args:
-        blocks: The blocks.
-        layer: Which.
-        resid: Its input.
-        bypass: Attention mixes nothing: each position keeps its own values.
-    """
-    trace = Trace(f.name for f in fields(BlockTrace))
-    out = blocks.run(layer, resid, trace=trace, bypass=bypass)
-    return BlockTrace(resid=resid, out=out, **trace)

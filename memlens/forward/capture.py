@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +17,8 @@ from tqdm.auto import tqdm
 
 from memlens.errors import SequenceError, SiteError
 from memlens.forward.batches import Batch, Targets, at_positions, at_targets, make_batches
-from memlens.forward.blocks import FunctionalBlocks, Trace, agree, agreed_widths, has_hooks
-from memlens.forward.exclusive import computation, computation_number, computes
+from memlens.forward.blocks import FunctionalBlocks, agreed_widths, captured_site, has_hooks
+from memlens.forward.exclusive import computation, computation_number, computes, kept_of
 from memlens.forward.hooks import HookFn, attached, capturing, hook_name, layer_of
 from memlens.forward.trunk import Trunk, has_own_forward
 from memlens.sequences.checks import check_sequences
@@ -125,16 +124,11 @@ def _from_cache(cache: Any, name: str, seqs: SequenceSet) -> Tensor:
     return value
 
 
-_TRACED: Mapping[str, str] = MappingProxyType(
-    {"v": "v", "z": "z", "attn_out": "added", "resid_mid": "mlp_from", "mlp_out": "mlp_added"}
-)
-"""Sites inside a block, and what they are called there; `resid_pre` and `resid_post` need no trace."""
-
-
 class FunctionalPass:
     """The unchanged model's pass by its blocks as functions, in about half the time of its modules.
 
-    `of` compares it with the model's own pass, once for each content of its weights and length.
+    `of` compares it with the model's own pass, once for each content of its weights and length. It is made
+    once in a computation, and keeps the final residuals of short sequences until that ends.
 
     Args:
         blocks: All blocks of the model.
@@ -146,6 +140,8 @@ class FunctionalPass:
 
     def __init__(self, blocks: FunctionalBlocks, width: int) -> None:
         self.blocks, self.width = blocks, width
+        self._finals: dict[tuple[Any, ...], Tensor] = {}
+        self._free = _KEPT_FINALS
 
     @staticmethod
     def of(trunk: Trunk, tokens: Int[Tensor, "batch pos"], names: Sequence[str]) -> FunctionalPass | None:
@@ -156,23 +152,28 @@ class FunctionalPass:
             tokens: What it will run on; the first row serves for the comparison.
             names: The hooks at which activations will be captured.
         """
-        if has_hooks(trunk.model) or any(_site(name) is None for name in names):
+        if has_hooks(trunk.model) or any(captured_site(name) is None for name in names):
             return None
         every, width, known = range(trunk.n_layers), tokens.shape[1], agreed_widths(trunk)
         failed = f"a pass of {width} or more positions with {sorted(names)}"
         if failed in known:
             return None
+        kept = kept_of(trunk.model)
+        had: FunctionalPass | None = kept.get(trunk.dtype)
         if _are_known(known, (*every, trunk.n_layers, *names), width):
-            return FunctionalPass(FunctionalBlocks(trunk, every, width), width)
-        layers = {hook_name("resid_pre", layer): layer for layer in every}
-        final, acts = run_capturing(trunk, tokens[:1], sorted({*layers, *names}))
-        resid = {layer: acts[name] for name, layer in layers.items()} | {trunk.n_layers: final}
-        blocks = FunctionalBlocks.of(trunk, resid)
-        if blocks is None or not _agree(blocks, resid, {name: acts[name] for name in names}):
-            known[failed] = width
-            return None
-        known |= dict.fromkeys(names, width)
-        return FunctionalPass(blocks, width)
+            if had is None or had.width < width:
+                had = FunctionalPass(FunctionalBlocks(trunk, every, width), width)
+        else:
+            layers = {hook_name("resid_pre", layer): layer for layer in every}
+            final, acts = run_capturing(trunk, tokens[:1], sorted({*layers, *names}))
+            resid = {layer: acts[name] for name, layer in layers.items()} | {trunk.n_layers: final}
+            blocks = FunctionalBlocks.of(trunk, resid, {name: acts[name] for name in names})
+            if blocks is None:
+                known[failed] = width
+                return None
+            had = FunctionalPass(blocks, width)
+        kept[trunk.dtype] = had
+        return had
 
     def of_model(
         self, trunk: Trunk, tokens: Int[Tensor, "batch pos"], names: Sequence[str]
@@ -187,47 +188,26 @@ class FunctionalPass:
         self, tokens: Int[Tensor, "batch pos"], names: Sequence[str]
     ) -> tuple[Float[Tensor, "batch pos d_model"], dict[str, Tensor]]:
         """Run tokens; return the last layer's output and the activations at `names`, as `run_capturing`."""
+        key = (*tokens.shape, tokens.cpu().numpy().tobytes())
+        if not names and key in self._finals:
+            return self._finals[key], {}
         resid, store = self.blocks.trunk.embed(tokens), {}
         for layer in range(self.blocks.trunk.n_layers):
-            resid, found = _captured(self.blocks, layer, resid, [n for n in names if layer_of(n) == layer])
+            here = [n for n in names if layer_of(n) == layer]
+            resid, found = self.blocks.captured(layer, resid, here)
             store |= found
+        if key not in self._finals and resid.nbytes <= self._free:
+            self._finals[key] = resid
+            self._free -= resid.nbytes
         return resid, store
+
+
+_KEPT_FINALS = 2**24
+"""Bytes of final residuals that a pass keeps: a source run's metrics are asked for after its activations."""
 
 
 def _are_known(known: Mapping[int | str, int], keys: Iterable[int | str], width: int) -> bool:
     return all(known.get(key, 0) >= width for key in keys)
-
-
-def _site(name: str) -> str | None:
-    layer = layer_of(name)
-    sites = ("resid_pre", "resid_post", *_TRACED)
-    return None if layer is None else next((s for s in sites if hook_name(s, layer) == name), None)
-
-
-def _captured(
-    blocks: FunctionalBlocks, layer: int, resid: Tensor, names: Sequence[str]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run a layer; return its output and the activations at its hooks."""
-    sites = {name: site for name in names if (site := _site(name))}
-    trace = Trace(_TRACED[site] for site in sites.values() if site in _TRACED)
-    out = blocks.run(layer, resid, trace=trace)
-    store = {}
-    for name, site in sites.items():
-        value = trace[_TRACED[site]] if site in _TRACED else resid if site == "resid_pre" else out
-        if site == "z":
-            value = value.unflatten(-1, (blocks.n_heads, blocks.d_head))
-        store[name] = value.transpose(1, 2) if site == "v" else value
-    return out, store
-
-
-def _agree(blocks: FunctionalBlocks, resid: Mapping[int, Tensor], acts: Mapping[str, Tensor]) -> bool:
-    """Whether what blocks give at hooks is what the model gave there."""
-    for layer in blocks.blocks:
-        names = [name for name in acts if layer_of(name) == layer]
-        _, found = _captured(blocks, layer, resid[layer], names)
-        if any(found[n].shape != acts[n].shape or not agree(found[n], acts[n]) for n in names):
-            return False
-    return True
 
 
 class ActivationSource:

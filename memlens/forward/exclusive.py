@@ -37,6 +37,7 @@ class _Use:
         computing: Whether a computation of that thread is going on.
         key: Content of the model when `known` was found out.
         known: Facts about the model by name.
+        kept: What is kept until the computation ends.
     """
 
     owner: int | None = None
@@ -44,9 +45,10 @@ class _Use:
     computing: bool = False
     key: tuple[Any, ...] | None = None
     known: dict[str, Any]
+    kept: dict[Any, Any]
 
     def __init__(self) -> None:
-        self.known = {}
+        self.known, self.kept = {}, {}
 
 
 _TURN = threading.Condition()
@@ -137,7 +139,7 @@ def computation(model: Any) -> Iterator[None]:
                 with _own_precision(model):
                     yield
             finally:
-                use.computing = False
+                use.computing, use.kept = False, {}
 
 
 @contextmanager
@@ -213,6 +215,12 @@ def known_of(model: Any) -> dict[str, Any]:
     """Return what is known of a model as it is now, to be added to; outside a computation nothing is kept."""
     use = _use_of(model)
     return use.known if use.computing and use.owner == threading.get_ident() else {}
+
+
+def kept_of(model: Any) -> dict[Any, Any]:
+    """Return what is kept of a model until the computation with it ends, to be added to: read weights."""
+    use = _use_of(model)
+    return use.kept if use.computing and use.owner == threading.get_ident() else {}
 
 
 def computation_number() -> int | None:

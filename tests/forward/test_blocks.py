@@ -9,8 +9,9 @@ import torch
 
 import memlens as ml
 from memlens.forward.batches import at_positions
-from memlens.forward.blocks import BlockTrace, FunctionalBlocks, trace_block
+from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.read_weights import attention_post_norm
+from memlens.instruments.bypass.traces import BlockTrace, trace_block
 from tests.devices import dev
 from tests.small import CASES
 from tests.tiny import random_tokens

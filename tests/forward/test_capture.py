@@ -192,3 +192,26 @@ def test_a_pass_is_compared_once_and_a_model_it_does_not_equal_runs_itself(
         assert ran
     monkeypatch.setattr(FunctionalBlocks, "run", lambda *args, **traced: plain(*args, **traced) * (1 + 1e-3))
     assert FunctionalPass.of(trunk, tokens, [Z]) is None
+
+
+@torch.no_grad()
+def test_a_pass_is_made_once_in_a_computation_and_keeps_what_short_sequences_end_with(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = tiny_model("gpt_neox", "bridge"), random_tokens(2, 12)
+    trunk = ml.Trunk(model)
+    with computation(model):
+        by = FunctionalPass.of(trunk, tokens, [Z])
+        assert by is not None
+        final, acts = by.run(tokens, [Z])
+        assert FunctionalPass.of(trunk, tokens[:, :9], []) is by
+        other = by.run(tokens.flip(0), [])[0]
+        with monkeypatch.context() as patch:
+            patch.delattr(FunctionalBlocks, "run")
+            assert by.run(tokens, [])[0] is final
+        torch.testing.assert_close(other, final.flip(0))
+        torch.testing.assert_close(by.run(tokens, [Z])[1][Z], acts[Z])
+        monkeypatch.setattr(by, "_free", final.nbytes - 1)
+        assert by.run(tokens + 1, [])[0] is not by.run(tokens + 1, [])[0]
+    with computation(model):
+        assert FunctionalPass.of(trunk, tokens, [Z]) is not by  # weights may have changed since

@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 
 from memlens.errors import OptionError, UnsupportedModelError
 from memlens.forward.batches import Targets, make_batches
-from memlens.forward.blocks import BlockTrace, FunctionalBlocks, trace_block
+from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.exclusive import computes
 from memlens.forward.read_weights import Norm
 from memlens.forward.trunk import Trunk
 from memlens.instruments.bypass.lipschitz import BlockNorms, norm_between
 from memlens.instruments.bypass.predictor import check_readable, some_layers
+from memlens.instruments.bypass.traces import BlockTrace, trace_block
 from memlens.models.huggingface import parse_dtype
 from memlens.results.kinds import register_kind
 from memlens.results.plots.layers import plot_bounds

@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memlens.forward.blocks import BlockTrace, FunctionalBlocks
+from memlens.forward.blocks import FunctionalBlocks
 from memlens.forward.read_blocks import BlockWeights
 from memlens.forward.read_weights import MlpWeights, Norm, read_mlp
+from memlens.instruments.bypass.traces import BlockTrace
 
 
 def spectral_norm(weight: Float[Tensor, "*batch a b"]) -> Float[Tensor, "*batch"]:
