@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from memlens.errors import UnsupportedModelError
@@ -42,6 +42,25 @@ class Stack(NamedTuple):
         """Return the same on a device."""
         past = None if self.past is None else (self.past[0].to(device), self.past[1].to(device))
         return Stack(self.resid.to(device), past, None if self.queries is None else self.queries.to(device))
+
+
+class Unchanged(NamedTuple):
+    """What a layer computes for a batch, so that a change at one position need not compute it again.
+
+    Attributes:
+        q: Queries as used.
+        k: Keys as used; zeros may follow them.
+        v: Values as used, likewise.
+        rest: What attention's output is added to: the layer's input, together with what the MLP adds in a
+            parallel block.
+        visible: True where a query (row) sees a key (column).
+    """
+
+    q: Float[Tensor, "row head pos d_head"]
+    k: Float[Tensor, "row kv_head key d_head"]
+    v: Float[Tensor, "row kv_head key d_head"]
+    rest: Float[Tensor, "row pos d_model"]
+    visible: Bool[Tensor, "pos key"]
 
 
 class Trace(dict[str, Tensor]):
@@ -255,6 +274,84 @@ class FunctionalBlocks:
         del q, kv
         return _parted(self.add(layer, resid, block.o(torch.cat(z))).to(place), wanted)
 
+    def unchanged(
+        self, layer: int, resid: Float[Tensor, "row pos d_model"], out: Float[Tensor, "row pos d_model"]
+    ) -> Unchanged:
+        """Return what `run_changed` needs of a layer, from its input and its output."""
+        block, home, trace = self.blocks[layer], self._home(layer), Trace("qkv")
+        x = resid.to(home)
+        attn = self.attention(layer, x if block.attn_norm is None else block.attn_norm(x), trace=trace)
+        width = x.shape[1]
+        more = _keys_to_add(width) if x.device.type == "cpu" else 0
+        k, v = (_between(None, trace[name], more) for name in "kv")
+        visible = F.pad(block.around.visible[:width, :width], (0, more))
+        return Unchanged(trace["q"], k, v, out.to(home) - attn if block.parallel else x, visible)
+
+    def run_changed(
+        self, layer: int, base: Unchanged, changes: Sequence[tuple[int, Float[Tensor, "row d_model"]]]
+    ) -> list[Float[Tensor, "row pos d_model"]]:
+        """Return a block's outputs where its input changed at one position, from that position on.
+
+        The later positions keep their queries, keys and values and, in a parallel block, what the MLP adds.
+
+        Args:
+            layer: The block.
+            base: What it computes unchanged.
+            changes: The position, and what the input becomes there for copies of the batch.
+        """
+        block, read, home = self.blocks[layer], self._read(layer), self._home(layer)
+        width = base.rest.shape[1]
+        low, sizes = min(first for first, _ in changes), [len(rows) for _, rows in changes]
+        places = torch.tensor([first for first, _ in changes]).repeat_interleave(torch.tensor(sizes))
+        later = (torch.arange(low, width) >= places[:, None]).flatten().nonzero()[:, 0].to(home)
+        x = torch.cat([rows for _, rows in changes]).to(home)
+        every, at = torch.arange(len(x), device=home), places.to(home)
+        own = every % len(base.rest)
+        qkv = read.qkv(x if block.attn_norm is None else block.attn_norm(x))[:, None]
+        step = max(1, 2 * len(later) // width)  # rows whose keys take no more than what the MLP takes
+        z = torch.cat(
+            [
+                self._mixed_after(block, read, base, qkv[some], own[some], at[some], low)
+                for some in every.split(step)
+            ]
+        )
+        z = z.flatten(0, 1)[later]
+        rest = base.rest[own, low:]
+        rest[every, at - low] = self._mlp(block, x, None).add_(x) if block.parallel else x
+        attn, rest = block.o(z), rest.flatten(0, 1)[later]
+        out = attn.add_(rest) if block.parallel else self.add(layer, rest, attn)
+        wanted = [(len(rows), width - first) for first, rows in changes]
+        return _parted(out.to(changes[0][1].device), wanted)
+
+    def _mixed_after(
+        self,
+        block: BlockWeights,
+        read: _Attention,
+        base: Unchanged,
+        qkv: Float[Tensor, "row 1 n"],
+        own: Int[Tensor, " row"],
+        at: Int[Tensor, " row"],
+        low: int,
+    ) -> Float[Tensor, "row pos n"]:
+        """Return mixed values at positions ``low ..`` where one position of each row has new projections.
+
+        Args:
+            block: The block.
+            read: Its maps.
+            base: What it computes unchanged.
+            qkv: The changed position's projections.
+            own: The row of the batch that each row is a copy of.
+            at: The position that changed.
+            low: The lowest of them.
+        """
+        split, every = self.n_heads * self.d_head, torch.arange(len(at), device=at.device)
+        q, k, v = base.q[own, :, low:], base.k[own], base.v[own]
+        new = self._shaped(block, qkv[..., :split], read.q_norm, self.n_heads, (read.turn, at[:, None]))
+        q[every, :, at - low] = new[:, :, 0]
+        new_k, new_v = self._keys_values(block, read, qkv[..., split:], at[:, None])
+        k[every, :, at], v[every, :, at] = new_k[:, :, 0], new_v[:, :, 0]
+        return self._attend(block, q, k, v, base.visible[low:])
+
     def run_all(self, resid: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
         """Return the output of the last block from the input of the first."""
         for layer in sorted(self.blocks):
@@ -380,7 +477,9 @@ class FunctionalBlocks:
         columns = slice(heads.start * self.d_head, heads.stop * self.d_head)
         return F.linear(dz.flatten(-2).to(self._home(layer)), block.o.weight[:, columns]).to(dz.device)
 
-    def _keys_values(self, block: BlockWeights, read: _Attention, kv: Tensor, places: slice) -> KeysValues:
+    def _keys_values(
+        self, block: BlockWeights, read: _Attention, kv: Tensor, places: slice | Tensor
+    ) -> KeysValues:
         k, v = kv.chunk(2, dim=-1)
         return (
             self._shaped(block, k, read.k_norm, self.n_kv, (read.turn, places)),

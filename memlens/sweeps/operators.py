@@ -108,6 +108,29 @@ class Operators:
         together = 2 * ((n if queries is None else n + 2 * asked) * s.d_model + asked * width)
         self.copied(joined + repeated + (together if len(stacks) > 1 else 0), times)
 
+    def attention(self, rows: int, positions: int, keys: int, times: int) -> None:
+        """Add a layer without its MLP: rows, positions of all rows, keys of a row."""
+        s, width, kv = self.shape, self.shape.n_heads * self.shape.d_head, 2 * self.shape.n_kv_heads
+        self._product(_QKV, positions, s.d_model, width + kv * s.d_head, times)
+        moved = s.itemsize * (2 * positions * width + 2 * rows * keys * width)
+        self._call(_ATTENTION, 4 * positions * keys * width, moved, times)
+        self._product(_OUTPUT, positions, width, s.d_model, times)
+
+    def changed(self, stacks: Sequence[tuple[int, int, int]], *, parallel: bool) -> None:
+        """Add a layer whose input changed at one position of each row: rows, later positions and keys."""
+        s, rows, n = self.shape, sum(stack[0] for stack in stacks), sum(stack[1] for stack in stacks)
+        width, kv = s.n_heads * s.d_head, 2 * s.n_kv_heads * s.d_head
+        # all rows are queried from the lowest position on
+        low = max(positions // r for r, positions, _ in stacks)
+        keys = max(stack[2] for stack in stacks)
+        self._product(_QKV, rows, s.d_model, width + kv, 1)
+        moved = rows * (2 * low * width + 2 * keys * width)
+        self._call(_ATTENTION, 4 * rows * low * keys * width, s.itemsize * moved, 1)
+        self._product(_OUTPUT, n, width, s.d_model, 1)
+        self.mlp(rows if parallel else n)
+        self.moved(_ELEMENTWISE, 6 * n * s.d_model, 1)
+        self.copied(2 * rows * (keys * kv + low * (width + s.d_model)) + 2 * n * (width + s.d_model))
+
     def mlp(self, positions: int, *, times: int = 1) -> None:
         """Add an MLP, with the norm before it."""
         s, gates = self.shape, 2 if self.shape.gated_mlp else 1

@@ -20,6 +20,7 @@ from memlens.forward.memory import Budget, budget_of_free, default_budget, posit
 from memlens.forward.trunk import Trunk
 from memlens.models.families import Shape
 from memlens.sequences.set import SequenceSet
+from memlens.sweeps.engine.cone import has_shortcut
 from memlens.sweeps.engine.entries import Entry, entry_of
 from memlens.sweeps.engine.schedule import first_of, portions
 from memlens.sweeps.interventions import Intervention
@@ -306,7 +307,8 @@ def _costs(like: _Count, seqs: SequenceSet, interventions: Sequence[Intervention
 
     def cost(item: Intervention) -> float:
         entry = entry_of(item) if like.carries else None
-        key = (entry and (entry.layer, entry.site), item.start_layer, item.last_layer, item.first_position)
+        site = entry and (entry.layer, entry.site)
+        key = (site, item.start_layer, item.last_layer, item.first_position, _is_alone(item))
         if key not in known:
             count = _Count(like.shape, carries=like.carries)
             count.item(item, width, asked)
@@ -381,9 +383,14 @@ class _Count:
                 entry, first = entry_of(item), first_of(item, stop)
                 assert entry is not None
                 here = size * (stop - first)
-                entering[entry, _Rows(size, here, size * batch.max_targets, stop, first)] += 1
+                rows = _Rows(size, here, size * batch.max_targets, stop, first, _is_alone(item))
+                entering[entry, rows] += 1
             self.load = max(self.load, sum(n * each.positions for (_, each), n in entering.items()))
             self._carried(entering)
+        shortcuts = {e.next_layer() for _, item in carried if _is_alone(item) and (e := entry_of(item))}
+        once = sum(has_shortcut(layer, self.shape.n_layers) for layer in shortcuts)
+        self.operators.attention(size, size * stop, stop, once)
+        self.positions += once * size * stop * (1 - self.mlp_weights / self.weights)
         groups = Counter((item.start_layer, item.last_layer) for i, item in items if i not in names)
         whole = _Rows(size, size * width, size * batch.max_targets, width, 0)
         most = max(1, budget.stack_tokens // (size * width))
@@ -405,7 +412,7 @@ class _Count:
             self._stacked(item.start_layer, item.last_layer, 1, _Rows(1, width, asked, width, 0))
         else:
             positions = max(asked, width - item.first_position)
-            self._carried({(entry, _Rows(1, positions, asked, width, 0)): 1})
+            self._carried({(entry, _Rows(1, positions, asked, width, 0, _is_alone(item))): 1})
 
     def _carried(self, entries: Mapping[tuple[Entry, _Rows], int]) -> None:
         """Add a portion of interventions that are carried to the residual."""
@@ -417,10 +424,10 @@ class _Count:
                 mid[entry.layer, each] += n
             # the activation is copied and compared, and its change added to the residual
             whole = each.rows * each.keys
-            self.operators.copied((4 * whole + 3 * each.positions) * self.shape.d_model, n)
+            self.operators.copied((4 * whole + 3 * each.changed) * self.shape.d_model, n)
         for (_, each), n in mid.items():
-            self.operators.mlp(n * each.positions)
-            self.positions += n * each.positions * self.mlp_weights / self.weights
+            self.operators.mlp(n * each.changed)
+            self.positions += n * each.changed * self.mlp_weights / self.weights
         self._downstream(entering)
 
     def _stacked(self, first: int | None, last: int | None, copies: int, each: _Rows) -> None:
@@ -437,13 +444,35 @@ class _Count:
         """Add the layers after some starts: stacks that grow as they pass the layers where others enter."""
         shape = self.shape
         stacks: Counter[_Rows] = Counter()
-        for layer in range(min(entering), shape.n_layers + 1):
-            for each, new in entering.get(layer, {}).items():
-                joined = stacks[each] + new if stacks[each] else 0
+
+        def join(some: Mapping[_Rows, int]) -> None:
+            for each, new in some.items():
+                whole = replace(each, alone=False)
+                joined = stacks[whole] + new if stacks[whole] else 0
                 self.operators.copied(2 * (new + joined) * each.positions * shape.d_model)
-                stacks[each] += new
-            if layer < shape.n_layers:
+                stacks[whole] += new
+
+        for layer in range(min(entering), shape.n_layers + 1):
+            shortcut = has_shortcut(layer, shape.n_layers)
+            here = entering.get(layer, Counter())
+            changed = Counter({each: n for each, n in here.items() if each.alone and shortcut})
+            join(here - changed)
+            if layer < shape.n_layers and stacks:
                 self._layer(stacks, last=layer == shape.n_layers - 1)
+            if changed:
+                self._changed(changed)
+                join(changed)
+
+    def _changed(self, stacks: Counter[_Rows]) -> None:
+        """Add a layer for starts that change one position alone."""
+        shape = self.shape
+        found = [(n * each.rows, n * each.positions, each.keys) for each, n in stacks.items()]
+        self.operators.changed(found, parallel=shape.parallel)
+        rows, positions = (sum(stack[i] for stack in found) for i in (0, 1))
+        self.blocks += rows
+        output = shape.d_model * shape.n_heads * shape.d_head
+        everywhere = output + (0 if shape.parallel else self.mlp_weights)
+        self.positions += (everywhere * positions + (self.weights - everywhere) * rows) / self.weights
 
     def _layer(self, stacks: Counter[_Rows], *, last: bool) -> None:
         """Add a layer that runs on stacks together, queried in the last layer where it is asked."""
@@ -484,6 +513,11 @@ class _Count:
         self.working = max(self.working, self.load * position_bytes(trunk, width), logits)
 
 
+def _is_alone(item: Intervention) -> bool:
+    """Whether an intervention says that it changes one position: the engine looks at what it does."""
+    return item.coords.get("position") == item.first_position
+
+
 @dataclass(frozen=True)
 class _Rows:
     """One copy of a batch under an intervention.
@@ -494,6 +528,7 @@ class _Rows:
         asked: Positions of all of them that are queried in the last layer.
         keys: Keys of a sequence.
         first: Positions of a sequence before the first that is computed.
+        alone: Whether the first that is computed is the only one that the intervention changes.
     """
 
     rows: int
@@ -501,6 +536,12 @@ class _Rows:
     asked: int
     keys: int
     first: int
+    alone: bool = False
+
+    @property
+    def changed(self) -> int:
+        """Positions of all of them that the intervention may change."""
+        return self.rows if self.alone else self.positions
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,25 @@ def test_blocks_as_functions_are_the_models_blocks(tiny_model: Any, family: str,
         assert torch.allclose(late, some, atol=1e-5)
         assert torch.allclose(early, want[torch.arange(3)[:, None], asked + 1], atol=1e-5)
     assert torch.allclose(blocks.unembed(want), trunk.unembed(want), atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "backend"), CASES)
+@torch.no_grad()
+def test_a_change_at_one_position_goes_through_a_layer(tiny_model: Any, family: str, backend: str) -> None:
+    trunk = Trunk(tiny_model(family, backend))
+    resid = residuals(trunk, random_tokens(2, 20))
+    blocks = FunctionalBlocks.of(trunk, resid)
+    assert blocks is not None
+    draw = torch.Generator().manual_seed(0)
+    for layer in range(trunk.n_layers):
+        base = blocks.unchanged(layer, resid[layer], resid[layer + 1])
+        for places in ([(0, 1), (7, 2), (19, 3)], [(18, 9), (19, 9)]):  # the last in several portions
+            new = [torch.randn(2 * n, trunk.d_model, generator=draw).to(resid[0]) for _, n in places]
+            changes = [(first, rows) for (first, _), rows in zip(places, new, strict=True)]
+            for got, (first, rows) in zip(blocks.run_changed(layer, base, changes), changes, strict=True):
+                x = resid[layer].repeat(len(rows) // 2, 1, 1)
+                x[:, first] = rows
+                torch.testing.assert_close(got, blocks.run(layer, x)[:, first:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "backend"), CASES)
@@ -122,10 +142,22 @@ def test_only_the_positions_after_a_change_run(tiny_model: Any, monkeypatch: pyt
         return plain(self, layer, resid, *rest, **traced)
 
     monkeypatch.setattr(FunctionalBlocks, "run", look)
-    patches = ml.edits.activation_patches(model, corrupted(clean), layers=[1], positions=[15])
-    ml.sweep(model, clean, patches, progress=False)
+    one, other = ml.edits.activation_patches(model, corrupted(clean), layers=[1], positions=[15, 16])
+    ml.sweep(model, clean, [one + other], progress=False)
     stop = int(clean.lengths.max()) - 1  # the last token predicts nothing
     assert ran == [(1, len(clean), stop - 15), (2, len(clean), stop - 15)]
+    ran.clear()
+    changed: list[tuple[int, ...]] = []
+    shortcut = FunctionalBlocks.run_changed
+
+    def look_at(self: Any, layer: int, base: Any, changes: Any) -> list[torch.Tensor]:
+        changed.append((layer, *((first, len(rows)) for first, rows in changes)))
+        return shortcut(self, layer, base, changes)
+
+    monkeypatch.setattr(FunctionalBlocks, "run_changed", look_at)
+    ml.sweep(model, clean, [other], progress=False)
+    assert ran == [(2, len(clean), stop - 16)]
+    assert changed == [(1, (16, len(clean)))]
 
 
 def test_an_edit_of_the_last_blocks_heads_runs_no_block(
@@ -207,7 +239,7 @@ def test_plan_counts_the_operations_that_run(tiny_model: Any, family: str) -> No
         *ml.edits.activation_patches(model, clean, layers=[1, 2], positions=range(0, 16, 3)),
         *ml.edits.head_ablations(model, clean, layers=[0]),
     ]
-    edits = [ml.Intervention(f"{n}", i.hooks, first_position=i.first_position) for n, i in enumerate(edits)]
+    edits = [replace(edit, name=f"{n}") for n, edit in enumerate(edits)]
     base = [ml.Intervention("none", [("blocks.2.hook_resid_post", lambda x, hook: None)])]
     with computation(model):
         for some in (edits, base):  # what is asked once is not counted

@@ -4,7 +4,7 @@ A change at position p of a layer's input reaches only positions ≥ p of later 
 starts of a portion that begin at one position along the batch, runs the remaining layers on the positions
 from that one on, for all stacks together, lets the stacks grow as they pass the layers where others start,
 reads keys and values of the unchanged prefix from the baseline, and queries the last layer at the target
-positions only.
+positions only. Where a start changes one position alone, its first layer computes only what that changes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memlens.forward.batches import at_positions
-from memlens.forward.blocks import FunctionalBlocks, KeysValues, Stack
+from memlens.forward.blocks import FunctionalBlocks, KeysValues, Stack, Unchanged
 from memlens.sweeps.engine.entries import Start
 
 
@@ -42,6 +42,7 @@ class Cone:
         self.blocks, self.resid, self.stop, self.positions = blocks, resid, stop, positions
         self.n_layers = blocks.trunk.n_layers
         self._kept: dict[int, KeysValues] = {}
+        self._unchanged: tuple[int, Unchanged] | None = None
 
     def final(self, starts: Sequence[Start]) -> Float[Tensor, "row target d_model"]:
         """Return the residual after the last layer at the predicting positions, start by start.
@@ -50,21 +51,36 @@ class Cone:
         """
         stacks: dict[int, Tensor] = {}
         members: dict[int, list[int]] = {}
+
+        def join(first: int, new: Tensor, some: list[int]) -> None:
+            stacks[first] = torch.cat([stacks[first], new]) if first in stacks else new
+            members.setdefault(first, []).extend(some)
+
         for layer in range(min(start.layer for start in starts), self.n_layers + 1):
-            entering: dict[tuple[int, bool], list[int]] = {}
+            entering: dict[tuple[int, bool, bool], list[int]] = {}
             for i, start in enumerate(starts):
                 if start.layer == layer:
-                    entering.setdefault((start.first, start.mid), []).append(i)
-            for (first, mid), some in entering.items():
+                    entering.setdefault((start.first, start.mid, start.alone), []).append(i)
+            changed: list[tuple[int, Tensor, list[int]]] = []
+            for (first, mid, alone), some in entering.items():
                 new = torch.cat([starts[i].resid for i in some])
                 if mid:
                     new = self.blocks.add_mlp(layer - 1, new)
+                if alone and has_shortcut(layer, self.n_layers):
+                    changed.append((first, new[:, 0], some))
+                    continue
+                if alone:
+                    later = self.resid[layer][:, first + 1 : self.stop].repeat(len(some), 1, 1)
+                    new = torch.cat([new, later], 1)
                 if layer == self.n_layers:
                     new = at_positions(new, self._counted_from(first).repeat(len(some), 1))
-                stacks[first] = torch.cat([stacks[first], new]) if first in stacks else new
-                members.setdefault(first, []).extend(some)
-            if layer < self.n_layers:
-                stacks = dict(zip(stacks, self._run(layer, stacks), strict=True))
+                join(first, new, some)
+            if layer < self.n_layers and stacks:
+                stacks.update(zip(stacks, self._run(layer, stacks), strict=True))
+            if changed:
+                found = self.blocks.run_changed(layer, self._of(layer), [(at, new) for at, new, _ in changed])
+                for (first, _, some), out in zip(changed, found, strict=True):
+                    join(first, out, some)
         out = torch.cat(list(stacks.values())).unflatten(0, (-1, len(self.positions)))
         order = torch.tensor([i for some in members.values() for i in some], device=out.device)
         firsts = torch.tensor([start.first for start in starts], device=self.positions.device)
@@ -99,7 +115,22 @@ class Cone:
             return keys.expand(copies, -1, -1, -1), values.expand(copies, -1, -1, -1)
         return keys.repeat(copies, 1, 1, 1), values.repeat(copies, 1, 1, 1)
 
+    def _of(self, layer: int) -> Unchanged:
+        """What a layer computes unchanged; only the last one is kept, since starts are sorted by layer."""
+        if self._unchanged is None or self._unchanged[0] != layer:
+            resid, out = (self.resid[n][:, : self.stop] for n in (layer, layer + 1))
+            self._unchanged = layer, self.blocks.unchanged(layer, resid, out)
+        return self._unchanged[1]
+
     def _kv(self, layer: int) -> KeysValues:
         if layer not in self._kept:
             self._kept[layer] = self.blocks.keys_values(layer, self.resid[layer][:, : self.stop])
         return self._kept[layer]
+
+
+def has_shortcut(layer: int, n_layers: int) -> bool:
+    """Whether starts that change one position alone enter a layer by what that changes.
+
+    The last layer is queried where targets are predicted, which takes less.
+    """
+    return layer < n_layers - 1

@@ -69,14 +69,16 @@ class Start:
     Attributes:
         layer: The first layer that runs.
         mid: Whether `resid` is the input of the previous layer's MLP.
-        resid: The residual there at positions ``first ..``.
+        resid: The residual there at positions ``first ..``, or at `first` alone if nothing else changed.
         first: The first position that changed.
+        alone: Whether it is the only one.
     """
 
     layer: int
     mid: bool
     resid: Float[Tensor, "batch pos d_model"]
     first: int
+    alone: bool = False
 
 
 def entry_of(intervention: Intervention) -> Entry | None:
@@ -130,14 +132,16 @@ def start_of(
 ) -> Start | None:
     """Carry a changed activation to the residual; None if nothing changes before `stop`."""
     old = acts[entry.name]
-    first = _first_change(old[:, :stop], new[:, :stop])
-    if first is None:
+    found = _changes(old[:, :stop], new[:, :stop])
+    if found is None:
         return None
-    here = slice(first, stop)
+    first, last = found
+    alone = first == last
+    here = slice(first, first + 1 if alone else stop)
     layer, mid = entry.layer, entry.runs_mlp(blocks.blocks[entry.layer].parallel)
     new, old = new[:, here].to(old.dtype), old[:, here]
     if entry.site in ("resid_pre", "resid_post"):
-        return Start(entry.next_layer(), False, new, first)
+        return Start(entry.next_layer(), False, new, first, alone)
     if entry.site == "z":
         change = blocks.head_output_change(layer, *_changed_heads(new, old))
         if change is None:
@@ -149,20 +153,21 @@ def start_of(
         if mid
         else resid[layer + 1][:, here]
     )
-    return Start(layer + 1, mid, before + change, first)
+    return Start(layer + 1, mid, before + change, first, alone)
 
 
 def changed_from(
     layer: int, old: Float[Tensor, "batch pos d_model"], new: Float[Tensor, "batch pos d_model"]
 ) -> Start | None:
     """Start at a layer from the residual at its input; None if that equals the baseline's."""
-    first = _first_change(old, new)
-    return None if first is None else Start(layer, False, new[:, first:], first)
+    found = _changes(old, new)
+    return None if found is None else Start(layer, False, new[:, found[0] :], found[0])
 
 
-def _first_change(old: Tensor, new: Tensor) -> int | None:
-    differs = (new != old).flatten(2).any(-1).any(0)
-    return int(differs.int().argmax()) if bool(differs.any()) else None
+def _changes(old: Tensor, new: Tensor) -> tuple[int, int] | None:
+    """Return the first and the last position that changed, if any."""
+    places = torch.nonzero((new != old).flatten(2).any(-1).any(0))[:, 0].tolist()
+    return (places[0], places[-1]) if places else None
 
 
 def _changed_heads(new: Tensor, old: Tensor) -> tuple[Tensor, slice]:
