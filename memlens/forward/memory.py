@@ -122,11 +122,13 @@ def unembedding_rows(
         itemsize: Bytes of a logit.
         total: The memory budget in bytes; `default_budget` by default.
     """
-    cpu = device.type == "cpu"
-    cost, total = logits_bytes(d_vocab, itemsize), budget_bytes(total, device)
-    unembedded = fitting(cost, total, share=0.15, most=_CPU_UNEMBEDDED if cpu else None)
-    reduced = max(_CPU_REDUCED, _CPU_REDUCED_LOGITS // d_vocab) if cpu else unembedded
-    return unembedded, min(unembedded, reduced)
+    total = budget_bytes(total, device)
+    reduced = fitting(logits_bytes(d_vocab, itemsize), total, share=0.15)
+    if device.type != "cpu":
+        return reduced, reduced
+    reduced = min(reduced, _CPU_UNEMBEDDED, max(_CPU_REDUCED, _CPU_REDUCED_LOGITS // d_vocab))
+    unembedded = fitting(max(itemsize, 4) * d_vocab, total, share=0.1, most=_CPU_UNEMBEDDED)
+    return max(unembedded, reduced), reduced
 
 
 @dataclass(frozen=True)

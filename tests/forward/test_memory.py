@@ -88,14 +88,15 @@ def texts(n: int) -> SequenceSet:
     ("device", "total", "n", "batch_size", "expected"),
     [
         # a position takes 560 bytes (60 % of the budget: 1071 fit), what is kept of a sequence 4,800
-        # (25 %: 52), a target 1,200 (15 %: 125)
-        (CPU, 10**6, 200, None, (10**6, 52, 1071, 125, 125)),
-        (CPU, 10**6, 3, None, (10**6, 3, 1071, 125, 125)),
-        (CPU, 10**6, 3, 200, (10**6, 200, 2000, 125, 125)),
+        # (25 %: 52), a target 1,200 while its logits are reduced (15 %: 125), and before that 200 on a CPU
+        # (10 %: 500, but no more than 256)
+        (CPU, 10**6, 200, None, (10**6, 52, 1071, 256, 125)),
+        (CPU, 10**6, 3, None, (10**6, 3, 1071, 256, 125)),
+        (CPU, 10**6, 3, 200, (10**6, 200, 2000, 256, 125)),
         (CPU, 10**9, 200, None, (10**9, 64, 2048, 256, 256)),
         (GPU, 10**9, 200, None, (10**9, 64, 1_071_428, 125_000, 125_000)),
         (GPU, 10**9, 20, None, (10**9, 20, 1_071_428, 125_000, 125_000)),
-        (CPU, 30_000, 200, None, (30_000, 1, 32, 3, 3)),
+        (CPU, 30_000, 200, None, (30_000, 1, 32, 15, 3)),
         (CPU, 100, 200, None, (100, 1, 10, 1, 1)),
         (CPU, None, 200, None, (2**30, 64, 2048, 256, 256)),
     ],
@@ -113,7 +114,7 @@ def test_logits_have_a_share_of_what_there_is(monkeypatch: pytest.MonkeyPatch) -
     assert unembedding_rows(50, GPU, itemsize=8) == (25, 25)
     assert unembedding_rows(50, CPU) == (256, 256)
     assert [unembedding_rows(size, CPU)[1] for size in (1024, 8192, 8193, 50304)] == [128, 16, 16, 16]
-    assert unembedding_rows(10**6, CPU) == (6, 6)
+    assert unembedding_rows(10**6, CPU) == (26, 6)
 
 
 @pytest.mark.parametrize(("family", "kv_heads"), [("gpt_neox", 4), ("llama_gqa", 2)])

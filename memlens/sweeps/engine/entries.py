@@ -137,6 +137,8 @@ def start_of(
         return None
     first, last = found
     alone = first == last
+    if not alone:
+        first = _joined(first, stop)
     here = slice(first, first + 1 if alone else stop)
     layer, mid = entry.layer, entry.runs_mlp(blocks.blocks[entry.layer].parallel)
     new, old = new[:, here].to(old.dtype), old[:, here]
@@ -161,7 +163,15 @@ def changed_from(
 ) -> Start | None:
     """Start at a layer from the residual at its input; None if that equals the baseline's."""
     found = _changes(old, new)
-    return None if found is None else Start(layer, False, new[:, found[0] :], found[0])
+    if found is None:
+        return None
+    first = _joined(found[0], old.shape[1])
+    return Start(layer, False, new[:, first:], first)
+
+
+def _joined(first: int, stop: int) -> int:
+    """Return 0 where computing the few unchanged positions again takes less than joining their keys."""
+    return 0 if first <= stop // 32 else first
 
 
 def _changes(old: Tensor, new: Tensor) -> tuple[int, int] | None:
