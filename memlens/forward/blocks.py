@@ -10,7 +10,6 @@ unknown; then the model itself runs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from memlens.errors import UnsupportedModelError
+from memlens.forward.attention_maps import AttentionMaps, Turn
 from memlens.forward.batches import at_positions
 from memlens.forward.exclusive import known_of
 from memlens.forward.hooks import hook_name, hook_points, layer_of
@@ -124,10 +124,10 @@ class FunctionalBlocks:
         self.blocks: Mapping[int, BlockWeights] = {
             layer: read_block(trunk.model, layer, around[layer], parallel=trunk.parallel) for layer in layers
         }
-        self._turns = {layer: _Turn.of(around[layer].rotary, self.d_head) for layer in layers}
+        self._turns = {layer: Turn.of(around[layer].rotary, self.d_head) for layer in layers}
         self.final_norm, self.unembedding = read_unembedding(trunk.model)
         size = (self.n_heads + 2 * self.n_kv) * self.d_head * trunk.d_model * trunk.dtype.itemsize
-        self._kept: dict[int, _Attention] | None = {} if size * trunk.n_layers <= _KEPT_BYTES else None
+        self._kept: dict[int, AttentionMaps] | None = {} if size * trunk.n_layers <= _KEPT_BYTES else None
 
     @staticmethod
     def of(
@@ -199,11 +199,11 @@ class FunctionalBlocks:
         k, v = self._keys_values(block, read, kv, slice(first, first + x.shape[1]))
         return k.to(resid.device), v.to(resid.device)
 
-    def _read(self, layer: int) -> _Attention:
+    def _read(self, layer: int) -> AttentionMaps:
         """Return a layer's maps to queries, keys and values with the pairs that rotate side by side."""
         if self._kept is not None and layer in self._kept:
             return self._kept[layer]
-        found = _Attention.of(self.blocks[layer], self._turns[layer], self.n_heads, self.n_kv)
+        found = AttentionMaps.of(self.blocks[layer], self._turns[layer], self.n_heads, self.n_kv)
         if self._kept is not None:
             self._kept[layer] = found
         return found
@@ -309,12 +309,8 @@ class FunctionalBlocks:
         own = every % len(base.rest)
         qkv = read.qkv(x if block.attn_norm is None else block.attn_norm(x))[:, None]
         step = max(1, 2 * len(later) // width)  # rows whose keys take no more than what the MLP takes
-        z = torch.cat(
-            [
-                self._mixed_after(block, read, base, qkv[some], own[some], at[some], low)
-                for some in every.split(step)
-            ]
-        )
+        portions = ((qkv[some], own[some], at[some]) for some in every.split(step))
+        z = torch.cat([self._mixed_after(block, read, base, *some, low) for some in portions])
         z = z.flatten(0, 1)[later]
         rest = base.rest[own, low:]
         rest[every, at - low] = self._mlp(block, x, None).add_(x) if block.parallel else x
@@ -326,7 +322,7 @@ class FunctionalBlocks:
     def _mixed_after(
         self,
         block: BlockWeights,
-        read: _Attention,
+        read: AttentionMaps,
         base: Unchanged,
         qkv: Float[Tensor, "row 1 n"],
         own: Int[Tensor, " row"],
@@ -386,7 +382,7 @@ class FunctionalBlocks:
     def _mixed(
         self,
         block: BlockWeights,
-        read: _Attention,
+        read: AttentionMaps,
         q: Float[Tensor, "row query n"],
         kv: Float[Tensor, "row pos m"],
         past: KeysValues | None,
@@ -478,7 +474,7 @@ class FunctionalBlocks:
         return F.linear(dz.flatten(-2).to(self._home(layer)), block.o.weight[:, columns]).to(dz.device)
 
     def _keys_values(
-        self, block: BlockWeights, read: _Attention, kv: Tensor, places: slice | Tensor
+        self, block: BlockWeights, read: AttentionMaps, kv: Tensor, places: slice | Tensor
     ) -> KeysValues:
         k, v = kv.chunk(2, dim=-1)
         return (
@@ -492,7 +488,7 @@ class FunctionalBlocks:
         x: Tensor,
         norm: Norm | None,
         heads: int,
-        turn: tuple[_Turn | None, slice | Tensor] = (None, slice(0)),
+        turn: tuple[Turn | None, slice | Tensor] = (None, slice(0)),
     ) -> Tensor:
         """Norm, clip, split into heads and rotate: `[row, head, pos, d_head]`."""
         if norm is not None and norm.weight.numel() == self.d_head:
@@ -511,85 +507,6 @@ class FunctionalBlocks:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=block.scale)
         return z.transpose(1, 2).flatten(-2)
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """Rotation of pairs of features by their position.
-
-    Attributes:
-        by: The rotations as complex numbers of absolute value 1, or what a model takes for them.
-        d_head: Features of a head.
-    """
-
-    by: Tensor
-    d_head: int
-
-    @staticmethod
-    def of(rotary: tuple[Tensor, Tensor] | None, d_head: int) -> _Turn | None:
-        """Return the rotation with cosines and sines `[pos, rotary]`; None without any.
-
-        Raises:
-            UnsupportedModelError: The two features of a pair have different angles.
-        """
-        if rotary is None:
-            return None
-        cos, sin = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in rotary)
-        half = cos.shape[-1] // 2
-        if any(not torch.equal(t[:, :half], t[:, half:]) for t in (cos, sin)):
-            raise UnsupportedModelError("rotary embeddings with two angles for one pair of features.")
-        return _Turn(torch.complex(cos[:, :half].contiguous(), sin[:, :half].contiguous()), d_head)
-
-    def paired(self, x: Float[Tensor, "features ..."]) -> Float[Tensor, "features ..."]:
-        """Put the features that rotate together, half a width apart in the model, side by side, in place."""
-        half = self.by.shape[-1]
-        turned = x.unflatten(0, (-1, self.d_head))[:, : 2 * half]
-        turned.copy_(turned.unflatten(1, (2, half)).transpose(1, 2).flatten(1, 2))
-        return x
-
-    def __call__(
-        self, x: Float[Tensor, "row pos head d_head"], places: slice | Int[Tensor, "row pos"]
-    ) -> Float[Tensor, "row pos head d_head"]:
-        """Rotate queries or keys, in place where nothing else needs them, at the given positions."""
-        by = self.by[places][..., None, :]
-        wide = x.to(self.by.real.dtype)  # a model may rotate in a wider dtype than its weights have
-        wide = wide.clone() if x.requires_grad and wide is x else wide  # autograd allows no change of a view
-        torch.view_as_complex(wide[..., : 2 * by.shape[-1]].unflatten(-1, (-1, 2))).mul_(by)
-        return wide.to(x.dtype)
-
-
-@dataclass(frozen=True)
-class _Attention:
-    """What queries, keys and values are made with; pairs of features that rotate together are side by side.
-
-    Attributes:
-        qkv: The map to queries, keys and values.
-        q_norm: The norm of the queries.
-        k_norm: The norm of the keys.
-        turn: The rotation.
-    """
-
-    qkv: Linear
-    q_norm: Norm | None
-    k_norm: Norm | None
-    turn: _Turn | None
-
-    @staticmethod
-    def of(block: BlockWeights, turn: _Turn | None, n_heads: int, n_kv: int) -> _Attention:
-        """Copy a block's, in this order of features."""
-        qkv, q_norm, k_norm = block.qkv(), block.q_norm, block.k_norm
-        if turn is None:
-            return _Attention(qkv, q_norm, k_norm, None)
-
-        def ordered(norm: Norm | None) -> Norm | None:
-            if norm is None:
-                return None
-            return replace(norm, weight=turn.paired(norm.weight.clone()), bias=turn.paired(norm.bias.clone()))
-
-        turn.paired(qkv.weight[: (n_heads + n_kv) * turn.d_head])
-        if qkv.bias is not None:
-            turn.paired(qkv.bias[: (n_heads + n_kv) * turn.d_head])
-        return _Attention(qkv, ordered(q_norm), ordered(k_norm), turn)
 
 
 def _keys_to_add(keys: int) -> int:

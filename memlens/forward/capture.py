@@ -159,10 +159,10 @@ class FunctionalPass:
         if failed in known:
             return None
         kept = kept_of(trunk.model)
-        had: FunctionalPass | None = kept.get(trunk.dtype)
+        found: FunctionalPass | None = kept.get("pass")
         if _are_known(known, (*every, trunk.n_layers, *names), width):
-            if had is None or had.width < width:
-                had = FunctionalPass(FunctionalBlocks(trunk, every, width), width)
+            if found is None or not found._serves(trunk, width):
+                found = FunctionalPass(FunctionalBlocks(trunk, every, width), width)
         else:
             layers = {hook_name("resid_pre", layer): layer for layer in every}
             final, acts = run_capturing(trunk, tokens[:1], sorted({*layers, *names}))
@@ -171,18 +171,22 @@ class FunctionalPass:
             if blocks is None:
                 known[failed] = width
                 return None
-            had = FunctionalPass(blocks, width)
-        kept[trunk.dtype] = had
-        return had
+            found = FunctionalPass(blocks, width)
+        kept["pass"] = found
+        return found
 
     def of_model(
         self, trunk: Trunk, tokens: Int[Tensor, "batch pos"], names: Sequence[str]
     ) -> FunctionalPass | None:
         """Return what `of` returns, which is this pass itself where it serves and no hook was set since."""
-        mine = self.blocks.trunk.model is trunk.model and tokens.shape[1] <= self.width
-        if mine and _are_known(agreed_widths(trunk), names, tokens.shape[1]):
+        width = tokens.shape[1]
+        if self._serves(trunk, width) and _are_known(agreed_widths(trunk), names, width):
             return self
         return self.of(trunk, tokens, names)
+
+    def _serves(self, trunk: Trunk, width: int) -> bool:
+        own = self.blocks.trunk
+        return own.model is trunk.model and own.dtype == trunk.dtype and width <= self.width
 
     def run(
         self, tokens: Int[Tensor, "batch pos"], names: Sequence[str]

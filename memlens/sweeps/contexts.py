@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memlens.errors import SilentInterventionError, UnsupportedModelError
-from memlens.forward.exclusive import computation, computes, exclusively, known_of
+from memlens.forward.exclusive import computation, computes, exclusively, kept_of, known_of
 from memlens.forward.hooks import HookFn, attached, layer_of
 from memlens.forward.trunk import Trunk, has_own_forward
 from memlens.sweeps.interventions import Intervention
@@ -189,6 +189,7 @@ def _cast(model: Any, dtype: torch.dtype, off: Callable[[int, int], bool], *, al
             config.dtype = dtype if off(own.itemsize, dtype.itemsize) else own
         yield
     finally:
+        kept_of(model).clear()  # what was read of the cast weights
         for tensor, data in kept:
             tensor.data = data
         for config, own in dtypes:

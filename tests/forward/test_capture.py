@@ -19,8 +19,9 @@ from memlens.forward.capture import (
     mean_activations,
     run_capturing,
 )
-from memlens.forward.exclusive import computation
+from memlens.forward.exclusive import computation, kept_of
 from memlens.forward.hooks import has_site, hook_name
+from memlens.sweeps.contexts import in_dtype
 from tests.devices import dev
 from tests.small import corrupted, ragged
 from tests.tiny import D_VOCAB, random_tokens
@@ -215,3 +216,19 @@ def test_a_pass_is_made_once_in_a_computation_and_keeps_what_short_sequences_end
         assert by.run(tokens + 1, [])[0] is not by.run(tokens + 1, [])[0]
     with computation(model):
         assert FunctionalPass.of(trunk, tokens, [Z]) is not by  # weights may have changed since
+
+
+@torch.no_grad()
+def test_a_pass_in_another_dtype_ends_with_it(tiny_model: Any) -> None:
+    model, tokens = tiny_model("gpt_neox", "bridge"), random_tokens(2, 12)
+    with computation(model):
+        plain = FunctionalPass.of(ml.Trunk(model), tokens, [Z])
+        assert plain is not None
+        with in_dtype(model, torch.float64):
+            wide = FunctionalPass.of(ml.Trunk(model), tokens, [Z])
+            assert wide is not None
+            assert wide.run(tokens, [])[0].dtype == torch.float64
+        assert not kept_of(model)  # the cast weights would stay in memory
+        again = FunctionalPass.of(ml.Trunk(model), tokens, [Z])
+        assert again is not None
+        assert torch.equal(again.run(tokens, [])[0], plain.run(tokens, [])[0])
