@@ -282,7 +282,7 @@ class FunctionalBlocks:
         x = resid.to(home)
         attn = self.attention(layer, x if block.attn_norm is None else block.attn_norm(x), trace=trace)
         width = x.shape[1]
-        more = _keys_to_add(width) if x.device.type == "cpu" else 0
+        more = _keys_to_add(width, home)
         k, v = (_between(None, trace[name], more) for name in "kv")
         visible = F.pad(block.around.visible[:width, :width], (0, more))
         return Unchanged(trace["q"], k, v, out.to(home) - attn if block.parallel else x, visible)
@@ -406,7 +406,7 @@ class FunctionalBlocks:
         del kv
         if bypass:
             return v.repeat_interleave(self.n_heads // self.n_kv, 1).transpose(1, 2).flatten(-2)
-        more = _keys_to_add(here.stop) if v.device.type == "cpu" else 0
+        more = _keys_to_add(here.stop, v.device)
         before = (None, None) if past is None else past
         k, v = (_between(old, new, more) for old, new in zip(before, (k, v), strict=True))
         z = self._attend(block, q, k, v, F.pad(visible, (0, more)) if more else visible)
@@ -509,12 +509,12 @@ class FunctionalBlocks:
         return z.transpose(1, 2).flatten(-2)
 
 
-def _keys_to_add(keys: int) -> int:
+def _keys_to_add(keys: int, device: torch.device) -> int:
     """Return how many keys up to the next multiple of 16 save time on a CPU: fewer than half of it, or none.
 
     The fused kernel works on sixteen at a time, and on what remains one by one.
     """
-    missing = -keys % _AT_ONCE
+    missing = -keys % _AT_ONCE if device.type == "cpu" else 0
     return missing if missing < _AT_ONCE // 2 else 0
 
 

@@ -95,9 +95,7 @@ class Operators:
             here = positions if at is None else at
             pattern = _PATTERN_PASSES * here * keys * s.n_heads if own else 0
             read = 2 * rows * keys * width
-            self._call(
-                _ATTENTION, 4 * here * keys * width, s.itemsize * (2 * here * width + read + pattern), times
-            )
+            self._mixed(rows, here, keys, times, pattern)
             repeated += read if s.n_kv_heads < s.n_heads else 0
         self._product(_OUTPUT, asked, width, s.d_model, times)
         self.mlp(asked, times=times)
@@ -112,8 +110,7 @@ class Operators:
         """Add a layer without its MLP: rows, positions of all rows, keys of a row."""
         s, width, kv = self.shape, self.shape.n_heads * self.shape.d_head, 2 * self.shape.n_kv_heads
         self._product(_QKV, positions, s.d_model, width + kv * s.d_head, times)
-        moved = s.itemsize * (2 * positions * width + 2 * rows * keys * width)
-        self._call(_ATTENTION, 4 * positions * keys * width, moved, times)
+        self._mixed(rows, positions, keys, times)
         self._product(_OUTPUT, positions, width, s.d_model, times)
 
     def changed(self, stacks: Sequence[tuple[int, int, int]], *, parallel: bool) -> None:
@@ -124,8 +121,7 @@ class Operators:
         low = max(positions // r for r, positions, _ in stacks)
         keys = max(stack[2] for stack in stacks)
         self._product(_QKV, rows, s.d_model, width + kv, 1)
-        moved = rows * (2 * low * width + 2 * keys * width)
-        self._call(_ATTENTION, 4 * rows * low * keys * width, s.itemsize * moved, 1)
+        self._mixed(rows, rows * low, keys, 1)
         self._product(_OUTPUT, n, width, s.d_model, 1)
         self.mlp(rows if parallel else n)
         self.moved(_ELEMENTWISE, 6 * n * s.d_model, 1)
@@ -156,6 +152,12 @@ class Operators:
         """Add an operator without matrix products that reads and writes so many numbers in total."""
         if numbers:
             self._call(kind, 0, self.shape.itemsize * numbers, times)
+
+    def _mixed(self, rows: int, queries: int, keys: int, times: int, pattern: int = 0) -> None:
+        """Add what mixes values, with so many numbers of attention weights written and read."""
+        width = self.shape.n_heads * self.shape.d_head
+        moved = self.shape.itemsize * (2 * queries * width + 2 * rows * keys * width + pattern)
+        self._call(_ATTENTION, 4 * queries * keys * width, moved, times)
 
     def _product(self, kind: str, rows: int, into: int, out: int, times: int) -> None:
         moved = self.shape.itemsize * (rows * into + into * out + rows * out)
